@@ -1,0 +1,312 @@
+"""What a store can be told: validated when it is made, immutable afterwards.
+
+`Config` never opens a connection. Every refusal is a `ConfigError` that names the field, and no
+text of this module shows a password: a DSN appears only through `Config.safe_dsn`.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+import os
+from dataclasses import dataclass, field, fields
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import psycopg
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
+
+from .errors import ConfigError
+
+if TYPE_CHECKING:
+    from typing import TypeAlias
+
+Seconds: TypeAlias = "float | int | timedelta"
+
+EMBEDDED_SCHEME = "embedded://"
+KEY_LENGTH_MAX = 2600  # bytes; a btree entry must fit a third of an 8 kB page (2,704)
+TABLE_NAME_MAX = 54  # bytes; PostgreSQL's 63 less room for "_sessions"
+SCHEMA_NAME_MAX = 63
+VALUE_SIZE_MAX = 1 << 30  # bytea's own limit, 1 GiB
+
+
+class TableType(enum.Enum):
+    """Whether writes are logged for crash recovery and replicas."""
+
+    UNLOGGED = "unlogged"
+    """No write-ahead log: faster, not replicated, **emptied by a server crash**."""
+    REGULAR = "regular"
+    """Logged: survives a crash, reaches replicas."""
+
+
+class TtlCleanupStrategy(enum.Enum):
+    """How rows whose time has passed are collected. None of them changes what reads return,
+    but DISABLED."""
+
+    ON_READ = "on_read"
+    """A read that meets an expired row queues its deletion; one write in 256 sweeps a chunk."""
+    BACKGROUND = "background"
+    """A thread or task sweeps chunk by chunk; of a fleet one process at a time."""
+    MANUAL = "manual"
+    """Only `cleanup_expired()` collects."""
+    DISABLED = "disabled"
+    """Nothing is collected and reads return expired keys. Conditional writes still treat them
+    as absent."""
+
+
+class Pooler(enum.Enum):
+    """What stands between pgkv and the server."""
+
+    NONE = "none"
+    """A direct connection, or a pooler in session mode: statements are prepared."""
+    TRANSACTION = "transaction"
+    """A pooler in transaction mode (PgBouncer, Supavisor, RDS Proxy): no session state is used."""
+
+
+class TableKind(enum.Enum):
+    """The shapes of table pgkv makes."""
+
+    STORE = ""
+    LOCKS = "_locks"
+    SESSIONS = "_sessions"
+
+
+@dataclass(frozen=True, slots=True)
+class RetryPolicy:
+    """When and how often a failed operation is repeated.
+
+    What may be repeated at all is fixed by each operation's semantics: one whose outcome is known
+    to be "nothing happened" always may; one whose answer was lost only if repeating it is harmless.
+
+    Args:
+        attempts: tries in all, the first included.
+        wait_initial: seconds before the second try; doubles from there, with full jitter.
+        wait_max: seconds, the longest pause.
+        deadline: seconds after the first failure, at which no further try begins.
+        repeat_writes: also repeat plain ``set``, ``delete`` and ``expire`` whose answer was lost.
+            They may then take effect twice, with another client's write in between.
+
+    Raises:
+        ConfigError: a number is out of range.
+    """
+
+    attempts: int = 4
+    wait_initial: float = 0.02
+    wait_max: float = 1.0
+    deadline: float = 5.0
+    repeat_writes: bool = True
+
+    def __post_init__(self) -> None:
+        _require_int("attempts", self.attempts, 1, 1000)
+        for name in ("wait_initial", "wait_max", "deadline"):
+            object.__setattr__(self, name, _seconds(name, getattr(self, name), zero=True))
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Which table a statement is about: enough to quote it, and to create it again."""
+
+    name: str
+    schema: str | None = None
+    type: TableType = TableType.UNLOGGED
+    kind: TableKind = TableKind.STORE
+    auto_create: bool = True
+    quoted: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        own = quote_identifier(self.name)
+        full = own if self.schema is None else f"{quote_identifier(self.schema)}.{own}"
+        object.__setattr__(self, "quoted", full)
+
+
+def quote_identifier(name: str) -> str:
+    """Return the name as SQL reads it back unchanged, whatever it contains."""
+    return '"' + name.replace('"', '""') + '"'
+
+
+@dataclass(frozen=True, repr=False)
+class Config:
+    """Everything a :class:`Store` can be told.
+
+    Args:
+        dsn: a libpq URI or conninfo string, or ``embedded:///path``.
+        table_name: at most 54 bytes; any characters but NUL (it is quoted).
+        schema: the table's schema; None leaves it to ``search_path``.
+        table_type: UNLOGGED is emptied by a server crash; REGULAR is logged.
+        auto_create_table: create the table when it is missing.
+        ttl_cleanup_strategy: how expired rows are collected.
+        max_key_length: bytes in UTF-8, a namespace's prefix included; at most 2,600.
+        max_value_size: bytes.
+        connect_timeout: seconds to open one connection.
+        operation_timeout: seconds for a whole call: pool wait, connecting, every attempt.
+        application_name: what ``pg_stat_activity`` shows.
+        pool_min_size: connections kept open. Raise it to spare a first burst its connecting.
+        pool_max_size: connections at most. Two per server core serve most loads.
+        pool_timeout: seconds to wait for a connection while all are busy.
+        pooler: TRANSACTION behind PgBouncer in transaction mode.
+        retry: a :class:`RetryPolicy`, or None for a single attempt.
+        coalesce: (async) send the operations of one turn of the event loop together.
+
+    Raises:
+        ConfigError: names the field and what it accepts.
+    """
+
+    dsn: str
+    table_name: str = "kv_store"
+    schema: str | None = None
+    table_type: TableType = TableType.UNLOGGED
+    auto_create_table: bool = True
+    ttl_cleanup_strategy: TtlCleanupStrategy = TtlCleanupStrategy.ON_READ
+    max_key_length: int = 1024
+    max_value_size: int = 100 * 1024 * 1024
+    connect_timeout: float = 10.0
+    operation_timeout: float = 30.0
+    application_name: str = "pgkv"
+    pool_min_size: int = 1
+    pool_max_size: int = 10
+    pool_timeout: float = 10.0
+    pooler: Pooler = Pooler.NONE
+    retry: RetryPolicy | None = field(default_factory=RetryPolicy)
+    coalesce: bool = False
+
+    def __post_init__(self) -> None:
+        _require_dsn(self.dsn)
+        _require_name("table_name", self.table_name, TABLE_NAME_MAX)
+        if self.schema is not None:
+            _require_name("schema", self.schema, SCHEMA_NAME_MAX)
+        for name, kind in _ENUMS.items():
+            value = getattr(self, name)
+            if not isinstance(value, kind):
+                choices = ", ".join(f"{kind.__name__}.{member.name}" for member in kind)
+                raise ConfigError(f"{name} must be one of {choices}, not {value!r}")
+        for name in ("auto_create_table", "coalesce"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be True or False")
+        _require_int("max_key_length", self.max_key_length, 1, KEY_LENGTH_MAX)
+        _require_int("max_value_size", self.max_value_size, 1, VALUE_SIZE_MAX)
+        _require_int("pool_max_size", self.pool_max_size, 1, 10_000)
+        _require_int("pool_min_size", self.pool_min_size, 0, self.pool_max_size)
+        for name in ("connect_timeout", "operation_timeout", "pool_timeout"):
+            object.__setattr__(self, name, _seconds(name, getattr(self, name)))
+        if not isinstance(self.application_name, str) or "\0" in self.application_name:
+            raise ConfigError("application_name must be a string without NUL")
+        if self.retry is not None and not isinstance(self.retry, RetryPolicy):
+            raise ConfigError("retry must be a pgkv.RetryPolicy or None")
+
+    @property
+    def table(self) -> Table:
+        """The key-value table these settings name."""
+        return Table(
+            self.table_name, self.schema, self.table_type, auto_create=self.auto_create_table
+        )
+
+    @property
+    def safe_dsn(self) -> str:
+        """The DSN as it may be shown: without any password."""
+        return redact(self.dsn)
+
+    def __repr__(self) -> str:
+        changed = [
+            f"{f.name}={getattr(self, f.name)!r}"
+            for f in fields(self)
+            if f.name != "dsn" and getattr(self, f.name) != _DEFAULTS[f.name]
+        ]
+        return f"Config({', '.join([repr(self.safe_dsn), *changed])})"
+
+
+_ENUMS: dict[str, type[enum.Enum]] = {
+    "table_type": TableType,
+    "ttl_cleanup_strategy": TtlCleanupStrategy,
+    "pooler": Pooler,
+}
+_DEFAULTS: dict[str, Any] = {
+    f.name: f.default_factory() if callable(f.default_factory) else f.default
+    for f in fields(Config)
+}
+
+
+def dsn_from_environment() -> str:
+    """Return ``PGKV_DSN``, else ``DATABASE_URL``.
+
+    Raises:
+        ConfigError: neither is set.
+    """
+    for name in ("PGKV_DSN", "DATABASE_URL"):
+        if dsn := os.environ.get(name):
+            return dsn
+    raise ConfigError(
+        "no DSN: pass one, such as 'postgresql://user@host/db' or 'embedded:///path', "
+        "or set PGKV_DSN (or DATABASE_URL)"
+    )
+
+
+_SECRETS = ("password", "sslpassword", "oauth_client_secret", "passfile", "sslkey")
+
+
+def redact(dsn: str) -> str:
+    """Return the DSN with every secret replaced by ``***``."""
+    if dsn.startswith(EMBEDDED_SCHEME):
+        return dsn
+    try:
+        params = conninfo_to_dict(dsn)
+    except psycopg.ProgrammingError:
+        return "<unreadable DSN>"
+    for name in _SECRETS:
+        if params.get(name):
+            params[name] = "***"
+    return make_conninfo("", **{k: v for k, v in params.items() if v is not None})
+
+
+def _require_dsn(dsn: object) -> None:
+    if not isinstance(dsn, str) or not dsn.strip():
+        raise ConfigError("dsn must be a non-empty libpq URI or conninfo string")
+    if "\0" in dsn:
+        raise ConfigError("dsn must not contain NUL")
+    if dsn.startswith(EMBEDDED_SCHEME):
+        return
+    scheme, found, _ = dsn.partition("://")
+    # A key=value conninfo has no scheme before its first "=".
+    if found and "=" not in scheme and scheme not in ("postgresql", "postgres"):
+        advice = "drop what follows 'postgresql'" if scheme.startswith("postgres") else (
+            "pgkv speaks to PostgreSQL: postgresql://user@host/db"
+        )
+        raise ConfigError(f"dsn has the scheme {scheme!r}; {advice}")
+    try:
+        conninfo_to_dict(dsn)
+    except (psycopg.ProgrammingError, UnicodeError):
+        # from None: libpq quotes the part it stumbled over, which may be the password.
+        raise ConfigError(
+            "dsn is not a valid libpq URI or conninfo string; characters such as @ / : # % "
+            "in a password must be percent-encoded in a URI"
+        ) from None
+
+
+def _require_name(name: str, value: object, length_max: int) -> None:
+    if not isinstance(value, str) or not value:
+        raise ConfigError(f"{name} must be a non-empty string")
+    if "\0" in value:
+        raise ConfigError(f"{name} must not contain NUL")
+    try:
+        length = len(value.encode())
+    except UnicodeEncodeError:
+        raise ConfigError(f"{name} holds a lone surrogate, which UTF-8 cannot express") from None
+    if length > length_max:
+        raise ConfigError(
+            f"{name} is {length} bytes long; at most {length_max} fit "
+            "(PostgreSQL would cut the rest off in silence)"
+        )
+
+
+def _require_int(name: str, value: object, low: int, high: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise ConfigError(f"{name} must be an integer from {low:,} to {high:,}, not {value!r}")
+
+
+def _seconds(name: str, value: object, *, zero: bool = False) -> float:
+    if isinstance(value, timedelta):
+        value = value.total_seconds()
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ConfigError(f"{name} must be seconds (a number or a timedelta), not {value!r}")
+    if value < 0 or (value == 0 and not zero):
+        raise ConfigError(f"{name} must be more than 0 seconds, not {value!r}")
+    return float(value)

@@ -1,0 +1,306 @@
+"""Every exception pgkv raises, and the one place where psycopg's errors become ours.
+
+::
+
+    PgkvError
+    ├── ConfigError (ValueError)                bad configuration, a missing right on the server
+    ├── InvalidKeyError (ValueError)            a key the store cannot hold
+    ├── InvalidValueError (ValueError)          a value, ttl or number the store cannot hold
+    ├── NotFoundError (KeyError)                the key does not exist
+    ├── SerializationError (ValueError)         stored bytes do not fit the wanted type
+    ├── StoreUnavailableError (ConnectionError) no connection, or it was lost; retryable
+    │   └── PoolTimeoutError (TimeoutError)     every connection was busy for pool_timeout
+    ├── OperationTimeoutError (TimeoutError)    operation_timeout passed; outcome unknown
+    ├── TableNotFoundError                      the table is missing and may not be created
+    ├── QueryError                              anything else the server refused; .sqlstate
+    ├── ConflictError                           too many concurrent changes; retryable
+    ├── TransactionError                        use after the end of a transaction
+    ├── LockError
+    │   ├── LockTimeoutError (TimeoutError)
+    │   └── LeaseLostError                      .reason
+    ├── RateLimitedError                        .decision
+    └── SessionError
+        ├── SessionGoneError                    .reason: "gone" or "rotated"
+        └── SessionConflictError
+
+An expected outcome (no such key, a lock that is held) is a value, never an exception. Messages
+name the thing, the cause and the way out; they never hold a value, a password or a DSN with one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import psycopg
+from psycopg import pq
+from psycopg_pool import PoolTimeout
+
+__all__ = [
+    "ConfigError",
+    "ConflictError",
+    "InvalidKeyError",
+    "InvalidValueError",
+    "LeaseLostError",
+    "LockError",
+    "LockTimeoutError",
+    "NotFoundError",
+    "OperationTimeoutError",
+    "PgkvError",
+    "PoolTimeoutError",
+    "QueryError",
+    "RateLimitedError",
+    "SerializationError",
+    "SessionConflictError",
+    "SessionError",
+    "SessionGoneError",
+    "StoreUnavailableError",
+    "TableNotFoundError",
+    "TransactionError",
+]
+
+
+class PgkvError(Exception):
+    """Base of every exception pgkv raises.
+
+    Attributes:
+        retryable: the same call, made again a little later, may well succeed.
+        outcome_unknown: the operation was sent and no answer came: it may or may not have
+            taken effect.
+    """
+
+    retryable: bool = False
+    outcome_unknown: bool = False
+
+
+class ConfigError(PgkvError, ValueError):
+    """A setting is wrong, or the server lacks a right that the message tells how to grant."""
+
+
+class InvalidKeyError(PgkvError, ValueError):
+    """The key is not a non-empty string that PostgreSQL can hold within ``max_key_length``."""
+
+
+class InvalidValueError(PgkvError, ValueError):
+    """A value, ttl, moment or number was refused; nothing was changed."""
+
+
+class NotFoundError(PgkvError, KeyError):
+    """The key does not exist, or its time has passed."""
+
+    # KeyError would show repr(message): quotes inside quotes.
+    __str__ = Exception.__str__
+
+
+class SerializationError(PgkvError, ValueError):
+    """Stored bytes do not decode to the wanted type; names the key and the path, not the data."""
+
+
+class StoreUnavailableError(PgkvError, ConnectionError):
+    """The server cannot be reached, was lost, is starting, stopping or read-only."""
+
+    retryable = True
+
+
+class PoolTimeoutError(StoreUnavailableError, TimeoutError):
+    """All connections stayed busy for ``pool_timeout`` seconds."""
+
+
+class OperationTimeoutError(PgkvError, TimeoutError):
+    """``operation_timeout`` passed. Unless the message says otherwise, the outcome is unknown."""
+
+    outcome_unknown = True
+
+
+class TableNotFoundError(PgkvError):
+    """The table does not exist and ``auto_create_table`` is off (or a transaction is open)."""
+
+
+class QueryError(PgkvError):
+    """The server refused the statement for a reason pgkv has no better name for.
+
+    Attributes:
+        sqlstate: the five-character PostgreSQL error code.
+    """
+
+    sqlstate: str = ""
+
+
+class ConflictError(PgkvError):
+    """Concurrent changes won every attempt; nothing was changed."""
+
+    retryable = True
+
+
+class TransactionError(PgkvError):
+    """A transaction-bound store was used wrongly: after its end, or out of its nesting."""
+
+
+class LockError(PgkvError):
+    """Base of the lock's errors."""
+
+
+class LockTimeoutError(LockError, TimeoutError):
+    """The lock was not granted within the time the caller gave."""
+
+
+class LeaseLostError(LockError):
+    """The lease is no longer held: it expired, was revoked, or cannot be shown to hold.
+
+    Attributes:
+        reason: what ended it.
+    """
+
+    reason: str = ""
+
+
+class RateLimitedError(PgkvError):
+    """The rate limit refuses this call.
+
+    Attributes:
+        decision: the :class:`Decision`, with ``retry_after`` in seconds.
+    """
+
+    decision: Any = None
+
+
+class SessionError(PgkvError):
+    """Base of the session store's errors."""
+
+
+class SessionGoneError(SessionError):
+    """The session ended or moved to another id.
+
+    Attributes:
+        reason: ``"gone"`` or ``"rotated"``.
+    """
+
+    reason: str = "gone"
+
+
+class SessionConflictError(SessionError):
+    """Another request changed the session since it was loaded."""
+
+
+# -- the one mapper ------------------------------------------------------------------------
+
+_UNAVAILABLE = {
+    "25006": "the server is read-only (a standby, or in recovery)",
+    "53300": "the server has no free connection slots",
+    "57P01": "the server ended the connection",
+    "57P02": "the server is restarting after a crash",
+    "57P03": "the server is not accepting connections yet",
+    "57P05": "the server closed the idle session",
+}
+_MISSING = {"42P01": "table", "3F000": "schema"}
+# The server quotes data in the texts of these classes: 22 data exception, 23 integrity
+# constraint, 54 program limit exceeded. Their messages and tracebacks must not leave pgkv.
+_QUOTES_DATA = ("22", "23", "54")
+
+
+def translate(
+    error: BaseException,
+    *,
+    action: str,
+    table: str = "",
+    refused: dict[str, str] | None = None,
+    sent: bool = False,
+) -> PgkvError:
+    """Return the pgkv exception for an error of psycopg or its pool, its ``__cause__`` set.
+
+    Args:
+        error: what psycopg raised.
+        action: the operation's name, for the message.
+        table: the quoted table name, for messages about it.
+        refused: the operation's own texts for SQLSTATEs that mean "this value is refused".
+        sent: the statement was on its way: without an SQLSTATE its outcome is unknown.
+    """
+    if isinstance(error, PgkvError):
+        return error
+    if isinstance(error, PoolTimeout):
+        return _because(PoolTimeoutError(f"{action}: no connection became free: {error}"), error)
+    if not isinstance(error, psycopg.Error):
+        return _because(StoreUnavailableError(f"{action}: {_one_line(error)}"), error)
+
+    state = error.sqlstate
+    # Class 08 is what a pooler says of a server it lost: like silence, it proves nothing.
+    if state is None or state.startswith("08"):
+        lost = StoreUnavailableError(
+            f"{action}: the connection was lost before the answer came; "
+            f"it may or may not have taken effect: {_one_line(error)}"
+            if sent
+            else f"{action}: no connection to PostgreSQL: {_one_line(error)}"
+        )
+        lost.outcome_unknown = sent
+        return _because(lost, error)
+    return _from_sqlstate(error, state, action, table, refused or {})
+
+
+def _from_sqlstate(
+    error: psycopg.Error, state: str, action: str, table: str, refused: dict[str, str]
+) -> PgkvError:
+    text = _one_line(error)
+    found: PgkvError
+    if state.startswith(_QUOTES_DATA):
+        found = InvalidValueError(f"{action}: {refused.get(state, f'refused (SQLSTATE {state})')}")
+        found.__suppress_context__ = True
+        return found
+    if state in _UNAVAILABLE or _during_recovery(error):
+        why = _UNAVAILABLE.get(state, "the server is in recovery")
+        found = StoreUnavailableError(f"{action}: {why}: {text}")
+    elif state in _MISSING:
+        found = TableNotFoundError(
+            f"{action}: the {_MISSING[state]} of {table} does not exist; call create_table(), "
+            "run the DDL that `pgkv schema` prints, or set auto_create_table=True"
+        )
+    elif state == "42501":
+        found = ConfigError(f"{action}: the database role lacks a right: {text}. {_grant(table)}")
+    elif state in ("40001", "40P01", "55P03"):
+        found = _query_error(f"{action}: {text} (SQLSTATE {state}); repeat it", state)
+        found.retryable = True
+    elif state == "57014":
+        found = OperationTimeoutError(f"{action}: the server cancelled the statement: {text}")
+        found.outcome_unknown = False
+    elif state == "25P02":
+        found = TransactionError(f"{action}: the transaction has failed; roll it back first")
+    else:
+        found = _query_error(f"{action}: {text} (SQLSTATE {state})", state)
+    return _because(found, error)
+
+
+def _query_error(message: str, state: str) -> QueryError:
+    error = QueryError(message)
+    error.sqlstate = state
+    return error
+
+
+def _grant(table: str) -> str:
+    if not table:
+        return "Grant it, or create the table with a role that has it (see `pgkv schema`)."
+    return (
+        f"Run as the table's owner: GRANT SELECT, INSERT, UPDATE, DELETE ON {table} TO <role>; "
+        "or, if the table does not exist yet, create it with the DDL of `pgkv schema` "
+        "and set auto_create_table=False."
+    )
+
+
+def _during_recovery(error: psycopg.Error) -> bool:
+    # An unlogged table on a standby is refused with the general 0A000 "feature not supported";
+    # the name of the function that says so is the one part that is never translated.
+    return error.sqlstate == "0A000" and error.diag.source_function == "get_relation_info"
+
+
+def _one_line(error: BaseException) -> str:
+    """The server's own sentence, without detail lines (these quote rows)."""
+    diag = getattr(error, "diag", None)
+    text = (diag.message_primary if diag is not None else None) or str(error)
+    return " ".join(text.split()) or type(error).__name__
+
+
+def _because(error: PgkvError, cause: BaseException) -> PgkvError:
+    error.__cause__ = cause
+    return error
+
+
+def from_result(result: pq.abc.PGresult, encoding: str = "utf-8") -> psycopg.Error:
+    """Return psycopg's exception for an error result."""
+    return psycopg.errors.error_from_result(result, encoding)  # type: ignore[arg-type]  # protocol against class
