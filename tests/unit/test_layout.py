@@ -1,0 +1,133 @@
+"""The agreements about where things stand that no other tool checks."""
+
+import ast
+import enum
+import inspect
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import pgkv
+
+ROOT = Path(__file__).resolve().parents[2]
+CORE = sorted(path for path in (ROOT / "pgkv").rglob("*.py") if "patterns" not in path.relative_to(ROOT).parts)
+PATTERNS = sorted((ROOT / "patterns").rglob("*.py"))
+
+MODULES_WITH_SQL = {"pgkv/_schema.py", "pgkv/_sweep.py", "pgkv/_doctor.py"}
+PACKAGE_WITH_SQL = "pgkv/_sql/"
+# Verbs as statements have them; upper case for the two that are also plain English in a message.
+SQL_VERB = re.compile(
+    r"(?i:\binsert\s+into\b)|(?i:\bdelete\s+from\b)|(?i:\bupdate\s+\S+\s+set\b)|\bSELECT\s|(?i:^\s*select\s.+\sfrom\s)",
+)
+PATTERN_LINES_MAX = 450
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def may_hold_sql(path: Path) -> bool:
+    return name_of(path) in MODULES_WITH_SQL or name_of(path).startswith(PACKAGE_WITH_SQL)
+
+
+def text_constants(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """Line and text of each str or bytes constant, f-strings' parts too, docstrings left out."""
+    docstrings = {
+        id(node.body[0].value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        and node.body
+        and isinstance(node.body[0], ast.Expr)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.JoinedStr):
+            parts = (part.value if isinstance(part, ast.Constant) else "{}" for part in node.values)
+            yield node.lineno, "".join(str(part) for part in parts)
+        elif isinstance(node, ast.Constant) and id(node) not in docstrings:
+            if isinstance(node.value, str):
+                yield node.lineno, node.value
+            elif isinstance(node.value, bytes):
+                yield node.lineno, node.value.decode(errors="replace")
+
+
+@pytest.mark.parametrize("path", [path for path in CORE + PATTERNS if not may_hold_sql(path)], ids=name_of)
+def test_sql_stands_in_few_modules(path: Path) -> None:
+    """SQL verbs occur in _sql/, _schema.py, _sweep.py and _doctor.py, and nowhere else."""
+    found = [
+        f"line {line}: {text.strip()[:60]!r}"
+        for line, text in text_constants(ast.parse(path.read_text(encoding="utf-8")))
+        if SQL_VERB.search(text)
+    ]
+    assert not found, "statements belong into pgkv/_sql/: " + "; ".join(found)
+
+
+@pytest.mark.parametrize(
+    ("text", "is_sql"),
+    [
+        ("INSERT INTO t VALUES ($1)", True),
+        ("  select 1 from t", True),
+        ("WITH x AS (SELECT 1)", True),
+        ("update {} set value = $1", True),
+        ("delete from t", True),
+        ("select one of: poll, notify", False),
+        ("update() gave up after 100 attempts; set attempts higher", False),
+    ],
+)
+def test_sql_is_told_from_english(text: str, is_sql: bool) -> None:
+    """The search for SQL verbs finds statements and leaves messages alone."""
+    assert is_sql == bool(SQL_VERB.search(text))
+
+
+@pytest.mark.parametrize("path", PATTERNS, ids=name_of)
+def test_a_pattern_is_read_in_one_sitting(path: Path) -> None:
+    """No module of pgkv.patterns has grown past the length that one idea needs."""
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= PATTERN_LINES_MAX
+
+
+@pytest.mark.parametrize("path", CORE + PATTERNS, ids=name_of)
+def test_a_module_says_what_it_is_for(path: Path) -> None:
+    """Each module opens with a docstring."""
+    assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+
+
+def test_patterns_is_one_package() -> None:
+    """pgkv.patterns is the folder patterns/, by the link in a checkout."""
+    assert (ROOT / "pgkv" / "patterns").resolve() == ROOT / "patterns"
+
+
+def test_public_names_are_sorted() -> None:
+    """pgkv.__all__ is sorted, so that two branches adding names merge, and has no name twice."""
+    assert sorted(set(pgkv.__all__)) == list(pgkv.__all__)
+
+
+def test_public_names_are_all_there_is() -> None:
+    """A name without underscore in pgkv is public on purpose: it is listed in __all__, and the reverse."""
+    names = {name for name in dir(pgkv) if not name.startswith("_") and not isinstance(getattr(pgkv, name), ModuleType)}
+    assert set(pgkv.__all__) - {"__version__"} == names
+
+
+def own_doc(thing: object) -> str | None:
+    """The docstring written for the thing itself: not inherited, not the one that dataclass or Enum makes up."""
+    if not isinstance(thing, type):
+        return inspect.getdoc(thing)
+    doc = thing.__dict__.get("__doc__")
+    made_up = (
+        doc is None
+        or doc.startswith(f"{thing.__name__}(")
+        or (issubclass(thing, enum.Enum) and doc == enum.Enum.__doc__)
+    )
+    return None if made_up else doc
+
+
+def is_documentable(name: str) -> bool:
+    """Classes and functions; a constant or a type alias carries no docstring."""
+    return isinstance(getattr(pgkv, name), type) or callable(getattr(pgkv, name))
+
+
+@pytest.mark.parametrize("name", [name for name in pgkv.__all__ if is_documentable(name)])
+def test_public_names_are_documented(name: str) -> None:
+    """Each public name has a docstring of its own."""
+    assert own_doc(getattr(pgkv, name)), f"pgkv.{name} has no docstring"
