@@ -1,0 +1,272 @@
+"""Statements that touch many keys, given as arrays: one round trip per few thousand keys.
+
+Keys are made distinct and sorted over the whole batch before it is cut into chunks, so that two
+batches take their row locks in one order whatever order their callers wrote them in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from typing import TYPE_CHECKING, TypeVar
+
+from .. import _codec
+from .._op import BINARY, TEXT, Expired, Op, Result, Signal, Statement
+from ..errors import InvalidKeyError, InvalidValueError
+from .point import ADDED, REFUSED_INCREMENT, WINDOW
+from .table import (
+    AFTER,
+    LIVE,
+    NEVER,
+    Expiry,
+    TableStatements,
+    choose_expiry,
+    read_count,
+    read_nothing,
+)
+
+if TYPE_CHECKING:
+    from .._codec import Value
+    from ..config import Seconds
+
+T = TypeVar("T")
+
+CHUNK_ROWS = 5_000
+CHUNK_BYTES = 8 * 1024 * 1024
+# A small array is planned anew at every call; as many parameters as keys keep one plan.
+IN_LIST_MAX = 8
+
+
+class Batch(TableStatements):
+    """Reads and writes of many keys."""
+
+    def distinct(self, keys: Iterable[str]) -> list[bytes]:
+        """Check the keys and return them distinct, in the order of their bytes."""
+        if isinstance(keys, str | bytes):
+            raise InvalidKeyError("give several keys as a list; a single string is one key")
+        # Without a namespace the commonest case needs no call per key but encode().
+        return sorted({self.key(key) for key in keys})
+
+    # -- reading
+
+    def get_many(self, keys: Iterable[str]) -> list[Op[dict[str, bytes]]]:
+        """The values of those keys that exist."""
+        return [self._get_many(chunk) for chunk in _cut(self.distinct(keys))]
+
+    def _get_many(self, keys: list[bytes]) -> Op[dict[str, bytes]]:
+        few = len(keys) if len(keys) <= IN_LIST_MAX else 0
+        statement = self.made(("get_many", few), lambda: self._make_get_many(few))
+        return Op(statement, keys if few else (_codec.encode_array(keys),))
+
+    def _make_get_many(self, few: int) -> Statement[dict[str, bytes]]:
+        value = "CASE WHEN expires_at <= statement_timestamp() THEN NULL ELSE value END"
+        return self.statement(
+            "get_many",
+            f"SELECT key, {value if self.collects else 'value'} FROM {self.t} "
+            f"WHERE {_among(few)}" + ("" if self.collects else f" AND {self.readable}"),
+            (TEXT,) * few or (BINARY,),
+            self._read_pairs,
+            retry_safe=True,
+            writes=False,
+        )
+
+    def _read_pairs(self, result: Result) -> dict[str, bytes] | Signal:
+        column, read_key = result.get_value, self.read_key
+        found: dict[str, bytes] = {}
+        expired: list[bytes] = []
+        for row in range(result.ntuples):
+            key, value = column(row, 0), column(row, 1)
+            assert key is not None
+            if value is None:
+                expired.append(key)
+            else:
+                found[read_key(key)] = value
+        return Expired(found, expired) if expired else found
+
+    def exists_many(self, keys: Iterable[str]) -> list[Op[set[str]]]:
+        """Those of the keys that exist."""
+        return [
+            Op(self._exists_many, (_codec.encode_array(chunk),))
+            for chunk in _cut(self.distinct(keys))
+        ]
+
+    @cached_property
+    def _exists_many(self) -> Statement[set[str]]:
+        return self.statement(
+            "exists_many",
+            f"SELECT key FROM {self.t} WHERE {_among(0)} AND {self.readable}",
+            (BINARY,),
+            self._read_key_set,
+            retry_safe=True,
+            writes=False,
+        )
+
+    def _read_key_set(self, result: Result) -> set[str]:
+        return {self.read_key(result.get_value(row, 0) or b"") for row in range(result.ntuples)}
+
+    # -- writing
+
+    def set_many(
+        self,
+        items: Mapping[str, Value] | Iterable[tuple[str, Value]],
+        ttl: Seconds | None = None,
+    ) -> tuple[int, list[Op[None]]]:
+        """Write all pairs; of a repeated key the last. How many keys, and the operations."""
+        expiry, extra = choose_expiry(ttl, None, False)
+        key, value = self.key, self.value
+        pairs = sorted({key(k): value(v) for k, v in _pairs(items)}.items())
+        keys = [k for k, _ in pairs]
+        values = [v for _, v in pairs]
+        sizes = (len(k) + len(v) for k, v in pairs)
+        statement = self.made(("set_many", expiry), lambda: self._make_set_many(expiry))
+        cuts = _codec.chunks(keys, sizes, CHUNK_ROWS, CHUNK_BYTES)
+        array = _codec.encode_array
+        return len(pairs), [
+            Op(statement, (array(keys[cut]), array(values[cut], _codec.BYTEA_OID), *extra))
+            for cut in cuts
+        ]
+
+    def _make_set_many(self, expiry: Expiry) -> Statement[None]:
+        return self.statement(
+            "set_many",
+            self.upsert(expiry, source="unnest($1::text[], $2::bytea[]) u(k, v)"),
+            _array_formats(expiry),
+            read_nothing,
+            retry_safe=True,
+        )
+
+    def increment_many(
+        self, deltas: Mapping[str, int], ttl: Seconds | None = None
+    ) -> list[Op[tuple[dict[str, int], list[str]]]]:
+        """Add to integers: the sums, and those keys whose sum had expired when it was written."""
+        expiry, extra = choose_expiry(ttl, None, False)
+        summed: dict[bytes, int] = {}
+        for key, delta in _pairs(deltas):
+            raw = self.key(key)
+            summed[raw] = summed.get(raw, 0) + _codec.integer(delta, "delta")
+        pairs = sorted(summed.items())
+        keys = [k for k, _ in pairs]
+        values = [b"%d" % _codec.integer(v, "delta") for _, v in pairs]
+        statement = self.made(("increment_many", expiry), lambda: self._make_increment_many(expiry))
+        array = _codec.encode_array
+        return [
+            Op(statement, (array(keys[cut]), array(values[cut], _codec.BYTEA_OID), *extra))
+            for cut in _codec.chunks(keys, (len(k) + 20 for k in keys), CHUNK_ROWS, CHUNK_BYTES)
+        ]
+
+    def _make_increment_many(self, expiry: Expiry) -> Statement[tuple[dict[str, int], list[str]]]:
+        upsert = self.upsert(
+            expiry,
+            source="unnest($1::text[], $2::bytea[]) u(k, v)",
+            value=ADDED,
+            expires_at=WINDOW,
+            returning="key, value, expires_at",
+        )
+        return self.statement(
+            "increment_many",
+            f"WITH up AS ({upsert}) "
+            "SELECT key, value, coalesce(expires_at <= clock_timestamp(), false) FROM up",
+            _array_formats(expiry),
+            self._read_sums,
+            savepoint=True,
+            refused=REFUSED_INCREMENT,
+        )
+
+    def _read_sums(self, result: Result) -> tuple[dict[str, int], list[str]]:
+        sums: dict[str, int] = {}
+        expired: list[str] = []
+        column, read_key = result.get_value, self.read_key
+        for row in range(result.ntuples):
+            key = read_key(column(row, 0) or b"")
+            sums[key] = int(column(row, 1) or b"")
+            if column(row, 2) == b"\1":
+                expired.append(key)
+        return sums, expired
+
+    def delete_many(self, keys: Iterable[str]) -> list[Op[int]]:
+        """Remove the keys."""
+        return [
+            Op(self._delete_many, (_codec.encode_array(chunk),))
+            for chunk in _cut(self.distinct(keys))
+        ]
+
+    @cached_property
+    def _delete_many(self) -> Statement[int]:
+        return self.statement(
+            "delete_many",
+            f"WITH {self.locked(f'{_among(0)} AND {LIVE}')} "
+            f"DELETE FROM {self.t} t USING l WHERE t.key = l.key",
+            (BINARY,),
+            read_count,
+            retry_safe=True,
+        )
+
+    def expire_many(self, keys: Iterable[str], ttl: Seconds) -> list[Op[int]]:
+        """Give the keys a new ttl."""
+        interval = _codec.encode_ttl(ttl)
+        return [
+            Op(self._expire_many, (_codec.encode_array(chunk), interval))
+            for chunk in _cut(self.distinct(keys))
+        ]
+
+    @cached_property
+    def _expire_many(self) -> Statement[int]:
+        return self.statement(
+            "expire_many",
+            f"WITH {self.locked(f'{_among(0)} AND {LIVE}')} "
+            f"UPDATE {self.t} t SET expires_at = {AFTER.updated.format(n=2)} "
+            "FROM l WHERE t.key = l.key",
+            (BINARY, BINARY),
+            read_count,
+            retry_safe=True,
+        )
+
+    @cached_property
+    def _collect(self) -> Statement[int]:
+        # Names the expiry again, so that a value written a moment ago is safe, and skips rows
+        # that somebody holds: collecting waits for nobody.
+        dead = f"{_among(0)} AND expires_at <= statement_timestamp()"
+        return self.statement(
+            "collect",
+            f"DELETE FROM {self.t} WHERE {dead} AND key IN "
+            f"(SELECT key FROM {self.t} WHERE {dead} FOR UPDATE SKIP LOCKED)",
+            (BINARY,),
+            read_count,
+            retry_safe=True,
+            writes=False,
+        )
+
+    def collect(self, keys: Iterable[bytes]) -> Op[int]:
+        """Delete those of the keys (encoded, with prefix) whose time has passed."""
+        return Op(self._collect, (_codec.encode_array(sorted(set(keys))),))
+
+
+def _among(few: int) -> str:
+    if not few:
+        return "key = ANY($1::text[])"
+    return f"key IN ({', '.join(f'${n}' for n in range(1, few + 1))})"
+
+
+def _cut(keys: list[bytes]) -> list[list[bytes]]:
+    return [keys[begin : begin + CHUNK_ROWS] for begin in range(0, len(keys), CHUNK_ROWS)]
+
+
+def _array_formats(expiry: Expiry) -> tuple[int, ...]:
+    return (BINARY, BINARY) if expiry is NEVER else (BINARY, BINARY, BINARY)
+
+
+def _pairs(items: Mapping[str, T] | Iterable[tuple[str, T]]) -> Iterable[tuple[str, T]]:
+    if isinstance(items, Mapping):
+        return items.items()
+    return _checked_pairs(items)
+
+
+def _checked_pairs(items: Iterable[tuple[str, T]]) -> Iterable[tuple[str, T]]:
+    for item in items:
+        try:
+            key, value = item
+        except (TypeError, ValueError):
+            raise InvalidValueError(
+                "give a mapping, or an iterable of (key, value) pairs"
+            ) from None
+        yield key, value

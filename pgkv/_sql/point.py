@@ -1,0 +1,519 @@
+"""Statements that touch one key. Each names it as ``key = $1``, so that a sharded server routes it."""
+
+from __future__ import annotations
+
+import math
+from datetime import datetime
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from .. import _codec
+from .._op import BINARY, TEXT, Expired, Op, Raced, Result, Signal, Statement
+from ..errors import InvalidValueError
+from ..types import CasResult, CasStatus, Entry
+from .table import (
+    AFTER,
+    AT,
+    DEAD,
+    KEEP,
+    LIVE,
+    NEVER,
+    UPDATED,
+    Expiry,
+    TableStatements,
+    choose_expiry,
+    formats,
+    read_changed,
+    read_found,
+    read_int,
+    read_int_or_none,
+    read_value,
+)
+
+if TYPE_CHECKING:
+    from .._codec import Value
+    from ..config import Seconds
+
+# Integers are kept as decimal text, as the Rust crate keeps them. The pattern is tested before
+# the cast, which on 16 and later would also take '1_000' and '0x1F', and ' 7 ' on any version.
+INTEGER = "substring(encode({value}, 'escape') from '^-?[0-9]{{1,19}}$')::bigint"
+NOT_AN_INTEGER = "the stored value is not a signed 64-bit integer; nothing was changed"
+REFUSED_INCREMENT = {
+    "22003": "the result is outside the signed 64-bit range; nothing was changed",
+    "22008": NOT_AN_INTEGER,
+    "22P02": NOT_AN_INTEGER,
+    "23502": NOT_AN_INTEGER,
+}
+# A value that is no integer gives NULL, and the column's NOT NULL refuses it (23502).
+ADDED = (
+    f"CASE WHEN {DEAD} THEN EXCLUDED.value ELSE ("
+    + INTEGER.format(value="t.value")
+    + " + encode(EXCLUDED.value, 'escape')::bigint)::text::bytea END"
+)
+# An increment applies its ttl only when it creates the key: a fixed window.
+WINDOW = f"CASE WHEN {DEAD} THEN EXCLUDED.expires_at ELSE t.expires_at END"
+
+
+class Point(TableStatements):
+    """Reads, writes and compare-and-swap of one key."""
+
+    # -- reading
+
+    @cached_property
+    def _get(self) -> Statement[bytes | None]:
+        if self.collects:
+            # value is NOT NULL, so a NULL can only mean "expired".
+            return self.statement(
+                "get",
+                "SELECT CASE WHEN expires_at <= statement_timestamp() THEN NULL ELSE value END "
+                f"FROM {self.t} WHERE key = $1",
+                (TEXT,),
+                _read_value_or_expired,
+                retry_safe=True,
+                writes=False,
+            )
+        return self.statement(
+            "get",
+            f"SELECT value FROM {self.t} WHERE key = $1 AND {self.readable}",
+            (TEXT,),
+            read_value,
+            retry_safe=True,
+            writes=False,
+        )
+
+    def get(self, key: str) -> Op[bytes | None]:
+        """The value, or None."""
+        return Op(self._get, (self.key(key),))
+
+    @cached_property
+    def _get_entry(self) -> Statement[Entry | None]:
+        return self.statement(
+            "get_entry",
+            "SELECT value, version, expires_at, created_at, updated_at, statement_timestamp(), "
+            f"coalesce(expires_at <= statement_timestamp(), false) FROM {self.t} "
+            f"WHERE key = $1 AND {'TRUE' if self.collects else self.readable}",
+            (TEXT,),
+            _no_entry,
+            retry_safe=True,
+            writes=False,
+        )
+
+    def get_entry(self, key: str) -> Op[Entry | None]:
+        """The whole row, or None."""
+
+        def decode(result: Result) -> Entry | None | Signal:
+            if not result.ntuples:
+                return None
+            if self.collects and result.get_value(0, 6) == b"\1":
+                return Expired(None)
+            column = result.get_value
+            return Entry(
+                key,
+                column(0, 0) or b"",
+                _codec.decode_int(column(0, 1)),
+                _codec.decode_moment_or_none(column(0, 2)),
+                _codec.decode_moment(column(0, 3)),
+                _codec.decode_moment(column(0, 4)),
+                _codec.decode_moment(column(0, 5)),
+            )
+
+        return Op(self._get_entry, (self.key(key),), decode)
+
+    @cached_property
+    def _exists(self) -> Statement[bool]:
+        return self.statement(
+            "exists",
+            f"SELECT 1 FROM {self.t} WHERE key = $1 AND {self.readable}",
+            (TEXT,),
+            read_found,
+            retry_safe=True,
+            writes=False,
+        )
+
+    def exists(self, key: str) -> Op[bool]:
+        """Whether the key exists."""
+        return Op(self._exists, (self.key(key),))
+
+    @cached_property
+    def _ttl(self) -> Statement[float | None]:
+        return self.statement(
+            "ttl",
+            "SELECT extract(epoch from expires_at - statement_timestamp())::float8 "
+            f"FROM {self.t} WHERE key = $1 AND {self.readable}",
+            (TEXT,),
+            _read_seconds,
+            retry_safe=True,
+            writes=False,
+        )
+
+    def ttl(self, key: str) -> Op[float | None]:
+        """Seconds left; inf without an expiry; None without the key."""
+        return Op(self._ttl, (self.key(key),))
+
+    # -- writing
+
+    def set(
+        self,
+        key: str,
+        value: Value,
+        ttl: Seconds | None = None,
+        expires_at: datetime | None = None,
+        keep_ttl: bool = False,
+        if_version: int | None = None,
+    ) -> Op[int | None]:
+        """Write; the new version, or None where `if_version` did not match."""
+        if ttl is None and expires_at is None and not keep_ttl and if_version is None:
+            return Op(self._set, (self.key(key), self.value(value)))
+        expiry, extra = choose_expiry(ttl, expires_at, keep_ttl)
+        params = (self.key(key), self.value(value), *extra)
+        if if_version is None:
+            return Op(self.made(("set", expiry), lambda: self._make_set(expiry)), params)
+        if _codec.integer(if_version, "if_version") == 0:
+            return Op(self.made(("set_nx", expiry), lambda: self._make_set_nx(expiry)), params)
+        statement = self.made(("set_if", expiry), lambda: self._make_set_if(expiry))
+        return Op(statement, (*params, _codec.encode_int8(if_version)))
+
+    @cached_property
+    def _set(self) -> Statement[int | None]:
+        return self._make_set(NEVER)
+
+    def _make_set(self, expiry: Expiry) -> Statement[int | None]:
+        return self.statement(
+            "set",
+            self.upsert(expiry, returning="version"),
+            formats(2, expiry),
+            read_int,
+            retry_safe=True,
+        )
+
+    def _make_set_nx(self, expiry: Expiry) -> Statement[int | None]:
+        return self.statement(
+            "set_nx",
+            self.upsert(expiry, where=DEAD, returning="version"),
+            formats(2, expiry),
+            read_int_or_none,
+        )
+
+    def _make_set_if(self, expiry: Expiry) -> Statement[int | None]:
+        n = 3 if expiry.format is None else 4
+        return self.statement(
+            "set_if_version",
+            f"UPDATE {self.t} SET value = $2, expires_at = {expiry.updated.format(n=3)}, {UPDATED} "
+            f"WHERE key = $1 AND version = ${n} AND {LIVE} RETURNING version",
+            formats(2, expiry, BINARY),
+            read_int_or_none,
+        )
+
+    def set_nx(self, key: str, value: Value, ttl: Seconds | None = None) -> Op[bool]:
+        """Write if there is no such key."""
+        expiry, extra = choose_expiry(ttl, None, False)
+        statement = self.made(("set_nx", expiry), lambda: self._make_set_nx(expiry))
+        return Op(statement, (self.key(key), self.value(value), *extra), read_found)
+
+    def set_xx(self, key: str, value: Value, ttl: Seconds | None = None) -> Op[bool]:
+        """Write if the key exists."""
+        expiry, extra = choose_expiry(ttl, None, False)
+        statement = self.made(("set_xx", expiry), lambda: self._make_set_xx(expiry))
+        return Op(statement, (self.key(key), self.value(value), *extra))
+
+    def _make_set_xx(self, expiry: Expiry) -> Statement[bool]:
+        return self.statement(
+            "set_xx",
+            f"UPDATE {self.t} SET value = $2, expires_at = {expiry.updated.format(n=3)}, {UPDATED} "
+            f"WHERE key = $1 AND {LIVE}",
+            formats(2, expiry),
+            read_changed,
+        )
+
+    @cached_property
+    def _delete(self) -> Statement[bool]:
+        return self.statement(
+            "delete",
+            f"DELETE FROM {self.t} WHERE key = $1 AND {LIVE}",
+            (TEXT,),
+            read_changed,
+            retry_safe=True,
+        )
+
+    @cached_property
+    def _delete_if(self) -> Statement[bool]:
+        return self.statement(
+            "delete_if_version",
+            f"DELETE FROM {self.t} WHERE key = $1 AND version = $2 AND {LIVE}",
+            (TEXT, BINARY),
+            read_changed,
+        )
+
+    def delete(self, key: str, if_version: int | None = None) -> Op[bool]:
+        """Remove the key."""
+        if if_version is None:
+            return Op(self._delete, (self.key(key),))
+        version = _codec.encode_int8(_codec.integer(if_version, "if_version"))
+        return Op(self._delete_if, (self.key(key), version))
+
+    @cached_property
+    def _get_and_delete(self) -> Statement[bytes | None]:
+        return self.statement(
+            "get_and_delete",
+            f"DELETE FROM {self.t} WHERE key = $1 AND {LIVE} RETURNING value",
+            (TEXT,),
+            read_value,
+        )
+
+    def get_and_delete(self, key: str) -> Op[bytes | None]:
+        """Remove the key and return what it held."""
+        return Op(self._get_and_delete, (self.key(key),))
+
+    def get_and_set(self, key: str, value: Value, ttl: Seconds | None = None) -> Op[bytes | None]:
+        """Write and return what was there before."""
+        expiry, extra = choose_expiry(ttl, None, False)
+        statement = self.made(("get_and_set", expiry), lambda: self._make_get_and_set(expiry))
+        return Op(statement, (self.key(key), self.value(value), *extra))
+
+    def _make_get_and_set(self, expiry: Expiry) -> Statement[bytes | None]:
+        # Before 18 RETURNING has no old row. FOR UPDATE returns the newest value and holds it;
+        # count(*) makes that run before the INSERT; and the version test turns a row that
+        # somebody inserted in between into "no row came back", which is asked again.
+        before_18 = (
+            f"WITH old AS MATERIALIZED (SELECT value, expires_at, version FROM {self.t} "
+            "WHERE key = $1 FOR UPDATE), ups AS ("
+            + self.upsert(
+                expiry,
+                source="(SELECT $1::text AS k, $2::bytea AS v, count(*) FROM old) u",
+                where="t.version = (SELECT version FROM old)",
+                returning="updated_at",
+            )
+            + ") SELECT CASE WHEN old.expires_at <= ups.updated_at THEN NULL ELSE old.value END "
+            "FROM ups LEFT JOIN old ON TRUE"
+        )
+        since_18 = self.upsert(
+            expiry,
+            returning="CASE WHEN old.expires_at <= new.updated_at THEN NULL ELSE old.value END",
+        )
+        return self.statement(
+            "get_and_set",
+            before_18,
+            formats(2, expiry),
+            _read_value_or_raced,
+            sql_18=since_18,
+        )
+
+    # -- atomic
+
+    def increment(self, key: str, delta: int = 1, ttl: Seconds | None = None) -> Op[int]:
+        """Add to an integer; the sum."""
+        if ttl is None:
+            return Op(self._increment, (self.key(key), _decimal(delta)))
+        expiry, extra = choose_expiry(ttl, None, False)
+        statement = self.made(("increment", expiry), lambda: self._make_increment(expiry))
+        return Op(statement, (self.key(key), _decimal(delta), *extra))
+
+    @cached_property
+    def _increment(self) -> Statement[int]:
+        return self._make_increment(NEVER)
+
+    def _make_increment(self, expiry: Expiry) -> Statement[int]:
+        # The statement judged the row when it arrived. If it then waited for a lock, the row it
+        # added to may have expired meanwhile, and nobody would ever see the sum: hence the
+        # second look, by a clock that has moved on.
+        upsert = self.upsert(
+            expiry, value=ADDED, expires_at=WINDOW, returning="value, expires_at"
+        )
+        return self.statement(
+            "increment",
+            f"WITH up AS ({upsert}) "
+            "SELECT value, coalesce(expires_at <= clock_timestamp(), false) FROM up",
+            formats(2, expiry),
+            _read_sum,
+            savepoint=True,
+            refused=REFUSED_INCREMENT,
+            repeats=1,
+        )
+
+    def compare_and_swap(
+        self, key: str, expected: Value | None, new: Value, ttl: Seconds | None = None
+    ) -> Op[CasResult]:
+        """Write if the value is `expected` (None: if there is no such key)."""
+        value = self.value(new)
+        if expected is None:
+            expiry, extra = choose_expiry(ttl, None, False)
+            statement = self.made(("cas_new", expiry), lambda: self._make_cas_new(expiry))
+            return Op(statement, (self.key(key), value, *extra), CasReader(value, Raced()))
+        expiry, extra = choose_expiry(ttl, None, False, KEEP)
+        statement = self.made(("cas", expiry), lambda: self._make_cas(expiry, "value"))
+        params = (self.key(key), value, *extra, self.value(expected))
+        return Op(statement, params, CasReader(value, NOT_FOUND))
+
+    def swap_version(
+        self, key: str, version: int, new: bytes, ttl: Seconds | None = None
+    ) -> Op[CasResult]:
+        """Write if the row still has that version: the inner step of `update`."""
+        expiry, extra = choose_expiry(ttl, None, False, KEEP)
+        statement = self.made(("cas_version", expiry), lambda: self._make_cas(expiry, "version"))
+        params = (self.key(key), new, *extra, _codec.encode_int8(version))
+        return Op(statement, params, CasReader(new, NOT_FOUND))
+
+    def _make_cas(self, expiry: Expiry, column: str) -> Statement[CasResult]:
+        n = 3 if expiry.format is None else 4
+        # The UPDATE sees the newest row, the SELECT this statement's snapshot. A mismatch that
+        # shows the expected value is therefore a stale snapshot (2): ask again.
+        return self.statement(
+            "compare_and_swap",
+            f"WITH up AS (UPDATE {self.t} SET value = $2, "
+            f"expires_at = {expiry.updated.format(n=3)}, {UPDATED} "
+            f"WHERE key = $1 AND {column} = ${n} AND {LIVE} RETURNING version) "
+            "SELECT 0, NULL::bytea, version FROM up UNION ALL "
+            f"SELECT CASE WHEN {column} = ${n} THEN 2 ELSE 1 END, value, version "
+            f"FROM {self.t} WHERE key = $1 AND {LIVE} AND NOT EXISTS (SELECT 1 FROM up)",
+            formats(2, expiry, BINARY),
+            _read_cas_unbound,
+            savepoint=True,
+        )
+
+    def _make_cas_new(self, expiry: Expiry) -> Statement[CasResult]:
+        return self.statement(
+            "compare_and_swap",
+            f"WITH up AS ({self.upsert(expiry, where=DEAD, returning='version')}) "
+            "SELECT 0, NULL::bytea, version FROM up UNION ALL "
+            f"SELECT 1, value, version FROM {self.t} "
+            f"WHERE key = $1 AND {LIVE} AND NOT EXISTS (SELECT 1 FROM up)",
+            formats(2, expiry),
+            _read_cas_unbound,
+            savepoint=True,
+        )
+
+    @cached_property
+    def _compare_and_delete(self) -> Statement[bool]:
+        return self.statement(
+            "compare_and_delete",
+            f"DELETE FROM {self.t} WHERE key = $1 AND value = $2 AND {LIVE}",
+            (TEXT, BINARY),
+            read_changed,
+        )
+
+    def compare_and_delete(self, key: str, expected: Value) -> Op[bool]:
+        """Remove the key if it holds `expected`."""
+        return Op(self._compare_and_delete, (self.key(key), self.value(expected)))
+
+    # -- expiry
+
+    def expire(self, key: str, ttl: Seconds, if_version: int | None = None) -> Op[bool]:
+        """Give the key a new ttl."""
+        params = (self.key(key), _codec.encode_ttl(ttl))
+        if if_version is None:
+            return Op(self.made(("expire", AFTER), lambda: self._make_expire(AFTER)), params)
+        statement = self.made(("expire_if", AFTER), lambda: self._make_expire(AFTER, versioned=True))
+        version = _codec.encode_int8(_codec.integer(if_version, "if_version"))
+        return Op(statement, (*params, version))
+
+    def expire_at(self, key: str, moment: datetime) -> Op[bool]:
+        """Give the key a moment at which it ends."""
+        statement = self.made(("expire", AT), lambda: self._make_expire(AT))
+        return Op(statement, (self.key(key), _codec.encode_moment(moment)))
+
+    def persist(self, key: str) -> Op[bool]:
+        """Let the key never expire."""
+        return Op(self.made(("expire", NEVER), lambda: self._make_expire(NEVER)), (self.key(key),))
+
+    def _make_expire(self, expiry: Expiry, *, versioned: bool = False) -> Statement[bool]:
+        name = {AFTER: "expire", AT: "expire_at", NEVER: "persist"}[expiry]
+        return self.statement(
+            name,
+            f"UPDATE {self.t} SET expires_at = {expiry.updated.format(n=2)} "
+            f"WHERE key = $1 AND {LIVE}" + (" AND version = $3" if versioned else ""),
+            formats(1, expiry, *((BINARY,) if versioned else ())),
+            read_changed,
+            retry_safe=not versioned,
+        )
+
+    @cached_property
+    def _get_and_touch(self) -> Statement[bytes | None]:
+        return self.statement(
+            "get_and_touch",
+            f"UPDATE {self.t} SET expires_at = statement_timestamp() + $2::interval "
+            f"WHERE key = $1 AND {LIVE} RETURNING value",
+            (TEXT, BINARY),
+            read_value,
+        )
+
+    def get_and_touch(self, key: str, ttl: Seconds) -> Op[bytes | None]:
+        """The value, and a new ttl for it."""
+        return Op(self._get_and_touch, (self.key(key), _codec.encode_ttl(ttl)))
+
+
+# -- decoders ------------------------------------------------------------------------------
+
+_EXPIRED = Expired(None)
+_RACED = Raced()
+NOT_FOUND = CasResult(CasStatus.NOT_FOUND, None, None)
+
+
+def _decimal(delta: int) -> bytes:
+    # `type is int` first: it settles the usual call at once.
+    if type(delta) is int and -(2**62) < delta < 2**62:
+        return b"%d" % delta
+    return b"%d" % _codec.integer(delta, "delta")
+
+
+def negated(delta: int) -> int:
+    """Return ``-delta`` for `decrement`.
+
+    Raises:
+        InvalidValueError: not an integer, or its negative does not fit 64 bits.
+    """
+    if _codec.integer(delta, "delta") == _codec.INT8_MIN:
+        raise InvalidValueError("delta is outside the range that can be subtracted")
+    return -delta
+
+
+def _read_value_or_expired(result: Result) -> bytes | None | Signal:
+    if not result.ntuples:
+        return None
+    value = result.get_value(0, 0)
+    return _EXPIRED if value is None else value
+
+
+def _read_value_or_raced(result: Result) -> bytes | None | Signal:
+    return result.get_value(0, 0) if result.ntuples else _RACED
+
+
+def _no_entry(result: Result) -> None:
+    """Replaced in each call: an entry carries its key."""
+
+
+def _read_seconds(result: Result) -> float | None:
+    if not result.ntuples:
+        return None
+    raw = result.get_value(0, 0)
+    return math.inf if raw is None else max(0.0, _codec.decode_float8(raw))
+
+
+def _read_sum(result: Result) -> int | Signal:
+    total = int(result.get_value(0, 0) or b"")
+    return total if result.get_value(0, 1) == b"\0" else Raced(total)
+
+
+def _read_cas_unbound(result: Result) -> CasResult:
+    """Replaced in each call: a success carries the new value."""
+    return NOT_FOUND
+
+
+class CasReader:
+    """Reads a compare-and-swap: a success carries the new value, which is not sent back."""
+
+    __slots__ = ("new", "without_row")
+
+    def __init__(self, new: bytes, without_row: CasResult | Signal) -> None:
+        self.new = new
+        self.without_row = without_row
+
+    def __call__(self, result: Result) -> CasResult | Signal:
+        if not result.ntuples:
+            return self.without_row
+        status = _codec.decode_int(result.get_value(0, 0))
+        if status == 2:
+            return _RACED
+        version = _codec.decode_int(result.get_value(0, 2))
+        if status == 0:
+            return CasResult(CasStatus.SUCCESS, self.new, version)
+        return CasResult(CasStatus.MISMATCH, result.get_value(0, 1), version)

@@ -1,0 +1,291 @@
+"""Statements that touch a range of keys or the whole table.
+
+A prefix is a range: ``key >= 'user:' AND key < 'user;'``, which the primary key serves under
+COLLATE "C" (LIKE would not, and would give '%' and '_' in a prefix a meaning).
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import TYPE_CHECKING, TypeVar
+
+from .. import _codec
+from .._op import BINARY, TEXT, Op, Result, Signal, Statement
+from ..errors import InvalidKeyError, InvalidValueError
+from ..types import KeyValue, ScanOptions, Stats
+from .table import LIVE, TableStatements, read_int, read_nothing
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+T = TypeVar("T")
+
+SWEEP_PAGES = 128
+
+
+class Scan(TableStatements):
+    """Ranges, counts, sweeps and upkeep."""
+
+    # -- ranges
+
+    def keys(self, options: ScanOptions) -> Op[list[str]]:
+        """The keys selected, in the order of their bytes."""
+        return self._scan("keys", "key", self._read_keys, options)
+
+    def scan(self, options: ScanOptions) -> Op[list[KeyValue]]:
+        """The rows selected, in the order of their keys' bytes."""
+        return self._scan("scan", "key, value", self._read_rows, options)
+
+    def _scan(
+        self,
+        name: str,
+        columns: str,
+        decode: Callable[[Result], T | Signal],
+        options: ScanOptions,
+    ) -> Op[T]:
+        limit = None if options.limit is None else _count("limit", options.limit)
+        offset = _count("offset", options.offset)
+        where, params = self._range(options)
+        statement: Statement[T] = self.made(
+            (name, where),
+            lambda: self.statement(
+                name,
+                f"SELECT {columns} FROM {self.t} WHERE {where} "
+                f'ORDER BY key COLLATE "C" LIMIT $1::bigint OFFSET $2::bigint',
+                (BINARY, BINARY, *(TEXT,) * len(params)),
+                decode,
+                retry_safe=True,
+                writes=False,
+            ),
+        )
+        encode = _codec.encode_int8
+        return Op(statement, (None if limit is None else encode(limit), encode(offset), *params))
+
+    def _range(self, options: ScanOptions, first: int = 3) -> tuple[str, list[bytes]]:
+        """The WHERE of a selection, its parameters counted from `first`. Bounds are merged here,
+        so that there is one text per shape, whatever mix of bounds asked for it."""
+        prefix = self.prefix_bytes + _codec.encode_bound(options.prefix, "prefix")
+        lower, inclusive = prefix, True
+        if options.start is not None:
+            lower = max(lower, self.prefix_bytes + _codec.encode_bound(options.start, "start"))
+        if options.after is not None:
+            after = self.prefix_bytes + _codec.encode_bound(options.after, "after")
+            if after >= lower:
+                lower, inclusive = after, False
+        uppers = [] if not prefix else [_codec.successor(prefix)]
+        if options.end is not None:
+            uppers.append(self.prefix_bytes + _codec.encode_bound(options.end, "end"))
+        upper = min((u for u in uppers if u is not None), default=None)
+
+        clauses: list[str] = []
+        params: list[bytes] = []
+        if lower or not inclusive:
+            clauses.append(f'key COLLATE "C" {">=" if inclusive else ">"} ${first}')
+            params.append(lower)
+        if upper is not None:
+            clauses.append(f'key COLLATE "C" < ${first + len(params)}')
+            params.append(upper)
+        if not options.include_expired:
+            clauses.append(self.readable)
+        return " AND ".join(clauses) or "TRUE", params
+
+    def _read_keys(self, result: Result) -> list[str]:
+        column, read_key = result.get_value, self.read_key
+        return [read_key(column(row, 0) or b"") for row in range(result.ntuples)]
+
+    def _read_rows(self, result: Result) -> list[KeyValue]:
+        column, read_key = result.get_value, self.read_key
+        return [
+            KeyValue(read_key(column(row, 0) or b""), column(row, 1) or b"")
+            for row in range(result.ntuples)
+        ]
+
+    def count(self, prefix: str, include_expired: bool) -> Op[int]:
+        """How many keys begin with the prefix."""
+        options = ScanOptions(prefix=prefix, include_expired=include_expired)
+        where, params = self._range(options, first=1)
+        statement = self.made(
+            ("count", where),
+            lambda: self.statement(
+                "count",
+                f"SELECT count(*) FROM {self.t} WHERE {where}",
+                (TEXT,) * len(params),
+                read_int,
+                retry_safe=True,
+                writes=False,
+            ),
+        )
+        return Op(statement, params)
+
+    def delete_prefix(self, prefix: str) -> Op[int]:
+        """Remove every row with the prefix, the expired ones too; how many live ones."""
+        options = ScanOptions(prefix=prefix, include_expired=True)
+        where, params = self._range(options, first=1)
+        statement = self.made(
+            ("delete_prefix", where),
+            lambda: self.statement(
+                "delete_prefix",
+                f"WITH {self.locked(where)}, gone AS (DELETE FROM {self.t} t USING l "
+                f"WHERE t.key = l.key RETURNING t.expires_at) "
+                f"SELECT count(*) FILTER (WHERE {LIVE}) FROM gone",
+                (TEXT,) * len(params),
+                read_int,
+            ),
+        )
+        return Op(statement, params)
+
+    # -- collecting what has expired
+
+    @cached_property
+    def _pages(self) -> Statement[int]:
+        return self.statement(
+            "pages",
+            f"SELECT pg_relation_size({self._regclass}) / current_setting('block_size')::bigint",
+            (),
+            read_int,
+            retry_safe=True,
+            writes=False,
+        )
+
+    def pages(self) -> Op[int]:
+        """The table's size in pages."""
+        return Op(self._pages)
+
+    @cached_property
+    def _sweep(self) -> Statement[tuple[int, int, int]]:
+        # TID ranges need no index on expires_at (any index on it would end HOT updates). The
+        # second test of the expiry is for a row that was written between the two scans.
+        chunk = "ctid >= $1::tid AND ctid < $2::tid"
+        return self.statement(
+            "sweep",
+            f"WITH gone AS (DELETE FROM {self.t} WHERE ctid = ANY (ARRAY("
+            f"SELECT ctid FROM {self.t} WHERE {chunk} AND expires_at <= statement_timestamp() "
+            "LIMIT $3::bigint FOR UPDATE SKIP LOCKED)) "
+            "AND expires_at <= statement_timestamp() RETURNING 1) "
+            "SELECT (SELECT count(*) FROM gone), "
+            f"(SELECT count(*) FROM {self.t} WHERE {chunk}), "
+            f"pg_relation_size({self._regclass}) / current_setting('block_size')::bigint",
+            (TEXT, TEXT, BINARY),
+            _read_sweep,
+            retry_safe=True,
+            writes=False,
+        )
+
+    def sweep(self, page: int, limit: int | None = None) -> Op[tuple[int, int, int]]:
+        """Collect one chunk that begins at that page: rows deleted, rows seen, pages in all."""
+        return Op(self._sweep, _tids(page, limit))
+
+    @cached_property
+    def _sweep_alone(self) -> Statement[tuple[int, int, int]]:
+        # Of a fleet only one process sweeps a table at a time; the others' chunk is empty.
+        alone = "(SELECT pg_try_advisory_xact_lock(hashtext('pgkv sweep'), hashtext($4)))"
+        sql = self._sweep.sql.replace("LIMIT $3", f"AND {alone} LIMIT $3", 1)
+        return self.statement(
+            "sweep",
+            sql,
+            (TEXT, TEXT, BINARY, TEXT),
+            _read_sweep,
+            retry_safe=True,
+            writes=False,
+        )
+
+    def sweep_alone(self, page: int) -> Op[tuple[int, int, int]]:
+        """`sweep`, but empty while another process is in one."""
+        return Op(self._sweep_alone, (*_tids(page, None), self.t.encode()))
+
+    # -- upkeep
+
+    @cached_property
+    def _regclass(self) -> str:
+        return "'" + self.t.replace("'", "''") + "'::regclass"
+
+    @cached_property
+    def _stats(self) -> Statement[Stats]:
+        return self.statement(
+            "stats",
+            "SELECT count(*), count(*) FILTER (WHERE expires_at <= statement_timestamp()), "
+            "coalesce(sum(octet_length(value)), 0)::bigint, "
+            "coalesce(avg(octet_length(value)), 0)::float8, "
+            "coalesce(max(octet_length(value)), 0)::bigint, "
+            f"pg_table_size({self._regclass}), pg_indexes_size({self._regclass}), "
+            f"coalesce(pg_stat_get_dead_tuples({self._regclass}), 0), "
+            f"pg_stat_get_tuples_updated({self._regclass}), "
+            f"pg_stat_get_tuples_hot_updated({self._regclass}) FROM {self.t}",
+            (),
+            _read_stats,
+            retry_safe=True,
+            writes=False,
+        )
+
+    def stats(self) -> Op[Stats]:
+        """Sizes and health of the table."""
+        return Op(self._stats)
+
+    def truncate(self) -> Op[None]:
+        """Empty the table at once."""
+        return Op(self._command("truncate", f"SET LOCAL lock_timeout = '2s'; TRUNCATE {self.t}"))
+
+    def vacuum(self) -> Op[None]:
+        """Reclaim dead rows."""
+        return Op(self._command("vacuum", f"VACUUM {self.t}"))
+
+    def analyze(self) -> Op[None]:
+        """Refresh the planner's statistics."""
+        return Op(self._command("analyze", f"ANALYZE {self.t}"))
+
+    def _command(self, name: str, sql: str) -> Statement[None]:
+        return self.made(
+            name, lambda: self.statement(name, sql, (), read_nothing, script=True, writes=False)
+        )
+
+    @cached_property
+    def _ping(self) -> Statement[None]:
+        return Statement("ping", "SELECT 1", (), read_nothing, retry_safe=True, writes=False)
+
+    def ping(self) -> Op[None]:
+        """A round trip to the server."""
+        return Op(self._ping)
+
+
+def _tids(page: int, limit: int | None) -> tuple[bytes, bytes, bytes | None]:
+    encoded = None if limit is None else _codec.encode_int8(limit)
+    return b"(%d,0)" % page, b"(%d,0)" % (page + SWEEP_PAGES), encoded
+
+
+def _count(name: str, value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise InvalidValueError(f"{name} must be an integer of 0 or more, not {value!r}")
+    return min(value, _codec.INT8_MAX)
+
+
+def namespace_prefix(outer: str, prefix: object) -> str:
+    """Return the prefix of a namespace inside another.
+
+    Raises:
+        InvalidKeyError: not a non-empty string that a key can begin with.
+    """
+    if not isinstance(prefix, str) or not prefix:
+        raise InvalidKeyError("a namespace's prefix must be a non-empty str")
+    _codec.encode_bound(prefix, "the namespace's prefix")
+    return outer + prefix
+
+
+def _read_sweep(result: Result) -> tuple[int, int, int]:
+    column, read = result.get_value, _codec.decode_int
+    return read(column(0, 0)), read(column(0, 1)), read(column(0, 2))
+
+
+def _read_stats(result: Result) -> Stats:
+    column, read = result.get_value, _codec.decode_int
+    updated, hot = read(column(0, 8)), read(column(0, 9))
+    return Stats(
+        total_keys=read(column(0, 0)),
+        expired_keys=read(column(0, 1)),
+        total_value_bytes=read(column(0, 2)),
+        avg_value_bytes=_codec.decode_float8(column(0, 3)),
+        max_value_bytes=read(column(0, 4)),
+        table_size_bytes=read(column(0, 5)),
+        index_size_bytes=read(column(0, 6)),
+        dead_tuples=read(column(0, 7)),
+        hot_update_ratio=hot / updated if updated else None,
+    )

@@ -1,0 +1,231 @@
+"""The pieces statements are made of: identifiers, clauses, and the reading of rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from .. import _codec
+from .._op import BINARY, TEXT, Result, Signal, Statement
+from ..config import Config, Table, TtlCleanupStrategy
+from ..errors import InvalidValueError
+
+if TYPE_CHECKING:
+    from datetime import datetime
+
+    from ..config import Seconds
+
+T = TypeVar("T")
+
+# The version of a row is a hybrid logical clock in microseconds: an insert takes the server's
+# clock, an update whichever is greater, that clock or the old version and one.
+CLOCK_US = "(extract(epoch from clock_timestamp()) * 1000000)::bigint"
+STATEMENT_US = "(extract(epoch from statement_timestamp()) * 1000000)::bigint"
+LIVE = "(expires_at IS NULL OR expires_at > statement_timestamp())"
+UPDATED = f"updated_at = statement_timestamp(), version = greatest(version + 1, {STATEMENT_US})"
+# Of the row that an upsert found: its time had passed when the statement arrived.
+DEAD = "t.expires_at <= EXCLUDED.updated_at"
+
+
+class Expiry:
+    """How a write sets the row's expiry: the expression, and its parameter if it has one.
+
+    `inserted` stands in an INSERT's list, `updated` in an UPDATE.
+    """
+
+    __slots__ = ("format", "inserted", "name", "updated")
+
+    def __init__(self, name: str, inserted: str, updated: str, format: int | None) -> None:
+        self.name = name
+        self.inserted = inserted
+        self.updated = updated
+        self.format = format
+
+
+# {n} is the parameter's number.
+NEVER = Expiry("never", "NULL", "NULL", None)
+AFTER = Expiry(
+    "after",
+    "clock_timestamp() + ${n}::interval",
+    "statement_timestamp() + ${n}::interval",
+    BINARY,
+)
+AT = Expiry("at", "${n}::timestamptz", "${n}::timestamptz", BINARY)
+KEEP = Expiry("keep", "NULL", "expires_at", None)
+
+
+def choose_expiry(
+    ttl: Seconds | None,
+    expires_at: datetime | None,
+    keep_ttl: bool,
+    otherwise: Expiry = NEVER,
+) -> tuple[Expiry, tuple[bytes, ...]]:
+    """Return the expiry that a call's arguments ask for, with its parameter.
+
+    Raises:
+        InvalidValueError: more than one was given, or a bad one.
+    """
+    if ttl is None and expires_at is None and not keep_ttl:
+        return otherwise, ()
+    if (ttl is not None) + (expires_at is not None) + bool(keep_ttl) > 1:
+        raise InvalidValueError("give at most one of ttl, expires_at and keep_ttl")
+    if ttl is not None:
+        return AFTER, (_codec.encode_ttl(ttl),)
+    if expires_at is not None:
+        return AT, (_codec.encode_moment(expires_at),)
+    return KEEP, ()
+
+
+class TableStatements:
+    """One table's statements are made at first use and kept: see `made`.
+
+    Args:
+        config: the table, its limits and its cleanup strategy.
+        prefix: the namespace that every key carries.
+    """
+
+    def __init__(self, config: Config, prefix: str = "") -> None:
+        self.config = config
+        self.table: Table = config.table
+        self.t = self.table.quoted
+        self.prefix = prefix
+        self.prefix_bytes = prefix.encode()
+        self.key_length_max = config.max_key_length
+        self.value_size_max = config.max_value_size
+        strategy = config.ttl_cleanup_strategy
+        # What reads (not writes) take for a live row.
+        self.readable = "TRUE" if strategy is TtlCleanupStrategy.DISABLED else LIVE
+        # Under ON_READ a read also brings home which rows have expired, to be collected.
+        self.collects = strategy is TtlCleanupStrategy.ON_READ
+        self._made: dict[object, Statement[Any]] = {}
+
+    def made(self, shape: object, make: Callable[[], Statement[T]]) -> Statement[T]:
+        """Return the statement of that shape, made once."""
+        try:
+            return self._made[shape]
+        except KeyError:
+            return self._made.setdefault(shape, make())
+
+    def statement(
+        self,
+        name: str,
+        sql: str,
+        formats: tuple[int, ...],
+        decode: Callable[[Result], T | Signal],
+        **options: Any,
+    ) -> Statement[T]:
+        """Make a statement of this table."""
+        return Statement(name, sql, formats, decode, table=self.table, **options)
+
+    # -- parameters
+
+    def key(self, key: str) -> bytes:
+        """Check and encode one key."""
+        return _codec.encode_key(key, self.prefix_bytes, self.key_length_max)
+
+    def value(self, value: _codec.Value) -> bytes:
+        """Check and encode one value."""
+        return _codec.encode_value(value, self.value_size_max)
+
+    @cached_property
+    def read_key(self) -> Callable[[bytes], str]:
+        """How a key that comes back is shown: without the namespace's prefix."""
+        cut = len(self.prefix_bytes)
+        if not cut:
+            return bytes.decode
+        return lambda raw: raw[cut:].decode()
+
+    # -- clauses
+
+    def upsert(
+        self,
+        expiry: Expiry,
+        *,
+        source: str | None = None,
+        value: str = "EXCLUDED.value",
+        expires_at: str | None = None,
+        where: str = "",
+        returning: str = "",
+    ) -> str:
+        """The upsert that every unconditional write and every "if absent" is a form of.
+
+        Parameters are ``$1`` key, ``$2`` value, ``$3`` the expiry's. A row whose time has passed
+        counts as absent: it gets a new ``created_at``, and never the old expiry.
+        """
+        inserted = expiry.inserted.format(n=3)
+        if expires_at is None:
+            expires_at = "EXCLUDED.expires_at"
+            if expiry is KEEP:
+                expires_at = f"CASE WHEN {DEAD} THEN NULL ELSE t.expires_at END"
+        if source is None:
+            rows = (
+                f"VALUES ($1, $2, {inserted}, clock_timestamp(), clock_timestamp(), {CLOCK_US})"
+            )
+        else:
+            rows = (
+                f"SELECT u.k, u.v, {inserted}, clock_timestamp(), clock_timestamp(), {CLOCK_US} "
+                f"FROM {source}"
+            )
+        return (
+            f"INSERT INTO {self.t} AS t (key, value, expires_at, created_at, updated_at, version) "
+            f"{rows} ON CONFLICT (key) DO UPDATE SET value = {value}, expires_at = {expires_at}, "
+            f"created_at = CASE WHEN {DEAD} THEN EXCLUDED.created_at ELSE t.created_at END, "
+            f"updated_at = EXCLUDED.updated_at, "
+            f"version = greatest(t.version + 1, EXCLUDED.version)"
+            + (f" WHERE {where}" if where else "")
+            + (f" RETURNING {returning}" if returning else "")
+        )
+
+    def locked(self, where: str) -> str:
+        """A CTE ``l`` that locks the rows in key order before the statement changes them.
+
+        A sorted array alone does not order an UPDATE or DELETE; two of them then deadlock.
+        """
+        return (
+            f"l AS MATERIALIZED (SELECT key FROM {self.t} WHERE {where} "
+            f'ORDER BY key COLLATE "C" FOR UPDATE)'
+        )
+
+
+def formats(count: int, expiry: Expiry = NEVER, *more: int) -> tuple[int, ...]:
+    """Formats of ``$1`` key, ``$2`` value (for count 2), the expiry's parameter, and `more`."""
+    first = (TEXT, BINARY)[:count]
+    return first + (() if expiry.format is None else (expiry.format,)) + more
+
+
+# -- reading results -----------------------------------------------------------------------
+
+
+def read_nothing(result: Result) -> None:
+    """The answer of a command that returns none."""
+
+
+def read_changed(result: Result) -> bool:
+    """Whether the command changed a row."""
+    return bool(result.command_tuples)
+
+
+def read_count(result: Result) -> int:
+    """How many rows the command changed."""
+    return result.command_tuples or 0
+
+
+def read_found(result: Result) -> bool:
+    """Whether a row came back."""
+    return result.ntuples > 0
+
+
+def read_value(result: Result) -> bytes | None:
+    """The first column of the only row, or None without one."""
+    return result.get_value(0, 0) if result.ntuples else None
+
+
+def read_int(result: Result) -> int:
+    """An integer column of the only row."""
+    return _codec.decode_int(result.get_value(0, 0))
+
+
+def read_int_or_none(result: Result) -> int | None:
+    """An integer column, or None without a row."""
+    return _codec.decode_int(result.get_value(0, 0)) if result.ntuples else None

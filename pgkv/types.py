@@ -1,0 +1,149 @@
+"""The values a store returns: frozen, comparable, and aware of the server's clock.
+
+Moments come from the server. What counts on from them (`Entry.ttl`) uses the local monotonic
+clock, so a wrong wall clock on the client changes nothing.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+import time
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import NamedTuple
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A key's whole row, as one read saw it.
+
+    Attributes:
+        key: the key, without a namespace's prefix.
+        value: the bytes.
+        version: rises with every write of the value, not with a change of the expiry alone.
+        expires_at: when the key ends (UTC), or None when it never does.
+        created_at: when the key last came into being.
+        updated_at: when the value was last written.
+        read_at: the server's time of this read.
+    """
+
+    key: str
+    value: bytes
+    version: int
+    expires_at: datetime | None
+    created_at: datetime
+    updated_at: datetime
+    read_at: datetime
+    _read_clock: float = field(default_factory=time.monotonic, repr=False, compare=False)
+
+    def ttl(self) -> float:
+        """Return the seconds left now: ``math.inf`` without an expiry, never below 0."""
+        if self.expires_at is None:
+            return math.inf
+        left_then = (self.expires_at - self.read_at).total_seconds()
+        return max(0.0, left_then - (time.monotonic() - self._read_clock))
+
+    def is_expired(self) -> bool:
+        """Tell whether the key's time has passed by now."""
+        return self.ttl() <= 0
+
+
+class KeyValue(NamedTuple):
+    """One row of a scan: a key and its value."""
+
+    key: str
+    value: bytes
+
+
+class CasStatus(enum.Enum):
+    """How a compare-and-swap ended."""
+
+    SUCCESS = "success"
+    MISMATCH = "mismatch"
+    NOT_FOUND = "not_found"
+
+
+@dataclass(frozen=True, slots=True)
+class CasResult:
+    """The outcome of `compare_and_swap`; true when it succeeded.
+
+    Attributes:
+        status: SUCCESS, MISMATCH or NOT_FOUND.
+        current: the value now stored: the new one on success, the one found on a mismatch
+            (never equal to the expected one), None when there is no such key.
+        version: that value's version, or None.
+    """
+
+    status: CasStatus
+    current: bytes | None
+    version: int | None
+
+    @property
+    def is_success(self) -> bool:
+        """The new value was written."""
+        return self.status is CasStatus.SUCCESS
+
+    @property
+    def is_mismatch(self) -> bool:
+        """Another value was found; nothing changed."""
+        return self.status is CasStatus.MISMATCH
+
+    @property
+    def is_not_found(self) -> bool:
+        """A value was expected and there is no such key; nothing changed."""
+        return self.status is CasStatus.NOT_FOUND
+
+    def __bool__(self) -> bool:
+        return self.is_success
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScanOptions:
+    """What `keys` and `scan` select; accepted in place of their keywords.
+
+    Args:
+        prefix: keys that begin with it.
+        start: the first key that may appear (inclusive).
+        end: the first key that may not (exclusive).
+        after: keys beyond it (exclusive): the last key of the previous page.
+        limit: rows at most; None for all.
+        offset: rows to pass over. It costs as much as reading them: prefer `after`.
+        include_expired: also rows whose time has passed and that nobody collected yet.
+    """
+
+    prefix: str = ""
+    start: str | None = None
+    end: str | None = None
+    after: str | None = None
+    limit: int | None = None
+    offset: int = 0
+    include_expired: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """What a table holds and how well it is kept.
+
+    Attributes:
+        total_keys: rows, the expired ones included.
+        expired_keys: rows whose time has passed and that are not yet collected.
+        total_value_bytes: sum of the values' sizes.
+        avg_value_bytes: their mean, 0.0 for an empty table.
+        max_value_bytes: the largest.
+        table_size_bytes: on disk, with out-of-line values, without indexes.
+        index_size_bytes: all indexes on disk.
+        dead_tuples: row versions awaiting vacuum (the server's estimate).
+        hot_update_ratio: share of updates that touched no index, 0.0 to 1.0; None before the
+            first update. Near 1.0 on a healthy table.
+    """
+
+    total_keys: int
+    expired_keys: int
+    total_value_bytes: int
+    avg_value_bytes: float
+    max_value_bytes: int
+    table_size_bytes: int
+    index_size_bytes: int
+    dead_tuples: int
+    hot_update_ratio: float | None
