@@ -9,6 +9,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet install
 ARGS ?=
 
 .DEFAULT_GOAL := help
+.NOTPARALLEL: # one check after the other: the first failure is the last thing on the screen
 .PHONY: help demo test lint types imports tests bench docs fmt clean
 
 help: ## show this list

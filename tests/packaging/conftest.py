@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-LEFT_BEHIND = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "_build", "data")
+LEFT_BEHIND = shutil.ignore_patterns(
+    ".*", "__pycache__", "*.egg-info", "build", "dist", "_build", "data"
+)
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,9 @@ class Installed:
 
 def run(command: list[str], *, cwd: Path, timeout: float) -> subprocess.CompletedProcess[str]:
     hidden = ("PYTHON", "PGKV_", "VIRTUAL_ENV", "DATABASE_URL")
-    environment: Mapping[str, str] = {k: v for k, v in os.environ.items() if not k.startswith(hidden)}
+    environment: Mapping[str, str] = {
+        k: v for k, v in os.environ.items() if not k.startswith(hidden)
+    }
     return subprocess.run(
         command, cwd=cwd, env=environment, timeout=timeout, capture_output=True, text=True, check=False,
         stdin=subprocess.DEVNULL,
@@ -56,7 +60,9 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     shutil.copytree(ROOT, source, symlinks=True, ignore=LEFT_BEHIND)
     out = tmp_path_factory.mktemp("dist")
     run_or_fail(
-        [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(source)], cwd=out, timeout=120
+        [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(source)],
+        cwd=out,
+        timeout=120,
     )
     (sdist,) = out.glob("*.tar.gz")
     (wheel,) = out.glob("*.whl")
@@ -70,5 +76,7 @@ def installed(built: Built, tmp_path_factory: pytest.TempPathFactory) -> Install
     environment = Installed(home / ("Scripts" if os.name == "nt" else "bin"))
     python = str(environment.bin / "python")
     # [binary]: without libpq on the machine psycopg cannot be imported at all.
-    run_or_fail([python, "-m", "pip", "install", "--quiet", f"{built.wheel}[binary]"], cwd=home, timeout=300)
+    run_or_fail(
+        [python, "-m", "pip", "install", "--quiet", f"{built.wheel}[binary]"], cwd=home, timeout=300
+    )
     return environment

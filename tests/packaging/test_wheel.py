@@ -20,7 +20,11 @@ print(pgkv.__file__, pgkv.patterns.__file__, sep="\\n")
 
 
 def modules_of_the_source() -> set[str]:
-    core = {path for path in (ROOT / "pgkv").rglob("*.py") if "patterns" not in path.relative_to(ROOT).parts}
+    core = {
+        path
+        for path in (ROOT / "pgkv").rglob("*.py")
+        if "patterns" not in path.relative_to(ROOT).parts
+    }
     patterns = set((ROOT / "patterns").rglob("*.py"))
     return {path.relative_to(ROOT).as_posix() for path in core} | {
         f"pgkv/{path.relative_to(ROOT).as_posix()}" for path in patterns
@@ -31,7 +35,9 @@ def test_wheel_holds_every_module(built: Built) -> None:
     """The wheel, made from the sdist, holds each module of pgkv/ and patterns/ and the mark that says it is typed."""
     names = zipfile.ZipFile(built.wheel).namelist()
     packed = {name for name in names if name.endswith(".py")}
-    assert modules_of_the_source() == packed, "is a new package missing from [tool.setuptools] packages?"
+    assert modules_of_the_source() == packed, (
+        "is a new package missing from [tool.setuptools] packages?"
+    )
     assert "pgkv/patterns/__init__.py" in packed
     assert "pgkv/py.typed" in names
 
@@ -70,7 +76,9 @@ def test_imports_beside_a_users_patterns_module(installed: Installed, tmp_path: 
 
 @pytest.mark.parametrize("command", [("python", "-m", "pgkv"), ("pgkv",)], ids=" ".join)
 @pytest.mark.parametrize("option", ["--help", "demo"])
-def test_command_without_its_extra(installed: Installed, tmp_path: Path, command: tuple[str, ...], option: str) -> None:
+def test_command_without_its_extra(
+    installed: Installed, tmp_path: Path, command: tuple[str, ...], option: str
+) -> None:
     """Without the cli extra the command fails by saying what to install."""
     done = installed.run(*command, option, cwd=tmp_path)
     said = done.stdout + done.stderr

@@ -14,4 +14,6 @@ REFERENCE = Path(__file__).resolve().parents[2] / "docs" / "reference.md"
 def test_reference_names_every_public_name(name: str) -> None:
     """Each public name of pgkv has its entry, made from its docstring, in docs/reference.md."""
     entry = rf"^\.\. auto(?:class|exception|function|data|decorator):: pgkv\.{name}$"
-    assert re.search(entry, REFERENCE.read_text(encoding="utf-8"), re.MULTILINE), f"add an entry for pgkv.{name}"
+    assert re.search(entry, REFERENCE.read_text(encoding="utf-8"), re.MULTILINE), (
+        f"add an entry for pgkv.{name}"
+    )

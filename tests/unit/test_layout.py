@@ -13,7 +13,9 @@ import pytest
 import pgkv
 
 ROOT = Path(__file__).resolve().parents[2]
-CORE = sorted(path for path in (ROOT / "pgkv").rglob("*.py") if "patterns" not in path.relative_to(ROOT).parts)
+CORE = sorted(
+    path for path in (ROOT / "pgkv").rglob("*.py") if "patterns" not in path.relative_to(ROOT).parts
+)
 PATTERNS = sorted((ROOT / "patterns").rglob("*.py"))
 
 MODULES_WITH_SQL = {"pgkv/_schema.py", "pgkv/_sweep.py", "pgkv/_doctor.py"}
@@ -53,7 +55,9 @@ def text_constants(tree: ast.Module) -> Iterator[tuple[int, str]]:
                 yield node.lineno, node.value.decode(errors="replace")
 
 
-@pytest.mark.parametrize("path", [path for path in CORE + PATTERNS if not may_hold_sql(path)], ids=name_of)
+@pytest.mark.parametrize(
+    "path", [path for path in CORE + PATTERNS if not may_hold_sql(path)], ids=name_of
+)
 def test_sql_stands_in_few_modules(path: Path) -> None:
     """SQL verbs occur in _sql/, _schema.py, _sweep.py and _doctor.py, and nowhere else."""
     found = [
@@ -105,7 +109,11 @@ def test_public_names_are_sorted() -> None:
 
 def test_public_names_are_all_there_is() -> None:
     """A name without underscore in pgkv is public on purpose: it is listed in __all__, and the reverse."""
-    names = {name for name in dir(pgkv) if not name.startswith("_") and not isinstance(getattr(pgkv, name), ModuleType)}
+    names = {
+        name
+        for name in dir(pgkv)
+        if not name.startswith("_") and not isinstance(getattr(pgkv, name), ModuleType)
+    }
     assert set(pgkv.__all__) - {"__version__"} == names
 
 
