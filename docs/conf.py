@@ -1,5 +1,7 @@
 """Sphinx's settings: Markdown pages, and a reference made from the docstrings."""
 
+from sphinx.application import Sphinx
+
 import pgkv
 
 project = "pgkv"
@@ -19,8 +21,22 @@ autodoc_typehints = "signature"
 autodoc_class_signature = "mixed"
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
+napoleon_use_ivar = True
 
 html_theme = "furo"
 html_title = "pgkv"
 html_show_sourcelink = False
 html_copy_source = False
+
+
+def keep_colons(
+    _app: object, what: str, _name: str, _obj: object, _options: object, lines: list[str]
+) -> None:
+    """Napoleon takes "What it is: and more." above an attribute for "type: description", but on the first line only."""
+    if what in {"attribute", "data", "property"}:
+        lines[:0] = ["..", ""]  # an empty comment
+
+
+def setup(app: Sphinx) -> None:
+    """Called by Sphinx."""
+    app.connect("autodoc-process-docstring", keep_colons, priority=400)  # before Napoleon's 500
