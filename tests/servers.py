@@ -1,0 +1,214 @@
+"""Real PostgreSQL servers that tests start, stop, kill and freeze.
+
+`installed()` says which versions this machine has; `Server` is one server of one of them, on a copy of a data directory
+that initdb made once per version. Starting one takes some 0.3 s.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+import psycopg
+
+from pgkv._cluster import (
+    Account,
+    Binaries,
+    Cluster,
+    _account,
+    _binary_directories,
+    _version,
+    is_root,
+)
+
+# What makes a test server fast: a crash of the machine may lose it. A crash of the server alone loses nothing by it.
+THROWAWAY: Mapping[str, str] = {"fsync": "off", "full_page_writes": "off"}
+SMALL: Mapping[str, str] = {"shared_buffers": "32MB", "max_connections": "150"}
+
+
+def wait_until(condition: Callable[[], bool], what: str, seconds: float = 30.0) -> None:
+    """Poll a condition; a deadline, not a sleep, decides."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{what}: not within {seconds:g} s")
+        time.sleep(0.005)
+
+
+def server_account() -> Account | None:
+    """Whom servers run as, when the tests run as root."""
+    return _account(Path("/")) if is_root() else None
+
+
+@cache
+def installed() -> dict[int, Binaries]:
+    """The newest-first binaries of each major version found here."""
+    found: dict[int, Binaries] = {}
+    for directory in _binary_directories():
+        with contextlib.suppress(OSError):
+            major = _version(directory, server_account())
+            found.setdefault(major, Binaries(directory, major))
+    return dict(sorted(found.items(), reverse=True))
+
+
+@cache
+def base_directory() -> Path:
+    """Where servers live: in /tmp, because pytest's tmp_path is closed to the account that servers run as under root."""
+    path = Path(tempfile.mkdtemp(prefix="pgkv-tests-", dir="/tmp"))
+    path.chmod(0o755)
+    return path
+
+
+def remove_base_directory() -> None:
+    """At the end of the session."""
+    if base_directory.cache_info().currsize:
+        shutil.rmtree(base_directory(), ignore_errors=True)
+
+
+def new_directory(name: str = "server") -> Path:
+    """An empty directory that a server's account can use."""
+    path = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=base_directory()))
+    if account := server_account():
+        os.chown(path, account.uid, account.gid)
+    return path
+
+
+@cache
+def _template(binaries: Binaries) -> Path:
+    cluster = Cluster.open(new_directory("template"), binaries)
+    cluster.start({**SMALL, **THROWAWAY})
+    cluster.stop("fast")
+    return cluster.root
+
+
+@dataclass(frozen=True, slots=True)
+class UserServer:
+    """The server that PGKV_TEST_DSN names: used, never stopped."""
+
+    dsn: str
+
+    @property
+    def is_ours(self) -> bool:
+        return False
+
+
+class Server:
+    """One server of the tests' own. Its `dsn` stays the same across restarts; the role is a superuser."""
+
+    def __init__(
+        self,
+        binaries: Binaries,
+        *,
+        durable: bool = False,
+        settings: Mapping[str, str] | None = None,
+    ) -> None:
+        self.binaries = binaries
+        self.major = binaries.major
+        self.settings = {**SMALL, **({} if durable else THROWAWAY), **(settings or {})}
+        root = new_directory()
+        subprocess.run(["cp", "-a", _template(binaries) / "pgdata", root], check=True)
+        self._cluster = Cluster.open(root, binaries)
+        self.dsn = self._cluster.start(self.settings)
+
+    @property
+    def is_ours(self) -> bool:
+        return True
+
+    @property
+    def pid(self) -> int | None:
+        """The postmaster's process id; None when it does not run."""
+        server = self._cluster.postmaster()
+        return server.pid if server else None
+
+    def start(self) -> None:
+        """Start it and wait until it takes connections; crash recovery included."""
+        self._cluster.start(self.settings)
+
+    def stop(self, mode: Literal["fast", "immediate"] = "fast") -> None:
+        """`fast` ends every connection and writes a checkpoint; `immediate` is a crash: UNLOGGED tables will be empty."""
+        self._cluster.stop(mode)
+
+    def restart(self, mode: Literal["fast", "immediate"] = "fast") -> None:
+        self.stop(mode)
+        self.start()
+
+    def kill(self) -> None:
+        """kill -9 of the postmaster; its backends notice and end."""
+        pid = self.pid
+        assert pid is not None
+        children = self._children(pid)
+        os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: self.pid is None, "the killed postmaster ends")
+        wait_until(
+            lambda: not any(_alive(child) for child in children), "the orphaned backends end"
+        )
+
+    def kill_backend(self, pid: int) -> None:
+        """kill -9 of one backend: the server ends all others, recovers, empties UNLOGGED tables and goes on."""
+        postmaster = self.pid
+        assert postmaster is not None
+        children = self._children(postmaster)
+        assert pid in children, f"{pid} is no backend of this server"
+        os.kill(pid, signal.SIGKILL)
+        wait_until(
+            lambda: not any(_alive(child) for child in children), "the backends of before end"
+        )
+        wait_until(self.accepts, "the server recovers")
+
+    def freeze(self) -> None:
+        """SIGSTOP to every process of the server: connections stay open and silent, as when a network swallows packets."""
+        self._signal_all(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """End freeze()."""
+        self._signal_all(signal.SIGCONT)
+
+    def accepts(self) -> bool:
+        """Whether a connection can be made now."""
+        return psycopg.pq.PGconn.ping(self.dsn.encode()) == psycopg.pq.Ping.OK
+
+    def connect(self) -> psycopg.Connection:
+        """An autocommit connection of the superuser."""
+        return psycopg.connect(self.dsn, autocommit=True, application_name="tests")
+
+    def log(self) -> str:
+        return self._cluster.log_path.read_text("utf-8", "replace")
+
+    def remove(self) -> None:
+        """Stop it and delete its directory."""
+        with contextlib.suppress(ProcessLookupError):
+            self.thaw()
+        self.stop("immediate")
+        shutil.rmtree(self._cluster.root)
+
+    def _signal_all(self, number: signal.Signals) -> None:
+        if pid := self.pid:
+            for process in (pid, *self._children(pid)):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process, number)
+
+    @staticmethod
+    def _children(pid: int) -> list[int]:
+        table = subprocess.run(
+            ["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=True
+        ).stdout
+        pairs = [line.split() for line in table.splitlines()]
+        return [int(child) for child, parent in pairs if int(parent) == pid]
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
