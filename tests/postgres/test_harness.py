@@ -20,7 +20,9 @@ def _times(conn: psycopg.Connection) -> tuple[float, float]:
 
 
 def test_clock_moves_every_connection_at_once(dsn: str, clock: ServerClock) -> None:
-    """A move is seen by the next statement of every connection, prepared or not, inside a frozen snapshot too."""
+    """A move is seen by the next statement of every connection, prepared or not, inside a frozen
+    snapshot too.
+    """
     with (
         psycopg.connect(dsn, autocommit=True, prepare_threshold=0) as one,
         psycopg.connect(dsn) as two,
@@ -67,7 +69,9 @@ def test_clock_with_a_schema_of_its_own(dsn: str) -> None:
 
 
 def test_a_server_to_break(make_server: Callable[..., Server]) -> None:
-    """A server of the test's own can be killed, frozen and started again; only logged tables survive a kill."""
+    """A server of the test's own can be killed, frozen and started again; only logged tables
+    survive a kill.
+    """
     server = make_server(settings={"work_mem": "5MB"})
     with server.connect() as conn:
         assert conn.execute("SHOW work_mem").fetchone() == ("5MB",)
