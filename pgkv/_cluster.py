@@ -55,6 +55,7 @@ _SETTINGS: Final[Mapping[str, str]] = {
 _INSTALL: Final = "pip install 'pgkv-toolkit[embedded]'"
 # 103: sun_path on macOS; Linux allows 107.
 _SOCKET_PATH_MAX: Final = 103
+_NO_PROCESS: Final = b"99999999"  # above every system's largest process id
 _PLAIN: Final = re.compile(r"[A-Za-z0-9_./+-]+")
 
 
@@ -89,6 +90,8 @@ class _Postmaster:
         )
 
     def ping(self) -> Ping:
+        if not self.socket_directory:  # not yet written; libpq would ask some other server
+            return Ping.NO_RESPONSE
         return Ping(PGconn.ping(make_conninfo(self.dsn, connect_timeout=5).encode()))
 
 
@@ -134,28 +137,24 @@ class Cluster:
     def start(self, settings: Mapping[str, str]) -> str:
         """Start the server unless it runs, wait until it takes connections, return its DSN."""
         deadline = time.monotonic() + START_TIMEOUT
-        while (server := self.postmaster()) and server.status == "stopping":
-            self._pause(deadline)
-        if server is None:
-            listed = self._read_pid_file()
-            if listed and listed.ping() != Ping.NO_RESPONSE:
-                # A server that is no process of ours but answers: another container's, on a
-                # directory that both have mounted. A second one would destroy the data.
-                server = listed
-            else:
-                self._prepare(settings)
-                server = self._launch(settings, deadline)
-        # "ready" alone is not enough: it also stands there while the server recovers from the
-        # crash of one of its backends.
-        while server.status != "ready" or server.ping() != Ping.OK:
-            self._pause(deadline)
-            server = self._read_pid_file()
-            if server is None:
+        launched = False
+        while True:
+            server = self._running()
+            # "ready" is not enough: it also stands there while the server recovers from the crash
+            # of one of its backends.
+            if server and server.status == "ready" and server.ping() == Ping.OK:
+                return server.dsn
+            if server is None and launched:
                 raise ConfigError(
                     f"the embedded server of {str(self.root)!r} ended while it started:"
                     f" {self._log_tail()}"
                 )
-        return server.dsn
+            if server is None:
+                self._prepare(settings)
+                self._launch(settings, deadline)
+                launched = True
+            else:
+                self._pause(deadline)
 
     def stop(self, mode: Literal["fast", "immediate"]) -> None:
         """Stop the server and wait for it, at most STOP_TIMEOUT; after that it goes on stopping by
@@ -174,6 +173,16 @@ class Cluster:
         """The running server of this directory; None when postmaster.pid is stale or missing."""
         server = self._read_pid_file()
         return server if server and self._runs_here(server.pid) else None
+
+    def _running(self) -> _Postmaster | None:
+        """`postmaster()`, or one that is no process of ours and answers all the same.
+
+        That is another container's, on a directory that both have mounted. To start a second one
+        would destroy the data.
+        """
+        server = self._read_pid_file()
+        alive = server and (self._runs_here(server.pid) or server.ping() != Ping.NO_RESPONSE)
+        return server if alive else None
 
     def _read_pid_file(self) -> _Postmaster | None:
         try:
@@ -224,14 +233,17 @@ class Cluster:
                     f"initdb could not make {str(self.pgdata)!r}: {done.stderr.strip()}"
                 )
             new.rename(self.pgdata)
-        stale = self._read_pid_file()
-        if stale and _exists(stale.pid):
-            # Left by a crash, its number now another process's: PostgreSQL would refuse to start.
-            # Where the number is free the file stays: from it PostgreSQL knows the shared memory
-            # that backends of the dead server may still use.
-            (self.pgdata / "postmaster.pid").unlink()
+        with contextlib.suppress(FileNotFoundError):
+            # Left by a crash. PostgreSQL would not start if the number were another process's now,
+            # or one that nobody has reaped. The rest of the file must stay: from it PostgreSQL
+            # knows the shared memory that backends of the dead server may still use.
+            stale = self.pgdata / "postmaster.pid"
+            _, newline, rest = stale.read_bytes().partition(b"\n")
+            with stale.open("r+b") as file:
+                file.write(_NO_PROCESS + newline + rest)
+                file.truncate()
 
-    def _launch(self, settings: Mapping[str, str], deadline: float) -> _Postmaster:
+    def _launch(self, settings: Mapping[str, str], deadline: float) -> None:
         assert self.binaries is not None
         options = {
             **_SETTINGS,
@@ -256,7 +268,7 @@ class Cluster:
                 while _exists(pid):
                     server = self.postmaster()
                     if server and server.pid == pid:
-                        return server
+                        return
                     self._pause(deadline)
                 tail = self._log_tail(begin)
                 if "pre-existing shared memory block" not in tail:
@@ -343,15 +355,18 @@ def is_root() -> bool:
 
 
 def _exists(pid: int) -> bool:
-    with contextlib.suppress(ChildProcessError):
-        os.waitpid(pid, os.WNOHANG)
+    """Whether a process runs: one that has ended and was not reaped does not."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:
         pass
-    return True
+    try:
+        # In a container whose first process reaps nothing, they stay for good. "pid (name) state"
+        return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[:1] != [b"Z"]
+    except OSError:
+        return True
 
 
 def _may_signal(pid: int) -> bool:

@@ -219,10 +219,6 @@ _ENUMS: dict[str, type[enum.Enum]] = {
     "ttl_cleanup_strategy": TtlCleanupStrategy,
     "pooler": Pooler,
 }
-_DEFAULTS: dict[str, Any] = {
-    f.name: f.default_factory() if callable(f.default_factory) else f.default
-    for f in fields(Config)
-}
 
 
 def dsn_from_environment() -> str:
@@ -310,3 +306,9 @@ def _seconds(name: str, value: object, *, zero: bool = False) -> float:
     if value < 0 or (value == 0 and not zero):
         raise ConfigError(f"{name} must be more than 0 seconds, not {value!r}")
     return float(value)
+
+
+_DEFAULTS: dict[str, Any] = {
+    f.name: f.default_factory() if callable(f.default_factory) else f.default
+    for f in fields(Config)
+}

@@ -99,8 +99,8 @@ def start(
             "the embedded server needs Unix sockets; on Windows give the DSN of a PostgreSQL server"
         )
     name = os.fspath(path if path is not None else default_path())
-    if not name or "\0" in name:
-        raise ConfigError("the path of an embedded server is empty, or has a NUL in it")
+    if not name or "\0" in name or "\n" in name:  # postmaster.pid has the path as one line
+        raise ConfigError("the path of an embedded server is empty, or has a NUL or newline in it")
     root = os.path.realpath(name)
     with _registry_lock:
         users = _registry.setdefault(root, _Users(root))

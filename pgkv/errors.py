@@ -70,6 +70,7 @@ class PgkvError(Exception):
 
     retryable: bool = False
     outcome_unknown: bool = False
+    _sqlstate: str = ""
 
 
 class ConfigError(PgkvError, ValueError):
@@ -116,13 +117,12 @@ class TableNotFoundError(PgkvError):
 
 
 class QueryError(PgkvError):
-    """The server refused the statement for a reason pgkv has no better name for.
+    """The server refused the statement for a reason pgkv has no better name for."""
 
-    Attributes:
-        sqlstate: the five-character PostgreSQL error code.
-    """
-
-    sqlstate: str = ""
+    @property
+    def sqlstate(self) -> str:
+        """The five-character PostgreSQL error code."""
+        return self._sqlstate
 
 
 class ConflictError(PgkvError):
@@ -242,7 +242,7 @@ def _from_sqlstate(
     found: PgkvError
     if state.startswith(_QUOTES_DATA):
         found = InvalidValueError(f"{action}: {refused.get(state, f'refused (SQLSTATE {state})')}")
-        found.__suppress_context__ = True
+        found._sqlstate = state
         return found
     if state in _UNAVAILABLE or _during_recovery(error):
         why = _UNAVAILABLE.get(state, "the server is in recovery")
@@ -255,7 +255,7 @@ def _from_sqlstate(
     elif state == "42501":
         found = ConfigError(f"{action}: the database role lacks a right: {text}. {_grant(table)}")
     elif state in ("40001", "40P01", "55P03"):
-        found = _query_error(f"{action}: {text} (SQLSTATE {state}); repeat it", state)
+        found = QueryError(f"{action}: {text} (SQLSTATE {state}); repeat it")
         found.retryable = True
     elif state == "57014":
         found = OperationTimeoutError(f"{action}: the server cancelled the statement: {text}")
@@ -263,14 +263,9 @@ def _from_sqlstate(
     elif state == "25P02":
         found = TransactionError(f"{action}: the transaction has failed; roll it back first")
     else:
-        found = _query_error(f"{action}: {text} (SQLSTATE {state})", state)
+        found = QueryError(f"{action}: {text} (SQLSTATE {state})")
+    found._sqlstate = state
     return _because(found, error)
-
-
-def _query_error(message: str, state: str) -> QueryError:
-    error = QueryError(message)
-    error.sqlstate = state
-    return error
 
 
 def _grant(table: str) -> str:

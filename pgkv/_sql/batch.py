@@ -44,19 +44,19 @@ class Batch(TableStatements):
         """Check the keys and return them distinct, in the order of their bytes."""
         if isinstance(keys, str | bytes):
             raise InvalidKeyError("give several keys as a list; a single string is one key")
-        # Without a namespace the commonest case needs no call per key but encode().
         return sorted({self.key(key) for key in keys})
 
     # -- reading
 
-    def get_many(self, keys: Iterable[str]) -> list[Op[dict[str, bytes]]]:
-        """The values of those keys that exist."""
-        return [self._get_many(chunk) for chunk in _cut(self.distinct(keys))]
-
-    def _get_many(self, keys: list[bytes]) -> Op[dict[str, bytes]]:
-        few = len(keys) if len(keys) <= IN_LIST_MAX else 0
+    def get_many(self, keys: Iterable[str]) -> Op[dict[str, bytes]] | None:
+        """The values of those keys that exist: one statement, so one snapshot, of any size.
+        None when no key was given."""
+        raw = self.distinct(keys)
+        if not raw:
+            return None
+        few = len(raw) if len(raw) <= IN_LIST_MAX else 0
         statement = self.made(("get_many", few), lambda: self._make_get_many(few))
-        return Op(statement, keys if few else (_codec.encode_array(keys),))
+        return Op(statement, raw if few else (_codec.encode_array(raw),))
 
     def _make_get_many(self, few: int) -> Statement[dict[str, bytes]]:
         value = "CASE WHEN expires_at <= statement_timestamp() THEN NULL ELSE value END"
@@ -83,12 +83,10 @@ class Batch(TableStatements):
                 found[read_key(key)] = value
         return Expired(found, expired) if expired else found
 
-    def exists_many(self, keys: Iterable[str]) -> list[Op[set[str]]]:
-        """Those of the keys that exist."""
-        return [
-            Op(self._exists_many, (_codec.encode_array(chunk),))
-            for chunk in _cut(self.distinct(keys))
-        ]
+    def exists_many(self, keys: Iterable[str]) -> Op[set[str]] | None:
+        """Those of the keys that exist; None when no key was given."""
+        raw = self.distinct(keys)
+        return Op(self._exists_many, (_codec.encode_array(raw),)) if raw else None
 
     @cached_property
     def _exists_many(self) -> Statement[set[str]]:

@@ -1,0 +1,66 @@
+"""pgkv: a key-value store on PostgreSQL, and what distributed programs build on one."""
+
+from ._observe import on_operation
+from ._schema import schema_sql
+from .config import Config, Pooler, RetryPolicy, TableType, TtlCleanupStrategy
+from .errors import (
+    ConfigError,
+    ConflictError,
+    InvalidKeyError,
+    InvalidValueError,
+    LeaseLostError,
+    LockError,
+    LockTimeoutError,
+    NotFoundError,
+    OperationTimeoutError,
+    PgkvError,
+    PoolTimeoutError,
+    QueryError,
+    RateLimitedError,
+    SerializationError,
+    SessionConflictError,
+    SessionError,
+    SessionGoneError,
+    StoreUnavailableError,
+    TableNotFoundError,
+    TransactionError,
+)
+from .store import Store
+from .types import CasResult, CasStatus, Entry, KeyValue, ScanOptions, Stats
+
+__all__ = [
+    "CasResult",
+    "CasStatus",
+    "Config",
+    "ConfigError",
+    "ConflictError",
+    "Entry",
+    "InvalidKeyError",
+    "InvalidValueError",
+    "KeyValue",
+    "LeaseLostError",
+    "LockError",
+    "LockTimeoutError",
+    "NotFoundError",
+    "OperationTimeoutError",
+    "PgkvError",
+    "PoolTimeoutError",
+    "Pooler",
+    "QueryError",
+    "RateLimitedError",
+    "RetryPolicy",
+    "ScanOptions",
+    "SerializationError",
+    "SessionConflictError",
+    "SessionError",
+    "SessionGoneError",
+    "Stats",
+    "Store",
+    "StoreUnavailableError",
+    "TableNotFoundError",
+    "TableType",
+    "TransactionError",
+    "TtlCleanupStrategy",
+    "on_operation",
+    "schema_sql",
+]

@@ -1,0 +1,517 @@
+"""Where a store's operations go: to the pool, into one transaction, or over the caller's connection.
+
+A channel performs operations and drives flows, blocking. `PoolChannel` retries, heals and
+collects; `BoundChannel` does none of that, because what it does belongs to somebody's
+transaction. A store is a set of statements and a channel.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import os
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from random import random
+from time import monotonic
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+import psycopg
+from psycopg import pq
+
+from . import _observe, _schema
+from ._caller import Reentrant, check_connection
+from ._op import Call, Flow, Op, Raced, Signal, Sleep, Transaction
+from ._op import Expired as ExpiredRows
+from ._pool import CallerPool, Leases
+from ._retry import recover
+from ._sql import Statements, control
+from ._sweep import SWEEP_CHANCE, Collector
+from ._wire import Link, link_class
+from .config import Config, Table
+from .errors import ConflictError, PgkvError, TransactionError
+
+if TYPE_CHECKING:
+    from psycopg import IsolationLevel
+
+T = TypeVar("T")
+
+
+class Channel(Protocol):
+    """What a store needs of whatever carries its operations."""
+
+    def execute(self, op: Op[T], timeout: float | None = None) -> T:
+        """Perform one operation."""
+        ...
+
+    def run(self, flow: Flow[T]) -> T:
+        """Perform an algorithm."""
+        ...
+
+    def transaction(
+        self, isolation: IsolationLevel | None = None
+    ) -> contextlib.AbstractContextManager[BoundChannel]:
+        """Open a transaction, or a savepoint in one."""
+        ...
+
+    def watch(self, sql: Statements) -> None:
+        """Collect that table's expired rows, if this channel does such things."""
+        ...
+
+    def close(self) -> None:
+        """End it."""
+        ...
+
+
+def drive(flow: Flow[T], perform: Callable[[Any], Any]) -> T:
+    """Run a flow to its end. Failures of a step are thrown into it, so its ``finally`` runs."""
+    step_outcome: Any = None
+    failure: BaseException | None = None
+    while True:
+        try:
+            step = flow.send(step_outcome) if failure is None else flow.throw(failure)
+        except StopIteration as end:
+            return end.value  # type: ignore[no-any-return]  # what the generator returns
+        step_outcome = failure = None
+        try:
+            step_outcome = perform(step)
+        except BaseException as error:
+            failure = error
+
+
+def call(step: Call[Any]) -> Any:
+    """Perform a call step: sync code only."""
+    answer = step.fn(*step.args)
+    if inspect.isawaitable(answer):
+        if inspect.iscoroutine(answer):
+            answer.close()
+        raise TypeError("a function given to a Store must not be async; use AsyncStore")
+    return answer
+
+
+class PoolChannel:
+    """Operations over pooled links, each by itself.
+
+    Args:
+        config: time-outs and the retry policy.
+        leases: where links come from.
+    """
+
+    def __init__(self, config: Config, leases: Leases | CallerPool) -> None:
+        self._config = config
+        self._leases = leases
+        self._timeout = config.operation_timeout
+        self._on_close: list[Callable[[], None]] = []
+        self._collectors: dict[Table, Collector] = {}
+        self._known: set[Table] = set()
+        self._begin()
+        _channels.add(self)
+
+    def _begin(self) -> None:
+        self._patrolling = False
+        self._closing = threading.Event()
+
+    def _after_fork(self) -> None:
+        # Threads do not survive a fork: what they worked on begins anew, like the connections.
+        self._leases.after_fork()
+        self._begin()
+        for collector in self._collectors.values():
+            collector.reset()
+
+    def on_close(self, fn: Callable[[], None]) -> None:
+        """Call `fn` when the channel has been closed."""
+        self._on_close.append(fn)
+
+    # -- one operation
+
+    def execute(self, op: Op[T], timeout: float | None = None) -> T:
+        """Perform one operation. Anything unusual is left to `_recover` and `_aftermath`."""
+        started = monotonic()
+        leases = self._leases
+        try:
+            link = leases.idle.pop()
+        except IndexError:
+            return self._recover(op, started, timeout, None)
+        if link.is_stale():
+            leases.discard(link)
+            return self._recover(op, started, timeout, None)
+        try:
+            result = link.execute(op, self._timeout if timeout is None else timeout)
+        except PgkvError as error:
+            leases.settle(link)
+            return self._recover(op, started, timeout, error)
+        except BaseException:
+            leases.settle(link)
+            raise
+        if link.lease_end > started:
+            leases.idle.append(link)
+            if leases.waiters:
+                leases.hand_over()
+        else:
+            leases.release(link)
+        answer = op.decode(result)
+        if op.statement.writes and random() < SWEEP_CHANCE:
+            self._sweep(op.statement.table)
+        if isinstance(answer, Signal) or _observe.hooks:
+            return self._aftermath(op, answer, started, timeout)
+        return answer
+
+    def _aftermath(self, op: Op[T], answer: Any, started: float, timeout: float | None) -> T:
+        """What a few answers bring with them: races, expired rows, metrics."""
+        if isinstance(answer, Raced):
+            return self._recover(op, started, timeout, answer)
+        if isinstance(answer, ExpiredRows):
+            collector = self._collectors.get(op.statement.table)  # type: ignore[arg-type]  # no None in it
+            if collector is not None:
+                collector.collect(answer.keys or op.params[:1])  # type: ignore[arg-type]  # a key
+            answer = answer.answer
+        if _observe.hooks:
+            _observe.notify(op.statement.name, started, "ok", getattr(op, "retries", 0))
+        return answer  # type: ignore[no-any-return]  # decoded by op
+
+    def _recover(
+        self,
+        op: Op[T],
+        started: float,
+        timeout: float | None,
+        outcome: PgkvError | Raced | None,
+    ) -> T:
+        """Bring an operation to its end that the fast path could not."""
+        deadline = started + (self._timeout if timeout is None else timeout)
+
+        def perform(step: Any) -> Any:
+            return self._attempt(step, deadline) if isinstance(step, Op) else self._perform(step)
+
+        try:
+            answer: Any
+            try:
+                if outcome is None:
+                    self._start_patrols()
+                    answer = self._attempt(op, deadline)
+                else:
+                    answer = outcome
+            except PgkvError as error:
+                answer = error
+            if isinstance(answer, PgkvError | Raced):
+                flow = recover(op, answer, self._config.retry, deadline, self._heal)
+                answer = drive(flow, perform)
+        except BaseException as error:
+            if _observe.hooks:
+                name, retries = op.statement.name, getattr(op, "retries", 0)
+                _observe.notify(name, started, type(error).__name__, retries)
+            raise
+        return self._aftermath(op, answer, started, timeout)
+
+    def _attempt(self, op: Op[T], deadline: float) -> T | Signal:
+        link = self._leases.acquire(deadline, op.statement.name)
+        try:
+            result = link.execute(op, deadline - monotonic())
+        finally:
+            self._leases.settle(link)
+        return op.decode(result)
+
+    # -- flows
+
+    def run(self, flow: Flow[T]) -> T:
+        """Perform an algorithm; each of its operations is one of the pool's."""
+        return drive(flow, self._perform)
+
+    def _perform(self, step: Any) -> Any:
+        if isinstance(step, Op):
+            return self.execute(step)
+        if isinstance(step, Sleep):
+            return time.sleep(step.seconds)
+        if isinstance(step, Call):
+            return call(step)
+        return self._transact(step)
+
+    def _transact(self, step: Transaction[Any]) -> Any:
+        """Perform a transaction step, again where that is safe."""
+        deadline = monotonic() + self._timeout
+
+        def attempt(step: Transaction[Any]) -> Any:
+            with self._bound(deadline=deadline) as bound:
+                return bound.run(step.flow())
+
+        def perform(step: Any) -> Any:
+            return attempt(step) if isinstance(step, Transaction) else self._perform(step)
+
+        try:
+            return attempt(step)
+        except PgkvError as error:
+            return drive(recover(step, error, self._config.retry, deadline, self._heal), perform)
+
+    def transaction(
+        self, isolation: IsolationLevel | None = None
+    ) -> contextlib.AbstractContextManager[BoundChannel]:
+        """Open a transaction on a link of its own, its tables made beforehand."""
+        return self._bound(isolation, ensure=True)
+
+    @contextlib.contextmanager
+    def _bound(
+        self,
+        isolation: IsolationLevel | None = None,
+        *,
+        deadline: float | None = None,
+        ensure: bool = False,
+    ) -> Iterator[BoundChannel]:
+        if ensure:
+            # Inside, a missing table would fail the caller's transaction.
+            for table in self._collectors:
+                if table not in self._known and table.auto_create:
+                    self._heal(table)
+        until = monotonic() + self._timeout if deadline is None else deadline
+        link = self._leases.acquire(until, "transaction")
+        bound = BoundChannel(link, self._timeout, until if deadline is not None else None)
+        try:
+            with bound.span(control.begin(isolation), control.commit(), control.rollback()):
+                yield bound
+        finally:
+            bound.end()
+            self._leases.settle(link)
+
+    def _heal(self, table: Table) -> None:
+        """Create a table that the server says is missing."""
+        _observe.info("pgkv.table.create", table=table.quoted)
+        self.run(_schema.ensure(table))
+        self._known.add(table)
+
+    def ensure(self, table: Table) -> None:
+        """Create the table if it is missing and may be created."""
+        if table.auto_create:
+            self._heal(table)
+
+    # -- the background
+
+    def watch(self, sql: Statements) -> None:
+        """Collect that table's expired rows by its strategy."""
+        self._collectors.setdefault(sql.table, Collector(sql, self._background))
+        self._patrolling = False
+
+    def _start_patrols(self) -> None:
+        if not self._patrolling:
+            self._patrolling = True
+            for collector in tuple(self._collectors.values()):
+                collector.start_patrol()
+
+    def _sweep(self, table: Table | None) -> None:
+        collector = self._collectors.get(table)  # type: ignore[arg-type]  # no None in it
+        if collector is not None:
+            collector.sweep()
+
+    def _background(self, flow: Flow[None]) -> None:
+        thread = threading.Thread(
+            target=self._run_quietly, args=(flow,), name="pgkv-sweep", daemon=True
+        )
+        thread.start()
+
+    def _run_quietly(self, flow: Flow[None]) -> None:
+        closing = self._closing
+
+        def perform(step: Any) -> Any:
+            if isinstance(step, Sleep):
+                if closing.wait(step.seconds):
+                    raise GeneratorExit
+                return None
+            return self._perform(step)
+
+        with contextlib.suppress(GeneratorExit, PgkvError):
+            drive(flow, perform)
+
+    def close(self) -> None:
+        """Close every connection. What is under way ends first or fails."""
+        self._closing.set()
+        self._leases.close()
+        while self._on_close:
+            self._on_close.pop()()
+
+
+_channels: weakref.WeakSet[PoolChannel] = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    for channel in tuple(_channels):
+        channel._after_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+class BoundChannel:
+    """Operations inside one open transaction. Nothing is retried, healed or collected.
+
+    Args:
+        link: the transaction's connection, nobody else's until `end`.
+        timeout: seconds for one operation.
+        deadline: the monotonic time at which the whole must end; None for no such time.
+    """
+
+    def __init__(self, link: Link, timeout: float, deadline: float | None = None) -> None:
+        self._link = link
+        self._timeout = timeout
+        self._deadline = deadline
+        self._depth = 0
+        self._ended = ""
+        self._pid = os.getpid()
+        self._lock: contextlib.AbstractContextManager[Any] = threading.RLock()
+
+    def execute(self, op: Op[T], timeout: float | None = None) -> T:
+        """Perform one operation of the transaction."""
+        self._check(op.statement.name)
+        with self._lock:
+            if not op.statement.savepoint or not self._in_transaction():
+                return self._send(op, timeout)
+            # A refused value is an expected outcome: it must not abort what the caller did.
+            with self._savepoint():
+                return self._send(op, timeout)
+
+    def _send(self, op: Op[T], timeout: float | None = None) -> T:
+        answer: Any = None
+        for _ in range(op.statement.repeats + 1):
+            answer = op.decode(self._link.execute(op, self._seconds(timeout)))
+            if not isinstance(answer, Raced):
+                break
+        if isinstance(answer, Raced):
+            if answer.fallback is None:
+                raise ConflictError(f"{op.statement.name}: every attempt met concurrent changes")
+            answer = answer.fallback
+        return answer.answer if isinstance(answer, ExpiredRows) else answer
+
+    def _seconds(self, timeout: float | None) -> float:
+        seconds = self._timeout if timeout is None else timeout
+        return seconds if self._deadline is None else min(seconds, self._deadline - monotonic())
+
+    def _check(self, action: str) -> None:
+        if self._ended:
+            raise TransactionError(f"{action}: the transaction was {self._ended}")
+        if os.getpid() != self._pid:
+            raise TransactionError(f"{action}: the transaction belongs to the parent process")
+
+    def _in_transaction(self) -> bool:
+        return self._link.pgconn.transaction_status == pq.TransactionStatus.INTRANS
+
+    def watch(self, sql: Statements) -> None:
+        """Nothing is collected in somebody's transaction."""
+
+    def close(self) -> None:
+        """The connection is not the store's to close."""
+
+    def end(self) -> None:
+        """Refuse whatever comes after."""
+        self._ended = self._ended or "rolled back"
+
+    def run(self, flow: Flow[T]) -> T:
+        """Perform an algorithm inside the transaction."""
+        return drive(flow, self._perform)
+
+    def _perform(self, step: Any) -> Any:
+        if isinstance(step, Op):
+            return self.execute(step)
+        if isinstance(step, Sleep):
+            return time.sleep(step.seconds)
+        if isinstance(step, Call):
+            return call(step)
+        with self.transaction():
+            return self.run(step.flow())
+
+    @contextlib.contextmanager
+    def transaction(self, isolation: IsolationLevel | None = None) -> Iterator[BoundChannel]:
+        """Open a savepoint."""
+        if isolation is not None:
+            raise TransactionError("the isolation level belongs to the outermost transaction")
+        self._check("transaction")
+        with self._savepoint():
+            inner = BoundChannel(self._link, self._timeout, self._deadline)
+            inner._lock, inner._depth = self._lock, self._depth
+            try:
+                yield inner
+            finally:
+                inner.end()
+
+    @contextlib.contextmanager
+    def _savepoint(self) -> Iterator[None]:
+        self._depth += 1
+        depth = self._depth
+        try:
+            with self.span(
+                control.savepoint(depth), control.release(depth), control.rollback_to(depth)
+            ):
+                yield
+        finally:
+            self._depth -= 1
+
+    @contextlib.contextmanager
+    def span(self, begin: Op[None], commit: Op[None], rollback: Op[None]) -> Iterator[None]:
+        """Open and close a transaction or savepoint around a body."""
+        outermost = begin.statement.name == "begin"
+        with self._lock:
+            self._send(begin)
+        try:
+            yield
+            if self._link.pgconn.transaction_status == pq.TransactionStatus.INERROR:
+                # COMMIT would answer ROLLBACK without an error, and the caller believe it.
+                raise TransactionError(
+                    "a statement failed inside the transaction, so it was rolled back"
+                )
+        except BaseException as error:
+            self._undo(rollback)
+            if isinstance(error, PgkvError) and not isinstance(error, TransactionError):
+                # Nothing was committed, whatever became of the statement that failed.
+                error.outcome_unknown = False
+            raise
+        if outermost:
+            self._ended = "committed"
+        with self._lock:
+            self._check_process()
+            self._link.execute(commit, self._seconds(None))
+
+    def _check_process(self) -> None:
+        if os.getpid() != self._pid:
+            raise TransactionError("the transaction belongs to the parent process")
+
+    def _undo(self, rollback: Op[None]) -> None:
+        # In a forked child, or on a broken link, there is nothing to say to the server.
+        if os.getpid() == self._pid and self._link.pgconn.status == pq.ConnStatus.OK:
+            with self._lock, contextlib.suppress(PgkvError):
+                self._link.execute(rollback, self._timeout)
+
+
+class CallerChannel(BoundChannel):
+    """Operations over the caller's own psycopg connection, inside its transaction.
+
+    Args:
+        conn: the caller's. Its lock is taken for each operation; nothing is prepared on it.
+        timeout: seconds for one operation.
+    """
+
+    def __init__(self, conn: psycopg.Connection[Any], timeout: float) -> None:
+        super().__init__(link_class(conn, prepares=False), timeout)
+        self._conn = conn
+        self._lock = Reentrant(conn.lock)
+
+    def _check(self, action: str) -> None:
+        self._check_process()
+        check_connection(self._conn, action)
+        if not self._conn.autocommit and not self._in_transaction():
+            # psycopg opens the transaction, with the caller's isolation level, as it would
+            # for the caller's own first statement.
+            self._conn.execute("")
+
+    @contextlib.contextmanager
+    def transaction(self, isolation: IsolationLevel | None = None) -> Iterator[BoundChannel]:
+        """Open a savepoint, or a transaction on a connection in autocommit."""
+        self._check("transaction")
+        if self._in_transaction():
+            with super().transaction(isolation) as inner:
+                yield inner
+            return
+        inner = BoundChannel(self._link, self._timeout)
+        inner._lock = self._lock
+        try:
+            with inner.span(control.begin(isolation), control.commit(), control.rollback()):
+                yield inner
+        finally:
+            inner.end()

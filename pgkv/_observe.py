@@ -1,0 +1,78 @@
+"""What pgkv tells about itself: structured events, and a hook per operation for metrics.
+
+Where the application configured structlog, events go through its configuration; where it did
+not, they go to the standard logger ``pgkv`` (unconfigured structlog would print every level to
+standard output, which a library must not). Values, tokens and passwords are never logged.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from time import monotonic
+from typing import TypeAlias
+
+import structlog
+
+OperationHook: TypeAlias = Callable[[str, float, str, int], object]
+
+_standard = logging.getLogger("pgkv")
+_structured = structlog.get_logger("pgkv")
+
+# Read once per operation: empty, it costs one truth test.
+hooks: list[OperationHook] = []
+
+
+def on_operation(hook: OperationHook) -> Callable[[], None]:
+    """Call `hook(name, seconds, outcome, retries)` after every operation of every store.
+
+    Meant for metrics. It runs in the caller's thread (or event loop) before the caller has the
+    answer, so it must be quick; an exception in it is logged and goes no further.
+
+    Args:
+        hook: receives the operation's name (``"get"``), the seconds it took, its outcome
+            (``"ok"`` or the name of the exception's class) and how often it was repeated.
+
+    Returns:
+        A function that takes the hook away again.
+    """
+    hooks.append(hook)
+
+    def remove() -> None:
+        if hook in hooks:
+            hooks.remove(hook)
+
+    return remove
+
+
+def notify(name: str, started: float, outcome: str, retries: int) -> None:
+    """Tell the hooks of an operation that began at that monotonic time."""
+    seconds = monotonic() - started
+    for hook in tuple(hooks):
+        try:
+            hook(name, seconds, outcome, retries)
+        except Exception as error:
+            warning("pgkv.hook.failed", error=type(error).__name__)
+
+
+def debug(event: str, **context: object) -> None:
+    """Log for somebody who looks into pgkv itself."""
+    _log(logging.DEBUG, event, context)
+
+
+def info(event: str, **context: object) -> None:
+    """Log a change of state that an operator may want to know."""
+    _log(logging.INFO, event, context)
+
+
+def warning(event: str, **context: object) -> None:
+    """Log something that went wrong and was dealt with."""
+    _log(logging.WARNING, event, context)
+
+
+def _log(level: int, event: str, context: dict[str, object]) -> None:
+    if structlog.is_configured():
+        _structured.log(level, event, **context)
+    elif _standard.isEnabledFor(level):
+        pairs = " ".join(f"{name}={value}" for name, value in context.items())
+        _standard.log(level, "%s %s", event, pairs, extra={"pgkv": context})

