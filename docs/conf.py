@@ -1,13 +1,13 @@
 """Sphinx's settings: Markdown pages, and a reference made from the docstrings."""
 
-from sphinx.application import Sphinx
+from importlib.metadata import version as version_of
 
-import pgkv
+from sphinx.application import Sphinx
 
 project = "pgkv"
 author = "The pgkv authors"
 copyright = "2026, The pgkv authors"
-release = version = pgkv.__version__
+release = version = version_of("pgkv-toolkit")
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 myst_enable_extensions = ["colon_fence", "deflist"]
