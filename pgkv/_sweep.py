@@ -11,6 +11,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from time import monotonic
 
 from . import _observe
 from ._op import Flow, do, pause
@@ -22,6 +23,7 @@ from .errors import PgkvError
 SWEEP_CHANCE = 1 / 256  # of a write being followed by a sweep of one chunk
 QUEUE_MAX = 10_000  # keys remembered for deletion; beyond them the oldest are left to sweeps
 BATCH_KEYS = 500
+QUIET_TIME = 0.1  # seconds without sweeps after a chunk that held nothing expired
 BATCH_DELAY = 0.02  # seconds for which a first key waits for company
 PATROL_PAUSE = 1.0  # seconds between chunks while few rows are expired
 PATROL_HURRY = 0.01  # seconds between chunks while more than a quarter are
@@ -47,6 +49,7 @@ class Collector:
         self._keys: deque[bytes] = deque(maxlen=QUEUE_MAX)
         self._sweeps = 0
         self._page = 0
+        self._quiet_until = 0.0
         self._working = False
         self._patrolling = False
         self._lock = threading.Lock()
@@ -58,7 +61,7 @@ class Collector:
 
     def sweep(self) -> None:
         """Have the next chunk swept soon, where the strategy is ON_READ."""
-        if not self._sql.collects:
+        if not self._sql.collects or monotonic() < self._quiet_until:
             return
         self._sweeps = 1  # sweeps asked for while one waits are one
         self._start()
@@ -111,6 +114,9 @@ class Collector:
         deleted, seen, pages = yield from do(op)
         following = page + SWEEP_PAGES
         self._page = following if following < pages else 0
+        if not deleted:
+            # A busy table without expired rows would otherwise be read over and over.
+            self._quiet_until = monotonic() + QUIET_TIME
         return deleted / seen if seen else 0.0
 
     def _patrol(self) -> Flow[None]:
