@@ -233,14 +233,23 @@ class Cluster:
                     f"initdb could not make {str(self.pgdata)!r}: {done.stderr.strip()}"
                 )
             new.rename(self.pgdata)
+        self._disarm_stale_locks()
+
+    def _disarm_stale_locks(self) -> None:
+        """PostgreSQL does not start while lock files that a crash left name a living process.
+
+        That may be any process by now, or the dead server, where nobody has reaped it.
+        """
         with contextlib.suppress(FileNotFoundError):
-            # Left by a crash. PostgreSQL would not start if the number were another process's now,
-            # or one that nobody has reaped. The rest of the file must stay: from it PostgreSQL
-            # knows the shared memory that backends of the dead server may still use.
-            stale = self.pgdata / "postmaster.pid"
-            _, newline, rest = stale.read_bytes().partition(b"\n")
-            with stale.open("r+b") as file:
-                file.write(_NO_PROCESS + newline + rest)
+            (self._socket_directory() / ".s.PGSQL.5432.lock").unlink()
+        stale = self._read_pid_file()
+        if stale and _may_signal(stale.pid):
+            # Its other lines must stay: from them PostgreSQL knows the shared memory that backends
+            # of the dead server may still be using.
+            with (self.pgdata / "postmaster.pid").open("r+b") as file:
+                rest = file.read().partition(b"\n")[2]
+                file.seek(0)
+                file.write(_NO_PROCESS + b"\n" + rest)
                 file.truncate()
 
     def _launch(self, settings: Mapping[str, str], deadline: float) -> None:
@@ -265,11 +274,17 @@ class Cluster:
                 # Through a shell that leaves it behind, so that it is not our child to be reaped.
                 leave_behind = ("/bin/sh", "-c", '"$@" >&2 & echo $!', "sh")
                 pid = int(_run(*leave_behind, *command, account=self.account, log=log).stdout)
-                while _exists(pid):
-                    server = self.postmaster()
-                    if server and server.pid == pid:
-                        return
-                    self._pause(deadline)
+                try:
+                    while _exists(pid):
+                        server = self.postmaster()
+                        if server and server.pid == pid:
+                            return
+                        self._pause(deadline)
+                except BaseException:
+                    # Before it has a postmaster.pid the next start would not know of it.
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGTERM)
+                    raise
                 tail = self._log_tail(begin)
                 if "pre-existing shared memory block" not in tail:
                     raise ConfigError(

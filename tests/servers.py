@@ -27,6 +27,7 @@ from pgkv._cluster import (
     Cluster,
     _account,
     _binary_directories,
+    _exists,
     _version,
     is_root,
 )
@@ -157,7 +158,7 @@ class Server:
         os.kill(pid, signal.SIGKILL)
         wait_until(lambda: self.pid is None, "the killed postmaster ends")
         wait_until(
-            lambda: not any(_alive(child) for child in children), "the orphaned backends end"
+            lambda: not any(_exists(child) for child in children), "the orphaned backends end"
         )
 
     def kill_backend(self, pid: int) -> None:
@@ -170,7 +171,7 @@ class Server:
         assert pid in children, f"{pid} is no backend of this server"
         os.kill(pid, signal.SIGKILL)
         wait_until(
-            lambda: not any(_alive(child) for child in children), "the backends of before end"
+            lambda: not any(_exists(child) for child in children), "the backends of before end"
         )
         wait_until(self.accepts, "the server recovers")
 
@@ -215,11 +216,3 @@ class Server:
         ).stdout
         pairs = [line.split() for line in table.splitlines()]
         return [int(child) for child, parent in pairs if int(parent) == pid]
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
