@@ -77,7 +77,7 @@ def drive(flow: Flow[T], perform: Callable[[Any], Any]) -> T:
         step_outcome = failure = None
         try:
             step_outcome = perform(step)
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001  # thrown into the flow, which lets it out
             failure = error
 
 
@@ -152,7 +152,7 @@ class PoolChannel:
         else:
             leases.release(link)
         answer = op.decode(result)
-        if op.statement.writes and random() < SWEEP_CHANCE:
+        if op.statement.writes and random() < SWEEP_CHANCE:  # noqa: S311  # a sample, no secret
             self._sweep(op.statement.table)
         if isinstance(answer, Signal) or _observe.hooks:
             return self._aftermath(op, answer, started, timeout)
@@ -378,7 +378,7 @@ class BoundChannel:
             if answer.fallback is None:
                 raise ConflictError(f"{op.statement.name}: every attempt met concurrent changes")
             answer = answer.fallback
-        return answer.answer if isinstance(answer, ExpiredRows) else answer
+        return answer.answer if isinstance(answer, ExpiredRows) else answer  # type: ignore[no-any-return]  # decoded by op
 
     def _seconds(self, timeout: float | None) -> float:
         seconds = self._timeout if timeout is None else timeout

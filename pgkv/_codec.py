@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta
 from struct import Struct
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -22,9 +22,9 @@ Value: TypeAlias = "bytes | bytearray | memoryview | str"
 TTL_MAX = 1000 * 366 * 86400.0  # seconds; a moment Python can show, whatever the server's clock
 INT8_MIN, INT8_MAX = -(2**63), 2**63 - 1
 
-_EPOCH = datetime(2000, 1, 1, tzinfo=timezone.utc)
-_LATEST = datetime.max.replace(tzinfo=timezone.utc)
-_EARLIEST = datetime.min.replace(tzinfo=timezone.utc)
+_EPOCH = datetime(2000, 1, 1, tzinfo=UTC)
+_LATEST = datetime.max.replace(tzinfo=UTC)
+_EARLIEST = datetime.min.replace(tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
 _INT8 = Struct("!q")
 _INT4 = Struct("!i")
@@ -47,7 +47,7 @@ def encode_key(key: str, prefix: bytes, length_max: int) -> bytes:
         raw = key.encode()
     except (AttributeError, UnicodeEncodeError):
         raise _bad_key(key) from None
-    if not raw or b"\0" in raw or not isinstance(raw, bytes):
+    if not raw or b"\0" in raw:
         raise _bad_key(key)
     if prefix:
         raw = prefix + raw

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ._op import Flow, Op, call, do, transaction
 from ._sql import Statements
@@ -11,7 +11,6 @@ from .errors import ConflictError, InvalidValueError
 from .types import CasResult
 
 if TYPE_CHECKING:
-    from ._codec import Value
     from .config import Seconds
 
 T = TypeVar("T")
@@ -22,13 +21,15 @@ def all_of(ops: list[Op[T]]) -> Flow[list[T]]:
     if len(ops) <= 1:
         return (yield from _each(ops))
     retry_safe = all(op.statement.retry_safe for op in ops)
-    return (yield from transaction(lambda: _each(ops), retry_safe=retry_safe))
+    table = ops[0].statement.table
+    return (yield from transaction(lambda: _each(ops), table=table, retry_safe=retry_safe))
 
 
 def _each(ops: list[Op[T]]) -> Flow[list[T]]:
-    answers = []
+    answers: list[T] = []
     for op in ops:
-        answers.append((yield from do(op)))
+        answer = yield from do(op)
+        answers.append(answer)
     return answers
 
 
@@ -51,7 +52,7 @@ def increment_many(
 def update(
     sql: Statements,
     key: str,
-    fn: Callable[[bytes | None], Value | Awaitable[Value]],
+    fn: Callable[[bytes | None], Any],
     ttl: Seconds | None,
     attempts: int,
 ) -> Flow[bytes]:
@@ -75,4 +76,3 @@ def update(
         f"update: the value was changed by others during each of {attempts} attempts; "
         "raise attempts, or split the key"
     )
-

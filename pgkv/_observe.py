@@ -51,7 +51,7 @@ def notify(name: str, started: float, outcome: str, retries: int) -> None:
     for hook in tuple(hooks):
         try:
             hook(name, seconds, outcome, retries)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  # metrics must not fail what they measure
             warning("pgkv.hook.failed", error=type(error).__name__)
 
 

@@ -49,7 +49,7 @@ class Statement(Generic[T_co]):
         savepoint: a refusal is an expected outcome that must not abort a caller's transaction.
         refused: what to say of an SQLSTATE by which the server refuses the parameters.
         script: sent by the simple protocol: several commands, or one that cannot be prepared.
-        repeats: how often a `Raced` answer is asked again.
+        repeats: how often a `Raced` answer is asked again; 0 for one that cannot race.
     """
 
     name: str
@@ -63,7 +63,7 @@ class Statement(Generic[T_co]):
     savepoint: bool = False
     refused: dict[str, str] = field(default_factory=dict)
     script: bool = False
-    repeats: int = 100
+    repeats: int = 0
     prepared_name: bytes = field(init=False)
 
     def __post_init__(self) -> None:
@@ -148,13 +148,24 @@ class Call(Generic[T]):
 
 
 class Transaction(Generic[T]):
-    """Step: run a flow's operations on one connection, from BEGIN to COMMIT, all or nothing."""
+    """Step: run a flow's operations on one connection, from BEGIN to COMMIT, all or nothing.
 
-    __slots__ = ("flow", "retry_safe")
+    What a `Statement` says of an operation, it says of itself.
+    """
 
-    def __init__(self, flow: Callable[[], Flow[T]], *, retry_safe: bool) -> None:
+    __slots__ = ("flow", "retries", "retry_safe", "table")
+
+    name = "transaction"
+    writes = True
+    repeats = 0
+
+    def __init__(
+        self, flow: Callable[[], Flow[T]], *, table: Table | None, retry_safe: bool
+    ) -> None:
         self.flow = flow  # a factory: a repeated transaction starts its flow anew
+        self.table = table
         self.retry_safe = retry_safe
+        self.retries = 0
 
 
 Step: TypeAlias = "Op[Any] | Sleep | Call[Any] | Transaction[Any]"
@@ -176,6 +187,8 @@ def call(fn: Callable[..., T | Awaitable[T]], *args: Any) -> Flow[T]:
     return (yield Call(fn, *args))  # type: ignore[no-any-return]  # the driver sends its result
 
 
-def transaction(flow: Callable[[], Flow[T]], *, retry_safe: bool = False) -> Flow[T]:
+def transaction(
+    flow: Callable[[], Flow[T]], *, table: Table | None, retry_safe: bool = False
+) -> Flow[T]:
     """Run another flow in one transaction."""
-    return (yield Transaction(flow, retry_safe=retry_safe))  # type: ignore[no-any-return]  # as above
+    return (yield Transaction(flow, table=table, retry_safe=retry_safe))  # type: ignore[no-any-return]  # as above

@@ -22,7 +22,13 @@ from psycopg_pool import ConnectionPool, PoolClosed, PoolTimeout
 from ._caller import check_connection
 from ._wire import Link, link_class
 from .config import Config, Pooler
-from .errors import OperationTimeoutError, PgkvError, PoolTimeoutError, StoreUnavailableError, translate
+from .errors import (
+    OperationTimeoutError,
+    PgkvError,
+    PoolTimeoutError,
+    StoreUnavailableError,
+    translate,
+)
 
 LEASE_TIME = 60.0  # seconds
 # How long to listen for a new connection before asking whether the attempt has failed: the pool
@@ -74,16 +80,8 @@ class Leases:
             link = self._pop_live()
             if link is not None:
                 return link
-            with self._lock:
-                if self._closed:
-                    raise _closed(action)
-                room = self._size < self._config.pool_max_size
-                if room:
-                    self._size += 1
-                else:
-                    waiter = _Waiter()
-                    self.waiters.append(waiter)
-            if room:
+            waiter = self._queue_up(action)
+            if waiter is None:
                 return self._open(deadline, action)
             if self.idle:
                 self.hand_over()
@@ -92,6 +90,18 @@ class Leases:
                 if not waiter.link.is_stale():
                     return waiter.link
                 self.discard(waiter.link)
+
+    def _queue_up(self, action: str) -> _Waiter | None:
+        """Take a place in the queue; None where there is room for one more link."""
+        with self._lock:
+            if self._closed:
+                raise _closed(action)
+            if self._size < self._config.pool_max_size:
+                self._size += 1
+                return None
+            waiter = _Waiter()
+            self.waiters.append(waiter)
+            return waiter
 
     def _pop_live(self) -> Link | None:
         while True:
@@ -208,7 +218,9 @@ class Leases:
         until = min(deadline, started + self._config.connect_timeout)
         while True:
             try:
-                conn = pool.getconn(timeout=max(0.001, min(OPENING_NAP, until - monotonic())))
+                conn: psycopg.Connection[Any] = pool.getconn(
+                    timeout=max(0.001, min(OPENING_NAP, until - monotonic()))
+                )
             except PoolTimeout:
                 failed = self._failures[0] if self._failures else None
                 if failed is not None and failed[0] >= started:

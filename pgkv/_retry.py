@@ -22,9 +22,10 @@ from tenacity import (
     stop_before_delay,
     wait_random_exponential,
 )
+from tenacity.stop import stop_base
 
 from . import _observe
-from ._op import Call, Flow, Op, Raced, Sleep, Transaction
+from ._op import Call, Flow, Op, Raced, Sleep, Statement, Transaction
 from .config import RetryPolicy, Table
 from .errors import ConflictError, PgkvError, PoolTimeoutError, TableNotFoundError
 
@@ -47,8 +48,7 @@ def recover(
     """
     if policy is None:
         return (yield from _settle(step, outcome, heal))
-    statement = step.statement if isinstance(step, Op) else step
-    state = _start(step, policy, statement.name, deadline)
+    state = _start(step, policy, deadline)
     retrying = state.retry_object
     assert isinstance(retrying, Retrying)
     pending: BaseException | Raced | None = outcome
@@ -69,17 +69,28 @@ def recover(
         assert isinstance(action, DoAttempt)
 
 
+def about(step: Op[Any] | Transaction[Any]) -> Statement[Any] | Transaction[Any]:
+    """What is known of the step: its name, table, and whether it may be repeated."""
+    return step.statement if isinstance(step, Op) else step
+
+
+class _OutOfTime(stop_base):
+    def __init__(self, deadline: float) -> None:
+        self._deadline = deadline
+
+    def __call__(self, retry_state: RetryCallState) -> bool:
+        return monotonic() + retry_state.upcoming_sleep >= self._deadline
+
+
 def _start(
-    step: Op[Any] | Transaction[Any], policy: RetryPolicy, name: str, deadline: float
+    step: Op[Any] | Transaction[Any], policy: RetryPolicy, deadline: float
 ) -> RetryCallState:
-    def out_of_time(state: RetryCallState) -> bool:
-        return monotonic() + state.upcoming_sleep >= deadline
 
     def log(state: RetryCallState) -> None:
         error = state.outcome.exception() if state.outcome else None
         _observe.warning(
             "pgkv.retry",
-            operation=name,
+            operation=about(step).name,
             attempt=state.attempt_number,
             wait=round(state.upcoming_sleep, 3),
             error=type(error).__name__,
@@ -87,7 +98,9 @@ def _start(
 
     retrying = Retrying(
         stop=stop_any(
-            stop_after_attempt(policy.attempts), stop_before_delay(policy.deadline), out_of_time
+            stop_after_attempt(policy.attempts),
+            stop_before_delay(policy.deadline),
+            _OutOfTime(deadline),
         ),
         wait=wait_random_exponential(multiplier=policy.wait_initial, max=policy.wait_max),
         retry=retry_if_exception(lambda error: may_repeat(step, error, policy)),
@@ -98,9 +111,7 @@ def _start(
     return RetryCallState(retrying, None, (), {})
 
 
-def may_repeat(
-    step: Op[Any] | Transaction[Any], error: BaseException, policy: RetryPolicy
-) -> bool:
+def may_repeat(step: Op[Any] | Transaction[Any], error: BaseException, policy: RetryPolicy) -> bool:
     """Whether repeating the step after this error can do no harm and may do good."""
     if not isinstance(error, PgkvError) or not error.retryable:
         return False
@@ -109,8 +120,8 @@ def may_repeat(
         return False
     if not error.outcome_unknown:
         return True
-    statement = step.statement if isinstance(step, Op) else step
-    return statement.retry_safe and (policy.repeat_writes or not statement.writes)
+    what = about(step)
+    return what.retry_safe and (policy.repeat_writes or not what.writes)
 
 
 def _settle(
@@ -119,21 +130,21 @@ def _settle(
     heal: Callable[[Table], Any],
 ) -> Flow[Any]:
     """One attempt, with what belongs to it: asking again after a race, creating the table."""
-    statement = step.statement if isinstance(step, Op) else step
+    what = about(step)
     raced = 0
     healed = False
     while True:
         if isinstance(outcome, Raced):
-            if raced >= statement.repeats:
+            if raced >= what.repeats:
                 if outcome.fallback is not None:
                     return outcome.fallback
                 raise ConflictError(
-                    f"{statement.name}: {raced} attempts in a row met concurrent changes; "
+                    f"{what.name}: {raced} attempts in a row met concurrent changes; "
                     "nothing was changed"
                 )
             raced += 1
         elif isinstance(outcome, TableNotFoundError):
-            table = statement.table
+            table = what.table
             if healed or table is None or not table.auto_create:
                 raise outcome
             healed = True

@@ -212,9 +212,7 @@ def _missing(table: Table, columns: dict[str, str]) -> str:
 
 
 def _script(name: str, commands: str) -> Op[None]:
-    return Op(
-        Statement(name, LOCK_TIMEOUT + commands, (), read_nothing, script=True, writes=False)
-    )
+    return Op(Statement(name, LOCK_TIMEOUT + commands, (), read_nothing, script=True, writes=False))
 
 
 def _made_by_another(error: PgkvError) -> bool:

@@ -127,9 +127,7 @@ class Link:
             else:
                 if statement.prepared_name not in self._prepared:
                     self._prepare(statement, seconds)
-                self._send_prepared(
-                    statement.prepared_name, op.params, statement.formats, BINARY
-                )
+                self._send_prepared(statement.prepared_name, op.params, statement.formats, BINARY)
         except psycopg.Error as error:
             failure = _failure(error, statement, sent=False)
         except PgkvError:
@@ -156,7 +154,7 @@ class Link:
                 self._finish_sending(seconds)
             if milliseconds <= self._nap_ms:
                 if not self.poll(max(0.0, milliseconds)):
-                    raise _PastDeadline
+                    raise _PastDeadlineError
                 self._consume()
                 if self._is_busy():
                     self._wait(seconds)
@@ -174,7 +172,7 @@ class Link:
                 failure: PgkvError = _failure(error, statement, sent=True)
             else:
                 return answer
-        except _PastDeadline:
+        except _PastDeadlineError:
             self.abandon()
             failure = OperationTimeoutError(
                 f"{statement.name}: no answer within {seconds:.3g} s; it was cancelled, "
@@ -199,7 +197,7 @@ class Link:
                     return
             left = (deadline - monotonic()) * 1000.0
             if left <= 0:
-                raise _PastDeadline
+                raise _PastDeadlineError
             if poll(min(left, nap)):
                 self._consume()
 
@@ -212,7 +210,7 @@ class Link:
         while self._flush():
             left = (deadline - monotonic()) * 1000.0
             if left <= 0:
-                raise _PastDeadline
+                raise _PastDeadlineError
             for _, events in poller.poll(left):
                 if events & ~select.POLLOUT:
                     self._consume()
@@ -239,10 +237,10 @@ class Link:
             error.outcome_unknown = False  # preparing changes nothing
             raise
         if result.status not in OK:
-            error = from_result(result)
+            refusal = from_result(result)
             # The name is a hash of the text: one that exists is the one we want.
-            if error.sqlstate != "42P05":
-                raise error
+            if refusal.sqlstate != "42P05":
+                raise refusal
         self._prepared.add(statement.prepared_name)
 
     def _forget(self, statement: Statement[Any], result: PGresult) -> bool:
@@ -261,7 +259,7 @@ class Link:
         return True
 
 
-class _PastDeadline(Exception):
+class _PastDeadlineError(Exception):
     """The deadline passed while waiting: turned into an OperationTimeoutError at once."""
 
 
@@ -289,7 +287,7 @@ class CursorLink(Link):
         conn: psycopg.Connection[Any],
         *,
         prepares: bool,
-        prepared: set[bytes] | None = None,
+        prepared: set[bytes] | None = None,  # noqa: ARG002  # psycopg keeps count itself
     ) -> None:
         self.conn = conn
         self.pgconn = conn.pgconn
@@ -368,10 +366,9 @@ class _BinaryDumper(_TextDumper):
 
 def _adapted(params: Sequence[bytes | None], formats: Sequence[int]) -> list[bytes | None]:
     return [
-        None if param is None else (_Binary if format == BINARY else _Text)(param)
-        for param, format in zip(params, formats, strict=True)
+        None if param is None else (_Binary if kind == BINARY else _Text)(param)
+        for param, kind in zip(params, formats, strict=True)
     ]
 
 
 link_class: type[Link] = Link if HAS_POLL else CursorLink
-

@@ -188,7 +188,7 @@ class Config:
         _require_int("pool_min_size", self.pool_min_size, 0, self.pool_max_size)
         for name in ("connect_timeout", "operation_timeout", "pool_timeout"):
             object.__setattr__(self, name, _seconds(name, getattr(self, name)))
-        if not isinstance(self.application_name, str) or "\0" in self.application_name:
+        if "\0" in self.application_name:
             raise ConfigError("application_name must be a string without NUL")
         if self.retry is not None and not isinstance(self.retry, RetryPolicy):
             raise ConfigError("retry must be a pgkv.RetryPolicy or None")
@@ -263,8 +263,10 @@ def _require_dsn(dsn: object) -> None:
     scheme, found, _ = dsn.partition("://")
     # A key=value conninfo has no scheme before its first "=".
     if found and "=" not in scheme and scheme not in ("postgresql", "postgres"):
-        advice = "drop what follows 'postgresql'" if scheme.startswith("postgres") else (
-            "pgkv speaks to PostgreSQL: postgresql://user@host/db"
+        advice = (
+            "drop what follows 'postgresql'"
+            if scheme.startswith("postgres")
+            else ("pgkv speaks to PostgreSQL: postgresql://user@host/db")
         )
         raise ConfigError(f"dsn has the scheme {scheme!r}; {advice}")
     try:

@@ -298,4 +298,4 @@ def _because(error: PgkvError, cause: BaseException) -> PgkvError:
 
 def from_result(result: pq.abc.PGresult, encoding: str = "utf-8") -> psycopg.Error:
     """Return psycopg's exception for an error result."""
-    return psycopg.errors.error_from_result(result, encoding)  # type: ignore[arg-type]  # protocol against class
+    return psycopg.errors.error_from_result(result, encoding)

@@ -11,6 +11,8 @@ import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime
+from operator import attrgetter
+from pathlib import Path
 from time import monotonic
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
@@ -94,9 +96,7 @@ class Store:
     ) -> Self:
         """Another store that shares what is not given, and closes nothing."""
         view = type(self).__new__(type(self))
-        view._bind(
-            config or self._config, sql or self._sql, channel or self._channel, owner=False
-        )
+        view._bind(config or self._config, sql or self._sql, channel or self._channel, owner=False)
         return view
 
     # -- beginning and end
@@ -153,7 +153,7 @@ class Store:
             path: the server's directory, created if need be; None for one per user.
             **config: the fields of `Config`.
         """
-        where = "/" if path is None else quote(os.path.abspath(os.fspath(path)))
+        where = "/" if path is None else quote(str(Path(path).absolute()))
         return cls.connect(EMBEDDED_SCHEME + where, **config)
 
     def close(self) -> None:
@@ -498,7 +498,7 @@ class Store:
 
     def iter_items(self, prefix: str = "", *, page_size: int = 1000) -> Iterator[KeyValue]:
         """Iterate over keys and values with a prefix in constant memory; see `iter_keys`."""
-        return self._paged(self._sql.scan, KeyValue.key.__get__, prefix, page_size)
+        return self._paged(self._sql.scan, attrgetter("key"), prefix, page_size)
 
     def _paged(
         self, select: Any, key_of: Callable[[Any], str], prefix: str, page_size: int

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from datetime import datetime
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from .. import _codec
 from .._op import BINARY, TEXT, Expired, Op, Raced, Result, Signal, Statement
@@ -33,6 +33,8 @@ from .table import (
 if TYPE_CHECKING:
     from .._codec import Value
     from ..config import Seconds
+
+REPEATS = 100  # attempts that may meet a concurrent change before a caller hears of it
 
 # Integers are kept as decimal text, as the Rust crate keeps them. The pattern is tested before
 # the cast, which on 16 and later would also take '1_000' and '0x1F', and ' 7 ' on any version.
@@ -93,7 +95,7 @@ class Point(TableStatements):
             f"coalesce(expires_at <= statement_timestamp(), false) FROM {self.t} "
             f"WHERE key = $1 AND {'TRUE' if self.collects else self.readable}",
             (TEXT,),
-            _no_entry,
+            _in_each_call,
             retry_safe=True,
             writes=False,
         )
@@ -101,7 +103,7 @@ class Point(TableStatements):
     def get_entry(self, key: str) -> Op[Entry | None]:
         """The whole row, or None."""
 
-        def decode(result: Result) -> Entry | None | Signal:
+        def decode(result: Result) -> Entry | Signal | None:
             if not result.ntuples:
                 return None
             if self.collects and result.get_value(0, 6) == b"\1":
@@ -296,6 +298,7 @@ class Point(TableStatements):
             formats(2, expiry),
             _read_value_or_raced,
             sql_18=since_18,
+            repeats=REPEATS,
         )
 
     # -- atomic
@@ -316,9 +319,7 @@ class Point(TableStatements):
         # The statement judged the row when it arrived. If it then waited for a lock, the row it
         # added to may have expired meanwhile, and nobody would ever see the sum: hence the
         # second look, by a clock that has moved on.
-        upsert = self.upsert(
-            expiry, value=ADDED, expires_at=WINDOW, returning="value, expires_at"
-        )
+        upsert = self.upsert(expiry, value=ADDED, expires_at=WINDOW, returning="value, expires_at")
         return self.statement(
             "increment",
             f"WITH up AS ({upsert}) "
@@ -366,8 +367,9 @@ class Point(TableStatements):
             f"SELECT CASE WHEN {column} = ${n} THEN 2 ELSE 1 END, value, version "
             f"FROM {self.t} WHERE key = $1 AND {LIVE} AND NOT EXISTS (SELECT 1 FROM up)",
             formats(2, expiry, BINARY),
-            _read_cas_unbound,
+            _in_each_call,
             savepoint=True,
+            repeats=REPEATS,
         )
 
     def _make_cas_new(self, expiry: Expiry) -> Statement[CasResult]:
@@ -378,8 +380,9 @@ class Point(TableStatements):
             f"SELECT 1, value, version FROM {self.t} "
             f"WHERE key = $1 AND {LIVE} AND NOT EXISTS (SELECT 1 FROM up)",
             formats(2, expiry),
-            _read_cas_unbound,
+            _in_each_call,
             savepoint=True,
+            repeats=REPEATS,
         )
 
     @cached_property
@@ -402,7 +405,9 @@ class Point(TableStatements):
         params = (self.key(key), _codec.encode_ttl(ttl))
         if if_version is None:
             return Op(self.made(("expire", AFTER), lambda: self._make_expire(AFTER)), params)
-        statement = self.made(("expire_if", AFTER), lambda: self._make_expire(AFTER, versioned=True))
+        statement = self.made(
+            ("expire_if", AFTER), lambda: self._make_expire(AFTER, versioned=True)
+        )
         version = _codec.encode_int8(_codec.integer(if_version, "if_version"))
         return Op(statement, (*params, version))
 
@@ -466,19 +471,20 @@ def negated(delta: int) -> int:
     return -delta
 
 
-def _read_value_or_expired(result: Result) -> bytes | None | Signal:
+def _read_value_or_expired(result: Result) -> bytes | Signal | None:
     if not result.ntuples:
         return None
     value = result.get_value(0, 0)
     return _EXPIRED if value is None else value
 
 
-def _read_value_or_raced(result: Result) -> bytes | None | Signal:
+def _read_value_or_raced(result: Result) -> bytes | Signal | None:
     return result.get_value(0, 0) if result.ntuples else _RACED
 
 
-def _no_entry(result: Result) -> None:
-    """Replaced in each call: an entry carries its key."""
+def _in_each_call(result: Result) -> NoReturn:
+    """Stands for a decoder that each call brings, because the answer holds what was asked."""
+    raise AssertionError(f"undecoded: {result!r}")
 
 
 def _read_seconds(result: Result) -> float | None:
@@ -491,11 +497,6 @@ def _read_seconds(result: Result) -> float | None:
 def _read_sum(result: Result) -> int | Signal:
     total = int(result.get_value(0, 0) or b"")
     return total if result.get_value(0, 1) == b"\0" else Raced(total)
-
-
-def _read_cas_unbound(result: Result) -> CasResult:
-    """Replaced in each call: a success carries the new value."""
-    return NOT_FOUND
 
 
 class CasReader:

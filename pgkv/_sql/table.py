@@ -159,9 +159,7 @@ class TableStatements:
             if expiry is KEEP:
                 expires_at = f"CASE WHEN {DEAD} THEN NULL ELSE t.expires_at END"
         if source is None:
-            rows = (
-                f"VALUES ($1, $2, {inserted}, clock_timestamp(), clock_timestamp(), {CLOCK_US})"
-            )
+            rows = f"VALUES ($1, $2, {inserted}, clock_timestamp(), clock_timestamp(), {CLOCK_US})"
         else:
             rows = (
                 f"SELECT u.k, u.v, {inserted}, clock_timestamp(), clock_timestamp(), {CLOCK_US} "
