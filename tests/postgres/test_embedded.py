@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -24,9 +25,9 @@ pytestmark = pytest.mark.skipif(not servers.installed(), reason="no PostgreSQL s
 
 # A process that uses an embedded server and does as it is told.
 USER = """
-import sys
+import os, sys
 from pgkv import _cluster, embedded
-path, binaries = sys.argv[1:]
+path, binaries = sys.argv[1:3]
 _cluster._binary_directories = lambda: [binaries]
 for order in sys.stdin:
     if order == "start\\n":
@@ -35,6 +36,12 @@ for order in sys.stdin:
     elif order == "close\\n":
         server.close()
         print("closed", flush=True)
+    elif order == "fork\\n":
+        child = os.fork()
+        if child == 0:
+            os.read(int(sys.argv[3]), 1)  # until the test's end of the pipe is closed
+            os._exit(0)
+        print(child, flush=True)
 """
 
 
@@ -42,12 +49,16 @@ class User:
     """Another process."""
 
     def __init__(self, path: Path, binaries: Binaries) -> None:
+        # Its other end closes with this process, or with kill(): what the other forked ends then.
+        self._hold, self._release = os.pipe()
+        self.left = False
         self.process = subprocess.Popen(
-            [sys.executable, "-c", USER, str(path), binaries.directory],
+            [sys.executable, "-c", USER, str(path), binaries.directory, str(self._hold)],
+            pass_fds=[self._hold],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         )
 
     def send(self, order: str) -> None:
@@ -65,10 +76,13 @@ class User:
 
     def kill(self) -> None:
         self.process.kill()
-        self.process.communicate()
+        self.process.wait()
 
     def leave(self) -> None:
-        """The ordinary end of a process, exit handlers included."""
+        """The ordinary end of a process, exit handlers included; and of what it forked."""
+        self.left = True
+        os.close(self._hold)
+        os.close(self._release)
         self.process.communicate()
 
 
@@ -108,8 +122,9 @@ def user(home: Path, binaries: Binaries) -> Iterator[Callable[[], User]]:
 
     yield make
     for each in made:
-        if each.process.poll() is None:
+        if not each.left:
             each.kill()
+            each.leave()
 
 
 def start(path: Path | str, **settings: str) -> embedded.EmbeddedServer:
@@ -258,7 +273,7 @@ def test_claim_of_a_removed_directory(home: Path) -> None:
     subprocess.run(["rm", "-r", home], check=True)
     server.close()
     assert pid is not None
-    os.kill(pid, 3)  # by itself it would notice within a minute
+    os.kill(pid, signal.SIGQUIT)  # by itself it would notice within a minute
     wait_until(lambda: not _cluster._exists(pid), "the server ends")
 
 
@@ -299,6 +314,18 @@ def test_killed_user_does_not_count(home: Path, user: Callable[[], User]) -> Non
         one.kill()
         assert ask(server.dsn, "SELECT 1") == 1
     assert postmaster(home) is None
+
+
+def test_killed_user_with_a_living_child(home: Path, user: Callable[[], User]) -> None:
+    """A child that a killed user forked, and that never used the server, does not count for it."""
+    one = user()
+    one.do("start")
+    child = int(one.do("fork"))
+    with start(home):
+        one.kill()
+        assert _cluster._exists(child)
+    assert postmaster(home) is None
+    assert _cluster._exists(child)
 
 
 def test_killed_last_user(home: Path, user: Callable[[], User]) -> None:
@@ -402,7 +429,7 @@ def test_killed_server_starts_again(home: Path) -> None:
     do(first.dsn, "CREATE UNLOGGED TABLE unlogged AS SELECT 1 AS a")
     pid = postmaster(home)
     assert pid is not None
-    os.kill(pid, 9)
+    os.kill(pid, signal.SIGKILL)
     # At once, and while this process still holds its claim: backends may not have noticed yet.
     second = start(home)
     assert second.dsn == first.dsn
@@ -418,7 +445,7 @@ def test_killed_server_starts_again(home: Path) -> None:
 def test_start_waits_for_recovery_from_a_backend_crash(home: Path) -> None:
     """start() during the recovery from a killed backend returns a DSN that takes connections."""
     with start(home) as server, psycopg.connect(server.dsn) as conn:
-        os.kill(conn.info.backend_pid, 9)
+        os.kill(conn.info.backend_pid, signal.SIGKILL)
         with start(home) as again:
             assert ask(again.dsn, "SELECT 1") == 1
 
@@ -427,12 +454,46 @@ def test_stale_pid_file_with_a_living_number(home: Path) -> None:
     """A postmaster.pid left by a crash, its number now another process's, hinders no start."""
     with start(home):
         text = (home / "pgdata" / "postmaster.pid").read_text()
-    stale = "\n".join([str(os.getpid()), *text.splitlines()[1:]]) + "\n"
-    (home / "pgdata" / "postmaster.pid").write_text(stale)
-    (home / "pgdata" / ".s.PGSQL.5432.lock").write_text(stale)
+    # A process of the server's own account: another's PostgreSQL itself takes for stale.
+    account = servers.server_account()
+    other = subprocess.Popen(["sleep", "60"], user=account.uid if account else None)
+    try:
+        stale = "\n".join([str(other.pid), *text.splitlines()[1:]]) + "\n"
+        (home / "pgdata" / "postmaster.pid").write_text(stale)
+        (home / "pgdata" / ".s.PGSQL.5432.lock").write_text(stale)
+        assert postmaster(home) is None
+        with start(home) as server:
+            assert ask(server.dsn, "SELECT 1") == 1
+        assert other.poll() is None
+    finally:
+        other.kill()
+        other.wait()
+
+
+def test_start_waits_for_orphans(home: Path) -> None:
+    """start() waits for a backend that outlived its killed server: both would write the data."""
+    dsns: list[str] = []
+    first = start(home)
+    pid = postmaster(home)
+    with psycopg.connect(first.dsn) as conn:
+        backend = conn.info.backend_pid
+        os.kill(backend, signal.SIGSTOP)
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)
+        starting = threading.Thread(target=lambda: dsns.append(start(home).dsn))
+        starting.start()
+        try:
+            wait_until(
+                lambda: "pre-existing shared memory" in first.log_path.read_text(), "refusal"
+            )
+            assert not dsns
+        finally:
+            os.kill(backend, signal.SIGCONT)
+            starting.join()
+    assert dsns == [first.dsn]
+    assert ask(first.dsn, "SELECT 1") == 1
+    embedded._leave_all()
     assert postmaster(home) is None
-    with start(home) as server:
-        assert ask(server.dsn, "SELECT 1") == 1
 
 
 def test_killed_initdb(empty: Path, binaries: Binaries) -> None:
