@@ -140,7 +140,9 @@ class Point(TableStatements):
     def _ttl(self) -> Statement[float | None]:
         return self.statement(
             "ttl",
-            "SELECT extract(epoch from expires_at - statement_timestamp())::float8 "
+            # Not expires_at - now: before 17 the difference to 'infinity' is an error.
+            "SELECT (extract(epoch from expires_at) - "
+            "extract(epoch from statement_timestamp()))::float8 "
             f"FROM {self.t} WHERE key = $1 AND {self.readable}",
             (TEXT,),
             _read_seconds,
