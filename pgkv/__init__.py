@@ -2,6 +2,7 @@
 
 from ._observe import on_operation
 from ._schema import schema_sql
+from .aio import AsyncStore
 from .config import Config, Pooler, RetryPolicy, TableType, TtlCleanupStrategy
 from .errors import (
     ConfigError,
@@ -29,6 +30,7 @@ from .store import Store
 from .types import CasResult, CasStatus, Entry, KeyValue, ScanOptions, Stats
 
 __all__ = [
+    "AsyncStore",
     "CasResult",
     "CasStatus",
     "Config",

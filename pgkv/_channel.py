@@ -23,13 +23,12 @@ from psycopg import pq
 
 from . import _observe, _schema
 from ._caller import Reentrant, check_connection
-from ._op import Call, Flow, Op, Raced, Signal, Sleep, Transaction
-from ._op import Expired as ExpiredRows
+from ._op import Batch, Call, Expired, Flow, Op, Raced, Signal, Sleep, Transaction
 from ._pool import CallerPool, Leases
 from ._retry import recover
 from ._sql import Statements, control
 from ._sweep import SWEEP_CHANCE, Collector
-from ._wire import Link, link_class
+from ._wire import Link, link_class, outcomes
 from .config import Config, Table
 from .errors import ConflictError, PgkvError, TransactionError
 
@@ -54,6 +53,10 @@ class Channel(Protocol):
         self, isolation: IsolationLevel | None = None
     ) -> contextlib.AbstractContextManager[BoundChannel]:
         """Open a transaction, or a savepoint in one."""
+        ...
+
+    def heal(self, table: Table) -> None:
+        """Create a missing table, where that is this channel's business."""
         ...
 
     def watch(self, sql: Statements) -> None:
@@ -89,6 +92,11 @@ def call(step: Call[Any]) -> Any:
             answer.close()
         raise TypeError("a function given to a Store must not be async; use AsyncStore")
     return answer
+
+
+def answer_of(answer: Any) -> Any:
+    """The caller's part of an answer, where nothing is collected."""
+    return answer.answer if isinstance(answer, Expired) else answer
 
 
 class PoolChannel:
@@ -162,41 +170,18 @@ class PoolChannel:
         """What a few answers bring with them: races, expired rows, metrics."""
         if isinstance(answer, Raced):
             return self._recover(op, started, timeout, answer)
-        if isinstance(answer, ExpiredRows):
-            collector = self._collectors.get(op.statement.table)  # type: ignore[arg-type]  # no None in it
-            if collector is not None:
-                collector.collect(answer.keys or op.params[:1])  # type: ignore[arg-type]  # a key
-            answer = answer.answer
+        answer = self._collected(op, answer)
         if _observe.hooks:
             _observe.notify(op.statement.name, started, "ok", getattr(op, "retries", 0))
         return answer  # type: ignore[no-any-return]  # decoded by op
 
     def _recover(
-        self,
-        op: Op[T],
-        started: float,
-        timeout: float | None,
-        outcome: PgkvError | Raced | None,
+        self, op: Op[T], started: float, timeout: float | None, outcome: PgkvError | Raced | None
     ) -> T:
         """Bring an operation to its end that the fast path could not."""
         deadline = started + (self._timeout if timeout is None else timeout)
-
-        def perform(step: Any) -> Any:
-            return self._attempt(step, deadline) if isinstance(step, Op) else self._perform(step)
-
         try:
-            answer: Any
-            try:
-                if outcome is None:
-                    self._start_patrols()
-                    answer = self._attempt(op, deadline)
-                else:
-                    answer = outcome
-            except PgkvError as error:
-                answer = error
-            if isinstance(answer, PgkvError | Raced):
-                flow = recover(op, answer, self._config.retry, deadline, self._heal)
-                answer = drive(flow, perform)
+            answer = self._settle(op, deadline, outcome)
         except BaseException as error:
             if _observe.hooks:
                 name, retries = op.statement.name, getattr(op, "retries", 0)
@@ -204,13 +189,51 @@ class PoolChannel:
             raise
         return self._aftermath(op, answer, started, timeout)
 
-    def _attempt(self, op: Op[T], deadline: float) -> T | Signal:
-        link = self._leases.acquire(deadline, op.statement.name)
+    def _settle(
+        self,
+        step: Op[Any] | Transaction[Any] | Batch,
+        deadline: float,
+        outcome: PgkvError | Raced | None = None,
+    ) -> Any:
+        """Attempt a step until it has an answer, or may not be repeated."""
+
+        def perform(each: Any) -> Any:
+            if isinstance(each, Sleep | Call):
+                return self._perform(each)
+            return self._attempt(each, deadline)
+
+        if outcome is None:
+            self._start_patrols()
+            try:
+                answer = self._attempt(step, deadline)
+            except PgkvError as error:
+                answer = error
+            if not isinstance(answer, PgkvError | Raced):
+                return answer
+            outcome = answer
+        return drive(recover(step, outcome, self._config.retry, deadline, self.heal), perform)
+
+    def _attempt(self, step: Op[Any] | Transaction[Any] | Batch, deadline: float) -> Any:
+        if isinstance(step, Transaction):
+            with self._bound(deadline=deadline) as bound:
+                return bound.run(step.flow())
+        if isinstance(step, Batch):
+            return self._attempt_batch(step, deadline)
+        link = self._leases.acquire(deadline, step.statement.name)
         try:
-            result = link.execute(op, deadline - monotonic())
+            result = link.execute(step, deadline - monotonic())
         finally:
             self._leases.settle(link)
-        return op.decode(result)
+        return step.decode(result)
+
+    def _attempt_batch(self, batch: Batch, deadline: float) -> list[Any]:
+        link = self._leases.acquire(deadline, batch.name)
+        try:
+            seconds = deadline - monotonic()
+            results = link.execute_all(batch.ops, seconds, sync_each=batch.sync_each)
+        finally:
+            self._leases.settle(link)
+        return [self._collected(*each) for each in outcomes(batch, results)]
 
     # -- flows
 
@@ -225,23 +248,7 @@ class PoolChannel:
             return time.sleep(step.seconds)
         if isinstance(step, Call):
             return call(step)
-        return self._transact(step)
-
-    def _transact(self, step: Transaction[Any]) -> Any:
-        """Perform a transaction step, again where that is safe."""
-        deadline = monotonic() + self._timeout
-
-        def attempt(step: Transaction[Any]) -> Any:
-            with self._bound(deadline=deadline) as bound:
-                return bound.run(step.flow())
-
-        def perform(step: Any) -> Any:
-            return attempt(step) if isinstance(step, Transaction) else self._perform(step)
-
-        try:
-            return attempt(step)
-        except PgkvError as error:
-            return drive(recover(step, error, self._config.retry, deadline, self._heal), perform)
+        return self._settle(step, monotonic() + self._timeout)
 
     def transaction(
         self, isolation: IsolationLevel | None = None
@@ -259,12 +266,12 @@ class PoolChannel:
     ) -> Iterator[BoundChannel]:
         if ensure:
             # Inside, a missing table would fail the caller's transaction.
-            for table in self._collectors:
+            for table in tuple(self._collectors):
                 if table not in self._known and table.auto_create:
-                    self._heal(table)
+                    self.heal(table)
         until = monotonic() + self._timeout if deadline is None else deadline
         link = self._leases.acquire(until, "transaction")
-        bound = BoundChannel(link, self._timeout, until if deadline is not None else None)
+        bound = BoundChannel(link, self._timeout, deadline)
         try:
             with bound.span(control.begin(isolation), control.commit(), control.rollback()):
                 yield bound
@@ -272,23 +279,19 @@ class PoolChannel:
             bound.end()
             self._leases.settle(link)
 
-    def _heal(self, table: Table) -> None:
+    def heal(self, table: Table) -> None:
         """Create a table that the server says is missing."""
         _observe.info("pgkv.table.create", table=table.quoted)
         self.run(_schema.ensure(table))
         self._known.add(table)
 
-    def ensure(self, table: Table) -> None:
-        """Create the table if it is missing and may be created."""
-        if table.auto_create:
-            self._heal(table)
-
     # -- the background
 
     def watch(self, sql: Statements) -> None:
         """Collect that table's expired rows by its strategy."""
-        self._collectors.setdefault(sql.table, Collector(sql, self._background))
-        self._patrolling = False
+        if sql.table not in self._collectors:
+            self._collectors[sql.table] = Collector(sql, self._background)
+            self._patrolling = False
 
     def _start_patrols(self) -> None:
         if not self._patrolling:
@@ -297,9 +300,18 @@ class PoolChannel:
                 collector.start_patrol()
 
     def _sweep(self, table: Table | None) -> None:
-        collector = self._collectors.get(table)  # type: ignore[arg-type]  # no None in it
+        collector = None if table is None else self._collectors.get(table)
         if collector is not None:
             collector.sweep()
+
+    def _collected(self, op: Op[Any], answer: Any) -> Any:
+        """The caller's part of an answer; the expired keys in it are queued for deletion."""
+        if not isinstance(answer, Expired):
+            return answer
+        collector = self._collectors.get(op.statement.table)  # type: ignore[arg-type]  # never None: it has rows
+        if collector is not None:
+            collector.collect(answer.keys_of(op))
+        return answer.answer
 
     def _background(self, flow: Flow[None]) -> None:
         thread = threading.Thread(
@@ -378,7 +390,7 @@ class BoundChannel:
             if answer.fallback is None:
                 raise ConflictError(f"{op.statement.name}: every attempt met concurrent changes")
             answer = answer.fallback
-        return answer.answer if isinstance(answer, ExpiredRows) else answer  # type: ignore[no-any-return]  # decoded by op
+        return answer_of(answer)  # type: ignore[no-any-return]  # decoded by op
 
     def _seconds(self, timeout: float | None) -> float:
         seconds = self._timeout if timeout is None else timeout
@@ -392,6 +404,9 @@ class BoundChannel:
 
     def _in_transaction(self) -> bool:
         return self._link.pgconn.transaction_status == pq.TransactionStatus.INTRANS
+
+    def heal(self, table: Table) -> None:
+        """Nothing is created in somebody's transaction."""
 
     def watch(self, sql: Statements) -> None:
         """Nothing is collected in somebody's transaction."""
@@ -414,8 +429,13 @@ class BoundChannel:
             return time.sleep(step.seconds)
         if isinstance(step, Call):
             return call(step)
-        with self.transaction():
-            return self.run(step.flow())
+        if isinstance(step, Batch):
+            self._check(step.name)
+            with self._lock:
+                results = self._link.execute_all(step.ops, self._seconds(None), sync_each=False)
+            return [answer_of(answer) for _, answer in outcomes(step, results)]
+        with self.transaction() as inner:
+            return inner.run(step.flow())
 
     @contextlib.contextmanager
     def transaction(self, isolation: IsolationLevel | None = None) -> Iterator[BoundChannel]:

@@ -127,6 +127,10 @@ class Expired(Signal):
         self.answer = answer
         self.keys = keys
 
+    def keys_of(self, op: Op[Any]) -> Sequence[bytes]:
+        """The expired keys that the operation met: its only one, if it names but one."""
+        return self.keys or op.params[:1]  # type: ignore[return-value]  # a key is never None
+
 
 class Sleep:
     """Step: let time pass."""
@@ -168,7 +172,30 @@ class Transaction(Generic[T]):
         self.retries = 0
 
 
-Step: TypeAlias = "Op[Any] | Sleep | Call[Any] | Transaction[Any]"
+class Batch:
+    """Step: send many operations in one round trip. Its outcome is a list: for each operation its
+    answer, a `Raced`, or the `PgkvError` by which it was refused.
+
+    Args:
+        ops: none of them a script.
+        sync_each: each stands for itself. Otherwise one refusal undoes all of them.
+    """
+
+    __slots__ = ("ops", "retries", "retry_safe", "sync_each", "table", "writes")
+
+    name = "pipeline"
+    repeats = 0
+
+    def __init__(self, ops: Sequence[Op[Any]], *, sync_each: bool) -> None:
+        self.ops = ops
+        self.sync_each = sync_each
+        self.retries = 0
+        self.table = ops[0].statement.table
+        self.retry_safe = all(op.statement.retry_safe for op in ops)
+        self.writes = any(op.statement.writes for op in ops)
+
+
+Step: TypeAlias = "Op[Any] | Sleep | Call[Any] | Transaction[Any] | Batch"
 Flow: TypeAlias = Generator[Step, Any, T]
 
 
@@ -185,6 +212,11 @@ def pause(seconds: float) -> Flow[None]:
 def call(fn: Callable[..., T | Awaitable[T]], *args: Any) -> Flow[T]:
     """Call user code inside a flow."""
     return (yield Call(fn, *args))  # type: ignore[no-any-return]  # the driver sends its result
+
+
+def send(batch: Batch) -> Flow[list[Any]]:
+    """Perform a batch inside a flow."""
+    return (yield batch)  # type: ignore[no-any-return]  # the driver sends its outcomes
 
 
 def transaction(

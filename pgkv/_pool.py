@@ -9,6 +9,7 @@ for waiters. In the other order a wake-up would be lost.
 
 from __future__ import annotations
 
+import logging
 import threading
 import weakref
 from collections import deque
@@ -31,6 +32,7 @@ from .errors import (
 )
 
 LEASE_TIME = 60.0  # seconds
+POOL_NAME = "pgkv-"
 # How long to listen for a new connection before asking whether the attempt has failed: the pool
 # hides the reason behind its time-out.
 OPENING_NAP = 0.05
@@ -61,6 +63,8 @@ class Leases:
         self._lock = threading.Lock()
         self._size = 0
         self._closed = False
+        # What is prepared where, across leases: it dies with the connection.
+        self._prepared: weakref.WeakKeyDictionary[Any, set[bytes]] = weakref.WeakKeyDictionary()
         self._pool: ConnectionPool[Any] | None = None
         # The last failure to connect, with its time; a deque of one is replaced atomically.
         self._failures: deque[tuple[float, psycopg.Error]] = deque(maxlen=1)
@@ -95,7 +99,7 @@ class Leases:
         """Take a place in the queue; None where there is room for one more link."""
         with self._lock:
             if self._closed:
-                raise _closed(action)
+                raise closed(action)
             if self._size < self._config.pool_max_size:
                 self._size += 1
                 return None
@@ -122,19 +126,7 @@ class Leases:
             # Somebody has taken us off the queue: what they give is on its way.
             waiter.given.acquire()
             return
-        size = self._config.pool_max_size
-        if by_pool:
-            raise PoolTimeoutError(
-                f"{action}: all {size} connections stayed busy for "
-                f"{self._config.pool_timeout:g} s; raise pool_max_size, or look for transactions "
-                "that stay open"
-            )
-        error = OperationTimeoutError(
-            f"{action}: operation_timeout passed while all {size} connections were busy; "
-            "nothing was sent"
-        )
-        error.outcome_unknown = False
-        raise error
+        raise busy(self._config, action, by_pool=by_pool)
 
     def release(self, link: Link) -> None:
         """Take a link back from an operation."""
@@ -208,7 +200,8 @@ class Leases:
         except BaseException:
             self._shrink()
             raise
-        link = link_class(conn, prepares=self._prepares)
+        prepared = self._prepared.setdefault(conn, set())
+        link = link_class(conn, prepares=self._prepares, prepared=prepared)
         link.lease_end = monotonic() + LEASE_TIME
         return link
 
@@ -224,14 +217,11 @@ class Leases:
             except PoolTimeout:
                 failed = self._failures[0] if self._failures else None
                 if failed is not None and failed[0] >= started:
-                    raise self._unreachable(failed[1], action) from failed[1]
+                    raise unreachable(failed[1], action) from failed[1]
                 if monotonic() >= until:
-                    raise StoreUnavailableError(
-                        f"{action}: no connection to PostgreSQL within "
-                        f"{until - started:.3g} s (connect_timeout)"
-                    ) from None
+                    raise no_connection(action, until - started) from None
             except PoolClosed:
-                raise _closed(action) from None
+                raise closed(action) from None
             else:
                 if not link_class(conn, prepares=False).is_stale():
                     return conn
@@ -239,19 +229,10 @@ class Leases:
                 conn.close()
                 pool.putconn(conn)
 
-    def _unreachable(self, error: psycopg.Error, action: str) -> PgkvError:
-        failure = translate(error, action=action)
-        if "startup parameter" in str(error):
-            return StoreUnavailableError(
-                f"{failure}; a pooler in front of PostgreSQL refuses session settings: "
-                "set pooler=pgkv.Pooler.TRANSACTION"
-            )
-        return failure
-
     def _psycopg_pool(self) -> ConnectionPool[Any]:
         with self._lock:
             if self._closed:
-                raise _closed("connect")
+                raise closed("connect")
             if self._pool is None:
                 config = self._config
                 self._pool = ConnectionPool(
@@ -264,7 +245,7 @@ class Leases:
                     # Each operation that needs a connection tries at once; back-off is the
                     # retry policy's, not the pool's.
                     reconnect_timeout=0.0,
-                    name=f"pgkv-{id(self):x}",
+                    name=f"{POOL_NAME}{id(self):x}",
                     open=True,
                 )
             return self._pool
@@ -371,16 +352,67 @@ class _Waiter:
         self.given.release()
 
 
-def _closed(action: str) -> StoreUnavailableError:
+def closed(action: str) -> StoreUnavailableError:
+    """What an operation hears after close()."""
     error = StoreUnavailableError(f"{action}: the store is closed")
     error.retryable = False
     return error
 
 
+def busy(config: Config, action: str, *, by_pool: bool) -> PgkvError:
+    """What a caller hears who waited in vain: for pool_timeout, or until its own deadline."""
+    size = config.pool_max_size
+    if by_pool:
+        return PoolTimeoutError(
+            f"{action}: all {size} connections stayed busy for {config.pool_timeout:g} s; raise "
+            "pool_max_size, or look for transactions that stay open"
+        )
+    error = OperationTimeoutError(
+        f"{action}: the time for the whole call passed while all {size} connections were busy; "
+        "nothing was sent"
+    )
+    error.outcome_unknown = False
+    return error
+
+
+def no_connection(action: str, seconds: float) -> StoreUnavailableError:
+    """What a caller hears when connecting neither succeeds nor fails."""
+    return StoreUnavailableError(
+        f"{action}: no connection to PostgreSQL within {seconds:.3g} s (connect_timeout)"
+    )
+
+
+def unreachable(error: psycopg.Error, action: str) -> PgkvError:
+    """What a caller hears when connecting fails, with the reason."""
+    failure = translate(error, action=action)
+    if "startup parameter" in str(error):
+        return StoreUnavailableError(
+            f"{failure}; a pooler in front of PostgreSQL refuses session settings: "
+            "set pooler=pgkv.Pooler.TRANSACTION"
+        )
+    return failure
+
+
+class OwnConnection:
+    """Marks the connections that pgkv opened for itself."""
+
+
+class _AlreadyTold(logging.Filter):
+    """Drops what psycopg_pool would say of pgkv's own pools: that a connection was returned
+    closed (pgkv closed it) or could not be made (the caller gets that as an exception)."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        subject = record.args[0] if isinstance(record.args, tuple) and record.args else None
+        return not isinstance(subject, OwnConnection) and not str(subject).startswith(POOL_NAME)
+
+
+logging.getLogger("psycopg.pool").addFilter(_AlreadyTold())
+
+
 def _recording(failures: deque[tuple[float, psycopg.Error]]) -> type[psycopg.Connection[Any]]:
     """A connection class that remembers why connecting failed."""
 
-    class RecordingConnection(psycopg.Connection[Any]):
+    class RecordingConnection(psycopg.Connection[Any], OwnConnection):
         @classmethod
         def connect(cls, conninfo: str = "", **kwargs: Any) -> psycopg.Connection[Any]:  # type: ignore[override]  # the pool passes keywords only
             try:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from time import monotonic
-from typing import Any
+from typing import Any, TypeAlias
 
 from tenacity import (
     DoAttempt,
@@ -25,13 +25,15 @@ from tenacity import (
 from tenacity.stop import stop_base
 
 from . import _observe
-from ._op import Call, Flow, Op, Raced, Sleep, Statement, Transaction
+from ._op import Batch, Call, Flow, Op, Raced, Sleep, Statement, Transaction
 from .config import RetryPolicy, Table
 from .errors import ConflictError, PgkvError, PoolTimeoutError, TableNotFoundError
 
+Repeatable: TypeAlias = "Op[Any] | Transaction[Any] | Batch"
+
 
 def recover(
-    step: Op[Any] | Transaction[Any],
+    step: Repeatable,
     outcome: BaseException | Raced,
     policy: RetryPolicy | None,
     deadline: float,
@@ -69,7 +71,7 @@ def recover(
         assert isinstance(action, DoAttempt)
 
 
-def about(step: Op[Any] | Transaction[Any]) -> Statement[Any] | Transaction[Any]:
+def about(step: Repeatable) -> Statement[Any] | Transaction[Any] | Batch:
     """What is known of the step: its name, table, and whether it may be repeated."""
     return step.statement if isinstance(step, Op) else step
 
@@ -82,9 +84,7 @@ class _OutOfTime(stop_base):
         return monotonic() + retry_state.upcoming_sleep >= self._deadline
 
 
-def _start(
-    step: Op[Any] | Transaction[Any], policy: RetryPolicy, deadline: float
-) -> RetryCallState:
+def _start(step: Repeatable, policy: RetryPolicy, deadline: float) -> RetryCallState:
 
     def log(state: RetryCallState) -> None:
         error = state.outcome.exception() if state.outcome else None
@@ -111,7 +111,7 @@ def _start(
     return RetryCallState(retrying, None, (), {})
 
 
-def may_repeat(step: Op[Any] | Transaction[Any], error: BaseException, policy: RetryPolicy) -> bool:
+def may_repeat(step: Repeatable, error: BaseException, policy: RetryPolicy) -> bool:
     """Whether repeating the step after this error can do no harm and may do good."""
     if not isinstance(error, PgkvError) or not error.retryable:
         return False
@@ -125,7 +125,7 @@ def may_repeat(step: Op[Any] | Transaction[Any], error: BaseException, policy: R
 
 
 def _settle(
-    step: Op[Any] | Transaction[Any],
+    step: Repeatable,
     outcome: BaseException | Raced | None,
     heal: Callable[[Table], Any],
 ) -> Flow[Any]:

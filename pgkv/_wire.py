@@ -21,19 +21,23 @@ from typing import TYPE_CHECKING, Any
 import psycopg
 from psycopg import pq
 
-from ._op import BINARY, Op, Result, Statement
+from ._op import BINARY, Batch, Op, Result, Statement
 from .errors import OperationTimeoutError, PgkvError, from_result, translate
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from psycopg.pq.abc import PGconn, PGresult
 
 OK = frozenset((int(pq.ExecStatus.COMMAND_OK), int(pq.ExecStatus.TUPLES_OK)))
 IDLE = pq.TransactionStatus.IDLE
+PIPELINE_SYNC = int(pq.ExecStatus.PIPELINE_SYNC)
 CANCEL_TIMEOUT = 1.0  # seconds that a cancel request may take
 # Bytes can wait inside OpenSSL while the socket is silent: under TLS no sleep is longer.
 TLS_NAP_MS = 50.0
+
+# What an error that concerns a whole pipeline is called.
+PIPELINE: Statement[Any] = Statement("pipeline", "", (), lambda result: result)
 
 HAS_POLL = hasattr(select, "poll")
 
@@ -77,9 +81,7 @@ class Link:
         self._prepared = set() if prepared is None else prepared
         pgconn = self.pgconn
         # One poller for the link's life; bound methods spare a look-up for each of some ten calls.
-        poller = select.poll()
-        poller.register(pgconn.socket, select.POLLIN)
-        self.poll = poller.poll
+        self.poll = poller(pgconn.socket)
         self._send_prepared = pgconn.send_query_prepared
         self._flush = pgconn.flush
         self._consume = pgconn.consume_input
@@ -129,7 +131,7 @@ class Link:
                     self._prepare(statement, seconds)
                 self._send_prepared(statement.prepared_name, op.params, statement.formats, BINARY)
         except psycopg.Error as error:
-            failure = _failure(error, statement, sent=False)
+            failure = failed(error, statement, sent=False)
         except PgkvError:
             raise
         except BaseException:
@@ -142,7 +144,7 @@ class Link:
             again = self._forget(statement, result)
             if again:
                 return self.execute(op, seconds)
-            failure = _failure(from_result(result), statement, sent=True)
+            failure = refusal(result, statement)
         raise failure  # outside the except: no context that quotes data
 
     def _receive(self, statement: Statement[Any], seconds: float) -> PGresult:
@@ -169,21 +171,69 @@ class Link:
         except psycopg.Error as error:
             # After a FATAL message the server hangs up: the message is the answer.
             if answer is None or answer.status in OK:
-                failure: PgkvError = _failure(error, statement, sent=True)
+                failure: PgkvError = failed(error, statement, sent=True)
             else:
                 return answer
         except _PastDeadlineError:
             self.abandon()
-            failure = OperationTimeoutError(
-                f"{statement.name}: no answer within {seconds:.3g} s; it was cancelled, "
-                "but may still have happened"
-            )
+            failure = past_deadline(statement.name, seconds)
         except BaseException:
             self.abandon()
             raise
         else:
             assert answer is not None
             return answer
+        raise failure
+
+    def execute_all(
+        self, ops: Sequence[Op[Any]], seconds: float, *, sync_each: bool
+    ) -> list[PGresult]:
+        """Send many operations in one round trip; their results, refused ones included.
+
+        Args:
+            ops: none of them a script.
+            seconds: for all of them together.
+            sync_each: each stands for itself. Otherwise they are one implicit transaction: after
+                a refusal none has happened.
+
+        Raises:
+            OperationTimeoutError, StoreUnavailableError: as of `execute`, for all of them.
+        """
+        failure: PgkvError
+        try:
+            for op in ops:
+                if self.prepares and op.statement.prepared_name not in self._prepared:
+                    self._prepare(op.statement, seconds)
+            reader = PipelineReader(self.pgconn, len(ops) if sync_each else 1)
+            self.pgconn.enter_pipeline_mode()
+            for op in ops:
+                self.queue(op)
+                if sync_each:
+                    self.pgconn.pipeline_sync()
+            if not sync_each:
+                self.pgconn.pipeline_sync()
+            if self._flush():
+                self._finish_sending(seconds)
+            deadline = monotonic() + seconds
+            while not reader.advance():
+                left = (deadline - monotonic()) * 1000.0
+                if left <= 0:
+                    raise _PastDeadlineError
+                if self.poll(min(left, self._nap_ms)):
+                    self._consume()
+            self.pgconn.exit_pipeline_mode()
+        except psycopg.Error as error:
+            failure = failed(error, PIPELINE, sent=True)
+        except _PastDeadlineError:
+            self.abandon()
+            failure = past_deadline(PIPELINE.name, seconds)
+        except PgkvError:
+            raise
+        except BaseException:
+            self.abandon()
+            raise
+        else:
+            return reader.answers
         raise failure
 
     def _wait(self, seconds: float) -> None:
@@ -205,17 +255,25 @@ class Link:
         """Push out what the socket did not take at once, reading meanwhile: a server whose
         answers nobody reads stops reading questions."""
         deadline = monotonic() + seconds
-        poller = select.poll()
-        poller.register(self.pgconn.socket, select.POLLIN | select.POLLOUT)
+        both = select.poll()
+        both.register(self.pgconn.socket, select.POLLIN | select.POLLOUT)
         while self._flush():
             left = (deadline - monotonic()) * 1000.0
             if left <= 0:
                 raise _PastDeadlineError
-            for _, events in poller.poll(left):
+            for _, events in both.poll(left):
                 if events & ~select.POLLOUT:
                     self._consume()
 
     # -- statements on the server
+
+    def queue(self, op: Op[Any]) -> None:
+        """Send one operation of a pipeline."""
+        statement = op.statement
+        if self.prepares:
+            self._send_prepared(statement.prepared_name, op.params, statement.formats, BINARY)
+        else:
+            self._send_unprepared(op)
 
     def _send_unprepared(self, op: Op[Any]) -> None:
         statement = op.statement
@@ -233,28 +291,27 @@ class Link:
         )
         try:
             result = self._receive(statement, seconds)
-        except PgkvError as error:
-            error.outcome_unknown = False  # preparing changes nothing
+        except PgkvError as failure:
+            failure.outcome_unknown = False  # preparing changes nothing
             raise
         if result.status not in OK:
-            refusal = from_result(result)
+            error = from_result(result)
             # The name is a hash of the text: one that exists is the one we want.
-            if refusal.sqlstate != "42P05":
-                raise refusal
+            if error.sqlstate != "42P05":
+                raise error
         self._prepared.add(statement.prepared_name)
 
     def _forget(self, statement: Statement[Any], result: PGresult) -> bool:
         """Whether a refusal only says that the prepared statement is gone (DISCARD ALL) or
         outdated (ALTER TABLE), so that it is prepared again and sent once more."""
-        error = from_result(result)
-        gone = error.sqlstate == "26000" or (
-            error.sqlstate == "0A000" and error.diag.source_function == "RevalidateCachedQuery"
-        )
-        if not gone or not self.is_usable() or statement.prepared_name not in self._prepared:
+        if statement.prepared_name not in self._prepared or not self.is_usable():
             return False
-        if error.sqlstate == "0A000":
-            # Another name would leave the old one behind for the connection's life.
+        error = from_result(result)
+        if is_outdated(error):
+            # Under another name the old one would stay behind for the connection's life.
             self.pgconn.exec_(b"DEALLOCATE " + statement.prepared_name)
+        elif error.sqlstate != "26000":
+            return False
         self._prepared.discard(statement.prepared_name)
         return True
 
@@ -263,7 +320,76 @@ class _PastDeadlineError(Exception):
     """The deadline passed while waiting: turned into an OperationTimeoutError at once."""
 
 
-def _failure(error: psycopg.Error, statement: Statement[Any], *, sent: bool) -> PgkvError:
+def poller(fd: int) -> Callable[[float], Sequence[Any]]:
+    """What waits so many milliseconds for the socket to become readable; empty if it did not."""
+    if HAS_POLL:
+        poll = select.poll()
+        poll.register(fd, select.POLLIN)
+        return poll.poll
+    return lambda milliseconds: select.select([fd], [], [], milliseconds / 1000.0)[0]
+
+
+class PipelineReader:
+    """Takes the results of a pipeline as they arrive.
+
+    Args:
+        pgconn: in pipeline mode.
+        syncs: how many synchronization points end it.
+    """
+
+    __slots__ = ("_current", "_pgconn", "_syncs", "answers")
+
+    def __init__(self, pgconn: PGconn, syncs: int) -> None:
+        self.answers: list[PGresult] = []
+        self._pgconn = pgconn
+        self._syncs = syncs
+        self._current: PGresult | None = None
+
+    def advance(self) -> bool:
+        """Take what is there, without blocking; whether that was all."""
+        pgconn = self._pgconn
+        while not pgconn.is_busy():
+            result = pgconn.get_result()
+            if result is None:
+                if self._current is not None:
+                    self.answers.append(self._current)
+                    self._current = None
+            elif result.status == PIPELINE_SYNC:
+                self._syncs -= 1
+                if not self._syncs:
+                    return True
+            elif self._current is None:
+                self._current = result
+        return False
+
+
+def outcomes(batch: Batch, results: Sequence[PGresult]) -> list[tuple[Op[Any], Any]]:
+    """Each operation of a batch with its answer, or the exception by which it was refused."""
+    return [
+        (op, op.decode(result) if result.status in OK else refusal(result, op.statement))
+        for op, result in zip(batch.ops, results, strict=True)
+    ]
+
+
+def is_outdated(error: psycopg.Error) -> bool:
+    """Whether a prepared statement no longer fits its table (after an ALTER TABLE)."""
+    return error.sqlstate == "0A000" and error.diag.source_function == "RevalidateCachedQuery"
+
+
+def past_deadline(name: str, seconds: float) -> OperationTimeoutError:
+    """What a caller hears whose time has passed after sending."""
+    return OperationTimeoutError(
+        f"{name}: no answer within {seconds:.3g} s; it was cancelled, but may still have happened"
+    )
+
+
+def refusal(result: PGresult, statement: Statement[Any]) -> PgkvError:
+    """The exception for an error result: a known outcome, but for what poolers say."""
+    return failed(from_result(result), statement, sent=True)
+
+
+def failed(error: psycopg.Error, statement: Statement[Any], *, sent: bool) -> PgkvError:
+    """The exception for a psycopg error during that statement."""
     return translate(
         error,
         action=statement.name,
@@ -293,14 +419,10 @@ class CursorLink(Link):
         self.pgconn = conn.pgconn
         self.prepares = prepares
         self.lease_end = math.inf
-        self.poll = self._no_poll
+        self.poll = poller(self.pgconn.socket)
         self._cursor = psycopg.RawCursor(conn)
         self._cursor.adapters.register_dumper(_Text, _TextDumper)
         self._cursor.adapters.register_dumper(_Binary, _BinaryDumper)
-
-    def _no_poll(self, timeout: float | None = None, /) -> list[tuple[int, int]]:
-        readable, _, _ = select.select([self.pgconn.socket], [], [], timeout)
-        return [(fd, 1) for fd in readable]
 
     def execute(self, op: Op[Any], seconds: float) -> Result:
         """Send one operation through a cursor."""
@@ -319,12 +441,9 @@ class CursorLink(Link):
         except psycopg.Error as error:
             if expired.is_set():
                 self.abandon()
-                failure: PgkvError = OperationTimeoutError(
-                    f"{statement.name}: no answer within {seconds:.3g} s; it was cancelled, "
-                    "but may still have happened"
-                )
+                failure: PgkvError = past_deadline(statement.name, seconds)
             else:
-                failure = _failure(error, statement, sent=True)
+                failure = failed(error, statement, sent=True)
         except BaseException:
             self.abandon()
             raise

@@ -1,0 +1,500 @@
+"""`AsyncStore`: `Store` for asyncio, the same methods awaited.
+
+The mirror of `store`: same statements, same flows, other waiting. What a method means is written
+there, once; the docstrings here are taken from it, and a test compares names and signatures.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterable, Mapping
+from datetime import datetime
+from operator import attrgetter
+from pathlib import Path
+from time import monotonic
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, overload
+from urllib.parse import quote
+
+import psycopg
+from psycopg_pool import AsyncConnectionPool
+from tenacity import AsyncRetrying
+
+from . import _flows, _retry, _schema, _sweep
+from ._aio_channel import AsyncCallerChannel, AsyncChannel, AsyncPoolChannel
+from ._aio_pool import AsyncCallerPool, AsyncLeases
+from ._caller import unwrap
+from ._codec import seconds
+from ._settings import (
+    check_pool,
+    config_of_pool,
+    lazy_conninfo,
+    options_of,
+    page_size_of,
+    require_whole_table,
+    scan_options,
+    table_config,
+    text_of,
+)
+from ._sql import Statements
+from ._sql.point import negated
+from ._sql.scan import namespace_prefix
+from .config import EMBEDDED_SCHEME, Config, dsn_from_environment
+from .errors import NotFoundError
+from .store import Store
+from .types import CasResult, Entry, KeyValue, ScanOptions, Stats
+
+if TYPE_CHECKING:
+    from psycopg import IsolationLevel
+
+    from ._codec import Value
+    from .config import Seconds
+
+T = TypeVar("T")
+
+
+class Opening(Generic[T]):
+    """Something to be awaited or entered: ``x = await store.transaction()`` or ``async with``.
+
+    What was awaited can be entered too; its end is the end of the ``async with``.
+    """
+
+    def __init__(self, manager: contextlib.AbstractAsyncContextManager[T]) -> None:
+        self._manager = manager
+
+    def __await__(self) -> Generator[Any, None, T]:
+        return self._open().__await__()
+
+    async def _open(self) -> T:
+        opened = await self._manager.__aenter__()
+        if isinstance(opened, AsyncStore):
+            opened._ending = self._manager
+        return opened
+
+    async def __aenter__(self) -> T:
+        return await self._manager.__aenter__()
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> bool | None:
+        return await self._manager.__aexit__(kind, error, traceback)
+
+
+class AsyncStore:
+    """A key-value store in one PostgreSQL table, for asyncio: :class:`Store`, awaited.
+
+    It belongs to the event loop of its first operation and serves any number of tasks with at most
+    ``pool_max_size`` connections; more wait in order, up to ``pool_timeout``. Cancelling a task is
+    safe at any point: the statement is cancelled in the background and its connection closed.
+
+    ``async with AsyncStore.connect(dsn) as store`` or ``store = await AsyncStore.connect(dsn)``.
+    On Windows a selector event loop is required.
+    """
+
+    _ending: contextlib.AbstractAsyncContextManager[Any] | None = None
+
+    def __init__(self, config: Config) -> None:
+        conninfo, closers = lazy_conninfo(config)
+        channel = AsyncPoolChannel(config, AsyncLeases(config, conninfo))
+        channel.on_close(closers.close)
+        self._bind(config, Statements(config), channel)
+
+    def _bind(
+        self, config: Config, sql: Statements, channel: AsyncChannel, owner: bool = True
+    ) -> None:
+        self._config = config
+        self._sql = sql
+        self._channel = channel
+        self._owner = owner
+        self._execute = channel.execute
+        self._run = channel.run
+        channel.watch(sql)
+
+    def _view(
+        self,
+        *,
+        config: Config | None = None,
+        sql: Statements | None = None,
+        channel: AsyncChannel | None = None,
+    ) -> Self:
+        """Another store that shares what is not given, and closes nothing."""
+        view = type(self).__new__(type(self))
+        view._bind(config or self._config, sql or self._sql, channel or self._channel, owner=False)
+        return view
+
+    # -- beginning and end
+
+    @classmethod
+    def connect(cls, dsn: str | None = None, **config: Any) -> Opening[Self]:
+        return Opening(cls._connected(dsn, config))
+
+    @classmethod
+    @contextlib.asynccontextmanager
+    async def _connected(cls, dsn: str | None, config: dict[str, Any]) -> AsyncIterator[Self]:
+        store = cls(Config(dsn_from_environment() if dsn is None else dsn, **options_of(config)))
+        try:
+            if store._config.auto_create_table:
+                await store.create_table()
+            else:
+                await store.exists("-")
+            yield store
+        except BaseException:
+            await store.close()
+            raise
+        await store.close()
+
+    @classmethod
+    def from_pool(
+        cls, pool: AsyncConnectionPool[Any], *, dsn: str | None = None, **config: Any
+    ) -> Self:
+        check_pool(pool, AsyncConnectionPool)
+        settings = config_of_pool(pool, dsn, options_of(config))
+        store = cls.__new__(cls)
+        channel = AsyncPoolChannel(settings, AsyncCallerPool(pool, settings))
+        store._bind(settings, Statements(settings), channel)
+        return store
+
+    @classmethod
+    def embedded(cls, path: str | os.PathLike[str] | None = None, **config: Any) -> Opening[Self]:
+        where = "/" if path is None else quote(str(Path(path).absolute()))
+        return cls.connect(EMBEDDED_SCHEME + where, **config)
+
+    async def close(self) -> None:
+        if self._owner:
+            await self._channel.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> bool | None:
+        if self._ending is not None:
+            ending, self._ending = self._ending, None
+            return await ending.__aexit__(kind, error, traceback)
+        await self.close()
+        return None
+
+    def __repr__(self) -> str:
+        prefix = f" namespace={self._sql.prefix!r}" if self._sql.prefix else ""
+        return f"<{type(self).__name__} {self._config.table_name!r}{prefix}>"
+
+    def __bool__(self) -> bool:
+        return True
+
+    # -- basic
+
+    @overload
+    async def get(self, key: str) -> bytes | None: ...
+    @overload
+    async def get(self, key: str, default: T) -> bytes | T: ...
+    async def get(self, key: str, default: Any = None) -> Any:
+        value = await self._execute(self._sql.get(key))
+        return default if value is None else value
+
+    async def get_or_raise(self, key: str) -> bytes:
+        value = await self._execute(self._sql.get(key))
+        if value is None:
+            raise NotFoundError(f"no such key: {key!r}")
+        return value
+
+    async def get_string(self, key: str) -> str | None:
+        value = await self._execute(self._sql.get(key))
+        return None if value is None else text_of(key, value)
+
+    async def get_entry(self, key: str) -> Entry | None:
+        return await self._execute(self._sql.get_entry(key))
+
+    @overload
+    async def set(
+        self,
+        key: str,
+        value: Value,
+        *,
+        ttl: Seconds | None = None,
+        expires_at: datetime | None = None,
+        keep_ttl: bool = False,
+    ) -> int: ...
+    @overload
+    async def set(
+        self,
+        key: str,
+        value: Value,
+        *,
+        ttl: Seconds | None = None,
+        expires_at: datetime | None = None,
+        keep_ttl: bool = False,
+        if_version: int | None,
+    ) -> int | None: ...
+    async def set(
+        self,
+        key: str,
+        value: Value,
+        *,
+        ttl: Seconds | None = None,
+        expires_at: datetime | None = None,
+        keep_ttl: bool = False,
+        if_version: int | None = None,
+    ) -> int | None:
+        return await self._execute(self._sql.set(key, value, ttl, expires_at, keep_ttl, if_version))
+
+    async def set_ex(self, key: str, value: Value, ttl: Seconds) -> int:
+        return await self.set(key, value, ttl=ttl)
+
+    async def set_at(self, key: str, value: Value, expires_at: datetime) -> int:
+        return await self.set(key, value, expires_at=expires_at)
+
+    async def set_nx(self, key: str, value: Value, *, ttl: Seconds | None = None) -> bool:
+        return await self._execute(self._sql.set_nx(key, value, ttl))
+
+    async def set_nx_ex(self, key: str, value: Value, ttl: Seconds) -> bool:
+        return await self._execute(self._sql.set_nx(key, value, ttl))
+
+    async def set_xx(self, key: str, value: Value, *, ttl: Seconds | None = None) -> bool:
+        return await self._execute(self._sql.set_xx(key, value, ttl))
+
+    async def delete(self, key: str, *, if_version: int | None = None) -> bool:
+        return await self._execute(self._sql.delete(key, if_version))
+
+    async def exists(self, key: str) -> bool:
+        return await self._execute(self._sql.exists(key))
+
+    async def get_and_touch(self, key: str, ttl: Seconds) -> bytes | None:
+        return await self._execute(self._sql.get_and_touch(key, ttl))
+
+    # -- batch
+
+    async def get_many(self, keys: Iterable[str]) -> dict[str, bytes]:
+        op = self._sql.get_many(keys)
+        return {} if op is None else await self._execute(op)
+
+    async def set_many(
+        self,
+        items: Mapping[str, Value] | Iterable[tuple[str, Value]],
+        *,
+        ttl: Seconds | None = None,
+    ) -> int:
+        count, ops = self._sql.set_many(items, ttl)
+        await self._run(_flows.all_of(ops))
+        return count
+
+    async def delete_many(self, keys: Iterable[str]) -> int:
+        return sum(await self._run(_flows.all_of(self._sql.delete_many(keys))))
+
+    async def increment_many(
+        self, deltas: Mapping[str, int], *, ttl: Seconds | None = None
+    ) -> dict[str, int]:
+        return await self._run(_flows.increment_many(self._sql, deltas, ttl))
+
+    async def exists_many(self, keys: Iterable[str]) -> builtin_set[str]:
+        op = self._sql.exists_many(keys)
+        return set() if op is None else await self._execute(op)
+
+    async def expire_many(self, keys: Iterable[str], ttl: Seconds) -> int:
+        return sum(await self._run(_flows.all_of(self._sql.expire_many(keys, ttl))))
+
+    # -- atomic
+
+    async def increment(self, key: str, delta: int = 1, *, ttl: Seconds | None = None) -> int:
+        return await self._execute(self._sql.increment(key, delta, ttl))
+
+    async def decrement(self, key: str, delta: int = 1, *, ttl: Seconds | None = None) -> int:
+        return await self._execute(self._sql.increment(key, negated(delta), ttl))
+
+    async def compare_and_swap(
+        self,
+        key: str,
+        expected: Value | None,
+        new: Value,
+        *,
+        ttl: Seconds | None = None,
+    ) -> CasResult:
+        return await self._execute(self._sql.compare_and_swap(key, expected, new, ttl))
+
+    async def compare_and_delete(self, key: str, expected: Value) -> bool:
+        return await self._execute(self._sql.compare_and_delete(key, expected))
+
+    async def get_and_set(
+        self, key: str, value: Value, *, ttl: Seconds | None = None
+    ) -> bytes | None:
+        return await self._execute(self._sql.get_and_set(key, value, ttl))
+
+    async def get_and_delete(self, key: str) -> bytes | None:
+        return await self._execute(self._sql.get_and_delete(key))
+
+    async def update(
+        self,
+        key: str,
+        fn: Callable[[bytes | None], Value],
+        *,
+        ttl: Seconds | None = None,
+        attempts: int = 100,
+    ) -> bytes:
+        return await self._run(_flows.update(self._sql, key, fn, ttl, attempts))
+
+    # -- expiry
+
+    async def expire(self, key: str, ttl: Seconds, *, if_version: int | None = None) -> bool:
+        return await self._execute(self._sql.expire(key, ttl, if_version))
+
+    async def expire_at(self, key: str, moment: datetime) -> bool:
+        return await self._execute(self._sql.expire_at(key, moment))
+
+    async def persist(self, key: str) -> bool:
+        return await self._execute(self._sql.persist(key))
+
+    async def ttl(self, key: str) -> float | None:
+        return await self._execute(self._sql.ttl(key))
+
+    # -- scan
+
+    async def keys(
+        self,
+        prefix: str | ScanOptions = "",
+        *,
+        start: str | None = None,
+        end: str | None = None,
+        after: str | None = None,
+        limit: int | None = None,
+        offset: int = 0,
+        include_expired: bool = False,
+    ) -> list[str]:
+        options = scan_options(prefix, start, end, after, limit, offset, include_expired)
+        return await self._execute(self._sql.keys(options))
+
+    async def scan(
+        self,
+        prefix: str | ScanOptions = "",
+        *,
+        start: str | None = None,
+        end: str | None = None,
+        after: str | None = None,
+        limit: int | None = None,
+        offset: int = 0,
+        include_expired: bool = False,
+    ) -> list[KeyValue]:
+        options = scan_options(prefix, start, end, after, limit, offset, include_expired)
+        return await self._execute(self._sql.scan(options))
+
+    def iter_keys(self, prefix: str = "", *, page_size: int = 1000) -> AsyncIterator[str]:
+        return self._paged(self._sql.keys, str, prefix, page_size)
+
+    def iter_items(self, prefix: str = "", *, page_size: int = 1000) -> AsyncIterator[KeyValue]:
+        return self._paged(self._sql.scan, attrgetter("key"), prefix, page_size)
+
+    def _paged(
+        self, select: Any, key_of: Callable[[Any], str], prefix: str, page_size: int
+    ) -> AsyncIterator[Any]:
+        first = select(ScanOptions(prefix=prefix, limit=page_size_of(page_size)))
+        return self._pages(first, select, key_of, prefix, page_size)
+
+    async def _pages(
+        self, op: Any, select: Any, key_of: Callable[[Any], str], prefix: str, page_size: int
+    ) -> AsyncIterator[Any]:
+        while True:
+            page = await self._execute(op)
+            for item in page:
+                yield item
+            if len(page) < page_size:
+                return
+            op = select(ScanOptions(prefix=prefix, after=key_of(page[-1]), limit=page_size))
+
+    async def count(self, prefix: str = "", *, include_expired: bool = False) -> int:
+        return await self._execute(self._sql.count(prefix, include_expired))
+
+    async def delete_prefix(self, prefix: str) -> int:
+        return await self._execute(self._sql.delete_prefix(prefix))
+
+    # -- upkeep
+
+    async def cleanup_expired(self, *, limit: int | None = None) -> int:
+        return await self._run(_sweep.sweep_all(self._sql, limit))
+
+    async def clear(self) -> int:
+        return await self._execute(self._sql.delete_prefix(""))
+
+    async def truncate(self) -> None:
+        require_whole_table(self._sql, "truncate")
+        await self._execute(self._sql.truncate())
+
+    async def stats(self) -> Stats:
+        return await self._execute(self._sql.stats())
+
+    async def vacuum(self) -> None:
+        require_whole_table(self._sql, "vacuum")
+        await self._execute(self._sql.vacuum())
+
+    async def analyze(self) -> None:
+        await self._execute(self._sql.analyze())
+
+    async def create_table(self) -> None:
+        await self._run(_schema.ensure(self._sql.table))
+
+    async def recreate_table(self) -> None:
+        require_whole_table(self._sql, "recreate_table")
+        await self._run(_schema.recreate(self._sql.table))
+
+    async def ping(self, timeout: Seconds | None = None) -> float:
+        started = monotonic()
+        await self._execute(
+            self._sql.ping(), None if timeout is None else seconds(timeout, "timeout")
+        )
+        return monotonic() - started
+
+    # -- scope
+
+    def transaction(self) -> Opening[Self]:
+        return Opening(self._transaction())
+
+    @contextlib.asynccontextmanager
+    async def _transaction(self) -> AsyncIterator[Self]:
+        async with self._channel.transaction() as channel:
+            yield self._view(channel=channel)
+
+    async def run_transaction(
+        self,
+        fn: Callable[[Self], Awaitable[T]],
+        *,
+        isolation: IsolationLevel | None = None,
+    ) -> T:
+        async def once() -> T:
+            async with self._channel.transaction(isolation) as channel:
+                return await fn(self._view(channel=channel))
+
+        return await AsyncRetrying(**_retry.transaction_options(self._config.retry))(once)
+
+    def using(self, conn: Any) -> Self:
+        inner = unwrap(conn, psycopg.AsyncConnection)
+        return self._view(channel=AsyncCallerChannel(inner, self._config.operation_timeout))
+
+    def namespace(self, prefix: str) -> Self:
+        joined = namespace_prefix(self._sql.prefix, prefix)
+        return self._view(sql=Statements(self._config, joined))
+
+    def table(self, name: str, **options: Any) -> Self:
+        config = table_config(self._config, name, options)
+        return self._view(config=config, sql=Statements(config))
+
+
+builtin_set = set  # inside the class body the name means the method
+
+
+def _document(mirror: type, original: type) -> None:
+    """Give each method the docstring of the one it mirrors."""
+    for name, member in vars(mirror).items():
+        twin = inspect.getattr_static(original, name, None)
+        function = member.__func__ if isinstance(member, classmethod) else member
+        source = twin.__func__ if isinstance(twin, classmethod) else twin
+        if inspect.isfunction(function) and source is not None and not function.__doc__:
+            function.__doc__ = source.__doc__
+
+
+_document(AsyncStore, Store)
