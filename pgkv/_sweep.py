@@ -131,8 +131,13 @@ class Collector:
             yield from pause(PATROL_HURRY if share > EXPIRED_SHARE else PATROL_PAUSE)
 
 
-def sweep_all(sql: Statements, limit: int | None) -> Flow[int]:
-    """Sweep the whole table once, chunk by chunk, or until `limit` rows are gone."""
+def sweep_all(
+    sql: Statements, limit: int | None, progress: Callable[[int, int], object] | None = None
+) -> Flow[int]:
+    """Sweep the whole table once, chunk by chunk, or until `limit` rows are gone.
+
+    `progress` is told the pages done and the pages in all, after each chunk.
+    """
     pages = yield from do(sql.pages())
     removed = 0
     for page in range(0, pages, SWEEP_PAGES):
@@ -141,4 +146,6 @@ def sweep_all(sql: Statements, limit: int | None) -> Flow[int]:
             break
         deleted, _, _ = yield from do(sql.sweep(page, left))
         removed += deleted
+        if progress is not None:
+            progress(min(page + SWEEP_PAGES, pages), pages)
     return removed
