@@ -19,6 +19,7 @@ from psycopg_pool import AsyncConnectionPool, PoolClosed, PoolTimeout
 from ._aio_wire import AsyncLink, Watchdog
 from ._caller import check_connection
 from ._pool import (
+    CLOSE_TIMEOUT,
     LEASE_TIME,
     OPENING_NAP,
     POOL_NAME,
@@ -252,7 +253,7 @@ class AsyncLeases:
             await asyncio.wait(self._tasks)
         pool, self._pool = self._pool, None
         if pool is not None:
-            await pool.close()
+            await pool.close(timeout=CLOSE_TIMEOUT)
 
 
 class AsyncCallerPool:

@@ -24,7 +24,7 @@ from psycopg import pq
 from . import _observe, _schema
 from ._caller import Reentrant, check_connection
 from ._op import Batch, Call, Expired, Flow, Op, Raced, Signal, Sleep, Transaction
-from ._pool import CallerPool, Leases
+from ._pool import CallerPool, Leases, disown
 from ._retry import recover
 from ._sql import Statements, control
 from ._sweep import SWEEP_CHANCE, Collector
@@ -277,7 +277,10 @@ class PoolChannel:
                 yield bound
         finally:
             bound.end()
-            self._leases.settle(link)
+            if bound.is_inherited():
+                disown(link)
+            else:
+                self._leases.settle(link)
 
     def heal(self, table: Table) -> None:
         """Create a table that the server says is missing."""
@@ -396,10 +399,14 @@ class BoundChannel:
         seconds = self._timeout if timeout is None else timeout
         return seconds if self._deadline is None else min(seconds, self._deadline - monotonic())
 
+    def is_inherited(self) -> bool:
+        """Whether this is a forked child, and the transaction its parent's."""
+        return os.getpid() != self._pid
+
     def _check(self, action: str) -> None:
         if self._ended:
             raise TransactionError(f"{action}: the transaction was {self._ended}")
-        if os.getpid() != self._pid:
+        if self.is_inherited():
             raise TransactionError(f"{action}: the transaction belongs to the parent process")
 
     def _in_transaction(self) -> bool:
@@ -489,12 +496,12 @@ class BoundChannel:
             self._link.execute(commit, self._seconds(None))
 
     def _check_process(self) -> None:
-        if os.getpid() != self._pid:
+        if self.is_inherited():
             raise TransactionError("the transaction belongs to the parent process")
 
     def _undo(self, rollback: Op[None]) -> None:
         # In a forked child, or on a broken link, there is nothing to say to the server.
-        if os.getpid() == self._pid and self._link.pgconn.status == pq.ConnStatus.OK:
+        if not self.is_inherited() and self._link.pgconn.status == pq.ConnStatus.OK:
             with self._lock, contextlib.suppress(PgkvError):
                 self._link.execute(rollback, self._timeout)
 
