@@ -23,6 +23,7 @@ from ._command import (
     NOT_FOUND,
     Call,
     Seconds,
+    app,
     command,
     duration,
     main,

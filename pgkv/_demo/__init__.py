@@ -51,7 +51,11 @@ def run(dsn: str | None, options: dict[str, Any], size: Size, *, as_json: bool =
             f"Python {platform.python_version()}, {stage.cores} cores for both.\n"
         )
         for scene in SCENES:
-            report = scene(stage)
+            try:
+                report = scene(stage)
+            except KeyboardInterrupt:
+                say("Interrupted: cleaning up ...")
+                raise
             reports.append(report)
             if not as_json:
                 _show(report)

@@ -20,8 +20,9 @@ def collect(most: int) -> dict[str, str]:
     ``py/asyncio/tasks.py:000042`` is that line of the standard library, ``unicode/1F600`` the name
     of that character, ``word/...`` a word of the machine's dictionary with its line number.
     """
-    first = islice(characters(), most // 3)
-    return dict(islice(chain(first, source_lines(), words(), characters()), most))
+    share = most // 3
+    first, rest = islice(characters(), share), islice(characters(), share, None)
+    return dict(islice(chain(first, source_lines(), words(), rest), most))
 
 
 def characters() -> Iterator[tuple[str, str]]:
