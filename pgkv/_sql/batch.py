@@ -232,6 +232,7 @@ class Batch(TableStatements):
             read_count,
             retry_safe=True,
             writes=False,
+            retried=False,  # on a read-only server it would fail, and warn, after every read
         )
 
     def collect(self, keys: Iterable[bytes]) -> Op[int]:
