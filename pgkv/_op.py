@@ -50,6 +50,7 @@ class Statement(Generic[T_co]):
         refused: what to say of an SQLSTATE by which the server refuses the parameters.
         script: sent by the simple protocol: several commands, or one that cannot be prepared.
         repeats: how often a `Raced` answer is asked again; 0 for one that cannot race.
+        one_key: concerns its first parameter, a key, and no other row.
         retried: False where a failure is not worth a second attempt: the work comes again.
     """
 
@@ -65,6 +66,7 @@ class Statement(Generic[T_co]):
     refused: dict[str, str] = field(default_factory=dict)
     script: bool = False
     repeats: int = 0
+    one_key: bool = False
     retried: bool = True
     prepared_name: bytes = field(init=False)
 

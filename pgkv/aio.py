@@ -7,7 +7,6 @@ there, once; the docstrings here are taken from it, and a test compares names an
 from __future__ import annotations
 
 import contextlib
-import inspect
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterable, Mapping
 from datetime import datetime
@@ -26,6 +25,7 @@ from . import _flows, _retry, _schema, _sweep
 from ._aio_channel import AsyncCallerChannel, AsyncChannel, AsyncPoolChannel
 from ._aio_pool import AsyncCallerPool, AsyncLeases
 from ._caller import unwrap
+from ._coalesce import CoalescingChannel
 from ._codec import seconds
 from ._settings import (
     check_pool,
@@ -43,13 +43,16 @@ from ._sql.point import negated
 from ._sql.scan import namespace_prefix
 from .config import EMBEDDED_SCHEME, Config, dsn_from_environment
 from .errors import NotFoundError
+from .pipeline import AsyncPipeline
 from .store import Store
+from .typed import AsyncTypedStore, document
 from .types import CasResult, Entry, KeyValue, ScanOptions, Stats
 
 if TYPE_CHECKING:
     from psycopg import IsolationLevel
 
     from ._codec import Value
+    from ._serialize import CodecName
     from .config import Seconds
 
 T = TypeVar("T")
@@ -102,7 +105,8 @@ class AsyncStore:
         conninfo, closers = lazy_conninfo(config)
         channel = AsyncPoolChannel(config, AsyncLeases(config, conninfo))
         channel.on_close(closers.close)
-        self._bind(config, Statements(config), channel)
+        entry = CoalescingChannel(channel) if config.coalesce else channel
+        self._bind(config, Statements(config), entry)
 
     def _bind(
         self, config: Config, sql: Statements, channel: AsyncChannel, owner: bool = True
@@ -333,7 +337,7 @@ class AsyncStore:
     async def update(
         self,
         key: str,
-        fn: Callable[[bytes | None], Value],
+        fn: Callable[[bytes | None], Value | Awaitable[Value]],
         *,
         ttl: Seconds | None = None,
         attempts: int = 100,
@@ -459,6 +463,16 @@ class AsyncStore:
         async with self._channel.transaction() as channel:
             yield self._view(channel=channel)
 
+    def pipeline(self, *, atomic: bool = False) -> AsyncPipeline:
+        return AsyncPipeline(self._sql, self._channel, atomic=atomic)
+
+    @overload
+    def typed(self, type_: type[T], codec: CodecName = "json") -> AsyncTypedStore[T]: ...
+    @overload
+    def typed(self, type_: Any, codec: CodecName = "json") -> AsyncTypedStore[Any]: ...
+    def typed(self, type_: Any, codec: CodecName = "json") -> AsyncTypedStore[Any]:
+        return AsyncTypedStore(self, type_, codec)
+
     async def run_transaction(
         self,
         fn: Callable[[Self], Awaitable[T]],
@@ -487,14 +501,4 @@ class AsyncStore:
 builtin_set = set  # inside the class body the name means the method
 
 
-def _document(mirror: type, original: type) -> None:
-    """Give each method the docstring of the one it mirrors."""
-    for name, member in vars(mirror).items():
-        twin = inspect.getattr_static(original, name, None)
-        function = member.__func__ if isinstance(member, classmethod) else member
-        source = twin.__func__ if isinstance(twin, classmethod) else twin
-        if inspect.isfunction(function) and source is not None and not function.__doc__:
-            function.__doc__ = source.__doc__
-
-
-_document(AsyncStore, Store)
+document(AsyncStore, Store)

@@ -42,12 +42,15 @@ from ._sql.point import negated
 from ._sql.scan import namespace_prefix
 from .config import EMBEDDED_SCHEME, Config, dsn_from_environment
 from .errors import NotFoundError
+from .pipeline import Pipeline
+from .typed import TypedStore
 from .types import CasResult, Entry, KeyValue, ScanOptions, Stats
 
 if TYPE_CHECKING:
     from psycopg import IsolationLevel
 
     from ._codec import Value
+    from ._serialize import CodecName
     from .config import Seconds
 
 T = TypeVar("T")
@@ -593,6 +596,34 @@ class Store:
         """
         with self._channel.transaction() as channel:
             yield self._view(channel=channel)
+
+    def pipeline(self, *, atomic: bool = False) -> Pipeline:
+        """Queue operations and send them together at the end of a ``with`` block.
+
+        ``with store.pipeline() as p: a = p.get("x"); b = p.increment("n", 2)`` takes one round
+        trip; then ``a.result()`` gives the value or raises that operation's own error.
+
+        Args:
+            atomic: all or nothing; see `Pipeline`.
+        """
+        return Pipeline(self._sql, self._channel, atomic=atomic)
+
+    @overload
+    def typed(self, type_: type[T], codec: CodecName = "json") -> TypedStore[T]: ...
+    @overload
+    def typed(self, type_: Any, codec: CodecName = "json") -> TypedStore[Any]: ...
+    def typed(self, type_: Any, codec: CodecName = "json") -> TypedStore[Any]:
+        """Return this store for values of one type.
+
+        Args:
+            type_: a dataclass, TypedDict, ``msgspec.Struct``, pydantic model, or any type that JSON
+                can express, such as ``dict[str, int]``.
+            codec: ``"json"`` or ``"msgpack"``.
+
+        Raises:
+            ConfigError: values of that type cannot be written and read back.
+        """
+        return TypedStore(self, type_, codec)
 
     def run_transaction(
         self, fn: Callable[[Self], T], *, isolation: IsolationLevel | None = None
