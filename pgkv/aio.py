@@ -28,9 +28,9 @@ from ._caller import unwrap
 from ._coalesce import CoalescingChannel
 from ._codec import seconds
 from ._settings import (
+    Target,
     check_pool,
     config_of_pool,
-    lazy_conninfo,
     options_of,
     page_size_of,
     require_whole_table,
@@ -102,16 +102,23 @@ class AsyncStore:
     _ending: contextlib.AbstractAsyncContextManager[Any] | None = None
 
     def __init__(self, config: Config) -> None:
-        conninfo, closers = lazy_conninfo(config)
-        channel = AsyncPoolChannel(config, AsyncLeases(config, conninfo))
-        channel.on_close(closers.close)
+        target = Target(config)
+        channel = AsyncPoolChannel(config, AsyncLeases(config, target.conninfo))
+        channel.on_close(target.close)
         entry = CoalescingChannel(channel) if config.coalesce else channel
-        self._bind(config, Statements(config), entry)
+        self._bind(config, target, Statements(config), entry)
 
     def _bind(
-        self, config: Config, sql: Statements, channel: AsyncChannel, owner: bool = True
+        self,
+        config: Config,
+        target: Target,
+        sql: Statements,
+        channel: AsyncChannel,
+        *,
+        owner: bool = True,
     ) -> None:
         self._config = config
+        self._target = target
         self._sql = sql
         self._channel = channel
         self._owner = owner
@@ -128,7 +135,13 @@ class AsyncStore:
     ) -> Self:
         """Another store that shares what is not given, and closes nothing."""
         view = type(self).__new__(type(self))
-        view._bind(config or self._config, sql or self._sql, channel or self._channel, owner=False)
+        view._bind(
+            config or self._config,
+            self._target,
+            sql or self._sql,
+            channel or self._channel,
+            owner=False,
+        )
         return view
 
     # -- beginning and end
@@ -160,7 +173,7 @@ class AsyncStore:
         settings = config_of_pool(pool, dsn, options_of(config))
         store = cls.__new__(cls)
         channel = AsyncPoolChannel(settings, AsyncCallerPool(pool, settings))
-        store._bind(settings, Statements(settings), channel)
+        store._bind(settings, Target(settings, dsn), Statements(settings), channel)
         return store
 
     @classmethod
@@ -193,6 +206,11 @@ class AsyncStore:
 
     def __bool__(self) -> bool:
         return True
+
+    @property
+    def dsn(self) -> str:
+        """The libpq DSN of this store's server; see `Store.dsn`."""
+        return self._target.dsn()
 
     # -- basic
 
