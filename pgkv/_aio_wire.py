@@ -213,9 +213,11 @@ class AsyncLink:
         """Stop what runs (one request, bounded) and close: a late cancel must hit nobody else."""
         self.detach()
         self.lost = True
-        with contextlib.suppress(psycopg.Error, OSError):
-            await self.conn.cancel_safe(timeout=CANCEL_TIMEOUT)
-        self.conn.pgconn.finish()
+        try:
+            with contextlib.suppress(psycopg.Error, OSError):
+                await self.conn.cancel_safe(timeout=CANCEL_TIMEOUT)
+        finally:  # also when the loop ends first
+            self.conn.pgconn.finish()
 
     # -- one operation
 
@@ -277,10 +279,13 @@ class AsyncLink:
     ) -> list[PGresult]:
         """Send many operations in one round trip; see `_wire.Link.execute_all`."""
         failure: PgkvError
+        about = PIPELINE
         try:
             for op in ops:
                 if self.prepares and op.statement.prepared_name not in self._prepared:
-                    await self._prepare(op.statement, seconds)
+                    about = op.statement
+                    await self._prepare(about, seconds)
+            about = PIPELINE
             self._pipeline = PipelineReader(self.pgconn, len(ops) if sync_each else 1)
             self.pgconn.enter_pipeline_mode()
             for op in ops:
@@ -295,9 +300,8 @@ class AsyncLink:
             if not sync_each:
                 self.pgconn.pipeline_sync()
             answers: list[PGresult] = await self._expect(PIPELINE, seconds)
-            self.pgconn.exit_pipeline_mode()
         except psycopg.Error as error:
-            failure = failed(error, PIPELINE, sent=True)
+            failure = failed(error, about, sent=True)
         else:
             return answers
         raise failure
@@ -317,6 +321,8 @@ class AsyncLink:
             if self._pipeline is not None:
                 if self._pipeline.advance():
                     answers, self._pipeline = self._pipeline.answers, None
+                    # Here, not by the waiter: one that is cancelled in this turn never wakes.
+                    self.pgconn.exit_pipeline_mode()
                     self._resolve(answers)
                 return
             while not self._is_busy():

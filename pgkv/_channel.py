@@ -454,10 +454,9 @@ class BoundChannel:
     def _perform_batch(self, batch: Batch) -> list[Any]:
         if batch.sync_each:
             return [self._outcome(op) for op in batch.ops]
-        # Refused operations must not abort what the caller did before.
         self._check(batch.name)
         try:
-            with self._lock, self._savepoint():
+            with self._lock, self._shielded():
                 seconds = self._seconds(None)
                 results = self._link.execute_all(batch.ops, seconds, sync_each=False)
                 answers = [answer_of(answer) for _, answer in outcomes(batch, results)]
@@ -469,10 +468,14 @@ class BoundChannel:
 
     def _outcome(self, op: Op[Any]) -> Any:
         try:
-            with self._lock, self._savepoint():
+            with self._lock, self._shielded():
                 return self._send(op)
         except PgkvError as error:
             return error
+
+    def _shielded(self) -> contextlib.AbstractContextManager[None]:
+        """Keep what is refused from aborting what the caller did before, if there is such."""
+        return self._savepoint() if self._in_transaction() else contextlib.nullcontext()
 
     def may_repeat(self, _op: Op[Any], _error: PgkvError, /) -> bool:
         """Nothing is repeated in somebody's transaction."""

@@ -207,10 +207,13 @@ class Link:
             OperationTimeoutError, StoreUnavailableError: as of `execute`, for all of them.
         """
         failure: PgkvError
+        about = PIPELINE
         try:
             for op in ops:
                 if self.prepares and op.statement.prepared_name not in self._prepared:
-                    self._prepare(op.statement, seconds)
+                    about = op.statement
+                    self._prepare(about, seconds)
+            about = PIPELINE
             reader = PipelineReader(self.pgconn, len(ops) if sync_each else 1)
             self.pgconn.enter_pipeline_mode()
             for op in ops:
@@ -230,7 +233,7 @@ class Link:
                     self._consume()
             self.pgconn.exit_pipeline_mode()
         except psycopg.Error as error:
-            failure = failed(error, PIPELINE, sent=True)
+            failure = failed(error, about, sent=True)
         except _PastDeadlineError:
             self.abandon()
             failure = past_deadline(PIPELINE.name, seconds)
