@@ -189,7 +189,8 @@ class Config:
         _require_int("pool_min_size", self.pool_min_size, 0, self.pool_max_size)
         for name in ("connect_timeout", "operation_timeout", "pool_timeout"):
             object.__setattr__(self, name, _seconds(name, getattr(self, name)))
-        if "\0" in self.application_name:
+        application_name: object = self.application_name
+        if not isinstance(application_name, str) or "\0" in application_name:
             raise ConfigError("application_name must be a string without NUL")
         if self.retry is not None and not isinstance(self.retry, RetryPolicy):
             raise ConfigError("retry must be a pgkv.RetryPolicy or None")
