@@ -133,9 +133,9 @@ def seconds(value: Seconds, name: str = "ttl") -> float:
         raise InvalidValueError(
             f"{name} must be seconds (a number or a timedelta), not {type(value).__name__}"
         )
-    # Written so that NaN fails it too.
+    # Compared, not converted: NaN fails it too, and an int may be too large for a float.
     if not 0 < value <= TTL_MAX:
-        if value > 0 and not math.isnan(value):
+        if value > 0:
             raise InvalidValueError(
                 f"{name} is beyond 1,000 years; leave it out for a key that never expires"
             )

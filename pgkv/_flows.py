@@ -66,6 +66,9 @@ def increment_many(
 ) -> Flow[dict[str, int]]:
     """Add to many integers. A sum that had expired by the time it was written is added once
     more, for nobody can see it."""
+    if not isinstance(deltas, Mapping):
+        # Of pairs a dict would keep a repeated key's last one: increments would be lost.
+        raise InvalidValueError("increment_many needs a mapping of keys to deltas")
     deltas = dict(deltas)
     sums: dict[str, int] = {}
     for chunk, expired in (yield from all_of(sql.increment_many(deltas, ttl))):

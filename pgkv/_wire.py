@@ -42,6 +42,7 @@ PIPELINE_ABORTED = int(pq.ExecStatus.PIPELINE_ABORTED)
 CANCEL_TIMEOUT = 1.0  # seconds that a cancel request may take
 # Bytes can wait inside OpenSSL while the socket is silent: under TLS no sleep is longer.
 TLS_NAP_MS = 50.0
+LONGEST_NAP_MS = 1e9  # poll() refuses what does not fit a C int
 
 # What an error that concerns a whole pipeline is called.
 PIPELINE: Statement[Any] = Statement("pipeline", "", (), lambda result: result)
@@ -94,7 +95,7 @@ class Link:
         self._consume = pgconn.consume_input
         self._is_busy = pgconn.is_busy
         self._get_result = pgconn.get_result
-        self._nap_ms = TLS_NAP_MS if pgconn.ssl_in_use else math.inf
+        self._nap_ms = TLS_NAP_MS if pgconn.ssl_in_use else LONGEST_NAP_MS
 
     # -- the state of the link
 
@@ -118,7 +119,7 @@ class Link:
         except (psycopg.Error, OSError):
             pass  # the server is gone, or does not answer: closing is all that is left
         finally:
-            self.conn.close()
+            self.pgconn.finish()  # close() may mean "give it back" to a caller's pool
 
     # -- one operation
 
@@ -157,24 +158,25 @@ class Link:
     def _receive(self, statement: Statement[Any], seconds: float) -> PGresult:
         """Wait for the whole answer; the first error in it, else its last result."""
         milliseconds = seconds * 1000.0
+        deadline = monotonic() + seconds
         answer: PGresult | None = None
         try:
             if self._flush():
-                self._finish_sending(seconds)
+                self._finish_sending(deadline)
             if milliseconds <= self._nap_ms:
                 if not self.poll(max(0.0, milliseconds)):
                     raise _PastDeadlineError
                 self._consume()
                 if self._is_busy():
-                    self._wait(seconds)
+                    self._wait(deadline)
             else:
-                self._wait(seconds)
+                self._wait(deadline)
             while (result := self._get_result()) is not None:
                 if answer is None or answer.status in OK:
                     answer = result
                 # Never two results for one is_busy: the second might block beyond the deadline.
                 if self._is_busy():
-                    self._wait(seconds)
+                    self._wait(deadline)
         except psycopg.Error as error:
             # After a FATAL message the server hangs up: the message is the answer.
             if answer is None or answer.status in OK:
@@ -222,14 +224,15 @@ class Link:
                     self.pgconn.pipeline_sync()
             if not sync_each:
                 self.pgconn.pipeline_sync()
-            if self._flush():
-                self._finish_sending(seconds)
             deadline = monotonic() + seconds
+            if self._flush():
+                self._finish_sending(deadline)
             while not reader.advance():
                 left = (deadline - monotonic()) * 1000.0
                 if left <= 0:
                     raise _PastDeadlineError
-                if self.poll(min(left, self._nap_ms)):
+                # Under TLS a silent socket proves nothing: see TLS_NAP_MS.
+                if self.poll(min(left, self._nap_ms)) or self._nap_ms < LONGEST_NAP_MS:
                     self._consume()
             self.pgconn.exit_pipeline_mode()
         except psycopg.Error as error:
@@ -246,12 +249,11 @@ class Link:
             return reader.answers
         raise failure
 
-    def _wait(self, seconds: float) -> None:
+    def _wait(self, deadline: float) -> None:
         """Read until libpq holds the next result."""
-        deadline = monotonic() + seconds
         nap, poll = self._nap_ms, self.poll
         while self._is_busy():
-            if nap is not math.inf:
+            if nap < LONGEST_NAP_MS:
                 self._consume()
                 if not self._is_busy():
                     return
@@ -261,17 +263,16 @@ class Link:
             if poll(min(left, nap)):
                 self._consume()
 
-    def _finish_sending(self, seconds: float) -> None:
+    def _finish_sending(self, deadline: float) -> None:
         """Push out what the socket did not take at once, reading meanwhile: a server whose
         answers nobody reads stops reading questions."""
-        deadline = monotonic() + seconds
         both = select.poll()
         both.register(self.pgconn.socket, select.POLLIN | select.POLLOUT)
         while self._flush():
             left = (deadline - monotonic()) * 1000.0
             if left <= 0:
                 raise _PastDeadlineError
-            for _, events in both.poll(left):
+            for _, events in both.poll(min(left, LONGEST_NAP_MS)):
                 if events & ~select.POLLOUT:
                     self._consume()
 
