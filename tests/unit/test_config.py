@@ -113,6 +113,8 @@ BAD: list[tuple[str, Any, str]] = [
     ("connect_timeout", float("nan"), "seconds"),
     ("connect_timeout", float("inf"), "seconds"),
     ("operation_timeout", None, "seconds"),
+    ("operation_timeout", 10**400, "seconds"),
+    ("operation_timeout", 1e10, "up to 1,000,000,000"),
     ("operation_timeout", "30", "seconds"),
     ("operation_timeout", True, "seconds"),
     ("pool_timeout", timedelta(0), "more than 0"),
