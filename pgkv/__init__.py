@@ -26,15 +26,31 @@ from .errors import (
     TableNotFoundError,
     TransactionError,
 )
+from .patterns.cache import (
+    L1,
+    AsyncCachedFunction,
+    CachedFunction,
+    CachedValue,
+    CacheInfo,
+    SignedPickle,
+    cached,
+    cached_functions,
+    invalidate_tag,
+)
+from .patterns.defaults import configure
 from .pipeline import AsyncPipeline, Handle, Pipeline
 from .store import Store
 from .typed import AsyncTypedStore, TypedCasResult, TypedStore
 from .types import CasResult, CasStatus, Entry, KeyValue, ScanOptions, Stats
 
 __all__ = [
+    "AsyncCachedFunction",
     "AsyncPipeline",
     "AsyncStore",
     "AsyncTypedStore",
+    "CacheInfo",
+    "CachedFunction",
+    "CachedValue",
     "CasResult",
     "CasStatus",
     "Config",
@@ -45,6 +61,7 @@ __all__ = [
     "InvalidKeyError",
     "InvalidValueError",
     "KeyValue",
+    "L1",
     "LeaseLostError",
     "LockError",
     "LockTimeoutError",
@@ -62,6 +79,7 @@ __all__ = [
     "SessionConflictError",
     "SessionError",
     "SessionGoneError",
+    "SignedPickle",
     "Stats",
     "Store",
     "StoreUnavailableError",
@@ -71,6 +89,10 @@ __all__ = [
     "TtlCleanupStrategy",
     "TypedCasResult",
     "TypedStore",
+    "cached",
+    "cached_functions",
+    "configure",
+    "invalidate_tag",
     "on_operation",
     "schema_sql",
 ]

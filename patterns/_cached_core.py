@@ -1,0 +1,628 @@
+"""The algorithm of `cached`, as flows: what a call does beyond a plain hit, for both colours.
+
+A miss takes a lease (a placeholder row), calls the function, and fills the row if it still is in
+the state that the lease made: whatever invalidates it meanwhile makes another state, and the fill
+is refused. A refresh keeps the old value readable: its lease stands in a row of its own, and its
+fill is fenced by the old entry's state. Early refreshing is XFetch: A. Vattani, F. Chierichetti,
+K. Lowenstein, "Optimal Probabilistic Cache Stampede Prevention", VLDB 2015.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from random import random
+from time import monotonic
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
+
+from .. import _codec, _observe
+from .._op import Flow, Op, call, do, pause
+from .._sql.cache import ENTRY, FUNCTION, LOCK_TIMEOUT_MS, REFRESH, TAG, TAG_DAYS, Lease, Look
+from ..errors import InvalidKeyError, InvalidValueError, PgkvError, QueryError
+from . import _envelope
+from ._cache_key import Binder
+from ._cache_site import Site
+from ._envelope import PLACEHOLDER, Codec, Envelope, is_placeholder, mark_of, new_mark
+from ._l1 import L1
+from ._single_flight import Flight, Flights, inside
+
+if TYPE_CHECKING:
+    from ..config import Seconds
+
+PAUSE_FIRST, PAUSE_MAX = 0.002, 0.1  # seconds between looks at somebody's placeholder
+PATIENCE = LOCK_TIMEOUT_MS / 1000  # with a row that an open transaction holds
+COMPUTE_MAX = 3600.0  # seconds; a tag's row outlives the entries of older fills by no more
+TAGGED_MAX = TAG_DAYS * 86400.0
+MISSING: Any = object()
+
+Ttl: TypeAlias = "Seconds | None | Callable[..., Seconds | None]"
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """The settings of one cached function; see `cached`."""
+
+    ttl: Ttl
+    stale: float
+    beta: float
+    jitter: float
+    lock: bool
+    lease: float
+    max_wait: float
+    condition: Callable[[Any], bool] | None
+    on_error: Literal["call", "raise"]
+    store_timeout: float
+
+
+class Colour(Protocol):
+    """What the two colours do differently."""
+
+    def later(self, site: Site, make: Callable[[], Flow[Any]], timeout: float) -> bool:
+        """Run a flow in the background; False when there is no room."""
+        ...
+
+    def beat(
+        self, site: Site, op: Op[bool], every: float, timeout: float
+    ) -> Callable[[], None]:
+        """Perform an operation again and again until what it returns is called."""
+        ...
+
+
+class Visit:
+    """One call of a cached function.
+
+    Attributes:
+        keys: of the entry, of the function's generation, and of its tags' generations.
+        work: calls the function.
+        epoch: the first level's, before the store was asked; `sent` the monotonic time.
+        counted: already among the calls that waited.
+    """
+
+    __slots__ = (
+        "arguments", "counted", "digest", "epoch", "keys", "positional", "sent", "site", "work",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        site: Site,
+        keys: tuple[bytes, ...],
+        digest: str,
+        work: Callable[[], Any],
+        positional: tuple[tuple[Any, ...], dict[str, Any]],
+        epoch: int,
+    ) -> None:
+        self.site = site
+        self.keys = keys
+        self.digest = digest
+        self.work = work
+        self.positional = positional
+        self.epoch = epoch
+        self.sent = monotonic()
+        self.counted = False
+
+    @property
+    def key(self) -> bytes:
+        """The entry's key."""
+        return self.keys[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A valid entry: its value, its age, and the seconds for which it is still fresh (0 or less:
+    it is stale)."""
+
+    value: Any
+    age: float
+    fresh: float
+    envelope: Envelope
+
+
+class Unreachable(Exception):  # noqa: N818  # never leaves this module
+    """The store did not answer; before the function was called."""
+
+    def __init__(self, error: PgkvError) -> None:
+        self.error = error
+
+
+class Busy(Exception):  # noqa: N818  # never leaves this module
+    """An open transaction holds the row."""
+
+
+class Counts:
+    """How calls ended; see `CacheInfo`."""
+
+    __slots__ = (
+        "_lock", "discarded_fills", "errors", "fills", "hits", "misses", "stale_hits", "waits",
+    )  # fmt: skip
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.hits = self.misses = self.stale_hits = self.waits = 0
+        self.errors = self.fills = self.discarded_fills = 0
+
+    def add(self, name: str) -> None:
+        """Count one."""
+        with self._lock:  # `+= 1` alone loses counts between threads
+            setattr(self, name, getattr(self, name) + 1)
+
+
+class Core:
+    """One cached function: its keys, codec and counts, and the flows of its calls."""
+
+    def __init__(
+        self,
+        fn: Callable[..., Any],
+        name: str,
+        binder: Binder,
+        make_codec: Callable[[], Codec],
+        options: Options,
+        l1: L1 | None,
+        colour: Colour,
+        flights: Flights,
+    ) -> None:
+        self.fn = fn
+        self.name = name
+        self.binder = binder
+        self.options = options
+        self.l1 = l1
+        self.colour = colour
+        self.flights = flights
+        self.counts = Counts()
+        self._make_codec = make_codec
+        self._refreshing: set[object] = set()
+
+    @functools.cached_property
+    def codec(self) -> Codec:
+        """Made at the first call: annotations may name what the module defines later."""
+        return self._make_codec()
+
+    # -- keys
+
+    def visit(self, site: Site, args: tuple[Any, ...], kwargs: dict[str, Any], *, lenient: bool = False) -> Visit:
+        """Bind one call's arguments."""
+        binder = self.binder
+        arguments = binder.bind(args, kwargs, lenient=lenient)
+        digest = binder.digest(arguments)
+        sql = site.sql
+        keys = (
+            sql.cache_key(ENTRY, f"{self.name}:{digest}"),
+            sql.cache_key(FUNCTION, self.name),
+            *(sql.cache_key(TAG, tag) for tag in binder.tags(arguments)),
+        )
+        work = functools.partial(self.fn, *args, **kwargs)
+        return Visit(site, keys, digest, work, (args, kwargs), self.l1.epoch if self.l1 else 0)
+
+    # -- what a look means
+
+    def interpret(self, visit: Visit, look: Look) -> Found | None:
+        """Return the valid entry that a look found."""
+        row = look.row
+        if row is None:
+            return None
+        envelope = _envelope.read(row.value, self.codec.letter)
+        if envelope is None or envelope.generations != look.generations or row.age >= envelope.hard:
+            return None
+        value = self._decode(visit, envelope.payload)
+        if value is MISSING:
+            return None
+        return Found(value, row.age, envelope.soft - row.age, envelope)
+
+    def _decode(self, visit: Visit, payload: bytes) -> Any:
+        try:
+            return self.codec.decode(f"{self.name}:{visit.digest}", payload)
+        except PgkvError:
+            return MISSING  # damaged, or of a type that the function no longer returns
+
+    def near(self, visit: Visit) -> Any:
+        """Return the value that the first level has, or MISSING."""
+        assert self.l1 is not None
+        payload = self.l1.get(visit.site.scope, visit.key)
+        if payload is None:
+            return MISSING
+        value = self._decode(visit, payload)
+        if value is not MISSING:
+            self.counts.add("hits")
+        return value
+
+    def fresh(self, visit: Visit, look: Look) -> Any:
+        """Return the value if the look found one that calls for nothing else; else MISSING."""
+        found = self.interpret(visit, look)
+        if found is None or found.fresh <= 0 or self._is_early(found):
+            return MISSING
+        self._keep(visit, found.envelope.payload, found.fresh)
+        self.counts.add("hits")
+        return found.value
+
+    def _is_early(self, found: Found) -> bool:
+        """XFetch: each hit throws the dice; the nearer the end and the dearer the function, the
+        likelier it is that one caller refreshes before all of them miss."""
+        beta, compute = self.options.beta, found.envelope.compute
+        if not beta or math.isinf(found.fresh):
+            return False
+        return -compute * beta * math.log(1.0 - random()) >= found.fresh  # noqa: S311  # dice
+
+    def _keep(self, visit: Visit, payload: bytes, fresh: float) -> None:
+        if self.l1 is not None:
+            ends = visit.sent + min(self.l1.ttl, fresh)
+            self.l1.put(visit.site.scope, visit.keys, payload, ends, visit.epoch)
+
+    # -- flows
+
+    def answer(self, visit: Visit, look: Look | PgkvError) -> Flow[Any]:
+        """From a first look that was no plain hit to the call's value."""
+        unreachable: PgkvError | None = None
+        try:
+            if isinstance(look, PgkvError):
+                raise self._failure(visit, look)
+            found = self.interpret(visit, look)
+            if found is None:
+                return (yield from self._miss(visit, look))
+            return (yield from self._serve(visit, found))
+        except Unreachable as down:
+            unreachable = down.error
+        except Busy:
+            pass
+        # Outside the handlers: the function's own exception would carry ours as its context.
+        if unreachable is not None and self.options.on_error == "raise":
+            raise unreachable
+        return (yield from self._alone(visit))
+
+    def ask(self, visit: Visit, op: Op[Any]) -> Flow[Any]:
+        """Perform an operation of the cache; see `Unreachable` and `Busy`."""
+        breaker = visit.site.breaker
+        if self.options.on_error == "call" and not breaker.allows():
+            raise Unreachable(breaker_open())
+        try:
+            answer = yield from do(op)
+        except PgkvError as error:
+            raise self._failure(visit, error) from None
+        breaker.succeeded()
+        return answer
+
+    def _failure(self, visit: Visit, error: PgkvError) -> Exception:
+        if isinstance(error, InvalidKeyError | InvalidValueError):
+            return error  # refused before it was sent: the program is wrong, not the store
+        if isinstance(error, QueryError) and error.retryable:
+            return Busy()
+        self.counts.add("errors")
+        if getattr(error, "breaker", False):
+            return Unreachable(error)
+        if visit.site.breaker.failed():
+            _observe.warning(
+                "pgkv.cached.circuit_open", function=self.name, error=type(error).__name__
+            )
+        return Unreachable(error)
+
+    def _alone(self, visit: Visit) -> Flow[Any]:
+        """Call the function and store nothing."""
+        self.counts.add("misses")
+        value = yield from call(visit.work)
+        if self.options.condition is not None and not self.options.condition(value):
+            return value
+        return self._as_cached(visit, value)[0]
+
+    def _as_cached(self, visit: Visit, value: Any) -> tuple[Any, bytes]:
+        """The value as every later hit will show it, so that the first call shows the same."""
+        name = f"{self.name}:{visit.digest}"
+        payload = self.codec.encode(name, value)
+        return self.codec.decode(name, payload), payload
+
+    def _miss(self, visit: Visit, look: Look) -> Flow[Any]:
+        name = self.flights.name(visit.site.store, visit.key)
+        if name in inside.get():
+            return (yield from self._alone(visit))  # re-entrant: it would wait for itself
+        deadline = monotonic() + self.options.max_wait
+        while True:
+            flight, leads = self.flights.join(name)
+            if leads:
+                try:
+                    return (yield from self._lead(visit, look, deadline, name, flight))
+                finally:
+                    self.flights.end(name, flight)
+            self._count_wait(visit)
+            ended = yield from call(flight.wait, max(0.0, deadline - monotonic()))
+            if not ended or flight.alone:
+                return (yield from self._alone(visit))
+            look = yield from self._look(visit)
+            value = self._landed(visit, look)
+            if value is not MISSING:
+                return value
+
+    def _lead(
+        self, visit: Visit, look: Look, deadline: float, name: object, flight: Flight
+    ) -> Flow[Any]:
+        sql = visit.site.sql
+        wait = PAUSE_FIRST
+        locked_since: float | None = None
+        try:
+            while True:
+                mark = new_mark(PLACEHOLDER)
+                # What the look found to be no valid entry may be replaced, unless somebody
+                # computes it already.
+                row = look.row
+                replace = 0 if row is None or is_placeholder(row.value) else row.version
+                lease: Lease = yield from self.ask(
+                    visit, sql.lease(visit.key, mark, self.options.lease, replace)
+                )
+                if lease.version is not None:
+                    break
+                now = monotonic()
+                remaining = math.inf if lease.remaining is None else lease.remaining
+                if lease.held and remaining <= 0:
+                    # Counted from the first such answer: a takeover by somebody else takes
+                    # no longer, an open transaction may take for ever.
+                    locked_since = now if locked_since is None else locked_since
+                    if now - locked_since > PATIENCE:
+                        raise Busy
+                    yield from pause(0.01)
+                elif is_placeholder(lease.held):
+                    if not self.options.lock or now >= deadline:
+                        raise Busy
+                    self._count_wait(visit)
+                    locked_since = None
+                    left = min(remaining + 0.001, deadline - now)
+                    yield from pause(min(wait * (0.5 + random() / 2), left))  # noqa: S311  # jitter
+                    wait = min(wait * 1.5, PAUSE_MAX)
+                elif now >= deadline:
+                    raise Busy
+                look = yield from self._look(visit)
+                value = self._landed(visit, look)
+                if value is not MISSING:
+                    return value
+        except (Busy, Unreachable):
+            flight.alone = True
+            raise
+        state = State(visit.key, lease.version, mark)
+        beat = sql.extend(visit.key, lease.version, mark, self.options.lease)
+        settled = False
+        try:
+            self.counts.add("misses")
+            value, took = yield from self._compute(visit, name, beat)
+            value, outcome = yield from self._fill(visit, state, look.generations, value, took)
+            settled = outcome in ("stored", "refused")
+            flight.alone = outcome in ("unwanted", "failed")
+            return value
+        finally:
+            if not settled:
+                yield from quietly(sql.give_up(visit.key, lease.version, mark))
+
+    def _look(self, visit: Visit) -> Flow[Look]:
+        if self.l1 is not None:
+            visit.epoch = self.l1.epoch
+        visit.sent = monotonic()
+        look: Look = yield from self.ask(visit, visit.site.sql.look(visit.keys))
+        return look
+
+    def _landed(self, visit: Visit, look: Look) -> Any:
+        """The value that a look after waiting found."""
+        found = self.interpret(visit, look)
+        if found is None:
+            return MISSING
+        if found.fresh > 0:
+            self._keep(visit, found.envelope.payload, found.fresh)
+        self.counts.add("hits" if found.fresh > 0 else "stale_hits")
+        return found.value
+
+    def _count_wait(self, visit: Visit) -> None:
+        if not visit.counted:
+            visit.counted = True
+            self.counts.add("waits")
+
+    def _compute(self, visit: Visit, name: object, beat: Op[bool] | None) -> Flow[tuple[Any, float]]:
+        """Call the function, its lease kept up; return what it returned and its seconds."""
+        options = self.options
+        stop = (
+            self.colour.beat(visit.site, beat, options.lease / 3, options.store_timeout)
+            if beat is not None
+            else _nothing
+        )
+        token = inside.set((*inside.get(), name))
+        began = monotonic()
+        try:
+            value = yield from call(visit.work)
+            return value, monotonic() - began
+        finally:
+            inside.reset(token)
+            stop()
+
+    def _fill(
+        self, visit: Visit, state: State, generations: tuple[int, ...], value: Any, took: float
+    ) -> Flow[tuple[Any, str]]:
+        """Store what the function returned in place of a state; return it as cached, and how that
+        ended: stored, refused (another state stands there), unwanted, or failed."""
+        options = self.options
+        if options.condition is not None and not options.condition(value):
+            return value, "unwanted"
+        ttl = self._ttl(visit, value)
+        value, payload = self._as_cached(visit, value)
+        if ttl <= 0:
+            return value, "unwanted"
+        if took > COMPUTE_MAX:
+            self.counts.add("discarded_fills")
+            return value, "failed"
+        soft = ttl * (1.0 - options.jitter * random())  # noqa: S311  # jitter
+        hard = soft + options.stale
+        if len(visit.keys) > 2:
+            hard = min(hard, TAGGED_MAX)
+        envelope = Envelope(soft, hard, took, generations, payload)
+        op = visit.site.sql.fill(
+            visit.key,
+            state.version,
+            state.mark,
+            envelope.pack(self.codec.letter),
+            None if math.isinf(hard) else hard,
+        )
+        visit.sent = monotonic()
+        try:
+            version = yield from self.ask(visit, op)
+        except (Busy, Unreachable) as why:
+            if isinstance(why, Busy):
+                self.counts.add("discarded_fills")
+            return value, "failed"
+        if version is None:
+            self.counts.add("discarded_fills")
+            return value, "refused"
+        self.counts.add("fills")
+        self._keep(visit, payload, soft)
+        return value, "stored"
+
+    def _ttl(self, visit: Visit, value: Any) -> float:
+        """Seconds for which this value is fresh: inf for ever, 0 for not at all."""
+        ttl: Any = self.options.ttl
+        if callable(ttl):
+            args, kwargs = visit.positional
+            ttl = ttl(value, *args, **kwargs)
+            ttl = ttl.total_seconds() if isinstance(ttl, timedelta) else ttl
+            if ttl is not None and ttl <= 0:
+                return 0.0
+        return math.inf if ttl is None else _codec.seconds(ttl)
+
+    # -- refreshing
+
+    def _serve(self, visit: Visit, found: Found) -> Flow[Any]:
+        """A valid entry that is stale, or whose refresh is due."""
+        stale = found.fresh <= 0
+        if not stale:
+            self._keep(visit, found.envelope.payload, found.fresh)
+        if self.options.stale:
+            self.counts.add("stale_hits" if stale else "hits")
+            self._refresh_later(visit)
+            return found.value
+        # Without `stale` nothing runs behind the caller's back: whom the dice chose pays.
+        refreshed = MISSING
+        try:
+            refreshed = yield from self._refresh(visit)
+        except (Busy, Unreachable):
+            pass
+        except Exception as error:  # noqa: BLE001  # the caller has a valid value without it
+            self.counts.add("errors")
+            _observe.warning("pgkv.cached.refresh_failed", error=type(error).__name__)
+        self.counts.add("hits" if refreshed is MISSING else "misses")
+        return found.value if refreshed is MISSING else refreshed
+
+    def _refresh_later(self, visit: Visit) -> None:
+        name = self.flights.name(visit.site.store, visit.key)
+        if name in self._refreshing:
+            return
+        self._refreshing.add(name)
+
+        def flow() -> Flow[None]:
+            try:
+                yield from self._refresh(visit)
+            except (Busy, Unreachable):
+                pass
+            except Exception:
+                self.counts.add("errors")
+                raise
+            finally:
+                self._refreshing.discard(name)
+
+        if not self.colour.later(visit.site, flow, self.options.store_timeout):
+            self._refreshing.discard(name)
+
+    def _refresh(self, visit: Visit) -> Flow[Any]:
+        """Compute anew while the old value is served; MISSING when somebody else does, or did."""
+        sql = visit.site.sql
+        name = self.flights.name(visit.site.store, visit.key)
+        key = sql.cache_key(REFRESH, f"{self.name}:{visit.digest}")
+        mark = new_mark(PLACEHOLDER)
+        lease: Lease = yield from self.ask(visit, sql.lease(key, mark, self.options.lease))
+        if lease.version is None:
+            return MISSING
+        try:
+            # Again, under the lease: it may have been refreshed since.
+            look = yield from self._look(visit)
+            found = self.interpret(visit, look)
+            if found is None or look.row is None or not self._is_due(found):
+                return MISSING
+            state = State(visit.key, look.row.version, mark_of(look.row.value))
+            beat = sql.extend(key, lease.version, mark, self.options.lease)
+            value, took = yield from self._compute(visit, name, beat)
+            value, _ = yield from self._fill(visit, state, look.generations, value, took)
+            return value
+        finally:
+            yield from quietly(sql.give_up(key, lease.version, mark))
+
+    def _is_due(self, found: Found) -> bool:
+        # Not a throw of the dice again: whoever refreshed meanwhile left an entry of less age than
+        # the function takes.
+        return found.fresh <= 0 or found.age > found.envelope.compute
+
+    def renew(self, visit: Visit) -> Flow[Any]:
+        """Compute and store whatever stands there: `refresh()`. The latest one to begin wins."""
+        sql = visit.site.sql
+        name = self.flights.name(visit.site.store, visit.key)
+        state: State | None = None
+        look = Look(None, ())
+        beat: Op[bool] | None = None
+        unreachable: PgkvError | None = None
+        try:
+            for _ in range(3):
+                look = yield from self._look(visit)
+                row = look.row
+                if row is not None and not is_placeholder(row.value):
+                    version = yield from self.ask(visit, sql.claim(visit.key, row.version))
+                    if version is not None:
+                        state = State(visit.key, version, mark_of(row.value))
+                        break
+                else:
+                    mark = new_mark(PLACEHOLDER)
+                    replace = 0 if row is None else row.version
+                    lease = yield from self.ask(
+                        visit, sql.lease(visit.key, mark, self.options.lease, replace)
+                    )
+                    if lease.version is not None:
+                        state = State(visit.key, lease.version, mark)
+                        beat = sql.extend(visit.key, lease.version, mark, self.options.lease)
+                        break
+        except Unreachable as down:
+            unreachable = down.error
+        except Busy:
+            pass
+        if unreachable is not None and self.options.on_error == "raise":
+            raise unreachable
+        if state is None:
+            return (yield from self._alone(visit))
+        settled = beat is None
+        try:
+            self.counts.add("misses")
+            value, took = yield from self._compute(visit, name, beat)
+            value, outcome = yield from self._fill(visit, state, look.generations, value, took)
+            settled = settled or outcome in ("stored", "refused")
+            return value
+        finally:
+            if not settled:
+                yield from quietly(sql.give_up(visit.key, state.version, state.mark))
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """One state of an entry's row, which a fill may replace: no other."""
+
+    key: bytes
+    version: int
+    mark: bytes
+
+
+def quietly(op: Op[Any]) -> Flow[None]:
+    """Perform what need not succeed: a lease that is not given up ends by itself."""
+    with contextlib.suppress(PgkvError):
+        yield from do(op)
+
+
+def breaker_open() -> PgkvError:
+    """What stands for an answer while the circuit is open."""
+    from ..errors import StoreUnavailableError
+
+    error = StoreUnavailableError("cached: the store failed repeatedly and is left alone for now")
+    error.breaker = True  # type: ignore[attr-defined]  # told from an answer of the store
+    return error
+
+
+def _nothing() -> None:
+    """No heartbeat was begun."""
