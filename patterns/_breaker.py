@@ -35,11 +35,16 @@ class Breaker:
         if self._until is None:
             return True
         with self._lock:
-            now = self._clock()
-            if self._until is None or now < self._until:
-                return self._until is None
-            self._until = now + self._pause
+            return self._probes()
+
+    def _probes(self) -> bool:
+        if self._until is None:  # closed while this call waited for the lock
             return True
+        now = self._clock()
+        if now < self._until:
+            return False
+        self._until = now + self._pause
+        return True
 
     def succeeded(self) -> None:
         """The store answered."""

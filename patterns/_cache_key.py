@@ -128,7 +128,8 @@ def _encode_subclass(value: Any, kind: type, depth: int) -> bytes:
         return _named(b"Y", kind) + encode(tuple(value), depth)
     for base in (int, str, float, bytes):
         if isinstance(value, base):
-            return _named(b"Y", kind) + _EXACT[base](base(value))
+            plain: Any = base
+            return _named(b"Y", kind) + _EXACT[base](plain(value))
     raise Unencodable(f"a {_name(kind)} has no stable encoding")
 
 
@@ -218,7 +219,8 @@ class Binder:
                 if first not in known:
                     raise TypeError(
                         f"{self._what}: the tag {template!r} names {first or '{}'!r}; it can name "
-                        "the parameters that are not ignored: " + (", ".join(sorted(known)) or "none")
+                        "the parameters that are not ignored: "
+                        + (", ".join(sorted(known)) or "none")
                     )
 
     def _plain_names(self) -> tuple[str, ...] | None:
@@ -274,8 +276,8 @@ class Binder:
     def _key_value(self, arguments: dict[str, Any]) -> Any:
         assert self._key is not None
         bound = inspect.BoundArguments(
-            self.signature,  # type: ignore[arg-type]  # typeshed wants an OrderedDict below
-            {name: arguments[name] for name in arguments if name not in self._ignore},  # type: ignore[arg-type]
+            self.signature,
+            {name: arguments[name] for name in arguments if name not in self._ignore},
         )
         return self._key(*bound.args, **bound.kwargs)
 

@@ -2,156 +2,50 @@
 
 A miss takes a lease (a placeholder row), calls the function, and fills the row if it still is in
 the state that the lease made: whatever invalidates it meanwhile makes another state, and the fill
-is refused. A refresh keeps the old value readable: its lease stands in a row of its own, and its
-fill is fenced by the old entry's state. Early refreshing is XFetch: A. Vattani, F. Chierichetti,
-K. Lowenstein, "Optimal Probabilistic Cache Stampede Prevention", VLDB 2015.
+is refused. What computes an entry that still is valid is in `_cached_refresh`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
-import threading
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import timedelta
 from random import random
 from time import monotonic
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
+from typing import Any
 
 from .. import _codec, _observe
 from .._op import Flow, Op, call, do, pause
-from .._sql.cache import ENTRY, FUNCTION, LOCK_TIMEOUT_MS, REFRESH, TAG, TAG_DAYS, Lease, Look
+from .._sql.cache import ENTRY, FUNCTION, LOCK_TIMEOUT_MS, TAG, TAG_DAYS, Lease, Look
 from ..errors import InvalidKeyError, InvalidValueError, PgkvError, QueryError
 from . import _envelope
 from ._cache_key import Binder
 from ._cache_site import Site
-from ._envelope import PLACEHOLDER, Codec, Envelope, is_placeholder, mark_of, new_mark
+from ._cached_call import (
+    MISSING,
+    Busy,
+    Colour,
+    Counts,
+    Found,
+    Options,
+    State,
+    Unreachable,
+    Visit,
+    breaker_open,
+    quietly,
+)
+from ._envelope import PLACEHOLDER, Codec, Envelope, is_placeholder, new_mark
 from ._l1 import L1
 from ._single_flight import Flight, Flights, inside
-
-if TYPE_CHECKING:
-    from ..config import Seconds
 
 PAUSE_FIRST, PAUSE_MAX = 0.002, 0.1  # seconds between looks at somebody's placeholder
 PATIENCE = LOCK_TIMEOUT_MS / 1000  # with a row that an open transaction holds
 COMPUTE_MAX = 3600.0  # seconds; a tag's row outlives the entries of older fills by no more
 TAGGED_MAX = TAG_DAYS * 86400.0
-MISSING: Any = object()
-
-Ttl: TypeAlias = "Seconds | None | Callable[..., Seconds | None]"
 
 
-@dataclass(frozen=True, slots=True)
-class Options:
-    """The settings of one cached function; see `cached`."""
-
-    ttl: Ttl
-    stale: float
-    beta: float
-    jitter: float
-    lock: bool
-    lease: float
-    max_wait: float
-    condition: Callable[[Any], bool] | None
-    on_error: Literal["call", "raise"]
-    store_timeout: float
-
-
-class Colour(Protocol):
-    """What the two colours do differently."""
-
-    def later(self, site: Site, make: Callable[[], Flow[Any]], timeout: float) -> bool:
-        """Run a flow in the background; False when there is no room."""
-        ...
-
-    def beat(
-        self, site: Site, op: Op[bool], every: float, timeout: float
-    ) -> Callable[[], None]:
-        """Perform an operation again and again until what it returns is called."""
-        ...
-
-
-class Visit:
-    """One call of a cached function.
-
-    Attributes:
-        keys: of the entry, of the function's generation, and of its tags' generations.
-        work: calls the function.
-        epoch: the first level's, before the store was asked; `sent` the monotonic time.
-        counted: already among the calls that waited.
-    """
-
-    __slots__ = (
-        "arguments", "counted", "digest", "epoch", "keys", "positional", "sent", "site", "work",
-    )  # fmt: skip
-
-    def __init__(
-        self,
-        site: Site,
-        keys: tuple[bytes, ...],
-        digest: str,
-        work: Callable[[], Any],
-        positional: tuple[tuple[Any, ...], dict[str, Any]],
-        epoch: int,
-    ) -> None:
-        self.site = site
-        self.keys = keys
-        self.digest = digest
-        self.work = work
-        self.positional = positional
-        self.epoch = epoch
-        self.sent = monotonic()
-        self.counted = False
-
-    @property
-    def key(self) -> bytes:
-        """The entry's key."""
-        return self.keys[0]
-
-
-@dataclass(frozen=True, slots=True)
-class Found:
-    """A valid entry: its value, its age, and the seconds for which it is still fresh (0 or less:
-    it is stale)."""
-
-    value: Any
-    age: float
-    fresh: float
-    envelope: Envelope
-
-
-class Unreachable(Exception):  # noqa: N818  # never leaves this module
-    """The store did not answer; before the function was called."""
-
-    def __init__(self, error: PgkvError) -> None:
-        self.error = error
-
-
-class Busy(Exception):  # noqa: N818  # never leaves this module
-    """An open transaction holds the row."""
-
-
-class Counts:
-    """How calls ended; see `CacheInfo`."""
-
-    __slots__ = (
-        "_lock", "discarded_fills", "errors", "fills", "hits", "misses", "stale_hits", "waits",
-    )  # fmt: skip
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self.hits = self.misses = self.stale_hits = self.waits = 0
-        self.errors = self.fills = self.discarded_fills = 0
-
-    def add(self, name: str) -> None:
-        """Count one."""
-        with self._lock:  # `+= 1` alone loses counts between threads
-            setattr(self, name, getattr(self, name) + 1)
-
-
-class Core:
+class Caller:
     """One cached function: its keys, codec and counts, and the flows of its calls."""
 
     def __init__(
@@ -183,7 +77,9 @@ class Core:
 
     # -- keys
 
-    def visit(self, site: Site, args: tuple[Any, ...], kwargs: dict[str, Any], *, lenient: bool = False) -> Visit:
+    def visit(
+        self, site: Site, args: tuple[Any, ...], kwargs: dict[str, Any], *, lenient: bool = False
+    ) -> Visit:
         """Bind one call's arguments."""
         binder = self.binder
         arguments = binder.bind(args, kwargs, lenient=lenient)
@@ -297,6 +193,10 @@ class Core:
                 "pgkv.cached.circuit_open", function=self.name, error=type(error).__name__
             )
         return Unreachable(error)
+
+    def _serve(self, visit: Visit, found: Found) -> Flow[Any]:
+        """A valid entry that is stale, or whose refresh is due."""
+        raise NotImplementedError  # `_cached_refresh.Core` has it
 
     def _alone(self, visit: Visit) -> Flow[Any]:
         """Call the function and store nothing."""
@@ -413,7 +313,9 @@ class Core:
             visit.counted = True
             self.counts.add("waits")
 
-    def _compute(self, visit: Visit, name: object, beat: Op[bool] | None) -> Flow[tuple[Any, float]]:
+    def _compute(
+        self, visit: Visit, name: object, beat: Op[bool] | None
+    ) -> Flow[tuple[Any, float]]:
         """Call the function, its lease kept up; return what it returned and its seconds."""
         options = self.options
         stop = (
@@ -481,147 +383,6 @@ class Core:
             if ttl is not None and ttl <= 0:
                 return 0.0
         return math.inf if ttl is None else _codec.seconds(ttl)
-
-    # -- refreshing
-
-    def _serve(self, visit: Visit, found: Found) -> Flow[Any]:
-        """A valid entry that is stale, or whose refresh is due."""
-        stale = found.fresh <= 0
-        if not stale:
-            self._keep(visit, found.envelope.payload, found.fresh)
-        if self.options.stale:
-            self.counts.add("stale_hits" if stale else "hits")
-            self._refresh_later(visit)
-            return found.value
-        # Without `stale` nothing runs behind the caller's back: whom the dice chose pays.
-        refreshed = MISSING
-        try:
-            refreshed = yield from self._refresh(visit)
-        except (Busy, Unreachable):
-            pass
-        except Exception as error:  # noqa: BLE001  # the caller has a valid value without it
-            self.counts.add("errors")
-            _observe.warning("pgkv.cached.refresh_failed", error=type(error).__name__)
-        self.counts.add("hits" if refreshed is MISSING else "misses")
-        return found.value if refreshed is MISSING else refreshed
-
-    def _refresh_later(self, visit: Visit) -> None:
-        name = self.flights.name(visit.site.store, visit.key)
-        if name in self._refreshing:
-            return
-        self._refreshing.add(name)
-
-        def flow() -> Flow[None]:
-            try:
-                yield from self._refresh(visit)
-            except (Busy, Unreachable):
-                pass
-            except Exception:
-                self.counts.add("errors")
-                raise
-            finally:
-                self._refreshing.discard(name)
-
-        if not self.colour.later(visit.site, flow, self.options.store_timeout):
-            self._refreshing.discard(name)
-
-    def _refresh(self, visit: Visit) -> Flow[Any]:
-        """Compute anew while the old value is served; MISSING when somebody else does, or did."""
-        sql = visit.site.sql
-        name = self.flights.name(visit.site.store, visit.key)
-        key = sql.cache_key(REFRESH, f"{self.name}:{visit.digest}")
-        mark = new_mark(PLACEHOLDER)
-        lease: Lease = yield from self.ask(visit, sql.lease(key, mark, self.options.lease))
-        if lease.version is None:
-            return MISSING
-        try:
-            # Again, under the lease: it may have been refreshed since.
-            look = yield from self._look(visit)
-            found = self.interpret(visit, look)
-            if found is None or look.row is None or not self._is_due(found):
-                return MISSING
-            state = State(visit.key, look.row.version, mark_of(look.row.value))
-            beat = sql.extend(key, lease.version, mark, self.options.lease)
-            value, took = yield from self._compute(visit, name, beat)
-            value, _ = yield from self._fill(visit, state, look.generations, value, took)
-            return value
-        finally:
-            yield from quietly(sql.give_up(key, lease.version, mark))
-
-    def _is_due(self, found: Found) -> bool:
-        # Not a throw of the dice again: whoever refreshed meanwhile left an entry of less age than
-        # the function takes.
-        return found.fresh <= 0 or found.age > found.envelope.compute
-
-    def renew(self, visit: Visit) -> Flow[Any]:
-        """Compute and store whatever stands there: `refresh()`. The latest one to begin wins."""
-        sql = visit.site.sql
-        name = self.flights.name(visit.site.store, visit.key)
-        state: State | None = None
-        look = Look(None, ())
-        beat: Op[bool] | None = None
-        unreachable: PgkvError | None = None
-        try:
-            for _ in range(3):
-                look = yield from self._look(visit)
-                row = look.row
-                if row is not None and not is_placeholder(row.value):
-                    version = yield from self.ask(visit, sql.claim(visit.key, row.version))
-                    if version is not None:
-                        state = State(visit.key, version, mark_of(row.value))
-                        break
-                else:
-                    mark = new_mark(PLACEHOLDER)
-                    replace = 0 if row is None else row.version
-                    lease = yield from self.ask(
-                        visit, sql.lease(visit.key, mark, self.options.lease, replace)
-                    )
-                    if lease.version is not None:
-                        state = State(visit.key, lease.version, mark)
-                        beat = sql.extend(visit.key, lease.version, mark, self.options.lease)
-                        break
-        except Unreachable as down:
-            unreachable = down.error
-        except Busy:
-            pass
-        if unreachable is not None and self.options.on_error == "raise":
-            raise unreachable
-        if state is None:
-            return (yield from self._alone(visit))
-        settled = beat is None
-        try:
-            self.counts.add("misses")
-            value, took = yield from self._compute(visit, name, beat)
-            value, outcome = yield from self._fill(visit, state, look.generations, value, took)
-            settled = settled or outcome in ("stored", "refused")
-            return value
-        finally:
-            if not settled:
-                yield from quietly(sql.give_up(visit.key, state.version, state.mark))
-
-
-@dataclass(frozen=True, slots=True)
-class State:
-    """One state of an entry's row, which a fill may replace: no other."""
-
-    key: bytes
-    version: int
-    mark: bytes
-
-
-def quietly(op: Op[Any]) -> Flow[None]:
-    """Perform what need not succeed: a lease that is not given up ends by itself."""
-    with contextlib.suppress(PgkvError):
-        yield from do(op)
-
-
-def breaker_open() -> PgkvError:
-    """What stands for an answer while the circuit is open."""
-    from ..errors import StoreUnavailableError
-
-    error = StoreUnavailableError("cached: the store failed repeatedly and is left alone for now")
-    error.breaker = True  # type: ignore[attr-defined]  # told from an answer of the store
-    return error
 
 
 def _nothing() -> None:

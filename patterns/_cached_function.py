@@ -16,17 +16,18 @@ from typing import Any, Concatenate, Generic, ParamSpec, Self, TypeVar, overload
 
 import psycopg
 
-from .. import _schema
 from .._caller import unwrap
-from .._sql.cache import ENTRY, FUNCTION, Look
+from .._sql.cache import ENTRY, FUNCTION
 from ..aio import AsyncStore
 from ..errors import ConfigError, PgkvError
 from ..store import Store
 from . import _switch
 from ._cache_site import Site, site_of
+from ._cached_call import MISSING, Found, Visit, breaker_open
 from ._cached_colour import AWAITING, BLOCKING
-from ._cached_core import MISSING, Core, Found, Visit, breaker_open
-from ._l1_news import announce, announcement, listen
+from ._cached_refresh import Core
+from ._cached_transaction import AsyncInvalidator, Invalidator
+from ._l1_news import announce, listen
 from .defaults import default_async_store, default_store
 
 P = ParamSpec("P")
@@ -90,7 +91,8 @@ class _Base(Generic[P, R]):
         self._store: Any = store
         self._head: tuple[Any, ...] = ()
         self._class_bound = owner is type
-        functools.update_wrapper(self, core.fn)
+        wrapped: Any = self
+        functools.update_wrapper(wrapped, core.fn)
         _made(self)
 
     def _bound_to(self, instance: object) -> Self:
@@ -183,10 +185,11 @@ class CachedFunction(_Base[P, R]):
         visit = core.visit(site, self._head + args, kwargs)
         if core.l1 is not None and (value := core.near(visit)) is not MISSING:
             return value  # type: ignore[no-any-return]  # as above
-        look: Look | PgkvError
         if site.breaker.allows() or core.options.on_error == "raise":
             try:
-                look = site.store._execute(site.sql.look(visit.keys), core.options.store_timeout)
+                look: Any = site.store._execute(
+                    site.sql.look(visit.keys), core.options.store_timeout
+                )
             except PgkvError as error:
                 look = error
             else:
@@ -305,11 +308,10 @@ class AsyncCachedFunction(_Base[P, R]):
         visit = core.visit(site, self._head + args, kwargs)
         if core.l1 is not None and (value := core.near(visit)) is not MISSING:
             return value  # type: ignore[no-any-return]  # as above
-        look: Look | PgkvError
         if site.breaker.allows() or core.options.on_error == "raise":
             op = site.sql.look(visit.keys)
             try:
-                look = await site.store._execute(op, core.options.store_timeout)
+                look: Any = await site.store._execute(op, core.options.store_timeout)
             except PgkvError as error:
                 look = error
             else:
@@ -388,71 +390,6 @@ class AsyncCachedFunction(_Base[P, R]):
     ) -> AsyncCachedFunction[Q, S]: ...
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
         return self._bind(instance, owner)
-
-
-# -- inside the caller's transaction -------------------------------------------------------
-
-
-class Invalidator:
-    """``load.using(conn)``: invalidates inside the caller's transaction.
-
-    Committed with the data or rolled back with it. From this moment to the end of the transaction
-    the key's fills are held back; what was stored before remains a hit, for this transaction too,
-    because calls read on the store's own connection. Invalidate last, and several keys in a fixed
-    order: these are row locks, and two transactions that take them crosswise deadlock.
-    """
-
-    def __init__(self, function: CachedFunction[Any, Any], site: Site, bound: Any) -> None:
-        self._function = function
-        self._site = site
-        self._bound = bound
-
-    def invalidate(self, *args: Any, **kwargs: Any) -> None:
-        """Remove one call's entry when the transaction commits."""
-        if _switch.off:
-            return
-        function, site = self._function, self._site
-        key = function._visit(site, args, kwargs).key
-        ensure_table(site)
-        self._bound._execute(site.sql.bury(key))
-        function._forget(site, key)
-        if function._core.l1 is not None:
-            self._bound._execute(announcement(site, key))
-
-
-class AsyncInvalidator:
-    """`Invalidator`, awaited."""
-
-    def __init__(self, function: AsyncCachedFunction[Any, Any], site: Site, bound: Any) -> None:
-        self._function = function
-        self._site = site
-        self._bound = bound
-
-    async def invalidate(self, *args: Any, **kwargs: Any) -> None:
-        """Remove one call's entry when the transaction commits."""
-        if _switch.off:
-            return
-        function, site = self._function, self._site
-        key = function._visit(site, args, kwargs).key
-        await ensure_table_async(site)
-        await self._bound._execute(site.sql.bury(key))
-        function._forget(site, key)
-        if function._core.l1 is not None:
-            await self._bound._execute(announcement(site, key))
-
-
-def ensure_table(site: Site) -> None:
-    """Make the table before the caller's transaction needs it: a missing one would fail that."""
-    if not site.table_known and site.sql.table.auto_create:
-        site.store._run(_schema.ensure(site.sql.table))
-    site.table_known = True
-
-
-async def ensure_table_async(site: Site) -> None:
-    """`ensure_table`, awaited."""
-    if not site.table_known and site.sql.table.auto_create:
-        await site.store._run(_schema.ensure(site.sql.table))
-    site.table_known = True
 
 
 # -- all of them ---------------------------------------------------------------------------

@@ -85,9 +85,7 @@ def read(raw: bytes, codec: bytes) -> Envelope | None:
     end = start + 8 * count
     if len(raw) < end or math.isnan(soft + hard + compute):
         return None
-    generations = tuple(
-        int.from_bytes(raw[at : at + 8], "big") for at in range(start, end, 8)
-    )
+    generations = tuple(int.from_bytes(raw[at : at + 8], "big") for at in range(start, end, 8))
     return Envelope(soft, hard, compute, generations, raw[end:])
 
 
@@ -136,7 +134,8 @@ class SignedPickle:
     letter = b"p"
 
     def __init__(self, key: bytes) -> None:
-        if not isinstance(key, bytes) or len(key) < 16:
+        given: object = key
+        if not isinstance(given, bytes) or len(given) < 16:
             raise ConfigError("SignedPickle needs a secret key of at least 16 bytes")
         self._key = key
 

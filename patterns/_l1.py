@@ -38,7 +38,8 @@ class L1:
     """
 
     def __init__(self, max_entries: int = 10_000, ttl: Seconds = 5.0) -> None:
-        if not isinstance(max_entries, int) or isinstance(max_entries, bool) or max_entries < 1:
+        given: object = max_entries
+        if not isinstance(given, int) or isinstance(given, bool) or given < 1:
             raise ConfigError(f"L1: max_entries must be 1 or more, not {max_entries!r}")
         self.max_entries = max_entries
         self.ttl = seconds(ttl)

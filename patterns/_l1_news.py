@@ -71,7 +71,7 @@ def announce(site: Site, key: bytes) -> None:
 
     def send() -> None:
         for op in _taken(site):
-            _ignoring(lambda op=op: store._execute(op))  # type: ignore[misc]  # mypy: a default in a lambda
+            _ignoring(lambda op=op: store._execute(op))
 
     async def send_async() -> None:
         for op in _taken(site):

@@ -78,7 +78,7 @@ class Flights:
         kind: `ThreadFlight` or `TaskFlight`.
     """
 
-    def __init__(self, kind: type[ThreadFlight] | type[TaskFlight]) -> None:
+    def __init__(self, kind: type[ThreadFlight | TaskFlight]) -> None:
         self._kind = kind
         self._flying: dict[object, Flight] = {}
         self._lock = threading.Lock()

@@ -25,8 +25,8 @@ from ..store import Store
 from . import _switch
 from ._cache_key import Binder
 from ._cache_site import Site, site_of
+from ._cached_call import Options
 from ._cached_colour import AWAITING, BLOCKING
-from ._cached_core import Core, Options
 from ._cached_function import (
     AsyncCachedFunction,
     CachedFunction,
@@ -34,9 +34,9 @@ from ._cached_function import (
     CacheInfo,
     cached_functions,
     check_store,
-    ensure_table,
-    ensure_table_async,
 )
+from ._cached_refresh import Core
+from ._cached_transaction import ensure_table, ensure_table_async
 from ._envelope import Codec, SignedPickle, TypedCodec
 from ._l1 import L1
 from ._l1_news import announce, announcement
@@ -59,9 +59,7 @@ class Decorator:
         self._settings = settings
 
     @overload
-    def __call__(
-        self, fn: Callable[P, Coroutine[Any, Any, R]], /
-    ) -> AsyncCachedFunction[P, R]: ...
+    def __call__(self, fn: Callable[P, Coroutine[Any, Any, R]], /) -> AsyncCachedFunction[P, R]: ...
     @overload
     def __call__(self, fn: Callable[P, R], /) -> CachedFunction[P, R]: ...
     def __call__(self, fn: Any, /) -> Any:
@@ -69,7 +67,7 @@ class Decorator:
 
 
 def cached(
-    ttl: Seconds | None | Callable[..., Seconds | None],
+    ttl: Seconds | Callable[..., Seconds | None] | None,
     *,
     key: Callable[..., Any] | None = None,
     ignore: Iterable[str] = (),
@@ -347,7 +345,7 @@ def _is_async_connection(conn: object) -> bool:
 
 def forget_everywhere(site: Site, key: bytes) -> bool:
     """Forget what depends on a key in every first level; whether there is any."""
-    levels = {function._core.l1 for function in cached_functions()} - {None}
+    levels = {level for each in cached_functions() if (level := each._core.l1) is not None}
     for level in levels:
         level.drop(site.scope, key)
     return bool(levels)

@@ -44,6 +44,7 @@ from .typed import AsyncTypedStore, TypedCasResult, TypedStore
 from .types import CasResult, CasStatus, Entry, KeyValue, ScanOptions, Stats
 
 __all__ = [
+    "L1",
     "AsyncCachedFunction",
     "AsyncPipeline",
     "AsyncStore",
@@ -61,7 +62,6 @@ __all__ = [
     "InvalidKeyError",
     "InvalidValueError",
     "KeyValue",
-    "L1",
     "LeaseLostError",
     "LockError",
     "LockTimeoutError",

@@ -120,7 +120,9 @@ class CacheStatements(TableStatements):
             statement = self.made(("cache_look", count), lambda: self._make_look(count))
             return Op(statement, keys, LookReader(keys))
         params = (_codec.encode_array(keys),)
-        return Op(self.made(("cache_look", 0), lambda: self._make_look(0)), params, LookReader(keys))
+        return Op(
+            self.made(("cache_look", 0), lambda: self._make_look(0)), params, LookReader(keys)
+        )
 
     def _make_look(self, count: int) -> Statement[Look]:
         # IN with few keys keeps its plan; `= ANY` of a small array is planned anew at every call.
