@@ -321,7 +321,7 @@ class AsyncCachedFunction(_Base[P, R]):
         else:
             look = breaker_open()
         flow = core.answer(visit, look)
-        return await AWAITING.run(site, flow, core.options.store_timeout)  # type: ignore[no-any-return]  # as above
+        return await AWAITING.run(site, flow, core.options.store_timeout)
 
     async def refresh(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Call the function now and store what it returns; see `CachedFunction.refresh`."""
@@ -331,7 +331,7 @@ class AsyncCachedFunction(_Base[P, R]):
         visit = self._core.visit(site, self._head + args, kwargs)
         flow = self._core.renew(visit)
         try:
-            return await AWAITING.run(site, flow, self._core.options.store_timeout)  # type: ignore[no-any-return]  # as above
+            return await AWAITING.run(site, flow, self._core.options.store_timeout)
         finally:
             self._tell(site, visit.key)
 

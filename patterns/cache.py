@@ -59,7 +59,9 @@ class Decorator:
         self._settings = settings
 
     @overload
-    def __call__(self, fn: Callable[P, Coroutine[Any, Any, R]], /) -> AsyncCachedFunction[P, R]: ...
+    def __call__(  # type: ignore[overload-overlap]  # where both fit, the first is meant
+        self, fn: Callable[P, Coroutine[Any, Any, R]], /
+    ) -> AsyncCachedFunction[P, R]: ...
     @overload
     def __call__(self, fn: Callable[P, R], /) -> CachedFunction[P, R]: ...
     def __call__(self, fn: Any, /) -> Any:
