@@ -10,7 +10,6 @@ import asyncio
 import atexit
 import heapq
 import itertools
-import os
 import queue
 import threading
 import weakref
@@ -19,6 +18,7 @@ from time import monotonic
 from typing import Any
 
 from .. import _observe
+from ._fork import survives_fork
 
 THREADS_MAX = 4
 QUEUE_MAX = 256
@@ -89,7 +89,7 @@ class ThreadPool:
         for thread in threads:
             thread.join(max(0.0, deadline - monotonic()))
 
-    def reopen(self) -> None:
+    def after_fork(self) -> None:
         """Begin anew: threads do not survive a fork."""
         self._begin()
 
@@ -183,7 +183,7 @@ class Heartbeats:
                 else:
                     self._live.discard(number)
 
-    def reopen(self) -> None:
+    def after_fork(self) -> None:
         """Begin anew: threads do not survive a fork."""
         self._begin()
 
@@ -222,16 +222,9 @@ def start_task_heartbeat(
     return stop
 
 
-threads = ThreadPool()
+threads = survives_fork(ThreadPool())
 tasks = TaskPool()
-heartbeats = Heartbeats()
+heartbeats = survives_fork(Heartbeats())
 
 
-def _after_fork_in_child() -> None:
-    threads.reopen()
-    heartbeats.reopen()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork_in_child)
 atexit.register(threads.close)

@@ -7,6 +7,8 @@ import threading
 from collections.abc import Callable
 from time import monotonic
 
+from ._fork import survives_fork
+
 FAILURES_MAX = 5  # in a row, until it opens
 PAUSE_FIRST, PAUSE_MAX = 1.0, 30.0  # seconds; doubled after each probe that fails
 
@@ -24,6 +26,7 @@ class Breaker:
         self._pause = PAUSE_FIRST
         self._until: float | None = None  # None: closed
         self._lock = threading.Lock()
+        survives_fork(self)
 
     @property
     def is_open(self) -> bool:
@@ -65,3 +68,7 @@ class Breaker:
                 self._pause = min(self._pause * 2, PAUSE_MAX)
             self._until = self._clock() + self._pause
             return opened
+
+    def after_fork(self) -> None:
+        """A thread of the parent may hold the lock."""
+        self._lock = threading.Lock()

@@ -24,6 +24,7 @@ class Site:
     Attributes:
         sql: the cache's statements on its table, under its namespace.
         breaker: one per pool of connections, shared by the views of a store.
+        names: by function, what its entries' keys begin with, and its generation's key.
         scope: names table and namespace in messages between processes and in first levels.
     """
 
@@ -33,6 +34,7 @@ class Site:
         self.breaker = _breakers.setdefault(store._channel, Breaker())
         self.scope = f"{self.sql.t}\x1f{self.sql.prefix}"
         self.table_known = False
+        self.names: dict[str, tuple[bytes, bytes]] = {}
 
     @property
     def store(self) -> Any:

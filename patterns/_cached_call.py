@@ -13,6 +13,7 @@ from .._op import Flow, Op, do
 from ..errors import PgkvError, StoreUnavailableError
 from ._cache_site import Site
 from ._envelope import Envelope
+from ._fork import survives_fork
 
 if TYPE_CHECKING:
     from ..config import Seconds
@@ -113,14 +114,15 @@ class Busy(Exception):  # noqa: N818  # never leaves this module
 class Counts:
     """How calls ended; see `CacheInfo`."""
 
-    __slots__ = (
-        "_lock", "discarded_fills", "errors", "fills", "hits", "misses", "stale_hits", "waits",
-    )  # fmt: skip
-
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self.hits = self.misses = self.stale_hits = self.waits = 0
         self.errors = self.fills = self.discarded_fills = 0
+        survives_fork(self)
+
+    def after_fork(self) -> None:
+        """A thread of the parent may hold the lock."""
+        self._lock = threading.Lock()
 
     def add(self, name: str) -> None:
         """Count one."""

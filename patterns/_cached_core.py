@@ -17,7 +17,7 @@ from typing import Any
 
 from .. import _codec, _observe
 from .._op import Flow, Op, call, do, pause
-from .._sql.cache import ENTRY, FUNCTION, LOCK_TIMEOUT_MS, TAG, TAG_DAYS, Lease, Look
+from .._sql.cache import DIGEST_LENGTH, ENTRY, FUNCTION, LOCK_TIMEOUT_MS, TAG, TAG_DAYS, Lease, Look
 from ..errors import InvalidKeyError, InvalidValueError, PgkvError, QueryError
 from . import _envelope
 from ._cache_key import Binder
@@ -68,7 +68,6 @@ class Caller:
         self.flights = flights
         self.counts = Counts()
         self._make_codec = make_codec
-        self._refreshing: set[object] = set()
 
     @functools.cached_property
     def codec(self) -> Codec:
@@ -84,14 +83,19 @@ class Caller:
         binder = self.binder
         arguments = binder.bind(args, kwargs, lenient=lenient)
         digest = binder.digest(arguments)
-        sql = site.sql
-        keys = (
-            sql.cache_key(ENTRY, f"{self.name}:{digest}"),
-            sql.cache_key(FUNCTION, self.name),
-            *(sql.cache_key(TAG, tag) for tag in binder.tags(arguments)),
-        )
+        begin, clear = site.names.get(self.name) or self._names(site)
+        keys: tuple[bytes, ...] = (begin + digest.encode(), clear)
+        if binder.has_tags:
+            keys += tuple(site.sql.cache_key(TAG, tag) for tag in binder.tags(arguments))
         work = functools.partial(self.fn, *args, **kwargs)
-        return Visit(site, keys, digest, work, (args, kwargs), self.l1.epoch if self.l1 else 0)
+        return Visit(site, keys, digest, work, (args, kwargs), 0 if self.l1 is None else self.l1.epoch)
+
+    def _names(self, site: Site) -> tuple[bytes, bytes]:
+        """What the function's entries' keys begin with, and its generation's key."""
+        entry = site.sql.cache_key(ENTRY, f"{self.name}:{'0' * DIGEST_LENGTH}")
+        clear = site.sql.cache_key(FUNCTION, self.name)
+        names = site.names[self.name] = (entry[:-DIGEST_LENGTH], clear)
+        return names
 
     # -- what a look means
 

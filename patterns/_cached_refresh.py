@@ -44,9 +44,9 @@ class Core(Caller):
 
     def _refresh_later(self, visit: Visit) -> None:
         name = self.flights.name(visit.site.store, visit.key)
-        if name in self._refreshing:
+        if name in self.flights.refreshing:
             return
-        self._refreshing.add(name)
+        self.flights.refreshing.add(name)
 
         def flow() -> Flow[None]:
             try:
@@ -57,10 +57,10 @@ class Core(Caller):
                 self.counts.add("errors")
                 raise
             finally:
-                self._refreshing.discard(name)
+                self.flights.refreshing.discard(name)
 
         if not self.colour.later(visit.site, flow, self.options.store_timeout):
-            self._refreshing.discard(name)
+            self.flights.refreshing.discard(name)
 
     def _refresh(self, visit: Visit) -> Flow[Any]:
         """Compute anew while the old value is served; MISSING when somebody else does, or did."""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from .._codec import seconds
 from ..errors import ConfigError
+from ._fork import survives_fork
 
 if TYPE_CHECKING:
     from ..config import Seconds
@@ -46,6 +47,7 @@ class L1:
         self._entries: OrderedDict[object, _Kept] = OrderedDict()
         self._epoch = 0
         self._lock = threading.Lock()
+        survives_fork(self)
 
     def __repr__(self) -> str:
         return f"L1(max_entries={self.max_entries}, ttl={self.ttl:g})"

@@ -176,10 +176,7 @@ def _after_fork_in_child() -> None:
     _lock = threading.Lock()
     _listeners.clear()
     _waiting.clear()
-    levels = {level for each in _levels.values() for level in each}
-    _levels.clear()
-    for level in levels:
-        level.after_fork()
+    _levels.clear()  # the next call listens anew
 
 
 if hasattr(os, "register_at_fork"):

@@ -12,6 +12,8 @@ import threading
 from contextvars import ContextVar
 from typing import Any, Protocol
 
+from ._fork import survives_fork
+
 # The flights that the running call is inside of. It follows into tasks and asyncio.to_thread().
 inside: ContextVar[tuple[object, ...]] = ContextVar("pgkv_cached_inside", default=())
 
@@ -82,6 +84,8 @@ class Flights:
         self._kind = kind
         self._flying: dict[object, Flight] = {}
         self._lock = threading.Lock()
+        self.refreshing: set[object] = set()  # the keys whose refresh runs behind the callers
+        survives_fork(self)
 
     def name(self, store: object, key: bytes) -> object:
         """What names the computation of a key: tasks of different loops do not wait together."""
@@ -108,3 +112,4 @@ class Flights:
         """Forget the parent's flights: nobody in this process will end them."""
         self._lock = threading.Lock()
         self._flying = {}
+        self.refreshing = set()

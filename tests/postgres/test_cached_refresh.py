@@ -153,9 +153,11 @@ async def test_an_early_refresh_that_fails_serves_the_valid_value(
 
 
 async def test_a_hit_in_l1_costs_no_query(
-    store: Any, colour: Colour, operations: list[tuple[str, str, int]]
+    make_store: MakeStore, colour: Colour, operations: list[tuple[str, str, int]]
 ) -> None:
     """Each caller gets a value of its own."""
+    # Nobody listens here, so that nothing is forgotten when a listener begins.
+    store = await make_store(pooler=pgkv.Pooler.TRANSACTION)
 
     @cached_in(colour, store, l1=pgkv.L1(ttl=60))
     async def f(n: int) -> list[int]:
@@ -215,6 +217,7 @@ async def test_l1_hears_of_other_processes(
             break
         await asyncio.sleep(0.01)
         await here()
+    assert len(levels[0]) == 1
     before = levels[0].epoch
     if how == "plain":
         await there.invalidate()

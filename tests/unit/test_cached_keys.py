@@ -13,6 +13,7 @@ from datetime import UTC, date, datetime, timedelta, timezone
 from decimal import Decimal
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
+from uuid import UUID
 
 import msgspec
 import pydantic
@@ -85,7 +86,9 @@ scalars = (
 )
 # No NaN inside sets: two of them are two members, which makes `same` below ambiguous.
 hashables = st.recursive(
-    scalars.filter(lambda value: value == value),
+    scalars.filter(
+        lambda value: value is not None and not (isinstance(value, float) and math.isnan(value))
+    ),
     lambda inner: st.tuples(inner, inner) | st.frozensets(inner),
     max_leaves=5,
 )
@@ -184,7 +187,7 @@ def test_classes_count() -> None:
     """Equal members of different classes are different; a member of an enum is not its value."""
     seen = [encode(each) for each in (
         Point(1), Other(1), Struct(1), Model(x=1), Pair(1, 0), (1, 0), Colour.RED, Number.ONE, 1,
-        Tenant("a"), "a", Point, Other, PurePosixPath("a"), date(2020, 1, 1), "2020-01-01",
+        Tenant("a"), "a", UUID(int=1), Point, Other, PurePosixPath("a"), date(2020, 1, 1), "2020-01-01",
     )]  # fmt: skip
     assert len(set(seen)) == len(seen)
     assert encode(Tenant("a", object())) == encode(Tenant("a"))
