@@ -17,6 +17,7 @@ from typing import Annotated, Any, TypeAlias
 
 import typer
 
+from . import _cache_command
 from . import _console as console
 from ._command import (
     DONE,
@@ -355,5 +356,7 @@ def demo(
     done = _demo.run(call.dsn, options, _demo.Size(keys, seconds), as_json=call.json)
     return DONE if done else NOT_FOUND
 
+
+_cache_command.register()
 
 __all__ = ["app", "main"]
