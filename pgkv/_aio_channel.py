@@ -246,6 +246,8 @@ class AsyncPoolChannel:
                     await self.heal(table)
         until = monotonic() + self._timeout if deadline is None else deadline
         link = await self._leases.acquire(until, "transaction")
+        if isinstance(self._leases, AsyncCallerPool):
+            link.prepares = False  # as in `_channel`
         bound = AsyncBoundChannel(link, self._timeout, deadline)
         try:
             async with bound.span(control.begin(isolation), control.commit(), control.rollback()):

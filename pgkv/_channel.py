@@ -276,6 +276,9 @@ class PoolChannel:
                     self.heal(table)
         until = monotonic() + self._timeout if deadline is None else deadline
         link = self._leases.acquire(until, "transaction")
+        if isinstance(self._leases, CallerPool):
+            # Its `reset` may forget our statements, which a transaction would not survive.
+            link.prepares = False
         bound = BoundChannel(link, self._timeout, deadline)
         try:
             with bound.span(control.begin(isolation), control.commit(), control.rollback()):
