@@ -18,6 +18,7 @@ from psycopg_pool import AsyncConnectionPool
 
 import pgkv
 from pgkv import AsyncStore, ConfigError, OperationTimeoutError, PoolTimeoutError
+from pgkv._aio_wire import AsyncLink
 from pgkv.config import EMBEDDED_SCHEME
 from tests.colours import Colour
 from tests.peers import Peer, until
@@ -293,42 +294,52 @@ async def test_asyncio_timeout(make_store: MakeStore, peer: Peer) -> None:
         assert await store.get("k") == b"v"  # the only connection is whole again, or another one
 
 
-async def test_cancelled_in_the_turn_of_the_answer(make_store: MakeStore, peer: Peer) -> None:
-    """A task cancelled in the very turn in which its answer came leaves a connection that the next
-    operation can use, after pipelines as well."""
-    store = await make_store(pool_max_size=1)
+async def test_cancelled_in_the_turn_of_the_answer(
+    make_store: MakeStore, peer: Peer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A task cancelled in the very turn in which an answer came, whichever, leaves a connection that
+    the next operation can use."""
+    store = await make_store(pool_max_size=1, operation_timeout=5)
+    await store.set("n", "0")
+    resolve: Any = AsyncLink._resolve
+    countdown = 0
+    task: asyncio.Task[None] | None = None
 
-    async def queue() -> None:
+    def resolve_and_cancel(link: AsyncLink, answer: Any) -> None:
+        nonlocal countdown
+        resolve(link, answer)
+        countdown -= 1
+        if countdown == 0 and task is not None:
+            task.cancel()  # its wake-up is on the way already
+
+    monkeypatch.setattr(AsyncLink, "_resolve", resolve_and_cancel)
+
+    async def pipeline() -> None:
         async with store.pipeline() as queue:
             queue.increment("n")
             queue.get("n")
 
-    async def queue_in_transaction() -> None:
-        async with store.transaction() as tx, tx.pipeline() as queue:
-            queue.get("n")
+    async def in_transaction() -> None:
+        async with store.transaction() as tx:
+            await tx.increment("n")
+            async with tx.pipeline() as queue:
+                queue.get("n")
 
     async def one() -> None:
         await store.increment("n")
 
-    await store.set("n", "0")
-    for work in (queue, queue_in_transaction, one):
-        await work()  # everything prepared
-        links = set()
-        for _ in range(3):
+    for work in (pipeline, in_transaction, one):
+        for answer in range(1, 100):
+            countdown = answer
             task = asyncio.create_task(work())
-            link = None
-            while not task.done():
-                # The answer is in when the link has resolved its waiter and the task not yet run.
-                await asyncio.sleep(0)
-                leases: Any = store._channel._leases  # type: ignore[attr-defined]
-                for each in leases._watchdog._watched:
-                    link = each
-                if link is not None and link._waiter is not None:
-                    waiter = link._waiter
-                    waiter.add_done_callback(lambda _, task=task: task.cancel())
-            links.add(id(link))
-            assert await asyncio.wait_for(store.get("n"), 5) is not None
-    await whole(store, peer, 1)
+            await asyncio.wait([task])
+            if countdown > 0:
+                task.result()
+                break
+            assert task.cancelled()
+            assert await store.get("n") is not None
+        task = None
+        await whole(store, peer, 1)
 
 
 # -- whose loop
