@@ -557,11 +557,12 @@ class CallerChannel(BoundChannel):
     def __init__(self, conn: psycopg.Connection[Any], timeout: float) -> None:
         super().__init__(link_class(conn, prepares=False), timeout)
         self._conn = conn
-        self._lock = Reentrant(conn.lock)
+        self._lock = threading.RLock() if self._link.takes_lock else Reentrant(conn.lock)
 
     def _check(self, action: str) -> None:
         self._check_process()
-        check_connection(self._conn, action)
+        with self._lock:  # or another thread's savepoint might look like a failed transaction
+            check_connection(self._conn, action)
         if not self._conn.autocommit and not self._in_transaction():
             # psycopg opens the transaction, with the caller's isolation level, as it would
             # for the caller's own first statement.
