@@ -14,6 +14,7 @@ from psycopg.conninfo import make_conninfo
 
 from pgkv import ConfigError, PgkvError, Store, TableNotFoundError, TableType
 from tests.colours import Threaded
+from tests.faults.proxy import Proxy, error_answer
 from tests.faults.support import Crew, Witness, newest
 from tests.servers import Server, UserServer
 
@@ -168,7 +169,7 @@ FORGET = ["DISCARD ALL", "DEALLOCATE ALL"]
 @pytest.mark.parametrize("command", FORGET)
 async def test_forgotten_statements(make_store: MakeStore, dsn: str, command: str) -> None:
     """Prepared statements that vanish behind our back are prepared again, in every kind of call."""
-    store = await make_store(pool_max_size=1, retry=None)
+    store = await make_store(pool_max_size=1)
 
     async def forget() -> None:
         """Over the store's own connection, as a pooler or a hook would."""
@@ -190,6 +191,25 @@ async def test_forgotten_statements(make_store: MakeStore, dsn: str, command: st
             b"%d" % expected,
             True,
         )
+
+
+@newest
+async def test_a_server_that_always_forgets(make_store: MakeStore, dsn: str) -> None:
+    """Behind a transaction pooler that pgkv was not told of, statements vanish all the time: an
+    error that says what to set, not a call without end."""
+    with Proxy(dsn) as proxy:
+        store = await make_store(dsn=proxy.dsn, retry=None)
+        gone = proxy.arm(
+            b"key-1",
+            replace=error_answer("26000", "prepared statement does not exist"),
+            before=True,
+            end="nothing",
+            times=50,
+        )
+        with pytest.raises(PgkvError, match=r"Pooler\.TRANSACTION"):
+            await store.get("key-1")
+        assert gone.met == 2
+        await store.close()
 
 
 async def _maybe(value: Any) -> Any:
