@@ -272,8 +272,14 @@ class AsyncPoolChannel:
     def watch(self, sql: Statements) -> None:
         """Collect that table's expired rows by its strategy."""
         if sql.table not in self._collectors:
-            self._collectors[sql.table] = Collector(sql, self._background)
-            self._patrolling = False
+            collector = self._collectors[sql.table] = Collector(sql, self._background)
+            try:
+                asyncio.get_running_loop()
+            except RuntimeError:
+                self._patrolling = False  # the next slow path starts it
+            else:
+                if self._patrolling:
+                    collector.start_patrol()
 
     def _start_patrols(self) -> None:
         if not self._patrolling:

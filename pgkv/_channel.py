@@ -306,8 +306,9 @@ class PoolChannel:
     def watch(self, sql: Statements) -> None:
         """Collect that table's expired rows by its strategy."""
         if sql.table not in self._collectors:
-            self._collectors[sql.table] = Collector(sql, self._background)
-            self._patrolling = False
+            collector = self._collectors[sql.table] = Collector(sql, self._background)
+            if self._patrolling:
+                collector.start_patrol()
 
     def _start_patrols(self) -> None:
         if not self._patrolling:
