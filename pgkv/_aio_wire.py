@@ -26,6 +26,7 @@ from ._wire import (
     PIPELINE,
     PipelineReader,
     failed,
+    forgotten,
     is_outdated,
     past_deadline,
     poller,
@@ -300,6 +301,8 @@ class AsyncLink:
             if not sync_each:
                 self.pgconn.pipeline_sync()
             answers: list[PGresult] = await self._expect(PIPELINE, seconds)
+            if forgotten(answers):
+                self._prepared.clear()
         except psycopg.Error as error:
             failure = failed(error, about, sent=True)
         else:
