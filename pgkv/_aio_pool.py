@@ -208,7 +208,7 @@ class AsyncLeases:
         until = min(deadline, started + self._config.connect_timeout)
         while opened_now and still_opening(pool, self._failures) and monotonic() < until:
             # Asking at once would make the pool grow beyond the one it is opening already.
-            await asyncio.sleep(FIRST_NAP)
+            await asyncio.sleep(FIRST_NAP)  # noqa: ASYNC110  # the pool has no event for it
         while True:
             nap = max(0.001, min(OPENING_NAP, until - monotonic()))
             try:
