@@ -206,9 +206,12 @@ class AsyncLeases:
         started = monotonic()
         pool, opened_now = await self._psycopg_pool(action)
         until = min(deadline, started + self._config.connect_timeout)
-        while opened_now and still_opening(pool, self._failures) and monotonic() < until:
+        # Polled, for the pool has no event to wait for.
+        while (  # noqa: ASYNC110
+            opened_now and still_opening(pool, self._failures) and monotonic() < until
+        ):
             # Asking at once would make the pool grow beyond the one it is opening already.
-            await asyncio.sleep(FIRST_NAP)  # noqa: ASYNC110  # the pool has no event for it
+            await asyncio.sleep(FIRST_NAP)
         while True:
             nap = max(0.001, min(OPENING_NAP, until - monotonic()))
             try:
