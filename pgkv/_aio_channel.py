@@ -117,15 +117,23 @@ class AsyncPoolChannel:
     async def execute(self, op: Op[T], timeout: float | None = None) -> T:
         """Perform one operation. Anything unusual is left to `_recover` and `_aftermath`."""
         started = monotonic()
+        seconds = self._timeout if timeout is None else timeout
         leases = self._leases
-        if not leases.idle or leases.loop is not asyncio.get_running_loop():
-            return await self._recover(op, started, timeout, None)
-        link = leases.idle.pop()
-        if link.is_stale():
-            leases.discard(link)
-            return await self._recover(op, started, timeout, None)
+        if leases.idle and leases.loop is asyncio.get_running_loop():
+            link = leases.idle.pop()
+            if link.is_stale():
+                leases.discard(link)
+                return await self._recover(op, started, timeout, None)
+        else:
+            # With more tasks than links this is the usual way, so it is short as well.
+            self._start_patrols()
+            try:
+                link = await leases.acquire(started + seconds, op.statement.name)
+            except PgkvError as error:
+                return await self._recover(op, started, timeout, error)
+            seconds += started - monotonic()
         try:
-            result = await link.execute(op, self._timeout if timeout is None else timeout)
+            result = await link.execute(op, seconds)
         except PgkvError as error:
             leases.settle(link)
             return await self._recover(op, started, timeout, error)
@@ -246,6 +254,8 @@ class AsyncPoolChannel:
                     await self.heal(table)
         until = monotonic() + self._timeout if deadline is None else deadline
         link = await self._leases.acquire(until, "transaction")
+        if isinstance(self._leases, AsyncCallerPool):
+            link.prepares = False  # as in `_channel`
         bound = AsyncBoundChannel(link, self._timeout, deadline)
         try:
             async with bound.span(control.begin(isolation), control.commit(), control.rollback()):
@@ -270,8 +280,14 @@ class AsyncPoolChannel:
     def watch(self, sql: Statements) -> None:
         """Collect that table's expired rows by its strategy."""
         if sql.table not in self._collectors:
-            self._collectors[sql.table] = Collector(sql, self._background)
-            self._patrolling = False
+            collector = self._collectors[sql.table] = Collector(sql, self._background)
+            try:
+                asyncio.get_running_loop()
+            except RuntimeError:
+                self._patrolling = False  # the next slow path starts it
+            else:
+                if self._patrolling:
+                    collector.start_patrol()
 
     def _start_patrols(self) -> None:
         if not self._patrolling:
