@@ -88,7 +88,9 @@ class Caller:
         if binder.has_tags:
             keys += tuple(site.sql.cache_key(TAG, tag) for tag in binder.tags(arguments))
         work = functools.partial(self.fn, *args, **kwargs)
-        return Visit(site, keys, digest, work, (args, kwargs), 0 if self.l1 is None else self.l1.epoch)
+        return Visit(
+            site, keys, digest, work, (args, kwargs), 0 if self.l1 is None else self.l1.epoch
+        )
 
     def _names(self, site: Site) -> tuple[bytes, bytes]:
         """What the function's entries' keys begin with, and its generation's key."""

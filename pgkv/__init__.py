@@ -43,8 +43,7 @@ from .store import Store
 from .typed import AsyncTypedStore, TypedCasResult, TypedStore
 from .types import CasResult, CasStatus, Entry, KeyValue, ScanOptions, Stats
 
-__all__ = [
-    "L1",
+__all__ = [  # noqa: RUF022  # plain order: ruff would put L1 before the classes
     "AsyncCachedFunction",
     "AsyncPipeline",
     "AsyncStore",
@@ -62,6 +61,7 @@ __all__ = [
     "InvalidKeyError",
     "InvalidValueError",
     "KeyValue",
+    "L1",
     "LeaseLostError",
     "LockError",
     "LockTimeoutError",
