@@ -72,7 +72,7 @@ def main() -> None:
         )
 
         change(conn, commit=False)
-        print(f"after a rollback: still {revenue('C1') == value and 'cached' or 'wrong'}")
+        print(f"after a rollback: still {'cached' if revenue('C1') == value else 'wrong'}")
         change(conn, commit=True)
         changed = revenue("C1")
         print(f"after a commit: {changed - value:+d} cents, at once")

@@ -103,7 +103,7 @@ def default_async_store() -> AsyncStore:
     if store is None:
         store = AsyncStore(_config("an async function needs an AsyncStore", _given))
         _made_async[loop] = store
-        _close_with_loop(store)
+        _close_with_loop(store, loop)
     return store
 
 
@@ -123,13 +123,16 @@ def _config(need: str, other: object) -> Config:
     return Config(dsn, **_options)
 
 
-def _close_with_loop(store: AsyncStore) -> None:
+def _close_with_loop(store: AsyncStore, loop: asyncio.AbstractEventLoop) -> None:
     # A loop that ends in order (asyncio.run, asyncio.Runner) closes the asynchronous generators
     # that were begun on it: the one hook that asyncio offers.
     async def keep() -> AsyncGenerator[None, None]:
         try:
             yield
         finally:
+            # A store refers to its loop: as the entry's value it would keep its key alive.
+            if _made_async.get(loop) is store:
+                del _made_async[loop]
             await store.close()
 
     keeper = keep()

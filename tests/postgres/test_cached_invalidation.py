@@ -302,7 +302,7 @@ async def test_storm_no_reader_sees_an_older_value(
     conns: list[psycopg.Connection[Any]] = []
 
     async def load(n: int) -> int:
-        value = await in_thread(read, n)
+        value: int = await in_thread(read, n)
         await asyncio.sleep(rng.choice([0, 0.001, 0.004]))
         return value
 

@@ -70,7 +70,7 @@ async def test_a_refresh_that_fails_leaves_the_stale_value(
     # Its lease is given up right after.
     async def again() -> bool:
         await f()
-        return f.cache_info().fills == 2
+        return bool(f.cache_info().fills == 2)
 
     for _ in range(500):
         if await again():
@@ -257,7 +257,7 @@ async def test_without_news_l1_ends_by_its_ttl(
 
     async def sees_new() -> bool:
         seen.append(await f())
-        return seen[-1] == 2
+        return bool(seen[-1] == 2)
 
     for _ in range(200):
         if await sees_new():

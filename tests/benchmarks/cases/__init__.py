@@ -6,6 +6,7 @@ from tests.benchmarks.cases import (  # noqa: F401, I001  # importing registers 
     pipeline,
     threads,
     tasks,
+    cached,
     size,
     counter,
     memory,
