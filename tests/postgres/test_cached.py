@@ -267,7 +267,7 @@ async def test_a_leader_that_raises(store: Any, colour: Colour) -> None:
 async def test_two_stores_compute_once(make_store: Any, colour: Colour) -> None:
     """Callers with different stores, as different processes have, wait for the lease's holder; with
     lock=False each computes, and one stores."""
-    for lock, expected in ((True, 1), (False, 2)):
+    for lock, expected in [(True, 1), (False, 2)]:
         calls: list[int] = []
 
         async def f(n: bool) -> int:
@@ -276,7 +276,7 @@ async def test_two_stores_compute_once(make_store: Any, colour: Colour) -> None:
             return 7
 
         first, second = [cached_in(colour, await make_store(), lock=lock)(f) for _ in range(2)]
-        assert await asyncio.gather(first(lock), second(lock)) == [7, 7]
+        assert list(await asyncio.gather(first(lock), second(lock))) == [7, 7]
         assert len(calls) == expected
         fills = first.cache_info().fills + second.cache_info().fills
         assert fills == 1

@@ -70,14 +70,15 @@ def async_peers(bench: Bench) -> dict[str, Callable[[int], Any]]:
     if bench.redis() is None:
         return found
     if has("cashews"):
-        from cashews import Cache, PicklerType
+        from cashews import Cache
         from cashews.backends.redis import Redis as CashewsRedis
+        from cashews.picklers import PicklerType
         from cashews.wrapper.backend_settings import register_backend
 
         # It knows unix sockets, but has no name for them.
         register_backend("unix", CashewsRedis, pass_uri=True, pickler=PicklerType.DEFAULT)
         cache = Cache()
-        cache.setup(f"unix://{bench._redis_socket}", client_side=False)
+        cache.setup(f"unix://{bench._redis_socket}")
         bench.closing(lambda: bench.wait(cache.close()))
         found[CASHEWS] = cache(ttl=3600)(load_async)
     if has("aiocache"):
@@ -86,7 +87,7 @@ def async_peers(bench: Bench) -> dict[str, Callable[[int], Any]]:
         aiocache: Any = importlib.import_module("aiocache")  # untyped
         json: Any = importlib.import_module("aiocache.serializers")
 
-        class UnixCache(aiocache.RedisCache):
+        class UnixCache(aiocache.RedisCache):  # type: ignore[misc]  # untyped
             """On a unix socket, as the others are."""
 
             def __init__(self, **kwargs: Any) -> None:
