@@ -150,6 +150,21 @@ def test_argument_lists(a: list[Any], b: list[Any]) -> None:
     assert (key(binder, *a) == key(binder, *b)) == same(a, b)
 
 
+# What the encoding itself is made of: tags, digits, colons.
+tricky = st.text(alphabet="sbti12:;", max_size=5)
+
+
+@settings(max_examples=3000, deadline=None)
+@given(st.lists(tricky | tricky.map(str.encode), max_size=3), st.lists(tricky, max_size=3))
+def test_texts_that_look_like_the_encoding(a: list[Any], b: list[Any]) -> None:
+    """Arguments made of the encoding's own letters do not run into each other."""
+    binder = make(lambda *args: None)
+    assert (key(binder, *a) == key(binder, *b)) == same(a, b)
+    for cut in range(len(text := "".join(b)) + 1):
+        moved = [text[:cut], text[cut:]]
+        assert (encode(moved) == encode(b)) == same(moved, b)
+
+
 @given(
     st.lists(
         st.sampled_from([True, 1, 1.0, "1", b"1", 0, 0.0, -0.0, False, None, "", ()]),

@@ -120,7 +120,7 @@ def miss(bench: Bench) -> Entrants:
             yield name, each(function, count(10_000))
 
 
-@case("cached stale hit, sync", {})
+@case("cached stale hit, sync", {GET_MANY: None})
 def stale_hit(bench: Bench) -> Entrants:
     """Served while a refresh that lasts runs behind."""
     import threading
@@ -140,6 +140,8 @@ def stale_hit(bench: Bench) -> Entrants:
     while function.cache_info().stale_hits == 0:
         function(1)
     yield PGKV, each(function, cycle([1]))
+    pair = ["bench:00001", "no such key"]
+    yield GET_MANY, each(bench.store().get_many, cycle([pair]))
 
 
 @case("cached hit, async", {CASHEWS: None, AIOCACHE: None})
