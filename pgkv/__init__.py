@@ -26,6 +26,15 @@ from .errors import (
     TableNotFoundError,
     TransactionError,
 )
+from .patterns.rate_limit import (
+    AsyncRateLimiter,
+    AsyncReservation,
+    Decision,
+    LimiterCounts,
+    Rate,
+    RateLimiter,
+    Reservation,
+)
 from .pipeline import AsyncPipeline, Handle, Pipeline
 from .store import Store
 from .typed import AsyncTypedStore, TypedCasResult, TypedStore
@@ -33,6 +42,8 @@ from .types import CasResult, CasStatus, Entry, KeyValue, ScanOptions, Stats
 
 __all__ = [
     "AsyncPipeline",
+    "AsyncRateLimiter",
+    "AsyncReservation",
     "AsyncStore",
     "AsyncTypedStore",
     "CasResult",
@@ -40,12 +51,14 @@ __all__ = [
     "Config",
     "ConfigError",
     "ConflictError",
+    "Decision",
     "Entry",
     "Handle",
     "InvalidKeyError",
     "InvalidValueError",
     "KeyValue",
     "LeaseLostError",
+    "LimiterCounts",
     "LockError",
     "LockTimeoutError",
     "NotFoundError",
@@ -55,7 +68,10 @@ __all__ = [
     "PoolTimeoutError",
     "Pooler",
     "QueryError",
+    "Rate",
     "RateLimitedError",
+    "RateLimiter",
+    "Reservation",
     "RetryPolicy",
     "ScanOptions",
     "SerializationError",
