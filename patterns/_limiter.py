@@ -8,11 +8,10 @@ what a process remembers in `_local`.
 from __future__ import annotations
 
 import inspect
-import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from hashlib import blake2b
 from time import monotonic
-from typing import Any, Literal, NamedTuple, Self, TypeAlias, TypeVar
+from typing import Any, NamedTuple, Self
 
 import msgspec
 
@@ -27,7 +26,6 @@ from ..errors import (
     ConfigError,
     ConflictError,
     InvalidKeyError,
-    InvalidValueError,
     OperationTimeoutError,
     PgkvError,
     QueryError,
@@ -36,16 +34,12 @@ from ..errors import (
     TableNotFoundError,
 )
 from ._local import Counter, Denials, LimiterCounts, Pockets
-from ._rate import NS, Decision, Policy, Rate, Rates, rates_of, require_cost
-
-OnError: TypeAlias = Literal["raise", "open", "closed"]
-MODES: tuple[OnError, ...] = ("raise", "closed", "open")  # the strictest first
+from ._options import OnError, check_lease, check_mode, check_name, wait_seconds
+from ._rate import NS, Decision, Policy, Rate, Rates, rates_of
 
 KEY_CHARACTERS_MAX = 256  # a longer key is hashed: a client may choose it
 POLICIES_MAX = 1024  # per-call limits remembered with what is computed for them
 CLOSED_RETRY_SECONDS = 1.0  # what a refusal for want of an answer asks for
-WAIT_SECONDS_MAX = 10 * 366 * 86400.0  # acquire(timeout=None)
-RACES_MAX = 10  # hit_many on absent keys: each race ends with the row being there
 # What `on_error` is about. A wrong argument or a missing right is no outage.
 OUTAGES = (
     StoreUnavailableError,
@@ -54,8 +48,6 @@ OUTAGES = (
     ConflictError,
     TableNotFoundError,
 )
-
-L = TypeVar("L", bound="Core")
 
 
 class Receipt(NamedTuple):
@@ -362,166 +354,3 @@ def refusal(name: str, decision: Decision) -> RateLimitedError:
     )
     error.decision = decision
     return error
-
-
-def check_mode(mode: object) -> OnError:
-    """Return a mode of `on_error`.
-
-    Raises:
-        ConfigError: there is no such mode.
-    """
-    for known in MODES:
-        if mode == known:
-            return known
-    raise ConfigError(f"on_error must be 'raise', 'open' or 'closed', not {mode!r}")
-
-
-def check_name(name: object) -> str:
-    """Return a limiter's name.
-
-    Raises:
-        ConfigError: it could not stand in a response header.
-    """
-    if not isinstance(name, str) or not name or not name.isascii() or not name.isprintable():
-        raise ConfigError(
-            "name must be a non-empty string of printable ASCII characters: it stands in response "
-            f"headers; not {name!r}"
-        )
-    if '"' in name or "\\" in name:
-        raise ConfigError(f"name must not contain quotes or backslashes, not {name!r}")
-    return name
-
-
-def check_lease(lease: object, burst: int) -> int:
-    """Return how many tokens are taken at once.
-
-    Raises:
-        ConfigError: no such lease could ever be granted.
-    """
-    if not isinstance(lease, int) or isinstance(lease, bool) or lease < 1:
-        raise ConfigError(f"lease must be an integer of 1 or more, not {lease!r}")
-    if lease > burst:
-        raise ConfigError(
-            f"lease={lease} is more than a full bucket holds ({burst}, the burst); no such lease "
-            "could be granted"
-        )
-    return lease
-
-
-def wait_seconds(value: Seconds | None) -> float:
-    """Return how long a caller is ready to wait, in seconds; None is without end.
-
-    Raises:
-        InvalidValueError: negative, or no number.
-    """
-    if value is None:
-        return WAIT_SECONDS_MAX
-    if isinstance(value, int | float) and not isinstance(value, bool) and value == 0:
-        return 0.0
-    if isinstance(value, float) and math.isinf(value) and value > 0:
-        return WAIT_SECONDS_MAX
-    return min(seconds(value, "timeout"), WAIT_SECONDS_MAX)
-
-
-# -- several keys --------------------------------------------------------------------------
-
-
-class Charge(NamedTuple):
-    """What hit_many asks of one row: by whom, under which rates, how much."""
-
-    limiter: Core
-    key: str
-    policy: Policy
-    cost: int
-
-
-def charges_of(items: Iterable[tuple[Any, ...]], wanted: type[L]) -> dict[bytes, Charge]:
-    """Return what is to be charged, by row, in the order of keys.
-
-    Raises:
-        ConfigError: a limiter is of the other colour or on another table, or two with one name
-            have different rates.
-        InvalidValueError: a cost that no bucket can hold.
-    """
-    charges: dict[bytes, Charge] = {}
-    first: Core | None = None
-    for limiter, key, *rest in items:
-        if not isinstance(limiter, wanted):
-            raise ConfigError(
-                f"hit_many of {wanted.__name__} takes (limiter, key, cost) with limiters of that "
-                f"class, not {type(limiter).__name__}"
-            )
-        first = first or limiter
-        if limiter._home is not first._home or limiter._sql.table != first._sql.table:
-            raise ConfigError(
-                f"the limiters {first.name!r} and {limiter.name!r} are on different stores or "
-                "tables: one statement cannot charge both"
-            )
-        cost = rest[0] if rest else 1
-        require_cost(cost)
-        policy = limiter._policy
-        row = limiter._row(key, policy)
-        if (known := charges.get(row)) is not None:
-            if known.policy.rates != policy.rates:
-                raise ConfigError(
-                    f"two limiters are named {limiter.name!r} and have different rates; "
-                    "give them different names"
-                )
-            cost += known.cost
-        charges[row] = Charge(limiter, key, policy, cost)
-    if first is None:
-        raise InvalidValueError("hit_many needs at least one (limiter, key, cost)")
-    return dict(sorted(charges.items()))
-
-
-def hit_many(charges: dict[bytes, Charge]) -> Flow[Decision]:
-    """Charge every row, or none of them."""
-    limiters = [charge.limiter for charge in charges.values()]
-    first = limiters[0]
-    asked = [(row, *charge.policy.charge(charge.cost)) for row, charge in charges.items()]
-    try:
-        arrivals = yield from _ask_many(first._sql, asked)
-        stale = [(row, arrival) for row, arrival in arrivals.items() if arrival.stepped_back()]
-        if stale:
-            _observe.warning("pgkv.limit.clock_back", limiter=first.name)
-            for row, arrival in stale:
-                rates = len(charges[row].policy.rates)
-                yield first._sql.rebase(row, arrival.version or b"", rates)
-            arrivals = yield from _ask_many(first._sql, asked)
-    except OUTAGES as error:
-        strictest = min((limiter.on_error for limiter in limiters), key=MODES.index)
-        decision = first._degraded(charges[asked[0][0]].policy, error, strictest)
-    else:
-        decision = _decide_many(charges, arrivals)
-    policies = ",".join(dict.fromkeys(charge.policy.header for charge in charges.values()))
-    decision = msgspec.structs.replace(decision, policies=policies)
-    for charge in charges.values():
-        charge.limiter._settled(charge.key, decision)
-    return decision
-
-
-def _ask_many(
-    sql: Limit, asked: Sequence[tuple[bytes, Sequence[int], Sequence[int]]]
-) -> Flow[dict[bytes, Arrival]]:
-    for attempt in range(RACES_MAX):
-        try:
-            return (yield from do(sql.hit_many(asked)))
-        except InvalidValueError as error:
-            # Somebody else made one of the rows meanwhile: it is there now.
-            if error._sqlstate != "23505" or attempt == RACES_MAX - 1:
-                raise
-    raise AssertionError("unreachable")
-
-
-def _decide_many(charges: dict[bytes, Charge], arrivals: dict[bytes, Arrival]) -> Decision:
-    decisions = []
-    for row, charge in charges.items():
-        arrival = arrivals[row]
-        if arrival.charged or any(charge.policy.waits(arrival, charge.cost)):
-            decisions.append(charge.policy.decide(arrival, charge.cost))
-    if not decisions:  # lost a race only: a denial whose data would admit by now
-        row, charge = next(iter(charges.items()))
-        decisions.append(charge.policy.decide(arrivals[row], charge.cost))
-    if decisions[0].allowed:
-        return min(decisions, key=lambda each: each.remaining / each.limit)
-    return max(decisions, key=lambda each: each.retry_after)

@@ -204,26 +204,29 @@ class Decision(msgspec.Struct, frozen=True, gc=False):
             style: ``"draft"`` for ``RateLimit-Policy`` and ``RateLimit`` of
                 draft-ietf-httpapi-ratelimit-headers-10; ``"x"`` for ``X-RateLimit-Limit``,
                 ``-Remaining`` and ``-Reset`` (in seconds from now). A denial adds ``Retry-After``,
-                whole seconds, rounded up.
+                whole seconds, rounded up. Of a degraded decision that is all there is to say.
 
         Raises:
             ConfigError: there is no such style.
         """
+        if style not in ("draft", "x"):
+            raise ConfigError(f"headers are 'draft' or 'x', not {style!r}")
         wait = _whole_seconds(self.reset_after if self.allowed else self.retry_after)
-        if style == "draft":
+        found: dict[str, str] = {}
+        if self.degraded:
+            pass  # nothing is known of the bucket
+        elif style == "draft":
             found = {
                 "RateLimit-Policy": self.policies,
                 # Of a denial `t` is when to come again: Retry-After must not be earlier than it.
                 "RateLimit": f'"{self.policy}";r={self.remaining};t={wait}',
             }
-        elif style == "x":
+        else:
             found = {
                 "X-RateLimit-Limit": str(self.limit),
                 "X-RateLimit-Remaining": str(self.remaining),
                 "X-RateLimit-Reset": str(_whole_seconds(self.reset_after)),
             }
-        else:
-            raise ConfigError(f"headers are 'draft' or 'x', not {style!r}")
         if not self.allowed:
             found["Retry-After"] = str(max(1, wait))
         return found

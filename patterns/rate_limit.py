@@ -19,8 +19,10 @@ from ..aio import AsyncStore
 from ..config import Seconds
 from ..store import Store
 from ..typed import document
-from ._limiter import Core, Receipt, charges_of, hit_many
+from ._limiter import Core, Receipt
 from ._local import LimiterCounts
+from ._many import charges_of, hit_many
+from ._options import OnError
 from ._rate import Decision, Rate, Rates
 
 __all__ = [
@@ -220,6 +222,10 @@ class RateLimiter(Core):
 
         return decorate
 
+    def _judge(self, key: str, cost: int, limits: Rates | None, on_error: OnError) -> Decision:
+        """`hit` with another `on_error`: for middleware."""
+        return self._drive(self._hit(key, cost, limits, on_error))
+
     def _drive(self, flow: Flow[T]) -> T:
         """Run a flow; its statements together take at most `timeout`, sleeps apart."""
         until = monotonic() + self.timeout
@@ -305,6 +311,11 @@ class AsyncRateLimiter(Core):
             return limited
 
         return decorate
+
+    async def _judge(
+        self, key: str, cost: int, limits: Rates | None, on_error: OnError
+    ) -> Decision:
+        return await self._drive(self._hit(key, cost, limits, on_error))
 
     async def _drive(self, flow: Flow[T]) -> T:
         until = monotonic() + self.timeout

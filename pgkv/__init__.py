@@ -26,6 +26,9 @@ from .errors import (
     TableNotFoundError,
     TransactionError,
 )
+from .patterns.client_ip import client_ip
+from .patterns.middleware.asgi import RateLimitMiddleware
+from .patterns.middleware.wsgi import WSGIRateLimitMiddleware
 from .patterns.rate_limit import (
     AsyncRateLimiter,
     AsyncReservation,
@@ -69,6 +72,7 @@ __all__ = [
     "Pooler",
     "QueryError",
     "Rate",
+    "RateLimitMiddleware",
     "RateLimitedError",
     "RateLimiter",
     "Reservation",
@@ -87,6 +91,8 @@ __all__ = [
     "TtlCleanupStrategy",
     "TypedCasResult",
     "TypedStore",
+    "WSGIRateLimitMiddleware",
+    "client_ip",
     "on_operation",
     "schema_sql",
 ]
