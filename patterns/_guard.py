@@ -6,13 +6,14 @@ async. Nothing here knows a framework.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 from .. import _observe
 from .._op import Flow, call
-from ..errors import ConfigError
+from ..errors import ConfigError, PgkvError
 from ._limiter import Core
 from ._options import OnError, check_mode
 from ._rate import Decision, HeaderStyle, Rates
@@ -201,6 +202,22 @@ class Guard:
         body = json.dumps(problem(decision)).encode()
         found["Content-Length"] = str(len(body))
         return found, body
+
+
+@contextlib.contextmanager
+def heard_by_servers() -> Iterator[None]:
+    """Let a failure of the store reach the HTTP server as one of the application's.
+
+    Raises:
+        PgkvError: instead of those that are also a ConnectionError or TimeoutError: servers take
+            these for a client that went away, and answer nothing.
+    """
+    try:
+        yield
+    except PgkvError as error:
+        if not isinstance(error, OSError):
+            raise
+        raise PgkvError(f"the rate limit could not be checked: {error}") from error
 
 
 def problem(decision: Decision) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 from ... import _aio_channel
 from ..._op import Call
-from .._guard import STATUS, Guard, Headers, HttpRequest
+from .._guard import STATUS, Guard, Headers, HttpRequest, heard_by_servers
 from .._options import OnError
 from ..rate_limit import AsyncRateLimiter
 
@@ -83,7 +83,8 @@ class RateLimitMiddleware:
         if scope["type"] not in ("http", "websocket"):
             await self.app(scope, receive, send)
             return
-        verdict = await _aio_channel.drive(self._guard.check(HttpRequest(scope)), perform)
+        with heard_by_servers():
+            verdict = await _aio_channel.drive(self._guard.check(HttpRequest(scope)), perform)
         if verdict is not None and verdict.refuse:
             headers, body = self._guard.refusal(verdict)
             await _refuse(scope, receive, send, _encoded(headers), body)

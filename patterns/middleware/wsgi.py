@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 
 from ... import _channel
 from ..._op import Call
-from .._guard import STATUS, Guard, Headers, HttpRequest
+from .._guard import STATUS, Guard, Headers, HttpRequest, heard_by_servers
 from .._options import OnError
 from ..rate_limit import RateLimiter
 
@@ -65,7 +65,8 @@ class WSGIRateLimitMiddleware:
         )
 
     def __call__(self, environ: dict[str, Any], start_response: StartResponse) -> Iterable[bytes]:
-        verdict = _channel.drive(self._guard.check(HttpRequest(environ)), perform)
+        with heard_by_servers():
+            verdict = _channel.drive(self._guard.check(HttpRequest(environ)), perform)
         if verdict is not None and verdict.refuse:
             headers, body = self._guard.refusal(verdict)
             start_response(f"{STATUS} Too Many Requests", list(headers.items()))

@@ -18,6 +18,13 @@ from tests import servers
 Serve = Callable[[Any], httpx.Client]
 
 
+def client_of(port: int) -> httpx.Client:
+    """A client that opens a connection for each request: servers close one after an error, and
+    the next request on it would race that."""
+    limits = httpx.Limits(max_keepalive_connections=0)
+    return httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30, limits=limits)
+
+
 @pytest.fixture
 def serve_asgi() -> Iterator[Serve]:
     """`serve_asgi(app)` runs an ASGI application on uvicorn; returns a client of it."""
@@ -39,7 +46,7 @@ def serve_asgi() -> Iterator[Serve]:
             stack.callback(stop)
             servers.wait_until(lambda: server.started, "uvicorn starts")
             port = server.servers[0].sockets[0].getsockname()[1]
-            client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30)
+            client = client_of(port)
             return stack.enter_context(client)
 
         yield serve
@@ -62,7 +69,7 @@ def serve_wsgi() -> Iterator[Serve]:
                 server.server_close()
 
             stack.callback(stop)
-            client = httpx.Client(base_url=f"http://127.0.0.1:{server.server_port}", timeout=30)
+            client = client_of(server.server_port)
             return stack.enter_context(client)
 
         yield serve
