@@ -11,7 +11,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -167,10 +167,15 @@ def parse_duration(text: str) -> float:
 
 
 def table(
-    columns: Iterable[str], rows: Iterable[Iterable[str | Text]], *, title: str | None = None
+    columns: Sequence[str], rows: Iterable[Iterable[str | Text]], *, title: str | None = None
 ) -> Table:
     """Return a table; its cells are shown as they are, without markup."""
-    shown = Table(title=title, title_justify="left", header_style="bold")
+    shown = Table(
+        title=None if title is None else Text(title),
+        title_justify="left",
+        header_style="bold",
+        show_header=any(columns),
+    )
     for column in columns:
         shown.add_column(column, overflow="fold")
     for row in rows:

@@ -284,7 +284,7 @@ class Leases:
         self._close_idle()
         if pool is not None:
             pool.close(timeout=CLOSE_TIMEOUT)
-        while waiters:
+        while len(waiters):
             with contextlib.suppress(IndexError):
                 waiters.popleft().give(None)
 

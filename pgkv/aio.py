@@ -6,6 +6,7 @@ there, once; the docstrings here are taken from it, and a test compares names an
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterable, Mapping
@@ -28,9 +29,9 @@ from ._caller import unwrap
 from ._coalesce import CoalescingChannel
 from ._codec import seconds
 from ._settings import (
+    Target,
     check_pool,
     config_of_pool,
-    lazy_conninfo,
     options_of,
     page_size_of,
     require_whole_table,
@@ -102,16 +103,23 @@ class AsyncStore:
     _ending: contextlib.AbstractAsyncContextManager[Any] | None = None
 
     def __init__(self, config: Config) -> None:
-        conninfo, closers = lazy_conninfo(config)
-        channel = AsyncPoolChannel(config, AsyncLeases(config, conninfo))
-        channel.on_close(closers.close)
+        target = Target(config)
+        channel = AsyncPoolChannel(config, AsyncLeases(config, target.conninfo))
+        channel.on_close(target.close)
         entry = CoalescingChannel(channel) if config.coalesce else channel
-        self._bind(config, Statements(config), entry)
+        self._bind(config, target, Statements(config), entry)
 
     def _bind(
-        self, config: Config, sql: Statements, channel: AsyncChannel, owner: bool = True
+        self,
+        config: Config,
+        target: Target,
+        sql: Statements,
+        channel: AsyncChannel,
+        *,
+        owner: bool = True,
     ) -> None:
         self._config = config
+        self._target = target
         self._sql = sql
         self._channel = channel
         self._owner = owner
@@ -128,7 +136,13 @@ class AsyncStore:
     ) -> Self:
         """Another store that shares what is not given, and closes nothing."""
         view = type(self).__new__(type(self))
-        view._bind(config or self._config, sql or self._sql, channel or self._channel, owner=False)
+        view._bind(
+            config or self._config,
+            self._target,
+            sql or self._sql,
+            channel or self._channel,
+            owner=False,
+        )
         return view
 
     # -- beginning and end
@@ -160,7 +174,7 @@ class AsyncStore:
         settings = config_of_pool(pool, dsn, options_of(config))
         store = cls.__new__(cls)
         channel = AsyncPoolChannel(settings, AsyncCallerPool(pool, settings))
-        store._bind(settings, Statements(settings), channel)
+        store._bind(settings, Target(settings, dsn), Statements(settings), channel)
         return store
 
     @classmethod
@@ -170,7 +184,11 @@ class AsyncStore:
 
     async def close(self) -> None:
         if self._owner:
-            await self._channel.close()
+            # Whoever waits for it may be cancelled; then it goes on in the background.
+            closing = asyncio.get_running_loop().create_task(self._channel.close())
+            _closing.add(closing)
+            closing.add_done_callback(_closing.discard)
+            await asyncio.shield(closing)
 
     async def __aenter__(self) -> Self:
         return self
@@ -193,6 +211,11 @@ class AsyncStore:
 
     def __bool__(self) -> bool:
         return True
+
+    @property
+    def dsn(self) -> str:
+        """The libpq DSN of this store's server; see `Store.dsn`."""
+        return self._target.dsn()
 
     # -- basic
 
@@ -499,6 +522,7 @@ class AsyncStore:
 
 
 builtin_set = set  # inside the class body the name means the method
+_closing: set[asyncio.Task[None]] = set()  # a loop alone does not keep its tasks alive
 
 
 document(AsyncStore, Store)

@@ -7,8 +7,8 @@ text of this module shows a password: a DSN appears only through `Config.safe_ds
 from __future__ import annotations
 
 import enum
-import math
 import os
+import re
 from dataclasses import dataclass, field, fields
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,7 @@ EMBEDDED_SCHEME = "embedded://"
 KEY_LENGTH_MAX = 2600  # bytes; a btree entry must fit a third of an 8 kB page (2,704)
 TABLE_NAME_MAX = 54  # bytes; PostgreSQL's 63 less room for "_sessions"
 SCHEMA_NAME_MAX = 63
+SECONDS_MAX = 1e9  # 31 years; the waits of threads and sockets overflow far beyond
 VALUE_SIZE_MAX = 1 << 30  # bytea's own limit, 1 GiB
 
 
@@ -188,7 +189,8 @@ class Config:
         _require_int("pool_min_size", self.pool_min_size, 0, self.pool_max_size)
         for name in ("connect_timeout", "operation_timeout", "pool_timeout"):
             object.__setattr__(self, name, _seconds(name, getattr(self, name)))
-        if "\0" in self.application_name:
+        application_name: object = self.application_name
+        if not isinstance(application_name, str) or "\0" in application_name:
             raise ConfigError("application_name must be a string without NUL")
         if self.retry is not None and not isinstance(self.retry, RetryPolicy):
             raise ConfigError("retry must be a pgkv.RetryPolicy or None")
@@ -270,13 +272,28 @@ def _require_dsn(dsn: object) -> None:
         )
         raise ConfigError(f"dsn has the scheme {scheme!r}; {advice}")
     try:
-        conninfo_to_dict(dsn)
+        readable = not _splits_password(dsn, conninfo_to_dict(dsn))
     except (psycopg.ProgrammingError, UnicodeError):
-        # from None: libpq quotes the part it stumbled over, which may be the password.
+        readable = False
+    if not readable:
+        # Raised outside: libpq quotes the part it stumbled over, which may be the password.
         raise ConfigError(
             "dsn is not a valid libpq URI or conninfo string; characters such as @ / : # % "
             "in a password must be percent-encoded in a URI"
-        ) from None
+        )
+
+
+def _splits_password(dsn: str, params: dict[str, Any]) -> bool:
+    """Whether an unencoded @ or / made libpq take a part of the password for a host or a port.
+
+    It would accept that, and show the part in "cannot resolve host".
+    """
+    scheme, found, rest = dsn.partition("://")
+    if not found or "=" in scheme:
+        return False
+    authority = re.split("[/?]", rest, maxsplit=1)[0]
+    ports = str(params.get("port") or "").split(",")
+    return authority.count("@") > 1 or any(port and not port.isdigit() for port in ports)
 
 
 def _require_name(name: str, value: object, length_max: int) -> None:
@@ -303,8 +320,16 @@ def _require_int(name: str, value: object, low: int, high: int) -> None:
 def _seconds(name: str, value: object, *, zero: bool = False) -> float:
     if isinstance(value, timedelta):
         value = value.total_seconds()
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ConfigError(f"{name} must be seconds (a number or a timedelta), not {value!r}")
+    # Compared, not converted: an int may be too large for a float.
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or not -SECONDS_MAX <= value <= SECONDS_MAX
+    ):
+        raise ConfigError(
+            f"{name} must be seconds (a number or a timedelta) up to {SECONDS_MAX:,.0f}, not "
+            f"{value!r}"
+        )
     if value < 0 or (value == 0 and not zero):
         raise ConfigError(f"{name} must be more than 0 seconds, not {value!r}")
     return float(value)

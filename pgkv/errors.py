@@ -257,6 +257,12 @@ def _from_sqlstate(
     elif state in ("40001", "40P01", "55P03"):
         found = QueryError(f"{action}: {text} (SQLSTATE {state}); repeat it")
         found.retryable = True
+    elif state == "26000":
+        found = QueryError(
+            f"{action}: {text} (SQLSTATE {state}); behind a pooler in transaction mode set "
+            "pooler=pgkv.Pooler.TRANSACTION"
+        )
+        found.retryable = True  # it is prepared anew
     elif state == "57014":
         found = OperationTimeoutError(f"{action}: the server cancelled the statement: {text}")
         found.outcome_unknown = False
@@ -292,7 +298,15 @@ def _one_line(error: BaseException) -> str:
 
 
 def _because(error: PgkvError, cause: BaseException) -> PgkvError:
-    error.__cause__ = cause
+    error.__cause__ = _without_data(cause)
+    return error
+
+
+def _without_data(error: BaseException) -> BaseException:
+    # Under log_parameter_max_length_on_error the server adds the statement's parameters to the
+    # context of any error, and detail lines quote rows: a traceback must not show them.
+    if isinstance(error, psycopg.Error) and (error.diag.context or error.diag.message_detail):
+        return type(error)(_one_line(error))
     return error
 
 

@@ -27,9 +27,9 @@ from ._channel import CallerChannel, Channel, PoolChannel
 from ._codec import seconds
 from ._pool import CallerPool, Leases
 from ._settings import (
+    Target,
     check_pool,
     config_of_pool,
-    lazy_conninfo,
     options_of,
     page_size_of,
     require_whole_table,
@@ -76,13 +76,22 @@ class Store:
     """
 
     def __init__(self, config: Config) -> None:
-        conninfo, closers = lazy_conninfo(config)
-        channel = PoolChannel(config, Leases(config, conninfo))
-        channel.on_close(closers.close)
-        self._bind(config, Statements(config), channel)
+        target = Target(config)
+        channel = PoolChannel(config, Leases(config, target.conninfo))
+        channel.on_close(target.close)
+        self._bind(config, target, Statements(config), channel)
 
-    def _bind(self, config: Config, sql: Statements, channel: Channel, owner: bool = True) -> None:
+    def _bind(
+        self,
+        config: Config,
+        target: Target,
+        sql: Statements,
+        channel: Channel,
+        *,
+        owner: bool = True,
+    ) -> None:
         self._config = config
+        self._target = target
         self._sql = sql
         self._channel = channel
         self._owner = owner
@@ -99,7 +108,13 @@ class Store:
     ) -> Self:
         """Another store that shares what is not given, and closes nothing."""
         view = type(self).__new__(type(self))
-        view._bind(config or self._config, sql or self._sql, channel or self._channel, owner=False)
+        view._bind(
+            config or self._config,
+            self._target,
+            sql or self._sql,
+            channel or self._channel,
+            owner=False,
+        )
         return view
 
     # -- beginning and end
@@ -142,7 +157,7 @@ class Store:
         settings = config_of_pool(pool, dsn, options_of(config))
         store = cls.__new__(cls)
         channel = PoolChannel(settings, CallerPool(pool, settings))
-        store._bind(settings, Statements(settings), channel)
+        store._bind(settings, Target(settings, dsn), Statements(settings), channel)
         return store
 
     @classmethod
@@ -179,6 +194,15 @@ class Store:
     def __repr__(self) -> str:
         prefix = f" namespace={self._sql.prefix!r}" if self._sql.prefix else ""
         return f"<{type(self).__name__} {self._config.table_name!r}{prefix}>"
+
+    @property
+    def dsn(self) -> str:
+        """The libpq DSN of this store's server, for connections of your own.
+
+        For ``embedded://`` it names the embedded server, which is started if need be. **It holds
+        the password**, if there is one: not for logs.
+        """
+        return self._target.dsn()
 
     # -- basic
 

@@ -19,7 +19,7 @@ from rich.text import Text
 
 from .. import _conninfo
 from .. import _console as console
-from .._settings import lazy_conninfo
+from .._settings import Target
 from ..config import Config, Pooler
 from ..errors import translate
 from . import server, table
@@ -34,9 +34,8 @@ def examine(config: Config) -> list[Finding]:
     Raises:
         StoreUnavailableError: there is no connection.
     """
-    conninfo, closers = lazy_conninfo(config)
-    with closers:
-        where = conninfo()
+    with contextlib.closing(Target(config)) as target:
+        where = target.conninfo()
         try:
             conn, refused = _connect(config, where)
         except psycopg.Error as error:

@@ -146,6 +146,22 @@ def test_a_password_in_the_wrong_place_is_not_repeated(
     assert "hunter2" not in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "dsn",
+    ["postgresql://u:hunter2@more@host/db", "postgresql://u:hunter2/more@host/db",
+     "postgresql://u:p@hunter2@host", "postgresql://u:hunter2:more/x@host/db"],
+)  # fmt: skip
+def test_a_password_that_is_not_encoded_is_not_taken_for_a_host(
+    dsn: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """libpq would look for a part of it in the DNS, and show it; here it is wrong usage."""
+    assert main(["get", "a", "--dsn", dsn]) == 2
+    said = capsys.readouterr().err
+    assert "percent-encoded" in said
+    assert "hunter2" not in said
+    assert "more" not in said
+
+
 def test_options_after_the_command_win(capsys: pytest.CaptureFixture[str]) -> None:
     """Common options stand before or after the command; the later ones count."""
     assert main(["--table", "before", "schema", "--no-locks", "--no-sessions"]) == 0
