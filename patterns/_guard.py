@@ -16,7 +16,8 @@ from .._op import Flow, call
 from ..errors import ConfigError, PgkvError
 from ._limiter import Core
 from ._options import OnError, check_mode
-from ._rate import Decision, HeaderStyle, Rates
+from ._policy import Decision, HeaderStyle
+from ._rate import Rates
 from .client_ip import client_ip
 
 Headers: TypeAlias = "HeaderStyle | None"

@@ -1,7 +1,7 @@
 """The rate limiter's algorithms, each written once as a flow for both colours.
 
 `Core` holds what a limiter is told and remembers; its underscored methods are flows that
-`rate_limit` drives, blocking or awaiting. Statements live in `_sql.limit`, arithmetic in `_rate`,
+`rate_limit` drives, blocking or awaiting. Statements live in `_sql.limit`, arithmetic in `_policy`,
 what a process remembers in `_local`.
 """
 
@@ -20,7 +20,7 @@ from .._aio_channel import AsyncPoolChannel
 from .._channel import PoolChannel
 from .._codec import seconds
 from .._op import Flow, Op, do, pause
-from .._sql.limit import Arrival, Limit
+from .._sql.limit import Arrival, Charge, Limit
 from ..config import Seconds
 from ..errors import (
     ConfigError,
@@ -35,7 +35,8 @@ from ..errors import (
 )
 from ._local import Counter, Denials, LimiterCounts, Pockets
 from ._options import OnError, check_lease, check_mode, check_name, wait_seconds
-from ._rate import NS, Decision, Policy, Rate, Rates, rates_of
+from ._policy import Decision, Policy
+from ._rate import NS, Rate, Rates, rates_of
 
 KEY_CHARACTERS_MAX = 256  # a longer key is hashed: a client may choose it
 POLICIES_MAX = 1024  # per-call limits remembered with what is computed for them
@@ -171,7 +172,7 @@ class Core:
             if self._pockets is not None:
                 decision = yield from self._hit_leasing(row, policy, cost)
             else:
-                arrival: Arrival = yield self._sql.hit(row, *charge)
+                arrival: Arrival = yield self._sql.hit(row, charge)
                 if not arrival.charged and arrival.stepped_back():
                     arrival = yield from self._rebased(row, arrival, charge)
                 decision = policy.decide(arrival, cost)
@@ -181,20 +182,18 @@ class Core:
             self._denials.remember(row, policy, cost, sent, decision)
         return self._settled(key, decision)
 
-    def _charge(self, row: bytes, charge: tuple[list[int], list[int]]) -> Flow[Arrival]:
-        arrival = yield from do(self._sql.hit(row, *charge))
+    def _charge(self, row: bytes, charge: Charge) -> Flow[Arrival]:
+        arrival = yield from do(self._sql.hit(row, charge))
         if arrival.stepped_back():
             arrival = yield from self._rebased(row, arrival, charge)
         return arrival
 
-    def _rebased(
-        self, row: bytes, arrival: Arrival, charge: tuple[list[int], list[int]]
-    ) -> Flow[Arrival]:
+    def _rebased(self, row: bytes, arrival: Arrival, charge: Charge) -> Flow[Arrival]:
         """The server's clock was set back, and the debt is dated in its future: let it count from
         now, and ask again. Inside the hit this cannot be done, for a denial writes nothing."""
         _observe.warning("pgkv.limit.clock_back", limiter=self.name)
-        yield self._sql.rebase(row, arrival.version or b"", len(charge[0]))
-        return (yield from do(self._sql.hit(row, *charge)))
+        yield self._sql.rebase(row, arrival.version or b"", len(charge.incs))
+        return (yield from do(self._sql.hit(row, charge)))
 
     def _hit_leasing(self, row: bytes, policy: Policy, cost: int) -> Flow[Decision]:
         pockets = self._pockets
@@ -263,11 +262,11 @@ class Core:
         decision = self._settled(key, policy.decide(arrival, cost))
         if not decision.allowed:
             raise self._refusal(decision)
-        caps = policy.charge(cost)[1]
+        caps = policy.charge(cost).caps
         delay = max(
             0, *(tat - cap - arrival.now for tat, cap in zip(arrival.tats, caps, strict=True))
         )
-        receipt = Receipt(row, arrival.stamp or b"", charge[0], arrival.tats)
+        receipt = Receipt(row, arrival.stamp or b"", charge.incs, arrival.tats)
         return decision, delay / NS, receipt
 
     def _cancel(self, receipt: Receipt) -> Flow[bool]:

@@ -15,7 +15,7 @@ from time import monotonic
 
 import msgspec
 
-from ._rate import Decision, Policy
+from ._policy import Decision, Policy
 
 ENTRIES_MAX = 10_000  # keys remembered per limiter and kind; the longest unused goes first
 DENY_SECONDS_MAX = 1.0  # a reset or a refund made elsewhere acts within this time

@@ -9,18 +9,18 @@ import msgspec
 
 from .. import _observe
 from .._op import Flow, do
-from .._sql.limit import Arrival, Limit
+from .._sql.limit import Arrival, Charge, Limit
 from ..errors import ConfigError, InvalidValueError
 from ._limiter import OUTAGES, Core
 from ._options import MODES
-from ._rate import Decision, Policy, require_cost
+from ._policy import Decision, Policy, require_cost
 
 L = TypeVar("L", bound=Core)
 
 RACES_MAX = 10  # on absent keys: each race ends with the row being there
 
 
-class Charge(NamedTuple):
+class Asked(NamedTuple):
     """What hit_many asks of one row: by whom, under which rates, how much."""
 
     limiter: Core
@@ -29,7 +29,7 @@ class Charge(NamedTuple):
     cost: int
 
 
-def charges_of(items: Iterable[tuple[Any, ...]], wanted: type[L]) -> dict[bytes, Charge]:
+def charges_of(items: Iterable[tuple[Any, ...]], wanted: type[L]) -> dict[bytes, Asked]:
     """Return what is to be charged, by row, in the order of keys.
 
     Raises:
@@ -37,7 +37,7 @@ def charges_of(items: Iterable[tuple[Any, ...]], wanted: type[L]) -> dict[bytes,
             have different rates.
         InvalidValueError: a cost that no bucket can hold.
     """
-    charges: dict[bytes, Charge] = {}
+    charges: dict[bytes, Asked] = {}
     first: Core | None = None
     for limiter, key, *rest in items:
         if not isinstance(limiter, wanted):
@@ -62,17 +62,17 @@ def charges_of(items: Iterable[tuple[Any, ...]], wanted: type[L]) -> dict[bytes,
                     "give them different names"
                 )
             cost += known.cost
-        charges[row] = Charge(limiter, key, policy, cost)
+        charges[row] = Asked(limiter, key, policy, cost)
     if first is None:
         raise InvalidValueError("hit_many needs at least one (limiter, key, cost)")
     return dict(sorted(charges.items()))
 
 
-def hit_many(charges: dict[bytes, Charge]) -> Flow[Decision]:
+def hit_many(charges: dict[bytes, Asked]) -> Flow[Decision]:
     """Charge every row, or none of them."""
     limiters = [charge.limiter for charge in charges.values()]
     first = limiters[0]
-    asked = [(row, *charge.policy.charge(charge.cost)) for row, charge in charges.items()]
+    asked = [(row, charge.policy.charge(charge.cost)) for row, charge in charges.items()]
     try:
         arrivals = yield from _ask_many(first._sql, asked)
         stale = [(row, arrival) for row, arrival in arrivals.items() if arrival.stepped_back()]
@@ -94,9 +94,7 @@ def hit_many(charges: dict[bytes, Charge]) -> Flow[Decision]:
     return decision
 
 
-def _ask_many(
-    sql: Limit, asked: Sequence[tuple[bytes, Sequence[int], Sequence[int]]]
-) -> Flow[dict[bytes, Arrival]]:
+def _ask_many(sql: Limit, asked: Sequence[tuple[bytes, Charge]]) -> Flow[dict[bytes, Arrival]]:
     for attempt in range(RACES_MAX):
         try:
             return (yield from do(sql.hit_many(asked)))
@@ -107,7 +105,7 @@ def _ask_many(
     raise AssertionError("unreachable")
 
 
-def _decide_many(charges: dict[bytes, Charge], arrivals: dict[bytes, Arrival]) -> Decision:
+def _decide_many(charges: dict[bytes, Asked], arrivals: dict[bytes, Arrival]) -> Decision:
     decisions = []
     for row, charge in charges.items():
         arrival = arrivals[row]

@@ -23,7 +23,8 @@ from ._limiter import Core, Receipt
 from ._local import LimiterCounts
 from ._many import charges_of, hit_many
 from ._options import OnError
-from ._rate import Decision, Rate, Rates
+from ._policy import Decision
+from ._rate import Rate, Rates
 
 __all__ = [
     "AsyncRateLimiter",

@@ -6,12 +6,12 @@ no further than `cap` ahead of now, and then moves it by `inc`. A row holds one 
 separated by spaces, as decimal text; a missing one, and one that has passed, is a full bucket, so
 the row's expiry, rounded up, is the last TAT and collecting it is always safe.
 
-The server's clock decides. What the numbers mean to a caller is worked out in `patterns._rate`.
+The server's clock decides. What the numbers mean to a caller is worked out in `patterns._policy`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from .. import _codec
@@ -61,26 +61,43 @@ class Arrival:
         return written - self.now // 1000 > STEP_BACK_US
 
 
+class Charge:
+    """What a hit adds to each arrival time, and how far ahead of now each may then be.
+
+    Made once and used for many hits: it carries its encoded parameters, and reads the answer.
+
+    Args:
+        incs: nanoseconds, one per rate.
+        caps: nanoseconds, one per rate; a longer one reserves a place in the queue.
+    """
+
+    __slots__ = ("caps", "incs", "params", "read")
+
+    def __init__(self, incs: Sequence[int], caps: Sequence[int]) -> None:
+        self.incs = incs
+        self.caps = caps
+        pairs = zip(incs, caps, strict=True)
+        self.params = tuple(_codec.encode_int8(n) for pair in pairs for n in pair)
+        self.read: Callable[[Result], Arrival | Signal] = (
+            OneHitReader(incs[0], caps[0]) if len(incs) == 1 else HitReader(incs, caps)
+        )
+
+
 class Limit(TableStatements):
     """Hits, and what undoes them, on rows of any number of rates."""
 
     # -- one key
 
-    def hit(self, row: bytes, incs: Sequence[int], caps: Sequence[int]) -> Op[Arrival]:
-        """Charge `incs` if no arrival time is then more than its cap ahead of now.
-
-        Args:
-            row: the encoded key.
-            incs: nanoseconds, one per rate.
-            caps: nanoseconds, one per rate; a longer one reserves a place in the queue.
-        """
-        params = [row]
-        for inc, cap in zip(incs, caps, strict=True):
-            params += (_codec.encode_int8(inc), _codec.encode_int8(cap))
-        return Op(self._hit(len(incs)), params, HitReader(incs, caps))
+    def hit(self, row: bytes, charge: Charge) -> Op[Arrival]:
+        """Charge the row, if no arrival time is then more than its cap ahead of now."""
+        params = (row, *charge.params)
+        return Op(self._hit(len(charge.incs)), params, charge.read)
 
     def _hit(self, rates: int) -> Statement[Arrival]:
-        return self.made(("hit", rates), lambda: self._make_hit(rates))
+        try:
+            return self._made[rates]  # in the one statement that is hot, without a lambda
+        except KeyError:
+            return self.made(rates, lambda: self._make_hit(rates))
 
     def _make_hit(self, rates: int) -> Statement[Arrival]:
         numbers = range(1, rates + 1)
@@ -225,30 +242,28 @@ class Limit(TableStatements):
 
     # -- several keys
 
-    def hit_many(
-        self, charges: Sequence[tuple[bytes, Sequence[int], Sequence[int]]]
-    ) -> Op[dict[bytes, Arrival]]:
+    def hit_many(self, charges: Sequence[tuple[bytes, Charge]]) -> Op[dict[bytes, Arrival]]:
         """Charge all rows or none.
 
         Args:
-            charges: row, incs and caps, as of `hit`; each row once, in key order.
+            charges: each row once, in key order.
         """
         places = [
             (index, place, inc, cap)
-            for index, (_, incs, caps) in enumerate(charges, 1)
-            for place, (inc, cap) in enumerate(zip(incs, caps, strict=True), 1)
+            for index, (_, charge) in enumerate(charges, 1)
+            for place, (inc, cap) in enumerate(zip(charge.incs, charge.caps, strict=True), 1)
         ]
         int4, int8 = _codec.encode_int4, _codec.encode_int8
         return Op(
             self._hit_many,
             (
-                _codec.encode_array([row for row, _, _ in charges]),
+                _codec.encode_array([row for row, _ in charges]),
                 _codec.encode_array([int4(place[0]) for place in places], INT4_OID),
                 _codec.encode_array([int4(place[1]) for place in places], INT4_OID),
                 _codec.encode_array([int8(place[2]) for place in places], INT8_OID),
                 _codec.encode_array([int8(place[3]) for place in places], INT8_OID),
             ),
-            ManyReader({row: len(incs) for row, incs, _ in charges}),
+            ManyReader({row: len(charge.incs) for row, charge in charges}),
         )
 
     @property
@@ -360,6 +375,26 @@ class HitReader:
             if tat + inc - now > cap:
                 return arrival
         return Raced(arrival)
+
+
+class OneHitReader:
+    """`HitReader` for one rate, the usual case, without its loops."""
+
+    __slots__ = ("cap", "inc")
+
+    def __init__(self, inc: int, cap: int) -> None:
+        self.inc = inc
+        self.cap = cap
+
+    def __call__(self, result: Result) -> Arrival | Signal:
+        column = result.get_value
+        now = int.from_bytes(column(0, 2) or b"", "big") * 1000
+        value = column(0, 1)
+        tat = now if value is None else max(int(value), now)
+        if column(0, 0) == b"\1":
+            return Arrival(True, now, (tat,), column(0, 3))
+        arrival = Arrival(False, now, (tat,), column(0, 3), column(0, 4))
+        return arrival if tat + self.inc - now > self.cap else Raced(arrival)
 
 
 class ManyReader:

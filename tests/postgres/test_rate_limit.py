@@ -11,7 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import pgkv
-from pgkv.patterns._rate import Policy, rates_of
+from pgkv.patterns._policy import Policy
+from pgkv.patterns._rate import rates_of
 from pgkv.testing import ServerClock
 from tests.colours import Colour
 from tests.peers import Peer, fetch
@@ -203,7 +204,7 @@ async def test_against_an_exact_bucket(
     last: int | None = None
     for step_us, cost in calls:
         clock.advance(step_us / 1e6)
-        arrival = await store._execute(core._sql.hit(row, *policy.charge(cost)))
+        arrival = await store._execute(core._sql.hit(row, policy.charge(cost)))
         passed = 0 if last is None else arrival.now - last
         last = arrival.now
         levels = [

@@ -10,12 +10,12 @@ import pytest
 
 import pgkv
 from pgkv._op import Op
-from pgkv._sql.limit import Limit
+from pgkv._sql.limit import Charge, Limit
 
 Call = Callable[[Limit, int], Op[Any]]
 STATEMENTS: dict[str, Call] = {
-    "hit": lambda s, k: s.hit(b"r", [1] * k, [1] * k),
-    "hit_many": lambda s, k: s.hit_many([(b"r", [1] * k, [1] * k)] * 2),
+    "hit": lambda s, k: s.hit(b"r", Charge([1] * k, [1] * k)),
+    "hit_many": lambda s, k: s.hit_many([(b"r", Charge([1] * k, [1] * k))] * 2),
     "peek": lambda s, k: s.peek(b"r", k),
     "refund": lambda s, k: s.refund(b"r", [1] * k),
     "cancel": lambda s, k: s.cancel(b"r", b"\0" * 8, [1] * k, [1] * k),

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 import pgkv
 from pgkv._sql.limit import Arrival
-from pgkv.patterns._rate import NS, Policy, rates_of
+from pgkv.patterns._policy import Policy
+from pgkv.patterns._rate import NS, rates_of
 
 
 @pytest.mark.parametrize(
@@ -134,7 +135,7 @@ def test_a_full_bucket_has_its_burst(rates: str) -> None:
     policy = Policy("api", rates_of(rates))
     full = policy.decide(Arrival(True, 10**18, [10**18] * len(policy.rates)), 1)
     assert full.remaining == full.limit
-    incs, _ = policy.charge(1)
+    incs = policy.charge(1).incs
     after = policy.decide(Arrival(True, 10**18, [10**18 + inc for inc in incs]), 1)
     assert after.remaining == after.limit - 1
 
@@ -166,7 +167,8 @@ def test_never_more_than_an_exact_bucket(
             level = min(Fraction(burst), level + cost)
             hits += 1
             continue
-        (inc,), (cap,) = policy.charge(cost)
+        charge = policy.charge(cost)
+        (inc,), (cap,) = charge.incs, charge.caps
         if tat + inc - now <= cap:
             tat, level, hits = tat + inc, level - cost, hits + 1
             assert level >= 0

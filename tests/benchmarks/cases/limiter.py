@@ -29,7 +29,7 @@ def rate_of(denied: bool) -> pgkv.Rate:
 def raw(bench: Bench, limiter: Any, rate: pgkv.Rate, keys: list[str]) -> Callable[[int], object]:
     """The limiter's own statement, its parameters made beforehand."""
     policy = limiter._policy_of(rate)
-    ops = [limiter._sql.hit(limiter._row(key, policy), *policy.charge(1)) for key in keys]
+    ops = [limiter._sql.hit(limiter._row(key, policy), policy.charge(1)) for key in keys]
     send = bench.raw().sender(ops[0])
     return each(send, cycle([op.params for op in ops]))
 
