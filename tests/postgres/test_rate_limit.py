@@ -80,10 +80,13 @@ async def test_retry_after_is_the_wait(make: Make, clock: ServerClock) -> None:
     assert await limiter.hit("u", cost=3)
 
 
-async def test_a_whole_burst_at_once(make: Make) -> None:
+async def test_a_whole_burst_at_once(make: Make, clock: ServerClock) -> None:
     """cost = burst passes on a full bucket, also where the interval is no whole number; once."""
     limiter = make("7/h burst 3")
-    assert [bool(await limiter.hit("u", cost=3)) for _ in range(2)] == [True, False]
+    for _ in range(2):
+        assert [bool(await limiter.hit("u", cost=3)) for _ in range(2)] == [True, False]
+        clock.advance(3600)
+    assert await limiter.hit_many([(limiter, "u", 3), (limiter, "new", 3)])
 
 
 async def test_cost_beyond_the_burst_is_refused_at_once(make: Make, operations: Any) -> None:
@@ -311,10 +314,10 @@ async def test_a_reservation_from_before_a_reset(make: Make, clock: ServerClock)
     assert not await old.cancel()
     assert not await limiter.hit("u")
     late = await limiter.reserve("v", cost=3)
-    clock.advance(240)
-    assert await attempts(limiter, 5, "v") == 3
+    clock.advance(185)
+    assert await limiter.hit("v")
     assert not await late.cancel()
-    assert not await limiter.hit("v")
+    assert await attempts(limiter, 5, "v") == 2
 
 
 async def test_acquire_waits_its_turn(make: Make, operations: Any) -> None:

@@ -88,6 +88,18 @@ async def test_a_denied_key_costs_no_query(make: Make, sent: Any, local_clock: L
     assert limiter.counts.denied == 4
 
 
+async def test_a_new_plan_is_asked_about(make: Make, sent: Any, local_clock: LocalClock) -> None:
+    """A denial under one plan says nothing about another, though they share the bucket."""
+    limiter = make("2/m", local_deny=True)
+    for _ in range(2):
+        await limiter.hit("u", cost=2)
+    assert sent() == 2
+    assert not await limiter.hit("u", cost=2)
+    assert sent() == 0
+    await limiter.hit("u", cost=2, limits="9/m")
+    assert sent() == 1
+
+
 async def test_no_longer_than_retry_after(make: Make, sent: Any, local_clock: LocalClock) -> None:
     """A local refusal never outlives the moment at which the server would admit."""
     limiter = make("5/s burst 1", local_deny=True)

@@ -140,37 +140,47 @@ def test_a_full_bucket_has_its_burst(rates: str) -> None:
     assert after.remaining == after.limit - 1
 
 
+A_STEP = st.one_of(st.integers(0, 5 * 10**9), st.just("until it would be admitted"))
+
+
 @given(
     count=st.integers(1, 10**6),
     period=st.integers(1, 10**6),
     burst=st.integers(1, 5000),
-    calls=st.lists(
-        st.tuples(st.integers(0, 5 * 10**6), st.integers(1, 5000), st.booleans()), max_size=60
-    ),
+    calls=st.lists(st.tuples(A_STEP, st.integers(1, 5000), st.booleans()), max_size=60),
 )
 def test_never_more_than_an_exact_bucket(
-    count: int, period: int, burst: int, calls: list[tuple[int, int, bool]]
+    count: int, period: int, burst: int, calls: list[tuple[int | str, int, bool]]
 ) -> None:
     """What is admitted an exact bucket of rational numbers admits too; what is denied it denies, but
-    for 1 ns per hit. A refund never lifts it above full."""
+    for 1 ns per hit; to the nanosecond. A refund never lifts it above full."""
     period = max(period, -(-count // 10**6))
     policy = Policy("api", (pgkv.Rate(count, float(period), burst),))
     per_ns = Fraction(count, period * NS)
     level, now, tat, hits = Fraction(burst), 10**18, 0, 0
-    for passed_us, wanted, is_refund in calls:
-        now += passed_us * 1000
+    for step, wanted, is_refund in calls:
         cost = 1 + wanted % burst
-        level = min(Fraction(burst), level + passed_us * 1000 * per_ns)
+        charge = policy.charge(cost)
+        (inc,), (cap,) = charge.incs, charge.caps
+        passed = step if isinstance(step, int) else max(0, tat + inc - cap - now)
+        now += passed
+        level = min(Fraction(burst), level + passed * per_ns)
         tat = max(tat, now)
         if is_refund:
             tat -= policy.refund(cost)[0]
             level = min(Fraction(burst), level + cost)
             hits += 1
-            continue
-        charge = policy.charge(cost)
-        (inc,), (cap,) = charge.incs, charge.caps
-        if tat + inc - now <= cap:
+        elif tat + inc - now <= cap:
             tat, level, hits = tat + inc, level - cost, hits + 1
             assert level >= 0
         else:
             assert level - cost < (hits + 1) * per_ns
+
+
+@given(count=st.integers(1, 10**6), period=st.integers(1, 10**6), cost=st.integers(1, 1000))
+def test_refunds_in_parts(count: int, period: int, cost: int) -> None:
+    """What was charged at once and is refunded token by token leaves no more than was there."""
+    seconds = max(period, -(-count // 10**6))
+    policy = Policy("api", (pgkv.Rate(count, float(seconds), 1000),))
+    exact = Fraction(cost * seconds * NS, count)
+    assert cost * policy.refund(1)[0] <= exact <= policy.charge(cost).incs[0]
