@@ -89,3 +89,34 @@ def test_outage(
     assert limiter.counts.denied == (limiter.counts.degraded if mode == "closed" else 0)
     if kind == "wsgi":
         limiter._store.close()
+
+
+@pytest.mark.parametrize(("kind", "cancelling"), [("asgi", 0.0), ("wsgi", 1.0)])
+def test_silence(
+    make_server: Callable[..., Server],
+    serve_asgi: Serve,
+    serve_wsgi: Serve,
+    kind: str,
+    cancelling: float,
+) -> None:
+    """A server that no longer answers costs a request the time-out too; the blocking store also
+    tries to cancel, for a second, once for each connection that was under way."""
+    server = make_server()
+    made: list[Any] = []
+    if kind == "asgi":
+        client = asgi_client(serve_asgi, server.dsn, "open", made)
+    else:
+        client = wsgi_client(serve_wsgi, server.dsn, "open", made)
+    servers.wait_until(lambda: "RateLimit" in client.get("/").headers, "the limiter works")
+    server.freeze()
+    try:
+        for n in range(3):
+            started = time.monotonic()
+            assert client.get("/").status_code == 200
+            seconds = time.monotonic() - started
+            assert seconds < TIMEOUT + SLACK + (cancelling if n == 0 else 0.0)
+    finally:
+        server.thaw()
+    assert made[0].counts.degraded >= 3
+    if kind == "wsgi":
+        made[0]._store.close()
