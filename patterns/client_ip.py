@@ -22,9 +22,7 @@ _Address: TypeAlias = "ipaddress.IPv4Address | ipaddress.IPv6Address"
 _Network: TypeAlias = "ipaddress.IPv4Network | ipaddress.IPv6Network"
 
 
-def client_ip(
-    trusted_proxies: Iterable[str] = (), *, ipv6_prefix: int = 64
-) -> Callable[[Any], str]:
+def client_ip(trusted_proxies: Iterable[str] = (), ipv6_prefix: int = 64) -> Callable[[Any], str]:
     """Return a function that tells the client's address of a request.
 
     Without `trusted_proxies` that is the peer of the connection and no header is looked at: anybody

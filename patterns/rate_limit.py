@@ -77,7 +77,7 @@ class RateLimiter(Core):
     _store_type = Store
     _other_name = "AsyncRateLimiter"
 
-    def hit(self, key: str, *, cost: int = 1, limits: Rates | None = None) -> Decision:
+    def hit(self, key: str, cost: int = 1, *, limits: Rates | None = None) -> Decision:
         """Charge the key, or refuse. Never waits for tokens.
 
         Args:
@@ -98,9 +98,9 @@ class RateLimiter(Core):
     def acquire(
         self,
         key: str,
-        *,
         cost: int = 1,
         timeout: Seconds | None = None,
+        *,
         limits: Rates | None = None,
     ) -> Decision:
         """Wait for the turn of this call: first come, first served, one statement and one sleep.
@@ -121,9 +121,9 @@ class RateLimiter(Core):
     def reserve(
         self,
         key: str,
-        *,
         cost: int = 1,
         max_wait: Seconds | None = None,
+        *,
         limits: Rates | None = None,
     ) -> Reservation:
         """Take a place in the queue: act after ``reservation.delay`` seconds, or cancel it.
@@ -139,7 +139,7 @@ class RateLimiter(Core):
         """
         return Reservation(self, *self._drive(self._reserve(key, cost, max_wait, limits)))
 
-    def peek(self, key: str, *, cost: int = 1, limits: Rates | None = None) -> Decision:
+    def peek(self, key: str, cost: int = 1, *, limits: Rates | None = None) -> Decision:
         """Tell what `hit` would decide, without charging or counting."""
         return self._drive(self._peek(key, cost, limits))
 
@@ -147,7 +147,7 @@ class RateLimiter(Core):
         """Fill the key's bucket. True if it was not full."""
         return self._drive(self._reset(key, limits))
 
-    def refund(self, key: str, *, cost: int = 1, limits: Rates | None = None) -> bool:
+    def refund(self, key: str, cost: int = 1, *, limits: Rates | None = None) -> bool:
         """Give tokens back, never above a full bucket. True if there was something to fill."""
         return self._drive(self._refund(key, cost, limits))
 
@@ -189,7 +189,7 @@ class RateLimiter(Core):
         return self._using(conn)
 
     def limit(
-        self, key: str | Callable[..., str], *, cost: int | Callable[..., int] = 1
+        self, key: str | Callable[..., str], cost: int | Callable[..., int] = 1
     ) -> Callable[[Callable[P, R]], Callable[P, R]]:
         """Decorate a function: each call is a hit.
 
@@ -251,15 +251,15 @@ class AsyncRateLimiter(Core):
     _store_type = AsyncStore
     _other_name = "RateLimiter"
 
-    async def hit(self, key: str, *, cost: int = 1, limits: Rates | None = None) -> Decision:
+    async def hit(self, key: str, cost: int = 1, *, limits: Rates | None = None) -> Decision:
         return await self._drive(self._hit(key, cost, limits))
 
     async def acquire(
         self,
         key: str,
-        *,
         cost: int = 1,
         timeout: Seconds | None = None,
+        *,
         limits: Rates | None = None,
     ) -> Decision:
         return await self._drive(self._acquire(key, cost, timeout, limits))
@@ -267,22 +267,22 @@ class AsyncRateLimiter(Core):
     async def reserve(
         self,
         key: str,
-        *,
         cost: int = 1,
         max_wait: Seconds | None = None,
+        *,
         limits: Rates | None = None,
     ) -> AsyncReservation:
         return AsyncReservation(
             self, *await self._drive(self._reserve(key, cost, max_wait, limits))
         )
 
-    async def peek(self, key: str, *, cost: int = 1, limits: Rates | None = None) -> Decision:
+    async def peek(self, key: str, cost: int = 1, *, limits: Rates | None = None) -> Decision:
         return await self._drive(self._peek(key, cost, limits))
 
     async def reset(self, key: str, *, limits: Rates | None = None) -> bool:
         return await self._drive(self._reset(key, limits))
 
-    async def refund(self, key: str, *, cost: int = 1, limits: Rates | None = None) -> bool:
+    async def refund(self, key: str, cost: int = 1, *, limits: Rates | None = None) -> bool:
         return await self._drive(self._refund(key, cost, limits))
 
     @staticmethod
@@ -295,7 +295,7 @@ class AsyncRateLimiter(Core):
         return self._using(conn)
 
     def limit(
-        self, key: str | Callable[..., str], *, cost: int | Callable[..., int] = 1
+        self, key: str | Callable[..., str], cost: int | Callable[..., int] = 1
     ) -> Callable[[Callable[P, Awaitable[R]]], Callable[P, Awaitable[R]]]:
         def decorate(fn: Callable[P, Awaitable[R]]) -> Callable[P, Awaitable[R]]:
             self._refuse_function(fn)

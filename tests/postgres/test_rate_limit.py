@@ -269,6 +269,14 @@ async def test_foreign_data_is_named(make: Make, store: Any) -> None:
         await limiter.hit("u")
 
 
+async def test_a_dropped_table_is_made_again(make: Make, peer: Peer) -> None:
+    """As after the fail-over of an UNLOGGED table: every bucket is full, and the limiter goes on."""
+    limiter = make("2/h")
+    assert await attempts(limiter, 3) == 2
+    peer.run("DROP TABLE kv_store")
+    assert await attempts(limiter, 3) == 2
+
+
 # -- waiting -----------------------------------------------------------------------------------
 
 
