@@ -26,6 +26,18 @@ from .errors import (
     TableNotFoundError,
     TransactionError,
 )
+from .patterns.client_ip import client_ip
+from .patterns.middleware.asgi import RateLimitMiddleware
+from .patterns.middleware.wsgi import WSGIRateLimitMiddleware
+from .patterns.rate_limit import (
+    AsyncRateLimiter,
+    AsyncReservation,
+    Decision,
+    LimiterCounts,
+    Rate,
+    RateLimiter,
+    Reservation,
+)
 from .pipeline import AsyncPipeline, Handle, Pipeline
 from .store import Store
 from .typed import AsyncTypedStore, TypedCasResult, TypedStore
@@ -33,6 +45,8 @@ from .types import CasResult, CasStatus, Entry, KeyValue, ScanOptions, Stats
 
 __all__ = [
     "AsyncPipeline",
+    "AsyncRateLimiter",
+    "AsyncReservation",
     "AsyncStore",
     "AsyncTypedStore",
     "CasResult",
@@ -40,12 +54,14 @@ __all__ = [
     "Config",
     "ConfigError",
     "ConflictError",
+    "Decision",
     "Entry",
     "Handle",
     "InvalidKeyError",
     "InvalidValueError",
     "KeyValue",
     "LeaseLostError",
+    "LimiterCounts",
     "LockError",
     "LockTimeoutError",
     "NotFoundError",
@@ -55,7 +71,11 @@ __all__ = [
     "PoolTimeoutError",
     "Pooler",
     "QueryError",
+    "Rate",
+    "RateLimitMiddleware",
     "RateLimitedError",
+    "RateLimiter",
+    "Reservation",
     "RetryPolicy",
     "ScanOptions",
     "SerializationError",
@@ -71,6 +91,8 @@ __all__ = [
     "TtlCleanupStrategy",
     "TypedCasResult",
     "TypedStore",
+    "WSGIRateLimitMiddleware",
+    "client_ip",
     "on_operation",
     "schema_sql",
 ]
