@@ -37,7 +37,19 @@ from .patterns.cache import (
     cached_functions,
     invalidate_tag,
 )
+from .patterns.client_ip import client_ip
 from .patterns.defaults import configure
+from .patterns.middleware.asgi import RateLimitMiddleware
+from .patterns.middleware.wsgi import WSGIRateLimitMiddleware
+from .patterns.rate_limit import (
+    AsyncRateLimiter,
+    AsyncReservation,
+    Decision,
+    LimiterCounts,
+    Rate,
+    RateLimiter,
+    Reservation,
+)
 from .pipeline import AsyncPipeline, Handle, Pipeline
 from .store import Store
 from .typed import AsyncTypedStore, TypedCasResult, TypedStore
@@ -46,6 +58,8 @@ from .types import CasResult, CasStatus, Entry, KeyValue, ScanOptions, Stats
 __all__ = [  # noqa: RUF022  # plain order: ruff would put L1 before the classes
     "AsyncCachedFunction",
     "AsyncPipeline",
+    "AsyncRateLimiter",
+    "AsyncReservation",
     "AsyncStore",
     "AsyncTypedStore",
     "CacheInfo",
@@ -56,6 +70,7 @@ __all__ = [  # noqa: RUF022  # plain order: ruff would put L1 before the classes
     "Config",
     "ConfigError",
     "ConflictError",
+    "Decision",
     "Entry",
     "Handle",
     "InvalidKeyError",
@@ -63,6 +78,7 @@ __all__ = [  # noqa: RUF022  # plain order: ruff would put L1 before the classes
     "KeyValue",
     "L1",
     "LeaseLostError",
+    "LimiterCounts",
     "LockError",
     "LockTimeoutError",
     "NotFoundError",
@@ -72,7 +88,11 @@ __all__ = [  # noqa: RUF022  # plain order: ruff would put L1 before the classes
     "PoolTimeoutError",
     "Pooler",
     "QueryError",
+    "Rate",
+    "RateLimitMiddleware",
     "RateLimitedError",
+    "RateLimiter",
+    "Reservation",
     "RetryPolicy",
     "ScanOptions",
     "SerializationError",
@@ -89,8 +109,10 @@ __all__ = [  # noqa: RUF022  # plain order: ruff would put L1 before the classes
     "TtlCleanupStrategy",
     "TypedCasResult",
     "TypedStore",
+    "WSGIRateLimitMiddleware",
     "cached",
     "cached_functions",
+    "client_ip",
     "configure",
     "invalidate_tag",
     "on_operation",

@@ -9,5 +9,6 @@ from tests.benchmarks.cases import (  # noqa: F401, I001  # importing registers 
     cached,
     size,
     counter,
+    limiter,
     memory,
 )
