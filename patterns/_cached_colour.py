@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from .. import _aio_channel, _channel
+from .._drivers import call_async, drive, drive_async
 from .._op import Call, Flow, Op, Sleep
 from ._background import heartbeats, start_task_heartbeat, tasks, threads
 from ._cache_site import Site
@@ -40,7 +40,7 @@ class Blocking:
                 )
             return answer
 
-        return _channel.drive(flow, perform)
+        return drive(flow, perform)
 
     def later(self, site: Site, make: Callable[[], Flow[Any]], timeout: float) -> bool:
         """Run a flow in a thread; False when there is no room."""
@@ -63,9 +63,9 @@ class Awaiting:
                 return await execute(step, timeout)
             if isinstance(step, Sleep):
                 return await asyncio.sleep(step.seconds)
-            return await _aio_channel.call(step)
+            return await call_async(step)
 
-        return await _aio_channel.drive(flow, perform)
+        return await _aiodrive(flow, perform)
 
     def later(self, site: Site, make: Callable[[], Flow[Any]], timeout: float) -> bool:
         """Run a flow in a task of this loop; False when there is no room."""
