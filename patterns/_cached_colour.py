@@ -65,7 +65,7 @@ class Awaiting:
                 return await asyncio.sleep(step.seconds)
             return await call_async(step)
 
-        return await _aiodrive(flow, perform)
+        return await drive_async(flow, perform)
 
     def later(self, site: Site, make: Callable[[], Flow[Any]], timeout: float) -> bool:
         """Run a flow in a task of this loop; False when there is no room."""
