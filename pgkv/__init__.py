@@ -26,6 +26,9 @@ from .errors import (
     TableNotFoundError,
     TransactionError,
 )
+from .patterns.middleware.session_asgi import SessionMiddleware, load_session
+from .patterns.middleware.session_wsgi import WSGISessionMiddleware
+from .patterns.session import AsyncSessionStore, Session, SessionInfo, SessionStore
 from .pipeline import AsyncPipeline, Handle, Pipeline
 from .store import Store
 from .typed import AsyncTypedStore, TypedCasResult, TypedStore
@@ -33,6 +36,7 @@ from .types import CasResult, CasStatus, Entry, KeyValue, ScanOptions, Stats
 
 __all__ = [
     "AsyncPipeline",
+    "AsyncSessionStore",
     "AsyncStore",
     "AsyncTypedStore",
     "CasResult",
@@ -59,9 +63,13 @@ __all__ = [
     "RetryPolicy",
     "ScanOptions",
     "SerializationError",
+    "Session",
     "SessionConflictError",
     "SessionError",
     "SessionGoneError",
+    "SessionInfo",
+    "SessionMiddleware",
+    "SessionStore",
     "Stats",
     "Store",
     "StoreUnavailableError",
@@ -71,6 +79,8 @@ __all__ = [
     "TtlCleanupStrategy",
     "TypedCasResult",
     "TypedStore",
+    "WSGISessionMiddleware",
+    "load_session",
     "on_operation",
     "schema_sql",
 ]

@@ -22,7 +22,8 @@ from ._channel import answer_of
 from ._flows import RefusedError
 from ._op import Batch, Call, Expired, Flow, Op, Raced, Signal, Sleep, Transaction
 from ._retry import may_repeat, recover
-from ._sql import Statements, control
+from ._sql import control
+from ._sql.sweep import Sweep
 from ._sweep import SWEEP_CHANCE, Collector
 from ._wire import outcomes
 from .config import Config, Table
@@ -59,7 +60,7 @@ class AsyncChannel(Protocol):
         """Whether an operation that failed together with others may be repeated alone."""
         ...
 
-    def watch(self, sql: Statements) -> None:
+    def watch(self, sql: Sweep) -> None:
         """Collect that table's expired rows, if this channel does such things."""
         ...
 
@@ -267,7 +268,7 @@ class AsyncPoolChannel:
 
     # -- the background
 
-    def watch(self, sql: Statements) -> None:
+    def watch(self, sql: Sweep) -> None:
         """Collect that table's expired rows by its strategy."""
         if sql.table not in self._collectors:
             self._collectors[sql.table] = Collector(sql, self._background)
@@ -374,7 +375,7 @@ class AsyncBoundChannel:
     async def heal(self, table: Table) -> None:
         """Nothing is created in somebody's transaction."""
 
-    def watch(self, sql: Statements) -> None:
+    def watch(self, sql: Sweep) -> None:
         """Nothing is collected in somebody's transaction."""
 
     async def close(self) -> None:

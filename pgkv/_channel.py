@@ -27,7 +27,8 @@ from ._flows import RefusedError
 from ._op import Batch, Call, Expired, Flow, Op, Raced, Signal, Sleep, Transaction
 from ._pool import CallerPool, Leases, disown
 from ._retry import may_repeat, recover
-from ._sql import Statements, control
+from ._sql import control
+from ._sql.sweep import Sweep
 from ._sweep import SWEEP_CHANCE, Collector
 from ._wire import Link, link_class, outcomes
 from .config import Config, Table
@@ -64,7 +65,7 @@ class Channel(Protocol):
         """Whether an operation that failed together with others may be repeated alone."""
         ...
 
-    def watch(self, sql: Statements) -> None:
+    def watch(self, sql: Sweep) -> None:
         """Collect that table's expired rows, if this channel does such things."""
         ...
 
@@ -300,7 +301,7 @@ class PoolChannel:
 
     # -- the background
 
-    def watch(self, sql: Statements) -> None:
+    def watch(self, sql: Sweep) -> None:
         """Collect that table's expired rows by its strategy."""
         if sql.table not in self._collectors:
             self._collectors[sql.table] = Collector(sql, self._background)
@@ -425,7 +426,7 @@ class BoundChannel:
     def heal(self, table: Table) -> None:
         """Nothing is created in somebody's transaction."""
 
-    def watch(self, sql: Statements) -> None:
+    def watch(self, sql: Sweep) -> None:
         """Nothing is collected in somebody's transaction."""
 
     def close(self) -> None:
