@@ -247,6 +247,8 @@ class AsyncPoolChannel:
                     await self.heal(table)
         until = monotonic() + self._timeout if deadline is None else deadline
         link = await self._leases.acquire(until, "transaction")
+        if isinstance(self._leases, AsyncCallerPool):
+            link.prepares = False  # as in `_channel`
         bound = AsyncBoundChannel(link, self._timeout, deadline)
         try:
             async with bound.span(control.begin(isolation), control.commit(), control.rollback()):
@@ -271,8 +273,14 @@ class AsyncPoolChannel:
     def watch(self, sql: Sweep) -> None:
         """Collect that table's expired rows by its strategy."""
         if sql.table not in self._collectors:
-            self._collectors[sql.table] = Collector(sql, self._background)
-            self._patrolling = False
+            collector = self._collectors[sql.table] = Collector(sql, self._background)
+            try:
+                asyncio.get_running_loop()
+            except RuntimeError:
+                self._patrolling = False  # the next slow path starts it
+            else:
+                if self._patrolling:
+                    collector.start_patrol()
 
     def _start_patrols(self) -> None:
         if not self._patrolling:

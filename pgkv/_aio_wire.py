@@ -26,6 +26,7 @@ from ._wire import (
     PIPELINE,
     PipelineReader,
     failed,
+    forgotten,
     is_outdated,
     past_deadline,
     poller,
@@ -248,7 +249,7 @@ class AsyncLink:
             self._loop.add_writer(self._socket, self._on_writable)
         return waiter
 
-    async def execute(self, op: Op[Any], seconds: float) -> PGresult:
+    async def execute(self, op: Op[Any], seconds: float, *, again: bool = True) -> PGresult:
         """Send one operation, prepared first if need be, and return its result.
 
         Raises:
@@ -267,8 +268,8 @@ class AsyncLink:
             result = await waiter
             if result.status in OK:
                 return result
-            if await self._forget(statement, result):
-                return await self.execute(op, seconds)
+            if await self._forget(statement, result) and again:
+                return await self.execute(op, seconds, again=False)
             failure = refusal(result, statement)
         except psycopg.Error as error:
             failure = failed(error, statement, sent=sent)
@@ -300,6 +301,8 @@ class AsyncLink:
             if not sync_each:
                 self.pgconn.pipeline_sync()
             answers: list[PGresult] = await self._expect(PIPELINE, seconds)
+            if forgotten(answers):
+                self._prepared.clear()
         except psycopg.Error as error:
             failure = failed(error, about, sent=True)
         else:
@@ -402,13 +405,13 @@ class AsyncLink:
 
     async def _forget(self, statement: Statement[Any], result: PGresult) -> bool:
         """Whether the refusal only says that the prepared statement is gone or outdated."""
-        if statement.prepared_name not in self._prepared or not self.is_usable():
-            return False
         error = from_result(result)
-        if is_outdated(error):
-            self.pgconn.send_query(b"DEALLOCATE " + statement.prepared_name)
-            await self._expect(statement, self._seconds)
-        elif error.sqlstate != "26000":
+        if error.sqlstate == "26000":
+            self._prepared.clear()  # what forgot one forgot them all
+            return self.is_usable()
+        if not is_outdated(error) or not self.is_usable():
             return False
+        self.pgconn.send_query(b"DEALLOCATE " + statement.prepared_name)
+        await self._expect(statement, self._seconds)
         self._prepared.discard(statement.prepared_name)
         return True

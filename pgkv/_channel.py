@@ -277,6 +277,9 @@ class PoolChannel:
                     self.heal(table)
         until = monotonic() + self._timeout if deadline is None else deadline
         link = self._leases.acquire(until, "transaction")
+        if isinstance(self._leases, CallerPool):
+            # Its `reset` may forget our statements, which a transaction would not survive.
+            link.prepares = False
         bound = BoundChannel(link, self._timeout, deadline)
         try:
             with bound.span(control.begin(isolation), control.commit(), control.rollback()):
@@ -304,8 +307,9 @@ class PoolChannel:
     def watch(self, sql: Sweep) -> None:
         """Collect that table's expired rows by its strategy."""
         if sql.table not in self._collectors:
-            self._collectors[sql.table] = Collector(sql, self._background)
-            self._patrolling = False
+            collector = self._collectors[sql.table] = Collector(sql, self._background)
+            if self._patrolling:
+                collector.start_patrol()
 
     def _start_patrols(self) -> None:
         if not self._patrolling:
@@ -555,11 +559,12 @@ class CallerChannel(BoundChannel):
     def __init__(self, conn: psycopg.Connection[Any], timeout: float) -> None:
         super().__init__(link_class(conn, prepares=False), timeout)
         self._conn = conn
-        self._lock = Reentrant(conn.lock)
+        self._lock = threading.RLock() if self._link.takes_lock else Reentrant(conn.lock)
 
     def _check(self, action: str) -> None:
         self._check_process()
-        check_connection(self._conn, action)
+        with self._lock:  # or another thread's savepoint might look like a failed transaction
+            check_connection(self._conn, action)
         if not self._conn.autocommit and not self._in_transaction():
             # psycopg opens the transaction, with the caller's isolation level, as it would
             # for the caller's own first statement.

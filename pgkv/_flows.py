@@ -11,6 +11,7 @@ from .errors import (
     ConflictError,
     InvalidValueError,
     PgkvError,
+    QueryError,
     TableNotFoundError,
     TransactionError,
 )
@@ -170,7 +171,7 @@ def _atomic(ops: list[Op[Any]], engine: Engine) -> Flow[list[Any]]:
             return refused.answers
 
     answers = yield from attempt()
-    if _refused(answers) and (yield from _heal(answers, ops, engine)):
+    if _refused(answers) and (_unprepared(answers) or (yield from _heal(answers, ops, engine))):
         answers = yield from attempt()
     if not _refused(answers):
         return answers
@@ -198,6 +199,11 @@ def _inside(ops: list[Op[Any]]) -> Flow[list[Any]]:
 
 def _refused(answers: list[Any]) -> bool:
     return any(isinstance(answer, PgkvError) for answer in answers)
+
+
+def _unprepared(answers: list[Any]) -> bool:
+    """Whether a prepared statement was gone; by now the link knows, and prepares it anew."""
+    return any(isinstance(each, QueryError) and each.sqlstate == "26000" for each in answers)
 
 
 def _heal(answers: list[Any], ops: list[Op[Any]], engine: Engine) -> Flow[bool]:

@@ -12,8 +12,10 @@ others' business. Every failure leaves as a `PgkvError` that says whether the ou
 
 from __future__ import annotations
 
+import contextlib
 import math
 import select
+import socket
 import threading
 from time import monotonic
 from typing import TYPE_CHECKING, Any
@@ -74,6 +76,7 @@ class Link:
         "poll",
         "prepares",
     )
+    takes_lock = False  # psycopg's, of the connection
 
     def __init__(
         self,
@@ -123,8 +126,13 @@ class Link:
 
     # -- one operation
 
-    def execute(self, op: Op[Any], seconds: float) -> Result:
+    def execute(self, op: Op[Any], seconds: float, *, again: bool = True) -> Result:
         """Send one operation and return its result, within that time.
+
+        Args:
+            op: the operation.
+            seconds: for the answer.
+            again: send it once more if the server has forgotten the prepared statement.
 
         Raises:
             OperationTimeoutError: the time passed; the statement was cancelled, the link closed.
@@ -149,9 +157,8 @@ class Link:
             result = self._receive(statement, seconds)
             if result.status in OK:
                 return result
-            again = self._forget(statement, result)
-            if again:
-                return self.execute(op, seconds)
+            if self._forget(statement, result) and again:
+                return self.execute(op, seconds, again=False)
             failure = refusal(result, statement)
         raise failure  # outside the except: no context that quotes data
 
@@ -235,6 +242,9 @@ class Link:
                 if self.poll(min(left, self._nap_ms)) or self._nap_ms < LONGEST_NAP_MS:
                     self._consume()
             self.pgconn.exit_pipeline_mode()
+            for op, answer in zip(ops, reader.answers, strict=False):
+                if answer.status not in OK:
+                    self._forget(op.statement, answer)  # the batch is sent again by its flow
         except psycopg.Error as error:
             failure = failed(error, about, sent=True)
         except _PastDeadlineError:
@@ -315,14 +325,15 @@ class Link:
     def _forget(self, statement: Statement[Any], result: PGresult) -> bool:
         """Whether a refusal only says that the prepared statement is gone (DISCARD ALL) or
         outdated (ALTER TABLE), so that it is prepared again and sent once more."""
-        if statement.prepared_name not in self._prepared or not self.is_usable():
-            return False
         error = from_result(result)
-        if is_outdated(error):
-            # Under another name the old one would stay behind for the connection's life.
-            self.pgconn.exec_(b"DEALLOCATE " + statement.prepared_name)
-        elif error.sqlstate != "26000":
+        if error.sqlstate == "26000":
+            # What forgot one forgot them all; preparing one that is still there does no harm.
+            self._prepared.clear()
+            return self.is_usable()
+        if not is_outdated(error) or not self.is_usable():
             return False
+        # Under another name the old one would stay behind for the connection's life.
+        self.pgconn.exec_(b"DEALLOCATE " + statement.prepared_name)
         self._prepared.discard(statement.prepared_name)
         return True
 
@@ -372,6 +383,14 @@ class PipelineReader:
             elif self._current is None:
                 self._current = result
         return False
+
+
+def forgotten(results: Sequence[PGresult]) -> bool:
+    """Whether the server says that a prepared statement is gone (DISCARD ALL): then all are."""
+    return any(
+        result.status not in OK and result.error_field(pq.DiagnosticField.SQLSTATE) == b"26000"
+        for result in results
+    )
 
 
 def outcomes(batch: Batch, results: Sequence[PGresult]) -> list[tuple[Op[Any], Any]]:
@@ -425,7 +444,8 @@ class CursorLink(Link):
     """The same over an ordinary cursor, where the platform has no ``poll()`` (Windows) or
     psycopg's internals have changed. Slower, the same promises."""
 
-    __slots__ = ("_cursor",)
+    __slots__ = ("_cursor", "_resets_autocommit")
+    takes_lock = True
 
     def __init__(
         self,
@@ -439,17 +459,47 @@ class CursorLink(Link):
         self.prepares = prepares
         self.lease_end = math.inf
         self.poll = poller(self.pgconn.socket)
+        self._resets_autocommit = False
         self._cursor = psycopg.RawCursor(conn)
         self._cursor.adapters.register_dumper(_Text, _TextDumper)
         self._cursor.adapters.register_dumper(_Binary, _BinaryDumper)
 
-    def execute(self, op: Op[Any], seconds: float) -> Result:
+    def execute(self, op: Op[Any], seconds: float, *, again: bool = True) -> Result:  # noqa: ARG002  # psycopg's statements are its own
         """Send one operation through a cursor."""
+        result = self._ask(op, seconds)
+        if result.status in OK:
+            return result
+        raise refusal(result, op.statement)
+
+    def execute_all(
+        self, ops: Sequence[Op[Any]], seconds: float, *, sync_each: bool
+    ) -> list[PGresult]:
+        """One after the other; without `sync_each` in a transaction, if none is open yet."""
+        deadline = monotonic() + seconds
+        whole = not sync_each and self.pgconn.transaction_status == IDLE
+        answers: list[PGresult] = []
+        if whole:
+            self._ask(_BEGIN, seconds)
+        refused = False
+        for op in ops:
+            if refused and not sync_each:
+                answers.append(self.pgconn.make_empty_result(PIPELINE_ABORTED))
+                continue
+            answers.append(self._ask(op, deadline - monotonic()))
+            refused = refused or answers[-1].status not in OK
+        if whole:
+            self._ask(_ROLLBACK if refused else _COMMIT, deadline - monotonic())
+        return answers
+
+    def _ask(self, op: Op[Any], seconds: float) -> PGresult:
+        """The server's answer, refusals included."""
         statement = op.statement
-        expired = threading.Event()
-        timer = threading.Timer(max(0.0, seconds), self._expire, [expired])
+        self._begin_nothing()
+        alarm = threading.Lock()  # held by whoever decides how this ends
+        timer = threading.Timer(max(0.0, seconds), self._expire, [alarm])
         timer.daemon = True
         timer.start()
+        failure: PgkvError
         try:
             self._cursor.execute(
                 statement.text(self.pgconn.server_version),
@@ -457,29 +507,53 @@ class CursorLink(Link):
                 prepare=self.prepares and not statement.script,
                 binary=not statement.script,
             )
+            result = self._cursor.pgresult
         except psycopg.Error as error:
-            if expired.is_set():
-                self.abandon()
-                failure: PgkvError = past_deadline(statement.name, seconds)
-            else:
-                failure = failed(error, statement, sent=True)
+            result = error.pgresult if error.sqlstate is not None else None
+            failure = failed(error, statement, sent=True)
         except BaseException:
+            timer.cancel()
             self.abandon()
             raise
-        else:
-            result = self._cursor.pgresult
-            assert result is not None
-            return result
-        finally:
-            timer.cancel()
-        raise failure
+        timer.cancel()
+        if not alarm.acquire(blocking=False):
+            # A cancel request is under way, and may come late: nothing may follow on this link.
+            timer.join()
+            self.abandon()
+            if result is None or result.status not in OK:
+                raise past_deadline(statement.name, seconds)
+        elif self._resets_autocommit and self.pgconn.transaction_status == IDLE:
+            self._resets_autocommit = False
+            self.conn.autocommit = False
+        if result is None:
+            raise failure
+        return result
 
-    def _expire(self, expired: threading.Event) -> None:
-        expired.set()
+    def _begin_nothing(self) -> None:
+        """Keep psycopg from opening a transaction that nobody would commit."""
+        if self.pgconn.transaction_status == IDLE and not self.conn.autocommit:
+            self.conn.autocommit = True
+            self._resets_autocommit = True
+
+    def _expire(self, alarm: threading.Lock) -> None:
+        if not alarm.acquire(blocking=False):
+            return
         try:
             self.conn.cancel_safe(timeout=CANCEL_TIMEOUT)
         except (psycopg.Error, OSError):
-            self.conn.close()
+            # Closing would not wake the thread that waits.
+            with (
+                contextlib.suppress(OSError),
+                socket.fromfd(self.pgconn.socket, socket.AF_INET, socket.SOCK_STREAM) as wire,
+            ):
+                wire.shutdown(socket.SHUT_RDWR)
+
+
+def _command(sql: str) -> Op[Any]:
+    return Op(Statement(sql.lower(), sql, (), lambda result: result, script=True))
+
+
+_BEGIN, _COMMIT, _ROLLBACK = _command("BEGIN"), _command("COMMIT"), _command("ROLLBACK")
 
 
 class _Text(bytes):
