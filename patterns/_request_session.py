@@ -15,6 +15,9 @@ class RequestSession(dict[str, Any]):
     Any dict will do where this is expected. `session` is the `Session` behind it, for
     ``sessions.rotate(...)`` and its fellows, which take this object as well.
 
+    One thing looks past all this: ``json.dumps`` of a dict that nothing has touched yet (WSGI and
+    Flask) writes ``{}``; give it ``dict(session)``.
+
     `clear` ends the session: what is put in afterwards goes into a new one, under a new token. So
     a program that clears before a login is safe from session fixation without knowing of it.
     """

@@ -54,8 +54,7 @@ def texts_of(data: Mapping[str, Any], size_max: int, name: str = "data") -> dict
         InvalidValueError: a key is not a str, or holds NUL or a lone surrogate; a value is not
             JSON (names the path); or all together are larger than `size_max` bytes.
     """
-    if not isinstance(data, Mapping):
-        raise InvalidValueError(f"{name} must be a mapping, not {type(data).__name__}")
+    require_mapping(data, name)
     texts: dict[str, str] = {}
     size = 2
     for key, value in data.items():
@@ -76,6 +75,16 @@ def texts_of(data: Mapping[str, Any], size_max: int, name: str = "data") -> dict
             "Keep large things elsewhere and their keys in the session"
         )
     return texts
+
+
+def require_mapping(data: object, name: str) -> None:
+    """Refuse what has no keys.
+
+    Raises:
+        InvalidValueError: it is no mapping.
+    """
+    if not isinstance(data, Mapping):
+        raise InvalidValueError(f"{name} must be a mapping, not {type(data).__name__}")
 
 
 def document(texts: Mapping[str, str]) -> bytes:

@@ -34,6 +34,7 @@ from ._session_data import (
     is_token,
     new_token,
     read_document,
+    require_mapping,
     texts_of,
     user_of,
     values_of,
@@ -112,7 +113,9 @@ class SessionFlows:
     ) -> Flow[Session]:
         """Make a session and store it."""
         user = None if user_id is None else user_of(user_id)
-        session = Session(dict(data or {}), user_id=user)
+        data = {} if data is None else data
+        require_mapping(data, "data")
+        session = Session(dict(data), user_id=user)
         session._meta = None if not metadata else self._metadata(metadata)
         yield from self._store(session)
         return session

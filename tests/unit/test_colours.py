@@ -14,6 +14,7 @@ TWINS = [
     pytest.param(pgkv.Store, pgkv.AsyncStore, id="Store"),
     pytest.param(pgkv.TypedStore, pgkv.AsyncTypedStore, id="TypedStore"),
     pytest.param(Pipeline, AsyncPipeline, id="Pipeline"),
+    pytest.param(pgkv.SessionStore, pgkv.AsyncSessionStore, id="SessionStore"),
 ]
 # The mapping protocol cannot be awaited.
 BLOCKING_ONLY = {"__getitem__", "__setitem__", "__delitem__", "__contains__", "__iter__"}
@@ -69,7 +70,7 @@ def test_same_signatures(blocking: type, awaited: type) -> None:
     assert differing == {}
 
 
-@pytest.mark.parametrize("cls", [pgkv.AsyncStore, pgkv.AsyncTypedStore])
+@pytest.mark.parametrize("cls", [pgkv.AsyncStore, pgkv.AsyncTypedStore, pgkv.AsyncSessionStore])
 def test_what_is_awaited(cls: type) -> None:
     """Every method that meets the server is `async def`; what opens something returns an object to
     await or enter; views and iterators are plain calls."""
@@ -121,6 +122,8 @@ def test_views_need_no_loop() -> None:
         pgkv.AsyncTypedStore,
         Pipeline,
         AsyncPipeline,
+        pgkv.SessionStore,
+        pgkv.AsyncSessionStore,
     ],
 )
 def test_docstrings(cls: type) -> None:
