@@ -16,7 +16,8 @@ from tests.benchmarks.rounds import ROUNDS_MIN, measure
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 ROUNDS = 61
-WIDTH = 140  # of the table where it goes to a file
+QUIET = 0.5  # a load below which the figures can be trusted
+WIDTH = 130  # of the table where it goes to a file
 
 
 def arguments() -> argparse.Namespace:
@@ -47,6 +48,8 @@ def main() -> None:
     console = Console()
     if not console.is_terminal:
         console = Console(width=WIDTH)
+    if (load := record.load()) > QUIET:
+        console.print(f"This machine is busy (load {load:.1f}): expect noise.")
     results: list[Result] = []
     facts: list[Fact] = []
     with services.running() as running, Progress(console=console, transient=True) as progress:

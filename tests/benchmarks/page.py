@@ -45,7 +45,7 @@ def _lines(record: Record) -> Iterator[str]:
         + (f", {machine['memory']} of memory" if "memory" in machine else "")
         + "; "
         + ", ".join(f"{name} {version}" for name, version in record.versions.items())
-        + f". Medians of {record.rounds} rounds, quartiles in brackets"
+        + f". Medians of {record.rounds} rounds, quartiles of the ratios in brackets"
         + (", latencies with client and servers on one core." if record.pinned else ".")
     )
     yield ""

@@ -52,14 +52,19 @@ def draw(path: Path, record: Record) -> None:
         figure = Figure(figsize=(12, 4.2), layout="constrained")
         left, middle, right = figure.subplots(1, 3)
         _bars(left, one_key, (PGKV, RAW, PSYCOPG, PSYCOPG_POOL, REDIS), "One key")
-        _bars(middle, many_keys, (PGKV, RAW, PSYCOPG, REDIS_SET, REDIS), "A hundred keys")
+        _bars(
+            middle,
+            many_keys,
+            (PGKV, RAW, PSYCOPG, REDIS_SET, REDIS),
+            "A hundred keys or operations",
+        )
         _lines(right, tasks, (COALESCING, PGKV, REDIS_ASYNC, ASYNCPG_POOL))
         figure.savefig(path, metadata={"Date": None, "Creator": None})
 
 
 def _bars(axes: Any, results: list[Result], entrants: tuple[str, ...], title: str) -> None:
     """Groups of horizontal bars, the first on top, each with its figure beside it."""
-    axes.set_title(f"{title}: microseconds, less is better", loc="left", fontsize=10)
+    axes.set_title(f"{title}: µs, less is better", loc="left", fontsize=10)
     ticks: list[float] = []
     labels: set[str] = set()
     y = 0.0
@@ -90,7 +95,7 @@ def _bars(axes: Any, results: list[Result], entrants: tuple[str, ...], title: st
 
 def _lines(axes: Any, tasks: dict[int, Result], entrants: tuple[str, ...]) -> None:
     """Throughput over the number of tasks."""
-    axes.set_title("async get: operations per second, more is better", loc="left", fontsize=10)
+    axes.set_title("asyncio get: calls per second, more is better", loc="left", fontsize=10)
     counts = sorted(tasks)
     for name in entrants:
         points = [(n, tasks[n].entrants[name]) for n in counts if name in tasks[n].entrants]
@@ -102,8 +107,8 @@ def _lines(axes: Any, tasks: dict[int, Result], entrants: tuple[str, ...]) -> No
             axes.fill_between(xs, lows, highs, color=COLOURS[name], alpha=0.2, linewidth=0)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    axes.set_xticks(counts, [str(n) for n in counts])
-    axes.set_xlabel("tasks")
+    axes.set_xticks(counts, [f"{n} tasks" for n in counts])
+    axes.minorticks_off()
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     _plain(axes, grid="both")
 
@@ -113,4 +118,6 @@ def _plain(axes: Any, *, grid: str) -> None:
     axes.grid(axis=grid, color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False, fontsize=8)
+        axes.legend(
+            frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3
+        )

@@ -1,8 +1,9 @@
-"""The limit: a statement of the store's, sent by libpq's own blocking call."""
+"""The limit: a statement of the store's, sent by libpq's own blocking call. Parameters are encoded
+beforehand; what comes back is read and not decoded."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from types import TracebackType
 from typing import Any, Self
@@ -26,8 +27,7 @@ class Raw:
         self._prepared: set[bytes] = set()
 
     def sender(self, op: Op[Any]) -> Callable[[Any], Any]:
-        """What sends parameters with that operation's statement: they are encoded beforehand, and
-        the result is left as it comes."""
+        """What sends parameters with that operation's statement; the result is left unread."""
         statement, pgconn = op.statement, self.conn.pgconn
         if statement.prepared_name not in self._prepared:
             self._prepared.add(statement.prepared_name)
@@ -40,7 +40,7 @@ class Raw:
         )
 
     def caller(self, op: Op[Any]) -> Callable[[Any], bytes | None]:
-        """The same, reading the first column of the first row."""
+        """The same, and reads the first column of the first row."""
         send = self.sender(op)
 
         def call(params: Any) -> bytes | None:
@@ -49,6 +49,37 @@ class Raw:
             return value
 
         return call
+
+    def pair_caller(self, op: Op[Any]) -> Callable[[Any], dict[bytes, bytes]]:
+        """The same, and reads the first two columns of all rows."""
+        send = self.sender(op)
+
+        def call(params: Any) -> dict[bytes, bytes]:
+            result = send(params)
+            column = result.get_value
+            return {column(row, 0): column(row, 1) for row in range(result.ntuples)}
+
+        return call
+
+    def pipeline(self, ops: Sequence[Op[Any]]) -> list[bytes | None]:
+        """Send operations with one Sync and read the first column of each one's first row."""
+        pgconn = self.conn.pgconn
+        pgconn.enter_pipeline_mode()
+        for op in ops:
+            statement = op.statement
+            pgconn.send_query_prepared(
+                statement.prepared_name, op.params, statement.formats, BINARY
+            )
+        pgconn.pipeline_sync()
+        values: list[bytes | None] = []
+        for _ in ops:
+            result = pgconn.get_result()
+            assert result is not None
+            values.append(result.get_value(0, 0))
+            pgconn.get_result()  # the end of this one
+        pgconn.get_result()  # the Sync
+        pgconn.exit_pipeline_mode()
+        return values
 
     def __enter__(self) -> Self:
         return self

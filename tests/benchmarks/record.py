@@ -37,6 +37,11 @@ def machine() -> dict[str, str]:
     return found
 
 
+def load() -> float:
+    """How many processes wanted to run during the last minute."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+
+
 def _processor() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     if not cpuinfo.exists():

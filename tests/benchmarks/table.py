@@ -40,7 +40,7 @@ def rows(results: list[Result], facts: list[Fact]) -> Iterator[Row]:
 def _compared(result: Result, comparison: Comparison) -> Row:
     def figure(name: str) -> str:
         found = result.entrants.get(name)
-        return ABSENT if found is None else timing(found, result.unit)
+        return ABSENT if found is None else amount(found.median, result.unit)
 
     case = result.case
     if comparison.ours != "pgkv":
@@ -50,16 +50,15 @@ def _compared(result: Result, comparison: Comparison) -> Row:
         figure(comparison.ours),
         comparison.against,
         figure(comparison.against),
-        "" if comparison.ratio is None else f"{comparison.ratio.median:.2f}",
+        "" if comparison.ratio is None else spread(comparison.ratio),
         goal(comparison.goal),
         verdict(comparison.is_met),
     )
 
 
-def timing(figure: Summary, unit: str) -> str:
-    """A figure with its quartiles."""
-    low, high = amount(figure.low), amount(figure.high)
-    return f"{amount(figure.median)} {unit} ({low}-{high})"
+def spread(ratio: Summary) -> str:
+    """A ratio with its quartiles."""
+    return f"{ratio.median:.2f} ({ratio.low:.2f}-{ratio.high:.2f})"
 
 
 def amount(value: float, unit: str = "") -> str:
@@ -82,7 +81,7 @@ def verdict(met: bool | None) -> str:
 
 def rendered(results: list[Result], facts: list[Fact]) -> Table:
     """The table for a terminal; a case's name stands in its first row."""
-    table = Table(title="pgkv: medians (quartiles), ratio = ours / theirs")
+    table = Table(title="medians; ratio = ours / theirs, with quartiles")
     for heading in HEADINGS:
         table.add_column(
             heading,

@@ -34,7 +34,9 @@ def own_store(dsn: str) -> Iterator[Store]:
 
 
 def pool_of(dsn: str, **options: Any) -> psycopg_pool.ConnectionPool[Any]:
-    return psycopg_pool.ConnectionPool(dsn, **{"min_size": 1, "max_size": 2, "open": True, **options})
+    return psycopg_pool.ConnectionPool(
+        dsn, **{"min_size": 1, "max_size": 2, "open": True, **options}
+    )
 
 
 # -- from_pool -----------------------------------------------------------------------------
@@ -42,14 +44,10 @@ def pool_of(dsn: str, **options: Any) -> psycopg_pool.ConnectionPool[Any]:
 
 @pytest.mark.parametrize("autocommit", [True, False])
 @pytest.mark.parametrize("close_returns", [True, False])
-def test_a_callers_pool(
-    dsn: str, witness: Witness, autocommit: bool, close_returns: bool
-) -> None:
+def test_a_callers_pool(dsn: str, witness: Witness, autocommit: bool, close_returns: bool) -> None:
     """Every operation checks out and in; nothing is kept, changed or closed; what is written is
     committed."""
-    with pool_of(
-        dsn, kwargs={"autocommit": autocommit}, close_returns=close_returns
-    ) as pool:
+    with pool_of(dsn, kwargs={"autocommit": autocommit}, close_returns=close_returns) as pool:
         store = Store.from_pool(pool)
         store.create_table()
         before = (pool.min_size, pool.max_size, pool.timeout, pool.max_idle)
@@ -122,9 +120,11 @@ def test_a_timed_out_connection_is_not_given_back_alive(
         store = Store.from_pool(pool, operation_timeout=0.2)
         store.create_table()
         store.set("k", b"old")
-        with witness.lock("k"):
-            with pytest.raises(PgkvError, match="may still have happened"):
-                store.set("k", b"new")
+        with (
+            witness.lock("k"),
+            pytest.raises(PgkvError, match="may still have happened"),
+        ):
+            store.set("k", b"new")
         with pool.connection() as conn:
             assert conn.execute("SELECT 1").fetchone() == (1,)
         assert store.get("k") == b"old"
@@ -249,17 +249,18 @@ def test_connections_that_cannot_be_used(dsn: str, own_store: Store) -> None:
     conn.close()
     with pytest.raises(TransactionError, match="closed"):
         mine.set("k", b"v")
-    with psycopg.connect(dsn, client_encoding="latin1") as other:
-        with pytest.raises(ConfigError, match="UTF8"):
-            own_store.using(other).get("k")
+    with (
+        psycopg.connect(dsn, client_encoding="latin1") as other,
+        pytest.raises(ConfigError, match="UTF8"),
+    ):
+        own_store.using(other).get("k")
 
 
 def test_a_missing_table_is_not_created(dsn: str, own_store: Store, witness: Witness) -> None:
     """In the caller's transaction nothing is healed; the error says what to do."""
     witness.conn.execute("DROP TABLE kv_store")
-    with psycopg.connect(dsn) as conn:
-        with pytest.raises(PgkvError, match="create_table"):
-            own_store.using(conn).set("k", b"v")
+    with psycopg.connect(dsn) as conn, pytest.raises(PgkvError, match="create_table"):
+        own_store.using(conn).set("k", b"v")
 
 
 def test_two_threads_on_one_connection(dsn: str, own_store: Store) -> None:
@@ -325,9 +326,7 @@ def test_sqlalchemy(dsn: str, own_store: Store) -> None:
     """SQLAlchemy's Connection and Session are unwrapped: one transaction for both."""
     sqlalchemy = pytest.importorskip("sqlalchemy")
     orm = pytest.importorskip("sqlalchemy.orm")
-    engine = sqlalchemy.create_engine(
-        "postgresql+psycopg://", creator=lambda: psycopg.connect(dsn)
-    )
+    engine = sqlalchemy.create_engine("postgresql+psycopg://", creator=lambda: psycopg.connect(dsn))
     with engine.connect() as conn:
         own_store.using(conn).set("k", b"v")
         assert conn.execute(sqlalchemy.text("SELECT count(*) FROM kv_store")).scalar() == 1
@@ -351,7 +350,7 @@ def test_sqlalchemy(dsn: str, own_store: Store) -> None:
 def test_django(dsn: str, own_store: Store) -> None:
     """Django's connection is unwrapped; what the store does belongs to its atomic()."""
     pytest.importorskip("django")
-    from django.conf import settings
+    from django.conf import settings  # type: ignore[import-untyped]  # has no types
 
     if not settings.configured:
         params = conninfo_to_dict(dsn)
@@ -368,7 +367,7 @@ def test_django(dsn: str, own_store: Store) -> None:
                 }
             }
         )
-    from django.db import connection, transaction
+    from django.db import connection, transaction  # type: ignore[import-untyped]  # has no types
 
     with pytest.raises(ZeroDivisionError), transaction.atomic():
         own_store.using(connection).set("k", b"v")

@@ -150,9 +150,7 @@ async def test_answer_split_at_every_byte(proxy: Proxy, make_far_store: MakeStor
         await store.increment("word")
 
 
-async def test_answer_dripping_beyond_the_deadline(
-    proxy: Proxy, make_far_store: MakeStore
-) -> None:
+async def test_answer_dripping_beyond_the_deadline(proxy: Proxy, make_far_store: MakeStore) -> None:
     """operation_timeout counts from the beginning of the call, however often a byte arrives."""
     store = await make_far_store(operation_timeout=0.4)
     await store.set("k", b"x" * 100)
@@ -184,9 +182,7 @@ async def test_black_hole(proxy: Proxy, make_far_store: MakeStore) -> None:
         assert await store.get(f"k{i}") == b"%d" % i
 
 
-async def test_silence_after_a_partial_answer(
-    proxy: Proxy, make_far_store: MakeStore
-) -> None:
+async def test_silence_after_a_partial_answer(proxy: Proxy, make_far_store: MakeStore) -> None:
     """Half an answer and then silence is no answer; the rest is never read by another call."""
     store = await make_far_store(operation_timeout=0.3)
     await store.set("key-1", b"1" * 50)
@@ -316,9 +312,7 @@ async def test_lost_commit_of_a_transaction(proxy: Proxy, make_far_store: MakeSt
     assert runs == 1
 
 
-async def test_chunked_batch_with_a_lost_commit(
-    proxy: Proxy, make_far_store: MakeStore
-) -> None:
+async def test_chunked_batch_with_a_lost_commit(proxy: Proxy, make_far_store: MakeStore) -> None:
     """set_many in chunks is repeated as a whole; increment_many is not."""
     store = await make_far_store()
     proxy.arm(b"COMMIT")
@@ -331,10 +325,10 @@ async def test_chunked_batch_with_a_lost_commit(
     assert await store.get("k5000") == b"2"
 
 
-async def test_many_callers_over_a_bad_network(
-    proxy: Proxy, make_far_store: MakeStore
-) -> None:
-    """Resets at any moment while many callers set and get: each reads what it wrote."""
+async def test_many_callers_over_a_bad_network(proxy: Proxy, make_far_store: MakeStore) -> None:
+    """Resets at any moment while many callers set and get: no answer is another question's. (A set
+    whose link broke may still run on the server after its repeat, and after later ones: which of a
+    caller's own values it finds is not certain. See `repeat_writes`.)"""
     store = await make_far_store(pool_max_size=4, retry=RetryPolicy(attempts=50))
     running = True
 
@@ -343,7 +337,7 @@ async def test_many_callers_over_a_bad_network(
         while running:
             value = b"%d:%d" % (number, done)
             await store.set(f"k{number}", value)
-            assert await store.get(f"k{number}") == value
+            assert (await store.get(f"k{number}") or b"").startswith(b"%d:" % number)
             done += 1
         return done
 
@@ -354,7 +348,9 @@ async def test_many_callers_over_a_bad_network(
             await asyncio.to_thread(proxy.reset_all)
         running = False
 
-    _, *done = await asyncio.gather(cut(), *(work(i) for i in range(12)))
+    cutting = asyncio.ensure_future(cut())
+    done = await asyncio.gather(*(work(i) for i in range(12)))
+    await cutting
     print(f"{sum(done)} rounds over {proxy.accepted} connections")
     assert min(done) > 0
 
@@ -362,12 +358,14 @@ async def test_many_callers_over_a_bad_network(
 def test_tls_answers_of_every_size(dsn: str, tmp_path: Path) -> None:
     """A TLS peer that writes 16 kB records: answers from 79,000 to 82,000 bytes all arrive, though
     part of one may lie inside OpenSSL while the socket is silent."""
-    with Proxy(dsn, tls=certificate(tmp_path)) as proxy:
-        with Store.connect(proxy.dsn, operation_timeout=5) as store:
-            for size in range(79_000, 82_000, 3):
-                value = b"x" * size
-                store.set("k", value)
-                assert store.get("k") == value
+    with (
+        Proxy(dsn, tls=certificate(tmp_path)) as proxy,
+        Store.connect(proxy.dsn, operation_timeout=5) as store,
+    ):
+        for size in range(79_000, 82_000, 3):
+            value = b"x" * size
+            store.set("k", value)
+            assert store.get("k") == value
 
 
 async def test_tls(dsn: str, make_store: MakeStore, tmp_path: Path) -> None:

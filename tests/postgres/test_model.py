@@ -308,6 +308,7 @@ def machine(
     return StoreMachine
 
 
+@pytest.mark.timeout(600)  # seconds that shrinking a failure may take; without one it takes three
 @pytest.mark.parametrize(
     "strategy", [pgkv.TtlCleanupStrategy.ON_READ, pgkv.TtlCleanupStrategy.MANUAL]
 )
@@ -319,7 +320,7 @@ def test_store_behaves_like_a_dict(
     run_state_machine_as_test(
         kind,
         settings=settings(
-            max_examples=60,
+            max_examples=35,
             stateful_step_count=40,
             deadline=None,
             suppress_health_check=list(HealthCheck),

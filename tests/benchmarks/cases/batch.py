@@ -35,7 +35,7 @@ def get_many(bench: Bench) -> Entrants:
     store = bench.store()
     yield PGKV, each(store.get_many, cycle(BATCHES))
     ops = [op for batch in BATCHES if (op := statements(store).get_many(batch))]
-    yield RAW, each(bench.raw().sender(ops[0]), cycle([op.params for op in ops]))
+    yield RAW, each(bench.raw().pair_caller(ops[0]), cycle([op.params for op in ops]))
     conn, sql = bench.psycopg(), ops[0].statement.text(180000)
 
     def execute(batch: list[str]) -> None:

@@ -24,14 +24,17 @@ from tests.benchmarks.case import (
 
 
 def peers(
-    bench: Bench, make_op: Callable[[str], Op[Any]], psycopg_params: Callable[[str], list[Any]]
+    bench: Bench,
+    make_op: Callable[[str], Op[Any]],
+    psycopg_params: Callable[[str], list[Any]],
+    keys: list[str] = KEYS,
 ) -> Entrants:
     """The same statement, by the other ways to PostgreSQL."""
-    op = make_op(KEYS[0])
+    op = make_op(keys[0])
     sql = op.statement.text(180000)
-    yield RAW, each(bench.raw().caller(op), cycle([make_op(key).params for key in KEYS]))
+    yield RAW, each(bench.raw().caller(op), cycle([make_op(key).params for key in keys]))
 
-    params = [psycopg_params(key) for key in KEYS]
+    params = [psycopg_params(key) for key in keys]
     conn = bench.psycopg()
 
     def execute(item: list[Any]) -> None:
@@ -92,13 +95,10 @@ def write_ttl(bench: Bench) -> Entrants:
 @case("increment", {RAW: 1.2, PSYCOPG: None, PSYCOPG_POOL: None, REDIS: 1.1})
 def increment(bench: Bench) -> Entrants:
     store = bench.store()
-    counters = {key: f"counter:{key}" for key in KEYS}
-    yield PGKV, each(lambda key: store.increment(counters[key]), cycle(KEYS))
-    sql = statements(store)
-    yield from peers(
-        bench,
-        lambda key: sql.increment(counters[key]),
-        lambda key: [counters[key], b"1"],
-    )
+    counters = [f"counter:{key}" for key in KEYS]
+    store.increment_many(dict.fromkeys(counters, 1))
+    store.vacuum()
+    yield PGKV, each(store.increment, cycle(counters))
+    yield from peers(bench, statements(store).increment, lambda key: [key, b"1"], counters)
     if client := bench.redis():
-        yield REDIS, each(lambda key: client.incr(counters[key]), cycle(KEYS))
+        yield REDIS, each(client.incr, cycle(counters))

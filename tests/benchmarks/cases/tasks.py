@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from functools import partial
 
-from pgkv import Config
 from tests.benchmarks.case import (
     ASYNCPG,
     ASYNCPG_POOL,
@@ -18,13 +17,13 @@ from tests.benchmarks.case import (
 )
 
 CONNECTIONS = 10  # the default of both pools
-CAN_COALESCE = "coalesce" in {field.name for field in fields(Config)}
 
 
-@case("async get, 1 task", {ASYNCPG: 1.0, REDIS_ASYNC: 0.6})
+@case("async get, 1 task", {ASYNCPG: 1.0, REDIS_ASYNC: 0.6, (COALESCING, REDIS_ASYNC): None})
 def one_task(bench: Bench) -> Entrants:
     store = bench.async_store()
     yield PGKV, bench.tasks(1, store.get)
+    yield COALESCING, bench.tasks(1, bench.async_store(coalesce=True).get)
     sql = statements(store).get("k").statement.text(180000).decode()
     connection = bench.asyncpg()
 
@@ -36,11 +35,10 @@ def one_task(bench: Bench) -> Entrants:
         yield REDIS_ASYNC, bench.tasks(1, client.get)
 
 
-def many_tasks(bench: Bench, count: int) -> Entrants:
+def many_tasks(bench: Bench, *, count: int) -> Entrants:
     store = bench.async_store()
     yield PGKV, bench.tasks(count, store.get)
-    if CAN_COALESCE:
-        yield COALESCING, bench.tasks(count, bench.async_store(coalesce=True).get)
+    yield COALESCING, bench.tasks(count, bench.async_store(coalesce=True).get)
     sql = statements(store).get("k").statement.text(180000).decode()
     pool = bench.asyncpg_pool(CONNECTIONS)
 
@@ -53,11 +51,14 @@ def many_tasks(bench: Bench, count: int) -> Entrants:
 
 
 for _count in (8, 64, 512):
-    _own, _coalesced = (3.0, 6.0) if _count == 64 else (None, None)
-    _pairs: dict[str | tuple[str, str], float | None] = {ASYNCPG_POOL: _own, REDIS_ASYNC: _own}
-    if CAN_COALESCE:
-        _pairs[COALESCING, ASYNCPG_POOL] = _coalesced
-        _pairs[COALESCING, REDIS_ASYNC] = _coalesced
-    case(f"async get, {_count} tasks", _pairs, workers=_count)(
-        lambda bench, count=_count: many_tasks(bench, count)  # type: ignore[misc]  # count is bound here
-    )
+    _alone, _together = (3.0, 6.0) if _count == 64 else (None, None)
+    case(
+        f"async get, {_count} tasks",
+        {
+            ASYNCPG_POOL: _alone,
+            REDIS_ASYNC: _alone,
+            (COALESCING, ASYNCPG_POOL): _together,
+            (COALESCING, REDIS_ASYNC): _together,
+        },
+        workers=_count,
+    )(partial(many_tasks, count=_count))
