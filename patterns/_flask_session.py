@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from flask.sessions import SessionInterface, SessionMixin
 
+from ..errors import SessionError
 from ._cookie import Cookie, Exempt, SameSite, exemption
 from ._request_session import RequestSession
 from ._visit import Visit
@@ -81,11 +82,12 @@ class PgkvSessionInterface(SessionInterface):
         )
         self._is_exempt = exemption(exempt)
 
-    def open_session(self, app: Flask, request: Request) -> FlaskSession | None:  # noqa: ARG002  # Flask's signature
+    def open_session(self, app: Flask, request: Request) -> FlaskSession:  # noqa: ARG002  # Flask's signature
         """Begin a request."""
-        if self._is_exempt(request.environ, request.path):
-            return None
-        visit = lazy_visit(self._sessions, self._cookie, request.environ, FlaskSession)
+        environ = request.environ
+        visit = lazy_visit(self._sessions, self._cookie, environ, FlaskSession)
+        if self._is_exempt(environ, request.path):
+            visit.data = FlaskSession(_refuse_exempt)
         data: Any = visit.data
         data.visit = visit
         return data  # type: ignore[no-any-return]  # it is one
@@ -100,6 +102,10 @@ class PgkvSessionInterface(SessionInterface):
         if visit.is_private:
             response.headers.clear()
             response.headers.extend(made_private(headers))
+
+
+def _refuse_exempt() -> None:
+    raise SessionError("this path is exempt from sessions; take it out of exempt=")
 
 
 __all__ = ["FlaskSession", "PgkvSessionInterface"]

@@ -33,6 +33,7 @@ class Visit:
         self.token = token
         self.data = data
         self._browser = token or ""  # the token that the browser has, or will have
+        self._dropped = False  # a save was refused: whatever else this request changes is late too
         self._closed = False  # the head of the response is on its way
 
     def open(self) -> Flow[Session]:
@@ -63,11 +64,14 @@ class Visit:
             self.data.accessed = accessed
 
     def _save(self, session: Session) -> Flow[None]:
+        if self._dropped:
+            return
         try:
             yield from self.flows.save(session, "merge")
         except SessionGoneError as error:
             # The session ended, or moved on, while this request was under way. The change must
             # not bring it back, and a cookie from here would overwrite the newer one.
+            self._dropped = True
             _observe.warning("pgkv.session.dropped", reason=error.reason)
         else:
             self._browser = session.id

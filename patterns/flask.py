@@ -1,0 +1,5 @@
+"""What Flask applications import: the session interface."""
+
+from ._flask_session import PgkvSessionInterface
+
+__all__ = ["PgkvSessionInterface"]
