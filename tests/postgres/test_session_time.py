@@ -36,7 +36,7 @@ async def test_idle_timeout(make_sessions: Make, clock: ServerClock) -> None:
 async def test_absolute_timeout(make_sessions: Make, clock: ServerClock) -> None:
     """However much it is used or saved, a session ends after absolute_timeout."""
     sessions = await make_sessions(idle_timeout=100, absolute_timeout=250, touch_interval=10)
-    made = await sessions.create({"n": 0})
+    made = loaded = await sessions.create({"n": 0})
     for n in range(3):
         clock.advance(80)
         loaded = await sessions.load(made.id)

@@ -288,8 +288,7 @@ def test_any_use_loads_first(use: str) -> None:
         lazy.fill(pgkv.Session({"a": 1}))
 
     lazy, plain = RequestSession(load), {"a": 1}
-    assert not lazy.accessed
-    assert not lazy.is_loaded
+    assert (lazy.accessed, lazy.is_loaded) == (False, False)
     answer = READS[use](lazy)
     assert loads == [1]
     assert lazy.accessed

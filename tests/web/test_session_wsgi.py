@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -262,8 +263,6 @@ def plain_app(environ: dict[str, Any], start_response: Callable[..., Any]) -> It
             start_response("200 OK", headers)
             raise RuntimeError("on purpose")
         except RuntimeError:
-            import sys
-
             start_response("500 Oh", headers, sys.exc_info())
             yield b"oh"
             return
