@@ -13,7 +13,7 @@ import pytest
 
 from tests.faults.proxy import certificate
 from tests.faults.support import newest
-from tests.web.running import asgi
+from tests.web.running import asgi, client
 from tests.web.site import Site
 
 pytest.importorskip("selenium", reason="selenium is not installed")
@@ -37,25 +37,20 @@ FLAGS = [
 
 
 @pytest.fixture
-def make_browser(tmp_path: Path) -> Iterator[Any]:
-    """`make_browser("name")` starts a browser with a profile of its own."""
+def laptop(tmp_path: Path) -> Iterator[webdriver.Chrome]:
+    """A browser with an empty profile."""
     programs = [shutil.which("chromium"), shutil.which("chromedriver")]
     if None in programs:
         pytest.skip("no chromium and chromedriver here (Debian: chromium, chromium-driver)")
-    made: list[webdriver.Chrome] = []
-
-    def make(name: str) -> webdriver.Chrome:
-        options = webdriver.ChromeOptions()
-        options.binary_location = programs[0] or ""
-        for flag in (*FLAGS, f"user-data-dir={tmp_path / name}"):
-            options.add_argument(f"--{flag}")
-        service = webdriver.ChromeService(executable_path=programs[1])
-        made.append(webdriver.Chrome(options=options, service=service))
-        return made[-1]
-
-    yield make
-    for browser in made:
-        browser.quit()
+    options = webdriver.ChromeOptions()
+    options.binary_location = programs[0] or ""
+    for flag in (*FLAGS, f"user-data-dir={tmp_path / 'profile'}"):
+        options.add_argument(f"--{flag}")
+    browser = webdriver.Chrome(
+        options=options, service=webdriver.ChromeService(executable_path=programs[1])
+    )
+    yield browser
+    browser.quit()
 
 
 def data_of(browser: webdriver.Chrome, address: str) -> Any:
@@ -63,23 +58,30 @@ def data_of(browser: webdriver.Chrome, address: str) -> Any:
     return json.loads(browser.find_element(By.TAG_NAME, "body").text)
 
 
+def cookie_of(browser: webdriver.Chrome) -> dict[str, Any]:
+    cookie: Any = browser.get_cookie("__Host-session")
+    assert cookie is not None
+    return dict(cookie)
+
+
 @newest
-def test_a_day_in_a_browser(dsn: str, tmp_path: Path, make_browser: Any) -> None:
+def test_a_day_in_a_browser(dsn: str, tmp_path: Path, laptop: webdriver.Chrome) -> None:
     """Log in, look at the cookie, work in two tabs at once, log out everywhere."""
     site = Site(dsn, secure=True)
-    with asgi(site.app, certificate(tmp_path)) as address:
-        laptop, phone = make_browser("laptop"), make_browser("phone")
-        for browser in (laptop, phone):
-            browser.get(f"https://{address}/put?visited=yes")
-            before = browser.get_cookie("__Host-session")["value"]
-            browser.get(f"https://{address}/login?user=ada")
-            cookie = browser.get_cookie("__Host-session")
-            assert cookie["value"] != before
-            assert (cookie["secure"], cookie["httpOnly"]) == (True, True)
-            assert (cookie["sameSite"], cookie["path"]) == ("Lax", "/")
-            assert "expiry" not in cookie
-            assert browser.execute_script("return document.cookie") == ""
-            assert data_of(browser, address) == {"visited": "yes", "role": "member"}
+    with (
+        asgi(site.app, certificate(tmp_path)) as address,
+        client(address, tls=True) as phone,
+    ):
+        laptop.get(f"https://{address}/put?visited=yes")
+        before = cookie_of(laptop)["value"]
+        laptop.get(f"https://{address}/login?user=ada")
+        cookie = cookie_of(laptop)
+        assert cookie["value"] != before
+        assert (cookie["secure"], cookie["httpOnly"]) == (True, True)
+        assert (cookie["sameSite"], cookie["path"]) == ("Lax", "/")
+        assert "expiry" not in cookie
+        assert laptop.execute_script("return document.cookie") == ""
+        assert data_of(laptop, address) == {"visited": "yes", "role": "member"}
         # Two tabs with requests under way at the same time.
         for tab in ("one", "two"):
             site.gates[tab], site.arrived[tab] = threading.Event(), threading.Event()
@@ -97,7 +99,9 @@ def test_a_day_in_a_browser(dsn: str, tmp_path: Path, make_browser: Any) -> None
             )
         expected = {"visited": "yes", "role": "member", "one": "held", "two": "held"}
         assert data_of(laptop, address) == expected
-        # Log out everywhere, on one device.
+        # Log out everywhere, also on another device.
+        phone.get("/login?user=ada")
+        assert phone.get("/read").json() == {"role": "member"}
         laptop.get(f"https://{address}/everywhere")
         assert laptop.find_element(By.TAG_NAME, "body").text == "2"
-        assert data_of(laptop, address) == data_of(phone, address) == {}
+        assert data_of(laptop, address) == phone.get("/read").json() == {}
