@@ -8,5 +8,6 @@ from tests.benchmarks.cases import (  # noqa: F401, I001  # importing registers 
     tasks,
     size,
     counter,
+    session,
     memory,
 )
