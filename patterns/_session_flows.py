@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Final
 
+import msgspec
+
 from .._codec import TTL_MAX
 from .._op import Flow, do
 from .._schema import companion, ensure
@@ -341,7 +343,7 @@ def _session_of(token: str, loaded: Loaded) -> Session:
     try:
         texts = read_document(loaded.data)
         session = Session(values_of(texts), id=token, user_id=loaded.user_id)
-    except (TypeError, ValueError, AttributeError):
+    except (ValueError, msgspec.MsgspecError):
         # From None: the exceptions of json hold the document.
         raise SerializationError(
             "a session's data is not what pgkv stores: another program wrote to the table"

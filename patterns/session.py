@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
-from .._aio_channel import AsyncBoundChannel
-from .._channel import BoundChannel
+from .._aio_bound import AsyncBoundChannel
+from .._bound import BoundChannel
 from ..aio import AsyncStore
 from ..errors import ConfigError
 from ..store import Store
