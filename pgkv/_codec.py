@@ -269,7 +269,7 @@ def decode_moment_or_none(raw: bytes | None) -> datetime | None:
     return None if raw is None else decode_moment(raw)
 
 
-def chunks(items: Sequence[bytes], sizes: Sequence[int], rows: int, size: int) -> list[slice]:
+def chunks(items: Sequence[object], sizes: Sequence[int], rows: int, size: int) -> list[slice]:
     """Cut a batch into slices of at most that many rows and (about) bytes."""
     if 0 < len(items) <= rows and sum(sizes) <= size:
         return [slice(0, len(items))]
