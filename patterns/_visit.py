@@ -50,9 +50,9 @@ class Visit:
     def settle(self) -> Flow[None]:
         """Save what the program changed. A session that ended meanwhile stays ended."""
         session = self.data._session
-        if session is None:
-            return
         accessed = self.data.accessed
+        if session is None or not accessed:
+            return  # what nobody touched did not change, deep inside neither
         try:
             if self.data.cleared:
                 yield from self._begin_again(session)
