@@ -396,6 +396,20 @@ async def test_background_collection(make_sessions: Make, clock: ServerClock, pe
     await until(lambda: peer.one(f"SELECT count(*) FROM {TABLE}") == 0, "the table is swept")
 
 
+async def test_writes_sweep(
+    make_sessions: Make, clock: ServerClock, peer: Peer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under ON_READ now and then a write sweeps a chunk of the sessions that nobody asks for."""
+    sessions = await make_sessions()
+    for _ in range(5):
+        await sessions.create()
+    clock.advance(1801)
+    for module in ("_channel", "_aio_channel"):
+        monkeypatch.setattr(f"pgkv.{module}.random", lambda: 0.0)
+    await sessions.create()
+    await until(lambda: peer.one(f"SELECT count(*) FROM {TABLE}") == 1, "the chunk is swept")
+
+
 @pytest.mark.parametrize(
     "options",
     [

@@ -8,7 +8,16 @@ from typing import Any
 
 import pytest
 
-from pgkv import InvalidValueError, Session, SessionConflictError, SessionGoneError
+from pgkv import (
+    InvalidValueError,
+    Session,
+    SessionConflictError,
+    SessionGoneError,
+    SessionStore,
+    Store,
+)
+from pgkv._sql.session import Outcome
+from pgkv.patterns._session_data import id_of
 from pgkv.testing import ServerClock
 from tests.peers import Peer, gather
 
@@ -177,3 +186,20 @@ async def test_bad_grace(sessions: Any, grace: Any) -> None:
     with pytest.raises(InvalidValueError, match="grace"):
         await sessions.rotate(made, grace=grace)
     assert await sessions.load(made.id) is not None
+
+
+def test_a_rotation_whose_answer_was_lost(dsn: str) -> None:
+    """Sent again, the same rotation finds that it had happened; another one finds itself beaten."""
+    with Store.connect(dsn) as store:
+        sessions = SessionStore(store)
+        made = sessions.create()
+        sql = sessions._flows.sql
+
+        def send(token: str) -> Outcome:
+            op = sql.rotate(id_of(made.id), id_of(token), b"{}", [], grace=10, user=None)
+            return store._execute(op)
+
+        first, again = send("new"), send("new")
+        assert (first.status, again.status) == ("done", "done")
+        assert (first.version, first.expires_at) == (again.version, again.expires_at)
+        assert send("another").status == "rotated"
