@@ -26,8 +26,20 @@ from .errors import (
     TableNotFoundError,
     TransactionError,
 )
+from .patterns.client_ip import client_ip
+from .patterns.middleware.asgi import RateLimitMiddleware
 from .patterns.middleware.session_asgi import SessionMiddleware, load_session
 from .patterns.middleware.session_wsgi import WSGISessionMiddleware
+from .patterns.middleware.wsgi import WSGIRateLimitMiddleware
+from .patterns.rate_limit import (
+    AsyncRateLimiter,
+    AsyncReservation,
+    Decision,
+    LimiterCounts,
+    Rate,
+    RateLimiter,
+    Reservation,
+)
 from .patterns.session import AsyncSessionStore, Session, SessionInfo, SessionStore
 from .pipeline import AsyncPipeline, Handle, Pipeline
 from .store import Store
@@ -36,6 +48,8 @@ from .types import CasResult, CasStatus, Entry, KeyValue, ScanOptions, Stats
 
 __all__ = [
     "AsyncPipeline",
+    "AsyncRateLimiter",
+    "AsyncReservation",
     "AsyncSessionStore",
     "AsyncStore",
     "AsyncTypedStore",
@@ -44,12 +58,14 @@ __all__ = [
     "Config",
     "ConfigError",
     "ConflictError",
+    "Decision",
     "Entry",
     "Handle",
     "InvalidKeyError",
     "InvalidValueError",
     "KeyValue",
     "LeaseLostError",
+    "LimiterCounts",
     "LockError",
     "LockTimeoutError",
     "NotFoundError",
@@ -59,7 +75,11 @@ __all__ = [
     "PoolTimeoutError",
     "Pooler",
     "QueryError",
+    "Rate",
+    "RateLimitMiddleware",
     "RateLimitedError",
+    "RateLimiter",
+    "Reservation",
     "RetryPolicy",
     "ScanOptions",
     "SerializationError",
@@ -79,7 +99,9 @@ __all__ = [
     "TtlCleanupStrategy",
     "TypedCasResult",
     "TypedStore",
+    "WSGIRateLimitMiddleware",
     "WSGISessionMiddleware",
+    "client_ip",
     "load_session",
     "on_operation",
     "schema_sql",

@@ -17,9 +17,9 @@ from ._caller import check_connection
 from ._drivers import answer_of, call_async, drive_async
 from ._flows import RefusedError
 from ._op import Batch, Call, Flow, Op, Raced, Sleep
+from ._results import outcomes
 from ._sql import control
 from ._sql.sweep import Sweep
-from ._wire import outcomes
 from .config import Table
 from .errors import ConflictError, PgkvError, TransactionError
 

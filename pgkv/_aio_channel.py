@@ -17,11 +17,11 @@ from ._aio_bound import AsyncBoundChannel
 from ._aio_pool import AsyncCallerPool, AsyncLeases
 from ._drivers import call_async, drive_async
 from ._op import Batch, Call, Expired, Flow, Op, Raced, Signal, Sleep, Transaction
+from ._results import outcomes
 from ._retry import may_repeat, recover
 from ._sql import control
 from ._sql.sweep import Sweep
 from ._sweep import SWEEP_CHANCE, Collector
-from ._wire import outcomes
 from .config import Config, Table
 from .errors import PgkvError
 

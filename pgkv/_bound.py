@@ -19,12 +19,14 @@ from psycopg import pq
 
 from . import _observe
 from ._caller import Reentrant, check_connection
+from ._cursor_link import link_class
 from ._drivers import answer_of, call, drive
 from ._flows import RefusedError
 from ._op import Batch, Call, Flow, Op, Raced, Sleep
+from ._results import outcomes
 from ._sql import control
 from ._sql.sweep import Sweep
-from ._wire import Link, link_class, outcomes
+from ._wire import Link
 from .config import Table
 from .errors import ConflictError, PgkvError, TransactionError
 

@@ -23,11 +23,11 @@ from ._bound import BoundChannel
 from ._drivers import call, drive
 from ._op import Batch, Call, Expired, Flow, Op, Raced, Signal, Sleep, Transaction
 from ._pool import CallerPool, Leases, disown
+from ._results import outcomes
 from ._retry import may_repeat, recover
 from ._sql import control
 from ._sql.sweep import Sweep
 from ._sweep import SWEEP_CHANCE, Collector
-from ._wire import outcomes
 from .config import Config, Table
 from .errors import PgkvError
 

@@ -213,6 +213,7 @@ def integer(value: object, name: str) -> int:
 
 
 encode_int8 = _INT8.pack
+encode_int4 = _INT4.pack
 encode_float8 = _FLOAT8.pack
 
 
