@@ -184,8 +184,12 @@ class AsyncBoundChannel:
         self, begin: Op[None], commit: Op[None], rollback: Op[None]
     ) -> AsyncIterator[None]:
         """Open and close a transaction or savepoint around a body."""
-        async with self._using():
-            await self._send(begin)
+        try:
+            async with self._using():
+                await self._send(begin)
+        except PgkvError as error:
+            error.outcome_unknown = False  # whether it began or not, nothing was done
+            raise
         try:
             yield
             if self._link.pgconn.transaction_status == pq.TransactionStatus.INERROR:

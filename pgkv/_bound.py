@@ -188,8 +188,12 @@ class BoundChannel:
     def span(self, begin: Op[None], commit: Op[None], rollback: Op[None]) -> Iterator[None]:
         """Open and close a transaction or savepoint around a body."""
         outermost = begin.statement.name == "begin"
-        with self._lock:
-            self._send(begin)
+        try:
+            with self._lock:
+                self._send(begin)
+        except PgkvError as error:
+            error.outcome_unknown = False  # whether it began or not, nothing was done
+            raise
         try:
             yield
             if self._link.pgconn.transaction_status == pq.TransactionStatus.INERROR:
