@@ -40,6 +40,8 @@ from .patterns.cache import (
 from .patterns.client_ip import client_ip
 from .patterns.defaults import configure
 from .patterns.middleware.asgi import RateLimitMiddleware
+from .patterns.middleware.session_asgi import SessionMiddleware, load_session
+from .patterns.middleware.session_wsgi import WSGISessionMiddleware
 from .patterns.middleware.wsgi import WSGIRateLimitMiddleware
 from .patterns.rate_limit import (
     AsyncRateLimiter,
@@ -50,6 +52,7 @@ from .patterns.rate_limit import (
     RateLimiter,
     Reservation,
 )
+from .patterns.session import AsyncSessionStore, Session, SessionInfo, SessionStore
 from .pipeline import AsyncPipeline, Handle, Pipeline
 from .store import Store
 from .typed import AsyncTypedStore, TypedCasResult, TypedStore
@@ -60,6 +63,7 @@ __all__ = [  # noqa: RUF022  # plain order: ruff would put L1 before the classes
     "AsyncPipeline",
     "AsyncRateLimiter",
     "AsyncReservation",
+    "AsyncSessionStore",
     "AsyncStore",
     "AsyncTypedStore",
     "CacheInfo",
@@ -96,9 +100,13 @@ __all__ = [  # noqa: RUF022  # plain order: ruff would put L1 before the classes
     "RetryPolicy",
     "ScanOptions",
     "SerializationError",
+    "Session",
     "SessionConflictError",
     "SessionError",
     "SessionGoneError",
+    "SessionInfo",
+    "SessionMiddleware",
+    "SessionStore",
     "SignedPickle",
     "Stats",
     "Store",
@@ -110,11 +118,13 @@ __all__ = [  # noqa: RUF022  # plain order: ruff would put L1 before the classes
     "TypedCasResult",
     "TypedStore",
     "WSGIRateLimitMiddleware",
+    "WSGISessionMiddleware",
     "cached",
     "cached_functions",
     "client_ip",
     "configure",
     "invalidate_tag",
+    "load_session",
     "on_operation",
     "schema_sql",
 ]

@@ -10,5 +10,6 @@ from tests.benchmarks.cases import (  # noqa: F401, I001  # importing registers 
     size,
     counter,
     limiter,
+    session,
     memory,
 )
