@@ -68,6 +68,7 @@ class TableKind(enum.Enum):
 
     STORE = ""
     LOCKS = "_locks"
+    TICKETS = "_tickets"
     SESSIONS = "_sessions"
 
 
