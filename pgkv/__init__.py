@@ -26,17 +26,22 @@ from .errors import (
     TableNotFoundError,
     TransactionError,
 )
+from .pipeline import AsyncPipeline, Handle, Pipeline
 from .store import Store
+from .typed import AsyncTypedStore, TypedCasResult, TypedStore
 from .types import CasResult, CasStatus, Entry, KeyValue, ScanOptions, Stats
 
 __all__ = [
+    "AsyncPipeline",
     "AsyncStore",
+    "AsyncTypedStore",
     "CasResult",
     "CasStatus",
     "Config",
     "ConfigError",
     "ConflictError",
     "Entry",
+    "Handle",
     "InvalidKeyError",
     "InvalidValueError",
     "KeyValue",
@@ -46,6 +51,7 @@ __all__ = [
     "NotFoundError",
     "OperationTimeoutError",
     "PgkvError",
+    "Pipeline",
     "PoolTimeoutError",
     "Pooler",
     "QueryError",
@@ -63,6 +69,8 @@ __all__ = [
     "TableType",
     "TransactionError",
     "TtlCleanupStrategy",
+    "TypedCasResult",
+    "TypedStore",
     "on_operation",
     "schema_sql",
 ]

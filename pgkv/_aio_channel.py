@@ -19,8 +19,9 @@ from ._aio_pool import AsyncCallerPool, AsyncLeases
 from ._aio_wire import AsyncLink, Watchdog
 from ._caller import check_connection
 from ._channel import answer_of
+from ._flows import RefusedError
 from ._op import Batch, Call, Expired, Flow, Op, Raced, Signal, Sleep, Transaction
-from ._retry import recover
+from ._retry import may_repeat, recover
 from ._sql import Statements, control
 from ._sweep import SWEEP_CHANCE, Collector
 from ._wire import outcomes
@@ -52,6 +53,10 @@ class AsyncChannel(Protocol):
 
     async def heal(self, table: Table) -> None:
         """Create a missing table, where that is this channel's business."""
+        ...
+
+    def may_repeat(self, op: Op[Any], error: PgkvError, /) -> bool:
+        """Whether an operation that failed together with others may be repeated alone."""
         ...
 
     def watch(self, sql: Statements) -> None:
@@ -255,6 +260,11 @@ class AsyncPoolChannel:
         await self.run(_schema.ensure(table))
         self._known.add(table)
 
+    def may_repeat(self, op: Op[Any], error: PgkvError, /) -> bool:
+        """Whether an operation that failed together with others may be repeated alone."""
+        policy = self._config.retry
+        return policy is not None and may_repeat(op, error, policy)
+
     # -- the background
 
     def watch(self, sql: Statements) -> None:
@@ -382,13 +392,39 @@ class AsyncBoundChannel:
         if isinstance(step, Call):
             return await call(step)
         if isinstance(step, Batch):
-            async with self._using():
-                await self._check(step.name)
-                seconds = self._seconds(None)
-                results = await self._link.execute_all(step.ops, seconds, sync_each=False)
-            return [answer_of(answer) for _, answer in outcomes(step, results)]
+            return await self._perform_batch(step)
         async with self.transaction() as inner:
             return await inner.run(step.flow())
+
+    async def _perform_batch(self, batch: Batch) -> list[Any]:
+        if batch.sync_each:
+            return [await self._outcome(op) for op in batch.ops]
+        # Refused operations must not abort what the caller did before.
+        try:
+            async with self._using():
+                await self._check(batch.name)
+            async with self._savepoint():
+                seconds = self._seconds(None)
+                results = await self._link.execute_all(batch.ops, seconds, sync_each=False)
+                answers = [answer_of(answer) for _, answer in outcomes(batch, results)]
+                if any(isinstance(answer, PgkvError) for answer in answers):
+                    raise RefusedError(answers)
+        except RefusedError as refused:
+            return refused.answers
+        return answers
+
+    async def _outcome(self, op: Op[Any]) -> Any:
+        try:
+            async with self._using():
+                await self._check(op.statement.name)
+            async with self._savepoint():
+                return await self._send(op)
+        except PgkvError as error:
+            return error
+
+    def may_repeat(self, _op: Op[Any], _error: PgkvError, /) -> bool:
+        """Nothing is repeated in somebody's transaction."""
+        return False
 
     @contextlib.asynccontextmanager
     async def transaction(

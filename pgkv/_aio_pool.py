@@ -7,6 +7,7 @@ never awaits: a task that is cancelled must not be able to leave one behind.
 from __future__ import annotations
 
 import asyncio
+import math
 import weakref
 from collections import deque
 from collections.abc import Callable, Coroutine
@@ -19,6 +20,7 @@ from psycopg_pool import AsyncConnectionPool, PoolClosed, PoolTimeout
 from ._aio_wire import AsyncLink, Watchdog
 from ._caller import check_connection
 from ._pool import (
+    CLOSE_TIMEOUT,
     LEASE_TIME,
     OPENING_NAP,
     POOL_NAME,
@@ -46,7 +48,7 @@ class AsyncLeases:
         self._conninfo = conninfo
         self._prepares = config.pooler is Pooler.NONE
         self.idle: deque[AsyncLink] = deque()
-        self.waiters: deque[asyncio.Future[AsyncLink | None]] = deque()
+        self.waiters: deque[_Waiter] = deque()
         self.loop: asyncio.AbstractEventLoop | None = None
         self._size = 0
         self._closed = False
@@ -99,32 +101,37 @@ class AsyncLeases:
                 self.discard(given)
 
     async def _await(self, until: float, by_pool: bool, action: str) -> AsyncLink | None:
-        waiter: asyncio.Future[AsyncLink | None] = asyncio.get_running_loop().create_future()
+        watchdog = self.enter_loop()
+        waiter = _Waiter(asyncio.get_running_loop().create_future(), until)
         self.waiters.append(waiter)
+        watchdog.watch(waiter)
+        if until < watchdog.next_look:
+            watchdog.look_at(until)
         try:
-            await asyncio.wait([waiter], timeout=max(0.0, until - monotonic()))
+            given = await waiter.given
         except asyncio.CancelledError:
-            self._leave_queue(waiter)
+            if waiter.given.cancelled():
+                raise
+            # Given in the same turn in which its taker went away.
+            link = waiter.given.result()
+            if isinstance(link, AsyncLink):
+                self.release(link)
+            else:
+                self._wake(None)
             raise
-        if waiter.done():
-            return waiter.result()
-        self._leave_queue(waiter)
-        raise busy(self._config, action, by_pool=by_pool)
-
-    def _leave_queue(self, waiter: asyncio.Future[AsyncLink | None]) -> None:
-        if not waiter.done():
-            waiter.cancel()
-        elif (link := waiter.result()) is not None:
-            self.release(link)  # given in the same turn in which its taker went away
-        else:
-            self._wake(None)
+        finally:
+            watchdog.forget(waiter)
+        if given is TOO_LATE:
+            raise busy(self._config, action, by_pool=by_pool)
+        assert given is None or isinstance(given, AsyncLink)
+        return given
 
     def _wake(self, link: AsyncLink | None) -> bool:
         """Give a link (or, with None, leave to open one) to the first who still waits."""
         while self.waiters:
-            waiter = self.waiters.popleft()
-            if not waiter.done():
-                waiter.set_result(link)
+            given = self.waiters.popleft().given
+            if not given.done():
+                given.set_result(link)
                 return True
         return False
 
@@ -252,7 +259,26 @@ class AsyncLeases:
             await asyncio.wait(self._tasks)
         pool, self._pool = self._pool, None
         if pool is not None:
-            await pool.close()
+            await pool.close(timeout=CLOSE_TIMEOUT)
+
+
+TOO_LATE = object()
+
+
+class _Waiter:
+    """A task in the queue. What it is given: a link, None ("look again"), or TOO_LATE."""
+
+    __slots__ = ("deadline", "given")
+
+    def __init__(self, given: asyncio.Future[object], deadline: float) -> None:
+        self.given = given
+        self.deadline = deadline
+
+    def time_out(self) -> None:
+        """The deadline has passed; the queue passes over who is done."""
+        self.deadline = math.inf
+        if not self.given.done():
+            self.given.set_result(TOO_LATE)
 
 
 class AsyncCallerPool:

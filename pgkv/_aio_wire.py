@@ -13,7 +13,7 @@ import contextlib
 import math
 from collections.abc import Sequence
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import psycopg
 from psycopg import pq
@@ -37,24 +37,35 @@ if TYPE_CHECKING:
     from psycopg.pq.abc import PGconn, PGresult
 
 
+class Watched(Protocol):
+    """Something with a deadline."""
+
+    deadline: float
+
+    def time_out(self) -> None:
+        """The deadline has passed."""
+        ...
+
+
 class Watchdog:
-    """One timer for the deadlines of many links."""
+    """One timer for the deadlines of many."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
-        self._links: set[AsyncLink] = set()
+        self._watched: set[Watched] = set()
         self._timer: asyncio.TimerHandle | None = None
         self.next_look = math.inf
 
-    def watch(self, link: AsyncLink) -> None:
-        """Mind that link's deadlines from now on."""
-        self._links.add(link)
+    def watch(self, one: Watched) -> None:
+        """Mind its deadlines from now on."""
+        self._watched.add(one)
 
-    def forget(self, link: AsyncLink) -> None:
-        """The link is closed."""
-        self._links.discard(link)
-        if not self._links and self._timer is not None:
+    def forget(self, one: Watched) -> None:
+        """It has no more of them."""
+        self._watched.discard(one)
+        if not self._watched and self._timer is not None:
             self._timer.cancel()
+            self._timer = None
             self.next_look = math.inf
 
     def look_at(self, deadline: float) -> None:
@@ -68,10 +79,10 @@ class Watchdog:
         now = monotonic()
         self._timer = None
         self.next_look = math.inf
-        for link in tuple(self._links):
-            if link.deadline <= now:
-                link.time_out()
-        soonest = min((link.deadline for link in self._links), default=math.inf)
+        for one in tuple(self._watched):
+            if one.deadline <= now:
+                one.time_out()
+        soonest = min((one.deadline for one in self._watched), default=math.inf)
         if soonest < math.inf:
             self.look_at(soonest)
 

@@ -23,9 +23,10 @@ from psycopg import pq
 
 from . import _observe, _schema
 from ._caller import Reentrant, check_connection
+from ._flows import RefusedError
 from ._op import Batch, Call, Expired, Flow, Op, Raced, Signal, Sleep, Transaction
-from ._pool import CallerPool, Leases
-from ._retry import recover
+from ._pool import CallerPool, Leases, disown
+from ._retry import may_repeat, recover
 from ._sql import Statements, control
 from ._sweep import SWEEP_CHANCE, Collector
 from ._wire import Link, link_class, outcomes
@@ -57,6 +58,10 @@ class Channel(Protocol):
 
     def heal(self, table: Table) -> None:
         """Create a missing table, where that is this channel's business."""
+        ...
+
+    def may_repeat(self, op: Op[Any], error: PgkvError, /) -> bool:
+        """Whether an operation that failed together with others may be repeated alone."""
         ...
 
     def watch(self, sql: Statements) -> None:
@@ -277,13 +282,21 @@ class PoolChannel:
                 yield bound
         finally:
             bound.end()
-            self._leases.settle(link)
+            if bound.is_inherited():
+                disown(link)
+            else:
+                self._leases.settle(link)
 
     def heal(self, table: Table) -> None:
         """Create a table that the server says is missing."""
         _observe.info("pgkv.table.create", table=table.quoted)
         self.run(_schema.ensure(table))
         self._known.add(table)
+
+    def may_repeat(self, op: Op[Any], error: PgkvError, /) -> bool:
+        """Whether an operation that failed together with others may be repeated alone."""
+        policy = self._config.retry
+        return policy is not None and may_repeat(op, error, policy)
 
     # -- the background
 
@@ -396,10 +409,14 @@ class BoundChannel:
         seconds = self._timeout if timeout is None else timeout
         return seconds if self._deadline is None else min(seconds, self._deadline - monotonic())
 
+    def is_inherited(self) -> bool:
+        """Whether this is a forked child, and the transaction its parent's."""
+        return os.getpid() != self._pid
+
     def _check(self, action: str) -> None:
         if self._ended:
             raise TransactionError(f"{action}: the transaction was {self._ended}")
-        if os.getpid() != self._pid:
+        if self.is_inherited():
             raise TransactionError(f"{action}: the transaction belongs to the parent process")
 
     def _in_transaction(self) -> bool:
@@ -430,12 +447,36 @@ class BoundChannel:
         if isinstance(step, Call):
             return call(step)
         if isinstance(step, Batch):
-            self._check(step.name)
-            with self._lock:
-                results = self._link.execute_all(step.ops, self._seconds(None), sync_each=False)
-            return [answer_of(answer) for _, answer in outcomes(step, results)]
+            return self._perform_batch(step)
         with self.transaction() as inner:
             return inner.run(step.flow())
+
+    def _perform_batch(self, batch: Batch) -> list[Any]:
+        if batch.sync_each:
+            return [self._outcome(op) for op in batch.ops]
+        # Refused operations must not abort what the caller did before.
+        self._check(batch.name)
+        try:
+            with self._lock, self._savepoint():
+                seconds = self._seconds(None)
+                results = self._link.execute_all(batch.ops, seconds, sync_each=False)
+                answers = [answer_of(answer) for _, answer in outcomes(batch, results)]
+                if any(isinstance(answer, PgkvError) for answer in answers):
+                    raise RefusedError(answers)
+        except RefusedError as refused:
+            return refused.answers
+        return answers
+
+    def _outcome(self, op: Op[Any]) -> Any:
+        try:
+            with self._lock, self._savepoint():
+                return self._send(op)
+        except PgkvError as error:
+            return error
+
+    def may_repeat(self, _op: Op[Any], _error: PgkvError, /) -> bool:
+        """Nothing is repeated in somebody's transaction."""
+        return False
 
     @contextlib.contextmanager
     def transaction(self, isolation: IsolationLevel | None = None) -> Iterator[BoundChannel]:
@@ -489,12 +530,12 @@ class BoundChannel:
             self._link.execute(commit, self._seconds(None))
 
     def _check_process(self) -> None:
-        if os.getpid() != self._pid:
+        if self.is_inherited():
             raise TransactionError("the transaction belongs to the parent process")
 
     def _undo(self, rollback: Op[None]) -> None:
         # In a forked child, or on a broken link, there is nothing to say to the server.
-        if os.getpid() == self._pid and self._link.pgconn.status == pq.ConnStatus.OK:
+        if not self.is_inherited() and self._link.pgconn.status == pq.ConnStatus.OK:
             with self._lock, contextlib.suppress(PgkvError):
                 self._link.execute(rollback, self._timeout)
 

@@ -93,12 +93,12 @@ def encode_value(value: Value, size_max: int) -> bytes:
     """
     if not isinstance(value, bytes):
         if isinstance(value, str):
-            try:
-                value = value.encode()
-            except UnicodeEncodeError:
+            encoded = _utf8(value)
+            if encoded is None:
                 raise InvalidValueError(
                     "the value holds a lone surrogate, which UTF-8 cannot express"
-                ) from None
+                )
+            value = encoded
         elif isinstance(value, bytearray | memoryview):
             value = bytes(value)
         else:
@@ -111,6 +111,14 @@ def encode_value(value: Value, size_max: int) -> bytes:
             f"the value is {len(value):,} bytes; max_value_size is {size_max:,}"
         )
     return value
+
+
+def _utf8(text: str) -> bytes | None:
+    # Apart, so that what is raised has no context: the encoder's own error holds the value.
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        return None
 
 
 def seconds(value: Seconds, name: str = "ttl") -> float:

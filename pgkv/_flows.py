@@ -3,17 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from ._op import Flow, Op, call, do, transaction
+from ._op import Batch, Flow, Op, Raced, call, do, send, transaction
 from ._sql import Statements
-from .errors import ConflictError, InvalidValueError
+from .errors import (
+    ConflictError,
+    InvalidValueError,
+    PgkvError,
+    TableNotFoundError,
+    TransactionError,
+)
 from .types import CasResult
 
 if TYPE_CHECKING:
-    from .config import Seconds
+    from .config import Seconds, Table
 
 T = TypeVar("T")
+
+PIPELINE_MAX = 1_000  # operations that travel together; more are sent in turns
+
+
+class Engine(Protocol):
+    """What a pipeline asks of the channel that carries it."""
+
+    def heal(self, table: Table) -> Any:
+        """Create a missing table, where that is this channel's business."""
+        ...
+
+    def may_repeat(self, op: Op[Any], error: PgkvError, /) -> bool:
+        """Whether an operation that failed together with others may be repeated alone."""
+        ...
+
+
+class RefusedError(Exception):
+    """Ends the transaction or savepoint around a batch of which something was refused."""
+
+    def __init__(self, answers: list[Any]) -> None:
+        super().__init__("refused")
+        self.answers = answers
 
 
 def all_of(ops: list[Op[T]]) -> Flow[list[T]]:
@@ -76,3 +104,106 @@ def update(
         f"update: the value was changed by others during each of {attempts} attempts; "
         "raise attempts, or split the key"
     )
+
+
+# -- pipelines -----------------------------------------------------------------------------
+
+
+def pipeline(ops: list[Op[Any]], *, atomic: bool, engine: Engine) -> Flow[list[Any]]:
+    """Send many operations in as few round trips as possible.
+
+    Returns:
+        For each its answer, or the PgkvError that its handle raises.
+    """
+    if not ops:
+        return []
+    if atomic:
+        return (yield from _atomic(ops, engine))
+    outcomes: list[Any] = []
+    for chunk in _chunks(ops):
+        answers = yield from _independent(chunk, engine)
+        outcomes += answers
+    return outcomes
+
+
+def _chunks(ops: list[Op[Any]]) -> list[list[Op[Any]]]:
+    return [ops[begin : begin + PIPELINE_MAX] for begin in range(0, len(ops), PIPELINE_MAX)]
+
+
+def _independent(ops: list[Op[Any]], engine: Engine) -> Flow[list[Any]]:
+    """One synchronization point for all. Where one is refused, all are known to be undone, and
+    each is sent again with a point of its own."""
+    try:
+        answers = yield from send(Batch(ops, sync_each=False))
+        if _refused(answers):
+            yield from _heal(answers, ops, engine)
+            answers = yield from send(Batch(ops, sync_each=True))
+    except PgkvError as error:
+        answers = [error] * len(ops)
+    for index, op in enumerate(ops):
+        answer = answers[index]
+        if isinstance(answer, Raced) or (
+            isinstance(answer, PgkvError) and engine.may_repeat(op, answer)
+        ):
+            try:
+                answers[index] = yield from do(op)
+            except PgkvError as error:
+                answers[index] = error
+    return answers
+
+
+def _atomic(ops: list[Op[Any]], engine: Engine) -> Flow[list[Any]]:
+    """All or nothing. One round trip, unless there are very many or one that can race: asking
+    that one again must happen before the commit."""
+    table = ops[0].statement.table
+    together = len(ops) <= PIPELINE_MAX and not any(op.statement.repeats for op in ops)
+
+    def attempt() -> Flow[list[Any]]:
+        if together:
+            return (yield from send(Batch(ops, sync_each=False)))
+        try:
+            return (yield from transaction(lambda: _inside(ops), table=table))
+        except RefusedError as refused:
+            return refused.answers
+
+    answers = yield from attempt()
+    if _refused(answers) and (yield from _heal(answers, ops, engine)):
+        answers = yield from attempt()
+    if not _refused(answers):
+        return answers
+    undone = "rolled back, because another operation of the pipeline was refused"
+    return [
+        answer
+        if isinstance(answer, PgkvError) and not isinstance(answer, TransactionError)
+        else TransactionError(f"{op.statement.name}: {undone}")
+        for op, answer in zip(ops, answers, strict=True)
+    ]
+
+
+def _inside(ops: list[Op[Any]]) -> Flow[list[Any]]:
+    outcomes: list[Any] = []
+    for chunk in _chunks(ops):
+        answers = yield from send(Batch(chunk, sync_each=False))
+        outcomes += answers
+        if _refused(answers):
+            raise RefusedError(outcomes + [None] * (len(ops) - len(outcomes)))
+        for index, op in enumerate(chunk, len(outcomes) - len(chunk)):
+            if isinstance(outcomes[index], Raced):
+                outcomes[index] = yield from do(op)
+    return outcomes
+
+
+def _refused(answers: list[Any]) -> bool:
+    return any(isinstance(answer, PgkvError) for answer in answers)
+
+
+def _heal(answers: list[Any], ops: list[Op[Any]], engine: Engine) -> Flow[bool]:
+    """Create the table if it was missing; whether it was."""
+    for op, answer in zip(ops, answers, strict=True):
+        if isinstance(answer, TableNotFoundError):
+            table = op.statement.table
+            if table is None or not table.auto_create:
+                return False
+            yield from call(engine.heal, table)
+            return True
+    return False

@@ -50,6 +50,8 @@ class Statement(Generic[T_co]):
         refused: what to say of an SQLSTATE by which the server refuses the parameters.
         script: sent by the simple protocol: several commands, or one that cannot be prepared.
         repeats: how often a `Raced` answer is asked again; 0 for one that cannot race.
+        one_key: concerns its first parameter, a key, and no other row.
+        retried: False where a failure is not worth a second attempt: the work comes again.
     """
 
     name: str
@@ -64,6 +66,8 @@ class Statement(Generic[T_co]):
     refused: dict[str, str] = field(default_factory=dict)
     script: bool = False
     repeats: int = 0
+    one_key: bool = False
+    retried: bool = True
     prepared_name: bytes = field(init=False)
 
     def __post_init__(self) -> None:
@@ -162,6 +166,7 @@ class Transaction(Generic[T]):
     name = "transaction"
     writes = True
     repeats = 0
+    retried = True
 
     def __init__(
         self, flow: Callable[[], Flow[T]], *, table: Table | None, retry_safe: bool
@@ -185,6 +190,7 @@ class Batch:
 
     name = "pipeline"
     repeats = 0
+    retried = True
 
     def __init__(self, ops: Sequence[Op[Any]], *, sync_each: bool) -> None:
         self.ops = ops

@@ -9,6 +9,7 @@ for waiters. In the other order a wake-up would be lost.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import weakref
@@ -36,6 +37,8 @@ POOL_NAME = "pgkv-"
 # How long to listen for a new connection before asking whether the attempt has failed: the pool
 # hides the reason behind its time-out.
 OPENING_NAP = 0.05
+# How long closing waits for the pool's threads: one may be connecting to a server that is silent.
+CLOSE_TIMEOUT = 0.5
 
 
 class Leases:
@@ -118,15 +121,32 @@ class Leases:
             self.discard(link)
 
     def _await(self, waiter: _Waiter, until: float, by_pool: bool, action: str) -> None:
-        if waiter.given.acquire(timeout=max(0.0, until - monotonic())):
-            return
         try:
-            self.waiters.remove(waiter)
-        except ValueError:
-            # Somebody has taken us off the queue: what they give is on its way.
-            waiter.given.acquire()
-            return
-        raise busy(self._config, action, by_pool=by_pool)
+            given = waiter.given.acquire(timeout=max(0.0, until - monotonic()))
+        except BaseException:  # Ctrl-C: what somebody gives must not be lost with us
+            if not self._leave_queue(waiter):
+                self._pass_on(waiter.link)
+            raise
+        if not given and self._leave_queue(waiter):
+            raise busy(self._config, action, by_pool=by_pool)
+
+    def _leave_queue(self, waiter: _Waiter) -> bool:
+        """Stop waiting; False where somebody was quicker and has given."""
+        while not waiter.done:
+            try:
+                self.waiters.remove(waiter)
+            except ValueError:
+                # Taken off the queue: they are about to give, or to put us back.
+                waiter.given.acquire(timeout=0.001)
+            else:
+                return True
+        return False
+
+    def _pass_on(self, link: Link | None) -> None:
+        if link is not None:
+            self.settle(link)
+        else:
+            self._wake()
 
     def release(self, link: Link) -> None:
         """Take a link back from an operation."""
@@ -139,6 +159,8 @@ class Leases:
 
     def hand_over(self) -> None:
         """Give idle links to waiters."""
+        if self._closed:
+            self._close_idle()
         while self.idle:
             try:
                 waiter = self.waiters.popleft()
@@ -188,9 +210,12 @@ class Leases:
     def _shrink(self) -> None:
         with self._lock:
             self._size -= 1
-            waiter = self.waiters.popleft() if self.waiters else None
-        if waiter is not None:
-            waiter.give(None)  # there is room to open one
+        self._wake()
+
+    def _wake(self) -> None:
+        """Tell a waiter that there is room to open a link."""
+        with contextlib.suppress(IndexError):
+            self.waiters.popleft().give(None)
 
     # -- opening
 
@@ -255,18 +280,18 @@ class Leases:
         with self._lock:
             self._closed = True
             pool, self._pool = self._pool, None
-            waiters = list(self.waiters)
-            self.waiters.clear()
-        while self.idle:
-            try:
-                link = self.idle.pop()
-            except IndexError:
-                break
-            link.conn.close()
+            waiters, self.waiters = self.waiters, _Closed()
+        self._close_idle()
         if pool is not None:
-            pool.close()
-        for waiter in waiters:
-            waiter.give(None)
+            pool.close(timeout=CLOSE_TIMEOUT)
+        while len(waiters):
+            with contextlib.suppress(IndexError):
+                waiters.popleft().give(None)
+
+    def _close_idle(self) -> None:
+        while self.idle:
+            with contextlib.suppress(IndexError):
+                self.idle.pop().pgconn.finish()
 
 
 class CallerPool:
@@ -319,7 +344,7 @@ class CallerPool:
 
     def discard(self, link: Link) -> None:
         """Close it and check it in: the pool makes another."""
-        link.conn.close()
+        link.pgconn.finish()  # close() may mean "give it back" to a caller's pool
         self._caller_pool.putconn(link.conn)
 
     def hand_over(self) -> None:
@@ -336,20 +361,35 @@ class CallerPool:
 _inherited: list[object] = []
 
 
+def disown(link: Link) -> None:
+    """Leave a link to the parent process it was inherited from."""
+    _inherited.append(link)
+
+
 class _Waiter:
     """A caller in the queue. Being taken off the queue is what decides who may give to it."""
 
-    __slots__ = ("given", "link")
+    __slots__ = ("done", "given", "link")
 
     def __init__(self) -> None:
         self.link: Link | None = None
+        self.done = False
         self.given = threading.Lock()
         self.given.acquire()
 
     def give(self, link: Link | None) -> None:
         """Wake the caller with a link, or with None: "look again"."""
         self.link = link
+        self.done = True
         self.given.release()
+
+
+class _Closed(deque[_Waiter]):
+    """The queue of a closed store. It looks occupied, so that whoever pushes a link comes to
+    `hand_over`, which closes it; the fast path need not ask."""
+
+    def __bool__(self) -> bool:
+        return True
 
 
 def closed(action: str) -> StoreUnavailableError:

@@ -118,9 +118,11 @@ def may_repeat(step: Repeatable, error: BaseException, policy: RetryPolicy) -> b
     # The pool's queue was waited for already; a conflict has had its hundred attempts.
     if isinstance(error, PoolTimeoutError | ConflictError):
         return False
+    what = about(step)
+    if not what.retried:
+        return False
     if not error.outcome_unknown:
         return True
-    what = about(step)
     return what.retry_safe and (policy.repeat_writes or not what.writes)
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable
+import os
+import threading
 from dataclasses import fields, replace
 from typing import Any
 
@@ -45,21 +45,42 @@ def _known(given: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
     return given
 
 
-def lazy_conninfo(config: Config) -> tuple[Callable[[], str], contextlib.ExitStack]:
-    """Return what tells libpq where to connect, and what to close with the store.
+class Target:
+    """Where a store connects: a DSN, or an embedded server that is started when first asked for.
 
-    An embedded server is started when it is first asked.
+    Args:
+        config: the store's.
+        dsn: used in place of the configuration's own.
     """
-    closers = contextlib.ExitStack()
 
-    def conninfo() -> str:
-        if not config.dsn.startswith(EMBEDDED_SCHEME):
-            return _conninfo.build(config, config.dsn)
-        server = embedded.start(embedded.parse(config.dsn))
-        closers.callback(server.close)
-        return _conninfo.build(config, server.dsn)
+    def __init__(self, config: Config, dsn: str | None = None) -> None:
+        self._config = config
+        self._given = dsn or config.dsn
+        self._server: embedded.EmbeddedServer | None = None
+        self._pid = 0
+        self._lock = threading.Lock()
 
-    return conninfo, closers
+    def dsn(self) -> str:
+        """The DSN that libpq understands, password included."""
+        if not self._given.startswith(EMBEDDED_SCHEME):
+            return self._given
+        with self._lock:
+            # A forked child is a user of the server in its own right.
+            if self._server is None or self._pid != os.getpid():
+                self._server = embedded.start(embedded.parse(self._given))
+                self._pid = os.getpid()
+            return self._server.dsn
+
+    def conninfo(self) -> str:
+        """What the store's own connections are opened with."""
+        return _conninfo.build(self._config, self.dsn())
+
+    def close(self) -> None:
+        """Give the embedded server up, if there is one: it stops with its last user."""
+        with self._lock:
+            server, self._server = self._server, None
+        if server is not None and self._pid == os.getpid():
+            server.close()
 
 
 def check_pool(pool: object, wanted: type[Any]) -> None:

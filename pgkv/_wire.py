@@ -22,7 +22,13 @@ import psycopg
 from psycopg import pq
 
 from ._op import BINARY, Batch, Op, Result, Statement
-from .errors import OperationTimeoutError, PgkvError, from_result, translate
+from .errors import (
+    OperationTimeoutError,
+    PgkvError,
+    TransactionError,
+    from_result,
+    translate,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -32,6 +38,7 @@ if TYPE_CHECKING:
 OK = frozenset((int(pq.ExecStatus.COMMAND_OK), int(pq.ExecStatus.TUPLES_OK)))
 IDLE = pq.TransactionStatus.IDLE
 PIPELINE_SYNC = int(pq.ExecStatus.PIPELINE_SYNC)
+PIPELINE_ABORTED = int(pq.ExecStatus.PIPELINE_ABORTED)
 CANCEL_TIMEOUT = 1.0  # seconds that a cancel request may take
 # Bytes can wait inside OpenSSL while the socket is silent: under TLS no sleep is longer.
 TLS_NAP_MS = 50.0
@@ -365,10 +372,18 @@ class PipelineReader:
 
 def outcomes(batch: Batch, results: Sequence[PGresult]) -> list[tuple[Op[Any], Any]]:
     """Each operation of a batch with its answer, or the exception by which it was refused."""
-    return [
-        (op, op.decode(result) if result.status in OK else refusal(result, op.statement))
-        for op, result in zip(batch.ops, results, strict=True)
-    ]
+    return [(op, _outcome(op, result)) for op, result in zip(batch.ops, results, strict=True)]
+
+
+def _outcome(op: Op[Any], result: PGresult) -> Any:
+    if result.status in OK:
+        return op.decode(result)
+    if result.status == PIPELINE_ABORTED:
+        return TransactionError(
+            f"{op.statement.name}: not executed, because an earlier operation of the pipeline "
+            "was refused"
+        )
+    return refusal(result, op.statement)
 
 
 def is_outdated(error: psycopg.Error) -> bool:

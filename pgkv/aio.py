@@ -7,7 +7,6 @@ there, once; the docstrings here are taken from it, and a test compares names an
 from __future__ import annotations
 
 import contextlib
-import inspect
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterable, Mapping
 from datetime import datetime
@@ -26,11 +25,12 @@ from . import _flows, _retry, _schema, _sweep
 from ._aio_channel import AsyncCallerChannel, AsyncChannel, AsyncPoolChannel
 from ._aio_pool import AsyncCallerPool, AsyncLeases
 from ._caller import unwrap
+from ._coalesce import CoalescingChannel
 from ._codec import seconds
 from ._settings import (
+    Target,
     check_pool,
     config_of_pool,
-    lazy_conninfo,
     options_of,
     page_size_of,
     require_whole_table,
@@ -43,13 +43,16 @@ from ._sql.point import negated
 from ._sql.scan import namespace_prefix
 from .config import EMBEDDED_SCHEME, Config, dsn_from_environment
 from .errors import NotFoundError
+from .pipeline import AsyncPipeline
 from .store import Store
+from .typed import AsyncTypedStore, document
 from .types import CasResult, Entry, KeyValue, ScanOptions, Stats
 
 if TYPE_CHECKING:
     from psycopg import IsolationLevel
 
     from ._codec import Value
+    from ._serialize import CodecName
     from .config import Seconds
 
 T = TypeVar("T")
@@ -99,15 +102,23 @@ class AsyncStore:
     _ending: contextlib.AbstractAsyncContextManager[Any] | None = None
 
     def __init__(self, config: Config) -> None:
-        conninfo, closers = lazy_conninfo(config)
-        channel = AsyncPoolChannel(config, AsyncLeases(config, conninfo))
-        channel.on_close(closers.close)
-        self._bind(config, Statements(config), channel)
+        target = Target(config)
+        channel = AsyncPoolChannel(config, AsyncLeases(config, target.conninfo))
+        channel.on_close(target.close)
+        entry = CoalescingChannel(channel) if config.coalesce else channel
+        self._bind(config, target, Statements(config), entry)
 
     def _bind(
-        self, config: Config, sql: Statements, channel: AsyncChannel, owner: bool = True
+        self,
+        config: Config,
+        target: Target,
+        sql: Statements,
+        channel: AsyncChannel,
+        *,
+        owner: bool = True,
     ) -> None:
         self._config = config
+        self._target = target
         self._sql = sql
         self._channel = channel
         self._owner = owner
@@ -124,7 +135,13 @@ class AsyncStore:
     ) -> Self:
         """Another store that shares what is not given, and closes nothing."""
         view = type(self).__new__(type(self))
-        view._bind(config or self._config, sql or self._sql, channel or self._channel, owner=False)
+        view._bind(
+            config or self._config,
+            self._target,
+            sql or self._sql,
+            channel or self._channel,
+            owner=False,
+        )
         return view
 
     # -- beginning and end
@@ -156,7 +173,7 @@ class AsyncStore:
         settings = config_of_pool(pool, dsn, options_of(config))
         store = cls.__new__(cls)
         channel = AsyncPoolChannel(settings, AsyncCallerPool(pool, settings))
-        store._bind(settings, Statements(settings), channel)
+        store._bind(settings, Target(settings, dsn), Statements(settings), channel)
         return store
 
     @classmethod
@@ -189,6 +206,11 @@ class AsyncStore:
 
     def __bool__(self) -> bool:
         return True
+
+    @property
+    def dsn(self) -> str:
+        """The libpq DSN of this store's server; see `Store.dsn`."""
+        return self._target.dsn()
 
     # -- basic
 
@@ -333,7 +355,7 @@ class AsyncStore:
     async def update(
         self,
         key: str,
-        fn: Callable[[bytes | None], Value],
+        fn: Callable[[bytes | None], Value | Awaitable[Value]],
         *,
         ttl: Seconds | None = None,
         attempts: int = 100,
@@ -459,6 +481,16 @@ class AsyncStore:
         async with self._channel.transaction() as channel:
             yield self._view(channel=channel)
 
+    def pipeline(self, *, atomic: bool = False) -> AsyncPipeline:
+        return AsyncPipeline(self._sql, self._channel, atomic=atomic)
+
+    @overload
+    def typed(self, type_: type[T], codec: CodecName = "json") -> AsyncTypedStore[T]: ...
+    @overload
+    def typed(self, type_: Any, codec: CodecName = "json") -> AsyncTypedStore[Any]: ...
+    def typed(self, type_: Any, codec: CodecName = "json") -> AsyncTypedStore[Any]:
+        return AsyncTypedStore(self, type_, codec)
+
     async def run_transaction(
         self,
         fn: Callable[[Self], Awaitable[T]],
@@ -487,14 +519,4 @@ class AsyncStore:
 builtin_set = set  # inside the class body the name means the method
 
 
-def _document(mirror: type, original: type) -> None:
-    """Give each method the docstring of the one it mirrors."""
-    for name, member in vars(mirror).items():
-        twin = inspect.getattr_static(original, name, None)
-        function = member.__func__ if isinstance(member, classmethod) else member
-        source = twin.__func__ if isinstance(twin, classmethod) else twin
-        if inspect.isfunction(function) and source is not None and not function.__doc__:
-            function.__doc__ = source.__doc__
-
-
-_document(AsyncStore, Store)
+document(AsyncStore, Store)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import enum
 import math
 import os
+import re
 from dataclasses import dataclass, field, fields
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -271,13 +272,28 @@ def _require_dsn(dsn: object) -> None:
         )
         raise ConfigError(f"dsn has the scheme {scheme!r}; {advice}")
     try:
-        conninfo_to_dict(dsn)
+        readable = not _splits_password(dsn, conninfo_to_dict(dsn))
     except (psycopg.ProgrammingError, UnicodeError):
-        # from None: libpq quotes the part it stumbled over, which may be the password.
+        readable = False
+    if not readable:
+        # Raised outside: libpq quotes the part it stumbled over, which may be the password.
         raise ConfigError(
             "dsn is not a valid libpq URI or conninfo string; characters such as @ / : # % "
             "in a password must be percent-encoded in a URI"
-        ) from None
+        )
+
+
+def _splits_password(dsn: str, params: dict[str, Any]) -> bool:
+    """Whether an unencoded @ or / made libpq take a part of the password for a host or a port.
+
+    It would accept that, and show the part in "cannot resolve host".
+    """
+    scheme, found, rest = dsn.partition("://")
+    if not found or "=" in scheme:
+        return False
+    authority = re.split("[/?]", rest, maxsplit=1)[0]
+    ports = str(params.get("port") or "").split(",")
+    return authority.count("@") > 1 or any(port and not port.isdigit() for port in ports)
 
 
 def _require_name(name: str, value: object, length_max: int) -> None:

@@ -292,7 +292,15 @@ def _one_line(error: BaseException) -> str:
 
 
 def _because(error: PgkvError, cause: BaseException) -> PgkvError:
-    error.__cause__ = cause
+    error.__cause__ = _without_data(cause)
+    return error
+
+
+def _without_data(error: BaseException) -> BaseException:
+    # Under log_parameter_max_length_on_error the server adds the statement's parameters to the
+    # context of any error, and detail lines quote rows: a traceback must not show them.
+    if isinstance(error, psycopg.Error) and (error.diag.context or error.diag.message_detail):
+        return type(error)(_one_line(error))
     return error
 
 

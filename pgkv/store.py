@@ -27,9 +27,9 @@ from ._channel import CallerChannel, Channel, PoolChannel
 from ._codec import seconds
 from ._pool import CallerPool, Leases
 from ._settings import (
+    Target,
     check_pool,
     config_of_pool,
-    lazy_conninfo,
     options_of,
     page_size_of,
     require_whole_table,
@@ -42,12 +42,15 @@ from ._sql.point import negated
 from ._sql.scan import namespace_prefix
 from .config import EMBEDDED_SCHEME, Config, dsn_from_environment
 from .errors import NotFoundError
+from .pipeline import Pipeline
+from .typed import TypedStore
 from .types import CasResult, Entry, KeyValue, ScanOptions, Stats
 
 if TYPE_CHECKING:
     from psycopg import IsolationLevel
 
     from ._codec import Value
+    from ._serialize import CodecName
     from .config import Seconds
 
 T = TypeVar("T")
@@ -73,13 +76,22 @@ class Store:
     """
 
     def __init__(self, config: Config) -> None:
-        conninfo, closers = lazy_conninfo(config)
-        channel = PoolChannel(config, Leases(config, conninfo))
-        channel.on_close(closers.close)
-        self._bind(config, Statements(config), channel)
+        target = Target(config)
+        channel = PoolChannel(config, Leases(config, target.conninfo))
+        channel.on_close(target.close)
+        self._bind(config, target, Statements(config), channel)
 
-    def _bind(self, config: Config, sql: Statements, channel: Channel, owner: bool = True) -> None:
+    def _bind(
+        self,
+        config: Config,
+        target: Target,
+        sql: Statements,
+        channel: Channel,
+        *,
+        owner: bool = True,
+    ) -> None:
         self._config = config
+        self._target = target
         self._sql = sql
         self._channel = channel
         self._owner = owner
@@ -96,7 +108,13 @@ class Store:
     ) -> Self:
         """Another store that shares what is not given, and closes nothing."""
         view = type(self).__new__(type(self))
-        view._bind(config or self._config, sql or self._sql, channel or self._channel, owner=False)
+        view._bind(
+            config or self._config,
+            self._target,
+            sql or self._sql,
+            channel or self._channel,
+            owner=False,
+        )
         return view
 
     # -- beginning and end
@@ -139,7 +157,7 @@ class Store:
         settings = config_of_pool(pool, dsn, options_of(config))
         store = cls.__new__(cls)
         channel = PoolChannel(settings, CallerPool(pool, settings))
-        store._bind(settings, Statements(settings), channel)
+        store._bind(settings, Target(settings, dsn), Statements(settings), channel)
         return store
 
     @classmethod
@@ -176,6 +194,15 @@ class Store:
     def __repr__(self) -> str:
         prefix = f" namespace={self._sql.prefix!r}" if self._sql.prefix else ""
         return f"<{type(self).__name__} {self._config.table_name!r}{prefix}>"
+
+    @property
+    def dsn(self) -> str:
+        """The libpq DSN of this store's server, for connections of your own.
+
+        For ``embedded://`` it names the embedded server, which is started if need be. **It holds
+        the password**, if there is one: not for logs.
+        """
+        return self._target.dsn()
 
     # -- basic
 
@@ -593,6 +620,34 @@ class Store:
         """
         with self._channel.transaction() as channel:
             yield self._view(channel=channel)
+
+    def pipeline(self, *, atomic: bool = False) -> Pipeline:
+        """Queue operations and send them together at the end of a ``with`` block.
+
+        ``with store.pipeline() as p: a = p.get("x"); b = p.increment("n", 2)`` takes one round
+        trip; then ``a.result()`` gives the value or raises that operation's own error.
+
+        Args:
+            atomic: all or nothing; see `Pipeline`.
+        """
+        return Pipeline(self._sql, self._channel, atomic=atomic)
+
+    @overload
+    def typed(self, type_: type[T], codec: CodecName = "json") -> TypedStore[T]: ...
+    @overload
+    def typed(self, type_: Any, codec: CodecName = "json") -> TypedStore[Any]: ...
+    def typed(self, type_: Any, codec: CodecName = "json") -> TypedStore[Any]:
+        """Return this store for values of one type.
+
+        Args:
+            type_: a dataclass, TypedDict, ``msgspec.Struct``, pydantic model, or any type that JSON
+                can express, such as ``dict[str, int]``.
+            codec: ``"json"`` or ``"msgpack"``.
+
+        Raises:
+            ConfigError: values of that type cannot be written and read back.
+        """
+        return TypedStore(self, type_, codec)
 
     def run_transaction(
         self, fn: Callable[[Self], T], *, isolation: IsolationLevel | None = None

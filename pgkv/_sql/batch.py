@@ -6,7 +6,7 @@ batches take their row locks in one order whatever order their callers wrote the
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, TypeVar
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from ..config import Seconds
 
 T = TypeVar("T")
+K = TypeVar("K")
 
 CHUNK_ROWS = 5_000
 CHUNK_BYTES = 8 * 1024 * 1024
@@ -71,17 +72,14 @@ class Batch(TableStatements):
         )
 
     def _read_pairs(self, result: Result) -> dict[str, bytes] | Signal:
-        column, read_key = result.get_value, self.read_key
-        found: dict[str, bytes] = {}
-        expired: list[bytes] = []
-        for row in range(result.ntuples):
-            key, value = column(row, 0), column(row, 1)
-            assert key is not None
-            if value is None:
-                expired.append(key)
-            else:
-                found[read_key(key)] = value
-        return Expired(found, expired) if expired else found
+        return _pairs_of(result, self.read_key)
+
+    def get_raw(self, keys: Iterable[bytes]) -> Op[dict[bytes, bytes]]:
+        """The values of keys that were encoded before, for reads that are merged."""
+        raw = sorted(keys)
+        few = len(raw) if len(raw) <= IN_LIST_MAX else 0
+        statement = self.made(("get_many", few), lambda: self._make_get_many(few))
+        return Op(statement, raw if few else (_codec.encode_array(raw),), _read_raw_pairs)
 
     def exists_many(self, keys: Iterable[str]) -> Op[set[str]] | None:
         """Those of the keys that exist; None when no key was given."""
@@ -232,11 +230,30 @@ class Batch(TableStatements):
             read_count,
             retry_safe=True,
             writes=False,
+            retried=False,  # on a read-only server it would fail, and warn, after every read
         )
 
     def collect(self, keys: Iterable[bytes]) -> Op[int]:
         """Delete those of the keys (encoded, with prefix) whose time has passed."""
         return Op(self._collect, (_codec.encode_array(sorted(set(keys))),))
+
+
+def _pairs_of(result: Result, read_key: Callable[[bytes], K]) -> dict[K, bytes] | Signal:
+    column = result.get_value
+    found: dict[K, bytes] = {}
+    expired: list[bytes] = []
+    for row in range(result.ntuples):
+        key, value = column(row, 0), column(row, 1)
+        assert key is not None
+        if value is None:
+            expired.append(key)
+        else:
+            found[read_key(key)] = value
+    return Expired(found, expired) if expired else found
+
+
+def _read_raw_pairs(result: Result) -> dict[bytes, bytes] | Signal:
+    return _pairs_of(result, bytes)
 
 
 def _among(few: int) -> str:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from datetime import datetime
 from functools import cached_property
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from .. import _codec
 from .._op import BINARY, TEXT, Expired, Op, Raced, Result, Signal, Statement
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     from .._codec import Value
     from ..config import Seconds
 
+T = TypeVar("T")
+
 REPEATS = 100  # attempts that may meet a concurrent change before a caller hears of it
 
 # Integers are kept as decimal text, as the Rust crate keeps them. The pattern is tested before
@@ -59,13 +62,23 @@ WINDOW = f"CASE WHEN {DEAD} THEN EXCLUDED.expires_at ELSE t.expires_at END"
 class Point(TableStatements):
     """Reads, writes and compare-and-swap of one key."""
 
+    def _of_one_key(
+        self,
+        name: str,
+        sql: str,
+        formats: tuple[int, ...],
+        decode: Callable[[Result], T | Signal],
+        **options: Any,
+    ) -> Statement[T]:
+        return self.statement(name, sql, formats, decode, one_key=True, **options)
+
     # -- reading
 
     @cached_property
     def _get(self) -> Statement[bytes | None]:
         if self.collects:
             # value is NOT NULL, so a NULL can only mean "expired".
-            return self.statement(
+            return self._of_one_key(
                 "get",
                 "SELECT CASE WHEN expires_at <= statement_timestamp() THEN NULL ELSE value END "
                 f"FROM {self.t} WHERE key = $1",
@@ -74,7 +87,7 @@ class Point(TableStatements):
                 retry_safe=True,
                 writes=False,
             )
-        return self.statement(
+        return self._of_one_key(
             "get",
             f"SELECT value FROM {self.t} WHERE key = $1 AND {self.readable}",
             (TEXT,),
@@ -89,7 +102,7 @@ class Point(TableStatements):
 
     @cached_property
     def _get_entry(self) -> Statement[Entry | None]:
-        return self.statement(
+        return self._of_one_key(
             "get_entry",
             "SELECT value, version, expires_at, created_at, updated_at, statement_timestamp(), "
             f"coalesce(expires_at <= statement_timestamp(), false) FROM {self.t} "
@@ -123,7 +136,7 @@ class Point(TableStatements):
 
     @cached_property
     def _exists(self) -> Statement[bool]:
-        return self.statement(
+        return self._of_one_key(
             "exists",
             f"SELECT 1 FROM {self.t} WHERE key = $1 AND {self.readable}",
             (TEXT,),
@@ -138,7 +151,7 @@ class Point(TableStatements):
 
     @cached_property
     def _ttl(self) -> Statement[float | None]:
-        return self.statement(
+        return self._of_one_key(
             "ttl",
             # Not expires_at - now: before 17 the difference to 'infinity' is an error.
             "SELECT (extract(epoch from expires_at) - "
@@ -182,7 +195,7 @@ class Point(TableStatements):
         return self._make_set(NEVER)
 
     def _make_set(self, expiry: Expiry) -> Statement[int | None]:
-        return self.statement(
+        return self._of_one_key(
             "set",
             self.upsert(expiry, returning="version"),
             formats(2, expiry),
@@ -191,7 +204,7 @@ class Point(TableStatements):
         )
 
     def _make_set_nx(self, expiry: Expiry) -> Statement[int | None]:
-        return self.statement(
+        return self._of_one_key(
             "set_nx",
             self.upsert(expiry, where=DEAD, returning="version"),
             formats(2, expiry),
@@ -200,7 +213,7 @@ class Point(TableStatements):
 
     def _make_set_if(self, expiry: Expiry) -> Statement[int | None]:
         n = 3 if expiry.format is None else 4
-        return self.statement(
+        return self._of_one_key(
             "set_if_version",
             f"UPDATE {self.t} SET value = $2, expires_at = {expiry.updated.format(n=3)}, {UPDATED} "
             f"WHERE key = $1 AND version = ${n} AND {LIVE} RETURNING version",
@@ -221,7 +234,7 @@ class Point(TableStatements):
         return Op(statement, (self.key(key), self.value(value), *extra))
 
     def _make_set_xx(self, expiry: Expiry) -> Statement[bool]:
-        return self.statement(
+        return self._of_one_key(
             "set_xx",
             f"UPDATE {self.t} SET value = $2, expires_at = {expiry.updated.format(n=3)}, {UPDATED} "
             f"WHERE key = $1 AND {LIVE}",
@@ -231,7 +244,7 @@ class Point(TableStatements):
 
     @cached_property
     def _delete(self) -> Statement[bool]:
-        return self.statement(
+        return self._of_one_key(
             "delete",
             f"DELETE FROM {self.t} WHERE key = $1 AND {LIVE}",
             (TEXT,),
@@ -241,7 +254,7 @@ class Point(TableStatements):
 
     @cached_property
     def _delete_if(self) -> Statement[bool]:
-        return self.statement(
+        return self._of_one_key(
             "delete_if_version",
             f"DELETE FROM {self.t} WHERE key = $1 AND version = $2 AND {LIVE}",
             (TEXT, BINARY),
@@ -257,7 +270,7 @@ class Point(TableStatements):
 
     @cached_property
     def _get_and_delete(self) -> Statement[bytes | None]:
-        return self.statement(
+        return self._of_one_key(
             "get_and_delete",
             f"DELETE FROM {self.t} WHERE key = $1 AND {LIVE} RETURNING value",
             (TEXT,),
@@ -294,7 +307,7 @@ class Point(TableStatements):
             expiry,
             returning="CASE WHEN old.expires_at <= new.updated_at THEN NULL ELSE old.value END",
         )
-        return self.statement(
+        return self._of_one_key(
             "get_and_set",
             before_18,
             formats(2, expiry),
@@ -322,7 +335,7 @@ class Point(TableStatements):
         # added to may have expired meanwhile, and nobody would ever see the sum: hence the
         # second look, by a clock that has moved on.
         upsert = self.upsert(expiry, value=ADDED, expires_at=WINDOW, returning="value, expires_at")
-        return self.statement(
+        return self._of_one_key(
             "increment",
             f"WITH up AS ({upsert}) "
             "SELECT value, coalesce(expires_at <= clock_timestamp(), false) FROM up",
@@ -360,7 +373,7 @@ class Point(TableStatements):
         n = 3 if expiry.format is None else 4
         # The UPDATE sees the newest row, the SELECT this statement's snapshot. A mismatch that
         # shows the expected value is therefore a stale snapshot (2): ask again.
-        return self.statement(
+        return self._of_one_key(
             "compare_and_swap",
             f"WITH up AS (UPDATE {self.t} SET value = $2, "
             f"expires_at = {expiry.updated.format(n=3)}, {UPDATED} "
@@ -375,7 +388,7 @@ class Point(TableStatements):
         )
 
     def _make_cas_new(self, expiry: Expiry) -> Statement[CasResult]:
-        return self.statement(
+        return self._of_one_key(
             "compare_and_swap",
             f"WITH up AS ({self.upsert(expiry, where=DEAD, returning='version')}) "
             "SELECT 0, NULL::bytea, version FROM up UNION ALL "
@@ -389,7 +402,7 @@ class Point(TableStatements):
 
     @cached_property
     def _compare_and_delete(self) -> Statement[bool]:
-        return self.statement(
+        return self._of_one_key(
             "compare_and_delete",
             f"DELETE FROM {self.t} WHERE key = $1 AND value = $2 AND {LIVE}",
             (TEXT, BINARY),
@@ -424,7 +437,7 @@ class Point(TableStatements):
 
     def _make_expire(self, expiry: Expiry, *, versioned: bool = False) -> Statement[bool]:
         name = {AFTER: "expire", AT: "expire_at", NEVER: "persist"}[expiry]
-        return self.statement(
+        return self._of_one_key(
             name,
             f"UPDATE {self.t} SET expires_at = {expiry.updated.format(n=2)} "
             f"WHERE key = $1 AND {LIVE}" + (" AND version = $3" if versioned else ""),
@@ -435,7 +448,7 @@ class Point(TableStatements):
 
     @cached_property
     def _get_and_touch(self) -> Statement[bytes | None]:
-        return self.statement(
+        return self._of_one_key(
             "get_and_touch",
             f"UPDATE {self.t} SET expires_at = statement_timestamp() + $2::interval "
             f"WHERE key = $1 AND {LIVE} RETURNING value",

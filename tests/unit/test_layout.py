@@ -21,10 +21,9 @@ PATTERNS = sorted((ROOT / "patterns").rglob("*.py"))
 MODULES_WITH_SQL = {
     "pgkv/_schema.py",
     "pgkv/_sweep.py",
-    "pgkv/_doctor.py",
     "pgkv/testing.py",  # puts a clock of its own into a test's schema
 }
-PACKAGE_WITH_SQL = "pgkv/_sql/"
+PACKAGES_WITH_SQL = ("pgkv/_sql/", "pgkv/_doctor/")
 # Verbs as statements have them; upper case for the two that are also plain English in a message.
 SQL_VERB = re.compile(
     r"(?i:\binsert\s+into\b)|(?i:\bdelete\s+from\b)|(?i:\bupdate\s+\S+\s+set\b)|\bSELECT\s|(?i:^\s*select\s.+\sfrom\s)",
@@ -37,7 +36,7 @@ def name_of(path: Path) -> str:
 
 
 def may_hold_sql(path: Path) -> bool:
-    return name_of(path) in MODULES_WITH_SQL or name_of(path).startswith(PACKAGE_WITH_SQL)
+    return name_of(path) in MODULES_WITH_SQL or name_of(path).startswith(PACKAGES_WITH_SQL)
 
 
 def text_constants(tree: ast.Module) -> Iterator[tuple[int, str]]:

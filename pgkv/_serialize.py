@@ -1,0 +1,124 @@
+"""Typed values to bytes and back, on msgspec (and pydantic's own code for pydantic's models).
+
+Decoding checks that the bytes fit the type completely. What does not fit is a SerializationError
+that names the path inside the value, and never quotes the data.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable
+from typing import Any, Generic, Literal, TypeAlias, TypeVar, get_args
+
+import msgspec
+
+from .errors import ConfigError, SerializationError
+
+T = TypeVar("T")
+
+CodecName: TypeAlias = Literal["json", "msgpack"]
+
+# "Expected `int`, got `str` - at `$.age`" speaks of types only; other messages may quote a value.
+_PATH = re.compile(r" - at `(\$[^`]*)`$")
+_OF_TYPES = ("Expected `", "Object missing required field", "Object contains unknown field")
+
+
+class Serializer(Generic[T]):
+    """One type's values as bytes.
+
+    Args:
+        type_: what msgspec can decode (dataclass, TypedDict, Struct, JSON types), or a pydantic
+            model.
+        codec: ``"json"`` or ``"msgpack"``.
+
+    Raises:
+        ConfigError: another codec, or a type that cannot be decoded.
+    """
+
+    def __init__(self, type_: Any, codec: CodecName) -> None:
+        if codec not in ("json", "msgpack"):
+            raise ConfigError(f"codec must be 'json' or 'msgpack', not {codec!r}")
+        self.type = type_
+        self.codec = codec
+        self._name = getattr(type_, "__name__", None) or str(type_)
+        # Deterministic: equal values have equal bytes, which compare_and_swap relies on.
+        encoder: Any = (
+            msgspec.json.Encoder(order="deterministic")
+            if codec == "json"
+            else msgspec.msgpack.Encoder(order="deterministic")
+        )
+        self._encode: Callable[[Any], bytes] = encoder.encode
+        self._decode: Callable[[bytes], Any]
+        if _is_pydantic(type_):
+            self._use_pydantic(type_, codec)
+            return
+        try:
+            decoder: Any = (
+                msgspec.json.Decoder(type_) if codec == "json" else msgspec.msgpack.Decoder(type_)
+            )
+        except (TypeError, NameError) as error:
+            raise ConfigError(f"values of type {self._name} cannot be kept: {error}") from None
+        self._decode = decoder.decode
+
+    def _use_pydantic(self, type_: Any, codec: CodecName) -> None:
+        from pydantic import TypeAdapter
+
+        adapter = TypeAdapter(type_)
+        if codec == "json":
+            self._encode = adapter.dump_json
+            self._decode = adapter.validate_json
+        else:
+            pack = self._encode
+            self._encode = lambda value: pack(adapter.dump_python(value, mode="json"))
+            unpack = msgspec.msgpack.Decoder().decode
+            self._decode = lambda raw: adapter.validate_python(unpack(raw))
+
+    def encode(self, key: str, value: T) -> bytes:
+        """Return the value's bytes.
+
+        Raises:
+            SerializationError: it holds something that the codec cannot express.
+        """
+        try:
+            return self._encode(value)
+        except (TypeError, ValueError, OverflowError, RecursionError) as error:
+            why = _path_and_reason(error)
+        raise SerializationError(
+            f"{key!r}: a {type(value).__name__} cannot be written as {self.codec}{why}"
+        )
+
+    def decode(self, key: str, raw: bytes) -> T:
+        """Return the value in the bytes.
+
+        Raises:
+            SerializationError: they are damaged, or do not fit the type.
+        """
+        try:
+            return self._decode(raw)  # type: ignore[no-any-return]  # the decoder was made for T
+        except (ValueError, RecursionError) as error:  # msgspec's and pydantic's are ValueErrors
+            why = _path_and_reason(error)
+        raise SerializationError(f"the value of {key!r} is no {self._name} in {self.codec}{why}")
+
+
+def _path_and_reason(error: Exception) -> str:
+    """Where, and of which types, without a word of the data."""
+    if hasattr(error, "errors") and callable(error.errors):  # pydantic
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        path = "".join(f".{part}" for part in first["loc"])
+        return f": {first['type']} - at `${path}`"
+    text = str(error)
+    found = _PATH.search(text)
+    path = found[1] if found else "$"
+    reason = _PATH.sub("", text)
+    said = reason if reason.startswith(_OF_TYPES) else type(error).__name__
+    return f": {said} - at `{path}`"
+
+
+def _is_pydantic(type_: Any) -> bool:
+    pydantic = sys.modules.get("pydantic")  # whoever holds a model has imported it
+    if pydantic is None:
+        return False
+    if isinstance(type_, type) and issubclass(type_, pydantic.BaseModel):
+        return True
+    return any(_is_pydantic(part) for part in get_args(type_))

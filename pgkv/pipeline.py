@@ -1,0 +1,374 @@
+"""`Pipeline`: operations queued now and sent together, in one round trip.
+
+Its methods are a store's, but they return a `Handle` at once; what the handle's ``result()`` is
+becomes known when the ``with`` block ends. `_flows.pipeline` is what sends them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable, Mapping
+from datetime import datetime
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
+
+from . import _flows
+from ._op import Flow, Op
+from ._settings import scan_options, text_of
+from ._sql import Statements
+from ._sql.point import negated
+from .errors import NotFoundError, PgkvError, TransactionError
+from .types import CasResult, Entry, KeyValue, ScanOptions
+
+if TYPE_CHECKING:
+    from ._aio_channel import AsyncChannel
+    from ._channel import Channel
+    from ._codec import Value
+    from .config import Seconds
+
+T = TypeVar("T")
+
+
+class Handle(Generic[T]):
+    """The promise of one queued operation's outcome."""
+
+    __slots__ = ("_answers", "_combine", "_names", "_state")
+
+    def __init__(self, names: str, combine: Callable[[list[Any]], T]) -> None:
+        self._names = names
+        self._combine = combine
+        self._answers: list[Any] = []
+        self._state = "not sent yet: leave the pipeline's `with` block first"
+
+    def result(self) -> T:
+        """Return what the operation returned.
+
+        Raises:
+            TransactionError: the pipeline was not sent, or was rolled back as a whole.
+            PgkvError: the operation's own error.
+        """
+        if self._state:
+            raise TransactionError(f"{self._names}: {self._state}")
+        for answer in self._answers:
+            if isinstance(answer, PgkvError):
+                raise answer
+        return self._combine(self._answers)
+
+    def __repr__(self) -> str:
+        return f"<Handle {self._names} {'pending' if self._state else 'done'}>"
+
+
+class _Queue:
+    """What both colours of pipeline share: everything but the sending."""
+
+    def __init__(self, sql: Statements, channel: Any, *, atomic: bool) -> None:
+        self._sql = sql
+        self._channel = channel
+        self._atomic = atomic
+        self._ops: list[Op[Any]] = []
+        self._handles: list[tuple[Handle[Any], slice]] = []
+        self._over = False
+
+    def __len__(self) -> int:
+        return len(self._handles)
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __repr__(self) -> str:
+        kind = "atomic " if self._atomic else ""
+        return f"<{kind}{type(self).__name__} of {len(self)} operations>"
+
+    def _queue(self, op: Op[T]) -> Handle[T]:
+        return self._queue_all([op], op.statement.name, _first)
+
+    def _queue_then(self, op: Op[Any], then: Callable[[Any], T]) -> Handle[T]:
+        return self._queue_all([op], op.statement.name, lambda answers: then(answers[0]))
+
+    def _queue_all(self, ops: list[Any], name: str, combine: Callable[[list[Any]], T]) -> Handle[T]:
+        if self._over:
+            raise TransactionError(f"{name}: the pipeline has been sent; open another one")
+        handle = Handle(name, combine)
+        begin = len(self._ops)
+        self._ops += ops
+        self._handles.append((handle, slice(begin, len(self._ops))))
+        return handle
+
+    def _sending(self) -> Flow[None]:
+        """Send what was queued, and give each handle its outcome."""
+        self._over = True
+        try:
+            answers = yield from _flows.pipeline(
+                self._ops, atomic=self._atomic, engine=self._channel
+            )
+        except BaseException as error:
+            if not isinstance(error, PgkvError) or self._atomic:
+                self._discard(f"sending failed: {type(error).__name__}")
+            raise
+        for handle, part in self._handles:
+            handle._answers = answers[part]
+            handle._state = ""
+
+    def _discard(self, why: str) -> None:
+        self._over = True
+        for handle, _ in self._handles:
+            handle._state = why
+
+    # -- the operations; what they mean is written in Store
+
+    def get(self, key: str, default: Any = None) -> Handle[bytes | None]:
+        """Queue `Store.get`."""
+        return self._queue_then(
+            self._sql.get(key), lambda value: default if value is None else value
+        )
+
+    def get_or_raise(self, key: str) -> Handle[bytes]:
+        """Queue `Store.get_or_raise`."""
+
+        def found(value: bytes | None) -> bytes:
+            if value is None:
+                raise NotFoundError(f"no such key: {key!r}")
+            return value
+
+        return self._queue_then(self._sql.get(key), found)
+
+    def get_string(self, key: str) -> Handle[str | None]:
+        """Queue `Store.get_string`."""
+        return self._queue_then(
+            self._sql.get(key), lambda value: None if value is None else text_of(key, value)
+        )
+
+    def get_entry(self, key: str) -> Handle[Entry | None]:
+        """Queue `Store.get_entry`."""
+        return self._queue(self._sql.get_entry(key))
+
+    def set(
+        self,
+        key: str,
+        value: Value,
+        *,
+        ttl: Seconds | None = None,
+        expires_at: datetime | None = None,
+        keep_ttl: bool = False,
+        if_version: int | None = None,
+    ) -> Handle[int | None]:
+        """Queue `Store.set`."""
+        return self._queue(self._sql.set(key, value, ttl, expires_at, keep_ttl, if_version))
+
+    def set_ex(self, key: str, value: Value, ttl: Seconds) -> Handle[int | None]:
+        """Queue `Store.set_ex`."""
+        return self.set(key, value, ttl=ttl)
+
+    def set_at(self, key: str, value: Value, expires_at: datetime) -> Handle[int | None]:
+        """Queue `Store.set_at`."""
+        return self.set(key, value, expires_at=expires_at)
+
+    def set_nx(self, key: str, value: Value, *, ttl: Seconds | None = None) -> Handle[bool]:
+        """Queue `Store.set_nx`."""
+        return self._queue(self._sql.set_nx(key, value, ttl))
+
+    def set_nx_ex(self, key: str, value: Value, ttl: Seconds) -> Handle[bool]:
+        """Queue `Store.set_nx_ex`."""
+        return self._queue(self._sql.set_nx(key, value, ttl))
+
+    def set_xx(self, key: str, value: Value, *, ttl: Seconds | None = None) -> Handle[bool]:
+        """Queue `Store.set_xx`."""
+        return self._queue(self._sql.set_xx(key, value, ttl))
+
+    def delete(self, key: str, *, if_version: int | None = None) -> Handle[bool]:
+        """Queue `Store.delete`."""
+        return self._queue(self._sql.delete(key, if_version))
+
+    def exists(self, key: str) -> Handle[bool]:
+        """Queue `Store.exists`."""
+        return self._queue(self._sql.exists(key))
+
+    def get_and_touch(self, key: str, ttl: Seconds) -> Handle[bytes | None]:
+        """Queue `Store.get_and_touch`."""
+        return self._queue(self._sql.get_and_touch(key, ttl))
+
+    def get_many(self, keys: Iterable[str]) -> Handle[dict[str, bytes]]:
+        """Queue `Store.get_many`."""
+        op = self._sql.get_many(keys)
+        return self._queue_all([] if op is None else [op], "get_many", lambda all_: _one(all_, {}))
+
+    def set_many(
+        self,
+        items: Mapping[str, Value] | Iterable[tuple[str, Value]],
+        *,
+        ttl: Seconds | None = None,
+    ) -> Handle[int]:
+        """Queue `Store.set_many`. Beyond 5,000 keys all or nothing only in an atomic pipeline."""
+        count, ops = self._sql.set_many(items, ttl)
+        return self._queue_all(ops, "set_many", lambda _: count)
+
+    def delete_many(self, keys: Iterable[str]) -> Handle[int]:
+        """Queue `Store.delete_many`; see `set_many`."""
+        return self._queue_all(self._sql.delete_many(keys), "delete_many", sum)
+
+    def exists_many(self, keys: Iterable[str]) -> Handle[builtin_set[str]]:
+        """Queue `Store.exists_many`."""
+        op = self._sql.exists_many(keys)
+        none: builtin_set[str] = builtin_set()
+        return self._queue_all(
+            [] if op is None else [op], "exists_many", lambda all_: _one(all_, none)
+        )
+
+    def expire_many(self, keys: Iterable[str], ttl: Seconds) -> Handle[int]:
+        """Queue `Store.expire_many`; see `set_many`."""
+        return self._queue_all(self._sql.expire_many(keys, ttl), "expire_many", sum)
+
+    def increment(self, key: str, delta: int = 1, *, ttl: Seconds | None = None) -> Handle[int]:
+        """Queue `Store.increment`."""
+        return self._queue(self._sql.increment(key, delta, ttl))
+
+    def decrement(self, key: str, delta: int = 1, *, ttl: Seconds | None = None) -> Handle[int]:
+        """Queue `Store.decrement`."""
+        return self._queue(self._sql.increment(key, negated(delta), ttl))
+
+    def compare_and_swap(
+        self,
+        key: str,
+        expected: Value | None,
+        new: Value,
+        *,
+        ttl: Seconds | None = None,
+    ) -> Handle[CasResult]:
+        """Queue `Store.compare_and_swap`."""
+        return self._queue(self._sql.compare_and_swap(key, expected, new, ttl))
+
+    def compare_and_delete(self, key: str, expected: Value) -> Handle[bool]:
+        """Queue `Store.compare_and_delete`."""
+        return self._queue(self._sql.compare_and_delete(key, expected))
+
+    def get_and_set(
+        self, key: str, value: Value, *, ttl: Seconds | None = None
+    ) -> Handle[bytes | None]:
+        """Queue `Store.get_and_set`."""
+        return self._queue(self._sql.get_and_set(key, value, ttl))
+
+    def get_and_delete(self, key: str) -> Handle[bytes | None]:
+        """Queue `Store.get_and_delete`."""
+        return self._queue(self._sql.get_and_delete(key))
+
+    def expire(self, key: str, ttl: Seconds, *, if_version: int | None = None) -> Handle[bool]:
+        """Queue `Store.expire`."""
+        return self._queue(self._sql.expire(key, ttl, if_version))
+
+    def expire_at(self, key: str, moment: datetime) -> Handle[bool]:
+        """Queue `Store.expire_at`."""
+        return self._queue(self._sql.expire_at(key, moment))
+
+    def persist(self, key: str) -> Handle[bool]:
+        """Queue `Store.persist`."""
+        return self._queue(self._sql.persist(key))
+
+    def ttl(self, key: str) -> Handle[float | None]:
+        """Queue `Store.ttl`."""
+        return self._queue(self._sql.ttl(key))
+
+    def keys(
+        self,
+        prefix: str | ScanOptions = "",
+        *,
+        start: str | None = None,
+        end: str | None = None,
+        after: str | None = None,
+        limit: int | None = None,
+        offset: int = 0,
+        include_expired: bool = False,
+    ) -> Handle[list[str]]:
+        """Queue `Store.keys`."""
+        options = scan_options(prefix, start, end, after, limit, offset, include_expired)
+        return self._queue(self._sql.keys(options))
+
+    def scan(
+        self,
+        prefix: str | ScanOptions = "",
+        *,
+        start: str | None = None,
+        end: str | None = None,
+        after: str | None = None,
+        limit: int | None = None,
+        offset: int = 0,
+        include_expired: bool = False,
+    ) -> Handle[list[KeyValue]]:
+        """Queue `Store.scan`."""
+        options = scan_options(prefix, start, end, after, limit, offset, include_expired)
+        return self._queue(self._sql.scan(options))
+
+    def count(self, prefix: str = "", *, include_expired: bool = False) -> Handle[int]:
+        """Queue `Store.count`."""
+        return self._queue(self._sql.count(prefix, include_expired))
+
+    def delete_prefix(self, prefix: str) -> Handle[int]:
+        """Queue `Store.delete_prefix`."""
+        return self._queue(self._sql.delete_prefix(prefix))
+
+
+builtin_set = set  # inside the class body the name means the method
+
+
+class Pipeline(_Queue):
+    """Operations of a `Store` that travel together: ``with store.pipeline() as p``.
+
+    Each method queues and returns a `Handle`; at the end of the block everything is sent, in
+    order. Bad input raises at the call. If the body raises, nothing is sent.
+
+    A refused operation does not disturb the others; its own handle raises. With ``atomic=True``
+    they are one transaction: after a refusal none has happened, the refused one's handle raises
+    its own error and every other handle `TransactionError`. (Without a refusal a pipeline of up to
+    1,000 operations is one transaction either way.)
+
+    Not offered: `update` and `increment_many`, which take several round trips by nature.
+    """
+
+    _channel: Channel
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if kind is not None:
+            self._discard(f"not sent, because the block raised {kind.__name__}")
+            return
+        self._channel.run(self._sending())
+
+
+class AsyncPipeline(_Queue):
+    """Operations of an `AsyncStore` that travel together: ``async with store.pipeline() as p``.
+
+    Queueing is not awaited, and neither is ``result()``; only the end of the block is. See
+    `Pipeline`.
+    """
+
+    _channel: AsyncChannel
+
+    def __await__(self) -> Generator[Any, None, Self]:
+        return self.__aenter__().__await__()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if kind is not None:
+            self._discard(f"not sent, because the block raised {kind.__name__}")
+            return
+        await self._channel.run(self._sending())
+
+
+def _first(answers: list[Any]) -> Any:
+    return answers[0]
+
+
+def _one(answers: list[Any], otherwise: T) -> T:
+    return answers[0] if answers else otherwise

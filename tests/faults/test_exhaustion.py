@@ -1,0 +1,273 @@
+"""Few connections and many callers: bounded, in order, nobody forgotten, and every answer the
+asker's own."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+
+from pgkv import OperationTimeoutError, PgkvError, PoolTimeoutError, Store
+from tests.faults.support import Crew, Witness, newest, until
+from tests.servers import wait_until
+
+MakeStore = Callable[..., Awaitable[Any]]
+pytestmark = newest
+
+
+async def test_all_connections_in_transactions(make_store: MakeStore) -> None:
+    """Two transactions hold both connections: a third call waits for pool_timeout, not less, and
+    gets PoolTimeoutError; one that becomes free in time serves it."""
+    store = await make_store(pool_max_size=2, pool_timeout=0.3)
+    async with store.transaction() as one, store.transaction() as two:
+        await one.set("a", b"1")
+        await two.set("b", b"2")
+        started = time.monotonic()
+        with pytest.raises(PoolTimeoutError, match="pool_max_size") as caught:
+            await store.get("a")
+        assert 0.29 < time.monotonic() - started < 1
+        assert not caught.value.outcome_unknown
+    assert await store.get("a") == b"1"
+    async with store.transaction() as one:
+        async with store.transaction() as two:
+            await two.set("b", b"3")
+            waiting = asyncio.ensure_future(store.get("a"))
+            await asyncio.sleep(0.1)
+            assert not waiting.done()
+        assert await asyncio.wait_for(waiting, 5) == b"1"
+
+
+async def test_operation_timeout_comes_first(make_store: MakeStore) -> None:
+    """With operation_timeout the shorter one, that is the error; nothing was sent."""
+    store = await make_store(pool_max_size=1, pool_timeout=5, operation_timeout=0.2)
+    async with store.transaction() as tx:
+        await tx.ping()
+        with pytest.raises(OperationTimeoutError, match="nothing was sent") as caught:
+            await store.set("a", b"1")
+        assert not caught.value.outcome_unknown
+    assert await store.get("a") is None
+
+
+async def test_waiters_are_served_in_order(make_store: MakeStore) -> None:
+    """First come, first served."""
+    store = await make_store(pool_max_size=1)
+    served: list[int] = []
+
+    async def wait(i: int) -> None:
+        await store.ping()
+        served.append(i)
+
+    async with store.transaction() as tx:
+        await tx.ping()
+        tasks = []
+        for i in range(8):
+            tasks.append(asyncio.ensure_future(wait(i)))
+            # In the queue before the next one comes.
+            await asyncio.sleep(0.03)
+        assert not served
+    await asyncio.gather(*tasks)
+    # A thread notes its number after its call: neighbours may swap.
+    assert all(abs(place - i) <= 2 for place, i in enumerate(served)), served
+
+
+def test_storm_on_three_connections(dsn: str, witness: Witness) -> None:
+    """64 threads, 20,000 operations, three connections: never more, it ends, and every thread reads
+    what it wrote."""
+    most = 0
+    running = threading.Event()
+    with Store.connect(dsn, pool_max_size=3, pool_timeout=20) as store:
+
+        def work(number: int) -> None:
+            key = f"k{number}"
+            for i in range(156):
+                value = b"%d:%d" % (number, i)
+                store.set(key, value)
+                assert store.get(key) == value
+
+        def watch() -> None:
+            nonlocal most
+            while not running.wait(0.02):
+                most = max(most, len(witness.backends()))
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        try:
+            crew = Crew()
+            for number in range(64):
+                crew.start(work, number)
+            crew.join(60)
+        finally:
+            running.set()
+            watcher.join()
+        assert 1 <= most <= 3
+
+
+def test_storm_with_expiring_leases_and_kills(
+    dsn: str, witness: Witness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same while leases end all the time and connections die: all threads come to their end, and
+    the number of connections is what it was."""
+    monkeypatch.setattr("pgkv._pool.LEASE_TIME", 0.01)
+    with Store.connect(dsn, pool_max_size=3, pool_timeout=20) as store:
+        failed = 0
+
+        def work(number: int) -> None:
+            nonlocal failed
+            for i in range(100):
+                value = b"%d:%d" % (number, i)
+                try:
+                    store.set(f"k{number}", value)
+                    assert store.get(f"k{number}") == value
+                except PgkvError:
+                    failed += 1
+
+        crew = Crew()
+        for number in range(32):
+            crew.start(work, number)
+        for _ in range(10):
+            time.sleep(0.03)
+            witness.terminate()
+        crew.join(60)
+        assert failed < 32
+        # Nothing was lost on the way: three transactions find room at once.
+        with store.transaction() as a, store.transaction() as b, store.transaction() as c:
+            assert all(tx.ping() < 5 for tx in (a, b, c))
+
+
+async def test_storm_of_time_outs(make_store: MakeStore) -> None:
+    """Waiters that give up at the very moment at which a connection becomes free lose neither it nor
+    their own deadline."""
+    store = await make_store(pool_max_size=2, pool_timeout=0.004)
+    outcomes = {"served": 0, "timed out": 0}
+
+    async def work() -> None:
+        for _ in range(60):
+            started = time.monotonic()
+            try:
+                await store.ping()
+                outcomes["served"] += 1
+            except PoolTimeoutError:
+                outcomes["timed out"] += 1
+            assert time.monotonic() - started < 5
+
+    await asyncio.gather(*(work() for _ in range(40)))
+    print(outcomes)
+    async with store.transaction() as a, store.transaction() as b:
+        await a.ping()
+        await b.ping()
+
+
+async def test_self_healing_with_one_connection(make_store: MakeStore, witness: Witness) -> None:
+    """A missing table is created over the very connection that missed it; so is one that a
+    transaction needs."""
+    store = await make_store(pool_max_size=1, pool_timeout=1)
+    for heal in (
+        lambda: store.set("k", b"v"),
+        lambda: store.get("k"),
+        lambda: store.set_many({f"k{i}": b"v" for i in range(5001)}),
+        lambda: store.update("k", lambda value: b"v"),
+    ):
+        witness.conn.execute("DROP TABLE kv_store")
+        await heal()
+        assert witness.rows("true") >= 0
+    other = store.table("other")
+    async with other.transaction() as tx:
+        await tx.set("k", b"v")
+    assert await other.get("k") == b"v"
+
+
+async def test_cancelled_waiters_lose_no_connection(make_store: MakeStore) -> None:
+    """Waiting callers that are cancelled leave the queue (async), or end by themselves (sync)."""
+    store = await make_store(pool_max_size=1, pool_timeout=5)
+    async with store.transaction() as tx:
+        await tx.ping()
+        tasks = [asyncio.ensure_future(store.ping()) for _ in range(5)]
+        await asyncio.sleep(0.05)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    started = time.monotonic()
+    await store.ping()
+    assert time.monotonic() - started < 2
+
+
+async def test_close_with_callers_waiting(make_store: MakeStore, witness: Witness) -> None:
+    """close() while calls wait for a connection: they fail with "closed", soon, and what is under
+    way ends."""
+    store = await make_store(pool_max_size=1, pool_timeout=30)
+    await store.set("k", b"v")
+    with witness.lock("k"):
+        busy = asyncio.ensure_future(store.set("k", b"w"))
+        await until(lambda: witness.waiting() == 1, "the call is blocked")
+        waiting = [asyncio.ensure_future(store.get("k")) for _ in range(3)]
+        await asyncio.sleep(0.05)
+        closing = asyncio.ensure_future(store.close())
+        outcomes = await asyncio.wait_for(asyncio.gather(*waiting, return_exceptions=True), 5)
+        assert all("closed" in str(outcome) for outcome in outcomes), outcomes
+    outcome = (await asyncio.gather(busy, return_exceptions=True))[0]
+    assert isinstance(outcome, int | PgkvError)
+    await closing
+    await until(lambda: not witness.backends(), "connections end", 5)
+
+
+async def test_close_under_load(make_store: MakeStore, witness: Witness) -> None:
+    """Calls that run when the store is closed succeed or say that it is closed; no connection is
+    left, and every later call says so too."""
+    for _ in range(5):
+        store = await make_store(pool_max_size=3)
+
+        async def work(store: Any = store) -> str:
+            while True:
+                try:
+                    await store.set("k", b"v")
+                    await store.get("k")
+                except PgkvError as error:
+                    return str(error)
+
+        tasks = [asyncio.ensure_future(work()) for _ in range(10)]
+        await asyncio.sleep(0.05)
+        await store.close()
+        messages = await asyncio.wait_for(asyncio.gather(*tasks), 10)
+        assert all("closed" in message for message in messages), messages
+        await until(lambda: not witness.backends(), "connections end", 5)
+        with pytest.raises(PgkvError, match="the store is closed"):
+            await store.get("k")
+        with pytest.raises(PgkvError, match="the store is closed"):
+            async with store.transaction():
+                pass
+        await store.close()
+
+
+def test_nothing_is_left_after_close(dsn: str, witness: Witness) -> None:
+    """No thread of ours or of the pool's, and no socket, outlives close()."""
+    import os
+    from pathlib import Path
+
+    def sockets() -> int:
+        links = Path("/proc/self/fd")
+        count = 0
+        for entry in links.iterdir():
+            try:
+                count += os.readlink(entry).startswith("socket:")
+            except OSError:
+                continue
+        return count
+
+    from pgkv import TtlCleanupStrategy
+
+    threads = set(threading.enumerate())
+    before = sockets() if Path("/proc/self/fd").exists() else None
+    for strategy in TtlCleanupStrategy:
+        with Store.connect(dsn, pool_min_size=3, ttl_cleanup_strategy=strategy) as store:
+            store.set("k", b"v", ttl=0.001)
+            with Crew() as crew:
+                for _ in range(5):
+                    crew.start(store.get, "k")
+    wait_until(lambda: not set(threading.enumerate()) - threads, "threads end", 3)
+    wait_until(lambda: not witness.backends(), "connections end", 3)
+    if before is not None:
+        assert sockets() == before

@@ -1,0 +1,443 @@
+"""`pgkv doctor`: what it finds, on tables and servers made ill on purpose."""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+from psycopg import sql
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
+
+pytest.importorskip("typer")
+pytest.importorskip("rich")
+
+from pgkv import (
+    Config,
+    Pooler,
+    Store,
+    StoreUnavailableError,
+    TableType,
+    TtlCleanupStrategy,
+    _doctor,
+)
+from pgkv._doctor import Finding
+from pgkv.cli import main
+from pgkv.testing import ServerClock
+from tests import servers
+from tests.servers import Server, UserServer
+
+# What the Rust crate pgkv creates.
+RUST_TABLE = """
+CREATE UNLOGGED TABLE kv_store (
+    key TEXT PRIMARY KEY, value BYTEA NOT NULL, expires_at TIMESTAMPTZ,
+    created_at TIMESTAMPTZ NOT NULL DEFAULT NOW(), updated_at TIMESTAMPTZ NOT NULL DEFAULT NOW());
+CREATE INDEX idx_kv_store_expires_at ON kv_store (expires_at) WHERE expires_at IS NOT NULL;
+"""
+OF_THE_SERVER = ["server", "writes", "pooler", "pool", "clock", "oldest transaction"]
+OF_THE_TABLE = [
+    "table",
+    "columns",
+    "unique key",
+    "key's collation",
+    "rights",
+    "index on expires_at",
+    "heap-only updates",
+    "dead rows",
+    "expired rows",
+]
+
+
+def examine(dsn: str, **options: Any) -> dict[str, Finding]:
+    return {found.check: found for found in _doctor.examine(Config(dsn, **options))}
+
+
+def execute(dsn: str, commands: str) -> None:
+    with psycopg.connect(dsn, autocommit=True) as conn:
+        conn.execute(commands.encode())
+
+
+def schema_of(dsn: str) -> str:
+    found = re.search(r"search_path=(\w+)", dsn)
+    assert found is not None
+    return found[1]
+
+
+@pytest.fixture
+def role(dsn: str, server: Server | UserServer) -> Iterator[str]:
+    """A role without any right, but to log in; its name is that of the test's schema."""
+    name = sql.Identifier(schema_of(dsn))
+    with psycopg.connect(dsn, autocommit=True) as conn:
+        conn.execute(sql.SQL("CREATE ROLE {} LOGIN").format(name))
+        yield schema_of(dsn)
+        conn.execute(sql.SQL("DROP OWNED BY {}").format(name))
+        conn.execute(sql.SQL("DROP ROLE {}").format(name))
+
+
+def test_a_fresh_table_is_in_order(dsn: str) -> None:
+    """Each check is made, and nothing is found wanting."""
+    with Store.connect(dsn) as store:
+        store.set("k", "v")
+    found = examine(dsn)
+    assert list(found) == [*OF_THE_SERVER, *OF_THE_TABLE, "emptied by a crash"]
+    assert {each.check: each for each in found.values() if each.status != "ok"} == {}
+    with Store.connect(dsn, table_name="logged", table_type=TableType.REGULAR):
+        pass
+    assert list(examine(dsn, table_name="logged")) == [*OF_THE_SERVER, *OF_THE_TABLE]
+
+
+def test_the_command_says_what_it_found(dsn: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Lines in a pipe, JSON on request; exit code 1 when something has to be mended."""
+    with Store.connect(dsn):
+        pass
+    assert main(["doctor", "--dsn", dsn]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("ok\tserver\tPostgreSQL")
+    assert main(["doctor", "--dsn", dsn, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["healthy"]
+    execute(dsn, "ALTER TABLE kv_store DROP COLUMN value")
+    assert main(["doctor", "--dsn", dsn, "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert not found["healthy"]
+    assert [each["check"] for each in found["findings"] if each["status"] == "fail"] == ["columns"]
+
+
+def test_a_table_of_the_rust_crate(dsn: str) -> None:
+    """It works; what would make it better is said, and helps."""
+    execute(dsn, RUST_TABLE)
+    found = examine(dsn)
+    assert {each.check for each in found.values() if each.status != "ok"} == {
+        "columns",
+        "key's collation",
+        "index on expires_at",
+    }
+    assert all(each.status != "fail" for each in found.values())
+    assert "create_table()" in found["columns"].advice
+    with Store.connect(dsn) as store:
+        store.set("k", "v")
+    for check in ("key's collation", "index on expires_at"):
+        command = found[check].advice.split(": ", 1)[1].split(" (a Rust")[0]
+        execute(dsn, command)
+    assert all(each.status == "ok" for each in examine(dsn).values())
+
+
+def test_an_index_in_disguise(dsn: str) -> None:
+    """Also an index whose expression or condition alone names a column that updates change."""
+    with Store.connect(dsn):
+        pass
+    execute(dsn, "CREATE INDEX by_size ON kv_store (octet_length(value))")
+    execute(dsn, "CREATE INDEX partial ON kv_store (created_at) WHERE version > 5")
+    found = examine(dsn)["index on expires_at"]
+    assert found.status == "warn"
+    assert "by_size on value" in found.detail
+    assert "partial on version" in found.detail
+
+
+def test_a_missing_table(dsn: str) -> None:
+    """No table is no illness where the role may create one."""
+    found = examine(dsn)
+    assert list(found) == [*OF_THE_SERVER, "table"]
+    assert found["table"].status == "warn"
+    assert "the first write makes it" in found["table"].advice
+    found = examine(dsn, schema="no_such_schema")
+    assert found["table"].status == "warn"
+    assert "no_such_schema does not exist" in found["table"].detail
+
+
+def test_missing_rights(dsn: str, role: str) -> None:
+    """What the role lacks is named, with the GRANT that helps: schema, table, columns."""
+    theirs = make_conninfo(dsn, user=role)
+    schema = schema_of(dsn)
+    found = examine(theirs, schema=schema)["table"]
+    assert found.status == "fail"
+    assert f'GRANT USAGE ON SCHEMA "{schema}" TO "{role}"' in found.advice
+    execute(dsn, f'GRANT USAGE ON SCHEMA "{schema}" TO "{role}"')
+    found = examine(theirs, schema=schema)["table"]
+    assert found.status == "fail"
+    assert "may not create it" in found.detail
+    with Store.connect(dsn):
+        pass
+    execute(dsn, f'GRANT SELECT, INSERT ON kv_store TO "{role}"')
+    found = examine(theirs)["rights"]
+    assert found.status == "fail"
+    assert "lacks UPDATE, DELETE" in found.detail
+    execute(dsn, found.advice.split(": ", 1)[1])
+    found = examine(theirs)["rights"]
+    assert found.status == "ok"
+    assert "the owner's" in found.detail
+    execute(dsn, "ALTER TABLE kv_store DROP COLUMN version")
+    found = examine(theirs)["columns"]
+    assert found.status == "fail"
+    assert "ALTER TABLE" in found.advice
+
+
+@pytest.mark.parametrize(
+    ("commands", "check"),
+    [
+        ("CREATE VIEW kv_store AS SELECT 1 AS x", "table"),
+        ("CREATE TABLE kv_store (id int)", "columns"),
+        ("CREATE TABLE kv_store (key int, value bytea, expires_at timestamptz, "
+         "created_at timestamptz, updated_at timestamptz, version bigint)", "columns"),
+        ("CREATE TABLE kv_store (key text, value bytea, expires_at timestamptz, "
+         "created_at timestamptz, updated_at timestamptz, version bigint)", "unique key"),
+    ],
+)  # fmt: skip
+def test_what_is_no_store(dsn: str, commands: str, check: str) -> None:
+    """Another application's table or view is a failure of the check that tells."""
+    execute(dsn, commands)
+    assert examine(dsn)[check].status == "fail"
+
+
+def test_read_only_transactions(dsn: str) -> None:
+    """A server that takes no writes now is a failure; the table is examined all the same."""
+    with Store.connect(dsn):
+        pass
+    options = conninfo_to_dict(dsn)["options"]
+    found = examine(make_conninfo(dsn, options=f"{options} -c default_transaction_read_only=on"))
+    assert found["writes"].status == "fail"
+    assert found["columns"].status == "ok"
+
+
+def test_a_standby(make_server: Callable[..., Server]) -> None:
+    """On a standby the advice is the primary; an UNLOGGED table there cannot be read, which hides
+    nothing else."""
+    server = make_server()
+    with Store.connect(server.dsn):
+        pass
+    server.stop()
+    signal = server._cluster.pgdata / "standby.signal"
+    signal.touch()
+    if account := servers.server_account():
+        os.chown(signal, account.uid, account.gid)
+    server.start()
+    found = examine(server.dsn)
+    assert found["writes"].status == "fail"
+    assert "standby" in found["writes"].detail
+    assert found["columns"].status == "ok"
+    assert "expired rows" in found
+
+
+def test_a_crash_that_emptied_the_table(make_server: Callable[..., Server]) -> None:
+    """A table that had rows when it was analyzed, and lost its pages without a vacuum, was emptied by
+    a crash; a cleared, truncated or never filled one was not."""
+    server = make_server()
+    with Store.connect(server.dsn) as store:
+        store.set_many({f"k{number}": "v" * 100 for number in range(2000)})
+        assert examine(server.dsn)["emptied by a crash"].status == "ok"
+        store.analyze()
+        store.table("cleared").set_many({f"k{number}": "v" * 100 for number in range(2000)})
+        store.table("cleared").analyze()
+        store.table("cleared").clear()
+        store.table("cleared").vacuum()
+        store.table("cut").set_many({f"k{number}": "v" * 100 for number in range(2000)})
+        store.table("cut").analyze()
+        store.table("cut").truncate()
+    for name in ("kv_store", "cleared", "cut"):
+        assert examine(server.dsn, table_name=name)["emptied by a crash"].status == "ok"
+    server.restart("immediate")
+    found = examine(server.dsn)["emptied by a crash"]
+    assert found.status == "warn"
+    assert "very likely" in found.detail
+    assert "2,000 rows" in found.detail
+    for name in ("cleared", "cut"):
+        assert examine(server.dsn, table_name=name)["emptied by a crash"].status == "ok"
+
+
+def test_updates_that_are_not_heap_only(dsn: str) -> None:
+    """An index on expires_at shows in the ratio too, once there are updates to judge by."""
+    with Store.connect(dsn) as store:
+        store.set("k", "v")
+        execute(dsn, "CREATE INDEX ON kv_store (expires_at)")
+        for number in range(1100):
+            store.set("k", str(number), ttl=100 + number)
+    deadline = time.monotonic() + 10  # the server's counters follow within a second or so
+    found = examine(dsn)["heap-only updates"]
+    while "too few" in found.detail and time.monotonic() < deadline:
+        time.sleep(0.05)
+        found = examine(dsn)["heap-only updates"]
+    assert found.status == "warn"
+    assert "fillfactor is 80" in found.advice
+
+
+def test_vacuum_turned_off(dsn: str) -> None:
+    """A table without autovacuum is noticed."""
+    with Store.connect(dsn):
+        pass
+    execute(dsn, "ALTER TABLE kv_store SET (autovacuum_enabled = off)")
+    found = examine(dsn)["dead rows"]
+    assert found.status == "warn"
+    assert "autovacuum is off" in found.detail
+
+
+def test_expired_rows_that_pile_up(dsn: str, clock: ServerClock) -> None:
+    """More than a quarter expired is worth a sweep, also where only a sample is read."""
+    with Store.connect(dsn, ttl_cleanup_strategy=TtlCleanupStrategy.MANUAL) as store:
+        store.set_many({f"k{number}": "v" for number in range(2000)}, ttl=60)
+        assert examine(dsn)["expired rows"].status == "ok"
+        clock.advance(3600)
+        found = examine(dsn)
+        assert found["expired rows"].status == "warn"
+        assert "pgkv sweep" in found["expired rows"].advice
+        store.cleanup_expired()
+    assert examine(dsn)["expired rows"].status == "ok"
+
+
+def test_a_large_table_is_sampled(dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond a number of pages a sample stands for the table."""
+    monkeypatch.setattr("pgkv._doctor.table.SAMPLE_PAGES", 10)
+    with Store.connect(dsn) as store:
+        store.set_many({f"k{number}": "v" * 200 for number in range(5000)})
+    found = examine(dsn)["expired rows"]
+    assert "(a sample)" in found.detail
+
+
+def test_a_clock_that_differs(dsn: str, clock: ServerClock) -> None:
+    """An hour between the clocks is a warning that says what suffers by it and what does not."""
+    clock.advance(3600)
+    found = examine(dsn)["clock"]
+    assert found.status == "warn"
+    assert "60 min ahead" in found.detail
+    assert "expire_at" in found.advice
+
+
+def test_an_old_transaction(dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody's open transaction is named by its process."""
+    monkeypatch.setattr("pgkv._doctor.server.MINUTES_OPEN", 0)
+    with psycopg.connect(dsn) as conn:
+        conn.execute("CREATE TABLE anything (id int)")  # takes a transaction id
+        pid = conn.info.backend_pid
+        found = examine(dsn)["oldest transaction"]
+        conn.rollback()
+    assert found.status == "warn"
+    assert f"pg_terminate_backend({pid})" in found.advice
+
+
+def test_a_pool_larger_than_the_server(dsn: str) -> None:
+    """More connections than the server has can never be had."""
+    found = examine(dsn, pool_max_size=9999)["pool"]
+    assert found.status == "fail"
+    assert "lower pool_max_size" in found.advice
+
+
+def test_a_check_that_cannot_be_made_hides_no_other(
+    dsn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A locked table keeps the checks that read it from an answer, for a bounded time; the rest
+    answers."""
+    monkeypatch.setattr("pgkv._doctor.CHECK_TIMEOUT", "200ms")
+    with Store.connect(dsn):
+        pass
+    with psycopg.connect(dsn) as conn:
+        conn.execute("LOCK TABLE kv_store IN ACCESS EXCLUSIVE MODE")
+        found = examine(dsn)
+        conn.rollback()
+    assert found["expired rows"].status == "warn"
+    assert "could not be looked at" in found["expired rows"].detail
+    assert found["columns"].status == "ok"
+
+
+def test_no_server_is_an_error() -> None:
+    """Without a connection there is nothing to examine."""
+    with pytest.raises(StoreUnavailableError):
+        examine("host=127.0.0.1 port=1")
+
+
+# -- behind PgBouncer ----------------------------------------------------------------------
+
+PGBOUNCER = shutil.which(
+    "pgbouncer", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin"
+)
+needs_pgbouncer = pytest.mark.skipif(PGBOUNCER is None, reason="no pgbouncer on this machine")
+
+
+@contextlib.contextmanager
+def pgbouncer(server: Server | UserServer, mode: str, *, ignores_options: bool) -> Iterator[str]:
+    """A PgBouncer in front of the server; gives its DSN."""
+    if not isinstance(server, Server):
+        pytest.skip("PgBouncer needs the password of PGKV_TEST_DSN's server")
+    assert PGBOUNCER is not None
+    directory = servers.new_directory("pgbouncer")
+    to = conninfo_to_dict(server.dsn)
+    account = servers.server_account()
+    settings = directory / "pgbouncer.ini"
+    lines = [
+        "[databases]",
+        f"db = host={to['host']} port={to['port']} dbname={to['dbname']} user={to['user']}",
+        "[pgbouncer]",
+        "listen_addr =",
+        "listen_port = 6432",
+        f"unix_socket_dir = {directory}",
+        "auth_type = any",
+        f"pool_mode = {mode}",
+        "default_pool_size = 3",
+        f"logfile = {directory}/log",
+        *(["ignore_startup_parameters = options"] if ignores_options else []),
+        *([f"user = {account.name}"] if account else []),
+    ]
+    settings.write_text("\n".join(lines) + "\n")
+    settings.chmod(0o644)
+    process = subprocess.Popen([PGBOUNCER, "-q", str(settings)], stderr=subprocess.DEVNULL)
+    try:
+        socket = Path(directory) / ".s.PGSQL.6432"
+        servers.wait_until(socket.exists, "PgBouncer listens", seconds=10)
+        yield make_conninfo(host=str(directory), port=6432, dbname="db", user="postgres")
+    finally:
+        process.kill()
+        process.wait()
+
+
+@needs_pgbouncer
+def test_a_pooler_in_transaction_mode(dsn: str, server: Server | UserServer) -> None:
+    """It is recognised also where it lets the session's settings pass unheeded, and pgkv has to know
+    of it."""
+    schema = schema_of(dsn)
+    with Store.connect(dsn), pgbouncer(server, "transaction", ignores_options=True) as pooled:
+        found = examine(pooled, schema=schema)
+        assert found["pooler"].status == "fail"
+        assert "Pooler.TRANSACTION" in found["pooler"].advice
+        assert found["columns"].status == "ok"
+        found = examine(pooled, schema=schema, pooler=Pooler.TRANSACTION)
+        assert found["pooler"].status == "ok"
+        assert "transaction mode" in found["pooler"].detail
+
+
+@needs_pgbouncer
+def test_a_pooler_that_refuses_settings(dsn: str, server: Server | UserServer) -> None:
+    """PgBouncer as it comes refuses a session's settings: doctor goes on without them."""
+    schema = schema_of(dsn)
+    with Store.connect(dsn), pgbouncer(server, "transaction", ignores_options=False) as pooled:
+        found = examine(pooled, schema=schema)
+        assert found["pooler"].status == "fail"
+        assert "refuses" in found["pooler"].detail
+        assert found["columns"].status == "ok"
+        assert main(["get", "k", "--dsn", pooled, "--schema", schema]) == 3
+        assert (
+            main(["get", "k", "--dsn", pooled, "--schema", schema, "--pooler", "transaction"]) == 1
+        )
+        assert (
+            main(["set", "k", "v", "--dsn", pooled, "--schema", schema, "--pooler", "transaction"])
+            == 0
+        )
+
+
+@needs_pgbouncer
+def test_a_pooler_in_session_mode(dsn: str, server: Server | UserServer) -> None:
+    """A pooler that shares nothing is seen, and is a matter of the right setting."""
+    with Store.connect(dsn), pgbouncer(server, "session", ignores_options=True) as pooled:
+        found = examine(pooled, schema=schema_of(dsn))["pooler"]
+        assert found.status == "warn"
+        assert "no sharing" in found.detail
+
+
+def test_a_pooler_configured_where_there_is_none(dsn: str) -> None:
+    """Prepared statements are given up for nothing."""
+    found = examine(dsn, pooler=Pooler.TRANSACTION)["pooler"]
+    assert found.status == "warn"
+    assert "Pooler.NONE" in found.advice

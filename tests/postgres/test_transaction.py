@@ -1,0 +1,337 @@
+"""transaction() and run_transaction(): together or not at all, and nothing behind the caller's back."""
+# ruff: noqa: PT012  a transaction that fails has a body of several statements
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import psycopg
+import pytest
+from psycopg import IsolationLevel
+
+import pgkv
+from pgkv._sweep import Collector
+from pgkv.testing import ServerClock
+from tests.peers import Peer
+
+
+async def test_commit(store: Any, peer: Peer) -> None:
+    """What a transaction writes is seen inside at once, and outside when it has ended."""
+    async with store.transaction() as tx:
+        await tx.set("a", b"1")
+        await tx.set("b", b"2")
+        assert await tx.get("a") == b"1"
+        assert await store.get("a") is None
+        assert peer.keys() == set()
+    assert peer.keys() == {"a", "b"}
+
+
+async def test_rollback_on_an_exception(store: Any, peer: Peer) -> None:
+    """An exception in the body undoes all of it and goes on to the caller."""
+    with pytest.raises(LookupError, match="mine"):
+        async with store.transaction() as tx:
+            await tx.set("a", b"1")
+            raise LookupError("mine")
+    assert peer.keys() == set()
+
+
+async def test_every_operation_works_inside(store: Any, clock: ServerClock) -> None:
+    """A transaction is a store: all operations, scans, views and batches work in it."""
+    async with store.transaction() as tx:
+        assert await tx.set_many({"a": b"1", "b": b"2", "n:x": b"3"}) == 3
+        assert await tx.get_many(["a", "b"]) == {"a": b"1", "b": b"2"}
+        assert await tx.increment("a") == 2
+        assert await tx.increment_many({"a": 1}) == {"a": 3}
+        assert (await tx.compare_and_swap("a", b"3", b"4")).is_success
+        assert (await tx.compare_and_swap("new", None, b"4")).is_success
+        assert await tx.get_and_set("a", b"5") == b"4"
+        assert await tx.get_and_set("newer", b"5") is None
+        assert await tx.update("a", lambda old: old + b"!") == b"5!"
+        assert await tx.get_and_delete("newer") == b"5"
+        assert await tx.set_nx("a", b"6") is False
+        assert await tx.expire("a", 60) is True
+        assert await tx.keys() == ["a", "b", "n:x", "new"]
+        assert [key async for key in tx.iter_keys(page_size=1)] == ["a", "b", "n:x", "new"]
+        assert await tx.namespace("n:").get("x") == b"3"
+        assert await tx.delete_many(["b", "new"]) == 2
+        assert await tx.delete_prefix("n:") == 1
+        clock.advance(61)
+        assert await tx.cleanup_expired() == 1
+        assert await tx.count() == 0
+        assert (await tx.stats()).total_keys == 0
+
+
+async def test_savepoints(store: Any, peer: Peer) -> None:
+    """A transaction in a transaction can be undone by itself."""
+    async with store.transaction() as tx:
+        await tx.set("outer", b"1")
+        async with tx.transaction() as inner:
+            await inner.set("kept", b"1")
+        with pytest.raises(LookupError):
+            async with tx.transaction() as inner:
+                await inner.set("undone", b"1")
+                async with inner.transaction() as innermost:
+                    await innermost.set("undone too", b"1")
+                raise LookupError
+        assert await tx.keys() == ["kept", "outer"]
+    assert peer.keys() == {"kept", "outer"}
+
+
+async def test_use_after_commit(store: Any) -> None:
+    """A transaction's store, and views of it, are refused after the commit."""
+    async with store.transaction() as tx:
+        await tx.set("a", b"1")
+        view = tx.namespace("n:")
+    for ended in (tx, view):
+        with pytest.raises(pgkv.TransactionError, match=r"get: the transaction was committed"):
+            await ended.get("a")
+    with pytest.raises(pgkv.TransactionError):
+        async with tx.transaction():
+            pass
+
+
+async def test_use_after_rollback(store: Any) -> None:
+    """A transaction's store is refused after the rollback."""
+    with pytest.raises(LookupError):
+        async with store.transaction() as tx:
+            raise LookupError
+    with pytest.raises(pgkv.TransactionError, match="rolled back"):
+        await tx.get("a")
+
+
+async def test_use_of_a_savepoint_after_its_end(store: Any) -> None:
+    """A savepoint's store is refused after its end, while the transaction goes on."""
+    async with store.transaction() as tx:
+        async with tx.transaction() as inner:
+            await inner.set("a", b"1")
+        with pytest.raises(pgkv.TransactionError):
+            await inner.get("a")
+        assert await tx.get("a") == b"1"
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda tx: tx.increment("word"),
+        lambda tx: tx.increment_many({"other": 1, "word": 1}),
+        lambda tx: tx.increment("max"),
+    ],
+    ids=["increment", "increment_many", "overflow"],
+)
+async def test_a_refused_value_does_not_abort(store: Any, peer: Peer, call: Any) -> None:
+    """An increment refused for its value leaves the transaction as it was, fit to commit."""
+    await store.set_many({"word": b"x", "max": str(2**63 - 1)})
+    async with store.transaction() as tx:
+        await tx.set("mine", b"1")
+        with pytest.raises(pgkv.InvalidValueError):
+            await call(tx)
+        await tx.set("mine too", b"1")
+    assert peer.keys() == {"word", "max", "mine", "mine too"}
+
+
+async def test_a_failed_statement_fails_the_transaction(store: Any, peer: Peer) -> None:
+    """After a failed statement the rest is refused, and the end is an error, not a silent undoing."""
+    peer.run("ALTER TABLE kv_store ADD CONSTRAINT no CHECK (key <> 'no')")
+    with pytest.raises(pgkv.TransactionError, match="rolled back"):
+        async with store.transaction() as tx:
+            await tx.set("a", b"1")
+            with pytest.raises(pgkv.InvalidValueError):
+                await tx.set("no", b"1")
+            with pytest.raises(pgkv.TransactionError, match="roll it back"):
+                await tx.get("a")
+    assert peer.keys() == set()
+
+
+async def test_a_failed_statement_in_a_savepoint(store: Any, peer: Peer) -> None:
+    """A savepoint confines a failed statement."""
+    peer.run("ALTER TABLE kv_store ADD CONSTRAINT no CHECK (key <> 'no')")
+    async with store.transaction() as tx:
+        await tx.set("a", b"1")
+        with pytest.raises(pgkv.InvalidValueError):
+            async with tx.transaction() as inner:
+                await inner.set("no", b"1")
+        await tx.set("b", b"1")
+    assert peer.keys() == {"a", "b"}
+
+
+async def test_nothing_is_healed_inside(store: Any, peer: Peer) -> None:
+    """A table that is missing inside a transaction is not made there."""
+    with pytest.raises(pgkv.TableNotFoundError):
+        async with store.transaction() as tx:
+            peer.run("DROP TABLE kv_store")
+            await tx.set("a", b"1")
+    assert peer.one("SELECT to_regclass('kv_store')") is None
+
+
+async def test_the_table_is_made_beforehand(make_store: Any, peer: Peer, store: Any) -> None:
+    """A transaction is no bad first use of a table that does not exist yet."""
+    other = store.table("other")
+    async with other.transaction() as tx:
+        await tx.set("a", b"1")
+    assert await other.get("a") == b"1"
+
+
+async def test_nothing_is_collected_inside(
+    store: Any, clock: ServerClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reads that meet expired rows, and writes, have nothing swept from inside a transaction."""
+    asked: list[object] = []
+    monkeypatch.setattr(Collector, "collect", lambda self, keys: asked.append(keys))
+    monkeypatch.setattr(Collector, "sweep", lambda self: asked.append("sweep"))
+    await store.set("k", b"1", ttl=60)
+    clock.advance(61)
+    asked.clear()
+    async with store.transaction() as tx:
+        assert await tx.get("k") is None
+        assert await tx.get_many(["k"]) == {}
+        for n in range(300):
+            await tx.set(f"n{n}", b"1")
+    assert asked == []
+
+
+async def conflict(tx: Any, peer: Peer) -> None:
+    """Read under REPEATABLE READ, let the peer change it, write: 40001."""
+    await tx.get("k")
+    peer.run("UPDATE kv_store SET value = 'theirs', version = version + 1 WHERE key = 'k'")
+    await tx.set("k", b"ours")
+
+
+async def test_serialization_failures_reach_the_caller(
+    store: Any, connect: Any, peer: Peer
+) -> None:
+    """A serialization failure is not repeated inside a transaction: it is raised, retryable."""
+    await store.set("k", b"1")
+    conn = await connect()
+    await conn.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
+    with pytest.raises(pgkv.QueryError) as caught:
+        await conflict(store.using(conn), peer)
+    assert caught.value.sqlstate == "40001"
+    assert caught.value.retryable
+    await conn.rollback()
+
+
+async def test_run_transaction(store: Any) -> None:
+    """run_transaction calls the function in a transaction and returns its answer."""
+
+    async def fn(tx: Any) -> str:
+        await tx.set("a", b"1")
+        return "answer"
+
+    assert await store.run_transaction(fn) == "answer"
+    assert await store.get("a") == b"1"
+
+
+async def test_run_transaction_repeats_the_whole(store: Any, peer: Peer) -> None:
+    """After a serialization failure the function runs again from its beginning, in a new
+    transaction.
+    """
+    await store.set("k", b"1")
+    seen: list[bytes] = []
+
+    async def fn(tx: Any) -> None:
+        seen.append(await tx.get("k"))
+        if len(seen) == 1:
+            await conflict(tx, peer)
+        await tx.set("k", b"ours")
+
+    await store.run_transaction(fn, isolation=IsolationLevel.REPEATABLE_READ)
+    assert seen == [b"1", b"theirs"]
+    assert await store.get("k") == b"ours"
+
+
+async def test_run_transaction_gives_up(make_store: Any, peer: Peer) -> None:
+    """After the policy's attempts the serialization failure is raised."""
+    store = await make_store(retry=pgkv.RetryPolicy(attempts=3, wait_initial=0.001))
+    await store.set("k", b"1")
+    calls: list[int] = []
+
+    async def fn(tx: Any) -> None:
+        calls.append(1)
+        await conflict(tx, peer)
+
+    with pytest.raises(pgkv.QueryError) as caught:
+        await store.run_transaction(fn, isolation=IsolationLevel.REPEATABLE_READ)
+    assert caught.value.sqlstate == "40001"
+    assert len(calls) == 3
+
+
+async def test_run_transaction_does_not_repeat_the_callers_errors(store: Any) -> None:
+    """An exception of the function's own undoes the transaction, once, and is raised."""
+    calls: list[int] = []
+
+    async def fn(tx: Any) -> None:
+        calls.append(1)
+        await tx.set("a", b"1")
+        raise LookupError("mine")
+
+    with pytest.raises(LookupError, match="mine"):
+        await store.run_transaction(fn)
+    assert len(calls) == 1
+    assert await store.exists("a") is False
+
+
+@pytest.mark.parametrize("level", list(IsolationLevel))
+async def test_isolation(store: Any, level: IsolationLevel) -> None:
+    """run_transaction runs at the isolation level it is given."""
+    await store.set("k", b"1")
+
+    async def fn(tx: Any) -> bool:
+        await tx.get("k")
+        await store.set("k", b"2")
+        return bool(await tx.get("k") == b"1")
+
+    repeatable = await store.run_transaction(fn, isolation=level)
+    assert repeatable == (level >= IsolationLevel.REPEATABLE_READ)
+
+
+async def test_isolation_belongs_to_the_outermost(store: Any) -> None:
+    """A nested run_transaction cannot choose an isolation level."""
+    async with store.transaction() as tx:
+
+        async def fn(inner: Any) -> None:
+            await inner.set("a", b"1")
+
+        with pytest.raises(pgkv.TransactionError, match="outermost"):
+            await tx.run_transaction(fn, isolation=IsolationLevel.SERIALIZABLE)
+        await tx.run_transaction(fn)
+    assert await store.get("a") == b"1"
+
+
+async def test_read_committed_by_default(make_store: Any, dsn: str, peer: Peer) -> None:
+    """A server whose default is SERIALIZABLE is asked for READ COMMITTED."""
+    peer.run("ALTER ROLE CURRENT_USER SET default_transaction_isolation = 'serializable'")
+    try:
+        store = await make_store()
+        await store.set("k", b"1")
+        async with store.transaction() as tx:
+            await tx.get("k")
+            await store.set("k", b"2")
+            assert await tx.get("k") == b"2"
+    finally:
+        peer.run("ALTER ROLE CURRENT_USER RESET default_transaction_isolation")
+
+
+async def test_deadlocks_are_repeated_outside(
+    store: Any, peer: Peer, witness: Peer, operations: list[tuple[str, str, int]]
+) -> None:
+    """A single operation that loses a deadlock is repeated, and succeeds."""
+
+    await store.set_many({"a": b"1", "b": b"1"})
+    peer.run("SET deadlock_timeout = '10s'")
+    # The peer takes b, then wants a, which set_many holds while it wants b.
+    with peer.conn.transaction():
+        peer.run("SELECT FROM kv_store WHERE key = 'b' FOR UPDATE")
+        waiting = asyncio.ensure_future(store.set_many({"a": b"2", "b": b"2"}))
+        await witness.until_waiting()
+        await asyncio.to_thread(peer.run, "SELECT FROM kv_store WHERE key = 'a' FOR UPDATE")
+    assert await waiting == 2
+    assert ("set_many", "ok", 1) in operations
+
+
+async def test_errors_of_psycopg_stay_inside(store: Any) -> None:
+    """No error that leaves a transaction is psycopg's."""
+    with pytest.raises(pgkv.PgkvError) as caught:
+        async with store.transaction() as tx:
+            await tx.table("absent", auto_create_table=False).get("k")
+    assert not isinstance(caught.value, psycopg.Error)
