@@ -12,22 +12,18 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from random import uniform
-from typing import Any, Protocol, TypeVar
-
-import psycopg
-from psycopg import IsolationLevel, pq
+from typing import Any, Generic, Protocol, TypeVar
 
 from pgkv import _observe
 from pgkv._op import Flow, Op, call, pause
-from pgkv._sql.lock import LOCKED, RENEWED, Denied, Granted, Place
+from pgkv._sql.lock import LOCKED, RELEASED, RENEWED, Denied, Granted
 from pgkv._sql.semaphore import SemaphoreStatements, Undefined
 from pgkv.config import Table
 from pgkv.errors import (
     ConfigError,
-    LeaseLostError,
+    ConflictError,
     PgkvError,
     TableNotFoundError,
-    TransactionError,
 )
 
 from ._lease import (
@@ -76,7 +72,7 @@ class Port(Protocol[H_co]):
         """Perform one operation over the store's pool."""
         ...
 
-    def heal(self, table: Table) -> None | Awaitable[None]:
+    def heal(self, table: Table) -> Awaitable[None] | None:
         """Create a missing table."""
         ...
 
@@ -88,17 +84,23 @@ class Port(Protocol[H_co]):
         """Renew it no more."""
         ...
 
-    def subscribe(self, terms: Terms, ticket: bytes) -> Waiter | None | Awaitable[Waiter | None]:
+    def subscribe(self, terms: Terms) -> Any:
         """Begin to hear of releases; None where that is not possible."""
         ...
 
-    def unsubscribe(self, waiter: Waiter) -> None:
+    def unsubscribe(self, waiter: Any, *, granted: bool) -> None:
         """Hear no more."""
         ...
 
-    def wait(self, waiter: Waiter | None, seconds: float) -> Any:
+    def wait(self, waiter: Any, seconds: float) -> Any:
         """Let time pass, less if the waiter is woken."""
         ...
+
+
+def perform(port: Port[Any], op: Op[T], seconds: float | None = None) -> Flow[T]:
+    """Perform one operation within that time, over the store's pool."""
+    answer: T = yield from call(port.execute, op, seconds)
+    return answer
 
 
 # -- acquiring -----------------------------------------------------------------------------
@@ -125,10 +127,10 @@ def acquire(
     return hold
 
 
-class _Asking:
+class _Asking(Generic[H]):
     """One call of acquire(): its nonce, its ticket, and what it may have left on the server."""
 
-    def __init__(self, port: Port[Any], terms: Terms, owner: str, row: bytes) -> None:
+    def __init__(self, port: Port[H], terms: Terms, owner: str, row: bytes) -> None:
         self.port = port
         self.terms = terms
         self.owner = owner
@@ -142,8 +144,9 @@ class _Asking:
         self.waiter: Waiter | None = None
         self.healed = False
 
-    def until(self, deadline: float | None, stop: Callable[[], bool] | None) -> Flow[Any]:
+    def until(self, deadline: float | None, stop: Callable[[], bool] | None) -> Flow[H | None]:
         wait = 0.0
+        hold: H | None = None
         try:
             while True:
                 hold, reply = yield from self.once(deadline)
@@ -152,7 +155,7 @@ class _Asking:
                 if (deadline is not None and clock() >= deadline) or (stop is not None and stop()):
                     return None
                 if self.terms.notify and self.waiter is None:
-                    self.waiter = yield from call(self.port.subscribe, self.terms, self.ticket)
+                    self.waiter = yield from call(self.port.subscribe, self.terms)
                     if self.waiter is not None:
                         continue  # it may have been freed before we listened
                 wait = self.next_wait(wait)
@@ -162,7 +165,7 @@ class _Asking:
                     return None
         finally:
             if self.waiter is not None:
-                self.port.unsubscribe(self.waiter)
+                self.port.unsubscribe(self.waiter, granted=hold is not None)
 
     def next_wait(self, last: float) -> float:
         heard = self.waiter is not None and self.waiter.hears
@@ -178,7 +181,7 @@ class _Asking:
             seconds = min(seconds, reply.remaining + beyond)
         return seconds if deadline is None else max(0.0, min(seconds, deadline - clock()))
 
-    def once(self, deadline: float | None) -> Flow[tuple[Any, Denied]]:
+    def once(self, deadline: float | None) -> Flow[tuple[H | None, Denied]]:
         """Ask. A grant that leaves no time to trust it is asked for again, by the same nonce."""
         terms = self.terms
         for _ in range(LATE_MAX):
@@ -203,7 +206,7 @@ class _Asking:
         return seconds if deadline is None else min(seconds, max(1.0, deadline - clock()))
 
     def ask(self, seconds: float) -> Flow[Granted | Denied]:
-        terms, sql, execute = self.terms, self.terms.sql, self.port.execute
+        terms, sql = self.terms, self.terms.sql
         patience = min(margin_of(terms.ttl) / 2, MARGIN_MIN)
         key = terms.keys[0]
         try:
@@ -215,7 +218,7 @@ class _Asking:
                 op = sql.grant_fair(key, self.row, terms.ttl, patience, self.ticket, TICKET_TTL)
             else:
                 op = sql.grant(key, self.row, terms.ttl, patience)
-            return (yield from call(execute, op, seconds))
+            return (yield from perform(self.port, op, seconds))
         except TableNotFoundError:
             # The engine creates the statement's own table; the queue's is ours to see to.
             if self.healed or not terms.fair or not sql.tickets.auto_create:
@@ -231,18 +234,18 @@ class _Asking:
     def ask_slot(
         self, sql: SemaphoreStatements, seconds: float, patience: float
     ) -> Flow[Granted | Denied]:
-        terms, execute = self.terms, self.port.execute
+        terms = self.terms
         slots = terms.slots or 0
         while True:
-            reply = yield from call(
-                execute, sql.grant_slot(terms.keys, self.row, terms.ttl, patience), seconds
+            reply = yield from perform(
+                self.port, sql.grant_slot(terms.keys, self.row, terms.ttl, patience), seconds
             )
             if not isinstance(reply, Undefined):
                 return reply
             if reply.slots is None:
-                found = yield from call(execute, sql.define(terms.keys, resize=False), seconds)
+                found = yield from perform(self.port, sql.define(terms.keys, resize=False), seconds)
             elif terms.resize:
-                found = yield from call(execute, sql.define(terms.keys, resize=True), seconds)
+                found = yield from perform(self.port, sql.define(terms.keys, resize=True), seconds)
             else:
                 found = reply.slots
             if found != slots:
@@ -270,7 +273,7 @@ class _Asking:
 
     def quietly(self, op: Op[Any]) -> Flow[None]:
         try:
-            yield from call(self.port.execute, op, CLEAN_UP_TIME)
+            yield from perform(self.port, op, CLEAN_UP_TIME)
         except PgkvError as error:
             # It ends by its ttl, as everything here does.
             _observe.debug("pgkv.lock.clean_up_failed", error=type(error).__name__)
@@ -285,17 +288,16 @@ def extend(port: Port[Any], hold: Hold, ttl: float) -> Flow[None]:
     while not hold._turn.acquire(blocking=False):
         yield from pause(POLL_FIRST)
     try:
-        if ttl < hold._ttl:
-            # From now on the server may have shortened it, whatever answer we get: trust less
-            # first, and let no renewal be shortened by an extension that arrives late.
-            hold._ttl = ttl
+        # If it is to be shorter, the server may have made it so from now on, whatever answer we
+        # get: trust less first, and let an extension that arrives late shorten no renewal.
+        hold._ttl = min(hold._ttl, ttl)
         while True:
             hold.check()
             sent_at = clock()
-            hold._until = min(hold._until, sent_at + max(ttl, hold._ttl) - margin_of(ttl))
+            hold._until = min(hold._until, sent_at + ttl - margin_of(ttl))
             op = hold._terms.sql.renew([(hold._key, hold._token, ttl)])
             seconds = min(port.timeout, hold.remaining())
-            codes = yield from call(port.execute, op, seconds)
+            codes = yield from perform(port, op, seconds)
             code = codes[hold._key]
             if code == RENEWED:
                 hold._ttl = ttl
@@ -321,7 +323,7 @@ def release(port: Port[Any], hold: Hold) -> Flow[bool]:
     # First, or a renewal would outlive its lease.
     port.forget(hold)
     op = hold._terms.sql.release(hold._key, hold._token, hold._terms.notify)
-    code = yield from call(port.execute, op, None)
+    code = yield from perform(port, op, None)
     hold._end()
     if code == RENEWED:
         return True
@@ -362,95 +364,25 @@ def leave(port: Port[Any], hold: Hold, *, failed: bool) -> Flow[None]:
 
 def holder(port: Port[Any], terms: Terms) -> Flow[Any]:
     """Who holds the name, or None."""
-    rows = yield from call(port.execute, terms.sql.holder(terms.keys[0]), None)
+    rows = yield from perform(port, terms.sql.holder(terms.keys[0]), None)
     return info_of(rows[0]) if rows else None
 
 
-# -- guarding ------------------------------------------------------------------------------
+def force_release(port: Port[Any], terms: Terms, token: int) -> Flow[bool]:
+    """Free the name of that token."""
+    op = terms.sql.release(terms.keys[0], token, terms.notify)
+    code = yield from perform(port, op, None)
+    return bool(code == RENEWED or (code == RELEASED and getattr(op, "retries", 0) > 0))
 
 
-def check_guarded(conn: psycopg.Connection[Any] | psycopg.AsyncConnection[Any]) -> None:
-    """Refuse a connection on which a guard would protect nothing.
-
-    Raises:
-        TransactionError: it is in autocommit and no transaction is open.
-    """
-    idle = conn.pgconn.transaction_status == pq.TransactionStatus.IDLE
-    if conn.autocommit and idle:
-        raise TransactionError(
-            "guard() needs an open transaction: in autocommit it would end with its own "
-            "statement; write `with conn.transaction(): lease.guard(conn); ...`"
-        )
-    if conn.isolation_level is None and conn.autocommit and idle:
-        raise TransactionError("guard() needs an open transaction")
-
-
-def guard(
-    port: Port[Any],
-    hold: Hold,
-    theirs: Callable[[Op[Any]], Any],
-    max_hold: float | None,
-) -> Flow[None]:
-    """Protect the caller's transaction.
-
-    Args:
-        port: over the store's own connections.
-        hold: the lease.
-        theirs: performs an operation in the caller's transaction.
-        max_hold: seconds.
-    """
-    hold.check()
-    terms = hold._terms
-    if terms.place is None:
-        terms.place = yield from call(port.execute, terms.sql.place(), None)
-    place = terms.place
-    if place is None:
-        hold._lose("gone")
-        raise hold._lost_error()
-    op = terms.sql.guard(place.quoted, hold._key, hold._token, max_hold)
+def revoke(port: Port[Any], terms: Terms, token: int) -> Flow[bool]:
+    """End that token, not its lease."""
     try:
-        found = yield from call(theirs, op)
-    except TableNotFoundError as error:
-        raise TransactionError(_elsewhere(place)) from error
+        return (yield from perform(port, terms.sql.revoke(terms.keys[0], token), None))
     except PgkvError as error:
-        if error._sqlstate == "40001":
-            hold._lose("replaced")
-            raise hold._lost_error() from error
-        if error._sqlstate == "25006":
-            raise TransactionError(
-                "guard() needs a transaction that may write: a read-only one cannot lock the lease"
+        if error._sqlstate == "55P03":
+            raise ConflictError(
+                f"the lease on {terms.name!r} is guarded by an open transaction; it ends with that "
+                "(`pgkv locks` shows it), or try again"
             ) from error
         raise
-    if not found:
-        yield from _explain(port, hold, theirs, place)
-
-
-def _explain(
-    port: Port[Any], hold: Hold, theirs: Callable[[Op[Any]], Any], place: Place
-) -> Flow[None]:
-    """Why the guard saw no such lease."""
-    sql = hold._terms.sql
-    there = yield from call(theirs, sql.place(place.quoted))
-    here = yield from call(port.execute, sql.place(place.quoted), None)
-    if there is None or (here is not None and there.identity != here.identity):
-        raise TransactionError(_elsewhere(place))
-    level = yield from call(theirs, sql.isolation())
-    if level != IsolationLevel.READ_COMMITTED.name.replace("_", " ").lower():
-        rows = yield from call(port.execute, sql.holder(hold._key), None)
-        if rows and rows[0].token == hold._token:
-            raise TransactionError(
-                f"the lease on {hold.name!r} is held, but this {level} transaction's snapshot is "
-                "older than its last renewal: call guard() first in the transaction"
-            )
-    hold._lose("replaced" if here is not None else "gone")
-    raise hold._lost_error()
-
-
-def _elsewhere(place: Place) -> str:
-    return (
-        f"guard() got a connection to another database than the lock's: {place.quoted} there is not "
-        "the same table; guard with a connection to the database that the store uses"
-    )
-
-
-__all__ = ["LeaseLostError", "Port", "Waiter", "acquire", "extend", "guard", "leave", "release"]

@@ -350,4 +350,6 @@ def report(fn: Callable[..., Any], lease: Any) -> Any:
 
 def failed_callback(name: str, error: BaseException) -> None:
     """A callback of the user's raised: that is logged, and stops nothing."""
-    _observe.warning("pgkv.lock.callback_failed", lock=name, error=f"{type(error).__name__}: {error}")
+    _observe.warning(
+        "pgkv.lock.callback_failed", lock=name, error=f"{type(error).__name__}: {error}"
+    )

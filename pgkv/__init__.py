@@ -26,12 +26,15 @@ from .errors import (
     TableNotFoundError,
     TransactionError,
 )
+from .patterns.lock import AsyncLease, AsyncLock, Lease, Lock, LockInfo
 from .pipeline import AsyncPipeline, Handle, Pipeline
 from .store import Store
 from .typed import AsyncTypedStore, TypedCasResult, TypedStore
 from .types import CasResult, CasStatus, Entry, KeyValue, ScanOptions, Stats
 
 __all__ = [
+    "AsyncLease",
+    "AsyncLock",
     "AsyncPipeline",
     "AsyncStore",
     "AsyncTypedStore",
@@ -45,8 +48,11 @@ __all__ = [
     "InvalidKeyError",
     "InvalidValueError",
     "KeyValue",
+    "Lease",
     "LeaseLostError",
+    "Lock",
     "LockError",
+    "LockInfo",
     "LockTimeoutError",
     "NotFoundError",
     "OperationTimeoutError",

@@ -112,6 +112,10 @@ class AsyncPoolChannel:
         """Call `fn`, in a thread, when the channel has been closed."""
         self._on_close.append(fn)
 
+    def conninfo(self) -> str:
+        """What a connection outside the pool is opened with: for renewal and LISTEN."""
+        return self._leases.conninfo()
+
     # -- one operation
 
     async def execute(self, op: Op[T], timeout: float | None = None) -> T:

@@ -137,6 +137,10 @@ class PoolChannel:
         """Call `fn` when the channel has been closed."""
         self._on_close.append(fn)
 
+    def conninfo(self) -> str:
+        """What a connection outside the pool is opened with: for renewal and LISTEN."""
+        return self._leases.conninfo()
+
     # -- one operation
 
     def execute(self, op: Op[T], timeout: float | None = None) -> T:

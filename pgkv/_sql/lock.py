@@ -26,6 +26,7 @@ from .table import STATEMENT_US, read_changed, read_int
 T = TypeVar("T")
 
 CHANNEL = b"pgkv_locks"  # one for a database; its payloads name table and key
+LISTEN = b"LISTEN pgkv_locks"
 SEPARATOR = "\x1f"  # between a name and its slot or ticket; no name may hold it
 REPEATS = 3  # of a try that met a row in flight, before it counts as denied
 KEEP_DAYS = 7  # for which an unused name's token is remembered
@@ -106,7 +107,9 @@ class LockStatements:
         self.t = table.quoted
         self.q = tickets.quoted
 
-    def _statement(self, name: str, sql: str, formats: tuple[int, ...], decode: Any, **options: Any) -> Statement[Any]:
+    def _statement(
+        self, name: str, sql: str, formats: tuple[int, ...], decode: Any, **options: Any
+    ) -> Statement[Any]:
         return Statement(name, sql, formats, decode, table=self.table, **options)
 
     def name_of(self, key: bytes) -> str:
@@ -148,8 +151,12 @@ class LockStatements:
             f"FROM {self.t} WHERE key = $1 AND NOT EXISTS (SELECT 1 FROM g)"
         )
         return self._statement(
-            "lock_grant", sql, (TEXT, BINARY, BINARY, TEXT), _read_grant,
-            retry_safe=True, repeats=REPEATS,
+            "lock_grant",
+            sql,
+            (TEXT, BINARY, BINARY, TEXT),
+            _read_grant,
+            retry_safe=True,
+            repeats=REPEATS,
         )
 
     def grant(self, key: bytes, owner: bytes, ttl: float, patience: float) -> Op[Granted | Denied]:
@@ -202,12 +209,21 @@ class LockStatements:
         )
 
     def grant_fair(
-        self, key: bytes, owner: bytes, ttl: float, patience: float, ticket: bytes, ticket_ttl: float
+        self,
+        key: bytes,
+        owner: bytes,
+        ttl: float,
+        patience: float,
+        ticket: bytes,
+        ticket_ttl: float,
     ) -> Op[Granted | Denied]:
         """Take the name if it is free and nobody has waited longer; else keep a place in the queue.
 
         Args:
-            key: and owner, ttl, patience, as of `grant`.
+            key: the name.
+            owner: as of `grant`.
+            ttl: seconds.
+            patience: as of `grant`.
             ticket: the place's own name: see `ticket`.
             ticket_ttl: seconds after which a waiter that no longer asks loses its place.
         """
@@ -221,8 +237,12 @@ class LockStatements:
     @cached_property
     def _leave(self) -> Statement[bool]:
         return Statement(
-            "lock_leave", f"DELETE FROM {self.q} WHERE key = $1", (TEXT,), read_changed,
-            table=self.tickets, retry_safe=True,
+            "lock_leave",
+            f"DELETE FROM {self.q} WHERE key = $1",
+            (TEXT,),
+            read_changed,
+            table=self.tickets,
+            retry_safe=True,
         )
 
     def leave(self, ticket: bytes) -> Op[bool]:
@@ -249,12 +269,16 @@ class LockStatements:
             f"ELSE {EXPIRED} END FROM u LEFT JOIN r ON r.key = u.key "
             f"LEFT JOIN {self.t} t ON t.key = u.key"
         )
-        return self._statement("lock_renew", sql, (BINARY, BINARY, BINARY), _read_renewed, retry_safe=True)
+        return self._statement(
+            "lock_renew", sql, (BINARY, BINARY, BINARY), _read_renewed, retry_safe=True
+        )
 
     def renew(self, leases: Sequence[tuple[bytes, int, float]]) -> Op[dict[bytes, int]]:
         """Extend many leases: (key, token, seconds from now). For each key, what became of it."""
         keys = _codec.encode_array([key for key, _, _ in leases])
-        tokens = _codec.encode_array([_codec.encode_int8(token) for _, token, _ in leases], INT8_OID)
+        tokens = _codec.encode_array(
+            [_codec.encode_int8(token) for _, token, _ in leases], INT8_OID
+        )
         ttls = _codec.encode_array([_codec.encode_float8(ttl) for _, _, ttl in leases], FLOAT8_OID)
         return Op(self._renew, (keys, tokens, ttls))
 
@@ -289,6 +313,12 @@ class LockStatements:
     def payload(self, key: bytes) -> bytes:
         """What a release tells on the channel."""
         return f"{self.t} ".encode() + key
+
+    def notify(self, payload: bytes) -> Op[bool]:
+        """Say something on the channel: to learn whether it is heard."""
+        sql = "SELECT pg_notify($1, $2)"
+        statement = Statement("lock_notify", sql, (TEXT, TEXT), _read_found, writes=False)
+        return Op(statement, (CHANNEL, payload))
 
     @cached_property
     def _disown(self) -> Statement[bool]:
@@ -382,7 +412,7 @@ class LockStatements:
         statement = self._statement(
             "lock_holders",
             f"SELECT key, value, version, updated_at, expires_at, {NOW} FROM {self.t} "
-            f'WHERE {LIVE} AND expires_at < \'infinity\' ORDER BY key COLLATE "C"',
+            f"WHERE {LIVE} AND expires_at < 'infinity' ORDER BY key COLLATE \"C\"",
             (),
             self._read_holders,
             retry_safe=True,
@@ -392,12 +422,15 @@ class LockStatements:
 
     def queue(self) -> Op[dict[str, int]]:
         """How many wait in order, by name."""
-        sql = (
-            f"SELECT split_part(key, E'\\x1f', 1), count(*) FROM {self.q} WHERE {LIVE} GROUP BY 1"
-        )
+        sql = f"SELECT split_part(key, E'\\x1f', 1), count(*) FROM {self.q} WHERE {LIVE} GROUP BY 1"
         statement = Statement(
-            "lock_queue", sql, (), self._read_queue,
-            table=self.tickets, retry_safe=True, writes=False,
+            "lock_queue",
+            sql,
+            (),
+            self._read_queue,
+            table=self.tickets,
+            retry_safe=True,
+            writes=False,
         )
         return Op(statement)
 
@@ -470,7 +503,9 @@ class LockStatements:
 
     def _read_queue(self, result: Result) -> dict[str, int]:
         return {
-            self.name_of(result.get_value(row, 0) or b""): _codec.decode_int(result.get_value(row, 1))
+            self.name_of(result.get_value(row, 0) or b""): _codec.decode_int(
+                result.get_value(row, 1)
+            )
             for row in range(result.ntuples)
         }
 
@@ -539,9 +574,7 @@ def _read_found(result: Result) -> bool:
 def _read_place(result: Result) -> Place | None:
     if not result.ntuples:
         return None
-    return Place(
-        (result.get_value(0, 0) or b"").decode(), (result.get_value(0, 1) or b"").decode()
-    )
+    return Place((result.get_value(0, 0) or b"").decode(), (result.get_value(0, 1) or b"").decode())
 
 
 def _read_text(result: Result) -> str:

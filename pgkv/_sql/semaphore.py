@@ -27,7 +27,7 @@ class SemaphoreStatements(LockStatements):
         sql = (
             f"WITH {CLOCK}, size AS MATERIALIZED (SELECT value FROM {self.t} WHERE key = $5), "
             f"cur AS MATERIALIZED (SELECT key, value, expires_at FROM {self.t} "
-            "WHERE key COLLATE \"C\" > $5 AND key COLLATE \"C\" < $5 || ':'), "
+            'WHERE key COLLATE "C" > $5 AND key COLLATE "C" < $5 || \':\'), '
             "mine AS MATERIALIZED (SELECT key FROM cur, n "
             "WHERE value = $2 AND expires_at > n.ts LIMIT 1), "
             "taken AS MATERIALIZED (SELECT count(*) c FROM cur, n "
