@@ -12,6 +12,7 @@ that a paused process does nothing afterwards: for that the protected resource c
 from __future__ import annotations
 
 import asyncio
+import inspect
 import threading
 import weakref
 from collections.abc import Callable, Hashable
@@ -83,6 +84,8 @@ def make_terms(
         raise ConfigError(f"wakeup must be 'poll' or 'notify', not {wakeup!r}")
     if on_lost is not None and not callable(on_lost):
         raise ConfigError("on_lost must be a function")
+    if isinstance(store, Store) and inspect.iscoroutinefunction(on_lost):
+        raise ConfigError("on_lost must not be async here; use AsyncLock")
     key = key_of(name, store._sql.prefix_bytes, store._config.max_key_length)
     return Terms(
         name,
