@@ -26,16 +26,21 @@ from .errors import (
     TableNotFoundError,
     TransactionError,
 )
+from .patterns.leader import AsyncLeader, Leader
 from .patterns.lock import AsyncLease, AsyncLock, Lease, Lock, LockInfo
+from .patterns.locked import fence_sql, locked
+from .patterns.semaphore import AsyncSemaphore, Semaphore
 from .pipeline import AsyncPipeline, Handle, Pipeline
 from .store import Store
 from .typed import AsyncTypedStore, TypedCasResult, TypedStore
 from .types import CasResult, CasStatus, Entry, KeyValue, ScanOptions, Stats
 
 __all__ = [
+    "AsyncLeader",
     "AsyncLease",
     "AsyncLock",
     "AsyncPipeline",
+    "AsyncSemaphore",
     "AsyncStore",
     "AsyncTypedStore",
     "CasResult",
@@ -48,6 +53,7 @@ __all__ = [
     "InvalidKeyError",
     "InvalidValueError",
     "KeyValue",
+    "Leader",
     "Lease",
     "LeaseLostError",
     "Lock",
@@ -64,6 +70,7 @@ __all__ = [
     "RateLimitedError",
     "RetryPolicy",
     "ScanOptions",
+    "Semaphore",
     "SerializationError",
     "SessionConflictError",
     "SessionError",
@@ -77,6 +84,8 @@ __all__ = [
     "TtlCleanupStrategy",
     "TypedCasResult",
     "TypedStore",
+    "fence_sql",
+    "locked",
     "on_operation",
     "schema_sql",
 ]

@@ -339,7 +339,7 @@ class LockStatements:
     def _revoke(self) -> Statement[bool]:
         return self._statement(
             "lock_revoke",
-            f"WITH n AS MATERIALIZED (SELECT {DURABLE}, set_config('lock_timeout', '1000', true)) "
+            f"WITH n AS MATERIALIZED (SELECT {DURABLE}, set_config('lock_timeout', '250', true)) "
             f"UPDATE {self.t} SET version = greatest(version + 1, {STATEMENT_US}) FROM n "
             f"WHERE key = $1 AND version = $2 AND {LIVE}",
             (TEXT, BINARY),

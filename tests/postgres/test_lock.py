@@ -90,6 +90,8 @@ async def test_a_denied_try_leaves_no_trace(store: Any, colour: Colour, peer: Pe
     lock = lock_of(colour, store)
     async with lock.acquire():
         await lock.try_acquire()
+        before: Any = None
+        after: Any = 0
         for _ in range(5):  # the server writes WAL of its own now and then
             before = xmax(peer), peer.one("SELECT pg_current_wal_insert_lsn()")
             for _ in range(20):
