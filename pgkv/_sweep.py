@@ -16,7 +16,7 @@ from time import monotonic
 from . import _observe
 from ._op import Flow, do, pause
 from ._sql import Statements
-from ._sql.scan import SWEEP_PAGES
+from ._sql.scan import SWEEP_PAGES, row_count
 from .config import TtlCleanupStrategy
 from .errors import PgkvError
 
@@ -138,6 +138,7 @@ def sweep_all(
 
     `progress` is told the pages done and the pages in all, after each chunk.
     """
+    limit = None if limit is None else row_count("limit", limit)
     pages = yield from do(sql.pages())
     removed = 0
     for page in range(0, pages, SWEEP_PAGES):

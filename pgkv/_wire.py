@@ -12,8 +12,10 @@ others' business. Every failure leaves as a `PgkvError` that says whether the ou
 
 from __future__ import annotations
 
+import contextlib
 import math
 import select
+import socket
 import threading
 from time import monotonic
 from typing import TYPE_CHECKING, Any
@@ -42,6 +44,7 @@ PIPELINE_ABORTED = int(pq.ExecStatus.PIPELINE_ABORTED)
 CANCEL_TIMEOUT = 1.0  # seconds that a cancel request may take
 # Bytes can wait inside OpenSSL while the socket is silent: under TLS no sleep is longer.
 TLS_NAP_MS = 50.0
+LONGEST_NAP_MS = 1e9  # poll() refuses what does not fit a C int
 
 # What an error that concerns a whole pipeline is called.
 PIPELINE: Statement[Any] = Statement("pipeline", "", (), lambda result: result)
@@ -73,6 +76,7 @@ class Link:
         "poll",
         "prepares",
     )
+    takes_lock = False  # psycopg's, of the connection
 
     def __init__(
         self,
@@ -94,7 +98,7 @@ class Link:
         self._consume = pgconn.consume_input
         self._is_busy = pgconn.is_busy
         self._get_result = pgconn.get_result
-        self._nap_ms = TLS_NAP_MS if pgconn.ssl_in_use else math.inf
+        self._nap_ms = TLS_NAP_MS if pgconn.ssl_in_use else LONGEST_NAP_MS
 
     # -- the state of the link
 
@@ -118,12 +122,17 @@ class Link:
         except (psycopg.Error, OSError):
             pass  # the server is gone, or does not answer: closing is all that is left
         finally:
-            self.conn.close()
+            self.pgconn.finish()  # close() may mean "give it back" to a caller's pool
 
     # -- one operation
 
-    def execute(self, op: Op[Any], seconds: float) -> Result:
+    def execute(self, op: Op[Any], seconds: float, *, again: bool = True) -> Result:
         """Send one operation and return its result, within that time.
+
+        Args:
+            op: the operation.
+            seconds: for the answer.
+            again: send it once more if the server has forgotten the prepared statement.
 
         Raises:
             OperationTimeoutError: the time passed; the statement was cancelled, the link closed.
@@ -148,33 +157,33 @@ class Link:
             result = self._receive(statement, seconds)
             if result.status in OK:
                 return result
-            again = self._forget(statement, result)
-            if again:
-                return self.execute(op, seconds)
+            if self._forget(statement, result) and again:
+                return self.execute(op, seconds, again=False)
             failure = refusal(result, statement)
         raise failure  # outside the except: no context that quotes data
 
     def _receive(self, statement: Statement[Any], seconds: float) -> PGresult:
         """Wait for the whole answer; the first error in it, else its last result."""
         milliseconds = seconds * 1000.0
+        deadline = monotonic() + seconds
         answer: PGresult | None = None
         try:
             if self._flush():
-                self._finish_sending(seconds)
+                self._finish_sending(deadline)
             if milliseconds <= self._nap_ms:
                 if not self.poll(max(0.0, milliseconds)):
                     raise _PastDeadlineError
                 self._consume()
                 if self._is_busy():
-                    self._wait(seconds)
+                    self._wait(deadline)
             else:
-                self._wait(seconds)
+                self._wait(deadline)
             while (result := self._get_result()) is not None:
                 if answer is None or answer.status in OK:
                     answer = result
                 # Never two results for one is_busy: the second might block beyond the deadline.
                 if self._is_busy():
-                    self._wait(seconds)
+                    self._wait(deadline)
         except psycopg.Error as error:
             # After a FATAL message the server hangs up: the message is the answer.
             if answer is None or answer.status in OK:
@@ -207,10 +216,13 @@ class Link:
             OperationTimeoutError, StoreUnavailableError: as of `execute`, for all of them.
         """
         failure: PgkvError
+        about = PIPELINE
         try:
             for op in ops:
                 if self.prepares and op.statement.prepared_name not in self._prepared:
-                    self._prepare(op.statement, seconds)
+                    about = op.statement
+                    self._prepare(about, seconds)
+            about = PIPELINE
             reader = PipelineReader(self.pgconn, len(ops) if sync_each else 1)
             self.pgconn.enter_pipeline_mode()
             for op in ops:
@@ -219,18 +231,22 @@ class Link:
                     self.pgconn.pipeline_sync()
             if not sync_each:
                 self.pgconn.pipeline_sync()
-            if self._flush():
-                self._finish_sending(seconds)
             deadline = monotonic() + seconds
+            if self._flush():
+                self._finish_sending(deadline)
             while not reader.advance():
                 left = (deadline - monotonic()) * 1000.0
                 if left <= 0:
                     raise _PastDeadlineError
-                if self.poll(min(left, self._nap_ms)):
+                # Under TLS a silent socket proves nothing: see TLS_NAP_MS.
+                if self.poll(min(left, self._nap_ms)) or self._nap_ms < LONGEST_NAP_MS:
                     self._consume()
             self.pgconn.exit_pipeline_mode()
+            for op, answer in zip(ops, reader.answers, strict=False):
+                if answer.status not in OK:
+                    self._forget(op.statement, answer)  # the batch is sent again by its flow
         except psycopg.Error as error:
-            failure = failed(error, PIPELINE, sent=True)
+            failure = failed(error, about, sent=True)
         except _PastDeadlineError:
             self.abandon()
             failure = past_deadline(PIPELINE.name, seconds)
@@ -243,12 +259,11 @@ class Link:
             return reader.answers
         raise failure
 
-    def _wait(self, seconds: float) -> None:
+    def _wait(self, deadline: float) -> None:
         """Read until libpq holds the next result."""
-        deadline = monotonic() + seconds
         nap, poll = self._nap_ms, self.poll
         while self._is_busy():
-            if nap is not math.inf:
+            if nap < LONGEST_NAP_MS:
                 self._consume()
                 if not self._is_busy():
                     return
@@ -258,17 +273,16 @@ class Link:
             if poll(min(left, nap)):
                 self._consume()
 
-    def _finish_sending(self, seconds: float) -> None:
+    def _finish_sending(self, deadline: float) -> None:
         """Push out what the socket did not take at once, reading meanwhile: a server whose
         answers nobody reads stops reading questions."""
-        deadline = monotonic() + seconds
         both = select.poll()
         both.register(self.pgconn.socket, select.POLLIN | select.POLLOUT)
         while self._flush():
             left = (deadline - monotonic()) * 1000.0
             if left <= 0:
                 raise _PastDeadlineError
-            for _, events in both.poll(left):
+            for _, events in both.poll(min(left, LONGEST_NAP_MS)):
                 if events & ~select.POLLOUT:
                     self._consume()
 
@@ -311,14 +325,15 @@ class Link:
     def _forget(self, statement: Statement[Any], result: PGresult) -> bool:
         """Whether a refusal only says that the prepared statement is gone (DISCARD ALL) or
         outdated (ALTER TABLE), so that it is prepared again and sent once more."""
-        if statement.prepared_name not in self._prepared or not self.is_usable():
-            return False
         error = from_result(result)
-        if is_outdated(error):
-            # Under another name the old one would stay behind for the connection's life.
-            self.pgconn.exec_(b"DEALLOCATE " + statement.prepared_name)
-        elif error.sqlstate != "26000":
+        if error.sqlstate == "26000":
+            # What forgot one forgot them all; preparing one that is still there does no harm.
+            self._prepared.clear()
+            return self.is_usable()
+        if not is_outdated(error) or not self.is_usable():
             return False
+        # Under another name the old one would stay behind for the connection's life.
+        self.pgconn.exec_(b"DEALLOCATE " + statement.prepared_name)
         self._prepared.discard(statement.prepared_name)
         return True
 
@@ -368,6 +383,14 @@ class PipelineReader:
             elif self._current is None:
                 self._current = result
         return False
+
+
+def forgotten(results: Sequence[PGresult]) -> bool:
+    """Whether the server says that a prepared statement is gone (DISCARD ALL): then all are."""
+    return any(
+        result.status not in OK and result.error_field(pq.DiagnosticField.SQLSTATE) == b"26000"
+        for result in results
+    )
 
 
 def outcomes(batch: Batch, results: Sequence[PGresult]) -> list[tuple[Op[Any], Any]]:
@@ -421,7 +444,8 @@ class CursorLink(Link):
     """The same over an ordinary cursor, where the platform has no ``poll()`` (Windows) or
     psycopg's internals have changed. Slower, the same promises."""
 
-    __slots__ = ("_cursor",)
+    __slots__ = ("_cursor", "_resets_autocommit")
+    takes_lock = True
 
     def __init__(
         self,
@@ -435,17 +459,47 @@ class CursorLink(Link):
         self.prepares = prepares
         self.lease_end = math.inf
         self.poll = poller(self.pgconn.socket)
+        self._resets_autocommit = False
         self._cursor = psycopg.RawCursor(conn)
         self._cursor.adapters.register_dumper(_Text, _TextDumper)
         self._cursor.adapters.register_dumper(_Binary, _BinaryDumper)
 
-    def execute(self, op: Op[Any], seconds: float) -> Result:
+    def execute(self, op: Op[Any], seconds: float, *, again: bool = True) -> Result:  # noqa: ARG002  # psycopg's statements are its own
         """Send one operation through a cursor."""
+        result = self._ask(op, seconds)
+        if result.status in OK:
+            return result
+        raise refusal(result, op.statement)
+
+    def execute_all(
+        self, ops: Sequence[Op[Any]], seconds: float, *, sync_each: bool
+    ) -> list[PGresult]:
+        """One after the other; without `sync_each` in a transaction, if none is open yet."""
+        deadline = monotonic() + seconds
+        whole = not sync_each and self.pgconn.transaction_status == IDLE
+        answers: list[PGresult] = []
+        if whole:
+            self._ask(_BEGIN, seconds)
+        refused = False
+        for op in ops:
+            if refused and not sync_each:
+                answers.append(self.pgconn.make_empty_result(PIPELINE_ABORTED))
+                continue
+            answers.append(self._ask(op, deadline - monotonic()))
+            refused = refused or answers[-1].status not in OK
+        if whole:
+            self._ask(_ROLLBACK if refused else _COMMIT, deadline - monotonic())
+        return answers
+
+    def _ask(self, op: Op[Any], seconds: float) -> PGresult:
+        """The server's answer, refusals included."""
         statement = op.statement
-        expired = threading.Event()
-        timer = threading.Timer(max(0.0, seconds), self._expire, [expired])
+        self._begin_nothing()
+        alarm = threading.Lock()  # held by whoever decides how this ends
+        timer = threading.Timer(max(0.0, seconds), self._expire, [alarm])
         timer.daemon = True
         timer.start()
+        failure: PgkvError
         try:
             self._cursor.execute(
                 statement.text(self.pgconn.server_version),
@@ -453,29 +507,53 @@ class CursorLink(Link):
                 prepare=self.prepares and not statement.script,
                 binary=not statement.script,
             )
+            result = self._cursor.pgresult
         except psycopg.Error as error:
-            if expired.is_set():
-                self.abandon()
-                failure: PgkvError = past_deadline(statement.name, seconds)
-            else:
-                failure = failed(error, statement, sent=True)
+            result = error.pgresult if error.sqlstate is not None else None
+            failure = failed(error, statement, sent=True)
         except BaseException:
+            timer.cancel()
             self.abandon()
             raise
-        else:
-            result = self._cursor.pgresult
-            assert result is not None
-            return result
-        finally:
-            timer.cancel()
-        raise failure
+        timer.cancel()
+        if not alarm.acquire(blocking=False):
+            # A cancel request is under way, and may come late: nothing may follow on this link.
+            timer.join()
+            self.abandon()
+            if result is None or result.status not in OK:
+                raise past_deadline(statement.name, seconds)
+        elif self._resets_autocommit and self.pgconn.transaction_status == IDLE:
+            self._resets_autocommit = False
+            self.conn.autocommit = False
+        if result is None:
+            raise failure
+        return result
 
-    def _expire(self, expired: threading.Event) -> None:
-        expired.set()
+    def _begin_nothing(self) -> None:
+        """Keep psycopg from opening a transaction that nobody would commit."""
+        if self.pgconn.transaction_status == IDLE and not self.conn.autocommit:
+            self.conn.autocommit = True
+            self._resets_autocommit = True
+
+    def _expire(self, alarm: threading.Lock) -> None:
+        if not alarm.acquire(blocking=False):
+            return
         try:
             self.conn.cancel_safe(timeout=CANCEL_TIMEOUT)
         except (psycopg.Error, OSError):
-            self.conn.close()
+            # Closing would not wake the thread that waits.
+            with (
+                contextlib.suppress(OSError),
+                socket.fromfd(self.pgconn.socket, socket.AF_INET, socket.SOCK_STREAM) as wire,
+            ):
+                wire.shutdown(socket.SHUT_RDWR)
+
+
+def _command(sql: str) -> Op[Any]:
+    return Op(Statement(sql.lower(), sql, (), lambda result: result, script=True))
+
+
+_BEGIN, _COMMIT, _ROLLBACK = _command("BEGIN"), _command("COMMIT"), _command("ROLLBACK")
 
 
 class _Text(bytes):

@@ -6,6 +6,7 @@ there, once; the docstrings here are taken from it, and a test compares names an
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterable, Mapping
@@ -183,7 +184,11 @@ class AsyncStore:
 
     async def close(self) -> None:
         if self._owner:
-            await self._channel.close()
+            # Whoever waits for it may be cancelled; then it goes on in the background.
+            closing = asyncio.get_running_loop().create_task(self._channel.close())
+            _closing.add(closing)
+            closing.add_done_callback(_closing.discard)
+            await asyncio.shield(closing)
 
     async def __aenter__(self) -> Self:
         return self
@@ -517,6 +522,7 @@ class AsyncStore:
 
 
 builtin_set = set  # inside the class body the name means the method
+_closing: set[asyncio.Task[None]] = set()  # a loop alone does not keep its tasks alive
 
 
 document(AsyncStore, Store)

@@ -7,7 +7,6 @@ text of this module shows a password: a DSN appears only through `Config.safe_ds
 from __future__ import annotations
 
 import enum
-import math
 import os
 import re
 from dataclasses import dataclass, field, fields
@@ -28,6 +27,7 @@ EMBEDDED_SCHEME = "embedded://"
 KEY_LENGTH_MAX = 2600  # bytes; a btree entry must fit a third of an 8 kB page (2,704)
 TABLE_NAME_MAX = 54  # bytes; PostgreSQL's 63 less room for "_sessions"
 SCHEMA_NAME_MAX = 63
+SECONDS_MAX = 1e9  # 31 years; the waits of threads and sockets overflow far beyond
 VALUE_SIZE_MAX = 1 << 30  # bytea's own limit, 1 GiB
 
 
@@ -190,7 +190,8 @@ class Config:
         _require_int("pool_min_size", self.pool_min_size, 0, self.pool_max_size)
         for name in ("connect_timeout", "operation_timeout", "pool_timeout"):
             object.__setattr__(self, name, _seconds(name, getattr(self, name)))
-        if "\0" in self.application_name:
+        application_name: object = self.application_name
+        if not isinstance(application_name, str) or "\0" in application_name:
             raise ConfigError("application_name must be a string without NUL")
         if self.retry is not None and not isinstance(self.retry, RetryPolicy):
             raise ConfigError("retry must be a pgkv.RetryPolicy or None")
@@ -320,8 +321,16 @@ def _require_int(name: str, value: object, low: int, high: int) -> None:
 def _seconds(name: str, value: object, *, zero: bool = False) -> float:
     if isinstance(value, timedelta):
         value = value.total_seconds()
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ConfigError(f"{name} must be seconds (a number or a timedelta), not {value!r}")
+    # Compared, not converted: an int may be too large for a float.
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or not -SECONDS_MAX <= value <= SECONDS_MAX
+    ):
+        raise ConfigError(
+            f"{name} must be seconds (a number or a timedelta) up to {SECONDS_MAX:,.0f}, not "
+            f"{value!r}"
+        )
     if value < 0 or (value == 0 and not zero):
         raise ConfigError(f"{name} must be more than 0 seconds, not {value!r}")
     return float(value)

@@ -36,7 +36,8 @@ from types import TracebackType
 from typing import Final, Self
 from urllib.parse import unquote_to_bytes
 
-from ._cluster import START_TIMEOUT, STOP_TIMEOUT, Cluster, is_root
+from ._binaries import is_root
+from ._cluster import START_TIMEOUT, STOP_TIMEOUT, Cluster
 from .errors import ConfigError, StoreUnavailableError
 
 if sys.platform != "win32":

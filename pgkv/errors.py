@@ -257,6 +257,12 @@ def _from_sqlstate(
     elif state in ("40001", "40P01", "55P03"):
         found = QueryError(f"{action}: {text} (SQLSTATE {state}); repeat it")
         found.retryable = True
+    elif state == "26000":
+        found = QueryError(
+            f"{action}: {text} (SQLSTATE {state}); behind a pooler in transaction mode set "
+            "pooler=pgkv.Pooler.TRANSACTION"
+        )
+        found.retryable = True  # it is prepared anew
     elif state == "57014":
         found = OperationTimeoutError(f"{action}: the server cancelled the statement: {text}")
         found.outcome_unknown = False

@@ -21,16 +21,16 @@ from typing import Literal
 
 import psycopg
 
-from pgkv._cluster import (
+from pgkv._binaries import (
     Account,
     Binaries,
-    Cluster,
-    _account,
-    _binary_directories,
-    _exists,
-    _version,
+    account_of,
+    binary_directories,
+    exists,
     is_root,
+    version_of,
 )
+from pgkv._cluster import Cluster
 
 # What makes a test server fast: a crash of the machine may lose it. A crash of the server alone
 # loses nothing by it.
@@ -49,16 +49,16 @@ def wait_until(condition: Callable[[], bool], what: str, seconds: float = 30.0) 
 
 def server_account() -> Account | None:
     """Whom servers run as, when the tests run as root."""
-    return _account(Path("/")) if is_root() else None
+    return account_of(Path("/")) if is_root() else None
 
 
 @cache
 def installed() -> dict[int, Binaries]:
     """The newest-first binaries of each major version found here."""
     found: dict[int, Binaries] = {}
-    for directory in _binary_directories():
+    for directory in binary_directories():
         with contextlib.suppress(OSError):
-            major = _version(directory, server_account())
+            major = version_of(directory, server_account())
             found.setdefault(major, Binaries(directory, major))
     return dict(sorted(found.items(), reverse=True))
 
@@ -158,7 +158,7 @@ class Server:
         os.kill(pid, signal.SIGKILL)
         wait_until(lambda: self.pid is None, "the killed postmaster ends")
         wait_until(
-            lambda: not any(_exists(child) for child in children), "the orphaned backends end"
+            lambda: not any(exists(child) for child in children), "the orphaned backends end"
         )
 
     def kill_backend(self, pid: int) -> None:
@@ -171,7 +171,7 @@ class Server:
         assert pid in children, f"{pid} is no backend of this server"
         os.kill(pid, signal.SIGKILL)
         wait_until(
-            lambda: not any(_exists(child) for child in children), "the backends of before end"
+            lambda: not any(exists(child) for child in children), "the backends of before end"
         )
         wait_until(self.accepts, "the server recovers")
 

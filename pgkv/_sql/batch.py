@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
+from operator import add
 from typing import TYPE_CHECKING, TypeVar
 
 from .. import _codec
@@ -45,7 +46,7 @@ class Batch(TableStatements):
         """Check the keys and return them distinct, in the order of their bytes."""
         if isinstance(keys, str | bytes):
             raise InvalidKeyError("give several keys as a list; a single string is one key")
-        return sorted({self.key(key) for key in keys})
+        return sorted(dict.fromkeys(self.many_keys(keys)))
 
     # -- reading
 
@@ -109,15 +110,15 @@ class Batch(TableStatements):
     ) -> tuple[int, list[Op[None]]]:
         """Write all pairs; of a repeated key the last. How many keys, and the operations."""
         expiry, extra = choose_expiry(ttl, None, False)
-        key, value = self.key, self.value
-        pairs = sorted({key(k): value(v) for k, v in _pairs(items)}.items())
-        keys = [k for k, _ in pairs]
-        values = [v for _, v in pairs]
-        sizes = (len(k) + len(v) for k, v in pairs)
+        names, contents = _columns(items)
+        latest = dict(zip(self.many_keys(names), self.many_values(contents), strict=True))
+        keys = sorted(latest)
+        values = [latest[key] for key in keys]
+        sizes = list(map(add, map(len, keys), map(len, values)))
         statement = self.made(("set_many", expiry), lambda: self._make_set_many(expiry))
         cuts = _codec.chunks(keys, sizes, CHUNK_ROWS, CHUNK_BYTES)
         array = _codec.encode_array
-        return len(pairs), [
+        return len(keys), [
             Op(statement, (array(keys[cut]), array(values[cut], _codec.BYTEA_OID), *extra))
             for cut in cuts
         ]
@@ -147,7 +148,7 @@ class Batch(TableStatements):
         array = _codec.encode_array
         return [
             Op(statement, (array(keys[cut]), array(values[cut], _codec.BYTEA_OID), *extra))
-            for cut in _codec.chunks(keys, (len(k) + 20 for k in keys), CHUNK_ROWS, CHUNK_BYTES)
+            for cut in _codec.chunks(keys, [len(k) + 20 for k in keys], CHUNK_ROWS, CHUNK_BYTES)
         ]
 
     def _make_increment_many(self, expiry: Expiry) -> Statement[tuple[dict[str, int], list[str]]]:
@@ -274,6 +275,13 @@ def _pairs(items: Mapping[str, T] | Iterable[tuple[str, T]]) -> Iterable[tuple[s
     if isinstance(items, Mapping):
         return items.items()
     return _checked_pairs(items)
+
+
+def _columns(items: Mapping[str, T] | Iterable[tuple[str, T]]) -> tuple[list[str], list[T]]:
+    if isinstance(items, Mapping):
+        return list(items), list(items.values())
+    pairs = list(_checked_pairs(items))
+    return [key for key, _ in pairs], [value for _, value in pairs]
 
 
 def _checked_pairs(items: Iterable[tuple[str, T]]) -> Iterable[tuple[str, T]]:

@@ -43,8 +43,8 @@ class Scan(TableStatements):
         decode: Callable[[Result], T | Signal],
         options: ScanOptions,
     ) -> Op[T]:
-        limit = None if options.limit is None else _count("limit", options.limit)
-        offset = _count("offset", options.offset)
+        limit = None if options.limit is None else row_count("limit", options.limit)
+        offset = row_count("offset", options.offset)
         where, params = self._range(options)
         statement: Statement[T] = self.made(
             (name, where),
@@ -252,7 +252,12 @@ def _tids(page: int, limit: int | None) -> tuple[bytes, bytes, bytes | None]:
     return b"(%d,0)" % page, b"(%d,0)" % (page + SWEEP_PAGES), encoded
 
 
-def _count(name: str, value: object) -> int:
+def row_count(name: str, value: object) -> int:
+    """Return a number of rows.
+
+    Raises:
+        InvalidValueError: it is no integer of 0 or more.
+    """
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
         raise InvalidValueError(f"{name} must be an integer of 0 or more, not {value!r}")
     return min(value, _codec.INT8_MAX)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -124,9 +124,17 @@ class TableStatements:
         """Check and encode one key."""
         return _codec.encode_key(key, self.prefix_bytes, self.key_length_max)
 
+    def many_keys(self, keys: Iterable[str]) -> list[bytes]:
+        """Check and encode many keys."""
+        return _codec.encode_keys(keys, self.prefix_bytes, self.key_length_max)
+
     def value(self, value: _codec.Value) -> bytes:
         """Check and encode one value."""
         return _codec.encode_value(value, self.value_size_max)
+
+    def many_values(self, values: Sequence[_codec.Value]) -> Sequence[bytes]:
+        """Check and encode many values."""
+        return _codec.encode_values(values, self.value_size_max)
 
     @cached_property
     def read_key(self) -> Callable[[bytes], str]:

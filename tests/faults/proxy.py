@@ -89,6 +89,7 @@ class Proxy:
         self._gate: asyncio.Event = self._on_loop(_event())
         self._chunk = 0  # bytes of an answer that are written at once; 0: as they come
         self._pause = 0.0
+        self._delay = 0.0
         self.accepted = 0
         self.cancels = 0
         self._listener: asyncio.Server | None = None
@@ -118,9 +119,9 @@ class Proxy:
         """End hold(): what was held arrives."""
         self._loop.call_soon_threadsafe(self._gate.set)
 
-    def shape(self, *, chunk: int = 0, pause: float = 0.0) -> None:
-        """Write answers so many bytes at a time, with a pause before each piece."""
-        self._chunk, self._pause = chunk, pause
+    def shape(self, *, chunk: int = 0, pause: float = 0.0, delay: float = 0.0) -> None:
+        """Write answers so many bytes at a time, with a pause before each piece, after a delay."""
+        self._chunk, self._pause, self._delay = chunk, pause, delay
 
     def reset_all(self) -> int:
         """Break every connection with a TCP reset; how many there were."""
@@ -223,19 +224,22 @@ class Proxy:
             server = await asyncio.open_unix_connection(f"{host}/.s.PGSQL.{port}")
         else:
             server = await asyncio.open_connection(host, int(port))
-        await self._gate.wait()
-        server[1].write(first)
         wire = _Wire((reader, writer), server)
         self._wires.add(wire)
-        pumps = [asyncio.ensure_future(pump(wire)) for pump in (self._questions, self._answers)]
+        pumps: list[asyncio.Future[None]] = []
         try:
+            await self._gate.wait()
+            server[1].write(first)
+            pumps += [
+                asyncio.ensure_future(pump(wire)) for pump in (self._questions, self._answers)
+            ]
             await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
         finally:
             self._wires.discard(wire)
+            server[1].close()
             for pump in pumps:
                 pump.cancel()
             await asyncio.gather(*pumps, return_exceptions=True)
-            server[1].close()
 
     async def _questions(self, wire: _Wire) -> None:
         reader, writer = wire.client[0], wire.server[1]
@@ -243,8 +247,12 @@ class Proxy:
             await self._gate.wait()
             fault = self._fault_for(data)
             if fault is not None and fault.before:
+                if fault.replace is not None:
+                    wire.client[1].write(fault.replace)
                 await self._end(wire, fault)
-                return
+                if fault.end != "nothing":
+                    return
+                continue
             if fault is not None:
                 wire.fault = fault
             writer.write(data)
@@ -280,6 +288,8 @@ class Proxy:
             writer.write_eof()
 
     async def _write(self, writer: asyncio.StreamWriter, data: bytes) -> None:
+        if self._delay:
+            await asyncio.sleep(self._delay)
         step = self._chunk or len(data) or 1
         for start in range(0, len(data), step):
             if self._pause:

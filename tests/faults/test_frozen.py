@@ -19,6 +19,7 @@ from tests.faults.support import Witness, newest, until
 from tests.servers import Server, wait_until
 
 MakeStore = Callable[..., Awaitable[Any]]
+pytestmark = newest
 ABANDON = 1.2  # seconds that the cancel request may add, and a little
 
 
@@ -52,7 +53,6 @@ async def test_deadline_in_a_transaction(make_store: MakeStore, witness: Witness
     assert await store.get("k") == b"old"
 
 
-@newest
 async def test_deadline_over_many_statements(make_store: MakeStore, witness: Witness) -> None:
     """A batch in chunks has one deadline for all its statements."""
     store = await make_store(operation_timeout=0.3)
@@ -82,7 +82,6 @@ async def test_ping_with_a_timeout_of_its_own(
     assert await store.ping() < 5
 
 
-@newest
 async def test_frozen_server(make_server: Callable[..., Server], make_store: MakeStore) -> None:
     """operation_timeout holds for the whole call: sending, waiting for a connection, connecting,
     every repeat. Afterwards no later answer belongs to an earlier question."""
@@ -119,7 +118,6 @@ async def test_frozen_server(make_server: Callable[..., Server], make_store: Mak
     assert [error for _, error in outcomes if error] == []
 
 
-@newest
 async def test_frozen_while_connecting(
     make_server: Callable[..., Server], make_store: MakeStore
 ) -> None:
@@ -133,7 +131,7 @@ async def test_frozen_while_connecting(
             with pytest.raises((StoreUnavailableError, OperationTimeoutError)) as caught:
                 await make_store(dsn=server.dsn, retry=None, **options)
             assert time.monotonic() - started < 0.4 + ABANDON
-            assert not caught.value.outcome_unknown  # type: ignore[attr-defined]  # both have it
+            assert not caught.value.outcome_unknown
     finally:
         server.thaw()
     store = await make_store(dsn=server.dsn)
@@ -160,7 +158,6 @@ store.close()
 """
 
 
-@newest
 @pytest.mark.parametrize(
     "blocked",
     [
@@ -227,12 +224,14 @@ store.close()
 """
 
 
-@newest
 def test_interrupts_at_any_moment(dsn: str) -> None:
     """Ctrl-C that falls anywhere in a call, sixty times, loses no connection of a pool of two and
     mixes up no answers."""
     child = subprocess.Popen(
-        [sys.executable, "-c", STORM, dsn], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", STORM, dsn],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     with child:
         try:
@@ -257,12 +256,12 @@ def test_interrupt_of_a_waiter(dsn: str) -> None:
     reaches those who still wait."""
     with Store.connect(dsn, pool_max_size=1, pool_timeout=5) as store:
         store.set("k", b"v")
+        main = threading.main_thread().ident
+        assert main is not None
         for _ in range(5):
             with store.transaction() as tx:
                 tx.ping()
-                timer = threading.Timer(
-                    0.1, lambda: signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
-                )
+                timer = threading.Timer(0.1, signal.pthread_kill, [main, signal.SIGINT])
                 timer.start()
                 with pytest.raises(KeyboardInterrupt):
                     store.get("k")

@@ -63,6 +63,7 @@ async def test_a_transaction_after_a_kill_while_idle(
     assert await store.get("k") == b"v"
 
 
+@newest
 async def test_closing_dead_connections_is_no_attempt(
     make_store: MakeStore, witness: Witness
 ) -> None:
@@ -86,6 +87,7 @@ async def test_closing_dead_connections_is_no_attempt(
         await store.close()
 
 
+@newest
 async def test_increments_under_kills_count_exactly(
     make_store: MakeStore, witness: Witness
 ) -> None:
@@ -165,7 +167,7 @@ async def test_restart_under_load(
         if mode == "kill":
             await asyncio.to_thread(server.kill)
         else:
-            await asyncio.to_thread(server.stop, mode)
+            await asyncio.to_thread(server.stop, "fast" if mode == "fast" else "immediate")
         await asyncio.to_thread(server.start)
         back = time.monotonic()
         deadline = back + 10
@@ -193,9 +195,7 @@ async def test_one_killed_backend_empties_unlogged_tables(
     both work."""
     server = make_server()
     unlogged = await make_store(dsn=server.dsn)
-    regular = await make_store(
-        dsn=server.dsn, table_name="regular", table_type=TableType.REGULAR
-    )
+    regular = await make_store(dsn=server.dsn, table_name="regular", table_type=TableType.REGULAR)
     for store in (unlogged, regular):
         await store.set("k", b"v")
     with server.connect() as conn:

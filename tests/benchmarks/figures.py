@@ -1,0 +1,110 @@
+"""From samples to figures: medians, quartiles, ratios, and whether a goal is met.
+
+Everything here can be written to docs/benchmarks.json and read back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import quantiles
+
+import msgspec
+
+LATENCY, THROUGHPUT = "µs", "op/s"
+
+
+class Summary(msgspec.Struct, frozen=True):
+    """The middle of some samples, and where the middle half of them lies."""
+
+    median: float
+    low: float
+    high: float
+
+
+class Goal(msgspec.Struct, frozen=True):
+    """What a figure should be."""
+
+    limit: float
+    at_least: bool = False
+
+    def is_met(self, value: float) -> bool:
+        return value >= self.limit if self.at_least else value <= self.limit
+
+
+class Comparison(msgspec.Struct, frozen=True):
+    """One entrant against another, round by round. `ratio` is None where one did not run."""
+
+    ours: str
+    against: str
+    ratio: Summary | None
+    goal: Goal | None
+
+    @property
+    def is_met(self) -> bool | None:
+        """None where there is nothing to judge."""
+        if self.ratio is None or self.goal is None:
+            return None
+        return self.goal.is_met(self.ratio.median)
+
+
+class Result(msgspec.Struct, frozen=True):
+    """A case that was timed: each entrant's figure in `unit`, and the comparisons."""
+
+    case: str
+    unit: str
+    entrants: dict[str, Summary]
+    comparisons: list[Comparison]
+
+
+class Fact(msgspec.Struct, frozen=True):
+    """A figure that is no time: a size, a share."""
+
+    case: str
+    value: float
+    unit: str
+    goal: Goal | None = None
+
+    @property
+    def is_met(self) -> bool | None:
+        return None if self.goal is None else self.goal.is_met(self.value)
+
+
+def summary(samples: Sequence[float]) -> Summary:
+    """Median and quartiles."""
+    if len(samples) == 1:
+        return Summary(samples[0], samples[0], samples[0])
+    low, median, high = quantiles(samples, n=4, method="inclusive")
+    return Summary(median, low, high)
+
+
+def in_unit(seconds: Sequence[float], unit: str) -> list[float]:
+    """Seconds per operation as a case's figures."""
+    return (
+        [1 / each for each in seconds] if unit == THROUGHPUT else [1e6 * each for each in seconds]
+    )
+
+
+def result(
+    case: str,
+    unit: str,
+    samples: dict[str, list[float]],
+    goals: dict[tuple[str, str], Goal | None],
+) -> Result:
+    """Summarize a case.
+
+    Args:
+        case: its name.
+        unit: LATENCY or THROUGHPUT.
+        samples: per entrant, seconds per operation of each round.
+        goals: what is compared with what, and the goal if there is one.
+    """
+    figures = {name: in_unit(seconds, unit) for name, seconds in samples.items()}
+    comparisons = []
+    for (ours, against), goal in goals.items():
+        ratio = None
+        if ours in figures and against in figures:
+            # Of the same round: what disturbed the machine then disturbed both.
+            pairs = zip(figures[ours], figures[against], strict=True)
+            ratio = summary([mine / theirs for mine, theirs in pairs])
+        comparisons.append(Comparison(ours, against, ratio, goal))
+    return Result(case, unit, {n: summary(f) for n, f in figures.items()}, comparisons)

@@ -1,0 +1,99 @@
+"""The rows that are shown, on the terminal and in docs/performance.md alike."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from rich.table import Table
+
+from tests.benchmarks.figures import Comparison, Fact, Goal, Result, Summary
+
+HEADINGS = ("case", "ours", "against", "theirs", "ratio", "target", "")
+ABSENT = "not measured"
+
+
+class Row(NamedTuple):
+    """One comparison, or one fact."""
+
+    case: str
+    ours: str
+    against: str
+    theirs: str
+    ratio: str
+    target: str
+    verdict: str
+
+
+def rows(results: list[Result], facts: list[Fact]) -> Iterator[Row]:
+    """Everything measured, comparison by comparison."""
+    for result in results:
+        for comparison in result.comparisons:
+            yield _compared(result, comparison)
+    for fact in facts:
+        yield Row(
+            fact.case, amount(fact.value, fact.unit), "", "", "", goal(fact.goal, fact.unit),
+            verdict(fact.is_met),
+        )  # fmt: skip
+
+
+def _compared(result: Result, comparison: Comparison) -> Row:
+    def figure(name: str) -> str:
+        found = result.entrants.get(name)
+        return ABSENT if found is None else amount(found.median, result.unit)
+
+    case = result.case
+    if comparison.ours != "pgkv":
+        case += f" ({comparison.ours.removeprefix('pgkv, ')})"
+    return Row(
+        case,
+        figure(comparison.ours),
+        comparison.against,
+        figure(comparison.against),
+        "" if comparison.ratio is None else spread(comparison.ratio),
+        goal(comparison.goal),
+        verdict(comparison.is_met),
+    )
+
+
+def spread(ratio: Summary) -> str:
+    """A ratio with its quartiles."""
+    return f"{ratio.median:.2f} ({ratio.low:.2f}-{ratio.high:.2f})"
+
+
+def amount(value: float, unit: str = "") -> str:
+    """A number with as many digits as it deserves."""
+    digits = 1 if abs(value) < 100 else 0
+    return f"{value:,.{digits}f} {unit}".rstrip()
+
+
+def goal(wanted: Goal | None, unit: str = "") -> str:
+    """What a figure should be."""
+    if wanted is None:
+        return ""
+    return f"{'≥' if wanted.at_least else '≤'} {wanted.limit:g} {unit}".rstrip()
+
+
+def verdict(met: bool | None) -> str:
+    """Whether it is."""
+    return "" if met is None else "met" if met else "missed"
+
+
+def rendered(results: list[Result], facts: list[Fact]) -> Table:
+    """The table for a terminal; a case's name stands in its first row."""
+    table = Table(title="medians; ratio = ours / theirs, with quartiles")
+    for heading in HEADINGS:
+        table.add_column(
+            heading,
+            justify="right" if heading in {"ours", "theirs", "ratio"} else "left",
+            no_wrap=True,
+        )
+    before = ""
+    for row in rows(results, facts):
+        if row.case != before and before:
+            table.add_section()
+        shown = row._replace(case="" if row.case == before else row.case)
+        style = {"met": "green", "missed": "red"}.get(row.verdict, "")
+        table.add_row(*shown[:-1], f"[{style}]{row.verdict}[/]" if style else "")
+        before = row.case
+    return table

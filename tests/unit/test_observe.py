@@ -1,0 +1,145 @@
+"""Where events go, and the hook for metrics."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import structlog
+
+import pgkv
+from pgkv import _observe
+
+
+@pytest.fixture
+def configured() -> Iterator[list[dict[str, Any]]]:
+    """structlog configured by the application: the events it gets."""
+    seen: list[dict[str, Any]] = []
+
+    def keep(_logger: Any, method: str, event: Any) -> Any:
+        seen.append({**event, "level": method})
+        raise structlog.DropEvent
+
+    structlog.configure(processors=[keep])
+    yield seen
+    structlog.reset_defaults()
+
+
+def test_events_go_to_logging(caplog: pytest.LogCaptureFixture) -> None:
+    """Where structlog is not configured events go to the logger `pgkv`, with their context."""
+    caplog.set_level(logging.DEBUG, "pgkv")
+    _observe.warning("pgkv.test.event", table='"t"', attempt=2)
+    (record,) = caplog.records
+    assert (record.name, record.levelname) == ("pgkv", "WARNING")
+    assert record.getMessage() == 'pgkv.test.event table="t" attempt=2'
+    assert record.__dict__["pgkv"] == {"table": '"t"', "attempt": 2}
+
+
+def test_events_go_to_structlog(
+    configured: list[dict[str, Any]], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where it is configured they go there, as key-value pairs, and not to logging as well."""
+    _observe.info("pgkv.test.event", attempt=2)
+    assert configured == [{"event": "pgkv.test.event", "attempt": 2, "level": "info"}]
+    assert caplog.records == []
+
+
+def test_levels(configured: list[dict[str, Any]]) -> None:
+    """debug, info and warning are what they say."""
+    for level in ("debug", "info", "warning"):
+        getattr(_observe, level)("pgkv.test.event")
+    assert [event["level"] for event in configured] == ["debug", "info", "warning"]
+
+
+def test_levels_of_logging(caplog: pytest.LogCaptureFixture) -> None:
+    """What the application does not listen to costs no formatting and shows nowhere."""
+    caplog.set_level(logging.INFO, "pgkv")
+
+    class Loud:
+        def __repr__(self) -> str:
+            raise AssertionError
+
+        __str__ = __repr__
+
+    _observe.debug("pgkv.test.event", loud=Loud())
+    assert caplog.records == []
+
+
+SCRIPT = """
+import pgkv
+from pgkv import _observe
+_observe.debug("pgkv.test.debug")
+_observe.info("pgkv.test.info")
+_observe.warning("pgkv.test.warning", attempt=1)
+"""
+
+
+def test_an_application_that_set_up_nothing() -> None:
+    """Without any set-up warnings go to stderr, the rest nowhere, and nothing to stdout."""
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == ""
+    assert done.stderr == "pgkv.test.warning attempt=1\n"
+
+
+def test_importing_configures_nothing() -> None:
+    """Importing pgkv leaves structlog and logging as they were, and prints nothing."""
+    script = (
+        "import logging, structlog, pgkv;"
+        "assert not structlog.is_configured();"
+        "assert not logging.getLogger('pgkv').handlers;"
+        "assert logging.getLogger('pgkv').level == 0 and not logging.getLogger().handlers"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True)
+    assert done.stdout + done.stderr == b""
+
+
+# -- the hook --------------------------------------------------------------------------------
+
+
+def test_hooks_are_told_and_taken_away() -> None:
+    """A hook gets name, seconds, outcome and retries, until it is taken away; twice is harmless."""
+    seen: list[tuple[object, ...]] = []
+    remove = pgkv.on_operation(lambda *told: seen.append(told))
+    _observe.notify("get", 0.0, "ok", 2)
+    remove()
+    remove()
+    _observe.notify("get", 0.0, "ok", 0)
+    ((name, seconds, outcome, retries),) = seen
+    assert (name, outcome, retries) == ("get", "ok", 2)
+    assert isinstance(seconds, float)
+
+
+def test_a_failing_hook_harms_nobody(caplog: pytest.LogCaptureFixture) -> None:
+    """A hook's exception is logged by its class and goes no further; other hooks are told."""
+    seen: list[str] = []
+    removes = [
+        pgkv.on_operation(lambda *_: 1 / 0),
+        pgkv.on_operation(lambda name, *_: seen.append(name)),
+    ]
+    _observe.notify("get", 0.0, "ok", 0)
+    for remove in removes:
+        remove()
+    assert seen == ["get"]
+    assert "pgkv.hook.failed error=ZeroDivisionError" in caplog.text
+
+
+def test_a_failed_operation_is_told() -> None:
+    """An operation that fails is told with the class of its error."""
+    seen: list[tuple[str, str]] = []
+    remove = pgkv.on_operation(lambda name, _s, outcome, _r: seen.append((name, outcome)))
+    store = pgkv.Store(
+        pgkv.Config("postgresql://nobody@127.0.0.1:1/nowhere", connect_timeout=1, retry=None)
+    )
+    try:
+        with pytest.raises(pgkv.StoreUnavailableError):
+            store.get("k")
+    finally:
+        remove()
+        store.close()
+    assert seen == [("get", "StoreUnavailableError")]
