@@ -34,6 +34,8 @@ BATCH_MAX = 1000  # leases in one statement
 CLEAN_PAUSE = 60.0  # seconds between two chunks of cleaning
 CLEAN_TIME = 5.0  # seconds for one
 SEND_MAX = 10.0  # seconds for one renewal, should every lease allow that much
+SEND_MIN = 0.3  # seconds for one, if the leases have that much left
+WARM_PAUSE = 1.0  # seconds between attempts to have a connection before it is needed
 STOP_TIME = 5.0  # seconds for the thread to end
 
 T = TypeVar("T")
@@ -83,6 +85,10 @@ class OwnLink:
             return op.decode(result)  # type: ignore[return-value]  # no statement here can race
         raise failure from failure.__cause__
 
+    def is_ready(self) -> bool:
+        """Whether it is open, as far as one can know without asking."""
+        return self._link is not None and not self._link.is_stale()
+
     async def _open(self) -> AsyncLink:
         if self._link is not None and self._link.is_stale():
             self._drop()
@@ -125,6 +131,7 @@ class Renewer:
         self._send_until = 0.0
         self._failing = False
         self._tables: dict[str, _Cleaning] = {}
+        self._warm_at = 0.0
         self._clean_at = monotonic() + uniform(0.5, 1.0) * CLEAN_PAUSE  # noqa: S311  # a pause, no secret
 
     # -- from any thread
@@ -189,8 +196,7 @@ class Renewer:
             soonest = min(soonest, hold._until, now + LOOK_MAX)
             if hold._due <= now:
                 due.append(hold)
-                # Half of what is left: so there is another half for a second try.
-                self._send_until = min(self._send_until, now + (hold._until - now) / 2)
+                self._send_until = min(self._send_until, now + _share(hold._until - now))
             else:
                 soonest = min(soonest, hold._due)
         if self._sending is not None:
@@ -199,9 +205,14 @@ class Renewer:
             else:
                 soonest = min(soonest, self._send_until)
         elif due:
-            limit = min((hold._until - now) / 2 for hold in due)
-            self._send_until = now + min(limit, SEND_MAX)
-            self._send(self._renew(due[:BATCH_MAX], min(limit, SEND_MAX)))
+            limit = min(_share(hold._until - now) for hold in due)
+            self._send_until = now + limit
+            self._send(self._renew(due[:BATCH_MAX], limit))
+        elif soonest < float("inf") and now >= self._warm_at and not self._link.is_ready():
+            # Connecting takes several round trips: not out of a lease's time, if that can be.
+            self._warm_at = now + WARM_PAUSE
+            self._send_until = float("inf")
+            self._send(self._warm(self._living()[0]._terms.sql))
         elif soonest < float("inf") and monotonic() >= self._clean_at:
             self._clean_at = monotonic() + CLEAN_PAUSE
             self._send_until = float("inf")
@@ -219,12 +230,16 @@ class Renewer:
             # A mistake of ours must not end all renewal in silence.
             _observe.warning("pgkv.lock.renewal_broken", error=f"{type(error).__name__}: {error}")
 
+    async def _warm(self, sql: LockStatements) -> None:
+        with contextlib.suppress(PgkvError):
+            await self._link.execute(sql.renew([]), SEND_MAX)
+
     async def _renew(self, due: list[Hold], seconds: float) -> None:
         until = clock() + seconds
         mine = [hold for hold in due if hold._turn.acquire(blocking=False)]
         for hold in due:
             # Whatever becomes of this try: it is not due again before a while.
-            hold._due = clock() + retry_pause(hold._ttl)
+            hold._due = clock() + retry_pause(hold._ttl) / 2
         try:
             # Locks made one by one have statements of their own, but mostly one table.
             for sql in {hold._terms.sql.t: hold._terms.sql for hold in mine}.values():
@@ -241,8 +256,12 @@ class Renewer:
         try:
             codes = await self._link.execute(op, seconds)
         except (PgkvError, asyncio.CancelledError) as error:
+            cause: BaseException = error
+            if isinstance(error, asyncio.CancelledError):
+                cause = OperationTimeoutError("lock_renew: no answer in the time the leases leave")
             for hold in batch:
-                hold._cause = error
+                # Without its traceback, whose frames hold the leases: they would never be freed.
+                hold._cause = cause.with_traceback(None)
             if not self._failing:
                 self._failing = True
                 _observe.warning(
@@ -283,6 +302,12 @@ class Renewer:
         if tasks:
             await asyncio.wait(tasks)
         self._link.close()
+
+
+def _share(left: float) -> float:
+    """Seconds for one try: half of what is left, so that there is time for another, but not so
+    little that a slow network never gets through."""
+    return min(max(left / 2, min(left, SEND_MIN)), SEND_MAX)
 
 
 class _Cleaning:

@@ -76,6 +76,7 @@ async def drive(flow: Flow[T], perform: Callable[[Any], Awaitable[Any]]) -> T:
         try:
             step = flow.send(outcome) if failure is None else flow.throw(failure)
         except StopIteration as end:
+            failure = None  # its traceback holds this frame, and the callers' with all they hold
             return end.value  # type: ignore[no-any-return]  # what the generator returns
         outcome = failure = None
         try:
@@ -180,6 +181,7 @@ class AsyncPoolChannel:
                 return await self._perform(each)
             return await self._attempt(each, deadline)
 
+        answer: Any = None
         if outcome is None:
             self._start_patrols()
             try:
@@ -190,6 +192,8 @@ class AsyncPoolChannel:
                 return answer
             outcome = answer
         flow = recover(step, outcome, self._config.retry, deadline, self.heal)
+        # An error's traceback holds this frame: a cycle that would keep the callers' frames.
+        del answer, outcome
         return await drive(flow, perform)
 
     async def _attempt(self, step: Op[Any] | Transaction[Any] | Batch, deadline: float) -> Any:

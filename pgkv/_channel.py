@@ -81,6 +81,7 @@ def drive(flow: Flow[T], perform: Callable[[Any], Any]) -> T:
         try:
             step = flow.send(step_outcome) if failure is None else flow.throw(failure)
         except StopIteration as end:
+            failure = None  # its traceback holds this frame, and the callers' with all they hold
             return end.value  # type: ignore[no-any-return]  # what the generator returns
         step_outcome = failure = None
         try:
@@ -211,6 +212,7 @@ class PoolChannel:
                 return self._perform(each)
             return self._attempt(each, deadline)
 
+        answer: Any = None
         if outcome is None:
             self._start_patrols()
             try:
@@ -220,7 +222,10 @@ class PoolChannel:
             if not isinstance(answer, PgkvError | Raced):
                 return answer
             outcome = answer
-        return drive(recover(step, outcome, self._config.retry, deadline, self.heal), perform)
+        flow = recover(step, outcome, self._config.retry, deadline, self.heal)
+        # An error's traceback holds this frame: a cycle that would keep the callers' frames.
+        del answer, outcome
+        return drive(flow, perform)
 
     def _attempt(self, step: Op[Any] | Transaction[Any] | Batch, deadline: float) -> Any:
         if isinstance(step, Transaction):

@@ -7,6 +7,7 @@ import os
 import random
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psycopg
@@ -125,6 +126,8 @@ def _write(conn: psycopg.Connection, resource: str, path: str, n: int, token: in
 
 
 if __name__ == "__main__":
-    {"storm": storm, "holder": holder, "leader": leader, "writer": writer}[sys.argv[1]](
-        *sys.argv[2:]
-    )
+    mode, *rest = sys.argv[1:]
+    programs: dict[str, Callable[..., None]] = {
+        "storm": storm, "holder": holder, "leader": leader, "writer": writer,
+    }  # fmt: skip
+    programs[mode](*rest)

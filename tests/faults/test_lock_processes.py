@@ -196,7 +196,7 @@ def test_grants_survive_crashes_of_the_server(make_server: Callable[..., Server]
     rounds: list[Callable[[], None]] = [
         lambda: server.restart("immediate"),
         lambda: server.restart("fast"),
-        lambda: (server.kill(), server.start())[-1],
+        lambda: _kill_the_server(server),
         lambda: _kill_a_backend(server),
     ]
     last = 0
@@ -216,6 +216,11 @@ def test_grants_survive_crashes_of_the_server(make_server: Callable[..., Server]
             with lock.acquire(timeout=5) as each:
                 assert each.token > last
                 last = each.token
+
+
+def _kill_the_server(server: Server) -> None:
+    server.kill()
+    server.start()
 
 
 def _kill_a_backend(server: Server) -> None:

@@ -157,7 +157,7 @@ async def test_locked_refuses_what_cannot_work(store: Any, colour: Colour) -> No
         pgkv.locked("x", store=inner, on_busy="cry")
     lock = (pgkv.AsyncLock if colour.name == "async" else pgkv.Lock)(inner, "x")
     with pytest.raises(pgkv.ConfigError, match="needs a"):
-        pgkv.locked(lock)(plain if colour.name == "async" else coroutine)  # type: ignore[type-var]  # both are functions
+        pgkv.locked(lock)(plain if colour.name == "async" else coroutine)
 
 
 async def test_a_fenced_table_refuses_older_tokens(peer: Peer) -> None:
