@@ -122,15 +122,23 @@ class AsyncPoolChannel:
     async def execute(self, op: Op[T], timeout: float | None = None) -> T:
         """Perform one operation. Anything unusual is left to `_recover` and `_aftermath`."""
         started = monotonic()
+        seconds = self._timeout if timeout is None else timeout
         leases = self._leases
-        if not leases.idle or leases.loop is not asyncio.get_running_loop():
-            return await self._recover(op, started, timeout, None)
-        link = leases.idle.pop()
-        if link.is_stale():
-            leases.discard(link)
-            return await self._recover(op, started, timeout, None)
+        if leases.idle and leases.loop is asyncio.get_running_loop():
+            link = leases.idle.pop()
+            if link.is_stale():
+                leases.discard(link)
+                return await self._recover(op, started, timeout, None)
+        else:
+            # With more tasks than links this is the usual way, so it is short as well.
+            self._start_patrols()
+            try:
+                link = await leases.acquire(started + seconds, op.statement.name)
+            except PgkvError as error:
+                return await self._recover(op, started, timeout, error)
+            seconds += started - monotonic()
         try:
-            result = await link.execute(op, self._timeout if timeout is None else timeout)
+            result = await link.execute(op, seconds)
         except PgkvError as error:
             leases.settle(link)
             return await self._recover(op, started, timeout, error)

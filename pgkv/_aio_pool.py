@@ -22,6 +22,7 @@ from ._aio_wire import AsyncLink, Watchdog
 from ._caller import check_connection
 from ._pool import (
     CLOSE_TIMEOUT,
+    FIRST_NAP,
     LEASE_TIME,
     OPENING_NAP,
     POOL_NAME,
@@ -29,6 +30,7 @@ from ._pool import (
     busy,
     closed,
     no_connection,
+    still_opening,
     unreachable,
 )
 from ._wire import poller
@@ -202,9 +204,15 @@ class AsyncLeases:
         return link
 
     async def _connect(self, deadline: float, action: str) -> psycopg.AsyncConnection[Any]:
-        pool = await self._psycopg_pool(action)
         started = monotonic()
+        pool, opened_now = await self._psycopg_pool(action)
         until = min(deadline, started + self._config.connect_timeout)
+        # Polled, for the pool has no event to wait for.
+        while (  # noqa: ASYNC110
+            opened_now and still_opening(pool, self._failures) and monotonic() < until
+        ):
+            # Asking at once would make the pool grow beyond the one it is opening already.
+            await asyncio.sleep(FIRST_NAP)
         while True:
             nap = max(0.001, min(OPENING_NAP, until - monotonic()))
             try:
@@ -223,11 +231,13 @@ class AsyncLeases:
                 await conn.close()
                 await pool.putconn(conn)
 
-    async def _psycopg_pool(self, action: str) -> AsyncConnectionPool[Any]:
+    async def _psycopg_pool(self, action: str) -> tuple[AsyncConnectionPool[Any], bool]:
+        """The pool, and whether this call opened it."""
         assert self._opening is not None
         async with self._opening:
             if self._closed:
                 raise closed(action)
+            opened_now = self._pool is None
             if self._pool is None:
                 config = self._config
                 # In a thread: an embedded server may have to be started first.
@@ -245,7 +255,7 @@ class AsyncLeases:
                 )
                 await pool.open()
                 self._pool = pool
-            return self._pool
+            return self._pool, opened_now
 
     async def close(self) -> None:
         """Close every connection; those in use as they come back."""

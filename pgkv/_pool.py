@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
+import time
 import weakref
 from collections import deque
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from time import monotonic
 from typing import Any
 
 import psycopg
-from psycopg_pool import ConnectionPool, PoolClosed, PoolTimeout
+from psycopg_pool import AsyncConnectionPool, ConnectionPool, PoolClosed, PoolTimeout
 
 from . import _conninfo
 from ._caller import check_connection
@@ -38,6 +39,7 @@ POOL_NAME = "pgkv-"
 # How long to listen for a new connection before asking whether the attempt has failed: the pool
 # hides the reason behind its time-out.
 OPENING_NAP = 0.05
+FIRST_NAP = 0.001  # seconds between two looks whether a new pool has its first connection
 # How long closing waits for the pool's threads: one may be connecting to a server that is silent.
 CLOSE_TIMEOUT = 0.5
 
@@ -232,9 +234,12 @@ class Leases:
         return link
 
     def _connect(self, deadline: float, action: str) -> psycopg.Connection[Any]:
-        pool = self._psycopg_pool()
         started = monotonic()
+        pool, opened_now = self._psycopg_pool()
         until = min(deadline, started + self._config.connect_timeout)
+        while opened_now and still_opening(pool, self._failures) and monotonic() < until:
+            # Asking at once would make the pool grow beyond the one it is opening already.
+            time.sleep(FIRST_NAP)
         while True:
             try:
                 conn: psycopg.Connection[Any] = pool.getconn(
@@ -255,10 +260,12 @@ class Leases:
                 conn.close()
                 pool.putconn(conn)
 
-    def _psycopg_pool(self) -> ConnectionPool[Any]:
+    def _psycopg_pool(self) -> tuple[ConnectionPool[Any], bool]:
+        """The pool, and whether this call opened it."""
         with self._lock:
             if self._closed:
                 raise closed("connect")
+            opened_now = self._pool is None
             if self._pool is None:
                 config = self._config
                 self._pool = ConnectionPool(
@@ -274,7 +281,7 @@ class Leases:
                     name=f"{POOL_NAME}{id(self):x}",
                     open=True,
                 )
-            return self._pool
+            return self._pool, opened_now
 
     def close(self) -> None:
         """Close every connection; those in use as they come back."""
@@ -426,6 +433,14 @@ def no_connection(action: str, seconds: float) -> StoreUnavailableError:
     return StoreUnavailableError(
         f"{action}: no connection to PostgreSQL within {seconds:.3g} s (connect_timeout)"
     )
+
+
+def still_opening(
+    pool: ConnectionPool[Any] | AsyncConnectionPool[Any],
+    failures: deque[tuple[float, psycopg.Error]],
+) -> bool:
+    """Whether a pool just opened has neither made its first connection nor failed to."""
+    return bool(pool.min_size) and not failures and not pool.get_stats()["pool_available"]
 
 
 def unreachable(error: psycopg.Error, action: str) -> PgkvError:

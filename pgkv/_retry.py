@@ -29,6 +29,8 @@ from ._op import Batch, Call, Flow, Op, Raced, Sleep, Statement, Transaction
 from .config import RetryPolicy, Table
 from .errors import ConflictError, PgkvError, PoolTimeoutError, TableNotFoundError
 
+HEALS_MAX = 3  # of one call, whose table somebody keeps dropping
+
 Repeatable: TypeAlias = "Op[Any] | Transaction[Any] | Batch"
 
 
@@ -134,7 +136,7 @@ def _settle(
     """One attempt, with what belongs to it: asking again after a race, creating the table."""
     what = about(step)
     raced = 0
-    healed = False
+    healed = 0
     while True:
         if isinstance(outcome, Raced):
             if raced >= what.repeats:
@@ -147,9 +149,9 @@ def _settle(
             raced += 1
         elif isinstance(outcome, TableNotFoundError):
             table = what.table
-            if healed or table is None or not table.auto_create:
+            if healed == HEALS_MAX or table is None or not table.auto_create:
                 raise outcome
-            healed = True
+            healed += 1
             yield Call(heal, table)
         elif outcome is not None:
             raise outcome

@@ -171,7 +171,7 @@ def verify(table: Table) -> Flow[bool]:
 
 def _columns(table: Table) -> Op[dict[str, str]]:
     statement = Statement(
-        "inspect_table",
+        "create_table",
         "SELECT attname::text, format_type(atttypid, NULL) FROM pg_attribute "
         "WHERE attrelid = to_regclass($1) AND attnum > 0 AND NOT attisdropped",
         (TEXT,),
@@ -184,7 +184,7 @@ def _columns(table: Table) -> Op[dict[str, str]]:
 
 def _schema_exists(schema: str) -> Op[bool]:
     statement = Statement(
-        "inspect_schema",
+        "create_table",
         "SELECT 1 FROM pg_namespace WHERE nspname = $1",
         (TEXT,),
         read_found,

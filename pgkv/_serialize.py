@@ -21,7 +21,8 @@ CodecName: TypeAlias = Literal["json", "msgpack"]
 
 # "Expected `int`, got `str` - at `$.age`" speaks of types only; other messages may quote a value.
 _PATH = re.compile(r" - at `(\$[^`]*)`$")
-_OF_TYPES = ("Expected `", "Object missing required field", "Object contains unknown field")
+_OF_TYPES = ("Expected `", "Object missing required field")
+_UNKNOWN_FIELD = "Object contains unknown field"
 
 
 class Serializer(Generic[T]):
@@ -49,6 +50,7 @@ class Serializer(Generic[T]):
             else msgspec.msgpack.Encoder(order="deterministic")
         )
         self._encode: Callable[[Any], bytes] = encoder.encode
+        self._names: Callable[[], set[str]] = set  # what a pydantic path may say
         self._decode: Callable[[bytes], Any]
         if _is_pydantic(type_):
             self._use_pydantic(type_, codec)
@@ -65,14 +67,16 @@ class Serializer(Generic[T]):
         from pydantic import TypeAdapter
 
         adapter = TypeAdapter(type_)
+        pack = self._encode
+        # Through our encoder, for pydantic's own keeps the order in which a dict was filled; and a
+        # value that does not fit its model is an error, where pydantic would only warn.
+        self._encode = lambda value: pack(adapter.dump_python(value, mode="json", warnings="error"))
         if codec == "json":
-            self._encode = adapter.dump_json
             self._decode = adapter.validate_json
         else:
-            pack = self._encode
-            self._encode = lambda value: pack(adapter.dump_python(value, mode="json"))
             unpack = msgspec.msgpack.Decoder().decode
             self._decode = lambda raw: adapter.validate_python(unpack(raw))
+        self._names = lambda: _names_in(adapter.json_schema())
 
     def encode(self, key: str, value: T) -> bytes:
         """Return the value's bytes.
@@ -83,7 +87,7 @@ class Serializer(Generic[T]):
         try:
             return self._encode(value)
         except (TypeError, ValueError, OverflowError, RecursionError) as error:
-            why = _path_and_reason(error)
+            why = _path_and_reason(error, self._names)
         raise SerializationError(
             f"{key!r}: a {type(value).__name__} cannot be written as {self.codec}{why}"
         )
@@ -97,22 +101,45 @@ class Serializer(Generic[T]):
         try:
             return self._decode(raw)  # type: ignore[no-any-return]  # the decoder was made for T
         except (ValueError, RecursionError) as error:  # msgspec's and pydantic's are ValueErrors
-            why = _path_and_reason(error)
+            why = _path_and_reason(error, self._names)
         raise SerializationError(f"the value of {key!r} is no {self._name} in {self.codec}{why}")
 
 
-def _path_and_reason(error: Exception) -> str:
+def _path_and_reason(error: Exception, names: Callable[[], set[str]]) -> str:
     """Where, and of which types, without a word of the data."""
     if hasattr(error, "errors") and callable(error.errors):  # pydantic
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        path = "".join(f".{part}" for part in first["loc"])
+        path = "".join(_part(part, names) for part in first["loc"])
         return f": {first['type']} - at `${path}`"
     text = str(error)
     found = _PATH.search(text)
     path = found[1] if found else "$"
     reason = _PATH.sub("", text)
     said = reason if reason.startswith(_OF_TYPES) else type(error).__name__
+    if reason.startswith(_UNKNOWN_FIELD):
+        said = "Object contains an unknown field"  # its name is data
     return f": {said} - at `{path}`"
+
+
+def _part(part: int | str, names: Callable[[], set[str]]) -> str:
+    """A step of pydantic's path. The keys of a dict are data; msgspec writes them the same way."""
+    if isinstance(part, int):
+        return f"[{part}]"
+    try:
+        known = part in names()
+    except Exception:  # noqa: BLE001  # a model may have no schema
+        known = False
+    return f".{part}" if known else "[...]"
+
+
+def _names_in(schema: Any) -> set[str]:
+    """The names of fields and types in a JSON schema."""
+    if isinstance(schema, list):
+        return set().union(*map(_names_in, schema))
+    if not isinstance(schema, dict):
+        return set()
+    found = set(schema.get("properties") or ()) | set(schema.get("$defs") or ())
+    return found.union(*map(_names_in, schema.values()))
 
 
 def _is_pydantic(type_: Any) -> bool:

@@ -86,7 +86,8 @@ class RetryPolicy:
         wait_max: seconds, the longest pause.
         deadline: seconds after the first failure, at which no further try begins.
         repeat_writes: also repeat plain ``set``, ``delete`` and ``expire`` whose answer was lost.
-            They may then take effect twice, with another client's write in between.
+            They may then take effect twice, with another write in between: another client's, or
+            your own next one, if the server was still at work on the first.
 
     Raises:
         ConfigError: a number is out of range.

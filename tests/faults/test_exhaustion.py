@@ -4,9 +4,11 @@ asker's own."""
 from __future__ import annotations
 
 import asyncio
+import sys
 import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 import pytest
@@ -74,6 +76,16 @@ async def test_waiters_are_served_in_order(make_store: MakeStore) -> None:
     assert all(abs(place - i) <= 2 for place, i in enumerate(served)), served
 
 
+@pytest.fixture
+def _restless() -> Iterator[None]:
+    """Threads take turns within microseconds: between any two steps somebody else may run."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(interval)
+
+
+@pytest.mark.usefixtures("_restless")
 def test_storm_on_three_connections(dsn: str, witness: Witness) -> None:
     """64 threads, 20,000 operations, three connections: never more, it ends, and every thread reads
     what it wrote."""
@@ -106,6 +118,7 @@ def test_storm_on_three_connections(dsn: str, witness: Witness) -> None:
         assert 1 <= most <= 3
 
 
+@pytest.mark.usefixtures("_restless")
 def test_storm_with_expiring_leases_and_kills(
     dsn: str, witness: Witness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -138,6 +151,7 @@ def test_storm_with_expiring_leases_and_kills(
             assert all(tx.ping() < 5 for tx in (a, b, c))
 
 
+@pytest.mark.usefixtures("_restless")
 async def test_storm_of_time_outs(make_store: MakeStore) -> None:
     """Waiters that give up at the very moment at which a connection becomes free lose neither it nor
     their own deadline."""
@@ -159,6 +173,56 @@ async def test_storm_of_time_outs(make_store: MakeStore) -> None:
     async with store.transaction() as a, store.transaction() as b:
         await a.ping()
         await b.ping()
+
+
+@pytest.mark.parametrize(
+    "moment", ["before the queue", "in the queue", "quicker somebody", "while waiting"]
+)
+def test_no_wake_up_is_lost(dsn: str, moment: str) -> None:
+    """A connection that comes back between a caller's look at the stack and its place in the queue,
+    or at once after, or that somebody snatches and returns meanwhile, reaches the caller."""
+    with Store.connect(dsn, pool_max_size=1, pool_timeout=3) as store:
+        leases = store._channel._leases  # type: ignore[attr-defined]  # a PoolChannel's
+        held = leases.acquire(time.monotonic() + 5, "test")
+        queue_up = leases._queue_up
+
+        class Snatched(deque[Any]):
+            """A stack from which the first pop after a push finds nothing."""
+
+            snatched = False
+
+            def pop(self) -> Any:  # type: ignore[override]  # a deque's takes no index
+                if self and not self.snatched:
+                    self.snatched = True
+                    raise IndexError
+                return super().pop()
+
+        def queued(action: str) -> Any:
+            if moment == "before the queue":
+                leases.release(held)
+            waiter = queue_up(action)
+            if moment == "quicker somebody":
+                leases.idle = Snatched()
+            if moment in {"in the queue", "quicker somebody"}:
+                leases.release(held)
+            leases._queue_up = queue_up
+            return waiter
+
+        wait = leases._await
+
+        def waiting(*args: Any, **kwargs: Any) -> None:
+            if moment == "while waiting":
+                leases.release(held)
+            wait(*args, **kwargs)
+
+        leases._await = waiting
+
+        leases._queue_up = queued
+        started = time.monotonic()
+        assert leases.acquire(started + 2, "test") is held
+        assert time.monotonic() - started < 1
+        leases.release(held)
+        assert store.get("k") is None
 
 
 async def test_self_healing_with_one_connection(make_store: MakeStore, witness: Witness) -> None:

@@ -326,7 +326,9 @@ async def test_chunked_batch_with_a_lost_commit(proxy: Proxy, make_far_store: Ma
 
 
 async def test_many_callers_over_a_bad_network(proxy: Proxy, make_far_store: MakeStore) -> None:
-    """Resets at any moment while many callers set and get: each reads what it wrote."""
+    """Resets at any moment while many callers set and get: no answer is another question's. (A set
+    whose link broke may still run on the server after its repeat, and after later ones: which of a
+    caller's own values it finds is not certain. See `repeat_writes`.)"""
     store = await make_far_store(pool_max_size=4, retry=RetryPolicy(attempts=50))
     running = True
 
@@ -335,7 +337,7 @@ async def test_many_callers_over_a_bad_network(proxy: Proxy, make_far_store: Mak
         while running:
             value = b"%d:%d" % (number, done)
             await store.set(f"k{number}", value)
-            assert await store.get(f"k{number}") == value
+            assert (await store.get(f"k{number}") or b"").startswith(b"%d:" % number)
             done += 1
         return done
 

@@ -320,7 +320,7 @@ def test_store_behaves_like_a_dict(
     run_state_machine_as_test(
         kind,
         settings=settings(
-            max_examples=60,
+            max_examples=35,
             stateful_step_count=40,
             deadline=None,
             suppress_health_check=list(HealthCheck),

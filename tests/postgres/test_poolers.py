@@ -1,0 +1,239 @@
+"""The store's behaviour tests once more, through a PgBouncer in transaction mode with two server
+connections.
+
+Every test of the modules below that works with a store runs here with ``pooler=Pooler.TRANSACTION``,
+in both colours, on one version of PostgreSQL. The peers of a test, and its own connections, go to the
+server directly.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import inspect
+import os
+import re
+import shutil
+import subprocess
+import types
+from collections.abc import Callable, Coroutine, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from _pytest.fixtures import FixtureFunctionDefinition
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
+
+import pgkv
+from pgkv import Pooler
+from tests import servers
+from tests.colours import Colour
+from tests.faults.support import newest
+from tests.peers import Peer, caller_connection
+from tests.postgres import (
+    test_atomic,
+    test_basic,
+    test_batch,
+    test_coalesce,
+    test_collection,
+    test_expiry,
+    test_pipeline,
+    test_races,
+    test_scan,
+    test_storms,
+    test_transaction,
+    test_using,
+)
+from tests.postgres.test_pipeline import Tape
+from tests.servers import Server, UserServer
+
+MODULES = (
+    *(test_basic, test_batch, test_atomic, test_scan, test_expiry, test_collection),
+    *(test_transaction, test_using, test_races, test_storms, test_pipeline, test_coalesce),
+)
+# What cannot be asked here, and why.
+_COUNTED = "counts the messages of prepared statements, which nobody sends to a pooler"
+LEFT_OUT = dict.fromkeys(
+    (
+        *("test_pipeline__one_round_trip", "test_pipeline__a_refused_operation"),
+        *("test_coalesce__gets_of_a_turn", "test_coalesce__everything_else_of_a_turn"),
+        "test_coalesce__one_alone",
+    ),
+    _COUNTED,
+) | {
+    "test_transaction__read_committed_by_default": (
+        "asks for it by a setting of the session, which a pooler in transaction mode does not take"
+    ),
+}
+
+PGBOUNCER = shutil.which(
+    "pgbouncer", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin"
+)
+pytestmark = [
+    newest,
+    pytest.mark.skipif(
+        PGBOUNCER is None, reason="no pgbouncer here (on Debian and Ubuntu: apt install pgbouncer)"
+    ),
+]
+
+
+@contextlib.contextmanager
+def pgbouncer(server: Server, dsn: str, *, connections: int = 2) -> Iterator[str]:
+    """A PgBouncer whose server connections work in the schema of `dsn`; gives its own DSN."""
+    assert PGBOUNCER is not None
+    directory = servers.new_directory("pgbouncer")
+    to = conninfo_to_dict(dsn)
+    schema = re.search(r"search_path=(\w+)", str(to["options"]))
+    assert schema is not None
+    account = servers.server_account()
+    settings = directory / "pgbouncer.ini"
+    lines = [
+        "[databases]",
+        f"db = host={to['host']} port={to['port']} dbname={to['dbname']} user={to['user']}"
+        f" connect_query='SET search_path = {schema[1]}, pg_catalog'",
+        "[pgbouncer]",
+        "listen_addr =",
+        "listen_port = 6432",
+        f"unix_socket_dir = {directory}",
+        "auth_type = any",
+        "pool_mode = transaction",
+        f"default_pool_size = {connections}",
+        "max_client_conn = 500",
+        f"logfile = {directory}/log",
+        *([f"user = {account.name}"] if account else []),
+    ]
+    settings.write_text("\n".join(lines) + "\n")
+    settings.chmod(0o644)
+    process = subprocess.Popen([PGBOUNCER, "-q", str(settings)], stderr=subprocess.DEVNULL)
+    try:
+        listens = Path(directory) / ".s.PGSQL.6432"
+        servers.wait_until(listens.exists, "PgBouncer listens", seconds=10)
+        yield make_conninfo(
+            host=str(directory),
+            port=6432,
+            dbname="db",
+            user="postgres",
+            application_name=str(to["application_name"]),
+        )
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture
+def pooled(server: Server | UserServer, dsn: str) -> Iterator[str]:
+    """The way through PgBouncer to the test's schema."""
+    if not isinstance(server, Server):
+        pytest.skip("PgBouncer needs the password of PGKV_TEST_DSN's server")
+    with pgbouncer(server, dsn) as through:
+        yield through
+
+
+@pytest.fixture
+def make_store(
+    pooled: str, colour: Colour, event_loop_runner: asyncio.Runner
+) -> Iterator[Callable[..., Coroutine[Any, Any, Any]]]:
+    """As everywhere, but through the pooler."""
+    made: list[Any] = []
+
+    async def make(**config: Any) -> Any:
+        config = {"dsn": pooled, "pooler": Pooler.TRANSACTION, **config}
+        made.append(await colour.connect(config.pop("dsn"), **config))
+        return made[-1]
+
+    yield make
+
+    async def close() -> None:
+        for each in made[::-1]:
+            await each.close()
+
+    event_loop_runner.run(close())
+
+
+@pytest.fixture
+def connect(
+    pooled: str, colour: Colour, event_loop_runner: asyncio.Runner
+) -> Iterator[Callable[..., Coroutine[Any, Any, Any]]]:
+    """The caller's own connection, which passes through the pooler too."""
+    made: list[Any] = []
+
+    async def make(**options: Any) -> Any:
+        options = {"dsn": pooled, "prepare_threshold": None, **options}
+        made.append(await caller_connection(colour, options.pop("dsn"), **options))
+        return made[-1]
+
+    yield make
+
+    async def close() -> None:
+        for each in made:
+            await each.close()
+
+    event_loop_runner.run(close())
+
+
+@pytest.fixture
+def tape(pooled: str) -> Iterator[Tape]:
+    """Listens between the store and the pooler."""
+    with Tape(pooled) as proxy:
+        yield proxy
+
+
+def _adopt(module: ModuleType) -> None:
+    """Make the module's fixtures, and its tests that ask for a store, tests of this one."""
+    short = module.__name__.rpartition(".")[2]
+    for name, member in vars(module).items():
+        if name.startswith("test_") and inspect.isfunction(member):
+            if NEEDS_STORE & set(inspect.signature(member).parameters):
+                full = f"{short}__{name.removeprefix('test_')}"
+                globals()[full] = _marked(full, member, module)
+        elif isinstance(member, FixtureFunctionDefinition) and name not in OWN_FIXTURES:
+            globals()[name] = member
+
+
+def _marked(name: str, test: Any, module: ModuleType) -> Any:
+    marks: list[Any] = []
+    if name in LEFT_OUT:
+        marks.append(pytest.mark.skip(LEFT_OUT[name]))
+    if module is test_coalesce:
+        marks.append(pytest.mark.parametrize("colour", ["async"], indirect=True))
+    if not marks:
+        return test
+    # A mark on the function itself would hold in its own module as well.
+    twin = types.FunctionType(
+        test.__code__, test.__globals__, name, test.__defaults__, test.__closure__
+    )
+    twin.__kwdefaults__ = test.__kwdefaults__
+    twin.__dict__.update(test.__dict__, pytestmark=[*getattr(test, "pytestmark", ())])
+    for mark in marks:
+        mark(twin)
+    return twin
+
+
+OWN_FIXTURES = {"make_store", "connect", "tape", "colour"}
+NEEDS_STORE = {"store", "make_store", "race", "coalescing"}
+for _module in MODULES:
+    _adopt(_module)
+
+
+# -- what only a pooler does
+
+
+async def test_prepared_statements_through_a_pooler(pooled: str, colour: Colour, dsn: str) -> None:
+    """A store that does not know of the pooler is told what to set, by connect() or by the first
+    operation that meets another server connection."""
+    with pytest.raises(pgkv.PgkvError, match=r"Pooler\.TRANSACTION"):
+        await colour.connect(pooled, retry=None)
+
+
+async def test_two_server_connections(make_store: Any, peer: Peer) -> None:
+    """Many stores with many connections share the pooler's two."""
+    stores = [await make_store(pool_max_size=5) for _ in range(4)]
+    await asyncio.gather(*(each.increment("n") for each in stores for _ in range(100)))
+    assert await stores[0].get("n") == b"400"
+    found = peer.one(
+        "SELECT count(*) FROM pg_stat_activity WHERE pid <> pg_backend_pid() AND"
+        " backend_type = 'client backend' AND application_name ="
+        " (SELECT application_name FROM pg_stat_activity WHERE pid = pg_backend_pid())"
+    )
+    assert 1 <= found <= 2
