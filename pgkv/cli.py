@@ -17,6 +17,7 @@ from typing import Annotated, Any, TypeAlias
 
 import typer
 
+from . import _cli_locks  # noqa: F401  # registers `locks` and `lock`
 from . import _console as console
 from ._command import (
     DONE,
