@@ -61,7 +61,7 @@ def locks(
         for sql in tables:
             with contextlib.suppress(TableNotFoundError):
                 leases += [_shown(each) for each in store._execute(sql.holders())]
-                guards += store._execute(sql.guards())
+                guards.extend(store._execute(sql.guards()))
         waiting: dict[str, int] = {}
         with contextlib.suppress(TableNotFoundError):
             waiting = store._execute(tables[0].queue())
