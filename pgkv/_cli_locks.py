@@ -61,7 +61,8 @@ def locks(
         for sql in tables:
             with contextlib.suppress(TableNotFoundError):
                 leases += [_shown(each) for each in store._execute(sql.holders())]
-                guards.extend(store._execute(sql.guards()))
+                open_now: list[Guarding] = store._execute(sql.guards())
+                guards += open_now
         waiting: dict[str, int] = {}
         with contextlib.suppress(TableNotFoundError):
             waiting = store._execute(tables[0].queue())

@@ -9,4 +9,5 @@ from tests.benchmarks.cases import (  # noqa: F401, I001  # importing registers 
     size,
     counter,
     memory,
+    lock,
 )
