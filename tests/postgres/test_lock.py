@@ -441,3 +441,46 @@ async def test_with_lock_keeps_a_stack(store: Any, colour: Colour) -> None:
         await asyncio.gather(*(in_thread(enter_blocking, lock._target) for _ in range(4)))
     assert len(set(tokens)) == 4
     assert await lock.holder() is None
+
+
+async def test_only_names_unused_for_a_week_are_forgotten(
+    store: Any, colour: Colour, peer: Peer, clock: ServerClock
+) -> None:
+    """Cleaning deletes free rows whose last grant is older than seven days; tokens rise on."""
+    from pgkv._sql.lock import LockStatements
+    from pgkv.patterns.lock import statements_of
+
+    inner = store._target if isinstance(store, Threaded) else store
+    sql = statements_of(inner, LockStatements, durable=True)
+    async with lock_of(colour, store, "old").acquire() as lease:
+        last = lease.token
+    held = await lock_of(colour, store, "held", ttl=30 * 86_400, renew=False).acquire()
+    clock.advance(6.9 * 86_400)
+    await store._execute(sql.clean(0))
+    assert peer.one(f"SELECT count(*) FROM {TABLE}") == 2
+    clock.advance(0.2 * 86_400)
+    await store._execute(sql.clean(0))
+    assert peer.run(f"SELECT key FROM {TABLE}") == [("held",)]
+    async with lock_of(colour, store, "old").acquire() as lease:
+        assert lease.token > last
+    await held.release()
+
+
+async def test_grants_are_durable_for_a_role_that_is_not(
+    make_store: Any, dsn: str, colour: Colour, peer: Peer
+) -> None:
+    """With synchronous_commit off for the role each grant and renewal still waits for the disk."""
+    from psycopg.conninfo import conninfo_to_dict, make_conninfo
+
+    options = conninfo_to_dict(dsn).get("options") or ""
+    relaxed = make_conninfo(dsn, options=f"{options} -c synchronous_commit=off")
+    lock = lock_of(colour, await make_store(dsn=relaxed), "n")
+    async with lock.acquire():
+        pass
+    for _ in range(5):
+        lease = await lock.acquire()
+        row = peer.run("SELECT pg_current_wal_flush_lsn() >= pg_current_wal_insert_lsn()")
+        await lease.release()
+        if row == [(True,)]:
+            return
+    pytest.fail("no grant was flushed when it was answered")

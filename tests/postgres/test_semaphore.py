@@ -50,7 +50,7 @@ async def test_a_storm_never_exceeds_the_slots(store: Any, colour: Colour) -> No
 
     await asyncio.gather(*(work() for _ in range(8)))
     assert done == 32
-    assert most == 3
+    assert 1 < most <= 3
 
 
 async def test_the_number_of_slots_is_agreed(store: Any, colour: Colour) -> None:
