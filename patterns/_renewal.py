@@ -267,7 +267,7 @@ class Renewer:
                 _observe.warning(
                     "pgkv.lock.renewal_failed",
                     leases=len(batch),
-                    error=f"{type(error).__name__}: {error}",
+                    error=f"{type(cause).__name__}: {cause}",
                 )
             if isinstance(error, asyncio.CancelledError):
                 raise

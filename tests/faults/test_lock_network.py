@@ -82,6 +82,7 @@ async def test_loss_is_signalled_before_the_servers_expiry(
     assert await outside.try_acquire() is None
     if fault == "silence":
         proxy.release()
+        proxy.reset_all()
     second = await outside.acquire(timeout=3)
     assert second.token > lease.token
     await second.release()
@@ -101,6 +102,7 @@ async def test_an_async_body_is_cancelled_though_the_network_is_silent(
             await asyncio.sleep(30)
     assert time.monotonic() - started < 3
     proxy.release()
+    proxy.reset_all()
 
 
 async def test_renewals_survive_resets(make_store: Any, colour: Colour, proxy: Proxy) -> None:

@@ -17,7 +17,10 @@ pytest.importorskip("typer")
 pytest.importorskip("rich")
 
 import pgkv
+from tests.faults.support import newest
 from tests.servers import wait_until
+
+pytestmark = newest
 
 ROOT = Path(__file__).resolve().parents[2]
 

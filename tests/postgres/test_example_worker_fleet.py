@@ -5,6 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.faults.support import newest
+
+pytestmark = newest
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "worker_fleet.py"
 
 

@@ -251,17 +251,28 @@ async def test_extend_sets_the_remaining_time(store: Any, colour: Colour) -> Non
 
 
 async def test_one_locked_row_costs_no_other_lease(store: Any, colour: Colour, peer: Peer) -> None:
-    """A stranger's transaction holds one lease's row: the other leases are renewed, and that one
-    when the stranger has gone."""
-    locks = [lock_of(colour, store, name, ttl=1.5) for name in ("a", "b", "c")]
+    """A stranger's transaction holds one lease's row for longer than any lease may be trusted
+    without renewal: the other leases of the process are renewed."""
+    locks = [lock_of(colour, store, name, ttl=1.8) for name in ("a", "b", "c")]
     leases = [await lock.acquire() for lock in locks]
     with peer.conn.transaction():
         peer.run(f"SELECT 1 FROM {TABLE} WHERE key = 'b' FOR UPDATE")
-        await asyncio.sleep(0.8)
-    await asyncio.sleep(0.8)
-    for lease in leases:
-        lease.check()
-        assert await lease.release()
+        await asyncio.sleep(1.7)
+        leases[0].check()
+        leases[2].check()
+    assert await leases[0].release()
+    assert await leases[2].release()
+
+
+async def test_a_locked_row_is_renewed_later(store: Any, colour: Colour, peer: Peer) -> None:
+    """A lease whose row a stranger held at the first renewal is renewed when that has gone."""
+    lease = await lock_of(colour, store, "b", ttl=3).acquire()
+    with peer.conn.transaction():
+        peer.run(f"SELECT 1 FROM {TABLE} WHERE key = 'b' FOR UPDATE")
+        await asyncio.sleep(1.2)
+    await asyncio.sleep(1.2)
+    lease.check()
+    assert await lease.release()
 
 
 # -- loss

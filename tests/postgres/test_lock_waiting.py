@@ -10,6 +10,7 @@ import pytest
 
 import pgkv
 from tests.colours import Colour
+from tests.faults.support import newest
 from tests.peers import Peer, until
 
 
@@ -168,6 +169,7 @@ async def test_a_fair_try_does_not_overtake(store: Any, colour: Colour, peer: Pe
     await barger.release()
 
 
+@newest
 async def test_waiting_costs_few_statements(
     store: Any, colour: Colour, operations: list[tuple[str, str, int]]
 ) -> None:
