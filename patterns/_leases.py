@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, Self, cast
 
 import psycopg
 
-from pgkv._aio_channel import AsyncCallerChannel
+from pgkv._aio_bound import AsyncCallerChannel
+from pgkv._bound import CallerChannel
 from pgkv._caller import unwrap
-from pgkv._channel import CallerChannel
 from pgkv._codec import seconds
 
 from . import _grant, _guard

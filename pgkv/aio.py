@@ -23,7 +23,8 @@ from psycopg_pool import AsyncConnectionPool
 from tenacity import AsyncRetrying
 
 from . import _flows, _retry, _schema, _sweep
-from ._aio_channel import AsyncCallerChannel, AsyncChannel, AsyncPoolChannel
+from ._aio_bound import AsyncCallerChannel
+from ._aio_channel import AsyncChannel, AsyncPoolChannel
 from ._aio_pool import AsyncCallerPool, AsyncLeases
 from ._caller import unwrap
 from ._coalesce import CoalescingChannel

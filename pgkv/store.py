@@ -22,8 +22,9 @@ import psycopg
 from psycopg_pool import ConnectionPool
 
 from . import _flows, _retry, _schema, _sweep
+from ._bound import CallerChannel
 from ._caller import unwrap
-from ._channel import CallerChannel, Channel, PoolChannel
+from ._channel import Channel, PoolChannel
 from ._codec import seconds
 from ._pool import CallerPool, Leases
 from ._settings import (

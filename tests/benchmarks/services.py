@@ -8,7 +8,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,12 +29,15 @@ class Services:
     redis_pid: int | None
 
     def client_facing(self) -> list[int]:
-        """The processes that answer clients now."""
+        """The processes that answer clients now, and the one that later ones descend from: a
+        store may open another connection at any time, for a sweep."""
         with psycopg.connect(self.dsn) as conn:
             rows = conn.execute(
                 "SELECT pid FROM pg_stat_activity WHERE backend_type = 'client backend'"
             ).fetchall()
-        return [pid for (pid,) in rows] + ([self.redis_pid] if self.redis_pid else [])
+        backends = [pid for (pid,) in rows]
+        redis_server = [self.redis_pid] if self.redis_pid else []
+        return backends + redis_server + parents(backends)
 
     def versions(self) -> dict[str, str]:
         """What they are."""
@@ -44,6 +47,16 @@ class Services:
             with redis.Redis(unix_socket_path=self.redis_socket) as client:
                 found["Redis"] = client.info("server")["redis_version"]
         return found
+
+
+def parents(pids: list[int]) -> list[int]:
+    """The processes that started those; none where there is no /proc."""
+    found: set[int] = set()
+    for pid in pids:
+        with suppress(OSError):  # it has ended
+            status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8", errors="replace")
+            found |= {int(line.split()[1]) for line in status.splitlines() if "PPid:" in line}
+    return sorted(found)
 
 
 @contextmanager

@@ -86,7 +86,7 @@ def rendered(results: list[Result], facts: list[Fact]) -> Table:
         table.add_column(
             heading,
             justify="right" if heading in {"ours", "theirs", "ratio"} else "left",
-            no_wrap=True,
+            no_wrap=heading not in {"case", "against"},
         )
     before = ""
     for row in rows(results, facts):

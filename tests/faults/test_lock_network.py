@@ -12,7 +12,7 @@ import psycopg
 import pytest
 
 import pgkv
-from pgkv._channel import drive
+from pgkv._drivers import drive
 from pgkv._op import Call
 from pgkv.patterns import _grant
 from tests.colours import Colour
