@@ -45,9 +45,10 @@ class Background:
     def __init__(self, loop: asyncio.AbstractEventLoop, conninfo: str, config: Config) -> None:
         self.loop = loop
         self.users: set[int] = set()
-        link = OwnLink(conninfo, prepares=config.pooler is Pooler.NONE)
-        self.renewer = Renewer(loop, link)
-        self.listener = Listener(loop, conninfo, link)
+        prepares = config.pooler is Pooler.NONE
+        # A link carries one statement at a time: each has one of its own.
+        self.renewer = Renewer(loop, OwnLink(conninfo, prepares=prepares))
+        self.listener = Listener(loop, conninfo, OwnLink(conninfo, prepares=False))
         self.thread: threading.Thread | None = None
 
     async def stop(self) -> None:

@@ -236,51 +236,39 @@ class Renewer:
 
     async def _renew(self, due: list[Hold], seconds: float) -> None:
         until = clock() + seconds
-        mine = [hold for hold in due if hold._turn.acquire(blocking=False)]
-        for hold in due:
-            # Whatever becomes of this try: it is not due again before a while.
-            hold._due = clock() + retry_pause(hold._ttl) / 2
+        mine = _take_turns(due)
+        due.clear()
         try:
             # Locks made one by one have statements of their own, but mostly one table.
             for sql in {hold._terms.sql.t: hold._terms.sql for hold in mine}.values():
-                batch = [hold for hold in mine if hold._terms.sql.t == sql.t]
                 self._tables.setdefault(sql.t, _Cleaning(sql))
+                batch = [hold for hold in mine if hold._terms.sql.t == sql.t]
                 await self._renew_table(sql, batch, max(0.001, until - clock()))
         finally:
-            for hold in mine:
-                hold._turn.release()
+            _end_turns(mine)
 
     async def _renew_table(self, sql: LockStatements, batch: list[Hold], seconds: float) -> None:
         sent_at = clock()
         op = sql.renew([(hold._key, hold._token, hold._ttl) for hold in batch])
         try:
             codes = await self._link.execute(op, seconds)
-        except (PgkvError, asyncio.CancelledError) as error:
-            cause: BaseException = error
-            if isinstance(error, asyncio.CancelledError):
-                cause = OperationTimeoutError("lock_renew: no answer in the time the leases leave")
-            for hold in batch:
-                # Without its traceback, whose frames hold the leases: they would never be freed.
-                hold._cause = cause.with_traceback(None)
-            if not self._failing:
-                self._failing = True
-                _observe.warning(
-                    "pgkv.lock.renewal_failed",
-                    leases=len(batch),
-                    error=f"{type(cause).__name__}: {cause}",
-                )
-            if isinstance(error, asyncio.CancelledError):
-                raise
+        except asyncio.CancelledError:
+            self._failed(batch, OperationTimeoutError("no answer in the time the leases leave"))
+            raise
+        except PgkvError as error:
+            self._failed(batch, error)
             return
         self._failing = False
+        _note(batch, codes, sent_at)
+
+    def _failed(self, batch: list[Hold], error: PgkvError) -> None:
         for hold in batch:
-            code = codes.get(hold._key, LOCKED)
-            if code == RENEWED:
-                # A reply that comes after the trust has ended does not bring it back.
-                if not hold.is_lost:
-                    hold._trust(sent_at, hold._ttl)
-            elif code != LOCKED:
-                hold._lose(REASON_OF[code])
+            hold._cause = error.with_traceback(None)
+        if not self._failing:
+            self._failing = True
+            text = f"{type(error).__name__}: {error}"
+            _observe.warning("pgkv.lock.renewal_failed", leases=len(batch), error=text)
+        batch.clear()
 
     # -- upkeep
 
@@ -302,6 +290,38 @@ class Renewer:
         if tasks:
             await asyncio.wait(tasks)
         self._link.close()
+
+
+# A failed statement's traceback keeps the frames it passed through until the collector comes. So
+# that abandoned leases are noticed, the frames that await hold none: lists are emptied, and loops
+# over them are functions of their own.
+
+
+def _take_turns(due: list[Hold]) -> list[Hold]:
+    """Those that nobody else is sending a statement about."""
+    for hold in due:
+        # Whatever becomes of this try: it is not due again before a while.
+        hold._due = clock() + retry_pause(hold._ttl) / 2
+    return [hold for hold in due if hold._turn.acquire(blocking=False)]
+
+
+def _end_turns(mine: list[Hold]) -> None:
+    for hold in mine:
+        hold._turn.release()
+    mine.clear()
+
+
+def _note(batch: list[Hold], codes: dict[bytes, int], sent_at: float) -> None:
+    """What the server said of each."""
+    for hold in batch:
+        code = codes.get(hold._key, LOCKED)
+        if code == RENEWED:
+            # A reply that comes after the trust has ended does not bring it back.
+            if not hold.is_lost:
+                hold._trust(sent_at, hold._ttl)
+        elif code != LOCKED:
+            hold._lose(REASON_OF[code])
+    batch.clear()
 
 
 def _share(left: float) -> float:

@@ -99,7 +99,7 @@ class Listener:
     Args:
         loop: where it listens.
         conninfo: for libpq.
-        link: another connection to the same database, for the trial.
+        link: another connection to the same database, for the trial and no other use.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, conninfo: str, link: OwnLink) -> None:
@@ -192,7 +192,10 @@ class Listener:
     ) -> None:
         """Say something over another connection. If it does not arrive, listening is in vain."""
         with contextlib.suppress(PgkvError):
-            await self._link.execute(sql.notify(proof), PROOF_TIME)
+            try:
+                await self._link.execute(sql.notify(proof), PROOF_TIME)
+            finally:
+                self._link.close()
             await asyncio.sleep(PROOF_TIME)
             self._deaf = True
             say_polling(

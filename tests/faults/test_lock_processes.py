@@ -94,7 +94,7 @@ def test_histories_are_those_of_a_fenced_mutex(
         shutil.copytree(tmp_path, kept)
         pytest.fail(f"seed {seed}, history in {kept}:\n" + "\n".join(wrong[:10]))
     grants = [each for each in history if each.kind == "acquire" and each.ok]
-    assert len(grants) > 100
+    assert len(grants) > 40
     assert len({each.process for each in grants}) == 8
 
 
