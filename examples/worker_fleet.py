@@ -57,7 +57,7 @@ def main() -> None:
             conn.execute(pgkv.fence_sql("ledger", "fence").encode())
             refused: list[int] = []
             fleet = [
-                threading.Thread(target=lambda n=n: refused.append(work(store, dsn, n == 0)))  # type: ignore[misc]
+                threading.Thread(target=lambda n=n: refused.append(work(store, dsn, n == 0)))
                 for n in range(WORKERS)
             ]
             for thread in fleet:

@@ -1,102 +1,247 @@
-"""guard(): the caller's transaction excludes every other holder until it ends.
+"""What all middleware and framework adapters share: whom to charge, and what to answer.
 
-It locks the lease's row FOR KEY SHARE in that transaction. UNIQUE (key, version) makes a renewal
-pass and a takeover, which changes the version, wait.
+`Guard.check` is a flow, so that callables given by the user may be sync or, in the async adapters,
+async. Nothing here knows a framework.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import contextlib
+import json
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any, Literal, NamedTuple, TypeAlias
 
-import psycopg
-from psycopg import pq
+from .. import _observe
+from .._op import Flow, call
+from ..errors import ConfigError, PgkvError
+from ._limiter import Core
+from ._options import OnError, check_mode
+from ._policy import Decision, HeaderStyle
+from ._rate import Rates
+from .client_ip import client_ip
 
-from pgkv._op import Flow, Op, call
-from pgkv._sql.lock import Place
-from pgkv.errors import PgkvError, TableNotFoundError, TransactionError
+Headers: TypeAlias = "HeaderStyle | None"
+Option: TypeAlias = "Callable[[Any], Any] | None"
 
-from ._grant import Port, perform
-from ._lease import Hold
+PROBLEMS = "https://iana.org/assignments/http-problem-types#"
+PROBLEM_TYPE = "application/problem+json"
 
 
-def check_guarded(conn: psycopg.Connection[Any] | psycopg.AsyncConnection[Any]) -> None:
-    """Refuse a connection on which a guard would protect nothing.
+class HttpRequest(Mapping[str, Any]):
+    """A request as key functions see it, the same for ASGI and WSGI.
 
-    Raises:
-        TransactionError: it is in autocommit and no transaction is open.
+    It is the scope or environ itself (``request["path"]``), with a few names for what is asked most.
+
+    Attributes:
+        scope: the ASGI scope or WSGI environ.
+        method: such as ``"GET"``; ``"WEBSOCKET"`` for a handshake.
+        path: decoded, without the query.
+        client: the peer's address as the server gives it, or None. See `client_ip`.
     """
-    idle = conn.pgconn.transaction_status == pq.TransactionStatus.IDLE
-    if conn.autocommit and idle:
-        raise TransactionError(
-            "guard() needs an open transaction: in autocommit it would end with its own "
-            "statement; write `with conn.transaction(): lease.guard(conn); ...`"
-        )
+
+    __slots__ = ("_headers", "client", "method", "path", "scope")
+
+    def __init__(self, scope: Mapping[str, Any]) -> None:
+        self.scope = scope
+        self._headers: dict[str, str] | None = None
+        if "wsgi.version" in scope:
+            self.method: str = scope["REQUEST_METHOD"]
+            path = scope.get("PATH_INFO", "").encode("latin-1").decode("utf-8", "replace")
+            self.path: str = path or "/"
+            self.client: str | None = scope.get("REMOTE_ADDR") or None
+        else:
+            self.method = scope.get("method", "WEBSOCKET")
+            self.path = scope["path"]
+            peer = scope.get("client")
+            self.client = peer[0] if peer else None
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        """The request's headers by lower-case name; repeated ones are joined by commas."""
+        if self._headers is None:
+            self._headers = {}
+            for name, value in self._pairs():
+                known = self._headers.get(name)
+                self._headers[name] = value if known is None else f"{known},{value}"
+        return self._headers
+
+    def _pairs(self) -> Iterator[tuple[str, str]]:
+        if "wsgi.version" not in self.scope:
+            for name, value in self.scope["headers"]:
+                yield name.decode("latin-1").lower(), value.decode("latin-1")
+            return
+        for name, value in self.scope.items():
+            if name.startswith("HTTP_"):
+                yield name[5:].replace("_", "-").lower(), value
+            elif name in ("CONTENT_TYPE", "CONTENT_LENGTH"):
+                yield name.replace("_", "-").lower(), value
+
+    def __getitem__(self, name: str) -> Any:
+        return self.scope[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.scope)
+
+    def __len__(self) -> int:
+        return len(self.scope)
 
 
-def guard(
-    port: Port[Any],
-    hold: Hold,
-    theirs: Callable[[Op[Any]], Any],
-    max_hold: float | None,
-) -> Flow[None]:
-    """Protect the caller's transaction.
+class Verdict(NamedTuple):
+    """What is to be done with a request: the decision, and whether to refuse."""
+
+    decision: Decision
+    refuse: bool
+
+
+class Guard:
+    """The options of middleware, checked once, and how a request is judged by them.
 
     Args:
-        port: over the store's own connections.
-        hold: the lease.
-        theirs: performs an operation in the caller's transaction.
-        max_hold: seconds.
+        colour: the class of limiter that the adapter can wait for.
+        limiter: one of that class, or a function of the request that returns one, or None to let
+            the request pass.
+        key: a function of the request that returns its key, or None to let it pass; a string for
+            one bucket for all. Without one, `client_ip()`.
+        cost: tokens, or a function of the request; 0 lets it pass.
+        limits: rates for this request, or a function of the request; None for the limiter's own.
+        exempt: paths, or a function of the request that is true for those to let pass.
+        headers: ``"draft"``, ``"x"`` or None for no headers.
+        on_error: see `RateLimiter`; instead of the limiter's own.
+        shadow: decide and log, never refuse.
     """
-    hold.check()
-    terms = hold._terms
-    if terms.place is None:
-        terms.place = yield from perform(port, terms.sql.place(), None)
-    place = terms.place
-    if place is None:
-        hold._lose("gone")
-        raise hold._lost_error()
-    op = terms.sql.guard(place.quoted, hold._key, hold._token, max_hold)
-    try:
-        found = yield from call(theirs, op)
-    except TableNotFoundError as error:
-        raise TransactionError(_elsewhere(place)) from error
-    except PgkvError as error:
-        if error._sqlstate == "40001":
-            hold._lose("replaced")
-            raise hold._lost_error() from error
-        if error._sqlstate == "25006":
-            raise TransactionError(
-                "guard() needs a transaction that may write: a read-only one cannot lock the lease"
-            ) from error
-        raise
-    if not found:
-        yield from _explain(port, hold, theirs, place)
 
+    def __init__(
+        self,
+        colour: type[Core],
+        *,
+        limiter: Any,
+        key: Any = None,
+        cost: Any = 1,
+        limits: Any = None,
+        exempt: Any = None,
+        headers: Headers = "draft",
+        on_error: OnError = "open",
+        shadow: bool = False,
+    ) -> None:
+        self._colour = colour
+        self._limiter = limiter
+        if isinstance(limiter, Core) or not callable(limiter):
+            self._require_colour(limiter)
+        self._key = client_ip() if key is None else key
+        self._cost = cost
+        self._limits = limits
+        self._exempt = exempt
+        if isinstance(exempt, str):
+            raise ConfigError(f"exempt is a list of paths or a function: [{exempt!r}]")
+        if exempt is not None and not callable(exempt):
+            paths: Collection[str] = frozenset(exempt)
+            self._exempt = lambda request: _path_of(request) in paths
+        if headers not in ("draft", "x", None):
+            raise ConfigError(f"headers are 'draft', 'x' or None, not {headers!r}")
+        self._headers = headers
+        self._on_error = check_mode(on_error)
+        self._shadow = shadow
 
-def _explain(
-    port: Port[Any], hold: Hold, theirs: Callable[[Op[Any]], Any], place: Place
-) -> Flow[None]:
-    """Why the guard saw no such lease."""
-    sql = hold._terms.sql
-    there = yield from call(theirs, sql.place(place.quoted))
-    here = yield from perform(port, sql.place(place.quoted), None)
-    if there is None or (here is not None and there.identity != here.identity):
-        raise TransactionError(_elsewhere(place))
-    level = yield from call(theirs, sql.isolation())
-    if level != "read committed":
-        rows = yield from perform(port, sql.holder(hold._key), None)
-        if rows and rows[0].token == hold._token:
-            raise TransactionError(
-                f"the lease on {hold.name!r} is held, but this {level} transaction's snapshot is "
-                "older than its last renewal: call guard() first in the transaction"
+    def _require_colour(self, limiter: object) -> None:
+        if not isinstance(limiter, self._colour):
+            raise ConfigError(
+                f"this needs a pgkv.{self._colour.__name__}, not {type(limiter).__name__}"
+                + (
+                    "; a limiter of the other colour would block the event loop, or could not be "
+                    "awaited"
+                    if isinstance(limiter, Core)
+                    else ""
+                )
             )
-    hold._lose("replaced" if here is not None else "gone")
-    raise hold._lost_error()
+
+    def check(self, request: Any) -> Flow[Verdict | None]:
+        """Judge a request. None lets it pass unseen."""
+        if self._exempt is not None and (yield from call(self._exempt, request)):
+            return None
+        limiter = self._limiter
+        if not isinstance(limiter, Core):
+            limiter = yield from call(limiter, request)
+            if limiter is None:
+                return None
+            self._require_colour(limiter)
+        key = self._key
+        if callable(key):
+            key = yield from call(key, request)
+            if key is None:
+                return None
+        cost = self._cost
+        if callable(cost):
+            cost = yield from call(cost, request)
+            if cost == 0:
+                return None
+        limits: Rates | None = self._limits
+        if callable(self._limits):
+            limits = yield from call(self._limits, request)
+        decision: Decision = yield from call(limiter._judge, key, cost, limits, self._on_error)
+        if self._shadow and not decision.allowed:
+            _observe.info(
+                "pgkv.limit.shadow",
+                limiter=limiter.name,
+                rate=str(decision.rate),
+                retry_after=round(decision.retry_after, 3),
+            )
+        return Verdict(decision, not decision.allowed and not self._shadow)
+
+    def headers(self, verdict: Verdict | None) -> dict[str, str]:
+        """What to add to the response. In shadow mode nothing tells the client."""
+        if verdict is None or self._shadow or self._headers is None:
+            return {}
+        return verdict.decision.headers(self._headers)
+
+    def refusal(self, verdict: Verdict) -> tuple[dict[str, str], bytes]:
+        """Headers and body of the 429."""
+        decision = verdict.decision
+        found = self.headers(verdict)
+        # Also without the other headers: a client that is told nothing comes again at once.
+        found["Retry-After"] = decision.headers("x")["Retry-After"]
+        found["Content-Type"] = PROBLEM_TYPE
+        body = json.dumps(problem(decision)).encode()
+        found["Content-Length"] = str(len(body))
+        return found, body
 
 
-def _elsewhere(place: Place) -> str:
-    return (
-        f"guard() got a connection to another database than the lock's: {place.quoted} there is not "
-        "the same table; guard with a connection to the database that the store uses"
-    )
+@contextlib.contextmanager
+def heard_by_servers() -> Iterator[None]:
+    """Let a failure of the store reach the HTTP server as one of the application's.
+
+    Raises:
+        PgkvError: instead of those that are also a ConnectionError or TimeoutError: servers take
+            these for a client that went away, and answer nothing.
+    """
+    try:
+        yield
+    except PgkvError as error:
+        if not isinstance(error, OSError):
+            raise
+        raise PgkvError(f"the rate limit could not be checked: {error}") from error
+
+
+def problem(decision: Decision) -> dict[str, Any]:
+    """The problem details (RFC 9457) of a refused request."""
+    if decision.degraded:
+        return {
+            "type": PROBLEMS + "temporary-reduced-capacity",
+            "title": "Request cannot be satisfied due to temporary server capacity constraints",
+            "status": 429,
+        }
+    return {
+        "type": PROBLEMS + "quota-exceeded",
+        "title": "Request cannot be satisfied as assigned quota has been exceeded",
+        "status": 429,
+        "violated-policies": [decision.policy],
+    }
+
+
+def _path_of(request: Any) -> str:
+    if isinstance(request, HttpRequest):
+        return request.path
+    path: str = getattr(request, "path", None) or request.url.path
+    return path
+
+
+STATUS: Literal[429] = 429

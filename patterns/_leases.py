@@ -16,7 +16,7 @@ from pgkv._bound import CallerChannel
 from pgkv._caller import unwrap
 from pgkv._codec import seconds
 
-from . import _grant, _guard
+from . import _grant, _guarding
 from ._lease import Hold, Terms, failed_callback, report
 from ._ports import TaskPort, ThreadPort
 
@@ -78,10 +78,10 @@ class Lease(Hold):
                 the lease's last renewal, or it is one of another database.
         """
         inner = unwrap(conn, psycopg.Connection)
-        _guard.check_guarded(inner)
+        _guarding.check_guarded(inner)
         hold = None if max_hold is None else seconds(max_hold, "max_hold")
         theirs = CallerChannel(inner, self._port.timeout).execute
-        self._port.channel.run(_guard.guard(self._port, self, theirs, hold))
+        self._port.channel.run(_guarding.guard(self._port, self, theirs, hold))
 
     def release(self) -> bool:
         """Free the lock; whether it was still held. After a failure it may be called again."""
@@ -147,10 +147,10 @@ class AsyncLease(Hold):
     async def guard(self, conn: Any, *, max_hold: Seconds | None = None) -> None:
         """As `Lease.guard`, with a psycopg AsyncConnection."""
         inner = unwrap(conn, psycopg.AsyncConnection)
-        _guard.check_guarded(inner)
+        _guarding.check_guarded(inner)
         hold = None if max_hold is None else seconds(max_hold, "max_hold")
         theirs = AsyncCallerChannel(inner, self._port.timeout).execute
-        await self._port.channel.run(_guard.guard(self._port, self, theirs, hold))
+        await self._port.channel.run(_guarding.guard(self._port, self, theirs, hold))
 
     async def release(self) -> bool:
         """As `Lease.release`."""

@@ -26,9 +26,21 @@ from .errors import (
     TableNotFoundError,
     TransactionError,
 )
+from .patterns.client_ip import client_ip
 from .patterns.leader import AsyncLeader, Leader
 from .patterns.lock import AsyncLease, AsyncLock, Lease, Lock, LockInfo
 from .patterns.locked import fence_sql, locked
+from .patterns.middleware.asgi import RateLimitMiddleware
+from .patterns.middleware.wsgi import WSGIRateLimitMiddleware
+from .patterns.rate_limit import (
+    AsyncRateLimiter,
+    AsyncReservation,
+    Decision,
+    LimiterCounts,
+    Rate,
+    RateLimiter,
+    Reservation,
+)
 from .patterns.semaphore import AsyncSemaphore, Semaphore
 from .pipeline import AsyncPipeline, Handle, Pipeline
 from .store import Store
@@ -40,6 +52,8 @@ __all__ = [
     "AsyncLease",
     "AsyncLock",
     "AsyncPipeline",
+    "AsyncRateLimiter",
+    "AsyncReservation",
     "AsyncSemaphore",
     "AsyncStore",
     "AsyncTypedStore",
@@ -48,6 +62,7 @@ __all__ = [
     "Config",
     "ConfigError",
     "ConflictError",
+    "Decision",
     "Entry",
     "Handle",
     "InvalidKeyError",
@@ -56,6 +71,7 @@ __all__ = [
     "Leader",
     "Lease",
     "LeaseLostError",
+    "LimiterCounts",
     "Lock",
     "LockError",
     "LockInfo",
@@ -67,7 +83,11 @@ __all__ = [
     "PoolTimeoutError",
     "Pooler",
     "QueryError",
+    "Rate",
+    "RateLimitMiddleware",
     "RateLimitedError",
+    "RateLimiter",
+    "Reservation",
     "RetryPolicy",
     "ScanOptions",
     "Semaphore",
@@ -84,6 +104,8 @@ __all__ = [
     "TtlCleanupStrategy",
     "TypedCasResult",
     "TypedStore",
+    "WSGIRateLimitMiddleware",
+    "client_ip",
     "fence_sql",
     "locked",
     "on_operation",

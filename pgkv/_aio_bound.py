@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import psycopg
 from psycopg import pq
 
+from . import _observe
 from ._aio_wire import AsyncLink, Watchdog
 from ._caller import check_connection
 from ._drivers import answer_of, call_async, drive_async
@@ -46,6 +47,12 @@ class AsyncBoundChannel:
 
     async def execute(self, op: Op[T], timeout: float | None = None) -> T:
         """Perform one operation of the transaction."""
+        if not _observe.hooks:
+            return await self._execute(op, timeout)
+        with _observe.operation(op.statement.name):
+            return await self._execute(op, timeout)
+
+    async def _execute(self, op: Op[T], timeout: float | None) -> T:
         async with self._using():
             await self._check(op.statement.name)
             if not op.statement.savepoint or not self._in_transaction():

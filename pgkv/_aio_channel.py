@@ -8,7 +8,9 @@ import contextlib
 from collections.abc import AsyncIterator, Callable
 from random import random
 from time import monotonic
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
+
+from psycopg import IsolationLevel
 
 from . import _observe, _schema
 from ._aio_bound import AsyncBoundChannel
@@ -21,9 +23,6 @@ from ._sweep import SWEEP_CHANCE, Collector
 from ._wire import outcomes
 from .config import Config, Table
 from .errors import PgkvError
-
-if TYPE_CHECKING:
-    from psycopg import IsolationLevel
 
 T = TypeVar("T")
 
@@ -232,12 +231,14 @@ class AsyncPoolChannel:
                 if table not in self._known and table.auto_create:
                     await self.heal(table)
         until = monotonic() + self._timeout if deadline is None else deadline
+        # Said each time: behind a pooler the connection's own default is the server's.
+        level = isolation or IsolationLevel.READ_COMMITTED
         link = await self._leases.acquire(until, "transaction")
         if isinstance(self._leases, AsyncCallerPool):
             link.prepares = False  # as in `_channel`
         bound = AsyncBoundChannel(link, self._timeout, deadline)
         try:
-            async with bound.span(control.begin(isolation), control.commit(), control.rollback()):
+            async with bound.span(control.begin(level), control.commit(), control.rollback()):
                 yield bound
         finally:
             bound.end()

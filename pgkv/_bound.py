@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import psycopg
 from psycopg import pq
 
+from . import _observe
 from ._caller import Reentrant, check_connection
 from ._drivers import answer_of, call, drive
 from ._flows import RefusedError
@@ -52,6 +53,12 @@ class BoundChannel:
 
     def execute(self, op: Op[T], timeout: float | None = None) -> T:
         """Perform one operation of the transaction."""
+        if not _observe.hooks:
+            return self._execute(op, timeout)
+        with _observe.operation(op.statement.name):
+            return self._execute(op, timeout)
+
+    def _execute(self, op: Op[T], timeout: float | None) -> T:
         self._check(op.statement.name)
         with self._lock:
             if not op.statement.savepoint or not self._in_transaction():

@@ -14,7 +14,9 @@ import weakref
 from collections.abc import Callable, Iterator
 from random import random
 from time import monotonic
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
+
+from psycopg import IsolationLevel
 
 from . import _observe, _schema
 from ._bound import BoundChannel
@@ -27,9 +29,6 @@ from ._sweep import SWEEP_CHANCE, Collector
 from ._wire import outcomes
 from .config import Config, Table
 from .errors import PgkvError
-
-if TYPE_CHECKING:
-    from psycopg import IsolationLevel
 
 T = TypeVar("T")
 
@@ -247,13 +246,15 @@ class PoolChannel:
                 if table not in self._known and table.auto_create:
                     self.heal(table)
         until = monotonic() + self._timeout if deadline is None else deadline
+        # Said each time: behind a pooler the connection's own default is the server's.
+        level = isolation or IsolationLevel.READ_COMMITTED
         link = self._leases.acquire(until, "transaction")
         if isinstance(self._leases, CallerPool):
             # Its `reset` may forget our statements, which a transaction would not survive.
             link.prepares = False
         bound = BoundChannel(link, self._timeout, deadline)
         try:
-            with bound.span(control.begin(isolation), control.commit(), control.rollback()):
+            with bound.span(control.begin(level), control.commit(), control.rollback()):
                 yield bound
         finally:
             bound.end()

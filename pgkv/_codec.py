@@ -208,6 +208,7 @@ def integer(value: object, name: str) -> int:
 
 
 encode_int8 = _INT8.pack
+encode_int4 = _INT4.pack
 encode_float8 = _FLOAT8.pack
 
 
@@ -264,7 +265,7 @@ def decode_moment_or_none(raw: bytes | None) -> datetime | None:
     return None if raw is None else decode_moment(raw)
 
 
-def chunks(items: Sequence[bytes], sizes: Sequence[int], rows: int, size: int) -> list[slice]:
+def chunks(items: Sequence[object], sizes: Sequence[int], rows: int, size: int) -> list[slice]:
     """Cut a batch into slices of at most that many rows and (about) bytes."""
     if 0 < len(items) <= rows and sum(sizes) <= size:
         return [slice(0, len(items))]

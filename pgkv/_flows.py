@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from time import monotonic
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+from . import _codec, _observe
 from ._op import Batch, Flow, Op, Raced, call, do, send, transaction
 from ._sql import Statements
 from .errors import (
     ConflictError,
     InvalidValueError,
+    OperationTimeoutError,
     PgkvError,
     QueryError,
+    StoreUnavailableError,
     TableNotFoundError,
     TransactionError,
 )
@@ -23,6 +27,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 PIPELINE_MAX = 1_000  # operations that travel together; more are sent in turns
+PIPELINE_BYTES = 8 * 1024 * 1024  # of their parameters
 
 
 class Engine(Protocol):
@@ -119,27 +124,42 @@ def pipeline(ops: list[Op[Any]], *, atomic: bool, engine: Engine) -> Flow[list[A
     Returns:
         For each its answer, or the PgkvError that its handle raises.
     """
-    if not ops:
-        return []
-    if atomic:
-        return (yield from _atomic(ops, engine))
+    started = monotonic()
     outcomes: list[Any] = []
-    for chunk in _chunks(ops):
-        answers = yield from _independent(chunk, engine)
-        outcomes += answers
+    alone: list[Op[Any]] = []  # the hooks have heard of these already
+    if atomic and ops:
+        outcomes = yield from _atomic(ops, engine)
+    elif ops:
+        for chunk in _chunks(ops):
+            answers = yield from _independent(chunk, engine, alone)
+            outcomes += answers
+    if _observe.hooks:
+        for op, outcome in zip(ops, outcomes, strict=True):
+            if op not in alone:
+                ended = type(outcome).__name__ if isinstance(outcome, PgkvError) else "ok"
+                _observe.notify(op.statement.name, started, ended, 0)
     return outcomes
 
 
+def unsent(outcomes: list[Any]) -> PgkvError | None:
+    """The failure to send, if there was one: nobody may ever ask the handles."""
+    for outcome in outcomes:
+        if isinstance(outcome, StoreUnavailableError | OperationTimeoutError):
+            return outcome
+    return None
+
+
 def _chunks(ops: list[Op[Any]]) -> list[list[Op[Any]]]:
-    return [ops[begin : begin + PIPELINE_MAX] for begin in range(0, len(ops), PIPELINE_MAX)]
+    sizes = [sum(len(param) for param in op.params if param is not None) for op in ops]
+    return [ops[cut] for cut in _codec.chunks(ops, sizes, PIPELINE_MAX, PIPELINE_BYTES)]
 
 
-def _independent(ops: list[Op[Any]], engine: Engine) -> Flow[list[Any]]:
+def _independent(ops: list[Op[Any]], engine: Engine, alone: list[Op[Any]]) -> Flow[list[Any]]:
     """One synchronization point for all. Where one is refused, all are known to be undone, and
     each is sent again with a point of its own."""
     try:
         answers = yield from send(Batch(ops, sync_each=False))
-        if _refused(answers):
+        if _refused(answers) and not _unknown(answers):
             yield from _heal(answers, ops, engine)
             answers = yield from send(Batch(ops, sync_each=True))
     except PgkvError as error:
@@ -149,6 +169,7 @@ def _independent(ops: list[Op[Any]], engine: Engine) -> Flow[list[Any]]:
         if isinstance(answer, Raced) or (
             isinstance(answer, PgkvError) and engine.may_repeat(op, answer)
         ):
+            alone.append(op)
             try:
                 answers[index] = yield from do(op)
             except PgkvError as error:
@@ -160,7 +181,7 @@ def _atomic(ops: list[Op[Any]], engine: Engine) -> Flow[list[Any]]:
     """All or nothing. One round trip, unless there are very many or one that can race: asking
     that one again must happen before the commit."""
     table = ops[0].statement.table
-    together = len(ops) <= PIPELINE_MAX and not any(op.statement.repeats for op in ops)
+    together = len(_chunks(ops)) == 1 and not any(op.statement.repeats for op in ops)
 
     def attempt() -> Flow[list[Any]]:
         if together:
@@ -199,6 +220,11 @@ def _inside(ops: list[Op[Any]]) -> Flow[list[Any]]:
 
 def _refused(answers: list[Any]) -> bool:
     return any(isinstance(answer, PgkvError) for answer in answers)
+
+
+def _unknown(answers: list[Any]) -> bool:
+    """Whether a refusal proves nothing: a pooler's word for a server that it lost."""
+    return any(isinstance(answer, PgkvError) and answer.outcome_unknown for answer in answers)
 
 
 def _unprepared(answers: list[Any]) -> bool:

@@ -7,8 +7,9 @@ standard output, which a library must not). Values, tokens and passwords are nev
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from time import monotonic
 from typing import TypeAlias
 
@@ -53,6 +54,18 @@ def notify(name: str, started: float, outcome: str, retries: int) -> None:
             hook(name, seconds, outcome, retries)
         except Exception as error:  # noqa: BLE001  # metrics must not fail what they measure
             warning("pgkv.hook.failed", error=type(error).__name__)
+
+
+@contextlib.contextmanager
+def operation(name: str) -> Iterator[None]:
+    """Tell the hooks of the operation in the body."""
+    started = monotonic()
+    try:
+        yield
+    except BaseException as error:
+        notify(name, started, type(error).__name__, 0)
+        raise
+    notify(name, started, "ok", 0)
 
 
 def debug(event: str, **context: object) -> None:

@@ -107,6 +107,9 @@ class _Queue:
         for handle, part in self._handles:
             handle._answers = answers[part]
             handle._state = ""
+        failure = _flows.unsent(answers)
+        if failure is not None:
+            raise failure
 
     def _discard(self, why: str) -> None:
         self._over = True
@@ -314,7 +317,8 @@ class Pipeline(_Queue):
     Each method queues and returns a `Handle`; at the end of the block everything is sent, in
     order. Bad input raises at the call. If the body raises, nothing is sent.
 
-    A refused operation does not disturb the others; its own handle raises. With ``atomic=True``
+    A refused operation does not disturb the others; its own handle raises. That the server cannot
+    be reached, or does not answer in time, is raised at the end of the block as well. With ``atomic=True``
     they are one transaction: after a refusal none has happened, the refused one's handle raises
     its own error and every other handle `TransactionError`. (Without a refusal a pipeline of up to
     1,000 operations is one transaction either way.)

@@ -20,7 +20,7 @@ from typing import Any
 
 # Names that differ from "a call to await": in both colours these return at once ...
 VIEWS = {"namespace", "table", "typed", "using"}
-PLAIN = {"check", "remaining", "headers", "cache_key"}
+PLAIN = {"check", "remaining", "headers", "cache_key", "limit"}
 # ... these return (async) iterators ...
 ITERATORS = {"iter_keys", "iter_items"}
 # ... and these something to be awaited or entered.
@@ -140,6 +140,8 @@ def _outward(value: Any, loop: asyncio.AbstractEventLoop) -> Any:
     """
     if isinstance(value, Threaded):
         return value._target
+    if type(value) in (list, tuple):  # hit_many's limiters
+        return type(value)(_outward(each, loop) for each in value)
     if not inspect.iscoroutinefunction(value):
         return value
 

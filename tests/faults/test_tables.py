@@ -176,7 +176,8 @@ async def test_forgotten_statements(make_store: MakeStore, dsn: str, command: st
         """Over the store's own connection, as a pooler or a hook would."""
         inner = store._target if isinstance(store, Threaded) else store
         link = inner._channel._leases.idle[0]
-        await asyncio.to_thread(link.pgconn.exec_, command.encode())
+        # Not in a thread: the loop's reader would take the answer away from it.
+        link.pgconn.exec_(command.encode())
 
     for expected in (1, 2, 3):
         await forget()

@@ -447,6 +447,8 @@ def test_start_waits_for_recovery_from_a_backend_crash(home: Path) -> None:
     """start() during the recovery from a killed backend returns a DSN that takes connections."""
     with start(home) as server, psycopg.connect(server.dsn) as conn:
         os.kill(conn.info.backend_pid, signal.SIGKILL)
+        # Before the server knows, it takes connections, which its recovery then ends.
+        wait_until(lambda: "was terminated by signal 9" in server.log_path.read_text(), "it knows")
         with start(home) as again:
             assert ask(again.dsn, "SELECT 1") == 1
 

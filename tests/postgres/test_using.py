@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -300,4 +299,3 @@ async def test_a_wrapper_of_another_driver(store: Any) -> None:
     other = type("connection", (), {"__module__": "psycopg2.extensions"})()
     with pytest.raises(pgkv.ConfigError, match=r"not psycopg2\.connection; switch that engine"):
         store.using(wrapped_like_sqlalchemy(other))
-    assert "sqlalchemy" not in sys.modules

@@ -14,6 +14,8 @@ TWINS = [
     pytest.param(pgkv.Store, pgkv.AsyncStore, id="Store"),
     pytest.param(pgkv.TypedStore, pgkv.AsyncTypedStore, id="TypedStore"),
     pytest.param(Pipeline, AsyncPipeline, id="Pipeline"),
+    pytest.param(pgkv.RateLimiter, pgkv.AsyncRateLimiter, id="RateLimiter"),
+    pytest.param(pgkv.Reservation, pgkv.AsyncReservation, id="Reservation"),
 ]
 # The mapping protocol cannot be awaited.
 BLOCKING_ONLY = {"__getitem__", "__setitem__", "__delitem__", "__contains__", "__iter__"}

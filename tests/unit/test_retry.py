@@ -130,10 +130,10 @@ def test_a_missing_table_is_made_and_the_operation_repeated(policy: RetryPolicy 
 
 
 def test_a_table_that_stays_missing() -> None:
-    """A table still missing after it was created is the caller's error."""
-    run = Run(op(), TableNotFoundError("first"), TableNotFoundError("second"))
+    """A table that is missing each time, though it was created thrice, is the caller's error."""
+    run = Run(op(), *(TableNotFoundError(str(n)) for n in range(4)))
     assert isinstance(run.result, TableNotFoundError)
-    assert (len(run.healed), run.attempts) == (1, 1)
+    assert (len(run.healed), run.attempts) == (3, 3)
 
 
 def test_a_table_that_may_not_be_made() -> None:

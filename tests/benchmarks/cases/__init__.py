@@ -8,6 +8,7 @@ from tests.benchmarks.cases import (  # noqa: F401, I001  # importing registers 
     tasks,
     size,
     counter,
+    limiter,
     memory,
     lock,
 )

@@ -1,0 +1,88 @@
+"""Rate limits per view for Flask: `rate_limit` is a decorator."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+import flask
+
+from .._drivers import drive
+from ._guard import STATUS, Guard, Headers
+from ._options import OnError
+from .middleware.wsgi import perform
+from .rate_limit import RateLimiter
+
+__all__ = ["rate_limit"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def rate_limit(
+    limiter: Any,
+    *,
+    key: Callable[[Any], Any] | str | None = None,
+    cost: Callable[[Any], Any] | int = 1,
+    limits: Any = None,
+    exempt: Any = None,
+    headers: Headers = "draft",
+    on_error: OnError = "open",
+    shadow: bool = False,
+) -> Callable[[Callable[P, R]], Callable[P, Any]]:
+    """Return a decorator that limits a view, below the route's::
+
+        @app.get("/search")
+        @rate_limit(limiter)
+        def search(): ...
+
+    A refused request gets 429 with ``Retry-After`` and a problem+json body; the view is not called.
+    Functions get Flask's `request`. Async views work.
+
+    Args:
+        limiter: a :class:`RateLimiter`, or a function of the request that returns one, or None to
+            let the request pass.
+        key: see :class:`RateLimitMiddleware`.
+        cost: tokens, or a function of the request; 0 lets it pass.
+        limits: rates instead of the limiter's, or a function of the request.
+        exempt: paths, or a function that is true for requests to let pass.
+        headers: ``"draft"``, ``"x"`` or None.
+        on_error: ``"open"``, ``"closed"`` or ``"raise"``.
+        shadow: decide, count and log, never refuse.
+
+    Raises:
+        ConfigError: a setting is wrong.
+    """
+    guard = Guard(
+        RateLimiter,
+        limiter=limiter,
+        key=key,
+        cost=cost,
+        limits=limits,
+        exempt=exempt,
+        headers=headers,
+        on_error=on_error,
+        shadow=shadow,
+    )
+
+    def decorate(view: Callable[P, R]) -> Callable[P, Any]:
+        @functools.wraps(view)
+        def limited(*args: P.args, **kwargs: P.kwargs) -> Any:
+            verdict = drive(guard.check(flask.request), perform)
+            if verdict is not None and verdict.refuse:
+                found, body = guard.refusal(verdict)
+                return flask.Response(body, STATUS, found)
+            added = guard.headers(verdict)
+
+            def add(response: flask.Response) -> flask.Response:
+                response.headers.update(added)
+                return response
+
+            if added:
+                flask.after_this_request(add)
+            return flask.current_app.ensure_sync(view)(*args, **kwargs)
+
+        return limited
+
+    return decorate

@@ -1,0 +1,70 @@
+"""The limiter's statements keep the rules of `_sql`, whatever the number of rates."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+import pgkv
+from pgkv._op import Op
+from pgkv._sql.limit import Charge, Limit
+
+Call = Callable[[Limit, int], Op[Any]]
+STATEMENTS: dict[str, Call] = {
+    "hit": lambda s, k: s.hit(b"r", Charge([1] * k, [1] * k)),
+    "hit_many": lambda s, k: s.hit_many([(b"r", Charge([1] * k, [1] * k))] * 2),
+    "peek": lambda s, k: s.peek(b"r", k),
+    "refund": lambda s, k: s.refund(b"r", [1] * k),
+    "cancel": lambda s, k: s.cancel(b"r", b"\0" * 8, [1] * k, [1] * k),
+    "rebase": lambda s, k: s.rebase(b"r", b"\0" * 8, k),
+    "reset": lambda s, _: s.reset(b"r"),
+}
+# Reads, and what does the same a second time. A charge, and what undoes one, does not.
+SAFE = {"peek", "reset"}
+
+
+@pytest.fixture(params=[1, 2, 5])
+def rates(request: pytest.FixtureRequest) -> int:
+    """How many rates."""
+    count: int = request.param
+    return count
+
+
+def op_of(name: str, rates: int) -> Op[Any]:
+    return STATEMENTS[name](Limit(pgkv.Config("postgresql://", table_name='q"t')), rates)
+
+
+@pytest.mark.parametrize("name", STATEMENTS)
+def test_what_may_be_repeated(name: str, rates: int) -> None:
+    """A hit whose answer was lost is never sent again."""
+    assert op_of(name, rates).statement.retry_safe == (name in SAFE)
+
+
+@pytest.mark.parametrize("name", STATEMENTS)
+def test_parameters_fit(name: str, rates: int) -> None:
+    """As many parameters as placeholders and formats; one text per shape; the table is quoted."""
+    op = op_of(name, rates)
+    numbers = {int(n) for n in re.findall(r"\$(\d+)", op.statement.sql)}
+    assert numbers == set(range(1, len(numbers) + 1))
+    assert len(op.params) == len(op.statement.formats) == len(numbers)
+    assert 'q"t' not in op.statement.sql.replace('"q""t"', "")
+    sql = Limit(pgkv.Config("postgresql://"))
+    assert STATEMENTS[name](sql, rates).statement is STATEMENTS[name](sql, rates).statement
+
+
+@pytest.mark.parametrize("name", STATEMENTS)
+def test_rules_of_the_texts(name: str, rates: int) -> None:
+    """Clocks as the rules want them, nothing mutable on conflict, keys locked in order."""
+    text = op_of(name, rates).statement.sql
+    assert not re.search(r"\bnow\(|\.(clock|statement)_timestamp|ctid|advisory|xmax", text)
+    clause = text.partition("ON CONFLICT")[2].partition(" RETURNING ")[0]
+    functions = set(re.findall(r"\b([a-z_]+)\(", clause))
+    assert functions <= {"greatest", "encode", "split_part", "nullif", "to_timestamp"}
+    assert not re.search(r"ORDER BY key(?! COLLATE)", text)
+    if "ANY(" in text:
+        assert 'ORDER BY key COLLATE "C" FOR UPDATE' in text
+    if name not in ("hit", "hit_many"):
+        assert "clock_timestamp" not in text  # Citus refuses it in UPDATE
