@@ -207,8 +207,10 @@ class Proxy:
         assert task is not None
         self._tasks.add(task)
         try:
-            with contextlib.suppress(OSError, asyncio.IncompleteReadError, asyncio.CancelledError):
+            with contextlib.suppress(OSError, asyncio.IncompleteReadError):
                 await self._serve(reader, writer)
+        except asyncio.CancelledError:
+            writer.transport.abort()  # what is not sent yet would keep the socket open
         finally:
             self._tasks.discard(task)
             writer.close()
