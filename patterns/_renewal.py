@@ -177,13 +177,23 @@ class Renewer:
     async def _run(self) -> None:
         while True:
             self._wake.clear()
-            look = self._look(clock())
             with self._lock:
-                # What was added while we looked has set an earlier time, and nudged us.
-                self._next_look = look
+                # While we look, whatever is added has to wake us: it may be too late to be seen.
+                self._next_look = float("inf")
+            look = self._look_safely(clock())
+            with self._lock:
+                self._next_look = min(self._next_look, look)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(max(0.0, look - clock()) if look < 1e300 else None):
                     await self._wake.wait()
+
+    def _look_safely(self, now: float) -> float:
+        try:
+            return self._look(now)
+        except Exception as error:  # noqa: BLE001  # a mistake of ours must not end all renewal
+            text = f"{type(error).__name__}: {error}"
+            _observe.warning("pgkv.lock.renewal_broken", error=text)
+            return now + LOOK_MAX
 
     def _look(self, now: float) -> float:
         """Tell of losses, start what is due; when to look again."""

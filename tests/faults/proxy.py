@@ -179,7 +179,7 @@ class Proxy:
                 for task in tuple(self._tasks):
                     task.cancel()
                 await asyncio.gather(*self._tasks, return_exceptions=True)
-                await asyncio.sleep(0.002)
+                await asyncio.sleep(0.01)
 
         self._on_loop(end())
         self._loop.call_soon_threadsafe(self._loop.stop)

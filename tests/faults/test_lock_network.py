@@ -29,6 +29,12 @@ def proxy(dsn: str) -> Iterator[Proxy]:
         yield made
 
 
+@pytest.fixture
+def make_store(proxy: Proxy, make_store: Any) -> Any:
+    """As everywhere, but closed before the proxy is: it may still be connecting through that."""
+    return make_store
+
+
 async def test_a_grant_whose_reply_is_lost_is_the_same_grant(
     make_store: Any, colour: Colour, proxy: Proxy, store: Any
 ) -> None:
