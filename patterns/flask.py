@@ -1,4 +1,4 @@
-"""Rate limits per view for Flask: `rate_limit` is a decorator."""
+"""For Flask: `rate_limit`, a decorator of views, and `PgkvSessionInterface`, its session on the server."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from typing import Any, ParamSpec, TypeVar
 import flask
 
 from .._drivers import drive
+from ._flask_session import PgkvSessionInterface
 from ._guard import STATUS, Guard, Headers
 from ._options import OnError
 from .middleware.wsgi import perform
 from .rate_limit import RateLimiter
 
-__all__ = ["rate_limit"]
+__all__ = ["PgkvSessionInterface", "rate_limit"]
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -12,6 +12,7 @@ from pgkv.aio import AsyncStore
 from pgkv.errors import ConfigError
 from pgkv.store import Store
 
+from .defaults import default_async_store, default_store
 from .lock import Acquirer, AsyncAcquirer, AsyncLock, Lock, patience
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def locked(
 
     Args:
         lock_or_name: a lock (or semaphore) of the function's colour, or the name of one to make.
-        store: for a name: where the lock lives; without it, the default store.
+        store: for a name: where the lock lives; without it, the default store (`configure`).
         ttl: for a name: as of `Lock`.
         timeout: with ``on_busy="wait"``: seconds to wait; None waits without end.
         on_busy: what a call does while another runs: ``"wait"``, ``"skip"`` (it returns None), or
@@ -99,10 +100,12 @@ def _locked_async(
 ) -> Callable[..., Any]:
     _check_lock(given, Acquirer, "async", "AsyncLock")
     made = functools.cache(lambda: _lock_of(given, store, ttl, AsyncLock))
+    # The default store of async functions is one of each event loop.
+    lock_now = made if store or not isinstance(given, str) else made.__wrapped__
 
     @functools.wraps(fn)
     async def run(*args: Any, **kwargs: Any) -> Any:
-        lock = made()
+        lock = lock_now()
         lease = await (lock.try_acquire() if on_busy == "skip" else lock.acquire(timeout))
         if lease is None:
             return None
@@ -121,9 +124,7 @@ def _lock_of(given: object, store: Any, ttl: Seconds, kind: type[Any]) -> Any:
     if not isinstance(given, str):
         return given
     if store is None:
-        raise ConfigError(
-            f"locked({given!r}) has no store: pass store=, or a {kind.__name__} instead of the name"
-        )
+        store = default_store() if kind is Lock else default_async_store()
     return kind(store, given, ttl)
 
 

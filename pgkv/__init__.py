@@ -26,11 +26,25 @@ from .errors import (
     TableNotFoundError,
     TransactionError,
 )
+from .patterns.cache import (
+    L1,
+    AsyncCachedFunction,
+    CachedFunction,
+    CachedValue,
+    CacheInfo,
+    SignedPickle,
+    cached,
+    cached_functions,
+    invalidate_tag,
+)
 from .patterns.client_ip import client_ip
+from .patterns.defaults import configure
 from .patterns.leader import AsyncLeader, Leader
 from .patterns.lock import AsyncLease, AsyncLock, Lease, Lock, LockInfo
 from .patterns.locked import fence_sql, locked
 from .patterns.middleware.asgi import RateLimitMiddleware
+from .patterns.middleware.session_asgi import SessionMiddleware, load_session
+from .patterns.middleware.session_wsgi import WSGISessionMiddleware
 from .patterns.middleware.wsgi import WSGIRateLimitMiddleware
 from .patterns.rate_limit import (
     AsyncRateLimiter,
@@ -42,12 +56,14 @@ from .patterns.rate_limit import (
     Reservation,
 )
 from .patterns.semaphore import AsyncSemaphore, Semaphore
+from .patterns.session import AsyncSessionStore, Session, SessionInfo, SessionStore
 from .pipeline import AsyncPipeline, Handle, Pipeline
 from .store import Store
 from .typed import AsyncTypedStore, TypedCasResult, TypedStore
 from .types import CasResult, CasStatus, Entry, KeyValue, ScanOptions, Stats
 
-__all__ = [
+__all__ = [  # noqa: RUF022  # plain order: ruff would put L1 before the classes
+    "AsyncCachedFunction",
     "AsyncLeader",
     "AsyncLease",
     "AsyncLock",
@@ -55,8 +71,12 @@ __all__ = [
     "AsyncRateLimiter",
     "AsyncReservation",
     "AsyncSemaphore",
+    "AsyncSessionStore",
     "AsyncStore",
     "AsyncTypedStore",
+    "CacheInfo",
+    "CachedFunction",
+    "CachedValue",
     "CasResult",
     "CasStatus",
     "Config",
@@ -68,6 +88,7 @@ __all__ = [
     "InvalidKeyError",
     "InvalidValueError",
     "KeyValue",
+    "L1",
     "Leader",
     "Lease",
     "LeaseLostError",
@@ -92,9 +113,14 @@ __all__ = [
     "ScanOptions",
     "Semaphore",
     "SerializationError",
+    "Session",
     "SessionConflictError",
     "SessionError",
     "SessionGoneError",
+    "SessionInfo",
+    "SessionMiddleware",
+    "SessionStore",
+    "SignedPickle",
     "Stats",
     "Store",
     "StoreUnavailableError",
@@ -105,8 +131,14 @@ __all__ = [
     "TypedCasResult",
     "TypedStore",
     "WSGIRateLimitMiddleware",
+    "WSGISessionMiddleware",
+    "cached",
+    "cached_functions",
     "client_ip",
+    "configure",
     "fence_sql",
+    "invalidate_tag",
+    "load_session",
     "locked",
     "on_operation",
     "schema_sql",

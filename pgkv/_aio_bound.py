@@ -17,8 +17,9 @@ from ._caller import check_connection
 from ._drivers import answer_of, call_async, drive_async
 from ._flows import RefusedError
 from ._op import Batch, Call, Flow, Op, Raced, Sleep
-from ._sql import Statements, control
-from ._wire import outcomes
+from ._results import outcomes
+from ._sql import control
+from ._sql.sweep import Sweep
 from .config import Table
 from .errors import ConflictError, PgkvError, TransactionError
 
@@ -95,7 +96,7 @@ class AsyncBoundChannel:
     async def heal(self, table: Table) -> None:
         """Nothing is created in somebody's transaction."""
 
-    def watch(self, sql: Statements) -> None:
+    def watch(self, sql: Sweep) -> None:
         """Nothing is collected in somebody's transaction."""
 
     async def close(self) -> None:
@@ -183,8 +184,12 @@ class AsyncBoundChannel:
         self, begin: Op[None], commit: Op[None], rollback: Op[None]
     ) -> AsyncIterator[None]:
         """Open and close a transaction or savepoint around a body."""
-        async with self._using():
-            await self._send(begin)
+        try:
+            async with self._using():
+                await self._send(begin)
+        except PgkvError as error:
+            error.outcome_unknown = False  # whether it began or not, nothing was done
+            raise
         try:
             yield
             if self._link.pgconn.transaction_status == pq.TransactionStatus.INERROR:

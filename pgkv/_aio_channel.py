@@ -17,10 +17,11 @@ from ._aio_bound import AsyncBoundChannel
 from ._aio_pool import AsyncCallerPool, AsyncLeases
 from ._drivers import call_async, drive_async
 from ._op import Batch, Call, Expired, Flow, Op, Raced, Signal, Sleep, Transaction
+from ._results import outcomes
 from ._retry import may_repeat, recover
-from ._sql import Statements, control
+from ._sql import control
+from ._sql.sweep import Sweep
 from ._sweep import SWEEP_CHANCE, Collector
-from ._wire import outcomes
 from .config import Config, Table
 from .errors import PgkvError
 
@@ -52,7 +53,7 @@ class AsyncChannel(Protocol):
         """Whether an operation that failed together with others may be repeated alone."""
         ...
 
-    def watch(self, sql: Statements) -> None:
+    def watch(self, sql: Sweep) -> None:
         """Collect that table's expired rows, if this channel does such things."""
         ...
 
@@ -257,7 +258,7 @@ class AsyncPoolChannel:
 
     # -- the background
 
-    def watch(self, sql: Statements) -> None:
+    def watch(self, sql: Sweep) -> None:
         """Collect that table's expired rows by its strategy."""
         if sql.table not in self._collectors:
             collector = self._collectors[sql.table] = Collector(sql, self._background)

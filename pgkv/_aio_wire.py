@@ -19,9 +19,7 @@ import psycopg
 from psycopg import pq
 
 from ._op import BINARY, Op, Statement
-from ._wire import (
-    CANCEL_TIMEOUT,
-    IDLE,
+from ._results import (
     OK,
     PIPELINE,
     PipelineReader,
@@ -29,9 +27,9 @@ from ._wire import (
     forgotten,
     is_outdated,
     past_deadline,
-    poller,
     refusal,
 )
+from ._wire import CANCEL_TIMEOUT, IDLE, poller
 from .errors import ConfigError, PgkvError, from_result
 
 if TYPE_CHECKING:

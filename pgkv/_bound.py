@@ -19,11 +19,14 @@ from psycopg import pq
 
 from . import _observe
 from ._caller import Reentrant, check_connection
+from ._cursor_link import link_class
 from ._drivers import answer_of, call, drive
 from ._flows import RefusedError
 from ._op import Batch, Call, Flow, Op, Raced, Sleep
-from ._sql import Statements, control
-from ._wire import Link, link_class, outcomes
+from ._results import outcomes
+from ._sql import control
+from ._sql.sweep import Sweep
+from ._wire import Link
 from .config import Table
 from .errors import ConflictError, PgkvError, TransactionError
 
@@ -99,7 +102,7 @@ class BoundChannel:
     def heal(self, table: Table) -> None:
         """Nothing is created in somebody's transaction."""
 
-    def watch(self, sql: Statements) -> None:
+    def watch(self, sql: Sweep) -> None:
         """Nothing is collected in somebody's transaction."""
 
     def close(self) -> None:
@@ -185,8 +188,12 @@ class BoundChannel:
     def span(self, begin: Op[None], commit: Op[None], rollback: Op[None]) -> Iterator[None]:
         """Open and close a transaction or savepoint around a body."""
         outermost = begin.statement.name == "begin"
-        with self._lock:
-            self._send(begin)
+        try:
+            with self._lock:
+                self._send(begin)
+        except PgkvError as error:
+            error.outcome_unknown = False  # whether it began or not, nothing was done
+            raise
         try:
             yield
             if self._link.pgconn.transaction_status == pq.TransactionStatus.INERROR:

@@ -23,10 +23,11 @@ from ._bound import BoundChannel
 from ._drivers import call, drive
 from ._op import Batch, Call, Expired, Flow, Op, Raced, Signal, Sleep, Transaction
 from ._pool import CallerPool, Leases, disown
+from ._results import outcomes
 from ._retry import may_repeat, recover
-from ._sql import Statements, control
+from ._sql import control
+from ._sql.sweep import Sweep
 from ._sweep import SWEEP_CHANCE, Collector
-from ._wire import outcomes
 from .config import Config, Table
 from .errors import PgkvError
 
@@ -58,7 +59,7 @@ class Channel(Protocol):
         """Whether an operation that failed together with others may be repeated alone."""
         ...
 
-    def watch(self, sql: Statements) -> None:
+    def watch(self, sql: Sweep) -> None:
         """Collect that table's expired rows, if this channel does such things."""
         ...
 
@@ -276,7 +277,7 @@ class PoolChannel:
 
     # -- the background
 
-    def watch(self, sql: Statements) -> None:
+    def watch(self, sql: Sweep) -> None:
         """Collect that table's expired rows by its strategy."""
         if sql.table not in self._collectors:
             collector = self._collectors[sql.table] = Collector(sql, self._background)

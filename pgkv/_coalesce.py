@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from . import _flows
 from ._op import Op
+from ._sql import Statements
 from .errors import PgkvError
 
 if TYPE_CHECKING:
     from ._aio_channel import AsyncPoolChannel
-    from ._sql import Statements
+    from ._sql.sweep import Sweep
     from .config import Table
 
 T = TypeVar("T")
@@ -44,9 +45,10 @@ class CoalescingChannel:
         self.heal = inner.heal
         self.may_repeat = inner.may_repeat
 
-    def watch(self, sql: Statements) -> None:
+    def watch(self, sql: Sweep) -> None:
         """Learn the statements of a table."""
-        self._sql.setdefault(sql.table, sql)
+        if isinstance(sql, Statements):
+            self._sql.setdefault(sql.table, sql)
         self._inner.watch(sql)
 
     async def close(self) -> None:

@@ -173,7 +173,12 @@ def seconds(value: Seconds, name: str = "ttl") -> float:
 
 def encode_ttl(ttl: Seconds) -> bytes:
     """Return a duration as a binary interval: whole microseconds, rounded up, so never zero."""
-    return _INTERVAL.pack(math.ceil(seconds(ttl) * 1_000_000), 0, 0)
+    return encode_interval(seconds(ttl))
+
+
+def encode_interval(seconds: float) -> bytes:
+    """Return checked seconds, 0 included, as a binary interval; rounded up."""
+    return _INTERVAL.pack(math.ceil(seconds * 1_000_000), 0, 0)
 
 
 def encode_moment(moment: datetime) -> bytes:

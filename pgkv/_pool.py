@@ -24,7 +24,8 @@ from psycopg_pool import AsyncConnectionPool, ConnectionPool, PoolClosed, PoolTi
 
 from . import _conninfo
 from ._caller import check_connection
-from ._wire import Link, link_class
+from ._cursor_link import link_class
+from ._wire import Link
 from .config import Config, Pooler
 from .errors import (
     OperationTimeoutError,

@@ -15,8 +15,8 @@ from time import monotonic
 
 from . import _observe
 from ._op import Flow, do, pause
-from ._sql import Statements
-from ._sql.scan import SWEEP_PAGES, row_count
+from ._sql.scan import row_count
+from ._sql.sweep import SWEEP_PAGES, Sweep
 from .config import TtlCleanupStrategy
 from .errors import PgkvError
 
@@ -39,7 +39,7 @@ class Collector:
         background: starts a flow that nobody waits for.
     """
 
-    def __init__(self, sql: Statements, background: Callable[[Flow[None]], None]) -> None:
+    def __init__(self, sql: Sweep, background: Callable[[Flow[None]], None]) -> None:
         self._sql = sql
         self._background = background
         self.reset()
@@ -132,7 +132,7 @@ class Collector:
 
 
 def sweep_all(
-    sql: Statements, limit: int | None, progress: Callable[[int, int], object] | None = None
+    sql: Sweep, limit: int | None, progress: Callable[[int, int], object] | None = None
 ) -> Flow[int]:
     """Sweep the whole table once, chunk by chunk, or until `limit` rows are gone.
 

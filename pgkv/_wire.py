@@ -12,24 +12,27 @@ others' business. Every failure leaves as a `PgkvError` that says whether the ou
 
 from __future__ import annotations
 
-import contextlib
 import math
 import select
-import socket
-import threading
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 import psycopg
 from psycopg import pq
 
-from ._op import BINARY, Batch, Op, Result, Statement
+from ._op import BINARY, Op, Result, Statement
+from ._results import (
+    OK,
+    PIPELINE,
+    PipelineReader,
+    failed,
+    is_outdated,
+    past_deadline,
+    refusal,
+)
 from .errors import (
-    OperationTimeoutError,
     PgkvError,
-    TransactionError,
     from_result,
-    translate,
 )
 
 if TYPE_CHECKING:
@@ -37,17 +40,11 @@ if TYPE_CHECKING:
 
     from psycopg.pq.abc import PGconn, PGresult
 
-OK = frozenset((int(pq.ExecStatus.COMMAND_OK), int(pq.ExecStatus.TUPLES_OK)))
 IDLE = pq.TransactionStatus.IDLE
-PIPELINE_SYNC = int(pq.ExecStatus.PIPELINE_SYNC)
-PIPELINE_ABORTED = int(pq.ExecStatus.PIPELINE_ABORTED)
 CANCEL_TIMEOUT = 1.0  # seconds that a cancel request may take
 # Bytes can wait inside OpenSSL while the socket is silent: under TLS no sleep is longer.
 TLS_NAP_MS = 50.0
 LONGEST_NAP_MS = 1e9  # poll() refuses what does not fit a C int
-
-# What an error that concerns a whole pipeline is called.
-PIPELINE: Statement[Any] = Statement("pipeline", "", (), lambda result: result)
 
 HAS_POLL = hasattr(select, "poll")
 
@@ -114,11 +111,15 @@ class Link:
         pgconn = self.pgconn
         return pgconn.status == pq.ConnStatus.OK and pgconn.transaction_status == IDLE
 
-    def abandon(self) -> None:
-        """Stop what runs (one request, bounded) and close: a late cancel must hit nobody else."""
+    def abandon(self, seconds: float = CANCEL_TIMEOUT) -> None:
+        """Stop what runs (one request, bounded) and close: a late cancel must hit nobody else.
+
+        A server that is silent answers no cancel request either: who had little time for the call
+        has little for this.
+        """
         try:
             if self.pgconn.transaction_status == pq.TransactionStatus.ACTIVE:
-                self.conn.cancel_safe(timeout=CANCEL_TIMEOUT)
+                self.conn.cancel_safe(timeout=max(0.05, min(CANCEL_TIMEOUT, seconds)))
         except (psycopg.Error, OSError):
             pass  # the server is gone, or does not answer: closing is all that is left
         finally:
@@ -191,7 +192,7 @@ class Link:
             else:
                 return answer
         except _PastDeadlineError:
-            self.abandon()
+            self.abandon(seconds)
             failure = past_deadline(statement.name, seconds)
         except BaseException:
             self.abandon()
@@ -248,7 +249,7 @@ class Link:
         except psycopg.Error as error:
             failure = failed(error, about, sent=True)
         except _PastDeadlineError:
-            self.abandon()
+            self.abandon(seconds)
             failure = past_deadline(PIPELINE.name, seconds)
         except PgkvError:
             raise
@@ -349,238 +350,3 @@ def poller(fd: int) -> Callable[[float], Sequence[Any]]:
         poll.register(fd, select.POLLIN)
         return poll.poll
     return lambda milliseconds: select.select([fd], [], [], milliseconds / 1000.0)[0]
-
-
-class PipelineReader:
-    """Takes the results of a pipeline as they arrive.
-
-    Args:
-        pgconn: in pipeline mode.
-        syncs: how many synchronization points end it.
-    """
-
-    __slots__ = ("_current", "_pgconn", "_syncs", "answers")
-
-    def __init__(self, pgconn: PGconn, syncs: int) -> None:
-        self.answers: list[PGresult] = []
-        self._pgconn = pgconn
-        self._syncs = syncs
-        self._current: PGresult | None = None
-
-    def advance(self) -> bool:
-        """Take what is there, without blocking; whether that was all."""
-        pgconn = self._pgconn
-        while not pgconn.is_busy():
-            result = pgconn.get_result()
-            if result is None:
-                if self._current is not None:
-                    self.answers.append(self._current)
-                    self._current = None
-            elif result.status == PIPELINE_SYNC:
-                self._syncs -= 1
-                if not self._syncs:
-                    return True
-            elif self._current is None:
-                self._current = result
-        return False
-
-
-def forgotten(results: Sequence[PGresult]) -> bool:
-    """Whether the server says that a prepared statement is gone (DISCARD ALL): then all are."""
-    return any(
-        result.status not in OK and result.error_field(pq.DiagnosticField.SQLSTATE) == b"26000"
-        for result in results
-    )
-
-
-def outcomes(batch: Batch, results: Sequence[PGresult]) -> list[tuple[Op[Any], Any]]:
-    """Each operation of a batch with its answer, or the exception by which it was refused."""
-    return [(op, _outcome(op, result)) for op, result in zip(batch.ops, results, strict=True)]
-
-
-def _outcome(op: Op[Any], result: PGresult) -> Any:
-    if result.status in OK:
-        return op.decode(result)
-    if result.status == PIPELINE_ABORTED:
-        return TransactionError(
-            f"{op.statement.name}: not executed, because an earlier operation of the pipeline "
-            "was refused"
-        )
-    return refusal(result, op.statement)
-
-
-def is_outdated(error: psycopg.Error) -> bool:
-    """Whether a prepared statement no longer fits its table (after an ALTER TABLE)."""
-    return error.sqlstate == "0A000" and error.diag.source_function == "RevalidateCachedQuery"
-
-
-def past_deadline(name: str, seconds: float) -> OperationTimeoutError:
-    """What a caller hears whose time has passed after sending."""
-    return OperationTimeoutError(
-        f"{name}: no answer within {seconds:.3g} s; it was cancelled, but may still have happened"
-    )
-
-
-def refusal(result: PGresult, statement: Statement[Any]) -> PgkvError:
-    """The exception for an error result: a known outcome, but for what poolers say."""
-    return failed(from_result(result), statement, sent=True)
-
-
-def failed(error: psycopg.Error, statement: Statement[Any], *, sent: bool) -> PgkvError:
-    """The exception for a psycopg error during that statement."""
-    return translate(
-        error,
-        action=statement.name,
-        table=statement.table.quoted if statement.table else "",
-        refused=statement.refused,
-        sent=sent,
-    )
-
-
-# -- without poll() ------------------------------------------------------------------------
-
-
-class CursorLink(Link):
-    """The same over an ordinary cursor, where the platform has no ``poll()`` (Windows) or
-    psycopg's internals have changed. Slower, the same promises."""
-
-    __slots__ = ("_cursor", "_resets_autocommit")
-    takes_lock = True
-
-    def __init__(
-        self,
-        conn: psycopg.Connection[Any],
-        *,
-        prepares: bool,
-        prepared: set[bytes] | None = None,  # noqa: ARG002  # psycopg keeps count itself
-    ) -> None:
-        self.conn = conn
-        self.pgconn = conn.pgconn
-        self.prepares = prepares
-        self.lease_end = math.inf
-        self.poll = poller(self.pgconn.socket)
-        self._resets_autocommit = False
-        self._cursor = psycopg.RawCursor(conn)
-        self._cursor.adapters.register_dumper(_Text, _TextDumper)
-        self._cursor.adapters.register_dumper(_Binary, _BinaryDumper)
-
-    def execute(self, op: Op[Any], seconds: float, *, again: bool = True) -> Result:  # noqa: ARG002  # psycopg's statements are its own
-        """Send one operation through a cursor."""
-        result = self._ask(op, seconds)
-        if result.status in OK:
-            return result
-        raise refusal(result, op.statement)
-
-    def execute_all(
-        self, ops: Sequence[Op[Any]], seconds: float, *, sync_each: bool
-    ) -> list[PGresult]:
-        """One after the other; without `sync_each` in a transaction, if none is open yet."""
-        deadline = monotonic() + seconds
-        whole = not sync_each and self.pgconn.transaction_status == IDLE
-        answers: list[PGresult] = []
-        if whole:
-            self._ask(_BEGIN, seconds)
-        refused = False
-        for op in ops:
-            if refused and not sync_each:
-                answers.append(self.pgconn.make_empty_result(PIPELINE_ABORTED))
-                continue
-            answers.append(self._ask(op, deadline - monotonic()))
-            refused = refused or answers[-1].status not in OK
-        if whole:
-            self._ask(_ROLLBACK if refused else _COMMIT, deadline - monotonic())
-        return answers
-
-    def _ask(self, op: Op[Any], seconds: float) -> PGresult:
-        """The server's answer, refusals included."""
-        statement = op.statement
-        self._begin_nothing()
-        alarm = threading.Lock()  # held by whoever decides how this ends
-        timer = threading.Timer(max(0.0, seconds), self._expire, [alarm])
-        timer.daemon = True
-        timer.start()
-        failure: PgkvError
-        try:
-            self._cursor.execute(
-                statement.text(self.pgconn.server_version),
-                None if statement.script else _adapted(op.params, statement.formats),
-                prepare=self.prepares and not statement.script,
-                binary=not statement.script,
-            )
-            result = self._cursor.pgresult
-        except psycopg.Error as error:
-            result = error.pgresult if error.sqlstate is not None else None
-            failure = failed(error, statement, sent=True)
-        except BaseException:
-            timer.cancel()
-            self.abandon()
-            raise
-        timer.cancel()
-        if not alarm.acquire(blocking=False):
-            # A cancel request is under way, and may come late: nothing may follow on this link.
-            timer.join()
-            self.abandon()
-            if result is None or result.status not in OK:
-                raise past_deadline(statement.name, seconds)
-        elif self._resets_autocommit and self.pgconn.transaction_status == IDLE:
-            self._resets_autocommit = False
-            self.conn.autocommit = False
-        if result is None:
-            raise failure
-        return result
-
-    def _begin_nothing(self) -> None:
-        """Keep psycopg from opening a transaction that nobody would commit."""
-        if self.pgconn.transaction_status == IDLE and not self.conn.autocommit:
-            self.conn.autocommit = True
-            self._resets_autocommit = True
-
-    def _expire(self, alarm: threading.Lock) -> None:
-        if not alarm.acquire(blocking=False):
-            return
-        try:
-            self.conn.cancel_safe(timeout=CANCEL_TIMEOUT)
-        except (psycopg.Error, OSError):
-            # Closing would not wake the thread that waits.
-            with (
-                contextlib.suppress(OSError),
-                socket.fromfd(self.pgconn.socket, socket.AF_INET, socket.SOCK_STREAM) as wire,
-            ):
-                wire.shutdown(socket.SHUT_RDWR)
-
-
-def _command(sql: str) -> Op[Any]:
-    return Op(Statement(sql.lower(), sql, (), lambda result: result, script=True))
-
-
-_BEGIN, _COMMIT, _ROLLBACK = _command("BEGIN"), _command("COMMIT"), _command("ROLLBACK")
-
-
-class _Text(bytes):
-    """A parameter in text format, its type left to the server."""
-
-
-class _Binary(bytes):
-    """A parameter in binary format, its type left to the server."""
-
-
-class _TextDumper(psycopg.adapt.Dumper):
-    oid = 0
-    format = pq.Format.TEXT
-
-    def dump(self, obj: Any) -> bytes:
-        return bytes(obj)
-
-
-class _BinaryDumper(_TextDumper):
-    format = pq.Format.BINARY
-
-
-def _adapted(params: Sequence[bytes | None], formats: Sequence[int]) -> list[bytes | None]:
-    return [
-        None if param is None else (_Binary if kind == BINARY else _Text)(param)
-        for param, kind in zip(params, formats, strict=True)
-    ]
-
-
-link_class: type[Link] = Link if HAS_POLL else CursorLink

@@ -17,7 +17,10 @@ from typing import Annotated, Any, TypeAlias
 
 import typer
 
-from . import _cli_locks  # noqa: F401  # registers `locks` and `lock`
+from . import (
+    _cache_command,
+    _cli_locks,  # noqa: F401  # registers `locks` and `lock`
+)
 from . import _console as console
 from ._command import (
     DONE,
@@ -356,5 +359,7 @@ def demo(
     done = _demo.run(call.dsn, options, _demo.Size(keys, seconds), as_json=call.json)
     return DONE if done else NOT_FOUND
 
+
+_cache_command.register()
 
 __all__ = ["app", "main"]

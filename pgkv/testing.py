@@ -1,12 +1,15 @@
-"""What users need to test their own code that uses pgkv: here, a server clock that a test can move.
+"""What users need to test their own code that uses pgkv: a server clock that a test can move, and a
+switch that turns the decorators off.
 
 Nothing in pgkv imports this module, and nothing here is meant for production.
 """
 
 from __future__ import annotations
 
+import contextlib
 import re
 import secrets
+from collections.abc import Iterator
 from datetime import datetime, timedelta
 from types import TracebackType
 from typing import LiteralString, Self
@@ -16,8 +19,9 @@ from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from .errors import ConfigError
+from .patterns import _switch
 
-__all__ = ["ServerClock"]
+__all__ = ["ServerClock", "disabled"]
 
 _SCHEMA_NAME = re.compile(r"[a-z_][a-z0-9_]{0,62}")
 
@@ -126,3 +130,17 @@ class ServerClock:
         seconds = seconds.total_seconds() if isinstance(seconds, timedelta) else seconds
         sequence = sql.Literal(self._offset.as_string(self._conn))
         self._conn.execute(sql.SQL(query).format(sequence, self._offset), [round(seconds * 1e6)])
+
+
+@contextlib.contextmanager
+def disabled() -> Iterator[None]:
+    """Turn `pgkv.cached` off, in the whole process, for a ``with`` block (or as a decorator).
+
+    Cached functions are then the functions themselves: nothing is stored, no store is needed,
+    ``invalidate`` and ``cache_clear`` do nothing and ``peek`` finds nothing. Blocks nest.
+    """
+    _switch.add(1)
+    try:
+        yield
+    finally:
+        _switch.add(-1)

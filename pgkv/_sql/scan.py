@@ -13,18 +13,17 @@ from .. import _codec
 from .._op import BINARY, TEXT, Op, Result, Signal, Statement
 from ..errors import InvalidKeyError, InvalidValueError
 from ..types import KeyValue, ScanOptions, Stats
-from .table import LIVE, TableStatements, read_int, read_nothing
+from .sweep import Sweep
+from .table import LIVE, read_int, read_nothing
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 T = TypeVar("T")
 
-SWEEP_PAGES = 128
 
-
-class Scan(TableStatements):
-    """Ranges, counts, sweeps and upkeep."""
+class Scan(Sweep):
+    """Ranges, counts and upkeep."""
 
     # -- ranges
 
@@ -134,70 +133,7 @@ class Scan(TableStatements):
         )
         return Op(statement, params)
 
-    # -- collecting what has expired
-
-    @cached_property
-    def _pages(self) -> Statement[int]:
-        return self.statement(
-            "pages",
-            f"SELECT pg_relation_size({self._regclass}) / current_setting('block_size')::bigint",
-            (),
-            read_int,
-            retry_safe=True,
-            writes=False,
-        )
-
-    def pages(self) -> Op[int]:
-        """The table's size in pages."""
-        return Op(self._pages)
-
-    @cached_property
-    def _sweep(self) -> Statement[tuple[int, int, int]]:
-        # TID ranges need no index on expires_at (any index on it would end HOT updates). The
-        # second test of the expiry is for a row that was written between the two scans.
-        chunk = "ctid >= $1::tid AND ctid < $2::tid"
-        return self.statement(
-            "sweep",
-            f"WITH gone AS (DELETE FROM {self.t} WHERE ctid = ANY (ARRAY("
-            f"SELECT ctid FROM {self.t} WHERE {chunk} AND expires_at <= statement_timestamp() "
-            "LIMIT $3::bigint FOR UPDATE SKIP LOCKED)) "
-            "AND expires_at <= statement_timestamp() RETURNING 1) "
-            "SELECT (SELECT count(*) FROM gone), "
-            f"(SELECT count(*) FROM {self.t} WHERE {chunk}), "
-            f"pg_relation_size({self._regclass}) / current_setting('block_size')::bigint",
-            (TEXT, TEXT, BINARY),
-            _read_sweep,
-            retry_safe=True,
-            writes=False,
-        )
-
-    def sweep(self, page: int, limit: int | None = None) -> Op[tuple[int, int, int]]:
-        """Collect one chunk that begins at that page: rows deleted, rows seen, pages in all."""
-        return Op(self._sweep, _tids(page, limit))
-
-    @cached_property
-    def _sweep_alone(self) -> Statement[tuple[int, int, int]]:
-        # Of a fleet only one process sweeps a table at a time; the others' chunk is empty.
-        alone = "(SELECT pg_try_advisory_xact_lock(hashtext('pgkv sweep'), hashtext($4)))"
-        sql = self._sweep.sql.replace("LIMIT $3", f"AND {alone} LIMIT $3", 1)
-        return self.statement(
-            "sweep",
-            sql,
-            (TEXT, TEXT, BINARY, TEXT),
-            _read_sweep,
-            retry_safe=True,
-            writes=False,
-        )
-
-    def sweep_alone(self, page: int) -> Op[tuple[int, int, int]]:
-        """`sweep`, but empty while another process is in one."""
-        return Op(self._sweep_alone, (*_tids(page, None), self.t.encode()))
-
     # -- upkeep
-
-    @cached_property
-    def _regclass(self) -> str:
-        return "'" + self.t.replace("'", "''") + "'::regclass"
 
     @cached_property
     def _stats(self) -> Statement[Stats]:
@@ -247,11 +183,6 @@ class Scan(TableStatements):
         return Op(self._ping)
 
 
-def _tids(page: int, limit: int | None) -> tuple[bytes, bytes, bytes | None]:
-    encoded = None if limit is None else _codec.encode_int8(limit)
-    return b"(%d,0)" % page, b"(%d,0)" % (page + SWEEP_PAGES), encoded
-
-
 def row_count(name: str, value: object) -> int:
     """Return a number of rows.
 
@@ -273,11 +204,6 @@ def namespace_prefix(outer: str, prefix: object) -> str:
         raise InvalidKeyError("a namespace's prefix must be a non-empty str")
     _codec.encode_bound(prefix, "the namespace's prefix")
     return outer + prefix
-
-
-def _read_sweep(result: Result) -> tuple[int, int, int]:
-    column, read = result.get_value, _codec.decode_int
-    return read(column(0, 0)), read(column(0, 1)), read(column(0, 2))
 
 
 def _read_stats(result: Result) -> Stats:

@@ -23,7 +23,7 @@ from pgkv import (
     StoreUnavailableError,
     TransactionError,
 )
-from pgkv._wire import CursorLink
+from pgkv._cursor_link import CursorLink
 from tests.faults import test_callers, test_exhaustion, test_tables
 from tests.faults.proxy import Proxy
 from tests.faults.support import Witness, newest
@@ -34,7 +34,7 @@ pytestmark = newest
 
 @pytest.fixture(autouse=True)
 def _cursors(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("_wire", "_pool", "_channel"):
+    for module in ("_pool", "_bound"):
         monkeypatch.setattr(f"pgkv.{module}.link_class", CursorLink)
 
 

@@ -300,7 +300,7 @@ async def test_lost_commit_of_a_transaction(proxy: Proxy, make_far_store: MakeSt
         await tx.increment("n")
 
     for expected in (1, 2):
-        proxy.arm(b"COMMIT")
+        proxy.arm(b"COMMIT\0")
         with pytest.raises(StoreUnavailableError) as caught:
             if expected == 1:
                 async with store.transaction() as tx:
@@ -315,9 +315,9 @@ async def test_lost_commit_of_a_transaction(proxy: Proxy, make_far_store: MakeSt
 async def test_chunked_batch_with_a_lost_commit(proxy: Proxy, make_far_store: MakeStore) -> None:
     """set_many in chunks is repeated as a whole; increment_many is not."""
     store = await make_far_store()
-    proxy.arm(b"COMMIT")
+    proxy.arm(b"COMMIT\0")
     assert await store.set_many({f"k{i}": b"1" for i in range(5001)}) == 5001
-    proxy.arm(b"COMMIT")
+    proxy.arm(b"COMMIT\0")
     with pytest.raises(StoreUnavailableError) as caught:
         await store.increment_many({f"k{i}": 1 for i in range(5001)})
     assert caught.value.outcome_unknown

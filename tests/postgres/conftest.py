@@ -58,3 +58,24 @@ def operations() -> Iterator[list[tuple[str, str, int]]]:
     )
     yield seen
     remove()
+
+
+@pytest.fixture
+def make_sessions(
+    make_store: Callable[..., Coroutine[Any, Any, Any]], colour: Colour
+) -> Callable[..., Coroutine[Any, Any, Any]]:
+    """`await make_sessions(idle_timeout=60)` is a session store on a store of its own; settings of
+    the store go into `config`."""
+
+    async def make(config: dict[str, Any] | None = None, **options: Any) -> Any:
+        return colour.make("SessionStore", await make_store(**(config or {})), **options)
+
+    return make
+
+
+@pytest.fixture
+def sessions(
+    make_sessions: Callable[..., Coroutine[Any, Any, Any]], event_loop_runner: asyncio.Runner
+) -> Any:
+    """A session store with the default settings; used as an AsyncSessionStore."""
+    return event_loop_runner.run(make_sessions())

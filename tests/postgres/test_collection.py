@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import pgkv
-from pgkv._sql import scan
+from pgkv._sql import sweep
 from pgkv._sweep import Collector
 from pgkv.testing import ServerClock
 from tests.peers import Peer, until
@@ -199,7 +199,7 @@ async def test_cleanup_expired_in_chunks(
     operations: list[tuple[str, str, int]],
 ) -> None:
     """The table is swept in chunks of pages, all of them."""
-    monkeypatch.setattr(scan, "SWEEP_PAGES", 2)
+    monkeypatch.setattr(sweep, "SWEEP_PAGES", 2)
     monkeypatch.setattr("pgkv._sweep.SWEEP_PAGES", 2)
     store = await make_store(ttl_cleanup_strategy=MANUAL)
     await store.set_many({f"x{n}": b"x" * 1000 for n in range(100)}, ttl=60)

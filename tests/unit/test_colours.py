@@ -16,6 +16,7 @@ TWINS = [
     pytest.param(Pipeline, AsyncPipeline, id="Pipeline"),
     pytest.param(pgkv.RateLimiter, pgkv.AsyncRateLimiter, id="RateLimiter"),
     pytest.param(pgkv.Reservation, pgkv.AsyncReservation, id="Reservation"),
+    pytest.param(pgkv.SessionStore, pgkv.AsyncSessionStore, id="SessionStore"),
 ]
 # The mapping protocol cannot be awaited.
 BLOCKING_ONLY = {"__getitem__", "__setitem__", "__delitem__", "__contains__", "__iter__"}
@@ -71,7 +72,7 @@ def test_same_signatures(blocking: type, awaited: type) -> None:
     assert differing == {}
 
 
-@pytest.mark.parametrize("cls", [pgkv.AsyncStore, pgkv.AsyncTypedStore])
+@pytest.mark.parametrize("cls", [pgkv.AsyncStore, pgkv.AsyncTypedStore, pgkv.AsyncSessionStore])
 def test_what_is_awaited(cls: type) -> None:
     """Every method that meets the server is `async def`; what opens something returns an object to
     await or enter; views and iterators are plain calls."""
@@ -123,6 +124,8 @@ def test_views_need_no_loop() -> None:
         pgkv.AsyncTypedStore,
         Pipeline,
         AsyncPipeline,
+        pgkv.SessionStore,
+        pgkv.AsyncSessionStore,
     ],
 )
 def test_docstrings(cls: type) -> None:

@@ -6,9 +6,11 @@ from tests.benchmarks.cases import (  # noqa: F401, I001  # importing registers 
     pipeline,
     threads,
     tasks,
+    cached,
     size,
     counter,
     limiter,
+    session,
     memory,
     lock,
 )

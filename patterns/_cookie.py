@@ -1,0 +1,141 @@
+"""The session cookie: what it is called, which flags it carries, how it is found in a request.
+
+Safe unless told otherwise: ``__Host-`` (no sibling domain can set it), Secure, HttpOnly,
+SameSite=Lax, and no Max-Age, so it ends with the browser. Nothing is signed: the token is random,
+and what it is worth is decided by the database.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterable
+from typing import Any, Literal, TypeAlias
+
+from .. import _observe
+from ..errors import ConfigError
+from ._session_data import is_token
+
+SameSite: TypeAlias = Literal["lax", "strict", "none"]
+Exempt: TypeAlias = "Callable[[Any], bool] | Collection[str] | None"
+
+_NAME = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
+_ATTRIBUTE = re.compile(r"[\x20-\x3a\x3c-\x7e]*")  # printable ASCII but ';'
+_PREFIXES = ("__Host-", "__Secure-")
+_SHARED = re.compile(r"\s*(public|s-maxage\s*=.*)\s*", re.IGNORECASE)
+
+
+class Cookie:
+    """The session cookie of one application.
+
+    Args:
+        name: ``__Host-...`` binds it to the host, ``__Secure-...`` to https.
+        secure: False for plain-http development: the prefix and the flag are dropped, and that is
+            logged once.
+        same_site: ``"lax"``, ``"strict"`` or ``"none"``.
+        path: the path below which browsers send it.
+        domain: also its subdomains get it; None: this host alone.
+        max_age: seconds for which the browser keeps it; None: until it closes.
+
+    Raises:
+        ConfigError: browsers would refuse such a cookie.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        secure: bool = True,
+        same_site: SameSite = "lax",
+        path: str = "/",
+        domain: str | None = None,
+        max_age: int | None = None,
+    ) -> None:
+        if not _NAME.fullmatch(name):
+            raise ConfigError("cookie must be a name of letters, digits and -_. (an HTTP token)")
+        if same_site not in ("lax", "strict", "none"):
+            raise ConfigError("same_site must be 'lax', 'strict' or 'none'")
+        if same_site == "none" and not secure:
+            raise ConfigError("browsers refuse same_site='none' without secure=True")
+        if not path.startswith("/") or not _ATTRIBUTE.fullmatch(path):
+            raise ConfigError("path must begin with / and hold no ';'")
+        if domain is not None and (not domain or not _ATTRIBUTE.fullmatch(domain)):
+            raise ConfigError("domain must be a host name or None")
+        if max_age is not None and max_age <= 0:
+            raise ConfigError("max_age must be a positive integer of seconds, or None")
+        if not secure:
+            for prefix in _PREFIXES:
+                name = name.removeprefix(prefix)
+            _observe.warning("pgkv.session.insecure_cookie", cookie=name)
+        elif name.startswith("__Host-") and (path != "/" or domain is not None):
+            raise ConfigError(
+                "a __Host- cookie has path='/' and no domain; call it __Secure-... to have them"
+            )
+        self.name = name
+        self._attributes = f"; Path={path}" + ("" if domain is None else f"; Domain={domain}")
+        self._age = "" if max_age is None else f"; Max-Age={max_age}"
+        self._flags = f"{'; Secure' if secure else ''}; HttpOnly; SameSite={same_site.capitalize()}"
+
+    def set(self, token: str) -> str:
+        """Return the Set-Cookie header that hands out a token, or takes it back if empty."""
+        if not token:
+            age = "; Max-Age=0; Expires=Thu, 01 Jan 1970 00:00:00 GMT"
+            return f'{self.name}=""{self._attributes}{age}{self._flags}'
+        return f"{self.name}={token}{self._attributes}{self._age}{self._flags}"
+
+    def find(self, headers: Iterable[str]) -> str | None:
+        """Return the token in a request's Cookie headers, or None.
+
+        Two different tokens under this name mean that somebody else may have set one of them
+        (another path, a sibling domain): neither is believed.
+        """
+        found: set[str] = set()
+        for header in headers:
+            if self.name not in header:
+                continue
+            for part in header.split(";"):
+                name, _, value = part.strip(" \t").partition("=")
+                if name == self.name and is_token(value):
+                    found.add(value)
+        if len(found) > 1:
+            _observe.warning("pgkv.session.ambiguous_cookie", cookie=self.name, tokens=len(found))
+            return None
+        return found.pop() if found else None
+
+
+def exemption(exempt: Exempt) -> Callable[[Any, str], bool]:
+    """Return the question "does this request's path need no session?".
+
+    Args:
+        exempt: a function of the ASGI scope or WSGI environ; or paths, each of which stands for
+            itself and all below it; or None.
+
+    Raises:
+        ConfigError: neither of these.
+    """
+    if exempt is None:
+        return lambda _request, _path: False
+    if callable(exempt):
+        ask = exempt
+        return lambda request, _path: bool(ask(request))
+    if isinstance(exempt, str) or not all(each.startswith("/") for each in exempt):
+        raise ConfigError("exempt must be a function, or a list of paths that begin with /")
+    exact = frozenset(each.rstrip("/") or "/" for each in exempt)
+    below = tuple(each.rstrip("/") + "/" for each in exempt)
+    return lambda _request, path: path in exact or path.startswith(below)
+
+
+def private(cache_control: str | None) -> str:
+    """Return the Cache-Control of a response that depends on a session: no shared cache keeps it."""
+    parts = [part.strip() for part in (cache_control or "").split(",") if part.strip()]
+    kept = [part for part in parts if not _SHARED.fullmatch(part)]
+    if not {"private", "no-store"} & {part.lower() for part in kept}:
+        kept.append("private")
+    return ", ".join(kept)
+
+
+def varying(vary: str | None) -> str:
+    """Return the Vary of a response that depends on a session."""
+    parts = [part.strip() for part in (vary or "").split(",") if part.strip()]
+    if not {"cookie", "*"} & {part.lower() for part in parts}:
+        parts.append("Cookie")
+    return ", ".join(parts)

@@ -1,0 +1,111 @@
+"""Flask's own session, kept on the server: `PgkvSessionInterface`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from flask.sessions import SessionInterface, SessionMixin
+
+from ..errors import SessionError
+from ._cookie import Cookie, Exempt, SameSite, exemption
+from ._request_session import RequestSession
+from ._visit import Visit
+from .middleware.session_wsgi import lazy_visit, made_private, require_blocking
+
+if TYPE_CHECKING:
+    from flask import Flask, Request, Response
+
+    from .session import SessionStore
+
+
+class FlaskSession(RequestSession, SessionMixin):  # the dict's methods come first
+    """`flask.session`: the session's data, as a dict.
+
+    Changes inside nested values are noticed by themselves; setting `modified` is not needed.
+    """
+
+    visit: Visit
+    accessed = False  # SessionMixin has it on the class; set per instance
+
+    @property
+    def new(self) -> bool:  # type: ignore[override]  # an attribute of SessionMixin
+        """Whether the session was begun by this request."""
+        return self.session.is_new
+
+
+class PgkvSessionInterface(SessionInterface):
+    """Flask's session in PostgreSQL: ``app.session_interface = PgkvSessionInterface(sessions)``.
+
+    ``flask.session`` then works as ever, but keeps its data in the server's table: the cookie
+    holds only a random token. It loads at first touch: a request that does not use it costs no
+    query. No `SECRET_KEY` is needed. Values are JSON; what Flask's own session tags (datetimes,
+    UUIDs, Markup) is refused with the place where it stands, and tuples come back as lists.
+
+    At a login call ``sessions.rotate(flask.session, user_id=...)``; at a logout
+    ``sessions.destroy(flask.session)`` or ``flask.session.clear()``.
+
+    Flask's own ``SESSION_COOKIE_*`` settings are not read, because their defaults are not safe;
+    nor are ``session.permanent`` and ``PERMANENT_SESSION_LIFETIME``: how long a session lives is
+    said to the `SessionStore`.
+
+    Args:
+        sessions: a `SessionStore`.
+        cookie: its name; ``__Host-`` keeps sibling domains from setting it.
+        secure: False for plain-http development: drops the prefix and the Secure flag.
+        same_site: ``"lax"``, ``"strict"`` or ``"none"``.
+        path: of the cookie.
+        domain: of the cookie; None for this host alone.
+        max_age: seconds for which the browser keeps the cookie; None: until it closes.
+        exempt: paths without a session, or a function of the environ. There ``flask.session``
+            cannot be used.
+
+    Raises:
+        ConfigError: the settings make no cookie that browsers take, or `sessions` is async.
+    """
+
+    def __init__(
+        self,
+        sessions: SessionStore,
+        *,
+        cookie: str = "__Host-session",
+        secure: bool = True,
+        same_site: SameSite = "lax",
+        path: str = "/",
+        domain: str | None = None,
+        max_age: int | None = None,
+        exempt: Exempt = None,
+    ) -> None:
+        require_blocking(sessions, "PgkvSessionInterface")
+        self._sessions = sessions
+        self._cookie = Cookie(
+            cookie, secure=secure, same_site=same_site, path=path, domain=domain, max_age=max_age
+        )
+        self._is_exempt = exemption(exempt)
+
+    def open_session(self, app: Flask, request: Request) -> FlaskSession:  # noqa: ARG002  # Flask's signature
+        """Begin a request."""
+        environ = request.environ
+        visit = lazy_visit(self._sessions, self._cookie, environ, FlaskSession)
+        if self._is_exempt(environ, request.path):
+            visit.data = FlaskSession(_refuse_exempt)
+        data: Any = visit.data
+        data.visit = visit
+        return data  # type: ignore[no-any-return]  # it is one
+
+    def save_session(self, app: Flask, session: SessionMixin, response: Response) -> None:  # noqa: ARG002  # Flask's signature
+        """End a request: save what changed, and set the cookie."""
+        assert isinstance(session, FlaskSession)
+        visit = session.visit
+        self._sessions._run(visit.settle())
+        headers = list(response.headers.items())
+        headers += visit.headers()
+        if visit.is_private:
+            response.headers.clear()
+            response.headers.extend(made_private(headers))
+
+
+def _refuse_exempt() -> None:
+    raise SessionError("this path is exempt from sessions; take it out of exempt=")
+
+
+__all__ = ["FlaskSession", "PgkvSessionInterface"]

@@ -1,0 +1,91 @@
+"""Statements that collect a table's expired rows, chunk by chunk, whatever the table is for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cached_property
+
+from .. import _codec
+from .._op import BINARY, TEXT, Op, Result, Statement
+from .table import TableStatements, read_int
+
+SWEEP_PAGES = 128
+
+
+class Sweep(TableStatements):
+    """Sweeps of any table with a column ``expires_at``."""
+
+    def collect(self, keys: Iterable[bytes]) -> Op[int]:
+        """Delete those of the rows whose time has passed."""
+        raise NotImplementedError  # what a row's key is called differs from table to table
+
+    @cached_property
+    def _regclass(self) -> str:
+        return "'" + self.t.replace("'", "''") + "'::regclass"
+
+    @cached_property
+    def _pages(self) -> Statement[int]:
+        return self.statement(
+            "pages",
+            f"SELECT pg_relation_size({self._regclass}) / current_setting('block_size')::bigint",
+            (),
+            read_int,
+            retry_safe=True,
+            writes=False,
+        )
+
+    def pages(self) -> Op[int]:
+        """The table's size in pages."""
+        return Op(self._pages)
+
+    @cached_property
+    def _sweep(self) -> Statement[tuple[int, int, int]]:
+        # TID ranges need no index on expires_at (any index on it would end HOT updates). The
+        # second test of the expiry is for a row that was written between the two scans.
+        chunk = "ctid >= $1::tid AND ctid < $2::tid"
+        return self.statement(
+            "sweep",
+            f"WITH gone AS (DELETE FROM {self.t} WHERE ctid = ANY (ARRAY("
+            f"SELECT ctid FROM {self.t} WHERE {chunk} AND expires_at <= statement_timestamp() "
+            "LIMIT $3::bigint FOR UPDATE SKIP LOCKED)) "
+            "AND expires_at <= statement_timestamp() RETURNING 1) "
+            "SELECT (SELECT count(*) FROM gone), "
+            f"(SELECT count(*) FROM {self.t} WHERE {chunk}), "
+            f"pg_relation_size({self._regclass}) / current_setting('block_size')::bigint",
+            (TEXT, TEXT, BINARY),
+            _read_sweep,
+            retry_safe=True,
+            writes=False,
+        )
+
+    def sweep(self, page: int, limit: int | None = None) -> Op[tuple[int, int, int]]:
+        """Collect one chunk that begins at that page: rows deleted, rows seen, pages in all."""
+        return Op(self._sweep, _tids(page, limit))
+
+    @cached_property
+    def _sweep_alone(self) -> Statement[tuple[int, int, int]]:
+        # Of a fleet only one process sweeps a table at a time; the others' chunk is empty.
+        alone = "(SELECT pg_try_advisory_xact_lock(hashtext('pgkv sweep'), hashtext($4)))"
+        sql = self._sweep.sql.replace("LIMIT $3", f"AND {alone} LIMIT $3", 1)
+        return self.statement(
+            "sweep",
+            sql,
+            (TEXT, TEXT, BINARY, TEXT),
+            _read_sweep,
+            retry_safe=True,
+            writes=False,
+        )
+
+    def sweep_alone(self, page: int) -> Op[tuple[int, int, int]]:
+        """`sweep`, but empty while another process is in one."""
+        return Op(self._sweep_alone, (*_tids(page, None), self.t.encode()))
+
+
+def _tids(page: int, limit: int | None) -> tuple[bytes, bytes, bytes | None]:
+    encoded = None if limit is None else _codec.encode_int8(limit)
+    return b"(%d,0)" % page, b"(%d,0)" % (page + SWEEP_PAGES), encoded
+
+
+def _read_sweep(result: Result) -> tuple[int, int, int]:
+    column, read = result.get_value, _codec.decode_int
+    return read(column(0, 0)), read(column(0, 1)), read(column(0, 2))

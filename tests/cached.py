@@ -1,0 +1,68 @@
+"""Cached functions in both colours behind one interface: tests write the function and the calls as
+`async def`, once."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pgkv
+from tests.colours import Colour, Threaded, in_thread
+
+PATIENT = {"store_timeout": 20.0}  # a busy machine is no outage
+
+
+class Awaited:
+    """A blocking cached function, awaited like an async one. Calls run in threads."""
+
+    def __init__(self, function: Any) -> None:
+        self.function = function
+
+    async def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return await in_thread(self.function, *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self.function, name)
+        if name in {"invalidate", "refresh", "peek", "cache_clear"}:
+            return lambda *args, **kwargs: in_thread(value, *args, **kwargs)
+        if name == "using":
+            return lambda conn: Awaited(value(conn._target if isinstance(conn, Threaded) else conn))
+        return value
+
+
+def cached_in(
+    colour: Colour, store: Any, ttl: Any = 60, **options: Any
+) -> Callable[[Callable[..., Any]], Any]:
+    """`@cached_in(colour, store)` decorates an `async def` in the test's colour."""
+    options = {"store": store, **PATIENT, **options}
+
+    def decorate(fn: Callable[..., Any]) -> Any:
+        if colour.name == "async":
+            return pgkv.cached(ttl, **options)(fn)
+        if isinstance(options["store"], Threaded):
+            options["store"] = options["store"]._target
+        loop = asyncio.get_running_loop()
+
+        @functools.wraps(fn)
+        def blocking(*args: Any, **kwargs: Any) -> Any:
+            return asyncio.run_coroutine_threadsafe(fn(*args, **kwargs), loop).result()
+
+        return Awaited(pgkv.cached(ttl, **options)(blocking))
+
+    return decorate
+
+
+async def invalidate_tag(colour: Colour, tag: str, store: Any, conn: Any = None) -> None:
+    """`pgkv.invalidate_tag` in the test's colour."""
+    if colour.name == "async":
+        await pgkv.invalidate_tag(tag, store=store, conn=conn)
+        return
+    conn = conn._target if isinstance(conn, Threaded) else conn
+    await in_thread(pgkv.invalidate_tag, tag, store=store._target, conn=conn)
+
+
+def plain_store(store: Any) -> Any:
+    """The store itself, out of its colour's wrapper."""
+    return store._target if isinstance(store, Threaded) else store

@@ -1,0 +1,45 @@
+"""`pgkv cache` against a real server."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+pytest.importorskip("typer")
+pytest.importorskip("rich")
+
+import pgkv
+from pgkv.cli import main
+
+
+def test_cache_lists_and_clears(dsn: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Functions with their entries and bytes; clearing by a short or full name, or a tag; exit code
+    1 where there is none."""
+    with pgkv.Store.connect(dsn) as store:
+
+        @pgkv.cached(60, store=store, store_timeout=20, tags=("t:{n}",))
+        def load(n: int) -> int:
+            return n
+
+        assert main(["cache", "--dsn", dsn]) == 1
+        load(1)
+        load(2)
+        capsys.readouterr()
+        assert main(["cache", "--dsn", dsn, "--json"]) == 0
+        shown = json.loads(capsys.readouterr().out)
+        assert shown["function"] == load.name
+        assert (shown["entries"], shown["computing"]) == (2, 0)
+        assert main(["cache", "--dsn", dsn]) == 0
+        assert "entries" in capsys.readouterr().out
+        assert main(["cache", "--dsn", dsn, "--tag", "t:1"]) == 0
+        assert load.peek(1) is None
+        assert load.peek(2) is not None
+        assert main(["cache", "--dsn", dsn, "--clear", "nothing"]) == 1
+        assert main(["cache", "--dsn", dsn, "--clear", load.name]) == 0
+        assert load.peek(2) is None
+        load(2)
+        short = load.name.rpartition(":")[0].rpartition(".")[2]
+        assert main(["cache", "--dsn", dsn, "--clear", short, "--json"]) == 0
+        assert load.peek(2) is None
+        assert main(["cache", "--dsn", dsn, "--clear", "a", "--tag", "b"]) == 2

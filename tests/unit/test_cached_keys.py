@@ -1,0 +1,418 @@
+"""The keys of cached calls: no two different argument lists share one, equal ones always do, in every
+process."""
+
+from __future__ import annotations
+
+import enum
+import math
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from datetime import UTC, date, datetime, timedelta, timezone
+from decimal import Decimal
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+from uuid import UUID
+
+import msgspec
+import pydantic
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import pgkv
+from pgkv.patterns._cache_key import Binder, Unencodable, encode
+
+
+class Colour(enum.Enum):
+    RED = 1
+    BLUE = 2
+
+
+class Number(enum.IntEnum):
+    ONE = 1
+
+
+@dataclass
+class Point:
+    x: Any
+    y: Any = 0
+
+
+@dataclass
+class Other:
+    x: Any
+    y: Any = 0
+
+
+class Struct(msgspec.Struct):
+    x: Any
+    y: Any = 0
+
+
+class Model(pydantic.BaseModel):
+    x: Any
+    y: Any = 0
+
+
+class Pair(NamedTuple):
+    x: Any
+    y: Any
+
+
+class Tenant:
+    def __init__(self, name: str, cache: object = None) -> None:
+        self.name, self.cache = name, cache
+
+    def __cache_key__(self) -> str:
+        return self.name
+
+
+scalars = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=True)
+    | st.text()
+    | st.binary()
+    | st.sampled_from(Colour)
+    | st.datetimes(timezones=st.none() | st.just(UTC))
+    | st.dates()
+    | st.timedeltas()
+    | st.decimals(allow_nan=False)
+    | st.uuids()
+    | st.text(alphabet="ab/.").map(PurePosixPath)
+)
+# No NaN inside sets: two of them are two members, which makes `same` below ambiguous.
+hashables = st.recursive(
+    scalars.filter(
+        lambda value: value is not None and not (isinstance(value, float) and math.isnan(value))
+    ),
+    lambda inner: st.tuples(inner, inner) | st.frozensets(inner),
+    max_leaves=5,
+)
+values = st.recursive(
+    scalars,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.lists(inner, max_size=3).map(tuple)
+        | st.dictionaries(hashables, inner, max_size=3)
+        | st.sets(hashables, max_size=3)
+        | st.frozensets(hashables, max_size=3)
+        | st.builds(Point, inner, inner)
+        | st.builds(Struct, inner, inner)
+        | st.builds(Pair, inner, inner)
+    ),
+    max_leaves=8,
+)
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two values are the same argument: equal, of one type, down to every part. Written
+    without a look at the encoding."""
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, float):
+        return (math.isnan(a) and math.isnan(b)) or (
+            a == b and math.copysign(1, a) == math.copysign(1, b)
+        )
+    if isinstance(a, Decimal):
+        return str(a) == str(b)
+    if isinstance(a, datetime):
+        return a == b and a.fold == b.fold and str(a.tzinfo) == str(b.tzinfo)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    if isinstance(a, set | frozenset | dict):
+        pairs_a, pairs_b = [
+            list(each.items()) if isinstance(each, dict) else list(each) for each in (a, b)
+        ]
+        return len(pairs_a) == len(pairs_b) and all(
+            any(same(x, y) for y in pairs_b) for x in pairs_a
+        )
+    if isinstance(a, Point | Struct):
+        return same(a.x, b.x) and same(a.y, b.y)
+    return bool(a == b)
+
+
+@settings(max_examples=1500, deadline=None)
+@given(values, values)
+def test_two_values_share_an_encoding_only_if_they_are_the_same(a: Any, b: Any) -> None:
+    """The encoding is injective, and a function of the value."""
+    assert (encode(a) == encode(b)) == same(a, b)
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.lists(values, max_size=3), st.lists(values, max_size=3))
+def test_argument_lists(a: list[Any], b: list[Any]) -> None:
+    """The same for whole argument lists: where one argument ends and the next begins matters."""
+    binder = make(lambda *args: None)
+    assert (key(binder, *a) == key(binder, *b)) == same(a, b)
+
+
+# What the encoding itself is made of: tags, digits, colons.
+tricky = st.text(alphabet="sbti12:;", max_size=5)
+
+
+@settings(max_examples=3000, deadline=None)
+@given(st.lists(tricky | tricky.map(str.encode), max_size=3), st.lists(tricky, max_size=3))
+def test_texts_that_look_like_the_encoding(a: list[Any], b: list[Any]) -> None:
+    """Arguments made of the encoding's own letters do not run into each other."""
+    binder = make(lambda *args: None)
+    assert (key(binder, *a) == key(binder, *b)) == same(a, b)
+    for cut in range(len(text := "".join(b)) + 1):
+        moved = [text[:cut], text[cut:]]
+        assert (encode(moved) == encode(b)) == same(moved, b)
+
+
+@given(
+    st.lists(
+        st.sampled_from([True, 1, 1.0, "1", b"1", 0, 0.0, -0.0, False, None, "", ()]),
+        min_size=2,
+        max_size=2,
+    )
+)
+def test_near_misses(pair: list[Any]) -> None:
+    """What == calls equal (1, True, 1.0) is apart; 0.0 and -0.0 too."""
+    a, b = pair
+    assert (encode(a) == encode(b)) == same(a, b)
+
+
+def make(
+    fn: Any, ignore: tuple[str, ...] = (), key: Any = None, tags: tuple[str, ...] = ()
+) -> Binder:
+    return Binder(fn, "name", ignore, key, tags)
+
+
+def key(binder: Binder, *args: Any, **kwargs: Any) -> str:
+    return binder.digest(binder.bind(args, kwargs))
+
+
+def test_order_does_not_count_where_the_type_has_none() -> None:
+    """Dicts, sets and keyword arguments count by their content."""
+    assert encode({"a": 1, "b": 2}) == encode({"b": 2, "a": 1})
+    assert encode({"x", "y", "z"}) == encode({"z", "y", "x"})
+    binder = make(lambda **kw: None)
+    assert key(binder, a=1, b=2) == key(binder, b=2, a=1)
+    assert key(binder, a=1, b=2) != key(binder, a=2, b=1)
+    assert encode([1, 2]) != encode([2, 1])
+
+
+def test_classes_count() -> None:
+    """Equal members of different classes are different; a member of an enum is not its value."""
+    seen = [encode(each) for each in (
+        Point(1), Other(1), Struct(1), Model(x=1), Pair(1, 0), (1, 0), Colour.RED, Number.ONE, 1,
+        Tenant("a"), "a", UUID(int=1), Point, Other, PurePosixPath("a"), date(2020, 1, 1), "2020-01-01",
+    )]  # fmt: skip
+    assert len(set(seen)) == len(seen)
+    assert encode(Tenant("a", object())) == encode(Tenant("a"))
+    assert encode(timedelta(seconds=60)) == encode(timedelta(minutes=1))
+    zone = timezone(timedelta(hours=1))
+    assert encode(datetime(2020, 1, 1, tzinfo=UTC)) != encode(datetime(2020, 1, 1, 1, tzinfo=zone))
+
+
+def test_positional_and_keyword_calls_are_the_same() -> None:
+    """f(1), f(a=1) and f() with that default have one key; *args and **kwargs have theirs."""
+    binder = make(lambda a=1, *rest, b=2, **more: None)
+    base = key(binder)
+    assert base == key(binder, 1) == key(binder, a=1) == key(binder, 1, b=2)
+    others = {
+        key(binder, 2),
+        key(binder, 1, 2),
+        key(binder, b=1),
+        key(binder, c=2),
+        key(binder, 1, (2,)),
+    }
+    assert len(others | {base}) == 6
+
+
+@pytest.mark.parametrize("value", [object(), lambda: 1, iter([]), [object()], {"a": {1: object()}}])
+def test_what_has_no_stable_encoding_is_refused_by_name(value: Any) -> None:
+    """A TypeError names the parameter and the ways out, whatever depth it lies at."""
+    with pytest.raises(TypeError, match=r"'db' cannot be .*ignore=\('db',\).*__cache_key__"):
+        key(make(lambda n, db: None), 1, value)
+
+
+def test_a_value_that_contains_itself_is_refused() -> None:
+    """No endless recursion."""
+    loop: list[Any] = []
+    loop.append(loop)
+    with pytest.raises(Unencodable, match="contains itself"):
+        encode(loop)
+
+
+def test_ignored_parameters() -> None:
+    """They do not count, may be anything, and helpers may leave them out wherever they stand."""
+    for fn in (lambda db, n, x=3: None, lambda n, db, x=3: None, lambda n, x=3, *, db: None):
+        binder = make(fn, ignore=("db",))
+        base = binder.digest(binder.bind((), {"n": 1, "db": object()}))
+
+        def helper(*args: Any, binder: Binder = binder, **kwargs: Any) -> str:
+            return binder.digest(binder.bind(args, kwargs, lenient=True))
+
+        assert base == helper(1) == helper(n=1) == helper(1, 3) == helper(n=1, db=object())
+        assert helper(2) != base != helper(1, 4)
+    with pytest.raises(TypeError, match="'nope'"):
+        make(lambda n: None, ignore=("nope",))
+
+
+def test_key_function() -> None:
+    """key= gets what `ignore` leaves, bound, and what it returns stands for all of it."""
+    binder = make(
+        lambda db, user, verbose=False: None, ignore=("db",), key=lambda user, verbose: user["id"]
+    )
+    assert key(binder, object(), {"id": 1}) == key(
+        binder, None, {"id": 1, "x": object()}, verbose=True
+    )
+    assert key(binder, None, {"id": 1}) != key(binder, None, {"id": 2})
+    with pytest.raises(TypeError, match="key= returned"):
+        key(make(lambda n: None, key=lambda n: object()), 1)
+
+
+def test_tag_templates() -> None:
+    """Templates are filled in with bound arguments; a name that is none is refused when decorating."""
+    binder = make(lambda user, n=2, *, db: None, ("db",), None, ("u:{user.name}:{n}", "all"))
+    assert binder.tags(binder.bind((Tenant("x"),), {"db": 1})) == ("u:x:2", "all")
+    for template in ("{nope}", "{db}", "{}"):
+        with pytest.raises(TypeError, match="names"):
+            make(lambda user, db: None, ("db",), None, (template,))
+
+
+PROGRAM = """
+import sys; sys.path.insert(0, {root!r})
+from tests.unit.test_cached_keys import *
+print(encode([{{'b': 1, 'a': {{Colour.RED, 'x', 2.5, None}}}}, frozenset('hello world'), Point(1, Struct(2)),
+  Model(x={{'q', 'r', 's'}}), Decimal('1.50'), UUID(int=7), Path('/a'), Tenant('t'), b'x', timedelta(1), date(2020, 1, 1)]).hex())
+"""
+
+
+def test_keys_are_the_same_in_every_process() -> None:
+    """Whatever PYTHONHASHSEED says."""
+    root = str(Path(__file__).parents[2])
+    answers = set()
+    for seed in ("0", "1", "random"):
+        done = subprocess.run(
+            [sys.executable, "-c", PROGRAM.format(root=root)],
+            env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": root},
+            capture_output=True, text=True, check=True, timeout=60,
+        )  # fmt: skip
+        answers.add(done.stdout)
+    assert len(answers) == 1
+
+
+# -- decorating ------------------------------------------------------------------------------
+
+
+def test_generators_are_refused() -> None:
+    """When decorating, by name."""
+
+    def generator() -> Any:
+        yield 1
+
+    async def agenerator() -> Any:
+        yield 1
+
+    for fn in (generator, agenerator):
+        with pytest.raises(TypeError, match="generator"):
+            pgkv.cached(60)(fn)
+
+
+def test_a_method_has_to_say_what_of_self_counts() -> None:
+    """Otherwise decorating it raises, with the advice; each piece of the advice works."""
+    with pytest.raises(TypeError, match=r"__cache_key__.*key=.*ignore"):
+
+        class Wrong:
+            @pgkv.cached(60)
+            def load(self, n: int) -> int:
+                return n
+
+    class ByKey:
+        @pgkv.cached(60, key=lambda self, n: n)
+        def load(self, n: int) -> int:
+            return n
+
+    class ByIgnore:
+        @pgkv.cached(60, ignore=("self",))
+        def load(self, n: int) -> int:
+            return n
+
+    class ByMethod:
+        @pgkv.cached(60)
+        def load(self, n: int) -> int:
+            return n
+
+        def __cache_key__(self) -> int:
+            return 1
+
+    class Heir(ByMethod):
+        __cache_key__ = ByMethod.__cache_key__
+
+        @pgkv.cached(60)
+        def more(self, n: int) -> int:
+            return n
+
+    assert ByKey().load.cache_key(1) == ByKey().load.cache_key(1)
+    assert ByIgnore().load.cache_key(1) == ByIgnore().load.cache_key(n=1)
+    assert ByMethod().load.cache_key(1) != Heir().more.cache_key(1)
+
+
+def test_the_parentheses_are_missed_by_name() -> None:
+    """@pgkv.cached alone says what to write."""
+
+    @pgkv.cached
+    def f(n: int) -> int:
+        return n
+
+    with pytest.raises(TypeError, match="parentheses"):
+        f(1)  # type: ignore[call-overload]  # on purpose
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"ttl": 0}, pgkv.InvalidValueError),
+        ({"ttl": float("nan")}, pgkv.InvalidValueError),
+        ({"stale": -1}, pgkv.InvalidValueError),
+        ({"lease": 0}, pgkv.InvalidValueError),
+        ({"jitter": 1}, pgkv.ConfigError),
+        ({"beta": float("inf")}, pgkv.ConfigError),
+        ({"codec": "pickle"}, pgkv.ConfigError),
+        ({"on_error": "ignore"}, pgkv.ConfigError),
+        ({"tags": "user"}, pgkv.ConfigError),
+        ({"l1": True}, pgkv.ConfigError),
+    ],
+)
+def test_wrong_settings_are_refused_when_decorating(
+    options: dict[str, Any], error: type[Exception]
+) -> None:
+    """Each by its own words."""
+    with pytest.raises(error, match=next(iter(options))):
+        pgkv.cached(**{"ttl": 60, **options})
+
+
+def test_l1_and_signed_pickle_are_validated() -> None:
+    """An empty first level and a short secret are refused."""
+    with pytest.raises(pgkv.ConfigError):
+        pgkv.L1(max_entries=0)
+    with pytest.raises(pgkv.InvalidValueError):
+        pgkv.L1(ttl=0)
+    with pytest.raises(pgkv.ConfigError, match="16 bytes"):
+        pgkv.SignedPickle(b"short")
+    assert "secret" not in repr(pgkv.SignedPickle(b"secret" * 4))
+
+
+def test_cached_functions_look_like_the_functions() -> None:
+    """Name, docstring, signature and the function itself are there; all are listed; they pickle by
+    name."""
+
+    @pgkv.cached(60)
+    def f(n: int) -> int:
+        """Say n."""
+        return n
+
+    assert f.__name__ == "f"
+    assert f.__doc__ == "Say n."
+    assert f.__wrapped__(3) == 3
+    assert f in pgkv.cached_functions()
+    assert f.cache_info() == pgkv.CacheInfo(0, 0, 0, 0, 0, 0, 0)
+    assert "f" in repr(f)

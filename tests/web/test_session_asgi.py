@@ -1,0 +1,374 @@
+"""SessionMiddleware behind uvicorn: what Starlette's and FastAPI's applications may rely on."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import Depends, FastAPI
+from starlette.applications import Starlette
+from starlette.requests import Request
+from websockets.sync.client import connect
+
+import pgkv
+from pgkv.patterns._session_data import new_token
+from tests import servers
+from tests.faults.proxy import certificate
+from tests.faults.support import newest
+from tests.web.running import asgi, client
+from tests.web.site import Site
+
+pytestmark = newest
+Operations = list[str]
+Serve = Callable[..., httpx.Client]
+
+
+@pytest.fixture
+def operations() -> Iterator[Operations]:
+    """The names of all operations of all stores."""
+    seen: Operations = []
+    remove = pgkv.on_operation(lambda name, *_: seen.append(name.removeprefix("session_")))
+    yield seen
+    remove()
+
+
+@pytest.fixture
+def serve(dsn: str) -> Iterator[Callable[..., tuple[Site, httpx.Client]]]:
+    """`site, browser = serve(autoload=False)`."""
+    with contextlib.ExitStack() as stack:
+
+        def run(framework: str = "starlette", **options: Any) -> tuple[Site, httpx.Client]:
+            site = Site(dsn, framework, **options)
+            address = stack.enter_context(asgi(site.app))
+            return site, stack.enter_context(client(address))
+
+        yield run
+
+
+@pytest.fixture(params=["starlette", "fastapi"])
+def browser(request: pytest.FixtureRequest, serve: Any) -> httpx.Client:
+    """A client of an application in either framework."""
+    return serve(request.param)[1]  # type: ignore[no-any-return]  # see `serve`
+
+
+def token_of(browser: httpx.Client) -> str:
+    return browser.cookies["session"]
+
+
+def test_queries_per_request(browser: httpx.Client, operations: Operations) -> None:
+    """No cookie: none. A cookie: one. A change: one more. What is empty is not stored."""
+
+    def cost(path: str) -> Operations:
+        operations.clear()
+        assert browser.get(path).status_code == 200
+        return operations.copy()
+
+    assert cost("/plain") == cost("/read") == []
+    assert not browser.cookies
+    assert cost("/put?a=1") == ["create"]
+    assert cost("/plain") == cost("/read") == ["load"]
+    assert cost("/put?a=1") == ["load"]
+    assert cost("/put?a=2") == ["load", "save"]
+    assert cost("/login?user=ada") == ["load", "rotate", "save"]
+    assert cost("/logout") == ["load", "destroy"]
+    assert not browser.cookies
+    browser.cookies.set("session", new_token())
+    assert cost("/read") == ["load"]
+    browser.cookies.set("session", "nonsense")
+    assert cost("/read") == []
+
+
+def test_a_session_lives_on_the_server(browser: httpx.Client) -> None:
+    """What one request puts in, the next reads; the cookie is a random token and no data."""
+    response = browser.get("/put?name=Ada")
+    assert response.headers["set-cookie"] == (
+        f"session={token_of(browser)}; Path=/; HttpOnly; SameSite=Lax"
+    )
+    assert browser.get("/read").json() == {"name": "Ada"}
+    assert "set-cookie" not in browser.get("/put?b=2").headers
+    assert browser.get("/read").json() == {"name": "Ada", "b": "2"}
+
+
+def test_what_caches_are_told(browser: httpx.Client) -> None:
+    """A response that depends on the session is private and varies; another is left alone."""
+    assert "vary" not in browser.get("/plain").headers
+    for path, expected in (("/read", "private"), ("/put?a=1", "max-age=60, private")):
+        headers = browser.get(path).headers
+        assert headers["vary"] == "Cookie"
+        assert headers["cache-control"] == expected
+    assert "cache-control" not in browser.get("/plain").headers
+
+
+def test_fixation(browser: httpx.Client) -> None:
+    """A token that the client chose is never adopted; a login changes the token it had."""
+    chosen = new_token()
+    browser.cookies.set("session", chosen, domain="127.0.0.1", path="/")
+    browser.get("/put?a=1")
+    planted = token_of(browser)
+    assert planted != chosen
+    browser.get("/login?user=ada")
+    assert token_of(browser) != planted
+    assert browser.get("/read").json() == {"a": "1", "role": "member"}
+    attacker = browser.get("/read", headers={"cookie": f"session={planted}"})
+    assert attacker.json() == {"a": "1"}
+
+
+@pytest.mark.parametrize("path", ["/logout", "/clear"])
+def test_replay_after_logout(browser: httpx.Client, path: str) -> None:
+    """A logout takes the cookie away and ends the session: a copy of the token is worth nothing."""
+    browser.get("/login?user=ada")
+    stolen = token_of(browser)
+    assert "Max-Age=0" in browser.get(path).headers["set-cookie"]
+    assert not browser.cookies
+    assert browser.get("/read", headers={"cookie": f"session={stolen}"}).json() == {}
+
+
+@pytest.mark.parametrize("path", ["/clear?user=ada", "/logout_with_a_word"])
+def test_clear_begins_another_session(browser: httpx.Client, path: str) -> None:
+    """What is put in after clear() or destroy() goes into a new session under a new token."""
+    browser.get("/put?a=1")
+    before = token_of(browser)
+    browser.get(path)
+    assert token_of(browser) != before
+    assert len(browser.get("/read").json()) == 1
+    assert browser.get("/read", headers={"cookie": f"session={before}"}).json() == {}
+
+
+def test_bad_cookies(browser: httpx.Client) -> None:
+    """Tampered, cut, huge, non-ASCII and duplicate cookies are no session, and no error."""
+    browser.get("/put?a=1")
+    token = token_of(browser)
+    other = new_token()
+    flipped = token[:-1] + ("A" if token[-1] != "A" else "B")
+    for cookie, expected in {
+        f"session={token}": {"a": "1"},
+        f"session={flipped}": {},
+        f"session={token[:20]}": {},
+        f"session={'x' * 1_000_000}": {},
+        f"session={token}; session={other}": {},
+        f"session={token}; session={token}": {"a": "1"},
+        f"session=junk; session={token}": {"a": "1"},
+        "session=": {},
+        ";;=;session": {},
+    }.items():
+        response = httpx.get(browser.base_url.join("/read"), headers={"cookie": cookie})
+        assert (response.status_code, response.json()) == (200, expected), cookie[:60]
+    raw = [(b"cookie", b"session=\xe9\xff" + token.encode())]
+    assert httpx.get(browser.base_url.join("/read"), headers=raw).json() == {}
+
+
+def test_parallel_requests(serve: Any) -> None:
+    """Requests under way at the same time change different keys, and none is lost."""
+    site, browser = serve()
+    browser.get("/put?start=1")
+    names = [f"p{n}" for n in range(6)]
+    for name in names:
+        site.gates[name], site.arrived[name] = threading.Event(), threading.Event()
+    cookie = {"cookie": f"session={token_of(browser)}"}
+    threads = [
+        threading.Thread(
+            target=httpx.get,
+            args=(browser.base_url.join(f"/held?me={name}"),),
+            kwargs={"headers": cookie, "timeout": 30},
+        )
+        for name in names
+    ]
+    for thread in threads:
+        thread.start()
+    assert all(site.arrived[name].wait(20) for name in names)
+    for name in names:
+        site.gates[name].set()
+    for thread in threads:
+        thread.join(20)
+    assert browser.get("/read").json() == {"start": "1"} | dict.fromkeys(names, "held")
+
+
+@pytest.mark.parametrize(
+    ("meanwhile", "reason"), [("/login?user=ada", "rotated"), ("/logout", "gone")]
+)
+def test_a_request_in_flight(
+    serve: Any, caplog: pytest.LogCaptureFixture, meanwhile: str, reason: str
+) -> None:
+    """A request that was under way at a login or logout ends well; its change is dropped with one
+    event, it revives nothing and sends no cookie."""
+    site, browser = serve()
+    browser.get("/put?a=1")
+    site.gates["me"], site.arrived["me"] = threading.Event(), threading.Event()
+    answers: list[httpx.Response] = []
+    url, cookie = browser.base_url.join("/held?me=me"), f"session={token_of(browser)}"
+    thread = threading.Thread(
+        target=lambda: answers.append(httpx.get(url, headers={"cookie": cookie}, timeout=30))
+    )
+    thread.start()
+    assert site.arrived["me"].wait(20)
+    browser.get(meanwhile)
+    site.gates["me"].set()
+    thread.join(20)
+    assert answers[0].status_code == 200
+    assert "set-cookie" not in answers[0].headers
+    assert caplog.text.count("pgkv.session.dropped") == 1
+    assert f"reason={reason}" in caplog.text
+    expected = {"a": "1", "role": "member"} if reason == "rotated" else {}
+    assert browser.get("/read").json() == expected
+
+
+def test_handlers_that_fail(browser: httpx.Client) -> None:
+    """An exception saves nothing; an HTTP error that the framework answers saves like any answer;
+    data that is no JSON is an error and leaves the session as it was."""
+    browser.get("/put?a=1")
+    assert browser.get("/fail").status_code == 500
+    assert browser.get("/bad").status_code == 500
+    assert browser.get("/read").json() == {"a": "1"}
+    assert browser.get("/refuse").status_code == 403
+    assert browser.get("/read").json() == {"a": "1", "refused": True}
+
+
+@pytest.mark.parametrize("path", ["/stream", "/background"])
+def test_changes_after_the_head(browser: httpx.Client, path: str) -> None:
+    """What a streamed body or a background task changes is saved when it has ended."""
+    browser.get("/put?a=1")
+    assert browser.get(path).status_code == 200
+    data = browser.get("/read").json()
+    assert data.pop("head") == 1
+    data = poll(lambda: browser.get("/read").json(), lambda data: len(data) == 3)
+    assert {"a", "head"} < set(data)
+
+
+def poll(ask: Callable[[], Any], done: Callable[[Any], bool]) -> Any:
+    answers: list[Any] = []
+
+    def condition() -> bool:
+        answers.append(ask())
+        return done(answers[-1])
+
+    servers.wait_until(condition, "the answer comes", 10)
+    return answers[-1]
+
+
+def test_a_new_session_after_the_head(
+    browser: httpx.Client, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A session begun when the cookie can no longer be sent is dropped with one event."""
+    browser.get("/late")
+    poll(lambda: caplog.text.count("pgkv.session.dropped"), lambda count: count == 1)
+    assert not browser.cookies
+
+
+def test_websockets(browser: httpx.Client, operations: Operations) -> None:
+    """A WebSocket has the session of its cookie, can begin one, and saves what it changed."""
+    address = f"ws://{browser.base_url.host}:{browser.base_url.port}/ws"
+    with connect(address) as socket:
+        assert json.loads(socket.recv()) == {"accepted": True}
+        assert socket.response is not None
+        cookie = socket.response.headers["set-cookie"].partition(";")[0]
+        socket.send("hello")
+        with contextlib.suppress(Exception):
+            socket.recv()
+
+    def read() -> Any:
+        return browser.get("/read", headers={"cookie": cookie}).json()
+
+    said = {"accepted": True, "said": "hello"}
+    assert poll(read, lambda data: "said" in data) == said
+    operations.clear()
+    with connect(address, additional_headers={"cookie": cookie}) as socket:
+        assert json.loads(socket.recv()) == said
+        assert operations == ["load"]
+        socket.send("again")
+
+
+def test_exempt_paths(serve: Any, operations: Operations) -> None:
+    """An exempt path costs no query, refuses the session by name, and can still load it."""
+    _, browser = serve(exempt=["/static"])
+    browser.get("/put?a=1")
+    operations.clear()
+    assert browser.get("/static/plain").status_code == 200
+    assert browser.get("/static/read").status_code == 500
+    assert operations == []
+    assert browser.get("/static/load").json() == {"a": "1", "loaded": False}
+    assert operations == ["load", "save"]
+
+
+def test_without_autoload(serve: Any, operations: Operations) -> None:
+    """autoload=False: no query until `load_session`, then one; touching it before is an error."""
+    _, browser = serve(autoload=False)
+    assert browser.get("/load").json() == {"loaded": True}
+    operations.clear()
+    assert browser.get("/plain").status_code == 200
+    assert browser.get("/read").status_code == 500
+    assert operations == []
+    assert browser.get("/load").json() == {"loaded": False}
+    assert operations == ["load", "save"]
+    assert browser.get("/load").json() == {"loaded": False}
+    assert operations == ["load", "save", "load"]
+
+
+def test_over_https(dsn: str, tmp_path: Path) -> None:
+    """By default the cookie has the __Host- prefix and every flag, and comes back over https."""
+    pytest.importorskip("cryptography")
+    site = Site(dsn, secure=True)
+    with asgi(site.app, certificate(tmp_path)) as address, client(address, tls=True) as browser:
+        response = browser.get("/put?a=1")
+        token = browser.cookies["__Host-session"]
+        assert response.headers["set-cookie"] == (
+            f"__Host-session={token}; Path=/; Secure; HttpOnly; SameSite=Lax"
+        )
+        assert browser.get("/read").json() == {"a": "1"}
+
+
+def test_a_fastapi_application(dsn: str) -> None:
+    """FastAPI's own ways: a dependency, a blocking endpoint, an included model."""
+    store = pgkv.AsyncStore(pgkv.Config(dsn))
+    sessions = pgkv.AsyncSessionStore(store)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        yield
+        await store.close()
+
+    app = FastAPI(lifespan=lifespan)
+    app.add_middleware(pgkv.SessionMiddleware, sessions=sessions, secure=False)
+
+    async def visits(request: Request) -> int:
+        request.session["visits"] = request.session.get("visits", 0) + 1
+        return int(request.session["visits"])
+
+    counted = Depends(visits)
+
+    def page(count: int = counted) -> dict[str, int]:
+        return {"visits": count}
+
+    app.get("/")(page)
+    with asgi(app) as address, client(address) as browser:
+        assert [browser.get("/").json()["visits"] for _ in range(3)] == [1, 2, 3]
+
+
+def test_the_database_is_away(dsn: str) -> None:
+    """While the database cannot be reached a request with a cookie fails; one without works."""
+    site = Site("host=127.0.0.1 port=9 connect_timeout=1")
+    with asgi(_without_lifespan(site.app)) as address, client(address) as browser:
+        assert browser.get("/plain").status_code == 200
+        headers = {"cookie": f"session={new_token()}"}
+        assert browser.get("/read", headers=headers).status_code == 500
+
+
+def _without_lifespan(app: Any) -> Any:
+    async def served(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "lifespan":
+            await app(scope, receive, send)
+
+    return served
+
+
+async def test_the_middleware_needs_an_async_store(dsn: str) -> None:
+    """A blocking store in an event loop is refused when the application is built."""
+    with pgkv.Store(pgkv.Config(dsn)) as store, pytest.raises(pgkv.ConfigError, match="Async"):
+        pgkv.SessionMiddleware(Starlette(), sessions=pgkv.SessionStore(store))  # type: ignore[arg-type]  # the point
+    with pytest.raises(pgkv.SessionError, match=r"no pgkv\.SessionMiddleware"):
+        await pgkv.load_session({"type": "http"})

@@ -1,0 +1,107 @@
+"""Sessions in a real browser: Debian's Chromium without a window, over https."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.faults.proxy import certificate
+from tests.faults.support import newest
+from tests.web.running import asgi, client
+from tests.web.site import Site
+
+pytest.importorskip("selenium", reason="selenium is not installed")
+pytest.importorskip("cryptography", reason="cryptography is not installed: no certificate")
+
+from selenium import webdriver
+from selenium.webdriver.common.by import By
+
+FLAGS = [
+    "headless",
+    "no-sandbox",
+    "disable-gpu",
+    "disable-quic",
+    "no-first-run",
+    "disable-background-networking",
+    "disable-component-update",
+    "disable-sync",
+    "ignore-certificate-errors",
+    "disable-dev-shm-usage",
+]
+
+
+@pytest.fixture
+def laptop(tmp_path: Path) -> Iterator[webdriver.Chrome]:
+    """A browser with an empty profile."""
+    programs = [shutil.which("chromium"), shutil.which("chromedriver")]
+    if None in programs:
+        pytest.skip("no chromium and chromedriver here (Debian: chromium, chromium-driver)")
+    options = webdriver.ChromeOptions()
+    options.binary_location = programs[0] or ""
+    for flag in (*FLAGS, f"user-data-dir={tmp_path / 'profile'}"):
+        options.add_argument(f"--{flag}")
+    browser = webdriver.Chrome(
+        options=options, service=webdriver.ChromeService(executable_path=programs[1])
+    )
+    yield browser
+    browser.quit()
+
+
+def data_of(browser: webdriver.Chrome, address: str) -> Any:
+    browser.get(f"https://{address}/read")
+    return json.loads(browser.find_element(By.TAG_NAME, "body").text)
+
+
+def cookie_of(browser: webdriver.Chrome) -> dict[str, Any]:
+    cookie: Any = browser.get_cookie("__Host-session")
+    assert cookie is not None
+    return dict(cookie)
+
+
+@newest
+def test_a_day_in_a_browser(dsn: str, tmp_path: Path, laptop: webdriver.Chrome) -> None:
+    """Log in, look at the cookie, work in two tabs at once, log out everywhere."""
+    site = Site(dsn, secure=True)
+    with (
+        asgi(site.app, certificate(tmp_path)) as address,
+        client(address, tls=True) as phone,
+    ):
+        laptop.get(f"https://{address}/put?visited=yes")
+        before = cookie_of(laptop)["value"]
+        laptop.get(f"https://{address}/login?user=ada")
+        cookie = cookie_of(laptop)
+        assert cookie["value"] != before
+        assert (cookie["secure"], cookie["httpOnly"]) == (True, True)
+        assert (cookie["sameSite"], cookie["path"]) == ("Lax", "/")
+        assert "expiry" not in cookie
+        assert laptop.execute_script("return document.cookie") == ""
+        assert data_of(laptop, address) == {"visited": "yes", "role": "member"}
+        # Two tabs with requests under way at the same time.
+        for tab in ("one", "two"):
+            site.gates[tab], site.arrived[tab] = threading.Event(), threading.Event()
+            if tab == "two":
+                laptop.switch_to.new_window("tab")
+                laptop.get(f"https://{address}/plain")
+            laptop.execute_script(f"window.answer = fetch('/held?me={tab}'); return 1")
+            assert site.arrived[tab].wait(20)
+        for gate in site.gates.values():
+            gate.set()
+        for handle in laptop.window_handles:
+            laptop.switch_to.window(handle)
+            assert (
+                laptop.execute_script("return window.answer.then(answer => answer.status)") == 200
+            )
+        expected = {"visited": "yes", "role": "member", "one": "held", "two": "held"}
+        assert data_of(laptop, address) == expected
+        # Log out everywhere, also on another device.
+        phone.get("/login?user=ada")
+        assert phone.get("/read").json() == {"role": "member"}
+        laptop.get(f"https://{address}/everywhere")
+        assert laptop.find_element(By.TAG_NAME, "body").text == "2"
+        assert data_of(laptop, address) == phone.get("/read").json() == {}
