@@ -114,11 +114,20 @@ def refuse_colour(store: object, wanted: type[Any], what: str) -> None:
         )
 
 
-def not_granted(terms: Terms, timeout: float | None) -> LockTimeoutError:
-    """What acquire() raises when its time is over."""
+def granted(lease: Lease | AsyncLease | None, terms: Terms, timeout: float | None) -> Any:
+    """Return the lease that acquire() waited for.
+
+    A function of its own: an error met on the way keeps the frames it passed through until the
+    collector comes, and a lease that they held would not be noticed as abandoned.
+
+    Raises:
+        LockTimeoutError: there is none.
+    """
+    if lease is not None:
+        return lease
     what = "lock" if terms.slots is None else f"semaphore of {terms.slots}"
     waited = "at once" if not timeout else f"within {timeout:g} s"
-    return LockTimeoutError(
+    raise LockTimeoutError(
         f"the {what} {terms.name!r} was not granted {waited}: it is held; holder() and `pgkv locks` "
         "show by whom"
     )
@@ -156,10 +165,8 @@ class Acquirer:
                 the ttl.
         """
         longest = patience(timeout)
-        lease = self._port.channel.run(_grant.acquire(self._port, self._terms, longest))
-        if lease is None:
-            raise not_granted(self._terms, longest)
-        return cast("Lease", lease)
+        flow = _grant.acquire(self._port, self._terms, longest)
+        return cast("Lease", granted(self._port.channel.run(flow), self._terms, longest))
 
     def try_acquire(self) -> Lease | None:
         """Try once; None where somebody else holds it. It waits for nobody, not even for a
@@ -210,17 +217,17 @@ class AsyncAcquirer:
         longest = patience(timeout)
 
         async def acquired() -> AsyncLease:
-            lease = await self._port.channel.run(_grant.acquire(self._port, self._terms, longest))
-            if lease is None:
-                raise not_granted(self._terms, longest)
-            return cast("AsyncLease", lease)
+            flow = _grant.acquire(self._port, self._terms, longest)
+            return cast(
+                "AsyncLease", granted(await self._port.channel.run(flow), self._terms, longest)
+            )
 
         return AsyncGrant(acquired)
 
     async def try_acquire(self) -> AsyncLease | None:
         """As `Lock.try_acquire`."""
-        lease = await self._port.channel.run(_grant.acquire(self._port, self._terms, 0.0))
-        return cast("AsyncLease | None", lease)
+        flow = _grant.acquire(self._port, self._terms, 0.0)
+        return cast("AsyncLease | None", await self._port.channel.run(flow))
 
     async def __aenter__(self) -> AsyncLease:
         lease = await self.acquire()
