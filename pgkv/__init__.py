@@ -39,6 +39,9 @@ from .patterns.cache import (
 )
 from .patterns.client_ip import client_ip
 from .patterns.defaults import configure
+from .patterns.leader import AsyncLeader, Leader
+from .patterns.lock import AsyncLease, AsyncLock, Lease, Lock, LockInfo
+from .patterns.locked import fence_sql, locked
 from .patterns.middleware.asgi import RateLimitMiddleware
 from .patterns.middleware.session_asgi import SessionMiddleware, load_session
 from .patterns.middleware.session_wsgi import WSGISessionMiddleware
@@ -52,6 +55,7 @@ from .patterns.rate_limit import (
     RateLimiter,
     Reservation,
 )
+from .patterns.semaphore import AsyncSemaphore, Semaphore
 from .patterns.session import AsyncSessionStore, Session, SessionInfo, SessionStore
 from .pipeline import AsyncPipeline, Handle, Pipeline
 from .store import Store
@@ -60,9 +64,13 @@ from .types import CasResult, CasStatus, Entry, KeyValue, ScanOptions, Stats
 
 __all__ = [  # noqa: RUF022  # plain order: ruff would put L1 before the classes
     "AsyncCachedFunction",
+    "AsyncLeader",
+    "AsyncLease",
+    "AsyncLock",
     "AsyncPipeline",
     "AsyncRateLimiter",
     "AsyncReservation",
+    "AsyncSemaphore",
     "AsyncSessionStore",
     "AsyncStore",
     "AsyncTypedStore",
@@ -81,9 +89,13 @@ __all__ = [  # noqa: RUF022  # plain order: ruff would put L1 before the classes
     "InvalidValueError",
     "KeyValue",
     "L1",
+    "Leader",
+    "Lease",
     "LeaseLostError",
     "LimiterCounts",
+    "Lock",
     "LockError",
+    "LockInfo",
     "LockTimeoutError",
     "NotFoundError",
     "OperationTimeoutError",
@@ -99,6 +111,7 @@ __all__ = [  # noqa: RUF022  # plain order: ruff would put L1 before the classes
     "Reservation",
     "RetryPolicy",
     "ScanOptions",
+    "Semaphore",
     "SerializationError",
     "Session",
     "SessionConflictError",
@@ -123,8 +136,10 @@ __all__ = [  # noqa: RUF022  # plain order: ruff would put L1 before the classes
     "cached_functions",
     "client_ip",
     "configure",
+    "fence_sql",
     "invalidate_tag",
     "load_session",
+    "locked",
     "on_operation",
     "schema_sql",
 ]

@@ -84,6 +84,10 @@ class AsyncPoolChannel:
         """Call `fn`, in a thread, when the channel has been closed."""
         self._on_close.append(fn)
 
+    def conninfo(self) -> str:
+        """What a connection outside the pool is opened with: for renewal and LISTEN."""
+        return self._leases.conninfo()
+
     # -- one operation
 
     async def execute(self, op: Op[T], timeout: float | None = None) -> T:
@@ -156,6 +160,7 @@ class AsyncPoolChannel:
                 return await self._perform(each)
             return await self._attempt(each, deadline)
 
+        answer: Any = None
         if outcome is None:
             self._start_patrols()
             try:
@@ -166,6 +171,8 @@ class AsyncPoolChannel:
                 return answer
             outcome = answer
         flow = recover(step, outcome, self._config.retry, deadline, self.heal)
+        # An error's traceback holds this frame: a cycle that would keep the callers' frames.
+        del answer, outcome
         return await drive_async(flow, perform)
 
     async def _attempt(self, step: Op[Any] | Transaction[Any] | Batch, deadline: float) -> Any:

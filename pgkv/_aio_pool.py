@@ -17,6 +17,7 @@ from typing import Any
 import psycopg
 from psycopg_pool import AsyncConnectionPool, PoolClosed, PoolTimeout
 
+from . import _conninfo
 from ._aio_wire import AsyncLink, Watchdog
 from ._caller import check_connection
 from ._pool import (
@@ -47,7 +48,7 @@ class AsyncLeases:
 
     def __init__(self, config: Config, conninfo: Callable[[], str]) -> None:
         self._config = config
-        self._conninfo = conninfo
+        self.conninfo = conninfo
         self._prepares = config.pooler is Pooler.NONE
         self.idle: deque[AsyncLink] = deque()
         self.waiters: deque[_Waiter] = deque()
@@ -240,7 +241,7 @@ class AsyncLeases:
             if self._pool is None:
                 config = self._config
                 # In a thread: an embedded server may have to be started first.
-                conninfo = await asyncio.to_thread(self._conninfo)
+                conninfo = await asyncio.to_thread(self.conninfo)
                 pool = AsyncConnectionPool(
                     conninfo,
                     connection_class=_recording(self._failures),
@@ -300,6 +301,7 @@ class AsyncCallerPool:
     """
 
     def __init__(self, pool: AsyncConnectionPool[Any], config: Config) -> None:
+        self._config = config
         self._caller_pool = pool
         self._prepares = config.pooler is Pooler.NONE
         self.idle: deque[AsyncLink] = deque()
@@ -308,6 +310,10 @@ class AsyncCallerPool:
         self._watchdog: Watchdog | None = None
         self._prepared: weakref.WeakKeyDictionary[Any, set[bytes]] = weakref.WeakKeyDictionary()
         self._tasks: set[asyncio.Task[None]] = set()
+
+    def conninfo(self) -> str:
+        """What reaches the same database without the caller's pool."""
+        return _conninfo.build(self._config, self._config.dsn)
 
     async def acquire(self, deadline: float, action: str) -> AsyncLink:
         """Check out a live connection."""

@@ -101,6 +101,10 @@ class PoolChannel:
         """Call `fn` when the channel has been closed."""
         self._on_close.append(fn)
 
+    def conninfo(self) -> str:
+        """What a connection outside the pool is opened with: for renewal and LISTEN."""
+        return self._leases.conninfo()
+
     # -- one operation
 
     def execute(self, op: Op[T], timeout: float | None = None) -> T:
@@ -171,6 +175,7 @@ class PoolChannel:
                 return self._perform(each)
             return self._attempt(each, deadline)
 
+        answer: Any = None
         if outcome is None:
             self._start_patrols()
             try:
@@ -180,7 +185,10 @@ class PoolChannel:
             if not isinstance(answer, PgkvError | Raced):
                 return answer
             outcome = answer
-        return drive(recover(step, outcome, self._config.retry, deadline, self.heal), perform)
+        flow = recover(step, outcome, self._config.retry, deadline, self.heal)
+        # An error's traceback holds this frame: a cycle that would keep the callers' frames.
+        del answer, outcome
+        return drive(flow, perform)
 
     def _attempt(self, step: Op[Any] | Transaction[Any] | Batch, deadline: float) -> Any:
         if isinstance(step, Transaction):

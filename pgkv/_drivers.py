@@ -19,6 +19,7 @@ def drive(flow: Flow[T], perform: Callable[[Any], Any]) -> T:
         try:
             step = flow.send(step_outcome) if failure is None else flow.throw(failure)
         except StopIteration as end:
+            failure = None  # its traceback holds this frame, and the callers' with all they hold
             return end.value  # type: ignore[no-any-return]  # what the generator returns
         step_outcome = failure = None
         try:
@@ -50,6 +51,7 @@ async def drive_async(flow: Flow[T], perform: Callable[[Any], Awaitable[Any]]) -
         try:
             step = flow.send(outcome) if failure is None else flow.throw(failure)
         except StopIteration as end:
+            failure = None  # its traceback holds this frame, and the callers' with all they hold
             return end.value  # type: ignore[no-any-return]  # what the generator returns
         outcome = failure = None
         try:

@@ -22,6 +22,7 @@ from typing import Any
 import psycopg
 from psycopg_pool import AsyncConnectionPool, ConnectionPool, PoolClosed, PoolTimeout
 
+from . import _conninfo
 from ._caller import check_connection
 from ._cursor_link import link_class
 from ._wire import Link
@@ -54,7 +55,7 @@ class Leases:
 
     def __init__(self, config: Config, conninfo: Callable[[], str]) -> None:
         self._config = config
-        self._conninfo = conninfo
+        self.conninfo = conninfo
         self._prepares = config.pooler is Pooler.NONE
         self._begin()
 
@@ -269,7 +270,7 @@ class Leases:
             if self._pool is None:
                 config = self._config
                 self._pool = ConnectionPool(
-                    self._conninfo(),
+                    self.conninfo(),
                     connection_class=_recording(self._failures),
                     kwargs={"autocommit": True, "prepare_threshold": None},
                     min_size=config.pool_min_size,
@@ -312,12 +313,17 @@ class CallerPool:
     """
 
     def __init__(self, pool: ConnectionPool[Any], config: Config) -> None:
+        self._config = config
         self._caller_pool = pool
         self._prepares = config.pooler is Pooler.NONE
         self.idle: deque[Link] = deque()
         self.waiters: deque[_Waiter] = deque()
         # What is prepared where: it dies with the connection.
         self._prepared: weakref.WeakKeyDictionary[Any, set[bytes]] = weakref.WeakKeyDictionary()
+
+    def conninfo(self) -> str:
+        """What reaches the same database without the caller's pool."""
+        return _conninfo.build(self._config, self._config.dsn)
 
     def acquire(self, deadline: float, action: str) -> Link:
         """Check out a live connection."""

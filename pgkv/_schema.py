@@ -41,6 +41,12 @@ _LOCKS_COLUMNS = """\
     version    BIGINT NOT NULL,
     UNIQUE (key, version)"""
 
+# Places in the queues of fair locks. Worth nothing after a crash, so never logged.
+_TICKETS_COLUMNS = """\
+    key        TEXT COLLATE "C" PRIMARY KEY,
+    version    BIGINT NOT NULL,
+    expires_at TIMESTAMPTZ NOT NULL"""
+
 _SESSIONS_COLUMNS = """\
     id         BYTEA PRIMARY KEY,
     user_id    TEXT,
@@ -57,6 +63,7 @@ _SESSIONS_COLUMNS = """\
 _SHAPES = {
     TableKind.STORE: (_STORE_COLUMNS, 80),
     TableKind.LOCKS: (_LOCKS_COLUMNS, 50),
+    TableKind.TICKETS: (_TICKETS_COLUMNS, 50),
     TableKind.SESSIONS: (_SESSIONS_COLUMNS, 70),
 }
 
@@ -92,13 +99,19 @@ def schema_sql(config: Config, *, locks: bool = True, sessions: bool = True) -> 
 
     Args:
         config: names the table, its schema and its type.
-        locks: also the table of `Lock`, `Semaphore` and `Leader`.
+        locks: also the tables of `Lock`, `Semaphore` and `Leader`: of durable and other grants,
+            and of the tickets of those who wait in order.
         sessions: also the table of `SessionStore`.
     """
     tables = [config.table]
-    for wanted, kind in ((locks, TableKind.LOCKS), (sessions, TableKind.SESSIONS)):
-        if wanted:
-            tables.append(companion(config, kind))
+    if locks:
+        tables += (
+            companion(config, TableKind.LOCKS),
+            companion(config, TableKind.LOCKS, durable=False),
+            companion(config, TableKind.TICKETS, durable=False),
+        )
+    if sessions:
+        tables.append(companion(config, TableKind.SESSIONS))
     parts = [create_sql(table) for table in tables]
     if config.schema is not None:
         parts.insert(0, f"CREATE SCHEMA IF NOT EXISTS {quote_identifier(config.schema)};")
@@ -107,8 +120,13 @@ def schema_sql(config: Config, *, locks: bool = True, sessions: bool = True) -> 
 
 def companion(config: Config, kind: TableKind, *, durable: bool = True) -> Table:
     """Return the table of that kind that goes with a store's own."""
+    name = config.table_name + kind.value
+    if kind is TableKind.LOCKS and not durable:
+        # Beside the durable one: a process that forgets durable=False must not share a table
+        # that a crash empties.
+        name += "_u"
     return Table(
-        config.table_name + kind.value,
+        name,
         config.schema,
         TableType.REGULAR if durable else TableType.UNLOGGED,
         kind,

@@ -7,6 +7,9 @@ import threading
 from dataclasses import fields, replace
 from typing import Any
 
+from psycopg import pq
+from psycopg.conninfo import make_conninfo
+
 from . import _conninfo, embedded
 from ._sql import Statements
 from .config import EMBEDDED_SCHEME, Config
@@ -96,6 +99,10 @@ def check_pool(pool: object, wanted: type[Any]) -> None:
 def config_of_pool(pool: Any, dsn: str | None, given: dict[str, Any]) -> Config:
     """Return the settings of a store over the caller's pool."""
     own = pool.conninfo if isinstance(pool.conninfo, str) else ""
+    if dsn is None and isinstance(pool.kwargs, dict):
+        # A pool may be told its database by keywords, among others that are psycopg's.
+        known = {option.keyword.decode() for option in pq.Conninfo.get_defaults()}
+        own = make_conninfo(own, **{k: v for k, v in pool.kwargs.items() if k in known})
     return Config(dsn or own or "postgresql://", **given)
 
 

@@ -17,7 +17,10 @@ from typing import Annotated, Any, TypeAlias
 
 import typer
 
-from . import _cache_command
+from . import (
+    _cache_command,
+    _cli_locks,  # noqa: F401  # registers `locks` and `lock`
+)
 from . import _console as console
 from ._command import (
     DONE,

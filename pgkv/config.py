@@ -69,6 +69,7 @@ class TableKind(enum.Enum):
 
     STORE = ""
     LOCKS = "_locks"
+    TICKETS = "_tickets"
     SESSIONS = "_sessions"
 
 

@@ -174,9 +174,12 @@ class Proxy:
         async def end() -> None:
             assert self._listener is not None
             self._listener.close()
-            for task in tuple(self._tasks):
-                task.cancel()
-            await asyncio.gather(*self._tasks, return_exceptions=True)
+            # What was accepted a moment ago has no task yet: look more than once.
+            for _ in range(5):
+                for task in tuple(self._tasks):
+                    task.cancel()
+                await asyncio.gather(*self._tasks, return_exceptions=True)
+                await asyncio.sleep(0.01)
 
         self._on_loop(end())
         self._loop.call_soon_threadsafe(self._loop.stop)
@@ -204,8 +207,10 @@ class Proxy:
         assert task is not None
         self._tasks.add(task)
         try:
-            with contextlib.suppress(OSError, asyncio.IncompleteReadError, asyncio.CancelledError):
+            with contextlib.suppress(OSError, asyncio.IncompleteReadError):
                 await self._serve(reader, writer)
+        except asyncio.CancelledError:
+            writer.transport.abort()  # what is not sent yet would keep the socket open
         finally:
             self._tasks.discard(task)
             writer.close()

@@ -38,9 +38,11 @@ from tests.postgres import (
     test_coalesce,
     test_collection,
     test_expiry,
+    test_lock,
     test_pipeline,
     test_races,
     test_scan,
+    test_semaphore,
     test_storms,
     test_transaction,
     test_using,
@@ -50,6 +52,7 @@ from tests.servers import Server, UserServer
 
 MODULES = (
     *(test_basic, test_batch, test_atomic, test_scan, test_expiry, test_collection),
+    *(test_lock, test_semaphore),
     *(test_transaction, test_using, test_races, test_storms, test_pipeline, test_coalesce),
 )
 # What cannot be asked here, and why.

@@ -12,4 +12,5 @@ from tests.benchmarks.cases import (  # noqa: F401, I001  # importing registers 
     limiter,
     session,
     memory,
+    lock,
 )

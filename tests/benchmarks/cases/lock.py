@@ -1,0 +1,124 @@
+"""Locks: what one costs alone, how long a hand-over takes, what waiting costs the server."""
+
+from __future__ import annotations
+
+import statistics
+import threading
+import time
+from collections.abc import Iterator
+from itertools import repeat
+from typing import Any
+
+import pgkv
+from tests.benchmarks.case import PGKV, REDIS, Bench, Entrants, case, each, facts
+from tests.benchmarks.figures import Fact
+
+DURABLE = "pgkv, durable"
+REDIS_LOCK = "python-redis-lock"
+TTL = 30
+WAITERS, HAND_OVERS = 20, 40
+IDLE = 100
+
+
+@case("lock: acquire and release", {REDIS: 0.9, REDIS_LOCK: None, (DURABLE, REDIS): None})
+def acquire_and_release(bench: Bench) -> Entrants:
+    store = bench.store()
+
+    def pair(lock: Any) -> Any:
+        def once(_: None) -> None:
+            lock.acquire().release()
+
+        return each(once, repeat(None))
+
+    yield PGKV, pair(pgkv.Lock(store, "bench", ttl=TTL, durable=False))
+    yield DURABLE, pair(pgkv.Lock(store, "bench", ttl=TTL))
+    if client := bench.redis():
+        theirs = client.lock("bench", timeout=TTL)
+
+        def redis_once(_: None) -> None:
+            theirs.acquire()
+            theirs.release()
+
+        yield REDIS, each(redis_once, repeat(None))
+        try:
+            import redis_lock  # type: ignore[import-not-found]  # compared with where it is installed
+        except ImportError:
+            return
+        other = redis_lock.Lock(client, "bench", expire=TTL)
+
+        def other_once(_: None) -> None:
+            other.acquire()
+            other.release()
+
+        yield REDIS_LOCK, each(other_once, repeat(None))
+
+
+@facts("lock: waiting")
+def waiting(bench: Bench) -> Iterator[Fact]:
+    store = bench.store(pool_max_size=WAITERS)
+    count = 10 if bench.quick else HAND_OVERS
+    for name, options in (
+        ("poll", {}),
+        ("notify", {"wakeup": "notify"}),
+        ("notify, fair", {"wakeup": "notify", "fair": True}),
+    ):
+        gaps = hand_overs(
+            pgkv.Lock(store, f"hand {name}", ttl=TTL, durable=False, **options), count
+        )
+        what = f"hand-over to one of {WAITERS} waiters, {name}: "
+        yield Fact(what + "median", statistics.median(gaps) * 1000, "ms")
+        yield Fact(what + "worst", max(gaps) * 1000, "ms")
+    yield Fact(f"{IDLE} idle waiters: statements", idle_statements(store, 5.0), "/s")
+
+
+def hand_overs(lock: pgkv.Lock, count: int) -> list[float]:
+    """Seconds from each release to the next grant."""
+    gaps: list[float] = []
+    released = [0.0]
+    left = [count]
+
+    def work() -> None:
+        while left[0] > 0:
+            with lock.acquire():
+                if released[0]:
+                    gaps.append(time.monotonic() - released[0])
+                left[0] -= 1
+                time.sleep(0.01)
+                lock_released = time.monotonic()
+                released[0] = lock_released
+
+    with lock.acquire():
+        threads = [threading.Thread(target=work) for _ in range(WAITERS)]
+        for thread in threads:
+            thread.start()
+        time.sleep(1.0)
+    for thread in threads:
+        thread.join()
+    return gaps
+
+
+def idle_statements(store: pgkv.Store, seconds: float) -> float:
+    """How many statements a second waiters send who are not granted anything."""
+    seen = [0]
+    lock = pgkv.Lock(store, "idle", ttl=TTL, durable=False)
+
+    def count(name: str, _seconds: float, _outcome: str, _retries: int) -> None:
+        seen[0] += name == "lock_grant"
+
+    def wait() -> None:
+        try:
+            lock.acquire(timeout=seconds + 2.0).release()
+        except pgkv.LockTimeoutError:
+            pass
+
+    with lock.acquire():
+        threads = [threading.Thread(target=wait) for _ in range(IDLE)]
+        for thread in threads:
+            thread.start()
+        time.sleep(2.0)
+        remove = pgkv.on_operation(count)
+        time.sleep(seconds)
+        remove()
+        for thread in threads:
+            thread.join()
+    return seen[0] / seconds

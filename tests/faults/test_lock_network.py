@@ -1,0 +1,220 @@
+"""Locks behind a network that loses, delays and cuts, and callers that are cancelled anywhere."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import psycopg
+import pytest
+
+import pgkv
+from pgkv._drivers import drive
+from pgkv._op import Call
+from pgkv.patterns import _grant
+from tests.colours import Colour
+from tests.faults.proxy import Proxy
+from tests.faults.support import newest
+from tests.peers import until
+
+pytestmark = newest
+
+
+@pytest.fixture
+def proxy(dsn: str) -> Iterator[Proxy]:
+    with Proxy(dsn) as made:
+        yield made
+
+
+@pytest.fixture
+def make_store(proxy: Proxy, make_store: Any) -> Any:
+    """As everywhere, but closed before the proxy is: it may still be connecting through that."""
+    return make_store
+
+
+async def test_a_grant_whose_reply_is_lost_is_the_same_grant(
+    make_store: Any, colour: Colour, proxy: Proxy, store: Any
+) -> None:
+    """The reply after COMMIT is dropped: the repeat returns the first grant, extended, at once."""
+    through = await make_store(dsn=proxy.dsn)
+    lock = colour.make("Lock", through, "lost-reply", ttl=30)
+    async with lock.acquire():
+        pass
+    fault = proxy.arm(b"lost-reply")
+    async with lock.acquire(timeout=5) as lease:
+        assert fault.met == 1
+        info = await colour.make("Lock", store, "lost-reply").holder()
+        assert info.token == lease.token
+        assert (info.expires_at - info.acquired_at).total_seconds() > 30, "granted, then extended"
+
+
+async def test_a_release_whose_reply_is_lost_is_no_loss(
+    make_store: Any, colour: Colour, proxy: Proxy
+) -> None:
+    """The release happened, its answer was lost, its repeat found nothing: that is True, and the
+    block ends in peace."""
+    through = await make_store(dsn=proxy.dsn)
+    lock = colour.make("Lock", through, "n", ttl=30)
+    async with lock.acquire():
+        pass
+    async with lock.acquire() as lease:
+        fault = proxy.arm(lease.token.to_bytes(8, "big"))
+    assert fault.met == 1
+    assert await lock.holder() is None
+
+
+@pytest.mark.parametrize("fault", ["silence", "refusal"])
+async def test_loss_is_signalled_before_the_servers_expiry(
+    make_store: Any, colour: Colour, proxy: Proxy, store: Any, fault: str
+) -> None:
+    """Renewals hang, or cannot connect: the holder is told while nobody else can be granted the
+    name yet."""
+    through = await make_store(dsn=proxy.dsn)
+    lost: list[float] = []
+    lock = colour.make("Lock", through, "n", ttl=1.5, on_lost=lambda: lost.append(time.monotonic()))
+    lease = await lock.acquire()
+    outside = colour.make("Lock", store, "n")
+    if fault == "silence":
+        proxy.hold()
+    else:
+        proxy.refuse()
+
+    def told() -> bool:
+        if fault == "refusal":
+            proxy.reset_all()  # also what was being connected when it began to refuse
+        return bool(lost)
+
+    await until(told, "on_lost is called", 3)
+    assert lease.is_lost
+    assert await outside.holder() is not None
+    assert await outside.try_acquire() is None
+    if fault == "silence":
+        proxy.release()
+        proxy.reset_all()
+    second = await outside.acquire(timeout=3)
+    assert second.token > lease.token
+    await second.release()
+
+
+async def test_an_async_body_is_cancelled_though_the_network_is_silent(
+    make_store: Any, colour: Colour, proxy: Proxy
+) -> None:
+    """No answer, no error: trust ends all the same, and the body with it."""
+    if colour.name == "sync":
+        pytest.skip("a thread cannot be cancelled")
+    through = await make_store(dsn=proxy.dsn, operation_timeout=0.5, retry=None)
+    started = time.monotonic()
+    with pytest.raises(pgkv.LeaseLostError):  # the block itself is tested
+        async with colour.make("Lock", through, "n", ttl=1.2).acquire():
+            proxy.hold()
+            await asyncio.sleep(30)
+    assert time.monotonic() - started < 3
+    proxy.release()
+    proxy.reset_all()
+
+
+async def test_renewals_survive_resets(make_store: Any, colour: Colour, proxy: Proxy) -> None:
+    """Connections are reset again and again: no lease is lost while the trust lasts."""
+    through = await make_store(dsn=proxy.dsn)
+    lease = await colour.make("Lock", through, "n", ttl=3).acquire()
+    end = time.monotonic() + 3.5
+    while time.monotonic() < end:
+        await asyncio.sleep(0.5)
+        proxy.reset_all()
+        lease.check()
+    assert await lease.release()
+
+
+async def test_late_renewals_are_in_time(make_store: Any, colour: Colour, proxy: Proxy) -> None:
+    """Every answer takes 100 ms: trust is counted from the sending, and the lease lives."""
+    through = await make_store(dsn=proxy.dsn)
+    lease = await colour.make("Lock", through, "n", ttl=3).acquire()
+    proxy.shape(delay=0.1)
+    await asyncio.sleep(3.5)
+    lease.check()
+    proxy.shape()
+    assert await lease.release()
+
+
+# -- cancelled or failing at every await
+
+
+async def test_cancelled_at_every_await(store: Any, colour: Colour) -> None:
+    """acquire() and release() cancelled after k turns of the loop: the name is free again within
+    its ttl, and the lease that was granted can still be released."""
+    if colour.name == "sync":
+        pytest.skip("see the next test")
+    for fair in (False, True):
+        lock = pgkv.AsyncLock(store, f"cancel {fair}", ttl=1, fair=fair)
+        async with lock.acquire():
+            pass
+        whole = 0
+        for k in range(200):
+            task = asyncio.ensure_future(_await(lock.acquire(timeout=5)))
+            for _ in range(k):
+                await asyncio.sleep(0)
+            whole += task.done()
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                lease = await task
+                releasing = asyncio.ensure_future(lease.release())
+                for _ in range(k % 20):
+                    await asyncio.sleep(0)
+                releasing.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await releasing
+                await lease.release()
+            again = await asyncio.wait_for(lock.acquire(timeout=3), 4)
+            await again.release()
+            if whole >= 3:
+                break
+        assert whole >= 1, "no acquire was fast enough to be whole"
+
+
+async def _await(awaitable: Any) -> Any:
+    return await awaitable
+
+
+def test_failing_at_every_step(dsn: str) -> None:
+    """The flow of acquire() fails at its k-th step, before or after the step took place: the name
+    is free at once, and no ticket is left."""
+    with pgkv.Store.connect(dsn) as store:
+        for fair in (False, True):
+            lock = pgkv.Lock(store, f"fail {fair}", ttl=30, fair=fair)
+            with lock.acquire():
+                blocked = pgkv.Lock(store, f"fail {fair}", ttl=30, fair=fair)
+                for k in range(6):
+                    for after in (False, True):
+                        with pytest.raises(KeyboardInterrupt):
+                            drive(
+                                _grant.acquire(blocked._port, blocked._terms, 5.0),
+                                _failing(store, k, after),
+                            )
+            for after in (False, True):
+                with pytest.raises(KeyboardInterrupt):
+                    drive(_grant.acquire(lock._port, lock._terms, 5.0), _failing(store, 0, after))
+                with lock.acquire(timeout=0):
+                    pass
+    with psycopg.connect(dsn) as conn:
+        row = conn.execute("SELECT count(*) FROM kv_store_tickets").fetchone()
+        assert row == (0,)
+
+
+def _failing(store: pgkv.Store, k: int, after: bool) -> Any:
+    steps = 0
+
+    def perform(step: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        assert isinstance(step, Call)
+        if steps - 1 == k and not after:
+            raise KeyboardInterrupt
+        answer = store._channel._perform(step)  # type: ignore[attr-defined]  # a PoolChannel
+        if steps - 1 == k:
+            raise KeyboardInterrupt
+        return answer
+
+    return perform

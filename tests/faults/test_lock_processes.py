@@ -1,0 +1,302 @@
+"""Locks under real processes that are stopped, killed, and whose server crashes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psycopg
+import pytest
+
+import pgkv
+from tests.faults.lock_history import read, violations
+from tests.faults.support import newest
+from tests.servers import Server, wait_until
+
+pytestmark = newest
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Worker:
+    """A process of `lock_worker`."""
+
+    def __init__(self, *args: object) -> None:
+        command = [sys.executable, "-m", "tests.faults.lock_worker", *map(str, args)]
+        self._process = subprocess.Popen(
+            command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def hear(self) -> str:
+        assert self._process.stdout is not None
+        return self._process.stdout.readline().strip()
+
+    def say(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+
+    def signal(self, number: signal.Signals) -> None:
+        self._process.send_signal(number)
+
+    def wait(self) -> int:
+        return self._process.wait(60)
+
+    def end(self) -> None:
+        if self._process.poll() is None:
+            self._process.kill()
+            self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            assert pipe is not None
+            with contextlib.suppress(BrokenPipeError):
+                pipe.close()
+
+
+@pytest.fixture
+def worker() -> Iterator[Callable[..., Worker]]:
+    """worker("holder", dsn, ...) starts one; none outlives the test."""
+    made: list[Worker] = []
+
+    def make(*args: object) -> Worker:
+        made.append(Worker(*args))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.end()
+
+
+# -- 1: histories
+
+
+def test_histories_are_those_of_a_fenced_mutex(
+    dsn: str, worker: Callable[..., Worker], tmp_path: Path
+) -> None:
+    """Eight processes, three locks, random calls and time-outs: linearizable."""
+    seed = random.randrange(2**32)
+    print(f"seed {seed}")
+    with pgkv.Store.connect(dsn) as store:
+        pgkv.Lock(store, "a").holder()
+    paths = [tmp_path / f"{number}.jsonl" for number in range(8)]
+    workers = [worker("storm", dsn, path, seed + n, 5) for n, path in enumerate(paths)]
+    assert [each.wait() for each in workers] == [0] * 8
+    history = read(paths)
+    wrong = violations(history)
+    if wrong:
+        kept = Path("/tmp") / f"pgkv-history-{seed}"
+        shutil.copytree(tmp_path, kept)
+        pytest.fail(f"seed {seed}, history in {kept}:\n" + "\n".join(wrong[:10]))
+    grants = [each for each in history if each.kind == "acquire" and each.ok]
+    assert len(grants) > 40
+    assert len({each.process for each in grants}) == 8
+
+
+# -- 2: a paused holder
+
+
+@pytest.mark.parametrize(
+    ("resource", "lost"),
+    [("file", True), ("file-fenced", False), ("table", False), ("fenced-table", False)],
+)
+def test_a_paused_holder(
+    dsn: str, worker: Callable[..., Worker], tmp_path: Path, resource: str, lost: bool
+) -> None:
+    """A holder that is stopped past its lease and then writes: without a check of its token an
+    update is lost (the control), with one, or under guard(), none."""
+    path = tmp_path / "resource"
+    path.write_text("0 0", "utf-8")
+    with psycopg.connect(dsn, autocommit=True) as conn:
+        conn.execute("CREATE TABLE resource (n int, fence bigint)")
+        conn.execute("INSERT INTO resource VALUES (0, 0)")
+        if resource == "fenced-table":
+            conn.execute(pgkv.fence_sql("resource", "fence").encode())
+        paused, other = worker("writer", dsn, resource, path), worker("writer", dsn, resource, path)
+        written = 0
+        for _ in range(2):
+            paused.say()
+            assert paused.hear() == "holding"
+            paused.signal(signal.SIGSTOP)
+            other.say()
+            if resource == "table":
+                # The guard holds it off until the paused one has ended its transaction.
+                time.sleep(1.2)
+                paused.signal(signal.SIGCONT)
+                paused.say()
+                written += paused.hear() == "written"
+                assert other.hear() == "holding"
+                other.say()
+                written += other.hear() == "written"
+            else:
+                assert other.hear() == "holding"
+                other.say()
+                written += other.hear() == "written"
+                paused.signal(signal.SIGCONT)
+                paused.say()
+                written += paused.hear() == "written"
+        if resource.startswith("file"):
+            final = int(path.read_text("utf-8").split()[0])
+        else:
+            row = conn.execute("SELECT n FROM resource").fetchone()
+            assert row is not None
+            final = row[0]
+    assert written >= 2
+    assert (final < written) is lost, f"{written} writes were acknowledged, {final} are there"
+
+
+# -- 3: deaths
+
+
+def test_a_killed_holder_is_followed(dsn: str, worker: Callable[..., Worker]) -> None:
+    """kill -9 of the holder: the next one is granted within ttl + 1 s, with a larger token."""
+    dead = worker("holder", dsn, "n", 1)
+    token = int(dead.hear())
+    dead.signal(signal.SIGKILL)
+    killed = time.monotonic()
+    with pgkv.Store.connect(dsn) as store, pgkv.Lock(store, "n").acquire(timeout=5) as lease:
+        assert time.monotonic() - killed < 2
+        assert lease.token > token
+
+
+def test_a_fleet_elects_again(dsn: str, worker: Callable[..., Worker]) -> None:
+    """kill -9 of the leader: another one leads within ttl + 1 s, in a higher term."""
+    with pgkv.Store.connect(dsn) as store:
+        lock = pgkv.Lock(store, "cron")
+        fleet = {
+            each._process.pid: each for each in (worker("leader", dsn, "cron", 1) for _ in range(3))
+        }
+        terms = []
+        for _ in range(2):
+            wait_until(lambda: lock.holder() is not None, "one is elected", 10)
+            info = lock.holder()
+            assert info is not None
+            terms.append(info.token)
+            fleet.pop(int(info.owner.rpartition(":")[2])).signal(signal.SIGKILL)
+            killed = time.monotonic()
+
+            def elected(old: int = info.token) -> bool:
+                now = lock.holder()
+                return now is not None and now.token > old
+
+            wait_until(elected, "another one is elected", 5)
+            assert time.monotonic() - killed < 2.2
+        assert terms == sorted(set(terms))
+
+
+def test_grants_survive_crashes_of_the_server(make_server: Callable[..., Server]) -> None:
+    """A killed backend, an immediate stop, a kill of the postmaster, a restart: durable grants are
+    there afterwards, nobody else is granted the name, and tokens rise strictly."""
+    server = make_server()
+    rounds: list[Callable[[], None]] = [
+        lambda: server.restart("immediate"),
+        lambda: server.restart("fast"),
+        lambda: _kill_the_server(server),
+        lambda: _kill_a_backend(server),
+    ]
+    last = 0
+    retry = pgkv.RetryPolicy(attempts=20, deadline=20.0)
+    with pgkv.Store.connect(server.dsn, retry=retry) as store:
+        lock = pgkv.Lock(store, "n", ttl=30)
+        for crash in rounds:
+            lease = lock.acquire(timeout=5)
+            assert lease.token > last
+            last = lease.token
+            crash()
+            assert lock.try_acquire() is None, "the grant survived"
+            lease.extend(30)
+            # A release may be lost in a crash, so end it for certain.
+            assert lease.release()
+        for _ in range(5):
+            with lock.acquire(timeout=5) as each:
+                assert each.token > last
+                last = each.token
+
+
+def _kill_the_server(server: Server) -> None:
+    server.kill()
+    server.start()
+
+
+def _kill_a_backend(server: Server) -> None:
+    with server.connect() as conn:
+        row = conn.execute("SELECT pg_backend_pid()").fetchone()
+        assert row is not None
+        server.kill_backend(row[0])
+
+
+def test_an_unlogged_grant_does_not_survive(make_server: Callable[..., Server]) -> None:
+    """durable=False: a crash frees every name at once (the stated limit); tokens still rise."""
+    server = make_server()
+    with pgkv.Store.connect(server.dsn) as store:
+        lock = pgkv.Lock(store, "n", ttl=30, durable=False)
+        lease = lock.acquire()
+        server.restart("immediate")
+        second = lock.acquire(timeout=5)
+        assert second.token > lease.token
+        with pytest.raises(pgkv.LeaseLostError):
+            lease.extend(30)
+
+
+# -- forks, clocks, pools
+
+
+def test_a_forked_child_holds_nothing(dsn: str) -> None:
+    """A lease is lost in a forked child, whose own locks work; the parent's goes on."""
+    with pgkv.Store.connect(dsn) as store:
+        lock = pgkv.Lock(store, "n", ttl=1)
+        with lock.acquire() as lease:
+            pid = os.fork()
+            if not pid:
+                code = 1
+                try:
+                    assert lease.is_lost
+                    assert pgkv.Lock(store, "n").try_acquire() is None
+                    with pgkv.Lock(store, "child", ttl=0.6) as own:
+                        time.sleep(1.0)
+                        own.check()
+                    code = 0
+                finally:
+                    os._exit(code)
+            assert os.waitpid(pid, 0)[1] == 0
+            time.sleep(0.5)
+            lease.check()
+
+
+def test_the_clients_wall_clock_does_not_matter(dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client whose clock is an hour off, either way, holds and waits as any other."""
+    real = time.time
+    for offset in (3600, -3600):
+        monkeypatch.setattr(time, "time", lambda offset=offset: real() + offset)
+        with pgkv.Store.connect(dsn) as store, pgkv.Lock(store, "n", ttl=0.9).acquire(5) as lease:
+            time.sleep(1.1)
+            lease.check()
+            info = pgkv.Lock(store, "n").holder()
+            assert info is not None
+            assert 0 < info.remaining() <= 0.9
+            assert pgkv.Lock(store, "n").try_acquire() is None
+
+
+def test_an_exhausted_pool_loses_no_lease(dsn: str) -> None:
+    """The application holds every pooled connection for longer than the ttl: renewals go on."""
+    with pgkv.Store.connect(dsn, pool_max_size=1) as store:
+        lease = pgkv.Lock(store, "n", ttl=0.9).acquire()
+        with store.transaction() as tx:
+            tx.set("k", "v")
+            time.sleep(1.5)
+            lease.check()
+        assert lease.release()
+
+
+def test_an_abandoned_lease_ends_by_its_ttl(dsn: str) -> None:
+    """A lease that nobody can release any more is not renewed for ever."""
+    with pgkv.Store.connect(dsn) as store:
+        lock = pgkv.Lock(store, "n", ttl=0.9)
+        token = lock.acquire().token
+        with lock.acquire(timeout=3) as lease:
+            assert lease.token > token

@@ -1,0 +1,183 @@
+"""Leader election, the decorator, and the fence."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from typing import Any
+
+import psycopg
+import pytest
+
+import pgkv
+from tests.colours import Colour, Threaded, in_thread
+from tests.peers import Peer, until
+
+
+def stop_event(colour: Colour) -> Any:
+    return asyncio.Event() if colour.name == "async" else threading.Event()
+
+
+async def test_one_leads_and_another_follows(store: Any, colour: Colour) -> None:
+    """Of three candidates one is elected; when it stops it resigns, and another takes over with a
+    higher term."""
+    stops = [stop_event(colour) for _ in range(3)]
+    terms: list[int] = []
+    lost: list[int] = []
+    leaders = [
+        colour.make(
+            "Leader", store, "cron", 5,
+            on_elected=lambda lease: terms.append(lease.token),
+            on_lost=lambda lease: lost.append(lease.token),
+        )
+        for _ in stops
+    ]  # fmt: skip
+    runs = [
+        asyncio.ensure_future(_run(leader, stop))
+        for leader, stop in zip(leaders, stops, strict=True)
+    ]
+    for count in (1, 2, 3):
+        await until(lambda n=count: len(terms) == n, "one is elected", 5)  # type: ignore[misc]  # a default of the loop's variable
+        (leading,) = (n for n, leader in enumerate(leaders) if leader.is_leader)
+        assert leaders[leading].term == terms[-1]
+        stops[leading].set()
+        await asyncio.wait_for(runs[leading], 5)
+        assert lost == terms[:count]
+        assert not leaders[leading].is_leader
+    assert terms == sorted(set(terms))
+
+
+async def _run(leader: Any, stop: Any) -> None:
+    await leader.run(stop)
+
+
+async def test_a_leader_steps_down_when_its_lease_is_lost(store: Any, colour: Colour) -> None:
+    """After a revocation on_lost is called before another one can be elected, then it campaigns
+    again; async work is cancelled."""
+    stop, events = stop_event(colour), []
+    cancelled: list[bool] = []
+
+    async def work(lease: Any) -> None:
+        events.append(("elected", lease.token))
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            cancelled.append(True)
+            raise
+
+    def note(lease: Any) -> None:
+        events.append(("elected", lease.token))
+
+    leader = colour.make(
+        "Leader", store, "cron", 0.9,
+        on_elected=work if colour.name == "async" else note,
+        on_lost=lambda lease: events.append(("lost", lease.token)),
+    )  # fmt: skip
+    run = asyncio.ensure_future(_run(leader, stop))
+    await until(lambda: len(events) == 1, "it is elected", 5)
+    first = events[0][1]
+    assert await colour.make("Lock", store, "cron").revoke(first)
+    await until(lambda: len(events) >= 3, "it is elected again", 5)
+    stop.set()
+    await asyncio.wait_for(run, 5)
+    assert [kind for kind, _ in events] == ["elected", "lost", "elected", "lost"]
+    assert events[2][1] > first
+    if colour.name == "async":
+        assert cancelled == [True, True]
+
+
+async def test_what_the_work_raises_ends_run(store: Any, colour: Colour) -> None:
+    """An exception of on_elected resigns and comes out of run()."""
+
+    def fail() -> None:
+        raise ZeroDivisionError
+
+    leader = colour.make("Leader", store, "cron", 5, on_elected=fail)
+    with pytest.raises(ZeroDivisionError):
+        await asyncio.wait_for(_run(leader, stop_event(colour)), 5)
+    assert await colour.make("Lock", store, "cron").holder() is None
+
+
+async def test_locked_functions_run_one_at_a_time(store: Any, colour: Colour) -> None:
+    """@locked waits, skips or raises while another call runs."""
+    inner = store._target if isinstance(store, Threaded) else store
+    running = 0
+
+    def decorated(**options: Any) -> Any:
+        if colour.name == "async":
+
+            @pgkv.locked("job", store=inner, **options)
+            async def job(seconds: float) -> str:
+                nonlocal running
+                running += 1
+                assert running == 1
+                await asyncio.sleep(seconds)
+                running -= 1
+                return "done"
+
+            return job
+
+        @pgkv.locked("job", store=inner, **options)
+        def blocking_job(seconds: float) -> str:
+            nonlocal running
+            running += 1
+            assert running == 1
+            threading.Event().wait(seconds)
+            running -= 1
+            return "done"
+
+        return lambda seconds: in_thread(blocking_job, seconds)
+
+    wait, skip, fail = decorated(), decorated(on_busy="skip"), decorated(on_busy="raise")
+    assert await asyncio.gather(*(wait(0.01) for _ in range(3))) == ["done"] * 3
+    slow = asyncio.ensure_future(wait(0.5))
+    await until(lambda: running == 1, "it runs", 5)
+    assert await skip(0) is None
+    with pytest.raises(pgkv.LockTimeoutError):
+        await fail(0)
+    with pytest.raises(pgkv.LockTimeoutError):
+        await decorated(timeout=0.05)(0)
+    assert await slow == "done"
+
+
+async def test_locked_refuses_what_cannot_work(store: Any, colour: Colour) -> None:
+    """A generator, an unknown on_busy, a lock of the other colour, a name without a store."""
+    inner = store._target if isinstance(store, Threaded) else store
+
+    async def coroutine() -> None: ...
+
+    def plain() -> None: ...
+
+    def generator() -> Any:
+        yield
+
+    with pytest.raises(TypeError, match="generator"):
+        pgkv.locked("x", store=inner)(generator)
+    with pytest.raises(pgkv.ConfigError, match="on_busy"):
+        pgkv.locked("x", store=inner, on_busy="cry")
+    lock = (pgkv.AsyncLock if colour.name == "async" else pgkv.Lock)(inner, "x")
+    with pytest.raises(pgkv.ConfigError, match="needs a"):
+        pgkv.locked(lock)(plain if colour.name == "async" else coroutine)
+
+
+async def test_a_fenced_table_refuses_older_tokens(peer: Peer) -> None:
+    """The trigger of fence_sql lets equal and higher tokens write, and no lower one."""
+    peer.run('CREATE TABLE "odd orders" (id int, note text, "the fence" bigint NOT NULL DEFAULT 0)')
+    peer.run('INSERT INTO "odd orders" (id) VALUES (1)')
+    for _ in range(2):
+        peer.run(pgkv.fence_sql("odd orders", "the fence"))
+    update = 'UPDATE "odd orders" SET note = %s, "the fence" = %s'
+    peer.run(update, "a", 5)
+    peer.run(update, "b", 5)
+    peer.run(update, "c", 9)
+    for token in (8, None):
+        with pytest.raises(psycopg.errors.ObjectNotInPrerequisiteState, match="fenced"):
+            peer.run(update, "late", token)
+    assert peer.run('SELECT note, "the fence" FROM "odd orders"') == [("c", 9)]
+
+
+def test_fence_sql_names_are_checked() -> None:
+    """What is no name is refused."""
+    for table, column in (("", "f"), ("a.b.c", "f"), ("t", ""), ("t", "$pgkv$")):
+        with pytest.raises(pgkv.InvalidValueError):
+            pgkv.fence_sql(table, column)

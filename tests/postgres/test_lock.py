@@ -1,0 +1,497 @@
+"""Locks: grants, tokens, time, loss, and what an operator may do; in both colours."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+import pytest
+
+import pgkv
+from pgkv import LeaseLostError, LockTimeoutError
+from pgkv.testing import ServerClock
+from tests.colours import Colour, Threaded, in_thread
+from tests.peers import Peer, gather, until
+
+TABLE = "kv_store_locks"
+
+
+def lock_of(colour: Colour, store: Any, name: str = "billing", **options: Any) -> Any:
+    return colour.make("Lock", store, name, **options)
+
+
+def xmax(peer: Peer) -> int:
+    """The next transaction id: it moves with each one that writes or locks."""
+    return int(peer.one("SELECT pg_snapshot_xmax(pg_current_snapshot())::text"))
+
+
+# -- granting
+
+
+async def test_one_holder_at_a_time(store: Any, colour: Colour) -> None:
+    """While one holds it nobody else is granted it; after the release somebody is."""
+    lock, other = lock_of(colour, store), lock_of(colour, store)
+    lease = await lock.acquire(timeout=5)
+    assert await other.try_acquire() is None
+    with pytest.raises(LockTimeoutError, match="billing"):
+        await other.acquire(timeout=0)
+    assert await lease.release() is True
+    second = await other.try_acquire()
+    assert second.token > lease.token
+    assert await lease.release() is False
+    await second.release()
+
+
+async def test_a_timeout_ends_the_wait(store: Any, colour: Colour) -> None:
+    """acquire(timeout) raises LockTimeoutError when its time is over, not much later."""
+    lock = lock_of(colour, store)
+    async with lock.acquire():
+        started = time.monotonic()
+        with pytest.raises(LockTimeoutError):
+            await lock.acquire(timeout=0.3)
+        assert 0.3 <= time.monotonic() - started < 1.5
+
+
+async def test_a_waiter_is_granted_after_the_release(store: Any, colour: Colour) -> None:
+    """acquire() without a timeout returns when the holder has let go."""
+    lock = lock_of(colour, store)
+    lease = await lock.acquire()
+    waiting = asyncio.ensure_future(_acquired(lock))
+    await asyncio.sleep(0.05)
+    assert not waiting.done()
+    await lease.release()
+    second = await asyncio.wait_for(waiting, 5)
+    assert second.token > lease.token
+    await second.release()
+
+
+async def _acquired(lock: Any, **options: Any) -> Any:
+    return await lock.acquire(**options)
+
+
+async def test_the_holder_is_shown(store: Any, colour: Colour, peer: Peer) -> None:
+    """holder() tells who, since when, until when by the server's clock, and the metadata."""
+    lock = lock_of(colour, store, ttl=30, metadata={"job": 7})
+    assert await lock.holder() is None
+    async with lock.acquire() as lease:
+        info = await lock.holder()
+        assert (info.name, info.token, info.owner) == ("billing", lease.token, lease.owner)
+        assert info.metadata == {"job": 7}
+        assert 29 < info.remaining() <= 30
+        assert 29 < (info.expires_at - info.read_at).total_seconds() <= 30
+        assert 0 <= info.age() < 1
+    assert await lock.holder() is None
+    assert peer.one(f"SELECT count(*) FROM {TABLE}") == 1, "the row stays, with its token"
+
+
+async def test_a_denied_try_leaves_no_trace(store: Any, colour: Colour, peer: Peer) -> None:
+    """A try that is denied takes no transaction id and writes no WAL."""
+    lock = lock_of(colour, store)
+    async with lock.acquire():
+        await lock.try_acquire()
+        before: Any = None
+        after: Any = 0
+        for _ in range(5):  # the server writes WAL of its own now and then
+            before = xmax(peer), peer.one("SELECT pg_current_wal_insert_lsn()")
+            for _ in range(20):
+                assert await lock.try_acquire() is None
+            after = xmax(peer), peer.one("SELECT pg_current_wal_insert_lsn()")
+            if before == after:
+                return
+        pytest.fail(f"{before} became {after}")
+
+
+async def test_a_repeated_grant_is_the_same_grant(store: Any, colour: Colour) -> None:
+    """A grant sent twice by the same acquire() (its first reply was lost) has one token."""
+    from pgkv._sql.lock import Denied, Granted, LockStatements
+    from pgkv.patterns._lease import new_owner
+    from pgkv.patterns.lock import statements_of
+
+    inner = store._target if isinstance(store, Threaded) else store
+    sql = statements_of(inner, LockStatements, durable=True)
+    _, row = new_owner(b"null")
+    _, stranger = new_owner(b"null")
+    first = await store._execute(sql.grant(b"n", row, 30.0, 1.0))
+    again = await store._execute(sql.grant(b"n", row, 30.0, 1.0))
+    assert isinstance(first, Granted)
+    assert again == first
+    assert isinstance(await store._execute(sql.grant(b"n", stranger, 30.0, 1.0)), Denied)
+
+
+async def test_racing_first_grants_have_one_winner(store: Any, colour: Colour) -> None:
+    """Of many who ask for a name that never was, exactly one is granted it."""
+    locks = [lock_of(colour, store, "fresh") for _ in range(20)]
+    await locks[0].holder()
+    leases = await gather(*(lock.try_acquire() for lock in locks))
+    granted = [lease for lease in leases if lease is not None]
+    assert len(granted) == 1
+    await granted[0].release()
+
+
+async def test_tokens_rise_through_a_storm(store: Any, colour: Colour) -> None:
+    """Every grant's token is above all earlier ones, and the critical sections never overlap."""
+    lock = lock_of(colour, store, "storm")
+    tokens: list[int] = []
+    inside = 0
+
+    async def work() -> None:
+        nonlocal inside
+        for _ in range(5):
+            async with lock.acquire() as lease:
+                inside += 1
+                assert inside == 1
+                tokens.append(lease.token)
+                await asyncio.sleep(0)
+                inside -= 1
+
+    await asyncio.gather(*(work() for _ in range(6)))
+    assert len(tokens) == 30
+    assert tokens == sorted(set(tokens))
+
+
+# -- time
+
+
+async def test_an_expired_lease_is_taken_over(
+    store: Any, colour: Colour, clock: ServerClock
+) -> None:
+    """When the holder's time has passed by the server's clock, the next asker is granted it."""
+    lease = await lock_of(colour, store, renew=False).acquire()
+    clock.advance(31)
+    second = await lock_of(colour, store).acquire(timeout=0)
+    assert second.token > lease.token
+    assert await lease.release() is False, "an expired holder cannot release its successor's lease"
+    assert (await lock_of(colour, store).holder()).token == second.token
+    with pytest.raises(LeaseLostError) as lost:
+        await lease.extend(30)
+    assert lost.value.reason in ("replaced", "released")
+    await second.release()
+
+
+async def test_a_waiter_takes_over_within_a_second_of_expiry(store: Any, colour: Colour) -> None:
+    """A waiter sleeps no longer than the lease that keeps it out."""
+    lease = await lock_of(colour, store, ttl=1, renew=False).acquire()
+    started = time.monotonic()
+    second = await lock_of(colour, store).acquire(timeout=5)
+    assert time.monotonic() - started < 2
+    assert lease.is_lost
+    await second.release()
+
+
+async def test_tokens_rise_though_the_clock_steps_back(
+    store: Any, colour: Colour, clock: ServerClock
+) -> None:
+    """A server clock that steps back, by an hour or a day, does not lower the next token, nor
+    lock a released name again."""
+    lock = lock_of(colour, store)
+    last = 0
+    for offset in (0, -3600, -86_400, 3600, 0):
+        clock.set_offset(offset)
+        async with lock.acquire(timeout=0) as lease:
+            assert lease.token > last
+            last = lease.token
+
+
+async def test_a_step_back_prolongs_a_dead_holders_lease_by_the_step(
+    store: Any, colour: Colour, clock: ServerClock
+) -> None:
+    """The stated limit: a holder that died before a step back keeps the name for the step."""
+    lease = await lock_of(colour, store, ttl=5, renew=False).acquire()
+    clock.advance(-100)
+    info = await lock_of(colour, store).holder()
+    assert 100 < info.remaining() <= 105
+    assert await lock_of(colour, store).try_acquire() is None
+    await lease.release()
+
+
+async def test_leases_are_renewed(store: Any, colour: Colour, operations: Any) -> None:
+    """A lease lives beyond its ttl while its holder does; the token stays."""
+    lock = lock_of(colour, store, ttl=0.9)
+    async with lock.acquire() as lease:
+        first = (await lock.holder()).expires_at
+        await asyncio.sleep(1.2)
+        info = await lock.holder()
+        assert info.expires_at > first
+        assert info.token == lease.token
+        assert not lease.is_lost
+        lease.check()
+
+
+async def test_without_renewal_a_lease_ends(store: Any, colour: Colour) -> None:
+    """renew=False: trust ends a margin before the ttl, and on_lost is told."""
+    lost: list[Any] = []
+
+    def on_lost(lease: Any) -> None:
+        lost.append(lease.token)
+
+    lock = lock_of(colour, store, ttl=0.9, renew=False, on_lost=on_lost)
+    lease = await lock.acquire()
+    assert lease.remaining() <= 0.6
+    await until(lambda: bool(lost), "on_lost is called", 2)
+    assert lost == [lease.token]
+    assert await lock.holder() is not None, "the holder hears of it before the server's expiry"
+    with pytest.raises(LeaseLostError) as error:
+        lease.check()
+    assert error.value.reason == "expired"
+    assert lease.remaining() == 0
+
+
+async def test_extend_sets_the_remaining_time(store: Any, colour: Colour) -> None:
+    """extend(60) makes 60 s remain, not 60 more; it may also shorten."""
+    lock = lock_of(colour, store, ttl=30)
+    async with lock.acquire() as lease:
+        await lease.extend(60)
+        assert 59 < (await lock.holder()).remaining() <= 60
+        assert 53 < lease.remaining() <= 54, "60 less the margin of a tenth"
+        assert lease.ttl == 60
+        await lease.extend(6)
+        assert 5 < (await lock.holder()).remaining() <= 6
+        assert 4 < lease.remaining() <= 5
+
+
+async def test_one_locked_row_costs_no_other_lease(store: Any, colour: Colour, peer: Peer) -> None:
+    """A stranger's transaction holds one lease's row for longer than any lease may be trusted
+    without renewal: the other leases of the process are renewed."""
+    locks = [lock_of(colour, store, name, ttl=1.8) for name in ("a", "b", "c")]
+    leases = [await lock.acquire() for lock in locks]
+    with peer.conn.transaction():
+        peer.run(f"SELECT 1 FROM {TABLE} WHERE key = 'b' FOR UPDATE")
+        await asyncio.sleep(1.7)
+        leases[0].check()
+        leases[2].check()
+    assert await leases[0].release()
+    assert await leases[2].release()
+
+
+async def test_a_locked_row_is_renewed_later(store: Any, colour: Colour, peer: Peer) -> None:
+    """A lease whose row a stranger held at the first renewal is renewed when that has gone."""
+    lease = await lock_of(colour, store, "b", ttl=3).acquire()
+    with peer.conn.transaction():
+        peer.run(f"SELECT 1 FROM {TABLE} WHERE key = 'b' FOR UPDATE")
+        await asyncio.sleep(1.2)
+    await asyncio.sleep(1.2)
+    lease.check()
+    assert await lease.release()
+
+
+# -- loss
+
+
+async def test_a_lost_lease_ends_its_block(store: Any, colour: Colour) -> None:
+    """After force_release the holder hears at its next renewal: check() raises, an async body is
+    cancelled, the block raises LeaseLostError."""
+    lock = lock_of(colour, store, ttl=0.6)
+    lost: list[str] = []
+    ended = False
+    with pytest.raises(LeaseLostError) as error:  # noqa: PT012  # the block itself is tested
+        async with lock_of(
+            colour, store, ttl=0.6, on_lost=lambda: lost.append("told")
+        ).acquire() as lease:
+            assert await lock.force_release(lease.token) is True
+            other = await lock.acquire(timeout=0)
+            if colour.name == "async":
+                await asyncio.sleep(5)
+                ended = True
+            else:
+                await until(lambda: lease.is_lost, "the renewal notices", 2)
+    assert not ended
+    assert error.value.reason == "replaced"
+    await until(lambda: lost == ["told"], "on_lost is called once", 2)
+    assert other.token > lease.token
+    await other.release()
+
+
+async def test_the_bodys_own_exception_is_not_masked(store: Any, colour: Colour) -> None:
+    """A block that raises lets that out, also when its lease was lost."""
+    lock = lock_of(colour, store, ttl=30)
+    with pytest.raises(ZeroDivisionError):  # noqa: PT012  # as above
+        async with lock.acquire() as lease:
+            await lock.force_release(lease.token)
+            raise ZeroDivisionError
+    assert await lock.try_acquire() is not None
+
+
+async def test_a_block_whose_lease_was_taken_raises_at_its_end(store: Any, colour: Colour) -> None:
+    """A loss that nobody noticed before the release is noticed by it."""
+    lock = lock_of(colour, store, ttl=30)
+    with pytest.raises(LeaseLostError):
+        async with lock.acquire() as lease:
+            await lock.force_release(lease.token)
+    async with lock.acquire(timeout=0) as lease:
+        await lease.release()  # an early release is no loss
+
+
+async def test_revoke_never_makes_two_holders(
+    store: Any, colour: Colour, clock: ServerClock
+) -> None:
+    """revoke(token) ends the token at once, and the name stays taken to the lease's old expiry."""
+    lock = lock_of(colour, store, ttl=30)
+    lease = await lock.acquire()
+    assert await lock.revoke(lease.token) is True
+    assert await lock.revoke(lease.token) is False
+    assert await lock.try_acquire() is None
+    with pytest.raises(LeaseLostError):
+        await lease.extend(30)
+    clock.advance(31)
+    second = await lock.acquire(timeout=0)
+    assert second.token > lease.token
+    await second.release()
+
+
+async def test_force_release_needs_the_token(store: Any, colour: Colour) -> None:
+    """Another grant's token frees nothing."""
+    lock = lock_of(colour, store)
+    async with lock.acquire() as lease:
+        assert await lock.force_release(lease.token - 1) is False
+        assert await lock.revoke(lease.token + 1) is False
+        lease.check()
+
+
+async def test_a_closed_store_loses_its_leases(make_store: Any, colour: Colour) -> None:
+    """With the store its renewal ends; the lease says so."""
+    store = await make_store()
+    lease = await lock_of(colour, store).acquire()
+    await store.close()
+    assert lease.is_lost
+    with pytest.raises(LeaseLostError) as error:
+        lease.check()
+    assert error.value.reason == "closed"
+
+
+# -- where locks live
+
+
+async def test_grants_are_logged_unless_told_otherwise(
+    store: Any, colour: Colour, peer: Peer
+) -> None:
+    """Durable grants are in a logged table, the others in an UNLOGGED one of another name, and
+    neither knows of the other."""
+    async with (
+        lock_of(colour, store).acquire(),
+        lock_of(colour, store, durable=False).acquire(timeout=0),
+    ):
+        kinds = dict(
+            peer.run(
+                "SELECT relname, relpersistence::text FROM pg_class WHERE relname ~ '^kv_store_locks(_u)?$'"
+            )
+        )
+    assert kinds == {"kv_store_locks": "p", "kv_store_locks_u": "u"}
+
+
+async def test_clearing_the_store_frees_no_lock(store: Any, colour: Colour) -> None:
+    """clear(), truncate() and sweeps know nothing of locks."""
+    lock = lock_of(colour, store)
+    async with lock.acquire():
+        await store.clear()
+        await store.truncate()
+        await store.cleanup_expired()
+        assert await lock.try_acquire() is None
+
+
+async def test_a_namespace_has_locks_of_its_own(store: Any, colour: Colour) -> None:
+    """Names in a namespace carry its prefix, and are shown without."""
+    inner, outer = lock_of(colour, store.namespace("a:"), "x"), lock_of(colour, store, "x")
+    async with inner.acquire(), outer.acquire(timeout=0):
+        assert (await inner.holder()).name == "x"
+        assert await lock_of(colour, store, "a:x").try_acquire() is None
+
+
+async def test_no_lock_inside_a_transaction(store: Any, colour: Colour, connect: Any) -> None:
+    """A grant that can be rolled back would give its token twice: refused at construction."""
+    async with store.transaction() as tx:
+        with pytest.raises(pgkv.TransactionError, match="guard"):
+            lock_of(colour, tx)
+    conn = await connect()
+    with pytest.raises(pgkv.TransactionError, match="guard"):
+        lock_of(colour, store.using(conn))
+    await conn.rollback()
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "text"),
+    [
+        ({"ttl": 0}, pgkv.InvalidValueError, "ttl"),
+        ({"ttl": float("nan")}, pgkv.InvalidValueError, "ttl"),
+        ({"wakeup": "shout"}, pgkv.ConfigError, "wakeup"),
+        ({"on_lost": 3}, pgkv.ConfigError, "on_lost"),
+        ({"metadata": object()}, pgkv.InvalidValueError, "metadata"),
+    ],
+)
+async def test_what_is_wrong_is_named(
+    store: Any, colour: Colour, options: dict[str, Any], error: type[Exception], text: str
+) -> None:
+    """Bad settings are refused when the lock is made, by name."""
+    with pytest.raises(error, match=text):
+        lock_of(colour, store, **options)
+
+
+async def test_names_are_checked(store: Any, colour: Colour) -> None:
+    """A name is a key: not empty, no NUL, not too long; and without the separator of tickets."""
+    for name in ("", "a\0b", "a\x1fb", "x" * 2000):
+        with pytest.raises(pgkv.InvalidKeyError):
+            lock_of(colour, store, name)
+
+
+async def test_with_lock_keeps_a_stack(store: Any, colour: Colour) -> None:
+    """`with lock:` may be entered by many threads or tasks of one Lock; each ends its own lease."""
+    lock = lock_of(colour, store, "shared")
+    tokens: list[int] = []
+
+    async def enter() -> None:
+        async with lock as lease:
+            tokens.append(lease.token)
+
+    def enter_blocking(inner: Any) -> None:
+        with inner as lease:
+            tokens.append(lease.token)
+
+    if colour.name == "async":
+        await asyncio.gather(*(enter() for _ in range(4)))
+    else:
+        await asyncio.gather(*(in_thread(enter_blocking, lock._target) for _ in range(4)))
+    assert len(set(tokens)) == 4
+    assert await lock.holder() is None
+
+
+async def test_only_names_unused_for_a_week_are_forgotten(
+    store: Any, colour: Colour, peer: Peer, clock: ServerClock
+) -> None:
+    """Cleaning deletes free rows whose last grant is older than seven days; tokens rise on."""
+    from pgkv._sql.lock import LockStatements
+    from pgkv.patterns.lock import statements_of
+
+    inner = store._target if isinstance(store, Threaded) else store
+    sql = statements_of(inner, LockStatements, durable=True)
+    async with lock_of(colour, store, "old").acquire() as lease:
+        last = lease.token
+    held = await lock_of(colour, store, "held", ttl=30 * 86_400, renew=False).acquire()
+    clock.advance(6.9 * 86_400)
+    await store._execute(sql.clean(0))
+    assert peer.one(f"SELECT count(*) FROM {TABLE}") == 2
+    clock.advance(0.2 * 86_400)
+    await store._execute(sql.clean(0))
+    assert peer.run(f"SELECT key FROM {TABLE}") == [("held",)]
+    async with lock_of(colour, store, "old").acquire() as lease:
+        assert lease.token > last
+    await held.release()
+
+
+async def test_grants_are_durable_for_a_role_that_is_not(
+    make_store: Any, dsn: str, colour: Colour, peer: Peer
+) -> None:
+    """With synchronous_commit off for the role each grant and renewal still waits for the disk."""
+    from psycopg.conninfo import conninfo_to_dict, make_conninfo
+
+    options = conninfo_to_dict(dsn).get("options") or ""
+    relaxed = make_conninfo(dsn, options=f"{options} -c synchronous_commit=off")
+    lock = lock_of(colour, await make_store(dsn=relaxed), "n")
+    async with lock.acquire():
+        pass
+    for _ in range(5):
+        lease = await lock.acquire()
+        row = peer.run("SELECT pg_current_wal_flush_lsn() >= pg_current_wal_insert_lsn()")
+        await lease.release()
+        if row == [(True,)]:
+            return
+    pytest.fail("no grant was flushed when it was answered")

@@ -1,0 +1,186 @@
+"""How waiters wait: woken by a release, served in order, and never for long after a death."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+import pytest
+
+import pgkv
+from tests.colours import Colour
+from tests.faults.support import newest
+from tests.peers import Peer, until
+
+
+def lock_of(colour: Colour, store: Any, **options: Any) -> Any:
+    return colour.make("Lock", store, "queue", **options)
+
+
+async def _acquired(lock: Any, **options: Any) -> Any:
+    return await lock.acquire(**options)
+
+
+def listeners(peer: Peer) -> int:
+    return int(
+        peer.one(
+            "SELECT count(*) FROM pg_stat_activity WHERE query = 'LISTEN pgkv_locks'"
+            " AND datname = current_database()"
+        )
+    )
+
+
+def tickets(peer: Peer) -> int:
+    if peer.one("SELECT to_regclass('kv_store_tickets')::text") is None:
+        return 0
+    return int(peer.one("SELECT count(*) FROM kv_store_tickets"))
+
+
+async def test_a_release_wakes_a_waiter(store: Any, colour: Colour, peer: Peer) -> None:
+    """wakeup="notify": a waiter is granted the lock well before its next look, and one connection
+    listens for all of the process."""
+    locks = [lock_of(colour, store, wakeup="notify") for _ in range(4)]
+    lease = await locks[0].acquire()
+    waiting = [asyncio.ensure_future(_acquired(lock)) for lock in locks[1:]]
+    await until(lambda: listeners(peer) == 1, "the process listens", 5)
+    await asyncio.sleep(1.0)
+    handed: list[float] = []
+    for _ in range(3):
+        released = time.monotonic()
+        await lease.release()
+        done, pending = await asyncio.wait(waiting, timeout=5, return_when="FIRST_COMPLETED")
+        handed.append(time.monotonic() - released)
+        assert len(done) == 1, "each release lets one in"
+        lease = done.pop().result()
+        waiting = list(pending)
+    await lease.release()
+    assert min(handed) < 0.2
+    assert listeners(peer) == 1
+
+
+async def test_a_waiter_that_gives_up_passes_its_chance_on(store: Any, colour: Colour) -> None:
+    """A waiter that was woken and did not try leaves the chance to the next one."""
+    from pgkv.patterns._wakeup import Listener, TaskWaiting
+
+    listener = Listener(asyncio.get_running_loop(), "", None)  # type: ignore[arg-type]  # never listens here
+    first, second = TaskWaiting(listener, b"n"), TaskWaiting(listener, b"n")
+    listener.add(first)
+    listener.add(second)
+    listener._wake_one(b"n")
+    assert (first.trying, second.trying) == (True, False)
+    listener.remove(first, granted=False)
+    await asyncio.wait_for(second.wait(5), 1)
+    assert second.trying
+
+
+async def test_behind_a_transaction_pooler_waiters_poll(
+    make_store: Any, colour: Colour, peer: Peer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """pooler=TRANSACTION: no LISTEN, said once, and the lock is handed over all the same."""
+    from pgkv.patterns import _wakeup
+
+    _wakeup._said.clear()
+    store = await make_store(pooler=pgkv.Pooler.TRANSACTION)
+    locks = [lock_of(colour, store, wakeup="notify") for _ in range(3)]
+    lease = await locks[0].acquire()
+    waiting = [asyncio.ensure_future(_acquired(lock)) for lock in locks[1:]]
+    await asyncio.sleep(0.1)
+    assert listeners(peer) == 0
+    for _ in range(2):
+        await lease.release()
+        done, pending = await asyncio.wait(waiting, timeout=5, return_when="FIRST_COMPLETED")
+        lease, waiting = done.pop().result(), list(pending)
+    await lease.release()
+    assert caplog.text.count("pgkv.lock.polling") == 1
+
+
+async def test_where_nothing_is_heard_waiters_poll(
+    store: Any, colour: Colour, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A trial notification that does not arrive (an undeclared pooler) means polling."""
+    from pgkv.patterns import _wakeup
+
+    _wakeup._said.clear()
+    monkeypatch.setattr(_wakeup, "PROOF_TIME", 0.2)
+    monkeypatch.setattr(_wakeup, "LISTEN", b"LISTEN pgkv_elsewhere")
+    lease = await lock_of(colour, store).acquire()
+    waiting = asyncio.ensure_future(_acquired(lock_of(colour, store, wakeup="notify")))
+    await until(lambda: "pgkv.lock.polling" in caplog.text, "it is said", 3)
+    await lease.release()
+    await (await asyncio.wait_for(waiting, 3)).release()
+
+
+async def test_waiters_are_served_in_order(store: Any, colour: Colour, peer: Peer) -> None:
+    """fair=True: first come, first served; and no ticket is left behind."""
+    lock = lock_of(colour, store, fair=True)
+    order: list[int] = []
+    lease = await lock.acquire()
+
+    async def wait(number: int) -> None:
+        async with lock_of(colour, store, fair=True).acquire():
+            order.append(number)
+
+    waiting = []
+    for number in range(5):
+        waiting.append(asyncio.ensure_future(wait(number)))
+        await until(lambda n=number: tickets(peer) > n, "the ticket is drawn", 5)  # type: ignore[misc]  # a default of the loop's variable
+    await lease.release()
+    await asyncio.gather(*waiting)
+    assert order == [0, 1, 2, 3, 4]
+    assert tickets(peer) == 0
+
+
+async def test_a_dead_waiter_stalls_the_queue_for_its_ticket_only(
+    store: Any, colour: Colour, peer: Peer
+) -> None:
+    """A ticket whose owner no longer asks loses its place after its two seconds."""
+    lock = lock_of(colour, store, fair=True)
+    with pytest.raises(pgkv.LockTimeoutError):
+        async with lock.acquire():
+            await lock_of(colour, store, fair=True).acquire(timeout=0.05)
+    assert tickets(peer) == 0, "one that gives up leaves the queue"
+    peer.run(
+        "INSERT INTO kv_store_tickets VALUES ('queue' || E'\\x1f' || 'dead', 1,"
+        " clock_timestamp() + interval '1 second')"
+    )
+    started = time.monotonic()
+    async with lock.acquire(timeout=5):
+        assert 0.5 < time.monotonic() - started < 2.5
+
+
+async def test_a_fair_try_does_not_overtake(store: Any, colour: Colour, peer: Peer) -> None:
+    """try_acquire of a free lock is denied while somebody waits in order, and leaves no ticket."""
+    lock = lock_of(colour, store, fair=True)
+    async with lock.acquire():
+        pass
+    peer.run("UPDATE kv_store_locks SET expires_at = to_timestamp(0)")
+    peer.run(
+        "CREATE TABLE IF NOT EXISTS kv_store_tickets (key text primary key, version bigint, expires_at timestamptz)"
+    )
+    peer.run(
+        "INSERT INTO kv_store_tickets VALUES ('queue' || E'\\x1f' || 'early', 1,"
+        " clock_timestamp() + interval '1 minute')"
+    )
+    assert await lock.try_acquire() is None
+    assert tickets(peer) == 1
+    barger = await lock_of(colour, store).try_acquire()
+    assert barger is not None, "fair binds those who use it"
+    await barger.release()
+
+
+@newest
+async def test_waiting_costs_few_statements(
+    store: Any, colour: Colour, operations: list[tuple[str, str, int]]
+) -> None:
+    """Waiters settle at two to four looks a second each."""
+    lock = lock_of(colour, store)
+    async with lock.acquire():
+        waiting = [asyncio.ensure_future(_acquired(lock, timeout=3.0)) for _ in range(5)]
+        await asyncio.sleep(1.5)
+        operations.clear()
+        await asyncio.sleep(1.0)
+        looks = len([name for name, _, _ in operations if name == "lock_grant"])
+        results = await asyncio.gather(*waiting, return_exceptions=True)
+    assert all(isinstance(each, pgkv.LockTimeoutError) for each in results)
+    assert 5 <= looks <= 5 * 5

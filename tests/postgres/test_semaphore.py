@@ -1,0 +1,133 @@
+"""Semaphores: never more live leases than slots, each a lease like a lock's."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from pgkv import ConfigError, LeaseLostError, LockTimeoutError
+from pgkv.testing import ServerClock
+from tests.colours import Colour
+from tests.peers import Peer, gather
+
+
+def semaphore(colour: Colour, store: Any, slots: int = 3, **options: Any) -> Any:
+    return colour.make("Semaphore", store, "gpu", slots, **options)
+
+
+async def test_as_many_holders_as_slots(store: Any, colour: Colour) -> None:
+    """N are granted a slot each, the next one is denied until a slot is free."""
+    gpu = semaphore(colour, store)
+    leases = [await gpu.acquire(timeout=1) for _ in range(3)]
+    assert sorted(lease.slot for lease in leases) == [0, 1, 2]
+    assert await gpu.try_acquire() is None
+    with pytest.raises(LockTimeoutError, match="semaphore of 3"):
+        await gpu.acquire(timeout=0)
+    await leases[1].release()
+    again = await gpu.acquire(timeout=1)
+    assert again.slot == leases[1].slot
+    assert again.token > leases[1].token, "tokens rise per slot"
+    for lease in (leases[0], leases[2], again):
+        assert await lease.release()
+
+
+async def test_a_storm_never_exceeds_the_slots(store: Any, colour: Colour) -> None:
+    """Many askers at once, from the first grant on: at most N inside, and all get in."""
+    inside = most = done = 0
+
+    async def work() -> None:
+        nonlocal inside, most, done
+        gpu = semaphore(colour, store, 3)
+        for _ in range(4):
+            async with gpu.acquire():
+                inside += 1
+                most = max(most, inside)
+                await asyncio.sleep(0.001)
+                inside -= 1
+                done += 1
+
+    await asyncio.gather(*(work() for _ in range(8)))
+    assert done == 32
+    assert 1 < most <= 3
+
+
+async def test_the_number_of_slots_is_agreed(store: Any, colour: Colour) -> None:
+    """Another number is a ConfigError that names both, unless it is to be changed."""
+    async with semaphore(colour, store, 2).acquire():
+        with pytest.raises(ConfigError, match="2 slots, not 5"):
+            await semaphore(colour, store, 5).try_acquire()
+        async with semaphore(colour, store, 5, resize=True).acquire(timeout=0):
+            with pytest.raises(ConfigError, match="5 slots, not 2"):
+                await semaphore(colour, store, 2).try_acquire()
+
+
+async def test_racing_definitions_agree(store: Any, colour: Colour) -> None:
+    """Two first users with different numbers: one number holds, the other is told."""
+    await colour.make("Lock", store, "x").try_acquire()
+    made = [semaphore(colour, store, slots).try_acquire() for slots in (2, 5) * 5]
+    outcomes = await gather(*made)
+    refused = [each for each in outcomes if isinstance(each, ConfigError)]
+    assert len(refused) == 5
+    assert sum(each is not None for each in outcomes) - 5 in (2, 5)
+
+
+async def test_fewer_slots_count_the_leases_beyond(store: Any, colour: Colour) -> None:
+    """After the number was lowered nobody is granted a slot before enough have ended."""
+    leases = [await semaphore(colour, store, 4).acquire() for _ in range(4)]
+    small = semaphore(colour, store, 2, resize=True)
+    assert await small.try_acquire() is None
+    leases.sort(key=lambda lease: int(lease.slot))
+    await leases[0].release()
+    await leases[1].release()
+    assert await small.try_acquire() is None, "two live ones are left, in slots beyond"
+    await leases[2].release()
+    assert (await small.try_acquire()).slot in (0, 1)
+
+
+async def test_a_dead_holders_slot_is_taken_over(
+    store: Any, colour: Colour, clock: ServerClock
+) -> None:
+    """An expired lease frees its slot; its holder is told when it asks."""
+    leases = [await semaphore(colour, store, 2, renew=False).acquire() for _ in range(2)]
+    clock.advance(31)
+    second = await semaphore(colour, store, 2).acquire(timeout=0)
+    stale = next(lease for lease in leases if lease.slot == second.slot)
+    assert second.token > stale.token
+    with pytest.raises(LeaseLostError):
+        await stale.extend(10)
+    await second.release()
+
+
+async def test_a_guarded_slot_is_passed_over(
+    store: Any, colour: Colour, connect: Any, clock: ServerClock
+) -> None:
+    """An expired slot under an open guard is not granted; another free one is, at once."""
+    leases = [await semaphore(colour, store, 2, renew=False).acquire() for _ in range(2)]
+    conn = await connect()
+    await leases[0].guard(conn)
+    clock.advance(31)
+    gpu = semaphore(colour, store, 2)
+    other = await asyncio.wait_for(gpu.try_acquire(), 1)
+    assert other.slot == leases[1].slot
+    assert await asyncio.wait_for(gpu.try_acquire(), 1) is None
+    await conn.commit()
+    assert (await gpu.try_acquire()).slot == leases[0].slot
+
+
+async def test_a_denied_try_takes_no_transaction_id(store: Any, colour: Colour, peer: Peer) -> None:
+    """Waiting for a slot writes nothing."""
+    gpu = semaphore(colour, store, 1)
+    async with gpu.acquire():
+        before = peer.one("SELECT pg_snapshot_xmax(pg_current_snapshot())::text")
+        for _ in range(10):
+            assert await gpu.try_acquire() is None
+        assert peer.one("SELECT pg_snapshot_xmax(pg_current_snapshot())::text") == before
+
+
+@pytest.mark.parametrize("slots", [0, -1, 1.5, True, 10_001])
+async def test_slots_are_a_number(store: Any, colour: Colour, slots: Any) -> None:
+    """What is no number of slots is refused at construction."""
+    with pytest.raises(ConfigError, match="slots"):
+        semaphore(colour, store, slots)
