@@ -47,6 +47,16 @@ def wait_until(condition: Callable[[], bool], what: str, seconds: float = 30.0) 
         time.sleep(0.005)
 
 
+def takes_connections(dsn: str) -> bool:
+    """Whether what the DSN names answers: a socket's file is there before anybody listens on it."""
+    try:
+        psycopg.connect(dsn, connect_timeout=2).close()
+    except psycopg.OperationalError as error:
+        # PgBouncer that refuses a setting has answered.
+        return "startup parameter" in str(error)
+    return True
+
+
 def server_account() -> Account | None:
     """Whom servers run as, when the tests run as root."""
     return account_of(Path("/")) if is_root() else None

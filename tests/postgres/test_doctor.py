@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import psycopg
@@ -385,9 +384,11 @@ def pgbouncer(server: Server | UserServer, mode: str, *, ignores_options: bool) 
     settings.chmod(0o644)
     process = subprocess.Popen([PGBOUNCER, "-q", str(settings)], stderr=subprocess.DEVNULL)
     try:
-        socket = Path(directory) / ".s.PGSQL.6432"
-        servers.wait_until(socket.exists, "PgBouncer listens", seconds=10)
-        yield make_conninfo(host=str(directory), port=6432, dbname="db", user="postgres")
+        through = make_conninfo(host=str(directory), port=6432, dbname="db", user="postgres")
+        servers.wait_until(
+            lambda: servers.takes_connections(through), "PgBouncer listens", seconds=10
+        )
+        yield through
     finally:
         process.kill()
         process.wait()

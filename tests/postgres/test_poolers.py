@@ -17,7 +17,6 @@ import shutil
 import subprocess
 import types
 from collections.abc import Callable, Coroutine, Iterator
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -65,8 +64,9 @@ LEFT_OUT = dict.fromkeys(
     ),
     _COUNTED,
 ) | {
-    "test_transaction__read_committed_by_default": (
-        "asks for it by a setting of the session, which a pooler in transaction mode does not take"
+    "test_pipeline__a_lost_answer": (
+        "PgBouncer 1.18 refuses some clients that come through the recording proxy ('partial pkt"
+        " in startup phase'), and a store that repeats nothing shows it"
     ),
 }
 
@@ -110,15 +110,17 @@ def pgbouncer(server: Server, dsn: str, *, connections: int = 2) -> Iterator[str
     settings.chmod(0o644)
     process = subprocess.Popen([PGBOUNCER, "-q", str(settings)], stderr=subprocess.DEVNULL)
     try:
-        listens = Path(directory) / ".s.PGSQL.6432"
-        servers.wait_until(listens.exists, "PgBouncer listens", seconds=10)
-        yield make_conninfo(
+        through = make_conninfo(
             host=str(directory),
             port=6432,
             dbname="db",
             user="postgres",
             application_name=str(to["application_name"]),
         )
+        servers.wait_until(
+            lambda: servers.takes_connections(through), "PgBouncer listens", seconds=10
+        )
+        yield through
     finally:
         process.kill()
         process.wait()
