@@ -184,7 +184,7 @@ async def test_extend_and_guard_cancelled_at_every_await(
         pytest.skip("a thread cannot be cancelled; a failing flow is swept in the next test")
     lock = pgkv.AsyncLock(store, "cancel extend", ttl=30)
     finished = 0
-    for k in range(200):
+    for k in (*range(60), *range(60, 3000, 60)):  # every turn, then on until both are whole
         lease = await lock.acquire(timeout=5)
         async with await psycopg.AsyncConnection.connect(dsn) as conn:
             calls: list[Any] = [partial(lease.extend, ttl=60), partial(lease.guard, conn)]
@@ -205,9 +205,9 @@ async def test_extend_and_guard_cancelled_at_every_await(
         assert info.token == lease.token
         assert not lease.is_lost
         assert await lease.release()
-        if finished >= 6:
+        if finished >= 4:
             break
-    assert finished >= 6, "neither call was ever fast enough to be whole"
+    assert finished >= 4, "neither call was ever fast enough to be whole"
 
 
 async def _await(awaitable: Any) -> Any:
