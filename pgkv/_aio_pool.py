@@ -207,8 +207,7 @@ class AsyncLeases:
         started = monotonic()
         pool, opened_now = await self._psycopg_pool(action)
         until = min(deadline, started + self._config.connect_timeout)
-        # Polled, for the pool has no event to wait for.
-        while (  # noqa: ASYNC110
+        while (  # noqa: ASYNC110  # the pool has no event to wait for
             opened_now and still_opening(pool, self._failures) and monotonic() < until
         ):
             # Asking at once would make the pool grow beyond the one it is opening already.

@@ -12,6 +12,7 @@ import psycopg_pool
 import pytest
 from psycopg.conninfo import conninfo_to_dict
 
+import pgkv
 from pgkv import (
     ConfigError,
     InvalidValueError,
@@ -387,9 +388,6 @@ def test_django(dsn: str, own_store: Store) -> None:
 async def test_an_async_pool(dsn: str, witness: Witness) -> None:
     """AsyncStore over the caller's AsyncConnectionPool: dead and timed-out connections are
     replaced, cancelled tasks lose none, the pool is not closed."""
-    pgkv = pytest.importorskip("pgkv")
-    if not hasattr(pgkv, "AsyncStore"):
-        pytest.skip("no AsyncStore yet")
     pool: psycopg_pool.AsyncConnectionPool[Any] = psycopg_pool.AsyncConnectionPool(
         dsn, min_size=2, max_size=2, open=False
     )
