@@ -174,12 +174,15 @@ class Proxy:
         async def end() -> None:
             assert self._listener is not None
             self._listener.close()
-            # What was accepted a moment ago has no task yet: look more than once.
-            for _ in range(5):
+            # What was accepted a moment ago has no task yet, or one that has not begun: look until
+            # there was nothing for a while.
+            quiet = 0
+            while quiet < 5:
                 for task in tuple(self._tasks):
                     task.cancel()
                 await asyncio.gather(*self._tasks, return_exceptions=True)
                 await asyncio.sleep(0.01)
+                quiet = 0 if len(asyncio.all_tasks()) > 1 else quiet + 1
 
         self._on_loop(end())
         self._loop.call_soon_threadsafe(self._loop.stop)
