@@ -145,8 +145,6 @@ class AsyncLeases:
         elif not self.waiters or not self._wake(link):
             self.idle.append(link)
 
-    hand_over = release
-
     def settle(self, link: AsyncLink) -> None:
         """Take a link back from an operation that failed: keep it if it still works."""
         if link.is_usable():
@@ -344,7 +342,7 @@ class AsyncCallerPool:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    release = hand_over = discard = settle
+    release = discard = settle
 
     async def _check_in(self, link: AsyncLink) -> None:
         if link.is_running():

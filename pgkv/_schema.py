@@ -164,11 +164,6 @@ def recreate(table: Table) -> Flow[None]:
     yield from do(_script("recreate_table", commands))
 
 
-def verify(table: Table) -> Flow[bool]:
-    """Whether the table exists."""
-    return bool((yield from do(_columns(table))))
-
-
 def _columns(table: Table) -> Op[dict[str, str]]:
     statement = Statement(
         "create_table",
@@ -253,6 +248,3 @@ def _busy(table: Table) -> StoreUnavailableError:
     return StoreUnavailableError(
         f"the table {table.quoted} could not be altered within 2 s: another transaction holds it"
     )
-
-
-__all__ = ["companion", "create_sql", "ensure", "recreate", "schema_sql", "verify"]

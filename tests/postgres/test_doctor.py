@@ -4,8 +4,6 @@ import contextlib
 import json
 import os
 import re
-import shutil
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -30,7 +28,7 @@ from pgkv import (
 from pgkv._doctor import Finding
 from pgkv.cli import main
 from pgkv.testing import ServerClock
-from tests import servers
+from tests import pgbouncer, servers
 from tests.servers import Server, UserServer
 
 # What the Rust crate pgkv creates.
@@ -350,56 +348,23 @@ def test_no_server_is_an_error() -> None:
 
 # -- behind PgBouncer ----------------------------------------------------------------------
 
-PGBOUNCER = shutil.which(
-    "pgbouncer", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin"
-)
-needs_pgbouncer = pytest.mark.skipif(PGBOUNCER is None, reason="no pgbouncer on this machine")
 
-
-@contextlib.contextmanager
-def pgbouncer(server: Server | UserServer, mode: str, *, ignores_options: bool) -> Iterator[str]:
+def pooler(
+    server: Server | UserServer, mode: str, *, ignores_options: bool
+) -> contextlib.AbstractContextManager[str]:
     """A PgBouncer in front of the server; gives its DSN."""
     if not isinstance(server, Server):
         pytest.skip("PgBouncer needs the password of PGKV_TEST_DSN's server")
-    assert PGBOUNCER is not None
-    directory = servers.new_directory("pgbouncer")
-    to = conninfo_to_dict(server.dsn)
-    account = servers.server_account()
-    settings = directory / "pgbouncer.ini"
-    lines = [
-        "[databases]",
-        f"db = host={to['host']} port={to['port']} dbname={to['dbname']} user={to['user']}",
-        "[pgbouncer]",
-        "listen_addr =",
-        "listen_port = 6432",
-        f"unix_socket_dir = {directory}",
-        "auth_type = any",
-        f"pool_mode = {mode}",
-        "default_pool_size = 3",
-        f"logfile = {directory}/log",
-        *(["ignore_startup_parameters = options"] if ignores_options else []),
-        *([f"user = {account.name}"] if account else []),
-    ]
-    settings.write_text("\n".join(lines) + "\n")
-    settings.chmod(0o644)
-    process = subprocess.Popen([PGBOUNCER, "-q", str(settings)], stderr=subprocess.DEVNULL)
-    try:
-        through = make_conninfo(host=str(directory), port=6432, dbname="db", user="postgres")
-        servers.wait_until(
-            lambda: servers.takes_connections(through), "PgBouncer listens", seconds=10
-        )
-        yield through
-    finally:
-        process.kill()
-        process.wait()
+    ignored = ["ignore_startup_parameters = options"] if ignores_options else []
+    return pgbouncer.started(server.dsn, f"pool_mode = {mode}", "default_pool_size = 3", *ignored)
 
 
-@needs_pgbouncer
+@pgbouncer.needed
 def test_a_pooler_in_transaction_mode(dsn: str, server: Server | UserServer) -> None:
     """It is recognised also where it lets the session's settings pass unheeded, and pgkv has to know
     of it."""
     schema = schema_of(dsn)
-    with Store.connect(dsn), pgbouncer(server, "transaction", ignores_options=True) as pooled:
+    with Store.connect(dsn), pooler(server, "transaction", ignores_options=True) as pooled:
         found = examine(pooled, schema=schema)
         assert found["pooler"].status == "fail"
         assert "Pooler.TRANSACTION" in found["pooler"].advice
@@ -409,11 +374,11 @@ def test_a_pooler_in_transaction_mode(dsn: str, server: Server | UserServer) -> 
         assert "transaction mode" in found["pooler"].detail
 
 
-@needs_pgbouncer
+@pgbouncer.needed
 def test_a_pooler_that_refuses_settings(dsn: str, server: Server | UserServer) -> None:
     """PgBouncer as it comes refuses a session's settings: doctor goes on without them."""
     schema = schema_of(dsn)
-    with Store.connect(dsn), pgbouncer(server, "transaction", ignores_options=False) as pooled:
+    with Store.connect(dsn), pooler(server, "transaction", ignores_options=False) as pooled:
         found = examine(pooled, schema=schema)
         assert found["pooler"].status == "fail"
         assert "refuses" in found["pooler"].detail
@@ -428,10 +393,10 @@ def test_a_pooler_that_refuses_settings(dsn: str, server: Server | UserServer) -
         )
 
 
-@needs_pgbouncer
+@pgbouncer.needed
 def test_a_pooler_in_session_mode(dsn: str, server: Server | UserServer) -> None:
     """A pooler that shares nothing is seen, and is a matter of the right setting."""
-    with Store.connect(dsn), pgbouncer(server, "session", ignores_options=True) as pooled:
+    with Store.connect(dsn), pooler(server, "session", ignores_options=True) as pooled:
         found = examine(pooled, schema=schema_of(dsn))["pooler"]
         assert found.status == "warn"
         assert "no sharing" in found.detail

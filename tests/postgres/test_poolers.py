@@ -11,10 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import inspect
-import os
 import re
-import shutil
-import subprocess
 import types
 from collections.abc import Callable, Coroutine, Iterator
 from types import ModuleType
@@ -22,11 +19,11 @@ from typing import Any
 
 import pytest
 from _pytest.fixtures import FixtureFunctionDefinition
-from psycopg.conninfo import conninfo_to_dict, make_conninfo
+from psycopg.conninfo import conninfo_to_dict
 
 import pgkv
 from pgkv import Pooler
-from tests import servers
+from tests import pgbouncer
 from tests.colours import Colour
 from tests.faults.support import newest
 from tests.peers import Peer, caller_connection
@@ -70,60 +67,22 @@ LEFT_OUT = dict.fromkeys(
     ),
 }
 
-PGBOUNCER = shutil.which(
-    "pgbouncer", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin"
-)
-pytestmark = [
-    newest,
-    pytest.mark.skipif(
-        PGBOUNCER is None, reason="no pgbouncer here (on Debian and Ubuntu: apt install pgbouncer)"
-    ),
-]
+pytestmark = [newest, pgbouncer.needed]
 
 
-@contextlib.contextmanager
-def pgbouncer(server: Server, dsn: str, *, connections: int = 2) -> Iterator[str]:
+def pooler(dsn: str, *, connections: int = 2) -> contextlib.AbstractContextManager[str]:
     """A PgBouncer whose server connections work in the schema of `dsn`; gives its own DSN."""
-    assert PGBOUNCER is not None
-    directory = servers.new_directory("pgbouncer")
     to = conninfo_to_dict(dsn)
     schema = re.search(r"search_path=(\w+)", str(to["options"]))
     assert schema is not None
-    account = servers.server_account()
-    settings = directory / "pgbouncer.ini"
-    lines = [
-        "[databases]",
-        f"db = host={to['host']} port={to['port']} dbname={to['dbname']} user={to['user']}"
-        f" connect_query='SET search_path = {schema[1]}, pg_catalog'",
-        "[pgbouncer]",
-        "listen_addr =",
-        "listen_port = 6432",
-        f"unix_socket_dir = {directory}",
-        "auth_type = any",
+    return pgbouncer.started(
+        dsn,
         "pool_mode = transaction",
         f"default_pool_size = {connections}",
         "max_client_conn = 500",
-        f"logfile = {directory}/log",
-        *([f"user = {account.name}"] if account else []),
-    ]
-    settings.write_text("\n".join(lines) + "\n")
-    settings.chmod(0o644)
-    process = subprocess.Popen([PGBOUNCER, "-q", str(settings)], stderr=subprocess.DEVNULL)
-    try:
-        through = make_conninfo(
-            host=str(directory),
-            port=6432,
-            dbname="db",
-            user="postgres",
-            application_name=str(to["application_name"]),
-        )
-        servers.wait_until(
-            lambda: servers.takes_connections(through), "PgBouncer listens", seconds=10
-        )
-        yield through
-    finally:
-        process.kill()
-        process.wait()
+        connect_query=f"SET search_path = {schema[1]}, pg_catalog",
+        application_name=str(to["application_name"]),
+    )
 
 
 @pytest.fixture
@@ -131,7 +90,7 @@ def pooled(server: Server | UserServer, dsn: str) -> Iterator[str]:
     """The way through PgBouncer to the test's schema."""
     if not isinstance(server, Server):
         pytest.skip("PgBouncer needs the password of PGKV_TEST_DSN's server")
-    with pgbouncer(server, dsn) as through:
+    with pooler(dsn) as through:
         yield through
 
 
