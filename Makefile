@@ -7,6 +7,7 @@ SHELL := /bin/sh
 MAKEFLAGS += --no-print-directory
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet install
 ARGS ?=
+JOBS ?= 2
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL: # one check after the other: the first failure is the last thing on the screen
@@ -30,10 +31,10 @@ types: $(VENV)/.dev ## mypy, strict
 imports: $(VENV)/.dev ## the direction of imports
 	@out=$$($(BIN)/lint-imports --no-cache 2>&1) || { echo "$$out"; exit 1; }
 
-# Faults are real here, and so is time: on a busy machine one of some thousand may miss its moment. It gets a second one,
-# alone; what fails twice has failed.
+# Faults are real here, and so is time: most tests wait, so JOBS processes run them side by side, and on a busy machine
+# one of some thousand may miss its moment. It gets a second one, alone; what fails twice has failed.
 tests: $(VENV)/.dev ## the tests; ARGS="tests/unit -k ttl" chooses some
-	@$(BIN)/python -m pytest $(ARGS) || { echo "Once more, what failed:"; \
+	@$(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal $(ARGS) || { echo "Once more, what failed:"; \
 		$(BIN)/python -m pytest --last-failed --last-failed-no-failures none $(ARGS); }
 
 bench: $(VENV)/.dev ## the benchmarks; ARGS are passed on
