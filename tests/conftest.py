@@ -12,6 +12,7 @@ import asyncio
 import inspect
 import os
 import secrets
+import signal
 from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +31,14 @@ WANTED = (
     18,
     15,
 )  # the newest, which the test extra brings in a wheel, and an old one from the system, where found
+
+
+def pytest_configure() -> None:
+    """A shell that starts the tests in the background lets them ignore Ctrl-C, which every process
+    of theirs would inherit: tests of interrupts need the default.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _server_params() -> list[Any]:
