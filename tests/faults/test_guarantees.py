@@ -1,0 +1,223 @@
+"""What docs/guarantees.md says of a fault and no other test shows: a fail-over, a lock table dropped
+under its holders, a killed client, a step of the server's clock under sessions, patterns behind a
+pooler."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
+
+import pgkv
+from pgkv import Pooler, TableType
+from pgkv._cluster import Cluster
+from pgkv.testing import ServerClock
+from tests import pgbouncer, servers
+from tests.cached import cached_in
+from tests.colours import Colour
+from tests.faults.support import Witness, newest
+from tests.postgres.test_poolers import pooler
+from tests.servers import Server, wait_until
+
+pytestmark = newest
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Standby:
+    """An asynchronous replica of a test's server."""
+
+    def __init__(self, primary: Server) -> None:
+        self._primary = primary
+        self._cluster = Cluster.open(servers.new_directory("standby"), primary.binaries)
+        account = servers.server_account()
+        subprocess.run(
+            [
+                *(f"{primary.binaries.directory}/pg_basebackup", "--write-recovery-conf"),
+                *("--checkpoint=fast", "--dbname", primary.dsn, "--pgdata", self._cluster.pgdata),
+            ],
+            check=True,
+            capture_output=True,
+            cwd="/tmp",
+            user=account.uid if account else None,
+            group=account.gid if account else None,
+            extra_groups=[] if account else None,
+        )
+        self.dsn = self._cluster.start(primary.settings)
+
+    def catch_up(self) -> None:
+        """Wait until it has everything that the primary has."""
+        written = _one(self._primary.dsn, "SELECT pg_current_wal_lsn()::text")
+        replayed = f"SELECT pg_last_wal_replay_lsn() >= '{written}'::pg_lsn"
+        wait_until(lambda: bool(_one(self.dsn, replayed)), "the standby catches up")
+
+    def cut_off(self) -> None:
+        """What the primary does from now on does not reach it."""
+        self._cluster.stop("fast")
+
+    def promote(self) -> None:
+        """Make it the primary."""
+        self._cluster.start(self._primary.settings)
+        assert _one(self.dsn, "SELECT pg_promote()")
+
+    def remove(self) -> None:
+        self._cluster.stop("immediate")
+
+
+def _one(dsn: str, query: str) -> Any:
+    with psycopg.connect(dsn, autocommit=True) as conn:
+        row = conn.execute(query.encode()).fetchone()
+    assert row is not None
+    return row[0]
+
+
+@pytest.fixture
+def pair(make_server: Callable[..., Server]) -> Iterator[tuple[Server, Standby, str]]:
+    """A server, its replica, and a DSN that finds whichever of them takes writes."""
+    primary = make_server()
+    standby = Standby(primary)
+    places = [conninfo_to_dict(dsn) for dsn in (primary.dsn, standby.dsn)]
+    yield (
+        primary,
+        standby,
+        make_conninfo(
+            host=",".join(str(place["host"]) for place in places),
+            port=",".join(str(place["port"]) for place in places),
+            user="postgres",
+            dbname="postgres",
+            target_session_attrs="read-write",
+        ),
+    )
+    standby.remove()
+
+
+def test_a_failover_to_an_asynchronous_replica(pair: tuple[Server, Standby, str]) -> None:
+    """The UNLOGGED table is empty and works; of what is logged the replicated part is there, and what
+    was not replicated is undone: a lock has two holders until the first one's next renewal, its token
+    rising; a session that was ended lives again; so does an invalidated entry of a REGULAR table."""
+    primary, standby, dsn = pair
+    with (
+        pgkv.Store.connect(dsn) as store,
+        pgkv.Store.connect(dsn, table_name="regular", table_type=TableType.REGULAR) as regular,
+    ):
+        limiter = pgkv.RateLimiter(store, "3/h", name="n", timeout=5)
+        lock = pgkv.Lock(store, "n", ttl=30)
+        sessions = pgkv.SessionStore(store)
+        calls: list[int] = []
+
+        @pgkv.cached(600, store=regular, store_timeout=5, beta=0)
+        def count() -> int:
+            calls.append(1)
+            return len(calls)
+
+        assert count() == 1
+        store.set("k", "v")
+        session = sessions.create({"a": 1}, user_id="u")
+        assert [bool(limiter.hit("u")) for _ in range(4)] == [True, True, True, False]
+        assert lock.holder() is None
+        regular.set("k", "v")  # waits for the disk, and so for what did not
+        standby.catch_up()
+        standby.cut_off()
+        regular.set("k", "later")
+        first = lock.acquire(timeout=5)
+        assert sessions.destroy(session.id)
+        count.invalidate()
+        primary.kill()
+        standby.promote()
+
+        assert store.get("k") is None
+        store.set("k", "w")
+        assert store.get("k") == b"w"
+        assert regular.get("k") == b"v"
+        assert limiter.hit("u", cost=3)
+        assert sessions.load(session.id) is not None
+        assert count() == 1
+        second = lock.acquire(timeout=5)
+        assert second.token > first.token
+        assert not first.is_lost
+        with pytest.raises(pgkv.LeaseLostError):
+            first.extend(30)
+
+
+def test_a_dropped_lock_table_frees_every_name(dsn: str, witness: Witness) -> None:
+    """The next grant has a larger token; the holder of before learns at its next renewal."""
+    with pgkv.Store.connect(dsn) as store:
+        lock = pgkv.Lock(store, "n", ttl=3)
+        first = lock.acquire()
+        witness.conn.execute("DROP TABLE kv_store_locks")
+        second = lock.acquire(timeout=0)
+        assert second.token > first.token
+        wait_until(lambda: first.is_lost, "the first holder hears", seconds=2)
+        second.check()
+
+
+def test_a_killed_clients_statement_may_finish(dsn: str, witness: Witness) -> None:
+    """kill -9 of a process whose write waits for a row lock: the write happens all the same."""
+    with pgkv.Store.connect(dsn) as store:
+        store.set("k", "before")
+        program = "import sys, pgkv; pgkv.Store.connect(sys.argv[1]).set('k', 'after')"
+        where = make_conninfo(dsn, application_name="doomed")
+        with witness.lock("k"):
+            process = subprocess.Popen(
+                [sys.executable, "-c", program, where],
+                env={**os.environ, "PYTHONPATH": str(ROOT)},
+            )
+            wait_until(lambda: witness.waiting("doomed") == 1, "its write waits")
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            assert store.get("k") == b"before"
+        wait_until(lambda: store.get("k") == b"after", "the write happens", seconds=5)
+
+
+def test_sessions_move_with_the_servers_clock(dsn: str, clock: ServerClock) -> None:
+    """A step back lengthens a session by the step, a step forward ends it that much earlier."""
+    with pgkv.Store.connect(dsn) as store:
+        sessions = pgkv.SessionStore(store, idle_timeout=600, touch_interval=60)
+        token = sessions.create({"a": 1}).id
+        clock.advance(-3600)
+        assert sessions.load(token) is not None
+        clock.advance(3600 + 599)
+        assert sessions.load(token) is not None
+        clock.advance(601)
+        assert sessions.load(token) is None
+
+
+@pgbouncer.needed
+async def test_patterns_behind_a_transaction_pooler(
+    dsn: str, server: object, make_store: Any, colour: Colour
+) -> None:
+    """Through PgBouncer in transaction mode limiters, cached functions and sessions work as ever."""
+    if not isinstance(server, Server):
+        pytest.skip("PgBouncer needs the password of PGKV_TEST_DSN's server")
+    with pooler(dsn) as through:
+        store = await make_store(dsn=through, pooler=Pooler.TRANSACTION)
+        limiter = colour.make("RateLimiter", store, "3/h", name="n", timeout=5)
+        assert [bool(await limiter.hit("u")) for _ in range(4)] == [True, True, True, False]
+
+        calls: list[int] = []
+
+        @cached_in(colour, store, tags=("t",), beta=0)
+        async def count() -> int:
+            calls.append(1)
+            return len(calls)
+
+        assert [await count(), await count()] == [1, 1]
+        await count.invalidate()
+        assert [await count(), await count()] == [2, 2]
+
+        sessions = colour.make("SessionStore", store)
+        session = await sessions.create({"a": 1})
+        old = session.id
+        session.data["b"] = 2
+        await sessions.rotate(session, user_id="u")
+        assert (await sessions.load(session.id)).data == {"a": 1, "b": 2}
+        assert (await sessions.load(old)).data == {"a": 1}
+        assert await sessions.destroy_user("u") == 1
+        assert await sessions.load(session.id) is None

@@ -1,0 +1,66 @@
+"""What the documentation says of the code, the tests and the figures is so."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+MODULES = [
+    *(path for path in sorted((ROOT / "pgkv").rglob("*.py")) if "patterns" not in path.parts),
+    *sorted((ROOT / "patterns").rglob("*.py")),
+]
+WALL_CLOCKS = {
+    *("time.time", "time.time_ns", "time.localtime", "time.gmtime", "time.ctime"),
+    *("datetime.now", "datetime.utcnow", "datetime.today", "date.today"),
+}
+# Compares the client's clock with the server's, and says by how much they differ.
+MAY_READ_IT = {"pgkv/_doctor/server.py"}
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+@pytest.fixture(scope="module")
+def tests() -> set[str]:
+    """The name of every test."""
+    return {
+        name
+        for path in (ROOT / "tests").rglob("test_*.py")
+        for name in re.findall(r"^(?:async )?def (test_\w+)", path.read_text("utf-8"), re.MULTILINE)
+    }
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_tests_that_a_page_names_exist(page: Path, tests: set[str]) -> None:
+    """Each test that a page calls a witness is there to be run."""
+    assert not set(re.findall(r"`(test_\w+)`", page.read_text("utf-8"))) - tests
+
+
+@pytest.mark.parametrize(
+    "name", ["guarantees", "security", "lock", "rate-limiter", "cached", "sessions"]
+)
+def test_pages_of_promises_name_tests(name: str) -> None:
+    """The pages that promise say where that is tested; so the search above finds something."""
+    assert len(re.findall(r"`test_\w+`", (ROOT / "docs" / f"{name}.md").read_text("utf-8"))) > 10
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_files_that_a_page_names_exist(page: Path) -> None:
+    """A file or folder of the source tree that a page names is where it says."""
+    text = page.read_text("utf-8")
+    named = re.findall(r"`((?:pgkv|patterns|tests|examples|docs)/[\w./-]*)`", text)
+    assert not [name for name in named if not (ROOT / name).exists()]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_no_module_reads_the_wall_clock(path: Path) -> None:
+    """A client's clock decides nothing: nobody looks at it."""
+    tree = ast.parse(path.read_text("utf-8"))
+    called = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    assert bool(called & WALL_CLOCKS) is (name_of(path) in MAY_READ_IT)
