@@ -38,6 +38,11 @@ class Options:
     on_error: Literal["call", "raise"]
     store_timeout: float
 
+    def facts(self) -> str:
+        """What a repr says of them."""
+        ttl: Any = self.ttl
+        return f"ttl={'computed' if callable(ttl) else ttl if ttl is None else f'{ttl:g}'}"
+
 
 class Colour(Protocol):
     """What the two colours do differently."""

@@ -17,6 +17,7 @@ from typing import Any, Concatenate, Generic, ParamSpec, Self, TypeVar, overload
 import psycopg
 
 from .._caller import unwrap
+from .._observe import shown
 from .._sql.cache import ENTRY, FUNCTION
 from ..aio import AsyncStore
 from ..errors import ConfigError, PgkvError
@@ -106,8 +107,9 @@ class _Base(Generic[P, R]):
             return self._bound_to(owner)
         return self if instance is None else self._bound_to(instance)
 
+    @shown
     def __repr__(self) -> str:
-        return f"<{type(self).__name__} {self._core.name}>"
+        return f"{self._core.name} {self._core.options.facts()}"
 
     def __reduce__(self) -> str | tuple[Any, ...]:
         # By name, as functions are pickled: so it can be sent to another process.

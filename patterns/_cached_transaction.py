@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .. import _schema
+from .._observe import shown
 from . import _switch
 from ._cache_site import Site
 from ._l1_news import announcement
@@ -23,6 +24,10 @@ class Invalidator:
         self._function = function
         self._site = site
         self._bound = bound
+
+    @shown
+    def __repr__(self) -> str:
+        return f"of {self._function.name}"
 
     def invalidate(self, *args: Any, **kwargs: Any) -> None:
         """Remove one call's entry when the transaction commits."""
@@ -44,6 +49,10 @@ class AsyncInvalidator:
         self._function = function
         self._site = site
         self._bound = bound
+
+    @shown
+    def __repr__(self) -> str:
+        return f"of {self._function.name}"
 
     async def invalidate(self, *args: Any, **kwargs: Any) -> None:
         """Remove one call's entry when the transaction commits."""

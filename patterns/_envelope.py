@@ -140,7 +140,7 @@ class SignedPickle:
         self._key = key
 
     def __repr__(self) -> str:
-        return "SignedPickle(...)"
+        return "<SignedPickle>"  # the key is a secret
 
     def _signature(self, name: str, body: bytes) -> bytes:
         # With the entry's name: a signed entry copied to another key would pass otherwise.

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from flask.sessions import SessionInterface, SessionMixin
 
+from .._observe import shown
 from ..errors import SessionError
 from ._cookie import Cookie, Exempt, SameSite, exemption
 from ._request_session import RequestSession
@@ -81,6 +82,10 @@ class PgkvSessionInterface(SessionInterface):
             cookie, secure=secure, same_site=same_site, path=path, domain=domain, max_age=max_age
         )
         self._is_exempt = exemption(exempt)
+
+    @shown
+    def __repr__(self) -> str:
+        return f"cookie={self._cookie.name!r} sessions={self._sessions!r}"
 
     def open_session(self, app: Flask, request: Request) -> FlaskSession:  # noqa: ARG002  # Flask's signature
         """Begin a request."""

@@ -124,7 +124,7 @@ class Guard:
         shadow: bool = False,
     ) -> None:
         self._colour = colour
-        self._limiter = limiter
+        self.limiter = limiter
         if isinstance(limiter, Core) or not callable(limiter):
             self._require_colour(limiter)
         self._key = client_ip() if key is None else key
@@ -158,7 +158,7 @@ class Guard:
         """Judge a request. None lets it pass unseen."""
         if self._exempt is not None and (yield from call(self._exempt, request)):
             return None
-        limiter = self._limiter
+        limiter = self.limiter
         if not isinstance(limiter, Core):
             limiter = yield from call(limiter, request)
             if limiter is None:

@@ -12,6 +12,7 @@ from time import monotonic
 from typing import TYPE_CHECKING
 
 from .._codec import seconds
+from .._observe import shown
 from ..errors import ConfigError
 from ._fork import survives_fork
 
@@ -49,8 +50,9 @@ class L1:
         self._lock = threading.Lock()
         survives_fork(self)
 
+    @shown
     def __repr__(self) -> str:
-        return f"L1(max_entries={self.max_entries}, ttl={self.ttl:g})"
+        return f"max_entries={self.max_entries} ttl={self.ttl:g}"
 
     def __len__(self) -> int:
         return len(self._entries)

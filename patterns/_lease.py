@@ -24,6 +24,8 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from pgkv import _observe
+from pgkv._observe import shown
+from pgkv._settings import refuse_pickle
 from pgkv._sql.lock import EXPIRED, GONE, RELEASED, REPLACED, SEPARATOR, LockStatements
 from pgkv.errors import InvalidKeyError, InvalidValueError, LeaseLostError
 
@@ -196,6 +198,11 @@ class Terms:
     resize: bool = False
     place: Place | None = None
 
+    def facts(self) -> str:
+        """What a repr says of a lock."""
+        slots = "" if self.slots is None else f" slots={self.slots}"
+        return f"{self.name!r}{slots} ttl={self.ttl:g}"
+
 
 class Hold:
     """What both colours of lease are. Safe to use from any thread.
@@ -280,9 +287,17 @@ class Hold:
         if self._why():
             raise self._lost_error()
 
+    @shown
     def __repr__(self) -> str:
-        state = self._why() or f"{self.remaining():.1f} s left"
-        return f"<{type(self).__name__} {self.name!r} token={self._token} ({state})>"
+        # Not by `_why`, which would tell the user of a loss: looking changes nothing.
+        left = self._until - clock()
+        state = self._reason or ("forked" if os.getpid() != self._pid else "")
+        if not state:
+            state = f"{left:.1f} s left" if left > 0 else "expired"
+        slot = "" if self.slot is None else f" slot={self.slot}"
+        return f"{self.name!r}{slot} token={self._token}, {state}"
+
+    __reduce__ = refuse_pickle
 
     # -- what pgkv does with it
 

@@ -7,7 +7,7 @@ import contextlib
 import threading
 from collections.abc import Callable, Generator
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, cast
+from typing import TYPE_CHECKING, Any, NoReturn, Self, cast
 
 import psycopg
 
@@ -15,6 +15,7 @@ from pgkv._aio_bound import AsyncCallerChannel
 from pgkv._bound import CallerChannel
 from pgkv._caller import unwrap
 from pgkv._codec import seconds
+from pgkv._observe import shown
 
 from . import _grant, _guarding
 from ._lease import Hold, Terms, failed_callback, report
@@ -215,9 +216,21 @@ def _current_task() -> asyncio.Task[Any] | None:
 class AsyncGrant:
     """What ``lock.acquire()`` returns: to be awaited, or entered with ``async with``."""
 
-    def __init__(self, acquire: Callable[[], Any]) -> None:
+    def __init__(self, acquire: Callable[[], Any], name: str) -> None:
         self._acquire = acquire
+        self._name = name
         self._lease: AsyncLease | None = None
+
+    @shown
+    def __repr__(self) -> str:
+        return f"{self._name!r}, to be awaited or entered"
+
+    def __getattr__(self, name: str) -> NoReturn:
+        # Only asked for what is not there: nobody awaited it, and takes it for the lease.
+        raise AttributeError(
+            f"lock.acquire(...) has to be awaited or entered before .{name}: write "
+            "`lease = await lock.acquire(...)` or `async with lock.acquire(...) as lease`"
+        )
 
     def __await__(self) -> Generator[Any, None, AsyncLease]:
         return cast("Generator[Any, None, AsyncLease]", self._acquire().__await__())

@@ -19,7 +19,9 @@ from .. import _observe
 from .._aio_channel import AsyncPoolChannel
 from .._channel import PoolChannel
 from .._codec import seconds
+from .._observe import shown
 from .._op import Flow, Op, do, pause
+from .._settings import refuse_pickle
 from .._sql.limit import Arrival, Charge, Limit
 from ..config import Seconds
 from ..errors import (
@@ -120,8 +122,11 @@ class Core:
         view._attach(self._store.using(conn))
         return view
 
+    @shown
     def __repr__(self) -> str:
-        return f"<{type(self).__name__} {self.name!r} {'; '.join(map(str, self.rates))}>"
+        return f"{self.name!r} {'; '.join(map(str, self.rates))}"
+
+    __reduce__ = refuse_pickle
 
     @property
     def counts(self) -> LimiterCounts:

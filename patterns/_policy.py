@@ -53,6 +53,14 @@ class Decision(msgspec.Struct, frozen=True, gc=False):
     def __bool__(self) -> bool:
         return self.allowed
 
+    def __repr__(self) -> str:
+        # Without the texts of the headers.
+        return (
+            f"Decision(allowed={self.allowed}, limit={self.limit}, remaining={self.remaining}, "
+            f"retry_after={self.retry_after:.6g}, reset_after={self.reset_after:.6g}, "
+            f"rate={str(self.rate)!r}, degraded={self.degraded})"
+        )
+
     def headers(self, style: HeaderStyle = "draft") -> dict[str, str]:
         """The response headers that tell a client where it stands.
 

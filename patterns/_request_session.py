@@ -107,8 +107,8 @@ class RequestSession(dict[str, Any]):
         return super().__ior__(other)
 
     def __repr__(self) -> str:
-        # Sessions end up in tracebacks and logs; what they hold must not.
-        return f"<{type(self).__name__}>"
+        # Sessions end up in tracebacks and logs; what they hold must not. Looking loads nothing.
+        return f"<{type(self).__name__} {'not loaded' if self._session is None else self._session}>"
 
     def get(self, key: str, default: Any = None) -> Any:
         """As dict's."""

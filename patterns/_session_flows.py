@@ -108,6 +108,11 @@ class SessionFlows:
             twin.sql = SessionStatements(self.config, self.table, self.lifetimes, inside=True)
         return self._inside
 
+    def facts(self) -> str:
+        """What a repr says of a session store."""
+        idle, absolute = self.lifetimes.idle, self.lifetimes.absolute
+        return f"{self.table.name!r} idle_timeout={idle:g} absolute_timeout={absolute:g}"
+
     # -- one session
 
     def create(

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
+from .._observe import shown
 from ._session_data import id_of
 
 
@@ -69,10 +70,14 @@ class Session:
         """
         return id_of(self.id).hex() if self.id else ""
 
+    @shown
     def __repr__(self) -> str:
-        # Neither the token, nor the data, nor who it is.
-        state = "new" if self.is_new else "loaded"
-        return f"<Session {'ended' if self._ended else 'moved' if self._moved else state}>"
+        # Neither the token nor the data. The handle is no secret, and names it in `list_user` too.
+        state = "ended" if self._ended else "moved" if self._moved else ""
+        if not state:
+            state = "new" if self.is_new else "loaded"
+        user = "" if self.user_id is None else f" user={self.user_id!r}"
+        return f"{state}{user}" + (f" handle={self.handle[:8]}..." if self.id else "")
 
 
 @dataclass(frozen=True, slots=True)

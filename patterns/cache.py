@@ -18,6 +18,7 @@ import psycopg
 
 from .. import _codec
 from .._caller import unwrap
+from .._observe import shown
 from .._sql.cache import TAG
 from ..aio import AsyncStore
 from ..errors import ConfigError
@@ -57,6 +58,10 @@ class Decorator:
 
     def __init__(self, settings: dict[str, Any]) -> None:
         self._settings = settings
+
+    @shown
+    def __repr__(self) -> str:
+        return f"of cached({self._settings['options'].facts()}), to be put before a function"
 
     @overload
     def __call__(  # type: ignore[overload-overlap]  # where both fit, the first is meant

@@ -14,7 +14,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from pgkv import _observe
+from pgkv._observe import shown
 from pgkv._op import Flow, call
+from pgkv._settings import refuse_pickle
 from pgkv.aio import AsyncStore
 from pgkv.errors import PgkvError
 from pgkv.store import Store
@@ -63,6 +65,13 @@ class _Candidate:
         """The fencing token of this leadership, above those of all before; None if not leading."""
         lease = self._lease
         return None if lease is None or lease.is_lost else lease.token
+
+    @shown
+    def __repr__(self) -> str:
+        lease = self._lease
+        return f"{self._terms.facts()}, {'not leading' if lease is None else f'leading: {lease!r}'}"
+
+    __reduce__ = refuse_pickle
 
     def _campaign(self, port: Any, work: _Work) -> Flow[None]:
         """Campaign, lead, and again, until told to stop."""

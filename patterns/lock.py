@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from pgkv import _schema
 from pgkv._codec import integer, seconds
+from pgkv._observe import shown
+from pgkv._settings import refuse_pickle
 from pgkv._sql.lock import LockStatements
 from pgkv.aio import AsyncStore
 from pgkv.config import Config, TableKind
@@ -189,8 +191,11 @@ class Acquirer:
     ) -> None:
         self._entered.stack.pop().__exit__(kind, error, traceback)
 
+    @shown
     def __repr__(self) -> str:
-        return f"<{type(self).__name__} {self.name!r}>"
+        return self._terms.facts()
+
+    __reduce__ = refuse_pickle
 
 
 class AsyncAcquirer:
@@ -222,7 +227,7 @@ class AsyncAcquirer:
                 "AsyncLease", granted(await self._port.channel.run(flow), self._terms, longest)
             )
 
-        return AsyncGrant(acquired)
+        return AsyncGrant(acquired, self.name)
 
     async def try_acquire(self) -> AsyncLease | None:
         """As `Lock.try_acquire`."""
@@ -246,8 +251,11 @@ class AsyncAcquirer:
         assert task is not None
         await self._entered[task].pop().__aexit__(kind, error, traceback)
 
+    @shown
     def __repr__(self) -> str:
-        return f"<{type(self).__name__} {self.name!r}>"
+        return self._terms.facts()
+
+    __reduce__ = refuse_pickle
 
 
 class Lock(Acquirer):

@@ -14,7 +14,9 @@ from time import monotonic
 from typing import Any, ParamSpec, Self, TypeVar
 
 from .._drivers import drive, drive_async
+from .._observe import shown
 from .._op import Flow, Op, Sleep
+from .._settings import refuse_pickle
 from ..aio import AsyncStore
 from ..config import Seconds
 from ..store import Store
@@ -345,8 +347,11 @@ class _Reserved:
         self._limiter = limiter
         self._receipt = receipt
 
+    @shown
     def __repr__(self) -> str:
-        return f"<{type(self).__name__} of {self._limiter.name!r} in {self.delay:.3f} s>"
+        return f"{self._limiter.name!r} delay={self.delay:.3f}"
+
+    __reduce__ = refuse_pickle
 
     def _take(self) -> Receipt | None:
         receipt, self._receipt = self._receipt, None

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
 from .._aio_bound import AsyncBoundChannel
 from .._bound import BoundChannel
+from .._observe import shown
+from .._settings import refuse_pickle
 from ..aio import AsyncStore
 from ..errors import ConfigError
 from ..store import Store
@@ -95,8 +97,11 @@ class SessionStore:
     def _run(self, flow: Flow[T]) -> T:
         return self._store._run(flow)
 
+    @shown
     def __repr__(self) -> str:
-        return f"<{type(self).__name__} {self._flows.table.name!r}>"
+        return self._flows.facts()
+
+    __reduce__ = refuse_pickle
 
     def create(
         self,
@@ -285,8 +290,11 @@ class AsyncSessionStore:
         # relaxes synchronous_commit must not share a transaction with anybody's write.
         return await self._store._run(flow)
 
+    @shown
     def __repr__(self) -> str:
-        return f"<{type(self).__name__} {self._flows.table.name!r}>"
+        return self._flows.facts()
+
+    __reduce__ = refuse_pickle
 
     async def create(
         self,

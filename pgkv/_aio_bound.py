@@ -89,6 +89,11 @@ class AsyncBoundChannel:
     def _in_transaction(self) -> bool:
         return self._link.pgconn.transaction_status == pq.TransactionStatus.INTRANS
 
+    @property
+    def state(self) -> str:
+        """Whose transaction it is in, or how that ended."""
+        return f"its transaction was {self._ended}" if self._ended else "in a transaction"
+
     def end(self) -> None:
         """Refuse whatever comes after."""
         self._ended = self._ended or "rolled back"
@@ -166,6 +171,7 @@ class AsyncBoundChannel:
                 yield inner
             finally:
                 inner.end()
+        inner._ended = "merged into the one around it"
 
     @contextlib.asynccontextmanager
     async def _savepoint(self) -> AsyncIterator[None]:
@@ -228,6 +234,11 @@ class AsyncCallerChannel(AsyncBoundChannel):
         self._ended = ""
         self._lock = AsyncReentrant(conn.lock)
 
+    @property
+    def state(self) -> str:
+        """That its connection is somebody else's, or how its own transaction ended."""
+        return super().state if self._ended else "on a caller's connection"
+
     def _using(self) -> contextlib.AbstractAsyncContextManager[Any]:
         return self._attached()
 
@@ -275,6 +286,8 @@ class AsyncCallerChannel(AsyncBoundChannel):
                 yield inner
         finally:
             inner.end()
+        if inside:
+            inner._ended = "merged into the one around it"
 
 
 class AsyncReentrant:

@@ -31,6 +31,11 @@ T = TypeVar("T")
 class AsyncChannel(Protocol):
     """What an AsyncStore needs of whatever carries its operations."""
 
+    @property
+    def state(self) -> str:
+        """What a store's repr says of it; empty for one in working order."""
+        ...
+
     async def execute(self, op: Op[T], timeout: float | None = None) -> T:
         """Perform one operation."""
         ...
@@ -83,6 +88,11 @@ class AsyncPoolChannel:
     def on_close(self, fn: Callable[[], object]) -> None:
         """Call `fn`, in a thread, when the channel has been closed."""
         self._on_close.append(fn)
+
+    @property
+    def state(self) -> str:
+        """Whether it was closed."""
+        return "closed" if getattr(self._leases, "_closed", False) else ""
 
     def conninfo(self) -> str:
         """What a connection outside the pool is opened with: for renewal and LISTEN."""

@@ -108,6 +108,11 @@ class BoundChannel:
     def close(self) -> None:
         """The connection is not the store's to close."""
 
+    @property
+    def state(self) -> str:
+        """Whose transaction it is in, or how that ended."""
+        return f"its transaction was {self._ended}" if self._ended else "in a transaction"
+
     def end(self) -> None:
         """Refuse whatever comes after."""
         self._ended = self._ended or "rolled back"
@@ -171,6 +176,7 @@ class BoundChannel:
                 yield inner
             finally:
                 inner.end()
+        inner._ended = "merged into the one around it"
 
     @contextlib.contextmanager
     def _savepoint(self) -> Iterator[None]:
@@ -236,6 +242,11 @@ class CallerChannel(BoundChannel):
         super().__init__(link_class(conn, prepares=False), timeout)
         self._conn = conn
         self._lock = threading.RLock() if self._link.takes_lock else Reentrant(conn.lock)
+
+    @property
+    def state(self) -> str:
+        """That its connection is somebody else's, or how its own transaction ended."""
+        return super().state if self._ended else "on a caller's connection"
 
     def _check(self, action: str) -> None:
         self._check_process()

@@ -37,6 +37,11 @@ T = TypeVar("T")
 class Channel(Protocol):
     """What a store needs of whatever carries its operations."""
 
+    @property
+    def state(self) -> str:
+        """What a store's repr says of it; empty for one in working order."""
+        ...
+
     def execute(self, op: Op[T], timeout: float | None = None) -> T:
         """Perform one operation."""
         ...
@@ -100,6 +105,11 @@ class PoolChannel:
     def on_close(self, fn: Callable[[], None]) -> None:
         """Call `fn` when the channel has been closed."""
         self._on_close.append(fn)
+
+    @property
+    def state(self) -> str:
+        """Whether it was closed."""
+        return "closed" if getattr(self._leases, "_closed", False) else ""
 
     def conninfo(self) -> str:
         """What a connection outside the pool is opened with: for renewal and LISTEN."""

@@ -45,6 +45,11 @@ class CoalescingChannel:
         self.heal = inner.heal
         self.may_repeat = inner.may_repeat
 
+    @property
+    def state(self) -> str:
+        """As the inner one's."""
+        return self._inner.state
+
     def watch(self, sql: Sweep) -> None:
         """Learn the statements of a table."""
         if isinstance(sql, Statements):

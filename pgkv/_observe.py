@@ -1,4 +1,5 @@
-"""What pgkv tells about itself: structured events, and a hook per operation for metrics.
+"""What pgkv tells about itself: structured events, a hook per operation for metrics, and how its
+objects show themselves in a log or a debugger.
 
 Where the application configured structlog, events go through its configuration; where it did
 not, they go to the standard logger ``pgkv`` (unconfigured structlog would print every level to
@@ -8,10 +9,11 @@ standard output, which a library must not). Values, tokens and passwords are nev
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from collections.abc import Callable, Iterator
 from time import monotonic
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import structlog
 
@@ -89,3 +91,21 @@ def _log(level: int, event: str, context: dict[str, object]) -> None:
     elif _standard.isEnabledFor(level):
         pairs = " ".join(f"{name}={value}" for name, value in context.items())
         _standard.log(level, "%s %s", event, pairs, extra={"pgkv": context})
+
+
+def shown(facts: Callable[[Any], str]) -> Callable[[Any], str]:
+    """Make a `__repr__` of what says the facts about an object: ``<Lock 'billing' ttl=30>``.
+
+    The facts must hold no secret, ask no server and take no lock. Of an object half made, as the
+    locals in a traceback may hold one, only the class is shown: a repr never fails.
+    """
+
+    @functools.wraps(facts)
+    def show(self: Any) -> str:
+        try:
+            text = facts(self)
+        except Exception:  # noqa: BLE001  # whatever is missing, or a user's own repr
+            return f"<{type(self).__name__}>"
+        return f"<{type(self).__name__} {text}>"
+
+    return show

@@ -42,7 +42,8 @@ class Serializer(Generic[T]):
             raise ConfigError(f"codec must be 'json' or 'msgpack', not {codec!r}")
         self.type = type_
         self.codec = codec
-        self._name = getattr(type_, "__name__", None) or str(type_)
+        # Of list[User] the class is list alone.
+        self.name = type_.__name__ if isinstance(type_, type) else str(type_)
         # Deterministic: equal values have equal bytes, which compare_and_swap relies on.
         encoder: Any = (
             msgspec.json.Encoder(order="deterministic")
@@ -60,7 +61,7 @@ class Serializer(Generic[T]):
                 msgspec.json.Decoder(type_) if codec == "json" else msgspec.msgpack.Decoder(type_)
             )
         except (TypeError, NameError) as error:
-            raise ConfigError(f"values of type {self._name} cannot be kept: {error}") from None
+            raise ConfigError(f"values of type {self.name} cannot be kept: {error}") from None
         self._decode = decoder.decode
 
     def _use_pydantic(self, type_: Any, codec: CodecName) -> None:
@@ -102,7 +103,7 @@ class Serializer(Generic[T]):
             return self._decode(raw)  # type: ignore[no-any-return]  # the decoder was made for T
         except (ValueError, RecursionError) as error:  # msgspec's and pydantic's are ValueErrors
             why = _path_and_reason(error, self._names)
-        raise SerializationError(f"the value of {key!r} is no {self._name} in {self.codec}{why}")
+        raise SerializationError(f"the value of {key!r} is no {self.name} in {self.codec}{why}")
 
 
 def _path_and_reason(error: Exception, names: Callable[[], set[str]]) -> str:

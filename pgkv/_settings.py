@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import threading
 from dataclasses import fields, replace
-from typing import Any
+from typing import Any, NoReturn
 
 from psycopg import pq
-from psycopg.conninfo import make_conninfo
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from . import _conninfo, embedded
 from ._sql import Statements
@@ -73,6 +73,17 @@ class Target:
                 self._server = embedded.start(embedded.parse(self._given))
                 self._pid = os.getpid()
             return self._server.dsn
+
+    def place(self) -> str:
+        """Where that is, as it may be shown; empty where everything is left to libpq."""
+        if self._given.startswith(EMBEDDED_SCHEME):
+            return self._given
+        params = conninfo_to_dict(self._given)
+        host = str(params.get("host") or params.get("hostaddr") or "")
+        port = str(params.get("port") or "")
+        if host and port and "," not in port:  # of several, each host has its own
+            host = f"{host}:{port}"
+        return "/".join(part for part in (host, str(params.get("dbname") or "")) if part)
 
     def conninfo(self) -> str:
         """What the store's own connections are opened with."""
@@ -163,4 +174,31 @@ def scan_options(
         limit=limit,
         offset=offset,
         include_expired=include_expired,
+    )
+
+
+def facts_of(store: Any) -> str:
+    """Return what a store's repr says: which table and keys, where, and whether it can be used."""
+    config, prefix = store._config, store._sql.prefix
+    schema = "" if config.schema is None else f"{config.schema}."
+    name = f"{schema}{config.table_name}"
+    place = store._target.place()
+    state = store._channel.state
+    return (
+        f"{name!r}"
+        + (f" namespace={prefix!r}" if prefix else "")
+        + (f" at {place}" if place else "")
+        + (f", {state}" if state else "")
+    )
+
+
+def refuse_pickle(thing: object, /, *_: object) -> NoReturn:
+    """The `__reduce__` of whatever lives on connections: these stay in their process.
+
+    Raises:
+        TypeError: says what to do instead.
+    """
+    raise TypeError(
+        f"this {type(thing).__name__} cannot be pickled or copied: its connections belong to this "
+        "process; make one in each process, from the same settings"
     )

@@ -15,7 +15,7 @@ from operator import attrgetter
 from pathlib import Path
 from time import monotonic
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Generic, NoReturn, Self, TypeVar, overload
 from urllib.parse import quote
 
 import psycopg
@@ -29,12 +29,15 @@ from ._aio_pool import AsyncCallerPool, AsyncLeases
 from ._caller import unwrap
 from ._coalesce import CoalescingChannel
 from ._codec import seconds
+from ._observe import shown
 from ._settings import (
     Target,
     check_pool,
     config_of_pool,
+    facts_of,
     options_of,
     page_size_of,
+    refuse_pickle,
     require_whole_table,
     scan_options,
     table_config,
@@ -64,10 +67,26 @@ class Opening(Generic[T]):
     """Something to be awaited or entered: ``x = await store.transaction()`` or ``async with``.
 
     What was awaited can be entered too; its end is the end of the ``async with``.
+
+    Args:
+        manager: opens and closes it.
+        call: what made this, for messages.
     """
 
-    def __init__(self, manager: contextlib.AbstractAsyncContextManager[T]) -> None:
+    def __init__(self, manager: contextlib.AbstractAsyncContextManager[T], call: str) -> None:
         self._manager = manager
+        self._call = call
+
+    @shown
+    def __repr__(self) -> str:
+        return f"{self._call}, to be awaited or entered"
+
+    def __getattr__(self, name: str) -> NoReturn:
+        # Only asked for what is not there: nobody awaited it, and takes it for what it opens.
+        raise AttributeError(
+            f"{self._call} has to be awaited or entered before .{name}: write "
+            f"`await {self._call}` or `async with {self._call} as ...`"
+        )
 
     def __await__(self) -> Generator[Any, None, T]:
         return self._open().__await__()
@@ -150,7 +169,7 @@ class AsyncStore:
 
     @classmethod
     def connect(cls, dsn: str | None = None, **config: Any) -> Opening[Self]:
-        return Opening(cls._connected(dsn, config))
+        return Opening(cls._connected(dsn, config), f"{cls.__name__}.connect(...)")
 
     @classmethod
     @contextlib.asynccontextmanager
@@ -206,9 +225,11 @@ class AsyncStore:
         await self.close()
         return None
 
+    @shown
     def __repr__(self) -> str:
-        prefix = f" namespace={self._sql.prefix!r}" if self._sql.prefix else ""
-        return f"<{type(self).__name__} {self._config.table_name!r}{prefix}>"
+        return facts_of(self)
+
+    __reduce__ = refuse_pickle
 
     def __bool__(self) -> bool:
         return True
@@ -480,7 +501,7 @@ class AsyncStore:
     # -- scope
 
     def transaction(self) -> Opening[Self]:
-        return Opening(self._transaction())
+        return Opening(self._transaction(), "store.transaction()")
 
     @contextlib.asynccontextmanager
     async def _transaction(self) -> AsyncIterator[Self]:

@@ -245,12 +245,12 @@ _SECRETS = ("password", "sslpassword", "oauth_client_secret", "passfile", "sslke
 
 def redact(dsn: str) -> str:
     """Return the DSN with every secret replaced by ``***``."""
-    if dsn.startswith(EMBEDDED_SCHEME):
-        return dsn
     try:
+        if dsn.startswith(EMBEDDED_SCHEME):
+            return dsn
         params = conninfo_to_dict(dsn)
-    except psycopg.ProgrammingError:
-        return "<unreadable DSN>"
+    except (psycopg.ProgrammingError, AttributeError, TypeError, UnicodeError):
+        return "<unreadable DSN>"  # a traceback's locals hold a refused Config, whatever it is
     for name in _SECRETS:
         if params.get(name):
             params[name] = "***"

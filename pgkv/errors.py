@@ -181,6 +181,11 @@ class SessionConflictError(SessionError):
     """Another request changed the session since it was loaded."""
 
 
+# A traceback then says whence a program imports it, and a pickle does not name this module.
+for _name in __all__:
+    globals()[_name].__module__ = "pgkv"
+
+
 # -- the one mapper ------------------------------------------------------------------------
 
 _UNAVAILABLE = {

@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 from . import _flows
+from ._observe import shown
 from ._op import Flow, Op
 from ._settings import scan_options, text_of
 from ._sql import Statements
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+UNSENT = "not sent yet: leave the pipeline's `with` block first"
+
 
 class Handle(Generic[T]):
     """The promise of one queued operation's outcome."""
@@ -37,7 +40,7 @@ class Handle(Generic[T]):
         self._names = names
         self._combine = combine
         self._answers: list[Any] = []
-        self._state = "not sent yet: leave the pipeline's `with` block first"
+        self._state = UNSENT
 
     def result(self) -> T:
         """Return what the operation returned.
@@ -53,8 +56,12 @@ class Handle(Generic[T]):
                 raise answer
         return self._combine(self._answers)
 
+    @shown
     def __repr__(self) -> str:
-        return f"<Handle {self._names} {'pending' if self._state else 'done'}>"
+        refused = next((each for each in self._answers if isinstance(each, PgkvError)), None)
+        if refused is not None:
+            return f"{self._names} failed: {type(refused).__name__}"
+        return f"{self._names} {'pending' if self._state is UNSENT else self._state or 'done'}"
 
 
 class _Queue:
@@ -74,9 +81,10 @@ class _Queue:
     def __bool__(self) -> bool:
         return True
 
+    @shown
     def __repr__(self) -> str:
-        kind = "atomic " if self._atomic else ""
-        return f"<{kind}{type(self).__name__} of {len(self)} operations>"
+        kind = "atomic, " if self._atomic else ""
+        return f"{kind}{len(self)} operations {'sent' if self._over else 'queued'}"
 
     def _queue(self, op: Op[T]) -> Handle[T]:
         return self._queue_all([op], op.statement.name, _first)

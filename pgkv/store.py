@@ -26,13 +26,16 @@ from ._bound import CallerChannel
 from ._caller import unwrap
 from ._channel import Channel, PoolChannel
 from ._codec import seconds
+from ._observe import shown
 from ._pool import CallerPool, Leases
 from ._settings import (
     Target,
     check_pool,
     config_of_pool,
+    facts_of,
     options_of,
     page_size_of,
+    refuse_pickle,
     require_whole_table,
     scan_options,
     table_config,
@@ -192,9 +195,11 @@ class Store:
     ) -> None:
         self.close()
 
+    @shown
     def __repr__(self) -> str:
-        prefix = f" namespace={self._sql.prefix!r}" if self._sql.prefix else ""
-        return f"<{type(self).__name__} {self._config.table_name!r}{prefix}>"
+        return facts_of(self)
+
+    __reduce__ = refuse_pickle
 
     @property
     def dsn(self) -> str:

@@ -81,6 +81,9 @@ class ServerClock:
             sql.SQL(_INSTALL).format(schema=sql.Identifier(self.schema), offset=self._offset)
         )
 
+    def __repr__(self) -> str:
+        return f"<ServerClock schema={self.schema!r}>"
+
     @property
     def offset(self) -> float:
         """Seconds by which this clock is ahead of the real one; negative when it is behind."""

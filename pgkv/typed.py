@@ -11,7 +11,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterat
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
+from ._observe import shown
 from ._serialize import CodecName, Serializer
+from ._settings import refuse_pickle
 from .types import CasResult, CasStatus, KeyValue
 
 if TYPE_CHECKING:
@@ -84,8 +86,29 @@ class TypedCasResult(Generic[T]):
     current: T | None
     version: int | None
 
-    def __bool__(self) -> bool:
+    @property
+    def is_success(self) -> bool:
+        """The new value was written."""
         return self.status is CasStatus.SUCCESS
+
+    @property
+    def is_mismatch(self) -> bool:
+        """Another value was found; nothing changed."""
+        return self.status is CasStatus.MISMATCH
+
+    @property
+    def is_not_found(self) -> bool:
+        """A value was expected and there is no such key; nothing changed."""
+        return self.status is CasStatus.NOT_FOUND
+
+    def __bool__(self) -> bool:
+        return self.is_success
+
+    def __repr__(self) -> str:
+        return (
+            f"TypedCasResult(status={self.status}, current={self.current!r}, "
+            f"version={self.version})"
+        )
 
 
 class _Typed(Generic[T]):
@@ -95,9 +118,12 @@ class _Typed(Generic[T]):
         self._store = store
         self._serializer: Serializer[T] = Serializer(type_, codec)
 
+    @shown
     def __repr__(self) -> str:
         serializer = self._serializer
-        return f"<{type(self).__name__} of {serializer._name} in {serializer.codec}, {self._store}>"
+        return f"of {serializer.name} in {serializer.codec}, {self._store}"
+
+    __reduce__ = refuse_pickle
 
     def _encode(self, key: str, value: T) -> bytes:
         return self._serializer.encode(key, value)

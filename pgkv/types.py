@@ -13,6 +13,15 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import NamedTuple
 
+SHOWN_MAX = 64  # bytes of a value that its repr shows
+
+
+def shown_value(value: object) -> str:
+    """Return a value as a repr shows it: of a long one the beginning, and how long it is."""
+    if not isinstance(value, bytes) or len(value) <= SHOWN_MAX:
+        return repr(value)
+    return f"{value[:SHOWN_MAX]!r}... ({len(value):,} bytes)"
+
 
 @dataclass(frozen=True, slots=True)
 class Entry:
@@ -37,6 +46,13 @@ class Entry:
     read_at: datetime
     _read_clock: float = field(default_factory=time.monotonic, repr=False, compare=False)
 
+    def __repr__(self) -> str:
+        return (
+            f"Entry(key={self.key!r}, value={shown_value(self.value)}, version={self.version}, "
+            f"expires_at={self.expires_at!r}, created_at={self.created_at!r}, "
+            f"updated_at={self.updated_at!r}, read_at={self.read_at!r})"
+        )
+
     def ttl(self) -> float:
         """Return the seconds left now: ``math.inf`` without an expiry, never below 0."""
         if self.expires_at is None:
@@ -54,6 +70,9 @@ class KeyValue(NamedTuple):
 
     key: str
     value: bytes
+
+    def __repr__(self) -> str:
+        return f"KeyValue(key={self.key!r}, value={shown_value(self.value)})"
 
 
 class CasStatus(enum.Enum):
@@ -96,6 +115,12 @@ class CasResult:
 
     def __bool__(self) -> bool:
         return self.is_success
+
+    def __repr__(self) -> str:
+        return (
+            f"CasResult(status={self.status}, current={shown_value(self.current)}, "
+            f"version={self.version})"
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

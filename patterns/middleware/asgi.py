@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, TypeAlias
 
 from ..._drivers import call_async, drive_async
+from ..._observe import shown
 from ..._op import Call
 from .._guard import STATUS, Guard, Headers, HttpRequest, heard_by_servers
 from .._options import OnError
@@ -78,6 +79,10 @@ class RateLimitMiddleware:
             on_error=on_error,
             shadow=shadow,
         )
+
+    @shown
+    def __repr__(self) -> str:
+        return f"limiter={self._guard.limiter!r}"
 
     async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):

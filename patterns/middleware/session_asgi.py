@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, TypeAlias
 
+from ..._observe import shown
 from ...errors import ConfigError, SessionError
 from .._cookie import Cookie, Exempt, SameSite, exemption, private, varying
 from .._request_session import RequestSession
@@ -86,6 +87,10 @@ class SessionMiddleware:
         )
         self._is_exempt = exemption(exempt)
         self._autoload = autoload
+
+    @shown
+    def __repr__(self) -> str:
+        return f"cookie={self._cookie.name!r} sessions={self._sessions!r}"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection."""

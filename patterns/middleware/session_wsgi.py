@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeAlias
 
+from ..._observe import shown
 from ...errors import ConfigError
 from .._cookie import Cookie, Exempt, SameSite, exemption, private, varying
 from .._request_session import RequestSession
@@ -64,6 +65,10 @@ class WSGISessionMiddleware:
             cookie, secure=secure, same_site=same_site, path=path, domain=domain, max_age=max_age
         )
         self._is_exempt = exemption(exempt)
+
+    @shown
+    def __repr__(self) -> str:
+        return f"cookie={self._cookie.name!r} sessions={self._sessions!r}"
 
     def __call__(self, environ: Environ, start_response: Callable[..., Any]) -> Iterable[bytes]:
         """Serve one request."""

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias
 
 from ..._drivers import call, drive
+from ..._observe import shown
 from ..._op import Call
 from .._guard import STATUS, Guard, Headers, HttpRequest, heard_by_servers
 from .._options import OnError
@@ -63,6 +64,10 @@ class WSGIRateLimitMiddleware:
             on_error=on_error,
             shadow=shadow,
         )
+
+    @shown
+    def __repr__(self) -> str:
+        return f"limiter={self._guard.limiter!r}"
 
     def __call__(self, environ: dict[str, Any], start_response: StartResponse) -> Iterable[bytes]:
         with heard_by_servers():

@@ -239,5 +239,5 @@ def test_repr_says_what_it_is() -> None:
     """repr() names the type, the codec and the store."""
     store = pgkv.Store(pgkv.Config("host=nowhere.invalid"))
     assert repr(store.typed(User, "msgpack")) == (
-        "<TypedStore of User in msgpack, <Store 'kv_store'>>"
+        "<TypedStore of User in msgpack, <Store 'kv_store' at nowhere.invalid>>"
     )
