@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -64,3 +65,26 @@ def test_no_module_reads_the_wall_clock(path: Path) -> None:
     tree = ast.parse(path.read_text("utf-8"))
     called = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
     assert bool(called & WALL_CLOCKS) is (name_of(path) in MAY_READ_IT)
+
+
+def rows_of(page: str, columns: int) -> list[list[str]]:
+    """The rows of a page's tables; a case that is left out is that of the row above."""
+    lines = re.findall(r"^\|(.*)\|$", (ROOT / "docs" / page).read_text("utf-8"), re.MULTILINE)
+    rows = [[cell.strip() for cell in line.split("|")] for line in lines]
+    rows = [row for row in rows if len(row) == columns]
+    for above, row in pairwise(rows):
+        row[0] = row[0] or above[0]
+    return rows
+
+
+def test_figures_quoted_elsewhere_are_those_of_the_benchmark() -> None:
+    """docs/why.md rounds what docs/performance.md measured, and is a sixth off at most."""
+    measured = {
+        (case, against): float(ratio.split()[0])
+        for case, _, against, _, ratio, *_ in rows_of("performance.md", 7)
+        if re.match(r"[\d.]+ \(", ratio)
+    }
+    quoted = [row for row in rows_of("why.md", 3) if re.fullmatch(r"[\d.]+", row[2])]
+    assert len(quoted) > 10
+    for case, against, ratio in quoted:
+        assert float(ratio) == pytest.approx(measured[case, against], rel=0.17), case
