@@ -33,7 +33,7 @@ def cache(
     A function is called as the list shows it: module, qualified name and version; its last part is
     enough where that is unambiguous. Clearing takes effect in every process at once (in first
     levels within their ttl) and costs one write, however many entries there are; their rows stay in
-    the list until they expire. Exit code 1: there is no such function.
+    the list until they expire. Exit code 1: nothing is cached, or there is no such function.
 
     **Example:** `pgkv cache`
 

@@ -149,7 +149,7 @@ def lock(
     ttl: Annotated[
         float,
         typer.Option("--ttl", metavar="TIME", parser=duration,
-                     help="How long a dead holder keeps it. Default: 30s."),
+                     help="How long a dead holder keeps it."),
     ] = "30s",  # type: ignore[assignment]  # typer parses it
     wait: Annotated[
         Seconds,

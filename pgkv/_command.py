@@ -70,7 +70,7 @@ COMMON: dict[str, Any] = {
     "table": Annotated[
         str | None,
         typer.Option("--table", "-t", metavar="NAME", rich_help_panel=_PANEL,
-                     help="The table. Default: kv_store."),
+                     help="The store's table. Default: kv_store."),
     ],
     "schema": Annotated[
         str | None,
@@ -85,12 +85,12 @@ COMMON: dict[str, Any] = {
     "pooler": Annotated[
         Pooler | None,
         typer.Option("--pooler", rich_help_panel=_PANEL,
-                     help="transaction: behind PgBouncer in transaction mode."),
+                     help="transaction: behind PgBouncer in transaction mode. Default: none."),
     ],
     "timeout": Annotated[
         Seconds,
-        typer.Option("--timeout", metavar="SECONDS", parser=duration, rich_help_panel=_PANEL,
-                     help="For each operation. Default: 30s."),
+        typer.Option("--timeout", metavar="TIME", parser=duration, rich_help_panel=_PANEL,
+                     help="The most that one operation may take. Default: 30s."),
     ],
     "json": Annotated[
         bool,

@@ -267,7 +267,8 @@ def stats(call: Call) -> int:
 def sweep(
     call: Call,
     limit: Annotated[
-        int | None, typer.Option("--limit", "-l", metavar="N", min=1, help="Stop after so many.")
+        int | None,
+        typer.Option("--limit", "-l", metavar="N", min=1, help="Stop after so many rows."),
     ] = None,
 ) -> int:
     """Delete rows whose time has passed, in short steps that block nobody.
@@ -276,6 +277,8 @@ def sweep(
     It sees to the whole table, also with --namespace.
 
     **Example:** `pgkv sweep`
+
+    **Example:** `pgkv sweep --table kv_store_sessions`
     """
     with call.store() as store, console.progress(quiet=call.json) as bar:
         task = bar.add_task("pages", total=None)
@@ -297,7 +300,9 @@ def schema(
     regular: Annotated[
         bool, typer.Option("--regular", help="A logged table, which a server crash spares.")
     ] = False,
-    locks: Annotated[bool, typer.Option("--locks/--no-locks", help="The locks' table too.")] = True,
+    locks: Annotated[
+        bool, typer.Option("--locks/--no-locks", help="The locks' tables too.")
+    ] = True,
     sessions: Annotated[
         bool, typer.Option("--sessions/--no-sessions", help="The sessions' table too.")
     ] = True,
@@ -322,9 +327,10 @@ def schema(
 def doctor(call: Call) -> int:
     """Examine the server, the table and the way to them, and say what to do.
 
-    Changes nothing. Exit code 1: something has to be mended.
+    Changes nothing. Looks at the store's own table, not at those of locks and sessions. Exit code
+    1: something has to be mended.
 
-    **Example:** `pgkv doctor --table sessions --json`
+    **Example:** `pgkv doctor --table cache --json`
     """
     from . import _doctor
 
