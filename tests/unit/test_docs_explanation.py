@@ -88,3 +88,20 @@ def test_figures_quoted_elsewhere_are_those_of_the_benchmark() -> None:
     assert len(quoted) > 10
     for case, against, ratio in quoted:
         assert float(ratio) == pytest.approx(measured[case, against], rel=0.17), case
+
+
+def test_the_glossary_has_no_word_that_nobody_uses() -> None:
+    """Each term of docs/glossary.md is used on another page or in the code."""
+    glossary = (ROOT / "docs" / "glossary.md").read_text("utf-8")
+    terms = {
+        term.strip("`").lower()
+        for bold in re.findall(r"\*\*(.+?)\*\*", glossary)
+        for term in bold.split(", ")
+    }
+    elsewhere = [page for page in PAGES if page.name != "glossary.md"] + MODULES
+    # Words may be joined by a hyphen, an underscore, or the end of a line.
+    text = " ".join(re.split(r"[\s_#-]+", " ".join(p.read_text("utf-8") for p in elsewhere)))
+    assert len(terms) > 60
+    assert not {
+        term for term in terms if term.replace("-", " ").replace("_", " ") not in text.lower()
+    }
