@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,25 +14,46 @@ import pytest
 from tests import servers
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *sorted(set(DOCS.rglob("*.md")) - set(DOCS.glob("_build/**/*.md")))]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+# However it is spelled or indented: what a reader takes for Python.
+LOOKS_LIKE_PYTHON = re.compile(r"^[ \t>]*(?:```+|~~~+)[ \t]*\{?py.*", re.MULTILINE | re.IGNORECASE)
 
 
 def blocks(page: Path) -> list[str]:
     return BLOCK.findall(page.read_text())
 
 
+def name(page: Path) -> str:
+    """`README`, `lock`, `coming-from/redis`."""
+    return page.relative_to(DOCS if page.is_relative_to(DOCS) else ROOT).with_suffix("").as_posix()
+
+
+@pytest.fixture
+def redis_url() -> Iterator[str]:
+    """An empty Redis of the test's own."""
+    from pgkv._demo.redis_server import open_redis  # here: it brings the whole demo along
+
+    with open_redis() as (client, said):
+        if client is None:
+            pytest.skip(f"the page compares with Redis: {said}")
+        yield f"unix://{client.get_connection_kwargs()['path']}"
+
+
 @pytest.mark.skipif(not servers.installed(), reason="no PostgreSQL server programs here")
-@pytest.mark.parametrize(
-    "page", [page for page in PAGES if blocks(page)], ids=lambda page: page.stem
-)
-def test_code_of_a_page_runs_as_it_stands(page: Path) -> None:
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=name)
+def test_code_of_a_page_runs_as_it_stands(page: Path, request: pytest.FixtureRequest) -> None:
     """A reader who types in a page's blocks, from the first to the last, meets no error or warning."""
     where = servers.new_directory("page")
     program = where / "page.py"
     program.write_text("\n".join(blocks(page)))
-    settings = {name: value for name, value in os.environ.items() if name != "PGKV_DSN"}
+    settings = {
+        name: value for name, value in os.environ.items() if name not in ("PGKV_DSN", "REDIS_URL")
+    }
     settings["PYTHONPATH"] = str(ROOT)
+    if "REDIS_URL" in program.read_text():
+        settings["REDIS_URL"] = request.getfixturevalue("redis_url")
     done = subprocess.run(
         [sys.executable, "-W", "error", str(program)],
         cwd=where,
@@ -42,6 +64,13 @@ def test_code_of_a_page_runs_as_it_stands(page: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_python_is_fenced_in_the_one_way_that_is_run(page: Path) -> None:
+    """No block that a reader takes for Python escapes the test above by its fence."""
+    fences = LOOKS_LIKE_PYTHON.findall(page.read_text())
+    assert fences == ["```python"] * len(blocks(page))
 
 
 def test_readme_opens_with_a_program_of_about_ten_lines() -> None:
