@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from docs.diagram import PICTURE, drawing
+
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 MODULES = [
@@ -105,3 +107,9 @@ def test_the_glossary_has_no_word_that_nobody_uses() -> None:
     assert not {
         term for term in terms if term.replace("-", " ").replace("_", " ") not in text.lower()
     }
+
+
+def test_the_diagram_shows_the_modules_of_today() -> None:
+    """docs/architecture.svg is what docs/diagram.py draws from the layers in pyproject.toml; if not:
+    `python docs/diagram.py`."""
+    assert PICTURE.read_text("utf-8") == drawing()
