@@ -1,6 +1,6 @@
 """What docs/guarantees.md says of a fault and no other test shows: a fail-over, a lock table dropped
-under its holders, a killed client, a step of the server's clock under sessions, patterns behind a
-pooler."""
+under its holders, a killed client, a step of the server's clock under sessions; patterns behind a
+pooler, with answers that are lost, or without a connection."""
 
 from __future__ import annotations
 
@@ -19,10 +19,12 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 import pgkv
 from pgkv import Pooler, TableType
 from pgkv._cluster import Cluster
+from pgkv.patterns._session_data import id_of
 from pgkv.testing import ServerClock
 from tests import pgbouncer, servers
 from tests.cached import cached_in
 from tests.colours import Colour
+from tests.faults.proxy import Proxy
 from tests.faults.support import Witness, newest
 from tests.postgres.test_poolers import pooler
 from tests.servers import Server, wait_until
@@ -221,3 +223,60 @@ async def test_patterns_behind_a_transaction_pooler(
         assert (await sessions.load(old)).data == {"a": 1}
         assert await sessions.destroy_user("u") == 1
         assert await sessions.load(session.id) is None
+
+
+async def test_answers_of_patterns_that_are_lost(dsn: str, make_store: Any, colour: Colour) -> None:
+    """The server has committed and its answer is lost. A hit is not sent again: charged once, and
+    decided by on_error. A value whose fill was lost is returned. A session's load is repeated, its
+    creation is not."""
+    with Proxy(dsn) as proxy:
+        store = await make_store(dsn=proxy.dsn)
+        limiter = colour.make("RateLimiter", store, "3/h", name="n", timeout=10)
+        assert await limiter.hit("u")
+        proxy.arm(b"pgkv:rate:n:u")
+        with pytest.raises(pgkv.StoreUnavailableError) as caught:
+            await limiter.hit("u")
+        assert caught.value.outcome_unknown
+        assert (await limiter.peek("u")).remaining == 1
+
+        calls: list[int] = []
+
+        @cached_in(colour, store)
+        async def slow() -> str:
+            calls.append(1)
+            return "marked value"
+
+        lost = proxy.arm(b"marked value")
+        assert [await slow(), await slow()] == ["marked value"] * 2
+        assert lost.met == len(calls) == 1  # the fill had happened: the second call is a hit
+
+        sessions = colour.make("SessionStore", store)
+        proxy.arm(b"marked data")
+        with pytest.raises(pgkv.StoreUnavailableError) as caught:
+            await sessions.create({"a": "marked data"})
+        assert caught.value.outcome_unknown
+        session = await sessions.create({"a": 1})
+        lost = proxy.arm(id_of(session.id))
+        assert (await sessions.load(session.id)).data == {"a": 1}
+        assert lost.met == 1
+
+
+async def test_an_exhausted_pool(make_store: Any, colour: Colour) -> None:
+    """While a transaction has the only connection a limiter goes by on_error, a cached function runs,
+    and sessions raise, each in its time."""
+    store = await make_store(pool_max_size=1, pool_timeout=0.3)
+    limiter = colour.make("RateLimiter", store, "3/h", name="n", on_error="open", timeout=0.1)
+    sessions = colour.make("SessionStore", store)
+    token = (await sessions.create({"a": 1})).id
+
+    @cached_in(colour, store, store_timeout=0.1)
+    async def one() -> int:
+        return 1
+
+    async with store.transaction():
+        assert (await limiter.hit("u")).degraded
+        assert await one() == 1
+        with pytest.raises(pgkv.PoolTimeoutError):
+            await sessions.load(token)
+    assert one.cache_info().errors == 1
+    assert not (await limiter.hit("u")).degraded
