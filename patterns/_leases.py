@@ -78,7 +78,7 @@ class Lease(Hold):
             TransactionError: no transaction is open, it is read-only, its snapshot is older than
                 the lease's last renewal, or it is one of another database.
         """
-        inner = unwrap(conn, psycopg.Connection)
+        inner = unwrap(conn, psycopg.Connection, "guard()")
         _guarding.check_guarded(inner)
         hold = None if max_hold is None else seconds(max_hold, "max_hold")
         theirs = CallerChannel(inner, self._port.timeout).execute
@@ -147,7 +147,7 @@ class AsyncLease(Hold):
 
     async def guard(self, conn: Any, *, max_hold: Seconds | None = None) -> None:
         """As `Lease.guard`, with a psycopg AsyncConnection."""
-        inner = unwrap(conn, psycopg.AsyncConnection)
+        inner = unwrap(conn, psycopg.AsyncConnection, "guard()")
         _guarding.check_guarded(inner)
         hold = None if max_hold is None else seconds(max_hold, "max_hold")
         theirs = AsyncCallerChannel(inner, self._port.timeout).execute
@@ -225,12 +225,16 @@ class AsyncGrant:
     def __repr__(self) -> str:
         return f"{self._name!r}, to be awaited or entered"
 
-    def __getattr__(self, name: str) -> NoReturn:
-        # Only asked for what is not there: nobody awaited it, and takes it for the lease.
-        raise AttributeError(
-            f"lock.acquire(...) has to be awaited or entered before .{name}: write "
-            "`lease = await lock.acquire(...)` or `async with lock.acquire(...) as lease`"
-        )
+    if not TYPE_CHECKING:  # a type checker knows that there is no such attribute
+
+        def __getattr__(self, name: str) -> NoReturn:
+            if name.startswith("_"):
+                raise AttributeError(name)
+            # Only asked for what is not there: nobody awaited it, and takes it for the lease.
+            raise AttributeError(
+                f"lock.acquire(...) has to be awaited or entered before .{name}: write "
+                "`lease = await lock.acquire(...)` or `async with lock.acquire(...) as lease`"
+            )
 
     def __await__(self) -> Generator[Any, None, AsyncLease]:
         return cast("Generator[Any, None, AsyncLease]", self._acquire().__await__())

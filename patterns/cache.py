@@ -318,7 +318,7 @@ def invalidate_tag(tag: str, *, store: Any = None, conn: Any = None) -> Awaitabl
         store._execute(site.sql.bump_tag(key))
         announce_all(site, key)
     else:
-        bound = store.using(unwrap(conn, psycopg.Connection))
+        bound = store.using(unwrap(conn, psycopg.Connection, "invalidate_tag()"))
         ensure_table(site)
         bound._execute(site.sql.bump_tag(key))
         if forget_everywhere(site, key):
@@ -337,7 +337,7 @@ async def _invalidate_tag(tag: str, store: AsyncStore | None, conn: Any) -> None
         await store._execute(site.sql.bump_tag(key))
         announce_all(site, key)
     else:
-        bound = store.using(unwrap(conn, psycopg.AsyncConnection))
+        bound = store.using(unwrap(conn, psycopg.AsyncConnection, "invalidate_tag()"))
         await ensure_table_async(site)
         await bound._execute(site.sql.bump_tag(key))
         if forget_everywhere(site, key):

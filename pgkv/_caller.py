@@ -15,14 +15,15 @@ from .errors import ConfigError, TransactionError
 C = TypeVar("C", bound="psycopg.Connection[Any] | psycopg.AsyncConnection[Any]")
 
 
-def unwrap(conn: object, wanted: type[C]) -> C:
-    """Return the psycopg connection inside what the caller gave.
+def unwrap(conn: object, wanted: type[C], call: str = "using()") -> C:
+    """Return the psycopg connection inside what the caller gave to that call.
 
     Knows Django's ``connection``, SQLAlchemy's ``Connection`` and ``Session`` (and the async
     ones' sync halves), where their driver is psycopg 3.
 
     Raises:
         ConfigError: it holds no such connection; says what it is.
+        TransactionError: it is closed.
     """
     inner = conn
     if hasattr(inner, "ensure_connection"):  # Django: opened at first use
@@ -39,15 +40,18 @@ def unwrap(conn: object, wanted: type[C]) -> C:
         inner = getattr(inner, "driver_connection", inner)
         inner = getattr(inner, "_connection", inner)  # SQLAlchemy's own async adapter
     if isinstance(inner, wanted):
+        if inner.closed:
+            raise TransactionError(f"the connection given to {call} is closed")
         return inner
     module = type(inner).__module__.partition(".")[0]
-    name = f"{module}.{type(inner).__qualname__}"
+    name = "" if module == "builtins" else f"{module}."
+    name += type(inner).__qualname__
     if isinstance(inner, psycopg.Connection | psycopg.AsyncConnection):
         colour = "an AsyncStore" if wanted is psycopg.Connection else "a Store"
-        raise ConfigError(f"using() got a {name}; {colour} takes that one")
+        raise ConfigError(f"{call} got a {name}; that is for {colour} and what is made with one")
     raise ConfigError(
-        f"using() needs a psycopg 3 connection, not {name}"
-        + ("; switch that engine to the psycopg 3 driver" if module != "builtins" else "")
+        f"{call} needs a psycopg 3 connection, not {name}"
+        + ("" if inner is conn else "; switch that engine to the psycopg 3 driver")
     )
 
 

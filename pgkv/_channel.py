@@ -166,6 +166,8 @@ class PoolChannel:
         try:
             answer = self._settle(op, deadline, outcome)
         except BaseException as error:
+            # Its context would be that no link lay idle, which is nobody's concern.
+            error.__suppress_context__ = True
             if _observe.hooks:
                 name, retries = op.statement.name, getattr(op, "retries", 0)
                 _observe.notify(name, started, type(error).__name__, retries)

@@ -37,8 +37,8 @@ TEXT_OID, BYTEA_OID = 25, 17
 # -- what is refused -----------------------------------------------------------------------
 
 
-def encode_key(key: str, prefix: bytes, length_max: int) -> bytes:
-    """Return the key's bytes with the namespace's prefix.
+def encode_key(key: str, prefix: bytes, length_max: int, what: str = "key") -> bytes:
+    """Return the key's bytes with the namespace's prefix; `what` is what messages call it.
 
     Raises:
         InvalidKeyError: not a str, empty, too long, holds NUL or a lone surrogate.
@@ -46,14 +46,14 @@ def encode_key(key: str, prefix: bytes, length_max: int) -> bytes:
     try:
         raw = key.encode()
     except (AttributeError, UnicodeEncodeError):
-        raise _bad_key(key) from None
+        raise _bad_key(key, what) from None
     if not raw or b"\0" in raw:
-        raise _bad_key(key)
+        raise _bad_key(key, what)
     if prefix:
         raw = prefix + raw
     if len(raw) > length_max:
         raise InvalidKeyError(
-            f"the key is {len(raw):,} bytes long in UTF-8 (namespace prefix included); "
+            f"the {what} is {len(raw):,} bytes long in UTF-8 (namespace prefix included); "
             f"max_key_length is {length_max:,}"
         )
     return raw
@@ -65,7 +65,14 @@ def encode_keys(keys: Iterable[str], prefix: bytes, length_max: int) -> list[byt
     Raises:
         InvalidKeyError: as `encode_key`, for the first key at fault.
     """
-    keys = list(keys)
+    try:
+        keys = list(keys)
+    except TypeError:
+        if hasattr(keys, "__iter__"):
+            raise  # the caller's own, in a generator
+        raise InvalidKeyError(
+            f"give several keys as a list or another iterable, not {type(keys).__name__}"
+        ) from None
     try:
         raw = "\0".join(keys).encode().split(b"\0")
     except (TypeError, UnicodeEncodeError):
@@ -76,14 +83,14 @@ def encode_keys(keys: Iterable[str], prefix: bytes, length_max: int) -> list[byt
     return [prefix + each for each in raw] if prefix else raw
 
 
-def _bad_key(key: object) -> InvalidKeyError:
+def _bad_key(key: object, what: str) -> InvalidKeyError:
     if not isinstance(key, str):
-        return InvalidKeyError(f"a key must be a str, not {type(key).__name__}")
+        return InvalidKeyError(f"a {what} must be a str, not {type(key).__name__}")
     if not key:
-        return InvalidKeyError("the key is empty")
+        return InvalidKeyError(f"the {what} is empty")
     if "\0" in key:
-        return InvalidKeyError("the key contains NUL (\\x00), which PostgreSQL cannot store")
-    return InvalidKeyError("the key holds a lone surrogate, which UTF-8 cannot express")
+        return InvalidKeyError(f"the {what} contains NUL (\\x00), which PostgreSQL cannot store")
+    return InvalidKeyError(f"the {what} holds a lone surrogate, which UTF-8 cannot express")
 
 
 def encode_bound(bound: str, name: str) -> bytes:
@@ -149,8 +156,14 @@ def encode_values(values: Sequence[Value], size_max: int) -> Sequence[bytes]:
     return [encode_value(value, size_max) for value in values]
 
 
-def seconds(value: Seconds, name: str = "ttl") -> float:
-    """Return a positive, finite duration in seconds.
+def seconds(value: Seconds, name: str = "ttl", *, zero: bool = False, endless: str = "") -> float:
+    """Return a finite duration in seconds: more than 0, or with `zero` also that.
+
+    Args:
+        value: what the caller gave.
+        name: what the caller calls it.
+        zero: no time at all is a duration too.
+        endless: how the caller says "without end".
 
     Raises:
         InvalidValueError: zero, negative, NaN, infinite, longer than 1,000 years, not a number.
@@ -162,18 +175,30 @@ def seconds(value: Seconds, name: str = "ttl") -> float:
             f"{name} must be seconds (a number or a timedelta), not {type(value).__name__}"
         )
     # Compared, not converted: NaN fails it too, and an int may be too large for a float.
-    if not 0 < value <= TTL_MAX:
+    if not 0 < value <= TTL_MAX and not (zero and value == 0):
+        advice = f"; {endless}" if endless else ""
         if value > 0:
-            raise InvalidValueError(
-                f"{name} is beyond 1,000 years; leave it out for a key that never expires"
-            )
+            raise InvalidValueError(f"{name} is beyond 1,000 years{advice}")
+        if zero:
+            raise InvalidValueError(f"{name} must be 0 seconds or more, not {value!r}{advice}")
         raise InvalidValueError(f"{name} must be more than 0 seconds, not {value!r}")
     return float(value)
 
 
+def waiting(value: Seconds | None, name: str = "timeout") -> float | None:
+    """Return how long a caller is ready to wait, in seconds: 0 not at all, None without end.
+
+    Raises:
+        InvalidValueError: as `seconds`.
+    """
+    if value is None:
+        return None
+    return seconds(value, name, zero=True, endless="None waits without end")
+
+
 def encode_ttl(ttl: Seconds) -> bytes:
     """Return a duration as a binary interval: whole microseconds, rounded up, so never zero."""
-    return encode_interval(seconds(ttl))
+    return encode_interval(seconds(ttl, endless="leave it out for a key that never expires"))
 
 
 def encode_interval(seconds: float) -> bytes:
@@ -194,6 +219,17 @@ def encode_moment(moment: datetime) -> bytes:
             "expires_at is naive: give it a time zone, such as datetime.now(timezone.utc)"
         )
     return _INT8.pack((moment - _EPOCH) // _MICROSECOND)
+
+
+def whole(name: str, value: object, low: int = 1) -> int:
+    """Return an integer of `low` or more; one beyond 64 bits means "all" and becomes the largest.
+
+    Raises:
+        InvalidValueError: it is not one.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < low:
+        raise InvalidValueError(f"{name} must be an integer of {low} or more, not {value!r}")
+    return min(value, INT8_MAX)
 
 
 def integer(value: object, name: str) -> int:

@@ -94,8 +94,11 @@ def update(
     attempts: int,
 ) -> Flow[bytes]:
     """Read, apply `fn`, write if nothing changed meanwhile; otherwise again."""
-    if attempts < 1:
-        raise InvalidValueError("attempts must be 1 or more")
+    if not callable(fn):
+        raise InvalidValueError(
+            f"update: fn must be a function of the current value, not {type(fn).__name__}"
+        )
+    _codec.whole("attempts", attempts)
     entry = yield from do(sql.get_entry(key))
     current = None if entry is None else entry.value
     version = None if entry is None else entry.version

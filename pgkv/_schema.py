@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from ._op import TEXT, Flow, Op, Result, Statement, do
 from ._sql.table import read_found, read_nothing
-from .config import Config, Table, TableKind, TableType, quote_identifier
+from .config import Config, Table, TableKind, TableType, quote_identifier, require_config
 from .errors import ConfigError, PgkvError, QueryError, StoreUnavailableError
 
 # DDL waits for open transactions; it must not make everybody else wait behind it.
@@ -102,7 +102,11 @@ def schema_sql(config: Config, *, locks: bool = True, sessions: bool = True) -> 
         locks: also the tables of `Lock`, `Semaphore` and `Leader`: of durable and other grants,
             and of the tickets of those who wait in order.
         sessions: also the table of `SessionStore`.
+
+    Raises:
+        ConfigError: `config` is no `Config`.
     """
+    require_config(config, "schema_sql()")
     tables = [config.table]
     if locks:
         tables += (

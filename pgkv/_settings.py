@@ -7,12 +7,12 @@ import threading
 from dataclasses import fields, replace
 from typing import Any, NoReturn
 
-from psycopg import pq
+from psycopg import IsolationLevel, pq
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from . import _conninfo, embedded
 from ._sql import Statements
-from .config import EMBEDDED_SCHEME, Config
+from .config import EMBEDDED_SCHEME, Config, dsn_from_environment
 from .errors import ConfigError, InvalidValueError, SerializationError
 from .types import ScanOptions
 
@@ -34,6 +34,21 @@ def options_of(given: dict[str, Any]) -> dict[str, Any]:
         ConfigError: names one that is not, and what there is.
     """
     return _known(given, _CONFIG_OPTIONS)
+
+
+def config_of(dsn: object, given: dict[str, Any]) -> Config:
+    """Return the settings of a store for `connect`; without a DSN the environment's.
+
+    Raises:
+        ConfigError: there is no DSN, or something is wrong with it or the settings.
+    """
+    if isinstance(dsn, Config):
+        raise ConfigError(
+            "connect() takes a DSN, and settings as keywords; a Config goes to Store(config) or "
+            "AsyncStore(config)"
+        )
+    found: Any = dsn_from_environment() if dsn is None else dsn
+    return Config(found, **options_of(given))
 
 
 def table_config(config: Config, name: str, given: dict[str, Any]) -> Config:
@@ -104,7 +119,9 @@ def check_pool(pool: object, wanted: type[Any]) -> None:
         ConfigError: says which class is wanted.
     """
     if not isinstance(pool, wanted):
-        raise ConfigError(f"from_pool() needs a psycopg_pool.{wanted.__name__}, not {pool!r}")
+        raise ConfigError(
+            f"from_pool() takes a psycopg_pool.{wanted.__name__}, not {type(pool).__name__}"
+        )
 
 
 def config_of_pool(pool: Any, dsn: str | None, given: dict[str, Any]) -> Config:
@@ -130,15 +147,21 @@ def require_whole_table(sql: Statements, action: str) -> None:
         )
 
 
-def page_size_of(page_size: object) -> int:
-    """Return a page size of 1 or more.
+def check_transaction(fn: object, isolation: object) -> None:
+    """Refuse what `run_transaction` cannot run.
 
     Raises:
-        InvalidValueError: it is not one.
+        InvalidValueError: `fn` is no function, or `isolation` no ``psycopg.IsolationLevel``.
     """
-    if not isinstance(page_size, int) or isinstance(page_size, bool) or page_size < 1:
-        raise InvalidValueError(f"page_size must be an integer of 1 or more, not {page_size!r}")
-    return page_size
+    if not callable(fn):
+        raise InvalidValueError(
+            f"run_transaction: fn must be a function of the store, not {type(fn).__name__}"
+        )
+    if isolation is not None and not isinstance(isolation, IsolationLevel):
+        raise InvalidValueError(
+            "isolation must be a psycopg.IsolationLevel, such as "
+            f"psycopg.IsolationLevel.SERIALIZABLE, or None, not {isolation!r}"
+        )
 
 
 def text_of(key: str, value: bytes) -> str:
@@ -165,6 +188,15 @@ def scan_options(
 ) -> ScanOptions:
     """Return what the keywords of a scan select."""
     if isinstance(prefix, ScanOptions):
+        if (start, end, after, limit, offset, include_expired) != (
+            None,
+            None,
+            None,
+            None,
+            0,
+            False,
+        ):
+            raise InvalidValueError("give a ScanOptions or keywords, not both")
         return prefix
     return ScanOptions(
         prefix=prefix,

@@ -14,8 +14,8 @@ from collections.abc import Callable, Sequence
 from time import monotonic
 
 from . import _observe
+from ._codec import whole
 from ._op import Flow, do, pause
-from ._sql.scan import row_count
 from ._sql.sweep import SWEEP_PAGES, Sweep
 from .config import TtlCleanupStrategy
 from .errors import PgkvError
@@ -138,7 +138,7 @@ def sweep_all(
 
     `progress` is told the pages done and the pages in all, after each chunk.
     """
-    limit = None if limit is None else row_count("limit", limit)
+    limit = None if limit is None else whole("limit", limit, 0)
     pages = yield from do(sql.pages())
     removed = 0
     for page in range(0, pages, SWEEP_PAGES):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import inspect
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterable, Mapping
 from datetime import datetime
@@ -28,15 +29,16 @@ from ._aio_channel import AsyncChannel, AsyncPoolChannel
 from ._aio_pool import AsyncCallerPool, AsyncLeases
 from ._caller import unwrap
 from ._coalesce import CoalescingChannel
-from ._codec import seconds
+from ._codec import seconds, whole
 from ._observe import shown
 from ._settings import (
     Target,
     check_pool,
+    check_transaction,
+    config_of,
     config_of_pool,
     facts_of,
     options_of,
-    page_size_of,
     refuse_pickle,
     require_whole_table,
     scan_options,
@@ -46,7 +48,7 @@ from ._settings import (
 from ._sql import Statements
 from ._sql.point import negated
 from ._sql.scan import namespace_prefix
-from .config import EMBEDDED_SCHEME, Config, dsn_from_environment
+from .config import EMBEDDED_SCHEME, Config, require_config
 from .errors import NotFoundError
 from .pipeline import AsyncPipeline
 from .store import Store
@@ -76,29 +78,40 @@ class Opening(Generic[T]):
     def __init__(self, manager: contextlib.AbstractAsyncContextManager[T], call: str) -> None:
         self._manager = manager
         self._call = call
+        self._used = False
 
     @shown
     def __repr__(self) -> str:
         return f"{self._call}, to be awaited or entered"
 
-    def __getattr__(self, name: str) -> NoReturn:
-        # Only asked for what is not there: nobody awaited it, and takes it for what it opens.
-        raise AttributeError(
-            f"{self._call} has to be awaited or entered before .{name}: write "
-            f"`await {self._call}` or `async with {self._call} as ...`"
-        )
+    if not TYPE_CHECKING:  # a type checker knows that there is no such attribute
+
+        def __getattr__(self, name: str) -> NoReturn:
+            if name.startswith("_"):
+                raise AttributeError(name)
+            # Only asked for what is not there: nobody awaited it, and takes it for what it opens.
+            raise AttributeError(
+                f"{self._call} has to be awaited or entered before .{name}: write "
+                f"`await {self._call}` or `async with {self._call} as ...`"
+            )
 
     def __await__(self) -> Generator[Any, None, T]:
         return self._open().__await__()
 
     async def _open(self) -> T:
-        opened = await self._manager.__aenter__()
+        opened = await self._enter()
         if isinstance(opened, AsyncStore):
             opened._ending = self._manager
         return opened
 
-    async def __aenter__(self) -> T:
+    async def _enter(self) -> T:
+        if self._used:
+            raise RuntimeError(f"{self._call} was awaited or entered already; call it again")
+        self._used = True
         return await self._manager.__aenter__()
+
+    async def __aenter__(self) -> T:
+        return await self._enter()
 
     async def __aexit__(
         self,
@@ -123,6 +136,7 @@ class AsyncStore:
     _ending: contextlib.AbstractAsyncContextManager[Any] | None = None
 
     def __init__(self, config: Config) -> None:
+        require_config(config, "AsyncStore")
         target = Target(config)
         channel = AsyncPoolChannel(config, AsyncLeases(config, target.conninfo))
         channel.on_close(target.close)
@@ -174,7 +188,7 @@ class AsyncStore:
     @classmethod
     @contextlib.asynccontextmanager
     async def _connected(cls, dsn: str | None, config: dict[str, Any]) -> AsyncIterator[Self]:
-        store = cls(Config(dsn_from_environment() if dsn is None else dsn, **options_of(config)))
+        store = cls(config_of(dsn, config))
         try:
             if store._config.auto_create_table:
                 await store.create_table()
@@ -442,7 +456,7 @@ class AsyncStore:
     def _paged(
         self, select: Any, key_of: Callable[[Any], str], prefix: str, page_size: int
     ) -> AsyncIterator[Any]:
-        first = select(ScanOptions(prefix=prefix, limit=page_size_of(page_size)))
+        first = select(ScanOptions(prefix=prefix, limit=whole("page_size", page_size)))
         return self._pages(first, select, key_of, prefix, page_size)
 
     async def _pages(
@@ -524,9 +538,16 @@ class AsyncStore:
         *,
         isolation: IsolationLevel | None = None,
     ) -> T:
+        check_transaction(fn, isolation)
+
         async def once() -> T:
             async with self._channel.transaction(isolation) as channel:
-                return await fn(self._view(channel=channel))
+                work = fn(self._view(channel=channel))
+                if not inspect.isawaitable(work):
+                    raise TypeError(
+                        "the function given to AsyncStore.run_transaction must be async"
+                    )
+                return await work
 
         return await AsyncRetrying(**_retry.transaction_options(self._config.retry))(once)
 

@@ -12,6 +12,7 @@ import re
 from dataclasses import dataclass, field, fields
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote_to_bytes
 
 import psycopg
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
@@ -100,9 +101,11 @@ class RetryPolicy:
     repeat_writes: bool = True
 
     def __post_init__(self) -> None:
-        _require_int("attempts", self.attempts, 1, 1000)
+        require_int("attempts", self.attempts, 1, 1000)
+        if not isinstance(self.repeat_writes, bool):
+            raise ConfigError("repeat_writes must be True or False")
         for name in ("wait_initial", "wait_max", "deadline"):
-            object.__setattr__(self, name, _seconds(name, getattr(self, name), zero=True))
+            object.__setattr__(self, name, require_seconds(name, getattr(self, name), zero=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,17 +188,20 @@ class Config:
         for name in ("auto_create_table", "coalesce"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False")
-        _require_int("max_key_length", self.max_key_length, 1, KEY_LENGTH_MAX)
-        _require_int("max_value_size", self.max_value_size, 1, VALUE_SIZE_MAX)
-        _require_int("pool_max_size", self.pool_max_size, 1, 10_000)
-        _require_int("pool_min_size", self.pool_min_size, 0, self.pool_max_size)
+        require_int("max_key_length", self.max_key_length, 1, KEY_LENGTH_MAX)
+        require_int("max_value_size", self.max_value_size, 1, VALUE_SIZE_MAX)
+        require_int("pool_max_size", self.pool_max_size, 1, 10_000)
+        require_int("pool_min_size", self.pool_min_size, 0, self.pool_max_size)
         for name in ("connect_timeout", "operation_timeout", "pool_timeout"):
-            object.__setattr__(self, name, _seconds(name, getattr(self, name)))
+            object.__setattr__(self, name, require_seconds(name, getattr(self, name)))
         application_name: object = self.application_name
         if not isinstance(application_name, str) or "\0" in application_name:
             raise ConfigError("application_name must be a string without NUL")
         if self.retry is not None and not isinstance(self.retry, RetryPolicy):
-            raise ConfigError("retry must be a pgkv.RetryPolicy or None")
+            raise ConfigError(
+                "retry must be a pgkv.RetryPolicy, or None for a single attempt, not "
+                f"{type(self.retry).__name__}"
+            )
 
     @property
     def table(self) -> Table:
@@ -258,12 +264,20 @@ def redact(dsn: str) -> str:
 
 
 def _require_dsn(dsn: object) -> None:
-    if not isinstance(dsn, str) or not dsn.strip():
+    if not isinstance(dsn, str):
+        raise ConfigError(f"dsn must be a libpq URI or conninfo string, not {type(dsn).__name__}")
+    if not dsn.strip():
         raise ConfigError("dsn must be a non-empty libpq URI or conninfo string")
     if "\0" in dsn:
         raise ConfigError("dsn must not contain NUL")
     if dsn.startswith(EMBEDDED_SCHEME):
+        embedded_path(dsn)
         return
+    if "://" not in dsn and "=" not in dsn:
+        raise ConfigError(
+            "dsn is neither a URI nor a conninfo string; write 'postgresql://user@host/db', "
+            "'host=... dbname=...' or 'embedded:///path'"
+        )
     scheme, found, _ = dsn.partition("://")
     # A key=value conninfo has no scheme before its first "=".
     if found and "=" not in scheme and scheme not in ("postgresql", "postgres"):
@@ -283,6 +297,26 @@ def _require_dsn(dsn: object) -> None:
             "dsn is not a valid libpq URI or conninfo string; characters such as @ / : # % "
             "in a password must be percent-encoded in a URI"
         )
+
+
+def embedded_path(dsn: str) -> str | None:
+    """The path in ``embedded:///path``, percent-decoded; None for ``embedded:///``, the default.
+
+    Raises:
+        ConfigError: it is anything else.
+    """
+    rest = dsn.removeprefix(EMBEDDED_SCHEME)
+    # The messages do not quote it: another kind of DSN may hold a password.
+    if rest == dsn or (rest and not rest.startswith("/")):
+        raise ConfigError(
+            "an embedded server is named embedded:///absolute/path, or embedded:/// alone"
+        )
+    if "?" in rest or "#" in rest:
+        raise ConfigError(
+            "the name of an embedded server takes no parameters; in a path write %3F for ? and"
+            " %23 for #"
+        )
+    return os.fsdecode(unquote_to_bytes(rest)) if rest.strip("/") else None
 
 
 def _splits_password(dsn: str, params: dict[str, Any]) -> bool:
@@ -314,12 +348,22 @@ def _require_name(name: str, value: object, length_max: int) -> None:
         )
 
 
-def _require_int(name: str, value: object, low: int, high: int) -> None:
+def require_int(name: str, value: object, low: int, high: int) -> None:
+    """Refuse a setting that is no integer within its bounds.
+
+    Raises:
+        ConfigError: names the setting and what it accepts.
+    """
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
         raise ConfigError(f"{name} must be an integer from {low:,} to {high:,}, not {value!r}")
 
 
-def _seconds(name: str, value: object, *, zero: bool = False) -> float:
+def require_seconds(name: str, value: object, *, zero: bool = False) -> float:
+    """Return a setting that is a duration, in seconds.
+
+    Raises:
+        ConfigError: names the setting and what it accepts.
+    """
     if isinstance(value, timedelta):
         value = value.total_seconds()
     # Compared, not converted: an int may be too large for a float.
@@ -333,8 +377,22 @@ def _seconds(name: str, value: object, *, zero: bool = False) -> float:
             f"{value!r}"
         )
     if value < 0 or (value == 0 and not zero):
-        raise ConfigError(f"{name} must be more than 0 seconds, not {value!r}")
+        least = "0 seconds or more" if zero else "more than 0 seconds"
+        raise ConfigError(f"{name} must be {least}, not {value!r}")
     return float(value)
+
+
+def require_config(given: object, what: str) -> None:
+    """Refuse what is no Config.
+
+    Raises:
+        ConfigError: says what takes it.
+    """
+    if not isinstance(given, Config):
+        raise ConfigError(
+            f"{what} takes a pgkv.Config, not {type(given).__name__}"
+            + (f"; a DSN goes to {what}.connect()" if what.endswith("Store") else "")
+        )
 
 
 _DEFAULTS: dict[str, Any] = {

@@ -34,35 +34,16 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
-from urllib.parse import unquote_to_bytes
 
 from ._binaries import is_root
 from ._cluster import START_TIMEOUT, STOP_TIMEOUT, Cluster
+from .config import embedded_path
 from .errors import ConfigError, StoreUnavailableError
 
 if sys.platform != "win32":
     import fcntl
 
-SCHEME: Final = "embedded://"
-
-
-def parse(dsn: str) -> str | None:
-    """The path in `embedded:///path`, percent-decoded; None for `embedded:///`, start's default.
-
-    Raises ConfigError for anything else.
-    """
-    rest = dsn.removeprefix(SCHEME)
-    # The messages do not quote it: another kind of DSN may hold a password.
-    if rest == dsn or (rest and not rest.startswith("/")):
-        raise ConfigError(
-            "an embedded server is named embedded:///absolute/path, or embedded:/// alone"
-        )
-    if "?" in rest or "#" in rest:
-        raise ConfigError(
-            "the name of an embedded server takes no parameters; in a path write %3F for ? and"
-            " %23 for #"
-        )
-    return os.fsdecode(unquote_to_bytes(rest)) if rest.strip("/") else None
+parse = embedded_path  # where the server of a DSN keeps its data
 
 
 def default_path() -> Path:

@@ -196,7 +196,7 @@ _UNAVAILABLE = {
     "57P03": "the server is not accepting connections yet",
     "57P05": "the server closed the idle session",
 }
-_MISSING = {"42P01": "table", "3F000": "schema"}
+_MISSING = {"42P01": "the table {}", "3F000": "the schema of {}"}
 # The server quotes data in the texts of these classes: 22 data exception, 23 integrity
 # constraint, 54 program limit exceeded. Their messages and tracebacks must not leave pgkv.
 _QUOTES_DATA = ("22", "23", "54")
@@ -254,7 +254,7 @@ def _from_sqlstate(
         found = StoreUnavailableError(f"{action}: {why}: {text}")
     elif state in _MISSING:
         found = TableNotFoundError(
-            f"{action}: the {_MISSING[state]} of {table} does not exist; call create_table(), "
+            f"{action}: {_MISSING[state].format(table)} does not exist; call create_table(), "
             "run the DDL that `pgkv schema` prints, or set auto_create_table=True"
         )
     elif state == "42501":

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterable, Mapping
 from datetime import datetime
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NoReturn, Self, TypeVar
 
 from . import _flows
 from ._observe import shown
@@ -55,6 +55,10 @@ class Handle(Generic[T]):
             if isinstance(answer, PgkvError):
                 raise answer
         return self._combine(self._answers)
+
+    def __bool__(self) -> NoReturn:
+        # It would always be true, also for a set_nx that wrote nothing.
+        raise TypeError(f"a Handle is neither true nor false; ask {self._names}'s result()")
 
     @shown
     def __repr__(self) -> str:

@@ -15,7 +15,7 @@ from operator import attrgetter
 from pathlib import Path
 from time import monotonic
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Generic, NoReturn, Self, TypeVar, overload
 from urllib.parse import quote
 
 import psycopg
@@ -25,16 +25,19 @@ from . import _flows, _retry, _schema, _sweep
 from ._bound import CallerChannel
 from ._caller import unwrap
 from ._channel import Channel, PoolChannel
-from ._codec import seconds
+from ._codec import seconds, whole
+from ._drivers import call
 from ._observe import shown
+from ._op import Call
 from ._pool import CallerPool, Leases
 from ._settings import (
     Target,
     check_pool,
+    check_transaction,
+    config_of,
     config_of_pool,
     facts_of,
     options_of,
-    page_size_of,
     refuse_pickle,
     require_whole_table,
     scan_options,
@@ -44,7 +47,7 @@ from ._settings import (
 from ._sql import Statements
 from ._sql.point import negated
 from ._sql.scan import namespace_prefix
-from .config import EMBEDDED_SCHEME, Config, dsn_from_environment
+from .config import EMBEDDED_SCHEME, Config, require_config
 from .errors import NotFoundError
 from .pipeline import Pipeline
 from .typed import TypedStore
@@ -58,6 +61,43 @@ if TYPE_CHECKING:
     from .config import Seconds
 
 T = TypeVar("T")
+
+
+class Entering(Generic[T]):
+    """Something to be entered: ``with store.transaction() as tx``.
+
+    Args:
+        manager: opens and closes it.
+    """
+
+    def __init__(self, manager: contextlib.AbstractContextManager[T]) -> None:
+        self._manager = manager
+
+    @shown
+    def __repr__(self) -> str:
+        return "store.transaction(), to be entered"
+
+    if not TYPE_CHECKING:  # a type checker knows that there is no such attribute
+
+        def __getattr__(self, name: str) -> NoReturn:
+            if name.startswith("_"):
+                raise AttributeError(name)
+            # Only asked for what is not there: it was taken for the store that it gives.
+            raise AttributeError(
+                f"store.transaction() has to be entered before .{name}: write "
+                "`with store.transaction() as tx`"
+            )
+
+    def __enter__(self) -> T:
+        return self._manager.__enter__()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> bool | None:
+        return self._manager.__exit__(kind, error, traceback)
 
 
 class Store:
@@ -80,6 +120,7 @@ class Store:
     """
 
     def __init__(self, config: Config) -> None:
+        require_config(config, "Store")
         target = Target(config)
         channel = PoolChannel(config, Leases(config, target.conninfo))
         channel.on_close(target.close)
@@ -137,7 +178,7 @@ class Store:
             StoreUnavailableError: the server cannot be reached; says why.
             TableNotFoundError: there is no table and ``auto_create_table`` is off.
         """
-        store = cls(Config(dsn_from_environment() if dsn is None else dsn, **options_of(config)))
+        store = cls(config_of(dsn, config))
         try:
             store.create_table() if store._config.auto_create_table else store.exists("-")
         except BaseException:
@@ -536,7 +577,7 @@ class Store:
     def _paged(
         self, select: Any, key_of: Callable[[Any], str], prefix: str, page_size: int
     ) -> Iterator[Any]:
-        first = select(ScanOptions(prefix=prefix, limit=page_size_of(page_size)))
+        first = select(ScanOptions(prefix=prefix, limit=whole("page_size", page_size)))
         return self._pages(first, select, key_of, prefix, page_size)
 
     def _pages(
@@ -614,16 +655,22 @@ class Store:
 
     # -- scope
 
-    @contextlib.contextmanager
-    def transaction(self) -> Iterator[Self]:
+    def transaction(self) -> Entering[Self]:
         """Enter a transaction: a store whose operations commit together, or not at all.
 
         On one of its own it opens a savepoint. Inside, nothing is retried or collected. It holds a
         connection and row locks until its end: keep it short.
 
+        Returns:
+            What ``with store.transaction() as tx`` enters; `tx` is a store.
+
         Raises:
             TransactionError: (of the store it gives) it was used after its end.
         """
+        return Entering(self._transaction())
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[Self]:
         with self._channel.transaction() as channel:
             yield self._view(channel=channel)
 
@@ -663,11 +710,19 @@ class Store:
         Args:
             fn: gets a store bound to the transaction. It may run several times.
             isolation: a ``psycopg.IsolationLevel``; None for READ COMMITTED.
+
+        Returns:
+            What `fn` returned when it was committed.
+
+        Raises:
+            InvalidValueError: `fn` or `isolation` is none.
+            TypeError: `fn` is async; nothing was committed.
         """
+        check_transaction(fn, isolation)
 
         def once() -> T:
             with self._channel.transaction(isolation) as channel:
-                return fn(self._view(channel=channel))
+                return call(Call(fn, self._view(channel=channel)))  # type: ignore[no-any-return]  # what fn returns
 
         return _retry.retrying_transaction(self._config.retry)(once)
 
@@ -682,7 +737,7 @@ class Store:
 
         Raises:
             ConfigError: it is no psycopg 3 connection, or an async one.
-            TransactionError: (of the operations) it is closed, or its transaction has failed.
+            TransactionError: it is closed; or (of the operations) its transaction has failed.
         """
         inner = unwrap(conn, psycopg.Connection)
         return self._view(channel=CallerChannel(inner, self._config.operation_timeout))

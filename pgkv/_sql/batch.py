@@ -280,6 +280,10 @@ def _pairs(items: Mapping[str, T] | Iterable[tuple[str, T]]) -> Iterable[tuple[s
 def _columns(items: Mapping[str, T] | Iterable[tuple[str, T]]) -> tuple[list[str], list[T]]:
     if isinstance(items, Mapping):
         return list(items), list(items.values())
+    if not hasattr(items, "__iter__"):
+        raise InvalidValueError(
+            f"give a mapping, or an iterable of (key, value) pairs, not {type(items).__name__}"
+        )
     pairs = list(_checked_pairs(items))
     return [key for key, _ in pairs], [value for _, value in pairs]
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from .. import _codec
 from .._op import BINARY, TEXT, Op, Result, Signal, Statement
-from ..errors import InvalidKeyError, InvalidValueError
+from ..errors import InvalidKeyError
 from ..types import KeyValue, ScanOptions, Stats
 from .sweep import Sweep
 from .table import LIVE, read_int, read_nothing
@@ -42,8 +42,8 @@ class Scan(Sweep):
         decode: Callable[[Result], T | Signal],
         options: ScanOptions,
     ) -> Op[T]:
-        limit = None if options.limit is None else row_count("limit", options.limit)
-        offset = row_count("offset", options.offset)
+        limit = None if options.limit is None else _codec.whole("limit", options.limit, 0)
+        offset = _codec.whole("offset", options.offset, 0)
         where, params = self._range(options)
         statement: Statement[T] = self.made(
             (name, where),
@@ -181,17 +181,6 @@ class Scan(Sweep):
     def ping(self) -> Op[None]:
         """A round trip to the server."""
         return Op(self._ping)
-
-
-def row_count(name: str, value: object) -> int:
-    """Return a number of rows.
-
-    Raises:
-        InvalidValueError: it is no integer of 0 or more.
-    """
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise InvalidValueError(f"{name} must be an integer of 0 or more, not {value!r}")
-    return min(value, _codec.INT8_MAX)
 
 
 def namespace_prefix(outer: str, prefix: object) -> str:

@@ -79,7 +79,7 @@ BAD: list[tuple[str, Any, str]] = [
     ("dsn", "mysql://u@h/d", "scheme 'mysql'"),
     ("dsn", "postgresql+psycopg://u@h/d", "drop what follows"),
     ("dsn", "postgres+asyncpg://u@h/d", "drop what follows"),
-    ("dsn", "not a dsn", "not a valid libpq"),
+    ("dsn", "not a dsn", "neither a URI nor a conninfo string"),
     ("dsn", "hots=localhost", "not a valid libpq"),
     ("dsn", "postgresql://u:p%zz@h/d", "not a valid libpq"),
     ("table_name", "", "non-empty"),
@@ -120,8 +120,8 @@ BAD: list[tuple[str, Any, str]] = [
     ("pool_timeout", timedelta(0), "more than 0"),
     ("application_name", None, "without NUL"),
     ("application_name", "a\0", "without NUL"),
-    ("retry", 3, "RetryPolicy or None"),
-    ("retry", {"attempts": 3}, "RetryPolicy or None"),
+    ("retry", 3, "RetryPolicy, or None"),
+    ("retry", {"attempts": 3}, "RetryPolicy, or None"),
 ]
 
 

@@ -145,7 +145,7 @@ def test_missing_rights_say_what_to_grant() -> None:
 def test_missing_tables_say_what_to_do() -> None:
     """42P01 names the table and the ways to make it."""
     error = translate(Refused("42P01"), action="set", table='"t"')
-    assert 'the table of "t" does not exist' in str(error)
+    assert 'the table "t" does not exist' in str(error)
     assert "create_table()" in str(error)
 
 
