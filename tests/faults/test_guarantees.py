@@ -17,16 +17,15 @@ import pytest
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 import pgkv
-from pgkv import Pooler, TableType
+from pgkv import TableType
 from pgkv._cluster import Cluster
 from pgkv.patterns._session_data import id_of
 from pgkv.testing import ServerClock
-from tests import pgbouncer, servers
+from tests import servers
 from tests.cached import cached_in
 from tests.colours import Colour
 from tests.faults.proxy import Proxy
 from tests.faults.support import Witness, newest
-from tests.postgres.test_poolers import pooler
 from tests.servers import Server, wait_until
 
 pytestmark = newest
@@ -189,40 +188,6 @@ def test_sessions_move_with_the_servers_clock(dsn: str, clock: ServerClock) -> N
         assert sessions.load(token) is not None
         clock.advance(601)
         assert sessions.load(token) is None
-
-
-@pgbouncer.needed
-async def test_patterns_behind_a_transaction_pooler(
-    dsn: str, server: object, make_store: Any, colour: Colour
-) -> None:
-    """Through PgBouncer in transaction mode limiters, cached functions and sessions work as ever."""
-    if not isinstance(server, Server):
-        pytest.skip("PgBouncer needs the password of PGKV_TEST_DSN's server")
-    with pooler(dsn) as through:
-        store = await make_store(dsn=through, pooler=Pooler.TRANSACTION)
-        limiter = colour.make("RateLimiter", store, "3/h", name="n", timeout=5)
-        assert [bool(await limiter.hit("u")) for _ in range(4)] == [True, True, True, False]
-
-        calls: list[int] = []
-
-        @cached_in(colour, store, tags=("t",), beta=0)
-        async def count() -> int:
-            calls.append(1)
-            return len(calls)
-
-        assert [await count(), await count()] == [1, 1]
-        await count.invalidate()
-        assert [await count(), await count()] == [2, 2]
-
-        sessions = colour.make("SessionStore", store)
-        session = await sessions.create({"a": 1})
-        old = session.id
-        session.data["b"] = 2
-        await sessions.rotate(session, user_id="u")
-        assert (await sessions.load(session.id)).data == {"a": 1, "b": 2}
-        assert (await sessions.load(old)).data == {"a": 1}
-        assert await sessions.destroy_user("u") == 1
-        assert await sessions.load(session.id) is None
 
 
 async def test_answers_of_patterns_that_are_lost(dsn: str, make_store: Any, colour: Colour) -> None:

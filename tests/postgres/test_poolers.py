@@ -1,4 +1,4 @@
-"""The store's behaviour tests once more, through a PgBouncer in transaction mode with two server
+"""The behaviour tests of store and patterns once more, through a PgBouncer in transaction mode with two server
 connections.
 
 Every test of the modules below that works with a store runs here with ``pooler=Pooler.TRANSACTION``,
@@ -31,14 +31,22 @@ from tests.postgres import (
     test_atomic,
     test_basic,
     test_batch,
+    test_cached,
+    test_cached_invalidation,
     test_coalesce,
     test_collection,
     test_expiry,
+    test_leader,
     test_lock,
+    test_lock_guard,
     test_pipeline,
     test_races,
+    test_rate_limit,
     test_scan,
     test_semaphore,
+    test_session,
+    test_session_races,
+    test_session_rotation,
     test_storms,
     test_transaction,
     test_using,
@@ -48,7 +56,9 @@ from tests.servers import Server, UserServer
 
 MODULES = (
     *(test_basic, test_batch, test_atomic, test_scan, test_expiry, test_collection),
-    *(test_lock, test_semaphore),
+    *(test_lock, test_lock_guard, test_semaphore, test_leader, test_rate_limit),
+    *(test_cached, test_cached_invalidation),
+    *(test_session, test_session_rotation, test_session_races),
     *(test_transaction, test_using, test_races, test_storms, test_pipeline, test_coalesce),
 )
 # What cannot be asked here, and why.
@@ -175,7 +185,7 @@ def _marked(name: str, test: Any, module: ModuleType) -> Any:
 
 
 OWN_FIXTURES = {"make_store", "connect", "tape", "colour"}
-NEEDS_STORE = {"store", "make_store", "race", "coalescing"}
+NEEDS_STORE = {"store", "make_store", "race", "coalescing", "sessions", "make_sessions"}
 for _module in MODULES:
     _adopt(_module)
 
