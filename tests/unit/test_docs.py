@@ -1,17 +1,127 @@
-"""The reference is complete, and pins the public names."""
+"""What the pages list is what there is: public names, settings, events of the log."""
 
+from __future__ import annotations
+
+import ast
+import dataclasses
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 import pgkv
 
-REFERENCE = Path(__file__).resolve().parents[2] / "docs" / "reference.md"
+ROOT = Path(__file__).resolve().parents[2]
+DOCS = ROOT / "docs"
 ENTRY = re.compile(
     r"^\.\. auto(?:class|exception|function|data|decorator):: pgkv\.(\w+)$", re.MULTILINE
 )
+LEVELS = ("debug", "info", "warning")
+
+
+def page(name: str) -> str:
+    return (DOCS / name).read_text(encoding="utf-8")
 
 
 def test_reference_and_public_names_are_the_same() -> None:
     """Each public name has one entry in docs/reference.md, and no name appears or goes unnoticed."""
-    entries = ENTRY.findall(REFERENCE.read_text(encoding="utf-8"))
+    entries = ENTRY.findall(page("reference.md"))
     assert sorted(name for name in pgkv.__all__ if not name.startswith("__")) == sorted(entries)
+
+
+# -- settings
+
+
+def rows(text: str) -> Iterator[list[str]]:
+    """The rows of its tables whose first cell is code, as cells without their backquotes."""
+    for line in re.findall(r"^\| `.* \|$", text, re.MULTILINE):
+        yield [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def defaults(of: type[Any]) -> dict[str, Any]:
+    return {
+        field.name: field.default_factory()
+        if field.default_factory is not dataclasses.MISSING
+        else field.default
+        for field in dataclasses.fields(of)
+    }
+
+
+@pytest.mark.parametrize("of", [pgkv.Config, pgkv.RetryPolicy], ids=lambda of: of.__name__)
+def test_every_setting_is_explained_with_its_default(of: type[Any]) -> None:
+    """docs/operations.md lists each field in order, with its default and when to change it."""
+    text = page("operations.md").partition("## Every setting")[2]
+    listed = {name.strip("`"): (default, advice) for name, default, advice in rows(text)}
+    wanted = defaults(of)
+    assert [name for name in listed if name in wanted] == list(wanted)
+    assert set(listed) <= {*defaults(pgkv.Config), *defaults(pgkv.RetryPolicy)}
+    for name, default in wanted.items():
+        shown, advice = listed[name]
+        if default is dataclasses.MISSING:
+            assert shown == "none"
+        else:
+            assert eval(shown.strip("`"), vars(pgkv)) == default, name
+        assert advice, name
+
+
+# -- events
+
+
+def events() -> Iterator[tuple[str, str, frozenset[str] | None]]:
+    """Each event that the code logs: its name, its level, and its fields where they are written out
+    beside it."""
+    for path in (*(ROOT / "pgkv").rglob("*.py"), *(ROOT / "patterns").rglob("*.py")):
+        if path.is_relative_to(ROOT / "pgkv" / "_demo"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call):
+                continue
+            called = node.func
+            level = called.attr if isinstance(called, ast.Attribute) else getattr(called, "id", "")
+            first = node.args[0] if node.args else None
+            if level in LEVELS and isinstance(first, ast.Constant):
+                names = [keyword.arg for keyword in node.keywords]
+                fields = None if None in names else frozenset(map(str, names))
+                yield str(first.value), level, fields
+
+
+def test_every_event_is_explained() -> None:
+    """docs/monitoring.md lists each event that the code logs, with its level and its fields, and none
+    that it does not."""
+    text = page("monitoring.md").partition("## Events")[2].partition("## Metrics")[0]
+    listed = {
+        name.strip("`"): (level, frozenset(re.findall(r"`(\w+)`", fields)))
+        for name, level, fields, *_ in rows(text)
+    }
+    logged = list(events())
+    assert set(listed) == {name for name, *_ in logged}
+    for name, level, fields in logged:
+        assert listed[name][0] == level, name
+        assert fields in (None, listed[name][1]), name
+
+
+def test_the_events_of_lost_leases_have_the_fields_listed() -> None:
+    """The one event whose fields are put together elsewhere."""
+    found = re.search(r"context: .*? = \{(.*?)\}", (ROOT / "patterns" / "_lease.py").read_text())
+    assert found is not None
+    assert re.findall(r'"(\w+)":', found[1]) == ["lock", "reason", "owner"]
+    assert "| `pgkv.lock.lost` | warning | `lock`, `reason`, `owner`, `cause` |" in page(
+        "monitoring.md"
+    )
+
+
+def test_tests_named_as_witnesses_exist() -> None:
+    """A page that names a test as its witness names one that is there to be run."""
+    there = {
+        name
+        for path in (ROOT / "tests").rglob("test_*.py")
+        for name in re.findall(r"^(?:async )?def (test_\w+)", path.read_text(), re.MULTILINE)
+    }
+    named = {
+        (path.name, name)
+        for path in DOCS.glob("**/*.md")
+        for name in re.findall(r"`(test_\w+)`", path.read_text(encoding="utf-8"))
+    }
+    assert [each for each in named if each[1] not in there] == []
