@@ -3,84 +3,139 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import Progress
 
-from tests.benchmarks import cases, page, plot, record, services, table
-from tests.benchmarks.case import CASES, Bench, Case
-from tests.benchmarks.figures import Fact, Result
+from tests.benchmarks import page, plot, record, services, table
+from tests.benchmarks.case import Bench, Case, FactCase
+from tests.benchmarks.cases import TOPICS, Topic
 from tests.benchmarks.placement import CAN_PIN
+from tests.benchmarks.record import Record, Section
 from tests.benchmarks.rounds import ROUNDS_MIN, measure
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
+RECORD, PLOT, PAGE = "benchmarks.json", "benchmarks.svg", "performance.md"
 ROUNDS = 61
 QUIET = 0.5  # a load below which the figures can be trusted
 WIDTH = 130  # of the table where it goes to a file
 
+Chosen = list[tuple[Topic, list[Case | FactCase]]]
+
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=cases.__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.benchmarks",
+        description="Measure pgkv beside libpq, other drivers, Redis and memcached.",
+    )
     parser.add_argument("--quick", action="store_true", help="few rounds, small tables")
     parser.add_argument("--big", action="store_true", help="also a table of 5 million keys")
     parser.add_argument("--rounds", type=int, help=f"per case ({ROUNDS}; at least {ROUNDS_MIN})")
-    parser.add_argument("--only", metavar="TEXT", help="cases whose name contains it")
+    parser.add_argument("--only", metavar="TEXT", help="cases whose name or topic contains it")
     parser.add_argument(
         "--output",
         type=Path,
-        help="folder of benchmarks.json, benchmarks.svg and performance.md (docs, for a whole run)",
+        help=f"folder of {RECORD}, {PLOT} and {PAGE} (docs, for a whole run); with --only, what"
+        " the record there has of other cases stays",
+    )
+    parser.add_argument(
+        "--redraw", action="store_true", help=f"measure nothing: make {PLOT} and {PAGE} anew"
     )
     given = parser.parse_args()
     given.rounds = max(ROUNDS_MIN, given.rounds or (ROUNDS_MIN if given.quick else ROUNDS))
-    if given.output is None and not (given.quick or given.only):
+    if given.output is None and (given.redraw or not (given.quick or given.only)):
         given.output = DOCS
     return given
 
 
+def chosen_by(given: argparse.Namespace) -> Chosen:
+    """The cases that were asked for, by topic."""
+    text = (given.only or "").lower()
+    found = (
+        (
+            topic,
+            [
+                each
+                for each in topic.cases()
+                if text in f"{topic.title}\n{each.name}".lower()
+                and (given.big or not each.only_big)
+            ],
+        )
+        for topic in TOPICS
+    )
+    return [(topic, cases) for topic, cases in found if cases]
+
+
+def measured(
+    chosen: Chosen, given: argparse.Namespace, running: services.Services, console: Console
+) -> Iterator[Section]:
+    """Topic by topic."""
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("", total=sum(len(cases) for _, cases in chosen))
+        for topic, cases in chosen:
+            section = Section(topic.title, [], [])
+            for each in cases:
+                progress.update(task, description=each.name)
+                bench = Bench(running, big=given.big, quick=given.quick)
+                try:
+                    if isinstance(each, Case):
+                        result = measure(each, bench, given.rounds, running.client_facing)
+                        section.results.append(result)
+                    else:
+                        section.facts.extend(each.measure(bench))
+                finally:
+                    bench.close()
+                progress.advance(task)
+            yield section
+
+
+def show(console: Console, made: Record) -> None:
+    """The table, and what is missing from it."""
+    console.print(table.rendered(made.results, made.facts))
+    if absent := table.absent(made.results):
+        console.print(f"Not measured, as it is not installed here: {'; '.join(absent)}.")
+
+
+def publish(folder: Path, made: Record) -> None:
+    """Plot and page."""
+    plot.draw(folder / PLOT, made)
+    page.update(folder / PAGE, made)
+
+
 def main() -> None:
     given = arguments()
-    chosen = [
-        each
-        for each in CASES
-        if (given.only or "") in each.name and (given.big or not each.only_big)
-    ]
+    if given.redraw:
+        publish(given.output, record.read(given.output / RECORD))
+        return
     console = Console()
     if not console.is_terminal:
         console = Console(width=WIDTH)
     if (load := record.load()) > QUIET:
         console.print(f"This machine is busy (load {load:.1f}): expect noise.")
-    results: list[Result] = []
-    facts: list[Fact] = []
-    with services.running() as running, Progress(console=console, transient=True) as progress:
-        task = progress.add_task("", total=len(chosen))
-        for each in chosen:
-            progress.update(task, description=each.name)
-            bench = Bench(running.dsn, running.redis_socket, big=given.big, quick=given.quick)
-            try:
-                if isinstance(each, Case):
-                    results.append(measure(each, bench, given.rounds, running.client_facing))
-                else:
-                    facts.extend(each.measure(bench))
-            finally:
-                bench.close()
-            progress.advance(task)
-        made = record.Record(
-            record.machine(),
-            record.versions(running.versions()),
-            given.rounds,
-            CAN_PIN,
-            results,
-            facts,
+    chosen = chosen_by(given)
+    if not chosen:
+        sys.exit(f"No case's name or topic contains {given.only!r}.")
+    with services.running() as running:
+        made = Record(
+            record.machine(), record.versions(running.versions()), given.rounds, CAN_PIN, []
         )
-    console.print(table.rendered(results, facts))
-    if running.redis_socket is None:
-        console.print("Redis was not measured: there is no redis-server here.")
+        earlier = None
+        if given.only and given.output and (given.output / RECORD).exists():
+            earlier = record.read(given.output / RECORD)
+            record.merged(
+                earlier, made
+            )  # what cannot be merged is better known now than at the end
+        made.sections.extend(measured(chosen, given, running, console))
+    show(console, made)
     if given.output is not None:
-        record.write(given.output / "benchmarks.json", made)
-        plot.draw(given.output / "benchmarks.svg", made)
-        page.update(given.output / "performance.md", made)
-        console.print("Written: benchmarks.json, benchmarks.svg and performance.md")
+        if earlier is not None:
+            made = record.merged(earlier, made)
+        record.write(given.output / RECORD, made)
+        publish(given.output, made)
+        console.print(f"Written: {RECORD}, {PLOT} and {PAGE}")
 
 
 if __name__ == "__main__":

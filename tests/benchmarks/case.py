@@ -9,7 +9,7 @@ A case is a generator function that yields its entrants, each a name with what i
         if client := bench.redis():
             yield REDIS, each(client.get, cycle(KEYS))
 
-Its module has to be named in `cases/__init__.py`; nothing else has to change. What is no time, a
+Its module has to be named in `cases.TOPICS`; nothing else has to change. What is no time, a
 size or a share, is measured by a generator of `Fact`, registered by `facts`.
 """
 
@@ -30,6 +30,7 @@ import pgkv
 from pgkv._sql import Statements
 from tests.benchmarks.figures import LATENCY, THROUGHPUT, Fact, Goal
 from tests.benchmarks.raw import Raw
+from tests.benchmarks.services import Services, memcached_client
 
 T = TypeVar("T")
 
@@ -42,6 +43,7 @@ ASYNCPG = "asyncpg"
 ASYNCPG_POOL = "asyncpg pool"
 REDIS = "redis-py"
 REDIS_ASYNC = "redis.asyncio"
+MEMCACHED = "pymemcache"
 
 # Performs so many operations.
 Run: TypeAlias = Callable[[int], object]
@@ -67,6 +69,11 @@ class Case:
     only_big: bool = False
 
     @property
+    def module(self) -> str:
+        """The module whose case it is: see `cases.TOPICS`."""
+        return self.make.__module__
+
+    @property
     def is_pinned(self) -> bool:
         """One client that waits for one server shares a core with it: see `placement`."""
         return self.workers == 1
@@ -79,6 +86,11 @@ class FactCase:
     name: str
     measure: Callable[[Bench], Iterator[Fact]]
     only_big: bool = False
+
+    @property
+    def module(self) -> str:
+        """The module whose case it is."""
+        return self.measure.__module__
 
 
 CASES: list[Case | FactCase] = []
@@ -128,17 +140,17 @@ class Bench:
     """What a case may use; all of it is closed when the case ends.
 
     Args:
-        dsn: the PostgreSQL server.
-        redis_socket: Redis's unix socket, if there is a Redis.
+        running: the servers.
         big: take the time for millions of keys.
         quick: keep everything small.
     """
 
-    def __init__(self, dsn: str, redis_socket: str | None, *, big: bool, quick: bool) -> None:
-        self.dsn = dsn
+    def __init__(self, running: Services, *, big: bool, quick: bool) -> None:
+        self.dsn = running.dsn
+        self.redis_socket = running.redis.socket if running.redis else None
+        self.memcached_socket = running.memcached.socket if running.memcached else None
         self.big = big
         self.quick = quick
-        self._redis_socket = redis_socket
         self._stack = ExitStack()
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -177,10 +189,19 @@ class Bench:
 
     def redis(self) -> redis.Redis | None:
         """A Redis client whose database holds `KEYS`; None where there is no Redis."""
-        if self._redis_socket is None:
+        if self.redis_socket is None:
             return None
-        client = redis.Redis(unix_socket_path=self._redis_socket)
+        client = redis.Redis(unix_socket_path=self.redis_socket)
         client.mset(dict.fromkeys(KEYS, VALUE))
+        self.closing(client.close)
+        return client
+
+    def memcached(self) -> Any:
+        """A client of a memcached that holds `KEYS`; None where there is none."""
+        if self.memcached_socket is None:
+            return None
+        client = memcached_client(self.memcached_socket)
+        stored(client, dict.fromkeys(KEYS, VALUE))
         self.closing(client.close)
         return client
 
@@ -217,10 +238,10 @@ class Bench:
 
     def async_redis(self) -> Any:
         """An asyncio client of Redis; None where there is none."""
-        if self._redis_socket is None:
+        if self.redis_socket is None:
             return None
         client = redis.asyncio.Redis(
-            unix_socket_path=self._redis_socket,
+            unix_socket_path=self.redis_socket,
             max_connections=REDIS_CONNECTIONS,
         )
         self.wait(client.mset(dict.fromkeys(KEYS, VALUE)))
@@ -288,6 +309,12 @@ def filled(store: pgkv.Store) -> pgkv.Store:
     store.vacuum()
     store.analyze()
     return store
+
+
+def stored(memcached: Any, pairs: dict[str, bytes]) -> None:
+    """Write any number of pairs. pymemcache reads no answer before it has sent everything: so many
+    answers would fill the socket, and both ends wait for ever. So it is told to expect none."""
+    memcached.set_many(pairs, noreply=True)
 
 
 def each(call: Callable[[Any], object], inputs: Iterator[Any]) -> Run:

@@ -4,25 +4,51 @@ from __future__ import annotations
 
 import os
 import platform
-from importlib.metadata import version
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 
 from tests.benchmarks.figures import Fact, Result
 
-PACKAGES = ("psycopg", "psycopg-binary", "psycopg-pool", "redis", "hiredis", "asyncpg")
+Measured = TypeVar("Measured", Result, Fact)
+
+DRIVERS = ("psycopg", "psycopg-binary", "psycopg-pool", "asyncpg", "redis", "hiredis")
+LIBRARIES = (
+    "pymemcache", "libmc", "dogpile.cache", "cashews", "aiocache", "diskcache", "limits",
+    "throttled-py", "pyrate-limiter", "starlette", "Django", "Flask-Session", "starsessions",
+    "python-redis-lock",
+)  # fmt: skip
+
+
+class Section(msgspec.Struct):
+    """What was measured of one topic."""
+
+    topic: str
+    results: list[Result]
+    facts: list[Fact]
 
 
 class Record(msgspec.Struct):
-    """One run of the benchmark."""
+    """One run of the benchmark, or several with the same settings on the same machine."""
 
     machine: dict[str, str]
     versions: dict[str, str]
     rounds: int
     pinned: bool
-    results: list[Result]
-    facts: list[Fact]
+    sections: list[Section]
+
+    @property
+    def results(self) -> list[Result]:
+        """Of all topics."""
+        return [result for section in self.sections for result in section.results]
+
+    @property
+    def facts(self) -> list[Fact]:
+        """Of all topics."""
+        return [fact for section in self.sections for fact in section.facts]
 
 
 def machine() -> dict[str, str]:
@@ -53,11 +79,44 @@ def _processor() -> str:
 
 def versions(servers: dict[str, str]) -> dict[str, str]:
     """Of the interpreter, the servers and the clients."""
-    return (
-        {"Python": platform.python_version()}
-        | servers
-        | {package: version(package) for package in PACKAGES}
+    found = {"Python": platform.python_version()} | servers
+    for package in DRIVERS + LIBRARIES:
+        with suppress(PackageNotFoundError):  # its entrants are left out
+            found[package] = version(package)
+    return found
+
+
+def merged(old: Record, new: Record) -> Record:
+    """The new record, completed by what only the old one has.
+
+    Raises:
+        ValueError: their figures are not comparable.
+    """
+    differing = [
+        name for name in ("machine", "rounds", "pinned") if getattr(old, name) != getattr(new, name)
+    ] + [
+        name
+        for name in old.versions
+        if new.versions.get(name, old.versions[name]) != old.versions[name]
+    ]
+    if differing:
+        raise ValueError(f"the record is of another run: {', '.join(differing)} differ")
+    sections = {section.topic: section for section in old.sections}
+    for section in new.sections:
+        before = sections.get(section.topic, Section(section.topic, [], []))
+        sections[section.topic] = Section(
+            section.topic,
+            _replaced(before.results, section.results),
+            _replaced(before.facts, section.facts),
+        )
+    return Record(
+        new.machine, new.versions | old.versions, new.rounds, new.pinned, list(sections.values())
     )
+
+
+def _replaced(old: list[Measured], new: list[Measured]) -> list[Measured]:
+    """Each where it was; what is new at the end."""
+    return list(({each.case: each for each in old} | {each.case: each for each in new}).values())
 
 
 def write(path: Path, record: Record) -> None:

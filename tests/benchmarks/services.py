@@ -1,32 +1,45 @@
-"""The servers: an embedded PostgreSQL with its defaults and, where it is installed, a Redis, both
-on unix sockets in a temporary directory."""
+"""The servers: an embedded PostgreSQL with its defaults and, where they are installed, a Redis and a
+memcached, all on unix sockets in a temporary directory."""
 
 from __future__ import annotations
 
 import shutil
+import socket
 import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psycopg
+import pymemcache  # type: ignore[import-untyped]  # has no types
 import redis
 
 from pgkv import embedded
 
 START_TIMEOUT = 10.0
+# As pgkv's default table: nothing is written to disk.
+REDIS_SETTINGS = {"port": "0", "save": "", "appendonly": "no"}
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """A server beside PostgreSQL."""
+
+    socket: str
+    pid: int
 
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """What runs."""
+    """What runs; None for what is not installed."""
 
     dsn: str
-    redis_socket: str | None
-    redis_pid: int | None
+    redis: Peer | None
+    memcached: Peer | None
 
     def client_facing(self) -> list[int]:
         """The processes that answer clients now, and the one that later ones descend from: a
@@ -36,17 +49,25 @@ class Services:
                 "SELECT pid FROM pg_stat_activity WHERE backend_type = 'client backend'"
             ).fetchall()
         backends = [pid for (pid,) in rows]
-        redis_server = [self.redis_pid] if self.redis_pid else []
-        return backends + redis_server + parents(backends)
+        peers = [each.pid for each in (self.redis, self.memcached) if each]
+        return backends + peers + parents(backends)
 
     def versions(self) -> dict[str, str]:
         """What they are."""
         with psycopg.connect(self.dsn) as conn:
             found = {"PostgreSQL": conn.execute("SHOW server_version").fetchall()[0][0]}
-        if self.redis_socket:
-            with redis.Redis(unix_socket_path=self.redis_socket) as client:
+        if self.redis:
+            with redis.Redis(unix_socket_path=self.redis.socket) as client:
                 found["Redis"] = client.info("server")["redis_version"]
+        if self.memcached:
+            with closing(memcached_client(self.memcached.socket)) as client:
+                found["memcached"] = client.version().decode()
         return found
+
+
+def memcached_client(path: str) -> Any:
+    """pymemcache's client, which waits for the answer to a write as everybody else's does."""
+    return pymemcache.Client(f"unix:{path}", default_noreply=False)
 
 
 def parents(pids: list[int]) -> list[int]:
@@ -68,34 +89,50 @@ def running() -> Iterator[Services]:
         ).resolve()
         directory.chmod(0o755)  # under root the server runs as somebody else
         server = stack.enter_context(embedded.start(directory / "pg"))
-        program = shutil.which("redis-server")
-        if program is None:
-            yield Services(server.dsn, None, None)
-            return
-        socket = directory / "redis.sock"
-        process = _start_redis(program, socket)
-        stack.callback(process.wait)
-        stack.callback(process.terminate)
-        _await_redis(socket)
-        yield Services(server.dsn, str(socket), process.pid)
+        yield Services(
+            server.dsn,
+            stack.enter_context(_redis(directory / "redis.sock")),
+            stack.enter_context(_memcached(directory / "memcached.sock")),
+        )
 
 
-def _start_redis(program: str, socket: Path) -> subprocess.Popen[bytes]:
-    # As pgkv's default table: nothing is written to disk.
-    settings = {"port": "0", "unixsocket": str(socket), "save": "", "appendonly": "no"}
-    arguments = [part for name, value in settings.items() for part in (f"--{name}", value)]
-    return subprocess.Popen([program, *arguments], cwd=socket.parent, stdout=subprocess.DEVNULL)
+def _redis(path: Path) -> AbstractContextManager[Peer | None]:
+    settings = {**REDIS_SETTINGS, "unixsocket": str(path)}
+    options = [part for name, value in settings.items() for part in (f"--{name}", value)]
+    return peer("redis-server", options, path)
 
 
-def _await_redis(socket: Path) -> None:
+def _memcached(path: Path) -> AbstractContextManager[Peer | None]:
+    # Under root it starts only when told as whom to run.
+    return peer("memcached", ["-s", str(path), "-u", "root"], path)
+
+
+@contextmanager
+def peer(name: str, options: list[str], path: Path) -> Iterator[Peer | None]:
+    """Run a server that listens at `path`; None where there is no such program."""
+    program = shutil.which(name)
+    if program is None:
+        yield None
+        return
+    process = subprocess.Popen([program, *options], cwd=path.parent, stdout=subprocess.DEVNULL)
+    try:
+        _await(path)
+        yield Peer(str(path), process.pid)
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def _await(path: Path) -> None:
+    """Until somebody listens there."""
     deadline = time.monotonic() + START_TIMEOUT
-    with redis.Redis(unix_socket_path=str(socket)) as client:
-        while True:
+    while True:
+        with socket.socket(socket.AF_UNIX) as probe:
             try:
-                client.ping()
-            except redis.ConnectionError:
+                probe.connect(str(path))
+            except OSError:
                 if time.monotonic() > deadline:
                     raise
-                time.sleep(0.02)
             else:
                 return
+        time.sleep(0.02)

@@ -10,6 +10,7 @@ from rich.table import Table
 from tests.benchmarks.figures import Comparison, Fact, Goal, Result, Summary
 
 HEADINGS = ("case", "ours", "against", "theirs", "ratio", "target", "")
+NUMBERS = frozenset(("ours", "theirs", "ratio"))
 ABSENT = "not measured"
 
 
@@ -35,6 +36,18 @@ def rows(results: list[Result], facts: list[Fact]) -> Iterator[Row]:
             fact.case, amount(fact.value, fact.unit), "", "", "", goal(fact.goal, fact.unit),
             verdict(fact.is_met),
         )  # fmt: skip
+
+
+def absent(results: list[Result]) -> list[str]:
+    """Whom something should have been compared with, and was not."""
+    names = {
+        name
+        for result in results
+        for pair in result.comparisons
+        for name in (pair.ours, pair.against)
+        if name not in result.entrants
+    }
+    return sorted(names)
 
 
 def _compared(result: Result, comparison: Comparison) -> Row:
@@ -85,7 +98,7 @@ def rendered(results: list[Result], facts: list[Fact]) -> Table:
     for heading in HEADINGS:
         table.add_column(
             heading,
-            justify="right" if heading in {"ours", "theirs", "ratio"} else "left",
+            justify="right" if heading in NUMBERS else "left",
             no_wrap=heading not in {"case", "against"},
         )
     before = ""

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import re
+import sys
+import tomllib
 from pathlib import Path
 
+import msgspec
 import pytest
 
+from tests.benchmarks import __main__ as program
+from tests.benchmarks import services
+from tests.benchmarks.case import CASES, MEMCACHED, Bench, Case
+from tests.benchmarks.cases import TOPICS
+from tests.benchmarks.cases.batch import LIBMC, libmc
 from tests.benchmarks.figures import (
     LATENCY,
     THROUGHPUT,
@@ -17,11 +26,12 @@ from tests.benchmarks.figures import (
     result,
     summary,
 )
-from tests.benchmarks.page import BEGIN, END, updated
-from tests.benchmarks.record import Record, read, write
-from tests.benchmarks.table import rendered, rows
+from tests.benchmarks.page import BEGIN, END, NBSP, figures, updated
+from tests.benchmarks.record import LIBRARIES, Record, Section, merged, read, write
+from tests.benchmarks.table import absent, rendered, rows
 
-DOCS = Path(__file__).resolve().parents[2] / "docs"
+ROOT = Path(__file__).resolve().parents[2]
+DOCS = ROOT / "docs"
 MICRO = 1e-6
 
 
@@ -45,7 +55,8 @@ def record() -> Record:
     ]
     facts = [Fact("memory", 21.5, "MiB", Goal(20.0))]
     machine = {"system": "Linux", "architecture": "x86_64", "cores": "2"}
-    return Record(machine, {"Python": "3.11"}, 3, True, timed, facts)
+    sections = [Section("One key", timed[:1], []), Section("Size", timed[1:], facts)]
+    return Record(machine, {"Python": "3.11"}, 3, True, sections)
 
 
 def test_summary() -> None:
@@ -119,8 +130,134 @@ def test_page_is_updated_between_its_markers(record: Record) -> None:
     assert once.startswith(f"before\n{BEGIN}\n")
     assert once.endswith(f"{END}\nafter\n")
     assert "old" not in once
-    assert "| get | 12.0 µs | raw |" in once
+    assert "| **pgkv** | **12.0** |" in once
     assert updated(once, record) == once
+
+
+def test_a_topic_is_a_table_of_its_cases(record: Record) -> None:
+    """A column for each case, a row for each entrant, ours first; what did not run says so."""
+    text = figures(record)
+    for line in (
+        "### One key",
+        "| µs per call | get |",
+        "| **pgkv** | **12.0** |",
+        f"| raw | 10.0{NBSP}(1.20) |",
+        "| redis | not measured |",
+        "### Size",
+        "| calls per second | 8 tasks |",
+        "| pgkv, coalescing | 60,000 |",
+        "| memory | 21.5 MiB |",
+    ):
+        assert line in text.splitlines()
+
+
+def test_a_cell_of_a_case_without_that_entrant_is_empty(record: Record) -> None:
+    """Empty is not the same as not measured: nobody meant to."""
+    samples = {"pgkv": [MICRO], "fourth": [2 * MICRO]}
+    other = result("set", LATENCY, samples, {("pgkv", "fourth"): None})
+    record.sections[0].results.append(other)
+    text = figures(record)
+    assert f"| raw | 10.0{NBSP}(1.20) |  |" in text
+    assert f"| fourth |  | 2.0{NBSP}(0.50) |" in text
+
+
+def test_targets_stand_in_a_table_of_their_own(record: Record) -> None:
+    """Comparison by comparison, with quartiles and verdict; without the figures that have none."""
+    targets = figures(record).partition("### Targets")[2]
+    assert "| get | 12.0 µs | raw | 10.0 µs | 1.20 (1.10-2.10) | ≤ 1.25 | met |" in targets
+    assert "coalescing" not in targets
+
+
+def test_missing_entrants_are_named(record: Record) -> None:
+    """A server or a library that is not installed leaves no silent hole in the table."""
+    assert absent(record.results) == ["redis"]
+
+
+def test_every_case_has_its_topic() -> None:
+    """A case is run and shown once, under one heading."""
+    shown = [each.name for topic in TOPICS for each in topic.cases()]
+    assert sorted(shown) == sorted(each.name for each in CASES)
+
+
+def test_a_partial_run_leaves_the_other_figures(record: Record) -> None:
+    """What was measured anew replaces its like where it stood; the rest of the record stays."""
+    again = result("get", LATENCY, {"pgkv": [MICRO], "raw": [MICRO]}, {("pgkv", "raw"): None})
+    added = Fact("new", 1.0, "MiB")
+    sections = [Section("One key", [again], []), Section("Size", [], [added])]
+    found = merged(record, msgspec.structs.replace(record, sections=sections))
+    assert found.results == [again, record.results[1]]
+    assert found.facts == [*record.facts, added]
+
+
+@pytest.mark.parametrize(
+    ("differing", "change"),
+    [
+        ("rounds", {"rounds": 4}),
+        ("machine", {"machine": {"system": "Linux", "architecture": "arm64", "cores": "2"}}),
+        ("pinned", {"pinned": False}),
+        ("Python", {"versions": {"Python": "3.12"}}),
+    ],
+)
+def test_runs_that_differ_are_not_merged(
+    record: Record, differing: str, change: dict[str, object]
+) -> None:
+    """Figures of one page were made on one machine, with one set of versions."""
+    with pytest.raises(ValueError, match=differing):
+        merged(record, msgspec.structs.replace(record, **change))
+
+
+def test_a_merged_record_knows_the_versions_of_both_runs(record: Record) -> None:
+    """A peer that was installed in between is no difference."""
+    old = msgspec.structs.replace(record, versions={"Python": "3.11", "Redis": "7"})
+    new = msgspec.structs.replace(record, versions={"Python": "3.11", "memcached": "1.6"})
+    assert merged(old, new).versions == {"Python": "3.11", "Redis": "7", "memcached": "1.6"}
+
+
+def test_page_and_plot_are_made_from_the_record_alone(
+    record: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """--redraw starts no server."""
+    write(tmp_path / "benchmarks.json", record)
+    (tmp_path / "performance.md").write_text(f"{BEGIN}\n{END}\n")
+    monkeypatch.setattr(services, "running", None)
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "--redraw", "--output", str(tmp_path)])
+    program.main()
+    assert f"| raw | 10.0{NBSP}(1.20) |" in (tmp_path / "performance.md").read_text(
+        encoding="utf-8"
+    )
+    assert (tmp_path / "benchmarks.svg").exists()
+
+
+def test_a_server_that_is_not_installed_is_left_out(tmp_path: Path) -> None:
+    """There is none, rather than an error."""
+    with services.peer("no-such-server", [], tmp_path / "socket") as found:
+        assert found is None
+
+
+def test_without_memcached_its_clients_are_left_out() -> None:
+    """A case asks for them and goes on without."""
+    bench = Bench(services.Services("", None, None), big=False, quick=True)
+    assert bench.memcached() is None
+    assert libmc(bench) is None
+
+
+def test_memcached_is_compared_with() -> None:
+    """Every case of one key has it; get_many and set_many have it by both clients."""
+    pairs = {each.name: each.goals for each in CASES if isinstance(each, Case)}
+    one_key = [each.name for each in TOPICS[0].cases()]
+    many_keys = ["get_many(100)", "set_many(100) with ttl"]
+    assert all(("pgkv", MEMCACHED) in pairs[name] for name in (*one_key, *many_keys))
+    assert all(("pgkv", LIBMC) in pairs[name] for name in many_keys)
+
+
+def test_what_is_compared_is_installed_by_make() -> None:
+    """A library that the bench group lacks is missing from the page that is published."""
+    groups = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    names = {
+        re.split(r"[\[<>=;~ ]", line)[0].lower() for line in groups["dependency-groups"]["bench"]
+    }
+    # libmc has no wheels for some machines, and would have to be compiled there.
+    assert {name.lower() for name in LIBRARIES} - names == {"libmc"}
 
 
 def test_a_page_without_markers_is_refused(record: Record) -> None:

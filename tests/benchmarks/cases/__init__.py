@@ -1,16 +1,94 @@
-"""The cases, in the order in which they are run and shown."""
+"""The cases, by topic, in the order in which they are run and shown."""
 
-from tests.benchmarks.cases import (  # noqa: F401, I001  # importing registers them; the order is the table's
-    point,
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import ModuleType
+from typing import NamedTuple
+
+from tests.benchmarks.case import CASES, Case, FactCase
+from tests.benchmarks.cases import (
     batch,
-    pipeline,
-    threads,
-    tasks,
     cached,
-    size,
     counter,
     limiter,
-    session,
-    memory,
     lock,
+    memory,
+    pipeline,
+    point,
+    session,
+    size,
+    tasks,
+    threads,
+)
+
+
+class Topic(NamedTuple):
+    """What is shown together: under a heading, with what has to be known to read its figures."""
+
+    title: str
+    note: str
+    modules: tuple[ModuleType, ...]
+
+    def cases(self) -> Iterator[Case | FactCase]:
+        """Its cases."""
+        for module in self.modules:
+            yield from (each for each in CASES if each.module == module.__name__)
+
+
+TOPICS = (
+    Topic(
+        "One key",
+        "One client, one call after the other.",
+        (point,),
+    ),
+    Topic(
+        "A hundred keys",
+        "One call for all of them; the pipeline is fifty `get`, twenty-five `set` and as many"
+        " `increment`. With so many keys the client's own work counts: *redis-py* has its parser"
+        " from hiredis, in C; *libmc* is C++, *pymemcache* Python.",
+        (batch, pipeline),
+    ),
+    Topic(
+        "Threads and tasks",
+        "Many callers of one store, in one process. *coalescing* is"
+        " `AsyncStore.connect(dsn, coalesce=True)`: one statement for all the reads of one turn of"
+        " the event loop.",
+        (threads, tasks),
+    ),
+    Topic(
+        "Cached functions",
+        "A function that returns a small dict, behind each library's decorator. dogpile.cache,"
+        " cashews and aiocache keep it in Redis, diskcache in SQLite on the local disk,"
+        " `functools.lru_cache` in the process itself. A hit reads two keys: *get_many of 2* is"
+        " the store's own call for as many.",
+        (cached,),
+    ),
+    Topic(
+        "Rate limiter",
+        "Each library with what it recommends: *limits* counts in a sliding window, *throttled-py*"
+        " by GCRA, pgkv has token buckets. `lease=100` takes a hundred tokens at once and"
+        " `local_deny` remembers a refusal, so that neither asks the server each time. The"
+        " application behind the Starlette request does nothing.",
+        (limiter,),
+    ),
+    Topic(
+        "Sessions",
+        "Each library through the calls that its middleware makes. Django keeps its sessions in"
+        " the same PostgreSQL.",
+        (session,),
+    ),
+    Topic(
+        "Locks",
+        "pgkv's default survives a crash of the server: each grant waits for the disk. With"
+        " `durable=False` it does not survive one, nor do the others. An advisory lock has a"
+        " number for a name, no lease and no fencing token; a connection holds it, so that each"
+        " holder needs one of its own for as long.",
+        (lock,),
+    ),
+    Topic(
+        "Size",
+        "What a large table costs, a hot key, and an iteration.",
+        (size, counter, memory),
+    ),
 )

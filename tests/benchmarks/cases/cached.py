@@ -50,7 +50,7 @@ def sync_peers(bench: Bench) -> dict[str, Callable[[int], object]]:
 
         region = make_region().configure(
             "dogpile.cache.redis",
-            arguments={"url": f"unix://{bench._redis_socket}"},
+            arguments={"url": f"unix://{bench.redis_socket}"},
             expiration_time=3600,
         )
         found[DOGPILE] = region.cache_on_arguments()(load)
@@ -78,7 +78,7 @@ def async_peers(bench: Bench) -> dict[str, Callable[[int], Any]]:
         # It knows unix sockets, but has no name for them.
         register_backend("unix", CashewsRedis, pass_uri=True, pickler=PicklerType.DEFAULT)
         cache = Cache()
-        cache.setup(f"unix://{bench._redis_socket}")
+        cache.setup(f"unix://{bench.redis_socket}")
         bench.closing(lambda: bench.wait(cache.close()))
         found[CASHEWS] = cache(ttl=3600)(load_async)
     if has("aiocache"):
@@ -92,7 +92,7 @@ def async_peers(bench: Bench) -> dict[str, Callable[[int], Any]]:
 
             def __init__(self, **kwargs: Any) -> None:
                 super().__init__(**kwargs)
-                self.client = Redis(unix_socket_path=bench._redis_socket)
+                self.client = Redis(unix_socket_path=bench.redis_socket)
 
         decorator = aiocache.cached(ttl=3600, cache=UnixCache, serializer=json.JsonSerializer())
         found[AIOCACHE] = decorator(load_async)

@@ -44,7 +44,7 @@ def peers(bench: Bench, keys: list[str], denied: bool) -> Entrants:
     item = limits.parse("1/day" if denied else f"{PLENTY}/second")
     stores: list[tuple[str, Any]] = [(LIMITS_MEMORY, MemoryStorage())]
     client = bench.redis()
-    socket = bench._redis_socket
+    socket = bench.redis_socket
     if client is not None:
         stores.insert(0, (LIMITS, RedisStorage(f"redis+unix://{socket}")))
     for name, storage in stores:
@@ -120,7 +120,7 @@ def awaited(bench: Bench, count: int) -> Entrants:
     from limits.aio.storage import RedisStorage
     from limits.aio.strategies import SlidingWindowCounterRateLimiter
 
-    storage = RedisStorage(f"async+redis+unix://{bench._redis_socket}", implementation="redispy")
+    storage = RedisStorage(f"async+redis+unix://{bench.redis_socket}", implementation="redispy")
     theirs = SlidingWindowCounterRateLimiter(storage)
     item = limits.parse(f"{PLENTY}/second")
     yield LIMITS, bench.tasks(count, lambda key: theirs.hit(item, key))

@@ -1,4 +1,5 @@
-"""Locks: what one costs alone, how long a hand-over takes, what waiting costs the server."""
+"""Locks: what one costs alone, how long a hand-over takes, what waiting costs the server, and how
+many connections it takes to hold some."""
 
 from __future__ import annotations
 
@@ -8,21 +9,39 @@ import statistics
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from itertools import repeat
 from typing import Any
+
+import psycopg
 
 import pgkv
 from tests.benchmarks.case import PGKV, REDIS, Bench, Entrants, case, each, facts
 from tests.benchmarks.figures import Fact
 
-DURABLE = "pgkv, durable"
+# Redis keeps its locks as safe as pgkv does with durable=False: a crash may lose them.
+NOT_DURABLE = "pgkv, durable=False"
 REDIS_LOCK = "python-redis-lock"
+ADVISORY = "advisory lock, psycopg"
+TRY, UNLOCK = b"SELECT pg_try_advisory_lock($1)", b"SELECT pg_advisory_unlock($1)"
+NUMBER = 0x706B_6776_6C6F_636B  # an advisory lock has no name
 TTL = 30
 WAITERS, HAND_OVERS = 20, 40
 IDLE = 100
+HOLDERS = 20
 
 
-@case("lock: acquire and release", {REDIS: 0.9, REDIS_LOCK: None, (DURABLE, REDIS): None})
+@case(
+    "lock: acquire and release",
+    {
+        REDIS: None,
+        REDIS_LOCK: None,
+        ADVISORY: None,
+        (NOT_DURABLE, REDIS): 0.9,
+        (NOT_DURABLE, REDIS_LOCK): None,
+        (NOT_DURABLE, ADVISORY): None,
+    },
+)
 def acquire_and_release(bench: Bench) -> Entrants:
     store = bench.store()
 
@@ -32,8 +51,15 @@ def acquire_and_release(bench: Bench) -> Entrants:
 
         return each(once, repeat(None))
 
-    yield PGKV, pair(pgkv.Lock(store, "bench", ttl=TTL, durable=False))
-    yield DURABLE, pair(pgkv.Lock(store, "bench", ttl=TTL))
+    yield PGKV, pair(pgkv.Lock(store, "bench", ttl=TTL))
+    yield NOT_DURABLE, pair(pgkv.Lock(store, "bench", ttl=TTL, durable=False))
+    connection = bench.psycopg()
+
+    def advisory_once(_: None) -> None:
+        assert connection.execute(TRY, [NUMBER]).fetchone() == (True,)
+        assert connection.execute(UNLOCK, [NUMBER]).fetchone() == (True,)
+
+    yield ADVISORY, each(advisory_once, repeat(None))
     if client := bench.redis():
         theirs = client.lock("bench", timeout=TTL)
 
@@ -53,6 +79,31 @@ def acquire_and_release(bench: Bench) -> Entrants:
             other.release()
 
         yield REDIS_LOCK, each(other_once, repeat(None))
+
+
+@facts("lock: connections")
+def connections(bench: Bench) -> Iterator[Fact]:
+    """Of holders that have a lock each and do nothing else with the database."""
+    with psycopg.connect(bench.dsn, autocommit=True) as conn, ExitStack() as held:
+
+        def count() -> int:
+            found = conn.execute(
+                "SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend'"
+            ).fetchone()
+            assert found is not None
+            return int(found[0])
+
+        what = f"connections per lock held, with {HOLDERS} of them: "
+        before = count()
+        store = bench.store()
+        for n in range(HOLDERS):
+            held.enter_context(pgkv.Lock(store, f"held {n}", ttl=TTL).acquire())
+        yield Fact(what + PGKV, (count() - before) / HOLDERS, "")
+        before = count()
+        for n in range(HOLDERS):
+            # One that two holders share would give both the same lock.
+            assert bench.psycopg().execute(TRY, [NUMBER + n]).fetchone() == (True,)
+        yield Fact(what + "advisory locks", (count() - before) / HOLDERS, "")
 
 
 @facts("lock: waiting")

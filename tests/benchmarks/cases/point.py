@@ -9,6 +9,7 @@ from typing import Any
 from pgkv._op import Op
 from tests.benchmarks.case import (
     KEYS,
+    MEMCACHED,
     PGKV,
     PSYCOPG,
     PSYCOPG_POOL,
@@ -20,6 +21,7 @@ from tests.benchmarks.case import (
     case,
     each,
     statements,
+    stored,
 )
 
 
@@ -50,16 +52,18 @@ def peers(
     yield PSYCOPG_POOL, each(check_out, cycle(params))
 
 
-@case("get", {RAW: 1.25, PSYCOPG: None, PSYCOPG_POOL: None, REDIS: 0.75})
+@case("get", {RAW: 1.25, PSYCOPG: None, PSYCOPG_POOL: None, REDIS: 0.75, MEMCACHED: None})
 def get(bench: Bench) -> Entrants:
     store = bench.store()
     yield PGKV, each(store.get, cycle(KEYS))
     yield from peers(bench, statements(store).get, lambda key: [key])
     if client := bench.redis():
         yield REDIS, each(client.get, cycle(KEYS))
+    if memcached := bench.memcached():
+        yield MEMCACHED, each(memcached.get, cycle(KEYS))
 
 
-@case("get, no such key", {RAW: 1.25, REDIS: 0.75})
+@case("get, no such key", {RAW: 1.25, REDIS: 0.75, MEMCACHED: None})
 def get_missing(bench: Bench) -> Entrants:
     store = bench.store()
     missing = [f"missing:{key}" for key in KEYS]
@@ -69,9 +73,11 @@ def get_missing(bench: Bench) -> Entrants:
     yield RAW, each(sender, cycle([op(key).params for key in missing]))
     if client := bench.redis():
         yield REDIS, each(client.get, cycle(missing))
+    if memcached := bench.memcached():
+        yield MEMCACHED, each(memcached.get, cycle(missing))
 
 
-@case("set", {RAW: 1.25, PSYCOPG: None, PSYCOPG_POOL: None, REDIS: 0.85})
+@case("set", {RAW: 1.25, PSYCOPG: None, PSYCOPG_POOL: None, REDIS: 0.85, MEMCACHED: None})
 def write(bench: Bench) -> Entrants:
     store = bench.store()
     yield PGKV, each(lambda key: store.set(key, VALUE), cycle(KEYS))
@@ -79,9 +85,11 @@ def write(bench: Bench) -> Entrants:
     yield from peers(bench, lambda key: sql.set(key, VALUE), lambda key: [key, VALUE])
     if client := bench.redis():
         yield REDIS, each(lambda key: client.set(key, VALUE), cycle(KEYS))
+    if memcached := bench.memcached():
+        yield MEMCACHED, each(lambda key: memcached.set(key, VALUE), cycle(KEYS))
 
 
-@case("set with ttl", {RAW: 1.25, REDIS: 0.85})
+@case("set with ttl", {RAW: 1.25, REDIS: 0.85, MEMCACHED: None})
 def write_ttl(bench: Bench) -> Entrants:
     store = bench.store()
     yield PGKV, each(lambda key: store.set(key, VALUE, ttl=60), cycle(KEYS))
@@ -90,9 +98,11 @@ def write_ttl(bench: Bench) -> Entrants:
     yield RAW, each(bench.raw().caller(ops[0]), cycle([op.params for op in ops]))
     if client := bench.redis():
         yield REDIS, each(lambda key: client.set(key, VALUE, ex=60), cycle(KEYS))
+    if memcached := bench.memcached():
+        yield MEMCACHED, each(lambda key: memcached.set(key, VALUE, expire=60), cycle(KEYS))
 
 
-@case("increment", {RAW: 1.2, PSYCOPG: None, PSYCOPG_POOL: None, REDIS: 1.1})
+@case("increment", {RAW: 1.2, PSYCOPG: None, PSYCOPG_POOL: None, REDIS: 1.1, MEMCACHED: None})
 def increment(bench: Bench) -> Entrants:
     store = bench.store()
     counters = [f"counter:{key}" for key in KEYS]
@@ -102,3 +112,6 @@ def increment(bench: Bench) -> Entrants:
     yield from peers(bench, statements(store).increment, lambda key: [key, b"1"], counters)
     if client := bench.redis():
         yield REDIS, each(client.incr, cycle(counters))
+    if memcached := bench.memcached():
+        stored(memcached, dict.fromkeys(counters, b"1"))  # it increments only what is there
+        yield MEMCACHED, each(lambda key: memcached.incr(key, 1), cycle(counters))
