@@ -1,4 +1,7 @@
-"""docs/command-line.md is complete, and its terminal sessions are what a terminal shows."""
+"""docs/command-line.md is complete, and its terminal sessions are what a terminal shows.
+
+`python -m tests.docs.test_command_line` writes what the commands print into the page.
+"""
 
 from __future__ import annotations
 
@@ -26,12 +29,14 @@ from pgkv.cli import app
 from tests import servers
 
 ROOT = Path(__file__).parents[2]
-PAGE = (ROOT / "docs" / "command-line.md").read_text(encoding="utf-8")
+FILE = ROOT / "docs" / "command-line.md"
+PAGE = FILE.read_text(encoding="utf-8")
 COMMANDS: dict[str, Any] = vars(typer.main.get_command(app))["commands"]
+BLOCK = re.compile(r"^```console\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 OPTION = re.compile(r"(?<![\w-])--?[a-z][a-z-]*")
 
 # What differs from run to run: numbers with their units, the server's clock, this machine's name.
-VARYING = re.compile(r"\d[\d.,:+T-]*(?:\s?(?:µs|ms|s|min|h|days|B|kB|MB|GB|%)(?![a-z]))?")
+VARYING = re.compile(r"\d[\d.,:+T-]*(?:\s?(?:µs|us|ms|s|min|h|days|B|kB|MB|GB|%)(?![a-z]))?")
 MARK = "\x1e"
 ERASE, UP = "\x1b[2K", "\x1b[1A"
 ESCAPE = re.compile(r"\x1b\[[?\d;]*[A-Za-z]")
@@ -89,8 +94,7 @@ def test_the_page_begins_with_every_command() -> None:
 
 def steps() -> list[tuple[str, str]]:
     """Every command line of the page, and what stands below it."""
-    blocks = re.findall(r"^```console\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
-    lines = re.split(r"^\$ ", "".join(blocks), flags=re.MULTILINE)[1:]
+    lines = re.split(r"^\$ ", "".join(BLOCK.findall(PAGE)), flags=re.MULTILINE)[1:]
     return [(first, rest) for first, _, rest in (line.partition("\n") for line in lines)]
 
 
@@ -173,3 +177,22 @@ def test_its_sessions_are_what_a_terminal_shows() -> None:
     for (line, wanted, printed, code), exempt in zip(done, asked, strict=True):
         assert comparable(printed) == comparable(wanted), line
         assert exempt or code == 0, line
+
+
+def write() -> None:
+    """Put what each command prints below it."""
+    done = sessions(servers.new_directory("terminal"))
+
+    def anew(block: re.Match[str]) -> str:
+        lines = []
+        for _ in range(block[1].count("\n$ ") + 1):
+            line, _, printed, _ = next(done)
+            lines += [f"$ {line}", *(each.rstrip() for each in printed.splitlines())]
+        return "\n".join(["```console", *lines, "```"])
+
+    FILE.write_text(BLOCK.sub(anew, PAGE), encoding="utf-8")
+    servers.remove_base_directory()
+
+
+if __name__ == "__main__":
+    write()
