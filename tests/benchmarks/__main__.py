@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress
 
-from tests.benchmarks import page, plot, record, services, table
+from tests.benchmarks import page, plot, readme, record, services, table
 from tests.benchmarks.case import Bench, Case, FactCase
 from tests.benchmarks.cases import TOPICS, Topic
 from tests.benchmarks.placement import CAN_PIN
@@ -18,6 +18,7 @@ from tests.benchmarks.record import Record, Section
 from tests.benchmarks.rounds import ROUNDS_MIN, measure
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
+README = DOCS.parent / "README.md"
 RECORD, PLOT, PAGE = "benchmarks.json", "benchmarks.svg", "performance.md"
 ROUNDS = 61
 QUIET = 0.5  # a load below which the figures can be trusted
@@ -100,9 +101,11 @@ def show(console: Console, made: Record) -> None:
 
 
 def publish(folder: Path, made: Record) -> None:
-    """Plot and page."""
+    """Plot and pages."""
     plot.draw(folder / PLOT, made)
-    page.update(folder / PAGE, made)
+    page.update(folder / PAGE, page.figures(made))
+    if folder.resolve() == DOCS:
+        page.update(README, readme.table(made))
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """docs/performance.md: what stands between its markers is made from docs/benchmarks.json.
 
-A table per topic for the reader: a column for each case, a row for each entrant. Behind them one of
+README.md has such markers too; what belongs between those is made by `readme`. A table per topic for the reader: a column for each case, a row for each entrant. Behind them one of
 the targets, comparison by comparison.
 """
 
@@ -22,13 +22,13 @@ NBSP = "\N{NO-BREAK SPACE}"
 UNITS = {LATENCY: "µs per call", THROUGHPUT: "calls per second"}
 
 
-def update(page: Path, record: Record) -> None:
+def update(page: Path, made: str) -> None:
     """Bring the figures of a page up to date."""
-    page.write_text(updated(page.read_text(encoding="utf-8"), record), encoding="utf-8")
+    page.write_text(updated(page.read_text(encoding="utf-8"), made), encoding="utf-8")
 
 
-def updated(text: str, record: Record) -> str:
-    """The page's text with the record's figures.
+def updated(text: str, made: str) -> str:
+    """The page's text with new figures.
 
     Raises:
         ValueError: the markers are missing.
@@ -37,7 +37,7 @@ def updated(text: str, record: Record) -> str:
     _, end, tail = rest.partition(END)
     if not begin or not end:
         raise ValueError(f"the page needs the two markers {BEGIN} and {END}")
-    return "".join((head, begin, "\n\n", figures(record), "\n", end, tail))
+    return f"{head}{begin}\n\n{made}\n{end}{tail}"
 
 
 def figures(record: Record) -> str:

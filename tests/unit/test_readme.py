@@ -1,0 +1,35 @@
+"""The front door: the README is short where it promises to be, and leads where it says."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\((?!https?://)([^)#\s]+)")
+PAGES = sorted(ROOT.glob("*.md"))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_lead_somewhere(page: Path) -> None:
+    """Each relative link of a page at the top is a file of the repository. (Sphinx sees to docs/.)"""
+    links = LINK.findall(page.read_text(encoding="utf-8"))
+    assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_every_page_of_the_documentation_is_linked() -> None:
+    """From the README one gets to every page with one click."""
+    linked = {
+        (ROOT / link).resolve() for link in LINK.findall((ROOT / "README.md").read_text("utf-8"))
+    }
+    pages = {page for page in (ROOT / "docs").rglob("*.md") if "_build" not in page.parts}
+    assert sorted(page.name for page in pages - linked) == ["index.md"]
+
+
+def test_programs_have_at_most_ten_lines() -> None:
+    """Each program of the README fits into a glance; docs/ has the longer ones."""
+    blocks = BLOCK.findall((ROOT / "README.md").read_text(encoding="utf-8"))
+    lengths = [sum(bool(line.strip()) for line in block.splitlines()) for block in blocks]
+    assert len(blocks) >= 8
+    assert max(lengths) <= 10
