@@ -110,18 +110,3 @@ def test_the_events_of_lost_leases_have_the_fields_listed() -> None:
     assert "| `pgkv.lock.lost` | warning | `lock`, `reason`, `owner`, `cause` |" in page(
         "monitoring.md"
     )
-
-
-def test_tests_named_as_witnesses_exist() -> None:
-    """A page that names a test as its witness names one that is there to be run."""
-    there = {
-        name
-        for path in (ROOT / "tests").rglob("test_*.py")
-        for name in re.findall(r"^(?:async )?def (test_\w+)", path.read_text(), re.MULTILINE)
-    }
-    named = {
-        (path.name, name)
-        for path in DOCS.glob("**/*.md")
-        for name in re.findall(r"`(test_\w+)`", path.read_text(encoding="utf-8"))
-    }
-    assert [each for each in named if each[1] not in there] == []
