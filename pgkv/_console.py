@@ -7,14 +7,16 @@ A value may hold anything, so what reaches a terminal or a line of text is escap
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import math
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
@@ -79,6 +81,15 @@ def without_secrets(text: str) -> str:
     return text
 
 
+def symbol(fancy: str, plain: str) -> str:
+    """Return the first if standard output can write it, else the second."""
+    try:
+        fancy.encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:
+        return plain
+    return fancy
+
+
 def printable(text: str) -> str:
     """Return the text with control characters replaced, so that a terminal just shows it."""
     return _CONTROLS.sub("\N{REPLACEMENT CHARACTER}", text)
@@ -133,7 +144,7 @@ def size(count: float) -> str:
 def duration(seconds: float) -> str:
     """Return a span of time as people read it."""
     if seconds < 0.001:
-        return f"{seconds * 1e6:.0f} µs"
+        return f"{seconds * 1e6:.0f} {symbol('µs', 'us')}"
     if seconds < 1:
         return f"{seconds * 1000:.2f} ms"
     if seconds < 120:
@@ -204,3 +215,15 @@ def progress(*, quiet: bool = False) -> Progress:
         transient=True,
         disable=quiet or not console.is_terminal,
     )
+
+
+@contextlib.contextmanager
+def live(*, quiet: bool = False) -> Iterator[Callable[[RenderableType], None]]:
+    """Give a function that shows a picture in place of the last one, on standard error; gone at the
+    end. It shows itself on a terminal only."""
+    console = err()
+    if quiet or not console.is_terminal:
+        yield lambda _: None
+        return
+    with Live(console=console, transient=True) as picture:
+        yield picture.update

@@ -33,10 +33,10 @@ def characters() -> Iterator[tuple[str, str]]:
             yield f"{UNICODE}{code:06X}", name
 
 
-def source_files() -> Iterator[tuple[str, str]]:
-    """Every module of the standard library: its path within, and its text."""
+def source_files(folder: str = "") -> Iterator[tuple[str, str]]:
+    """Every module of the standard library, or of one folder of it: its path within, and its text."""
     root = Path(sysconfig.get_path("stdlib"))
-    for path in sorted(root.rglob("*.py")):
+    for path in sorted((root / folder).rglob("*.py")):
         inner = path.relative_to(root)
         if NOT_LIBRARY.isdisjoint(inner.parts):
             yield inner.as_posix(), path.read_text("utf-8", "replace").replace("\0", "")

@@ -8,7 +8,7 @@ from time import perf_counter
 
 from .. import _console as console
 from . import data
-from .stage import Check, Report, Stage, rate
+from .stage import Check, Report, Scene, Stage, rate
 
 SHORT_SCANS = 500
 FAVOURITE = "asyncio/tasks.py"
@@ -24,7 +24,7 @@ def play(stage: Stage) -> Report:
     names = names[:-1]  # of the last one only a part may have been loaded
     if names:
         name = FAVOURITE if FAVOURITE in names else max(names[:50], key=len)
-        text = dict(data.source_files())[name]
+        text = dict(data.source_files(name.rpartition("/")[0]))[name]
         wanted = list(data.lines_of(name, text))
         found = [(key, value.decode()) for key, value in store.scan(f"{data.SOURCE}{name}:")]
         checks.append(
@@ -52,8 +52,10 @@ def play(stage: Stage) -> Report:
         store.scan(key[:-2], limit=20)
         latencies.append(perf_counter() - begun)
     return Report(
-        "Scanning: by prefix, in order",
         said,
         checks,
-        [rate("scan, 20 rows", 1, latencies, sum(latencies))],
+        [rate("scan of 20 rows", 1, latencies, sum(latencies))],
     )
+
+
+SCENE = Scene("Scanning", "A prefix or a range comes in the order of its bytes, complete.", play)

@@ -1,29 +1,22 @@
-"""What scenes work with: a store, workers, a stopwatch, and the reports they return."""
+"""What scenes work with: a store, threads, processes, a stopwatch; and the reports they return."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import secrets
-import shutil
-import signal
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from types import FrameType
+from datetime import datetime
 from typing import Any
 
-import psycopg
+from rich.console import RenderableType
 
-from .. import _conninfo, embedded
 from .. import _console as console
-from .._op import Op, Statement
-from .._sql.table import read_nothing
-from ..config import EMBEDDED_SCHEME, Config, TtlCleanupStrategy
-from ..errors import StoreUnavailableError
 from ..store import Store
+from .crew import Crew, hired
 
 WORKERS = 8
 
@@ -34,7 +27,7 @@ class Size:
 
     Args:
         keys: entries of the data set, at most.
-        seconds: how long each timed scene runs.
+        seconds: about how long a timed scene runs.
     """
 
     keys: int = 400_000
@@ -51,20 +44,23 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class Rate:
-    """How fast an operation was: calls per second, and seconds for one."""
+    """How fast an operation was: calls per second by so many callers, and seconds for one call.
+
+    `redis_per_second` is what Redis did beside it, in turns.
+    """
 
     operation: str
     workers: int
     per_second: float
     median: float
     p99: float
+    redis_per_second: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
     """What a scene did and saw."""
 
-    title: str
     said: list[str] = field(default_factory=list)
     checks: list[Check] = field(default_factory=list)
     rates: list[Rate] = field(default_factory=list)
@@ -72,11 +68,22 @@ class Report:
 
 @dataclass(slots=True)
 class Stage:
-    """A store on an empty table, and what the scenes leave for each other."""
+    """A store on an empty table, and what the scenes leave for each other.
+
+    Args:
+        store: the store.
+        settings: what another process needs to open it too: fields of `Config`, as JSON has them.
+        size: how much to do.
+        server_version: as people read it.
+        is_local: whether the server was started here.
+        quiet: show nothing on the way.
+    """
 
     store: Store
+    settings: dict[str, Any]
     size: Size
     server_version: str
+    is_local: bool
     quiet: bool
     data: dict[str, str] = field(default_factory=dict)
 
@@ -86,6 +93,13 @@ class Stage:
         affinity = getattr(os, "sched_getaffinity", None)
         return len(affinity(0)) if affinity else os.cpu_count() or 1
 
+    def clock(self) -> datetime:
+        """The server's clock, of a moment within this call."""
+        self.store.set("demo:clock", b"")
+        entry = self.store.get_entry("demo:clock")
+        assert entry is not None
+        return entry.updated_at
+
     @contextlib.contextmanager
     def bar(self, what: str, total: float) -> Iterator[Callable[[float], None]]:
         """Show a progress bar; give a function that advances it."""
@@ -93,15 +107,28 @@ class Stage:
             task = progress.add_task(what, total=total)
             yield lambda step: progress.advance(task, step)
 
+    def live(self) -> AbstractContextManager[Callable[[RenderableType], None]]:
+        """Give a function that shows a picture in place of the last one."""
+        return console.live(quiet=self.quiet)
+
+    def crew(self, part: str, size: int, **terms: Any) -> AbstractContextManager[Crew]:
+        """Start processes that run ``take_part`` of that scene's module, until the block ends."""
+        return hired(part, size, {"settings": self.settings, "terms": terms})
+
     def together(
-        self, what: str, work: Callable[[int, Callable[[], bool]], None], workers: int = WORKERS
+        self,
+        what: str,
+        work: Callable[[int, Callable[[], bool]], None],
+        *,
+        seconds: float,
+        workers: int = WORKERS,
     ) -> float:
         """Run ``work(number, go_on)`` in that many threads until the time is up.
 
         A worker looks at ``go_on()`` before each step. Returns the seconds it took. The first
         failure of a worker ends all of them and is raised here, as is Ctrl-C.
         """
-        until = time.monotonic() + self.size.seconds
+        until = time.monotonic() + seconds
         stop = threading.Event()
         failures: list[BaseException] = []
 
@@ -121,7 +148,7 @@ class Stage:
         ]
         started = time.monotonic()
         try:
-            with self.bar(what, round(self.size.seconds * 10)) as advance:
+            with self.bar(what, round(seconds * 10)) as advance:
                 for thread in threads:
                     thread.start()
                 shown = started
@@ -140,88 +167,37 @@ class Stage:
         return time.monotonic() - started
 
 
-def rate(operation: str, workers: int, latencies: list[float], seconds: float) -> Rate:
-    """Sum up what workers measured."""
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """One part of the story.
+
+    Args:
+        title: its heading.
+        stake: a sentence about what would be wrong if it went wrong.
+        play: does it.
+    """
+
+    title: str
+    stake: str
+    play: Callable[[Stage], Report]
+
+
+def rate(
+    operation: str, workers: int, latencies: list[float], seconds: float | None = None
+) -> Rate:
+    """Sum up what workers measured.
+
+    Args:
+        operation: what the table calls it.
+        workers: how many called at a time.
+        latencies: seconds of each call.
+        seconds: from the first call to the last; None where one worker's calls add up to it.
+    """
     ordered = sorted(latencies) or [0.0]
     return Rate(
         operation,
         workers,
-        len(latencies) / seconds,
+        len(latencies) / (sum(latencies) if seconds is None else seconds),
         ordered[len(ordered) // 2],
         ordered[min(len(ordered) - 1, len(ordered) * 99 // 100)],
     )
-
-
-@contextlib.contextmanager
-def open_stage(
-    dsn: str | None, options: dict[str, Any], size: Size, *, quiet: bool
-) -> Iterator[Stage]:
-    """Make a table of the demo's own, on a server of its own where no DSN is given.
-
-    Both are gone afterwards, whatever happened, but for a SIGKILL.
-    """
-    with contextlib.ExitStack() as cleanup:
-        cleanup.enter_context(_terminated_as_interrupted())
-        if dsn is None or dsn.startswith(EMBEDDED_SCHEME):
-            server = cleanup.enter_context(
-                _temporary_server() if dsn is None else embedded.start(embedded.parse(dsn))
-            )
-            dsn = server.dsn
-        config = Config(
-            dsn,
-            table_name=f"pgkv_demo_{secrets.token_hex(4)}",
-            application_name="pgkv demo",
-            pool_max_size=WORKERS + 2,
-            # Scenes say themselves when expired rows are collected, and count them.
-            ttl_cleanup_strategy=TtlCleanupStrategy.MANUAL,
-            **options,
-        )
-        store = cleanup.enter_context(Store(config))
-        store.create_table()
-        cleanup.callback(_drop, store)
-        yield Stage(store, size, _server_version(config), quiet)
-
-
-@contextlib.contextmanager
-def _temporary_server() -> Iterator[embedded.EmbeddedServer]:
-    path = tempfile.mkdtemp(prefix="pgkv-demo-")
-    try:
-        with embedded.start(path) as server:
-            yield server
-    finally:
-        shutil.rmtree(path, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _terminated_as_interrupted() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP end the demo as Ctrl-C does, so that it cleans up."""
-
-    def interrupt(_number: int, _frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    names = [name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    if threading.current_thread() is not threading.main_thread():
-        names = []
-    before = [(name, signal.signal(getattr(signal, name), interrupt)) for name in names]
-    try:
-        yield
-    finally:
-        for name, handler in before:
-            signal.signal(getattr(signal, name), handler)
-
-
-def _drop(store: Store) -> None:
-    table = store._config.table.quoted
-    drop = Statement(
-        "drop", f"DROP TABLE IF EXISTS {table}", (), read_nothing, script=True, writes=False
-    )
-    store._execute(Op(drop))
-
-
-def _server_version(config: Config) -> str:
-    try:
-        with psycopg.connect(_conninfo.build(config, config.dsn)) as conn:
-            number = conn.info.server_version
-    except psycopg.Error as error:
-        raise StoreUnavailableError(f"demo: {error}") from error
-    return f"{number // 10_000}.{number % 10_000}"

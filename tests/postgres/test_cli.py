@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -18,7 +17,6 @@ pytest.importorskip("rich")
 
 from pgkv import Store
 from pgkv.cli import main
-from tests import servers
 
 ROOT = Path(__file__).resolve().parents[2]
 BINARY = bytes(range(256)) + b"\n\n"
@@ -275,41 +273,3 @@ def test_on_a_terminal_scan_is_a_table(
     assert b"k149" in pgkv("scan", "--limit", "0")[1]
     assert b"heap-only" in pgkv("stats")[1]
     assert b"in order" in pgkv("doctor")[1]
-
-
-def test_the_demo_on_another_server_leaves_nothing(pgkv: Terminal, dsn: str) -> None:
-    """A small demo: every check holds, each scene has its say, and its table is gone."""
-    code, out, err = pgkv("demo", "--dsn", dsn, "--keys", "6000", "--seconds", "0.3")
-    assert code == 0, out + err
-    said = out.decode()
-    assert "WRONG" not in said
-    for scene in ("Loading", "Reading", "Counting", "Compare-and-swap", "Expiry", "Scanning"):
-        assert f"\n{scene}" in said
-    assert "11 of 11 checks held" in said
-    with psycopg.connect(dsn) as conn:
-        left = conn.execute("SELECT count(*) FROM pg_class WHERE relname LIKE 'pgkv_demo%'")
-        assert left.fetchone() == (0,)
-
-
-@pytest.mark.skipif(os.name != "posix" or not servers.installed(), reason="no server programs here")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_demo_removes_its_server_when_interrupted(number: signal.Signals) -> None:
-    """Ctrl-C, or SIGTERM, in the middle: the temporary server and its directory are gone."""
-    directory = servers.new_directory("demo")
-    process = subprocess.Popen(
-        [sys.executable, "-u", "-m", "pgkv", "demo", "--keys", "1000", "--seconds", "30"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(directory)},
-    )
-    with process:
-        assert process.stdout is not None
-        assert process.stderr is not None
-        for line in process.stdout:
-            if line.startswith(b"Loading"):
-                break
-        process.send_signal(number)
-        said = process.stdout.read() + process.stderr.read()
-    assert process.returncode == 130, said
-    assert b"Traceback" not in said
-    assert list(directory.iterdir()) == []

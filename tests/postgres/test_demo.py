@@ -1,0 +1,259 @@
+"""`pgkv demo`: what it shows, where, and what it leaves behind."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+
+pytest.importorskip("typer")
+pytest.importorskip("rich")
+
+from pgkv import Store, _demo
+from pgkv._binaries import exists
+from pgkv._demo import crew, redis_server, throughput
+from pgkv._demo.screen import Screen
+from pgkv._demo.stage import Check, Rate, Report, Scene, Stage
+from pgkv.cli import main
+from tests import servers
+from tests.faults.support import newest
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = ("--keys", "6000", "--seconds", "0.3")
+FLEET = "A fleet with one lock"
+# `pgkv demo`, of which only the scene of the first argument is played.
+ONE_SCENE = """
+import functools, sys
+from pgkv import _demo, cli
+scenes = [scene for scene in _demo.SCENES if scene.title == sys.argv[1]]
+_demo.run = functools.partial(_demo.run, scenes=scenes)
+sys.exit(cli.main(["demo", *sys.argv[2:]]))
+"""
+
+
+# -- as a whole -------------------------------------------------------------------------------------
+
+
+@newest
+def test_on_another_server(dsn: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every check of every scene holds; a pipe gets plain lines; no table is left on the server."""
+    code = main(["demo", "--dsn", dsn, *SMALL])
+    said, complaints = capsys.readouterr()
+    assert code == 0, said + complaints
+    assert "WRONG" not in said
+    assert "23 of 23 checks held" in said
+    for scene in _demo.SCENES:
+        assert f"\n{scene.title}\n  {scene.stake}\n" in said
+    assert "\x1b" not in said
+    assert "\r" not in said
+    assert max(line.count("\t") for line in said.splitlines()) == 0
+    with psycopg.connect(dsn) as conn:
+        left = conn.execute("SELECT relname FROM pg_class WHERE relname LIKE 'pgkv_demo%'")
+        assert left.fetchall() == []
+
+
+def scene(*held: bool, rates: tuple[Rate, ...] = ()) -> Scene:
+    """A scene with those checks."""
+
+    def play(_: Stage) -> Report:
+        return Report(["said"], [Check("checked", each) for each in held], list(rates))
+
+    return Scene("A scene", "what is at stake", play)
+
+
+@newest
+def test_a_check_that_fails(
+    dsn: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is called wrong, is missing from the sum, and makes the exit code 1."""
+    whole = _demo.run
+
+    def run(*args: Any, **options: Any) -> bool:
+        return whole(*args, **options, scenes=[scene(True), scene(True, False)])
+
+    monkeypatch.setattr(_demo, "run", run)
+    assert main(["demo", "--dsn", dsn]) == 1
+    said = capsys.readouterr().out
+    assert said.count("  ok: checked\n") == 2
+    assert said.count("  WRONG: checked\n") == 1
+    assert "2 of 3 checks held" in said
+
+
+@newest
+def test_as_json(
+    dsn: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With --json standard output is one document and nothing else."""
+    whole = _demo.run
+
+    def run(*args: Any, **options: Any) -> bool:
+        return whole(*args, **options, scenes=[scene(True)])
+
+    monkeypatch.setattr(_demo, "run", run)
+    assert main(["demo", "--dsn", dsn, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["held"] is True
+    assert found["scenes"] == [
+        {
+            "title": "A scene",
+            "stake": "what is at stake",
+            "said": ["said"],
+            "checks": [{"text": "checked", "held": True}],
+            "rates": [],
+        }
+    ]
+
+
+# -- on the screen ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("terminal", [True, False], ids=["terminal", "pipe"])
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_any_encoding(terminal: bool, encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where standard output has ASCII only, marks, units and tables are made of that."""
+    written = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(written, encoding, write_through=True))
+    monkeypatch.setattr("pgkv._console.on_terminal", lambda: terminal)
+    monkeypatch.setenv("COLUMNS", "80")
+    rates = (Rate("get", 1, 50_000.0, 2e-5, 4e-5, 25_000.0), Rate("swap", 8, 10.0, 0.1, 0.2))
+    report = Report(["said"], [Check("good", True), Check("bad", False)], list(rates))
+    screen = Screen(quiet=False)
+    screen.begin(scene())
+    screen.show(report)
+    screen.sum_up([report])
+    said = written.getvalue().decode(encoding)
+    for word in ("A scene", "at stake", "good", "bad", "50,000", "25,000", "2.00", "swap"):
+        assert word in said
+    assert ("µs" if encoding == "utf-8" else "us") in said
+    assert ("✓" in said) == (terminal and encoding == "utf-8")
+    assert max(map(len, said.splitlines())) <= 80
+
+
+def test_without_redis_there_is_no_comparison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is said why, and what to install where only the client is missing."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    monkeypatch.setattr("shutil.which", lambda _: "/usr/bin/redis-server")
+    with redis_server.open_redis() as (client, about):
+        assert client is None
+        assert "pip install redis" in about
+    monkeypatch.setattr("shutil.which", lambda _: None)
+    with redis_server.open_redis() as (client, about):
+        assert client is None
+        assert "No redis-server" in about
+
+
+@newest
+@pytest.mark.skipif(shutil.which("redis-server") is None, reason="no redis-server on PATH")
+def test_beside_redis(dsn: str) -> None:
+    """The same operations on the same keys, its rate beside ours; its server and directory end."""
+    with Store.connect(dsn) as store:
+        data = {f"key:{number:04}": f"value {number}" for number in range(400)}
+        store.set_many(data)
+        stage = Stage(store, {}, _demo.Size(400, 0.2), "18", True, True, data)
+        report = throughput.play(stage)
+    assert [check for check in report.checks if not check.held] == []
+    assert len(report.rates) == 6
+    assert all(each.redis_per_second for each in report.rates)
+
+
+# -- processes --------------------------------------------------------------------------------------
+
+
+def test_a_member_that_fails_is_heard_of() -> None:
+    """What a process of the crew died of is raised in the demo, and no process is left."""
+    with (
+        pytest.raises(RuntimeError, match=r"process 1 of the demo failed: .*no_such_scene"),
+        crew.hired("no_such_scene", 1, {"settings": {}, "terms": {}}),
+    ):
+        pytest.fail("it was ready")
+
+
+Start = Callable[..., subprocess.Popen[bytes]]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """start("A scene", "--dsn", dsn, TMPDIR=...) plays one scene in a process that leads its own
+    group, as a shell's job does."""
+    made: list[subprocess.Popen[bytes]] = []
+
+    def begin(*arguments: str, **environment: str) -> subprocess.Popen[bytes]:
+        process = subprocess.Popen(
+            [sys.executable, "-u", "-c", ONE_SCENE, *arguments],
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+            start_new_session=True,
+        )
+        made.append(process)
+        return process
+
+    yield begin
+    for process in made:
+        process.kill()
+        process.communicate()
+
+
+def members_of(demo: subprocess.Popen[bytes]) -> list[int]:
+    """The processes that it has started for a scene."""
+    table = subprocess.run(
+        ["ps", "-A", "-o", "pid=,ppid=,args="], capture_output=True, text=True, check=True
+    ).stdout
+    rows = [line.split(None, 2) for line in table.splitlines()]
+    return [
+        int(pid)
+        for pid, parent, args in rows
+        if int(parent) == demo.pid and args.endswith("-m pgkv._demo")
+    ]
+
+
+@pytest.mark.skipif(os.name != "posix" or not servers.installed(), reason="no server programs here")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted(number: signal.Signals, start: Start) -> None:
+    """Ctrl-C, or SIGTERM, while processes contend for the lock: they end, and the temporary server
+    and its directory are gone."""
+    directory = servers.new_directory("demo")
+    demo = start(FLEET, "--seconds", "3", TMPDIR=str(directory))
+    servers.wait_until(lambda: len(members_of(demo)) == 4, "all processes of the scene run")
+    members = members_of(demo)
+    if number == signal.SIGINT:
+        os.killpg(demo.pid, number)  # a terminal's Ctrl-C is for the whole group
+    else:
+        demo.send_signal(number)
+    said, _ = demo.communicate(timeout=30)
+    assert demo.returncode == 130, said
+    assert b"Interrupted: cleaning up" in said
+    assert b"Traceback" not in said
+    # One that was just being started is not known yet, and ends by itself.
+    servers.wait_until(lambda: not any(map(exists, members)), "they end", 10)
+    assert list(directory.iterdir()) == []
+
+
+@newest
+def test_killed(dsn: str, start: Start) -> None:
+    """kill -9 of the demo: the processes that it has started end by themselves."""
+    demo = start(FLEET, "--seconds", "3", "--dsn", dsn)
+    servers.wait_until(lambda: len(members_of(demo)) == 4, "all processes of the scene run")
+    members = members_of(demo)
+    demo.kill()
+    servers.wait_until(lambda: not any(map(exists, members)), "they end")
+
+
+@newest
+def test_a_module_in_the_working_directory(dsn: str, start: Start, tmp_path: Path) -> None:
+    """A user's module that is called as one of Python's own does not get into those processes."""
+    (tmp_path / "json.py").write_text("raise RuntimeError('a module of the user')")
+    demo = start("Rate limit", "--seconds", "0.3", "--dsn", dsn, PYTHONSAFEPATH="1")
+    said, _ = demo.communicate(timeout=60)
+    assert demo.returncode == 0, said
