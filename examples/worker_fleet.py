@@ -1,76 +1,133 @@
-"""A fleet of workers that share one job: exclusive by a lock, safe by its fencing token.
+"""A fleet of processes shares one job; one is killed, one is paused, and the total is exact.
 
-Each worker takes the lock, reads the ledger, works, and writes the result with its token. One of
-them is too slow: it outlives its lease, as a paused process would, and comes back with an old
-result. The ledger's trigger (`pgkv.fence_sql`) refuses that write; nothing is lost.
+    python examples/worker_fleet.py                              # starts a PostgreSQL of its own
+    PGKV_DSN=postgresql://user@host/db python examples/worker_fleet.py
 
-Run it with a DSN in PGKV_DSN; it makes a table `ledger` and drops it again.
+A turn reads a total, works for a while, and writes the total plus one; a lock keeps the others out.
+The lease of the worker that is killed ends by itself, and others go on. The worker that is paused
+wakes up after its lease and writes what it had computed long ago: its fencing token is older than
+the one that the table has seen, and the table refuses it.
+
+Look at: the tokens, which rise with every grant; the write that came too late; the total.
 """
 
-from __future__ import annotations
-
+import multiprocessing
 import os
-import threading
+import signal
+import tempfile
 import time
 
 import psycopg
 
 import pgkv
+from pgkv import embedded
 
-WORKERS, ROUNDS = 4, 5
+SCHEMA = "pgkv_example_fleet"
+WORKERS, GOAL, SECONDS = 4, 8, 0.2
+
+TABLES = """
+CREATE TABLE ledger (total int, fence bigint);
+INSERT INTO ledger VALUES (0, 0);
+CREATE TABLE turns (token bigint PRIMARY KEY, accepted bool);
+"""
+# Reading leaves the token in the row: from then on it takes no write of an earlier holder.
+READ = "UPDATE ledger SET fence = %s RETURNING total"
+WRITE = """
+WITH written AS (UPDATE ledger SET total = %(total)s, fence = %(token)s)
+INSERT INTO turns VALUES (%(token)s, true)
+"""
+REFUSED = "INSERT INTO turns VALUES (%s, false)"
+COUNT = "SELECT total, (SELECT count(*) FROM turns WHERE accepted) FROM ledger"
 
 
-def work(store: pgkv.Store, dsn: str, slow: bool) -> int:
-    """Add to the ledger so many times; how often a write was refused."""
-    # Without renewal a slow worker loses its lease, as one that is paused would.
-    lock = pgkv.Lock(store, "ledger", ttl=0.3, renew=False)
-    refused = 0
-    with psycopg.connect(dsn, autocommit=True) as conn:
-        for round_ in range(ROUNDS):
-            while True:
-                lease = lock.acquire()
-                row = conn.execute("SELECT total FROM ledger").fetchone()
-                assert row is not None
-                if slow and round_ == 2 and not refused:
-                    time.sleep(1.0)
-                try:
-                    # The token travels with the write; the table compares it.
-                    conn.execute(
-                        "UPDATE ledger SET total = %s, fence = %s", [row[0] + 1, lease.token]
-                    )
-                except psycopg.errors.ObjectNotInPrerequisiteState:
-                    refused += 1
-                    continue
-                finally:
-                    lease.release()
-                break
-    return refused
+def connect() -> psycopg.Connection:
+    """A connection for the tables of the job, which are in the schema of the lock's."""
+    options = f"-c search_path={SCHEMA}"
+    return psycopg.connect(os.environ["PGKV_DSN"], autocommit=True, options=options)
+
+
+def lock_of(store: pgkv.Store) -> pgkv.Lock:
+    """The lock as all use it; whoever looks at it sees the holder's process."""
+    return pgkv.Lock(
+        store, "ledger", ttl=1, fair=True, wakeup="notify", metadata={"pid": os.getpid()}
+    )
+
+
+def work() -> None:
+    """A worker: turns, until the goal is reached."""
+    with pgkv.Store.connect(schema=SCHEMA) as store, connect() as conn:
+        lock, token, total = lock_of(store), 0, 0
+        while total < GOAL:
+            try:
+                with lock.acquire() as lease:
+                    token = lease.token
+                    [[total]] = conn.execute(READ, [token])
+                    if total < GOAL:
+                        time.sleep(SECONDS)  # the work
+                        conn.execute(WRITE, {"total": total + 1, "token": token})
+            except psycopg.errors.ObjectNotInPrerequisiteState as error:
+                print(f"token {token} writes: {error.diag.message_primary}", flush=True)
+                conn.execute(REFUSED, [token])
+            except pgkv.LeaseLostError:
+                pass  # nobody had come after it yet: the table would have refused it
+
+
+def stop_at_work(lock: pgkv.Lock, conn: psycopg.Connection) -> tuple[int, int]:
+    """Stop a worker between reading and writing; its process and its token."""
+    until = time.monotonic() + 30
+    while time.monotonic() < until:
+        time.sleep(0.01)
+        if found := lock.holder():
+            pid: int = found.metadata["pid"]
+            os.kill(pid, signal.SIGSTOP)
+            os.waitpid(pid, os.WUNTRACED)  # until it stands still
+            [[last]] = conn.execute("SELECT fence FROM ledger")
+            if last == found.token and (now := lock.holder()) and now.age() < SECONDS / 2:
+                return pid, last
+            os.kill(pid, signal.SIGCONT)  # it had not read yet, or may have written
+    raise SystemExit("nobody was caught at work")
 
 
 def main() -> None:
-    """Run the fleet and check the total."""
-    dsn = os.environ["PGKV_DSN"]
-    with pgkv.Store.connect(dsn) as store, psycopg.connect(dsn, autocommit=True) as conn:
-        conn.execute("CREATE TABLE ledger (total int NOT NULL, fence bigint NOT NULL DEFAULT 0)")
+    """Start the fleet, kill one of it, pause another, and count."""
+    spawn = multiprocessing.get_context("spawn")
+    fleet = [spawn.Process(target=work) for _ in range(WORKERS)]
+    with pgkv.Store.connect(schema=SCHEMA) as store, connect() as conn:
+        conn.execute(TABLES)
+        conn.execute(pgkv.fence_sql("ledger", "fence").encode())
+        lock = lock_of(store)
+        for worker in fleet:
+            worker.start()
         try:
-            conn.execute("INSERT INTO ledger VALUES (0)")
-            conn.execute(pgkv.fence_sql("ledger", "fence").encode())
-            refused: list[int] = []
-            fleet = [
-                threading.Thread(target=lambda n=n: refused.append(work(store, dsn, n == 0)))
-                for n in range(WORKERS)
-            ]
-            for thread in fleet:
-                thread.start()
-            for thread in fleet:
-                thread.join()
-            row = conn.execute("SELECT total FROM ledger").fetchone()
-            assert row is not None
-            print(f"{WORKERS} workers, {WORKERS * ROUNDS} additions, total {row[0]}")
-            print(f"late writes refused by the fence: {sum(refused)}")
+            pid, token = stop_at_work(lock, conn)
+            os.kill(pid, signal.SIGKILL)
+            print(f"token {token} was killed", flush=True)
+            with lock.acquire() as lease:  # when the dead worker's lease has ended
+                print(f"token {lease.token} came next", flush=True)
+
+            pid, token = stop_at_work(lock, conn)
+            print(f"token {token} was paused", flush=True)
+            with lock.acquire() as lease:
+                conn.execute(READ, [lease.token])
+                print(f"token {lease.token} came next", flush=True)
+            os.kill(pid, signal.SIGCONT)
+
+            for worker in fleet:
+                worker.join()
+            [[total, accepted]] = conn.execute(COUNT)
+            print(f"{accepted} turns were accepted, the total is {total}")
+            if not total == accepted == GOAL:
+                raise SystemExit("a turn was lost")
         finally:
-            conn.execute("DROP TABLE ledger")
+            for worker in fleet:
+                worker.kill()
+            conn.execute(f"DROP SCHEMA {SCHEMA} CASCADE")
 
 
 if __name__ == "__main__":
-    main()
+    if "PGKV_DSN" in os.environ:
+        main()
+    else:  # an embedded PostgreSQL, for as long as this runs
+        with tempfile.TemporaryDirectory() as directory, embedded.start(directory) as server:
+            os.environ["PGKV_DSN"] = server.dsn
+            main()
