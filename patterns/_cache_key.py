@@ -216,7 +216,13 @@ class Binder:
 
     def _check_tags(self, known: set[str]) -> None:
         for template in self._tags:
-            for _, field, _, _ in Formatter().parse(template):
+            try:
+                parts = list(Formatter().parse(template))
+            except ValueError as error:
+                raise TypeError(
+                    f"{self._what}: the tag {template!r} is no template: {error}"
+                ) from None
+            for _, field, _, _ in parts:
                 if field is None:
                     continue
                 first = field.split(".")[0].split("[")[0]

@@ -20,7 +20,7 @@ from .._caller import unwrap
 from .._observe import shown
 from .._sql.cache import ENTRY, FUNCTION
 from ..aio import AsyncStore
-from ..errors import ConfigError, PgkvError
+from ..errors import PgkvError
 from ..store import Store
 from . import _switch
 from ._cache_site import Site, site_of
@@ -408,26 +408,10 @@ def cached_functions() -> list[CachedFunction[..., Any] | AsyncCachedFunction[..
     return list(_functions)
 
 
-def check_store(store: object, *, is_async: bool) -> None:
-    """Refuse a store of the wrong colour.
-
-    Raises:
-        ConfigError: says which is needed.
-    """
-    wanted = AsyncStore if is_async else Store
-    if store is not None and not isinstance(store, wanted):
-        kind = "an async function" if is_async else "a sync function"
-        raise ConfigError(
-            f"cached: {kind} needs {'an AsyncStore' if is_async else 'a Store'}, "
-            f"not {type(store).__name__}"
-        )
-
-
 __all__ = [
     "AsyncCachedFunction",
     "CacheInfo",
     "CachedFunction",
     "CachedValue",
     "cached_functions",
-    "check_store",
 ]

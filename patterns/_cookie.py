@@ -7,19 +7,25 @@ and what it is worth is decided by the database.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Collection, Iterable
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from .. import _observe
+from ..config import require_seconds
 from ..errors import ConfigError
 from ._session_data import is_token
+
+if TYPE_CHECKING:
+    from ..config import Seconds
 
 SameSite: TypeAlias = Literal["lax", "strict", "none"]
 Exempt: TypeAlias = "Callable[[Any], bool] | Collection[str] | None"
 
 _NAME = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
-_ATTRIBUTE = re.compile(r"[\x20-\x3a\x3c-\x7e]*")  # printable ASCII but ';'
+_DOMAIN = re.compile(r"[\x20-\x3a\x3c-\x7e]+")  # printable ASCII but ';'
+_PATH = re.compile(r"/[\x20-\x3a\x3c-\x7e]*")
 _PREFIXES = ("__Host-", "__Secure-")
 _SHARED = re.compile(r"\s*(public|s-maxage\s*=.*)\s*", re.IGNORECASE)
 
@@ -34,7 +40,7 @@ class Cookie:
         same_site: ``"lax"``, ``"strict"`` or ``"none"``.
         path: the path below which browsers send it.
         domain: also its subdomains get it; None: this host alone.
-        max_age: seconds for which the browser keeps it; None: until it closes.
+        max_age: seconds for which the browser keeps it, rounded up; None: until it closes.
 
     Raises:
         ConfigError: browsers would refuse such a cookie.
@@ -48,20 +54,21 @@ class Cookie:
         same_site: SameSite = "lax",
         path: str = "/",
         domain: str | None = None,
-        max_age: int | None = None,
+        max_age: Seconds | None = None,
     ) -> None:
-        if not _NAME.fullmatch(name):
-            raise ConfigError("cookie must be a name of letters, digits and -_. (an HTTP token)")
+        if not _is_text(name, _NAME):
+            raise ConfigError(
+                f"cookie must be a name of letters, digits and -_. (an HTTP token), not {name!r}"
+            )
         if same_site not in ("lax", "strict", "none"):
-            raise ConfigError("same_site must be 'lax', 'strict' or 'none'")
+            raise ConfigError(f"same_site must be 'lax', 'strict' or 'none', not {same_site!r}")
         if same_site == "none" and not secure:
             raise ConfigError("browsers refuse same_site='none' without secure=True")
-        if not path.startswith("/") or not _ATTRIBUTE.fullmatch(path):
-            raise ConfigError("path must begin with / and hold no ';'")
-        if domain is not None and (not domain or not _ATTRIBUTE.fullmatch(domain)):
-            raise ConfigError("domain must be a host name or None")
-        if max_age is not None and max_age <= 0:
-            raise ConfigError("max_age must be a positive integer of seconds, or None")
+        if not _is_text(path, _PATH):
+            raise ConfigError(f"path must begin with / and hold no ';', not {path!r}")
+        if domain is not None and not _is_text(domain, _DOMAIN):
+            raise ConfigError(f"domain must be a host name or None, not {domain!r}")
+        age = None if max_age is None else math.ceil(require_seconds("max_age", max_age))
         if not secure:
             for prefix in _PREFIXES:
                 name = name.removeprefix(prefix)
@@ -72,7 +79,7 @@ class Cookie:
             )
         self.name = name
         self._attributes = f"; Path={path}" + ("" if domain is None else f"; Domain={domain}")
-        self._age = "" if max_age is None else f"; Max-Age={max_age}"
+        self._age = "" if age is None else f"; Max-Age={age}"
         self._flags = f"{'; Secure' if secure else ''}; HttpOnly; SameSite={same_site.capitalize()}"
 
     def set(self, token: str) -> str:
@@ -102,6 +109,14 @@ class Cookie:
         return found.pop() if found else None
 
 
+def _is_text(value: object, pattern: re.Pattern[str]) -> bool:
+    return isinstance(value, str) and pattern.fullmatch(value) is not None
+
+
+def _are_paths(given: object) -> bool:
+    return isinstance(given, Iterable) and all(_is_text(each, _PATH) for each in given)
+
+
 def exemption(exempt: Exempt) -> Callable[[Any, str], bool]:
     """Return the question "does this request's path need no session?".
 
@@ -117,8 +132,10 @@ def exemption(exempt: Exempt) -> Callable[[Any, str], bool]:
     if callable(exempt):
         ask = exempt
         return lambda request, _path: bool(ask(request))
-    if isinstance(exempt, str) or not all(each.startswith("/") for each in exempt):
-        raise ConfigError("exempt must be a function, or a list of paths that begin with /")
+    if isinstance(exempt, str) or not _are_paths(exempt):
+        raise ConfigError(
+            f"exempt must be a function, or a list of paths that begin with /, not {exempt!r}"
+        )
     exact = frozenset(each.rstrip("/") or "/" for each in exempt)
     below = tuple(each.rstrip("/") + "/" for each in exempt)
     return lambda _request, path: path in exact or path.startswith(below)

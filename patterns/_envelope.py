@@ -110,10 +110,21 @@ class TypedCodec:
     """JSON or msgpack, checked against a type."""
 
     def __init__(self, type_: Any, codec: CodecName) -> None:
-        serializer: Serializer[Any] = Serializer(type_, codec)
+        self._serializer: Serializer[Any] = Serializer(type_, codec)
         self.letter = codec[:1].encode()
-        self.encode = serializer.encode
-        self.decode = serializer.decode
+        self.decode = self._serializer.decode
+
+    def encode(self, key: str, value: Any) -> bytes:
+        """Return the value's bytes.
+
+        Raises:
+            SerializationError: the codec cannot express it; says what can.
+        """
+        try:
+            return self._serializer.encode(key, value)
+        except SerializationError as error:
+            why = str(error)
+        raise SerializationError(f"{why}; or use codec=pgkv.SignedPickle(key)")
 
 
 class SignedPickle:

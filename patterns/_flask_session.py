@@ -8,15 +8,17 @@ from flask.sessions import SessionInterface, SessionMixin
 
 from .._observe import shown
 from ..errors import SessionError
+from ._colour import require
 from ._cookie import Cookie, Exempt, SameSite, exemption
 from ._request_session import RequestSession
 from ._visit import Visit
-from .middleware.session_wsgi import lazy_visit, made_private, require_blocking
+from .middleware.session_wsgi import lazy_visit, made_private
+from .session import SessionStore
 
 if TYPE_CHECKING:
     from flask import Flask, Request, Response
 
-    from .session import SessionStore
+    from ..config import Seconds
 
 
 class FlaskSession(RequestSession, SessionMixin):  # the dict's methods come first
@@ -73,10 +75,10 @@ class PgkvSessionInterface(SessionInterface):
         same_site: SameSite = "lax",
         path: str = "/",
         domain: str | None = None,
-        max_age: int | None = None,
+        max_age: Seconds | None = None,
         exempt: Exempt = None,
     ) -> None:
-        require_blocking(sessions, "PgkvSessionInterface")
+        require(sessions, SessionStore, "PgkvSessionInterface", "SessionMiddleware")
         self._sessions = sessions
         self._cookie = Cookie(
             cookie, secure=secure, same_site=same_site, path=path, domain=domain, max_age=max_age

@@ -14,10 +14,11 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 from .. import _observe
 from .._op import Flow, call
 from ..errors import ConfigError, PgkvError
+from ._colour import require
 from ._limiter import Core
 from ._options import OnError, check_mode
 from ._policy import Decision, HeaderStyle
-from ._rate import Rates
+from ._rate import Rates, rates_of
 from .client_ip import client_ip
 
 Headers: TypeAlias = "HeaderStyle | None"
@@ -98,6 +99,8 @@ class Guard:
 
     Args:
         colour: the class of limiter that the adapter can wait for.
+        who: the adapter.
+        twin: the adapter for limiters of the other colour.
         limiter: one of that class, or a function of the request that returns one, or None to let
             the request pass.
         key: a function of the request that returns its key, or None to let it pass; a string for
@@ -113,6 +116,8 @@ class Guard:
     def __init__(
         self,
         colour: type[Core],
+        who: str,
+        twin: str,
         *,
         limiter: Any,
         key: Any = None,
@@ -124,16 +129,31 @@ class Guard:
         shadow: bool = False,
     ) -> None:
         self._colour = colour
+        self._names = (who, twin)
         self.limiter = limiter
         if isinstance(limiter, Core) or not callable(limiter):
             self._require_colour(limiter)
+        if key is client_ip:
+            raise ConfigError("client_ip makes key functions: write key=client_ip()")
+        if key is not None and not isinstance(key, str) and not callable(key):
+            raise ConfigError(
+                f"key must be a str or a function of the request, not {type(key).__name__}"
+            )
         self._key = client_ip() if key is None else key
+        if not callable(cost) and (type(cost) is not int or cost < 1):
+            raise ConfigError(
+                f"cost must be an integer of 1 or more, or a function of the request, not {cost!r}"
+            )
         self._cost = cost
-        self._limits = limits
+        self._limits = limits if limits is None or callable(limits) else rates_of(limits)
         self._exempt = exempt
         if isinstance(exempt, str):
             raise ConfigError(f"exempt is a list of paths or a function: [{exempt!r}]")
         if exempt is not None and not callable(exempt):
+            if not hasattr(exempt, "__iter__"):
+                raise ConfigError(
+                    f"exempt must be a list of paths or a function, not {type(exempt).__name__}"
+                )
             paths: Collection[str] = frozenset(exempt)
             self._exempt = lambda request: _path_of(request) in paths
         if headers not in ("draft", "x", None):
@@ -143,16 +163,7 @@ class Guard:
         self._shadow = shadow
 
     def _require_colour(self, limiter: object) -> None:
-        if not isinstance(limiter, self._colour):
-            raise ConfigError(
-                f"this needs a pgkv.{self._colour.__name__}, not {type(limiter).__name__}"
-                + (
-                    "; a limiter of the other colour would block the event loop, or could not be "
-                    "awaited"
-                    if isinstance(limiter, Core)
-                    else ""
-                )
-            )
+        require(limiter, self._colour, *self._names)
 
     def check(self, request: Any) -> Flow[Verdict | None]:
         """Judge a request. None lets it pass unseen."""

@@ -76,7 +76,7 @@ def key_of(name: str, prefix: bytes, length_max: int) -> bytes:
     """
     from pgkv._codec import encode_key
 
-    key = encode_key(name, prefix, length_max)
+    key = encode_key(name, prefix, length_max, "lock's name")
     if SEPARATOR in name:
         raise InvalidKeyError("a lock's name must not contain U+001F, which parts its tickets")
     return key

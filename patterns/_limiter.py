@@ -18,12 +18,11 @@ import msgspec
 from .. import _observe
 from .._aio_channel import AsyncPoolChannel
 from .._channel import PoolChannel
-from .._codec import seconds
 from .._observe import shown
 from .._op import Flow, Op, do, pause
 from .._settings import refuse_pickle
 from .._sql.limit import Arrival, Charge, Limit
-from ..config import Seconds
+from ..config import Seconds, require_seconds
 from ..errors import (
     ConfigError,
     ConflictError,
@@ -37,7 +36,7 @@ from ..errors import (
 )
 from ._local import Counter, Denials, LimiterCounts, Pockets
 from ._options import OnError, check_lease, check_mode, check_name, wait_seconds
-from ._policy import Decision, Policy
+from ._policy import Decision, Policy, require_cost
 from ._rate import NS, Rate, Rates, rates_of
 
 KEY_CHARACTERS_MAX = 256  # a longer key is hashed: a client may choose it
@@ -65,30 +64,22 @@ class Receipt(NamedTuple):
 class Core:
     """What a limiter is told, and its flows."""
 
-    _colour = ""  # "sync" or "async", by the class that drives
-    _store_type: type[Any]
-    _other_name = ""
+    _is_async: bool  # by the class that drives
 
-    def __init__(
+    def _begin(
         self,
         store: Any,
         rates: Rates,
-        *,
         name: str,
-        on_error: OnError = "raise",
-        timeout: Seconds = 0.25,
-        local_deny: bool = False,
-        lease: int = 1,
+        on_error: OnError,
+        timeout: Seconds,
+        local_deny: bool,
+        lease: int,
     ) -> None:
-        if not isinstance(store, self._store_type):
-            raise ConfigError(
-                f"{type(self).__name__} takes a pgkv.{self._store_type.__name__}, not "
-                f"{type(store).__name__}; the other colour is {self._other_name}"
-            )
-        self.name = check_name(name)
-        self.rates = rates_of(rates)
-        self.on_error = check_mode(on_error)
-        self.timeout = seconds(timeout, "timeout")
+        self.name: str = check_name(name)
+        self.rates: tuple[Rate, ...] = rates_of(rates)
+        self.on_error: OnError = check_mode(on_error)
+        self.timeout: float = require_seconds("timeout", timeout)
         self._policy = Policy(name, self.rates)
         self._lease = check_lease(lease, self._policy.burst)
         self._denials = Denials() if local_deny else None
@@ -251,11 +242,16 @@ class Core:
     # -- waiting
 
     def _reserve(
-        self, key: str, cost: int, max_wait: Seconds | None, limits: Rates | None
+        self,
+        key: str,
+        cost: int,
+        max_wait: Seconds | None,
+        limits: Rates | None,
+        waits_by: str = "max_wait",
     ) -> Flow[tuple[Decision, float, Receipt | None]]:
         policy = self._policy_of(limits)
         row = self._row(key, policy)
-        wait = wait_seconds(max_wait)
+        wait = wait_seconds(max_wait, waits_by)
         charge = policy.charge(cost, round(wait * NS))
         try:
             arrival = yield from self._charge(row, charge)
@@ -280,7 +276,7 @@ class Core:
     def _acquire(
         self, key: str, cost: int, timeout: Seconds | None, limits: Rates | None
     ) -> Flow[Decision]:
-        decision, delay, receipt = yield from self._reserve(key, cost, timeout, limits)
+        decision, delay, receipt = yield from self._reserve(key, cost, timeout, limits, "timeout")
         if delay > 0:
             try:
                 yield from pause(delay)
@@ -330,19 +326,33 @@ class Core:
     def _refusal(self, decision: Decision) -> RateLimitedError:
         return refusal(self.name, decision)
 
+    def _check_limit(self, key: object, cost: object) -> None:
+        if not isinstance(key, str) and not callable(key):
+            raise ConfigError(
+                "limit() needs a key: a str, or a function of the call's arguments, not "
+                f"{type(key).__name__}"
+            )
+        if not callable(cost):
+            require_cost(cost)
+
     def _refuse_function(self, fn: Callable[..., Any]) -> None:
         """Refuse to decorate what this colour cannot wait for."""
+        name = getattr(fn, "__qualname__", type(fn).__name__)
+        if not callable(fn):
+            raise TypeError(
+                f"limit() decorates a function, not {name}; write "
+                f"@limiter.limit(key=...) with the parentheses"
+            )
         is_async = inspect.iscoroutinefunction(fn)
-        if is_async == (self._colour == "async") and not inspect.isasyncgenfunction(fn):
+        if is_async is self._is_async and not inspect.isasyncgenfunction(fn):
             return
-        name = getattr(fn, "__qualname__", repr(fn))
         raise ConfigError(
             f"{type(self).__name__}.limit cannot decorate {name}: "
             + (
                 "an async function needs an AsyncRateLimiter; this one would block its event loop"
                 if is_async
                 else "a function that is not async cannot await; it needs a RateLimiter"
-                if self._colour == "async"
+                if self._is_async
                 else "an async generator is not called once but many times; call hit() inside"
             )
         )

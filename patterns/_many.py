@@ -39,7 +39,15 @@ def charges_of(items: Iterable[tuple[Any, ...]], wanted: type[L]) -> dict[bytes,
     """
     charges: dict[bytes, Asked] = {}
     first: Core | None = None
-    for limiter, key, *rest in items:
+    if not hasattr(items, "__iter__"):
+        raise _not_charges(items)
+    for item in items:
+        try:
+            limiter, key, *rest = item
+        except (TypeError, ValueError):
+            raise _not_charges(item) from None
+        if len(rest) > 1:
+            raise _not_charges(item)
         if not isinstance(limiter, wanted):
             raise ConfigError(
                 f"hit_many of {wanted.__name__} takes (limiter, key, cost) with limiters of that "
@@ -66,6 +74,13 @@ def charges_of(items: Iterable[tuple[Any, ...]], wanted: type[L]) -> dict[bytes,
     if first is None:
         raise InvalidValueError("hit_many needs at least one (limiter, key, cost)")
     return dict(sorted(charges.items()))
+
+
+def _not_charges(given: object) -> InvalidValueError:
+    return InvalidValueError(
+        f"hit_many takes an iterable of (limiter, key, cost), not {type(given).__name__}"
+        + (f" of {len(given)}" if isinstance(given, tuple) else "")
+    )
 
 
 def hit_many(charges: dict[bytes, Asked]) -> Flow[Decision]:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from typing import Literal, TypeAlias
 
-from .._codec import seconds
+from .._codec import waiting
 from ..config import Seconds
 from ..errors import ConfigError
 
@@ -58,16 +57,11 @@ def check_lease(lease: object, burst: int) -> int:
     return lease
 
 
-def wait_seconds(value: Seconds | None) -> float:
-    """Return how long a caller is ready to wait, in seconds; None is without end.
+def wait_seconds(value: Seconds | None, name: str) -> float:
+    """Return how long a caller is ready to wait, in seconds; without end is a long time.
 
     Raises:
         InvalidValueError: negative, or no number.
     """
-    if value is None:
-        return WAIT_SECONDS_MAX
-    if isinstance(value, int | float) and not isinstance(value, bool) and value == 0:
-        return 0.0
-    if isinstance(value, float) and math.isinf(value) and value > 0:
-        return WAIT_SECONDS_MAX
-    return min(seconds(value, "timeout"), WAIT_SECONDS_MAX)
+    longest = waiting(value, name)
+    return WAIT_SECONDS_MAX if longest is None else min(longest, WAIT_SECONDS_MAX)

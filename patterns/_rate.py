@@ -108,7 +108,9 @@ def _default(rate: Rate, name: str, value: int) -> None:
 def _period_seconds(period: object) -> float:
     seconds = period.total_seconds() if isinstance(period, timedelta) else period
     if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds < 1e10:
-        raise ConfigError(f"period must be more than 0 seconds, not {period!r}")
+        raise ConfigError(
+            f"period must be more than 0 seconds (a number or a timedelta), not {period!r}"
+        )
     return float(seconds)
 
 
@@ -137,7 +139,9 @@ def rates_of(given: Rates) -> tuple[Rate, ...]:
     try:
         items = list(given)
     except TypeError:
-        raise ConfigError(f"rates are a str, a Rate or several of them, not {given!r}") from None
+        raise ConfigError(
+            f"rates must be a str such as '100/minute', a Rate, or several of them, not {given!r}"
+        ) from None
     return _sorted([each if isinstance(each, Rate) else Rate.parse(each) for each in items])
 
 
@@ -150,5 +154,6 @@ def _sorted(rates: list[Rate]) -> tuple[Rate, ...]:
     if not 1 <= len(rates) <= RATES_MAX:
         raise ConfigError(f"a limiter has 1 to {RATES_MAX} rates, not {len(rates)}")
     if len(set(rates)) < len(rates):
-        raise ConfigError("the same rate is given twice")
+        twice = next(rate for rate in rates if rates.count(rate) > 1)
+        raise ConfigError(f"the rate {twice} is given twice")
     return tuple(sorted(rates, key=lambda rate: (rate.period, rate.count, rate.burst)))

@@ -19,7 +19,7 @@ from .._op import Flow, do
 from .._schema import companion, ensure
 from .._sql.session import Lifetimes, Loaded, Mode, Outcome, SessionStatements
 from .._sweep import sweep_all
-from ..config import Config, TableKind
+from ..config import VALUE_SIZE_MAX, Config, TableKind, require_int
 from ..errors import (
     ConfigError,
     InvalidValueError,
@@ -92,8 +92,7 @@ class SessionFlows:
             raise ConfigError(
                 "touch_interval must be shorter than idle_timeout: a session in use would end"
             )
-        if max_data_size < 2:
-            raise ConfigError("max_data_size must be at least 2 bytes")
+        require_int("max_data_size", max_data_size, 2, VALUE_SIZE_MAX)
         self.size_max = min(max_data_size, config.max_value_size)
         self.config = config
         self.table = companion(config, TableKind.SESSIONS, durable=durable)
@@ -333,7 +332,9 @@ def gone(reason: str) -> SessionGoneError:
             "the session moved to a new id while this request had the old one; nothing was saved"
         )
     else:
-        error = SessionGoneError("the session has ended; nothing was saved")
+        error = SessionGoneError(
+            "the session has ended; nothing was saved. create() begins another"
+        )
     error.reason = "rotated" if reason == "rotated" else "gone"
     return error
 
@@ -364,7 +365,8 @@ def _duration(name: str, value: Seconds, *, zero: bool = False) -> float:
     if isinstance(seconds, bool) or not isinstance(seconds, int | float) or math.isnan(seconds):
         raise ConfigError(f"{name} must be seconds (a number or a timedelta), not {value!r}")
     if not 0 <= seconds <= TTL_MAX or (not seconds and not zero):
-        raise ConfigError(f"{name} must be more than 0 seconds and at most 1,000 years")
+        least = "0 seconds or more" if zero else "more than 0 seconds"
+        raise ConfigError(f"{name} must be {least}, and at most 1,000 years, not {value!r}")
     return float(seconds)
 
 

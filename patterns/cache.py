@@ -21,7 +21,7 @@ from .._caller import unwrap
 from .._observe import shown
 from .._sql.cache import TAG
 from ..aio import AsyncStore
-from ..errors import ConfigError
+from ..errors import ConfigError, InvalidKeyError
 from ..store import Store
 from . import _switch
 from ._cache_key import Binder
@@ -34,10 +34,10 @@ from ._cached_function import (
     CachedValue,
     CacheInfo,
     cached_functions,
-    check_store,
 )
 from ._cached_refresh import Core
 from ._cached_transaction import ensure_table, ensure_table_async
+from ._colour import require
 from ._envelope import Codec, SignedPickle, TypedCodec
 from ._l1 import L1
 from ._l1_news import announce, announcement
@@ -51,6 +51,8 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 NAME_MAX = 400  # bytes of a function's name in its keys
+UNTIL = "None keeps it until it is invalidated"
+PARENTHESES = "write @pgkv.cached(ttl=...) with the parentheses"
 
 
 class Decorator:
@@ -69,7 +71,10 @@ class Decorator:
     ) -> AsyncCachedFunction[P, R]: ...
     @overload
     def __call__(self, fn: Callable[P, R], /) -> CachedFunction[P, R]: ...
-    def __call__(self, fn: Any, /) -> Any:
+    def __call__(self, fn: Any = None, /, *args: Any, **kwargs: Any) -> Any:
+        # More, or nothing, is a call of what a bare @cached was put before.
+        if args or kwargs or fn is None:
+            raise TypeError("cached() has decorated nothing yet: " + PARENTHESES)
         return _decorate(fn, self._settings, sys._getframe(1))
 
 
@@ -152,13 +157,15 @@ def cached(
         SerializationError: (when called) the result cannot be written by the codec, or does not fit
             the return annotation.
     """
-    if isinstance(tags, str) or isinstance(ignore, str):
-        raise ConfigError("cached: tags and ignore are tuples of strings: ('name',)")
+    tags, ignore = _names("tags", tags), _names("ignore", ignore)
+    for what, fn in (("key", key), ("condition", condition)):
+        if fn is not None and not callable(fn):
+            raise ConfigError(f"cached: {what} must be a function, not {type(fn).__name__}")
     if on_error not in ("call", "raise"):
         raise ConfigError(f"cached: on_error must be 'call' or 'raise', not {on_error!r}")
-    if not 0 <= jitter < 1:
+    if not _is_number(jitter, 1.0):
         raise ConfigError(f"cached: jitter must be at least 0 and less than 1, not {jitter!r}")
-    if not (beta >= 0 and math.isfinite(beta)):
+    if not _is_number(beta, math.inf):
         raise ConfigError(f"cached: beta must be a number of 0 or more, not {beta!r}")
     if not isinstance(codec, SignedPickle) and codec not in ("json", "msgpack"):
         raise ConfigError(
@@ -167,8 +174,8 @@ def cached(
     if l1 is not None and not isinstance(l1, L1):
         raise ConfigError(f"cached: l1 must be an L1, not {type(l1).__name__}")
     options = Options(
-        ttl=ttl if ttl is None or callable(ttl) else _codec.seconds(ttl),
-        stale=_codec.seconds(stale, "stale") if stale else 0.0,
+        ttl=ttl if ttl is None or callable(ttl) else _codec.seconds(ttl, endless=UNTIL),
+        stale=_codec.seconds(stale, "stale", zero=True),
         beta=float(beta),
         jitter=float(jitter),
         lock=bool(lock),
@@ -180,16 +187,28 @@ def cached(
     )
     settings = {
         "key": key,
-        "ignore": tuple(ignore),
+        "ignore": ignore,
         "version": version,
         "namespace": namespace,
-        "tags": tuple(tags),
+        "tags": tags,
         "codec": codec,
         "l1": l1,
         "store": store,
         "options": options,
     }
     return Decorator(settings)
+
+
+def _is_number(given: object, below: float) -> bool:
+    return isinstance(given, int | float) and not isinstance(given, bool) and 0 <= given < below
+
+
+def _names(what: str, given: object) -> tuple[str, ...]:
+    if isinstance(given, Iterable) and not isinstance(given, str):
+        found = tuple(given)
+        if all(isinstance(each, str) for each in found):
+            return found
+    raise ConfigError(f"cached: {what} must be a tuple of strings, such as ('name',)")
 
 
 def _decorate(fn: Any, given: dict[str, Any], frame: FrameType) -> Any:
@@ -200,8 +219,8 @@ def _decorate(fn: Any, given: dict[str, Any], frame: FrameType) -> Any:
         fn, owner = fn.__func__, type
     if not callable(fn) or not hasattr(fn, "__qualname__"):
         raise TypeError(
-            f"cached() decorates a function, not {type(fn).__name__}; "
-            "write @pgkv.cached(ttl=...) with the parentheses"
+            f"cached() decorates a function, not {type(fn).__name__}; {PARENTHESES}, below other "
+            "decorators such as @property"
         )
     if inspect.isgeneratorfunction(fn) or inspect.isasyncgenfunction(fn):
         raise TypeError(
@@ -210,7 +229,8 @@ def _decorate(fn: Any, given: dict[str, Any], frame: FrameType) -> Any:
         )
     is_async = inspect.iscoroutinefunction(fn)
     _check_self(fn, given, frame)
-    check_store(given["store"], is_async=is_async)
+    if given["store"] is not None:
+        _check_store(given["store"], f"cached {fn.__qualname__}()", is_async=is_async)
     name = _name_of(fn, given)
     binder = Binder(fn, name, given["ignore"], given["key"], given["tags"])
     core = Core(
@@ -225,6 +245,13 @@ def _decorate(fn: Any, given: dict[str, Any], frame: FrameType) -> Any:
     )
     kind: Any = AsyncCachedFunction if is_async else CachedFunction
     return kind(core, given["store"], owner)
+
+
+def _check_store(store: object, who: str, *, is_async: bool) -> None:
+    if is_async:
+        require(store, AsyncStore, f"{who}, an async function,", "a plain def")
+    else:
+        require(store, Store, f"{who}, a plain function,", "async def")
 
 
 def _name_of(fn: Any, given: dict[str, Any]) -> str:
@@ -304,6 +331,7 @@ def invalidate_tag(tag: str, *, store: Any = None, conn: Any = None) -> Awaitabl
     Raises:
         ConfigError: there is no default store, or `conn` is no psycopg 3 connection of the store's
             colour.
+        InvalidKeyError: `tag` is no str.
     """
     if isinstance(store, AsyncStore) or (store is None and _is_async_connection(conn)):
         return _invalidate_tag(tag, store, conn)
@@ -311,9 +339,9 @@ def invalidate_tag(tag: str, *, store: Any = None, conn: Any = None) -> Awaitabl
         return None
     if store is None:
         store = default_store()
-    check_store(store, is_async=False)
+    require(store, Store, "invalidate_tag()", "awaiting it")
     site = site_of(store)
-    key = site.sql.cache_key(TAG, tag)
+    key = _tag_key(site, tag)
     if conn is None:
         store._execute(site.sql.bump_tag(key))
         announce_all(site, key)
@@ -332,7 +360,7 @@ async def _invalidate_tag(tag: str, store: AsyncStore | None, conn: Any) -> None
     if store is None:
         store = default_async_store()
     site = site_of(store)
-    key = site.sql.cache_key(TAG, tag)
+    key = _tag_key(site, tag)
     if conn is None:
         await store._execute(site.sql.bump_tag(key))
         announce_all(site, key)
@@ -342,6 +370,12 @@ async def _invalidate_tag(tag: str, store: AsyncStore | None, conn: Any) -> None
         await bound._execute(site.sql.bump_tag(key))
         if forget_everywhere(site, key):
             await bound._execute(announcement(site, key))
+
+
+def _tag_key(site: Site, tag: object) -> bytes:
+    if not isinstance(tag, str):
+        raise InvalidKeyError(f"a tag must be a str, not {type(tag).__name__}")
+    return site.sql.cache_key(TAG, tag)
 
 
 def _is_async_connection(conn: object) -> bool:

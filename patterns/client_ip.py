@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from typing import Any, TypeAlias
 
+from ..config import require_int
 from ..errors import ConfigError
 
 __all__ = ["client_ip"]
@@ -51,11 +52,14 @@ def client_ip(trusted_proxies: Iterable[str] = (), ipv6_prefix: int = 64) -> Cal
     """
     if isinstance(trusted_proxies, str):
         raise ConfigError(f"trusted_proxies is a list of networks: [{trusted_proxies!r}]")
+    if not hasattr(trusted_proxies, "__iter__"):
+        raise ConfigError(
+            f"trusted_proxies must be a list of networks, not {type(trusted_proxies).__name__}"
+        )
     names = list(trusted_proxies)
     networks = [_network(name) for name in names if name != UNIX]
     trusts_unix = UNIX in names
-    if isinstance(ipv6_prefix, bool) or not 1 <= ipv6_prefix <= 128:
-        raise ConfigError(f"ipv6_prefix must be from 1 to 128, not {ipv6_prefix!r}")
+    require_int("ipv6_prefix", ipv6_prefix, 1, 128)
 
     def is_trusted(address: _Address) -> bool:
         return any(address.version == each.version and address in each for each in networks)

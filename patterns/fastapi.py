@@ -74,6 +74,8 @@ def rate_limit(
     """
     guard = Guard(
         AsyncRateLimiter,
+        "pgkv.patterns.fastapi.rate_limit",
+        "pgkv.patterns.flask.rate_limit",
         limiter=limiter,
         key=key,
         cost=cost,

@@ -57,6 +57,8 @@ def rate_limit(
     """
     guard = Guard(
         RateLimiter,
+        "pgkv.patterns.flask.rate_limit",
+        "pgkv.patterns.fastapi.rate_limit",
         limiter=limiter,
         key=key,
         cost=cost,

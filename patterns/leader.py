@@ -18,14 +18,15 @@ from pgkv._observe import shown
 from pgkv._op import Flow, call
 from pgkv._settings import refuse_pickle
 from pgkv.aio import AsyncStore
-from pgkv.errors import PgkvError
+from pgkv.errors import ConfigError, PgkvError
 from pgkv.store import Store
 
 from . import _grant
+from ._colour import require, require_callback
 from ._lease import Hold, Terms, failed_callback, report
 from ._leases import AsyncLease, Lease
 from ._ports import TaskPort, ThreadPort
-from .lock import make_terms, refuse_colour
+from .lock import make_terms
 
 if TYPE_CHECKING:
     from pgkv.config import Seconds
@@ -284,7 +285,9 @@ class Leader(_Candidate):
         durable: bool = True,
         metadata: Any = None,
     ) -> None:
-        refuse_colour(store, Store, type(self).__name__)
+        require(store, Store, "Leader", "AsyncLeader")
+        for fn, what in ((on_elected, "on_elected"), (on_lost, "on_lost")):
+            require_callback(fn, what, "Leader", blocking=True)
         super().__init__(_terms(store, name, ttl, durable, metadata), on_elected, on_lost)
         self._store = store
 
@@ -296,7 +299,11 @@ class Leader(_Candidate):
 
         Args:
             stop: set by whoever ends it; None for never.
+
+        Raises:
+            ConfigError: `stop` is no event that can be waited for here.
         """
+        _check_stop(stop, is_async=False)
         event = stop or threading.Event()
         port = _ThreadElection(self._store, Lease)
         port.stop = event
@@ -320,23 +327,36 @@ class AsyncLeader(_Candidate):
         durable: bool = True,
         metadata: Any = None,
     ) -> None:
-        refuse_colour(store, AsyncStore, type(self).__name__)
+        require(store, AsyncStore, "AsyncLeader", "Leader")
+        for fn, what in ((on_elected, "on_elected"), (on_lost, "on_lost")):
+            require_callback(fn, what, "Leader", blocking=False)
         super().__init__(_terms(store, name, ttl, durable, metadata), on_elected, on_lost)
         self._store = store
 
     async def run(self, stop: asyncio.Event | None = None) -> None:
         """As `Leader.run`; cancelling it resigns too."""
+        _check_stop(stop, is_async=True)
         event = stop or asyncio.Event()
         port = _TaskElection(self._store, AsyncLease)
         port.stop = event
         await port.channel.run(self._campaign(port, _TaskWork(event)))
 
 
+def _check_stop(stop: object, *, is_async: bool) -> None:
+    # An event of the other colour would block the event loop, or never be waited for.
+    wait = getattr(stop, "wait", None)
+    if stop is None or (wait is not None and inspect.iscoroutinefunction(wait) == is_async):
+        return
+    wanted = "an asyncio.Event" if is_async else "a threading.Event"
+    given = f"{type(stop).__module__.partition('.')[0]}.{type(stop).__name__}"
+    raise ConfigError(f"run() waits for {wanted}, not {given}")
+
+
 def _terms(
     store: Store | AsyncStore, name: str, ttl: Seconds, durable: bool, metadata: Any
 ) -> Terms:
     return make_terms(
-        store, name, ttl=ttl, renew=True, durable=durable, wakeup="poll",
+        store, name, who="Leader", ttl=ttl, renew=True, durable=durable, wakeup="poll",
         fair=False, on_lost=None, metadata=metadata,
     )  # fmt: skip
 

@@ -12,7 +12,6 @@ that a paused process does nothing afterwards: for that the protected resource c
 from __future__ import annotations
 
 import asyncio
-import inspect
 import threading
 import weakref
 from collections.abc import Callable, Hashable
@@ -21,7 +20,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from pgkv import _schema
-from pgkv._codec import integer, seconds
+from pgkv._codec import integer, seconds, waiting
 from pgkv._observe import shown
 from pgkv._settings import refuse_pickle
 from pgkv._sql.lock import LockStatements
@@ -31,6 +30,7 @@ from pgkv.errors import ConfigError, InvalidValueError, LockTimeoutError
 from pgkv.store import Store
 
 from . import _grant
+from ._colour import require, require_callback
 from ._lease import LockInfo, Terms, encode_metadata, key_of
 from ._leases import AsyncGrant, AsyncLease, Lease
 from ._ports import TaskPort, ThreadPort
@@ -58,17 +58,11 @@ def statements_of(store: Store | AsyncStore, kind: type[S], *, durable: bool) ->
     return cast("S", _statements(cast("Hashable", kind), table, tickets, store._sql.prefix_bytes))
 
 
-def patience(timeout: Seconds | None) -> float | None:
-    """Return a waiting time; 0 tries once, None waits without end."""
-    if timeout is None or (timeout == 0 and not isinstance(timeout, bool)):
-        return None if timeout is None else 0.0
-    return seconds(timeout, "timeout")
-
-
 def make_terms(
     store: Store | AsyncStore,
     name: str,
     *,
+    who: str,
     ttl: Seconds,
     renew: bool,
     durable: bool,
@@ -77,17 +71,14 @@ def make_terms(
     on_lost: Callable[..., Any] | None,
     metadata: Any,
 ) -> Terms:
-    """Check what a lock is made with.
+    """Check what a lock is made with; `who` is the class that is made, in its blocking colour.
 
     Raises:
         ConfigError, InvalidKeyError, InvalidValueError: names what is wrong.
     """
     if wakeup not in ("poll", "notify"):
         raise ConfigError(f"wakeup must be 'poll' or 'notify', not {wakeup!r}")
-    if on_lost is not None and not callable(on_lost):
-        raise ConfigError("on_lost must be a function")
-    if isinstance(store, Store) and inspect.iscoroutinefunction(on_lost):
-        raise ConfigError("on_lost must not be async here; use AsyncLock")
+    require_callback(on_lost, "on_lost", who, blocking=isinstance(store, Store))
     key = key_of(name, store._sql.prefix_bytes, store._config.max_key_length)
     return Terms(
         name,
@@ -100,20 +91,6 @@ def make_terms(
         on_lost,
         encode_metadata(metadata),
     )
-
-
-def refuse_colour(store: object, wanted: type[Any], what: str) -> None:
-    """Refuse a store of the other colour.
-
-    Raises:
-        ConfigError: says which one is wanted.
-    """
-    if not isinstance(store, wanted):
-        other = f"Async{what}" if wanted is Store else what.removeprefix("Async")
-        raise ConfigError(
-            f"{what} needs {'a Store' if wanted is Store else 'an AsyncStore'}, not "
-            f"{type(store).__name__}; for that there is {other}"
-        )
 
 
 def granted(lease: Lease | AsyncLease | None, terms: Terms, timeout: float | None) -> Any:
@@ -166,7 +143,7 @@ class Acquirer:
             StoreUnavailableError: the server does not answer. Nothing is left behind that outlives
                 the ttl.
         """
-        longest = patience(timeout)
+        longest = waiting(timeout)
         flow = _grant.acquire(self._port, self._terms, longest)
         return cast("Lease", granted(self._port.channel.run(flow), self._terms, longest))
 
@@ -219,7 +196,7 @@ class AsyncAcquirer:
     def acquire(self, timeout: Seconds | None = None) -> AsyncGrant:
         """As `Lock.acquire`; the result is awaited, or entered with ``async with``. Cancelling it
         is safe at any point."""
-        longest = patience(timeout)
+        longest = waiting(timeout)
 
         async def acquired() -> AsyncLease:
             flow = _grant.acquire(self._port, self._terms, longest)
@@ -305,9 +282,9 @@ class Lock(Acquirer):
         on_lost: Callable[..., Any] | None = None,
         metadata: Any = None,
     ) -> None:
-        refuse_colour(store, Store, type(self).__name__)
+        require(store, Store, "Lock", "AsyncLock")
         terms = make_terms(
-            store, name, ttl=ttl, renew=renew, durable=durable, wakeup=wakeup,
+            store, name, who="Lock", ttl=ttl, renew=renew, durable=durable, wakeup=wakeup,
             fair=fair, on_lost=on_lost, metadata=metadata,
         )  # fmt: skip
         self._begin(store, terms)
@@ -365,9 +342,9 @@ class AsyncLock(AsyncAcquirer):
         on_lost: Callable[..., Any] | None = None,
         metadata: Any = None,
     ) -> None:
-        refuse_colour(store, AsyncStore, type(self).__name__)
+        require(store, AsyncStore, "AsyncLock", "Lock")
         terms = make_terms(
-            store, name, ttl=ttl, renew=renew, durable=durable, wakeup=wakeup,
+            store, name, who="Lock", ttl=ttl, renew=renew, durable=durable, wakeup=wakeup,
             fair=fair, on_lost=on_lost, metadata=metadata,
         )  # fmt: skip
         self._begin(store, terms)

@@ -7,13 +7,15 @@ import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+from pgkv._codec import seconds, waiting
 from pgkv._sql.fence import fence
 from pgkv.aio import AsyncStore
 from pgkv.errors import ConfigError
 from pgkv.store import Store
 
+from ._colour import named
 from .defaults import default_async_store, default_store
-from .lock import Acquirer, AsyncAcquirer, AsyncLock, Lock, patience
+from .lock import Acquirer, AsyncAcquirer, AsyncLock, Lock
 
 if TYPE_CHECKING:
     from pgkv.config import Seconds
@@ -47,17 +49,33 @@ def locked(
             ``"raise"`` (`LockTimeoutError` at once).
 
     Raises:
-        ConfigError: the lock or store is of the other colour, or a setting is wrong.
+        ConfigError: the lock or store is of the other colour, a setting is wrong, or `timeout` goes
+            with an `on_busy` that waits for nobody.
         LockTimeoutError: (of the function) it was not granted in time.
         LeaseLostError: (of the function) the lease was lost while it ran; an async one was
             cancelled.
-        TypeError: it decorates a generator, whose body runs long after the call.
+        InvalidValueError: `ttl` or `timeout` is no duration.
+        TypeError: it was given neither a lock nor a name, or decorates no function, or a generator,
+            whose body runs long after the call.
     """
+    if not isinstance(lock_or_name, str | Acquirer | AsyncAcquirer):
+        raise TypeError(
+            f"locked() needs a lock or the name of one, not {_what(lock_or_name)}; write "
+            "@pgkv.locked('name') with the parentheses"
+        )
     if on_busy not in CHOICES:
         raise ConfigError(f"on_busy must be 'wait', 'skip' or 'raise', not {on_busy!r}")
-    longest = patience(timeout) if on_busy == "wait" else 0.0
+    if timeout is not None and on_busy != "wait":
+        raise ConfigError(
+            f"on_busy={on_busy!r} waits for nobody; give timeout= with on_busy='wait', which raises "
+            "LockTimeoutError when it has passed"
+        )
+    longest = waiting(timeout) if on_busy == "wait" else 0.0
+    seconds(ttl)
 
     def decorate(fn: F) -> F:
+        if not callable(fn):
+            raise TypeError(f"locked() decorates a function, not {_what(fn)}")
         if inspect.isgeneratorfunction(fn) or inspect.isasyncgenfunction(fn):
             raise TypeError("locked() cannot decorate a generator: its body runs after the call")
         if inspect.iscoroutinefunction(fn):
@@ -75,7 +93,7 @@ def _locked(
     timeout: float | None,
     on_busy: str,
 ) -> Callable[..., Any]:
-    _check_lock(given, AsyncAcquirer, "plain", "Lock")
+    _check_lock(given, Acquirer, "a plain function", "Lock")
     made = functools.cache(lambda: _lock_of(given, store, ttl, Lock))
 
     @functools.wraps(fn)
@@ -98,7 +116,7 @@ def _locked_async(
     timeout: float | None,
     on_busy: str,
 ) -> Callable[..., Any]:
-    _check_lock(given, Acquirer, "async", "AsyncLock")
+    _check_lock(given, AsyncAcquirer, "an async function", "AsyncLock")
     made = functools.cache(lambda: _lock_of(given, store, ttl, AsyncLock))
     # The default store of async functions is one of each event loop.
     lock_now = made if store or not isinstance(given, str) else made.__wrapped__
@@ -115,9 +133,16 @@ def _locked_async(
     return run
 
 
-def _check_lock(given: object, wrong: type[Any], colour: str, right: str) -> None:
-    if isinstance(given, wrong):
-        raise ConfigError(f"locked() on a {colour} function needs a {right}, not {given!r}")
+def _check_lock(given: object, wanted: type[Any], what: str, right: str) -> None:
+    if not isinstance(given, str | wanted):
+        raise ConfigError(
+            f"locked() on {what} needs {named(right)}, or the name of one, not {_what(given)}"
+        )
+
+
+def _what(given: object) -> str:
+    # Also of what a bare @locked was put before.
+    return getattr(given, "__qualname__", type(given).__name__)
 
 
 def _lock_of(given: object, store: Any, ttl: Seconds, kind: type[Any]) -> Any:

@@ -21,6 +21,7 @@ from ..aio import AsyncStore
 from ..config import Seconds
 from ..store import Store
 from ..typed import document
+from ._colour import require
 from ._limiter import Core, Receipt
 from ._local import LimiterCounts
 from ._many import charges_of, hit_many
@@ -75,9 +76,21 @@ class RateLimiter(Core):
         ConfigError: a setting is wrong; says which and why.
     """
 
-    _colour = "sync"
-    _store_type = Store
-    _other_name = "AsyncRateLimiter"
+    _is_async = False
+
+    def __init__(
+        self,
+        store: Store,
+        rates: Rates,
+        *,
+        name: str,
+        on_error: OnError = "raise",
+        timeout: Seconds = 0.25,
+        local_deny: bool = False,
+        lease: int = 1,
+    ) -> None:
+        require(store, Store, "RateLimiter", "AsyncRateLimiter")
+        self._begin(store, rates, name, on_error, timeout, local_deny, lease)
 
     def hit(self, key: str, cost: int = 1, *, limits: Rates | None = None) -> Decision:
         """Charge the key, or refuse. Never waits for tokens.
@@ -206,8 +219,10 @@ class RateLimiter(Core):
 
         Raises:
             RateLimitedError: (of the decorated function) the call is refused; it did not begin.
-            ConfigError: the function is async.
+            ConfigError: the function is async, or `key` is neither a str nor a function.
+            TypeError: it decorates no function.
         """
+        self._check_limit(key, cost)
 
         def decorate(fn: Callable[P, R]) -> Callable[P, R]:
             self._refuse_function(fn)
@@ -249,9 +264,21 @@ class RateLimiter(Core):
 class AsyncRateLimiter(Core):
     """:class:`RateLimiter` for asyncio, over an :class:`AsyncStore`: the same methods awaited."""
 
-    _colour = "async"
-    _store_type = AsyncStore
-    _other_name = "RateLimiter"
+    _is_async = True
+
+    def __init__(
+        self,
+        store: AsyncStore,
+        rates: Rates,
+        *,
+        name: str,
+        on_error: OnError = "raise",
+        timeout: Seconds = 0.25,
+        local_deny: bool = False,
+        lease: int = 1,
+    ) -> None:
+        require(store, AsyncStore, "AsyncRateLimiter", "RateLimiter")
+        self._begin(store, rates, name, on_error, timeout, local_deny, lease)
 
     async def hit(self, key: str, cost: int = 1, *, limits: Rates | None = None) -> Decision:
         return await self._drive(self._hit(key, cost, limits))
@@ -299,6 +326,8 @@ class AsyncRateLimiter(Core):
     def limit(
         self, key: str | Callable[..., str], cost: int | Callable[..., int] = 1
     ) -> Callable[[Callable[P, Awaitable[R]]], Callable[P, Awaitable[R]]]:
+        self._check_limit(key, cost)
+
         def decorate(fn: Callable[P, Awaitable[R]]) -> Callable[P, Awaitable[R]]:
             self._refuse_function(fn)
 

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from pgkv._sql.semaphore import SemaphoreStatements, slot_keys
 from pgkv.aio import AsyncStore
-from pgkv.errors import ConfigError
+from pgkv.config import require_int
 from pgkv.store import Store
 
+from ._colour import require
 from ._lease import Terms
-from .lock import Acquirer, AsyncAcquirer, make_terms, refuse_colour, statements_of
+from .lock import Acquirer, AsyncAcquirer, make_terms, statements_of
 
 if TYPE_CHECKING:
     from pgkv.config import Seconds
@@ -56,7 +57,7 @@ class Semaphore(Acquirer):
         on_lost: Callable[..., Any] | None = None,
         metadata: Any = None,
     ) -> None:
-        refuse_colour(store, Store, type(self).__name__)
+        require(store, Store, "Semaphore", "AsyncSemaphore")
         self._begin(
             store, _terms(store, name, slots, ttl, resize, renew, durable, on_lost, metadata)
         )
@@ -83,7 +84,7 @@ class AsyncSemaphore(AsyncAcquirer):
         on_lost: Callable[..., Any] | None = None,
         metadata: Any = None,
     ) -> None:
-        refuse_colour(store, AsyncStore, type(self).__name__)
+        require(store, AsyncStore, "AsyncSemaphore", "Semaphore")
         self._begin(
             store, _terms(store, name, slots, ttl, resize, renew, durable, on_lost, metadata)
         )
@@ -105,11 +106,9 @@ def _terms(
     on_lost: Callable[..., Any] | None,
     metadata: Any,
 ) -> Terms:
-    number: object = slots
-    if not isinstance(number, int) or isinstance(slots, bool) or not 1 <= slots <= SLOTS_MAX:
-        raise ConfigError(f"slots must be an integer from 1 to {SLOTS_MAX:,}, not {slots!r}")
+    require_int("slots", slots, 1, SLOTS_MAX)
     terms = make_terms(
-        store, name, ttl=ttl, renew=renew, durable=durable, wakeup="poll",
+        store, name, who="Semaphore", ttl=ttl, renew=renew, durable=durable, wakeup="poll",
         fair=False, on_lost=on_lost, metadata=metadata,
     )  # fmt: skip
     terms.sql = statements_of(store, SemaphoreStatements, durable=durable)

@@ -15,9 +15,9 @@ from .._bound import BoundChannel
 from .._observe import shown
 from .._settings import refuse_pickle
 from ..aio import AsyncStore
-from ..errors import ConfigError
 from ..store import Store
 from ..typed import document
+from ._colour import require
 from ._session_flows import KEEP, Keep, SessionFlows
 from ._session_types import Session, SessionInfo
 
@@ -73,11 +73,7 @@ class SessionStore:
         durable: bool = True,
         max_data_size: int = MAX_DATA_SIZE,
     ) -> None:
-        if not isinstance(store, Store):
-            raise ConfigError(
-                f"SessionStore needs a pgkv.Store, not {type(store).__name__}; "
-                "AsyncSessionStore takes an AsyncStore"
-            )
+        require(store, Store, "SessionStore", "AsyncSessionStore")
         flows = SessionFlows(
             store._config,
             idle_timeout=idle_timeout,
@@ -264,11 +260,7 @@ class AsyncSessionStore:
         durable: bool = True,
         max_data_size: int = MAX_DATA_SIZE,
     ) -> None:
-        if not isinstance(store, AsyncStore):
-            raise ConfigError(
-                f"AsyncSessionStore needs a pgkv.AsyncStore, not {type(store).__name__}; "
-                "SessionStore takes a Store"
-            )
+        require(store, AsyncStore, "AsyncSessionStore", "SessionStore")
         flows = SessionFlows(
             store._config,
             idle_timeout=idle_timeout,

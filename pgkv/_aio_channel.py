@@ -311,6 +311,8 @@ class AsyncPoolChannel:
 
     async def close(self) -> None:
         """Close every connection. What is under way ends first or fails."""
+        if isinstance(self._leases, AsyncLeases):
+            self._leases.refuse_other(asyncio.get_running_loop())
         for task in tuple(self._tasks):
             task.cancel()
         if self._tasks:

@@ -70,15 +70,23 @@ class AsyncLeases:
         """
         loop = asyncio.get_running_loop()
         if self.loop is not loop or self._watchdog is None:
-            if self.loop is not None:
-                raise ConfigError(
-                    "this AsyncStore belongs to another event loop: its connections cannot be "
-                    "used here; make one AsyncStore per loop"
-                )
+            self.refuse_other(loop)
             self.loop = loop
             self._watchdog = Watchdog(loop)
             self._opening = asyncio.Lock()
         return self._watchdog
+
+    def refuse_other(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Refuse a loop that is not the store's.
+
+        Raises:
+            ConfigError: the store belongs to another one.
+        """
+        if self.loop not in (None, loop):
+            raise ConfigError(
+                "this AsyncStore belongs to another event loop: its connections cannot be used "
+                "or closed here; make one AsyncStore per loop, and close it there"
+            )
 
     # -- taking and giving back
 

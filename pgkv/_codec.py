@@ -186,12 +186,13 @@ def seconds(value: Seconds, name: str = "ttl", *, zero: bool = False, endless: s
 
 
 def waiting(value: Seconds | None, name: str = "timeout") -> float | None:
-    """Return how long a caller is ready to wait, in seconds: 0 not at all, None without end.
+    """Return how long a caller is ready to wait, in seconds: 0 not at all, None (or an infinity)
+    without end.
 
     Raises:
         InvalidValueError: as `seconds`.
     """
-    if value is None:
+    if value is None or (isinstance(value, float) and value == math.inf):
         return None
     return seconds(value, name, zero=True, endless="None waits without end")
 

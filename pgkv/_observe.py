@@ -17,6 +17,8 @@ from typing import Any, TypeAlias
 
 import structlog
 
+from .errors import ConfigError
+
 OperationHook: TypeAlias = Callable[[str, float, str, int], object]
 
 _standard = logging.getLogger("pgkv")
@@ -38,7 +40,12 @@ def on_operation(hook: OperationHook) -> Callable[[], None]:
 
     Returns:
         A function that takes the hook away again.
+
+    Raises:
+        ConfigError: `hook` is no function.
     """
+    if not callable(hook):
+        raise ConfigError(f"on_operation() takes a function, not {type(hook).__name__}")
     hooks.append(hook)
 
     def remove() -> None:

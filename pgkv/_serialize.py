@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable
-from typing import Any, Generic, Literal, TypeAlias, TypeVar, get_args
+from typing import Any, Generic, Literal, TypeAlias, TypeVar, get_args, get_origin
 
 import msgspec
 
@@ -21,7 +21,8 @@ CodecName: TypeAlias = Literal["json", "msgpack"]
 
 # "Expected `int`, got `str` - at `$.age`" speaks of types only; other messages may quote a value.
 _PATH = re.compile(r" - at `(\$[^`]*)`$")
-_OF_TYPES = ("Expected `", "Object missing required field")
+_OF_TYPES = ("Expected `", "Object missing required field", "Encoding objects of type")
+_PLAIN = (dict, list, str, int, float, bool, type(None))  # what decoding makes of itself
 _UNKNOWN_FIELD = "Object contains unknown field"
 
 
@@ -57,6 +58,8 @@ class Serializer(Generic[T]):
             self._use_pydantic(type_, codec)
             return
         try:
+            if (unknown := _unknown(type_)) is not None:
+                raise TypeError(f"{codec} has no way to write {unknown} and read it back")
             decoder: Any = (
                 msgspec.json.Decoder(type_) if codec == "json" else msgspec.msgpack.Decoder(type_)
             )
@@ -90,7 +93,7 @@ class Serializer(Generic[T]):
         except (TypeError, ValueError, OverflowError, RecursionError) as error:
             why = _path_and_reason(error, self._names)
         raise SerializationError(
-            f"{key!r}: a {type(value).__name__} cannot be written as {self.codec}{why}"
+            f"{key!r}: a value of type {type(value).__name__} cannot be written as {self.codec}{why}"
         )
 
     def decode(self, key: str, raw: bytes) -> T:
@@ -141,6 +144,17 @@ def _names_in(schema: Any) -> set[str]:
         return set()
     found = set(schema.get("properties") or ()) | set(schema.get("$defs") or ())
     return found.union(*map(_names_in, schema.values()))
+
+
+def _unknown(type_: Any) -> str | None:
+    """The name of a class that msgspec leaves to others, unless plain values are of it too."""
+    info = msgspec.inspect.type_info(type_)
+    if isinstance(info, msgspec.inspect.CustomType):
+        fits = any(issubclass(plain, info.cls) for plain in _PLAIN)
+        return None if fits else info.cls.__name__
+    # The arguments of Literal and Annotated are no types, but for the first of these.
+    parts = (part for part in get_args(type_) if isinstance(part, type) or get_origin(part))
+    return next((name for part in parts if (name := _unknown(part))), None)
 
 
 def _is_pydantic(type_: Any) -> bool:

@@ -11,6 +11,7 @@ from psycopg import IsolationLevel, pq
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from . import _conninfo, embedded
+from ._pool import closed
 from ._sql import Statements
 from .config import EMBEDDED_SCHEME, Config, dsn_from_environment
 from .errors import ConfigError, InvalidValueError, SerializationError
@@ -76,6 +77,7 @@ class Target:
         self._given = dsn or config.dsn
         self._server: embedded.EmbeddedServer | None = None
         self._pid = 0
+        self._closed = False
         self._lock = threading.Lock()
 
     def dsn(self) -> str:
@@ -83,6 +85,8 @@ class Target:
         if not self._given.startswith(EMBEDDED_SCHEME):
             return self._given
         with self._lock:
+            if self._closed:  # or asking for the DSN would start it again, for nobody to stop
+                raise closed("dsn")
             # A forked child is a user of the server in its own right.
             if self._server is None or self._pid != os.getpid():
                 self._server = embedded.start(embedded.parse(self._given))
@@ -107,6 +111,7 @@ class Target:
     def close(self) -> None:
         """Give the embedded server up, if there is one: it stops with its last user."""
         with self._lock:
+            self._closed = True
             server, self._server = self._server, None
         if server is not None and self._pid == os.getpid():
             server.close()

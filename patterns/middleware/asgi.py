@@ -70,6 +70,8 @@ class RateLimitMiddleware:
         self.app = app
         self._guard = Guard(
             AsyncRateLimiter,
+            "RateLimitMiddleware",
+            "WSGIRateLimitMiddleware",
             limiter=limiter,
             key=key,
             cost=cost,

@@ -7,7 +7,9 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, TypeAlias
 
 from ..._observe import shown
-from ...errors import ConfigError, SessionError
+from ...config import Seconds
+from ...errors import SessionError
+from .._colour import require
 from .._cookie import Cookie, Exempt, SameSite, exemption, private, varying
 from .._request_session import RequestSession
 from .._session_types import Session
@@ -71,15 +73,12 @@ class SessionMiddleware:
         same_site: SameSite = "lax",
         path: str = "/",
         domain: str | None = None,
-        max_age: int | None = None,
+        max_age: Seconds | None = None,
         exempt: Exempt = None,
         autoload: bool = True,
     ) -> None:
-        if not isinstance(sessions, AsyncSessionStore):
-            raise ConfigError(
-                "SessionMiddleware needs sessions=AsyncSessionStore(...), not "
-                f"{type(sessions).__name__}: a blocking store would stop the event loop"
-            )
+        # A blocking one would stop the event loop.
+        require(sessions, AsyncSessionStore, "SessionMiddleware", "WSGISessionMiddleware")
         self.app = app
         self._sessions = sessions
         self._cookie = Cookie(

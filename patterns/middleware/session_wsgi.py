@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeAlias
 
 from ..._observe import shown
-from ...errors import ConfigError
+from ...config import Seconds
+from .._colour import require
 from .._cookie import Cookie, Exempt, SameSite, exemption, private, varying
 from .._request_session import RequestSession
 from .._visit import Visit
@@ -55,10 +56,10 @@ class WSGISessionMiddleware:
         same_site: SameSite = "lax",
         path: str = "/",
         domain: str | None = None,
-        max_age: int | None = None,
+        max_age: Seconds | None = None,
         exempt: Exempt = None,
     ) -> None:
-        require_blocking(sessions, "WSGISessionMiddleware")
+        require(sessions, SessionStore, "WSGISessionMiddleware", "SessionMiddleware")
         self.app = app
         self._sessions = sessions
         self._cookie = Cookie(
@@ -106,16 +107,6 @@ class _Body:
         finally:
             if hasattr(self._inner, "close"):
                 self._inner.close()
-
-
-def require_blocking(sessions: object, who: str) -> None:
-    """Refuse an async store where there is no event loop.
-
-    Raises:
-        ConfigError: it is no `SessionStore`.
-    """
-    if not isinstance(sessions, SessionStore):
-        raise ConfigError(f"{who} needs a SessionStore, not {type(sessions).__name__}")
 
 
 def lazy_visit(

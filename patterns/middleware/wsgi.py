@@ -55,6 +55,8 @@ class WSGIRateLimitMiddleware:
         self.app = app
         self._guard = Guard(
             RateLimiter,
+            "WSGIRateLimitMiddleware",
+            "RateLimitMiddleware",
             limiter=limiter,
             key=key,
             cost=cost,

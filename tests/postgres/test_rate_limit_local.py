@@ -244,9 +244,9 @@ def test_the_wrong_colour_of_store(dsn: str) -> None:
     """A limiter says which store it takes."""
     config = pgkv.Config(dsn)
     with pytest.raises(pgkv.ConfigError, match="AsyncRateLimiter"):
-        pgkv.RateLimiter(pgkv.AsyncStore(config), "1/s", name="api")
+        pgkv.RateLimiter(pgkv.AsyncStore(config), "1/s", name="api")  # type: ignore[arg-type]  # that is the point
     with pytest.raises(pgkv.ConfigError, match="RateLimiter"):
-        pgkv.AsyncRateLimiter(pgkv.Store(config), "1/s", name="api")
+        pgkv.AsyncRateLimiter(pgkv.Store(config), "1/s", name="api")  # type: ignore[arg-type]  # likewise
 
 
 @pytest.fixture

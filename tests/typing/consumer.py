@@ -179,5 +179,22 @@ async def wrong_awaited(store: AsyncStore, users: AsyncTypedStore[User]) -> None
         await p.get("k")  # type: ignore[misc]  # pyright: ignore[reportGeneralTypeIssues]
 
 
+async def wrong_unawaited(store: AsyncStore) -> None:
+    AsyncStore.connect("dsn").get("k")  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
+    store.transaction().set("k", "v")  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
+    print(pgkv.AsyncLock(store, "l").acquire().token)  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
+    print((await store.get("k")).decode())  # type: ignore[union-attr]  # pyright: ignore[reportOptionalMemberAccess]
+
+
+def wrong_colours(store: Store, other: AsyncStore) -> None:
+    pgkv.Lock(other, "l")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    pgkv.AsyncSemaphore(store, "l", 2)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    pgkv.RateLimiter(other, "1/s", name="l")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    pgkv.AsyncRateLimiter(store, "1/s", name="l")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    pgkv.SessionStore(other)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    store.transaction().set("k", "v")  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
+    pgkv.Store("dsn")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+
+
 def anything(store: Store) -> Any:
     return pgkv.CasStatus.SUCCESS if store else None

@@ -9,14 +9,18 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import threading
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import psycopg
 import pytest
 
 import pgkv
+from pgkv._serialize import Serializer
+from pgkv.patterns.cache import _codec_for
 
 NOWHERE = "postgresql://nobody@127.0.0.1:1/nowhere?connect_timeout=1"
 CONFIG = pgkv.Config(NOWHERE, retry=None)
@@ -282,6 +286,389 @@ async def test_opened_twice() -> None:
         await opening
 
 
+# -- patterns ------------------------------------------------------------------------------
+
+limiter = pgkv.RateLimiter(store, "10/s", name="api")
+alimiter = pgkv.AsyncRateLimiter(astore, "10/s", name="api")
+sessions = pgkv.SessionStore(store)
+asessions = pgkv.AsyncSessionStore(astore)
+
+
+def wsgi(**options: Any) -> Any:
+    """The limiter's middleware."""
+    return pgkv.WSGIRateLimitMiddleware(plain, **({"limiter": limiter} | options))  # type: ignore[arg-type]
+
+
+def cookie(**options: Any) -> Any:
+    """The sessions' middleware."""
+    return pgkv.WSGISessionMiddleware(plain, sessions=sessions, **options)  # type: ignore[arg-type]
+
+
+def twins(pattern: str, /, *args: Any, **options: Any) -> Mistakes:
+    """Each colour of a pattern given the other colour's store."""
+    made: Mistakes = {}
+    for one, wrong, other in (
+        (pattern, astore, f"Async{pattern}"),
+        (f"Async{pattern}", store, pattern),
+    ):
+
+        def make(one: str = one, wrong: Any = wrong) -> Any:
+            return getattr(pgkv, one)(wrong, *args, **options)
+
+        made[f"{one} on the other store"] = (
+            make,
+            pgkv.ConfigError,
+            (f"{one} needs", type(wrong).__name__, f"there is {other}"),
+        )
+    return made
+
+
+LOCKS: Mistakes = {
+    **twins("Lock", "l"),
+    **twins("Semaphore", "l", 2),
+    **twins("Leader", "l"),
+    "a name before the store": (
+        lambda: pgkv.Lock("l", store),  # type: ignore[arg-type]
+        pgkv.ConfigError,
+        ("Lock needs a Store", "str"),
+    ),
+    "no name for a lock": (
+        lambda: pgkv.Lock(store, ""),
+        pgkv.InvalidKeyError,
+        ("lock's name", "empty"),
+    ),
+    "bytes for a lock's name": (
+        lambda: pgkv.AsyncLock(astore, b"l"),  # type: ignore[arg-type]
+        pgkv.InvalidKeyError,
+        ("lock's name", "str", "bytes"),
+    ),
+    "threading's endless timeout": (
+        lambda: pgkv.Lock(store, "l").acquire(-1),
+        pgkv.InvalidValueError,
+        ("timeout", "0 seconds or more", "None waits without end"),
+    ),
+    "a word for on_lost": (
+        lambda: pgkv.Lock(store, "l", on_lost="f"),  # type: ignore[arg-type]
+        pgkv.ConfigError,
+        ("on_lost", "function", "str"),
+    ),
+    "an async on_lost in threads": (
+        lambda: pgkv.Semaphore(store, "l", 2, on_lost=coroutine),
+        pgkv.ConfigError,
+        ("on_lost", "AsyncSemaphore"),
+    ),
+    "an async on_elected in threads": (
+        lambda: pgkv.Leader(store, "l", on_elected=coroutine),
+        pgkv.ConfigError,
+        ("on_elected", "AsyncLeader"),
+    ),
+    "a number for on_elected": (
+        lambda: pgkv.AsyncLeader(astore, "l", on_elected=5),  # type: ignore[arg-type]
+        pgkv.ConfigError,
+        ("on_elected", "int"),
+    ),
+    "asyncio's event in threads": (
+        lambda: pgkv.Leader(store, "l").run(asyncio.Event()),  # type: ignore[arg-type]
+        pgkv.ConfigError,
+        ("run()", "threading.Event", "asyncio.Event"),
+    ),
+    "a thread's event in a loop": (
+        lambda: pgkv.AsyncLeader(astore, "l").run(threading.Event()),  # type: ignore[arg-type]
+        pgkv.ConfigError,
+        ("run()", "asyncio.Event", "threading.Event"),
+    ),
+    "a bare @locked": (
+        lambda: pgkv.locked(plain),  # type: ignore[arg-type]
+        TypeError,
+        ("plain", "@pgkv.locked('name')", "parentheses"),
+    ),
+    "@locked on no function": (
+        lambda: pgkv.locked("l", store=store)(5),  # type: ignore[type-var]
+        TypeError,
+        ("locked()", "function", "int"),
+    ),
+    "a plain lock on an async function": (
+        lambda: pgkv.locked(pgkv.Lock(store, "l"))(coroutine),
+        pgkv.ConfigError,
+        ("async function", "AsyncLock"),
+    ),
+    "a timeout that nobody waits for": (
+        lambda: pgkv.locked("l", store=store, on_busy="raise", timeout=5),
+        pgkv.ConfigError,
+        ("on_busy='raise'", "timeout", "'wait'"),
+    ),
+    "a lock that is held for no time": (
+        lambda: pgkv.locked("l", store=store, ttl=0),
+        pgkv.InvalidValueError,
+        ("ttl", "more than 0"),
+    ),
+}
+
+LIMITS: Mistakes = {
+    **twins("RateLimiter", "10/s", name="api"),
+    "no unit": (
+        lambda: pgkv.RateLimiter(store, "10", name="api"),
+        pgkv.ConfigError,
+        ("'10'", "'100/minute'", "units"),
+    ),
+    "a number for a rate": (
+        lambda: pgkv.RateLimiter(store, 10, name="api"),  # type: ignore[arg-type]
+        pgkv.ConfigError,
+        ("rates", "10", "'100/minute'"),
+    ),
+    "one rate twice": (
+        lambda: pgkv.RateLimiter(store, "10/s; 10/s", name="api"),
+        pgkv.ConfigError,
+        ("10/s", "twice"),
+    ),
+    "no time for the store": (
+        lambda: pgkv.RateLimiter(store, "10/s", name="api", timeout=0),
+        pgkv.ConfigError,
+        ("timeout", "more than 0"),
+    ),
+    "no cost": (lambda: limiter.hit("k", cost=0), pgkv.InvalidValueError, ("cost", "1 or more")),
+    "more than a bucket": (
+        lambda: alimiter.hit("k", cost=11),
+        pgkv.InvalidValueError,
+        ("cost of 11", "holds 10", "burst"),
+    ),
+    "a negative wait": (
+        lambda: limiter.reserve("k", max_wait=-1),
+        pgkv.InvalidValueError,
+        ("max_wait", "0 seconds or more", "None"),
+    ),
+    "a word for a wait": (
+        lambda: limiter.acquire("k", timeout="5"),  # type: ignore[arg-type]
+        pgkv.InvalidValueError,
+        ("timeout", "str"),
+    ),
+    "limiters without keys": (
+        lambda: pgkv.RateLimiter.hit_many([limiter]),  # type: ignore[list-item]
+        pgkv.InvalidValueError,
+        ("(limiter, key, cost)", "RateLimiter"),
+    ),
+    "a charge too long": (
+        lambda: pgkv.RateLimiter.hit_many([(limiter, "k", 1, 2)]),  # type: ignore[list-item]
+        pgkv.InvalidValueError,
+        ("(limiter, key, cost)", "tuple of 4"),
+    ),
+    "one charge for several": (
+        lambda: pgkv.AsyncRateLimiter.hit_many(alimiter),  # type: ignore[arg-type]
+        pgkv.InvalidValueError,
+        ("hit_many", "(limiter, key, cost)"),
+    ),
+    "no key to limit by": (
+        lambda: limiter.limit(None),  # type: ignore[arg-type]
+        pgkv.ConfigError,
+        ("limit()", "key", "NoneType"),
+    ),
+    "a bare @limiter.limit": (
+        lambda: limiter.limit(plain)("request"),  # type: ignore[arg-type]
+        TypeError,
+        ("limit()", "str", "parentheses"),
+    ),
+    "an async function": (
+        lambda: limiter.limit("k")(coroutine),
+        pgkv.ConfigError,
+        ("coroutine", "AsyncRateLimiter"),
+    ),
+    "middleware without a limiter": (
+        lambda: wsgi(limiter=None),
+        pgkv.ConfigError,
+        ("WSGIRateLimitMiddleware needs a RateLimiter", "NoneType"),
+    ),
+    "middleware on the other limiter": (
+        lambda: wsgi(limiter=alimiter),
+        pgkv.ConfigError,
+        ("AsyncRateLimiter", "there is RateLimitMiddleware"),
+    ),
+    "ASGI on the other limiter": (
+        lambda: pgkv.RateLimitMiddleware(coroutine, limiter=limiter),  # type: ignore[arg-type]
+        pgkv.ConfigError,
+        ("RateLimitMiddleware needs an AsyncRateLimiter", "there is WSGIRateLimitMiddleware"),
+    ),
+    "a number for a key": (lambda: wsgi(key=5), pgkv.ConfigError, ("key", "function", "int")),
+    "client_ip not called": (
+        lambda: wsgi(key=pgkv.client_ip),
+        pgkv.ConfigError,
+        ("key=client_ip()",),
+    ),
+    "a constant cost of nothing": (lambda: wsgi(cost=0), pgkv.ConfigError, ("cost", "1 or more")),
+    "limits that are none": (lambda: wsgi(limits="x"), pgkv.ConfigError, ("'x'", "rate")),
+    "a number for exempt": (lambda: wsgi(exempt=5), pgkv.ConfigError, ("exempt", "int")),
+    "one proxy for several": (
+        lambda: pgkv.client_ip("10.0.0.1"),
+        pgkv.ConfigError,
+        ("trusted_proxies", "['10.0.0.1']"),
+    ),
+    "no proxies at all": (
+        lambda: pgkv.client_ip(None),  # type: ignore[arg-type]
+        pgkv.ConfigError,
+        ("trusted_proxies", "list", "NoneType"),
+    ),
+    "a word for a prefix": (
+        lambda: pgkv.client_ip(ipv6_prefix="64"),  # type: ignore[arg-type]
+        pgkv.ConfigError,
+        ("ipv6_prefix", "from 1 to 128", "'64'"),
+    ),
+}
+
+SESSIONS: Mistakes = {
+    **twins("SessionStore"),
+    "a word for a size": (
+        lambda: pgkv.SessionStore(store, max_data_size="1"),  # type: ignore[arg-type]
+        pgkv.ConfigError,
+        ("max_data_size", "integer", "'1'"),
+    ),
+    "a negative interval": (
+        lambda: pgkv.SessionStore(store, touch_interval=-1),
+        pgkv.ConfigError,
+        ("touch_interval", "0 seconds or more"),
+    ),
+    "a negative grace": (
+        lambda: sessions.rotate(pgkv.Session({}), grace=-1),
+        pgkv.InvalidValueError,
+        ("grace", "0 seconds or more", "-1"),
+    ),
+    "a token for a session": (
+        lambda: asessions.save("token"),  # type: ignore[arg-type]
+        pgkv.InvalidValueError,
+        ("session", "str", "load()"),
+    ),
+    "middleware on the other sessions": (
+        lambda: pgkv.SessionMiddleware(coroutine, sessions=sessions),  # type: ignore[arg-type]
+        pgkv.ConfigError,
+        ("SessionMiddleware needs an AsyncSessionStore", "there is WSGISessionMiddleware"),
+    ),
+    "WSGI on the other sessions": (
+        lambda: pgkv.WSGISessionMiddleware(plain, sessions=asessions),  # type: ignore[arg-type]
+        pgkv.ConfigError,
+        ("there is SessionMiddleware",),
+    ),
+    "a number for a cookie": (lambda: cookie(cookie=5), pgkv.ConfigError, ("cookie", "5")),
+    "a capital": (lambda: cookie(same_site="Lax"), pgkv.ConfigError, ("same_site", "'lax'")),
+    "a word for an age": (lambda: cookie(max_age="1"), pgkv.ConfigError, ("max_age", "'1'")),
+    "a number for a path": (lambda: cookie(path=1), pgkv.ConfigError, ("path", "1")),
+    "a number for a domain": (
+        lambda: cookie(cookie="s", domain=1),
+        pgkv.ConfigError,
+        ("domain", "1"),
+    ),
+    "no paths": (lambda: cookie(exempt=5), pgkv.ConfigError, ("exempt", "paths", "5")),
+}
+
+
+def kept(**options: Any) -> Any:
+    """A cached function with those settings."""
+    return pgkv.cached(**({"ttl": 1, "store": store} | options))(plain)
+
+
+class Foreign:
+    """A class that neither JSON nor msgpack knows."""
+
+
+CACHED: Mistakes = {
+    "a bare @cached, called with a value": (
+        lambda: pgkv.cached(plain)(1),  # type: ignore[call-overload]
+        TypeError,
+        ("cached()", "int", "@pgkv.cached(ttl=...)"),
+    ),
+    "a bare @cached, called with nothing": (
+        lambda: pgkv.cached(plain)(),  # type: ignore[call-overload]  # noqa: PLW0108  # the last call is the mistake
+        TypeError,
+        ("@pgkv.cached(ttl=...)", "parentheses"),
+    ),
+    "a bare @cached, called with keywords": (
+        lambda: pgkv.cached(plain)(user_id=1),  # type: ignore[call-overload]
+        TypeError,
+        ("@pgkv.cached(ttl=...)", "parentheses"),
+    ),
+    "an endless ttl in cached": (
+        lambda: kept(ttl=float("inf")),
+        pgkv.InvalidValueError,
+        ("ttl", "None"),
+    ),
+    "negative staleness": (lambda: kept(stale=-1), pgkv.InvalidValueError, ("stale", "0 seconds")),
+    "a word for beta": (lambda: kept(beta="1"), pgkv.ConfigError, ("beta", "number")),
+    "a word for jitter": (lambda: kept(jitter="1"), pgkv.ConfigError, ("jitter", "less than 1")),
+    "one tag for several": (lambda: kept(tags="a"), pgkv.ConfigError, ("tags", "('name',)")),
+    "numbers for tags": (lambda: kept(tags=(1,)), pgkv.ConfigError, ("tags", "strings")),
+    "nothing for ignore": (lambda: kept(ignore=None), pgkv.ConfigError, ("ignore", "strings")),
+    "a template left open": (lambda: kept(tags=("u:{x",)), TypeError, ("'u:{x'", "template")),
+    "a word for key": (lambda: kept(key="id"), pgkv.ConfigError, ("key", "function", "str")),
+    "a word for condition": (lambda: kept(condition="x"), pgkv.ConfigError, ("condition", "str")),
+    "an AsyncStore for a plain function": (
+        lambda: kept(store=astore),
+        pgkv.ConfigError,
+        ("plain()", "a Store", "async def"),
+    ),
+    "a Store for an async function": (
+        lambda: pgkv.cached(ttl=1, store=store)(coroutine),
+        pgkv.ConfigError,
+        ("coroutine()", "an AsyncStore"),
+    ),
+    "no tag": (
+        lambda: pgkv.invalidate_tag(None, store=store),  # type: ignore[call-overload]
+        pgkv.InvalidKeyError,
+        ("tag", "str", "NoneType"),
+    ),
+    "no tag, async": (
+        lambda: pgkv.invalidate_tag(["a"], store=astore),  # type: ignore[call-overload]
+        pgkv.InvalidKeyError,
+        ("tag", "list"),
+    ),
+    "a connection for a store": (
+        lambda: pgkv.invalidate_tag("a", store=5),  # type: ignore[call-overload]
+        pgkv.ConfigError,
+        ("invalidate_tag()", "Store", "int"),
+    ),
+    "a class of one's own": (
+        lambda: store.typed(Foreign),
+        pgkv.ConfigError,
+        ("Foreign", "json"),
+    ),
+    "a list of it": (
+        lambda: store.typed(dict[str, list[Foreign] | None], "msgpack"),
+        pgkv.ConfigError,
+        ("Foreign", "msgpack"),
+    ),
+    "a value that its codec cannot hold": (
+        lambda: store.typed(dict).set("k", {"a": Foreign()}),
+        pgkv.SerializationError,
+        ("'k'", "json", "Foreign"),
+    ),
+    "no hook": (
+        lambda: pgkv.on_operation(None),  # type: ignore[arg-type]
+        pgkv.ConfigError,
+        ("on_operation()", "NoneType"),
+    ),
+}
+
+PATTERNS = LOCKS | LIMITS | SESSIONS | CACHED
+
+
+@pytest.mark.parametrize(("call", "kind", "words"), PATTERNS.values(), ids=PATTERNS)
+def test_mistakes_with_patterns(
+    call: Callable[[], Any], kind: type[Exception], words: tuple[str, ...]
+) -> None:
+    """A mistake with a pattern is named when it is made or decorated, with the way out."""
+    refused(call, kind, words)
+
+
+def test_a_result_that_no_codec_holds() -> None:
+    """What a cached function may not return says which codec could keep it."""
+    codec = _codec_for(kept, "json")
+    with pytest.raises(pgkv.SerializationError, match=r"Foreign.*SignedPickle"):
+        codec.encode("f", [Foreign()])
+
+
+@pytest.mark.parametrize("value", [1, "a", None, {"a": [1.5]}])
+def test_what_any_value_is(value: object) -> None:
+    """`object` is a type that every plain value fits: it can be kept."""
+    serializer: Serializer[object] = Serializer(object, "json")
+    assert serializer.decode("k", serializer.encode("k", value)) == value
+
+
 # -- a closed store ------------------------------------------------------------------------
 
 
@@ -294,6 +681,30 @@ def test_a_closed_store_has_one_error() -> None:
         closed.get("k")
     assert not caught.value.retryable
     assert "IndexError" not in "".join(traceback.format_exception(caught.value))
+
+
+def test_a_closed_store_starts_no_server(tmp_path: Path) -> None:
+    """The DSN of a closed store on an embedded server does not start that server again."""
+    closed = pgkv.Store(pgkv.Config(f"embedded://{tmp_path}/pg"))
+    closed.close()
+    with pytest.raises(pgkv.StoreUnavailableError, match="closed"):
+        _ = closed.dsn
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_store_of_another_loop() -> None:
+    """An AsyncStore says in another loop that it can be neither used nor closed there."""
+    foreign = pgkv.AsyncStore(CONFIG)
+
+    async def use() -> None:
+        with pytest.raises(pgkv.StoreUnavailableError):
+            await foreign.get("k")
+
+    asyncio.run(use())
+    with pytest.raises(pgkv.ConfigError, match="one AsyncStore per loop"):
+        asyncio.run(foreign.get("k"))
+    with pytest.raises(pgkv.ConfigError, match="close it there"):
+        asyncio.run(foreign.close())
 
 
 def test_a_closed_connection() -> None:
