@@ -50,11 +50,6 @@ class Member:
     def __str__(self) -> str:
         return f"process {self.number}"
 
-    @property
-    def is_alive(self) -> bool:
-        """Whether it runs."""
-        return self._process.poll() is None
-
     def tell(self, word: Any) -> None:
         """Send it something. What is said to the dead is lost."""
         assert self._process.stdin is not None

@@ -30,7 +30,7 @@ from .stage import Check, Report, Scene, Stage
 PROCESSES = 4
 LEDGER, RECEIPT = "demo:ledger", "demo:receipt:"
 WORK = 0.1  # seconds between reading and writing
-TTL, TTL_MIN = 1.5, 0.6  # seconds
+TTL, TTL_MIN = 1.0, 0.6  # seconds
 PATIENCE = 100.0  # seconds for the whole of it
 GUARD_MAX = 30.0  # seconds that a process stopped in its transaction could keep everybody out
 STYLES = {"waits": "dim", "holds": "green", "killed": "red", "paused": "yellow"}

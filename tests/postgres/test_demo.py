@@ -257,3 +257,12 @@ def test_a_module_in_the_working_directory(dsn: str, start: Start, tmp_path: Pat
     demo = start("Rate limit", "--seconds", "0.3", "--dsn", dsn, PYTHONSAFEPATH="1")
     said, _ = demo.communicate(timeout=60)
     assert demo.returncode == 0, said
+
+
+def test_importing_pgkv_does_not_load_the_demo() -> None:
+    """`import pgkv` loads neither the demo nor the client of Redis."""
+    script = "import sys, pgkv; print({'pgkv._demo', 'redis'} & set(sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "set()\n"
