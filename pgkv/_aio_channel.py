@@ -110,23 +110,22 @@ class AsyncPoolChannel:
             if link.is_stale():
                 leases.discard(link)
                 return await self._recover(op, started, timeout, None)
+            try:
+                result = await link.execute(op, seconds)
+            except PgkvError as error:
+                leases.settle(link)
+                return await self._recover(op, started, timeout, error)
+            except BaseException:
+                leases.discard(link)
+                raise
+            leases.release(link)
         else:
             # With more tasks than links this is the usual way, so it is short as well.
             self._start_patrols()
             try:
-                link = await leases.acquire(started + seconds, op.statement.name)
+                result = await leases.execute(op, started + seconds)
             except PgkvError as error:
                 return await self._recover(op, started, timeout, error)
-            seconds += started - monotonic()
-        try:
-            result = await link.execute(op, seconds)
-        except PgkvError as error:
-            leases.settle(link)
-            return await self._recover(op, started, timeout, error)
-        except BaseException:
-            leases.discard(link)
-            raise
-        leases.release(link)
         answer = op.decode(result)
         if op.statement.writes and random() < SWEEP_CHANCE:  # noqa: S311  # a sample, no secret
             self._sweep(op.statement.table)
@@ -191,12 +190,7 @@ class AsyncPoolChannel:
                 return await bound.run(step.flow())
         if isinstance(step, Batch):
             return await self._attempt_batch(step, deadline)
-        link = await self._leases.acquire(deadline, step.statement.name)
-        try:
-            result = await link.execute(step, deadline - monotonic())
-        finally:
-            self._leases.settle(link)
-        return step.decode(result)
+        return step.decode(await self._leases.execute(step, deadline))
 
     async def _attempt_batch(self, batch: Batch, deadline: float) -> list[Any]:
         link = await self._leases.acquire(deadline, batch.name)

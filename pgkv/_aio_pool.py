@@ -12,7 +12,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Coroutine
 from time import monotonic
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psycopg
 from psycopg_pool import AsyncConnectionPool, PoolClosed, PoolTimeout
@@ -36,6 +36,11 @@ from ._pool import (
 from ._wire import poller
 from .config import Config, Pooler
 from .errors import ConfigError, PgkvError, translate
+
+if TYPE_CHECKING:
+    from psycopg.pq.abc import PGresult
+
+    from ._op import Op
 
 
 class AsyncLeases:
@@ -73,6 +78,7 @@ class AsyncLeases:
             self.refuse_other(loop)
             self.loop = loop
             self._watchdog = Watchdog(loop)
+            self._watchdog.watch(self)
             self._opening = asyncio.Lock()
         return self._watchdog
 
@@ -90,68 +96,88 @@ class AsyncLeases:
 
     # -- taking and giving back
 
+    async def execute(self, op: Op[Any], deadline: float) -> PGresult:
+        """Perform one operation. While all links are busy it waits in the queue of `acquire`; the
+        link whose turn it is carries it at once, and its task wakes up only with the answer."""
+        link, result = await self._acquire(deadline, op.statement.name, op)
+        if link is None:
+            assert result is not None
+            return result
+        try:
+            return await link.execute(op, deadline - monotonic(), result)
+        finally:
+            self.settle(link)
+
     async def acquire(self, deadline: float, action: str) -> AsyncLink:
         """Return a live link, waiting in order while all are busy; see `_pool.Leases.acquire`."""
-        self.enter_loop()
+        link, _ = await self._acquire(deadline, action)
+        assert link is not None
+        return link
+
+    async def _acquire(
+        self, deadline: float, action: str, op: Op[Any] | None = None
+    ) -> tuple[AsyncLink | None, PGresult | None]:
+        """A link, or the answer to `op`; both, where the server refused it on that link."""
+        watchdog = self.enter_loop()
         patience = monotonic() + self._config.pool_timeout
         while True:
             while self.idle:
                 link = self.idle.pop()
                 if not link.is_stale():
-                    return link
+                    return link, None
                 self.discard(link)
             if self._closed:
                 raise closed(action)
             if self._size < self._config.pool_max_size:
                 self._size += 1
-                return await self._open(deadline, action)
-            given = await self._await(min(deadline, patience), patience <= deadline, action)
+                return await self._open(deadline, action), None
+            waiter = _Waiter(watchdog.loop.create_future(), op, min(deadline, patience), deadline)
+            self.waiters.append(waiter)
+            if waiter.deadline < watchdog.next_look:
+                watchdog.look_at(waiter.deadline)
+            try:
+                answer = await waiter.turn
+            except BaseException:
+                self._leave(waiter)
+                raise
+            if answer is TOO_LATE:
+                raise busy(self._config, action, by_pool=patience <= deadline)
+            given = waiter.link
+            if answer is not None:
+                return given, answer
             if given is not None:
+                # Unlike a link that carries on from its last answer, it has been idle for a turn.
                 if not given.is_stale():
-                    return given
+                    return given, None
                 self.discard(given)
 
-    async def _await(self, until: float, by_pool: bool, action: str) -> AsyncLink | None:
-        watchdog = self.enter_loop()
-        waiter = _Waiter(asyncio.get_running_loop().create_future(), until)
-        self.waiters.append(waiter)
-        watchdog.watch(waiter)
-        if until < watchdog.next_look:
-            watchdog.look_at(until)
-        try:
-            given = await waiter.given
-        except asyncio.CancelledError:
-            if waiter.given.cancelled():
-                raise
-            # Given in the same turn in which its taker went away.
-            link = waiter.given.result()
-            if isinstance(link, AsyncLink):
-                self.release(link)
-            else:
-                self._wake(None)
-            raise
-        finally:
-            watchdog.forget(waiter)
-        if given is TOO_LATE:
-            raise busy(self._config, action, by_pool=by_pool)
-        assert given is None or isinstance(given, AsyncLink)
-        return given
+    def _leave(self, waiter: _Waiter) -> None:
+        """Its task was cancelled, or its operation failed."""
+        waiter.op = None  # who was cancelled stays in the queue; the value need not
+        waiter.turn.cancel()  # unless it was, or is done: a coroutine can be closed as well
+        if waiter.link is not None:
+            self.settle(waiter.link)
+        elif not waiter.turn.cancelled() and waiter.turn.result() is None:
+            self._wake()  # told to look again in the very turn in which it went away
 
-    def _wake(self, link: AsyncLink | None) -> bool:
-        """Give a link (or, with None, leave to open one) to the first who still waits."""
+    def _wake(self) -> None:
+        """Let the first who still waits open a link, or see that the store is closed."""
         while self.waiters:
-            given = self.waiters.popleft().given
-            if not given.done():
-                given.set_result(link)
-                return True
-        return False
+            waiter = self.waiters.popleft()
+            if not waiter.turn.done():
+                waiter.turn.set_result(None)
+                return
 
     def release(self, link: AsyncLink) -> None:
-        """Take a link back from an operation."""
-        if self._closed or link.lease_end < monotonic():
+        """Take a link back from an operation; the first who waits has it next."""
+        now = monotonic()
+        if self._closed or link.lease_end < now:
             self._give_back(link)
-        elif not self.waiters or not self._wake(link):
-            self.idle.append(link)
+            return
+        while self.waiters:
+            if self.waiters.popleft().takes(link, now):
+                return
+        self.idle.append(link)
 
     def settle(self, link: AsyncLink) -> None:
         """Take a link back from an operation that failed: keep it if it still works."""
@@ -163,6 +189,7 @@ class AsyncLeases:
     def discard(self, link: AsyncLink) -> None:
         """Close a link; what still runs on it is cancelled first, in the background."""
         if link.is_running():
+            link.detach()  # an answer that comes before the task starts must not free it
             self._spawn(self._cancel(link))
             return
         link.close()
@@ -188,12 +215,28 @@ class AsyncLeases:
             link.close()
         else:
             self._spawn(self._pool.putconn(link.conn))
-        self._wake(None)
+        self._wake()
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+    # -- deadlines of the queue, for the watchdog
+
+    @property
+    def deadline(self) -> float:
+        """The first of all who wait."""
+        return min(
+            (each.deadline for each in self.waiters if not each.turn.done()), default=math.inf
+        )
+
+    def time_out(self) -> None:
+        """Somebody has waited long enough."""
+        now = monotonic()
+        for waiter in self.waiters:
+            if waiter.deadline <= now:
+                waiter.time_out()
 
     # -- opening
 
@@ -202,11 +245,12 @@ class AsyncLeases:
             conn = await self._connect(deadline, action)
         except BaseException:
             self._size -= 1
-            self._wake(None)
+            self._wake()
             raise
         prepared = self._prepared.setdefault(conn, set())
         link = AsyncLink(conn, self.enter_loop(), prepares=self._prepares, prepared=prepared)
         link.lease_end = monotonic() + LEASE_TIME
+        link.on_free = self.release
         return link
 
     async def _connect(self, deadline: float, action: str) -> psycopg.AsyncConnection[Any]:
@@ -265,8 +309,10 @@ class AsyncLeases:
     async def close(self) -> None:
         """Close every connection; those in use as they come back."""
         self._closed = True
-        while self._wake(None):
-            pass
+        while self.waiters:
+            self._wake()
+        if self._watchdog is not None:
+            self._watchdog.forget(self)
         while self.idle:
             link = self.idle.popleft()
             self._size -= 1
@@ -282,19 +328,46 @@ TOO_LATE = object()
 
 
 class _Waiter:
-    """A task in the queue. What it is given: a link, None ("look again"), or TOO_LATE."""
+    """A task in the queue. It wants an operation performed or, without one, a link for itself.
 
-    __slots__ = ("deadline", "given")
+    Args:
+        turn: what the task waits for: the operation's answer, TOO_LATE, or None, which means "it is
+            yours" with a link and "look again" without.
+        op: the operation.
+        deadline: of the wait.
+        until: the deadline of the answer.
 
-    def __init__(self, given: asyncio.Future[object], deadline: float) -> None:
-        self.given = given
+    Attributes:
+        link: what the task has to give back, if anything.
+    """
+
+    __slots__ = ("deadline", "link", "op", "turn", "until")
+
+    def __init__(
+        self, turn: asyncio.Future[Any], op: Op[Any] | None, deadline: float, until: float
+    ) -> None:
+        self.turn = turn
+        self.op = op
         self.deadline = deadline
+        self.until = until
+        self.link: AsyncLink | None = None
+
+    def takes(self, link: AsyncLink, now: float) -> bool:
+        """Whether it still wants a link; it has this one then."""
+        if self.deadline <= now:
+            self.time_out()
+        if self.turn.done():
+            return False
+        self.link = link
+        if self.op is None or not link.carry(self.op, self, self.until - now):
+            self.turn.set_result(None)
+        return True
 
     def time_out(self) -> None:
         """The deadline has passed; the queue passes over who is done."""
-        self.deadline = math.inf
-        if not self.given.done():
-            self.given.set_result(TOO_LATE)
+        self.op = None
+        if not self.turn.done():
+            self.turn.set_result(TOO_LATE)
 
 
 class AsyncCallerPool:
@@ -310,7 +383,6 @@ class AsyncCallerPool:
         self._caller_pool = pool
         self._prepares = config.pooler is Pooler.NONE
         self.idle: deque[AsyncLink] = deque()
-        self.waiters: deque[Any] = deque()
         self.loop: asyncio.AbstractEventLoop | None = None
         self._watchdog: Watchdog | None = None
         self._prepared: weakref.WeakKeyDictionary[Any, set[bytes]] = weakref.WeakKeyDictionary()
@@ -343,6 +415,14 @@ class AsyncCallerPool:
                 prepared = self._prepared.setdefault(conn, set())
                 return AsyncLink(conn, self._watchdog, prepares=self._prepares, prepared=prepared)
             raise failure from failure.__cause__
+
+    async def execute(self, op: Op[Any], deadline: float) -> PGresult:
+        """Perform one operation on a connection of its own."""
+        link = await self.acquire(deadline, op.statement.name)
+        try:
+            return await link.execute(op, deadline - monotonic())
+        finally:
+            self.settle(link)
 
     def settle(self, link: AsyncLink) -> None:
         """Check it in, whatever became of it."""

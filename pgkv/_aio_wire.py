@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -39,18 +39,28 @@ if TYPE_CHECKING:
 class Watched(Protocol):
     """Something with a deadline."""
 
-    deadline: float
+    @property
+    def deadline(self) -> float:
+        """When, in the time of `monotonic`."""
+        ...
 
     def time_out(self) -> None:
         """The deadline has passed."""
         ...
 
 
+class Rider(Protocol):
+    """An operation that goes by whichever link is free, while its task waits for the answer."""
+
+    turn: asyncio.Future[Any]
+    link: AsyncLink | None
+
+
 class Watchdog:
     """One timer for the deadlines of many."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
+        self.loop = loop
         self._watched: set[Watched] = set()
         self._timer: asyncio.TimerHandle | None = None
         self.next_look = math.inf
@@ -72,7 +82,7 @@ class Watchdog:
         if self._timer is not None:
             self._timer.cancel()
         self.next_look = deadline
-        self._timer = self._loop.call_later(max(0.0, deadline - monotonic()), self._look)
+        self._timer = self.loop.call_later(max(0.0, deadline - monotonic()), self._look)
 
     def _look(self) -> None:
         now = monotonic()
@@ -94,6 +104,9 @@ class AsyncLink:
         watchdog: minds its deadlines.
         prepares: keep prepared statements on it.
         prepared: the names prepared on it already, kept up to date.
+
+    Attributes:
+        on_free: is told when what the link carried has arrived.
     """
 
     __slots__ = (
@@ -106,6 +119,7 @@ class AsyncLink:
         "_poll",
         "_prepared",
         "_result",
+        "_rider",
         "_seconds",
         "_send_prepared",
         "_socket",
@@ -118,6 +132,7 @@ class AsyncLink:
         "deadline",
         "lease_end",
         "lost",
+        "on_free",
         "pgconn",
         "prepares",
     )
@@ -136,10 +151,12 @@ class AsyncLink:
         self.lease_end = math.inf
         self.deadline = math.inf
         self.lost = False
+        self.on_free: Callable[[AsyncLink], None] | None = None
         self._prepared = set() if prepared is None else prepared
         self._watchdog = watchdog
         self._loop = asyncio.get_running_loop()
         self._waiter: asyncio.Future[Any] | None = None
+        self._rider: Rider | None = None
         self._statement: Statement[Any] = PIPELINE
         self._seconds = 0.0
         self._result: PGresult | None = None
@@ -220,11 +237,14 @@ class AsyncLink:
 
     # -- one operation
 
-    def send(self, op: Op[Any], seconds: float) -> asyncio.Future[PGresult] | None:
+    def send(
+        self, op: Op[Any], seconds: float, waiter: asyncio.Future[Any] | None = None
+    ) -> asyncio.Future[PGresult] | None:
         """Send an operation whose statement is prepared here; the future of its result.
 
-        None when it is not prepared yet (see `prepare`). The future fails with a `PgkvError` when
-        the link is lost or the time passes; a refusal is a result like any other.
+        None when it is not prepared yet (see `_prepare`). The future, `waiter` if there is one,
+        fails with a `PgkvError` when the link is lost or the time passes; a refusal is a result
+        like any other.
         """
         statement = op.statement
         if self.prepares and not statement.script:
@@ -233,12 +253,33 @@ class AsyncLink:
             self._send_prepared(statement.prepared_name, op.params, statement.formats, BINARY)
         else:
             self._send_unprepared(op)
-        return self._expect(statement, seconds)
+        return self._expect(statement, seconds, waiter)
 
-    def _expect(self, statement: Statement[Any], seconds: float) -> asyncio.Future[Any]:
+    def carry(self, op: Op[Any], rider: Rider, seconds: float) -> bool:
+        """Send a rider's operation; False if its task has to.
+
+        `turn` gets the result, or fails, as the future of `send` does. After a good answer the
+        link is free before the task wakes up; else it stays the rider's.
+        """
+        try:
+            if self.send(op, seconds, rider.turn) is None:
+                return False
+        except Exception:  # noqa: BLE001  # the task shall meet it, not whoever left the link free
+            return False
+        self._rider = rider
+        return True
+
+    def _expect(
+        self,
+        statement: Statement[Any],
+        seconds: float,
+        waiter: asyncio.Future[Any] | None = None,
+    ) -> asyncio.Future[Any]:
         self._statement = statement
         self._seconds = seconds
-        self._waiter = waiter = self._loop.create_future()
+        if waiter is None:
+            waiter = self._loop.create_future()
+        self._waiter = waiter
         self.deadline = deadline = monotonic() + seconds
         if deadline < self._watchdog.next_look:
             self._watchdog.look_at(deadline)
@@ -247,8 +288,17 @@ class AsyncLink:
             self._loop.add_writer(self._socket, self._on_writable)
         return waiter
 
-    async def execute(self, op: Op[Any], seconds: float, *, again: bool = True) -> PGresult:
+    async def execute(
+        self,
+        op: Op[Any],
+        seconds: float,
+        result: PGresult | None = None,
+        *,
+        again: bool = True,
+    ) -> PGresult:
         """Send one operation, prepared first if need be, and return its result.
+
+        With a `result` it was sent already, by `carry`.
 
         Raises:
             PgkvError: the server refused it, the link was lost, or the time passed.
@@ -257,13 +307,14 @@ class AsyncLink:
         sent = False
         failure: PgkvError
         try:
-            waiter = self.send(op, seconds)
-            if waiter is None:
-                await self._prepare(statement, seconds)
+            if result is None:
                 waiter = self.send(op, seconds)
-                assert waiter is not None
-            sent = True
-            result = await waiter
+                if waiter is None:
+                    await self._prepare(statement, seconds)
+                    waiter = self.send(op, seconds)
+                    assert waiter is not None
+                sent = True
+                result = await waiter
             if result.status in OK:
                 return result
             if await self._forget(statement, result) and again:
@@ -350,6 +401,12 @@ class AsyncLink:
         self.deadline = math.inf
         if waiter is not None and not waiter.done():
             waiter.set_result(answer)
+        rider = self._rider
+        if rider is not None:
+            self._rider = None
+            if answer.status in OK and self.on_free is not None:
+                rider.link = None
+                self.on_free(self)
 
     def _break(self, error: psycopg.Error) -> None:
         """The link is lost. After a FATAL message the server hangs up: the message is the answer."""
@@ -364,6 +421,7 @@ class AsyncLink:
 
     def _fail(self, failure: PgkvError) -> None:
         waiter, self._waiter = self._waiter, None
+        self._rider = None
         self.deadline = math.inf
         if waiter is not None and not waiter.done():
             waiter.set_exception(failure)

@@ -10,7 +10,7 @@ import random
 import time
 import warnings
 from collections.abc import Awaitable, Callable, Coroutine, Generator
-from typing import Any
+from typing import Any, TypeVar
 
 import psycopg
 import pytest
@@ -19,10 +19,12 @@ from psycopg_pool import AsyncConnectionPool
 import pgkv
 from pgkv import AsyncStore, ConfigError, OperationTimeoutError, PoolTimeoutError
 from pgkv._aio_wire import AsyncLink
+from pgkv._op import Op
 from pgkv.config import EMBEDDED_SCHEME
 from tests.colours import Colour
 from tests.peers import Peer, until
 
+T = TypeVar("T")
 MakeStore = Callable[..., Coroutine[Any, Any, AsyncStore]]
 
 LOCK_ROW = "SELECT 1 FROM kv_store WHERE key = 'k' FOR UPDATE"
@@ -38,7 +40,7 @@ def colour(request: pytest.FixtureRequest) -> Colour:
 def sizes(store: AsyncStore) -> tuple[int, int]:
     """How many connections the store counts as its own, and how many tasks wait for one."""
     leases: Any = store._channel._leases  # type: ignore[attr-defined]  # a pool's channel
-    return leases._size, sum(not each.given.done() for each in leases.waiters)
+    return leases._size, sum(not each.turn.done() for each in leases.waiters)
 
 
 async def whole(store: AsyncStore, peer: Peer, size: int) -> None:
@@ -467,6 +469,315 @@ async def test_a_cancelled_waiter_hands_on(make_store: MakeStore) -> None:
 
     await asyncio.gather(enter(), enter())
     assert sizes(store) == (2, 0)
+
+
+def leases_of(store: AsyncStore) -> Any:
+    """Where the store's connections come from."""
+    return store._channel._leases  # type: ignore[attr-defined]  # a pool's channel
+
+
+async def held(store: AsyncStore) -> AsyncLink:
+    """The only connection, until it is released."""
+    link: AsyncLink = await leases_of(store).acquire(time.monotonic() + 10, "test")
+    return link
+
+
+async def queued(store: AsyncStore, *works: Coroutine[Any, Any, T]) -> list[asyncio.Task[T]]:
+    """Start them while every connection is in use: all of them wait, in this order."""
+    tasks = [asyncio.create_task(work) for work in works]
+    await until(lambda: sizes(store)[1] == len(works), "all wait")
+    return tasks
+
+
+async def test_operations_and_transactions_share_the_queue(make_store: MakeStore) -> None:
+    """Operations, pipelines and transactions that wait for one connection are served in the order in
+    which they came, whether their statements are known there or not."""
+    store = await make_store(pool_max_size=1)
+    served: list[int] = []
+
+    async def one(number: int) -> None:
+        await store.set(f"k{number}", str(number))
+        served.append(number)
+
+    async def pipeline(number: int) -> None:
+        async with store.pipeline() as queue:
+            queue.set(f"k{number}", str(number))
+        served.append(number)
+
+    async def transaction(number: int) -> None:
+        async with store.transaction() as tx:
+            await tx.set(f"k{number}", str(number))
+        served.append(number)
+
+    async def rare(number: int) -> None:
+        await store.set_nx(f"k{number}", str(number))
+        served.append(number)
+
+    await transaction(-1)  # the first of a store makes its tables
+    served.clear()
+    kinds = (one, one, transaction, one, pipeline, rare, one, transaction, pipeline, rare)
+    link = await held(store)
+    tasks = await queued(store, *(kinds[n % len(kinds)](n) for n in range(50)))
+    leases_of(store).release(link)
+    await asyncio.gather(*tasks)
+    assert served == list(range(50))
+    assert await store.get_many([f"k{n}" for n in range(50)]) == {
+        f"k{n}": str(n).encode() for n in range(50)
+    }
+
+
+async def test_the_next_operation_waits_for_no_task(make_store: MakeStore) -> None:
+    """When a task wakes up with its answer, its connection works on the next operation already."""
+    store = await make_store(pool_max_size=1)
+    await store.get("k")
+    link = await held(store)
+    at_work: list[bool] = []
+
+    async def ask() -> None:
+        await store.get("k")
+        at_work.append(link.is_running())
+
+    tasks = await queued(store, *(ask() for _ in range(5)))
+    leases_of(store).release(link)
+    await asyncio.gather(*tasks)
+    assert at_work == [True] * 4 + [False]
+
+
+async def test_cancelled_in_the_queue(make_store: MakeStore) -> None:
+    """An operation that is cancelled before a connection was free, or whose coroutine is closed, is
+    never sent, and costs no connection."""
+    store = await make_store(pool_max_size=1)
+    await store.increment("n", 0)
+    link = await held(store)
+    tasks = await queued(store, *(store.increment("n", 10**number) for number in range(10)))
+    for task in tasks[::2]:
+        task.cancel()
+    for work in (store.increment("n"), leases_of(store).acquire(time.monotonic() + 10, "test")):
+        work.send(None)
+        work.close()
+    leases_of(store).release(link)
+    await asyncio.gather(*tasks, return_exceptions=True)
+    assert await store.get("n") == b"1010101010"
+    assert await held(store) is link
+    leases_of(store).release(link)
+
+
+async def test_cancelled_on_its_way_from_the_queue(make_store: MakeStore, peer: Peer) -> None:
+    """An operation from the queue that is cancelled while it waits for a row lock stops waiting on
+    the server too, and the queue goes on over another connection."""
+    store = await make_store(pool_max_size=1)
+    await store.set("k", "v")
+    with peer.conn.transaction():
+        peer.run(LOCK_ROW)
+        link = await held(store)
+        blocked, *others = await queued(
+            store, store.set("k", "late"), store.get("k"), store.get("none")
+        )
+        leases_of(store).release(link)
+        await until(lambda: peer.one(WAITING) == 1, "the statement waits")
+        blocked.cancel()
+        await asyncio.wait([blocked])
+        assert blocked.cancelled()
+        await until(lambda: peer.one(WAITING) == 0, "the statement is gone", 5)
+        assert await asyncio.gather(*others) == [b"v", None]
+    await whole(store, peer, 1)
+
+
+async def test_the_time_in_the_queue_counts(make_store: MakeStore, peer: Peer) -> None:
+    """An operation that was sent from the queue ends when the time since its call has passed, not
+    since its sending; its outcome is unknown, and the queue goes on."""
+    store = await make_store(pool_max_size=1, operation_timeout=1.0, retry=None)
+    await store.set("k", "v")
+    with peer.conn.transaction():
+        peer.run(LOCK_ROW)
+        link = await held(store)
+        begun = time.monotonic()
+        (blocked,) = await queued(store, store.set("k", "late"))
+        await asyncio.sleep(0.6)
+        leases_of(store).release(link)
+        (other,) = await queued(store, store.get("k"))
+        with pytest.raises(OperationTimeoutError) as caught:
+            await blocked
+        assert 0.99 < time.monotonic() - begun < 1.55
+        assert caught.value.outcome_unknown is True
+        assert await other == b"v"
+        await until(lambda: peer.one(WAITING) == 0, "the statement is gone", 5)
+    await whole(store, peer, 1)
+
+
+async def test_too_late_to_be_sent(make_store: MakeStore) -> None:
+    """An operation whose time has passed when its turn comes is not sent, though nobody had time to
+    tell it so before."""
+    store = await make_store(pool_max_size=1, retry=None)
+    assert await store.increment("n") == 1
+    link = await held(store)
+    increment: Op[Any] = store._sql.increment("n")
+    late, other = await queued(store, store._execute(increment, 0.05), store.get("n"))
+    time.sleep(0.1)  # the loop stands still
+    leases_of(store).release(link)
+    with pytest.raises(OperationTimeoutError, match="nothing was sent") as caught:
+        await late
+    assert caught.value.outcome_unknown is False
+    assert await other == b"1"
+    assert await store.get("n") == b"1"
+
+
+async def test_a_connection_lost_on_the_way_from_the_queue(
+    make_store: MakeStore, peer: Peer
+) -> None:
+    """When a connection dies under an operation from the queue, that one says so; the rest goes on
+    over another."""
+    store = await make_store(pool_max_size=1, retry=None)
+    await store.set("k", "v")
+    with peer.conn.transaction():
+        peer.run(LOCK_ROW)
+        link = await held(store)
+        blocked, *others = await queued(
+            store, store.set("k", "late"), store.get("k"), store.get("none")
+        )
+        leases_of(store).release(link)
+        await until(lambda: peer.one(WAITING) == 1, "the statement waits")
+        peer.run("SELECT pg_terminate_backend(pid) FROM pg_locks WHERE NOT granted")
+        with pytest.raises(pgkv.StoreUnavailableError) as caught:
+            await blocked
+        assert caught.value.outcome_unknown is False  # FATAL instead of an answer
+        assert await asyncio.gather(*others) == [b"v", None]
+    await whole(store, peer, 1)
+
+
+async def test_refused_from_the_queue(make_store: MakeStore, peer: Peer) -> None:
+    """What the server refuses or has forgotten, and what cannot be sent at all, is dealt with by its
+    own task; the others in the queue have their answers, over the same connection."""
+    store = await make_store(pool_max_size=1, retry=None)
+    await store.set_many({"text": "text", "k": "v"})
+    assert await store.get("k") == b"v"
+    await store.increment("n")
+    unsendable: Op[Any] = Op(store._sql.get("k").statement, (object(),))  # type: ignore[arg-type]
+    link = await held(store)
+    link.pgconn.exec_(b"DEALLOCATE ALL")
+    tasks: list[asyncio.Task[Any]] = await queued(
+        store,
+        store.get("k"),
+        store.increment("n"),
+        store.increment("text"),
+        store.get("text"),
+        store._execute(unsendable),
+        store.increment("text"),
+        store.increment("n"),
+    )
+    leases_of(store).release(link)
+    outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+    assert [each if isinstance(each, bytes | int) else type(each) for each in outcomes] == [
+        b"v",
+        2,
+        pgkv.InvalidValueError,
+        b"text",
+        TypeError,
+        pgkv.InvalidValueError,
+        3,
+    ]
+    assert await held(store) is link
+    leases_of(store).release(link)
+    await whole(store, peer, 1)
+
+
+async def test_cancelled_in_the_turn_of_an_answer_from_the_queue(
+    make_store: MakeStore, peer: Peer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An operation from the queue that is cancelled in the very turn in which its answer came, a
+    good one, a refusal or any other, leaves the connection to the next, who has its own answer."""
+    store = await make_store(pool_max_size=1)
+    await store.set_many({"text": "text", "k": "v"})
+    resolve: Any = AsyncLink._resolve
+    countdown = 0
+    tasks: list[asyncio.Task[Any]] = []
+
+    def resolve_and_cancel(link: AsyncLink, answer: Any) -> None:
+        nonlocal countdown
+        resolve(link, answer)
+        countdown -= 1
+        if countdown == 0 and tasks:
+            tasks[0].cancel()
+
+    monkeypatch.setattr(AsyncLink, "_resolve", resolve_and_cancel)
+    works: tuple[Callable[[], Coroutine[Any, Any, Any]], ...] = (
+        lambda: store.get("text"),
+        lambda: store.increment("text"),
+        lambda: store.set_nx("k", "cold"),
+    )
+    cancelled = 0
+    for work in works:
+        for answer in range(1, 10):
+            link = await held(store)
+            if work is works[2]:
+                link.pgconn.exec_(b"DEALLOCATE ALL")
+            tasks = await queued(store, work(), store.get("k"))
+            countdown = answer
+            leases_of(store).release(link)
+            await asyncio.wait(tasks)
+            assert tasks[1].result() == b"v"
+            if not tasks[0].cancelled():
+                tasks[0].exception()  # the refusal
+                break
+            cancelled += 1
+        tasks = []
+        await whole(store, peer, 1)
+    assert cancelled >= 5
+
+
+async def test_a_storm_in_the_queue(make_store: MakeStore, peer: Peer) -> None:
+    """While tasks are cancelled at random, queued or under way, every answer belongs to its own
+    question, and what was counted is what was acknowledged, with no more than one unknown for each
+    task cancelled."""
+    seed = random.randrange(2**32)
+    print(f"seed {seed}")
+    rng = random.Random(seed)
+    store = await make_store(pool_max_size=3)
+    await store.set_many({f"k{i}": f"value of k{i}" for i in range(50)})
+    await store.increment("n", 0)
+    wrong: list[Any] = []
+    counted = 0
+
+    async def ask(number: int) -> None:
+        nonlocal counted
+        for turn in range(20):
+            key = f"k{(number + turn) % 50}"
+            kind = rng.randrange(10)
+            if kind == 0:
+                async with store.transaction() as tx:
+                    answer = await tx.get(key)
+            elif kind == 1:
+                async with store.pipeline() as queue:
+                    handle = queue.get(key)
+                answer = handle.result()
+            elif kind == 2:
+                await store.increment("n")
+                counted += 1
+                continue
+            elif kind == 3:
+                with pytest.raises(pgkv.InvalidValueError):
+                    await store.increment(key)
+                continue
+            else:
+                answer = await store.get(key)
+            if answer != f"value of {key}".encode():
+                wrong.append((key, answer))
+
+    cancelled = 0
+    for _ in range(20):
+        tasks = [asyncio.create_task(ask(number)) for number in range(60)]
+        for task in rng.sample(tasks, 30):
+            for _ in range(rng.randrange(20)):
+                await asyncio.sleep(0)
+            task.cancel()
+        outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+        cancelled += sum(isinstance(each, asyncio.CancelledError) for each in outcomes)
+        assert [each for each in outcomes if each and not is_cancelled(each)] == []
+    print(f"{cancelled} cancelled, {counted} counted")
+    assert cancelled > 300
+    assert wrong == []
+    await whole(store, peer, 3)
+    assert counted <= int(await store.get("n") or 0) <= counted + cancelled
 
 
 # -- deadlines
