@@ -60,6 +60,7 @@ class AsyncLeases:
         self.loop: asyncio.AbstractEventLoop | None = None
         self._size = 0
         self._closed = False
+        self._connected = False
         self._pool: AsyncConnectionPool[Any] | None = None
         self._opening: asyncio.Lock | None = None
         self._watchdog: Watchdog | None = None
@@ -257,10 +258,10 @@ class AsyncLeases:
         started = monotonic()
         pool, opened_now = await self._psycopg_pool(action)
         until = min(deadline, started + self._config.connect_timeout)
-        while (  # noqa: ASYNC110  # the pool has no event to wait for
-            opened_now and still_opening(pool, self._failures) and monotonic() < until
-        ):
+        while opened_now and not self._connected and still_opening(pool, self._failures):
             # Asking at once would make the pool grow beyond the one it is opening already.
+            if monotonic() >= until:
+                break
             await asyncio.sleep(FIRST_NAP)
         while True:
             nap = max(0.001, min(OPENING_NAP, until - monotonic()))
@@ -276,6 +277,7 @@ class AsyncLeases:
                 raise closed(action) from None
             else:
                 if not stale(conn):
+                    self._connected = True
                     return conn
                 await conn.close()
                 await pool.putconn(conn)

@@ -70,6 +70,7 @@ class Leases:
         self._lock = threading.Lock()
         self._size = 0
         self._closed = False
+        self._connected = False
         # What is prepared where, across leases: it dies with the connection.
         self._prepared: weakref.WeakKeyDictionary[Any, set[bytes]] = weakref.WeakKeyDictionary()
         self._pool: ConnectionPool[Any] | None = None
@@ -238,8 +239,10 @@ class Leases:
         started = monotonic()
         pool, opened_now = self._psycopg_pool()
         until = min(deadline, started + self._config.connect_timeout)
-        while opened_now and still_opening(pool, self._failures) and monotonic() < until:
+        while opened_now and not self._connected and still_opening(pool, self._failures):
             # Asking at once would make the pool grow beyond the one it is opening already.
+            if monotonic() >= until:
+                break
             time.sleep(FIRST_NAP)
         while True:
             try:
@@ -256,6 +259,7 @@ class Leases:
                 raise closed(action) from None
             else:
                 if not link_class(conn, prepares=False).is_stale():
+                    self._connected = True
                     return conn
                 # Another link's loss makes all suspect, also those that lay in the pool.
                 conn.close()
