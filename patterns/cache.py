@@ -255,7 +255,9 @@ def _check_store(store: object, who: str, *, is_async: bool) -> None:
 
 
 def _name_of(fn: Any, given: dict[str, Any]) -> str:
-    name = f"{fn.__module__}.{fn.__qualname__}:{given['version']}"
+    # What multiprocessing's spawn calls a program's own module, in the children.
+    module = "__main__" if fn.__module__ == "__mp_main__" else fn.__module__
+    name = f"{module}.{fn.__qualname__}:{given['version']}"
     if given["namespace"] is not None:
         name = f"{given['namespace']}:{name}"
     if len(name.encode()) > NAME_MAX:

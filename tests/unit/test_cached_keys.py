@@ -300,6 +300,40 @@ def test_keys_are_the_same_in_every_process() -> None:
     assert len(answers) == 1
 
 
+SPAWNED = """
+import multiprocessing
+import pgkv
+
+@pgkv.cached(60)
+def f(n: int) -> int:
+    return n
+
+def show() -> None:
+    print(f.cache_key(1), flush=True)
+
+if __name__ == "__main__":
+    show()
+    child = multiprocessing.get_context("spawn").Process(target=show)
+    child.start()
+    child.join()
+"""
+
+
+def test_a_script_and_its_children_share_entries(tmp_path: Path) -> None:
+    """In a child of multiprocessing's spawn the script's own module has another name."""
+    script = tmp_path / "script.py"
+    script.write_text(SPAWNED)
+    root = str(Path(__file__).parents[2])
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        env={**os.environ, "PYTHONPATH": root},
+        capture_output=True, text=True, check=True, timeout=60,
+    )  # fmt: skip
+    keys = done.stdout.split()
+    assert len(keys) == 2
+    assert keys[0] == keys[1]
+
+
 # -- decorating ------------------------------------------------------------------------------
 
 
