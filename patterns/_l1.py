@@ -44,7 +44,7 @@ class L1:
         if not isinstance(given, int) or isinstance(given, bool) or given < 1:
             raise ConfigError(f"L1: max_entries must be 1 or more, not {max_entries!r}")
         self.max_entries = max_entries
-        self.ttl = seconds(ttl)
+        self.ttl: float = seconds(ttl)
         self._entries: OrderedDict[object, _Kept] = OrderedDict()
         self._epoch = 0
         self._lock = threading.Lock()

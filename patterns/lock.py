@@ -17,7 +17,7 @@ import weakref
 from collections.abc import Callable, Hashable
 from functools import lru_cache
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar, cast
 
 from pgkv import _schema
 from pgkv._codec import integer, seconds, waiting
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from pgkv.config import Seconds, Table
 
 S = TypeVar("S", bound=LockStatements)
+Wakeup: TypeAlias = Literal["poll", "notify"]
 
 
 # -- making locks --------------------------------------------------------------------------
@@ -277,7 +278,7 @@ class Lock(Acquirer):
         *,
         renew: bool = True,
         durable: bool = True,
-        wakeup: str = "poll",
+        wakeup: Wakeup = "poll",
         fair: bool = False,
         on_lost: Callable[..., Any] | None = None,
         metadata: Any = None,
@@ -337,7 +338,7 @@ class AsyncLock(AsyncAcquirer):
         *,
         renew: bool = True,
         durable: bool = True,
-        wakeup: str = "poll",
+        wakeup: Wakeup = "poll",
         fair: bool = False,
         on_lost: Callable[..., Any] | None = None,
         metadata: Any = None,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterable, Mapping
 from datetime import datetime
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Generic, NoReturn, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NoReturn, Self, TypeVar, overload
 
 from . import _flows
 from ._observe import shown
@@ -130,7 +130,11 @@ class _Queue:
 
     # -- the operations; what they mean is written in Store
 
-    def get(self, key: str, default: Any = None) -> Handle[bytes | None]:
+    @overload
+    def get(self, key: str) -> Handle[bytes | None]: ...
+    @overload
+    def get(self, key: str, default: T) -> Handle[bytes | T]: ...
+    def get(self, key: str, default: Any = None) -> Handle[Any]:
         """Queue `Store.get`."""
         return self._queue_then(
             self._sql.get(key), lambda value: default if value is None else value
@@ -156,6 +160,27 @@ class _Queue:
         """Queue `Store.get_entry`."""
         return self._queue(self._sql.get_entry(key))
 
+    @overload
+    def set(
+        self,
+        key: str,
+        value: Value,
+        *,
+        ttl: Seconds | None = None,
+        expires_at: datetime | None = None,
+        keep_ttl: bool = False,
+    ) -> Handle[int]: ...
+    @overload
+    def set(
+        self,
+        key: str,
+        value: Value,
+        *,
+        ttl: Seconds | None = None,
+        expires_at: datetime | None = None,
+        keep_ttl: bool = False,
+        if_version: int | None,
+    ) -> Handle[int | None]: ...
     def set(
         self,
         key: str,
@@ -165,15 +190,15 @@ class _Queue:
         expires_at: datetime | None = None,
         keep_ttl: bool = False,
         if_version: int | None = None,
-    ) -> Handle[int | None]:
+    ) -> Handle[Any]:
         """Queue `Store.set`."""
         return self._queue(self._sql.set(key, value, ttl, expires_at, keep_ttl, if_version))
 
-    def set_ex(self, key: str, value: Value, ttl: Seconds) -> Handle[int | None]:
+    def set_ex(self, key: str, value: Value, ttl: Seconds) -> Handle[int]:
         """Queue `Store.set_ex`."""
         return self.set(key, value, ttl=ttl)
 
-    def set_at(self, key: str, value: Value, expires_at: datetime) -> Handle[int | None]:
+    def set_at(self, key: str, value: Value, expires_at: datetime) -> Handle[int]:
         """Queue `Store.set_at`."""
         return self.set(key, value, expires_at=expires_at)
 

@@ -15,7 +15,7 @@ from operator import attrgetter
 from pathlib import Path
 from time import monotonic
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Generic, NoReturn, Self, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Generic, NoReturn, Self, TypeVar, Unpack, overload
 from urllib.parse import quote
 
 import psycopg
@@ -58,7 +58,7 @@ if TYPE_CHECKING:
 
     from ._codec import Value
     from ._serialize import CodecName
-    from .config import Seconds
+    from .config import Options, Seconds, TableOptions
 
 T = TypeVar("T")
 
@@ -165,7 +165,7 @@ class Store:
     # -- beginning and end
 
     @classmethod
-    def connect(cls, dsn: str | None = None, **config: Any) -> Self:
+    def connect(cls, dsn: str | None = None, **config: Unpack[Options]) -> Self:
         """Open a store, its table made, or raise within ``connect_timeout``.
 
         Args:
@@ -187,7 +187,9 @@ class Store:
         return store
 
     @classmethod
-    def from_pool(cls, pool: ConnectionPool[Any], *, dsn: str | None = None, **config: Any) -> Self:
+    def from_pool(
+        cls, pool: ConnectionPool[Any], *, dsn: str | None = None, **config: Unpack[Options]
+    ) -> Self:
         """Use the caller's own psycopg_pool: one checkout per operation, nothing kept between.
 
         The pool must be open; it is never closed or reconfigured. Its connections need
@@ -206,7 +208,9 @@ class Store:
         return store
 
     @classmethod
-    def embedded(cls, path: str | os.PathLike[str] | None = None, **config: Any) -> Self:
+    def embedded(
+        cls, path: str | os.PathLike[str] | None = None, **config: Unpack[Options]
+    ) -> Self:
         """Open a store on an embedded PostgreSQL server, started here or joined if it runs.
 
         The server stops when its last user closes its store or ends. Needs the extra ``embedded``,
@@ -748,7 +752,7 @@ class Store:
         joined = namespace_prefix(self._sql.prefix, prefix)
         return self._view(sql=Statements(self._config, joined))
 
-    def table(self, name: str, **options: Any) -> Self:
+    def table(self, name: str, **options: Unpack[TableOptions]) -> Self:
         """Return a store for another table over the same connections.
 
         Args:

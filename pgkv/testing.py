@@ -69,10 +69,10 @@ class ServerClock:
             raise ConfigError(
                 f"schema must be a plain lower-case name, not {schema!r}"
             )  # it goes into `options` as it is
-        self.schema = schema or f"pgkv_test_{secrets.token_hex(6)}"
+        self.schema: str = schema or f"pgkv_test_{secrets.token_hex(6)}"
         self._drop = schema is None
         options = conninfo_to_dict(dsn).get("options") or ""
-        self.dsn = make_conninfo(
+        self.dsn: str = make_conninfo(
             dsn, options=f"{options} -c search_path={self.schema},pg_catalog".strip()
         )
         self._offset = sql.Identifier(self.schema, "pgkv_clock_offset")
