@@ -63,7 +63,7 @@ class L1:
         return self._epoch
 
     def get(self, scope: object, key: bytes) -> bytes | None:
-        """Return the payload of a live entry."""
+        """Return the payload of a live entry of that `key` in that `scope`."""
         with self._lock:
             kept = self._entries.get((scope, key))
             if kept is None:
@@ -95,7 +95,7 @@ class L1:
                 self._entries.popitem(last=False)
 
     def drop(self, scope: object, key: bytes) -> None:
-        """Forget the entry of that key, or every entry that depends on it."""
+        """Forget the entry of that `key` in that `scope`, or every entry that depends on it."""
         with self._lock:
             self._epoch += 1
             if self._entries.pop((scope, key), None) is None:

@@ -100,7 +100,7 @@ def rate_limit(
 
 
 async def problem_response(_request: Request, error: Exception) -> Response:
-    """Answer a `RateLimited` with a body of problem+json:
+    """Return the response to a `RateLimited`, the `error`, with a body of problem+json:
     ``app.add_exception_handler(RateLimited, problem_response)``."""
     assert isinstance(error, RateLimited)
     return Response(error.body, STATUS, error.all_headers)

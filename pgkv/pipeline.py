@@ -32,7 +32,7 @@ UNSENT = "not sent yet: leave the pipeline's `with` block first"
 
 
 class Handle(Generic[T]):
-    """The promise of one queued operation's outcome."""
+    """The promise of one queued operation's outcome; made by the methods of a `Pipeline`."""
 
     __slots__ = ("_answers", "_combine", "_names", "_state")
 
@@ -349,10 +349,11 @@ builtin_set = set  # inside the class body the name means the method
 
 
 class Pipeline(_Queue):
-    """Operations of a `Store` that travel together: ``with store.pipeline() as p``.
+    """Operations of a `Store` that travel together: ``with store.pipeline() as p``; made by
+    `Store.pipeline`.
 
-    Each method queues and returns a `Handle`; at the end of the block everything is sent, in
-    order. Bad input raises at the call. If the body raises, nothing is sent.
+    Each method takes what the store's of the same name takes, queues, and returns a `Handle`; at the
+    end of the block everything is sent, in order. Bad input raises at the call. If the body raises, nothing is sent.
 
     A refused operation does not disturb the others; its own handle raises. That the server cannot
     be reached, or does not answer in time, is raised at the end of the block as well. With ``atomic=True``
