@@ -15,7 +15,6 @@ from pathlib import Path
 
 import psycopg
 
-
 CAN_PLACE = sys.platform == "linux"
 
 
