@@ -186,12 +186,12 @@ class Binder:
         key: Callable[..., Any] | None,
         tags: tuple[str, ...],
     ) -> None:
-        self.signature = inspect.signature(fn)
+        self.signature: inspect.Signature = inspect.signature(fn)
         self.name = name
         self._ignore = frozenset(ignore)
         self._key = key
         self._tags = tags
-        self.has_tags = bool(tags)
+        self.has_tags: bool = bool(tags)
         self._what = f"cached {fn.__qualname__}()"
         parameters = self.signature.parameters
         for each in ignore:

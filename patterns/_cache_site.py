@@ -30,9 +30,9 @@ class Site:
 
     def __init__(self, store: Store | AsyncStore) -> None:
         self._store = weakref.ref(store)
-        self.sql = CacheStatements(store._config, store._sql.prefix)
-        self.breaker = _breakers.setdefault(store._channel, Breaker())
-        self.scope = f"{self.sql.t}\x1f{self.sql.prefix}"
+        self.sql: CacheStatements = CacheStatements(store._config, store._sql.prefix)
+        self.breaker: Breaker = _breakers.setdefault(store._channel, Breaker())
+        self.scope: str = f"{self.sql.t}\x1f{self.sql.prefix}"
         self.table_known = False
         self.names: dict[str, tuple[bytes, bytes]] = {}
 

@@ -79,14 +79,14 @@ class Visit:
         positional: tuple[tuple[Any, ...], dict[str, Any]],
         epoch: int,
     ) -> None:
-        self.site = site
-        self.keys = keys
-        self.digest = digest
-        self.work = work
-        self.positional = positional
-        self.epoch = epoch
-        self.sent = monotonic()
-        self.counted = False
+        self.site: Site = site
+        self.keys: tuple[bytes, ...] = keys
+        self.digest: str = digest
+        self.work: Callable[[], Any] = work
+        self.positional: tuple[tuple[Any, ...], dict[str, Any]] = positional
+        self.epoch: int = epoch
+        self.sent: float = monotonic()
+        self.counted: bool = False
 
     @property
     def key(self) -> bytes:

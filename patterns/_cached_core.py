@@ -66,7 +66,7 @@ class Caller:
         self.l1 = l1
         self.colour = colour
         self.flights = flights
-        self.counts = Counts()
+        self.counts: Counts = Counts()
         self._make_codec = make_codec
 
     @functools.cached_property

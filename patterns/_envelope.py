@@ -160,7 +160,7 @@ class SignedPickle:
         return hmac.new(self._key, signed, sha256).digest()
 
     def encode(self, key: str, value: Any) -> bytes:
-        """Return the signed pickle.
+        """Return the signed pickle of `value`, to be kept under `key`.
 
         Raises:
             SerializationError: the value cannot be pickled.
@@ -174,7 +174,7 @@ class SignedPickle:
         raise SerializationError(f"{key!r}: a {type(value).__name__} cannot be pickled: {why}")
 
     def decode(self, key: str, raw: bytes) -> Any:
-        """Return the value.
+        """Return the value in `raw`, which was kept under `key`.
 
         Raises:
             SerializationError: the signature is another one, or the value's class has changed.

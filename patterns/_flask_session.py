@@ -90,7 +90,7 @@ class PgkvSessionInterface(SessionInterface):
         return f"cookie={self._cookie.name!r} sessions={self._sessions!r}"
 
     def open_session(self, app: Flask, request: Request) -> FlaskSession:  # noqa: ARG002  # Flask's signature
-        """Begin a request."""
+        """Return the session of a `request` of the `app`; Flask calls it."""
         environ = request.environ
         visit = lazy_visit(self._sessions, self._cookie, environ, FlaskSession)
         if self._is_exempt(environ, request.path):
@@ -100,7 +100,8 @@ class PgkvSessionInterface(SessionInterface):
         return data  # type: ignore[no-any-return]  # it is one
 
     def save_session(self, app: Flask, session: SessionMixin, response: Response) -> None:  # noqa: ARG002  # Flask's signature
-        """End a request: save what changed, and set the cookie."""
+        """End a request of the `app`: save what changed of its `session`, and set the cookie in its
+        `response`; Flask calls it."""
         assert isinstance(session, FlaskSession)
         visit = session.visit
         self._sessions._run(visit.settle())

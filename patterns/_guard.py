@@ -22,6 +22,8 @@ from ._rate import Rates, rates_of
 from .client_ip import client_ip
 
 Headers: TypeAlias = "HeaderStyle | None"
+Limits: TypeAlias = "Rates | Callable[[Any], Any] | None"
+Exempt: TypeAlias = "Collection[str] | Callable[[Any], Any] | None"
 Option: TypeAlias = "Callable[[Any], Any] | None"
 
 PROBLEMS = "https://iana.org/assignments/http-problem-types#"

@@ -44,7 +44,7 @@ class L1:
         if not isinstance(given, int) or isinstance(given, bool) or given < 1:
             raise ConfigError(f"L1: max_entries must be 1 or more, not {max_entries!r}")
         self.max_entries = max_entries
-        self.ttl = seconds(ttl)
+        self.ttl: float = seconds(ttl)
         self._entries: OrderedDict[object, _Kept] = OrderedDict()
         self._epoch = 0
         self._lock = threading.Lock()
@@ -63,7 +63,7 @@ class L1:
         return self._epoch
 
     def get(self, scope: object, key: bytes) -> bytes | None:
-        """Return the payload of a live entry."""
+        """Return the payload of a live entry of that `key` in that `scope`."""
         with self._lock:
             kept = self._entries.get((scope, key))
             if kept is None:
@@ -95,7 +95,7 @@ class L1:
                 self._entries.popitem(last=False)
 
     def drop(self, scope: object, key: bytes) -> None:
-        """Forget the entry of that key, or every entry that depends on it."""
+        """Forget the entry of that `key` in that `scope`, or every entry that depends on it."""
         with self._lock:
             self._epoch += 1
             if self._entries.pop((scope, key), None) is None:

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 
 class Lease(Hold):
-    """A granted lock: exclusive until it is released, or until its end by the server's clock.
+    """A granted lock: exclusive until it is released, or until its end by the server's clock; made by
+    `Lock.acquire`, `Lock.try_acquire` and those of `Semaphore`.
 
     It is renewed in the background until then. Use it as a context manager, or call `release`; one
     that is simply dropped is renewed no more and ends by its ttl. Any thread may use it. A forked
@@ -53,7 +54,11 @@ class Lease(Hold):
         """Let the remaining time become `ttl` seconds, counted from now, and later renewals give
         that much. It may shorten.
 
+        Args:
+            ttl: seconds, or a timedelta.
+
         Raises:
+            InvalidValueError: `ttl` is no duration.
             LeaseLostError: it is lost.
             StoreUnavailableError: the server does not answer; the lease holds as long as it did.
         """
@@ -85,7 +90,7 @@ class Lease(Hold):
         self._port.channel.run(_guarding.guard(self._port, self, theirs, hold))
 
     def release(self) -> bool:
-        """Free the lock; whether it was still held. After a failure it may be called again."""
+        """Free the lock; True if it was still held. After a failure it may be called again."""
         return cast("bool", self._port.channel.run(_grant.release(self._port, self)))
 
     def __enter__(self) -> Self:

@@ -47,8 +47,8 @@ class Background:
         self.users: set[int] = set()
         prepares = config.pooler is Pooler.NONE
         # A link carries one statement at a time: each has one of its own.
-        self.renewer = Renewer(loop, OwnLink(conninfo, prepares=prepares))
-        self.listener = Listener(loop, conninfo, OwnLink(conninfo, prepares=False))
+        self.renewer: Renewer = Renewer(loop, OwnLink(conninfo, prepares=prepares))
+        self.listener: Listener = Listener(loop, conninfo, OwnLink(conninfo, prepares=False))
         self.thread: threading.Thread | None = None
 
     async def stop(self) -> None:
@@ -157,7 +157,7 @@ class _Port(Generic[H]):
     def __init__(self, store: Store | AsyncStore, make: Callable[..., H]) -> None:
         self._config = store._config
         self._make = make
-        self.timeout = store._config.operation_timeout
+        self.timeout: float = store._config.operation_timeout
         channel = store._channel
         if not isinstance(channel, PoolChannel | AsyncPoolChannel):
             raise TransactionError(

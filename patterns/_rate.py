@@ -75,9 +75,11 @@ class Rate:
 
     @classmethod
     def parse(cls, text: str) -> Rate:
-        """Read ``"100/minute"``, ``"5 per 10 s"``, ``"10/s burst 20"``.
+        """Return the rate in ``"100/minute"``, ``"5 per 10 s"``, ``"10/s burst 20"``.
 
-        Units: ms, s, m, h, d, w, and their usual names in full.
+        Args:
+            text: count, unit and perhaps a burst; units are ms, s, m, h, d, w, and their usual names
+                in full.
 
         Raises:
             ConfigError: the text is no rate; says what one looks like.

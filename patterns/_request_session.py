@@ -26,8 +26,8 @@ class RequestSession(dict[str, Any]):
         super().__init__()
         self._prepare = prepare  # loads, or refuses; called before the first use
         self._session: Session | None = None
-        self.accessed = False  # the response depends on the session
-        self.cleared = False
+        self.accessed: bool = False  # the response depends on the session
+        self.cleared: bool = False
 
     def fill(self, session: Session) -> None:
         """Become the data of that session."""

@@ -19,7 +19,7 @@ from .._op import Flow, do
 from .._schema import companion, ensure
 from .._sql.session import Lifetimes, Loaded, Mode, Outcome, SessionStatements
 from .._sweep import sweep_all
-from ..config import VALUE_SIZE_MAX, Config, TableKind, require_int
+from ..config import VALUE_SIZE_MAX, Config, Table, TableKind, require_int
 from ..errors import (
     ConfigError,
     InvalidValueError,
@@ -73,6 +73,8 @@ class SessionFlows:
         max_data_size: bytes of a session's data as JSON.
     """
 
+    sql: SessionStatements
+
     def __init__(
         self,
         config: Config,
@@ -83,7 +85,7 @@ class SessionFlows:
         durable: bool,
         max_data_size: int,
     ) -> None:
-        self.lifetimes = Lifetimes(
+        self.lifetimes: Lifetimes = Lifetimes(
             _duration("idle_timeout", idle_timeout),
             _duration("absolute_timeout", absolute_timeout),
             _duration("touch_interval", touch_interval, zero=True),
@@ -93,9 +95,9 @@ class SessionFlows:
                 "touch_interval must be shorter than idle_timeout: a session in use would end"
             )
         require_int("max_data_size", max_data_size, 2, VALUE_SIZE_MAX)
-        self.size_max = min(max_data_size, config.max_value_size)
+        self.size_max: int = min(max_data_size, config.max_value_size)
         self.config = config
-        self.table = companion(config, TableKind.SESSIONS, durable=durable)
+        self.table: Table = companion(config, TableKind.SESSIONS, durable=durable)
         self.sql = SessionStatements(config, self.table, self.lifetimes, inside=False)
         self._inside: SessionFlows | None = None
 

@@ -50,12 +50,12 @@ class Session:
         id: str = "",
         user_id: str | None = None,
     ) -> None:
-        self.id = id
-        self.data = data
-        self.user_id = user_id
+        self.id: str = id
+        self.data: dict[str, Any] = data
+        self.user_id: str | None = user_id
         self.created_at: datetime | None = None
         self.expires_at: datetime | None = None
-        self.is_new = True
+        self.is_new: bool = True
         self._before: dict[str, str] = {}  # the JSON text of each key as the database has it
         self._version = 0
         self._meta: bytes | None = None

@@ -42,7 +42,7 @@ class ThreadFlight:
     __slots__ = ("_done", "alone")
 
     def __init__(self) -> None:
-        self.alone = False
+        self.alone: bool = False
         self._done = threading.Event()
 
     def wait(self, seconds: float) -> bool:
@@ -58,7 +58,7 @@ class TaskFlight:
     __slots__ = ("_done", "alone")
 
     def __init__(self) -> None:
-        self.alone = False
+        self.alone: bool = False
         self._done = asyncio.Event()
 
     async def wait(self, seconds: float) -> bool:

@@ -54,6 +54,8 @@ class _Waiting:
 class ThreadWaiting(_Waiting):
     """A thread that waits."""
 
+    trying: bool
+
     def __init__(self, listener: Listener, payload: bytes) -> None:
         super().__init__(listener, payload)
         self._event = threading.Event()
@@ -73,6 +75,8 @@ class ThreadWaiting(_Waiting):
 
 class TaskWaiting(_Waiting):
     """A task that waits."""
+
+    trying: bool
 
     def __init__(self, listener: Listener, payload: bytes) -> None:
         super().__init__(listener, payload)
@@ -103,7 +107,7 @@ class Listener:
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, conninfo: str, link: OwnLink) -> None:
-        self.hears = False
+        self.hears: bool = False
         self._loop = loop
         self._conninfo = conninfo
         self._link = link

@@ -12,13 +12,16 @@ import contextlib
 import threading
 import weakref
 from collections.abc import AsyncGenerator
-from typing import Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from .._settings import options_of
 from ..aio import AsyncStore
 from ..config import Config, dsn_from_environment
 from ..errors import ConfigError
 from ..store import Store
+
+if TYPE_CHECKING:
+    from ..config import Options
 
 _lock = threading.Lock()
 _given: Store | None = None
@@ -31,7 +34,7 @@ _made_async: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, AsyncStore] = 
 )
 
 
-def configure(target: Store | AsyncStore | str | None = None, **config: Any) -> None:
+def configure(target: Store | AsyncStore | str | None = None, **config: Unpack[Options]) -> None:
     """Name the store that decorators use where they were given none.
 
     A `Store` serves sync functions, an `AsyncStore` async ones: call it once for each. A DSN serves

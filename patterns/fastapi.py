@@ -8,8 +8,9 @@ from typing import Any
 from fastapi import HTTPException, Request, Response
 
 from .._drivers import drive_async
-from ._guard import STATUS, Guard, Headers, Verdict, problem
+from ._guard import STATUS, Exempt, Guard, Headers, Limits, Verdict, problem
 from ._options import OnError
+from ._policy import Decision
 from .middleware.asgi import perform
 from .rate_limit import AsyncRateLimiter
 
@@ -24,6 +25,9 @@ class RateLimited(HTTPException):
         decision: the :class:`Decision`.
     """
 
+    body: bytes
+    decision: Decision
+
     def __init__(self, guard: Guard, verdict: Verdict) -> None:
         headers, self.body = guard.refusal(verdict)
         self.all_headers = headers
@@ -37,12 +41,12 @@ class RateLimited(HTTPException):
 
 
 def rate_limit(
-    limiter: Any,
+    limiter: AsyncRateLimiter | Callable[[Any], Any],
     *,
     key: Callable[[Any], Any] | str | None = None,
     cost: Callable[[Any], Any] | int = 1,
-    limits: Any = None,
-    exempt: Any = None,
+    limits: Limits = None,
+    exempt: Exempt = None,
     headers: Headers = "draft",
     on_error: OnError = "open",
     shadow: bool = False,
@@ -96,7 +100,7 @@ def rate_limit(
 
 
 async def problem_response(_request: Request, error: Exception) -> Response:
-    """Answer a `RateLimited` with a body of problem+json:
+    """Return the response to a `RateLimited`, the `error`, with a body of problem+json:
     ``app.add_exception_handler(RateLimited, problem_response)``."""
     assert isinstance(error, RateLimited)
     return Response(error.body, STATUS, error.all_headers)

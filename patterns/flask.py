@@ -10,7 +10,7 @@ import flask
 
 from .._drivers import drive
 from ._flask_session import PgkvSessionInterface
-from ._guard import STATUS, Guard, Headers
+from ._guard import STATUS, Exempt, Guard, Headers, Limits
 from ._options import OnError
 from .middleware.wsgi import perform
 from .rate_limit import RateLimiter
@@ -22,12 +22,12 @@ R = TypeVar("R")
 
 
 def rate_limit(
-    limiter: Any,
+    limiter: RateLimiter | Callable[[Any], Any],
     *,
     key: Callable[[Any], Any] | str | None = None,
     cost: Callable[[Any], Any] | int = 1,
-    limits: Any = None,
-    exempt: Any = None,
+    limits: Limits = None,
+    exempt: Exempt = None,
     headers: Headers = "draft",
     on_error: OnError = "open",
     shadow: bool = False,

@@ -17,7 +17,7 @@ import weakref
 from collections.abc import Callable, Hashable
 from functools import lru_cache
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar, cast
 
 from pgkv import _schema
 from pgkv._codec import integer, seconds, waiting
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from pgkv.config import Seconds, Table
 
 S = TypeVar("S", bound=LockStatements)
+Wakeup: TypeAlias = Literal["poll", "notify"]
 
 
 # -- making locks --------------------------------------------------------------------------
@@ -138,8 +139,12 @@ class Acquirer:
         Args:
             timeout: seconds; None waits without end, 0 tries once.
 
+        Returns:
+            The `Lease`: enter it with ``with``, or release it.
+
         Raises:
             LockTimeoutError: somebody else held it all that time.
+            InvalidValueError: `timeout` is no duration.
             StoreUnavailableError: the server does not answer. Nothing is left behind that outlives
                 the ttl.
         """
@@ -267,6 +272,11 @@ class Lock(Acquirer):
         on_lost: called once with the lease (or with nothing, if it takes no argument) when it is
             lost, in a thread of its own.
         metadata: JSON that `holder` and ``pgkv locks`` show.
+
+    Raises:
+        ConfigError: a setting is wrong, or the store is an `AsyncStore`.
+        InvalidKeyError: the name cannot be a key.
+        InvalidValueError: `ttl` is no duration, or `metadata` is not JSON.
     """
 
     def __init__(
@@ -277,7 +287,7 @@ class Lock(Acquirer):
         *,
         renew: bool = True,
         durable: bool = True,
-        wakeup: str = "poll",
+        wakeup: Wakeup = "poll",
         fair: bool = False,
         on_lost: Callable[..., Any] | None = None,
         metadata: Any = None,
@@ -296,11 +306,17 @@ class Lock(Acquirer):
         )
 
     def force_release(self, token: int) -> bool:
-        """Free the name at once, whoever holds it by that token; whether that was so.
+        """Free the name at once, whoever holds it by that token; True if somebody did.
 
         The holder learns of it at its next renewal, and **works on until then**, beside the next
         one. Its transactions under `guard` are not affected, nor are fenced writes. Where it must
         not overlap, use `revoke`.
+
+        Args:
+            token: the grant's, as `holder` shows it.
+
+        Raises:
+            InvalidValueError: `token` is no integer.
         """
         return cast(
             "bool",
@@ -310,7 +326,13 @@ class Lock(Acquirer):
     def revoke(self, token: int) -> bool:
         """End that token but not its lease: the name is free at the lease's old expiry, so there
         are never two holders. The holder learns of it at its next renewal. Waits at most a second
-        for an open guard.
+        for an open guard. True if somebody held it by that token.
+
+        Args:
+            token: the grant's, as `holder` shows it.
+
+        Raises:
+            InvalidValueError: `token` is no integer.
         """
         return cast(
             "bool", self._port.channel.run(_grant.revoke(self._port, self._terms, _token(token)))
@@ -337,7 +359,7 @@ class AsyncLock(AsyncAcquirer):
         *,
         renew: bool = True,
         durable: bool = True,
-        wakeup: str = "poll",
+        wakeup: Wakeup = "poll",
         fair: bool = False,
         on_lost: Callable[..., Any] | None = None,
         metadata: Any = None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar, cast
 
 from pgkv._codec import seconds, waiting
 from pgkv._sql.fence import fence
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+OnBusy: TypeAlias = Literal["wait", "skip", "raise"]
 CHOICES = ("wait", "skip", "raise")
 
 
@@ -31,7 +32,7 @@ def locked(
     store: Store | AsyncStore | None = None,
     ttl: Seconds = 30.0,
     timeout: Seconds | None = None,
-    on_busy: str = "wait",
+    on_busy: OnBusy = "wait",
 ) -> Callable[[F], F]:
     """Run the decorated function under a lock, plain or ``async``.
 

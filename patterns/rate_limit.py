@@ -128,6 +128,9 @@ class RateLimiter(Core):
             timeout: seconds to wait at most; None without end; 0 not at all.
             limits: rates for this call.
 
+        Returns:
+            A :class:`Decision`, which is true.
+
         Raises:
             RateLimitedError: the wait would take longer; raised at once, nothing is charged.
         """
@@ -146,8 +149,11 @@ class RateLimiter(Core):
         Args:
             key: whom to charge.
             cost: tokens.
-            max_wait: seconds; None for any wait.
+            max_wait: seconds; None for any wait, 0 for none.
             limits: rates for this call.
+
+        Returns:
+            A `Reservation`, charged already.
 
         Raises:
             RateLimitedError: the delay would be longer; nothing is charged.
@@ -155,15 +161,32 @@ class RateLimiter(Core):
         return Reservation(self, *self._drive(self._reserve(key, cost, max_wait, limits)))
 
     def peek(self, key: str, cost: int = 1, *, limits: Rates | None = None) -> Decision:
-        """Tell what `hit` would decide, without charging or counting."""
+        """Tell what `hit` would decide, without charging or counting.
+
+        Args:
+            key: whom.
+            cost: tokens.
+            limits: rates for this call.
+        """
         return self._drive(self._peek(key, cost, limits))
 
     def reset(self, key: str, *, limits: Rates | None = None) -> bool:
-        """Fill the key's bucket. True if it was not full."""
+        """Fill the key's bucket. True if it was not full.
+
+        Args:
+            key: whose.
+            limits: the rates that it was charged under, where these were not the limiter's own.
+        """
         return self._drive(self._reset(key, limits))
 
     def refund(self, key: str, cost: int = 1, *, limits: Rates | None = None) -> bool:
-        """Give tokens back, never above a full bucket. True if there was something to fill."""
+        """Give tokens back, never above a full bucket. True if there was something to fill.
+
+        Args:
+            key: whose.
+            cost: tokens, 1 or more.
+            limits: the rates that it was charged under, where these were not the limiter's own.
+        """
         return self._drive(self._refund(key, cost, limits))
 
     @staticmethod
@@ -388,7 +411,7 @@ class _Reserved:
 
 
 class Reservation(_Reserved):
-    """A place in the queue, from `reserve`. It is charged already.
+    """A place in the queue, made by `RateLimiter.reserve`. It is charged already.
 
     Attributes:
         delay: seconds after which to act, counted from when `reserve` returned; 0.0 for now.

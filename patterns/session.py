@@ -113,6 +113,9 @@ class SessionStore:
             metadata: what a list of devices shows: a user agent, a truncated address. Never
                 looked at here.
 
+        Returns:
+            The `Session`; its `id` is the token for the cookie.
+
         Raises:
             InvalidValueError: something is not JSON (says where), or too large.
         """
@@ -124,6 +127,9 @@ class SessionStore:
         One round trip, which also notes the use; it waits for nobody. A token of the wrong form
         costs none. In the moment after a rotation the old token still loads the session, read-only
         and as it was before.
+
+        Args:
+            token: what the cookie held; anything at all may be given.
 
         Raises:
             SerializationError: another program wrote something else into the row.
@@ -202,17 +208,35 @@ class SessionStore:
         return self._run(self._flows.destroy_user(user_id, keep))
 
     def destroy_handle(self, handle: str, user_id: str | int) -> bool:
-        """End one session that `list_user` showed, if it is that user's; True when it was alive."""
+        """End one session that `list_user` showed, if it is that user's; True when it was alive.
+
+        Args:
+            handle: of its `SessionInfo`.
+            user_id: whose it must be, so that nobody ends another's by a handle they learnt.
+
+        Raises:
+            InvalidValueError: `user_id` is neither a str nor an int.
+        """
         return self._run(self._flows.destroy_handle(handle, user_id))
 
     def list_user(self, user_id: str | int) -> list[SessionInfo]:
-        """Return a user's live sessions, the last used first; at most 1,000."""
+        """Return a user's live sessions, the last used first; at most 1,000.
+
+        Args:
+            user_id: whose.
+
+        Raises:
+            InvalidValueError: it is neither a str nor an int.
+        """
         return self._run(self._flows.list_user(user_id))
 
     def purge(self, limit: int = 1000) -> int:
         """Delete up to `limit` expired rows now, in short chunks that block nobody.
 
         Only needed where the store's ``ttl_cleanup_strategy`` is MANUAL. Linear in the table.
+
+        Args:
+            limit: rows.
 
         Returns:
             How many were deleted.

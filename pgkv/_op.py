@@ -95,8 +95,8 @@ class Op(Generic[T]):
         params: Sequence[Param] = (),
         decode: Callable[[Result], T | Signal] | None = None,
     ) -> None:
-        self.statement = statement
-        self.params = params
+        self.statement: Statement[Any] = statement
+        self.params: Sequence[Param] = params
         self.decode: Callable[[Result], T | Signal] = decode or statement.decode
 
     def __repr__(self) -> str:

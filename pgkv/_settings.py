@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any, NoReturn
 
@@ -13,22 +14,15 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from . import _conninfo, embedded
 from ._pool import closed
 from ._sql import Statements
-from .config import EMBEDDED_SCHEME, Config, dsn_from_environment
+from .config import EMBEDDED_SCHEME, Config, TableOptions, dsn_from_environment
 from .errors import ConfigError, InvalidValueError, SerializationError
 from .types import ScanOptions
 
-_TABLE_OPTIONS = (
-    "schema",
-    "table_type",
-    "auto_create_table",
-    "ttl_cleanup_strategy",
-    "max_key_length",
-    "max_value_size",
-)
+_TABLE_OPTIONS = tuple(TableOptions.__annotations__)
 _CONFIG_OPTIONS = tuple(field.name for field in fields(Config) if field.name != "dsn")
 
 
-def options_of(given: dict[str, Any]) -> dict[str, Any]:
+def options_of(given: Mapping[str, Any]) -> dict[str, Any]:
     """Return keywords that are fields of `Config`.
 
     Raises:
@@ -37,7 +31,7 @@ def options_of(given: dict[str, Any]) -> dict[str, Any]:
     return _known(given, _CONFIG_OPTIONS)
 
 
-def config_of(dsn: object, given: dict[str, Any]) -> Config:
+def config_of(dsn: object, given: Mapping[str, Any]) -> Config:
     """Return the settings of a store for `connect`; without a DSN the environment's.
 
     Raises:
@@ -52,16 +46,16 @@ def config_of(dsn: object, given: dict[str, Any]) -> Config:
     return Config(found, **options_of(given))
 
 
-def table_config(config: Config, name: str, given: dict[str, Any]) -> Config:
+def table_config(config: Config, name: str, given: Mapping[str, Any]) -> Config:
     """Return the settings of another table over the same connections."""
     return replace(config, table_name=name, **_known(given, _TABLE_OPTIONS))
 
 
-def _known(given: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+def _known(given: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
     for name in given:
         if name not in names:
             raise ConfigError(f"there is no option {name!r}; there are {', '.join(names)}")
-    return given
+    return dict(given)
 
 
 class Target:
@@ -129,7 +123,7 @@ def check_pool(pool: object, wanted: type[Any]) -> None:
         )
 
 
-def config_of_pool(pool: Any, dsn: str | None, given: dict[str, Any]) -> Config:
+def config_of_pool(pool: Any, dsn: str | None, given: Mapping[str, Any]) -> Config:
     """Return the settings of a store over the caller's pool."""
     own = pool.conninfo if isinstance(pool.conninfo, str) else ""
     if dsn is None and isinstance(pool.kwargs, dict):

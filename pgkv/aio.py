@@ -16,7 +16,7 @@ from operator import attrgetter
 from pathlib import Path
 from time import monotonic
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Generic, NoReturn, Self, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Generic, NoReturn, Self, TypeVar, Unpack, overload
 from urllib.parse import quote
 
 import psycopg
@@ -60,7 +60,7 @@ if TYPE_CHECKING:
 
     from ._codec import Value
     from ._serialize import CodecName
-    from .config import Seconds
+    from .config import Options, Seconds, TableOptions
 
 T = TypeVar("T")
 
@@ -182,12 +182,12 @@ class AsyncStore:
     # -- beginning and end
 
     @classmethod
-    def connect(cls, dsn: str | None = None, **config: Any) -> Opening[Self]:
+    def connect(cls, dsn: str | None = None, **config: Unpack[Options]) -> Opening[Self]:
         return Opening(cls._connected(dsn, config), f"{cls.__name__}.connect(...)")
 
     @classmethod
     @contextlib.asynccontextmanager
-    async def _connected(cls, dsn: str | None, config: dict[str, Any]) -> AsyncIterator[Self]:
+    async def _connected(cls, dsn: str | None, config: Options) -> AsyncIterator[Self]:
         store = cls(config_of(dsn, config))
         try:
             if store._config.auto_create_table:
@@ -202,7 +202,7 @@ class AsyncStore:
 
     @classmethod
     def from_pool(
-        cls, pool: AsyncConnectionPool[Any], *, dsn: str | None = None, **config: Any
+        cls, pool: AsyncConnectionPool[Any], *, dsn: str | None = None, **config: Unpack[Options]
     ) -> Self:
         check_pool(pool, AsyncConnectionPool)
         settings = config_of_pool(pool, dsn, options_of(config))
@@ -212,7 +212,9 @@ class AsyncStore:
         return store
 
     @classmethod
-    def embedded(cls, path: str | os.PathLike[str] | None = None, **config: Any) -> Opening[Self]:
+    def embedded(
+        cls, path: str | os.PathLike[str] | None = None, **config: Unpack[Options]
+    ) -> Opening[Self]:
         where = "/" if path is None else quote(str(Path(path).absolute()))
         return cls.connect(EMBEDDED_SCHEME + where, **config)
 
@@ -559,7 +561,7 @@ class AsyncStore:
         joined = namespace_prefix(self._sql.prefix, prefix)
         return self._view(sql=Statements(self._config, joined))
 
-    def table(self, name: str, **options: Any) -> Self:
+    def table(self, name: str, **options: Unpack[TableOptions]) -> Self:
         config = table_config(self._config, name, options)
         return self._view(config=config, sql=Statements(config))
 

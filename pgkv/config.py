@@ -11,7 +11,7 @@ import os
 import re
 from dataclasses import dataclass, field, fields
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 from urllib.parse import unquote_to_bytes
 
 import psycopg
@@ -222,6 +222,32 @@ class Config:
             if f.name != "dsn" and getattr(self, f.name) != _DEFAULTS[f.name]
         ]
         return f"Config({', '.join([repr(self.safe_dsn), *changed])})"
+
+
+class TableOptions(TypedDict, total=False):
+    """What a table can be told: the fields of `Config` that are about it, as keywords."""
+
+    schema: str | None
+    table_type: TableType
+    auto_create_table: bool
+    ttl_cleanup_strategy: TtlCleanupStrategy
+    max_key_length: int
+    max_value_size: int
+
+
+class Options(TableOptions, total=False):
+    """The fields of `Config` but for the DSN, as keywords: so that type checkers know them."""
+
+    table_name: str
+    connect_timeout: Seconds
+    operation_timeout: Seconds
+    application_name: str
+    pool_min_size: int
+    pool_max_size: int
+    pool_timeout: Seconds
+    pooler: Pooler
+    retry: RetryPolicy | None
+    coalesce: bool
 
 
 _ENUMS: dict[str, type[enum.Enum]] = {

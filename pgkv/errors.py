@@ -88,8 +88,9 @@ class InvalidValueError(PgkvError, ValueError):
 class NotFoundError(PgkvError, KeyError):
     """The key does not exist, or its time has passed."""
 
-    # KeyError would show repr(message): quotes inside quotes.
-    __str__ = Exception.__str__
+    def __str__(self) -> str:
+        # KeyError would show repr(message): quotes inside quotes.
+        return Exception.__str__(self)
 
 
 class SerializationError(PgkvError, ValueError):

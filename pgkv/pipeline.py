@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterable, Mapping
 from datetime import datetime
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Generic, NoReturn, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NoReturn, Self, TypeVar, overload
 
 from . import _flows
 from ._observe import shown
@@ -32,7 +32,7 @@ UNSENT = "not sent yet: leave the pipeline's `with` block first"
 
 
 class Handle(Generic[T]):
-    """The promise of one queued operation's outcome."""
+    """The promise of one queued operation's outcome; made by the methods of a `Pipeline`."""
 
     __slots__ = ("_answers", "_combine", "_names", "_state")
 
@@ -130,7 +130,11 @@ class _Queue:
 
     # -- the operations; what they mean is written in Store
 
-    def get(self, key: str, default: Any = None) -> Handle[bytes | None]:
+    @overload
+    def get(self, key: str) -> Handle[bytes | None]: ...
+    @overload
+    def get(self, key: str, default: T) -> Handle[bytes | T]: ...
+    def get(self, key: str, default: Any = None) -> Handle[Any]:
         """Queue `Store.get`."""
         return self._queue_then(
             self._sql.get(key), lambda value: default if value is None else value
@@ -156,6 +160,27 @@ class _Queue:
         """Queue `Store.get_entry`."""
         return self._queue(self._sql.get_entry(key))
 
+    @overload
+    def set(
+        self,
+        key: str,
+        value: Value,
+        *,
+        ttl: Seconds | None = None,
+        expires_at: datetime | None = None,
+        keep_ttl: bool = False,
+    ) -> Handle[int]: ...
+    @overload
+    def set(
+        self,
+        key: str,
+        value: Value,
+        *,
+        ttl: Seconds | None = None,
+        expires_at: datetime | None = None,
+        keep_ttl: bool = False,
+        if_version: int | None,
+    ) -> Handle[int | None]: ...
     def set(
         self,
         key: str,
@@ -165,15 +190,15 @@ class _Queue:
         expires_at: datetime | None = None,
         keep_ttl: bool = False,
         if_version: int | None = None,
-    ) -> Handle[int | None]:
+    ) -> Handle[Any]:
         """Queue `Store.set`."""
         return self._queue(self._sql.set(key, value, ttl, expires_at, keep_ttl, if_version))
 
-    def set_ex(self, key: str, value: Value, ttl: Seconds) -> Handle[int | None]:
+    def set_ex(self, key: str, value: Value, ttl: Seconds) -> Handle[int]:
         """Queue `Store.set_ex`."""
         return self.set(key, value, ttl=ttl)
 
-    def set_at(self, key: str, value: Value, expires_at: datetime) -> Handle[int | None]:
+    def set_at(self, key: str, value: Value, expires_at: datetime) -> Handle[int]:
         """Queue `Store.set_at`."""
         return self.set(key, value, expires_at=expires_at)
 
@@ -324,10 +349,11 @@ builtin_set = set  # inside the class body the name means the method
 
 
 class Pipeline(_Queue):
-    """Operations of a `Store` that travel together: ``with store.pipeline() as p``.
+    """Operations of a `Store` that travel together: ``with store.pipeline() as p``; made by
+    `Store.pipeline`.
 
-    Each method queues and returns a `Handle`; at the end of the block everything is sent, in
-    order. Bad input raises at the call. If the body raises, nothing is sent.
+    Each method takes what the store's of the same name takes, queues, and returns a `Handle`; at the
+    end of the block everything is sent, in order. Bad input raises at the call. If the body raises, nothing is sent.
 
     A refused operation does not disturb the others; its own handle raises. That the server cannot
     be reached, or does not answer in time, is raised at the end of the block as well. With ``atomic=True``

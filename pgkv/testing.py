@@ -62,6 +62,13 @@ class ServerClock:
     counts on from an answer) does not move with it.
 
     Make the clock before the tables: defaults of columns keep the functions they were made with.
+
+    Args:
+        dsn: of the server whose clock is moved; the role needs CREATE on the database.
+        schema: a plain lower-case name; None for a schema of its own.
+
+    Raises:
+        ConfigError: `schema` is no such name.
     """
 
     def __init__(self, dsn: str, *, schema: str | None = None) -> None:
@@ -69,10 +76,10 @@ class ServerClock:
             raise ConfigError(
                 f"schema must be a plain lower-case name, not {schema!r}"
             )  # it goes into `options` as it is
-        self.schema = schema or f"pgkv_test_{secrets.token_hex(6)}"
+        self.schema: str = schema or f"pgkv_test_{secrets.token_hex(6)}"
         self._drop = schema is None
         options = conninfo_to_dict(dsn).get("options") or ""
-        self.dsn = make_conninfo(
+        self.dsn: str = make_conninfo(
             dsn, options=f"{options} -c search_path={self.schema},pg_catalog".strip()
         )
         self._offset = sql.Identifier(self.schema, "pgkv_clock_offset")
@@ -94,15 +101,15 @@ class ServerClock:
         return float(row[0]) / 1e6
 
     def set_offset(self, seconds: float | timedelta) -> None:
-        """Put the clock this many seconds ahead of the real one, or behind it. 0 puts it right."""
+        """Put the clock so many `seconds` ahead of the real one, or behind it. 0 puts it right."""
         self._set("SELECT setval({}, %s)", seconds)
 
     def advance(self, seconds: float | timedelta) -> None:
-        """Move the clock on by this many seconds; a negative number steps it back."""
+        """Move the clock on by so many `seconds`; a negative number steps it back."""
         self._set("SELECT setval({0}, last_value + %s) FROM {1}", seconds)
 
     def now(self) -> datetime:
-        """The moment this clock shows, in UTC."""
+        """Return the moment this clock shows, in UTC."""
         function = sql.Identifier(self.schema, "clock_timestamp")
         row = self._conn.execute(
             sql.SQL("SELECT extract(epoch FROM {}())::text").format(function)

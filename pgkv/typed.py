@@ -80,7 +80,13 @@ class AsyncByteStore(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class TypedCasResult(Generic[T]):
-    """The outcome of a typed `compare_and_swap`; true when it succeeded. See `CasResult`."""
+    """The outcome of a typed `compare_and_swap`; true when it succeeded. See `CasResult`.
+
+    Attributes:
+        status: SUCCESS, MISMATCH or NOT_FOUND.
+        current: the value now stored, None when there is no such key.
+        version: that value's version, or None.
+    """
 
     status: CasStatus
     current: T | None
@@ -181,7 +187,7 @@ class TypedStore(_Typed[T]):
         return self._store.set(key, self._encode(key, value), ttl=ttl, if_version=if_version)
 
     def set_nx(self, key: str, value: T, *, ttl: Seconds | None = None) -> bool:
-        """Write the value if there is no such key."""
+        """Write the value if there is no such key; True if it was written."""
         return self._store.set_nx(key, self._encode(key, value), ttl=ttl)
 
     def get_many(self, keys: Iterable[str]) -> dict[str, T]:
@@ -219,6 +225,12 @@ class TypedStore(_Typed[T]):
         attempts: int = 100,
     ) -> T:
         """Write ``fn(current)``, repeated until nobody changed the value in between.
+
+        Args:
+            key: the key.
+            fn: maps the current value (None without one) to the new one. It may run several times.
+            ttl: seconds; without it a live key keeps its expiry.
+            attempts: how often to try.
 
         Returns:
             The value written.

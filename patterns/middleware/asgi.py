@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 from ..._drivers import call_async, drive_async
 from ..._observe import shown
 from ..._op import Call
-from .._guard import STATUS, Guard, Headers, HttpRequest, heard_by_servers
+from .._guard import STATUS, Exempt, Guard, Headers, HttpRequest, Limits, heard_by_servers
 from .._options import OnError
 from ..rate_limit import AsyncRateLimiter
 
@@ -58,11 +58,11 @@ class RateLimitMiddleware:
         self,
         app: App,
         *,
-        limiter: Any,
+        limiter: AsyncRateLimiter | Callable[[Any], Any],
         key: Callable[[Any], Any] | str | None = None,
         cost: Callable[[Any], Any] | int = 1,
-        limits: Any = None,
-        exempt: Any = None,
+        limits: Limits = None,
+        exempt: Exempt = None,
         headers: Headers = "draft",
         on_error: OnError = "open",
         shadow: bool = False,

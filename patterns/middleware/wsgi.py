@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 from ..._drivers import call, drive
 from ..._observe import shown
 from ..._op import Call
-from .._guard import STATUS, Guard, Headers, HttpRequest, heard_by_servers
+from .._guard import STATUS, Exempt, Guard, Headers, HttpRequest, Limits, heard_by_servers
 from .._options import OnError
 from ..rate_limit import RateLimiter
 
@@ -43,11 +43,11 @@ class WSGIRateLimitMiddleware:
         self,
         app: App,
         *,
-        limiter: Any,
+        limiter: RateLimiter | Callable[[Any], Any],
         key: Callable[[Any], Any] | str | None = None,
         cost: Callable[[Any], Any] | int = 1,
-        limits: Any = None,
-        exempt: Any = None,
+        limits: Limits = None,
+        exempt: Exempt = None,
         headers: Headers = "draft",
         on_error: OnError = "open",
         shadow: bool = False,

@@ -33,10 +33,10 @@ def open_stage(
     """
     with contextlib.ExitStack() as cleanup:
         signals = cleanup.enter_context(_Signals())
-        is_local = dsn is None or dsn.startswith(EMBEDDED_SCHEME)
+        is_own = dsn is None
         if dsn is None:
             dsn = cleanup.enter_context(_temporary_server()).dsn
-        elif is_local:
+        elif dsn.startswith(EMBEDDED_SCHEME):
             dsn = cleanup.enter_context(embedded.start(embedded.parse(dsn))).dsn
         table = f"pgkv_demo_{secrets.token_hex(4)}"
         pooler: Pooler = options["pooler"]
@@ -46,7 +46,7 @@ def open_stage(
         store.create_table()
         cleanup.callback(_drop, store)
         cleanup.callback(signals.ignore)
-        yield Stage(store, settings, size, _server_version(config), is_local, quiet)
+        yield Stage(store, settings, size, _server_version(config), is_own, quiet)
 
 
 def config_of(settings: dict[str, Any], connections: int) -> Config:

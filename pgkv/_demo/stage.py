@@ -75,7 +75,7 @@ class Stage:
         settings: what another process needs to open it too: fields of `Config`, as JSON has them.
         size: how much to do.
         server_version: as people read it.
-        is_local: whether the server was started here.
+        is_own: whether the server was made for this.
         quiet: show nothing on the way.
     """
 
@@ -83,7 +83,7 @@ class Stage:
     settings: dict[str, Any]
     size: Size
     server_version: str
-    is_local: bool
+    is_own: bool
     quiet: bool
     data: dict[str, str] = field(default_factory=dict)
 

@@ -1,4 +1,4 @@
-"""Scene: how many calls one caller makes in a second, beside Redis where there is one.
+"""Scene: how many calls are made in a second, by one caller and by many, beside Redis.
 
 Store and Redis hold the same keys and take turns in short rounds, so that whatever disturbs the
 machine disturbs both; what is shown per second is each one's median round.
@@ -17,15 +17,17 @@ from time import perf_counter
 from typing import Any
 
 from ..store import Store
+from .placement import CAN_PLACE, on_one_core, server_pids
 from .redis_server import open_redis
-from .stage import Check, Rate, Report, Scene, Stage, rate
+from .stage import WORKERS, Check, Rate, Report, Scene, Stage, rate
 
 KEYS = 10_000  # the ones that are asked for
 BATCH = 100
 ROUNDS = 15
 COUNTERS = 100
 WRITTEN, COUNTED = "demo:written:", "demo:counted:"  # the data set itself is left as it is
-FAR = "The server is not on this machine: a Redis here would be nearer, and is left out."
+THREAD_ROUNDS = 5
+NOT_OURS = "Redis is compared with a server of the demo's own only."
 
 
 @dataclass(slots=True)
@@ -53,46 +55,97 @@ class Operation:
 
 def play(stage: Stage) -> Report:
     """Let the two take turns at each operation, and look at every answer of the store's."""
-    store = stage.store
     drawn = random.sample(list(stage.data), min(KEYS, len(stage.data)))
     data = {key: stage.data[key].encode() for key in drawn}
-    operations = list(_operations(store, data))
-    answered = wrong = counted = 0
-    beside = open_redis() if stage.is_local else nullcontext((None, FAR))
-    with beside as (client, about):
-        if client is not None:
-            pairs = iter(stage.data.items())
-            while batch := dict(islice(pairs, 1000)):
-                client.mset(batch)
-        seconds = stage.size.seconds * 2 / 3 / len(operations) / ROUNDS
-        with stage.bar("taking turns", len(operations) * ROUNDS) as advance:
-            for operation in operations:
-                ours, theirs = cycle(operation.items), cycle(operation.items)
-                for _ in range(ROUNDS):
-                    latencies, answers = _round(operation.ours, ours, seconds)
-                    operation.our_rounds.append(latencies)
-                    answered += len(answers)
-                    wrong += sum(not operation.is_right(*each) for each in answers)
-                    counted += len(answers) * operation.increments
-                    if client is not None:
-                        call = partial(operation.theirs, client)
-                        operation.their_rounds.append(_round(call, theirs, seconds)[0])
-                    advance(1)
-    rates = [_rate(operation) for operation in operations]
-    total = sum(int(value) for _, value in store.scan(COUNTED))
+    client: Any
+    with open_redis() if stage.is_own else nullcontext((None, NOT_OURS)) as (client, about):
+        pairs = iter(stage.data.items() if client is not None else ())
+        while batch := dict(islice(pairs, 1000)):
+            client.mset(batch)
+        operations, answered, wrong, counted = _one_caller(stage, client, data)
+        many, reads, misread = _many_callers(stage, client, data)
+    rates = [*map(_rate, operations), many]
+    total = sum(int(value) for _, value in stage.store.scan(COUNTED))
     return Report(
         [
-            ", ".join(f"{each.operation} {each.per_second:,.0f} a second" for each in rates[:3]),
+            f"one caller{', on one core with its server' if stage.is_own and CAN_PLACE else ''}: "
+            + ", ".join(f"{each.operation} {each.per_second:,.0f} a second" for each in rates[:3]),
             about + _beside(rates[:3]),
         ],
         [
-            Check(f"each of {answered:,} answers is right: what is read is what was written",
-                  not wrong),
+            Check(f"each of {answered + reads:,} answers is right: what is read is what was written",
+                  wrong + misread == 0),
             Check(f"the counters add up to {total:,}, after {counted:,} increments",
                   total == counted),
         ],
         rates,
     )  # fmt: skip
+
+
+def _one_caller(
+    stage: Stage, client: Any, data: dict[str, bytes]
+) -> tuple[list[Operation], int, int, int]:
+    """Time all operations; return them, and how many answers there were, wrong ones among them,
+    and increments."""
+    operations = list(_operations(stage.store, data))
+    answered = wrong = counted = 0
+    seconds = stage.size.seconds / 2 / len(operations) / ROUNDS
+    pids = server_pids(stage.store.dsn) if stage.is_own else []
+    if client is not None:
+        pids.append(int(client.info("server")["process_id"]))
+    with on_one_core(pids), stage.bar("one caller", len(operations) * ROUNDS) as advance:
+        for operation in operations:
+            ours, theirs = cycle(operation.items), cycle(operation.items)
+            for _ in range(ROUNDS):
+                latencies, answers = _round(operation.ours, ours, seconds)
+                operation.our_rounds.append(latencies)
+                answered += len(answers)
+                wrong += sum(not operation.is_right(*each) for each in answers)
+                counted += len(answers) * operation.increments
+                if client is not None:
+                    call = partial(operation.theirs, client)
+                    operation.their_rounds.append(_round(call, theirs, seconds)[0])
+                advance(1)
+    return operations, answered, wrong, counted
+
+
+def _many_callers(stage: Stage, client: Any, data: dict[str, bytes]) -> tuple[Rate, int, int]:
+    """Time `get` in many threads at once; return how many reads there were, wrong ones among them."""
+    keys = list(data)
+    every: list[float] = []
+    wrong: list[str] = []
+    ours, theirs = [], []
+    seconds = stage.size.seconds / 4 / THREAD_ROUNDS
+
+    def timed(get: Callable[[str], Any]) -> tuple[float, list[float]]:
+        latencies: list[list[float]] = [[] for _ in range(WORKERS)]
+
+        def work(number: int, go_on: Callable[[], bool]) -> None:
+            took, chosen = latencies[number].append, cycle(keys[number::WORKERS])
+            while go_on():
+                key = next(chosen)
+                started = perf_counter()
+                value = get(key)
+                took(perf_counter() - started)
+                if value != data[key]:
+                    wrong.append(key)
+
+        took = stage.together(f"{WORKERS} callers", work, seconds=seconds)
+        found = [each for worker in latencies for each in worker]
+        return len(found) / took, found
+
+    for _ in range(THREAD_ROUNDS):
+        per_second, latencies = timed(stage.store.get)
+        ours.append(per_second)
+        every += latencies
+        if client is not None:
+            theirs.append(timed(client.get)[0])
+    found = replace(
+        rate("get", WORKERS, every),
+        per_second=median(ours),
+        redis_per_second=median(theirs) if theirs else None,
+    )
+    return found, len(every), len(wrong)
 
 
 def _beside(rates: Sequence[Rate]) -> str:
@@ -193,6 +246,6 @@ def _round(
 
 SCENE = Scene(
     "Throughput",
-    "One caller, one call after the other: what a request of yours would wait for.",
+    "What a request would wait for: one caller, one call after the other. Then many at a time.",
     play,
 )

@@ -104,8 +104,8 @@ class LockStatements:
         self.table = table
         self.tickets = tickets
         self.prefix = prefix
-        self.t = table.quoted
-        self.q = tickets.quoted
+        self.t: str = table.quoted
+        self.q: str = tickets.quoted
 
     def _statement(
         self, name: str, sql: str, formats: tuple[int, ...], decode: Any, **options: Any

@@ -94,7 +94,7 @@ class SessionStatements(Sweep):
     def __init__(self, config: Config, table: Table, lifetimes: Lifetimes, *, inside: bool) -> None:
         super().__init__(config)
         self.table = table
-        self.t = self.table.quoted
+        self.t: str = self.table.quoted
         self.lifetimes = lifetimes
         self._idle = _codec.encode_interval(lifetimes.idle)
         self._absolute = _codec.encode_interval(lifetimes.absolute)

@@ -37,10 +37,10 @@ class Expiry:
     __slots__ = ("format", "inserted", "name", "updated")
 
     def __init__(self, name: str, inserted: str, updated: str, format: int | None) -> None:
-        self.name = name
-        self.inserted = inserted
-        self.updated = updated
-        self.format = format
+        self.name: str = name
+        self.inserted: str = inserted
+        self.updated: str = updated
+        self.format: int | None = format
 
 
 # {n} is the parameter's number.
@@ -88,16 +88,16 @@ class TableStatements:
     def __init__(self, config: Config, prefix: str = "") -> None:
         self.config = config
         self.table: Table = config.table
-        self.t = self.table.quoted
+        self.t: str = self.table.quoted
         self.prefix = prefix
-        self.prefix_bytes = prefix.encode()
-        self.key_length_max = config.max_key_length
-        self.value_size_max = config.max_value_size
+        self.prefix_bytes: bytes = prefix.encode()
+        self.key_length_max: int = config.max_key_length
+        self.value_size_max: int = config.max_value_size
         strategy = config.ttl_cleanup_strategy
         # What reads (not writes) take for a live row.
         self.readable = "TRUE" if strategy is TtlCleanupStrategy.DISABLED else LIVE
         # Under ON_READ a read also brings home which rows have expired, to be collected.
-        self.collects = strategy is TtlCleanupStrategy.ON_READ
+        self.collects: bool = strategy is TtlCleanupStrategy.ON_READ
         self._made: dict[object, Statement[Any]] = {}
 
     def made(self, shape: object, make: Callable[[], Statement[T]]) -> Statement[T]:

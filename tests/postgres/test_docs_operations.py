@@ -252,7 +252,7 @@ def test_lock_timeout(dsn: str, caplog: pytest.LogCaptureFixture) -> None:
 def test_idle_in_transaction_session_timeout(dsn: str) -> None:
     """It ends a forgotten transaction, of which nothing was committed; the store goes on."""
     idle = with_setting(dsn, "idle_in_transaction_session_timeout=100")
-    options = {"application_name": "forgotten", "pool_max_size": 1}
+    options: dict[str, Any] = {"application_name": "forgotten", "pool_max_size": 1}
     with pgkv.Store.connect(make_conninfo(idle, application_name="forgotten"), **options) as store:
 
         def forget() -> None:

@@ -154,7 +154,7 @@ async def test_locked_refuses_what_cannot_work(store: Any, colour: Colour) -> No
     with pytest.raises(TypeError, match="generator"):
         pgkv.locked("x", store=inner)(generator)
     with pytest.raises(pgkv.ConfigError, match="on_busy"):
-        pgkv.locked("x", store=inner, on_busy="cry")
+        pgkv.locked("x", store=inner, on_busy="cry")  # type: ignore[arg-type]  # that is the test
     lock = (pgkv.AsyncLock if colour.name == "async" else pgkv.Lock)(inner, "x")
     with pytest.raises(pgkv.ConfigError, match="needs a"):
         pgkv.locked(lock)(plain if colour.name == "async" else coroutine)

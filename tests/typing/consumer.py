@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypedDict, assert_type
 
 import pgkv
@@ -84,12 +85,16 @@ def pipelines(store: Store) -> None:
         counted = p.increment("n")
         many = p.get_many(["k"])
         version = p.set("k", "v")
+        perhaps = p.set("k", "v", if_version=0)
+        otherwise = p.get("k", 5)
         swapped = p.compare_and_swap("k", "a", "b")
     assert_type(got, Handle[bytes | None])
     assert_type(got.result(), bytes | None)
     assert_type(counted.result(), int)
     assert_type(many.result(), dict[str, bytes])
-    assert_type(version.result(), int | None)
+    assert_type(version.result(), int)
+    assert_type(perhaps.result(), int | None)
+    assert_type(otherwise.result(), bytes | int)
     assert_type(swapped.result(), CasResult)
 
 
@@ -154,6 +159,13 @@ async def awaited_typed(store: AsyncStore) -> None:
     assert_type(users.iter_items(), AsyncIterator[tuple[str, User]])
 
 
+def settings() -> None:
+    Store.connect("dsn", table_name="kv", operation_timeout=timedelta(seconds=5), retry=None)
+    pgkv.configure("dsn", table_type=pgkv.TableType.REGULAR)
+    more: dict[str, Any] = {"pool_max_size": 3}
+    Store.connect("dsn", **more)
+
+
 def wrong(store: Store, users: TypedStore[User]) -> None:
     store.get(5)  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType]
     store.set("k", 5)  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType]
@@ -193,6 +205,10 @@ def wrong_colours(store: Store, other: AsyncStore) -> None:
     pgkv.AsyncRateLimiter(store, "1/s", name="l")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     pgkv.SessionStore(other)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     store.transaction().set("k", "v")  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
+    Store.connect("dsn", tabel_name="kv")  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    store.table("kv", pool_max_size=3)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    pgkv.Lock(store, "l", wakeup="listen")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    pgkv.locked("l", on_busy="fail")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     pgkv.Store("dsn")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from datetime import timedelta
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 
 import pgkv
 from pgkv import Config, RetryPolicy
+from pgkv.config import Options
 
 DSN = "postgresql://user:PASSWORD@host:5433/db?sslpassword=SSLSECRET"
 
@@ -201,7 +202,13 @@ def test_dsn_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         pgkv.Store.connect()
 
 
+def test_options_are_the_fields() -> None:
+    """What connect() takes as keywords, as type checkers see it, are the fields of a Config."""
+    fields = {field.name for field in dataclasses.fields(Config)} - {"dsn"}
+    assert fields == get_type_hints(Options, localns={"Seconds": float}).keys()
+
+
 def test_unknown_options() -> None:
     """A misspelled option is a ConfigError that lists what there is."""
     with pytest.raises(pgkv.ConfigError, match=r"no option 'pool_size'.*pool_max_size"):
-        pgkv.Store.connect("postgresql://", pool_size=3)
+        pgkv.Store.connect("postgresql://", pool_size=3)  # type: ignore[call-arg]  # that is the test

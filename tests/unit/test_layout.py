@@ -2,11 +2,13 @@
 
 import ast
 import enum
+import importlib
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -143,3 +145,117 @@ def is_documentable(name: str) -> bool:
 def test_public_names_are_documented(name: str) -> None:
     """Each public name has a docstring of its own."""
     assert own_doc(getattr(pgkv, name)), f"pgkv.{name} has no docstring"
+
+
+# -- docstrings ----------------------------------------------------------------------------
+
+ADAPTERS = ("pgkv.patterns.fastapi", "pgkv.patterns.flask", "pgkv.testing")
+# What these methods are given is documented at their namesakes.
+NAMESAKES = {pgkv.Pipeline: pgkv.Store, pgkv.TypedStore: pgkv.Store}
+SECTION = re.compile(r"^(Args|Attributes):\n((?:    .*\n|\n)+)", re.MULTILINE)
+ITEM = re.compile(r"^    \*{0,2}(\w+):", re.MULTILINE)
+TICKED = re.compile(r"``?\*{0,2}(\w+)[`= (,]")
+
+
+def items_of(doc: str | None, section: str) -> set[str]:
+    """The names that a section of a docstring explains."""
+    found = dict(SECTION.findall(inspect.cleandoc(doc or "") + "\n"))
+    return set(ITEM.findall(found.get(section, "")))
+
+
+def parameters_of(function: Callable[..., Any]) -> list[str]:
+    """The names of what a call is given; of a wrapper's ``*args`` its function tells."""
+    given = inspect.signature(function).parameters.values()
+    return [
+        each.name
+        for each in given
+        if each.name not in ("self", "cls", "args", "kwargs") and not each.name.startswith("_")
+    ]
+
+
+def methods_of(kind: type) -> dict[str, Callable[..., Any]]:
+    """The methods that pgkv gives a class, by name."""
+    found: dict[str, Callable[..., Any]] = {}
+    for base in reversed(kind.__mro__):
+        if not base.__module__.startswith("pgkv"):
+            continue
+        for name, member in vars(base).items():
+            function = member.__func__ if isinstance(member, classmethod | staticmethod) else member
+            if not name.startswith("_") and inspect.isfunction(function):
+                found[name] = function
+    return found
+
+
+def public_things() -> dict[str, Any]:
+    """What pgkv and its adapters export, but for exceptions; of two colours the blocking one."""
+    found = {name: getattr(pgkv, name) for name in pgkv.__all__}
+    for module in ADAPTERS:
+        adapter = importlib.import_module(module)
+        found |= {f"{module}.{name}": getattr(adapter, name) for name in adapter.__all__}
+    return {
+        name: thing
+        for name, thing in found.items()
+        if not name.startswith("Async")
+        and not (isinstance(thing, type) and issubclass(thing, BaseException))
+    }
+
+
+def functions() -> dict[str, tuple[Callable[..., Any], type | None]]:
+    """Public functions and methods, with the class of the latter."""
+    found: dict[str, tuple[Callable[..., Any], type | None]] = {}
+    for name, thing in public_things().items():
+        if not isinstance(thing, type):
+            found[name] = (thing, None)
+            continue
+        for method, function in methods_of(thing).items():
+            found[f"{name}.{method}"] = (function, thing)
+    return found
+
+
+FUNCTIONS = functions()
+CLASSES = {name: thing for name, thing in public_things().items() if isinstance(thing, type)}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_parameters_are_documented(name: str) -> None:
+    """A docstring explains each parameter in its Args, all of them or none; where it has no Args it
+    names each in its text, or its class does, or the method of the same name on a Store."""
+    function, kind = FUNCTIONS[name]
+    doc, given = inspect.getdoc(function), set(parameters_of(function))
+    explained = items_of(doc, "Args")
+    if explained:
+        assert explained == given
+        return
+    named = set(TICKED.findall(doc or ""))
+    if kind is not None:
+        named |= set(TICKED.findall(kind.__doc__ or "")) | items_of(kind.__doc__, "Args")
+        twin = getattr(NAMESAKES.get(kind), function.__name__, None)
+        named |= set(parameters_of(twin)) if twin is not None else set()
+    assert given - named == set()
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_what_a_class_is_made_with(name: str) -> None:
+    """A class explains what it is made with, or says what makes it."""
+    kind = CLASSES[name]
+    doc = kind.__doc__ or ""
+    if issubclass(kind, enum.Enum) or kind is pgkv.KeyValue or "made by" in doc:
+        return
+    given = set(parameters_of(kind)) if "__init__" in vars(kind) else set()
+    explained = items_of(doc, "Args") | items_of(doc, "Attributes")
+    assert given - explained == set()
+    assert items_of(doc, "Args") - given <= set(parameters_of(kind))
+
+
+SAYS_WHAT = re.compile(r"\b([Rr]eturns?|True|None|[Tt]ells?|[Ii]terate)\b")
+# Views, decorators and what is entered: the first sentence says what they are.
+SELF_EVIDENT = ("Self", "Handle", "Callable", "Iterator[None]", "Entering", "Invalidator")
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_results_are_documented(name: str) -> None:
+    """What returns a value says which."""
+    function, _ = FUNCTIONS[name]
+    result = str(inspect.signature(function).return_annotation)
+    if result != "None" and not result.startswith(SELF_EVIDENT):
+        assert SAYS_WHAT.search(inspect.getdoc(function) or "")

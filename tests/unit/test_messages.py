@@ -115,7 +115,7 @@ SETTINGS: Mistakes = {
     ),
     "Redis": (lambda: pgkv.Config("redis://h"), pgkv.ConfigError, ("'redis'", "postgresql://")),
     "a misspelt setting": (
-        lambda: pgkv.Store.connect(NOWHERE, tabel_name="x"),
+        lambda: pgkv.Store.connect(NOWHERE, tabel_name="x"),  # type: ignore[call-arg]
         pgkv.ConfigError,
         ("'tabel_name'", "table_name"),
     ),

@@ -166,12 +166,13 @@ def test_a_blocking_limiter_is_refused(store: pgkv.AsyncStore, dsn: str) -> None
     async def app(scope: Any, receive: Any, send: Any) -> None: ...
 
     with pytest.raises(pgkv.ConfigError, match="AsyncRateLimiter"):
-        pgkv.RateLimitMiddleware(app, limiter=blocking)
+        pgkv.RateLimitMiddleware(app, limiter=blocking)  # type: ignore[arg-type]  # that is the point
     with pytest.raises(pgkv.ConfigError, match="AsyncRateLimiter"):
-        rate_limit(blocking)
+        rate_limit(blocking)  # type: ignore[arg-type]  # likewise
     with pytest.raises(pgkv.ConfigError, match="RateLimiter"):
         pgkv.WSGIRateLimitMiddleware(
-            lambda environ, start: [], limiter=pgkv.AsyncRateLimiter(store, "1/s", name="api")
+            lambda environ, start: [],
+            limiter=pgkv.AsyncRateLimiter(store, "1/s", name="api"),  # type: ignore[arg-type]  # likewise
         )
     for wrong in ({"headers": "y"}, {"on_error": "ignore"}, {"exempt": "/x"}):
         with pytest.raises(pgkv.ConfigError):
