@@ -226,6 +226,10 @@ async def test_a_role_without_rights(make_store: Any, peer: Peer, dsn: str) -> N
         assert await reader.get("k") == b"v"
         with pytest.raises(pgkv.ConfigError, match="lacks a right"):
             await reader.set("k", b"w")
+        with pytest.raises(pgkv.ConfigError, match=r'GRANT TRUNCATE ON "kv_store"'):
+            await reader.truncate()
+        peer.run(f"GRANT TRUNCATE ON kv_store TO {role}")
+        await reader.truncate()
     finally:
         peer.run(f"DROP OWNED BY {role}")
         peer.run(f"DROP ROLE {role}")

@@ -142,6 +142,13 @@ def test_missing_rights_say_what_to_grant() -> None:
     assert 'GRANT SELECT, INSERT, UPDATE, DELETE ON "s"."t"' in str(error)
 
 
+def test_what_truncate_needs() -> None:
+    """truncate() needs a right that nothing else does: the advice names it, and no other."""
+    error = translate(Refused("42501", message_primary="denied"), action="truncate", table='"t"')
+    assert 'GRANT TRUNCATE ON "t"' in str(error)
+    assert "SELECT" not in str(error)
+
+
 def test_missing_tables_say_what_to_do() -> None:
     """42P01 names the table and the ways to make it."""
     error = translate(Refused("42P01"), action="set", table='"t"')
