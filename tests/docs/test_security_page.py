@@ -104,7 +104,7 @@ def test_the_documented_rights_are_enough(roles: tuple[str, str]) -> None:
     for _, use in use_everything(app):
         use()
     with pgkv.Store.connect(app, schema="kv") as store:  # that they are there is enough here too
-        for forbidden in (store.truncate, store.recreate_table):
+        for forbidden in (store.truncate, store.vacuum, store.analyze, store.recreate_table):
             with pytest.raises(pgkv.ConfigError, match="lacks a right"):
                 forbidden()
     with pytest.raises(pgkv.ConfigError, match="may not create"):

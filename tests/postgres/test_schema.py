@@ -304,6 +304,36 @@ async def test_vacuum_and_analyze(store: Any, peer: Peer) -> None:
     assert peer.one("SELECT reltuples FROM pg_class WHERE oid = 'kv_store'::regclass") == 1
 
 
+async def test_upkeep_by_a_role_that_may_not(make_store: Any, peer: Peer, dsn: str) -> None:
+    """vacuum and analyze that the server would skip, with a warning, say so; a member of the
+    owner and (PostgreSQL 17) a role with MAINTAIN may.
+    """
+    schema = peer.one("SELECT current_schema()")
+    role, owner = f"worker_{schema}", f"owner_{schema}"
+    it = "WHERE oid = 'kv_store'::regclass"
+    await make_store()
+    peer.run(f"CREATE ROLE {role} LOGIN; CREATE ROLE {owner}")
+    peer.run(f"GRANT USAGE, CREATE ON SCHEMA {schema} TO {role}, {owner}")
+    peer.run(f"GRANT SELECT ON kv_store TO {role}; ALTER TABLE kv_store OWNER TO {owner}")
+    try:
+        store = await make_store(dsn=make_conninfo(dsn, user=role))
+        for refused in (store.vacuum, store.analyze):
+            with pytest.raises(pgkv.ConfigError, match=r'does not own "kv_store".*GRANT MAINTAIN'):
+                await refused()
+        rights = [f"{owner} TO {role}"]
+        if peer.conn.info.server_version >= 170000:
+            rights.append(f"MAINTAIN ON kv_store TO {role}")
+        for right in rights:
+            peer.run(f"GRANT {right}")
+            for allowed in (store.vacuum, store.analyze):
+                peer.run(f"UPDATE pg_class SET reltuples = -1 {it}")
+                await allowed()
+                assert peer.one(f"SELECT reltuples FROM pg_class {it}") == 0
+            peer.run(f"REVOKE {right.replace(' TO ', ' FROM ')}")
+    finally:
+        peer.run(f"DROP OWNED BY {role}, {owner} CASCADE; DROP ROLE {role}, {owner}")
+
+
 async def test_upkeep_of_the_whole_table_is_not_a_namespaces(store: Any) -> None:
     """truncate, vacuum and recreate_table are refused on a namespace; clear keeps to it."""
     inner = store.namespace("n:")
