@@ -8,7 +8,7 @@ server says "no such table". It never alters the type of a column and never drop
 from __future__ import annotations
 
 from ._op import TEXT, Flow, Op, Result, Statement, do
-from ._sql.table import read_found, read_nothing
+from ._sql.table import read_nothing
 from .config import Config, Table, TableKind, TableType, quote_identifier, require_config
 from .errors import ConfigError, PgkvError, QueryError, StoreUnavailableError
 
@@ -92,6 +92,20 @@ def create_sql(table: Table) -> str:
     return sql
 
 
+def _create_schema_sql(schema: str) -> str:
+    """The command that creates the schema where it is missing."""
+    name = quote_identifier(schema)
+    literal = "'" + name.replace("'", "''") + "'"
+    tag = "$pgkv$"
+    while tag in name:
+        tag = f"{tag[:-1]}_$"
+    # Asked first: IF NOT EXISTS demands the right to create even where it does nothing.
+    return (
+        f"DO {tag} BEGIN IF to_regnamespace({literal}) IS NULL "
+        f"THEN CREATE SCHEMA IF NOT EXISTS {name}; END IF; END {tag};"
+    )
+
+
 def schema_sql(config: Config, *, locks: bool = True, sessions: bool = True) -> str:
     """Return the DDL of everything a store uses, for a migration tool.
 
@@ -118,7 +132,7 @@ def schema_sql(config: Config, *, locks: bool = True, sessions: bool = True) -> 
         tables.append(companion(config, TableKind.SESSIONS))
     parts = [create_sql(table) for table in tables]
     if config.schema is not None:
-        parts.insert(0, f"CREATE SCHEMA IF NOT EXISTS {quote_identifier(config.schema)};")
+        parts.insert(0, _create_schema_sql(config.schema))
     return "\n\n".join(parts) + "\n"
 
 
@@ -152,9 +166,8 @@ def ensure(table: Table) -> Flow[None]:
         commands = _missing(table, columns)
         if not commands:
             return
-        if table.schema is not None and not (yield from do(_schema_exists(table.schema))):
-            # Asked first: IF NOT EXISTS demands the right to create even where it does nothing.
-            commands = f"CREATE SCHEMA IF NOT EXISTS {quote_identifier(table.schema)}; {commands}"
+        if table.schema is not None:
+            commands = f"{_create_schema_sql(table.schema)} {commands}"
         try:
             yield from do(_script("create_table", commands))
         except PgkvError as error:
@@ -179,18 +192,6 @@ def _columns(table: Table) -> Op[dict[str, str]]:
         writes=False,
     )
     return Op(statement, (table.quoted.encode(),))
-
-
-def _schema_exists(schema: str) -> Op[bool]:
-    statement = Statement(
-        "create_table",
-        "SELECT 1 FROM pg_namespace WHERE nspname = $1",
-        (TEXT,),
-        read_found,
-        retry_safe=True,
-        writes=False,
-    )
-    return Op(statement, (schema.encode(),))
 
 
 def _read_columns(result: Result) -> dict[str, str]:

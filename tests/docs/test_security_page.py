@@ -25,11 +25,9 @@ def roles(make_server: Callable[..., Server]) -> tuple[str, str]:
     server = make_server()
     (commands,) = re.findall(r"```sql\n(.*?)```", PAGE.read_text("utf-8"), re.DOTALL)
     ddl = pgkv.schema_sql(pgkv.Config(server.dsn, schema="kv"))
-    first, _, rest = ddl.partition("\n")
-    assert first.startswith("CREATE SCHEMA")
     with server.connect() as conn:
         conn.execute("REVOKE ALL ON SCHEMA public FROM PUBLIC")
-        conn.execute(re.sub("^-- here .*$", lambda _: rest, commands, flags=re.MULTILINE).encode())
+        conn.execute(re.sub("^-- here .*$", lambda _: ddl, commands, flags=re.MULTILINE).encode())
     return server.dsn, make_conninfo(server.dsn, user="app")
 
 

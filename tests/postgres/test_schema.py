@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from typing import Any
 
 import psycopg
@@ -104,7 +105,7 @@ async def test_any_name(make_store: Any, peer: Peer, name: str) -> None:
     assert peer.one("SELECT count(*) FROM pg_tables WHERE tablename = %s", name) == 1
 
 
-@pytest.mark.parametrize("schema", ['quo"te', "sp ace;", "ünï", "UPPER"])
+@pytest.mark.parametrize("schema", ['quo"te', "quo'te", "sp ace;", "ünï", "UPPER", "$pgkv$"])
 async def test_any_schema(make_store: Any, peer: Peer, schema: str) -> None:
     """A schema may have any name and is made with the table."""
     unique = f"{schema}{peer.one('SELECT pg_backend_pid()')}"
@@ -145,12 +146,37 @@ async def test_schema_sql_with_a_schema(peer: Peer) -> None:
     """schema_sql makes the schema, and leaves out what is not wanted."""
     config = pgkv.Config("postgresql://", schema="s", table_type=pgkv.TableType.REGULAR)
     script = pgkv.schema_sql(config, locks=False, sessions=False)
-    assert script.startswith('CREATE SCHEMA IF NOT EXISTS "s";')
+    assert 'CREATE SCHEMA IF NOT EXISTS "s"' in script.partition("\n")[0]
     assert 'CREATE TABLE IF NOT EXISTS "s"."kv_store"' in script
     assert "_locks" not in script
     assert "_sessions" not in script
     assert "_sessions" in pgkv.schema_sql(config, locks=False)
     assert "_locks" in pgkv.schema_sql(config, sessions=False)
+
+
+async def test_a_schema_that_is_there_already(make_store: Any, peer: Peer, dsn: str) -> None:
+    """Where the schema is there, CREATE on it is enough, for schema_sql and for a store; a role that
+    would have to make it needs CREATE on the database.
+    """
+    schema = peer.one("SELECT current_schema()")
+    role = f"maker_{schema}"
+    peer.run(f"CREATE ROLE {role} LOGIN; GRANT USAGE, CREATE ON SCHEMA {schema} TO {role}")
+    restricted = make_conninfo(dsn, user=role)
+    try:
+        migration = psycopg.connect(restricted, autocommit=True)
+        with contextlib.closing(migration):
+            for _ in range(2):
+                config = pgkv.Config(restricted, schema=schema, table_name="migrated")
+                migration.execute(pgkv.schema_sql(config).encode())
+            missing = pgkv.schema_sql(pgkv.Config(restricted, schema=f"{schema}_2"))
+            with pytest.raises(psycopg.errors.InsufficientPrivilege):
+                migration.execute(missing.encode())
+        store = await make_store(dsn=restricted, schema=schema)
+        assert await store.set("k", b"v") is not None
+        with pytest.raises(pgkv.ConfigError, match="may not create"):
+            await make_store(dsn=restricted, schema=f"{schema}_2")
+    finally:
+        peer.run(f"DROP OWNED BY {role}; DROP ROLE {role}")
 
 
 async def test_no_table_and_none_to_be_made(make_store: Any, peer: Peer) -> None:
