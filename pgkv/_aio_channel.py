@@ -257,7 +257,6 @@ class AsyncPoolChannel:
 
     async def heal(self, table: Table) -> None:
         """Create a table that the server says is missing."""
-        _observe.info("pgkv.table.create", table=table.quoted)
         await self.run(_schema.ensure(table))
         self._known.add(table)
 

@@ -7,6 +7,7 @@ server says "no such table". It never alters the type of a column and never drop
 
 from __future__ import annotations
 
+from . import _observe
 from ._op import TEXT, Flow, Op, Result, Statement, do
 from ._sql.table import read_nothing
 from .config import Config, Table, TableKind, TableType, quote_identifier, require_config
@@ -173,6 +174,8 @@ def ensure(table: Table) -> Flow[None]:
         except PgkvError as error:
             if attempt == 2 or not _made_by_another(error):
                 raise _explained(error, table) from error.__cause__
+        else:
+            _observe.info("pgkv.table.create", table=table.quoted)
 
 
 def recreate(table: Table) -> Flow[None]:

@@ -186,6 +186,39 @@ async def test_no_table_and_none_to_be_made(make_store: Any, peer: Peer) -> None
     assert relation(peer, "kv_store") is None
 
 
+async def test_a_table_made_is_logged_once(
+    colour: Colour, make_store: Any, peer: Peer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """pgkv.table.create is logged when a table was made, and only then: not by a process that finds
+    it, be it in its first transaction or under a lock.
+    """
+
+    def logged() -> list[str]:
+        found = [
+            each.getMessage() for each in caplog.records if "table.create" in each.getMessage()
+        ]
+        caplog.clear()
+        return found
+
+    async def use(store: Any) -> None:
+        async with store.transaction() as tx:
+            await tx.set("k", b"v")
+        for _ in range(2):
+            lease = await colour.make("Lock", store, "n", fair=True).acquire()
+            await lease.release()
+
+    caplog.set_level("INFO", logger="pgkv")
+    names = ["kv_store", "kv_store_locks", "kv_store_tickets"]
+    made = [f'pgkv.table.create table="{name}"' for name in names]
+    await use(await make_store())
+    assert sorted(logged()) == made
+    await use(await make_store())
+    assert logged() == []
+    peer.run("DROP TABLE kv_store")
+    await use(await make_store())
+    assert logged() == made[:1]
+
+
 async def test_a_missing_table_is_made_again(store: Any, peer: Peer) -> None:
     """A table that vanished is made again by whatever operation misses it."""
     calls: list[Any] = [
