@@ -50,7 +50,7 @@ _TICKETS_COLUMNS = """\
 
 _SESSIONS_COLUMNS = """\
     id         BYTEA PRIMARY KEY,
-    user_id    TEXT,
+    user_id    TEXT COLLATE "C",
     data       JSONB NOT NULL,
     version    BIGINT NOT NULL,
     created_at TIMESTAMPTZ NOT NULL,

@@ -142,6 +142,18 @@ async def test_schema_sql_is_all_that_is_needed(make_store: Any, peer: Peer, sto
     assert peer.run(same, '"migra""ted"') == peer.run(same, "kv_store")
 
 
+async def test_no_index_depends_on_the_servers_libraries(peer: Peer) -> None:
+    """Every text in an index is ordered by the C collation: a new C library or ICU orders no other."""
+    peer.conn.execute(pgkv.schema_sql(pgkv.Config("postgresql://")).encode())
+    indexed = peer.run(
+        "SELECT DISTINCT t.relname, c.collname FROM pg_index i JOIN pg_class t ON t.oid = indrelid"
+        " CROSS JOIN unnest(indcollation) AS used JOIN pg_collation c ON c.oid = used"
+        " WHERE t.relnamespace = current_schema()::regnamespace ORDER BY 1"
+    )
+    names = ("", "_locks", "_locks_u", "_sessions", "_tickets")
+    assert indexed == [(f"kv_store{name}", "C") for name in names]
+
+
 async def test_schema_sql_with_a_schema(peer: Peer) -> None:
     """schema_sql makes the schema, and leaves out what is not wanted."""
     config = pgkv.Config("postgresql://", schema="s", table_type=pgkv.TableType.REGULAR)
