@@ -351,7 +351,8 @@ def leave(port: Port[Any], hold: Hold, *, failed: bool) -> Flow[None]:
             "pgkv.lock.release_failed",
             lock=hold.name,
             ttl=hold.ttl,
-            error=f"{type(error).__name__}: {error}",
+            error=type(error).__name__,
+            detail=str(error),
         )
     if failed:
         return
