@@ -519,6 +519,9 @@ class Store:
     ) -> bytes:
         """Write ``fn(current)``, repeated until nobody changed the value in between.
 
+        A change is seen by the version: one by a client that writes none, such as the Rust crate,
+        may be overwritten unnoticed.
+
         Args:
             key: the key.
             fn: maps the current value (None without one) to the new one. It may run several times.
