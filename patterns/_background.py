@@ -66,7 +66,7 @@ class ThreadPool:
                 fn = None
             with self._lock:
                 self._idle -= 1
-                # An item may have come between the time-out and here: then stay.
+                # An item may have come between the timeout and here: then stay.
                 if fn is None and (self._closed or self._queue.empty()):
                     self._threads.discard(me)
                     return

@@ -71,7 +71,7 @@ class AsyncPoolChannel:
     """Operations over pooled links, each by itself.
 
     Args:
-        config: time-outs and the retry policy.
+        config: timeouts and the retry policy.
         leases: where links come from.
     """
 

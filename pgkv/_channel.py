@@ -77,7 +77,7 @@ class PoolChannel:
     """Operations over pooled links, each by itself.
 
     Args:
-        config: time-outs and the retry policy.
+        config: timeouts and the retry policy.
         leases: where links come from.
     """
 

@@ -122,7 +122,7 @@ def test_an_answer_is_a_known_outcome(state: str) -> None:
 
 
 def test_the_pools_errors() -> None:
-    """A pool's time-out is a PoolTimeoutError, a closed pool StoreUnavailableError."""
+    """A pool's timeout is a PoolTimeoutError, a closed pool StoreUnavailableError."""
     busy = translate(PoolTimeout("30 s"), action="get")
     assert isinstance(busy, pgkv.PoolTimeoutError)
     assert isinstance(busy, TimeoutError)
