@@ -66,7 +66,7 @@ class ThreadPool:
                 fn = None
             with self._lock:
                 self._idle -= 1
-                # An item may have come between the time-out and here: then stay.
+                # An item may have come between the timeout and here: then stay.
                 if fn is None and (self._closed or self._queue.empty()):
                     self._threads.discard(me)
                     return
@@ -117,15 +117,15 @@ class TaskPool:
     async def _guard(self, work: Coroutine[Any, Any, object]) -> None:
         try:
             await work
-        except Exception as error:  # noqa: BLE001  # nobody waits for it
-            _observe.warning("pgkv.cached.refresh_failed", error=type(error).__name__)
+        except Exception as error:  # noqa: BLE001  # a mistake of ours must not end the others
+            _observe.warning("pgkv.cached.broken", error=type(error).__name__)
 
 
 def _guarded(fn: Callable[[], object]) -> None:
     try:
         fn()
-    except Exception as error:  # noqa: BLE001  # nobody waits for it
-        _observe.warning("pgkv.cached.refresh_failed", error=type(error).__name__)
+    except Exception as error:  # noqa: BLE001  # a mistake of ours must not end the others
+        _observe.warning("pgkv.cached.broken", error=type(error).__name__)
 
 
 class Heartbeats:
@@ -136,19 +136,19 @@ class Heartbeats:
         self._begin()
 
     def _begin(self) -> None:
-        self._heap: list[tuple[float, int, float, Callable[[], bool]]] = []
+        self._heap: list[tuple[float, int, float, Callable[[], bool], str]] = []
         self._live: set[int] = set()
         self._numbers = itertools.count()
         self._running = False
         self._changed = threading.Condition(threading.Lock())
 
-    def start(self, seconds: float, beat: Callable[[], bool]) -> Callable[[], None]:
-        """Call `beat` every so many seconds; returns what stops it."""
+    def start(self, seconds: float, beat: Callable[[], bool], function: str) -> Callable[[], None]:
+        """Call `beat` every so many seconds, for that cached function; returns what stops it."""
         with self._changed:
             number = next(self._numbers)
             self._live.add(number)
             due = monotonic() + seconds
-            heapq.heappush(self._heap, (due, number, seconds, beat))
+            heapq.heappush(self._heap, (due, number, seconds, beat, function))
             if not self._running:
                 self._running = True
                 threading.Thread(target=self._work, name="pgkv-cached-leases", daemon=True).start()
@@ -167,7 +167,7 @@ class Heartbeats:
                         self._running = False
                         return
                     continue
-                due, number, seconds, beat = self._heap[0]
+                due, number, seconds, beat, function = self._heap[0]
                 if due > now:
                     self._changed.wait(due - now)
                     continue
@@ -175,11 +175,14 @@ class Heartbeats:
             try:
                 again = beat()
             except Exception as error:  # noqa: BLE001  # tried again: the lease may yet be saved
-                _observe.debug("pgkv.cached.renewal_failed", error=type(error).__name__)
+                _observe.debug(
+                    "pgkv.cached.renewal_failed", function=function, error=type(error).__name__
+                )
                 again = True
             with self._changed:
                 if again and number in self._live:
-                    heapq.heappush(self._heap, (monotonic() + seconds, number, seconds, beat))
+                    again_at = monotonic() + seconds
+                    heapq.heappush(self._heap, (again_at, number, seconds, beat, function))
                 else:
                     self._live.discard(number)
 
@@ -189,9 +192,10 @@ class Heartbeats:
 
 
 def start_task_heartbeat(
-    seconds: float, beat: Callable[[], Coroutine[Any, Any, bool]]
+    seconds: float, beat: Callable[[], Coroutine[Any, Any, bool]], function: str
 ) -> Callable[[], None]:
-    """Await `beat` every so many seconds, on the running loop, until stopped or it returns False.
+    """Await `beat` every so many seconds, for that cached function, on the running loop, until
+    stopped or it returns False.
 
     A function that runs less than the first interval costs a timer and no task. A beat under way
     is left to end by itself: cancelling it would cost a connection.
@@ -203,7 +207,9 @@ def start_task_heartbeat(
         try:
             again = await beat()
         except Exception as error:  # noqa: BLE001  # tried again: the lease may yet be saved
-            _observe.debug("pgkv.cached.renewal_failed", error=type(error).__name__)
+            _observe.debug(
+                "pgkv.cached.renewal_failed", function=function, error=type(error).__name__
+            )
             again = True
         if again and not state["stopped"]:
             arm()

@@ -51,7 +51,9 @@ class Colour(Protocol):
         """Run a flow in the background; False when there is no room."""
         ...
 
-    def beat(self, site: Site, op: Op[bool], every: float, timeout: float) -> Callable[[], None]:
+    def beat(
+        self, site: Site, op: Op[bool], every: float, timeout: float, function: str
+    ) -> Callable[[], None]:
         """Perform an operation again and again until what it returns is called."""
         ...
 

@@ -46,9 +46,11 @@ class Blocking:
         """Run a flow in a thread; False when there is no room."""
         return threads.submit(lambda: self.run(site, make(), timeout))
 
-    def beat(self, site: Site, op: Op[bool], every: float, timeout: float) -> Callable[[], None]:
+    def beat(
+        self, site: Site, op: Op[bool], every: float, timeout: float, function: str
+    ) -> Callable[[], None]:
         """Prolong a lease in the thread that serves all of them."""
-        return heartbeats.start(every, lambda: site.store._execute(op, timeout))
+        return heartbeats.start(every, lambda: site.store._execute(op, timeout), function)
 
 
 class Awaiting:
@@ -71,9 +73,11 @@ class Awaiting:
         """Run a flow in a task of this loop; False when there is no room."""
         return tasks.submit(lambda: self.run(site, make(), timeout))
 
-    def beat(self, site: Site, op: Op[bool], every: float, timeout: float) -> Callable[[], None]:
+    def beat(
+        self, site: Site, op: Op[bool], every: float, timeout: float, function: str
+    ) -> Callable[[], None]:
         """Prolong a lease by a timer of this loop."""
-        return start_task_heartbeat(every, lambda: site.store._execute(op, timeout))
+        return start_task_heartbeat(every, lambda: site.store._execute(op, timeout), function)
 
 
 BLOCKING, AWAITING = Blocking(), Awaiting()

@@ -325,7 +325,7 @@ class Caller:
         """Call the function, its lease kept up; return what it returned and its seconds."""
         options = self.options
         stop = (
-            self.colour.beat(visit.site, beat, options.lease / 3, options.store_timeout)
+            self.colour.beat(visit.site, beat, options.lease / 3, options.store_timeout, self.name)
             if beat is not None
             else _nothing
         )

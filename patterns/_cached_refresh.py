@@ -37,8 +37,7 @@ class Core(Caller):
         except (Busy, Unreachable):
             pass
         except Exception as error:  # noqa: BLE001  # the caller has a valid value without it
-            self.counts.add("errors")
-            _observe.warning("pgkv.cached.refresh_failed", error=type(error).__name__)
+            self._refresh_failed(error)
         self.counts.add("hits" if refreshed is MISSING else "misses")
         return found.value if refreshed is MISSING else refreshed
 
@@ -53,14 +52,19 @@ class Core(Caller):
                 yield from self._refresh(visit)
             except (Busy, Unreachable):
                 pass
-            except Exception:
-                self.counts.add("errors")
-                raise
+            except Exception as error:  # noqa: BLE001  # nobody waits for it
+                self._refresh_failed(error)
             finally:
                 self.flights.refreshing.discard(name)
 
         if not self.colour.later(visit.site, flow, self.options.store_timeout):
             self.flights.refreshing.discard(name)
+
+    def _refresh_failed(self, error: Exception) -> None:
+        self.counts.add("errors")
+        _observe.warning(
+            "pgkv.cached.refresh_failed", function=self.name, error=type(error).__name__
+        )
 
     def _refresh(self, visit: Visit) -> Flow[Any]:
         """Compute anew while the old value is served; MISSING when somebody else does, or did."""

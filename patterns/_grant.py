@@ -115,8 +115,12 @@ def acquire(
     """Try, and wait, and try: until granted, or the time is over, or `stop()` says so (None)."""
     owner, row = new_owner(terms.metadata)
     asking = _Asking(port, terms, owner, row)
+    deadline = None if timeout is None else clock() + timeout
+    if timeout == 0:
+        # One try is no wait: it has the time of any operation, for a connection too.
+        deadline, stop = None, _at_once
     try:
-        hold = yield from asking.until(None if timeout is None else clock() + timeout, stop)
+        hold = yield from asking.until(deadline, stop)
     except GeneratorExit:
         raise
     except BaseException:
@@ -125,6 +129,10 @@ def acquire(
     if hold is None:
         yield from asking.leave_queue()
     return hold
+
+
+def _at_once() -> bool:
+    return True
 
 
 class _Asking(Generic[H]):
@@ -351,7 +359,8 @@ def leave(port: Port[Any], hold: Hold, *, failed: bool) -> Flow[None]:
             "pgkv.lock.release_failed",
             lock=hold.name,
             ttl=hold.ttl,
-            error=f"{type(error).__name__}: {error}",
+            error=type(error).__name__,
+            detail=str(error),
         )
     if failed:
         return

@@ -327,7 +327,7 @@ class Hold:
             self._reason = reason
         context: dict[str, Any] = {"lock": self.name, "reason": reason, "owner": self._owner}
         if self._cause is not None:
-            context["cause"] = f"{type(self._cause).__name__}: {self._cause}"
+            context |= {"cause": type(self._cause).__name__, "detail": str(self._cause)}
         _observe.warning("pgkv.lock.lost", **context)
         self._signal()
 
@@ -365,6 +365,4 @@ def report(fn: Callable[..., Any], lease: Any) -> Any:
 
 def failed_callback(name: str, error: BaseException) -> None:
     """A callback of the user's raised: that is logged, and stops nothing."""
-    _observe.warning(
-        "pgkv.lock.callback_failed", lock=name, error=f"{type(error).__name__}: {error}"
-    )
+    _observe.warning("pgkv.lock.callback_failed", lock=name, error=type(error).__name__)

@@ -190,9 +190,8 @@ class Renewer:
     def _look_safely(self, now: float) -> float:
         try:
             return self._look(now)
-        except Exception as error:  # noqa: BLE001  # a mistake of ours must not end all renewal
-            text = f"{type(error).__name__}: {error}"
-            _observe.warning("pgkv.lock.renewal_broken", error=text)
+        except Exception as error:  # noqa: BLE001  # see there
+            _broken(error)
             return now + LOOK_MAX
 
     def _look(self, now: float) -> float:
@@ -237,8 +236,7 @@ class Renewer:
         self._sending = None
         self._wake.set()
         if not task.cancelled() and (error := task.exception()) is not None:
-            # A mistake of ours must not end all renewal in silence.
-            _observe.warning("pgkv.lock.renewal_broken", error=f"{type(error).__name__}: {error}")
+            _broken(error)
 
     async def _warm(self, sql: LockStatements) -> None:
         with contextlib.suppress(PgkvError):
@@ -276,8 +274,12 @@ class Renewer:
             hold._cause = error.with_traceback(None)
         if not self._failing:
             self._failing = True
-            text = f"{type(error).__name__}: {error}"
-            _observe.warning("pgkv.lock.renewal_failed", leases=len(batch), error=text)
+            _observe.warning(
+                "pgkv.lock.renewal_failed",
+                leases=len(batch),
+                error=type(error).__name__,
+                detail=str(error),
+            )
         batch.clear()
 
     # -- upkeep
@@ -305,6 +307,11 @@ class Renewer:
 # A failed statement's traceback keeps the frames it passed through until the collector comes. So
 # that abandoned leases are noticed, the frames that await hold none: lists are emptied, and loops
 # over them are functions of their own.
+
+
+def _broken(error: BaseException) -> None:
+    """A mistake of ours must not end all renewal, nor pass in silence."""
+    _observe.warning("pgkv.lock.renewal_broken", error=type(error).__name__, detail=str(error))
 
 
 def _take_turns(due: list[Hold]) -> list[Hold]:

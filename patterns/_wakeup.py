@@ -213,7 +213,7 @@ class Listener:
             self._settled.set_result(False)
         if was:
             _observe.warning(
-                "pgkv.lock.listener_lost", error=f"{type(error).__name__}: {error}".strip()
+                "pgkv.lock.listener_lost", error=type(error).__name__, detail=str(error).strip()
             )
         self._wake_all()  # releases may have gone unheard
 

@@ -39,7 +39,8 @@ class SessionStore:
 
     **Guaranteed:** a session that was destroyed, or whose time has passed by the server's clock, is
     never alive again, not by a late `save` and, on a durable table, not after a crash of the
-    server. Requests that change different top-level keys at the same time lose nothing.
+    server (only after a fail-over to an asynchronous replica, which may not have heard of its end).
+    Requests that change different top-level keys at the same time lose nothing.
 
     **Not guaranteed:** that the last second of data survives a crash: `create`, `save` and the
     note of use do not wait for the disk (`destroy`, `destroy_user` and `rotate` do). With

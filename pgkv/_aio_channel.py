@@ -71,7 +71,7 @@ class AsyncPoolChannel:
     """Operations over pooled links, each by itself.
 
     Args:
-        config: time-outs and the retry policy.
+        config: timeouts and the retry policy.
         leases: where links come from.
     """
 
@@ -251,7 +251,6 @@ class AsyncPoolChannel:
 
     async def heal(self, table: Table) -> None:
         """Create a table that the server says is missing."""
-        _observe.info("pgkv.table.create", table=table.quoted)
         await self.run(_schema.ensure(table))
         self._known.add(table)
 

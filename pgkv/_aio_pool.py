@@ -47,7 +47,7 @@ class AsyncLeases:
     """The links of one store, and the loop they belong to.
 
     Args:
-        config: sizes and time-outs.
+        config: sizes and timeouts.
         conninfo: returns what libpq is given; asked when the first connection is needed.
     """
 

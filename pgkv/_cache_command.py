@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from . import _console as console
-from ._command import DONE, NOT_FOUND, Call, command
+from ._command import DONE, Call
 from ._sql.cache import FUNCTION, TAG, CacheStatements, Usage
 from .errors import NotFoundError
 from .store import Store
@@ -33,7 +33,7 @@ def cache(
     A function is called as the list shows it: module, qualified name and version; its last part is
     enough where that is unambiguous. Clearing takes effect in every process at once (in first
     levels within their ttl) and costs one write, however many entries there are; their rows stay in
-    the list until they expire. Exit code 1: nothing is cached, or there is no such function.
+    the list until they expire. Exit code 1: there is no such function.
 
     **Example:** `pgkv cache`
 
@@ -74,7 +74,7 @@ def cache(
             for each in usages
         ]
         console.out().print(console.table(("function", "entries", "computing", "values"), rows))
-    return DONE if usages else NOT_FOUND
+    return DONE
 
 
 def _clear(call: Call, store: Store, sql: CacheStatements, wanted: str, usages: list[Usage]) -> int:
@@ -96,8 +96,3 @@ def _cleared(call: Call, kind: str, name: str) -> int:
     else:
         console.say(f"cleared {kind} {name}")
     return DONE
-
-
-def register() -> None:
-    """Make ``pgkv cache`` known."""
-    command("cache")(cache)

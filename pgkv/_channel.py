@@ -77,7 +77,7 @@ class PoolChannel:
     """Operations over pooled links, each by itself.
 
     Args:
-        config: time-outs and the retry policy.
+        config: timeouts and the retry policy.
         leases: where links come from.
     """
 
@@ -278,7 +278,6 @@ class PoolChannel:
 
     def heal(self, table: Table) -> None:
         """Create a table that the server says is missing."""
-        _observe.info("pgkv.table.create", table=table.quoted)
         self.run(_schema.ensure(table))
         self._known.add(table)
 

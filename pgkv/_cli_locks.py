@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -12,9 +13,9 @@ from typing import Annotated, Any
 import typer
 
 from . import _console as console
-from ._command import DONE, NOT_FOUND, Call, Seconds, command, duration
+from ._command import DONE, Call, Seconds, duration
 from ._sql.lock import SEPARATOR, Guarding, Holder, LockStatements
-from .errors import LockTimeoutError, TableNotFoundError
+from .errors import LeaseLostError, LockTimeoutError, NotFoundError, TableNotFoundError
 from .patterns._lease import info_of
 from .patterns.lock import Lock, statements_of
 from .store import Store
@@ -24,7 +25,6 @@ LOST = 76  # the lease was lost, and the command killed
 KILL_AFTER = 0.5  # of the time between the loss and the lease's end, from TERM to KILL
 
 
-@command("locks")
 def locks(
     call: Call,
     break_: Annotated[
@@ -55,7 +55,10 @@ def locks(
             statements_of(store, LockStatements, durable=durable) for durable in (True, False)
         ]
         if token is not None:
-            return _end(store, tables, token, safely=break_ is None)
+            ended = _end(store, tables, token, safely=break_ is None)
+            if call.json:
+                console.say_json({**ended, "ended": "broken" if revoke is None else "revoked"})
+            return DONE
         leases: list[dict[str, Any]] = []
         guards: list[Guarding] = []
         for sql in tables:
@@ -80,7 +83,7 @@ def locks(
             console.duration(lease["age"]),
             console.duration(lease["remaining"]),
             str(lease["waiters"]),
-            "" if lease["metadata"] is None else str(lease["metadata"]),
+            "" if lease["metadata"] is None else _in_json(lease["metadata"]),
         )
         for lease in leases
     ]
@@ -123,7 +126,12 @@ def _shown(holder: Holder) -> dict[str, Any]:
     }
 
 
-def _end(store: Store, tables: list[LockStatements], token: int, *, safely: bool) -> int:
+def _in_json(metadata: Any) -> str:
+    return console.printable(json.dumps(metadata, ensure_ascii=False))
+
+
+def _end(store: Store, tables: list[LockStatements], token: int, *, safely: bool) -> dict[str, Any]:
+    """End the lease of that token; whose it was."""
     for sql in tables:
         with contextlib.suppress(TableNotFoundError):
             for holder in store._execute(sql.holders()):
@@ -134,12 +142,12 @@ def _end(store: Store, tables: list[LockStatements], token: int, *, safely: bool
                     done = store._execute(sql.revoke(key, token))
                 else:
                     done = store._execute(sql.release(key, token, notify=True)) == 0
-                return DONE if done else NOT_FOUND
-    console.fail("", f"no lease has the token {token}; see pgkv locks", as_json=False)
-    return NOT_FOUND
+                if done:
+                    shown = _shown(holder)
+                    return {name: shown[name] for name in ("name", "slot", "owner", "token")}
+    raise NotFoundError(f"no lease has the token {token}; see pgkv locks")
 
 
-@command("lock")
 def lock(
     call: Call,
     name: Annotated[str, typer.Argument(metavar="NAME", help="The lock.")],
@@ -175,29 +183,29 @@ def lock(
         except LockTimeoutError:
             lease = None
         if lease is None:
-            console.fail("", f"the lock {name!r} is held", as_json=call.json)
+            console.fail(LockTimeoutError.__name__, f"the lock {name!r} is held", as_json=call.json)
             return BUSY
         margin = lease.ttl - lease.remaining()
         code = 1
         try:
-            code = _run(program, lease.token, lost, margin * KILL_AFTER)
+            code = _run(call, program, lease.token, lost, margin * KILL_AFTER)
         finally:
             lease.release()
         if lost.is_set():
-            console.fail(
-                "", f"the lease on {name!r} was lost; {program[0]} was killed", as_json=call.json
-            )
+            why = f"the lease on {name!r} was lost; {program[0]} was killed"
+            console.fail(LeaseLostError.__name__, why, as_json=call.json)
             return LOST
         return code
 
 
-def _run(program: list[str], token: int, lost: threading.Event, patience: float) -> int:
+def _run(call: Call, program: list[str], token: int, lost: threading.Event, patience: float) -> int:
     """Run it in a process group of its own, so that its children can be killed with it."""
     environment = {**os.environ, "PGKV_LOCK_TOKEN": str(token)}
     try:
         process = subprocess.Popen(program, env=environment, start_new_session=True)  # noqa: S603  # what the user asked for
     except OSError as error:
-        console.fail("", f"cannot run {program[0]}: {error.strerror}", as_json=False)
+        why = f"cannot run {program[0]}: {error.strerror}"
+        console.fail(type(error).__name__, why, as_json=call.json)
         return 127 if isinstance(error, FileNotFoundError) else 126
 
     def tell(number: int) -> None:

@@ -132,26 +132,21 @@ class Call:
             yield store if self.namespace is None else store.namespace(self.namespace)
 
 
-def command(name: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
+def register(name: str, fn: Callable[..., int]) -> None:
     """Register ``fn(call, ...) -> exit code`` under that name, with the common options added."""
+    hints = get_type_hints(fn, include_extras=True)
+    own = [
+        parameter.replace(annotation=hints[parameter.name], kind=parameter.KEYWORD_ONLY)
+        for parameter in list(inspect.signature(fn).parameters.values())[1:]
+    ]
 
-    def register(fn: Callable[..., int]) -> Callable[..., int]:
-        hints = get_type_hints(fn, include_extras=True)
-        own = [
-            parameter.replace(annotation=hints[parameter.name], kind=parameter.KEYWORD_ONLY)
-            for parameter in list(inspect.signature(fn).parameters.values())[1:]
-        ]
+    def run(ctx: typer.Context, **given: Any) -> None:
+        after = {option: given.pop(option) for option in COMMON}
+        common = (ctx.obj or {}) | {k: v for k, v in after.items() if v not in (None, False)}
+        raise typer.Exit(fn(Call(**common), **given))
 
-        def run(ctx: typer.Context, **given: Any) -> None:
-            after = {option: given.pop(option) for option in COMMON}
-            common = (ctx.obj or {}) | {k: v for k, v in after.items() if v not in (None, False)}
-            raise typer.Exit(fn(Call(**common), **given))
-
-        _sign(run, own)
-        app.command(name, help=inspect.getdoc(fn))(run)
-        return fn
-
-    return register
+    _sign(run, own)
+    app.command(name, help=inspect.getdoc(fn))(run)
 
 
 def _sign(fn: Any, own: list[inspect.Parameter]) -> None:

@@ -10,6 +10,7 @@ from . import _codec, _observe
 from ._op import Batch, Flow, Op, Raced, call, do, send, transaction
 from ._sql import Statements
 from .errors import (
+    ConfigError,
     ConflictError,
     InvalidValueError,
     OperationTimeoutError,
@@ -116,6 +117,17 @@ def update(
         f"update: the value was changed by others during each of {attempts} attempts; "
         "raise attempts, or split the key"
     )
+
+
+def maintain(sql: Statements, op: Op[None]) -> Flow[None]:
+    """Vacuum or analyze. A role without the right is told: the server would only warn, and skip."""
+    if not (yield from do(sql.may_maintain())):
+        raise ConfigError(
+            f"{op.statement.name}: the database role lacks a right: it does not own {sql.t}. "
+            "Run it as the table's owner; or, on PostgreSQL 17 and newer, let the owner "
+            f"GRANT MAINTAIN ON {sql.t} TO <role>"
+        )
+    yield from do(op)
 
 
 # -- pipelines -----------------------------------------------------------------------------

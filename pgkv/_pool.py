@@ -38,7 +38,7 @@ from .errors import (
 LEASE_TIME = 60.0  # seconds
 POOL_NAME = "pgkv-"
 # How long to listen for a new connection before asking whether the attempt has failed: the pool
-# hides the reason behind its time-out.
+# hides the reason behind its timeout.
 OPENING_NAP = 0.05
 FIRST_NAP = 0.001  # seconds between two looks whether a new pool has its first connection
 # How long closing waits for the pool's threads: one may be connecting to a server that is silent.
@@ -49,7 +49,7 @@ class Leases:
     """The links of one store.
 
     Args:
-        config: sizes and time-outs.
+        config: sizes and timeouts.
         conninfo: returns what libpq is given; asked when the first connection is needed.
     """
 

@@ -7,8 +7,9 @@ server says "no such table". It never alters the type of a column and never drop
 
 from __future__ import annotations
 
+from . import _observe
 from ._op import TEXT, Flow, Op, Result, Statement, do
-from ._sql.table import read_found, read_nothing
+from ._sql.table import read_nothing
 from .config import Config, Table, TableKind, TableType, quote_identifier, require_config
 from .errors import ConfigError, PgkvError, QueryError, StoreUnavailableError
 
@@ -49,7 +50,7 @@ _TICKETS_COLUMNS = """\
 
 _SESSIONS_COLUMNS = """\
     id         BYTEA PRIMARY KEY,
-    user_id    TEXT,
+    user_id    TEXT COLLATE "C",
     data       JSONB NOT NULL,
     version    BIGINT NOT NULL,
     created_at TIMESTAMPTZ NOT NULL,
@@ -92,6 +93,20 @@ def create_sql(table: Table) -> str:
     return sql
 
 
+def _create_schema_sql(schema: str) -> str:
+    """The command that creates the schema where it is missing."""
+    name = quote_identifier(schema)
+    literal = "'" + name.replace("'", "''") + "'"
+    tag = "$pgkv$"
+    while tag in name:
+        tag = f"{tag[:-1]}_$"
+    # Asked first: IF NOT EXISTS demands the right to create even where it does nothing.
+    return (
+        f"DO {tag} BEGIN IF to_regnamespace({literal}) IS NULL "
+        f"THEN CREATE SCHEMA IF NOT EXISTS {name}; END IF; END {tag};"
+    )
+
+
 def schema_sql(config: Config, *, locks: bool = True, sessions: bool = True) -> str:
     """Return the DDL of everything a store uses, for a migration tool.
 
@@ -118,7 +133,7 @@ def schema_sql(config: Config, *, locks: bool = True, sessions: bool = True) -> 
         tables.append(companion(config, TableKind.SESSIONS))
     parts = [create_sql(table) for table in tables]
     if config.schema is not None:
-        parts.insert(0, f"CREATE SCHEMA IF NOT EXISTS {quote_identifier(config.schema)};")
+        parts.insert(0, _create_schema_sql(config.schema))
     return "\n\n".join(parts) + "\n"
 
 
@@ -152,14 +167,15 @@ def ensure(table: Table) -> Flow[None]:
         commands = _missing(table, columns)
         if not commands:
             return
-        if table.schema is not None and not (yield from do(_schema_exists(table.schema))):
-            # Asked first: IF NOT EXISTS demands the right to create even where it does nothing.
-            commands = f"CREATE SCHEMA IF NOT EXISTS {quote_identifier(table.schema)}; {commands}"
+        if table.schema is not None:
+            commands = f"{_create_schema_sql(table.schema)} {commands}"
         try:
             yield from do(_script("create_table", commands))
         except PgkvError as error:
             if attempt == 2 or not _made_by_another(error):
                 raise _explained(error, table) from error.__cause__
+        else:
+            _observe.info("pgkv.table.create", table=table.quoted)
 
 
 def recreate(table: Table) -> Flow[None]:
@@ -179,18 +195,6 @@ def _columns(table: Table) -> Op[dict[str, str]]:
         writes=False,
     )
     return Op(statement, (table.quoted.encode(),))
-
-
-def _schema_exists(schema: str) -> Op[bool]:
-    statement = Statement(
-        "create_table",
-        "SELECT 1 FROM pg_namespace WHERE nspname = $1",
-        (TEXT,),
-        read_found,
-        retry_safe=True,
-        writes=False,
-    )
-    return Op(statement, (schema.encode(),))
 
 
 def _read_columns(result: Result) -> dict[str, str]:

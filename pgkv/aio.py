@@ -495,10 +495,10 @@ class AsyncStore:
 
     async def vacuum(self) -> None:
         require_whole_table(self._sql, "vacuum")
-        await self._execute(self._sql.vacuum())
+        await self._run(_flows.maintain(self._sql, self._sql.vacuum()))
 
     async def analyze(self) -> None:
-        await self._execute(self._sql.analyze())
+        await self._run(_flows.maintain(self._sql, self._sql.analyze()))
 
     async def create_table(self) -> None:
         await self._run(_schema.ensure(self._sql.table))

@@ -1,7 +1,7 @@
 """`cli.py` is the ``pgkv`` command: thin functions over `Store`.
 
-A command is a function whose first parameter is a `Call` and which returns its exit code; the
-decorator `command` gives it the options that all of them take, before or after the command's name.
+A command is a function whose first parameter is a `Call` and which returns its exit code;
+`register` gives it the options that all of them take, before or after the command's name.
 Exit codes: 0 done, 1 not found or not done, 2 wrong usage, 3 the store is unavailable. Errors are
 one line on standard error.
 """
@@ -17,10 +17,7 @@ from typing import Annotated, Any, TypeAlias
 
 import typer
 
-from . import (
-    _cache_command,
-    _cli_locks,  # noqa: F401  # registers `locks` and `lock`
-)
+from . import _cache_command, _cli_locks
 from . import _console as console
 from ._command import (
     DONE,
@@ -28,9 +25,9 @@ from ._command import (
     Call,
     Seconds,
     app,
-    command,
     duration,
     main,
+    register,
 )
 from ._schema import schema_sql
 from ._sweep import sweep_all
@@ -43,7 +40,6 @@ PAGE_KEYS, PAGE_ITEMS = 5000, 500  # rows fetched at a time: values may be large
 Key: TypeAlias = Annotated[str, typer.Argument(metavar="KEY", help="The key.")]
 
 
-@command("get")
 def get(call: Call, key: Key) -> int:
     """Write a key's value to standard output, byte for byte.
 
@@ -78,7 +74,6 @@ def get(call: Call, key: Key) -> int:
     return DONE
 
 
-@command("set")
 def set_(
     call: Call,
     key: Key,
@@ -132,7 +127,6 @@ def set_(
     return DONE if written else NOT_FOUND
 
 
-@command("delete")
 def delete(
     call: Call,
     keys: Annotated[list[str] | None, typer.Argument(metavar="KEY", help="The keys.")] = None,
@@ -179,7 +173,6 @@ def _confirm(given: bool, question: Callable[[], str]) -> None:
         raise typer.Exit(NOT_FOUND)
 
 
-@command("scan")
 def scan(
     call: Call,
     prefix: Annotated[
@@ -232,7 +225,6 @@ def scan(
     return DONE
 
 
-@command("stats")
 def stats(call: Call) -> int:
     """Show how much the table holds and how well it is kept. Reads all of it.
 
@@ -263,7 +255,6 @@ def stats(call: Call) -> int:
     return DONE
 
 
-@command("sweep")
 def sweep(
     call: Call,
     limit: Annotated[
@@ -294,7 +285,6 @@ def sweep(
     return DONE
 
 
-@command("schema")
 def schema(
     call: Call,
     regular: Annotated[
@@ -323,7 +313,6 @@ def schema(
     return DONE
 
 
-@command("doctor")
 def doctor(call: Call) -> int:
     """Examine the server, the table and the way to them, and say what to do.
 
@@ -343,7 +332,6 @@ def doctor(call: Call) -> int:
     return NOT_FOUND if any(finding.status == "fail" for finding in findings) else DONE
 
 
-@command("demo")
 def demo(
     call: Call,
     keys: Annotated[int, typer.Option("--keys", metavar="N", min=1000, hidden=True)] = 400_000,
@@ -361,11 +349,31 @@ def demo(
     """
     from . import _demo
 
+    given = {"--table": call.table, "--namespace": call.namespace, "--timeout": call.timeout}
+    for option, value in given.items():
+        if value is not None:
+            raise typer.BadParameter(f"the demo works on a table of its own: it takes no {option}")
     options: dict[str, Any] = {"schema": call.schema, "pooler": call.pooler or Pooler.NONE}
     done = _demo.run(call.dsn, options, _demo.Size(keys, seconds), as_json=call.json)
     return DONE if done else NOT_FOUND
 
 
-_cache_command.register()
+# In this order the help shows them.
+COMMANDS: dict[str, Callable[..., int]] = {
+    "get": get,
+    "set": set_,
+    "delete": delete,
+    "scan": scan,
+    "stats": stats,
+    "sweep": sweep,
+    "doctor": doctor,
+    "schema": schema,
+    "locks": _cli_locks.locks,
+    "lock": _cli_locks.lock,
+    "cache": _cache_command.cache,
+    "demo": demo,
+}
+for _name, _function in COMMANDS.items():
+    register(_name, _function)
 
 __all__ = ["app", "main"]

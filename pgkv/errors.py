@@ -259,7 +259,9 @@ def _from_sqlstate(
             "run the DDL that `pgkv schema` prints, or set auto_create_table=True"
         )
     elif state == "42501":
-        found = ConfigError(f"{action}: the database role lacks a right: {text}. {_grant(table)}")
+        found = ConfigError(
+            f"{action}: the database role lacks a right: {text}. {_grant(table, action)}"
+        )
     elif state in ("40001", "40P01", "55P03"):
         found = QueryError(f"{action}: {text} (SQLSTATE {state}); repeat it")
         found.retryable = True
@@ -280,9 +282,14 @@ def _from_sqlstate(
     return _because(found, error)
 
 
-def _grant(table: str) -> str:
+def _grant(table: str, action: str) -> str:
     if not table:
         return "Grant it, or create the table with a role that has it (see `pgkv schema`)."
+    if action == "truncate":
+        return (
+            f"Run as the table's owner: GRANT TRUNCATE ON {table} TO <role>; or call clear(), "
+            "which does without."
+        )
     return (
         f"Run as the table's owner: GRANT SELECT, INSERT, UPDATE, DELETE ON {table} TO <role>; "
         "or, if the table does not exist yet, create it with the DDL of `pgkv schema` "

@@ -519,6 +519,9 @@ class Store:
     ) -> bytes:
         """Write ``fn(current)``, repeated until nobody changed the value in between.
 
+        A change is seen by the version: one by a client that writes none, such as the Rust crate,
+        may be overwritten unnoticed.
+
         Args:
             key: the key.
             fn: maps the current value (None without one) to the new one. It may run several times.
@@ -675,13 +678,21 @@ class Store:
         return self._execute(self._sql.stats())
 
     def vacuum(self) -> None:
-        """Reclaim dead rows now. Autovacuum does it by itself."""
+        """Reclaim dead rows now. Autovacuum does it by itself.
+
+        Raises:
+            ConfigError: the role may not: it neither owns the table nor (17 and newer) has MAINTAIN.
+        """
         require_whole_table(self._sql, "vacuum")
-        self._execute(self._sql.vacuum())
+        self._run(_flows.maintain(self._sql, self._sql.vacuum()))
 
     def analyze(self) -> None:
-        """Refresh the planner's statistics of the table."""
-        self._execute(self._sql.analyze())
+        """Refresh the planner's statistics of the table.
+
+        Raises:
+            ConfigError: as of `vacuum`.
+        """
+        self._run(_flows.maintain(self._sql, self._sql.analyze()))
 
     def create_table(self) -> None:
         """Create the table (and its schema) where it is missing; harmless where it is not.

@@ -58,7 +58,7 @@ class ServerClock:
 
     Tables that pgkv makes go into the same schema. Without `schema` it has a random name and is
     dropped, with its tables, by `close()`; a schema that is named is left as it is. A move is seen
-    by the next statement of every connection. Local waiting (heartbeats, time-outs, what a client
+    by the next statement of every connection. Local waiting (heartbeats, timeouts, what a client
     counts on from an answer) does not move with it.
 
     Make the clock before the tables: defaults of columns keep the functions they were made with.

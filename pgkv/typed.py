@@ -226,6 +226,8 @@ class TypedStore(_Typed[T]):
     ) -> T:
         """Write ``fn(current)``, repeated until nobody changed the value in between.
 
+        See `Store.update` for what it does not notice.
+
         Args:
             key: the key.
             fn: maps the current value (None without one) to the new one. It may run several times.

@@ -194,6 +194,34 @@ def rights(patient: Patient) -> Finding:
     return Finding("rights", "ok", "all: the role owns the table")
 
 
+def strangers(patient: Patient) -> Finding:
+    """Whether others run code here: a trigger runs with the rights of whoever writes, and on a table
+    that was found through search_path any role may have put it there."""
+    seen = patient.row(
+        "SELECT (r.rolsuper OR d.datdba = c.relowner OR pg_has_role(c.relowner, 'MEMBER')) AS known, "
+        "ARRAY(SELECT quote_ident(tgname) FROM pg_trigger WHERE tgrelid = c.oid "
+        "AND NOT tgisinternal AND tgname <> 'pgkv_fence' ORDER BY 1) AS triggers "
+        "FROM pg_class c JOIN pg_roles r ON r.oid = c.relowner, pg_database d "
+        "WHERE c.oid = to_regclass(%s) AND d.datname = current_database()",
+        patient.name,
+    )
+    assert patient.table is not None
+    owner, schema = patient.table["owner"], patient.table["schema"]
+    if seen["triggers"]:
+        names = ", ".join(seen["triggers"])
+        drop = "; ".join(f"DROP TRIGGER {name} ON {patient.name}" for name in seen["triggers"])
+        detail = f"the table has triggers, which run with your rights: {names} (owner: {owner})"
+        return Finding("owner and triggers", "warn", detail, f"if they are not yours: {drop}")
+    if patient.config.schema is None and not seen["known"]:
+        detail = f"the table was found through search_path, and is {owner}'s, none of your roles"
+        advice = (
+            "if that role is to be trusted, name the schema (schema=..., --schema); if not, it may "
+            f"have put the table there: REVOKE CREATE ON SCHEMA {schema} FROM it, or from PUBLIC"
+        )
+        return Finding("owner and triggers", "warn", detail, advice)
+    return Finding("owner and triggers", "ok", f"owned by {owner}; no triggers")
+
+
 def indexes(patient: Patient) -> Finding:
     """An index on anything but the key: each update then has to write to it."""
     found = patient.rows(
@@ -331,6 +359,7 @@ CHECKS: tuple[Check, ...] = (
     key_index,
     collation,
     rights,
+    strangers,
     indexes,
     hot_updates,
     dead_rows,

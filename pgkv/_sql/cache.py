@@ -173,7 +173,7 @@ class CacheStatements(TableStatements):
             (TEXT, BINARY, BINARY, BINARY),
             _read_lease,
             repeats=3,
-            # Not repeated: a lock time-out is an answer here (compute, do not store).
+            # Not repeated: a lock timeout is an answer here (compute, do not store).
             retried=False,
         )
 

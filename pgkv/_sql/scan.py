@@ -14,7 +14,7 @@ from .._op import BINARY, TEXT, Op, Result, Signal, Statement
 from ..errors import InvalidKeyError
 from ..types import KeyValue, ScanOptions, Stats
 from .sweep import Sweep
-from .table import LIVE, read_int, read_nothing
+from .table import LIVE, read_found, read_int, read_nothing
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -160,6 +160,27 @@ class Scan(Sweep):
     def truncate(self) -> Op[None]:
         """Empty the table at once."""
         return Op(self._command("truncate", f"SET LOCAL lock_timeout = '2s'; TRUNCATE {self.t}"))
+
+    @cached_property
+    def _may_maintain(self) -> Statement[bool]:
+        return self.statement(
+            "may_maintain",
+            "SELECT FROM pg_class c, pg_database d "
+            f"WHERE c.oid = {self._regclass} AND d.datname = current_database() "
+            "AND (pg_has_role(d.datdba, 'USAGE') "
+            # An older server does not know the word MAINTAIN: asked about it, it raises.
+            "OR CASE WHEN current_setting('server_version_num')::int >= 170000 "
+            "THEN has_table_privilege(c.oid, 'MAINTAIN') "
+            "ELSE pg_has_role(c.relowner, 'USAGE') END)",
+            (),
+            read_found,
+            retry_safe=True,
+            writes=False,
+        )
+
+    def may_maintain(self) -> Op[bool]:
+        """Whether the role may vacuum and analyze: where not, the server skips the table."""
+        return Op(self._may_maintain)
 
     def vacuum(self) -> Op[None]:
         """Reclaim dead rows."""

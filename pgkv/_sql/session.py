@@ -87,7 +87,7 @@ class SessionStatements(Sweep):
     Args:
         config: the store's.
         table: the session table.
-        lifetimes: the time-outs.
+        lifetimes: the timeouts.
         inside: for a caller's transaction.
     """
 

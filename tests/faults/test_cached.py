@@ -202,7 +202,7 @@ async def test_an_outage_costs_little_and_ends(
 
 
 @newest
-async def test_a_frozen_store_costs_the_time_out(
+async def test_a_frozen_store_costs_the_timeout(
     make_store: MakeStore, colour: Colour, witness: Witness
 ) -> None:
     """A server that does not answer (here: a locked table) delays a call by store_timeout, not by

@@ -79,7 +79,7 @@ def worker() -> Iterator[Callable[..., Worker]]:
 def test_histories_are_those_of_a_fenced_mutex(
     dsn: str, worker: Callable[..., Worker], tmp_path: Path
 ) -> None:
-    """Eight processes, three locks, random calls and time-outs: linearizable."""
+    """Eight processes, three locks, random calls and timeouts: linearizable."""
     seed = random.randrange(2**32)
     print(f"seed {seed}")
     with pgkv.Store.connect(dsn) as store:

@@ -15,14 +15,16 @@ from pgkv.cli import main
 
 def test_cache_lists_and_clears(dsn: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Functions with their entries and bytes; clearing by a short or full name, or a tag; exit code
-    1 where there is none."""
+    1 where there is no such function, 0 where there is nothing to list."""
     with pgkv.Store.connect(dsn) as store:
 
         @pgkv.cached(60, store=store, store_timeout=20, tags=("t:{n}",))
         def load(n: int) -> int:
             return n
 
-        assert main(["cache", "--dsn", dsn]) == 1
+        assert main(["cache", "--dsn", dsn]) == 0
+        assert main(["cache", "--dsn", dsn, "--json"]) == 0
+        assert capsys.readouterr().out == ""
         load(1)
         load(2)
         capsys.readouterr()

@@ -124,7 +124,7 @@ async def test_filler_reads_before_and_stores_after(
 @both_ends
 async def test_filler_stores_during(world: World, how: str, end: str) -> None:
     """A filler that read before and wants to store while the transaction is open: its fill is
-    dropped after the lock time-out (or carries the old generation), and it returns; it never
+    dropped after the lock timeout (or carries the old generation), and it returns; it never
     hangs."""
     hold, filling = await world.begin_fill()
     async with world.transaction(how, end):

@@ -50,22 +50,25 @@ async def test_stale_values_are_served_while_one_refresh_runs(
 
 
 async def test_a_refresh_that_fails_leaves_the_stale_value(
-    store: Any, colour: Colour, clock: ServerClock
+    store: Any, colour: Colour, clock: ServerClock, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Stale-if-error: callers get the old value, the failure is counted, and tried again."""
+    """Stale-if-error: callers get the old value, the failure is counted, logged with the function's
+    name and without its message, and tried again."""
     calls: list[int] = []
 
     @cached_in(colour, store, stale=1000, beta=0)
     async def f() -> int:
         calls.append(1)
         if len(calls) == 2:
-            raise LookupError
+            raise LookupError("of a user")
         return len(calls)
 
     await f()
     clock.advance(61)
     assert await f() == 1
-    await until(lambda: f.cache_info().errors == 1, "the refresh fails")
+    await until(lambda: "refresh_failed" in caplog.text, "the refresh fails")
+    assert f.cache_info().errors == 1
+    assert f"pgkv.cached.refresh_failed function={f.name} error=LookupError\n" in caplog.text
 
     # Its lease is given up right after.
     async def again() -> bool:

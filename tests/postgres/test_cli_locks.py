@@ -60,11 +60,33 @@ def test_locks_are_listed_broken_and_revoked(dsn: str) -> None:
         assert by_name["gpu"]["slot"] == slot.slot
         text = run(dsn, "locks").stdout
         assert "billing\t" in text
+        assert text.splitlines()[0].endswith('\t{"job": 7}')
         assert run(dsn, "locks", "--revoke", str(lease.token)).returncode == 0
         assert lock.try_acquire() is None
         assert run(dsn, "locks", "--break", str(slot.token)).returncode == 0
         assert run(dsn, "locks", "--break", "1").returncode == 1
         assert [each["name"] for each in listed(dsn)["locks"]] == ["billing"]
+
+
+def test_each_answer_about_locks_is_json(dsn: str) -> None:
+    """With --json what was ended is a document on standard output, what failed one on standard error."""
+    with pgkv.Store.connect(dsn) as store:
+        for option, ended in (("--revoke", "revoked"), ("--break", "broken")):
+            lease = pgkv.Semaphore(store, "gpu", 2).acquire()
+            done = run(dsn, "locks", option, str(lease.token), "--json")
+            told = json.loads(done.stdout)
+            assert (done.returncode, told.pop("owner")) == (0, lease.owner)
+            assert told == {"name": "gpu", "slot": lease.slot, "token": lease.token, "ended": ended}
+            none = run(dsn, "locks", option, "1", "--json")
+            assert (none.returncode, none.stdout) == (1, "")
+            assert json.loads(none.stderr)["error"] == "NotFoundError"
+        with pgkv.Lock(store, "job").acquire():
+            held = run(dsn, "--json", "lock", "job", "--skip", "--", "true")
+            assert (held.returncode, json.loads(held.stderr)["error"]) == (75, "LockTimeoutError")
+    for program, code in (("no-such-program", 127), ("/", 126)):
+        done = run(dsn, "--json", "lock", "job", "--", program)
+        assert (done.returncode, done.stdout) == (code, "")
+        assert f"cannot run {program}" in json.loads(done.stderr)["message"]
 
 
 def test_a_command_runs_under_the_lock(dsn: str) -> None:

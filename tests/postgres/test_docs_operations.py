@@ -227,7 +227,7 @@ def gone(dsn: str, name: str) -> None:
 
 
 def test_statement_timeout(dsn: str) -> None:
-    """It is a time-out of which the outcome is known."""
+    """It is a timeout of which the outcome is known."""
     with (
         a_locked_row(dsn),
         pgkv.Store.connect(with_setting(dsn, "statement_timeout=200")) as store,

@@ -24,6 +24,7 @@ from pgkv import (
     TableType,
     TtlCleanupStrategy,
     _doctor,
+    fence_sql,
 )
 from pgkv._doctor import Finding
 from pgkv.cli import main
@@ -45,6 +46,7 @@ OF_THE_TABLE = [
     "unique key",
     "key's collation",
     "rights",
+    "owner and triggers",
     "index on expires_at",
     "heap-only updates",
     "dead rows",
@@ -173,6 +175,41 @@ def test_missing_rights(dsn: str, role: str) -> None:
     found = examine(theirs)["columns"]
     assert found.status == "fail"
     assert "ALTER TABLE" in found.advice
+
+
+def test_a_table_that_a_stranger_planted(dsn: str, role: str) -> None:
+    """Another role's table in a schema of the search_path is warned of, until the schema is named or
+    the owner is one of ours; so is a trigger, whose code has the rights of those who write."""
+    schema = schema_of(dsn)
+    other = f"{role}_2"
+    execute(dsn, f'CREATE ROLE "{other}"; GRANT USAGE, CREATE ON SCHEMA "{schema}" TO "{other}"')
+    try:
+        with Store.connect(dsn):
+            pass
+        execute(dsn, f'GRANT USAGE ON SCHEMA "{schema}" TO "{role}"')
+        theirs = make_conninfo(dsn, user=role)
+        found = examine(theirs)["owner and triggers"]
+        assert found.status == "ok", "a superuser's"
+        execute(dsn, f'ALTER TABLE kv_store OWNER TO "{other}"')
+        found = examine(theirs)["owner and triggers"]
+        assert found.status == "warn"
+        assert other in found.detail
+        assert f"CREATE ON SCHEMA {schema}" in found.advice
+        assert examine(theirs, schema=schema)["owner and triggers"].status == "ok"
+        execute(dsn, f'GRANT "{other}" TO "{role}"')
+        assert examine(theirs)["owner and triggers"].status == "ok"
+        execute(
+            dsn,
+            "CREATE FUNCTION f() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NEW; END';"
+            'CREATE TRIGGER "Mine" BEFORE INSERT ON kv_store FOR EACH ROW EXECUTE FUNCTION f()',
+        )
+        found = examine(theirs, schema=schema)["owner and triggers"]
+        assert found.status == "warn"
+        execute(dsn, found.advice.split(": ", 1)[1])
+        execute(dsn, fence_sql("kv_store", "version"))
+        assert examine(theirs)["owner and triggers"].status == "ok"
+    finally:
+        execute(dsn, f'DROP OWNED BY "{other}" CASCADE; DROP ROLE "{other}"')
 
 
 @pytest.mark.parametrize(

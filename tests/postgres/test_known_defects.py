@@ -240,6 +240,23 @@ async def test_a_rust_worker_writes_to_a_table_of_ours(store: Any, peer: Peer) -
     assert (await store.get_entry("k")).version > 0
 
 
+async def test_what_goes_by_versions_does_not_notice_a_rust_worker(store: Any, peer: Peer) -> None:
+    """update and if_version overwrite what a Rust worker wrote meanwhile; compare_and_swap, which goes
+    by the value, does not.
+    """
+    await store.set("k", b"1")
+
+    def meanwhile(_: bytes | None) -> bytes:
+        peer.run(RUST_SET, "k", b"rust", None)
+        return b"mine"
+
+    assert await store.update("k", meanwhile) == b"mine"
+    version = (await store.get_entry("k")).version
+    peer.run(RUST_SET, "k", b"rust", None)
+    assert not await store.compare_and_swap("k", b"mine", b"2")
+    assert await store.set("k", b"2", if_version=version) is not None
+
+
 async def test_a_prefix_under_another_collation(make_store: Any, peer: Peer) -> None:
     """Under a collation that sorts A1 between a and b, delete_prefix('a') leaves A1 alone."""
     try:

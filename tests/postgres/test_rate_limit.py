@@ -329,7 +329,7 @@ async def test_a_reservation_from_before_a_reset(make: Make, clock: ServerClock)
 
 
 async def test_acquire_waits_its_turn(make: Make, operations: Any) -> None:
-    """One statement and one sleep; a wait beyond the time-out is refused at once."""
+    """One statement and one sleep; a wait beyond the timeout is refused at once."""
     limiter = make("20/s burst 1")
     for _ in range(3):
         assert await limiter.acquire("u")

@@ -293,7 +293,7 @@ async def test_the_strictest_decides_for_many(make: Make, nowhere: Any, colour: 
 
 
 async def test_a_locked_key_is_no_stall(make: Make, peer: Peer) -> None:
-    """A charge held in somebody's open transaction delays a hit by the time-out, not longer."""
+    """A charge held in somebody's open transaction delays a hit by the timeout, not longer."""
     limiter = make("9/h", timeout=0.2, on_error="closed")
     await limiter.hit("u")
     with peer.conn.transaction():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from typing import Any
 
 import psycopg
@@ -104,7 +105,7 @@ async def test_any_name(make_store: Any, peer: Peer, name: str) -> None:
     assert peer.one("SELECT count(*) FROM pg_tables WHERE tablename = %s", name) == 1
 
 
-@pytest.mark.parametrize("schema", ['quo"te', "sp ace;", "ünï", "UPPER"])
+@pytest.mark.parametrize("schema", ['quo"te', "quo'te", "sp ace;", "ünï", "UPPER", "$pgkv$"])
 async def test_any_schema(make_store: Any, peer: Peer, schema: str) -> None:
     """A schema may have any name and is made with the table."""
     unique = f"{schema}{peer.one('SELECT pg_backend_pid()')}"
@@ -141,11 +142,23 @@ async def test_schema_sql_is_all_that_is_needed(make_store: Any, peer: Peer, sto
     assert peer.run(same, '"migra""ted"') == peer.run(same, "kv_store")
 
 
+async def test_no_index_depends_on_the_servers_libraries(peer: Peer) -> None:
+    """Every text in an index is ordered by the C collation: a new C library or ICU orders no other."""
+    peer.conn.execute(pgkv.schema_sql(pgkv.Config("postgresql://")).encode())
+    indexed = peer.run(
+        "SELECT DISTINCT t.relname, c.collname FROM pg_index i JOIN pg_class t ON t.oid = indrelid"
+        " CROSS JOIN unnest(indcollation) AS used JOIN pg_collation c ON c.oid = used"
+        " WHERE t.relnamespace = current_schema()::regnamespace ORDER BY 1"
+    )
+    names = ("", "_locks", "_locks_u", "_sessions", "_tickets")
+    assert indexed == [(f"kv_store{name}", "C") for name in names]
+
+
 async def test_schema_sql_with_a_schema(peer: Peer) -> None:
     """schema_sql makes the schema, and leaves out what is not wanted."""
     config = pgkv.Config("postgresql://", schema="s", table_type=pgkv.TableType.REGULAR)
     script = pgkv.schema_sql(config, locks=False, sessions=False)
-    assert script.startswith('CREATE SCHEMA IF NOT EXISTS "s";')
+    assert 'CREATE SCHEMA IF NOT EXISTS "s"' in script.partition("\n")[0]
     assert 'CREATE TABLE IF NOT EXISTS "s"."kv_store"' in script
     assert "_locks" not in script
     assert "_sessions" not in script
@@ -153,11 +166,69 @@ async def test_schema_sql_with_a_schema(peer: Peer) -> None:
     assert "_locks" in pgkv.schema_sql(config, sessions=False)
 
 
+async def test_a_schema_that_is_there_already(make_store: Any, peer: Peer, dsn: str) -> None:
+    """Where the schema is there, CREATE on it is enough, for schema_sql and for a store; a role that
+    would have to make it needs CREATE on the database.
+    """
+    schema = peer.one("SELECT current_schema()")
+    role = f"maker_{schema}"
+    peer.run(f"CREATE ROLE {role} LOGIN; GRANT USAGE, CREATE ON SCHEMA {schema} TO {role}")
+    restricted = make_conninfo(dsn, user=role)
+    try:
+        migration = psycopg.connect(restricted, autocommit=True)
+        with contextlib.closing(migration):
+            for _ in range(2):
+                config = pgkv.Config(restricted, schema=schema, table_name="migrated")
+                migration.execute(pgkv.schema_sql(config).encode())
+            missing = pgkv.schema_sql(pgkv.Config(restricted, schema=f"{schema}_2"))
+            with pytest.raises(psycopg.errors.InsufficientPrivilege):
+                migration.execute(missing.encode())
+        store = await make_store(dsn=restricted, schema=schema)
+        assert await store.set("k", b"v") is not None
+        with pytest.raises(pgkv.ConfigError, match="may not create"):
+            await make_store(dsn=restricted, schema=f"{schema}_2")
+    finally:
+        peer.run(f"DROP OWNED BY {role}; DROP ROLE {role}")
+
+
 async def test_no_table_and_none_to_be_made(make_store: Any, peer: Peer) -> None:
     """Without auto_create_table connect() says that there is no table, and makes none."""
     with pytest.raises(pgkv.TableNotFoundError, match=r"kv_store.*does not exist"):
         await make_store(auto_create_table=False)
     assert relation(peer, "kv_store") is None
+
+
+async def test_a_table_made_is_logged_once(
+    colour: Colour, make_store: Any, peer: Peer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """pgkv.table.create is logged when a table was made, and only then: not by a process that finds
+    it, be it in its first transaction or under a lock.
+    """
+
+    def logged() -> list[str]:
+        found = [
+            each.getMessage() for each in caplog.records if "table.create" in each.getMessage()
+        ]
+        caplog.clear()
+        return found
+
+    async def use(store: Any) -> None:
+        async with store.transaction() as tx:
+            await tx.set("k", b"v")
+        for _ in range(2):
+            lease = await colour.make("Lock", store, "n", fair=True).acquire()
+            await lease.release()
+
+    caplog.set_level("INFO", logger="pgkv")
+    names = ["kv_store", "kv_store_locks", "kv_store_tickets"]
+    made = [f'pgkv.table.create table="{name}"' for name in names]
+    await use(await make_store())
+    assert sorted(logged()) == made
+    await use(await make_store())
+    assert logged() == []
+    peer.run("DROP TABLE kv_store")
+    await use(await make_store())
+    assert logged() == made[:1]
 
 
 async def test_a_missing_table_is_made_again(store: Any, peer: Peer) -> None:
@@ -226,6 +297,10 @@ async def test_a_role_without_rights(make_store: Any, peer: Peer, dsn: str) -> N
         assert await reader.get("k") == b"v"
         with pytest.raises(pgkv.ConfigError, match="lacks a right"):
             await reader.set("k", b"w")
+        with pytest.raises(pgkv.ConfigError, match=r'GRANT TRUNCATE ON "kv_store"'):
+            await reader.truncate()
+        peer.run(f"GRANT TRUNCATE ON kv_store TO {role}")
+        await reader.truncate()
     finally:
         peer.run(f"DROP OWNED BY {role}")
         peer.run(f"DROP ROLE {role}")
@@ -298,6 +373,36 @@ async def test_vacuum_and_analyze(store: Any, peer: Peer) -> None:
     assert await store.analyze() is None
     assert await store.get("k") == b"v"
     assert peer.one("SELECT reltuples FROM pg_class WHERE oid = 'kv_store'::regclass") == 1
+
+
+async def test_upkeep_by_a_role_that_may_not(make_store: Any, peer: Peer, dsn: str) -> None:
+    """vacuum and analyze that the server would skip, with a warning, say so; a member of the
+    owner and (PostgreSQL 17) a role with MAINTAIN may.
+    """
+    schema = peer.one("SELECT current_schema()")
+    role, owner = f"worker_{schema}", f"owner_{schema}"
+    it = "WHERE oid = 'kv_store'::regclass"
+    await make_store()
+    peer.run(f"CREATE ROLE {role} LOGIN; CREATE ROLE {owner}")
+    peer.run(f"GRANT USAGE, CREATE ON SCHEMA {schema} TO {role}, {owner}")
+    peer.run(f"GRANT SELECT ON kv_store TO {role}; ALTER TABLE kv_store OWNER TO {owner}")
+    try:
+        store = await make_store(dsn=make_conninfo(dsn, user=role))
+        for refused in (store.vacuum, store.analyze):
+            with pytest.raises(pgkv.ConfigError, match=r'does not own "kv_store".*GRANT MAINTAIN'):
+                await refused()
+        rights = [f"{owner} TO {role}"]
+        if peer.conn.info.server_version >= 170000:
+            rights.append(f"MAINTAIN ON kv_store TO {role}")
+        for right in rights:
+            peer.run(f"GRANT {right}")
+            for allowed in (store.vacuum, store.analyze):
+                peer.run(f"UPDATE pg_class SET reltuples = -1 {it}")
+                await allowed()
+                assert peer.one(f"SELECT reltuples FROM pg_class {it}") == 0
+            peer.run(f"REVOKE {right.replace(' TO ', ' FROM ')}")
+    finally:
+        peer.run(f"DROP OWNED BY {role}, {owner} CASCADE; DROP ROLE {role}, {owner}")
 
 
 async def test_upkeep_of_the_whole_table_is_not_a_namespaces(store: Any) -> None:

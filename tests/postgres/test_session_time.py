@@ -1,4 +1,4 @@
-"""Sessions and time: both time-outs, by the server's clock."""
+"""Sessions and time: both timeouts, by the server's clock."""
 
 from __future__ import annotations
 

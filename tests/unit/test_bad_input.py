@@ -306,7 +306,7 @@ def test_one_expiry_at_most(store: Any, options: Any) -> None:
 
 
 def test_bad_ping_timeout(store: Any) -> None:
-    """ping's time-out is a positive duration."""
+    """ping's timeout is a positive duration."""
     for timeout in (0, -1, math.nan, "1"):
         refused(pgkv.InvalidValueError, "timeout", partial(store.ping, timeout))
 

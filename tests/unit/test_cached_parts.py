@@ -142,8 +142,10 @@ def test_the_thread_pool_is_bounded_and_ends() -> None:
     wait_until(lambda: not pool._threads, "threads end")
 
 
-def test_heartbeats() -> None:
-    """Called again and again until stopped, or until it says False; a failure is no end."""
+def test_heartbeats(caplog: pytest.LogCaptureFixture) -> None:
+    """Called again and again until stopped, or until it says False; a failure is no end, and logged
+    with the function's name."""
+    caplog.set_level("DEBUG", logger="pgkv")
     beats = _background.Heartbeats()
     seen: list[str] = []
 
@@ -153,16 +155,17 @@ def test_heartbeats() -> None:
             raise OSError
         return again
 
-    stop = beats.start(0.01, lambda: beat("on", True))
-    beats.start(0.01, lambda: beat("once", False))
-    stop_error = beats.start(0.01, lambda: beat("error", True))
+    stop = beats.start(0.01, lambda: beat("on", True), "app.f:1")
+    beats.start(0.01, lambda: beat("once", False), "app.f:1")
+    stop_error = beats.start(0.01, lambda: beat("error", True), "app.f:1")
     wait_until(lambda: seen.count("on") >= 3 and seen.count("error") >= 3, "three beats")
     stop()
     stop_error()
     assert seen.count("once") == 1
+    assert "pgkv.cached.renewal_failed function=app.f:1 error=OSError" in caplog.text
     wait_until(lambda: not beats._live, "all stopped")
     count = len(seen)
-    beats.start(0.01, lambda: beat("later", False))
+    beats.start(0.01, lambda: beat("later", False), "app.f:1")
     wait_until(lambda: "later" in seen, "one more")
     assert len(seen) <= count + 3
 

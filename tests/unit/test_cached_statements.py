@@ -68,6 +68,6 @@ def test_parameters_fit(op: Op[Any]) -> None:
 
 
 def test_whatever_may_wait_for_a_row_says_for_how_long() -> None:
-    """Leases, fills and their like carry a lock time-out; invalidations wait, and so do not."""
+    """Leases, fills and their like carry a lock timeout; invalidations wait, and so do not."""
     bounded = {name for name, op in ALL.items() if "lock_timeout" in op.statement.sql}
     assert bounded == {"lease", "claim", "fill", "fill for ever", "extend", "give_up"}

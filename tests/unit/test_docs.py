@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import logging
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -69,9 +70,8 @@ def test_every_setting_is_explained_with_its_default(of: type[Any]) -> None:
 # -- events
 
 
-def events() -> Iterator[tuple[str, str, frozenset[str] | None]]:
-    """Each event that the code logs: its name, its level, and its fields where they are written out
-    beside it."""
+def logging_calls() -> Iterator[tuple[str, str, list[ast.keyword]]]:
+    """Each place in the code that logs an event: its name, its level, its fields."""
     for path in (*(ROOT / "pgkv").rglob("*.py"), *(ROOT / "patterns").rglob("*.py")):
         if path.is_relative_to(ROOT / "pgkv" / "_demo"):
             continue
@@ -82,9 +82,15 @@ def events() -> Iterator[tuple[str, str, frozenset[str] | None]]:
             level = called.attr if isinstance(called, ast.Attribute) else getattr(called, "id", "")
             first = node.args[0] if node.args else None
             if level in LEVELS and isinstance(first, ast.Constant):
-                names = [keyword.arg for keyword in node.keywords]
-                fields = None if None in names else frozenset(map(str, names))
-                yield str(first.value), level, fields
+                yield str(first.value), level, node.keywords
+
+
+def events() -> Iterator[tuple[str, str, frozenset[str] | None]]:
+    """Each event that the code logs: its name, its level, and its fields where they are written out
+    beside it."""
+    for event, level, keywords in logging_calls():
+        names = [keyword.arg for keyword in keywords]
+        yield event, level, None if None in names else frozenset(map(str, names))
 
 
 def test_every_event_is_explained() -> None:
@@ -102,11 +108,26 @@ def test_every_event_is_explained() -> None:
         assert fields in (None, listed[name][1]), name
 
 
+def test_errors_are_logged_in_one_form() -> None:
+    """`error` is the exception's class, never its text: a user's exception may quote his data."""
+    for event, _, keywords in logging_calls():
+        for field in keywords:
+            if field.arg == "error":
+                assert ast.unparse(field.value) == "type(error).__name__", event
+
+
+def test_no_field_is_one_of_the_standard_librarys() -> None:
+    """structlog may hand fields on as `extra`, which refuses the names of a record's own."""
+    taken = {*vars(logging.makeLogRecord({})), "message", "asctime"}
+    for event, _, fields in events():
+        assert taken.isdisjoint(fields or ()), event
+
+
 def test_the_events_of_lost_leases_have_the_fields_listed() -> None:
     """The one event whose fields are put together elsewhere."""
     found = re.search(r"context: .*? = \{(.*?)\}", (ROOT / "patterns" / "_lease.py").read_text())
     assert found is not None
     assert re.findall(r'"(\w+)":', found[1]) == ["lock", "reason", "owner"]
-    assert "| `pgkv.lock.lost` | warning | `lock`, `reason`, `owner`, `cause` |" in page(
+    assert "| `pgkv.lock.lost` | warning | `lock`, `reason`, `owner`, `cause`, `detail` |" in page(
         "monitoring.md"
     )

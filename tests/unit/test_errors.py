@@ -122,7 +122,7 @@ def test_an_answer_is_a_known_outcome(state: str) -> None:
 
 
 def test_the_pools_errors() -> None:
-    """A pool's time-out is a PoolTimeoutError, a closed pool StoreUnavailableError."""
+    """A pool's timeout is a PoolTimeoutError, a closed pool StoreUnavailableError."""
     busy = translate(PoolTimeout("30 s"), action="get")
     assert isinstance(busy, pgkv.PoolTimeoutError)
     assert isinstance(busy, TimeoutError)
@@ -140,6 +140,13 @@ def test_missing_rights_say_what_to_grant() -> None:
     """42501 names the GRANT to run, on the quoted table."""
     error = translate(Refused("42501", message_primary="denied"), action="set", table='"s"."t"')
     assert 'GRANT SELECT, INSERT, UPDATE, DELETE ON "s"."t"' in str(error)
+
+
+def test_what_truncate_needs() -> None:
+    """truncate() needs a right that nothing else does: the advice names it, and no other."""
+    error = translate(Refused("42501", message_primary="denied"), action="truncate", table='"t"')
+    assert 'GRANT TRUNCATE ON "t"' in str(error)
+    assert "SELECT" not in str(error)
 
 
 def test_missing_tables_say_what_to_do() -> None:

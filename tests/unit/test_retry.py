@@ -215,7 +215,7 @@ def test_repeat_writes_off() -> None:
     ids=lambda error: type(error).__name__,
 )
 def test_what_is_never_repeated(error: PgkvError) -> None:
-    """Time-outs, refusals and mistakes are not repeated: they would end the same way."""
+    """Timeouts, refusals and mistakes are not repeated: they would end the same way."""
     run = Run(op(retry_safe=True), error)
     assert run.result is error
     assert (run.attempts, run.sleeps) == (0, [])

@@ -55,7 +55,7 @@ def test_outage(
     kind: str,
     mode: str,
 ) -> None:
-    """raise makes 500s, open admits, closed refuses; each within the limiter's time-out; and all is
+    """raise makes 500s, open admits, closed refuses; each within the limiter's timeout; and all is
     as before as soon as the server is back."""
     server = make_server()
     made: list[Any] = []
@@ -99,7 +99,7 @@ def test_silence(
     kind: str,
     cancelling: float,
 ) -> None:
-    """A server that no longer answers costs a request the time-out too; the blocking store also
+    """A server that no longer answers costs a request the timeout too; the blocking store also
     tries to cancel, for a second, once for each connection that was under way."""
     server = make_server()
     made: list[Any] = []
