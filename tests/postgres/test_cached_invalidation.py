@@ -365,7 +365,9 @@ async def test_storm_no_reader_sees_an_older_value(
         if sync_store is not None:
             await in_thread(sync_store.close)
     hits = sum(each.cache_info().hits for each in readers)
-    print(f"{reads} reads, {hits} hits, {sum(each.cache_info().discarded_fills for each in readers)} discarded")
+    print(
+        f"{reads} reads, {hits} hits, {sum(each.cache_info().discarded_fills for each in readers)} discarded"
+    )
     assert not old, (len(old), reads, old[:3])
     assert reads > 100
     assert hits > 50

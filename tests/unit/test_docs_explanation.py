@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import ast
 import re
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 from docs.diagram import PICTURE, drawing
+from tests.benchmarks.case import PGKV
+from tests.benchmarks.record import read
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -69,27 +70,21 @@ def test_no_module_reads_the_wall_clock(path: Path) -> None:
     assert bool(called & WALL_CLOCKS) is (name_of(path) in MAY_READ_IT)
 
 
-def rows_of(page: str, columns: int) -> list[list[str]]:
-    """The rows of a page's tables; a case that is left out is that of the row above."""
-    lines = re.findall(r"^\|(.*)\|$", (ROOT / "docs" / page).read_text("utf-8"), re.MULTILINE)
-    rows = [[cell.strip() for cell in line.split("|")] for line in lines]
-    rows = [row for row in rows if len(row) == columns]
-    for above, row in pairwise(rows):
-        row[0] = row[0] or above[0]
-    return rows
-
-
 def test_figures_quoted_elsewhere_are_those_of_the_benchmark() -> None:
-    """docs/why.md rounds what docs/performance.md measured, and is a sixth off at most."""
+    """docs/why.md rounds what the benchmark measured, and is a sixth off at most."""
+    named = {"as it is": PGKV, "`durable=False`": f"{PGKV}, durable=False"}
     measured = {
-        (case, against): float(ratio.split()[0])
-        for case, _, against, _, ratio, *_ in rows_of("performance.md", 7)
-        if re.match(r"[\d.]+ \(", ratio)
+        (result.case, pair.ours, pair.against): pair.ratio.median
+        for result in read(ROOT / "docs" / "benchmarks.json").results
+        for pair in result.comparisons
+        if pair.ratio
     }
-    quoted = [row for row in rows_of("why.md", 3) if re.fullmatch(r"[\d.]+", row[2])]
+    lines = re.findall(r"^\| (.*) \|$", (ROOT / "docs" / "why.md").read_text("utf-8"), re.MULTILINE)
+    rows = [line.split(" | ") for line in lines]
+    quoted = [row for row in rows if re.fullmatch(r"[\d.]+", row[-1])]
     assert len(quoted) > 10
-    for case, against, ratio in quoted:
-        assert float(ratio) == pytest.approx(measured[case, against], rel=0.17), case
+    for case, ours, against, ratio in quoted:
+        assert float(ratio) == pytest.approx(measured[case, named[ours], against], rel=0.17), case
 
 
 def test_the_glossary_has_no_word_that_nobody_uses() -> None:
