@@ -272,7 +272,7 @@ class AsyncLeases:
                 if failed is not None and failed[0] >= started:
                     raise unreachable(failed[1], action) from failed[1]
                 if monotonic() >= until:
-                    raise no_connection(action, until - started) from None
+                    raise no_connection(self._config, action, until - started) from None
             except PoolClosed:
                 raise closed(action) from None
             else:

@@ -254,7 +254,7 @@ class Leases:
                 if failed is not None and failed[0] >= started:
                     raise unreachable(failed[1], action) from failed[1]
                 if monotonic() >= until:
-                    raise no_connection(action, until - started) from None
+                    raise no_connection(self._config, action, until - started) from None
             except PoolClosed:
                 raise closed(action) from None
             else:
@@ -433,10 +433,13 @@ def busy(config: Config, action: str, *, by_pool: bool) -> PgkvError:
     return error
 
 
-def no_connection(action: str, seconds: float) -> StoreUnavailableError:
-    """What a caller hears when connecting neither succeeds nor fails."""
+def no_connection(config: Config, action: str, seconds: float) -> StoreUnavailableError:
+    """What a caller hears when connecting neither succeeds nor fails: for connect_timeout, or until
+    its own deadline."""
+    by_connecting = seconds > 0.95 * config.connect_timeout  # some of it may have passed before
+    limit = "connect_timeout" if by_connecting else "the time for the call"
     return StoreUnavailableError(
-        f"{action}: no connection to PostgreSQL within {seconds:.3g} s (connect_timeout)"
+        f"{action}: no connection to PostgreSQL within {seconds:.3g} s ({limit})"
     )
 
 

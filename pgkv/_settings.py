@@ -46,6 +46,11 @@ def config_of(dsn: object, given: Mapping[str, Any]) -> Config:
     return Config(found, **options_of(given))
 
 
+def reach_timeout(config: Config) -> float:
+    """Seconds in which `connect` must reach the server, retries included."""
+    return min(config.connect_timeout, config.operation_timeout)
+
+
 def table_config(config: Config, name: str, given: Mapping[str, Any]) -> Config:
     """Return the settings of another table over the same connections."""
     return replace(config, table_name=name, **_known(given, _TABLE_OPTIONS))

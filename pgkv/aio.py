@@ -39,6 +39,7 @@ from ._settings import (
     config_of_pool,
     facts_of,
     options_of,
+    reach_timeout,
     refuse_pickle,
     require_whole_table,
     scan_options,
@@ -190,6 +191,8 @@ class AsyncStore:
     async def _connected(cls, dsn: str | None, config: Options) -> AsyncIterator[Self]:
         store = cls(config_of(dsn, config))
         try:
+            await asyncio.to_thread(store._target.dsn)  # an embedded server starts in its own time
+            await store.ping(reach_timeout(store._config))
             if store._config.auto_create_table:
                 await store.create_table()
             else:

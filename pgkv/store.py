@@ -38,6 +38,7 @@ from ._settings import (
     config_of_pool,
     facts_of,
     options_of,
+    reach_timeout,
     refuse_pickle,
     require_whole_table,
     scan_options,
@@ -197,6 +198,8 @@ class Store:
         """
         store = cls(config_of(dsn, config))
         try:
+            store._target.dsn()  # an embedded server starts in its own time
+            store.ping(reach_timeout(store._config))
             store.create_table() if store._config.auto_create_table else store.exists("-")
         except BaseException:
             store.close()

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import socket
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import psycopg
@@ -667,6 +669,40 @@ def test_what_any_value_is(value: object) -> None:
     """`object` is a type that every plain value fits: it can be kept."""
     serializer: Serializer[object] = Serializer(object, "json")
     assert serializer.decode("k", serializer.encode("k", value)) == value
+
+
+# -- a server that says nothing -------------------------------------------------------------
+
+
+@pytest.fixture
+def silent() -> Iterator[str]:
+    """The DSN of a server that accepts connections and never answers."""
+    with socket.create_server(("127.0.0.1", 0), backlog=100) as listening:
+        yield f"postgresql://nobody@127.0.0.1:{listening.getsockname()[1]}/nowhere"
+
+
+def test_connecting_ends_in_time(silent: str) -> None:
+    """connect() gives up within connect_timeout, retries included, and names it."""
+    began = monotonic()
+    with pytest.raises(pgkv.StoreUnavailableError, match=r"0\.5 s \(connect_timeout\)"):
+        pgkv.Store.connect(silent, connect_timeout=0.5)
+    assert monotonic() - began < 2.5
+
+
+async def test_connecting_ends_in_time_async(silent: str) -> None:
+    """So does the other colour's."""
+    began = monotonic()
+    with pytest.raises(pgkv.StoreUnavailableError, match=r"0\.5 s \(connect_timeout\)"):
+        await pgkv.AsyncStore.connect(silent, connect_timeout=0.5)
+    assert monotonic() - began < 2.5
+
+
+def test_a_call_that_ends_before_connecting_does(silent: str) -> None:
+    """A call whose own time is shorter does not blame connect_timeout."""
+    late = pgkv.Store(pgkv.Config(silent, operation_timeout=0.2))
+    with pytest.raises(pgkv.StoreUnavailableError, match=r"0\.2 s \(the time for the call\)"):
+        late.get("k")
+    late.close()
 
 
 # -- a closed store ------------------------------------------------------------------------
