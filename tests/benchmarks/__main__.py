@@ -10,10 +10,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress
 
+from pgkv._demo.placement import CAN_PLACE
 from tests.benchmarks import page, plot, readme, record, services, table
 from tests.benchmarks.case import Bench, Case, FactCase
 from tests.benchmarks.cases import TOPICS, Topic
-from tests.benchmarks.placement import CAN_PIN
 from tests.benchmarks.record import Record, Section
 from tests.benchmarks.rounds import ROUNDS_MIN, measure
 
@@ -123,7 +123,7 @@ def main() -> None:
         sys.exit(f"No case's name or topic contains {given.only!r}.")
     with services.running() as running:
         made = Record(
-            record.machine(), record.versions(running.versions()), given.rounds, CAN_PIN, []
+            record.machine(), record.versions(running.versions()), given.rounds, CAN_PLACE, []
         )
         earlier = None
         if given.only and given.output and (given.output / RECORD).exists():
