@@ -388,7 +388,7 @@ class Caller:
             ttl = ttl.total_seconds() if isinstance(ttl, timedelta) else ttl
             if ttl is not None and ttl <= 0:
                 return 0.0
-        return math.inf if ttl is None else _codec.seconds(ttl)
+        return math.inf if ttl is None else _codec.seconds(ttl, endless="")
 
 
 def _nothing() -> None:

@@ -44,7 +44,7 @@ class L1:
         if not isinstance(given, int) or isinstance(given, bool) or given < 1:
             raise ConfigError(f"L1: max_entries must be 1 or more, not {max_entries!r}")
         self.max_entries = max_entries
-        self.ttl: float = seconds(ttl)
+        self.ttl: float = seconds(ttl, endless="")
         self._entries: OrderedDict[object, _Kept] = OrderedDict()
         self._epoch = 0
         self._lock = threading.Lock()
@@ -56,6 +56,9 @@ class L1:
 
     def __len__(self) -> int:
         return len(self._entries)
+
+    def __bool__(self) -> bool:
+        return True  # an empty one is no absent one
 
     @property
     def epoch(self) -> int:

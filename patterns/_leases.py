@@ -62,7 +62,7 @@ class Lease(Hold):
             LeaseLostError: it is lost.
             StoreUnavailableError: the server does not answer; the lease holds as long as it did.
         """
-        self._port.channel.run(_grant.extend(self._port, self, seconds(ttl)))
+        self._port.channel.run(_grant.extend(self._port, self, seconds(ttl, endless="")))
 
     def guard(self, conn: Any, *, max_hold: Seconds | None = None) -> None:
         """Protect the caller's transaction: if this returns, nobody else is granted the lock until
@@ -148,7 +148,7 @@ class AsyncLease(Hold):
 
     async def extend(self, ttl: Seconds) -> None:
         """As `Lease.extend`."""
-        await self._port.channel.run(_grant.extend(self._port, self, seconds(ttl)))
+        await self._port.channel.run(_grant.extend(self._port, self, seconds(ttl, endless="")))
 
     async def guard(self, conn: Any, *, max_hold: Seconds | None = None) -> None:
         """As `Lease.guard`, with a psycopg AsyncConnection."""

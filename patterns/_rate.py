@@ -7,12 +7,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import lru_cache
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
+from ..config import Seconds  # at run time too: whoever decodes a Rate reads its annotations
 from ..errors import ConfigError
-
-if TYPE_CHECKING:
-    from ..config import Seconds
 
 NS = 1_000_000_000
 COUNT_PER_SECOND_MAX = 1_000_000  # beyond it a token is shorter than the server clock's tick
@@ -125,7 +123,7 @@ def _require_count(name: str, value: object) -> None:
         raise ConfigError(f"{name} must be an integer of 1 or more, not {value!r}")
 
 
-Rates: TypeAlias = "str | Rate | Iterable[Rate | str]"
+Rates: TypeAlias = str | Rate | Iterable[Rate | str]
 
 
 def rates_of(given: Rates) -> tuple[Rate, ...]:

@@ -85,7 +85,7 @@ def make_terms(
         name,
         [key],
         statements_of(store, LockStatements, durable=durable),
-        seconds(ttl),
+        seconds(ttl, endless=""),
         renew,
         wakeup == "notify",
         fair,

@@ -72,7 +72,7 @@ def locked(
             "LockTimeoutError when it has passed"
         )
     longest = waiting(timeout) if on_busy == "wait" else 0.0
-    seconds(ttl)
+    seconds(ttl, endless="")
 
     def decorate(fn: F) -> F:
         if not callable(fn):

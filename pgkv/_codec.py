@@ -17,9 +17,10 @@ from .errors import InvalidKeyError, InvalidValueError
 if TYPE_CHECKING:
     from .config import Seconds
 
-Value: TypeAlias = "bytes | bytearray | memoryview | str"
+Value: TypeAlias = bytes | bytearray | memoryview | str
 
 TTL_MAX = 1000 * 366 * 86400.0  # seconds; a moment Python can show, whatever the server's clock
+KEY_ENDLESS = "leave it out for a key that never expires"
 INT8_MIN, INT8_MAX = -(2**63), 2**63 - 1
 
 _EPOCH = datetime(2000, 1, 1, tzinfo=UTC)
@@ -156,14 +157,16 @@ def encode_values(values: Sequence[Value], size_max: int) -> Sequence[bytes]:
     return [encode_value(value, size_max) for value in values]
 
 
-def seconds(value: Seconds, name: str = "ttl", *, zero: bool = False, endless: str = "") -> float:
+def seconds(
+    value: Seconds, name: str = "ttl", zero: bool = False, endless: str = KEY_ENDLESS
+) -> float:
     """Return a finite duration in seconds: more than 0, or with `zero` also that.
 
     Args:
         value: what the caller gave.
         name: what the caller calls it.
         zero: no time at all is a duration too.
-        endless: how the caller says "without end".
+        endless: how the caller says "without end"; the default is about a key's ttl.
 
     Raises:
         InvalidValueError: zero, negative, NaN, infinite, longer than 1,000 years, not a number.
@@ -176,7 +179,7 @@ def seconds(value: Seconds, name: str = "ttl", *, zero: bool = False, endless: s
         )
     # Compared, not converted: NaN fails it too, and an int may be too large for a float.
     if not 0 < value <= TTL_MAX and not (zero and value == 0):
-        advice = f"; {endless}" if endless else ""
+        advice = f"; {endless}" if endless and (name == "ttl" or endless != KEY_ENDLESS) else ""
         if value > 0:
             raise InvalidValueError(f"{name} is beyond 1,000 years{advice}")
         if zero:
@@ -199,7 +202,7 @@ def waiting(value: Seconds | None, name: str = "timeout") -> float | None:
 
 def encode_ttl(ttl: Seconds) -> bytes:
     """Return a duration as a binary interval: whole microseconds, rounded up, so never zero."""
-    return encode_interval(seconds(ttl, endless="leave it out for a key that never expires"))
+    return encode_interval(seconds(ttl))
 
 
 def encode_interval(seconds: float) -> bytes:

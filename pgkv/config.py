@@ -11,7 +11,7 @@ import os
 import re
 from dataclasses import dataclass, field, fields
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import Any, TypeAlias, TypedDict
 from urllib.parse import unquote_to_bytes
 
 import psycopg
@@ -19,10 +19,7 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from .errors import ConfigError
 
-if TYPE_CHECKING:
-    from typing import TypeAlias
-
-Seconds: TypeAlias = "float | int | timedelta"
+Seconds: TypeAlias = float | int | timedelta
 
 EMBEDDED_SCHEME = "embedded://"
 KEY_LENGTH_MAX = 2600  # bytes; a btree entry must fit a third of an 8 kB page (2,704)

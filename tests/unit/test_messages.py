@@ -273,10 +273,13 @@ def test_mistakes_of_scope(
 
 
 def test_no_wrong_advice() -> None:
-    """Only an engine is told to change its driver."""
+    """Only an engine is told to change its driver, and only a key to live without a ttl."""
     with pytest.raises(pgkv.ConfigError) as caught:
         store.using(store)
     assert "driver" not in str(caught.value)
+    with pytest.raises(pgkv.InvalidValueError) as endless:
+        pgkv.Lock(store, "l", ttl=float("inf"))
+    assert "key" not in str(endless.value)
 
 
 async def test_opened_twice() -> None:

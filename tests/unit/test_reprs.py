@@ -19,6 +19,7 @@ import pytest
 
 import pgkv
 from pgkv import _observe
+from pgkv._serialize import Serializer
 from pgkv.patterns._lease import clock
 from pgkv.patterns._request_session import RequestSession
 
@@ -333,6 +334,27 @@ def test_what_stays_in_its_process(name: str, send: Callable[[Any], Any]) -> Non
 def test_values_travel(value: object) -> None:
     """Values, settings and cached functions can be pickled, and arrive equal."""
     assert pickle.loads(pickle.dumps(value)) == value
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        pgkv.Entry("k", b"v", 1, None, MOMENT, MOMENT, MOMENT),
+        pgkv.KeyValue("k", b"v"),
+        pgkv.CasResult(pgkv.CasStatus.SUCCESS, b"v", 1),
+        pgkv.ScanOptions(prefix="a"),
+        pgkv.Rate.parse("10/s burst 20"),
+        pgkv.LimiterCounts(1, 2, 3),
+        limiter._policy.degraded(allowed=True, retry_after=0.0),
+        load_user.cache_info(),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+@pytest.mark.parametrize("codec", ["json", "msgpack"])
+def test_values_can_be_kept(value: Any, codec: Any) -> None:
+    """Values of pgkv can be kept in a typed store, and be the result of a cached function."""
+    serializer: Serializer[Any] = Serializer(type(value), codec)
+    assert serializer.decode("k", serializer.encode("k", value)) == value
 
 
 ERRORS = [name for name in pgkv.__all__ if name.endswith("Error")]
