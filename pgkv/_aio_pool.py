@@ -147,7 +147,7 @@ class AsyncLeases:
             if answer is not None:
                 return given, answer
             if given is not None:
-                # Unlike a link that carries on from its last answer, it has been idle for a turn.
+                # It has been idle for a turn of the loop.
                 if not given.is_stale():
                     return given, None
                 self.discard(given)
@@ -174,6 +174,11 @@ class AsyncLeases:
         now = monotonic()
         if self._closed or link.lease_end < now:
             self._give_back(link)
+            return
+        # Whoever has it next sends at once: what a terminated backend said after its last answer
+        # would be lost with the connection, and the outcome unknown.
+        if self.waiters and link.is_stale():
+            self.discard(link)
             return
         while self.waiters:
             if self.waiters.popleft().takes(link, now):

@@ -122,8 +122,9 @@ async def test_increments_under_kills_count_exactly(
     print(f"{tally.done} done, {tally.unknown} unknown, {tally.refused} refused, {final} counted")
     assert tally.done > 200
     assert tally.done <= final <= tally.done + tally.unknown
-    # Kills come as FATAL messages, which are answers; few connections just break.
-    assert tally.unknown < 100
+    # Kills come as FATAL messages, which are answers; few connections just break. Of the 200 killed,
+    # some 10; 70 where a link is not looked at between an answer and the next operation.
+    assert tally.unknown < 45
     assert not tally.refused, tally.errors[0]
 
 
