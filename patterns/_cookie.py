@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Collection, Iterable
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from .. import _observe
 from ..config import require_seconds
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from ..config import Seconds
 
 SameSite: TypeAlias = Literal["lax", "strict", "none"]
-Exempt: TypeAlias = "Callable[[Any], bool] | Collection[str] | None"
 
 _NAME = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
 _DOMAIN = re.compile(r"[\x20-\x3a\x3c-\x7e]+")  # printable ASCII but ';'
@@ -111,34 +110,6 @@ class Cookie:
 
 def _is_text(value: object, pattern: re.Pattern[str]) -> bool:
     return isinstance(value, str) and pattern.fullmatch(value) is not None
-
-
-def _are_paths(given: object) -> bool:
-    return isinstance(given, Iterable) and all(_is_text(each, _PATH) for each in given)
-
-
-def exemption(exempt: Exempt) -> Callable[[Any, str], bool]:
-    """Return the question "does this request's path need no session?".
-
-    Args:
-        exempt: a function of the ASGI scope or WSGI environ; or paths, each of which stands for
-            itself and all below it; or None.
-
-    Raises:
-        ConfigError: neither of these.
-    """
-    if exempt is None:
-        return lambda _request, _path: False
-    if callable(exempt):
-        ask = exempt
-        return lambda request, _path: bool(ask(request))
-    if isinstance(exempt, str) or not _are_paths(exempt):
-        raise ConfigError(
-            f"exempt must be a function, or a list of paths that begin with /, not {exempt!r}"
-        )
-    exact = frozenset(each.rstrip("/") or "/" for each in exempt)
-    below = tuple(each.rstrip("/") + "/" for each in exempt)
-    return lambda _request, path: path in exact or path.startswith(below)
 
 
 def private(cache_control: str | None) -> str:

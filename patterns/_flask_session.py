@@ -9,7 +9,8 @@ from flask.sessions import SessionInterface, SessionMixin
 from .._observe import shown
 from ..errors import SessionError
 from ._colour import require
-from ._cookie import Cookie, Exempt, SameSite, exemption
+from ._cookie import Cookie, SameSite
+from ._exempt import Exempt, exemption
 from ._request_session import RequestSession
 from ._visit import Visit
 from .middleware.session_wsgi import lazy_visit, made_private

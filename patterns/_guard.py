@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 from .. import _observe
 from .._op import Flow, call
 from ..errors import ConfigError, PgkvError
 from ._colour import require
+from ._exempt import under
 from ._limiter import Core
 from ._options import OnError, check_mode
 from ._policy import Decision, HeaderStyle
@@ -23,7 +24,6 @@ from .client_ip import client_ip
 
 Headers: TypeAlias = "HeaderStyle | None"
 Limits: TypeAlias = "Rates | Callable[[Any], Any] | None"
-Exempt: TypeAlias = "Collection[str] | Callable[[Any], Any] | None"
 Option: TypeAlias = "Callable[[Any], Any] | None"
 
 PROBLEMS = "https://iana.org/assignments/http-problem-types#"
@@ -109,7 +109,8 @@ class Guard:
             one bucket for all. Without one, `client_ip()`.
         cost: tokens, or a function of the request; 0 lets it pass.
         limits: rates for this request, or a function of the request; None for the limiter's own.
-        exempt: paths, or a function of the request that is true for those to let pass.
+        exempt: paths (each with all below it), or a function of the request that is true for those
+            to let pass.
         headers: ``"draft"``, ``"x"`` or None for no headers.
         on_error: see `RateLimiter`; instead of the limiter's own.
         shadow: decide and log, never refuse.
@@ -149,15 +150,9 @@ class Guard:
         self._cost = cost
         self._limits = limits if limits is None or callable(limits) else rates_of(limits)
         self._exempt = exempt
-        if isinstance(exempt, str):
-            raise ConfigError(f"exempt is a list of paths or a function: [{exempt!r}]")
         if exempt is not None and not callable(exempt):
-            if not hasattr(exempt, "__iter__"):
-                raise ConfigError(
-                    f"exempt must be a list of paths or a function, not {type(exempt).__name__}"
-                )
-            paths: Collection[str] = frozenset(exempt)
-            self._exempt = lambda request: _path_of(request) in paths
+            is_under = under(exempt)
+            self._exempt = lambda request: is_under(_path_of(request))
         if headers not in ("draft", "x", None):
             raise ConfigError(f"headers are 'draft', 'x' or None, not {headers!r}")
         self._headers = headers

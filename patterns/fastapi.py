@@ -8,7 +8,8 @@ from typing import Any
 from fastapi import HTTPException, Request, Response
 
 from .._drivers import drive_async
-from ._guard import STATUS, Exempt, Guard, Headers, Limits, Verdict, problem
+from ._exempt import Exempt
+from ._guard import STATUS, Guard, Headers, Limits, Verdict, problem
 from ._options import OnError
 from ._policy import Decision
 from .middleware.asgi import perform
@@ -67,7 +68,7 @@ def rate_limit(
         key: see :class:`RateLimitMiddleware`.
         cost: tokens, or a function of the request; 0 lets it pass.
         limits: rates instead of the limiter's, or a function of the request.
-        exempt: paths, or a function that is true for requests to let pass.
+        exempt: paths (each with all below it), or a function that is true for requests to let pass.
         headers: ``"draft"``, ``"x"`` or None.
         on_error: ``"open"``, ``"closed"`` or ``"raise"``.
         shadow: decide, count and log, never refuse.

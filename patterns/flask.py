@@ -9,8 +9,9 @@ from typing import Any, ParamSpec, TypeVar
 import flask
 
 from .._drivers import drive
+from ._exempt import Exempt
 from ._flask_session import PgkvSessionInterface
-from ._guard import STATUS, Exempt, Guard, Headers, Limits
+from ._guard import STATUS, Guard, Headers, Limits
 from ._options import OnError
 from .middleware.wsgi import perform
 from .rate_limit import RateLimiter
@@ -47,7 +48,7 @@ def rate_limit(
         key: see :class:`RateLimitMiddleware`.
         cost: tokens, or a function of the request; 0 lets it pass.
         limits: rates instead of the limiter's, or a function of the request.
-        exempt: paths, or a function that is true for requests to let pass.
+        exempt: paths (each with all below it), or a function that is true for requests to let pass.
         headers: ``"draft"``, ``"x"`` or None.
         on_error: ``"open"``, ``"closed"`` or ``"raise"``.
         shadow: decide, count and log, never refuse.

@@ -12,7 +12,8 @@ from typing import Any, TypeAlias
 from ..._drivers import call_async, drive_async
 from ..._observe import shown
 from ..._op import Call
-from .._guard import STATUS, Exempt, Guard, Headers, HttpRequest, Limits, heard_by_servers
+from .._exempt import Exempt
+from .._guard import STATUS, Guard, Headers, HttpRequest, Limits, heard_by_servers
 from .._options import OnError
 from ..rate_limit import AsyncRateLimiter
 
@@ -43,7 +44,7 @@ class RateLimitMiddleware:
             one bucket for all. Without one: :func:`client_ip` with no trusted proxy.
         cost: tokens, or a function of the request; 0 lets it pass.
         limits: rates instead of the limiter's, or a function of the request: a user's plan.
-        exempt: paths, or a function that is true for requests to let pass.
+        exempt: paths (each with all below it), or a function that is true for requests to let pass.
         headers: ``"draft"``, ``"x"`` or None; see :meth:`Decision.headers`.
         on_error: when the store does not answer: ``"open"`` lets the request pass, ``"closed"``
             refuses it (take it for logins), ``"raise"`` makes it a server error.

@@ -10,7 +10,8 @@ from ..._observe import shown
 from ...config import Seconds
 from ...errors import SessionError
 from .._colour import require
-from .._cookie import Cookie, Exempt, SameSite, exemption, private, varying
+from .._cookie import Cookie, SameSite, private, varying
+from .._exempt import Exempt, exemption
 from .._request_session import RequestSession
 from .._session_types import Session
 from .._visit import Visit

@@ -8,7 +8,8 @@ from typing import Any, TypeAlias
 from ..._observe import shown
 from ...config import Seconds
 from .._colour import require
-from .._cookie import Cookie, Exempt, SameSite, exemption, private, varying
+from .._cookie import Cookie, SameSite, private, varying
+from .._exempt import Exempt, exemption
 from .._request_session import RequestSession
 from .._visit import Visit
 from ..session import SessionStore

@@ -8,7 +8,8 @@ from typing import Any, TypeAlias
 from ..._drivers import call, drive
 from ..._observe import shown
 from ..._op import Call
-from .._guard import STATUS, Exempt, Guard, Headers, HttpRequest, Limits, heard_by_servers
+from .._exempt import Exempt
+from .._guard import STATUS, Guard, Headers, HttpRequest, Limits, heard_by_servers
 from .._options import OnError
 from ..rate_limit import RateLimiter
 
@@ -30,7 +31,7 @@ class WSGIRateLimitMiddleware:
         key: see :class:`RateLimitMiddleware`.
         cost: tokens, or a function of the request; 0 lets it pass.
         limits: rates instead of the limiter's, or a function of the request.
-        exempt: paths, or a function that is true for requests to let pass.
+        exempt: paths (each with all below it), or a function that is true for requests to let pass.
         headers: ``"draft"``, ``"x"`` or None.
         on_error: ``"open"``, ``"closed"`` or ``"raise"``.
         shadow: decide, count and log, never refuse.

@@ -500,7 +500,7 @@ LIMITS: Mistakes = {
     ),
     "a constant cost of nothing": (lambda: wsgi(cost=0), pgkv.ConfigError, ("cost", "1 or more")),
     "limits that are none": (lambda: wsgi(limits="x"), pgkv.ConfigError, ("'x'", "rate")),
-    "a number for exempt": (lambda: wsgi(exempt=5), pgkv.ConfigError, ("exempt", "int")),
+    "a number for exempt": (lambda: wsgi(exempt=5), pgkv.ConfigError, ("exempt", "paths", "5")),
     "one proxy for several": (
         lambda: pgkv.client_ip("10.0.0.1"),
         pgkv.ConfigError,

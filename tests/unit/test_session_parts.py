@@ -16,7 +16,8 @@ from pgkv import Config, ConfigError, InvalidValueError, SessionError
 from pgkv._op import Op, Statement
 from pgkv._sql.session import ASYNC, Lifetimes, SessionStatements
 from pgkv.config import Table, TableKind
-from pgkv.patterns._cookie import Cookie, exemption, private, varying
+from pgkv.patterns._cookie import Cookie, private, varying
+from pgkv.patterns._exempt import exemption
 from pgkv.patterns._request_session import RequestSession
 from pgkv.patterns._session_data import (
     difference,

@@ -107,6 +107,7 @@ def test_exempt_paths_and_shadow_mode(store: pgkv.AsyncStore, serve_asgi: Serve)
     client = serve_asgi(application(store, limiter=limiter, shadow=True, exempt=["/health"]))
     answers = [client.get(path) for path in ("/", "/", "/health", "/")]
     assert [answer.status_code for answer in answers] == [200] * 4
+    assert client.get("/health/of/what").status_code == 404  # let pass as well
     assert not any("RateLimit" in answer.headers for answer in answers)
     assert limiter.counts == pgkv.LimiterCounts(allowed=1, denied=2)
 
