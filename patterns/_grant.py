@@ -14,18 +14,17 @@ from collections.abc import Awaitable, Callable
 from random import uniform
 from typing import Any, Generic, Protocol, TypeVar
 
-from pgkv import _observe
-from pgkv._op import Flow, Op, call, pause
-from pgkv._sql.lock import LOCKED, RELEASED, RENEWED, Denied, Granted
-from pgkv._sql.semaphore import SemaphoreStatements, Undefined
-from pgkv.config import Table
-from pgkv.errors import (
+from .. import _observe
+from .._op import Flow, Op, call, pause
+from .._sql.lock import LOCKED, RELEASED, RENEWED, Denied, Granted
+from .._sql.semaphore import SemaphoreStatements, Undefined
+from ..config import Table
+from ..errors import (
     ConfigError,
     ConflictError,
     PgkvError,
     TableNotFoundError,
 )
-
 from ._lease import (
     MARGIN_MIN,
     REASON_OF,

@@ -12,10 +12,9 @@ from typing import Any
 import psycopg
 from psycopg import pq
 
-from pgkv._op import Flow, Op, call
-from pgkv._sql.lock import Place
-from pgkv.errors import PgkvError, TableNotFoundError, TransactionError
-
+from .._op import Flow, Op, call
+from .._sql.lock import Place
+from ..errors import PgkvError, TableNotFoundError, TransactionError
 from ._grant import Port, perform
 from ._lease import Hold
 

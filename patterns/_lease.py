@@ -23,14 +23,14 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from pgkv import _observe
-from pgkv._observe import shown
-from pgkv._settings import refuse_pickle
-from pgkv._sql.lock import EXPIRED, GONE, RELEASED, REPLACED, SEPARATOR, LockStatements
-from pgkv.errors import InvalidKeyError, InvalidValueError, LeaseLostError
+from .. import _observe
+from .._observe import shown
+from .._settings import refuse_pickle
+from .._sql.lock import EXPIRED, GONE, RELEASED, REPLACED, SEPARATOR, LockStatements
+from ..errors import InvalidKeyError, InvalidValueError, LeaseLostError
 
 if TYPE_CHECKING:
-    from pgkv._sql.lock import Holder, Place
+    from .._sql.lock import Holder, Place
 
 MARGIN_MIN = 1.0  # seconds, the assumed largest jump forward of the server's clock
 MARGIN_SHARE = 0.1  # of the ttl
@@ -74,7 +74,7 @@ def key_of(name: str, prefix: bytes, length_max: int) -> bytes:
     Raises:
         InvalidKeyError: not a str, empty, too long, holds NUL, U+001F or a lone surrogate.
     """
-    from pgkv._codec import encode_key
+    from .._codec import encode_key
 
     key = encode_key(name, prefix, length_max, "lock's name")
     if SEPARATOR in name:

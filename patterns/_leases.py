@@ -11,18 +11,17 @@ from typing import TYPE_CHECKING, Any, NoReturn, Self, cast
 
 import psycopg
 
-from pgkv._aio_bound import AsyncCallerChannel
-from pgkv._bound import CallerChannel
-from pgkv._caller import unwrap
-from pgkv._codec import seconds
-from pgkv._observe import shown
-
+from .._aio_bound import AsyncCallerChannel
+from .._bound import CallerChannel
+from .._caller import unwrap
+from .._codec import seconds
+from .._observe import shown
 from . import _grant, _guarding
 from ._lease import Hold, Terms, failed_callback, report
 from ._ports import TaskPort, ThreadPort
 
 if TYPE_CHECKING:
-    from pgkv.config import Seconds
+    from ..config import Seconds
 
 
 class Lease(Hold):

@@ -14,20 +14,19 @@ import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from pgkv._aio_channel import AsyncPoolChannel
-from pgkv._channel import PoolChannel
-from pgkv.config import Config, Pooler
-from pgkv.errors import TransactionError
-
+from .._aio_channel import AsyncPoolChannel
+from .._channel import PoolChannel
+from ..config import Config, Pooler
+from ..errors import TransactionError
 from ._lease import Hold, Terms
 from ._renewal import STOP_TIME, OwnLink, Renewer
 from ._wakeup import Listener, TaskWaiting, ThreadWaiting, say_polling
 
 if TYPE_CHECKING:
-    from pgkv._op import Op
-    from pgkv.aio import AsyncStore
-    from pgkv.config import Table
-    from pgkv.store import Store
+    from .._op import Op
+    from ..aio import AsyncStore
+    from ..config import Table
+    from ..store import Store
 
 H = TypeVar("H", bound=Hold)
 T = TypeVar("T")

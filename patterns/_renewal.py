@@ -21,12 +21,11 @@ from typing import Any, TypeVar
 
 import psycopg
 
-from pgkv import _observe
-from pgkv._aio_wire import AsyncLink, Watchdog
-from pgkv._op import Op
-from pgkv._sql.lock import CLEAN_PAGES, LOCKED, RENEWED, LockStatements
-from pgkv.errors import OperationTimeoutError, PgkvError, translate
-
+from .. import _observe
+from .._aio_wire import AsyncLink, Watchdog
+from .._op import Op
+from .._sql.lock import CLEAN_PAGES, LOCKED, RENEWED, LockStatements
+from ..errors import OperationTimeoutError, PgkvError, translate
 from ._lease import REASON_OF, Hold, clock, retry_pause
 
 LOOK_MAX = 1.0  # seconds between looks at the clock: a suspended machine's timers are late

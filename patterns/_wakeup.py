@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 import psycopg
 
-from pgkv import _observe
-from pgkv._sql.lock import CHANNEL, LISTEN, LockStatements
-from pgkv.errors import PgkvError
+from .. import _observe
+from .._sql.lock import CHANNEL, LISTEN, LockStatements
+from ..errors import PgkvError
 
 if TYPE_CHECKING:
     from ._renewal import OwnLink

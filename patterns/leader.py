@@ -13,14 +13,13 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from pgkv import _observe
-from pgkv._observe import shown
-from pgkv._op import Flow, call
-from pgkv._settings import refuse_pickle
-from pgkv.aio import AsyncStore
-from pgkv.errors import ConfigError, PgkvError
-from pgkv.store import Store
-
+from .. import _observe
+from .._observe import shown
+from .._op import Flow, call
+from .._settings import refuse_pickle
+from ..aio import AsyncStore
+from ..errors import ConfigError, PgkvError
+from ..store import Store
 from . import _grant
 from ._colour import require, require_callback
 from ._lease import Hold, Terms, failed_callback, report
@@ -29,7 +28,7 @@ from ._ports import TaskPort, ThreadPort
 from .lock import make_terms
 
 if TYPE_CHECKING:
-    from pgkv.config import Seconds
+    from ..config import Seconds
 
 LOOK = 0.2  # seconds, at most, between looks at the lease while leading
 RETRY_FIRST, RETRY_MAX = 0.1, 2.0  # seconds, while the database cannot be reached

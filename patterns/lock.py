@@ -19,16 +19,15 @@ from functools import lru_cache
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar, cast
 
-from pgkv import _schema
-from pgkv._codec import integer, seconds, waiting
-from pgkv._observe import shown
-from pgkv._settings import refuse_pickle
-from pgkv._sql.lock import LockStatements
-from pgkv.aio import AsyncStore
-from pgkv.config import Config, TableKind
-from pgkv.errors import ConfigError, InvalidValueError, LockTimeoutError
-from pgkv.store import Store
-
+from .. import _schema
+from .._codec import integer, seconds, waiting
+from .._observe import shown
+from .._settings import refuse_pickle
+from .._sql.lock import LockStatements
+from ..aio import AsyncStore
+from ..config import Config, TableKind
+from ..errors import ConfigError, InvalidValueError, LockTimeoutError
+from ..store import Store
 from . import _grant
 from ._colour import require, require_callback
 from ._lease import LockInfo, Terms, encode_metadata, key_of
@@ -36,7 +35,7 @@ from ._leases import AsyncGrant, AsyncLease, Lease
 from ._ports import TaskPort, ThreadPort
 
 if TYPE_CHECKING:
-    from pgkv.config import Seconds, Table
+    from ..config import Seconds, Table
 
 S = TypeVar("S", bound=LockStatements)
 Wakeup: TypeAlias = Literal["poll", "notify"]

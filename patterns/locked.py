@@ -7,18 +7,17 @@ import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar, cast
 
-from pgkv._codec import seconds, waiting
-from pgkv._sql.fence import fence
-from pgkv.aio import AsyncStore
-from pgkv.errors import ConfigError
-from pgkv.store import Store
-
+from .._codec import seconds, waiting
+from .._sql.fence import fence
+from ..aio import AsyncStore
+from ..errors import ConfigError
+from ..store import Store
 from ._colour import named
 from .defaults import default_async_store, default_store
 from .lock import Acquirer, AsyncAcquirer, AsyncLock, Lock
 
 if TYPE_CHECKING:
-    from pgkv.config import Seconds
+    from ..config import Seconds
 
 F = TypeVar("F", bound=Callable[..., Any])
 

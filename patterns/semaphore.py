@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from pgkv._sql.semaphore import SemaphoreStatements, slot_keys
-from pgkv.aio import AsyncStore
-from pgkv.config import require_int
-from pgkv.store import Store
-
+from .._sql.semaphore import SemaphoreStatements, slot_keys
+from ..aio import AsyncStore
+from ..config import require_int
+from ..store import Store
 from ._colour import require
 from ._lease import Terms
 from .lock import Acquirer, AsyncAcquirer, make_terms, statements_of
 
 if TYPE_CHECKING:
-    from pgkv.config import Seconds
+    from ..config import Seconds
 
 SLOTS_MAX = 10_000
 
