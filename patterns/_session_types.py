@@ -72,12 +72,12 @@ class Session:
 
     @shown
     def __repr__(self) -> str:
-        # Neither the token nor the data. The handle is no secret, and names it in `list_user` too.
+        # Neither the token, the data nor the user, who may be an e-mail address, and reprs end in
+        # logs. The handle is no secret, and names it in `list_user` too.
         state = "ended" if self._ended else "moved" if self._moved else ""
         if not state:
             state = "new" if self.is_new else "loaded"
-        user = "" if self.user_id is None else f" user={self.user_id!r}"
-        return f"{state}{user}" + (f" handle={self.handle[:8]}..." if self.id else "")
+        return state + (f" handle={self.handle[:8]}..." if self.id else "")
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,7 +35,7 @@ DONE, NOT_FOUND, USAGE, UNAVAILABLE, INTERRUPTED, INTERNAL = 0, 1, 2, 3, 130, 70
 # copy of it within typer.
 UsageError: Any = typer.BadParameter.__bases__[0]
 
-app = typer.Typer(
+app: typer.Typer = typer.Typer(
     name="pgkv",
     help="A key-value store on PostgreSQL: look into it, change it, check it, try it.",
     epilog="Each command explains itself: pgkv set --help. To see pgkv at work: pgkv demo",

@@ -340,7 +340,7 @@ def demo(
     """See pgkv at work, in less than a minute.
 
     Starts a temporary PostgreSQL of its own (extra `embedded`, or PostgreSQL's server programs),
-    removed at the end. With --dsn it uses that server: a table of its own, dropped at the end.
+    removed at the end. With --dsn it uses that server: tables of its own, dropped at the end.
     PGKV_DSN is left alone.
 
     **Example:** `pgkv demo`
@@ -352,7 +352,7 @@ def demo(
     given = {"--table": call.table, "--namespace": call.namespace, "--timeout": call.timeout}
     for option, value in given.items():
         if value is not None:
-            raise typer.BadParameter(f"the demo works on a table of its own: it takes no {option}")
+            raise typer.BadParameter(f"the demo works on tables of its own: it takes no {option}")
     options: dict[str, Any] = {"schema": call.schema, "pooler": call.pooler or Pooler.NONE}
     done = _demo.run(call.dsn, options, _demo.Size(keys, seconds), as_json=call.json)
     return DONE if done else NOT_FOUND

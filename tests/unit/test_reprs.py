@@ -161,7 +161,7 @@ SHOWN: dict[str, tuple[Callable[[], object], str]] = {
     "session, not stored": (lambda: session_of(token=""), "<Session new>"),
     "session": (
         lambda: session_of("ada", is_new=False),
-        f"<Session loaded user='ada' handle={HANDLE}...>",
+        f"<Session loaded handle={HANDLE}...>",
     ),
     "session, ended": (lambda: session_of(_ended=True), f"<Session ended handle={HANDLE}...>"),
     "session, moved": (lambda: session_of(_moved=True), f"<Session moved handle={HANDLE}...>"),
