@@ -20,7 +20,7 @@ from psycopg_pool import AsyncConnectionPool, PoolClosed, PoolTimeout
 from . import _conninfo
 from ._aio_wire import AsyncLink, Watchdog
 from ._caller import check_connection
-from ._pool import (
+from ._pooling import (
     CLOSE_TIMEOUT,
     FIRST_NAP,
     LEASE_TIME,

@@ -12,7 +12,7 @@ from psycopg import IsolationLevel, pq
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from . import _conninfo, embedded
-from ._pool import closed
+from ._pooling import closed
 from ._sql import Statements
 from .config import EMBEDDED_SCHEME, Config, TableOptions, dsn_from_environment
 from .errors import ConfigError, InvalidValueError, SerializationError
