@@ -19,7 +19,9 @@ from tests.web.test_rate_limit_asgi import application
 
 pytestmark = newest
 TIMEOUT = 0.25
-SLACK = 0.35  # of a busy machine, for the HTTP round trip and the scheduler
+SLACK = (
+    1.0  # of a busy machine, for the HTTP round trip and the scheduler; without a limit it is 10 s
+)
 DURING = {"raise": 500, "open": 200, "closed": 429}
 
 
