@@ -87,7 +87,7 @@ class Rate:
         if match is None or unit is None:
             raise ConfigError(
                 f"{text!r} is not a rate; write '100/minute', '5 per 10 seconds' or "
-                "'10/s burst 20' (units: ms, s, m, h, d, w)"
+                "'10/s burst 20' (units: ms, s, m, h, d, w); several are separated by ';'"
             )
         period = float(match[2] or 1) * _UNITS[unit]
         count = int(match[1])

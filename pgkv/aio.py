@@ -96,6 +96,12 @@ class Opening(Generic[T]):
                 f"`await {self._call}` or `async with {self._call} as ...`"
             )
 
+        def __enter__(self) -> NoReturn:
+            raise TypeError(f"write `async with {self._call} as ...`, not `with`")
+
+        def __exit__(self, *_: object) -> None:
+            pass  # `with` looks for it before it calls __enter__
+
     def __await__(self) -> Generator[Any, None, T]:
         return self._open().__await__()
 
@@ -184,7 +190,11 @@ class AsyncStore:
 
     @classmethod
     def connect(cls, dsn: str | None = None, **config: Unpack[Options]) -> Opening[Self]:
-        return Opening(cls._connected(dsn, config), f"{cls.__name__}.connect(...)")
+        return cls._opening("connect", dsn, config)
+
+    @classmethod
+    def _opening(cls, call: str, dsn: str | None, config: Options) -> Opening[Self]:
+        return Opening(cls._connected(dsn, config), f"{cls.__name__}.{call}(...)")
 
     @classmethod
     @contextlib.asynccontextmanager
@@ -192,7 +202,7 @@ class AsyncStore:
         store = cls(config_of(dsn, config))
         try:
             await asyncio.to_thread(store._target.dsn)  # an embedded server starts in its own time
-            await store.ping(reach_timeout(store._config))
+            await store._execute(store._sql.reach(), reach_timeout(store._config))
             if store._config.auto_create_table:
                 await store.create_table()
             else:
@@ -219,7 +229,7 @@ class AsyncStore:
         cls, path: str | os.PathLike[str] | None = None, **config: Unpack[Options]
     ) -> Opening[Self]:
         where = "/" if path is None else quote(str(Path(path).absolute()))
-        return cls.connect(EMBEDDED_SCHEME + where, **config)
+        return cls._opening("embedded", EMBEDDED_SCHEME + where, config)
 
     async def close(self) -> None:
         if self._owner:

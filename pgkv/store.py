@@ -199,7 +199,7 @@ class Store:
         store = cls(config_of(dsn, config))
         try:
             store._target.dsn()  # an embedded server starts in its own time
-            store.ping(reach_timeout(store._config))
+            store._execute(store._sql.reach(), reach_timeout(store._config))
             store.create_table() if store._config.auto_create_table else store.exists("-")
         except BaseException:
             store.close()

@@ -14,7 +14,7 @@ from .patient import Check, Finding, Patient
 SAMPLE_PAGES = 2000  # 16 MB
 DEAD_SHARE, DEAD_ROWS = 0.2, 10_000
 EXPIRED_SHARE, EXPIRED_ROWS = 0.25, 1000
-HOT_RATIO, HOT_UPDATES = 0.8, 1000
+HOT_RATIO, HOT_UPDATES = 0.8, 10_000
 
 
 def describe(patient: Patient) -> dict[str, Any] | None:
@@ -258,11 +258,11 @@ def hot_updates(patient: Patient) -> Finding:
     detail = f"{ratio:.1%} of {count:,} updates"
     if ratio < HOT_RATIO:
         assert patient.table is not None
-        fill = _option(patient.table, "fillfactor", "100")
+        fill = int(_option(patient.table, "fillfactor", "100"))
         advice = (
-            "drop indexes on other columns than key (see above); leave room on the pages "
-            f"(fillfactor is {fill}): ALTER TABLE {patient.name} SET (fillfactor = 80), then "
-            f"VACUUM {patient.name}; end old transactions"
+            "if an index or an old transaction is named above, that is why; else leave more room on "
+            f"the pages (fillfactor is {fill}): ALTER TABLE {patient.name} SET (fillfactor = "
+            f"{max(fill - 20, 40)}), then VACUUM FULL {patient.name}"
         )
         return Finding("heap-only updates", "warn", detail, advice)
     return Finding("heap-only updates", "ok", detail)
@@ -285,7 +285,9 @@ def dead_rows(patient: Patient) -> Finding:
     if seen.get("auto") == "off" or own in ("false", "off"):
         advice = f"turn autovacuum on again: ALTER TABLE {patient.name} RESET (autovacuum_enabled), autovacuum = on"
         return Finding("dead rows", "warn", f"{detail}; autovacuum is off", advice)
-    if dead > DEAD_ROWS and dead > DEAD_SHARE * (dead + live):
+    # Before autovacuum's first round, which a new table has to wait for, much may be dead.
+    enough = 10 * DEAD_ROWS if since is None else DEAD_ROWS
+    if dead > enough and dead > DEAD_SHARE * (dead + live):
         advice = f"VACUUM {patient.name}; if they come back, look for old transactions (see above)"
         return Finding("dead rows", "warn", detail, advice)
     return Finding("dead rows", "ok", detail)

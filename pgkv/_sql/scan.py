@@ -203,6 +203,14 @@ class Scan(Sweep):
         """A round trip to the server."""
         return Op(self._ping)
 
+    @cached_property
+    def _reach(self) -> Statement[None]:
+        return Statement("connect", "SELECT 1", (), read_nothing, retry_safe=True, writes=False)
+
+    def reach(self) -> Op[None]:
+        """The same, as the first thing that a store asks: errors name what the caller did."""
+        return Op(self._reach)
+
 
 def namespace_prefix(outer: str, prefix: object) -> str:
     """Return the prefix of a namespace inside another.

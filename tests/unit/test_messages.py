@@ -760,3 +760,12 @@ def test_a_closed_connection() -> None:
 
     with pytest.raises(pgkv.TransactionError, match=r"using\(\) is closed"):
         store.using(Closed())
+
+
+def test_a_store_of_asyncio_entered_by_with() -> None:
+    """Says what to write instead, of the call that was made."""
+    with (
+        pytest.raises(TypeError, match=r"`async with AsyncStore\.embedded\(\.\.\.\)"),
+        pgkv.AsyncStore.embedded("./nowhere"),  # type: ignore[attr-defined]  # the mistake
+    ):
+        pass

@@ -37,6 +37,7 @@ SAFE: dict[str, Call] = {
     "count of all": lambda s: s.count("", True),
     "stats": lambda s: s.stats(),
     "ping": lambda s: s.ping(),
+    "reach": lambda s: s.reach(),
     "may_maintain": lambda s: s.may_maintain(),
     "pages": lambda s: s.pages(),
     "set": lambda s: s.set("k", b"v"),
@@ -161,7 +162,7 @@ def test_reads_do_not_count_as_writes() -> None:
     """Reads and collecting are no writes; all else is. `repeat_writes=False` goes by this."""
     reads = {
         "get", "get_entry", "exists", "ttl", "get_many", "exists_many", "keys", "scan", "count",
-        "stats", "ping", "may_maintain", "pages", "collect", "sweep",
+        "stats", "ping", "connect", "may_maintain", "pages", "collect", "sweep",
     }  # fmt: skip
     commands = {"truncate", "vacuum", "analyze"}
     for name, call in ALL.items():
