@@ -84,7 +84,9 @@ def main() -> None:
         for first, last in itertools.combinations(range(len(asked)), 2)
     )
     allowed = RATE.burst + PROCESSES
-    print(f"at worst {excess:.1f} requests more than the rate; {allowed} may be")
+    print(
+        f"at worst {excess:.1f} requests above the rate, of {allowed} allowed: the burst, and one on its way for each"
+    )
     if len(asked) != PROCESSES * PAGES or excess > allowed:
         raise SystemExit("the rate was not kept")
 
