@@ -30,7 +30,7 @@ LINES = (
     Line("get, 64 asyncio tasks, coalesced", "async get, 64 tasks", "redis.asyncio",
          "asyncpg pool", "asyncpg pool", ours="pgkv, coalescing"),
     Line("get_many, 100 keys", "get_many(100)", "redis-py", "libmc", "memcached"),
-    Line("set_many with ttl, 100 keys", "set_many(100) with ttl", "redis-py pipeline of SET EX",
+    Line("set_many with ttl, 100 keys (Redis: pipelined SET EX)", "set_many(100) with ttl", "redis-py pipeline of SET EX",
          "libmc", "memcached"),
     Line("pipeline of 100 operations", "pipeline of 100", "redis-py"),
     Line("rate limit, one hit", "hit, many keys", "limits, Redis"),
