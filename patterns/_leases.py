@@ -7,7 +7,7 @@ import contextlib
 import threading
 from collections.abc import Callable, Generator
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NoReturn, Self, cast
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import psycopg
 
@@ -16,6 +16,7 @@ from .._bound import CallerChannel
 from .._caller import unwrap
 from .._codec import seconds
 from .._observe import shown
+from .._unopened import Unawaited
 from . import _grant, _guarding
 from ._lease import Hold, Terms, failed_callback, report
 from ._ports import TaskPort, ThreadPort
@@ -217,10 +218,14 @@ def _current_task() -> asyncio.Task[Any] | None:
         return None
 
 
-class AsyncGrant:
+class AsyncGrant(Unawaited):
     """What ``lock.acquire()`` returns: to be awaited, or entered with ``async with``."""
 
     def __init__(self, acquire: Callable[[], Any], name: str) -> None:
+        super().__init__(
+            "lock.acquire(...)",
+            "`lease = await lock.acquire(...)` or `async with lock.acquire(...) as lease`",
+        )
         self._acquire = acquire
         self._name = name
         self._lease: AsyncLease | None = None
@@ -228,17 +233,6 @@ class AsyncGrant:
     @shown
     def __repr__(self) -> str:
         return f"{self._name!r}, to be awaited or entered"
-
-    if not TYPE_CHECKING:  # a type checker knows that there is no such attribute
-
-        def __getattr__(self, name: str) -> NoReturn:
-            if name.startswith("_"):
-                raise AttributeError(name)
-            # Only asked for what is not there: nobody awaited it, and takes it for the lease.
-            raise AttributeError(
-                f"lock.acquire(...) has to be awaited or entered before .{name}: write "
-                "`lease = await lock.acquire(...)` or `async with lock.acquire(...) as lease`"
-            )
 
     def __await__(self) -> Generator[Any, None, AsyncLease]:
         return cast("Generator[Any, None, AsyncLease]", self._acquire().__await__())

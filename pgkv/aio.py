@@ -16,7 +16,7 @@ from operator import attrgetter
 from pathlib import Path
 from time import monotonic
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Generic, NoReturn, Self, TypeVar, Unpack, overload
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, Unpack, overload
 from urllib.parse import quote
 
 import psycopg
@@ -49,6 +49,7 @@ from ._settings import (
 from ._sql import Statements
 from ._sql.point import negated
 from ._sql.scan import namespace_prefix
+from ._unopened import Unawaited
 from .config import EMBEDDED_SCHEME, Config, require_config
 from .errors import NotFoundError
 from .pipeline import AsyncPipeline
@@ -66,7 +67,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-class Opening(Generic[T]):
+class Opening(Unawaited, Generic[T]):
     """Something to be awaited or entered: ``x = await store.transaction()`` or ``async with``.
 
     What was awaited can be entered too; its end is the end of the ``async with``.
@@ -77,30 +78,9 @@ class Opening(Generic[T]):
     """
 
     def __init__(self, manager: contextlib.AbstractAsyncContextManager[T], call: str) -> None:
+        super().__init__(call, f"`await {call}` or `async with {call} as ...`")
         self._manager = manager
-        self._call = call
         self._used = False
-
-    @shown
-    def __repr__(self) -> str:
-        return f"{self._call}, to be awaited or entered"
-
-    if not TYPE_CHECKING:  # a type checker knows that there is no such attribute
-
-        def __getattr__(self, name: str) -> NoReturn:
-            if name.startswith("_"):
-                raise AttributeError(name)
-            # Only asked for what is not there: nobody awaited it, and takes it for what it opens.
-            raise AttributeError(
-                f"{self._call} has to be awaited or entered before .{name}: write "
-                f"`await {self._call}` or `async with {self._call} as ...`"
-            )
-
-        def __enter__(self) -> NoReturn:
-            raise TypeError(f"write `async with {self._call} as ...`, not `with`")
-
-        def __exit__(self, *_: object) -> None:
-            pass  # `with` looks for it before it calls __enter__
 
     def __await__(self) -> Generator[Any, None, T]:
         return self._open().__await__()

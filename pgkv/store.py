@@ -15,7 +15,7 @@ from operator import attrgetter
 from pathlib import Path
 from time import monotonic
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Generic, NoReturn, Self, TypeVar, Unpack, overload
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, Unpack, overload
 from urllib.parse import quote
 
 import psycopg
@@ -48,6 +48,7 @@ from ._settings import (
 from ._sql import Statements
 from ._sql.point import negated
 from ._sql.scan import namespace_prefix
+from ._unopened import Unopened
 from .config import EMBEDDED_SCHEME, Config, require_config
 from .errors import NotFoundError
 from .pipeline import Pipeline
@@ -64,7 +65,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-class Entering(Generic[T]):
+class Entering(Unopened, Generic[T]):
     """Something to be entered: ``with store.transaction() as tx``.
 
     Args:
@@ -72,22 +73,8 @@ class Entering(Generic[T]):
     """
 
     def __init__(self, manager: contextlib.AbstractContextManager[T]) -> None:
+        super().__init__("store.transaction()", "`with store.transaction() as tx`")
         self._manager = manager
-
-    @shown
-    def __repr__(self) -> str:
-        return "store.transaction(), to be entered"
-
-    if not TYPE_CHECKING:  # a type checker knows that there is no such attribute
-
-        def __getattr__(self, name: str) -> NoReturn:
-            if name.startswith("_"):
-                raise AttributeError(name)
-            # Only asked for what is not there: it was taken for the store that it gives.
-            raise AttributeError(
-                f"store.transaction() has to be entered before .{name}: write "
-                "`with store.transaction() as tx`"
-            )
 
     def __enter__(self) -> T:
         return self._manager.__enter__()

@@ -762,6 +762,16 @@ def test_a_closed_connection() -> None:
         store.using(Closed())
 
 
+def test_a_lock_of_asyncio_entered_by_with() -> None:
+    """As a store."""
+    lock = pgkv.AsyncLock(pgkv.AsyncStore(pgkv.Config(NOWHERE)), "n")
+    with (
+        pytest.raises(TypeError, match=r"`async with lock\.acquire\(\.\.\.\)"),
+        lock.acquire(),  # type: ignore[attr-defined]  # the mistake
+    ):
+        pass
+
+
 def test_a_store_of_asyncio_entered_by_with() -> None:
     """Says what to write instead, of the call that was made."""
     with (
