@@ -14,17 +14,28 @@ PICTURE = ROOT / "docs" / "architecture.svg"
 # Some layers make a band: one of the modules with which it begins, its name, and what it is for.
 BANDS = {
     "__main__": ("Commands", "the pgkv program, and testing"),
+    "integrations": ("Integrations", "adapters of frameworks"),
     "patterns": ("Patterns", "locks, limits, caches, sessions"),
-    "aio": ("Stores", "what users call, in two colours"),
-    "_coalesce": ("Channels", "where operations go"),
-    "_flows": ("Means", "algorithms, pools, sweeps"),
-    "_aio_wire": ("Wire", "how one operation crosses"),
-    "_results": ("Rules", "drivers, repeats, tables, types"),
-    "_sql": ("Statements", "SQL; bytes in and out"),
-    "_op": ("Values", "operations, settings, errors"),
+    "aio": ("Stores", "what users call, sync and async"),
+    "_engine": ("Engine", "who performs an operation"),
+    "embedded": ("Embedded", "a server of one's own"),
+    "_sql": ("Statements", "the store's SQL"),
+    "_ops": ("Values", "operations, settings, errors"),
 }
-# The way of store.get().
-HOPS = {"store": "the method", "_sql": "its statement", "_channel": "attempts", "_wire": "libpq"}
+# These layers are drawn by what is in them: their own contract says in which order.
+OPENED = ("_engine", "patterns")
+# In these packages the modules themselves are drawn.
+SHOWN = {
+    "_async": ("channel", "transaction", "pool", "connection", "coalesce"),
+    "_sync": ("channel", "transaction", "pool", "connection", "cursor_connection"),
+}
+# The path of store.get().
+HOPS = {
+    "store": "the method",
+    "_sql": "its statement",
+    "_sync/channel": "attempts",
+    "_sync/connection": "libpq",
+}
 NUMBERS = {name: number for number, name in enumerate(HOPS, 1)}
 
 WIDTH, LEFT, MARGIN = 900, 240, 22
@@ -33,17 +44,24 @@ CHARACTER = 7.3  # the width of one in a box
 BLUE = "#2f6ca8"
 
 
-def layers() -> list[list[str]]:
-    """The modules of each layer, from the top down; of the patterns those without underscore."""
+def layers(container: str = "pgkv") -> list[list[str]]:
+    """The modules of each layer of a package, from the top down."""
     tools = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]
-    contracts = tools["importlinter"]["contracts"]
-    (lines,) = [each["layers"] for each in contracts if each["type"] == "layers"]
+    contracts = [each for each in tools["importlinter"]["contracts"] if each["type"] == "layers"]
+    (lines,) = [each["layers"] for each in contracts if each["containers"] == [container]]
     return [[name.strip(" ()") for name in line.split(":")] for line in lines]
 
 
-def patterns() -> list[str]:
-    paths = sorted((ROOT / "patterns").iterdir())
-    return [path.stem for path in paths if not path.name.startswith(("_", "."))]
+def opened(name: str) -> list[list[str]]:
+    """The layers inside a package, with the modules of some of its own packages."""
+    return [
+        [
+            f"{name}/{module}" if module else name
+            for name in names
+            for module in SHOWN.get(name, ("",))
+        ]
+        for names in layers(f"pgkv.{name}")
+    ]
 
 
 def drawing() -> str:
@@ -51,7 +69,8 @@ def drawing() -> str:
     bands: list[tuple[tuple[str, str], list[list[str]]]] = []
     for names in layers():
         bands += [(BANDS[name], []) for name in names if name in BANDS]
-        bands[-1][1].append(patterns() if names == ["patterns"] else names)
+        inside = opened(names[0]) if names[0] in OPENED else [names]
+        bands[-1][1].extend(inside)
     parts: list[str] = []
     y = 46
     for caption, inside in bands:
@@ -79,7 +98,7 @@ def frame(y: int) -> list[str]:
         text(MARGIN, 30, "name", "pgkv: a module imports what lies below it, or behind an arrow"),
         text(MARGIN, y + 20, "name", "psycopg"),
         text(LEFT, y + 20, "note", "libpq, and a pool of connections; then PostgreSQL"),
-        text(MARGIN, y + 46, "note", "the way of store.get(&quot;k&quot;)"),
+        text(MARGIN, y + 46, "note", "the path of store.get(&quot;k&quot;)"),
         *legend,
     ]
 

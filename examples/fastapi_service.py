@@ -28,7 +28,7 @@ from pydantic import BaseModel
 
 import pgkv
 from pgkv import embedded
-from pgkv.patterns.fastapi import RateLimited, problem_response, rate_limit
+from pgkv.integrations.fastapi import RateLimited, problem_response, rate_limit
 
 SCHEMA = "pgkv_example_fastapi"
 API_KEYS = {"key-of-acme": "acme", "key-of-globex": "globex"}

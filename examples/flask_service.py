@@ -26,7 +26,7 @@ from flask import Flask, abort, request, session
 
 import pgkv
 from pgkv import embedded
-from pgkv.patterns.flask import PgkvSessionInterface, rate_limit
+from pgkv.integrations.flask import PgkvSessionInterface, rate_limit
 
 SCHEMA = "pgkv_example_flask"
 PASSWORDS = {"ada": "lovelace"}  # yours are hashed

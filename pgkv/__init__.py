@@ -1,7 +1,7 @@
 """pgkv: a key-value store on PostgreSQL, and what distributed programs build on one."""
 
+from ._engine.schema import schema_sql
 from ._observe import on_operation
-from ._schema import schema_sql
 from .aio import AsyncStore
 from .config import Config, Pooler, RetryPolicy, TableType, TtlCleanupStrategy
 from .errors import (
@@ -26,7 +26,7 @@ from .errors import (
     TableNotFoundError,
     TransactionError,
 )
-from .patterns.cache import (
+from .patterns.cache.decorator import (
     L1,
     AsyncCachedFunction,
     CachedFunction,
@@ -37,16 +37,12 @@ from .patterns.cache import (
     cached_functions,
     invalidate_tag,
 )
-from .patterns.client_ip import client_ip
 from .patterns.defaults import configure
-from .patterns.leader import AsyncLeader, Leader
-from .patterns.lock import AsyncLease, AsyncLock, Lease, Lock, LockInfo
-from .patterns.locked import fence_sql, locked
-from .patterns.middleware.asgi import RateLimitMiddleware
-from .patterns.middleware.session_asgi import SessionMiddleware, load_session
-from .patterns.middleware.session_wsgi import WSGISessionMiddleware
-from .patterns.middleware.wsgi import WSGIRateLimitMiddleware
-from .patterns.rate_limit import (
+from .patterns.lock.api import AsyncLease, AsyncLock, Lease, Lock, LockInfo
+from .patterns.lock.leader import AsyncLeader, Leader
+from .patterns.lock.locked import fence_sql, locked
+from .patterns.lock.semaphore import AsyncSemaphore, Semaphore
+from .patterns.rate_limit.api import (
     AsyncRateLimiter,
     AsyncReservation,
     Decision,
@@ -55,8 +51,12 @@ from .patterns.rate_limit import (
     RateLimiter,
     Reservation,
 )
-from .patterns.semaphore import AsyncSemaphore, Semaphore
-from .patterns.session import AsyncSessionStore, Session, SessionInfo, SessionStore
+from .patterns.session.api import AsyncSessionStore, Session, SessionInfo, SessionStore
+from .patterns.web.asgi import RateLimitMiddleware
+from .patterns.web.client_ip import client_ip
+from .patterns.web.session_asgi import SessionMiddleware, load_session
+from .patterns.web.session_wsgi import WSGISessionMiddleware
+from .patterns.web.wsgi import WSGIRateLimitMiddleware
 from .pipeline import AsyncPipeline, Handle, Pipeline
 from .store import Store
 from .typed import AsyncTypedStore, TypedCasResult, TypedStore

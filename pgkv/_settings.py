@@ -11,8 +11,9 @@ from typing import Any, NoReturn
 from psycopg import IsolationLevel, pq
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
-from . import _conninfo, embedded
-from ._pooling import closed
+from . import embedded
+from ._engine import conninfo as _conninfo
+from ._engine.pooling import closed
 from ._sql import Statements
 from .config import EMBEDDED_SCHEME, Config, TableOptions, dsn_from_environment
 from .errors import ConfigError, InvalidValueError, SerializationError

@@ -23,14 +23,18 @@ import psycopg
 from psycopg_pool import AsyncConnectionPool
 from tenacity import AsyncRetrying
 
-from . import _flows, _retry, _schema, _sweep
-from ._aio_bound import AsyncCallerChannel
-from ._aio_channel import AsyncChannel, AsyncPoolChannel
-from ._aio_pool import AsyncCallerPool, AsyncLeases
-from ._caller import unwrap
-from ._coalesce import CoalescingChannel
-from ._codec import seconds, whole
+from ._engine import flows as _flows
+from ._engine import retry as _retry
+from ._engine import schema as _schema
+from ._engine import sweep as _sweep
+from ._engine._async.channel import AsyncChannel, AsyncPoolChannel
+from ._engine._async.coalesce import CoalescingChannel
+from ._engine._async.pool import AsyncCallerPool, AsyncLeases
+from ._engine._async.transaction import AsyncCallerChannel
+from ._engine.caller import unwrap
+from ._engine.unopened import Unawaited
 from ._observe import shown
+from ._ops.codec import seconds, whole
 from ._settings import (
     Target,
     check_pool,
@@ -49,7 +53,6 @@ from ._settings import (
 from ._sql import Statements
 from ._sql.point import negated
 from ._sql.scan import namespace_prefix
-from ._unopened import Unawaited
 from .config import EMBEDDED_SCHEME, Config, require_config
 from .errors import NotFoundError
 from .pipeline import AsyncPipeline
@@ -60,8 +63,8 @@ from .types import CasResult, Entry, KeyValue, ScanOptions, Stats
 if TYPE_CHECKING:
     from psycopg import IsolationLevel
 
-    from ._codec import Value
-    from ._serialize import CodecName
+    from ._ops.codec import Value
+    from ._ops.serialize import CodecName
     from .config import Options, Seconds, TableOptions
 
 T = TypeVar("T")

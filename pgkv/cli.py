@@ -17,20 +17,12 @@ from typing import Annotated, Any, TypeAlias
 
 import typer
 
-from . import _cache_command, _cli_locks
-from . import _console as console
-from ._command import (
-    DONE,
-    NOT_FOUND,
-    Call,
-    Seconds,
-    app,
-    duration,
-    main,
-    register,
-)
-from ._schema import schema_sql
-from ._sweep import sweep_all
+from ._cli import cache as _cache_command
+from ._cli import console
+from ._cli import locks as _cli_locks
+from ._cli.command import DONE, NOT_FOUND, Call, Seconds, app, duration, main, register
+from ._engine.schema import schema_sql
+from ._engine.sweep import sweep_all
 from .config import Pooler, TableType
 from .errors import NotFoundError
 
@@ -321,7 +313,7 @@ def doctor(call: Call) -> int:
 
     **Example:** `pgkv doctor --table cache --json`
     """
-    from . import _doctor
+    from ._cli import doctor as _doctor
 
     findings = _doctor.examine(call.config())
     if call.json:
@@ -347,7 +339,7 @@ def demo(
 
     **Example:** `pgkv demo --dsn postgresql://user@host/db`
     """
-    from . import _demo
+    from ._cli import demo as _demo
 
     given = {"--table": call.table, "--namespace": call.namespace, "--timeout": call.timeout}
     for option, value in given.items():

@@ -35,8 +35,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
-from ._binaries import is_root
-from ._cluster import START_TIMEOUT, STOP_TIMEOUT, Cluster
+from ._embedded.binaries import is_root
+from ._embedded.cluster import START_TIMEOUT, STOP_TIMEOUT, Cluster
 from .config import embedded_path
 from .errors import ConfigError, StoreUnavailableError
 

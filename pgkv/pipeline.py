@@ -11,9 +11,9 @@ from datetime import datetime
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, NoReturn, Self, TypeVar, overload
 
-from . import _flows
+from ._engine import flows as _flows
 from ._observe import shown
-from ._op import Flow, Op
+from ._ops.op import Flow, Op
 from ._settings import scan_options, text_of
 from ._sql import Statements
 from ._sql.point import negated
@@ -21,9 +21,9 @@ from .errors import NotFoundError, PgkvError, TransactionError
 from .types import CasResult, Entry, KeyValue, ScanOptions
 
 if TYPE_CHECKING:
-    from ._aio_channel import AsyncChannel
-    from ._channel import Channel
-    from ._codec import Value
+    from ._engine._async.channel import AsyncChannel
+    from ._engine._sync.channel import Channel
+    from ._ops.codec import Value
     from .config import Seconds
 
 T = TypeVar("T")

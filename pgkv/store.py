@@ -21,15 +21,19 @@ from urllib.parse import quote
 import psycopg
 from psycopg_pool import ConnectionPool
 
-from . import _flows, _retry, _schema, _sweep
-from ._bound import CallerChannel
-from ._caller import unwrap
-from ._channel import Channel, PoolChannel
-from ._codec import seconds, whole
-from ._drivers import call
+from ._engine import flows as _flows
+from ._engine import retry as _retry
+from ._engine import schema as _schema
+from ._engine import sweep as _sweep
+from ._engine._sync.channel import Channel, PoolChannel
+from ._engine._sync.pool import CallerPool, Leases
+from ._engine._sync.transaction import CallerChannel
+from ._engine.caller import unwrap
+from ._engine.unopened import Unopened
 from ._observe import shown
-from ._op import Call
-from ._pool import CallerPool, Leases
+from ._ops.codec import seconds, whole
+from ._ops.drivers import call
+from ._ops.op import Call
 from ._settings import (
     Target,
     check_pool,
@@ -48,7 +52,6 @@ from ._settings import (
 from ._sql import Statements
 from ._sql.point import negated
 from ._sql.scan import namespace_prefix
-from ._unopened import Unopened
 from .config import EMBEDDED_SCHEME, Config, require_config
 from .errors import NotFoundError
 from .pipeline import Pipeline
@@ -58,8 +61,8 @@ from .types import CasResult, Entry, KeyValue, ScanOptions, Stats
 if TYPE_CHECKING:
     from psycopg import IsolationLevel
 
-    from ._codec import Value
-    from ._serialize import CodecName
+    from ._ops.codec import Value
+    from ._ops.serialize import CodecName
     from .config import Options, Seconds, TableOptions
 
 T = TypeVar("T")

@@ -19,7 +19,7 @@ from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from .errors import ConfigError
-from .patterns import _switch
+from .patterns._runtime import switch as _switch
 
 __all__ = ["ServerClock", "disabled"]
 

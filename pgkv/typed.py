@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from ._observe import shown
-from ._serialize import CodecName, Serializer
+from ._ops.serialize import CodecName, Serializer
 from ._settings import refuse_pickle
 from .types import CasResult, CasStatus, KeyValue
 

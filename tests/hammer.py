@@ -11,7 +11,7 @@ import threading
 import time
 
 import pgkv
-from pgkv._sql.limit import Arrival
+from pgkv.patterns.rate_limit.sql import Arrival
 
 
 def main(dsn: str, rates: str, seconds: str, threads: str) -> None:

@@ -21,7 +21,7 @@ from typing import Literal
 
 import psycopg
 
-from pgkv._binaries import (
+from pgkv._embedded.binaries import (
     Account,
     Binaries,
     account_of,
@@ -30,7 +30,7 @@ from pgkv._binaries import (
     is_root,
     version_of,
 )
-from pgkv._cluster import Cluster
+from pgkv._embedded.cluster import Cluster
 
 # What makes a test server fast: a crash of the machine may lose it. A crash of the server alone
 # loses nothing by it.

@@ -11,8 +11,8 @@ from functools import cached_property
 from operator import add
 from typing import TYPE_CHECKING, TypeVar
 
-from .. import _codec
-from .._op import BINARY, TEXT, Expired, Op, Result, Signal, Statement
+from .._ops import codec as _codec
+from .._ops.op import BINARY, TEXT, Expired, Op, Result, Signal, Statement
 from ..errors import InvalidKeyError, InvalidValueError
 from .point import ADDED, REFUSED_INCREMENT, WINDOW
 from .table import (
@@ -27,7 +27,7 @@ from .table import (
 )
 
 if TYPE_CHECKING:
-    from .._codec import Value
+    from .._ops.codec import Value
     from ..config import Seconds
 
 T = TypeVar("T")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache
 from typing import TYPE_CHECKING
 
-from .._op import Op, Statement
+from .._ops.op import Op, Statement
 from .table import read_nothing
 
 if TYPE_CHECKING:

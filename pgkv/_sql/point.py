@@ -8,8 +8,8 @@ from datetime import datetime
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
-from .. import _codec
-from .._op import BINARY, TEXT, Expired, Op, Raced, Result, Signal, Statement
+from .._ops import codec as _codec
+from .._ops.op import BINARY, TEXT, Expired, Op, Raced, Result, Signal, Statement
 from ..errors import InvalidValueError
 from ..types import CasResult, CasStatus, Entry
 from .table import (
@@ -32,7 +32,7 @@ from .table import (
 )
 
 if TYPE_CHECKING:
-    from .._codec import Value
+    from .._ops.codec import Value
     from ..config import Seconds
 
 T = TypeVar("T")

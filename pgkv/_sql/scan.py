@@ -9,8 +9,8 @@ from __future__ import annotations
 from functools import cached_property
 from typing import TYPE_CHECKING, TypeVar
 
-from .. import _codec
-from .._op import BINARY, TEXT, Op, Result, Signal, Statement
+from .._ops import codec as _codec
+from .._ops.op import BINARY, TEXT, Op, Result, Signal, Statement
 from ..errors import InvalidKeyError
 from ..types import KeyValue, ScanOptions, Stats
 from .sweep import Sweep

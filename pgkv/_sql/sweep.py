@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import cached_property
 
-from .. import _codec
-from .._op import BINARY, TEXT, Op, Result, Statement
+from .._ops import codec as _codec
+from .._ops.op import BINARY, TEXT, Op, Result, Statement
 from .table import TableStatements, read_int
 
 SWEEP_PAGES = 128

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from .. import _codec
-from .._op import BINARY, TEXT, Result, Signal, Statement
+from .._ops import codec as _codec
+from .._ops.op import BINARY, TEXT, Result, Signal, Statement
 from ..config import Config, Table, TtlCleanupStrategy
 from ..errors import InvalidValueError
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress
 
-from pgkv._demo.placement import CAN_PLACE
+from pgkv._cli.demo.placement import CAN_PLACE
 from tests.benchmarks import page, plot, readme, record, services, table
 from tests.benchmarks.case import Bench, Case, FactCase
 from tests.benchmarks.cases import TOPICS, Topic

@@ -11,8 +11,8 @@ from typing import Any, Self
 import psycopg
 
 from pgkv import Config
-from pgkv._conninfo import build
-from pgkv._op import BINARY, Op
+from pgkv._engine.conninfo import build
+from pgkv._ops.op import BINARY, Op
 
 
 class Raw:

@@ -9,7 +9,7 @@ from contextlib import nullcontext
 from random import Random
 from time import perf_counter
 
-from pgkv._demo.placement import on_one_core
+from pgkv._cli.demo.placement import on_one_core
 from tests.benchmarks.case import Bench, Case, Run
 from tests.benchmarks.figures import Result, result
 

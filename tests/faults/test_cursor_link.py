@@ -23,7 +23,7 @@ from pgkv import (
     StoreUnavailableError,
     TransactionError,
 )
-from pgkv._cursor_link import CursorLink
+from pgkv._engine._sync.cursor_connection import CursorLink
 from tests.faults import test_callers, test_exhaustion, test_tables
 from tests.faults.proxy import Proxy
 from tests.faults.support import Witness, newest

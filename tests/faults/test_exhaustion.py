@@ -124,7 +124,7 @@ def test_storm_with_expiring_leases_and_kills(
 ) -> None:
     """The same while leases end all the time and connections die: all threads come to their end, and
     the number of connections is what it was."""
-    monkeypatch.setattr("pgkv._pool.LEASE_TIME", 0.01)
+    monkeypatch.setattr("pgkv._engine._sync.pool.LEASE_TIME", 0.01)
     with Store.connect(dsn, pool_max_size=3, pool_timeout=20) as store:
         failed = 0
 

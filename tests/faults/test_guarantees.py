@@ -18,8 +18,8 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 import pgkv
 from pgkv import TableType
-from pgkv._cluster import Cluster
-from pgkv.patterns._session_data import id_of
+from pgkv._embedded.cluster import Cluster
+from pgkv.patterns.session.data import id_of
 from pgkv.testing import ServerClock
 from tests import servers
 from tests.cached import cached_in

@@ -13,9 +13,9 @@ import psycopg
 import pytest
 
 import pgkv
-from pgkv._drivers import drive
-from pgkv._op import Call
-from pgkv.patterns import _grant
+from pgkv._ops.drivers import drive
+from pgkv._ops.op import Call
+from pgkv.patterns.lock import flows as _grant
 from tests.colours import Colour
 from tests.faults.proxy import Proxy
 from tests.faults.support import newest

@@ -22,7 +22,7 @@ from pgkv import (
     schema_sql,
 )
 from pgkv.config import Config
-from pgkv.patterns._session_data import id_of
+from pgkv.patterns.session.data import id_of
 from tests.faults.support import newest
 from tests.servers import Server
 

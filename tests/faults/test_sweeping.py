@@ -225,7 +225,7 @@ async def test_a_second_table_is_swept_too(make_store: MakeStore, witness: Witne
 @newest
 async def test_the_sweeper_survives(make_store: MakeStore, witness: Witness) -> None:
     """A sweep that failed, its connection killed or the table dropped, is not the last one."""
-    import pgkv._sweep as sweep
+    from pgkv._engine import sweep
 
     patience, sweep.PATROL_RETRY = sweep.PATROL_RETRY, 0.05
     try:

@@ -18,8 +18,8 @@ from psycopg_pool import AsyncConnectionPool
 
 import pgkv
 from pgkv import AsyncStore, ConfigError, OperationTimeoutError, PoolTimeoutError
-from pgkv._aio_wire import AsyncLink
-from pgkv._op import Op
+from pgkv._engine._async.connection import AsyncLink
+from pgkv._ops.op import Op
 from pgkv.config import EMBEDDED_SCHEME
 from tests.colours import Colour
 from tests.peers import Peer, until

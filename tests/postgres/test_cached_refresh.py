@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import pgkv
-from pgkv.patterns import _cached_core
+from pgkv.patterns.cache import flows as _cached_core
 from pgkv.testing import ServerClock
 from tests.cached import cached_in, invalidate_tag, plain_store
 from tests.colours import Colour, in_thread

@@ -263,7 +263,7 @@ def test_on_a_terminal_scan_is_a_table(
     as text."""
     with Store.connect(dsn) as store:
         store.set_many({f"k{number:03}": "\x1b[31mred [bold]" for number in range(150)})
-    monkeypatch.setattr("pgkv._console.on_terminal", lambda: True)
+    monkeypatch.setattr("pgkv._cli.console.on_terminal", lambda: True)
     code, out, err = pgkv("scan")
     assert code == 0
     assert b"k099" in out

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 import pgkv
+from pgkv._engine.sweep import Collector
 from pgkv._sql import sweep
-from pgkv._sweep import Collector
 from pgkv.testing import ServerClock
 from tests.peers import Peer, until
 
@@ -200,7 +200,7 @@ async def test_cleanup_expired_in_chunks(
 ) -> None:
     """The table is swept in chunks of pages, all of them."""
     monkeypatch.setattr(sweep, "SWEEP_PAGES", 2)
-    monkeypatch.setattr("pgkv._sweep.SWEEP_PAGES", 2)
+    monkeypatch.setattr("pgkv._engine.sweep.SWEEP_PAGES", 2)
     store = await make_store(ttl_cleanup_strategy=MANUAL)
     await store.set_many({f"x{n}": b"x" * 1000 for n in range(100)}, ttl=60)
     clock.advance(61)

@@ -19,11 +19,12 @@ import pytest
 pytest.importorskip("typer")
 pytest.importorskip("rich")
 
-from pgkv import Store, _demo
-from pgkv._binaries import exists
-from pgkv._demo import crew, redis_server, throughput
-from pgkv._demo.screen import Screen
-from pgkv._demo.stage import Check, Rate, Report, Scene, Stage
+from pgkv import Store
+from pgkv._cli import demo as _demo
+from pgkv._cli.demo import crew, redis_server, throughput
+from pgkv._cli.demo.screen import Screen
+from pgkv._cli.demo.stage import Check, Rate, Report, Scene, Stage
+from pgkv._embedded.binaries import exists
 from pgkv.cli import main
 from tests import servers
 from tests.faults.support import newest
@@ -123,7 +124,7 @@ def test_any_encoding(terminal: bool, encoding: str, monkeypatch: pytest.MonkeyP
     """Where standard output has ASCII only, marks, units and tables are made of that."""
     written = io.BytesIO()
     monkeypatch.setattr("sys.stdout", io.TextIOWrapper(written, encoding, write_through=True))
-    monkeypatch.setattr("pgkv._console.on_terminal", lambda: terminal)
+    monkeypatch.setattr("pgkv._cli.console.on_terminal", lambda: terminal)
     monkeypatch.setenv("COLUMNS", "80")
     rates = (Rate("get", 1, 50_000.0, 2e-5, 4e-5, 25_000.0), Rate("swap", 8, 10.0, 0.1, 0.2))
     report = Report(["said"], [Check("good", True), Check("bad", False)], list(rates))
@@ -217,7 +218,7 @@ def members_of(demo: subprocess.Popen[bytes]) -> list[int]:
     return [
         int(pid)
         for pid, parent, args in rows
-        if int(parent) == demo.pid and args.endswith("-m pgkv._demo")
+        if int(parent) == demo.pid and args.endswith("-m pgkv._cli.demo")
     ]
 
 
@@ -264,7 +265,7 @@ def test_a_module_in_the_working_directory(dsn: str, start: Start, tmp_path: Pat
 
 def test_importing_pgkv_does_not_load_the_demo() -> None:
     """`import pgkv` loads neither the demo nor the client of Redis."""
-    script = "import sys, pgkv; print({'pgkv._demo', 'redis'} & set(sys.modules))"
+    script = "import sys, pgkv; print({'pgkv._cli.demo', 'redis'} & set(sys.modules))"
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
     )

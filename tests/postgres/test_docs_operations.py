@@ -182,7 +182,7 @@ def test_the_poolers_configuration_works(
     """PgBouncer starts with the page's settings, addresses and accounts aside; a store works through
     it, and doctor is content."""
     pytest.importorskip("rich")
-    from pgkv import _doctor
+    from pgkv._cli import doctor as _doctor
 
     parser = configparser.ConfigParser()
     parser.read_string(fences("operations.md", "ini")[0])

@@ -23,10 +23,10 @@ from pgkv import (
     StoreUnavailableError,
     TableType,
     TtlCleanupStrategy,
-    _doctor,
     fence_sql,
 )
-from pgkv._doctor import Finding
+from pgkv._cli import doctor as _doctor
+from pgkv._cli.doctor import Finding
 from pgkv.cli import main
 from pgkv.testing import ServerClock
 from tests import pgbouncer, servers
@@ -325,7 +325,7 @@ def test_expired_rows_that_pile_up(dsn: str, clock: ServerClock) -> None:
 
 def test_a_large_table_is_sampled(dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Beyond a number of pages a sample stands for the table."""
-    monkeypatch.setattr("pgkv._doctor.table.SAMPLE_PAGES", 10)
+    monkeypatch.setattr("pgkv._cli.doctor.table.SAMPLE_PAGES", 10)
     with Store.connect(dsn) as store:
         store.set_many({f"k{number}": "v" * 200 for number in range(5000)})
     found = examine(dsn)["expired rows"]
@@ -343,7 +343,7 @@ def test_a_clock_that_differs(dsn: str, clock: ServerClock) -> None:
 
 def test_an_old_transaction(dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Somebody's open transaction is named by its process."""
-    monkeypatch.setattr("pgkv._doctor.server.MINUTES_OPEN", 0)
+    monkeypatch.setattr("pgkv._cli.doctor.server.MINUTES_OPEN", 0)
     with psycopg.connect(dsn) as conn:
         conn.execute("CREATE TABLE anything (id int)")  # takes a transaction id
         pid = conn.info.backend_pid
@@ -365,7 +365,7 @@ def test_a_check_that_cannot_be_made_hides_no_other(
 ) -> None:
     """A locked table keeps the checks that read it from an answer, for a bounded time; the rest
     answers."""
-    monkeypatch.setattr("pgkv._doctor.CHECK_TIMEOUT", "200ms")
+    monkeypatch.setattr("pgkv._cli.doctor.CHECK_TIMEOUT", "200ms")
     with Store.connect(dsn):
         pass
     with psycopg.connect(dsn) as conn:

@@ -15,9 +15,11 @@ from typing import Any
 import psycopg
 import pytest
 
-from pgkv import _binaries, _cluster, embedded
-from pgkv._binaries import Binaries
-from pgkv._cluster import Cluster
+from pgkv import embedded
+from pgkv._embedded import binaries as _binaries
+from pgkv._embedded import cluster as _cluster
+from pgkv._embedded.binaries import Binaries
+from pgkv._embedded.cluster import Cluster
 from pgkv.errors import ConfigError, StoreUnavailableError
 from tests import servers
 from tests.servers import THROWAWAY, wait_until

@@ -104,9 +104,9 @@ async def test_a_denied_try_leaves_no_trace(store: Any, colour: Colour, peer: Pe
 
 async def test_a_repeated_grant_is_the_same_grant(store: Any, colour: Colour) -> None:
     """A grant sent twice by the same acquire() (its first reply was lost) has one token."""
-    from pgkv._sql.lock import Denied, Granted, LockStatements
-    from pgkv.patterns._lease import new_owner
-    from pgkv.patterns.lock import statements_of
+    from pgkv.patterns.lock.api import statements_of
+    from pgkv.patterns.lock.lease import new_owner
+    from pgkv.patterns.lock.sql import Denied, Granted, LockStatements
 
     inner = store._target if isinstance(store, Threaded) else store
     sql = statements_of(inner, LockStatements, durable=True)
@@ -458,8 +458,8 @@ async def test_only_names_unused_for_a_week_are_forgotten(
     store: Any, colour: Colour, peer: Peer, clock: ServerClock
 ) -> None:
     """Cleaning deletes free rows whose last grant is older than seven days; tokens rise on."""
-    from pgkv._sql.lock import LockStatements
-    from pgkv.patterns.lock import statements_of
+    from pgkv.patterns.lock.api import statements_of
+    from pgkv.patterns.lock.sql import LockStatements
 
     inner = store._target if isinstance(store, Threaded) else store
     sql = statements_of(inner, LockStatements, durable=True)

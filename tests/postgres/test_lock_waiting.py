@@ -61,7 +61,7 @@ async def test_a_release_wakes_a_waiter(store: Any, colour: Colour, peer: Peer) 
 
 async def test_a_waiter_that_gives_up_passes_its_chance_on(store: Any, colour: Colour) -> None:
     """A waiter that was woken and did not try leaves the chance to the next one."""
-    from pgkv.patterns._wakeup import Listener, TaskWaiting
+    from pgkv.patterns.lock.wakeup import Listener, TaskWaiting
 
     listener = Listener(asyncio.get_running_loop(), "", None)  # type: ignore[arg-type]  # never listens here
     first, second = TaskWaiting(listener, b"n"), TaskWaiting(listener, b"n")
@@ -78,7 +78,7 @@ async def test_behind_a_transaction_pooler_waiters_poll(
     make_store: Any, colour: Colour, peer: Peer, caplog: pytest.LogCaptureFixture
 ) -> None:
     """pooler=TRANSACTION: no LISTEN, said once, and the lock is handed over all the same."""
-    from pgkv.patterns import _wakeup
+    from pgkv.patterns.lock import wakeup as _wakeup
 
     _wakeup._said.clear()
     store = await make_store(pooler=pgkv.Pooler.TRANSACTION)
@@ -99,7 +99,7 @@ async def test_where_nothing_is_heard_waiters_poll(
     store: Any, colour: Colour, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A trial notification that does not arrive (an undeclared pooler) means polling."""
-    from pgkv.patterns import _wakeup
+    from pgkv.patterns.lock import wakeup as _wakeup
 
     _wakeup._said.clear()
     monkeypatch.setattr(_wakeup, "PROOF_TIME", 0.2)

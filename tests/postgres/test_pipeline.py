@@ -26,7 +26,7 @@ from pgkv import (
     TableNotFoundError,
     TransactionError,
 )
-from pgkv._op import Op, Statement
+from pgkv._ops.op import Op, Statement
 from pgkv.testing import ServerClock
 from pgkv.types import CasStatus
 from tests.faults.proxy import Fault, Proxy

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import pgkv
-from pgkv._op import Op, Raced
+from pgkv._ops.op import Op, Raced
 from pgkv.types import CasStatus
 from tests.colours import Colour
 from tests.peers import Peer

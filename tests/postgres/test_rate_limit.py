@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import pgkv
-from pgkv.patterns._policy import Policy
-from pgkv.patterns._rate import rates_of
+from pgkv.patterns.rate_limit.policy import Policy
+from pgkv.patterns.rate_limit.rate import rates_of
 from pgkv.testing import ServerClock
 from tests.colours import Colour
 from tests.peers import Peer, fetch

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import pgkv
-from pgkv.patterns import _local
+from pgkv.patterns.rate_limit import local as _local
 from pgkv.testing import ServerClock
 from tests.colours import Colour
 from tests.peers import Peer
@@ -57,7 +57,7 @@ def sent(operations: Any) -> Callable[[], int]:
 def local_clock(monkeypatch: pytest.MonkeyPatch) -> LocalClock:
     """What limiters made afterwards take for the local time."""
     clock = LocalClock()
-    monkeypatch.setattr("pgkv.patterns._limiter.monotonic", clock)
+    monkeypatch.setattr("pgkv.patterns.rate_limit.flows.monotonic", clock)
     for remembered in (_local.Denials, _local.Pockets):
         monkeypatch.setattr(remembered.__init__, "__defaults__", (clock,))
     return clock

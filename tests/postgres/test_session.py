@@ -17,7 +17,7 @@ from pgkv import (
     TableNotFoundError,
     TtlCleanupStrategy,
 )
-from pgkv.patterns._session_data import id_of, new_token
+from pgkv.patterns.session.data import id_of, new_token
 from pgkv.testing import ServerClock
 from tests.peers import Peer, fetch, until
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from pgkv import SessionGoneError, SessionStore, Store
-from pgkv.patterns._session_data import id_of
+from pgkv.patterns.session.data import id_of
 from pgkv.testing import ServerClock
 from tests.peers import Peer, gather, until
 

@@ -16,8 +16,8 @@ from pgkv import (
     SessionStore,
     Store,
 )
-from pgkv._sql.session import Outcome
-from pgkv.patterns._session_data import id_of
+from pgkv.patterns.session.data import id_of
+from pgkv.patterns.session.sql import Outcome
 from pgkv.testing import ServerClock
 from tests.peers import Peer, gather
 

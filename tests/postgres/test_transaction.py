@@ -11,7 +11,7 @@ import pytest
 from psycopg import IsolationLevel
 
 import pgkv
-from pgkv._sweep import Collector
+from pgkv._engine.sweep import Collector
 from pgkv.testing import ServerClock
 from tests.peers import Peer
 

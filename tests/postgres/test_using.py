@@ -11,7 +11,7 @@ import psycopg
 import pytest
 
 import pgkv
-from pgkv._sweep import Collector
+from pgkv._engine.sweep import Collector
 from pgkv.testing import ServerClock
 from tests.colours import Colour, Threaded
 from tests.peers import Peer, fetch

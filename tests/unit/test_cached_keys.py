@@ -22,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pgkv
-from pgkv.patterns._cache_key import Binder, Unencodable, encode
+from pgkv.patterns.cache.key import Binder, Unencodable, encode
 
 
 class Colour(enum.Enum):

@@ -11,10 +11,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pgkv import L1
-from pgkv.patterns import _background, _envelope
-from pgkv.patterns._breaker import FAILURES_MAX, PAUSE_FIRST, PAUSE_MAX, Breaker
-from pgkv.patterns._envelope import FORMAT_1, PLACEHOLDER, Envelope, is_placeholder, new_mark, read
-from pgkv.patterns._single_flight import Flights, ThreadFlight
+from pgkv.patterns._runtime import background as _background
+from pgkv.patterns.cache import envelope as _envelope
+from pgkv.patterns.cache.breaker import FAILURES_MAX, PAUSE_FIRST, PAUSE_MAX, Breaker
+from pgkv.patterns.cache.envelope import (
+    FORMAT_1,
+    PLACEHOLDER,
+    Envelope,
+    is_placeholder,
+    new_mark,
+    read,
+)
+from pgkv.patterns.cache.single_flight import Flights, ThreadFlight
 from tests.servers import wait_until
 
 durations = st.floats(min_value=0, allow_nan=False)

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from pgkv import Config
-from pgkv._op import Op
-from pgkv._sql.cache import KEYS_NAMED_MAX, CacheStatements
+from pgkv._ops.op import Op
+from pgkv.patterns.cache.sql import KEYS_NAMED_MAX, CacheStatements
 
 SQL = CacheStatements(Config("postgresql://", table_name='we"ird'), "ns:")
 MARK = b"~" * 17

@@ -13,7 +13,7 @@ pytest.importorskip("typer")
 pytest.importorskip("rich")
 
 from pgkv import __main__ as entry
-from pgkv import _console as console
+from pgkv._cli import console
 from pgkv.cli import main
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pgkv import _codec
+from pgkv._ops import codec as _codec
 from pgkv.errors import InvalidKeyError, InvalidValueError
 
 INT8 = st.integers(-(2**63), 2**63 - 1)

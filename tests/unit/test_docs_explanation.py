@@ -23,7 +23,7 @@ WALL_CLOCKS = {
     *("datetime.now", "datetime.utcnow", "datetime.today", "date.today"),
 }
 # Compares the client's clock with the server's, and says by how much they differ.
-MAY_READ_IT = {"pgkv/_doctor/server.py"}
+MAY_READ_IT = {"pgkv/_cli/doctor/server.py"}
 
 
 def name_of(path: Path) -> str:

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 import pgkv
-from pgkv._drivers import drive
-from pgkv._op import Call, Op
-from pgkv._sql.lock import Denied
-from pgkv.patterns import _grant
+from pgkv._ops.drivers import drive
+from pgkv._ops.op import Call, Op
+from pgkv.patterns.lock import flows as _grant
+from pgkv.patterns.lock.sql import Denied
 
 
 class BusyPort:

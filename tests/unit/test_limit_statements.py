@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 import pgkv
-from pgkv._op import Op
-from pgkv._sql.limit import Charge, Limit
+from pgkv._ops.op import Op
+from pgkv.patterns.rate_limit.sql import Charge, Limit
 
 Call = Callable[[Limit, int], Op[Any]]
 STATEMENTS: dict[str, Call] = {

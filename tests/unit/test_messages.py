@@ -21,8 +21,8 @@ import psycopg
 import pytest
 
 import pgkv
-from pgkv._serialize import Serializer
-from pgkv.patterns.cache import _codec_for
+from pgkv._ops.serialize import Serializer
+from pgkv.patterns.cache.decorator import _codec_for
 
 NOWHERE = "postgresql://nobody@127.0.0.1:1/nowhere?connect_timeout=1"
 CONFIG = pgkv.Config(NOWHERE, retry=None)

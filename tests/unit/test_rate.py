@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import pgkv
-from pgkv._sql.limit import Arrival
-from pgkv.patterns._policy import Policy
-from pgkv.patterns._rate import NS, rates_of
+from pgkv.patterns.rate_limit.policy import Policy
+from pgkv.patterns.rate_limit.rate import NS, rates_of
+from pgkv.patterns.rate_limit.sql import Arrival
 
 
 @pytest.mark.parametrize(

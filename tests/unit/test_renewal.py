@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from pgkv.patterns._lease import clock
-from pgkv.patterns._renewal import Renewer
+from pgkv.patterns.lock.lease import clock
+from pgkv.patterns.lock.renewal import Renewer
 
 
 class FakeHold:

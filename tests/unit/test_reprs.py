@@ -19,9 +19,9 @@ import pytest
 
 import pgkv
 from pgkv import _observe
-from pgkv._serialize import Serializer
-from pgkv.patterns._lease import clock
-from pgkv.patterns._request_session import RequestSession
+from pgkv._ops.serialize import Serializer
+from pgkv.patterns.lock.lease import clock
+from pgkv.patterns.session.request import RequestSession
 
 PASSWORD = "hunter2"
 TOKEN = "t0ken" * 8 + "abc"

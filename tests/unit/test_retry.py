@@ -11,8 +11,8 @@ import structlog
 
 import pgkv
 from pgkv import RetryPolicy
-from pgkv._op import Call, Op, Raced, Sleep, Statement, Transaction
-from pgkv._retry import may_repeat, recover
+from pgkv._engine.retry import may_repeat, recover
+from pgkv._ops.op import Call, Op, Raced, Sleep, Statement, Transaction
 from pgkv.config import Table
 from pgkv.errors import (
     ConflictError,

@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pgkv import ConfigError, SerializationError
-from pgkv._serialize import CodecName, Serializer
+from pgkv._ops.serialize import CodecName, Serializer
 
 CODECS: tuple[CodecName, ...] = ("json", "msgpack")
 SECRET = "s3cr3t-marker"

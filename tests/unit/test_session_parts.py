@@ -13,13 +13,9 @@ from hypothesis import strategies as st
 
 import pgkv
 from pgkv import Config, ConfigError, InvalidValueError, SessionError
-from pgkv._op import Op, Statement
-from pgkv._sql.session import ASYNC, Lifetimes, SessionStatements
+from pgkv._ops.op import Op, Statement
 from pgkv.config import Table, TableKind
-from pgkv.patterns._cookie import Cookie, private, varying
-from pgkv.patterns._exempt import exemption
-from pgkv.patterns._request_session import RequestSession
-from pgkv.patterns._session_data import (
+from pgkv.patterns.session.data import (
     difference,
     document,
     id_of,
@@ -29,6 +25,10 @@ from pgkv.patterns._session_data import (
     texts_of,
     values_of,
 )
+from pgkv.patterns.session.request import RequestSession
+from pgkv.patterns.session.sql import ASYNC, Lifetimes, SessionStatements
+from pgkv.patterns.web.cookie import Cookie, private, varying
+from pgkv.patterns.web.exempt import exemption
 
 JSON = st.recursive(
     st.none()

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from pgkv import Config, ScanOptions, TtlCleanupStrategy
-from pgkv._op import Op, Statement
+from pgkv._ops.op import Op, Statement
 from pgkv._sql import Statements
 from pgkv._sql.point import Point
 

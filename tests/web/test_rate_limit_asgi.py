@@ -14,7 +14,7 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
 import pgkv
-from pgkv.patterns.fastapi import RateLimited, problem_response, rate_limit
+from pgkv.integrations.fastapi import RateLimited, problem_response, rate_limit
 from tests.faults.support import newest
 from tests.web.conftest import Serve, lifespan_of
 

@@ -10,7 +10,7 @@ import flask
 import pytest
 
 import pgkv
-from pgkv.patterns.flask import rate_limit
+from pgkv.integrations.flask import rate_limit
 from tests.faults.support import newest
 from tests.web.conftest import Serve
 

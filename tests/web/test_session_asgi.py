@@ -17,7 +17,7 @@ from starlette.requests import Request
 from websockets.sync.client import connect
 
 import pgkv
-from pgkv.patterns._session_data import new_token
+from pgkv.patterns.session.data import new_token
 from tests import servers
 from tests.faults.proxy import certificate
 from tests.faults.support import newest

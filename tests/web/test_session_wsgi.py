@@ -15,8 +15,8 @@ import httpx
 import pytest
 
 import pgkv
-from pgkv.patterns._session_data import new_token
-from pgkv.patterns.flask import PgkvSessionInterface
+from pgkv.integrations.flask import PgkvSessionInterface
+from pgkv.patterns.session.data import new_token
 from tests import servers
 from tests.faults.proxy import certificate
 from tests.faults.support import newest

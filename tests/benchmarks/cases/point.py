@@ -6,7 +6,7 @@ from collections.abc import Callable
 from itertools import cycle
 from typing import Any
 
-from pgkv._op import Op
+from pgkv._ops.op import Op
 from tests.benchmarks.case import (
     KEYS,
     MEMCACHED,

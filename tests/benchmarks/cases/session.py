@@ -11,7 +11,7 @@ from typing import Any
 from psycopg.conninfo import conninfo_to_dict
 
 import pgkv
-from pgkv.patterns._session_data import id_of
+from pgkv.patterns.session.data import id_of
 from tests.benchmarks.case import PGKV, RAW, Bench, Entrants, case, each
 
 DJANGO = "Django db sessions"

@@ -1,0 +1,1 @@
+"""What the patterns share: background work, forks, threads and event loops."""

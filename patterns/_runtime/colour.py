@@ -1,0 +1,50 @@
+"""The two colours, and what is said to whoever mixes them up. It knows no pattern."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from ...errors import ConfigError
+
+
+def named(kind: str) -> str:
+    """Return a class's name with its article."""
+    return f"{'an' if kind.startswith('A') else 'a'} {kind}"
+
+
+def require(given: object, wanted: type[Any], who: str, twin: str) -> None:
+    """Refuse what is not of that class: a store of the other colour, above all.
+
+    Args:
+        given: what the caller gave.
+        wanted: what is needed.
+        who: needs it.
+        twin: what takes the other colour.
+
+    Raises:
+        ConfigError: says what is needed, and for the other colour what takes it.
+    """
+    if isinstance(given, wanted):
+        return
+    is_async = wanted.__name__.startswith("Async")
+    other = wanted.__name__.removeprefix("Async") if is_async else f"Async{wanted.__name__}"
+    is_other = any(base.__name__ == other for base in type(given).__mro__)
+    raise ConfigError(
+        f"{who} needs {named(wanted.__name__)}, not {type(given).__name__}"
+        + (f"; for {named(other)} there is {twin}" if is_other else "")
+    )
+
+
+def require_callback(fn: object, name: str, who: str, *, blocking: bool) -> None:
+    """Refuse a callback that could not be called.
+
+    Raises:
+        ConfigError: it is no function, or async where nobody could await it.
+    """
+    if fn is None:
+        return
+    if not callable(fn):
+        raise ConfigError(f"{name} must be a function, not {type(fn).__name__}")
+    if blocking and inspect.iscoroutinefunction(fn):
+        raise ConfigError(f"{name} must not be async here; {named(f'Async{who}')} awaits it")

@@ -1,0 +1,407 @@
+"""`cached`: keep what a function returns, in PostgreSQL, for all processes.
+
+The decorator and its settings. What a call does is in `_cached_core`, what it returns in
+`_cached_function`, and which store it uses by default in `defaults`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import sys
+import typing
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from types import FrameType
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar, overload
+
+import psycopg
+
+from ..._engine.caller import unwrap
+from ..._observe import shown
+from ..._ops import codec as _codec
+from ...aio import AsyncStore
+from ...errors import ConfigError, InvalidKeyError
+from ...store import Store
+from .._runtime import switch as _switch
+from .._runtime.colour import require
+from ..defaults import default_async_store, default_store
+from .call import Options
+from .context import Site, site_of
+from .envelope import Codec, SignedPickle, TypedCodec
+from .function import AsyncCachedFunction, CachedFunction, CachedValue, CacheInfo, cached_functions
+from .invalidations import announce, announcement
+from .key import Binder
+from .l1 import L1
+from .refresh import Core
+from .runtime import AWAITING, BLOCKING
+from .single_flight import Flights, TaskFlight, ThreadFlight
+from .sql import TAG
+from .transaction import ensure_table, ensure_table_async
+
+if TYPE_CHECKING:
+    from ...config import Seconds
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+NAME_MAX = 400  # bytes of a function's name in its keys
+UNTIL = "None keeps it until it is invalidated"
+PARENTHESES = "write @pgkv.cached(ttl=...) with the parentheses"
+
+
+class Decorator:
+    """What ``cached(...)`` returns: decorates one function, in its own colour."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        self._settings = settings
+
+    @shown
+    def __repr__(self) -> str:
+        return f"of cached({self._settings['options'].facts()}), to be put before a function"
+
+    @overload
+    def __call__(  # type: ignore[overload-overlap]  # where both fit, the first is meant
+        self, fn: Callable[P, Coroutine[Any, Any, R]], /
+    ) -> AsyncCachedFunction[P, R]: ...
+    @overload
+    def __call__(self, fn: Callable[P, R], /) -> CachedFunction[P, R]: ...
+    def __call__(self, fn: Any = None, /, *args: Any, **kwargs: Any) -> Any:
+        # More, or nothing, is a call of what a bare @cached was put before.
+        if args or kwargs or fn is None:
+            raise TypeError("cached() has decorated nothing yet: " + PARENTHESES)
+        return _decorate(fn, self._settings, sys._getframe(1))
+
+
+def cached(
+    ttl: Seconds | Callable[..., Seconds | None] | None,
+    *,
+    key: Callable[..., Any] | None = None,
+    ignore: Iterable[str] = (),
+    version: int | str = 1,
+    namespace: str | None = None,
+    tags: Iterable[str] = (),
+    stale: Seconds = 0,
+    beta: float = 1.0,
+    jitter: float = 0.0,
+    lock: bool = True,
+    lease: Seconds = 30.0,
+    max_wait: Seconds = 30.0,
+    condition: Callable[[Any], bool] | None = None,
+    on_error: Literal["call", "raise"] = "call",
+    store_timeout: Seconds = 0.25,
+    codec: Literal["json", "msgpack"] | SignedPickle = "json",
+    l1: L1 | None = None,
+    store: Store | AsyncStore | None = None,
+) -> Decorator:
+    """Cache a function's results, in a table that all processes share.
+
+    ``@pgkv.cached(ttl=60)`` decorates a function, an ``async def``, or a method. ``f(1)``,
+    ``f(a=1)`` and ``f()`` with that default share an entry; ``1``, ``True``, ``1.0`` and ``"1"`` do
+    not. None and falsy results are cached, exceptions are not.
+
+    Guarantees: after ``invalidate()`` has returned, no call that begins later sees an older value,
+    and a computation that began before does not bring one back; inside a transaction
+    (``using(conn)``) the same from its commit. Of the callers who miss a key one computes, in this
+    process and across processes; if it dies, one other takes over when its lease ends; if it fails,
+    the next one tries. No call waits longer than `max_wait` for another.
+
+    Limits: a function that reads from a replica, or from a snapshot older than the call, can store
+    what is old. An entry in an UNLOGGED table is gone after a crash of the server: a cache is then
+    cold, never wrong. With `l1`, other processes see an invalidation within its ttl.
+
+    Args:
+        ttl: seconds for which a value is fresh; None: until it is invalidated. A callable gets the
+            result and the arguments and returns that; 0 or less means "do not store this one".
+        key: maps the arguments (without `ignore`) to what stands for them in the key.
+        ignore: names of parameters that do not count (connections, loggers).
+        version: of what the function computes: change it when its meaning changes.
+        namespace: put before the function's name, to keep deployments in one table apart.
+        tags: templates such as ``"user:{user_id}"``; see `invalidate_tag`. Entries with tags live
+            at most 30 days.
+        stale: seconds beyond `ttl` for which the old value is served at once, while a thread or
+            task in the background (few of them, with the arguments of the call that met it)
+            computes a new one.
+        beta: how eagerly a value is refreshed before its end (XFetch: Vattani et al., VLDB 2015);
+            larger is earlier, 0 never. The caller whom the dice choose computes, the others are
+            served; with `stale` it happens in the background.
+        jitter: shorten each ttl by a random part of at most this share (0 to 1), so that entries
+            made together do not end together.
+        lock: let other processes wait for the one that computes. False: each of them computes, and
+            only the first stores.
+        lease: seconds after which a process that died computing is replaced. Prolonged while the
+            function runs.
+        max_wait: seconds that a call waits for somebody else's result; then it computes itself, and
+            does not store.
+        condition: gets the result; a false answer means "do not store this one".
+        on_error: ``"call"``: when the store cannot be reached, call the function (and after repeated
+            failures leave the store alone for a while); ``"raise"``: raise.
+        store_timeout: seconds for each call of the store within a cached call.
+        codec: ``"json"``, ``"msgpack"``, or a `SignedPickle`. With a return annotation the first
+            two give back values of that type, checked.
+        l1: a first level in memory.
+        store: a `Store` for functions, an `AsyncStore` for async ones; None for the default one,
+            see `configure`.
+
+    Raises:
+        TypeError: (when decorating) a generator; a method without ``key=``, ``ignore=("self",)`` or
+            a ``__cache_key__()`` in its class; a parameter named that does not exist. (When called)
+            an argument has no stable encoding; names the parameter.
+        ConfigError: a setting is wrong, or there is no default store.
+        InvalidValueError: a duration is not positive.
+        SerializationError: (when called) the result cannot be written by the codec, or does not fit
+            the return annotation.
+    """
+    tags, ignore = _names("tags", tags), _names("ignore", ignore)
+    for what, fn in (("key", key), ("condition", condition)):
+        if fn is not None and not callable(fn):
+            raise ConfigError(f"cached: {what} must be a function, not {type(fn).__name__}")
+    if on_error not in ("call", "raise"):
+        raise ConfigError(f"cached: on_error must be 'call' or 'raise', not {on_error!r}")
+    if not _is_number(jitter, 1.0):
+        raise ConfigError(f"cached: jitter must be at least 0 and less than 1, not {jitter!r}")
+    if not _is_number(beta, math.inf):
+        raise ConfigError(f"cached: beta must be a number of 0 or more, not {beta!r}")
+    if not isinstance(codec, SignedPickle) and codec not in ("json", "msgpack"):
+        raise ConfigError(
+            f"cached: codec must be 'json', 'msgpack' or a SignedPickle, not {codec!r}"
+        )
+    if l1 is not None and not isinstance(l1, L1):
+        raise ConfigError(f"cached: l1 must be an L1, not {type(l1).__name__}")
+    options = Options(
+        ttl=ttl if ttl is None or callable(ttl) else _codec.seconds(ttl, endless=UNTIL),
+        stale=_codec.seconds(stale, "stale", zero=True),
+        beta=float(beta),
+        jitter=float(jitter),
+        lock=bool(lock),
+        lease=_codec.seconds(lease, "lease"),
+        max_wait=_codec.seconds(max_wait, "max_wait"),
+        condition=condition,
+        on_error=on_error,
+        store_timeout=_codec.seconds(store_timeout, "store_timeout"),
+    )
+    settings = {
+        "key": key,
+        "ignore": ignore,
+        "version": version,
+        "namespace": namespace,
+        "tags": tags,
+        "codec": codec,
+        "l1": l1,
+        "store": store,
+        "options": options,
+    }
+    return Decorator(settings)
+
+
+def _is_number(given: object, below: float) -> bool:
+    return isinstance(given, int | float) and not isinstance(given, bool) and 0 <= given < below
+
+
+def _names(what: str, given: object) -> tuple[str, ...]:
+    if isinstance(given, Iterable) and not isinstance(given, str):
+        found = tuple(given)
+        if all(isinstance(each, str) for each in found):
+            return found
+    raise ConfigError(f"cached: {what} must be a tuple of strings, such as ('name',)")
+
+
+def _decorate(fn: Any, given: dict[str, Any], frame: FrameType) -> Any:
+    owner: type | None = None
+    if isinstance(fn, staticmethod):
+        fn = fn.__func__
+    elif isinstance(fn, classmethod):
+        fn, owner = fn.__func__, type
+    if not callable(fn) or not hasattr(fn, "__qualname__"):
+        raise TypeError(
+            f"cached() decorates a function, not {type(fn).__name__}; {PARENTHESES}, below other "
+            "decorators such as @property"
+        )
+    if inspect.isgeneratorfunction(fn) or inspect.isasyncgenfunction(fn):
+        raise TypeError(
+            f"cached {fn.__qualname__}(): a generator cannot be cached, because reading it uses it "
+            "up; return a list"
+        )
+    is_async = inspect.iscoroutinefunction(fn)
+    _check_self(fn, given, frame)
+    if given["store"] is not None:
+        _check_store(given["store"], f"cached {fn.__qualname__}()", is_async=is_async)
+    name = _name_of(fn, given)
+    binder = Binder(fn, name, given["ignore"], given["key"], given["tags"])
+    core = Core(
+        fn,
+        name,
+        binder,
+        lambda: _codec_for(fn, given["codec"]),
+        given["options"],
+        given["l1"],
+        AWAITING if is_async else BLOCKING,
+        Flights(TaskFlight if is_async else ThreadFlight),
+    )
+    kind: Any = AsyncCachedFunction if is_async else CachedFunction
+    return kind(core, given["store"], owner)
+
+
+def _check_store(store: object, who: str, *, is_async: bool) -> None:
+    if is_async:
+        require(store, AsyncStore, f"{who}, an async function,", "a plain def")
+    else:
+        require(store, Store, f"{who}, a plain function,", "async def")
+
+
+def _name_of(fn: Any, given: dict[str, Any]) -> str:
+    # What multiprocessing's spawn calls a program's own module, in the children.
+    module = "__main__" if fn.__module__ == "__mp_main__" else fn.__module__
+    name = f"{module}.{fn.__qualname__}:{given['version']}"
+    if given["namespace"] is not None:
+        name = f"{given['namespace']}:{name}"
+    if len(name.encode()) > NAME_MAX:
+        raise ConfigError(
+            f"cached {fn.__qualname__}(): its name with module, namespace and version is longer than "
+            f"{NAME_MAX} bytes"
+        )
+    return name
+
+
+def _check_self(fn: Any, given: dict[str, Any], frame: FrameType) -> None:
+    """A method's object counts only where it says by what."""
+    first = next(iter(inspect.signature(fn).parameters), None)
+    if first != "self" or "self" in given["ignore"] or given["key"] is not None:
+        return
+    # The class does not exist yet; the names that its body binds are known all the same.
+    body = frame.f_code
+    if "__qualname__" not in frame.f_locals or "__cache_key__" in body.co_names:
+        return
+    raise TypeError(
+        f"cached {fn.__qualname__}(): `self` has to say what of it counts. Define __cache_key__() in "
+        "the class (an inherited one: __cache_key__ = Base.__cache_key__), say key=, or leave it out "
+        "with ignore=('self',): then all objects share their entries"
+    )
+
+
+def _codec_for(fn: Any, codec: Any) -> Codec:
+    if isinstance(codec, SignedPickle):
+        return codec
+    what = f"cached {fn.__qualname__}()"
+    try:
+        hints = typing.get_type_hints(fn, include_extras=True)
+    except NameError as error:
+        why = f"{what}: the return annotation cannot be resolved ({error}); import it at run time"
+    except TypeError as error:
+        why = f"{what}: the return annotation cannot be resolved: {error}"
+    else:
+        try:
+            return TypedCodec(hints.get("return", Any), codec)
+        except ConfigError as error:
+            why = f"{what}: {error}; or use codec=pgkv.SignedPickle(key)"
+    raise ConfigError(why)
+
+
+# -- tags ----------------------------------------------------------------------------------
+
+
+@overload
+def invalidate_tag(
+    tag: str,
+    *,
+    store: AsyncStore,
+    conn: psycopg.AsyncConnection[Any] | None = None,
+) -> Awaitable[None]: ...
+@overload
+def invalidate_tag(
+    tag: str, *, store: None = None, conn: psycopg.AsyncConnection[Any]
+) -> Awaitable[None]: ...
+@overload
+def invalidate_tag(tag: str, *, store: Store | None = None, conn: Any = None) -> None: ...
+def invalidate_tag(tag: str, *, store: Any = None, conn: Any = None) -> Awaitable[None] | None:
+    """Make every entry with that tag a miss, of all functions, in constant time.
+
+    A generation row of the tag is raised; computations that began before are stored under the old
+    generation, which no call accepts any more. Given an `AsyncStore` or an async connection, it has
+    to be awaited.
+
+    Args:
+        tag: as the template gave it, such as ``"user:1"``.
+        store: whose entries; None for the default store.
+        conn: the caller's connection: then it commits or rolls back with the caller's transaction.
+
+    Raises:
+        ConfigError: there is no default store, or `conn` is no psycopg 3 connection of the store's
+            colour.
+        InvalidKeyError: `tag` is no str.
+    """
+    if isinstance(store, AsyncStore) or (store is None and _is_async_connection(conn)):
+        return _invalidate_tag(tag, store, conn)
+    if _switch.off:
+        return None
+    if store is None:
+        store = default_store()
+    require(store, Store, "invalidate_tag()", "awaiting it")
+    site = site_of(store)
+    key = _tag_key(site, tag)
+    if conn is None:
+        store._execute(site.sql.bump_tag(key))
+        announce_all(site, key)
+    else:
+        bound = store.using(unwrap(conn, psycopg.Connection, "invalidate_tag()"))
+        ensure_table(site)
+        bound._execute(site.sql.bump_tag(key))
+        if forget_everywhere(site, key):
+            bound._execute(announcement(site, key))
+    return None
+
+
+async def _invalidate_tag(tag: str, store: AsyncStore | None, conn: Any) -> None:
+    if _switch.off:
+        return
+    if store is None:
+        store = default_async_store()
+    site = site_of(store)
+    key = _tag_key(site, tag)
+    if conn is None:
+        await store._execute(site.sql.bump_tag(key))
+        announce_all(site, key)
+    else:
+        bound = store.using(unwrap(conn, psycopg.AsyncConnection, "invalidate_tag()"))
+        await ensure_table_async(site)
+        await bound._execute(site.sql.bump_tag(key))
+        if forget_everywhere(site, key):
+            await bound._execute(announcement(site, key))
+
+
+def _tag_key(site: Site, tag: object) -> bytes:
+    if not isinstance(tag, str):
+        raise InvalidKeyError(f"a tag must be a str, not {type(tag).__name__}")
+    return site.sql.cache_key(TAG, tag)
+
+
+def _is_async_connection(conn: object) -> bool:
+    if isinstance(conn, psycopg.AsyncConnection):
+        return True
+    return hasattr(conn, "sync_connection") or hasattr(conn, "sync_session")  # SQLAlchemy's
+
+
+def forget_everywhere(site: Site, key: bytes) -> bool:
+    """Forget what depends on a key in every first level; whether there is any."""
+    levels = {level for each in cached_functions() if (level := each._core.l1) is not None}
+    for level in levels:
+        level.drop(site.scope, key)
+    return bool(levels)
+
+
+def announce_all(site: Site, key: bytes) -> None:
+    """Forget in this process, and tell the others."""
+    if forget_everywhere(site, key):
+        announce(site, key)
+
+
+__all__ = [
+    "L1",
+    "AsyncCachedFunction",
+    "CacheInfo",
+    "CachedFunction",
+    "CachedValue",
+    "SignedPickle",
+    "cached",
+    "cached_functions",
+    "invalidate_tag",
+]

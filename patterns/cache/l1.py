@@ -1,0 +1,130 @@
+"""The first level of a cache: entries kept in this process's memory for a few seconds.
+
+It keeps the codec's bytes, so that every caller gets a value of its own, and with them the keys of
+what an entry depends on. It never talks to a store.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from time import monotonic
+from typing import TYPE_CHECKING
+
+from ..._observe import shown
+from ..._ops.codec import seconds
+from ...errors import ConfigError
+from .._runtime.fork import survives_fork
+
+if TYPE_CHECKING:
+    from ...config import Seconds
+
+
+class L1:
+    """A first level in memory, for ``cached(l1=...)``: a hit in it costs no query.
+
+    Bounded twice: the least recently used entries go beyond `max_entries`, and none is served for
+    longer than `ttl` after it was read from the store. After ``invalidate()`` this process sees the
+    change at once; other processes when the notification reaches them (where they have a direct
+    connection to the server), and **within `ttl`** in any case. The same holds for
+    ``invalidate_tag`` and ``cache_clear``; inside a transaction (``using(conn)``) it holds from its
+    commit, for this process too. One `L1` may serve several functions and threads.
+
+    Args:
+        max_entries: at most so many entries.
+        ttl: seconds.
+
+    Raises:
+        ConfigError: `max_entries` is no positive integer.
+        InvalidValueError: `ttl` is no positive duration.
+    """
+
+    def __init__(self, max_entries: int = 10_000, ttl: Seconds = 5.0) -> None:
+        given: object = max_entries
+        if not isinstance(given, int) or isinstance(given, bool) or given < 1:
+            raise ConfigError(f"L1: max_entries must be 1 or more, not {max_entries!r}")
+        self.max_entries = max_entries
+        self.ttl: float = seconds(ttl, endless="")
+        self._entries: OrderedDict[object, _Kept] = OrderedDict()
+        self._epoch = 0
+        self._lock = threading.Lock()
+        survives_fork(self)
+
+    @shown
+    def __repr__(self) -> str:
+        return f"max_entries={self.max_entries} ttl={self.ttl:g}"
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __bool__(self) -> bool:
+        return True  # an empty one is no absent one
+
+    @property
+    def epoch(self) -> int:
+        """Changes with every invalidation: what was read before one must not be kept after it."""
+        return self._epoch
+
+    def get(self, scope: object, key: bytes) -> bytes | None:
+        """Return the payload of a live entry of that `key` in that `scope`."""
+        with self._lock:
+            kept = self._entries.get((scope, key))
+            if kept is None:
+                return None
+            if kept.ends <= monotonic():
+                del self._entries[scope, key]
+                return None
+            self._entries.move_to_end((scope, key))
+            return kept.payload
+
+    def put(
+        self, scope: object, keys: tuple[bytes, ...], payload: bytes, ends: float, epoch: int
+    ) -> None:
+        """Keep an entry until a monotonic time, unless something was invalidated since `epoch`.
+
+        Args:
+            scope: whose key it is.
+            keys: the entry's key, then those of the generations it depends on.
+            payload: the codec's bytes.
+            ends: by ``time.monotonic()``.
+            epoch: as it was before the store was asked.
+        """
+        with self._lock:
+            if epoch != self._epoch:
+                return
+            self._entries[scope, keys[0]] = _Kept(ends, payload, keys)
+            self._entries.move_to_end((scope, keys[0]))
+            while len(self._entries) > self.max_entries:
+                self._entries.popitem(last=False)
+
+    def drop(self, scope: object, key: bytes) -> None:
+        """Forget the entry of that `key` in that `scope`, or every entry that depends on it."""
+        with self._lock:
+            self._epoch += 1
+            if self._entries.pop((scope, key), None) is None:
+                for name in [
+                    name
+                    for name, kept in self._entries.items()
+                    if name[0] == scope and key in kept.keys  # type: ignore[index]  # a pair
+                ]:
+                    del self._entries[name]
+
+    def clear(self) -> None:
+        """Forget everything."""
+        with self._lock:
+            self._epoch += 1
+            self._entries.clear()
+
+    def after_fork(self) -> None:
+        """Begin anew: the parent's lock may be held, and no listener runs in this process."""
+        self._lock = threading.Lock()
+        self.clear()
+
+
+class _Kept:
+    __slots__ = ("ends", "keys", "payload")
+
+    def __init__(self, ends: float, payload: bytes, keys: tuple[bytes, ...]) -> None:
+        self.ends = ends
+        self.payload = payload
+        self.keys = keys

@@ -1,0 +1,83 @@
+"""How the two colours of `cached` wait, work in the background and keep leases up. The algorithm
+itself is in `_cached_core`, once."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from ..._ops.drivers import call_async, drive, drive_async
+from ..._ops.op import Call, Flow, Op, Sleep
+from .._runtime.background import heartbeats, start_task_heartbeat, tasks, threads
+from .context import Site
+
+T = TypeVar("T")
+
+
+class Blocking:
+    """Threads."""
+
+    def run(self, site: Site, flow: Flow[T], timeout: float | None) -> T:
+        """Run a flow, each of its operations within `timeout` seconds."""
+        execute = site.store._execute
+
+        def perform(step: Any) -> Any:
+            if isinstance(step, Op):
+                return execute(step, timeout)
+            if isinstance(step, Sleep):
+                return time.sleep(step.seconds)
+            assert isinstance(step, Call)
+            answer = step.fn(*step.args)
+            if inspect.isawaitable(answer):
+                if inspect.iscoroutine(answer):
+                    answer.close()
+                raise TypeError(
+                    "cached: a function that is not `async def` returned an awaitable; "
+                    "make it `async def`"
+                )
+            return answer
+
+        return drive(flow, perform)
+
+    def later(self, site: Site, make: Callable[[], Flow[Any]], timeout: float) -> bool:
+        """Run a flow in a thread; False when there is no room."""
+        return threads.submit(lambda: self.run(site, make(), timeout))
+
+    def beat(
+        self, site: Site, op: Op[bool], every: float, timeout: float, function: str
+    ) -> Callable[[], None]:
+        """Prolong a lease in the thread that serves all of them."""
+        return heartbeats.start(every, lambda: site.store._execute(op, timeout), function)
+
+
+class Awaiting:
+    """Tasks."""
+
+    async def run(self, site: Site, flow: Flow[T], timeout: float | None) -> T:
+        """Run a flow, each of its operations within `timeout` seconds."""
+        execute = site.store._execute
+
+        async def perform(step: Any) -> Any:
+            if isinstance(step, Op):
+                return await execute(step, timeout)
+            if isinstance(step, Sleep):
+                return await asyncio.sleep(step.seconds)
+            return await call_async(step)
+
+        return await drive_async(flow, perform)
+
+    def later(self, site: Site, make: Callable[[], Flow[Any]], timeout: float) -> bool:
+        """Run a flow in a task of this loop; False when there is no room."""
+        return tasks.submit(lambda: self.run(site, make(), timeout))
+
+    def beat(
+        self, site: Site, op: Op[bool], every: float, timeout: float, function: str
+    ) -> Callable[[], None]:
+        """Prolong a lease by a timer of this loop."""
+        return start_task_heartbeat(every, lambda: site.store._execute(op, timeout), function)
+
+
+BLOCKING, AWAITING = Blocking(), Awaiting()

@@ -1,0 +1,115 @@
+"""Single flight within a process: of the callers who miss one key, one computes, the rest wait.
+
+A follower never takes the leader's value: it looks into the store again, because an invalidation
+may have returned between the leader's read and the follower's call. So a flight carries no value,
+only its end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from contextvars import ContextVar
+from typing import Any, Protocol
+
+from .._runtime.fork import survives_fork
+
+# The flights that the running call is inside of. It follows into tasks and asyncio.to_thread().
+inside: ContextVar[tuple[object, ...]] = ContextVar("pgkv_cached_inside", default=())
+
+
+class Flight(Protocol):
+    """Somebody's computation of one key.
+
+    Attributes:
+        alone: it ended without anything for the others: they compute, each for itself.
+    """
+
+    alone: bool
+
+    def wait(self, seconds: float) -> Any:
+        """Wait for its end (awaited by tasks); False when that took longer."""
+        ...
+
+    def land(self) -> None:
+        """End it."""
+        ...
+
+
+class ThreadFlight:
+    """A `Flight` of threads."""
+
+    __slots__ = ("_done", "alone")
+
+    def __init__(self) -> None:
+        self.alone: bool = False
+        self._done = threading.Event()
+
+    def wait(self, seconds: float) -> bool:
+        return self._done.wait(seconds)
+
+    def land(self) -> None:
+        self._done.set()
+
+
+class TaskFlight:
+    """A `Flight` of the tasks of one event loop."""
+
+    __slots__ = ("_done", "alone")
+
+    def __init__(self) -> None:
+        self.alone: bool = False
+        self._done = asyncio.Event()
+
+    async def wait(self, seconds: float) -> bool:
+        try:
+            async with asyncio.timeout(seconds):
+                await self._done.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    def land(self) -> None:
+        self._done.set()
+
+
+class Flights:
+    """The flights of one cached function.
+
+    Args:
+        kind: `ThreadFlight` or `TaskFlight`.
+    """
+
+    def __init__(self, kind: type[ThreadFlight | TaskFlight]) -> None:
+        self._kind = kind
+        self._flying: dict[object, Flight] = {}
+        self._lock = threading.Lock()
+        self.refreshing: set[object] = set()  # the keys whose refresh runs behind the callers
+        survives_fork(self)
+
+    def name(self, store: object, key: bytes) -> object:
+        """What names the computation of a key: tasks of different loops do not wait together."""
+        loop = asyncio.get_running_loop() if self._kind is TaskFlight else None
+        return (id(store), id(loop), key)
+
+    def join(self, name: object) -> tuple[Flight, bool]:
+        """Return the flight of that name, and whether the caller leads it (and has to `end` it)."""
+        with self._lock:
+            flight = self._flying.get(name)
+            if flight is not None:
+                return flight, False
+            flight = self._flying[name] = self._kind()
+            return flight, True
+
+    def end(self, name: object, flight: Flight) -> None:
+        """End a flight that the caller led."""
+        with self._lock:
+            if self._flying.get(name) is flight:
+                del self._flying[name]
+        flight.land()
+
+    def after_fork(self) -> None:
+        """Forget the parent's flights: nobody in this process will end them."""
+        self._lock = threading.Lock()
+        self._flying = {}
+        self.refreshing = set()

@@ -1,0 +1,415 @@
+"""The statements of `pgkv.patterns.cache.decorator`: entries, leases on them, and generations.
+
+All rows live in the store's own table under one reserved prefix. A row of a cached call holds, by
+its first bytes, either an entry or the placeholder of somebody who computes one; a mark of
+`MARK_LENGTH` bytes at the front and the row's version together name one state of it, and a fill
+replaces only the state it began from. Generation rows hold nothing but their version.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from ..._ops import codec as _codec
+from ..._ops.op import BINARY, TEXT, Op, Raced, Result, Signal, Statement
+from ..._sql.table import (
+    CLOCK_US,
+    LIVE,
+    STATEMENT_US,
+    UPDATED,
+    TableStatements,
+    read_changed,
+    read_int_or_none,
+)
+from ...errors import InvalidKeyError
+
+if TYPE_CHECKING:
+    from ...config import Seconds
+
+PREFIX = "pgkv:cache:"
+ENTRY, FUNCTION, TAG, REFRESH = (f"{PREFIX}{kind}:" for kind in "eftr")
+DIGEST_LENGTH = 40  # hexadecimal digits at the end of an entry's key, after a colon
+MARK_LENGTH = 17
+
+# A server that changes one generation has them all in its cache; a longer IN list is planned anew
+# no more often than an array, but a text per length is kept for each.
+KEYS_NAMED_MAX = 8
+TAG_DAYS = 30  # a tagged entry lives no longer; its tags' rows an hour more
+
+# Waiting for a row lock ends after this: the holder is somebody's open transaction.
+LOCK_TIMEOUT_MS = 150
+_LOCK_TIMEOUT = f"set_config('lock_timeout', '{LOCK_TIMEOUT_MS}', true)"
+_MARK = f"substring(value from 1 for {MARK_LENGTH})"
+_AGE = "extract(epoch from statement_timestamp() - updated_at)::float8"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What a look found of an entry.
+
+    Attributes:
+        value: the row's bytes: an entry, a placeholder, or anything.
+        version: the row's.
+        age: seconds since it was written, by the server's clock.
+    """
+
+    value: bytes
+    version: int
+    age: float
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """One look at an entry (None: there is none) and the generations that it depends on, in the
+    order of their keys; 0 stands for one that was never bumped."""
+
+    row: Row | None
+    generations: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """The answer to a request for the right to compute.
+
+    Attributes:
+        version: of the placeholder; None when it was denied.
+        held: (of a denial) the bytes that stand there; empty when the row vanished meanwhile.
+        remaining: (of a denial) seconds until that row expires; None for never. 0 or less means
+            that the row is locked: an open transaction is about to change it.
+    """
+
+    version: int | None
+    held: bytes = b""
+    remaining: float | None = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What one cached function keeps in the table."""
+
+    function: str
+    entries: int
+    computing: int
+    value_bytes: int
+
+
+class CacheStatements(TableStatements):
+    """The cache's statements on one key-value table, for keys under one prefix."""
+
+    def cache_key(self, kind: str, name: str) -> bytes:
+        """One of the cache's own keys; `kind` is ENTRY, FUNCTION, TAG or REFRESH.
+
+        Raises:
+            InvalidKeyError: it is longer than the store's ``max_key_length``, or no text for
+                PostgreSQL.
+        """
+        try:
+            return self.key(kind + name)
+        except InvalidKeyError as error:
+            raise InvalidKeyError(f"cached: {name!r}: {error}") from None
+
+    # -- reading
+
+    def look(self, keys: Sequence[bytes]) -> Op[Look]:
+        """Read an entry, and the generations (function, tags) it depends on, in one snapshot."""
+        count = len(keys)
+        if count <= KEYS_NAMED_MAX:
+            statement = self.made(("cache_look", count), lambda: self._make_look(count))
+            return Op(statement, keys, LookReader(keys))
+        params = (_codec.encode_array(keys),)
+        return Op(
+            self.made(("cache_look", 0), lambda: self._make_look(0)), params, LookReader(keys)
+        )
+
+    def _make_look(self, count: int) -> Statement[Look]:
+        # IN with few keys keeps its plan; `= ANY` of a small array is planned anew at every call.
+        names = ", ".join(f"${n}" for n in range(1, count + 1))
+        where = f"key IN ({names})" if count else "key = ANY($1::text[])"
+        return self.statement(
+            "cache_look",
+            f"SELECT key, value, version, {_AGE} FROM {self.t} WHERE {where} AND {LIVE}",
+            (TEXT,) * count or (BINARY,),
+            _in_each_call,
+            retry_safe=True,
+            writes=False,
+        )
+
+    # -- leases and fills
+
+    def lease(self, key: bytes, mark: bytes, seconds: float, replace: int = 0) -> Op[Lease]:
+        """Put a placeholder where no live row stands, or where the row still has the version
+        `replace`. A denial writes nothing and waits for nobody."""
+        params = (key, mark, _codec.encode_ttl(seconds), _codec.encode_int8(replace))
+        return Op(self._lease, params)
+
+    @cached_property
+    def _lease(self) -> Statement[Lease]:
+        # Reads before it writes: ON CONFLICT ... WHERE false would take a row lock and an xid for
+        # each denial, and wait behind an open transaction's. `free` skips a row that is locked.
+        # The mark is unique to one attempt: matching it makes a repeat find its own grant.
+        free = "(expires_at <= statement_timestamp() OR version = $4 OR value = $2)"
+        return self.statement(
+            "cache_lease",
+            f"WITH n AS MATERIALIZED (SELECT {_LOCK_TIMEOUT} AS lock_timeout), "
+            f"free AS MATERIALIZED (SELECT key FROM {self.t} WHERE key = $1 AND {free} "
+            "FOR UPDATE SKIP LOCKED), "
+            f"g AS (INSERT INTO {self.t} AS t "
+            "(key, value, expires_at, created_at, updated_at, version) "
+            "SELECT $1, $2::bytea, clock_timestamp() + $3::interval, clock_timestamp(), "
+            f"clock_timestamp(), {CLOCK_US} FROM n WHERE n.lock_timeout IS NOT NULL "
+            f"AND (EXISTS (SELECT 1 FROM free) OR NOT EXISTS (SELECT 1 FROM {self.t} WHERE key = $1)) "
+            "ON CONFLICT (key) DO UPDATE SET value = EXCLUDED.value, "
+            "expires_at = EXCLUDED.expires_at, created_at = EXCLUDED.created_at, "
+            "updated_at = EXCLUDED.updated_at, version = greatest(t.version + 1, EXCLUDED.version) "
+            "WHERE t.expires_at <= EXCLUDED.updated_at OR t.version = $4 OR t.value = EXCLUDED.value "
+            "RETURNING version) "
+            "SELECT version, NULL::bytea, NULL::float8 FROM g UNION ALL "
+            "SELECT NULL, value, "
+            "(extract(epoch from expires_at) - extract(epoch from statement_timestamp()))::float8 "
+            f"FROM {self.t} WHERE key = $1 AND NOT EXISTS (SELECT 1 FROM g)",
+            (TEXT, BINARY, BINARY, BINARY),
+            _read_lease,
+            repeats=3,
+            # Not repeated: a lock timeout is an answer here (compute, do not store).
+            retried=False,
+        )
+
+    def extend(self, key: bytes, version: int, mark: bytes, seconds: float) -> Op[bool]:
+        """Prolong a placeholder, from now; False when it is no longer there."""
+        params = (key, _codec.encode_int8(version), mark, _codec.encode_ttl(seconds))
+        return Op(self._extend, params)
+
+    @cached_property
+    def _extend(self) -> Statement[bool]:
+        return self.statement(
+            "cache_extend",
+            f"UPDATE {self.t} SET expires_at = statement_timestamp() + $4::interval "
+            f"WHERE key = $1 AND version = $2 AND value = $3 AND {_LOCK_TIMEOUT} IS NOT NULL",
+            (TEXT, BINARY, BINARY, BINARY),
+            read_changed,
+            retry_safe=True,
+            retried=False,
+        )
+
+    def claim(self, key: bytes, version: int) -> Op[int | None]:
+        """Give a live row a new version and leave the rest of it: fills that began before are
+        refused, and its value stays readable. None when it has another version by now."""
+        return Op(self._claim, (key, _codec.encode_int8(version)))
+
+    @cached_property
+    def _claim(self) -> Statement[int | None]:
+        return self.statement(
+            "cache_claim",
+            f"UPDATE {self.t} SET version = greatest(version + 1, {STATEMENT_US}) "
+            f"WHERE key = $1 AND version = $2 AND {LIVE} AND {_LOCK_TIMEOUT} IS NOT NULL "
+            "RETURNING version",
+            (TEXT, BINARY),
+            read_int_or_none,
+            retried=False,
+        )
+
+    def fill(
+        self, key: bytes, version: int, mark: bytes, value: bytes, ttl: Seconds | None
+    ) -> Op[int | None]:
+        """Replace the state (version, mark) of a row by an entry; None when it is in another.
+
+        Never an INSERT: whatever removed or changed the row meanwhile has the last word.
+        """
+        head = (key, _codec.encode_int8(version), mark, self.value(value))
+        if ttl is None:
+            statement = self.made("cache_fill", lambda: self._make_fill("NULL"))
+            return Op(statement, head)
+        statement = self.made(
+            "cache_fill_ttl", lambda: self._make_fill("statement_timestamp() + $5::interval")
+        )
+        return Op(statement, (*head, _codec.encode_ttl(ttl)))
+
+    def _make_fill(self, expires_at: str) -> Statement[int | None]:
+        return self.statement(
+            "cache_fill",
+            f"UPDATE {self.t} SET value = $4, expires_at = {expires_at}, {UPDATED} "
+            f"WHERE key = $1 AND version = $2 AND {_MARK} = $3 AND {_LOCK_TIMEOUT} IS NOT NULL "
+            "RETURNING version",
+            (TEXT, BINARY, BINARY, BINARY) + (() if expires_at == "NULL" else (BINARY,)),
+            read_int_or_none,
+            retried=False,
+        )
+
+    def give_up(self, key: bytes, version: int, mark: bytes) -> Op[bool]:
+        """Remove a placeholder, so that whoever waits may compute."""
+        return Op(self._give_up, (key, _codec.encode_int8(version), mark))
+
+    @cached_property
+    def _give_up(self) -> Statement[bool]:
+        return self.statement(
+            "cache_give_up",
+            f"DELETE FROM {self.t} WHERE key = $1 AND version = $2 AND value = $3 "
+            f"AND {_LOCK_TIMEOUT} IS NOT NULL",
+            (TEXT, BINARY, BINARY),
+            read_changed,
+            retry_safe=True,
+            retried=False,
+        )
+
+    # -- invalidation
+
+    def bury(self, key: bytes) -> Op[bool]:
+        """Put a tombstone in an entry's place, also where none is: an upsert, so that inside a
+        transaction it holds the lock that fills wait for. It is written expired and may be
+        collected at once: it matters only while it is uncommitted."""
+        return Op(self._bury, (key,))
+
+    @cached_property
+    def _bury(self) -> Statement[bool]:
+        return self._bump_of("cache_bury", "to_timestamp(0)")
+
+    def bump_tag(self, key: bytes) -> Op[bool]:
+        """Begin a new generation of a tag: entries that carry the old one are misses from now."""
+        return Op(self._bump_tag, (key,))
+
+    @cached_property
+    def _bump_tag(self) -> Statement[bool]:
+        # An hour longer than any entry with the tag: a row that dies earlier revives old values.
+        hours = TAG_DAYS * 24 + 1
+        return self._bump_of("cache_bump_tag", f"clock_timestamp() + interval '{hours} hours'")
+
+    def bump_function(self, key: bytes) -> Op[bool]:
+        """Begin a new generation of a function: all of its entries are misses from now."""
+        return Op(self._bump_function, (key,))
+
+    @cached_property
+    def _bump_function(self) -> Statement[bool]:
+        return self._bump_of("cache_bump_function", "NULL")
+
+    def _bump_of(self, name: str, expires_at: str) -> Statement[bool]:
+        return self.statement(
+            name,
+            f"INSERT INTO {self.t} AS t (key, value, expires_at, created_at, updated_at, version) "
+            f"VALUES ($1, '', {expires_at}, clock_timestamp(), clock_timestamp(), {CLOCK_US}) "
+            "ON CONFLICT (key) DO UPDATE SET value = EXCLUDED.value, "
+            "expires_at = EXCLUDED.expires_at, updated_at = EXCLUDED.updated_at, "
+            "version = greatest(t.version + 1, EXCLUDED.version)",
+            (TEXT,),
+            read_changed,
+            retry_safe=True,
+        )
+
+    def notify(self, channel: str, payload: bytes) -> Op[None]:
+        """Tell the listeners of a channel; inside a transaction, when it commits."""
+        return Op(_NOTIFY, (channel.encode(), payload))
+
+    # -- upkeep
+
+    def usage(self) -> Op[list[Usage]]:
+        """What each function keeps. Reads every entry: linear."""
+        start = self.key(ENTRY)
+        params = (start, _codec.successor(start))
+        return Op(self._usage, params, _read_usage)
+
+    @cached_property
+    def _usage(self) -> Statement[list[Usage]]:
+        name = f"substr(key, {len(self.prefix) + len(ENTRY) + 1})"
+        return self.statement(
+            "cache_usage",
+            f"SELECT left({name}, {-DIGEST_LENGTH - 1}), "
+            "count(*) FILTER (WHERE substring(value from 1 for 1) <> '~'), "
+            "count(*) FILTER (WHERE substring(value from 1 for 1) = '~'), "
+            "coalesce(sum(length(value)), 0)::bigint "
+            f'FROM {self.t} WHERE key COLLATE "C" >= $1 AND key COLLATE "C" < $2 AND {LIVE} '
+            "GROUP BY 1 ORDER BY 1",
+            (TEXT, TEXT),
+            _in_each_call,
+            retry_safe=True,
+            writes=False,
+        )
+
+
+_NOTIFY: Statement[None] = Statement(
+    "cache_notify", "SELECT pg_notify($1, $2)", (TEXT, TEXT), lambda _result: None, writes=False
+)
+
+
+# -- reading results -----------------------------------------------------------------------
+
+
+def _in_each_call(result: Result) -> Any:
+    """Stands for a decoder that each call brings, because the answer holds what was asked."""
+    raise AssertionError(f"undecoded: {result!r}")
+
+
+class LookReader:
+    """Sorts a look's rows: the first key is the entry's."""
+
+    __slots__ = ("keys",)
+
+    def __init__(self, keys: Sequence[bytes]) -> None:
+        self.keys = keys
+
+    def __call__(self, result: Result) -> Look:
+        keys = self.keys
+        column = result.get_value
+        count = result.ntuples
+        row = None
+        if count == 1 and column(0, 0) == keys[0]:  # what a hit usually is: no generation yet
+            return Look(_row(result, 0), (0,) * (len(keys) - 1))
+        found: dict[bytes | None, int] = {}
+        for n in range(count):
+            key = column(n, 0)
+            if key == keys[0]:
+                row = _row(result, n)
+            else:
+                found[key] = _codec.decode_int(column(n, 2))
+        return Look(row, tuple(found.get(key, 0) for key in keys[1:]))
+
+
+def _row(result: Result, n: int) -> Row:
+    column = result.get_value
+    age = _codec.decode_float8(column(n, 3))
+    # Negative after the server's clock was stepped back.
+    return Row(column(n, 1) or b"", _codec.decode_int(column(n, 2)), max(0.0, age))
+
+
+_RACED = Raced(Lease(None))
+
+
+def _read_lease(result: Result) -> Lease | Signal:
+    if not result.ntuples:
+        return _RACED  # somebody's insert, which this statement's snapshot does not show
+    version = result.get_value(0, 0)
+    if version is not None:
+        return Lease(_codec.decode_int(version))
+    remaining = result.get_value(0, 2)
+    seconds = None if remaining is None else _codec.decode_float8(remaining)
+    return Lease(None, result.get_value(0, 1) or b"", seconds)
+
+
+def _read_usage(result: Result) -> list[Usage]:
+    column = result.get_value
+    return [
+        Usage(
+            (column(n, 0) or b"").decode(),
+            *(_codec.decode_int(column(n, index)) for index in (1, 2, 3)),
+        )
+        for n in range(result.ntuples)
+    ]
+
+
+__all__ = [
+    "DIGEST_LENGTH",
+    "ENTRY",
+    "FUNCTION",
+    "LOCK_TIMEOUT_MS",
+    "MARK_LENGTH",
+    "PREFIX",
+    "REFRESH",
+    "TAG",
+    "TAG_DAYS",
+    "CacheStatements",
+    "Lease",
+    "Look",
+    "Row",
+    "Usage",
+]

@@ -1,0 +1,176 @@
+"""`@locked`: a function of which one call runs at a time, on however many machines."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar, cast
+
+from ..._ops.codec import seconds, waiting
+from ...aio import AsyncStore
+from ...errors import ConfigError
+from ...store import Store
+from .._runtime.colour import named
+from ..defaults import default_async_store, default_store
+from .api import Acquirer, AsyncAcquirer, AsyncLock, Lock
+from .fence import fence
+
+if TYPE_CHECKING:
+    from ...config import Seconds
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+OnBusy: TypeAlias = Literal["wait", "skip", "raise"]
+CHOICES = ("wait", "skip", "raise")
+
+
+def locked(
+    lock_or_name: Lock | AsyncLock | Acquirer | AsyncAcquirer | str,
+    *,
+    store: Store | AsyncStore | None = None,
+    ttl: Seconds = 30.0,
+    timeout: Seconds | None = None,
+    on_busy: OnBusy = "wait",
+) -> Callable[[F], F]:
+    """Run the decorated function under a lock, plain or ``async``.
+
+    ::
+
+        @pgkv.locked("nightly-report", store=store, on_busy="skip")
+        def report() -> None: ...
+
+    Args:
+        lock_or_name: a lock (or semaphore) of the function's colour, or the name of one to make.
+        store: for a name: where the lock lives; without it, the default store (`configure`).
+        ttl: for a name: as of `Lock`.
+        timeout: with ``on_busy="wait"``: seconds to wait; None waits without end.
+        on_busy: what a call does while another runs: ``"wait"``, ``"skip"`` (it returns None), or
+            ``"raise"`` (`LockTimeoutError` at once).
+
+    Raises:
+        ConfigError: the lock or store is of the other colour, a setting is wrong, or `timeout` goes
+            with an `on_busy` that waits for nobody.
+        LockTimeoutError: (of the function) it was not granted in time.
+        LeaseLostError: (of the function) the lease was lost while it ran; an async one was
+            cancelled.
+        InvalidValueError: `ttl` or `timeout` is no duration.
+        TypeError: it was given neither a lock nor a name, or decorates no function, or a generator,
+            whose body runs long after the call.
+    """
+    if not isinstance(lock_or_name, str | Acquirer | AsyncAcquirer):
+        raise TypeError(
+            f"locked() needs a lock or the name of one, not {_what(lock_or_name)}; write "
+            "@pgkv.locked('name') with the parentheses"
+        )
+    if on_busy not in CHOICES:
+        raise ConfigError(f"on_busy must be 'wait', 'skip' or 'raise', not {on_busy!r}")
+    if timeout is not None and on_busy != "wait":
+        raise ConfigError(
+            f"on_busy={on_busy!r} waits for nobody; give timeout= with on_busy='wait', which raises "
+            "LockTimeoutError when it has passed"
+        )
+    longest = waiting(timeout) if on_busy == "wait" else 0.0
+    seconds(ttl, endless="")
+
+    def decorate(fn: F) -> F:
+        if not callable(fn):
+            raise TypeError(f"locked() decorates a function, not {_what(fn)}")
+        if inspect.isgeneratorfunction(fn) or inspect.isasyncgenfunction(fn):
+            raise TypeError("locked() cannot decorate a generator: its body runs after the call")
+        if inspect.iscoroutinefunction(fn):
+            return cast("F", _locked_async(fn, lock_or_name, store, ttl, longest, on_busy))
+        return cast("F", _locked(fn, lock_or_name, store, ttl, longest, on_busy))
+
+    return decorate
+
+
+def _locked(
+    fn: Callable[..., Any],
+    given: object,
+    store: object,
+    ttl: Seconds,
+    timeout: float | None,
+    on_busy: str,
+) -> Callable[..., Any]:
+    _check_lock(given, Acquirer, "a plain function", "Lock")
+    made = functools.cache(lambda: _lock_of(given, store, ttl, Lock))
+
+    @functools.wraps(fn)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        lock = made()
+        lease = lock.try_acquire() if on_busy == "skip" else lock.acquire(timeout)
+        if lease is None:
+            return None
+        with lease:
+            return fn(*args, **kwargs)
+
+    return run
+
+
+def _locked_async(
+    fn: Callable[..., Any],
+    given: object,
+    store: object,
+    ttl: Seconds,
+    timeout: float | None,
+    on_busy: str,
+) -> Callable[..., Any]:
+    _check_lock(given, AsyncAcquirer, "an async function", "AsyncLock")
+    made = functools.cache(lambda: _lock_of(given, store, ttl, AsyncLock))
+    # The default store of async functions is one of each event loop.
+    lock_now = made if store or not isinstance(given, str) else made.__wrapped__
+
+    @functools.wraps(fn)
+    async def run(*args: Any, **kwargs: Any) -> Any:
+        lock = lock_now()
+        lease = await (lock.try_acquire() if on_busy == "skip" else lock.acquire(timeout))
+        if lease is None:
+            return None
+        async with lease:
+            return await fn(*args, **kwargs)
+
+    return run
+
+
+def _check_lock(given: object, wanted: type[Any], what: str, right: str) -> None:
+    if not isinstance(given, str | wanted):
+        raise ConfigError(
+            f"locked() on {what} needs {named(right)}, or the name of one, not {_what(given)}"
+        )
+
+
+def _what(given: object) -> str:
+    # Also of what a bare @locked was put before.
+    return getattr(given, "__qualname__", type(given).__name__)
+
+
+def _lock_of(given: object, store: Any, ttl: Seconds, kind: type[Any]) -> Any:
+    if not isinstance(given, str):
+        return given
+    if store is None:
+        store = default_store() if kind is Lock else default_async_store()
+    return kind(store, given, ttl)
+
+
+def fence_sql(table: str, column: str) -> str:
+    """Return SQL for a trigger that refuses a write whose fencing token is lower than the row's
+    last one.
+
+    Every UPDATE of the table must then set `column` to ``lease.token`` (or leave it, which counts as
+    the row's own). A holder that was paused past its lease, and replaced meanwhile by one that has
+    written the row, is refused with SQLSTATE 55000; the row keeps what the newer holder wrote. The
+    text may be run again. This is the check that Kleppmann's "How to do distributed locking" asks
+    of the protected resource.
+
+    It knows only what the row has seen: until the new holder writes it, the old one's write passes,
+    as it would have a moment earlier. A token that says nothing (NULL) is refused.
+
+    Args:
+        table: its name, or ``schema.name``; quoted here.
+        column: a BIGINT of it, with a default such as 0.
+    """
+    return fence(table, column)
+
+
+__all__ = ["fence_sql", "locked"]

@@ -1,0 +1,581 @@
+"""The statements of locks: grant, renew, release, guard, and what an operator asks.
+
+A lock is one row of its own table: who holds it (`value`), until when (`expires_at`), and by which
+grant (`version`, the fencing token). The row stays when the lease ends, so the token rises.
+
+* A grant reads before it writes, and takes the row with SKIP LOCKED: a denied try takes no row
+  lock, no xid and writes no WAL, and nobody waits behind a guard only to be granted a lease that
+  is over (an upsert's clock is read before it waits).
+* Grants and renewals say ``synchronous_commit`` themselves: a grant that a crash takes back would
+  be given twice. A release says the opposite: lost in a crash, it leaves the name held to its ttl.
+* A release writes the epoch, not the clock's time: a clock that steps back must not lock again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+from functools import cached_property
+from typing import Any, NamedTuple, TypeVar
+
+from ..._ops import codec as _codec
+from ..._ops.op import BINARY, TEXT, Op, Raced, Result, Signal, Statement
+from ..._sql.table import STATEMENT_US, read_changed, read_int
+from ...config import Table
+
+T = TypeVar("T")
+
+CHANNEL = b"pgkv_locks"  # one for a database; its payloads name table and key
+LISTEN = b"LISTEN pgkv_locks"
+SEPARATOR = "\x1f"  # between a name and its slot or ticket; no name may hold it
+REPEATS = 3  # of a try that met a row in flight, before it counts as denied
+KEEP_DAYS = 7  # for which an unused name's token is remembered
+CLEAN_PAGES = 128
+
+NOW = "statement_timestamp()"
+LIVE = f"expires_at > {NOW}"
+EPOCH = "to_timestamp(0)"
+DURABLE = (
+    "set_config('synchronous_commit', CASE current_setting('synchronous_commit') "
+    "WHEN 'remote_apply' THEN 'remote_apply' ELSE 'on' END, true)"
+)
+RELAXED = "set_config('synchronous_commit', 'off', true)"
+# MATERIALIZED and referenced: otherwise the settings in it would never be made.
+CLOCK = f"n AS MATERIALIZED (SELECT clock_timestamp() ts, {DURABLE}, set_config('lock_timeout', $4, true))"
+STILL_MINE = "t.value = EXCLUDED.value AND t.expires_at > EXCLUDED.updated_at"
+
+# What became of a lease that a renewal names.
+RENEWED, LOCKED, RELEASED, EXPIRED, REPLACED, GONE = range(6)
+
+
+class Granted(NamedTuple):
+    """A grant: its token, and the row it took."""
+
+    token: int
+    key: bytes
+
+
+class Denied(NamedTuple):
+    """Somebody holds it: who, for how many more seconds, how many waiters stand before us."""
+
+    holder: bytes | None
+    remaining: float
+    ahead: int = 0
+
+
+class Holder(NamedTuple):
+    """A live lease as the server has it."""
+
+    key: str
+    value: bytes
+    token: int
+    acquired_at: datetime
+    expires_at: datetime
+    read_at: datetime
+
+
+class Place(NamedTuple):
+    """Where a lock table is: its full name, and what tells its database from any other."""
+
+    quoted: str
+    identity: str
+
+
+class Guarding(NamedTuple):
+    """An open transaction that has locked rows of the table."""
+
+    pid: int
+    application: str
+    state: str
+    seconds: float
+    key: str | None
+
+
+class LockStatements:
+    """All statements of one lock table, for names under one prefix.
+
+    Args:
+        table: the lock table.
+        tickets: the table of those who wait in order.
+        prefix: the namespace that every name carries.
+    """
+
+    def __init__(self, table: Table, tickets: Table, prefix: bytes = b"") -> None:
+        self.table = table
+        self.tickets = tickets
+        self.prefix = prefix
+        self.t: str = table.quoted
+        self.q: str = tickets.quoted
+
+    def _statement(
+        self, name: str, sql: str, formats: tuple[int, ...], decode: Any, **options: Any
+    ) -> Statement[Any]:
+        return Statement(name, sql, formats, decode, table=self.table, **options)
+
+    def name_of(self, key: bytes) -> str:
+        """A key as it is shown: without the namespace's prefix."""
+        return key[len(self.prefix) :].decode()
+
+    # -- granting
+
+    def granting(self, key: str, source: str, where: str) -> str:
+        """The upsert of every grant. Where the row holds this very grant already, its first reply
+        was lost: same token, new time."""
+        return (
+            f"g AS (INSERT INTO {self.t} AS t "
+            "(key, value, expires_at, created_at, updated_at, version) "
+            f"SELECT {key}, $2, n.ts + $3::float8 * interval '1 second', n.ts, n.ts, "
+            f"(extract(epoch from n.ts) * 1000000)::bigint FROM {source} WHERE {where} "
+            "ON CONFLICT (key) DO UPDATE SET "
+            f"version = CASE WHEN {STILL_MINE} THEN t.version "
+            "ELSE greatest(t.version + 1, EXCLUDED.version) END, "
+            f"updated_at = CASE WHEN {STILL_MINE} THEN t.updated_at ELSE EXCLUDED.updated_at END, "
+            "value = EXCLUDED.value, expires_at = EXCLUDED.expires_at "
+            "WHERE t.expires_at <= EXCLUDED.updated_at OR t.value = EXCLUDED.value "
+            "RETURNING version, key)"
+        )
+
+    @cached_property
+    def _grant(self) -> Statement[Granted | Denied]:
+        sql = (
+            f"WITH {CLOCK}, free AS MATERIALIZED (SELECT key FROM {self.t} WHERE key = $1 "
+            f"AND (expires_at <= {NOW} OR value = $2) FOR UPDATE SKIP LOCKED), "
+            + self.granting(
+                "$1",
+                "n",
+                "EXISTS (SELECT 1 FROM free) "
+                f"OR NOT EXISTS (SELECT 1 FROM {self.t} WHERE key = $1)",
+            )
+            + " SELECT version, key, NULL::bytea, NULL::float8 FROM g UNION ALL "
+            f"SELECT NULL, NULL, value, extract(epoch from expires_at - {NOW})::float8 "
+            f"FROM {self.t} WHERE key = $1 AND NOT EXISTS (SELECT 1 FROM g)"
+        )
+        return self._statement(
+            "lock_grant",
+            sql,
+            (TEXT, BINARY, BINARY, TEXT),
+            _read_grant,
+            retry_safe=True,
+            repeats=REPEATS,
+        )
+
+    def grant(self, key: bytes, owner: bytes, ttl: float, patience: float) -> Op[Granted | Denied]:
+        """Take the name if it is free.
+
+        Args:
+            key: the name.
+            owner: who asks, unlike any other asking; a repeat with the same bytes gets the same
+                grant.
+            ttl: seconds.
+            patience: seconds for a row lock, should one be in the way.
+        """
+        return Op(self._grant, (key, owner, _codec.encode_float8(ttl), milliseconds(patience)))
+
+    @cached_property
+    def _grant_fair(self) -> Statement[Granted | Denied]:
+        first = "(SELECT c FROM ahead) = 0"
+        sql = (
+            f"WITH {CLOCK}, "
+            f"tick AS MATERIALIZED (SELECT key, version, expires_at, key = $5 AS mine FROM {self.q}, n "
+            'WHERE key COLLATE "C" > $6 AND key COLLATE "C" < $7 AND expires_at > n.ts), '
+            "ahead AS MATERIALIZED (SELECT count(*) c FROM tick o WHERE NOT mine AND NOT EXISTS ("
+            "SELECT 1 FROM tick i WHERE i.mine AND (i.version, i.key) < (o.version, o.key))), "
+            f"free AS MATERIALIZED (SELECT key FROM {self.t} WHERE key = $1 "
+            f"AND (expires_at <= {NOW} AND {first} OR value = $2 AND {LIVE}) "
+            "FOR UPDATE SKIP LOCKED), "
+            + self.granting(
+                "$1",
+                "n",
+                "EXISTS (SELECT 1 FROM free) "
+                f"OR {first} AND NOT EXISTS (SELECT 1 FROM {self.t} WHERE key = $1)",
+            )
+            # Refreshed at half its life, or every look would write.
+            + f", q AS (INSERT INTO {self.q} AS t (key, version, expires_at) "
+            "SELECT $5, (extract(epoch from n.ts) * 1000000)::bigint, "
+            "n.ts + $8::float8 * interval '1 second' FROM n "
+            "WHERE NOT EXISTS (SELECT 1 FROM g) AND NOT EXISTS (SELECT 1 FROM tick "
+            "WHERE mine AND expires_at > n.ts + $8::float8 * interval '0.5 second') "
+            "ON CONFLICT (key) DO UPDATE SET version = CASE "
+            "WHEN t.expires_at <= to_timestamp(EXCLUDED.version / 1e6) THEN EXCLUDED.version "
+            "ELSE t.version END, expires_at = EXCLUDED.expires_at), "
+            f"d AS (DELETE FROM {self.q} WHERE key = $5 AND EXISTS (SELECT 1 FROM g)) "
+            "SELECT version, key, NULL::bytea, NULL::float8, 0::bigint FROM g UNION ALL "
+            f"SELECT NULL, NULL, l.value, extract(epoch from l.expires_at - {NOW})::float8, ahead.c "
+            f"FROM ahead LEFT JOIN {self.t} l ON l.key = $1 WHERE NOT EXISTS (SELECT 1 FROM g)"
+        )
+        formats = (TEXT, BINARY, BINARY, TEXT, TEXT, TEXT, TEXT, BINARY)
+        return self._statement(
+            "lock_grant_fair", sql, formats, _read_grant_fair, retry_safe=True, repeats=REPEATS
+        )
+
+    def grant_fair(
+        self,
+        key: bytes,
+        owner: bytes,
+        ttl: float,
+        patience: float,
+        ticket: bytes,
+        ticket_ttl: float,
+    ) -> Op[Granted | Denied]:
+        """Take the name if it is free and nobody has waited longer; else keep a place in the queue.
+
+        Args:
+            key: the name.
+            owner: as of `grant`.
+            ttl: seconds.
+            patience: as of `grant`.
+            ticket: the place's own name: see `ticket`.
+            ticket_ttl: seconds after which a waiter that no longer asks loses its place.
+        """
+        low = key + SEPARATOR.encode()
+        params = (
+            key, owner, _codec.encode_float8(ttl), milliseconds(patience),
+            ticket, low, key + b"\x20", _codec.encode_float8(ticket_ttl),
+        )  # fmt: skip
+        return Op(self._grant_fair, params)
+
+    @cached_property
+    def _leave(self) -> Statement[bool]:
+        return Statement(
+            "lock_leave",
+            f"DELETE FROM {self.q} WHERE key = $1",
+            (TEXT,),
+            read_changed,
+            table=self.tickets,
+            retry_safe=True,
+        )
+
+    def leave(self, ticket: bytes) -> Op[bool]:
+        """Give up a place in the queue."""
+        return Op(self._leave, (ticket,))
+
+    # -- holding
+
+    @cached_property
+    def _renew(self) -> Statement[dict[bytes, int]]:
+        # Rows are locked in name order, and one that a stranger holds is passed over: it must not
+        # cost the others their leases.
+        sql = (
+            f"WITH n AS MATERIALIZED (SELECT {DURABLE}), u AS (SELECT * FROM "
+            "unnest($1::text[], $2::bigint[], $3::float8[]) AS u (key, version, ttl)), "
+            f"k AS MATERIALIZED (SELECT t.key, t.version, u.ttl FROM {self.t} t "
+            f"JOIN u USING (key, version), n WHERE t.{LIVE} "
+            'ORDER BY t.key COLLATE "C" FOR NO KEY UPDATE OF t SKIP LOCKED), '
+            f"r AS (UPDATE {self.t} t SET expires_at = {NOW} + k.ttl * interval '1 second' "
+            "FROM k WHERE t.key = k.key AND t.version = k.version RETURNING t.key) "
+            f"SELECT u.key, CASE WHEN r.key IS NOT NULL THEN {RENEWED} "
+            f"WHEN t.key IS NULL THEN {GONE} WHEN t.version <> u.version THEN {REPLACED} "
+            f"WHEN t.{LIVE} THEN {LOCKED} WHEN t.expires_at = {EPOCH} THEN {RELEASED} "
+            f"ELSE {EXPIRED} END FROM u LEFT JOIN r ON r.key = u.key "
+            f"LEFT JOIN {self.t} t ON t.key = u.key"
+        )
+        return self._statement(
+            "lock_renew", sql, (BINARY, BINARY, BINARY), _read_renewed, retry_safe=True
+        )
+
+    def renew(self, leases: Sequence[tuple[bytes, int, float]]) -> Op[dict[bytes, int]]:
+        """Extend many leases: (key, token, seconds from now). For each key, what became of it."""
+        keys = _codec.encode_array([key for key, _, _ in leases])
+        tokens = _codec.encode_array(
+            [_codec.encode_int8(token) for _, token, _ in leases], INT8_OID
+        )
+        ttls = _codec.encode_array([_codec.encode_float8(ttl) for _, _, ttl in leases], FLOAT8_OID)
+        return Op(self._renew, (keys, tokens, ttls))
+
+    def _make_release(self, notify: bool) -> Statement[int]:
+        told = "pg_notify($3, $4 || key)" if notify else "key"
+        sql = (
+            f"WITH n AS MATERIALIZED (SELECT {RELAXED}), r AS (UPDATE {self.t} "
+            f"SET expires_at = {EPOCH} FROM n WHERE key = $1 AND version = $2 AND {LIVE} "
+            f"RETURNING key), told AS MATERIALIZED (SELECT {told} FROM r) "
+            f"SELECT CASE WHEN (SELECT count(*) FROM told) > 0 THEN {RENEWED} "
+            f"WHEN version <> $2 THEN {REPLACED} WHEN expires_at = {EPOCH} THEN {RELEASED} "
+            f"ELSE {EXPIRED} END FROM {self.t} WHERE key = $1"
+        )
+        formats = (TEXT, BINARY, TEXT, TEXT) if notify else (TEXT, BINARY)
+        return self._statement("lock_release", sql, formats, _read_released, retry_safe=True)
+
+    @cached_property
+    def _release(self) -> Statement[int]:
+        return self._make_release(notify=False)
+
+    @cached_property
+    def _release_notify(self) -> Statement[int]:
+        return self._make_release(notify=True)
+
+    def release(self, key: bytes, token: int, notify: bool) -> Op[int]:
+        """End a lease; RENEWED means done. With `notify` waiting processes are told."""
+        params = (key, _codec.encode_int8(token))
+        if notify:
+            return Op(self._release_notify, (*params, CHANNEL, self.payload(b"")))
+        return Op(self._release, params)
+
+    def payload(self, key: bytes) -> bytes:
+        """What a release tells on the channel."""
+        return f"{self.t} ".encode() + key
+
+    def notify(self, payload: bytes) -> Op[bool]:
+        """Say something on the channel: to learn whether it is heard."""
+        sql = "SELECT pg_notify($1, $2)"
+        statement = Statement("lock_notify", sql, (TEXT, TEXT), _read_found, writes=False)
+        return Op(statement, (CHANNEL, payload))
+
+    @cached_property
+    def _disown(self) -> Statement[bool]:
+        return self._statement(
+            "lock_disown",
+            f"WITH n AS MATERIALIZED (SELECT {RELAXED}) UPDATE {self.t} SET expires_at = {EPOCH} "
+            f"FROM n WHERE key = ANY($1::text[]) AND value = $2 AND {LIVE}",
+            (BINARY, BINARY),
+            read_changed,
+            retry_safe=True,
+        )
+
+    def disown(self, keys: Sequence[bytes], owner: bytes) -> Op[bool]:
+        """End a lease of which only the asking is known: its grant's reply never came."""
+        return Op(self._disown, (_codec.encode_array(keys), owner))
+
+    @cached_property
+    def _revoke(self) -> Statement[bool]:
+        return self._statement(
+            "lock_revoke",
+            f"WITH n AS MATERIALIZED (SELECT {DURABLE}, set_config('lock_timeout', '250', true)) "
+            f"UPDATE {self.t} SET version = greatest(version + 1, {STATEMENT_US}) FROM n "
+            f"WHERE key = $1 AND version = $2 AND {LIVE}",
+            (TEXT, BINARY),
+            read_changed,
+        )
+
+    def revoke(self, key: bytes, token: int) -> Op[bool]:
+        """End a token but not its lease: nobody is granted the name before its old expiry."""
+        return Op(self._revoke, (key, _codec.encode_int8(token)))
+
+    # -- guarding
+
+    def guard(self, quoted: str, key: bytes, token: int, max_hold: float | None) -> Op[bool]:
+        """Lock the lease's row against takeover to the end of the caller's transaction.
+
+        UNIQUE (key, version) makes that pass renewals and stop whatever changes the token.
+        """
+        params: tuple[bytes, ...] = (key, _codec.encode_int8(token))
+        setting, source = "", quoted
+        formats: tuple[int, ...] = (TEXT, BINARY)
+        if max_hold is not None:
+            name = "idle_in_transaction_session_timeout"
+            setting = f"WITH n AS MATERIALIZED (SELECT set_config('{name}', $3, true)) "
+            source = f"n, {quoted}"
+            params, formats = (*params, milliseconds(max_hold)), (*formats, TEXT)
+        sql = (
+            f"{setting}SELECT t.version FROM {source} t WHERE t.key = $1 AND t.version = $2 "
+            f"AND t.{LIVE} FOR KEY SHARE OF t"
+        )
+        return Op(self._statement("lock_guard", sql, formats, _read_found, writes=False), params)
+
+    def place(self, quoted: str | None = None) -> Op[Place | None]:
+        """Where the table is, as this connection sees it; None where it is not."""
+        sql = (
+            "SELECT quote_ident(n.nspname) || '.' || quote_ident(c.relname), "
+            "concat_ws('/', (SELECT oid FROM pg_database WHERE datname = current_database()), "
+            "c.oid, extract(epoch from pg_postmaster_start_time())) FROM pg_class c "
+            "JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = to_regclass($1)"
+        )
+        statement = Statement(
+            "lock_place", sql, (TEXT,), _read_place, retry_safe=True, writes=False
+        )
+        return Op(statement, ((quoted or self.t).encode(),))
+
+    def isolation(self) -> Op[str]:
+        """The isolation level of the transaction."""
+        sql = "SELECT current_setting('transaction_isolation')"
+        return Op(Statement("isolation", sql, (), _read_text, retry_safe=True, writes=False))
+
+    # -- looking
+
+    @cached_property
+    def _holder(self) -> Statement[list[Holder]]:
+        return self._statement(
+            "lock_holder",
+            f"SELECT key, value, version, updated_at, expires_at, {NOW} FROM {self.t} "
+            f"WHERE key = $1 AND {LIVE}",
+            (TEXT,),
+            self._read_holders,
+            retry_safe=True,
+            writes=False,
+        )
+
+    def holder(self, key: bytes) -> Op[list[Holder]]:
+        """The live lease of a name, if there is one."""
+        return Op(self._holder, (key,))
+
+    def holders(self) -> Op[list[Holder]]:
+        """Every live lease, slots of semaphores among them."""
+        statement = self._statement(
+            "lock_holders",
+            f"SELECT key, value, version, updated_at, expires_at, {NOW} FROM {self.t} "
+            f"WHERE {LIVE} AND expires_at < 'infinity' ORDER BY key COLLATE \"C\"",
+            (),
+            self._read_holders,
+            retry_safe=True,
+            writes=False,
+        )
+        return Op(statement)
+
+    def queue(self) -> Op[dict[str, int]]:
+        """How many wait in order, by name."""
+        sql = f"SELECT split_part(key, E'\\x1f', 1), count(*) FROM {self.q} WHERE {LIVE} GROUP BY 1"
+        statement = Statement(
+            "lock_queue",
+            sql,
+            (),
+            self._read_queue,
+            table=self.tickets,
+            retry_safe=True,
+            writes=False,
+        )
+        return Op(statement)
+
+    def guards(self) -> Op[list[Guarding]]:
+        """Open transactions that have locked rows here: guards, as a rule. The name is known
+        where one transaction alone has locked the row."""
+        sql = (
+            "SELECT a.pid, coalesce(a.application_name, ''), coalesce(a.state, ''), "
+            "extract(epoch from clock_timestamp() - a.xact_start)::float8, l.key "
+            "FROM pg_locks k JOIN pg_stat_activity a ON a.pid = k.pid "
+            f"LEFT JOIN {self.t} l ON l.xmax::text = a.backend_xid::text "
+            "WHERE k.locktype = 'relation' AND k.relation = to_regclass($1) "
+            "AND k.mode = 'RowShareLock' AND k.granted AND a.pid <> pg_backend_pid() "
+            "AND a.xact_start IS NOT NULL ORDER BY a.xact_start"
+        )
+        statement = self._statement(
+            "lock_guards", sql, (TEXT,), self._read_guards, retry_safe=True, writes=False
+        )
+        return Op(statement, (self.t.encode(),))
+
+    # -- cleaning
+
+    def _make_clean(self, table: Table, condition: str) -> Statement[int]:
+        chunk = "ctid >= $1::tid AND ctid < $2::tid"
+        regclass = "'" + table.quoted.replace("'", "''") + "'::regclass"
+        sql = (
+            f"WITH gone AS (DELETE FROM {table.quoted} WHERE ctid = ANY (ARRAY("
+            f"SELECT ctid FROM {table.quoted} WHERE {chunk} AND {condition} "
+            f"FOR UPDATE SKIP LOCKED)) AND {condition} RETURNING 1) "
+            "SELECT pg_relation_size(" + regclass + ") "
+            "/ current_setting('block_size')::bigint, (SELECT count(*) FROM gone)"
+        )
+        return Statement("lock_clean", sql, (TEXT, TEXT), read_int, table=table, retry_safe=True)
+
+    @cached_property
+    def _clean(self) -> Statement[int]:
+        # A new row begins at the clock: above any token that is older than a week.
+        week = f"version < {STATEMENT_US} - {KEEP_DAYS * 86_400_000_000}"
+        return self._make_clean(self.table, f"expires_at <= {NOW} AND {week}")
+
+    def clean(self, page: int) -> Op[int]:
+        """Forget free names not granted for a week, in one chunk; the table's pages."""
+        tids = f"({page},0)".encode(), f"({page + CLEAN_PAGES},0)".encode()
+        return Op(self._clean, tids)
+
+    @cached_property
+    def _clean_tickets(self) -> Statement[int]:
+        return self._make_clean(self.tickets, f"expires_at <= {NOW}")
+
+    def clean_tickets(self, page: int) -> Op[int]:
+        """Drop tickets of the dead, in one chunk; the table's pages."""
+        tids = f"({page},0)".encode(), f"({page + CLEAN_PAGES},0)".encode()
+        return Op(self._clean_tickets, tids)
+
+    # -- reading
+
+    def _read_holders(self, result: Result) -> list[Holder]:
+        column, moment = result.get_value, _codec.decode_moment
+        return [
+            Holder(
+                self.name_of(column(row, 0) or b""),
+                column(row, 1) or b"",
+                _codec.decode_int(column(row, 2)),
+                moment(column(row, 3)),
+                moment(column(row, 4)),
+                moment(column(row, 5)),
+            )
+            for row in range(result.ntuples)
+        ]
+
+    def _read_queue(self, result: Result) -> dict[str, int]:
+        return {
+            self.name_of(result.get_value(row, 0) or b""): _codec.decode_int(
+                result.get_value(row, 1)
+            )
+            for row in range(result.ntuples)
+        }
+
+    def _read_guards(self, result: Result) -> list[Guarding]:
+        column = result.get_value
+        found = []
+        for row in range(result.ntuples):
+            key = column(row, 4)
+            found.append(
+                Guarding(
+                    _codec.decode_int(column(row, 0)),
+                    (column(row, 1) or b"").decode(),
+                    (column(row, 2) or b"").decode(),
+                    _codec.decode_float8(column(row, 3)),
+                    None if key is None else self.name_of(key),
+                )
+            )
+        return found
+
+
+INT8_OID, FLOAT8_OID = 20, 701
+
+
+def milliseconds(seconds: float) -> bytes:
+    """A setting's text for a duration; never 0, which would mean "without end"."""
+    return str(max(1, round(seconds * 1000))).encode()
+
+
+def _read_grant(result: Result) -> Granted | Denied | Signal:
+    if not result.ntuples:
+        return Raced(Denied(None, 0.0))
+    column = result.get_value
+    token = column(0, 0)
+    if token is not None:
+        return Granted(_codec.decode_int(token), column(0, 1) or b"")
+    denied = Denied(column(0, 2), _codec.decode_float8(column(0, 3)))
+    # Its data say "free", but somebody has the row in flight: a takeover, a guard, the cleaning.
+    return denied if denied.remaining > 0 else Raced(denied)
+
+
+def _read_grant_fair(result: Result) -> Granted | Denied | Signal:
+    column = result.get_value
+    token = column(0, 0)
+    if token is not None:
+        return Granted(_codec.decode_int(token), column(0, 1) or b"")
+    left, ahead = column(0, 3), _codec.decode_int(column(0, 4))
+    denied = Denied(column(0, 2), 0.0 if left is None else _codec.decode_float8(left), ahead)
+    return denied if denied.remaining > 0 or ahead else Raced(denied)
+
+
+def _read_renewed(result: Result) -> dict[bytes, int]:
+    return {
+        result.get_value(row, 0) or b"": _codec.decode_int(result.get_value(row, 1))
+        for row in range(result.ntuples)
+    }
+
+
+def _read_released(result: Result) -> int:
+    return _codec.decode_int(result.get_value(0, 0)) if result.ntuples else GONE
+
+
+def _read_found(result: Result) -> bool:
+    return result.ntuples > 0
+
+
+def _read_place(result: Result) -> Place | None:
+    if not result.ntuples:
+        return None
+    return Place((result.get_value(0, 0) or b"").decode(), (result.get_value(0, 1) or b"").decode())
+
+
+def _read_text(result: Result) -> str:
+    return (result.get_value(0, 0) or b"").decode()

@@ -1,0 +1,275 @@
+"""Policies and decisions: the limiter's arithmetic, all of it in integers of nanoseconds.
+
+Nothing here waits, locks or asks a server. A bucket is full at its theoretical arrival time (TAT);
+a hit of some cost moves that time by ``ceil(cost x period / count)`` and is admitted while it stays
+within ``burst x period / count`` of now (GCRA, ITU-T I.371). Each number is computed from cost,
+period and count, never from a rounded interval, and rounded against the caller, by less than 1 ns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from hashlib import blake2b
+from typing import Literal, TypeAlias
+
+import msgspec
+
+from ...errors import ConfigError, InvalidValueError
+from .rate import DEBT_MAX, NS, Rate
+from .sql import Arrival, Charge
+
+TICK = 999  # nanoseconds that the server's clock, read in microseconds, may lag behind
+HeaderStyle: TypeAlias = Literal["draft", "x"]
+
+
+class Decision(msgspec.Struct, frozen=True, gc=False):
+    """What a limiter decided. True when the hit is allowed.
+
+    Of several rates it tells of the one with the least share remaining; of a denial, the one that
+    asks for the longest wait.
+
+    Attributes:
+        allowed: the hit was charged; a refused one costs nothing.
+        limit: the burst of `rate`: what a full bucket holds.
+        remaining: tokens left in that bucket.
+        retry_after: seconds until the same hit would be allowed; 0.0 when it was.
+        reset_after: seconds until the bucket is full.
+        rate: which rate that is.
+        degraded: the store could not be asked; `on_error` decided.
+        policy: the name under which the headers speak of `rate`.
+        policies: all rates, as the header ``RateLimit-Policy`` lists them.
+    """
+
+    allowed: bool
+    limit: int
+    remaining: int
+    retry_after: float
+    reset_after: float
+    rate: Rate
+    degraded: bool = False
+    policy: str = ""
+    policies: str = ""
+
+    def __bool__(self) -> bool:
+        return self.allowed
+
+    def __repr__(self) -> str:
+        # Without the texts of the headers.
+        return (
+            f"Decision(allowed={self.allowed}, limit={self.limit}, remaining={self.remaining}, "
+            f"retry_after={self.retry_after:.6g}, reset_after={self.reset_after:.6g}, "
+            f"rate={str(self.rate)!r}, degraded={self.degraded})"
+        )
+
+    def headers(self, style: HeaderStyle = "draft") -> dict[str, str]:
+        """The response headers that tell a client where it stands.
+
+        Args:
+            style: ``"draft"`` for ``RateLimit-Policy`` and ``RateLimit`` of
+                draft-ietf-httpapi-ratelimit-headers-10; ``"x"`` for ``X-RateLimit-Limit``,
+                ``-Remaining`` and ``-Reset`` (in seconds from now). A denial adds ``Retry-After``,
+                whole seconds, rounded up. Of a degraded decision that is all there is to say.
+
+        Raises:
+            ConfigError: there is no such style.
+        """
+        if style not in ("draft", "x"):
+            raise ConfigError(f"headers are 'draft' or 'x', not {style!r}")
+        wait = _whole_seconds(self.reset_after if self.allowed else self.retry_after)
+        found: dict[str, str] = {}
+        if self.degraded:
+            pass  # nothing is known of the bucket
+        elif style == "draft":
+            found = {
+                "RateLimit-Policy": self.policies,
+                # Of a denial `t` is when to come again: Retry-After must not be earlier than it.
+                "RateLimit": f'"{self.policy}";r={self.remaining};t={wait}',
+            }
+        else:
+            found = {
+                "X-RateLimit-Limit": str(self.limit),
+                "X-RateLimit-Remaining": str(self.remaining),
+                "X-RateLimit-Reset": str(_whole_seconds(self.reset_after)),
+            }
+        if not self.allowed:
+            found["Retry-After"] = str(max(1, wait))
+        return found
+
+
+def _whole_seconds(seconds: float) -> int:
+    # Up, but not for the dust of a float.
+    return -int(-(seconds - 1e-7) // 1) if seconds > 0 else 0
+
+
+class Gauge:
+    """One rate in nanoseconds."""
+
+    __slots__ = ("burst", "cap", "count", "name", "period", "rate")
+
+    def __init__(self, rate: Rate, name: str) -> None:
+        self.rate = rate
+        self.name = name
+        self.count = rate.count
+        self.burst = rate.burst
+        self.period = round(float(rate.period) * NS)  # type: ignore[arg-type]  # made float
+        self.cap = self.burst * self.period // self.count
+
+    def inc(self, cost: int) -> int:
+        """How far a hit moves the arrival time."""
+        return -(-cost * self.period // self.count)
+
+    def amount(self, cost: int) -> int:
+        """How far a refund moves it back."""
+        return cost * self.period // self.count
+
+    def remaining(self, used: int) -> int:
+        """How many tokens are left `used` nanoseconds before the bucket is full."""
+        if used <= 0:
+            return self.burst
+        # A hit is rounded up by less than 1 ns. Without the tick, which will have passed before
+        # anybody can ask again, the third of "3 at 7/s" would be denied a nanosecond too early.
+        left = (self.cap - used + TICK) * self.count // self.period
+        return min(max(left, 0), self.burst)
+
+    def header(self) -> str:
+        """The rate as ``RateLimit-Policy`` lists it."""
+        window = -(-self.burst * self.period // (self.count * NS))
+        return f'"{self.name}";q={self.burst};w={window}'
+
+
+class Policy:
+    """The rates under which one hit is judged, with what is computed once for them.
+
+    Args:
+        name: the limiter's.
+        rates: sorted, as `rates_of` returns them.
+    """
+
+    def __init__(self, name: str, rates: tuple[Rate, ...]) -> None:
+        self.rates = rates
+        names = [name] if len(rates) == 1 else [f"{name} {rate}" for rate in rates]
+        self.gauges = [Gauge(*pair) for pair in zip(rates, names, strict=True)]
+        self.burst = min(rate.burst for rate in rates)
+        self.header = ",".join(gauge.header() for gauge in self.gauges)
+        # With one rate an arrival time keeps its meaning when the rate changes, so that a new plan
+        # takes effect at once. Several share a row by position: other rates, another row.
+        text = ";".join(f"{rate.count},{rate.period!r},{rate.burst}" for rate in rates)
+        digest = blake2b(text.encode(), digest_size=6).hexdigest()
+        self.fingerprint = "" if len(rates) == 1 else f"~{digest}"
+        self._one = self._charge(1, 0)
+
+    def charge(self, cost: int, wait: int = 0) -> Charge:
+        """Return what a hit adds to each arrival time, and how far ahead of now each may be.
+
+        Args:
+            cost: tokens.
+            wait: nanoseconds that the caller is ready to wait.
+
+        Raises:
+            InvalidValueError: a cost that no bucket can ever hold, or no cost at all.
+        """
+        if cost == 1 and type(cost) is int and not wait:
+            return self._one
+        return self._charge(cost, wait)
+
+    def _charge(self, cost: int, wait: int) -> Charge:
+        require_cost(cost)
+        if cost > self.burst:
+            raise InvalidValueError(
+                f"a cost of {cost} can never be admitted: a full bucket holds {self.burst} "
+                "(the burst); raise the burst or split the work"
+            )
+        incs = [gauge.inc(cost) for gauge in self.gauges]
+        # At cost = burst the rounded-up cost may be 1 ns above the rounded-down cap: such a hit
+        # needs a bucket that is entirely full, and then passes.
+        caps = [
+            min(max(gauge.cap, inc) + wait, DEBT_MAX)
+            for gauge, inc in zip(self.gauges, incs, strict=True)
+        ]
+        return Charge(incs, caps)
+
+    def refund(self, cost: int) -> list[int]:
+        """Return what a refund takes off each arrival time."""
+        require_cost(cost)
+        return [min(gauge.amount(cost), DEBT_MAX) for gauge in self.gauges]
+
+    def waits(self, arrival: Arrival, cost: int) -> list[int]:
+        """Return the nanoseconds until each rate would admit a hit, in whole ticks; 0 is now."""
+        charge = self.charge(cost)
+        if len(charge.incs) == 1:
+            over = arrival.tats[0] + charge.incs[0] - charge.caps[0] - arrival.now
+            return [-(-over // 1000) * 1000] if over > 0 else [0]
+        return [
+            max(0, -(-(tat + inc - cap - arrival.now) // 1000) * 1000)
+            for tat, inc, cap in zip(arrival.tats, charge.incs, charge.caps, strict=True)
+        ]
+
+    def decide(self, arrival: Arrival, cost: int, *, allowed: bool | None = None) -> Decision:
+        """Put the server's answer into words.
+
+        Args:
+            arrival: what the server said.
+            cost: what was asked for.
+            allowed: instead of whether the hit was charged.
+        """
+        if allowed is None:
+            allowed = arrival.charged
+        now, tats = arrival.now, arrival.tats
+        gauges = self.gauges
+        place = wait = 0
+        if len(gauges) == 1:
+            if not allowed:
+                wait = self.waits(arrival, cost)[0]
+        elif allowed:
+            place = self._tightest(now, tats, range(len(gauges)))
+        else:
+            waits = self.waits(arrival, cost)
+            wait = max(waits)
+            longest = [n for n, each in enumerate(waits) if each == wait]
+            place = longest[0] if len(longest) == 1 else self._tightest(now, tats, longest)
+        gauge = gauges[place]
+        if not allowed and not wait:
+            wait = gauge.inc(1)  # it lost races only: there was a token. Not at once again, then
+        used = tats[place] - now
+        return Decision(
+            allowed,
+            gauge.burst,
+            gauge.remaining(used),
+            wait / NS,
+            used / NS,
+            gauge.rate,
+            False,
+            gauge.name,
+            self.header,
+        )
+
+    def _tightest(self, now: int, tats: Sequence[int], places: Iterable[int]) -> int:
+        def share(n: int) -> float:
+            return self.gauges[n].remaining(tats[n] - now) / self.gauges[n].burst
+
+        return min(places, key=share)
+
+    def degraded(self, *, allowed: bool, retry_after: float) -> Decision:
+        """The decision for want of an answer."""
+        gauge = min(self.gauges, key=lambda each: each.burst)
+        return Decision(
+            allowed,
+            gauge.burst,
+            gauge.burst if allowed else 0,
+            0.0 if allowed else retry_after,
+            0.0,
+            gauge.rate,
+            True,
+            gauge.name,
+            self.header,
+        )
+
+
+def require_cost(cost: object) -> None:
+    """Refuse a cost that is no number of tokens.
+
+    Raises:
+        InvalidValueError: not an integer of 1 or more.
+    """
+    if not isinstance(cost, int) or isinstance(cost, bool) or cost < 1:
+        raise InvalidValueError(f"cost must be an integer of 1 or more, not {cost!r}")

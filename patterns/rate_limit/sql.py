@@ -1,0 +1,433 @@
+"""Statements of the rate limiter: the token bucket as one counter per key and rate.
+
+The counter is the bucket's theoretical arrival time (TAT; GCRA, ITU-T I.371), in nanoseconds since
+1970: the moment at which the bucket will be full again. A hit is admitted if it moves that moment
+no further than `cap` ahead of now, and then moves it by `inc`. A row holds one TAT per rate,
+separated by spaces, as decimal text; a missing one, and one that has passed, is a full bucket, so
+the row's expiry, rounded up, is the last TAT and collecting it is always safe.
+
+The server's clock decides. What the numbers mean to a caller is worked out in `patterns._policy`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from ..._ops import codec as _codec
+from ..._ops.op import BINARY, TEXT, Op, Raced, Result, Signal, Statement
+from ..._sql.table import CLOCK_US, LIVE, STATEMENT_US, TableStatements, read_changed
+
+RACES_MAX = 3  # a hit that lost a race so often in a row is answered as a denial
+INT4_OID, INT8_OID = 23, 20
+EPOCH_2000_US = 946_684_800_000_000  # a timestamptz on the wire counts from 2000
+STEP_BACK_US = 1_000_000  # a row this far ahead of the clock was written before a step back
+
+FOREIGN = {
+    "22P02": "the key holds no arrival times: somebody else wrote to the limiter's key; reset() it",
+    "22003": "the key holds no arrival times: somebody else wrote to the limiter's key; reset() it",
+}
+
+
+class Arrival:
+    """What the server answered: the arrival times, and the clock by which it decided.
+
+    `charged` tells whether the hit was admitted. `tats` are nanoseconds since 1970, one per rate,
+    never before `now`. `stamp` is the row's ``created_at`` if charged, else its ``updated_at``, as
+    it came; `version` the row's, of a denial.
+    """
+
+    __slots__ = ("charged", "now", "stamp", "tats", "version")
+
+    def __init__(
+        self,
+        charged: bool,
+        now: int,
+        tats: Sequence[int],
+        stamp: bytes | None = None,
+        version: bytes | None = None,
+    ) -> None:
+        self.charged = charged
+        self.now = now
+        self.tats = tats
+        self.stamp = stamp
+        self.version = version
+
+    def stepped_back(self) -> bool:
+        """Whether this denial is due to the server's clock having been set back."""
+        if self.charged or self.stamp is None:
+            return False
+        written = _codec.decode_int(self.stamp) + EPOCH_2000_US
+        return written - self.now // 1000 > STEP_BACK_US
+
+
+class Charge:
+    """What a hit adds to each arrival time, and how far ahead of now each may then be.
+
+    Made once and used for many hits: it carries its encoded parameters, and reads the answer.
+
+    Args:
+        incs: nanoseconds, one per rate.
+        caps: nanoseconds, one per rate; a longer one reserves a place in the queue.
+    """
+
+    __slots__ = ("caps", "incs", "params", "read")
+
+    def __init__(self, incs: Sequence[int], caps: Sequence[int]) -> None:
+        self.incs = incs
+        self.caps = caps
+        pairs = zip(incs, caps, strict=True)
+        self.params = tuple(_codec.encode_int8(n) for pair in pairs for n in pair)
+        self.read: Callable[[Result], Arrival | Signal] = (
+            OneHitReader(incs[0], caps[0]) if len(incs) == 1 else HitReader(incs, caps)
+        )
+
+
+class Limit(TableStatements):
+    """Hits, and what undoes them, on rows of any number of rates."""
+
+    # -- one key
+
+    def hit(self, row: bytes, charge: Charge) -> Op[Arrival]:
+        """Charge the row, if no arrival time is then more than its cap ahead of now."""
+        params = (row, *charge.params)
+        return Op(self._hit(len(charge.incs)), params, charge.read)
+
+    def _hit(self, rates: int) -> Statement[Arrival]:
+        try:
+            return self._made[rates]  # in the one statement that is hot, without a lambda
+        except KeyError:
+            return self.made(rates, lambda: self._make_hit(rates))
+
+    def _make_hit(self, rates: int) -> Statement[Arrival]:
+        numbers = range(1, rates + 1)
+        # A denial that the snapshot shows is answered from it: no row lock, no xid, no WAL.
+        # ON CONFLICT ... WHERE false alone would take a lock and an xid for each denial.
+        refused = " OR ".join(
+            f"{_tat('cur', 'us', n, rates)} + {_inc(n)} - us * 1000 > {_cap(n)}" for n in numbers
+        )
+        admitted = " AND ".join(
+            f"{_tat('t', 'EXCLUDED.version', n, rates)} + {_inc(n)} - EXCLUDED.version * 1000 "
+            f"<= {_cap(n)}"
+            for n in numbers
+        )
+        first = [f"(us * 1000 + {_inc(n)})" for n in numbers]
+        moved = [f"({_tat('t', 'EXCLUDED.version', n, rates)} + {_inc(n)})" for n in numbers]
+        return self.statement(
+            "limit_hit",
+            f"WITH u AS MATERIALIZED ({_CLOCK}), cur AS MATERIALIZED ("
+            f"SELECT value, updated_at, version FROM {self.t} WHERE key = $1), h AS ("
+            f"INSERT INTO {self.t} AS t (key, value, expires_at, created_at, updated_at, version) "
+            f"SELECT $1::text, {_joined(first)}, {_full_at(first)}, ts, ts, us FROM u "
+            f"WHERE NOT EXISTS (SELECT 1 FROM cur WHERE {refused}) "
+            f"ON CONFLICT (key) DO UPDATE SET value = {_joined(moved)}, "
+            f"expires_at = {_full_at(moved)}, updated_at = EXCLUDED.updated_at, "
+            f"version = greatest(t.version + 1, EXCLUDED.version) WHERE {admitted} "
+            "RETURNING value, created_at) "
+            "SELECT TRUE, h.value, us, h.created_at, NULL::bigint FROM h, u UNION ALL "
+            "SELECT FALSE, cur.value, us, cur.updated_at, cur.version FROM u LEFT JOIN cur ON TRUE "
+            "WHERE NOT EXISTS (SELECT 1 FROM h)",
+            (TEXT, *(BINARY,) * (2 * rates)),
+            _in_each_call,
+            refused=FOREIGN,
+            repeats=RACES_MAX,
+        )
+
+    def peek(self, row: bytes, rates: int) -> Op[Arrival]:
+        """Read the arrival times; charge nothing."""
+        return Op(self._peek, (row,), lambda result: _read_arrival(result, 0, rates))
+
+    @property
+    def _peek(self) -> Statement[Arrival]:
+        return self.made("peek", self._make_peek)
+
+    def _make_peek(self) -> Statement[Arrival]:
+        return self.statement(
+            "limit_peek",
+            f"SELECT FALSE, t.value, {STATEMENT_US}, t.updated_at, t.version "
+            f"FROM (SELECT 1) u LEFT JOIN {self.t} t ON t.key = $1",
+            (TEXT,),
+            _in_each_call,
+            retry_safe=True,
+            writes=False,
+        )
+
+    def reset(self, row: bytes) -> Op[bool]:
+        """Forget the row: a full bucket."""
+        statement = self.made("reset", self._make_reset)
+        return Op(statement, (row,))
+
+    def _make_reset(self) -> Statement[bool]:
+        return self.statement(
+            "limit_reset",
+            f"DELETE FROM {self.t} WHERE key = $1 AND {LIVE}",
+            (TEXT,),
+            read_changed,
+            retry_safe=True,
+        )
+
+    def refund(self, row: bytes, amounts: Sequence[int]) -> Op[bool]:
+        """Take nanoseconds off the arrival times. A full bucket stays full: a time that has
+        passed counts as now."""
+        rates = len(amounts)
+        statement = self.made(("refund", rates), lambda: self._make_refund(rates))
+        return Op(statement, (row, *map(_codec.encode_int8, amounts)))
+
+    def _make_refund(self, rates: int) -> Statement[bool]:
+        lowered = [f"({_field('t', n, rates)} - ${n + 1}::bigint)" for n in range(1, rates + 1)]
+        return self._change("limit_refund", lowered, (TEXT, *(BINARY,) * rates), "")
+
+    def cancel(
+        self, row: bytes, created_at: bytes, incs: Sequence[int], tats: Sequence[int]
+    ) -> Op[bool]:
+        """Give a reservation back, but for what others have reserved after it.
+
+        Args:
+            row: the encoded key.
+            created_at: of the row that was charged; one made since a reset owes nothing.
+            incs: what the reservation was charged.
+            tats: the arrival times that it made.
+        """
+        rates = len(incs)
+        statement = self.made(("cancel", rates), lambda: self._make_cancel(rates))
+        pairs = [_codec.encode_int8(n) for pair in zip(incs, tats, strict=True) for n in pair]
+        return Op(statement, (row, created_at, *pairs))
+
+    def _make_cancel(self, rates: int) -> Statement[bool]:
+        def back(n: int) -> str:
+            tat, inc, mine = _field("t", n, rates), f"${2 * n + 1}::bigint", f"${2 * n + 2}::bigint"
+            # Moving later callers up would put them into slots that somebody else holds; and
+            # what has flowed back since is no longer there to be given.
+            return f"least({inc} - greatest(0, {tat} - {mine}), {mine} - {STATEMENT_US} * 1000)"
+
+        numbers = range(1, rates + 1)
+        lowered = [f"({_field('t', n, rates)} - greatest(0, {back(n)}))" for n in numbers]
+        return self._change(
+            "limit_cancel",
+            lowered,
+            (TEXT, BINARY, *(BINARY,) * (2 * rates)),
+            " AND created_at = $2::timestamptz "
+            f"AND greatest({', '.join(back(n) for n in numbers)}) > 0",
+        )
+
+    def rebase(self, row: bytes, version: bytes, rates: int) -> Op[bool]:
+        """After the clock was set back: let the debt of that version of the row count from now."""
+        statement = self.made(("rebase", rates), lambda: self._make_rebase(rates))
+        return Op(statement, (row, version))
+
+    def _make_rebase(self, rates: int) -> Statement[bool]:
+        written = "(extract(epoch from updated_at) * 1000000)::bigint * 1000"
+        moved = [
+            f"({STATEMENT_US} * 1000 + greatest(0, {_field('t', n, rates)} - {written}))"
+            for n in range(1, rates + 1)
+        ]
+        return self._change(
+            "limit_rebase", moved, (TEXT, BINARY), " AND version = $2::bigint", live=False
+        )
+
+    def _change(
+        self, name: str, tats: list[str], formats: tuple[int, ...], where: str, live: bool = True
+    ) -> Statement[bool]:
+        """An UPDATE that moves the arrival times."""
+        return self.statement(
+            name,
+            f"UPDATE {self.t} AS t SET value = {_joined(tats)}, expires_at = {_full_at(tats)}, "
+            f"updated_at = statement_timestamp(), "
+            f"version = greatest(version + 1, {STATEMENT_US}) "
+            f"WHERE key = $1{where}" + (f" AND {LIVE}" if live else ""),
+            formats,
+            read_changed,
+            refused=FOREIGN,
+        )
+
+    # -- several keys
+
+    def hit_many(self, charges: Sequence[tuple[bytes, Charge]]) -> Op[dict[bytes, Arrival]]:
+        """Charge all rows or none.
+
+        Args:
+            charges: each row once, in key order.
+        """
+        places = [
+            (index, place, inc, cap)
+            for index, (_, charge) in enumerate(charges, 1)
+            for place, (inc, cap) in enumerate(zip(charge.incs, charge.caps, strict=True), 1)
+        ]
+        int4, int8 = _codec.encode_int4, _codec.encode_int8
+        return Op(
+            self._hit_many,
+            (
+                _codec.encode_array([row for row, _ in charges]),
+                _codec.encode_array([int4(place[0]) for place in places], INT4_OID),
+                _codec.encode_array([int4(place[1]) for place in places], INT4_OID),
+                _codec.encode_array([int8(place[2]) for place in places], INT8_OID),
+                _codec.encode_array([int8(place[3]) for place in places], INT8_OID),
+            ),
+            ManyReader({row: len(charge.incs) for row, charge in charges}),
+        )
+
+    @property
+    def _hit_many(self) -> Statement[dict[bytes, Arrival]]:
+        return self.made("hit_many", self._make_hit_many)
+
+    def _make_hit_many(self) -> Statement[dict[bytes, Arrival]]:
+        def tat(row: str) -> str:
+            field = f"split_part(encode({row}.value, 'escape'), ' ', p.place)"
+            return f"greatest(nullif({field}, '')::bigint, us * 1000)"
+
+        # Read first, so that a denial that the snapshot shows locks nothing; then lock in key
+        # order and judge again by what is locked.
+        # `ins` has no ON CONFLICT on purpose: a row that appeared meanwhile is 23505, which undoes
+        # the whole statement, and the flow repeats it.
+        return self.statement(
+            "limit_hit_many",
+            f"WITH u AS MATERIALIZED ({_CLOCK}), p AS MATERIALIZED ("
+            "SELECT k.key, r.place, r.inc, r.cap FROM unnest($1::text[]) WITH ORDINALITY k(key, i) "
+            "JOIN unnest($2::int[], $3::int[], $4::bigint[], $5::bigint[]) r(i, place, inc, cap) "
+            "ON r.i = k.i), pre AS MATERIALIZED ("
+            f"SELECT key, value, updated_at, version FROM {self.t} WHERE key = ANY($1::text[])), "
+            "ok0 AS MATERIALIZED (SELECT coalesce(bool_and("
+            f"{tat('pre')} + p.inc - us * 1000 <= p.cap), TRUE) AS ok "
+            "FROM u CROSS JOIN p LEFT JOIN pre USING (key)), cur AS MATERIALIZED ("
+            f"SELECT key, value, updated_at, version FROM {self.t} WHERE key = ANY($1::text[]) "
+            'AND (SELECT ok FROM ok0) ORDER BY key COLLATE "C" FOR UPDATE), '
+            f"s AS MATERIALIZED (SELECT p.key, p.place, {tat('cur')} + p.inc AS tat, p.cap, "
+            "cur.key IS NULL AS absent FROM u CROSS JOIN p LEFT JOIN cur USING (key)), "
+            "ok AS MATERIALIZED (SELECT (SELECT ok FROM ok0) "
+            "AND bool_and(s.tat - us * 1000 <= s.cap) AS ok FROM s, u), "
+            "x AS MATERIALIZED (SELECT key, absent, "
+            "string_agg(tat::text, ' ' ORDER BY place)::bytea AS value, max(tat) AS top FROM s "
+            "WHERE (SELECT ok FROM ok) GROUP BY key, absent), "
+            f"up AS (UPDATE {self.t} t SET value = x.value, "
+            "expires_at = to_timestamp((top / 1000 + 1) / 1e6), updated_at = ts, "
+            "version = greatest(t.version + 1, us) FROM x, u WHERE t.key = x.key AND NOT absent "
+            f"RETURNING 1), ins AS (INSERT INTO {self.t} "
+            "(key, value, expires_at, created_at, updated_at, version) "
+            "SELECT key, x.value, to_timestamp((top / 1000 + 1) / 1e6), ts, ts, us FROM x, u "
+            'WHERE absent ORDER BY key COLLATE "C" RETURNING 1) '
+            "SELECT (SELECT ok FROM ok), z.value, us, z.updated_at, z.version, k.key "
+            "FROM u CROSS JOIN unnest($1::text[]) k(key) LEFT JOIN ("
+            "SELECT key, value, NULL::timestamptz AS updated_at, NULL::bigint AS version FROM x "
+            "UNION ALL SELECT key, value, updated_at, version FROM cur WHERE NOT (SELECT ok FROM ok) "
+            "UNION ALL SELECT key, value, updated_at, version FROM pre "
+            "WHERE NOT (SELECT ok FROM ok0)) z USING (key)",
+            (BINARY,) * 5,
+            _in_each_call,
+            savepoint=True,
+            refused=FOREIGN,
+        )
+
+
+# -- clauses -------------------------------------------------------------------------------
+
+_CLOCK = (
+    f"SELECT ts, {CLOCK_US.replace('clock_timestamp()', 'ts')} AS us "
+    "FROM (SELECT clock_timestamp() AS ts) c"
+)
+
+
+def _inc(n: int) -> str:
+    return f"${2 * n}::bigint"
+
+
+def _cap(n: int) -> str:
+    return f"${2 * n + 1}::bigint"
+
+
+def _field(row: str, n: int, rates: int) -> str:
+    """The n-th arrival time of a row. With one rate the value is a number and nothing else."""
+    text = f"encode({row}.value, 'escape')"
+    return f"{text}::bigint" if rates == 1 else f"nullif(split_part({text}, ' ', {n}), '')::bigint"
+
+
+def _tat(row: str, us: str, n: int, rates: int) -> str:
+    return f"greatest({_field(row, n, rates)}, {us} * 1000)"
+
+
+def _joined(tats: Sequence[str]) -> str:
+    return "(" + " || ' ' || ".join(f"{tat}::text" for tat in tats) + ")::bytea"
+
+
+def _full_at(tats: Sequence[str]) -> str:
+    """The moment at which every bucket of the row is full, rounded up."""
+    last = tats[0] if len(tats) == 1 else f"greatest({', '.join(tats)})"
+    return f"to_timestamp(({last} / 1000 + 1) / 1e6)"
+
+
+# -- reading results -----------------------------------------------------------------------
+
+
+class HitReader:
+    """Reads a hit's answer. A denial whose own data would admit lost a race: nothing happened."""
+
+    __slots__ = ("caps", "incs")
+
+    def __init__(self, incs: Sequence[int], caps: Sequence[int]) -> None:
+        self.incs = incs
+        self.caps = caps
+
+    def __call__(self, result: Result) -> Arrival | Signal:
+        arrival = _read_arrival(result, 0, len(self.incs))
+        if arrival.charged:
+            return arrival
+        now = arrival.now
+        for tat, inc, cap in zip(arrival.tats, self.incs, self.caps, strict=True):
+            if tat + inc - now > cap:
+                return arrival
+        return Raced(arrival)
+
+
+class OneHitReader:
+    """`HitReader` for one rate, the usual case, without its loops."""
+
+    __slots__ = ("cap", "inc")
+
+    def __init__(self, inc: int, cap: int) -> None:
+        self.inc = inc
+        self.cap = cap
+
+    def __call__(self, result: Result) -> Arrival | Signal:
+        column = result.get_value
+        now = int.from_bytes(column(0, 2) or b"", "big") * 1000
+        value = column(0, 1)
+        tat = now if value is None else max(int(value), now)
+        if column(0, 0) == b"\1":
+            return Arrival(True, now, (tat,), column(0, 3))
+        arrival = Arrival(False, now, (tat,), column(0, 3), column(0, 4))
+        return arrival if tat + self.inc - now > self.cap else Raced(arrival)
+
+
+class ManyReader:
+    """Reads the arrival times of several rows, by row."""
+
+    __slots__ = ("rates",)
+
+    def __init__(self, rates: dict[bytes, int]) -> None:
+        self.rates = rates
+
+    def __call__(self, result: Result) -> dict[bytes, Arrival]:
+        arrivals = {}
+        for n in range(result.ntuples):
+            row = result.get_value(n, 5) or b""
+            arrivals[row] = _read_arrival(result, n, self.rates[row])
+        return arrivals
+
+
+def _read_arrival(result: Result, n: int, rates: int) -> Arrival:
+    column = result.get_value
+    now = int.from_bytes(column(n, 2) or b"", "big", signed=True) * 1000
+    value = column(n, 1)
+    tats: Sequence[int]
+    if value is None:
+        tats = (now,) * rates
+    elif rates == 1:
+        tats = (max(int(value), now),)
+    else:
+        found = [max(int(tat), now) for tat in value.split()][:rates]
+        tats = found + [now] * (rates - len(found))
+    return Arrival(column(n, 0) == b"\1", now, tats, column(n, 3), column(n, 4))
+
+
+def _in_each_call(result: Result) -> NoReturn:
+    """Stands for a decoder that each call brings: the answer holds what was asked."""
+    raise AssertionError(f"undecoded: {result!r}")

@@ -1,0 +1,371 @@
+"""The session store, blocking and async: two thin shells over the flows in `_session_flows`.
+
+Middleware is in `pgkv.patterns.web`, Flask's interface in `pgkv.integrations.flask`. It follows
+the OWASP session management guidance:
+https://cheatsheetseries.owasp.org/cheatsheets/Session_Management_Cheat_Sheet.html
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
+
+from ..._engine._async.transaction import AsyncBoundChannel
+from ..._engine._sync.transaction import BoundChannel
+from ..._observe import shown
+from ..._settings import refuse_pickle
+from ...aio import AsyncStore
+from ...store import Store
+from ...typed import document
+from .._runtime.colour import require
+from .flows import KEEP, Keep, SessionFlows
+from .types import Session, SessionInfo
+
+if TYPE_CHECKING:
+    from ..._ops.op import Flow
+    from ...config import Seconds
+
+T = TypeVar("T")
+
+MAX_DATA_SIZE = 1 << 20
+
+
+class SessionStore:
+    """Sessions in a PostgreSQL table of their own, for threads.
+
+    A session is found by a random 256-bit token; the table holds only the token's SHA-256, so a
+    copy of the database logs nobody in. An unknown, expired or malformed token is None and creates
+    nothing, whoever chose it.
+
+    **Guaranteed:** a session that was destroyed, or whose time has passed by the server's clock, is
+    never alive again, not by a late `save` and, on a durable table, not after a crash of the
+    server (only after a fail-over to an asynchronous replica, which may not have heard of its end).
+    Requests that change different top-level keys at the same time lose nothing.
+
+    **Not guaranteed:** that the last second of data survives a crash: `create`, `save` and the
+    note of use do not wait for the disk (`destroy`, `destroy_user` and `rotate` do). With
+    ``durable=False`` a crash of the server logs everybody out.
+
+    One store serves any number of threads. Its table is ``<table_name>_sessions``, made when first
+    needed, its expired rows collected by the store's own strategy.
+
+    Args:
+        store: where. Inside ``store.transaction()`` give that transaction's store.
+        idle_timeout: seconds without use after which a session ends; it ends at most
+            `touch_interval` earlier.
+        absolute_timeout: seconds after which it ends however much it is used. It starts again
+            when a rotation changes the user.
+        touch_interval: seconds; use is noted at most so often, and an unchanged session written no
+            more than that. 0 notes every load.
+        durable: a logged table. False makes it UNLOGGED.
+        max_data_size: bytes of a session's data as JSON, as one request knows it.
+
+    Raises:
+        ConfigError: a duration is out of range, or `store` is not a `Store`.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        *,
+        idle_timeout: Seconds = 1800,
+        absolute_timeout: Seconds = 43200,
+        touch_interval: Seconds = 60,
+        durable: bool = True,
+        max_data_size: int = MAX_DATA_SIZE,
+    ) -> None:
+        require(store, Store, "SessionStore", "AsyncSessionStore")
+        flows = SessionFlows(
+            store._config,
+            idle_timeout=idle_timeout,
+            absolute_timeout=absolute_timeout,
+            touch_interval=touch_interval,
+            durable=durable,
+            max_data_size=max_data_size,
+        )
+        self._bind(store, flows)
+
+    def _bind(self, store: Store, flows: SessionFlows) -> None:
+        self._store = store
+        inside = isinstance(store._channel, BoundChannel)
+        self._flows = flows.inside() if inside else flows
+        store._channel.watch(self._flows.sql)
+
+    def _run(self, flow: Flow[T]) -> T:
+        return self._store._run(flow)
+
+    @shown
+    def __repr__(self) -> str:
+        return self._flows.facts()
+
+    __reduce__ = refuse_pickle
+
+    def create(
+        self,
+        data: Mapping[str, Any] | None = None,
+        user_id: str | int | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> Session:
+        """Make a session and store it.
+
+        Args:
+            data: JSON values by name. Tuples come back as lists.
+            user_id: whose it is, for `list_user` and `destroy_user`; an int comes back as text.
+            metadata: what a list of devices shows: a user agent, a truncated address. Never
+                looked at here.
+
+        Returns:
+            The `Session`; its `id` is the token for the cookie.
+
+        Raises:
+            InvalidValueError: something is not JSON (says where), or too large.
+        """
+        return self._run(self._flows.create(data, user_id, metadata))
+
+    def load(self, token: str) -> Session | None:
+        """Return the live session of that token, or None: unknown, ended, expired, malformed.
+
+        One round trip, which also notes the use; it waits for nobody. A token of the wrong form
+        costs none. In the moment after a rotation the old token still loads the session, read-only
+        and as it was before.
+
+        Args:
+            token: what the cookie held; anything at all may be given.
+
+        Raises:
+            SerializationError: another program wrote something else into the row.
+        """
+        return self._run(self._flows.load(token))
+
+    def save(
+        self,
+        session: Session | Mapping[str, Any],
+        on_conflict: Literal["merge", "error", "last_wins"] = "merge",
+    ) -> None:
+        """Store what changed since the session was loaded or saved; nothing if nothing did.
+
+        Never creates a session that has ended. One that was never stored is stored.
+
+        Args:
+            session: a `Session`, or the request's.
+            on_conflict: ``"merge"`` sends changed and removed top-level keys only: of each key the
+                last writer's value stays. ``"error"`` sends the whole document and refuses if
+                anybody saved in between. ``"last_wins"`` overwrites.
+
+        Raises:
+            SessionGoneError: it has ended (``reason="gone"``), or was rotated while this request
+                had the old token (``"rotated"``). Nothing was saved.
+            SessionConflictError: (``"error"``) somebody else saved it; load it again.
+            InvalidValueError: something is not JSON (says where), or too large.
+        """
+        self._run(self._flows.save(session, on_conflict))
+
+    def rotate(
+        self,
+        session: Session | Mapping[str, Any],
+        *,
+        user_id: str | int | Keep | None = KEEP,
+        grace: Seconds = 10,
+    ) -> None:
+        """Give the session a new token: at every login and change of privilege.
+
+        `session.id` is the new token afterwards; unsaved changes are stored along with it. For
+        `grace` seconds the old token still loads the session as it was before, read-only, for
+        requests that were on their way. A session that was never stored is stored.
+
+        Args:
+            session: a `Session`, or the request's.
+            user_id: the user from now on; None for nobody. Left out, the user stays. A change
+                starts the absolute timeout again.
+            grace: seconds; 0 ends the old token at once, as after a suspected theft.
+
+        Raises:
+            SessionConflictError: another request rotated it at the same time, and won.
+            SessionGoneError: it has ended.
+        """
+        self._run(self._flows.rotate(session, user_id, grace))
+
+    def destroy(self, token: str | Session | Mapping[str, Any]) -> bool:
+        """End a session for good; True when it was alive. The answer means that it is on disk.
+
+        Args:
+            token: the token, or a `Session` or the request's: then the middleware also takes the
+                cookie away. A token that a rotation has just replaced ends the session it was of.
+        """
+        return self._run(self._flows.destroy(token))
+
+    def destroy_user(
+        self, user_id: str | int, keep: Session | Mapping[str, Any] | None = None
+    ) -> int:
+        """End all sessions of a user: "log out everywhere", or after a change of password.
+
+        Args:
+            user_id: whose.
+            keep: a session that stays, such as the current one.
+
+        Returns:
+            How many were alive.
+        """
+        return self._run(self._flows.destroy_user(user_id, keep))
+
+    def destroy_handle(self, handle: str, user_id: str | int) -> bool:
+        """End one session that `list_user` showed, if it is that user's; True when it was alive.
+
+        Args:
+            handle: of its `SessionInfo`.
+            user_id: whose it must be, so that nobody ends another's by a handle they learnt.
+
+        Raises:
+            InvalidValueError: `user_id` is neither a str nor an int.
+        """
+        return self._run(self._flows.destroy_handle(handle, user_id))
+
+    def list_user(self, user_id: str | int) -> list[SessionInfo]:
+        """Return a user's live sessions, the last used first; at most 1,000.
+
+        Args:
+            user_id: whose.
+
+        Raises:
+            InvalidValueError: it is neither a str nor an int.
+        """
+        return self._run(self._flows.list_user(user_id))
+
+    def purge(self, limit: int = 1000) -> int:
+        """Delete up to `limit` expired rows now, in short chunks that block nobody.
+
+        Only needed where the store's ``ttl_cleanup_strategy`` is MANUAL. Linear in the table.
+
+        Args:
+            limit: rows.
+
+        Returns:
+            How many were deleted.
+        """
+        return self._run(self._flows.purge(limit))
+
+    def create_table(self) -> None:
+        """Create the table where it is missing. It also happens by itself, but not inside a
+        caller's transaction."""
+        self._run(self._flows.create_table())
+
+    def using(self, conn: Any) -> Self:
+        """Return this store inside the caller's own connection and transaction.
+
+        So a new password and `destroy_user` are committed together, or not at all. How durable
+        that is, the caller's commit decides.
+
+        Args:
+            conn: a ``psycopg.Connection``, or Django's or SQLAlchemy's wrapper of one.
+        """
+        view = type(self).__new__(type(self))
+        view._bind(self._store.using(conn), self._flows)
+        return view
+
+
+class AsyncSessionStore:
+    """Sessions in a PostgreSQL table of their own, for asyncio: `SessionStore`, awaited.
+
+    Args:
+        store: an `AsyncStore`.
+        idle_timeout: see `SessionStore`, as for all that follows.
+        absolute_timeout: seconds.
+        touch_interval: seconds.
+        durable: a logged table.
+        max_data_size: bytes.
+    """
+
+    def __init__(
+        self,
+        store: AsyncStore,
+        *,
+        idle_timeout: Seconds = 1800,
+        absolute_timeout: Seconds = 43200,
+        touch_interval: Seconds = 60,
+        durable: bool = True,
+        max_data_size: int = MAX_DATA_SIZE,
+    ) -> None:
+        require(store, AsyncStore, "AsyncSessionStore", "SessionStore")
+        flows = SessionFlows(
+            store._config,
+            idle_timeout=idle_timeout,
+            absolute_timeout=absolute_timeout,
+            touch_interval=touch_interval,
+            durable=durable,
+            max_data_size=max_data_size,
+        )
+        self._bind(store, flows)
+
+    def _bind(self, store: AsyncStore, flows: SessionFlows) -> None:
+        self._store = store
+        inside = isinstance(store._channel, AsyncBoundChannel)
+        self._flows = flows.inside() if inside else flows
+        store._channel.watch(self._flows.sql)
+
+    async def _run(self, flow: Flow[T]) -> T:
+        # As a flow even where it is one operation: flows are never coalesced, and a statement that
+        # relaxes synchronous_commit must not share a transaction with anybody's write.
+        return await self._store._run(flow)
+
+    @shown
+    def __repr__(self) -> str:
+        return self._flows.facts()
+
+    __reduce__ = refuse_pickle
+
+    async def create(
+        self,
+        data: Mapping[str, Any] | None = None,
+        user_id: str | int | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> Session:
+        return await self._run(self._flows.create(data, user_id, metadata))
+
+    async def load(self, token: str) -> Session | None:
+        return await self._run(self._flows.load(token))
+
+    async def save(
+        self,
+        session: Session | Mapping[str, Any],
+        on_conflict: Literal["merge", "error", "last_wins"] = "merge",
+    ) -> None:
+        await self._run(self._flows.save(session, on_conflict))
+
+    async def rotate(
+        self,
+        session: Session | Mapping[str, Any],
+        *,
+        user_id: str | int | Keep | None = KEEP,
+        grace: Seconds = 10,
+    ) -> None:
+        await self._run(self._flows.rotate(session, user_id, grace))
+
+    async def destroy(self, token: str | Session | Mapping[str, Any]) -> bool:
+        return await self._run(self._flows.destroy(token))
+
+    async def destroy_user(
+        self, user_id: str | int, keep: Session | Mapping[str, Any] | None = None
+    ) -> int:
+        return await self._run(self._flows.destroy_user(user_id, keep))
+
+    async def destroy_handle(self, handle: str, user_id: str | int) -> bool:
+        return await self._run(self._flows.destroy_handle(handle, user_id))
+
+    async def list_user(self, user_id: str | int) -> list[SessionInfo]:
+        return await self._run(self._flows.list_user(user_id))
+
+    async def purge(self, limit: int = 1000) -> int:
+        return await self._run(self._flows.purge(limit))
+
+    async def create_table(self) -> None:
+        await self._run(self._flows.create_table())
+
+    def using(self, conn: Any) -> Self:
+        view = type(self).__new__(type(self))
+        view._bind(self._store.using(conn), self._flows)
+        return view
+
+
+document(AsyncSessionStore, SessionStore)
+
+__all__ = ["AsyncSessionStore", "Session", "SessionInfo", "SessionStore"]

@@ -1,0 +1,202 @@
+"""What a session holds, and how it becomes text: checks, JSON per top-level key, differences.
+
+Each top-level value is stored as its own JSON text inside a jsonb object. So the server can merge
+keys without reading values, and values come back as they went in: jsonb itself would turn 1e22 into
+an integer and -0.0 into 0.0, and refuse NUL and lone surrogates.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+import secrets
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+from ..._ops.codec import encode_value
+from ...errors import InvalidValueError
+
+DEPTH_MAX = 100  # containers within containers; a cycle meets this limit too
+USER_ID_MAX = 1_024  # bytes; the column is indexed
+TOKEN_BYTES = 32
+_TOKEN = re.compile(r"[A-Za-z0-9_-]{43}")
+# ensure_ascii writes NUL and lone surrogates as escapes, which travel; NaN is no JSON.
+_encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False, ensure_ascii=True).encode
+_read_texts = msgspec.json.Decoder(dict[str, str]).decode
+_decode = json.JSONDecoder().raw_decode
+
+
+# -- tokens --------------------------------------------------------------------------------
+
+
+def new_token() -> str:
+    """Return 256 random bits as 43 characters that are safe in a cookie."""
+    return secrets.token_urlsafe(TOKEN_BYTES)
+
+
+def is_token(token: object) -> bool:
+    """Whether it has the form of a token; costs the same for a megabyte as for a byte."""
+    return isinstance(token, str) and len(token) == 43 and _TOKEN.fullmatch(token) is not None
+
+
+def id_of(token: str) -> bytes:
+    """Return what the database knows of a token: its SHA-256, from which there is no way back."""
+    return hashlib.sha256(token.encode()).digest()
+
+
+# -- documents -----------------------------------------------------------------------------
+
+
+def texts_of(data: Mapping[str, Any], size_max: int, name: str = "data") -> dict[str, str]:
+    """Return each top-level key with its value's JSON text.
+
+    Raises:
+        InvalidValueError: a key is not a str, or holds NUL or a lone surrogate; a value is not
+            JSON (names the path); or all together are larger than `size_max` bytes.
+    """
+    require_mapping(data, name)
+    texts: dict[str, str] = {}
+    size = 2
+    for key, value in data.items():
+        _check_key(key, name)
+        if not _is_json(value, DEPTH_MAX):
+            raise InvalidValueError(_fault(value, f"{name}[{_short(key)}]", DEPTH_MAX))
+        try:
+            text = _encode(value)
+        except ValueError:  # an integer of more than 4,300 digits
+            raise InvalidValueError(
+                f"{name}[{_short(key)}] holds a number that is too long for JSON"
+            ) from None
+        texts[key] = text
+        size += len(key.encode()) + len(text) + 6
+    if size > size_max:
+        raise InvalidValueError(
+            f"{name} is about {size:,} bytes as JSON; max_data_size is {size_max:,}. "
+            "Keep large things elsewhere and their keys in the session"
+        )
+    return texts
+
+
+def require_mapping(data: object, name: str) -> None:
+    """Refuse what has no keys.
+
+    Raises:
+        InvalidValueError: it is no mapping.
+    """
+    if not isinstance(data, Mapping):
+        raise InvalidValueError(f"{name} must be a mapping, not {type(data).__name__}")
+
+
+def document(texts: Mapping[str, str]) -> bytes:
+    """Return keys and JSON texts as one jsonb object of strings."""
+    # Keys as they are (checked, so UTF-8); values are ASCII.
+    return json.dumps(texts, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def read_document(raw: bytes) -> dict[str, str]:
+    """Return keys and JSON texts of a stored document."""
+    return _read_texts(raw)
+
+
+def values_of(texts: Mapping[str, str]) -> dict[str, Any]:
+    """Return the values behind the texts.
+
+    Raises:
+        ValueError: one is not JSON.
+    """
+    values: dict[str, Any] = {}
+    for key, text in texts.items():
+        # json.loads less its searches for whitespace, which cost as much as a short value.
+        values[key], end = _decode(text)
+        if end != len(text):
+            raise ValueError("not JSON")
+    return values
+
+
+def difference(
+    before: Mapping[str, str], now: Mapping[str, str]
+) -> tuple[dict[str, str], list[str]]:
+    """Return what changed (with its new text) and which keys are gone.
+
+    Texts are compared, so a change deep inside a value is seen without anybody announcing it.
+    """
+    changed = {key: text for key, text in now.items() if before.get(key) != text}
+    return changed, [key for key in before if key not in now]
+
+
+# -- other parts ---------------------------------------------------------------------------
+
+
+def user_of(user_id: object) -> str:
+    """Return a user's id as text: a str, or an int in decimal.
+
+    Raises:
+        InvalidValueError: another type, empty, too long, NUL or a lone surrogate in it.
+    """
+    if isinstance(user_id, int) and not isinstance(user_id, bool):
+        user_id = str(user_id)
+    if not isinstance(user_id, str) or not user_id:
+        what = (
+            "is empty" if user_id == "" else f"must be a str or int, not {type(user_id).__name__}"
+        )
+        raise InvalidValueError(f"user_id {what}")
+    if "\0" in user_id:
+        raise InvalidValueError("user_id contains NUL (\\x00), which PostgreSQL cannot store")
+    if len(encode_value(user_id, 4 * USER_ID_MAX)) > USER_ID_MAX:
+        raise InvalidValueError(f"user_id is longer than {USER_ID_MAX:,} bytes")
+    return user_id
+
+
+def _check_key(key: object, name: str) -> None:
+    if not isinstance(key, str):
+        raise InvalidValueError(f"the keys of {name} must be str, not {type(key).__name__}")
+    if "\0" in key:
+        raise InvalidValueError(f"a key of {name} contains NUL (\\x00), which PostgreSQL refuses")
+    # Asked, not tried: the exception of a failed encode() holds the key.
+    if not key.isascii() and any("\ud800" <= character <= "\udfff" for character in key):
+        raise InvalidValueError(f"a key of {name} holds a lone surrogate, which is no UTF-8")
+
+
+def _is_json(value: object, depth: int) -> bool:
+    """Whether JSON holds the value without losing or altering it in silence."""
+    if value is None or isinstance(value, str | int):
+        return True
+    if isinstance(value, float):
+        return math.isfinite(value)
+    if isinstance(value, dict):
+        return depth > 0 and all(
+            isinstance(key, str) and _is_json(each, depth - 1) for key, each in value.items()
+        )
+    if isinstance(value, list | tuple):
+        return depth > 0 and all(_is_json(each, depth - 1) for each in value)
+    return False
+
+
+def _fault(value: Any, path: str, depth: int) -> str:
+    """Say what is wrong with a value that is not JSON, and where."""
+    if isinstance(value, dict | list | tuple) and not depth:
+        return f"{path[:80]}... is nested more than {DEPTH_MAX} deep, or contains itself"
+    if isinstance(value, dict):
+        for key, each in value.items():
+            if not isinstance(key, str):
+                return f"{path} has a key that is of type {type(key).__name__}; JSON's are str"
+            if not _is_json(each, depth - 1):
+                return _fault(each, f"{path}[{_short(key)}]", depth - 1)
+    if isinstance(value, list | tuple):
+        for index, each in enumerate(value):
+            if not _is_json(each, depth - 1):
+                return _fault(each, f"{path}[{index}]", depth - 1)
+    if isinstance(value, float):
+        return f"{path} is not a finite number, which JSON does not have"
+    return (
+        f"{path} is of type {type(value).__name__}, which JSON does not have; store a str, a "
+        "number, a list or a dict made from it"
+    )
+
+
+def _short(key: str) -> str:
+    return repr(key if len(key) <= 40 else key[:40] + "...")

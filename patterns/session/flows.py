@@ -1,0 +1,379 @@
+"""What each operation on sessions does, written once: flows that either colour of store runs.
+
+The statements are in `pgkv.patterns.session.sql`; here is what surrounds them: tokens, checks, what is sent
+of a changed session, and which error an outcome means.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+
+from ..._engine.schema import companion, ensure
+from ..._engine.sweep import sweep_all
+from ..._ops.codec import TTL_MAX
+from ..._ops.op import Flow, do
+from ...config import VALUE_SIZE_MAX, Config, Table, TableKind, require_int
+from ...errors import (
+    ConfigError,
+    InvalidValueError,
+    SerializationError,
+    SessionConflictError,
+    SessionError,
+    SessionGoneError,
+)
+from .data import (
+    difference,
+    document,
+    id_of,
+    is_token,
+    new_token,
+    read_document,
+    require_mapping,
+    texts_of,
+    user_of,
+    values_of,
+)
+from .request import RequestSession
+from .sql import Lifetimes, Loaded, Mode, Outcome, SessionStatements
+from .types import Session, SessionInfo
+
+if TYPE_CHECKING:
+    from ...config import Seconds
+
+ATTEMPTS = 3  # of a statement that met a concurrent change; the second already sees its outcome
+_HANDLE = re.compile("[0-9a-f]{64}")
+MODES = ("merge", "error", "last_wins")
+
+
+class Keep:
+    """The default of rotate's user_id: the user there is."""
+
+    def __repr__(self) -> str:
+        return "<unchanged>"
+
+
+KEEP: Final = Keep()
+
+
+class SessionFlows:
+    """The operations on the sessions of one table.
+
+    Args:
+        config: the store's.
+        idle_timeout: seconds.
+        absolute_timeout: seconds.
+        touch_interval: seconds.
+        durable: keep the table logged.
+        max_data_size: bytes of a session's data as JSON.
+    """
+
+    sql: SessionStatements
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        idle_timeout: Seconds,
+        absolute_timeout: Seconds,
+        touch_interval: Seconds,
+        durable: bool,
+        max_data_size: int,
+    ) -> None:
+        self.lifetimes: Lifetimes = Lifetimes(
+            _duration("idle_timeout", idle_timeout),
+            _duration("absolute_timeout", absolute_timeout),
+            _duration("touch_interval", touch_interval, zero=True),
+        )
+        if self.lifetimes.touch >= self.lifetimes.idle:
+            raise ConfigError(
+                "touch_interval must be shorter than idle_timeout: a session in use would end"
+            )
+        require_int("max_data_size", max_data_size, 2, VALUE_SIZE_MAX)
+        self.size_max: int = min(max_data_size, config.max_value_size)
+        self.config = config
+        self.table: Table = companion(config, TableKind.SESSIONS, durable=durable)
+        self.sql = SessionStatements(config, self.table, self.lifetimes, inside=False)
+        self._inside: SessionFlows | None = None
+
+    def inside(self) -> SessionFlows:
+        """The same for a caller's transaction."""
+        if self._inside is None:
+            twin = self._inside = object.__new__(SessionFlows)
+            twin.__dict__.update(self.__dict__, _inside=twin)
+            twin.sql = SessionStatements(self.config, self.table, self.lifetimes, inside=True)
+        return self._inside
+
+    def facts(self) -> str:
+        """What a repr says of a session store."""
+        idle, absolute = self.lifetimes.idle, self.lifetimes.absolute
+        return f"{self.table.name!r} idle_timeout={idle:g} absolute_timeout={absolute:g}"
+
+    # -- one session
+
+    def create(
+        self, data: Mapping[str, Any] | None, user_id: object, metadata: Mapping[str, Any] | None
+    ) -> Flow[Session]:
+        """Make a session and store it."""
+        user = None if user_id is None else user_of(user_id)
+        data = {} if data is None else data
+        require_mapping(data, "data")
+        session = Session(dict(data), user_id=user)
+        session._meta = None if not metadata else self._metadata(metadata)
+        yield from self._store(session)
+        return session
+
+    def _metadata(self, metadata: Mapping[str, Any]) -> bytes:
+        return document(texts_of(metadata, self.size_max, "metadata"))
+
+    def _store(self, session: Session) -> Flow[None]:
+        """Insert a session that was never stored, under a token of its own."""
+        texts = texts_of(session.data, self.size_max)
+        token = new_token()
+        op = self.sql.create(id_of(token), session.user_id, document(texts), session._meta)
+        created = yield from do(op)
+        if created is None:  # another row has this hash: a broken source of randomness
+            raise SessionError("a new session's token exists already; nothing was stored")
+        session._version, session.expires_at, session.created_at = created
+        session.id, session._before = token, texts
+
+    def load(self, token: object) -> Flow[Session | None]:
+        """Return the live session of that token; whatever else is presented is None."""
+        if not isinstance(token, str) or not is_token(token):
+            return None
+        loaded = yield from do(self.sql.load(id_of(token)))
+        return None if loaded is None else _session_of(token, loaded)
+
+    def save(self, given: object, on_conflict: str) -> Flow[None]:
+        """Send what changed, if anything did."""
+        session = session_of(given)
+        if on_conflict not in MODES:
+            raise InvalidValueError(
+                f"on_conflict must be one of {', '.join(MODES)}, not {on_conflict!r}"
+            )
+        if not session.id:
+            yield from self._store(session)
+            return
+        now = texts_of(session.data, self.size_max)
+        changed, removed = difference(session._before, now)
+        if not changed and not removed:
+            return
+        if session._ended:
+            raise gone("gone")
+        if session._moved:
+            raise gone("rotated")
+        mode: Mode = on_conflict  # type: ignore[assignment]  # one of MODES
+        merging = mode == "merge"
+        outcome = yield from self._until_settled(
+            lambda: self.sql.save(
+                id_of(session.id),
+                mode,
+                session._version,
+                document(changed if merging else now),
+                [key.encode() for key in removed] if merging else [],
+            )
+        )
+        if outcome.status == "conflict":
+            raise SessionConflictError(
+                "another request changed the session since it was loaded; nothing was saved. "
+                "Load it again and repeat the change"
+            )
+        if outcome.status != "done":
+            raise gone(outcome.status)
+        session._before = now
+        session.expires_at = outcome.expires_at
+        if merging and outcome.before != session._version:
+            # Others' keys are in the database and not here: a later save of the whole document
+            # would erase them, so it must meet a conflict.
+            session._version = -1
+        else:
+            session._version = outcome.version
+
+    def rotate(self, given: object, user_id: object, grace: Seconds) -> Flow[None]:
+        """Move the session to a new token, its unsaved changes with it."""
+        session = session_of(given)
+        seconds = _grace(grace)
+        user: tuple[str | None] | None = None
+        if not isinstance(user_id, Keep):
+            user = (None if user_id is None else user_of(user_id),)
+        if session._ended:
+            raise gone("gone")
+        if not session.id:
+            if user is not None:
+                session.user_id = user[0]
+            yield from self._store(session)
+            _begun(session)
+            return
+        if session._moved:
+            raise _rotated_by_another()
+        now = texts_of(session.data, self.size_max)
+        changed, removed = difference(session._before, now)
+        token = new_token()
+        was_there = False
+
+        def ask() -> Any:
+            return self.sql.rotate(
+                id_of(session.id),
+                id_of(token),
+                document(changed),
+                [key.encode() for key in removed],
+                grace=seconds,
+                user=user,
+            )
+
+        outcome = yield from do(ask())
+        for _ in range(ATTEMPTS):
+            if outcome.status != "raced":
+                break
+            was_there = True
+            outcome = yield from do(ask())
+        if outcome.status != "done":
+            if outcome.status == "gone" and not was_there:
+                raise gone("gone")
+            raise _rotated_by_another()
+        session._version = outcome.version if outcome.before == session._version else -1
+        session.id, session._before, session.expires_at = token, now, outcome.expires_at
+        if user is not None:
+            session.user_id = user[0]
+        _begun(session)
+
+    def _until_settled(self, make: Any) -> Flow[Outcome]:
+        op = make()
+        outcome: Outcome = yield from do(op)
+        for _ in range(ATTEMPTS):
+            if outcome.status != "raced":
+                break
+            outcome = yield from do(op)
+        return outcome
+
+    def destroy(self, given: object) -> Flow[bool]:
+        """End a session, by its token or itself."""
+        if isinstance(given, str):
+            if not is_token(given):
+                return False
+            return (yield from do(self.sql.destroy(id_of(given))))
+        session = session_of(given)
+        was_alive = False
+        if session.id:
+            was_alive = yield from do(self.sql.destroy(id_of(session.id)))
+        session._ended = True
+        if isinstance(session.data, RequestSession):
+            session.data.clear()  # what the program puts in from now on begins another session
+        return was_alive
+
+    # -- a user's sessions
+
+    def destroy_user(self, user_id: object, keep: object) -> Flow[int]:
+        """End all sessions of a user, or all but one."""
+        kept = None if keep is None else session_of(keep).id
+        user = user_of(user_id)
+        return (yield from do(self.sql.destroy_user(user, id_of(kept) if kept else None)))
+
+    def destroy_handle(self, handle: object, user_id: object) -> Flow[bool]:
+        """End one of a user's sessions by its public name."""
+        user = user_of(user_id)
+        if not isinstance(handle, str) or not _HANDLE.fullmatch(handle):
+            return False
+        return (yield from do(self.sql.destroy_of_user(bytes.fromhex(handle), user)))
+
+    def list_user(self, user_id: object) -> Flow[list[SessionInfo]]:
+        """Return a user's live sessions."""
+        rows = yield from do(self.sql.list_user(user_of(user_id)))
+        return [
+            SessionInfo(
+                row.id.hex(),
+                row.created_at,
+                row.seen_at,
+                row.expires_at,
+                row.ends_at,
+                values_of(read_document(row.meta)) if row.meta else {},
+                row.read_at,
+            )
+            for row in rows
+        ]
+
+    # -- upkeep
+
+    def purge(self, limit: int) -> Flow[int]:
+        """Delete expired rows, chunk by chunk."""
+        return (yield from sweep_all(self.sql, limit))
+
+    def create_table(self) -> Flow[None]:
+        """Create the table where it is missing."""
+        yield from ensure(self.table)
+
+
+def session_of(given: object) -> Session:
+    """Return the session itself, also of what stands for it in a request."""
+    if isinstance(given, RequestSession):
+        # Also through a proxy such as flask.session: attributes go through it.
+        given = given.session
+    if not isinstance(given, Session):
+        raise InvalidValueError(
+            f"a session is needed here, not a {type(given).__name__}: what create() or load() "
+            "returned, or the request's session"
+        )
+    return given
+
+
+def _begun(session: Session) -> None:
+    """A rotation is a new beginning: what was cleared before it needs no other one."""
+    if isinstance(session.data, RequestSession):
+        session.data.cleared = False
+
+
+def gone(reason: str) -> SessionGoneError:
+    """Return the error for a session that cannot be changed any more."""
+    if reason == "rotated":
+        error = SessionGoneError(
+            "the session moved to a new id while this request had the old one; nothing was saved"
+        )
+    else:
+        error = SessionGoneError(
+            "the session has ended; nothing was saved. create() begins another"
+        )
+    error.reason = "rotated" if reason == "rotated" else "gone"
+    return error
+
+
+def _rotated_by_another() -> SessionConflictError:
+    return SessionConflictError(
+        "another request rotated or ended the session at the same time; this rotation did nothing"
+    )
+
+
+def _session_of(token: str, loaded: Loaded) -> Session:
+    try:
+        texts = read_document(loaded.data)
+        session = Session(values_of(texts), id=token, user_id=loaded.user_id)
+    except (ValueError, msgspec.MsgspecError):
+        # From None: the exceptions of json hold the document.
+        raise SerializationError(
+            "a session's data is not what pgkv stores: another program wrote to the table"
+        ) from None
+    session.created_at, session.expires_at = loaded.created_at, loaded.expires_at
+    session.is_new = False
+    session._before, session._version, session._moved = texts, loaded.version, loaded.moved
+    return session
+
+
+def _duration(name: str, value: Seconds, *, zero: bool = False) -> float:
+    seconds: object = value.total_seconds() if isinstance(value, timedelta) else value
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or math.isnan(seconds):
+        raise ConfigError(f"{name} must be seconds (a number or a timedelta), not {value!r}")
+    if not 0 <= seconds <= TTL_MAX or (not seconds and not zero):
+        least = "0 seconds or more" if zero else "more than 0 seconds"
+        raise ConfigError(f"{name} must be {least}, and at most 1,000 years, not {value!r}")
+    return float(seconds)
+
+
+def _grace(value: Seconds) -> float:
+    try:
+        return _duration("grace", value, zero=True)
+    except ConfigError as error:
+        raise InvalidValueError(str(error)) from None

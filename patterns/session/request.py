@@ -1,0 +1,161 @@
+"""The session as a request sees it: a dict that knows whether it was read, and can load itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from ...errors import SessionError
+from .types import Session
+
+
+class RequestSession(dict[str, Any]):
+    """`request.session`, ``environ["pgkv.session"]`` and ``flask.session``: the session's data.
+
+    Any dict will do where this is expected. `session` is the `Session` behind it, for
+    ``sessions.rotate(...)`` and its fellows, which take this object as well.
+
+    One thing looks past all this: ``json.dumps`` of a dict that nothing has touched yet (WSGI and
+    Flask) writes ``{}``; give it ``dict(session)``.
+
+    `clear` ends the session: what is put in afterwards goes into a new one, under a new token. So
+    a program that clears before a login is safe from session fixation without knowing of it.
+    """
+
+    def __init__(self, prepare: Callable[[], None] | None = None) -> None:
+        super().__init__()
+        self._prepare = prepare  # loads, or refuses; called before the first use
+        self._session: Session | None = None
+        self.accessed: bool = False  # the response depends on the session
+        self.cleared: bool = False
+
+    def fill(self, session: Session) -> None:
+        """Become the data of that session."""
+        super().clear()
+        super().update(session.data)
+        session.data = self
+        self._session = session
+        self._prepare = None
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether there is a session behind it yet."""
+        return self._session is not None
+
+    @property
+    def session(self) -> Session:
+        """The session behind it, loaded if need be."""
+        self.mark_accessed()
+        assert self._session is not None
+        return self._session
+
+    def mark_accessed(self) -> None:
+        """Note that the response depends on it (Starlette calls this too), and load it."""
+        self.accessed = True
+        if self._prepare is not None:
+            self._prepare()
+            if self._session is None:
+                raise SessionError("the session was not loaded")
+
+    # Whatever reads or changes a dict. Views and iterators are taken from a loaded one.
+
+    def __getitem__(self, key: str) -> Any:
+        self.mark_accessed()
+        return super().__getitem__(key)
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self.mark_accessed()
+        super().__setitem__(key, value)
+
+    def __delitem__(self, key: str) -> None:
+        self.mark_accessed()
+        super().__delitem__(key)
+
+    def __contains__(self, key: object) -> bool:
+        self.mark_accessed()
+        return super().__contains__(key)
+
+    def __iter__(self) -> Iterator[str]:
+        self.mark_accessed()
+        return super().__iter__()
+
+    def __reversed__(self) -> Iterator[str]:
+        self.mark_accessed()
+        return super().__reversed__()
+
+    def __len__(self) -> int:
+        self.mark_accessed()
+        return super().__len__()
+
+    def __eq__(self, other: object) -> bool:
+        self.mark_accessed()
+        return super().__eq__(other)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    __hash__ = None  # as every dict
+
+    def __or__(self, other: Any) -> Any:
+        return dict(self.items()) | other
+
+    def __ror__(self, other: Any) -> Any:
+        return other | dict(self.items())
+
+    def __ior__(self, other: Any) -> Any:
+        self.mark_accessed()
+        return super().__ior__(other)
+
+    def __repr__(self) -> str:
+        # Sessions end up in tracebacks and logs; what they hold must not. Looking loads nothing.
+        return f"<{type(self).__name__} {'not loaded' if self._session is None else self._session}>"
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """As dict's."""
+        self.mark_accessed()
+        return super().get(key, default)
+
+    def keys(self) -> Any:
+        """As dict's."""
+        self.mark_accessed()
+        return super().keys()
+
+    def values(self) -> Any:
+        """As dict's."""
+        self.mark_accessed()
+        return super().values()
+
+    def items(self) -> Any:
+        """As dict's."""
+        self.mark_accessed()
+        return super().items()
+
+    def copy(self) -> dict[str, Any]:
+        """Return a plain dict."""
+        return dict(self.items())
+
+    def pop(self, key: str, *default: Any) -> Any:
+        """As dict's."""
+        self.mark_accessed()
+        return super().pop(key, *default)
+
+    def popitem(self) -> tuple[str, Any]:
+        """As dict's."""
+        self.mark_accessed()
+        return super().popitem()
+
+    def setdefault(self, key: str, default: Any = None) -> Any:
+        """As dict's."""
+        self.mark_accessed()
+        return super().setdefault(key, default)
+
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        """As dict's."""
+        self.mark_accessed()
+        super().update(*args, **kwargs)
+
+    def clear(self) -> None:
+        """End the session. What is put in afterwards begins a new one."""
+        self.mark_accessed()
+        self.cleared = True
+        super().clear()

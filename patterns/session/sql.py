@@ -1,0 +1,484 @@
+"""Statements of the session table. The secret token never comes here: `id` is its hash.
+
+A row is a session or, with a successor, a stub: what stays under the old id for a moment when a
+rotation has moved the row to a new one. A stub can be read while its session lives under the
+successor's id, and changed by nobody.
+
+Every statement judges liveness by ``expires_at`` alone, which is kept at the earlier of the idle
+and the absolute end. Writes whose loss in a crash costs a second of data say so
+(``synchronous_commit = off``, for their own transaction); those whose loss would revive a session
+demand the disk. Neither is said inside a caller's transaction, where it would reach its commit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import datetime
+from functools import cached_property
+from typing import Literal, NamedTuple
+
+from ..._ops import codec as _codec
+from ..._ops.op import BINARY, TEXT, Expired, Op, Result, Signal, Statement
+from ..._sql.sweep import Sweep
+from ..._sql.table import STATEMENT_US, read_changed, read_count, read_int
+from ...config import Config, Table
+
+NOW = "statement_timestamp()"
+LIST_MAX = 1_000  # sessions of one user that a listing shows
+ASYNC = "set_config('synchronous_commit', 'off', true)"
+# A role or database may have set it to off; every other setting is at least as strict as asked.
+DURABLE = (
+    "set_config('synchronous_commit', "
+    "coalesce(nullif(current_setting('synchronous_commit'), 'off'), 'on'), true)"
+)
+
+Mode = Literal["merge", "error", "last_wins"]
+
+
+class Loaded(NamedTuple):
+    """A live row, as a load saw it."""
+
+    user_id: str | None
+    data: bytes
+    version: int
+    created_at: datetime
+    expires_at: datetime
+    moved: bool  # it is a stub
+
+
+class Outcome(NamedTuple):
+    """How a save or a rotation ended.
+
+    `status` is ``"done"``, ``"conflict"``, ``"rotated"``, ``"raced"`` (ask again) or ``"gone"``.
+    `before` is the version that a merge found.
+    """
+
+    status: str
+    version: int = 0
+    expires_at: datetime | None = None
+    before: int = 0
+
+
+class Listed(NamedTuple):
+    """A live session of a user."""
+
+    id: bytes
+    created_at: datetime
+    seen_at: datetime
+    expires_at: datetime
+    ends_at: datetime
+    meta: bytes | None
+    read_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Lifetimes:
+    """Durations in seconds."""
+
+    idle: float
+    absolute: float
+    touch: float
+
+
+class SessionStatements(Sweep):
+    """All statements of one store's session table.
+
+    Args:
+        config: the store's.
+        table: the session table.
+        lifetimes: the timeouts.
+        inside: for a caller's transaction.
+    """
+
+    def __init__(self, config: Config, table: Table, lifetimes: Lifetimes, *, inside: bool) -> None:
+        super().__init__(config)
+        self.table = table
+        self.t: str = self.table.quoted
+        self.lifetimes = lifetimes
+        self._idle = _codec.encode_interval(lifetimes.idle)
+        self._absolute = _codec.encode_interval(lifetimes.absolute)
+        self._touch = _codec.encode_interval(lifetimes.touch)
+        # A relation of one row to join, and a condition on rows that are to be deleted: an
+        # expression that nothing refers to would not be evaluated.
+        self._lazily = "(SELECT 1) n" if inside else f"(SELECT {ASYNC}) n"
+        self._and_lazily = "" if inside else f", {ASYNC}"
+        self._strictly = "(SELECT 1) n" if inside else f"(SELECT {DURABLE}) n"
+        self._if_strictly = "" if inside else f" AND {DURABLE} IS NOT NULL"
+
+    # -- one session
+
+    @cached_property
+    def _create(self) -> Statement[tuple[int, datetime, datetime] | None]:
+        return self.statement(
+            "session_create",
+            f"WITH n AS MATERIALIZED (SELECT clock_timestamp() AS ts{self._and_lazily}) "
+            f"INSERT INTO {self.t} (id, user_id, data, version, created_at, seen_at, expires_at, "
+            "ends_at, meta) SELECT $1, $2, $3::jsonb, (extract(epoch from n.ts) * 1000000)::bigint,"
+            " n.ts, n.ts, least(n.ts + $5::interval, n.ts + $6::interval), n.ts + $6::interval, "
+            "$4::jsonb FROM n ON CONFLICT (id) DO NOTHING RETURNING version, expires_at, created_at",
+            (BINARY, TEXT, TEXT, TEXT, BINARY, BINARY),
+            _read_created,
+        )
+
+    def create(
+        self, id: bytes, user_id: str | None, data: bytes, meta: bytes | None
+    ) -> Op[tuple[int, datetime, datetime] | None]:
+        """Insert: version, expiry, creation; None if there is such an id."""
+        user = None if user_id is None else user_id.encode()
+        return Op(self._create, (id, user, data, meta, self._idle, self._absolute))
+
+    @cached_property
+    def _load(self) -> Statement[Loaded | None]:
+        # The touch locks nothing that is locked, so a load never waits; and it locks nothing at
+        # all within touch_interval, so a load then takes no transaction id.
+        return self.statement(
+            "session_load",
+            "WITH c AS MATERIALIZED ("
+            "SELECT user_id, data, version, created_at, expires_at, successor IS NOT NULL AS moved,"
+            f" expires_at > {NOW} AS live FROM {self.t} s WHERE id = $1 AND (successor IS NULL "
+            f"OR EXISTS (SELECT 1 FROM {self.t} h WHERE h.id = s.successor "
+            f"AND h.successor IS NULL AND h.expires_at > {NOW}))), "
+            f"k AS MATERIALIZED (SELECT id FROM {self.t} WHERE id = $1 AND successor IS NULL "
+            f"AND expires_at > {NOW} AND seen_at <= {NOW} - $3::interval "
+            "FOR NO KEY UPDATE SKIP LOCKED), "
+            f"u AS (UPDATE {self.t} s SET seen_at = {NOW}, "
+            f"expires_at = least({NOW} + $2::interval, s.ends_at) FROM k, {self._lazily} "
+            "WHERE s.id = k.id RETURNING s.expires_at) "
+            "SELECT live, moved, user_id, CASE WHEN live THEN data::text END, version, created_at, "
+            "coalesce((SELECT expires_at FROM u), expires_at) FROM c",
+            (BINARY, BINARY, BINARY),
+            self._read_loaded,
+            retry_safe=True,
+            # A touch changes no answer: a load is repeated, and counted, as a read.
+            writes=False,
+        )
+
+    def load(self, id: bytes) -> Op[Loaded | None]:
+        """Read a live session, and note its use once per touch_interval."""
+        return Op(self._load, (id, self._idle, self._touch))
+
+    def _read_loaded(self, result: Result) -> Loaded | Signal | None:
+        if not result.ntuples:
+            return None
+        column = result.get_value
+        if column(0, 0) != b"\1":
+            return Expired(None) if self.collects else None
+        user = column(0, 2)
+        return Loaded(
+            None if user is None else user.decode(),
+            column(0, 3) or b"{}",
+            _codec.decode_int(column(0, 4)),
+            _codec.decode_moment(column(0, 5)),
+            _codec.decode_moment(column(0, 6)),
+            column(0, 1) == b"\1",
+        )
+
+    def save(
+        self, id: bytes, mode: Mode, version: int, changed: bytes, removed: list[bytes]
+    ) -> Op[Outcome]:
+        """Update, never insert: a session that ended stays ended.
+
+        Args:
+            id: the token's hash.
+            mode: ``"merge"`` sends what changed, the others the whole document.
+            version: what ``"error"`` requires.
+            changed: the changed keys with their values, or the document.
+            removed: (merge) the keys to take away.
+        """
+        if mode == "merge":
+            keys = _codec.encode_array(removed)
+            return Op(self._merge, (id, changed, self._idle, keys))
+        if mode == "error":
+            expected = _codec.encode_int8(version)
+            return Op(self._replace_if, (id, changed, self._idle, expected))
+        return Op(self._replace, (id, changed, self._idle))
+
+    @cached_property
+    def _merge(self) -> Statement[Outcome]:
+        data = "(s.data - $4::text[]) || $2::jsonb"
+        # Which version the merge found tells whether the caller still knows the whole document.
+        # Before 18 RETURNING has no old row; there the row is locked first, which also reads it.
+        live = f"id = $1 AND successor IS NULL AND expires_at > {NOW}"
+        found = f"SELECT id, version FROM {self.t} WHERE {live} FOR NO KEY UPDATE"
+        before_18 = (
+            f"WITH o AS MATERIALIZED ({found}), "
+            f"u AS (UPDATE {self.t} s SET data = {data}, {self._used} FROM o, {self._lazily} "
+            "WHERE s.id = o.id RETURNING s.version, s.expires_at, o.version AS before)"
+        )
+        since_18 = (
+            f"WITH u AS (UPDATE {self.t} s SET data = {data}, {self._used} FROM {self._lazily} "
+            f"WHERE {live} RETURNING new.version, new.expires_at, old.version AS before)"
+        )
+        otherwise = self._why_not("CASE WHEN successor IS NULL THEN 'raced' ELSE 'rotated' END")
+        return self.statement(
+            "session_save",
+            before_18 + otherwise,
+            (BINARY, TEXT, BINARY, BINARY),
+            _read_outcome,
+            sql_18=since_18 + otherwise,
+        )
+
+    @cached_property
+    def _replace(self) -> Statement[Outcome]:
+        return self._make_replace(
+            "", "CASE WHEN successor IS NULL THEN 'raced' ELSE 'rotated' END", ()
+        )
+
+    @cached_property
+    def _replace_if(self) -> Statement[Outcome]:
+        status = (
+            "CASE WHEN successor IS NOT NULL THEN 'rotated' "
+            "WHEN version <> $4::bigint THEN 'conflict' ELSE 'raced' END"
+        )
+        return self._make_replace(" AND s.version = $4::bigint", status, (BINARY,))
+
+    def _make_replace(
+        self, condition: str, status: str, more: tuple[int, ...]
+    ) -> Statement[Outcome]:
+        return self.statement(
+            "session_save",
+            f"WITH u AS (UPDATE {self.t} s SET data = $2::jsonb, {self._used} FROM {self._lazily} "
+            f"WHERE id = $1 AND successor IS NULL AND expires_at > {NOW}{condition} "
+            "RETURNING s.version, s.expires_at, s.version AS before)" + self._why_not(status),
+            (BINARY, TEXT, BINARY, *more),
+            _read_outcome,
+        )
+
+    @property
+    def _used(self) -> str:
+        """What every save notes besides the data."""
+        return (
+            f"version = greatest(s.version + 1, {STATEMENT_US}), seen_at = {NOW}, "
+            f"expires_at = least({NOW} + $3::interval, s.ends_at)"
+        )
+
+    def _why_not(self, status: str) -> str:
+        # This half sees the statement's snapshot, the UPDATE the newest row: "live and not
+        # changed" means that somebody was faster in between. Asked again, the row tells.
+        return (
+            " SELECT 'done', version, expires_at, before FROM u UNION ALL "
+            f"SELECT {status}, version, expires_at, version FROM {self.t} "
+            f"WHERE id = $1 AND expires_at > {NOW} AND NOT EXISTS (SELECT 1 FROM u)"
+        )
+
+    def rotate(
+        self,
+        id: bytes,
+        new_id: bytes,
+        changed: bytes,
+        removed: list[bytes],
+        *,
+        grace: float,
+        user: tuple[str | None] | None,
+    ) -> Op[Outcome]:
+        """Move the row to a new id and leave a stub under the old one.
+
+        Args:
+            id: the old token's hash.
+            new_id: the new token's hash.
+            changed: changed keys with their values, merged in.
+            removed: keys to take away.
+            grace: seconds for which the stub stays; 0 for none.
+            user: the new user in a tuple; None keeps the one there is.
+        """
+        user_id = None if user is None or user[0] is None else user[0].encode()
+        params = (
+            id,
+            new_id,
+            changed,
+            _codec.encode_array(removed),
+            self._idle,
+            self._absolute,
+            b"\0" if user is None else b"\1",
+            user_id,
+        )
+        if grace <= 0:
+            return Op(self._rotate_at_once, params)
+        return Op(self._rotate, (*params, _codec.encode_interval(grace)))
+
+    @cached_property
+    def _rotate(self) -> Statement[Outcome]:
+        stub = (
+            f", st AS (INSERT INTO {self.t} (id, user_id, data, version, created_at, seen_at, "
+            "expires_at, ends_at, successor, meta) SELECT o.id, o.user_id, o.data, o.version, "
+            f"o.created_at, o.seen_at, least(o.expires_at, {NOW} + $9::interval), o.ends_at, $2, "
+            "o.meta FROM o, u)"
+        )
+        # The stub tells a repeated rotation that it had happened, when its first answer was lost.
+        done = f"(SELECT s.successor = $2 FROM {self.t} s WHERE s.id = $1)"
+        return self._make_rotate(stub, done, (BINARY,), retry_safe=True)
+
+    @cached_property
+    def _rotate_at_once(self) -> Statement[Outcome]:
+        return self._make_rotate("", "false", (), retry_safe=False)
+
+    def _make_rotate(
+        self, stub: str, done: str, more: tuple[int, ...], *, retry_safe: bool
+    ) -> Statement[Outcome]:
+        # The row itself moves: a new row beside the old one could escape a destroy_user that
+        # runs at the same moment.
+        user = "CASE WHEN $7::boolean THEN $8 ELSE s.user_id END"
+        ends = (
+            "CASE WHEN $7::boolean AND s.user_id IS DISTINCT FROM $8 "
+            f"THEN {NOW} + $6::interval ELSE s.ends_at END"
+        )
+        return self.statement(
+            "session_rotate",
+            f"WITH o AS MATERIALIZED (SELECT * FROM {self.t} WHERE id = $1 AND successor IS NULL "
+            f"AND expires_at > {NOW} FOR UPDATE), "
+            f"u AS (UPDATE {self.t} s SET id = $2, user_id = {user}, "
+            "data = (s.data - $4::text[]) || $3::jsonb, "
+            f"version = greatest(s.version + 1, {STATEMENT_US}), seen_at = {NOW}, "
+            f"ends_at = {ends}, expires_at = least({NOW} + $5::interval, {ends}) "
+            f"FROM o, {self._strictly} WHERE s.id = o.id "
+            f"RETURNING s.version, s.expires_at, o.version AS before){stub} "
+            "SELECT 'done', version, expires_at, before FROM u UNION ALL "
+            f"SELECT 'done', version, expires_at, 0 FROM {self.t} WHERE id = $2 "
+            f"AND NOT EXISTS (SELECT 1 FROM u) AND {done} UNION ALL "
+            "SELECT CASE WHEN successor IS NULL THEN 'raced' ELSE 'rotated' END, version, "
+            f"expires_at, version FROM {self.t} WHERE id = $1 AND successor IS DISTINCT FROM $2 "
+            f"AND expires_at > {NOW} AND NOT EXISTS (SELECT 1 FROM u)",
+            (BINARY, BINARY, TEXT, BINARY, BINARY, BINARY, BINARY, TEXT, *more),
+            _read_outcome,
+            retry_safe=retry_safe,
+        )
+
+    @cached_property
+    def _destroy(self) -> Statement[bool]:
+        # Through a stub the session it stands for ends: who logs out in the moment after a
+        # rotation means that one. The stub dies with it.
+        session = (
+            f"(SELECT h.id FROM {self.t} s JOIN {self.t} h ON h.id = s.successor "
+            f"WHERE s.id = $1 AND s.expires_at > {NOW} AND h.successor IS NULL)"
+        )
+        return self.statement(
+            "session_destroy",
+            f"WITH gone AS (DELETE FROM {self.t} WHERE id = coalesce({session}, $1)"
+            f"{self._if_strictly} RETURNING expires_at, successor) SELECT coalesce("
+            f"bool_or(expires_at > {NOW} AND successor IS NULL), false) FROM gone",
+            (BINARY,),
+            _read_truth,
+            retry_safe=True,
+        )
+
+    def destroy(self, id: bytes) -> Op[bool]:
+        """End a session; whether it was alive."""
+        return Op(self._destroy, (id,))
+
+    # -- a user's sessions
+
+    @cached_property
+    def _destroy_user(self) -> Statement[int]:
+        # No locking CTE before it: that would lose a row whose id a rotation has just moved.
+        return self.statement(
+            "session_destroy_user",
+            f"WITH gone AS (DELETE FROM {self.t} WHERE user_id = $1 AND id IS DISTINCT FROM $2 "
+            f"AND id IS DISTINCT FROM (SELECT successor FROM {self.t} WHERE id = $2)"
+            f"{self._if_strictly} RETURNING expires_at, successor) SELECT count(*) "
+            f"FILTER (WHERE expires_at > {NOW} AND successor IS NULL) FROM gone",
+            (TEXT, BINARY),
+            read_int,
+            retry_safe=True,
+        )
+
+    def destroy_user(self, user_id: str, keep: bytes | None) -> Op[int]:
+        """End a user's sessions but one; how many were alive."""
+        return Op(self._destroy_user, (user_id.encode(), keep))
+
+    @cached_property
+    def _destroy_of_user(self) -> Statement[bool]:
+        return self.statement(
+            "session_destroy",
+            f"DELETE FROM {self.t} WHERE id = $1 AND user_id = $2 AND successor IS NULL "
+            f"AND expires_at > {NOW}{self._if_strictly}",
+            (BINARY, TEXT),
+            read_changed,
+            retry_safe=True,
+        )
+
+    def destroy_of_user(self, id: bytes, user_id: str) -> Op[bool]:
+        """End a session if it is that user's."""
+        return Op(self._destroy_of_user, (id, user_id.encode()))
+
+    @cached_property
+    def _list_user(self) -> Statement[list[Listed]]:
+        return self.statement(
+            "session_list",
+            "SELECT id, created_at, seen_at, expires_at, ends_at, meta::text, "
+            f"{NOW} FROM {self.t} WHERE user_id = $1 AND successor IS NULL AND expires_at > {NOW} "
+            f"ORDER BY seen_at DESC, id LIMIT {LIST_MAX}",
+            (TEXT,),
+            _read_listed,
+            retry_safe=True,
+            writes=False,
+        )
+
+    def list_user(self, user_id: str) -> Op[list[Listed]]:
+        """A user's live sessions, the last used first."""
+        return Op(self._list_user, (user_id.encode(),))
+
+    # -- upkeep
+
+    @cached_property
+    def _collect(self) -> Statement[int]:
+        return self.statement(
+            "session_collect",
+            f"DELETE FROM {self.t} WHERE id IN (SELECT id FROM {self.t} WHERE id = ANY($1::bytea[])"
+            f" AND expires_at <= {NOW} FOR UPDATE SKIP LOCKED) AND expires_at <= {NOW}",
+            (BINARY,),
+            read_count,
+            retry_safe=True,
+            writes=False,
+            retried=False,
+        )
+
+    def collect(self, keys: Iterable[bytes]) -> Op[int]:
+        """Delete those of the rows whose time has passed."""
+        return Op(self._collect, (_codec.encode_array(sorted(set(keys)), _codec.BYTEA_OID),))
+
+
+def _read_created(result: Result) -> tuple[int, datetime, datetime] | None:
+    if not result.ntuples:
+        return None
+    column = result.get_value
+    return (
+        _codec.decode_int(column(0, 0)),
+        _codec.decode_moment(column(0, 1)),
+        _codec.decode_moment(column(0, 2)),
+    )
+
+
+def _read_outcome(result: Result) -> Outcome:
+    if not result.ntuples:
+        return Outcome("gone")
+    column = result.get_value
+    return Outcome(
+        (column(0, 0) or b"").decode(),
+        _codec.decode_int(column(0, 1)),
+        _codec.decode_moment(column(0, 2)),
+        _codec.decode_int(column(0, 3)),
+    )
+
+
+def _read_truth(result: Result) -> bool:
+    return result.get_value(0, 0) == b"\1"
+
+
+def _read_listed(result: Result) -> list[Listed]:
+    moment, column = _codec.decode_moment, result.get_value
+    return [
+        Listed(
+            column(row, 0) or b"",
+            moment(column(row, 1)),
+            moment(column(row, 2)),
+            moment(column(row, 3)),
+            moment(column(row, 4)),
+            column(row, 5),
+            moment(column(row, 6)),
+        )
+        for row in range(result.ntuples)
+    ]
+
+
+__all__ = ["Lifetimes", "Listed", "Loaded", "Mode", "Outcome", "SessionStatements"]

@@ -1,0 +1,129 @@
+"""The session cookie: what it is called, which flags it carries, how it is found in a request.
+
+Safe unless told otherwise: ``__Host-`` (no sibling domain can set it), Secure, HttpOnly,
+SameSite=Lax, and no Max-Age, so it ends with the browser. Nothing is signed: the token is random,
+and what it is worth is decided by the database.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+from ... import _observe
+from ...config import require_seconds
+from ...errors import ConfigError
+from ..session.data import is_token
+
+if TYPE_CHECKING:
+    from ...config import Seconds
+
+SameSite: TypeAlias = Literal["lax", "strict", "none"]
+
+_NAME = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
+_DOMAIN = re.compile(r"[\x20-\x3a\x3c-\x7e]+")  # printable ASCII but ';'
+_PATH = re.compile(r"/[\x20-\x3a\x3c-\x7e]*")
+_PREFIXES = ("__Host-", "__Secure-")
+_SHARED = re.compile(r"\s*(public|s-maxage\s*=.*)\s*", re.IGNORECASE)
+
+
+class Cookie:
+    """The session cookie of one application.
+
+    Args:
+        name: ``__Host-...`` binds it to the host, ``__Secure-...`` to https.
+        secure: False for plain-http development: the prefix and the flag are dropped, and that is
+            logged once.
+        same_site: ``"lax"``, ``"strict"`` or ``"none"``.
+        path: the path below which browsers send it.
+        domain: also its subdomains get it; None: this host alone.
+        max_age: seconds for which the browser keeps it, rounded up; None: until it closes.
+
+    Raises:
+        ConfigError: browsers would refuse such a cookie.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        secure: bool = True,
+        same_site: SameSite = "lax",
+        path: str = "/",
+        domain: str | None = None,
+        max_age: Seconds | None = None,
+    ) -> None:
+        if not _is_text(name, _NAME):
+            raise ConfigError(
+                f"cookie must be a name of letters, digits and -_. (an HTTP token), not {name!r}"
+            )
+        if same_site not in ("lax", "strict", "none"):
+            raise ConfigError(f"same_site must be 'lax', 'strict' or 'none', not {same_site!r}")
+        if same_site == "none" and not secure:
+            raise ConfigError("browsers refuse same_site='none' without secure=True")
+        if not _is_text(path, _PATH):
+            raise ConfigError(f"path must begin with / and hold no ';', not {path!r}")
+        if domain is not None and not _is_text(domain, _DOMAIN):
+            raise ConfigError(f"domain must be a host name or None, not {domain!r}")
+        age = None if max_age is None else math.ceil(require_seconds("max_age", max_age))
+        if not secure:
+            for prefix in _PREFIXES:
+                name = name.removeprefix(prefix)
+            _observe.warning("pgkv.session.insecure_cookie", cookie=name)
+        elif name.startswith("__Host-") and (path != "/" or domain is not None):
+            raise ConfigError(
+                "a __Host- cookie has path='/' and no domain; call it __Secure-... to have them"
+            )
+        self.name = name
+        self._attributes = f"; Path={path}" + ("" if domain is None else f"; Domain={domain}")
+        self._age = "" if age is None else f"; Max-Age={age}"
+        self._flags = f"{'; Secure' if secure else ''}; HttpOnly; SameSite={same_site.capitalize()}"
+
+    def set(self, token: str) -> str:
+        """Return the Set-Cookie header that hands out a token, or takes it back if empty."""
+        if not token:
+            age = "; Max-Age=0; Expires=Thu, 01 Jan 1970 00:00:00 GMT"
+            return f'{self.name}=""{self._attributes}{age}{self._flags}'
+        return f"{self.name}={token}{self._attributes}{self._age}{self._flags}"
+
+    def find(self, headers: Iterable[str]) -> str | None:
+        """Return the token in a request's Cookie headers, or None.
+
+        Two different tokens under this name mean that somebody else may have set one of them
+        (another path, a sibling domain): neither is believed.
+        """
+        found: set[str] = set()
+        for header in headers:
+            if self.name not in header:
+                continue
+            for part in header.split(";"):
+                name, _, value = part.strip(" \t").partition("=")
+                if name == self.name and is_token(value):
+                    found.add(value)
+        if len(found) > 1:
+            _observe.warning("pgkv.session.ambiguous_cookie", cookie=self.name, tokens=len(found))
+            return None
+        return found.pop() if found else None
+
+
+def _is_text(value: object, pattern: re.Pattern[str]) -> bool:
+    return isinstance(value, str) and pattern.fullmatch(value) is not None
+
+
+def private(cache_control: str | None) -> str:
+    """Return the Cache-Control of a response that depends on a session: no shared cache keeps it."""
+    parts = [part.strip() for part in (cache_control or "").split(",") if part.strip()]
+    kept = [part for part in parts if not _SHARED.fullmatch(part)]
+    if not {"private", "no-store"} & {part.lower() for part in kept}:
+        kept.append("private")
+    return ", ".join(kept)
+
+
+def varying(vary: str | None) -> str:
+    """Return the Vary of a response that depends on a session."""
+    parts = [part.strip() for part in (vary or "").split(",") if part.strip()]
+    if not {"cookie", "*"} & {part.lower() for part in parts}:
+        parts.append("Cookie")
+    return ", ".join(parts)

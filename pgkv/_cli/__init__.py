@@ -1,0 +1,1 @@
+"""The commands of `pgkv`, one module per group."""

@@ -1,0 +1,98 @@
+"""``pgkv cache``: what cached functions keep in the table, and clearing one of them.
+
+The command sees the table, not the programs: counts of hits and misses are each program's own
+(``cache_info()``).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from ..errors import NotFoundError
+from ..patterns.cache.sql import FUNCTION, TAG, CacheStatements, Usage
+from ..store import Store
+from . import console
+from .command import DONE, Call
+
+
+def cache(
+    call: Call,
+    clear: Annotated[
+        str | None,
+        typer.Option("--clear", metavar="FUNCTION", help="Make all entries of this one misses."),
+    ] = None,
+    tag: Annotated[
+        str | None,
+        typer.Option("--tag", metavar="TAG", help="Make all entries with this tag misses."),
+    ] = None,
+) -> int:
+    """List cached functions with their entries, or clear one function or tag.
+
+    A function is called as the list shows it: module, qualified name and version; its last part is
+    enough where that is unambiguous. Clearing takes effect in every process at once (in first
+    levels within their ttl) and costs one write, however many entries there are; their rows stay in
+    the list until they expire. Exit code 1: there is no such function.
+
+    **Example:** `pgkv cache`
+
+    **Example:** `pgkv cache --clear app.users.load_user:1`
+
+    **Example:** `pgkv cache --tag user:17`
+    """
+    if clear is not None and tag is not None:
+        raise typer.BadParameter("give at most one of --clear and --tag")
+    with call.store() as store:
+        sql = CacheStatements(store._config, store._sql.prefix)
+        if tag is not None:
+            store._execute(sql.bump_tag(sql.cache_key(TAG, tag)))
+            return _cleared(call, "tag", tag)
+        usages = store._execute(sql.usage())
+        if clear is not None:
+            return _clear(call, store, sql, clear, usages)
+    if call.json:
+        for each in usages:
+            console.say_json(
+                {
+                    "function": each.function,
+                    "entries": each.entries,
+                    "computing": each.computing,
+                    "value_bytes": each.value_bytes,
+                }
+            )
+    elif not usages:
+        console.note("No cached function keeps anything in this table.")
+    else:
+        rows = [
+            (
+                console.one_line(each.function),
+                f"{each.entries:,}",
+                f"{each.computing:,}",
+                console.size(each.value_bytes),
+            )
+            for each in usages
+        ]
+        console.out().print(console.table(("function", "entries", "computing", "values"), rows))
+    return DONE
+
+
+def _clear(call: Call, store: Store, sql: CacheStatements, wanted: str, usages: list[Usage]) -> int:
+    names = [each.function for each in usages]
+    found = [name for name in names if name == wanted] or [
+        name for name in names if name.rpartition(":")[0].endswith(f".{wanted}")
+    ]
+    if not found:
+        raise NotFoundError(f"no cached function {wanted!r} keeps anything in this table")
+    if len(found) > 1:
+        raise typer.BadParameter(f"{wanted!r} may be {', '.join(found)}: name one of them in full")
+    store._execute(sql.bump_function(sql.cache_key(FUNCTION, found[0])))
+    return _cleared(call, "function", found[0])
+
+
+def _cleared(call: Call, kind: str, name: str) -> int:
+    if call.json:
+        console.say_json({"cleared": name, "kind": kind})
+    else:
+        console.say(f"cleared {kind} {name}")
+    return DONE

@@ -1,0 +1,58 @@
+"""Scene: keys end when their time is up, and their rows are collected."""
+
+from __future__ import annotations
+
+import time
+
+from .. import console
+from .stage import Check, Report, Scene, Stage
+
+KEYS = 20_000
+TTL = 1.0  # seconds
+LATEST = 30.0  # seconds after which a key that is still there is a failure
+PREFIX = "demo:short:"
+
+
+def play(stage: Stage) -> Report:
+    """Write keys that end soon, wait for it, and collect them."""
+    store = stage.store
+    keys = [f"{PREFIX}{number:06}" for number in range(min(KEYS, stage.size.keys))]
+    # The first batch's time runs while the last is written: all count from one statement's clock.
+    before = time.monotonic()
+    store.set_many(dict.fromkeys(keys, "soon gone"), ttl=TTL)
+    there = store.count(PREFIX)
+    early = time.monotonic() - before < TTL
+    with stage.bar("waiting for expiry", round(TTL * 10)) as advance:
+        while time.monotonic() < before + TTL or (
+            store.exists(keys[-1]) and time.monotonic() < before + LATEST
+        ):
+            time.sleep(0.1)
+            advance(1)
+    visible = store.count(PREFIX) + len(store.get_many(keys[:1000]))
+    rows = store.count(PREFIX, include_expired=True)
+    started = time.monotonic()
+    removed = store.cleanup_expired()
+    seconds = time.monotonic() - started
+    left = store.count(PREFIX, include_expired=True)
+    checks = [
+        Check(f"after it, {visible} were", visible == 0),
+        Check(f"collecting removed {removed:,} rows of {rows:,}, {left} are left",
+              removed == rows == len(keys) and left == 0),
+    ]  # fmt: skip
+    if early:
+        text = f"before their time was up, all {there:,} keys were there"
+        checks.insert(0, Check(text, there == len(keys)))
+    return Report(
+        [
+            f"{len(keys):,} keys with a ttl of {TTL:g} s; their rows collected in "
+            f"{console.duration(seconds)}: {removed / seconds:,.0f} a second"
+        ],
+        checks,
+    )
+
+
+SCENE = Scene(
+    "Expiry",
+    "A key whose time is up must be gone for every reader at once, then from the disk.",
+    play,
+)

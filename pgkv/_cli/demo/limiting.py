@@ -1,0 +1,107 @@
+"""Scene: several processes hammer one key of a rate limiter.
+
+What must come out is known exactly. From the first hit, which finds the bucket full, to a refusal,
+which finds less than one token in it, ``burst + flow`` tokens were to be had, `flow` being what the
+rate gives in that time by the server's clock, and all but less than one were handed out: admitted
+are ``floor(burst + flow)``. The clock is read right before and right after both hits, so that time
+is known but for a millisecond or so, and `flow` but for a fraction of a token.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from datetime import datetime, timedelta
+from time import monotonic, perf_counter, sleep
+
+from ...patterns.rate_limit.api import Decision, RateLimiter
+from ...store import Store
+from .crew import Orders, say
+from .stage import Check, Report, Scene, Stage, rate
+
+PROCESSES = 4
+COUNT, BURST = 100, 200  # per second, and at once: two seconds without any hit fill the bucket
+KEY = "one for all"
+SECOND = timedelta(seconds=1)
+PATIENCE = 60.0  # seconds for one hit: what is counted is not to depend on a busy machine
+
+
+def limiter_of(store: Store) -> RateLimiter:
+    """Return the limiter that all processes share, by its name."""
+    return RateLimiter(store, f"{COUNT}/s burst {BURST}", name="demo", timeout=PATIENCE)
+
+
+def play(stage: Stage) -> Report:
+    """Let them hammer for a while; count what was admitted, and what should have been."""
+    limiter = limiter_of(stage.store)
+    seconds = stage.size.seconds * 2 / 3
+    with stage.crew("limiting", PROCESSES) as crew:
+        decision, *opened = _timed_hit(stage, limiter)
+        own = int(decision.allowed)
+        started = monotonic()
+        crew.tell("go")
+        with stage.bar("hammering", round(seconds * 10)) as advance:
+            while monotonic() < started + seconds:
+                sleep(0.1)
+                advance(1)
+        crew.stop()
+        took = monotonic() - started
+        answers: list[tuple[int, list[float]]] = []
+        while len(answers) < PROCESSES:  # somebody has to take what flows in
+            while limiter.hit(KEY):
+                own += 1
+            with contextlib.suppress(TimeoutError):
+                answers.append(crew.hear(0.01)[1])
+        decision, *closed = _timed_hit(stage, limiter)
+        while decision:
+            own += 1
+            decision, *closed = _timed_hit(stage, limiter)
+    shortest, longest = closed[0] - opened[1], closed[1] - opened[0]
+    least, most = (BURST + COUNT * time // SECOND for time in (shortest, longest))
+    latencies = [each for _, theirs in answers for each in theirs]
+    each = [count for count, _ in answers]
+    admitted = sum(each) + own
+    return Report(
+        [
+            f"{len(latencies):,} hits; admitted to the {PROCESSES} processes: "
+            f"{', '.join(map(str, each))}, and {own} to the demo itself"
+        ],
+        [
+            Check(
+                f"{admitted} admitted in {longest.total_seconds():.3f} s of the server's clock: "
+                f"{BURST} at once and {COUNT} a second make {_span(least, most)}",
+                least <= admitted <= most,
+            )
+        ],
+        [rate("rate limit, hit", PROCESSES, latencies, took)],
+    )
+
+
+def _timed_hit(stage: Stage, limiter: RateLimiter) -> tuple[Decision, datetime, datetime]:
+    before = stage.clock()
+    decision = limiter.hit(KEY)
+    return decision, before, stage.clock()
+
+
+def _span(least: int, most: int) -> str:
+    return str(least) if least == most else f"{least} to {most}"
+
+
+def take_part(store: Store, orders: Orders) -> None:
+    """Hit until told to stop; say how many were admitted, and how long each hit took."""
+    limiter = limiter_of(store)
+    latencies: list[float] = []
+    admitted = 0
+    orders.next()
+    while not orders.ended:
+        started = perf_counter()
+        admitted += limiter.hit(KEY).allowed
+        latencies.append(perf_counter() - started)
+    say((admitted, latencies))
+
+
+SCENE = Scene(
+    "Rate limit",
+    f"{PROCESSES} processes hammer one key. One token too many is a limit broken, one too few is a "
+    "customer turned away.",
+    play,
+)

@@ -1,0 +1,95 @@
+"""Scene: many threads in several processes ask for the same thing, which nobody has computed yet."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+from time import monotonic, perf_counter
+
+from ...patterns.cache.decorator import cached
+from ...store import Store
+from .. import console
+from . import data
+from .crew import Orders, say
+from .stage import Check, Report, Scene, Stage, rate
+
+PROCESSES, THREADS = 4, 16
+CALLERS = PROCESSES * THREADS
+LIBRARY = ("asyncio", "email", "multiprocessing")  # whose words are counted: some 50 ms of work
+COMPUTED = "demo:computed"
+HITS = 200  # calls of each process once the result is there
+PATIENCE = 60.0  # seconds: what is measured is not to depend on how busy the machine is
+
+
+def play(stage: Stage) -> Report:
+    """Let all of them call a function at once, first as it is, then with `cached`."""
+    share = min(1.0, stage.size.seconds / 3)
+    with stage.crew("stampede", PROCESSES, share=share) as crew, stage.bar("calling", 3) as advance:
+        seconds, computed, results = [], [], []
+        for how in ("uncached", "cached"):
+            before = stage.store.increment(COMPUTED, 0)
+            started = monotonic()
+            crew.tell(how)
+            answers = crew.hear_each()
+            seconds.append(monotonic() - started)
+            computed.append(stage.store.increment(COMPUTED, 0) - before)
+            results.append([each for answer in answers for each in answer])
+            advance(1)
+        crew.tell("again")
+        again = [each for answer in crew.hear_each() for each in answer]
+        advance(1)
+    alike = sum(result == results[0][0] for result in results[1])
+    return Report(
+        [
+            f"as it is, it is computed {computed[0]} times: all have their answer after "
+            f"{console.duration(seconds[0])}",
+            f"with @pgkv.cached all have it after {console.duration(seconds[1])}",
+        ],
+        [
+            Check(f"{CALLERS} cold calls at once computed it "
+                  f"{'once' if computed[1] == 1 else f'{computed[1]} times'}", computed[1] == 1),
+            Check(f"{alike} of {CALLERS} callers got what it computes",
+                  alike == len(results[1]) == CALLERS),
+        ],
+        [rate("cached call, a hit", PROCESSES, again, sum(again) / PROCESSES)],
+    )  # fmt: skip
+
+
+def take_part(store: Store, orders: Orders, *, share: float) -> None:
+    """Call the function from all threads at once, in the way that each word says."""
+    text = "".join(text for folder in LIBRARY for _, text in data.source_files(folder))
+    text = text[: round(len(text) * share)]
+
+    @cached(ttl=60, store=store, store_timeout=PATIENCE, max_wait=PATIENCE, on_error="raise")
+    def most_used() -> str:
+        store.increment(COMPUTED)
+        words = Counter(re.findall(r"[^\W\d_]{5,}", text))
+        return " ".join(f"{word} {count}" for word, count in words.most_common(10))
+
+    gate = Barrier(THREADS)
+
+    def call_at_once(how: str) -> str:
+        gate.wait(PATIENCE)
+        return most_used() if how == "cached" else most_used.__wrapped__()
+
+    with ThreadPoolExecutor(THREADS) as threads:
+        while (how := orders.next()) is not None:
+            if how == "again":
+                latencies = []
+                for _ in range(HITS):
+                    started = perf_counter()
+                    most_used()
+                    latencies.append(perf_counter() - started)
+                say(latencies)
+            else:
+                say(list(threads.map(call_at_once, [how] * THREADS)))
+
+
+SCENE = Scene(
+    "Stampede",
+    f"{PROCESSES} processes of {THREADS} threads ask at once for a result that nobody has yet. Each "
+    "computes it, unless one does and the others wait.",
+    play,
+)

@@ -1,0 +1,316 @@
+"""Where an AsyncStore's operations go: `_channel` with ``await``. The algorithms are the same
+flows; only the waiting differs."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from random import random
+from time import monotonic
+from typing import Any, Protocol, TypeVar
+
+from psycopg import IsolationLevel
+
+from ... import _observe
+from ..._ops.drivers import call_async, drive_async
+from ..._ops.op import Batch, Call, Expired, Flow, Op, Raced, Signal, Sleep, Transaction
+from ..._sql import control
+from ..._sql.sweep import Sweep
+from ...config import Config, Table
+from ...errors import PgkvError
+from .. import schema as _schema
+from ..results import outcomes
+from ..retry import may_repeat, recover
+from ..sweep import SWEEP_CHANCE, Collector
+from .pool import AsyncCallerPool, AsyncLeases
+from .transaction import AsyncBoundChannel
+
+T = TypeVar("T")
+
+
+class AsyncChannel(Protocol):
+    """What an AsyncStore needs of whatever carries its operations."""
+
+    @property
+    def state(self) -> str:
+        """What a store's repr says of it; empty for one in working order."""
+        ...
+
+    async def execute(self, op: Op[T], timeout: float | None = None) -> T:
+        """Perform one operation."""
+        ...
+
+    async def run(self, flow: Flow[T]) -> T:
+        """Perform an algorithm."""
+        ...
+
+    def transaction(
+        self, isolation: IsolationLevel | None = None
+    ) -> contextlib.AbstractAsyncContextManager[AsyncBoundChannel]:
+        """Open a transaction, or a savepoint in one."""
+        ...
+
+    async def heal(self, table: Table) -> None:
+        """Create a missing table, where that is this channel's business."""
+        ...
+
+    def may_repeat(self, op: Op[Any], error: PgkvError, /) -> bool:
+        """Whether an operation that failed together with others may be repeated alone."""
+        ...
+
+    def watch(self, sql: Sweep) -> None:
+        """Collect that table's expired rows, if this channel does such things."""
+        ...
+
+    async def close(self) -> None:
+        """End it."""
+        ...
+
+
+class AsyncPoolChannel:
+    """Operations over pooled links, each by itself.
+
+    Args:
+        config: timeouts and the retry policy.
+        leases: where links come from.
+    """
+
+    def __init__(self, config: Config, leases: AsyncLeases | AsyncCallerPool) -> None:
+        self._config = config
+        self._leases = leases
+        self._timeout = config.operation_timeout
+        self._on_close: list[Callable[[], object]] = []
+        self._collectors: dict[Table, Collector] = {}
+        self._known: set[Table] = set()
+        self._patrolling = False
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def on_close(self, fn: Callable[[], object]) -> None:
+        """Call `fn`, in a thread, when the channel has been closed."""
+        self._on_close.append(fn)
+
+    @property
+    def state(self) -> str:
+        """Whether it was closed."""
+        return "closed" if getattr(self._leases, "_closed", False) else ""
+
+    def conninfo(self) -> str:
+        """What a connection outside the pool is opened with: for renewal and LISTEN."""
+        return self._leases.conninfo()
+
+    # -- one operation
+
+    async def execute(self, op: Op[T], timeout: float | None = None) -> T:
+        """Perform one operation. Anything unusual is left to `_recover` and `_aftermath`."""
+        started = monotonic()
+        seconds = self._timeout if timeout is None else timeout
+        leases = self._leases
+        if leases.idle and leases.loop is asyncio.get_running_loop():
+            link = leases.idle.pop()
+            if link.is_stale():
+                leases.discard(link)
+                return await self._recover(op, started, timeout, None)
+            try:
+                result = await link.execute(op, seconds)
+            except PgkvError as error:
+                leases.settle(link)
+                return await self._recover(op, started, timeout, error)
+            except BaseException:
+                leases.discard(link)
+                raise
+            leases.release(link)
+        else:
+            # With more tasks than links this is the usual way, so it is short as well.
+            self._start_patrols()
+            try:
+                result = await leases.execute(op, started + seconds)
+            except PgkvError as error:
+                return await self._recover(op, started, timeout, error)
+        answer = op.decode(result)
+        if op.statement.writes and random() < SWEEP_CHANCE:  # noqa: S311  # a sample, no secret
+            self._sweep(op.statement.table)
+        if isinstance(answer, Signal) or _observe.hooks:
+            return await self._aftermath(op, answer, started, timeout)
+        return answer
+
+    async def _aftermath(self, op: Op[T], answer: Any, started: float, timeout: float | None) -> T:
+        """What a few answers bring with them: races, expired rows, metrics."""
+        if isinstance(answer, Raced):
+            return await self._recover(op, started, timeout, answer)
+        answer = self._collected(op, answer)
+        if _observe.hooks:
+            _observe.notify(op.statement.name, started, "ok", getattr(op, "retries", 0))
+        return answer  # type: ignore[no-any-return]  # decoded by op
+
+    async def _recover(
+        self, op: Op[T], started: float, timeout: float | None, outcome: PgkvError | Raced | None
+    ) -> T:
+        """Bring an operation to its end that the fast path could not."""
+        deadline = started + (self._timeout if timeout is None else timeout)
+        try:
+            answer = await self._settle(op, deadline, outcome)
+        except BaseException as error:
+            if _observe.hooks:
+                name, retries = op.statement.name, getattr(op, "retries", 0)
+                _observe.notify(name, started, type(error).__name__, retries)
+            raise
+        return await self._aftermath(op, answer, started, timeout)
+
+    async def _settle(
+        self,
+        step: Op[Any] | Transaction[Any] | Batch,
+        deadline: float,
+        outcome: PgkvError | Raced | None = None,
+    ) -> Any:
+        """Attempt a step until it has an answer, or may not be repeated."""
+
+        async def perform(each: Any) -> Any:
+            if isinstance(each, Sleep | Call):
+                return await self._perform(each)
+            return await self._attempt(each, deadline)
+
+        answer: Any = None
+        if outcome is None:
+            self._start_patrols()
+            try:
+                answer = await self._attempt(step, deadline)
+            except PgkvError as error:
+                answer = error
+            if not isinstance(answer, PgkvError | Raced):
+                return answer
+            outcome = answer
+        flow = recover(step, outcome, self._config.retry, deadline, self.heal)
+        # An error's traceback holds this frame: a cycle that would keep the callers' frames.
+        del answer, outcome
+        return await drive_async(flow, perform)
+
+    async def _attempt(self, step: Op[Any] | Transaction[Any] | Batch, deadline: float) -> Any:
+        if isinstance(step, Transaction):
+            async with self._bound(deadline=deadline) as bound:
+                return await bound.run(step.flow())
+        if isinstance(step, Batch):
+            return await self._attempt_batch(step, deadline)
+        return step.decode(await self._leases.execute(step, deadline))
+
+    async def _attempt_batch(self, batch: Batch, deadline: float) -> list[Any]:
+        link = await self._leases.acquire(deadline, batch.name)
+        try:
+            seconds = deadline - monotonic()
+            results = await link.execute_all(batch.ops, seconds, sync_each=batch.sync_each)
+        finally:
+            self._leases.settle(link)
+        return [self._collected(*each) for each in outcomes(batch, results)]
+
+    # -- flows
+
+    async def run(self, flow: Flow[T]) -> T:
+        """Perform an algorithm; each of its operations is one of the pool's."""
+        return await drive_async(flow, self._perform)
+
+    async def _perform(self, step: Any) -> Any:
+        if isinstance(step, Op):
+            return await self.execute(step)
+        if isinstance(step, Sleep):
+            return await asyncio.sleep(step.seconds)
+        if isinstance(step, Call):
+            return await call_async(step)
+        return await self._settle(step, monotonic() + self._timeout)
+
+    def transaction(
+        self, isolation: IsolationLevel | None = None
+    ) -> contextlib.AbstractAsyncContextManager[AsyncBoundChannel]:
+        """Open a transaction on a link of its own, its tables made beforehand."""
+        return self._bound(isolation, ensure=True)
+
+    @contextlib.asynccontextmanager
+    async def _bound(
+        self,
+        isolation: IsolationLevel | None = None,
+        *,
+        deadline: float | None = None,
+        ensure: bool = False,
+    ) -> AsyncIterator[AsyncBoundChannel]:
+        if ensure:
+            # Inside, a missing table would fail the caller's transaction.
+            for table in tuple(self._collectors):
+                if table not in self._known and table.auto_create:
+                    await self.heal(table)
+        until = monotonic() + self._timeout if deadline is None else deadline
+        # Said each time: behind a pooler the connection's own default is the server's.
+        level = isolation or IsolationLevel.READ_COMMITTED
+        link = await self._leases.acquire(until, "transaction")
+        if isinstance(self._leases, AsyncCallerPool):
+            link.prepares = False  # as in `_channel`
+        bound = AsyncBoundChannel(link, self._timeout, deadline)
+        try:
+            async with bound.span(control.begin(level), control.commit(), control.rollback()):
+                yield bound
+        finally:
+            bound.end()
+            self._leases.settle(link)
+
+    async def heal(self, table: Table) -> None:
+        """Create a table that the server says is missing."""
+        await self.run(_schema.ensure(table))
+        self._known.add(table)
+
+    def may_repeat(self, op: Op[Any], error: PgkvError, /) -> bool:
+        """Whether an operation that failed together with others may be repeated alone."""
+        policy = self._config.retry
+        return policy is not None and may_repeat(op, error, policy)
+
+    # -- the background
+
+    def watch(self, sql: Sweep) -> None:
+        """Collect that table's expired rows by its strategy."""
+        if sql.table not in self._collectors:
+            collector = self._collectors[sql.table] = Collector(sql, self._background)
+            try:
+                asyncio.get_running_loop()
+            except RuntimeError:
+                self._patrolling = False  # the next slow path starts it
+            else:
+                if self._patrolling:
+                    collector.start_patrol()
+
+    def _start_patrols(self) -> None:
+        if not self._patrolling:
+            self._patrolling = True
+            for collector in tuple(self._collectors.values()):
+                collector.start_patrol()
+
+    def _sweep(self, table: Table | None) -> None:
+        collector = None if table is None else self._collectors.get(table)
+        if collector is not None:
+            collector.sweep()
+
+    def _collected(self, op: Op[Any], answer: Any) -> Any:
+        """The caller's part of an answer; the expired keys in it are queued for deletion."""
+        if not isinstance(answer, Expired):
+            return answer
+        collector = self._collectors.get(op.statement.table)  # type: ignore[arg-type]  # never None: it has rows
+        if collector is not None:
+            collector.collect(answer.keys_of(op))
+        return answer.answer
+
+    def _background(self, flow: Flow[None]) -> None:
+        task = asyncio.get_running_loop().create_task(self._run_quietly(flow))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _run_quietly(self, flow: Flow[None]) -> None:
+        with contextlib.suppress(PgkvError):
+            await drive_async(flow, self._perform)
+
+    async def close(self) -> None:
+        """Close every connection. What is under way ends first or fails."""
+        if isinstance(self._leases, AsyncLeases):
+            self._leases.refuse_other(asyncio.get_running_loop())
+        for task in tuple(self._tasks):
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+        await self._leases.close()
+        while self._on_close:
+            await asyncio.to_thread(self._on_close.pop())

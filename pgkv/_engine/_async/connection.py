@@ -1,0 +1,473 @@
+"""The fast path for asyncio: `_wire` with an event loop doing the waiting.
+
+A link's socket has one reader, registered for as long as the link is open: registering one around
+every call would cost more than the call. The reader never lets libpq block: one `get_result` for
+each `is_busy`. Deadlines are watched by one timer per store (`Watchdog`), because a timer of its
+own would cost each operation a tenth of its time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+from collections.abc import Callable, Sequence
+from time import monotonic
+from typing import TYPE_CHECKING, Any, Protocol
+
+import psycopg
+from psycopg import pq
+
+from ..._ops.op import BINARY, Op, Statement
+from ...errors import ConfigError, PgkvError, from_result
+from .._sync.connection import CANCEL_TIMEOUT, IDLE, poller
+from ..results import (
+    OK,
+    PIPELINE,
+    PipelineReader,
+    failed,
+    forgotten,
+    is_outdated,
+    past_deadline,
+    refusal,
+)
+
+if TYPE_CHECKING:
+    from psycopg.pq.abc import PGconn, PGresult
+
+
+class Watched(Protocol):
+    """Something with a deadline."""
+
+    @property
+    def deadline(self) -> float:
+        """When, in the time of `monotonic`."""
+        ...
+
+    def time_out(self) -> None:
+        """The deadline has passed."""
+        ...
+
+
+class Rider(Protocol):
+    """An operation that goes by whichever link is free, while its task waits for the answer."""
+
+    turn: asyncio.Future[Any]
+    link: AsyncLink | None
+
+
+class Watchdog:
+    """One timer for the deadlines of many."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self._watched: set[Watched] = set()
+        self._timer: asyncio.TimerHandle | None = None
+        self.next_look = math.inf
+
+    def watch(self, one: Watched) -> None:
+        """Mind its deadlines from now on."""
+        self._watched.add(one)
+
+    def forget(self, one: Watched) -> None:
+        """It has no more of them."""
+        self._watched.discard(one)
+        if not self._watched and self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+            self.next_look = math.inf
+
+    def look_at(self, deadline: float) -> None:
+        """Be awake at that time. Called only when it comes before `next_look`."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self.next_look = deadline
+        self._timer = self.loop.call_later(max(0.0, deadline - monotonic()), self._look)
+
+    def _look(self) -> None:
+        now = monotonic()
+        self._timer = None
+        self.next_look = math.inf
+        for one in tuple(self._watched):
+            if one.deadline <= now:
+                one.time_out()
+        soonest = min((one.deadline for one in self._watched), default=math.inf)
+        if soonest < math.inf:
+            self.look_at(soonest)
+
+
+class AsyncLink:
+    """One connection of an event loop, and the operations that cross it.
+
+    Args:
+        conn: an open psycopg connection; nobody else may use it meanwhile.
+        watchdog: minds its deadlines.
+        prepares: keep prepared statements on it.
+        prepared: the names prepared on it already, kept up to date.
+
+    Attributes:
+        on_free: is told when what the link carried has arrived.
+    """
+
+    __slots__ = (
+        "_consume",
+        "_flush",
+        "_get_result",
+        "_is_busy",
+        "_loop",
+        "_pipeline",
+        "_poll",
+        "_prepared",
+        "_result",
+        "_rider",
+        "_seconds",
+        "_send_prepared",
+        "_socket",
+        "_statement",
+        "_tls",
+        "_waiter",
+        "_watchdog",
+        "_writing",
+        "conn",
+        "deadline",
+        "lease_end",
+        "lost",
+        "on_free",
+        "pgconn",
+        "prepares",
+    )
+
+    def __init__(
+        self,
+        conn: psycopg.AsyncConnection[Any],
+        watchdog: Watchdog,
+        *,
+        prepares: bool,
+        prepared: set[bytes] | None = None,
+    ) -> None:
+        self.conn = conn
+        self.pgconn: PGconn = conn.pgconn
+        self.prepares = prepares
+        self.lease_end = math.inf
+        self.deadline = math.inf
+        self.lost = False
+        self.on_free: Callable[[AsyncLink], None] | None = None
+        self._prepared = set() if prepared is None else prepared
+        self._watchdog = watchdog
+        self._loop = asyncio.get_running_loop()
+        self._waiter: asyncio.Future[Any] | None = None
+        self._rider: Rider | None = None
+        self._statement: Statement[Any] = PIPELINE
+        self._seconds = 0.0
+        self._result: PGresult | None = None
+        self._pipeline: PipelineReader | None = None
+        self._writing = False
+        pgconn = self.pgconn
+        self._socket = pgconn.socket
+        self._poll = poller(self._socket)
+        self._send_prepared = pgconn.send_query_prepared
+        self._flush = pgconn.flush
+        self._consume = pgconn.consume_input
+        self._is_busy = pgconn.is_busy
+        self._get_result = pgconn.get_result
+        self._tls = bool(pgconn.ssl_in_use)
+        watchdog.watch(self)
+        try:
+            self._loop.add_reader(self._socket, self._on_readable)
+        except NotImplementedError:
+            raise ConfigError(
+                "this event loop cannot watch sockets; on Windows use a selector loop: "
+                "asyncio.run(main(), loop_factory=asyncio.SelectorEventLoop)"
+            ) from None
+
+    # -- the state of the link
+
+    def is_usable(self) -> bool:
+        """Whether another operation may follow."""
+        pgconn = self.pgconn
+        return (
+            not self.lost
+            and self._waiter is None
+            and pgconn.status == pq.ConnStatus.OK
+            and pgconn.transaction_status == IDLE
+        )
+
+    def is_stale(self) -> bool:
+        """Whether anything is readable while nothing was asked: a FATAL message, or the end."""
+        return self.lost or bool(self._poll(0))
+
+    def is_running(self) -> bool:
+        """Whether the server still works on something that nobody waits for any more."""
+        pgconn = self.pgconn
+        return pgconn.status == pq.ConnStatus.OK and (
+            self._waiter is not None or pgconn.transaction_status == pq.TransactionStatus.ACTIVE
+        )
+
+    def is_idle(self) -> bool:
+        """Whether the link is whole and nothing is under way on it, a transaction or not."""
+        return not self.lost and self.pgconn.status == pq.ConnStatus.OK and not self.is_running()
+
+    def detach(self) -> None:
+        """Stop listening. Before the socket is closed, or a new connection that gets the same
+        descriptor would never be heard."""
+        self._loop.remove_reader(self._socket)
+        self._stop_writing()
+        self._watchdog.forget(self)
+
+    def _stop_writing(self) -> None:
+        if self._writing:
+            self._writing = False
+            self._loop.remove_writer(self._socket)
+
+    def close(self) -> None:
+        """Close the connection at once."""
+        self.detach()
+        self.lost = True
+        self.conn.pgconn.finish()
+
+    async def cancel_and_close(self) -> None:
+        """Stop what runs (one request, bounded) and close: a late cancel must hit nobody else."""
+        self.detach()
+        self.lost = True
+        try:
+            with contextlib.suppress(psycopg.Error, OSError):
+                await self.conn.cancel_safe(timeout=CANCEL_TIMEOUT)
+        finally:  # also when the loop ends first
+            self.conn.pgconn.finish()
+
+    # -- one operation
+
+    def send(
+        self, op: Op[Any], seconds: float, waiter: asyncio.Future[Any] | None = None
+    ) -> asyncio.Future[PGresult] | None:
+        """Send an operation whose statement is prepared here; the future of its result.
+
+        None when it is not prepared yet (see `_prepare`). The future, `waiter` if there is one,
+        fails with a `PgkvError` when the link is lost or the time passes; a refusal is a result
+        like any other.
+        """
+        statement = op.statement
+        if self.prepares and not statement.script:
+            if statement.prepared_name not in self._prepared:
+                return None
+            self._send_prepared(statement.prepared_name, op.params, statement.formats, BINARY)
+        else:
+            self._send_unprepared(op)
+        return self._expect(statement, seconds, waiter)
+
+    def carry(self, op: Op[Any], rider: Rider, seconds: float) -> bool:
+        """Send a rider's operation; False if its task has to.
+
+        `turn` gets the result, or fails, as the future of `send` does. After a good answer the
+        link is free before the task wakes up; else it stays the rider's.
+        """
+        try:
+            if self.send(op, seconds, rider.turn) is None:
+                return False
+        except Exception:  # noqa: BLE001  # the task shall meet it, not whoever left the link free
+            return False
+        self._rider = rider
+        return True
+
+    def _expect(
+        self,
+        statement: Statement[Any],
+        seconds: float,
+        waiter: asyncio.Future[Any] | None = None,
+    ) -> asyncio.Future[Any]:
+        self._statement = statement
+        self._seconds = seconds
+        if waiter is None:
+            waiter = self._loop.create_future()
+        self._waiter = waiter
+        self.deadline = deadline = monotonic() + seconds
+        if deadline < self._watchdog.next_look:
+            self._watchdog.look_at(deadline)
+        if self._flush():
+            self._writing = True
+            self._loop.add_writer(self._socket, self._on_writable)
+        return waiter
+
+    async def execute(
+        self,
+        op: Op[Any],
+        seconds: float,
+        result: PGresult | None = None,
+        *,
+        again: bool = True,
+    ) -> PGresult:
+        """Send one operation, prepared first if need be, and return its result.
+
+        With a `result` it was sent already, by `carry`.
+
+        Raises:
+            PgkvError: the server refused it, the link was lost, or the time passed.
+        """
+        statement = op.statement
+        sent = False
+        failure: PgkvError
+        try:
+            if result is None:
+                waiter = self.send(op, seconds)
+                if waiter is None:
+                    await self._prepare(statement, seconds)
+                    waiter = self.send(op, seconds)
+                    assert waiter is not None
+                sent = True
+                result = await waiter
+            if result.status in OK:
+                return result
+            if await self._forget(statement, result) and again:
+                return await self.execute(op, seconds, again=False)
+            failure = refusal(result, statement)
+        except psycopg.Error as error:
+            failure = failed(error, statement, sent=sent)
+        raise failure
+
+    async def execute_all(
+        self, ops: Sequence[Op[Any]], seconds: float, *, sync_each: bool
+    ) -> list[PGresult]:
+        """Send many operations in one round trip; see `_wire.Link.execute_all`."""
+        failure: PgkvError
+        about = PIPELINE
+        try:
+            for op in ops:
+                if self.prepares and op.statement.prepared_name not in self._prepared:
+                    about = op.statement
+                    await self._prepare(about, seconds)
+            about = PIPELINE
+            self._pipeline = PipelineReader(self.pgconn, len(ops) if sync_each else 1)
+            self.pgconn.enter_pipeline_mode()
+            for op in ops:
+                if self.prepares:
+                    self._send_prepared(
+                        op.statement.prepared_name, op.params, op.statement.formats, BINARY
+                    )
+                else:
+                    self._send_unprepared(op)
+                if sync_each:
+                    self.pgconn.pipeline_sync()
+            if not sync_each:
+                self.pgconn.pipeline_sync()
+            answers: list[PGresult] = await self._expect(PIPELINE, seconds)
+            if forgotten(answers):
+                self._prepared.clear()
+        except psycopg.Error as error:
+            failure = failed(error, about, sent=True)
+        else:
+            return answers
+        raise failure
+
+    # -- callbacks of the loop
+
+    def _on_readable(self) -> None:
+        try:
+            self._consume()
+            if self._tls and self._is_busy():
+                self._consume()  # what OpenSSL holds back, the loop will never hear of
+            if self._waiter is None:
+                # Nothing was asked: this is the end, or a notice, which costs a reconnect at worst.
+                self.lost = True
+                self._loop.remove_reader(self._socket)
+                return
+            if self._pipeline is not None:
+                if self._pipeline.advance():
+                    answers, self._pipeline = self._pipeline.answers, None
+                    # Here, not by the waiter: one that is cancelled in this turn never wakes.
+                    self.pgconn.exit_pipeline_mode()
+                    self._resolve(answers)
+                return
+            while not self._is_busy():
+                result = self._get_result()
+                if result is None:
+                    answer, self._result = self._result, None
+                    self._resolve(answer)
+                    return
+                if self._result is None or self._result.status in OK:
+                    self._result = result
+        except psycopg.Error as error:
+            self._break(error)
+
+    def _on_writable(self) -> None:
+        try:
+            self._consume()  # a server whose answers nobody reads stops reading questions
+            if not self._flush():
+                self._stop_writing()
+        except psycopg.Error as error:
+            self._break(error)
+
+    def _resolve(self, answer: Any) -> None:
+        waiter, self._waiter = self._waiter, None
+        self.deadline = math.inf
+        if waiter is not None and not waiter.done():
+            waiter.set_result(answer)
+        rider = self._rider
+        if rider is not None:
+            self._rider = None
+            if answer.status in OK and self.on_free is not None:
+                rider.link = None
+                self.on_free(self)
+
+    def _break(self, error: psycopg.Error) -> None:
+        """The link is lost. After a FATAL message the server hangs up: the message is the answer."""
+        self._loop.remove_reader(self._socket)
+        self._stop_writing()
+        answer, self._result = self._result, None
+        self.lost = True
+        if answer is not None and answer.status not in OK:
+            self._resolve(answer)
+        else:
+            self._fail(failed(error, self._statement, sent=True))
+
+    def _fail(self, failure: PgkvError) -> None:
+        waiter, self._waiter = self._waiter, None
+        self._rider = None
+        self.deadline = math.inf
+        if waiter is not None and not waiter.done():
+            waiter.set_exception(failure)
+
+    def time_out(self) -> None:
+        """The deadline has passed."""
+        self.lost = True
+        self._fail(past_deadline(self._statement.name, self._seconds))
+
+    # -- statements on the server
+
+    def _send_unprepared(self, op: Op[Any]) -> None:
+        statement = op.statement
+        sql = statement.text(self.pgconn.server_version)
+        if statement.script and self._pipeline is None:
+            self.pgconn.send_query(sql)
+        else:
+            self.pgconn.send_query_params(
+                sql, op.params, param_formats=statement.formats, result_format=BINARY
+            )
+
+    async def _prepare(self, statement: Statement[Any], seconds: float) -> None:
+        self.pgconn.send_prepare(
+            statement.prepared_name, statement.text(self.pgconn.server_version)
+        )
+        try:
+            result = await self._expect(statement, seconds)
+        except PgkvError as failure:
+            failure.outcome_unknown = False  # preparing changes nothing
+            raise
+        if result.status not in OK:
+            error = from_result(result)
+            # The name is a hash of the text: one that exists is the one we want.
+            if error.sqlstate != "42P05":
+                raise error
+        self._prepared.add(statement.prepared_name)
+
+    async def _forget(self, statement: Statement[Any], result: PGresult) -> bool:
+        """Whether the refusal only says that the prepared statement is gone or outdated."""
+        error = from_result(result)
+        if error.sqlstate == "26000":
+            self._prepared.clear()  # what forgot one forgot them all
+            return self.is_usable()
+        if not is_outdated(error) or not self.is_usable():
+            return False
+        self.pgconn.send_query(b"DEALLOCATE " + statement.prepared_name)
+        await self._expect(statement, self._seconds)
+        self._prepared.discard(statement.prepared_name)
+        return True

@@ -1,0 +1,476 @@
+"""Which connection a coroutine gets: `_pool` for asyncio.
+
+One event loop runs everything here, so no lock is needed between two awaits. Taking a link back
+never awaits: a task that is cancelled must not be able to leave one behind.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import weakref
+from collections import deque
+from collections.abc import Callable, Coroutine
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+import psycopg
+from psycopg_pool import AsyncConnectionPool, PoolClosed, PoolTimeout
+
+from ...config import Config, Pooler
+from ...errors import ConfigError, PgkvError, translate
+from .. import conninfo as _conninfo
+from .._sync.connection import poller
+from ..caller import check_connection
+from ..pooling import (
+    CLOSE_TIMEOUT,
+    FIRST_NAP,
+    LEASE_TIME,
+    OPENING_NAP,
+    POOL_NAME,
+    OwnConnection,
+    busy,
+    closed,
+    no_connection,
+    still_opening,
+    unreachable,
+)
+from .connection import AsyncLink, Watchdog
+
+if TYPE_CHECKING:
+    from psycopg.pq.abc import PGresult
+
+    from ..._ops.op import Op
+
+
+class AsyncLeases:
+    """The links of one store, and the loop they belong to.
+
+    Args:
+        config: sizes and timeouts.
+        conninfo: returns what libpq is given; asked when the first connection is needed.
+    """
+
+    def __init__(self, config: Config, conninfo: Callable[[], str]) -> None:
+        self._config = config
+        self.conninfo = conninfo
+        self._prepares = config.pooler is Pooler.NONE
+        self.idle: deque[AsyncLink] = deque()
+        self.waiters: deque[_Waiter] = deque()
+        self.loop: asyncio.AbstractEventLoop | None = None
+        self._size = 0
+        self._closed = False
+        self._connected = False
+        self._pool: AsyncConnectionPool[Any] | None = None
+        self._opening: asyncio.Lock | None = None
+        self._watchdog: Watchdog | None = None
+        self._failures: deque[tuple[float, psycopg.Error]] = deque(maxlen=1)
+        self._prepared: weakref.WeakKeyDictionary[Any, set[bytes]] = weakref.WeakKeyDictionary()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def enter_loop(self) -> Watchdog:
+        """Belong to the running loop from now on.
+
+        Raises:
+            ConfigError: the store belongs to another one.
+        """
+        loop = asyncio.get_running_loop()
+        if self.loop is not loop or self._watchdog is None:
+            self.refuse_other(loop)
+            self.loop = loop
+            self._watchdog = Watchdog(loop)
+            self._watchdog.watch(self)
+            self._opening = asyncio.Lock()
+        return self._watchdog
+
+    def refuse_other(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Refuse a loop that is not the store's.
+
+        Raises:
+            ConfigError: the store belongs to another one.
+        """
+        if self.loop not in (None, loop):
+            raise ConfigError(
+                "this AsyncStore belongs to another event loop: its connections cannot be used "
+                "or closed here; make one AsyncStore per loop, and close it there"
+            )
+
+    # -- taking and giving back
+
+    async def execute(self, op: Op[Any], deadline: float) -> PGresult:
+        """Perform one operation. While all links are busy it waits in the queue of `acquire`; the
+        link whose turn it is carries it at once, and its task wakes up only with the answer."""
+        link, result = await self._acquire(deadline, op.statement.name, op)
+        if link is None:
+            assert result is not None
+            return result
+        try:
+            return await link.execute(op, deadline - monotonic(), result)
+        finally:
+            self.settle(link)
+
+    async def acquire(self, deadline: float, action: str) -> AsyncLink:
+        """Return a live link, waiting in order while all are busy; see `_pool.Leases.acquire`."""
+        link, _ = await self._acquire(deadline, action)
+        assert link is not None
+        return link
+
+    async def _acquire(
+        self, deadline: float, action: str, op: Op[Any] | None = None
+    ) -> tuple[AsyncLink | None, PGresult | None]:
+        """A link, or the answer to `op`; both, where the server refused it on that link."""
+        watchdog = self.enter_loop()
+        patience = monotonic() + self._config.pool_timeout
+        while True:
+            while self.idle:
+                link = self.idle.pop()
+                if not link.is_stale():
+                    return link, None
+                self.discard(link)
+            if self._closed:
+                raise closed(action)
+            if self._size < self._config.pool_max_size:
+                self._size += 1
+                return await self._open(deadline, action), None
+            waiter = _Waiter(watchdog.loop.create_future(), op, min(deadline, patience), deadline)
+            self.waiters.append(waiter)
+            if waiter.deadline < watchdog.next_look:
+                watchdog.look_at(waiter.deadline)
+            try:
+                answer = await waiter.turn
+            except BaseException:
+                self._leave(waiter)
+                raise
+            if answer is TOO_LATE:
+                raise busy(self._config, action, by_pool=patience <= deadline)
+            given = waiter.link
+            if answer is not None:
+                return given, answer
+            if given is not None:
+                # It has been idle for a turn of the loop.
+                if not given.is_stale():
+                    return given, None
+                self.discard(given)
+
+    def _leave(self, waiter: _Waiter) -> None:
+        """Its task was cancelled, or its operation failed."""
+        waiter.op = None  # who was cancelled stays in the queue; the value need not
+        waiter.turn.cancel()  # unless it was, or is done: a coroutine can be closed as well
+        if waiter.link is not None:
+            self.settle(waiter.link)
+        elif not waiter.turn.cancelled() and waiter.turn.result() is None:
+            self._wake()  # told to look again in the very turn in which it went away
+
+    def _wake(self) -> None:
+        """Let the first who still waits open a link, or see that the store is closed."""
+        while self.waiters:
+            waiter = self.waiters.popleft()
+            if not waiter.turn.done():
+                waiter.turn.set_result(None)
+                return
+
+    def release(self, link: AsyncLink) -> None:
+        """Take a link back from an operation; the first who waits has it next."""
+        now = monotonic()
+        if self._closed or link.lease_end < now:
+            self._give_back(link)
+            return
+        # Whoever has it next sends at once: what a terminated backend said after its last answer
+        # would be lost with the connection, and the outcome unknown.
+        if self.waiters and link.is_stale():
+            self.discard(link)
+            return
+        while self.waiters:
+            if self.waiters.popleft().takes(link, now):
+                return
+        self.idle.append(link)
+
+    def settle(self, link: AsyncLink) -> None:
+        """Take a link back from an operation that failed: keep it if it still works."""
+        if link.is_usable():
+            self.release(link)
+        else:
+            self.discard(link)
+
+    def discard(self, link: AsyncLink) -> None:
+        """Close a link; what still runs on it is cancelled first, in the background."""
+        if link.is_running():
+            link.detach()  # an answer that comes before the task starts must not free it
+            self._spawn(self._cancel(link))
+            return
+        link.close()
+        self._return(link)
+
+    async def _cancel(self, link: AsyncLink) -> None:
+        try:
+            await link.cancel_and_close()
+        finally:
+            self._return(link)
+
+    def _give_back(self, link: AsyncLink) -> None:
+        link.detach()
+        self._return(link)
+        while self.idle and self.idle[0].lease_end < monotonic():
+            oldest = self.idle.popleft()
+            oldest.detach()
+            self._return(oldest)
+
+    def _return(self, link: AsyncLink) -> None:
+        self._size -= 1
+        if self._pool is None:
+            link.close()
+        else:
+            self._spawn(self._pool.putconn(link.conn))
+        self._wake()
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    # -- deadlines of the queue, for the watchdog
+
+    @property
+    def deadline(self) -> float:
+        """The first of all who wait."""
+        return min(
+            (each.deadline for each in self.waiters if not each.turn.done()), default=math.inf
+        )
+
+    def time_out(self) -> None:
+        """Somebody has waited long enough."""
+        now = monotonic()
+        for waiter in self.waiters:
+            if waiter.deadline <= now:
+                waiter.time_out()
+
+    # -- opening
+
+    async def _open(self, deadline: float, action: str) -> AsyncLink:
+        try:
+            conn = await self._connect(deadline, action)
+        except BaseException:
+            self._size -= 1
+            self._wake()
+            raise
+        prepared = self._prepared.setdefault(conn, set())
+        link = AsyncLink(conn, self.enter_loop(), prepares=self._prepares, prepared=prepared)
+        link.lease_end = monotonic() + LEASE_TIME
+        link.on_free = self.release
+        return link
+
+    async def _connect(self, deadline: float, action: str) -> psycopg.AsyncConnection[Any]:
+        started = monotonic()
+        pool, opened_now = await self._psycopg_pool(action)
+        until = min(deadline, started + self._config.connect_timeout)
+        while opened_now and not self._connected and still_opening(pool, self._failures):
+            # Asking at once would make the pool grow beyond the one it is opening already.
+            if monotonic() >= until:
+                break
+            await asyncio.sleep(FIRST_NAP)
+        while True:
+            nap = max(0.001, min(OPENING_NAP, until - monotonic()))
+            try:
+                conn: psycopg.AsyncConnection[Any] = await pool.getconn(timeout=nap)
+            except PoolTimeout:
+                failed = self._failures[0] if self._failures else None
+                if failed is not None and failed[0] >= started:
+                    raise unreachable(failed[1], action) from failed[1]
+                if monotonic() >= until:
+                    raise no_connection(self._config, action, until - started) from None
+            except PoolClosed:
+                raise closed(action) from None
+            else:
+                if not stale(conn):
+                    self._connected = True
+                    return conn
+                await conn.close()
+                await pool.putconn(conn)
+
+    async def _psycopg_pool(self, action: str) -> tuple[AsyncConnectionPool[Any], bool]:
+        """The pool, and whether this call opened it."""
+        assert self._opening is not None
+        async with self._opening:
+            if self._closed:
+                raise closed(action)
+            opened_now = self._pool is None
+            if self._pool is None:
+                config = self._config
+                # In a thread: an embedded server may have to be started first.
+                conninfo = await asyncio.to_thread(self.conninfo)
+                pool = AsyncConnectionPool(
+                    conninfo,
+                    connection_class=_recording(self._failures),
+                    kwargs={"autocommit": True, "prepare_threshold": None},
+                    min_size=config.pool_min_size,
+                    max_size=config.pool_max_size,
+                    timeout=config.pool_timeout,
+                    reconnect_timeout=0.0,  # each operation tries at once
+                    name=f"{POOL_NAME}{id(self):x}",
+                    open=False,
+                )
+                await pool.open()
+                self._pool = pool
+            return self._pool, opened_now
+
+    async def close(self) -> None:
+        """Close every connection; those in use as they come back."""
+        self._closed = True
+        while self.waiters:
+            self._wake()
+        if self._watchdog is not None:
+            self._watchdog.forget(self)
+        while self.idle:
+            link = self.idle.popleft()
+            self._size -= 1
+            link.close()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+        pool, self._pool = self._pool, None
+        if pool is not None:
+            await pool.close(timeout=CLOSE_TIMEOUT)
+
+
+TOO_LATE = object()
+
+
+class _Waiter:
+    """A task in the queue. It wants an operation performed or, without one, a link for itself.
+
+    Args:
+        turn: what the task waits for: the operation's answer, TOO_LATE, or None, which means "it is
+            yours" with a link and "look again" without.
+        op: the operation.
+        deadline: of the wait.
+        until: the deadline of the answer.
+
+    Attributes:
+        link: what the task has to give back, if anything.
+    """
+
+    __slots__ = ("deadline", "link", "op", "turn", "until")
+
+    def __init__(
+        self, turn: asyncio.Future[Any], op: Op[Any] | None, deadline: float, until: float
+    ) -> None:
+        self.turn = turn
+        self.op = op
+        self.deadline = deadline
+        self.until = until
+        self.link: AsyncLink | None = None
+
+    def takes(self, link: AsyncLink, now: float) -> bool:
+        """Whether it still wants a link; it has this one then."""
+        if self.deadline <= now:
+            self.time_out()
+        if self.turn.done():
+            return False
+        self.link = link
+        if self.op is None or not link.carry(self.op, self, self.until - now):
+            self.turn.set_result(None)
+        return True
+
+    def time_out(self) -> None:
+        """The deadline has passed; the queue passes over who is done."""
+        self.op = None
+        if not self.turn.done():
+            self.turn.set_result(TOO_LATE)
+
+
+class AsyncCallerPool:
+    """The caller's own psycopg_pool: one checkout per operation, nothing kept between.
+
+    Args:
+        pool: open, and the caller's.
+        config: whether statements may be prepared.
+    """
+
+    def __init__(self, pool: AsyncConnectionPool[Any], config: Config) -> None:
+        self._config = config
+        self._caller_pool = pool
+        self._prepares = config.pooler is Pooler.NONE
+        self.idle: deque[AsyncLink] = deque()
+        self.loop: asyncio.AbstractEventLoop | None = None
+        self._watchdog: Watchdog | None = None
+        self._prepared: weakref.WeakKeyDictionary[Any, set[bytes]] = weakref.WeakKeyDictionary()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def conninfo(self) -> str:
+        """What reaches the same database without the caller's pool."""
+        return _conninfo.build(self._config, self._config.dsn)
+
+    async def acquire(self, deadline: float, action: str) -> AsyncLink:
+        """Check out a live connection."""
+        if self._watchdog is None:
+            self._watchdog = Watchdog(asyncio.get_running_loop())
+        pool = self._caller_pool
+        while True:
+            try:
+                conn = await pool.getconn(timeout=min(pool.timeout, deadline - monotonic()))
+            except (PoolTimeout, PoolClosed, psycopg.Error) as error:
+                failure = translate(error, action=action)
+            else:
+                if stale(conn):
+                    await conn.close()
+                    await pool.putconn(conn)
+                    continue
+                try:
+                    check_connection(conn, action)
+                except PgkvError:
+                    await pool.putconn(conn)
+                    raise
+                prepared = self._prepared.setdefault(conn, set())
+                return AsyncLink(conn, self._watchdog, prepares=self._prepares, prepared=prepared)
+            raise failure from failure.__cause__
+
+    async def execute(self, op: Op[Any], deadline: float) -> PGresult:
+        """Perform one operation on a connection of its own."""
+        link = await self.acquire(deadline, op.statement.name)
+        try:
+            return await link.execute(op, deadline - monotonic())
+        finally:
+            self.settle(link)
+
+    def settle(self, link: AsyncLink) -> None:
+        """Check it in, whatever became of it."""
+        task = asyncio.get_running_loop().create_task(self._check_in(link))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    release = discard = settle
+
+    async def _check_in(self, link: AsyncLink) -> None:
+        if link.is_running():
+            await link.cancel_and_close()
+        elif link.is_usable():
+            link.detach()
+        else:
+            link.close()
+        await self._caller_pool.putconn(link.conn)
+
+    async def close(self) -> None:
+        """The pool is the caller's to close; what is on its way back to it arrives first."""
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+
+
+def stale(conn: psycopg.AsyncConnection[Any]) -> bool:
+    """Whether a connection that lay in a pool has something to say: it is dead then."""
+    return conn.closed or bool(poller(conn.pgconn.socket)(0))
+
+
+def _recording(failures: deque[tuple[float, psycopg.Error]]) -> type[psycopg.AsyncConnection[Any]]:
+    """A connection class that remembers why connecting failed."""
+
+    class RecordingConnection(psycopg.AsyncConnection[Any], OwnConnection):
+        @classmethod
+        async def connect(  # type: ignore[override]  # the pool passes keywords only
+            cls, conninfo: str = "", **kwargs: Any
+        ) -> psycopg.AsyncConnection[Any]:
+            try:
+                return await super().connect(conninfo, **kwargs)
+            except psycopg.Error as error:
+                failures.append((monotonic(), error))
+                raise
+
+    return RecordingConnection

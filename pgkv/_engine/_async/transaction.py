@@ -1,0 +1,315 @@
+"""`_bound` for asyncio. Tasks may share a transaction: each operation has the connection for itself."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from time import monotonic
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import psycopg
+from psycopg import pq
+
+from ... import _observe
+from ..._ops.drivers import answer_of, call_async, drive_async
+from ..._ops.op import Batch, Call, Flow, Op, Raced, Sleep
+from ..._sql import control
+from ..._sql.sweep import Sweep
+from ...config import Table
+from ...errors import ConflictError, PgkvError, TransactionError
+from ..caller import check_connection
+from ..flows import RefusedError
+from ..results import outcomes
+from .connection import AsyncLink, Watchdog
+
+if TYPE_CHECKING:
+    from psycopg import IsolationLevel
+
+T = TypeVar("T")
+
+
+class AsyncBoundChannel:
+    """Operations inside one open transaction. Nothing is retried, healed or collected.
+
+    Args:
+        link: the transaction's connection, nobody else's until `end`.
+        timeout: seconds for one operation.
+        deadline: the monotonic time at which the whole must end; None for no such time.
+    """
+
+    def __init__(self, link: AsyncLink, timeout: float, deadline: float | None = None) -> None:
+        self._link = link
+        self._timeout = timeout
+        self._deadline = deadline
+        self._depth = 0
+        self._ended = ""
+        self._lock = AsyncReentrant(asyncio.Lock())
+
+    async def execute(self, op: Op[T], timeout: float | None = None) -> T:
+        """Perform one operation of the transaction."""
+        if not _observe.hooks:
+            return await self._execute(op, timeout)
+        with _observe.operation(op.statement.name):
+            return await self._execute(op, timeout)
+
+    async def _execute(self, op: Op[T], timeout: float | None) -> T:
+        async with self._using():
+            await self._check(op.statement.name)
+            if not op.statement.savepoint or not self._in_transaction():
+                return await self._send(op, timeout)
+            # A refused value is an expected outcome: it must not abort what the caller did.
+            async with self._savepoint():
+                return await self._send(op, timeout)
+
+    def _using(self) -> contextlib.AbstractAsyncContextManager[Any]:
+        """Hold the connection for one operation: tasks may share a transaction."""
+        return self._lock
+
+    async def _send(self, op: Op[T], timeout: float | None = None) -> T:
+        answer: Any = None
+        for _ in range(op.statement.repeats + 1):
+            answer = op.decode(await self._link.execute(op, self._seconds(timeout)))
+            if not isinstance(answer, Raced):
+                break
+        if isinstance(answer, Raced):
+            if answer.fallback is None:
+                raise ConflictError(f"{op.statement.name}: every attempt met concurrent changes")
+            answer = answer.fallback
+        return answer_of(answer)  # type: ignore[no-any-return]  # decoded by op
+
+    def _seconds(self, timeout: float | None) -> float:
+        seconds = self._timeout if timeout is None else timeout
+        return seconds if self._deadline is None else min(seconds, self._deadline - monotonic())
+
+    async def _check(self, action: str) -> None:
+        if self._ended:
+            raise TransactionError(f"{action}: the transaction was {self._ended}")
+
+    def _in_transaction(self) -> bool:
+        return self._link.pgconn.transaction_status == pq.TransactionStatus.INTRANS
+
+    @property
+    def state(self) -> str:
+        """Whose transaction it is in, or how that ended."""
+        return f"its transaction was {self._ended}" if self._ended else "in a transaction"
+
+    def end(self) -> None:
+        """Refuse whatever comes after."""
+        self._ended = self._ended or "rolled back"
+
+    async def heal(self, table: Table) -> None:
+        """Nothing is created in somebody's transaction."""
+
+    def watch(self, sql: Sweep) -> None:
+        """Nothing is collected in somebody's transaction."""
+
+    async def close(self) -> None:
+        """The connection is not the store's to close."""
+
+    async def run(self, flow: Flow[T]) -> T:
+        """Perform an algorithm inside the transaction."""
+        return await drive_async(flow, self._perform)
+
+    async def _perform(self, step: Any) -> Any:
+        if isinstance(step, Op):
+            return await self.execute(step)
+        if isinstance(step, Sleep):
+            return await asyncio.sleep(step.seconds)
+        if isinstance(step, Call):
+            return await call_async(step)
+        if isinstance(step, Batch):
+            return await self._perform_batch(step)
+        async with self.transaction() as inner:
+            return await inner.run(step.flow())
+
+    async def _perform_batch(self, batch: Batch) -> list[Any]:
+        if batch.sync_each:
+            return [await self._outcome(op) for op in batch.ops]
+        try:
+            async with self._using():
+                await self._check(batch.name)
+                async with self._shielded():
+                    seconds = self._seconds(None)
+                    results = await self._link.execute_all(batch.ops, seconds, sync_each=False)
+                    answers = [answer_of(answer) for _, answer in outcomes(batch, results)]
+                    if any(isinstance(answer, PgkvError) for answer in answers):
+                        raise RefusedError(answers)
+        except RefusedError as refused:
+            return refused.answers
+        return answers
+
+    async def _outcome(self, op: Op[Any]) -> Any:
+        try:
+            async with self._using():
+                await self._check(op.statement.name)
+                async with self._shielded():
+                    return await self._send(op)
+        except PgkvError as error:
+            return error
+
+    def _shielded(self) -> contextlib.AbstractAsyncContextManager[None]:
+        """Keep what is refused from aborting what the caller did before, if there is such."""
+        return self._savepoint() if self._in_transaction() else contextlib.nullcontext()
+
+    def may_repeat(self, _op: Op[Any], _error: PgkvError, /) -> bool:
+        """Nothing is repeated in somebody's transaction."""
+        return False
+
+    @contextlib.asynccontextmanager
+    async def transaction(
+        self, isolation: IsolationLevel | None = None
+    ) -> AsyncIterator[AsyncBoundChannel]:
+        """Open a savepoint."""
+        if isolation is not None:
+            raise TransactionError("the isolation level belongs to the outermost transaction")
+        await self._check("transaction")
+        async with self._savepoint():
+            inner = AsyncBoundChannel(self._link, self._timeout, self._deadline)
+            inner._lock, inner._depth = self._lock, self._depth
+            try:
+                yield inner
+            finally:
+                inner.end()
+        inner._ended = "merged into the one around it"
+
+    @contextlib.asynccontextmanager
+    async def _savepoint(self) -> AsyncIterator[None]:
+        self._depth += 1
+        depth = self._depth
+        try:
+            async with self.span(
+                control.savepoint(depth), control.release(depth), control.rollback_to(depth)
+            ):
+                yield
+        finally:
+            self._depth -= 1
+
+    @contextlib.asynccontextmanager
+    async def span(
+        self, begin: Op[None], commit: Op[None], rollback: Op[None]
+    ) -> AsyncIterator[None]:
+        """Open and close a transaction or savepoint around a body."""
+        try:
+            async with self._using():
+                await self._send(begin)
+        except PgkvError as error:
+            error.outcome_unknown = False  # whether it began or not, nothing was done
+            raise
+        try:
+            yield
+            if self._link.pgconn.transaction_status == pq.TransactionStatus.INERROR:
+                # COMMIT would answer ROLLBACK without an error, and the caller believe it.
+                raise TransactionError(
+                    "a statement failed inside the transaction, so it was rolled back"
+                )
+        except BaseException as error:
+            if self._link.is_idle():
+                with contextlib.suppress(PgkvError):
+                    async with self._using():
+                        await self._link.execute(rollback, self._timeout)
+            if isinstance(error, PgkvError) and not isinstance(error, TransactionError):
+                # Nothing was committed, whatever became of the statement that failed.
+                error.outcome_unknown = False
+            raise
+        if begin.statement.name == "begin":
+            self._ended = "committed"
+        async with self._using():
+            await self._link.execute(commit, self._seconds(None))
+
+
+class AsyncCallerChannel(AsyncBoundChannel):
+    """Operations over the caller's own psycopg connection, inside its transaction.
+
+    Args:
+        conn: the caller's. Its lock is taken for each operation; nothing is prepared on it.
+        timeout: seconds for one operation.
+    """
+
+    def __init__(self, conn: psycopg.AsyncConnection[Any], timeout: float) -> None:
+        self._conn = conn
+        self._timeout = timeout
+        self._deadline = None
+        self._depth = 0
+        self._ended = ""
+        self._lock = AsyncReentrant(conn.lock)
+
+    @property
+    def state(self) -> str:
+        """That its connection is somebody else's, or how its own transaction ended."""
+        return super().state if self._ended else "on a caller's connection"
+
+    def _using(self) -> contextlib.AbstractAsyncContextManager[Any]:
+        return self._attached()
+
+    @contextlib.asynccontextmanager
+    async def _attached(self) -> AsyncIterator[None]:
+        """Listen on the caller's socket for as long as an operation takes, and no longer."""
+        if self._lock.is_mine():
+            yield
+            return
+        conn = self._conn
+        check_connection(conn, "using")
+        if not conn.autocommit and conn.pgconn.transaction_status == pq.TransactionStatus.IDLE:
+            # psycopg opens the transaction, with the caller's isolation level, as it would
+            # for the caller's own first statement.
+            await conn.execute("")
+        async with self._lock:
+            watchdog = Watchdog(asyncio.get_running_loop())
+            self._link = link = AsyncLink(conn, watchdog, prepares=False)
+            try:
+                yield
+            finally:
+                if link.is_running():
+                    await link.cancel_and_close()
+                else:
+                    link.detach()
+
+    @contextlib.asynccontextmanager
+    async def transaction(
+        self, isolation: IsolationLevel | None = None
+    ) -> AsyncIterator[AsyncBoundChannel]:
+        """Open a savepoint, or a transaction on a connection in autocommit."""
+        async with self._using():
+            await self._check("transaction")
+            inside = self._in_transaction()
+        if inside and isolation is not None:
+            raise TransactionError("the isolation level belongs to the outermost transaction")
+        inner = AsyncCallerChannel(self._conn, self._timeout)
+        inner._lock, inner._depth = self._lock, self._depth
+        try:
+            async with (
+                inner._savepoint()
+                if inside
+                else inner.span(control.begin(isolation), control.commit(), control.rollback())
+            ):
+                yield inner
+        finally:
+            inner.end()
+        if inside:
+            inner._ended = "merged into the one around it"
+
+
+class AsyncReentrant:
+    """An asyncio lock that the task which holds it may take again."""
+
+    def __init__(self, lock: asyncio.Lock) -> None:
+        self._inner = lock
+        self._owner: asyncio.Task[Any] | None = None
+        self._depth = 0
+
+    def is_mine(self) -> bool:
+        """Whether the running task holds it."""
+        return self._owner is not None and self._owner is asyncio.current_task()
+
+    async def __aenter__(self) -> None:
+        if not self.is_mine():
+            await self._inner.acquire()
+            self._owner = asyncio.current_task()
+        self._depth += 1
+
+    async def __aexit__(self, *exc: object) -> None:
+        self._depth -= 1
+        if not self._depth:
+            self._owner = None
+            self._inner.release()

@@ -1,0 +1,1 @@
+"""The engine for threads: what blocks."""

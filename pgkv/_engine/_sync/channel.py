@@ -1,0 +1,355 @@
+"""Where a store's operations go: a store is a set of statements and a channel that performs them.
+
+`PoolChannel` sends each operation over a pooled link, by itself, and retries, heals and collects;
+`_bound` has the channels of transactions, which do none of that. Blocking; `_aio_channel` awaits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from random import random
+from time import monotonic
+from typing import Any, Protocol, TypeVar
+
+from psycopg import IsolationLevel
+
+from ... import _observe
+from ..._ops.drivers import call, drive
+from ..._ops.op import Batch, Call, Expired, Flow, Op, Raced, Signal, Sleep, Transaction
+from ..._sql import control
+from ..._sql.sweep import Sweep
+from ...config import Config, Table
+from ...errors import PgkvError
+from .. import schema as _schema
+from ..results import outcomes
+from ..retry import may_repeat, recover
+from ..sweep import SWEEP_CHANCE, Collector
+from .pool import CallerPool, Leases, disown
+from .transaction import BoundChannel
+
+T = TypeVar("T")
+
+
+class Channel(Protocol):
+    """What a store needs of whatever carries its operations."""
+
+    @property
+    def state(self) -> str:
+        """What a store's repr says of it; empty for one in working order."""
+        ...
+
+    def execute(self, op: Op[T], timeout: float | None = None) -> T:
+        """Perform one operation."""
+        ...
+
+    def run(self, flow: Flow[T]) -> T:
+        """Perform an algorithm."""
+        ...
+
+    def transaction(
+        self, isolation: IsolationLevel | None = None
+    ) -> contextlib.AbstractContextManager[BoundChannel]:
+        """Open a transaction, or a savepoint in one."""
+        ...
+
+    def heal(self, table: Table) -> None:
+        """Create a missing table, where that is this channel's business."""
+        ...
+
+    def may_repeat(self, op: Op[Any], error: PgkvError, /) -> bool:
+        """Whether an operation that failed together with others may be repeated alone."""
+        ...
+
+    def watch(self, sql: Sweep) -> None:
+        """Collect that table's expired rows, if this channel does such things."""
+        ...
+
+    def close(self) -> None:
+        """End it."""
+        ...
+
+
+class PoolChannel:
+    """Operations over pooled links, each by itself.
+
+    Args:
+        config: timeouts and the retry policy.
+        leases: where links come from.
+    """
+
+    def __init__(self, config: Config, leases: Leases | CallerPool) -> None:
+        self._config = config
+        self._leases = leases
+        self._timeout = config.operation_timeout
+        self._on_close: list[Callable[[], None]] = []
+        self._collectors: dict[Table, Collector] = {}
+        self._known: set[Table] = set()
+        self._begin()
+        _channels.add(self)
+
+    def _begin(self) -> None:
+        self._patrolling = False
+        self._closing = threading.Event()
+
+    def _after_fork(self) -> None:
+        # Threads do not survive a fork: what they worked on begins anew, like the connections.
+        self._leases.after_fork()
+        self._begin()
+        for collector in self._collectors.values():
+            collector.reset()
+
+    def on_close(self, fn: Callable[[], None]) -> None:
+        """Call `fn` when the channel has been closed."""
+        self._on_close.append(fn)
+
+    @property
+    def state(self) -> str:
+        """Whether it was closed."""
+        return "closed" if getattr(self._leases, "_closed", False) else ""
+
+    def conninfo(self) -> str:
+        """What a connection outside the pool is opened with: for renewal and LISTEN."""
+        return self._leases.conninfo()
+
+    # -- one operation
+
+    def execute(self, op: Op[T], timeout: float | None = None) -> T:
+        """Perform one operation. Anything unusual is left to `_recover` and `_aftermath`."""
+        started = monotonic()
+        leases = self._leases
+        try:
+            link = leases.idle.pop()
+        except IndexError:
+            return self._recover(op, started, timeout, None)
+        if link.is_stale():
+            leases.discard(link)
+            return self._recover(op, started, timeout, None)
+        try:
+            result = link.execute(op, self._timeout if timeout is None else timeout)
+        except PgkvError as error:
+            leases.settle(link)
+            return self._recover(op, started, timeout, error)
+        except BaseException:
+            leases.settle(link)
+            raise
+        if link.lease_end > started:
+            leases.idle.append(link)
+            if leases.waiters:
+                leases.hand_over()
+        else:
+            leases.release(link)
+        answer = op.decode(result)
+        if op.statement.writes and random() < SWEEP_CHANCE:  # noqa: S311  # a sample, no secret
+            self._sweep(op.statement.table)
+        if isinstance(answer, Signal) or _observe.hooks:
+            return self._aftermath(op, answer, started, timeout)
+        return answer
+
+    def _aftermath(self, op: Op[T], answer: Any, started: float, timeout: float | None) -> T:
+        """What a few answers bring with them: races, expired rows, metrics."""
+        if isinstance(answer, Raced):
+            return self._recover(op, started, timeout, answer)
+        answer = self._collected(op, answer)
+        if _observe.hooks:
+            _observe.notify(op.statement.name, started, "ok", getattr(op, "retries", 0))
+        return answer  # type: ignore[no-any-return]  # decoded by op
+
+    def _recover(
+        self, op: Op[T], started: float, timeout: float | None, outcome: PgkvError | Raced | None
+    ) -> T:
+        """Bring an operation to its end that the fast path could not."""
+        deadline = started + (self._timeout if timeout is None else timeout)
+        try:
+            answer = self._settle(op, deadline, outcome)
+        except BaseException as error:
+            # Its context would be that no link lay idle, which is nobody's concern.
+            error.__suppress_context__ = True
+            if _observe.hooks:
+                name, retries = op.statement.name, getattr(op, "retries", 0)
+                _observe.notify(name, started, type(error).__name__, retries)
+            raise
+        return self._aftermath(op, answer, started, timeout)
+
+    def _settle(
+        self,
+        step: Op[Any] | Transaction[Any] | Batch,
+        deadline: float,
+        outcome: PgkvError | Raced | None = None,
+    ) -> Any:
+        """Attempt a step until it has an answer, or may not be repeated."""
+
+        def perform(each: Any) -> Any:
+            if isinstance(each, Sleep | Call):
+                return self._perform(each)
+            return self._attempt(each, deadline)
+
+        answer: Any = None
+        if outcome is None:
+            self._start_patrols()
+            try:
+                answer = self._attempt(step, deadline)
+            except PgkvError as error:
+                answer = error
+            if not isinstance(answer, PgkvError | Raced):
+                return answer
+            outcome = answer
+        flow = recover(step, outcome, self._config.retry, deadline, self.heal)
+        # An error's traceback holds this frame: a cycle that would keep the callers' frames.
+        del answer, outcome
+        return drive(flow, perform)
+
+    def _attempt(self, step: Op[Any] | Transaction[Any] | Batch, deadline: float) -> Any:
+        if isinstance(step, Transaction):
+            with self._bound(deadline=deadline) as bound:
+                return bound.run(step.flow())
+        if isinstance(step, Batch):
+            return self._attempt_batch(step, deadline)
+        link = self._leases.acquire(deadline, step.statement.name)
+        try:
+            result = link.execute(step, deadline - monotonic())
+        finally:
+            self._leases.settle(link)
+        return step.decode(result)
+
+    def _attempt_batch(self, batch: Batch, deadline: float) -> list[Any]:
+        link = self._leases.acquire(deadline, batch.name)
+        try:
+            seconds = deadline - monotonic()
+            results = link.execute_all(batch.ops, seconds, sync_each=batch.sync_each)
+        finally:
+            self._leases.settle(link)
+        return [self._collected(*each) for each in outcomes(batch, results)]
+
+    # -- flows
+
+    def run(self, flow: Flow[T]) -> T:
+        """Perform an algorithm; each of its operations is one of the pool's."""
+        return drive(flow, self._perform)
+
+    def _perform(self, step: Any) -> Any:
+        if isinstance(step, Op):
+            return self.execute(step)
+        if isinstance(step, Sleep):
+            return time.sleep(step.seconds)
+        if isinstance(step, Call):
+            return call(step)
+        return self._settle(step, monotonic() + self._timeout)
+
+    def transaction(
+        self, isolation: IsolationLevel | None = None
+    ) -> contextlib.AbstractContextManager[BoundChannel]:
+        """Open a transaction on a link of its own, its tables made beforehand."""
+        return self._bound(isolation, ensure=True)
+
+    @contextlib.contextmanager
+    def _bound(
+        self,
+        isolation: IsolationLevel | None = None,
+        *,
+        deadline: float | None = None,
+        ensure: bool = False,
+    ) -> Iterator[BoundChannel]:
+        if ensure:
+            # Inside, a missing table would fail the caller's transaction.
+            for table in tuple(self._collectors):
+                if table not in self._known and table.auto_create:
+                    self.heal(table)
+        until = monotonic() + self._timeout if deadline is None else deadline
+        # Said each time: behind a pooler the connection's own default is the server's.
+        level = isolation or IsolationLevel.READ_COMMITTED
+        link = self._leases.acquire(until, "transaction")
+        if isinstance(self._leases, CallerPool):
+            # Its `reset` may forget our statements, which a transaction would not survive.
+            link.prepares = False
+        bound = BoundChannel(link, self._timeout, deadline)
+        try:
+            with bound.span(control.begin(level), control.commit(), control.rollback()):
+                yield bound
+        finally:
+            bound.end()
+            if bound.is_inherited():
+                disown(link)
+            else:
+                self._leases.settle(link)
+
+    def heal(self, table: Table) -> None:
+        """Create a table that the server says is missing."""
+        self.run(_schema.ensure(table))
+        self._known.add(table)
+
+    def may_repeat(self, op: Op[Any], error: PgkvError, /) -> bool:
+        """Whether an operation that failed together with others may be repeated alone."""
+        policy = self._config.retry
+        return policy is not None and may_repeat(op, error, policy)
+
+    # -- the background
+
+    def watch(self, sql: Sweep) -> None:
+        """Collect that table's expired rows by its strategy."""
+        if sql.table not in self._collectors:
+            collector = self._collectors[sql.table] = Collector(sql, self._background)
+            if self._patrolling:
+                collector.start_patrol()
+
+    def _start_patrols(self) -> None:
+        if not self._patrolling:
+            self._patrolling = True
+            for collector in tuple(self._collectors.values()):
+                collector.start_patrol()
+
+    def _sweep(self, table: Table | None) -> None:
+        collector = None if table is None else self._collectors.get(table)
+        if collector is not None:
+            collector.sweep()
+
+    def _collected(self, op: Op[Any], answer: Any) -> Any:
+        """The caller's part of an answer; the expired keys in it are queued for deletion."""
+        if not isinstance(answer, Expired):
+            return answer
+        collector = self._collectors.get(op.statement.table)  # type: ignore[arg-type]  # never None: it has rows
+        if collector is not None:
+            collector.collect(answer.keys_of(op))
+        return answer.answer
+
+    def _background(self, flow: Flow[None]) -> None:
+        thread = threading.Thread(
+            target=self._run_quietly, args=(flow,), name="pgkv-sweep", daemon=True
+        )
+        thread.start()
+
+    def _run_quietly(self, flow: Flow[None]) -> None:
+        closing = self._closing
+
+        def perform(step: Any) -> Any:
+            if isinstance(step, Sleep):
+                if closing.wait(step.seconds):
+                    raise GeneratorExit
+                return None
+            return self._perform(step)
+
+        with contextlib.suppress(GeneratorExit, PgkvError):
+            drive(flow, perform)
+
+    def close(self) -> None:
+        """Close every connection. What is under way ends first or fails."""
+        self._closing.set()
+        self._leases.close()
+        while self._on_close:
+            self._on_close.pop()()
+
+
+_channels: weakref.WeakSet[PoolChannel] = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    for channel in tuple(_channels):
+        channel._after_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -1,0 +1,341 @@
+"""The fast path: how one operation crosses one connection, and what its failure proves.
+
+It drives libpq through psycopg's public `pq` objects: prepare once, send, wait with a deadline,
+read the binary result. psycopg's cursors, adapters and per-call bookkeeping would cost more than
+the server does. A `Link` is owned by one caller at a time; pooling, retries and transactions are
+others' business. Every failure leaves as a `PgkvError` that says whether the outcome is known:
+
+* it is, when nothing was sent, or when the first result is an error with an SQLSTATE, also a
+  FATAL one: CommandComplete precedes the commit, so an error in its place means no commit;
+* it is not, when the link broke or the deadline passed after sending.
+"""
+
+from __future__ import annotations
+
+import math
+import select
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+import psycopg
+from psycopg import pq
+
+from ..._ops.op import BINARY, Op, Result, Statement
+from ...errors import PgkvError, from_result
+from ..results import OK, PIPELINE, PipelineReader, failed, is_outdated, past_deadline, refusal
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from psycopg.pq.abc import PGconn, PGresult
+
+IDLE = pq.TransactionStatus.IDLE
+CANCEL_TIMEOUT = 1.0  # seconds that a cancel request may take
+# Bytes can wait inside OpenSSL while the socket is silent: under TLS no sleep is longer.
+TLS_NAP_MS = 50.0
+LONGEST_NAP_MS = 1e9  # poll() refuses what does not fit a C int
+
+HAS_POLL = hasattr(select, "poll")
+
+
+class Link:
+    """One connection, and the operations that cross it.
+
+    Args:
+        conn: an open psycopg connection; nobody else may use it meanwhile.
+        prepares: keep prepared statements on it. Not behind a transaction pooler, and not on a
+            connection that belongs to the caller.
+        prepared: the names prepared on it already, kept up to date.
+    """
+
+    __slots__ = (
+        "_consume",
+        "_flush",
+        "_get_result",
+        "_is_busy",
+        "_nap_ms",
+        "_prepared",
+        "_send_prepared",
+        "conn",
+        "lease_end",
+        "pgconn",
+        "poll",
+        "prepares",
+    )
+    takes_lock = False  # psycopg's, of the connection
+
+    def __init__(
+        self,
+        conn: psycopg.Connection[Any],
+        *,
+        prepares: bool,
+        prepared: set[bytes] | None = None,
+    ) -> None:
+        self.conn = conn
+        self.pgconn: PGconn = conn.pgconn
+        self.prepares = prepares
+        self.lease_end = math.inf
+        self._prepared = set() if prepared is None else prepared
+        pgconn = self.pgconn
+        # One poller for the link's life; bound methods spare a look-up for each of some ten calls.
+        self.poll = poller(pgconn.socket)
+        self._send_prepared = pgconn.send_query_prepared
+        self._flush = pgconn.flush
+        self._consume = pgconn.consume_input
+        self._is_busy = pgconn.is_busy
+        self._get_result = pgconn.get_result
+        self._nap_ms = TLS_NAP_MS if pgconn.ssl_in_use else LONGEST_NAP_MS
+
+    # -- the state of the link
+
+    def is_stale(self) -> bool:
+        """Whether anything is readable while nothing was asked: a FATAL message, or the end."""
+        try:
+            return bool(self.poll(0))
+        except OSError:
+            return True
+
+    def is_usable(self) -> bool:
+        """Whether another operation may follow."""
+        pgconn = self.pgconn
+        return pgconn.status == pq.ConnStatus.OK and pgconn.transaction_status == IDLE
+
+    def abandon(self, seconds: float = CANCEL_TIMEOUT) -> None:
+        """Stop what runs (one request, bounded) and close: a late cancel must hit nobody else.
+
+        A server that is silent answers no cancel request either: who had little time for the call
+        has little for this.
+        """
+        try:
+            if self.pgconn.transaction_status == pq.TransactionStatus.ACTIVE:
+                self.conn.cancel_safe(timeout=max(0.05, min(CANCEL_TIMEOUT, seconds)))
+        except (psycopg.Error, OSError):
+            pass  # the server is gone, or does not answer: closing is all that is left
+        finally:
+            self.pgconn.finish()  # close() may mean "give it back" to a caller's pool
+
+    # -- one operation
+
+    def execute(self, op: Op[Any], seconds: float, *, again: bool = True) -> Result:
+        """Send one operation and return its result, within that time.
+
+        Args:
+            op: the operation.
+            seconds: for the answer.
+            again: send it once more if the server has forgotten the prepared statement.
+
+        Raises:
+            OperationTimeoutError: the time passed; the statement was cancelled, the link closed.
+            PgkvError: the server refused it, or the link was lost.
+        """
+        statement = op.statement
+        try:
+            if not self.prepares or statement.script:
+                self._send_unprepared(op)
+            else:
+                if statement.prepared_name not in self._prepared:
+                    self._prepare(statement, seconds)
+                self._send_prepared(statement.prepared_name, op.params, statement.formats, BINARY)
+        except psycopg.Error as error:
+            failure = failed(error, statement, sent=False)
+        except PgkvError:
+            raise
+        except BaseException:
+            self.abandon()
+            raise
+        else:
+            result = self._receive(statement, seconds)
+            if result.status in OK:
+                return result
+            if self._forget(statement, result) and again:
+                return self.execute(op, seconds, again=False)
+            failure = refusal(result, statement)
+        raise failure  # outside the except: no context that quotes data
+
+    def _receive(self, statement: Statement[Any], seconds: float) -> PGresult:
+        """Wait for the whole answer; the first error in it, else its last result."""
+        milliseconds = seconds * 1000.0
+        deadline = monotonic() + seconds
+        answer: PGresult | None = None
+        try:
+            if self._flush():
+                self._finish_sending(deadline)
+            if milliseconds <= self._nap_ms:
+                if not self.poll(max(0.0, milliseconds)):
+                    raise _PastDeadlineError
+                self._consume()
+                if self._is_busy():
+                    self._wait(deadline)
+            else:
+                self._wait(deadline)
+            while (result := self._get_result()) is not None:
+                if answer is None or answer.status in OK:
+                    answer = result
+                # Never two results for one is_busy: the second might block beyond the deadline.
+                if self._is_busy():
+                    self._wait(deadline)
+        except psycopg.Error as error:
+            # After a FATAL message the server hangs up: the message is the answer.
+            if answer is None or answer.status in OK:
+                failure: PgkvError = failed(error, statement, sent=True)
+            else:
+                return answer
+        except _PastDeadlineError:
+            self.abandon(seconds)
+            failure = past_deadline(statement.name, seconds)
+        except BaseException:
+            self.abandon()
+            raise
+        else:
+            assert answer is not None
+            return answer
+        raise failure
+
+    def execute_all(
+        self, ops: Sequence[Op[Any]], seconds: float, *, sync_each: bool
+    ) -> list[PGresult]:
+        """Send many operations in one round trip; their results, refused ones included.
+
+        Args:
+            ops: none of them a script.
+            seconds: for all of them together.
+            sync_each: each stands for itself. Otherwise they are one implicit transaction: after
+                a refusal none has happened.
+
+        Raises:
+            OperationTimeoutError, StoreUnavailableError: as of `execute`, for all of them.
+        """
+        failure: PgkvError
+        about = PIPELINE
+        try:
+            for op in ops:
+                if self.prepares and op.statement.prepared_name not in self._prepared:
+                    about = op.statement
+                    self._prepare(about, seconds)
+            about = PIPELINE
+            reader = PipelineReader(self.pgconn, len(ops) if sync_each else 1)
+            self.pgconn.enter_pipeline_mode()
+            for op in ops:
+                self.queue(op)
+                if sync_each:
+                    self.pgconn.pipeline_sync()
+            if not sync_each:
+                self.pgconn.pipeline_sync()
+            deadline = monotonic() + seconds
+            if self._flush():
+                self._finish_sending(deadline)
+            while not reader.advance():
+                left = (deadline - monotonic()) * 1000.0
+                if left <= 0:
+                    raise _PastDeadlineError
+                # Under TLS a silent socket proves nothing: see TLS_NAP_MS.
+                if self.poll(min(left, self._nap_ms)) or self._nap_ms < LONGEST_NAP_MS:
+                    self._consume()
+            self.pgconn.exit_pipeline_mode()
+            for op, answer in zip(ops, reader.answers, strict=False):
+                if answer.status not in OK:
+                    self._forget(op.statement, answer)  # the batch is sent again by its flow
+        except psycopg.Error as error:
+            failure = failed(error, about, sent=True)
+        except _PastDeadlineError:
+            self.abandon(seconds)
+            failure = past_deadline(PIPELINE.name, seconds)
+        except PgkvError:
+            raise
+        except BaseException:
+            self.abandon()
+            raise
+        else:
+            return reader.answers
+        raise failure
+
+    def _wait(self, deadline: float) -> None:
+        """Read until libpq holds the next result."""
+        nap, poll = self._nap_ms, self.poll
+        while self._is_busy():
+            if nap < LONGEST_NAP_MS:
+                self._consume()
+                if not self._is_busy():
+                    return
+            left = (deadline - monotonic()) * 1000.0
+            if left <= 0:
+                raise _PastDeadlineError
+            if poll(min(left, nap)):
+                self._consume()
+
+    def _finish_sending(self, deadline: float) -> None:
+        """Push out what the socket did not take at once, reading meanwhile: a server whose
+        answers nobody reads stops reading questions."""
+        both = select.poll()
+        both.register(self.pgconn.socket, select.POLLIN | select.POLLOUT)
+        while self._flush():
+            left = (deadline - monotonic()) * 1000.0
+            if left <= 0:
+                raise _PastDeadlineError
+            for _, events in both.poll(min(left, LONGEST_NAP_MS)):
+                if events & ~select.POLLOUT:
+                    self._consume()
+
+    # -- statements on the server
+
+    def queue(self, op: Op[Any]) -> None:
+        """Send one operation of a pipeline."""
+        statement = op.statement
+        if self.prepares:
+            self._send_prepared(statement.prepared_name, op.params, statement.formats, BINARY)
+        else:
+            self._send_unprepared(op)
+
+    def _send_unprepared(self, op: Op[Any]) -> None:
+        statement = op.statement
+        sql = statement.text(self.pgconn.server_version)
+        if statement.script:
+            self.pgconn.send_query(sql)
+        else:
+            self.pgconn.send_query_params(
+                sql, op.params, param_formats=statement.formats, result_format=BINARY
+            )
+
+    def _prepare(self, statement: Statement[Any], seconds: float) -> None:
+        self.pgconn.send_prepare(
+            statement.prepared_name, statement.text(self.pgconn.server_version)
+        )
+        try:
+            result = self._receive(statement, seconds)
+        except PgkvError as failure:
+            failure.outcome_unknown = False  # preparing changes nothing
+            raise
+        if result.status not in OK:
+            error = from_result(result)
+            # The name is a hash of the text: one that exists is the one we want.
+            if error.sqlstate != "42P05":
+                raise error
+        self._prepared.add(statement.prepared_name)
+
+    def _forget(self, statement: Statement[Any], result: PGresult) -> bool:
+        """Whether a refusal only says that the prepared statement is gone (DISCARD ALL) or
+        outdated (ALTER TABLE), so that it is prepared again and sent once more."""
+        error = from_result(result)
+        if error.sqlstate == "26000":
+            # What forgot one forgot them all; preparing one that is still there does no harm.
+            self._prepared.clear()
+            return self.is_usable()
+        if not is_outdated(error) or not self.is_usable():
+            return False
+        # Under another name the old one would stay behind for the connection's life.
+        self.pgconn.exec_(b"DEALLOCATE " + statement.prepared_name)
+        self._prepared.discard(statement.prepared_name)
+        return True
+
+
+class _PastDeadlineError(Exception):
+    """The deadline passed while waiting: turned into an OperationTimeoutError at once."""
+
+
+def poller(fd: int) -> Callable[[float], Sequence[Any]]:
+    """What waits so many milliseconds for the socket to become readable; empty if it did not."""
+    if HAS_POLL:
+        poll = select.poll()
+        poll.register(fd, select.POLLIN)
+        return poll.poll
+    return lambda milliseconds: select.select([fd], [], [], milliseconds / 1000.0)[0]

@@ -1,0 +1,274 @@
+"""Operations inside somebody's transaction: the store's own, or one on the caller's connection.
+
+Nothing is retried, healed or collected here: what is done belongs to a transaction, and only who
+opened it can begin it anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Iterator
+from time import monotonic
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import psycopg
+from psycopg import pq
+
+from ... import _observe
+from ..._ops.drivers import answer_of, call, drive
+from ..._ops.op import Batch, Call, Flow, Op, Raced, Sleep
+from ..._sql import control
+from ..._sql.sweep import Sweep
+from ...config import Table
+from ...errors import ConflictError, PgkvError, TransactionError
+from ..caller import Reentrant, check_connection
+from ..flows import RefusedError
+from ..results import outcomes
+from .connection import Link
+from .cursor_connection import link_class
+
+if TYPE_CHECKING:
+    from psycopg import IsolationLevel
+
+T = TypeVar("T")
+
+
+class BoundChannel:
+    """Operations inside one open transaction. Nothing is retried, healed or collected.
+
+    Args:
+        link: the transaction's connection, nobody else's until `end`.
+        timeout: seconds for one operation.
+        deadline: the monotonic time at which the whole must end; None for no such time.
+    """
+
+    def __init__(self, link: Link, timeout: float, deadline: float | None = None) -> None:
+        self._link = link
+        self._timeout = timeout
+        self._deadline = deadline
+        self._depth = 0
+        self._ended = ""
+        self._pid = os.getpid()
+        self._lock: contextlib.AbstractContextManager[Any] = threading.RLock()
+
+    def execute(self, op: Op[T], timeout: float | None = None) -> T:
+        """Perform one operation of the transaction."""
+        if not _observe.hooks:
+            return self._execute(op, timeout)
+        with _observe.operation(op.statement.name):
+            return self._execute(op, timeout)
+
+    def _execute(self, op: Op[T], timeout: float | None) -> T:
+        self._check(op.statement.name)
+        with self._lock:
+            if not op.statement.savepoint or not self._in_transaction():
+                return self._send(op, timeout)
+            # A refused value is an expected outcome: it must not abort what the caller did.
+            with self._savepoint():
+                return self._send(op, timeout)
+
+    def _send(self, op: Op[T], timeout: float | None = None) -> T:
+        answer: Any = None
+        for _ in range(op.statement.repeats + 1):
+            answer = op.decode(self._link.execute(op, self._seconds(timeout)))
+            if not isinstance(answer, Raced):
+                break
+        if isinstance(answer, Raced):
+            if answer.fallback is None:
+                raise ConflictError(f"{op.statement.name}: every attempt met concurrent changes")
+            answer = answer.fallback
+        return answer_of(answer)  # type: ignore[no-any-return]  # decoded by op
+
+    def _seconds(self, timeout: float | None) -> float:
+        seconds = self._timeout if timeout is None else timeout
+        return seconds if self._deadline is None else min(seconds, self._deadline - monotonic())
+
+    def is_inherited(self) -> bool:
+        """Whether this is a forked child, and the transaction its parent's."""
+        return os.getpid() != self._pid
+
+    def _check(self, action: str) -> None:
+        if self._ended:
+            raise TransactionError(f"{action}: the transaction was {self._ended}")
+        if self.is_inherited():
+            raise TransactionError(f"{action}: the transaction belongs to the parent process")
+
+    def _in_transaction(self) -> bool:
+        return self._link.pgconn.transaction_status == pq.TransactionStatus.INTRANS
+
+    def heal(self, table: Table) -> None:
+        """Nothing is created in somebody's transaction."""
+
+    def watch(self, sql: Sweep) -> None:
+        """Nothing is collected in somebody's transaction."""
+
+    def close(self) -> None:
+        """The connection is not the store's to close."""
+
+    @property
+    def state(self) -> str:
+        """Whose transaction it is in, or how that ended."""
+        return f"its transaction was {self._ended}" if self._ended else "in a transaction"
+
+    def end(self) -> None:
+        """Refuse whatever comes after."""
+        self._ended = self._ended or "rolled back"
+
+    def run(self, flow: Flow[T]) -> T:
+        """Perform an algorithm inside the transaction."""
+        return drive(flow, self._perform)
+
+    def _perform(self, step: Any) -> Any:
+        if isinstance(step, Op):
+            return self.execute(step)
+        if isinstance(step, Sleep):
+            return time.sleep(step.seconds)
+        if isinstance(step, Call):
+            return call(step)
+        if isinstance(step, Batch):
+            return self._perform_batch(step)
+        with self.transaction() as inner:
+            return inner.run(step.flow())
+
+    def _perform_batch(self, batch: Batch) -> list[Any]:
+        if batch.sync_each:
+            return [self._outcome(op) for op in batch.ops]
+        self._check(batch.name)
+        try:
+            with self._lock, self._shielded():
+                seconds = self._seconds(None)
+                results = self._link.execute_all(batch.ops, seconds, sync_each=False)
+                answers = [answer_of(answer) for _, answer in outcomes(batch, results)]
+                if any(isinstance(answer, PgkvError) for answer in answers):
+                    raise RefusedError(answers)
+        except RefusedError as refused:
+            return refused.answers
+        return answers
+
+    def _outcome(self, op: Op[Any]) -> Any:
+        try:
+            with self._lock, self._shielded():
+                return self._send(op)
+        except PgkvError as error:
+            return error
+
+    def _shielded(self) -> contextlib.AbstractContextManager[None]:
+        """Keep what is refused from aborting what the caller did before, if there is such."""
+        return self._savepoint() if self._in_transaction() else contextlib.nullcontext()
+
+    def may_repeat(self, _op: Op[Any], _error: PgkvError, /) -> bool:
+        """Nothing is repeated in somebody's transaction."""
+        return False
+
+    @contextlib.contextmanager
+    def transaction(self, isolation: IsolationLevel | None = None) -> Iterator[BoundChannel]:
+        """Open a savepoint."""
+        if isolation is not None:
+            raise TransactionError("the isolation level belongs to the outermost transaction")
+        self._check("transaction")
+        with self._savepoint():
+            inner = BoundChannel(self._link, self._timeout, self._deadline)
+            inner._lock, inner._depth = self._lock, self._depth
+            try:
+                yield inner
+            finally:
+                inner.end()
+        inner._ended = "merged into the one around it"
+
+    @contextlib.contextmanager
+    def _savepoint(self) -> Iterator[None]:
+        self._depth += 1
+        depth = self._depth
+        try:
+            with self.span(
+                control.savepoint(depth), control.release(depth), control.rollback_to(depth)
+            ):
+                yield
+        finally:
+            self._depth -= 1
+
+    @contextlib.contextmanager
+    def span(self, begin: Op[None], commit: Op[None], rollback: Op[None]) -> Iterator[None]:
+        """Open and close a transaction or savepoint around a body."""
+        outermost = begin.statement.name == "begin"
+        try:
+            with self._lock:
+                self._send(begin)
+        except PgkvError as error:
+            error.outcome_unknown = False  # whether it began or not, nothing was done
+            raise
+        try:
+            yield
+            if self._link.pgconn.transaction_status == pq.TransactionStatus.INERROR:
+                # COMMIT would answer ROLLBACK without an error, and the caller believe it.
+                raise TransactionError(
+                    "a statement failed inside the transaction, so it was rolled back"
+                )
+        except BaseException as error:
+            self._undo(rollback)
+            if isinstance(error, PgkvError) and not isinstance(error, TransactionError):
+                # Nothing was committed, whatever became of the statement that failed.
+                error.outcome_unknown = False
+            raise
+        if outermost:
+            self._ended = "committed"
+        with self._lock:
+            self._check_process()
+            self._link.execute(commit, self._seconds(None))
+
+    def _check_process(self) -> None:
+        if self.is_inherited():
+            raise TransactionError("the transaction belongs to the parent process")
+
+    def _undo(self, rollback: Op[None]) -> None:
+        # In a forked child, or on a broken link, there is nothing to say to the server.
+        if not self.is_inherited() and self._link.pgconn.status == pq.ConnStatus.OK:
+            with self._lock, contextlib.suppress(PgkvError):
+                self._link.execute(rollback, self._timeout)
+
+
+class CallerChannel(BoundChannel):
+    """Operations over the caller's own psycopg connection, inside its transaction.
+
+    Args:
+        conn: the caller's. Its lock is taken for each operation; nothing is prepared on it.
+        timeout: seconds for one operation.
+    """
+
+    def __init__(self, conn: psycopg.Connection[Any], timeout: float) -> None:
+        super().__init__(link_class(conn, prepares=False), timeout)
+        self._conn = conn
+        self._lock = threading.RLock() if self._link.takes_lock else Reentrant(conn.lock)
+
+    @property
+    def state(self) -> str:
+        """That its connection is somebody else's, or how its own transaction ended."""
+        return super().state if self._ended else "on a caller's connection"
+
+    def _check(self, action: str) -> None:
+        self._check_process()
+        with self._lock:  # or another thread's savepoint might look like a failed transaction
+            check_connection(self._conn, action)
+        if not self._conn.autocommit and not self._in_transaction():
+            # psycopg opens the transaction, with the caller's isolation level, as it would
+            # for the caller's own first statement.
+            self._conn.execute("")
+
+    @contextlib.contextmanager
+    def transaction(self, isolation: IsolationLevel | None = None) -> Iterator[BoundChannel]:
+        """Open a savepoint, or a transaction on a connection in autocommit."""
+        self._check("transaction")
+        if self._in_transaction():
+            with super().transaction(isolation) as inner:
+                yield inner
+            return
+        inner = BoundChannel(self._link, self._timeout)
+        inner._lock = self._lock
+        try:
+            with inner.span(control.begin(isolation), control.commit(), control.rollback()):
+                yield inner
+        finally:
+            inner.end()

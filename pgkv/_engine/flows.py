@@ -1,0 +1,260 @@
+"""The store's algorithms that take more than one statement, each written once for both colours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from time import monotonic
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from .. import _observe
+from .._ops import codec as _codec
+from .._ops.op import Batch, Flow, Op, Raced, call, do, send, transaction
+from .._sql import Statements
+from ..errors import (
+    ConfigError,
+    ConflictError,
+    InvalidValueError,
+    OperationTimeoutError,
+    PgkvError,
+    QueryError,
+    StoreUnavailableError,
+    TableNotFoundError,
+    TransactionError,
+)
+from ..types import CasResult
+
+if TYPE_CHECKING:
+    from ..config import Seconds, Table
+
+T = TypeVar("T")
+
+PIPELINE_MAX = 1_000  # operations that travel together; more are sent in turns
+PIPELINE_BYTES = 8 * 1024 * 1024  # of their parameters
+
+
+class Engine(Protocol):
+    """What a pipeline asks of the channel that carries it."""
+
+    def heal(self, table: Table) -> Any:
+        """Create a missing table, where that is this channel's business."""
+        ...
+
+    def may_repeat(self, op: Op[Any], error: PgkvError, /) -> bool:
+        """Whether an operation that failed together with others may be repeated alone."""
+        ...
+
+
+class RefusedError(Exception):
+    """Ends the transaction or savepoint around a batch of which something was refused."""
+
+    def __init__(self, answers: list[Any]) -> None:
+        super().__init__("refused")
+        self.answers = answers
+
+
+def all_of(ops: list[Op[T]]) -> Flow[list[T]]:
+    """Perform a batch that was cut into chunks: all of it or nothing."""
+    if len(ops) <= 1:
+        return (yield from _each(ops))
+    retry_safe = all(op.statement.retry_safe for op in ops)
+    table = ops[0].statement.table
+    return (yield from transaction(lambda: _each(ops), table=table, retry_safe=retry_safe))
+
+
+def _each(ops: list[Op[T]]) -> Flow[list[T]]:
+    answers: list[T] = []
+    for op in ops:
+        answer = yield from do(op)
+        answers.append(answer)
+    return answers
+
+
+def increment_many(
+    sql: Statements, deltas: Mapping[str, int], ttl: Seconds | None
+) -> Flow[dict[str, int]]:
+    """Add to many integers. A sum that had expired by the time it was written is added once
+    more, for nobody can see it."""
+    if not isinstance(deltas, Mapping):
+        # Of pairs a dict would keep a repeated key's last one: increments would be lost.
+        raise InvalidValueError("increment_many needs a mapping of keys to deltas")
+    deltas = dict(deltas)
+    sums: dict[str, int] = {}
+    for chunk, expired in (yield from all_of(sql.increment_many(deltas, ttl))):
+        sums.update(chunk)
+        if expired:
+            again = {key: deltas[key] for key in expired}
+            for fresh, _ in (yield from all_of(sql.increment_many(again, ttl))):
+                sums.update(fresh)
+    return sums
+
+
+def update(
+    sql: Statements,
+    key: str,
+    fn: Callable[[bytes | None], Any],
+    ttl: Seconds | None,
+    attempts: int,
+) -> Flow[bytes]:
+    """Read, apply `fn`, write if nothing changed meanwhile; otherwise again."""
+    if not callable(fn):
+        raise InvalidValueError(
+            f"update: fn must be a function of the current value, not {type(fn).__name__}"
+        )
+    _codec.whole("attempts", attempts)
+    entry = yield from do(sql.get_entry(key))
+    current = None if entry is None else entry.value
+    version = None if entry is None else entry.version
+    for _ in range(attempts):
+        new = sql.value((yield from call(fn, current)))
+        swapped: CasResult
+        if version is None:
+            swapped = yield from do(sql.compare_and_swap(key, None, new, ttl))
+        else:
+            swapped = yield from do(sql.swap_version(key, version, new, ttl))
+        if swapped.is_success:
+            return new
+        current, version = swapped.current, swapped.version
+    raise ConflictError(
+        f"update: the value was changed by others during each of {attempts} attempts; "
+        "raise attempts, or split the key"
+    )
+
+
+def maintain(sql: Statements, op: Op[None]) -> Flow[None]:
+    """Vacuum or analyze. A role without the right is told: the server would only warn, and skip."""
+    if not (yield from do(sql.may_maintain())):
+        raise ConfigError(
+            f"{op.statement.name}: the database role lacks a right: it does not own {sql.t}. "
+            "Run it as the table's owner; or, on PostgreSQL 17 and newer, let the owner "
+            f"GRANT MAINTAIN ON {sql.t} TO <role>"
+        )
+    yield from do(op)
+
+
+# -- pipelines -----------------------------------------------------------------------------
+
+
+def pipeline(ops: list[Op[Any]], *, atomic: bool, engine: Engine) -> Flow[list[Any]]:
+    """Send many operations in as few round trips as possible.
+
+    Returns:
+        For each its answer, or the PgkvError that its handle raises.
+    """
+    started = monotonic()
+    outcomes: list[Any] = []
+    alone: list[Op[Any]] = []  # the hooks have heard of these already
+    if atomic and ops:
+        outcomes = yield from _atomic(ops, engine)
+    elif ops:
+        for chunk in _chunks(ops):
+            answers = yield from _independent(chunk, engine, alone)
+            outcomes += answers
+    if _observe.hooks:
+        for op, outcome in zip(ops, outcomes, strict=True):
+            if op not in alone:
+                ended = type(outcome).__name__ if isinstance(outcome, PgkvError) else "ok"
+                _observe.notify(op.statement.name, started, ended, 0)
+    return outcomes
+
+
+def unsent(outcomes: list[Any]) -> PgkvError | None:
+    """The failure to send, if there was one: nobody may ever ask the handles."""
+    for outcome in outcomes:
+        if isinstance(outcome, StoreUnavailableError | OperationTimeoutError):
+            return outcome
+    return None
+
+
+def _chunks(ops: list[Op[Any]]) -> list[list[Op[Any]]]:
+    sizes = [sum(len(param) for param in op.params if param is not None) for op in ops]
+    return [ops[cut] for cut in _codec.chunks(ops, sizes, PIPELINE_MAX, PIPELINE_BYTES)]
+
+
+def _independent(ops: list[Op[Any]], engine: Engine, alone: list[Op[Any]]) -> Flow[list[Any]]:
+    """One synchronization point for all. Where one is refused, all are known to be undone, and
+    each is sent again with a point of its own."""
+    try:
+        answers = yield from send(Batch(ops, sync_each=False))
+        if _refused(answers) and not _unknown(answers):
+            yield from _heal(answers, ops, engine)
+            answers = yield from send(Batch(ops, sync_each=True))
+    except PgkvError as error:
+        answers = [error] * len(ops)
+    for index, op in enumerate(ops):
+        answer = answers[index]
+        if isinstance(answer, Raced) or (
+            isinstance(answer, PgkvError) and engine.may_repeat(op, answer)
+        ):
+            alone.append(op)
+            try:
+                answers[index] = yield from do(op)
+            except PgkvError as error:
+                answers[index] = error
+    return answers
+
+
+def _atomic(ops: list[Op[Any]], engine: Engine) -> Flow[list[Any]]:
+    """All or nothing. One round trip, unless there are very many or one that can race: asking
+    that one again must happen before the commit."""
+    table = ops[0].statement.table
+    together = len(_chunks(ops)) == 1 and not any(op.statement.repeats for op in ops)
+
+    def attempt() -> Flow[list[Any]]:
+        if together:
+            return (yield from send(Batch(ops, sync_each=False)))
+        try:
+            return (yield from transaction(lambda: _inside(ops), table=table))
+        except RefusedError as refused:
+            return refused.answers
+
+    answers = yield from attempt()
+    if _refused(answers) and (_unprepared(answers) or (yield from _heal(answers, ops, engine))):
+        answers = yield from attempt()
+    if not _refused(answers):
+        return answers
+    undone = "rolled back, because another operation of the pipeline was refused"
+    return [
+        answer
+        if isinstance(answer, PgkvError) and not isinstance(answer, TransactionError)
+        else TransactionError(f"{op.statement.name}: {undone}")
+        for op, answer in zip(ops, answers, strict=True)
+    ]
+
+
+def _inside(ops: list[Op[Any]]) -> Flow[list[Any]]:
+    outcomes: list[Any] = []
+    for chunk in _chunks(ops):
+        answers = yield from send(Batch(chunk, sync_each=False))
+        outcomes += answers
+        if _refused(answers):
+            raise RefusedError(outcomes + [None] * (len(ops) - len(outcomes)))
+        for index, op in enumerate(chunk, len(outcomes) - len(chunk)):
+            if isinstance(outcomes[index], Raced):
+                outcomes[index] = yield from do(op)
+    return outcomes
+
+
+def _refused(answers: list[Any]) -> bool:
+    return any(isinstance(answer, PgkvError) for answer in answers)
+
+
+def _unknown(answers: list[Any]) -> bool:
+    """Whether a refusal proves nothing: a pooler's word for a server that it lost."""
+    return any(isinstance(answer, PgkvError) and answer.outcome_unknown for answer in answers)
+
+
+def _unprepared(answers: list[Any]) -> bool:
+    """Whether a prepared statement was gone; by now the link knows, and prepares it anew."""
+    return any(isinstance(each, QueryError) and each.sqlstate == "26000" for each in answers)
+
+
+def _heal(answers: list[Any], ops: list[Op[Any]], engine: Engine) -> Flow[bool]:
+    """Create the table if it was missing; whether it was."""
+    for op, answer in zip(ops, answers, strict=True):
+        if isinstance(answer, TableNotFoundError):
+            table = op.statement.table
+            if table is None or not table.auto_create:
+                return False
+            yield from call(engine.heal, table)
+            return True
+    return False

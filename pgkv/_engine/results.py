@@ -1,0 +1,112 @@
+"""What the server's results mean: answers, refusals, and whose a pipeline's results are.
+
+For both colours of link. It reads results and never waits for one.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import psycopg
+from psycopg import pq
+
+from .._ops.op import Batch, Op, Statement
+from ..errors import OperationTimeoutError, PgkvError, TransactionError, from_result, translate
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from psycopg.pq.abc import PGconn, PGresult
+
+OK = frozenset((int(pq.ExecStatus.COMMAND_OK), int(pq.ExecStatus.TUPLES_OK)))
+PIPELINE_SYNC = int(pq.ExecStatus.PIPELINE_SYNC)
+PIPELINE_ABORTED = int(pq.ExecStatus.PIPELINE_ABORTED)
+
+# What an error that concerns a whole pipeline is called.
+PIPELINE: Statement[Any] = Statement("pipeline", "", (), lambda result: result)
+
+
+class PipelineReader:
+    """Takes the results of a pipeline as they arrive.
+
+    Args:
+        pgconn: in pipeline mode.
+        syncs: how many synchronization points end it.
+    """
+
+    __slots__ = ("_current", "_pgconn", "_syncs", "answers")
+
+    def __init__(self, pgconn: PGconn, syncs: int) -> None:
+        self.answers: list[PGresult] = []
+        self._pgconn = pgconn
+        self._syncs = syncs
+        self._current: PGresult | None = None
+
+    def advance(self) -> bool:
+        """Take what is there, without blocking; whether that was all."""
+        pgconn = self._pgconn
+        while not pgconn.is_busy():
+            result = pgconn.get_result()
+            if result is None:
+                if self._current is not None:
+                    self.answers.append(self._current)
+                    self._current = None
+            elif result.status == PIPELINE_SYNC:
+                self._syncs -= 1
+                if not self._syncs:
+                    return True
+            elif self._current is None:
+                self._current = result
+        return False
+
+
+def forgotten(results: Sequence[PGresult]) -> bool:
+    """Whether the server says that a prepared statement is gone (DISCARD ALL): then all are."""
+    return any(
+        result.status not in OK and result.error_field(pq.DiagnosticField.SQLSTATE) == b"26000"
+        for result in results
+    )
+
+
+def outcomes(batch: Batch, results: Sequence[PGresult]) -> list[tuple[Op[Any], Any]]:
+    """Each operation of a batch with its answer, or the exception by which it was refused."""
+    return [(op, _outcome(op, result)) for op, result in zip(batch.ops, results, strict=True)]
+
+
+def _outcome(op: Op[Any], result: PGresult) -> Any:
+    if result.status in OK:
+        return op.decode(result)
+    if result.status == PIPELINE_ABORTED:
+        return TransactionError(
+            f"{op.statement.name}: not executed, because an earlier operation of the pipeline "
+            "was refused"
+        )
+    return refusal(result, op.statement)
+
+
+def is_outdated(error: psycopg.Error) -> bool:
+    """Whether a prepared statement no longer fits its table (after an ALTER TABLE)."""
+    return error.sqlstate == "0A000" and error.diag.source_function == "RevalidateCachedQuery"
+
+
+def past_deadline(name: str, seconds: float) -> OperationTimeoutError:
+    """What a caller hears whose time has passed after sending."""
+    return OperationTimeoutError(
+        f"{name}: no answer within {seconds:.3g} s; it was cancelled, but may still have happened"
+    )
+
+
+def refusal(result: PGresult, statement: Statement[Any]) -> PgkvError:
+    """The exception for an error result: a known outcome, but for what poolers say."""
+    return failed(from_result(result), statement, sent=True)
+
+
+def failed(error: psycopg.Error, statement: Statement[Any], *, sent: bool) -> PgkvError:
+    """The exception for a psycopg error during that statement."""
+    return translate(
+        error,
+        action=statement.name,
+        table=statement.table.quoted if statement.table else "",
+        refused=statement.refused,
+        sent=sent,
+    )

@@ -1,0 +1,190 @@
+"""What follows a first attempt that did not end in an answer.
+
+Entered only then, so that tenacity costs a healthy operation nothing. One flow for both colours:
+it repeats raced statements at once, creates a missing table and repeats, and repeats failures by
+the store's `RetryPolicy` where that is safe. It never looks at a connection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from time import monotonic
+from typing import Any, TypeAlias
+
+from tenacity import (
+    DoAttempt,
+    DoSleep,
+    RetryCallState,
+    Retrying,
+    retry_if_exception,
+    stop_after_attempt,
+    stop_any,
+    stop_before_delay,
+    wait_random_exponential,
+)
+from tenacity.stop import stop_base
+
+from .. import _observe
+from .._ops.op import Batch, Call, Flow, Op, Raced, Sleep, Statement, Transaction
+from ..config import RetryPolicy, Table
+from ..errors import ConflictError, PgkvError, PoolTimeoutError, TableNotFoundError
+
+HEALS_MAX = 3  # of one call, whose table somebody keeps dropping
+
+Repeatable: TypeAlias = "Op[Any] | Transaction[Any] | Batch"
+
+
+def recover(
+    step: Repeatable,
+    outcome: BaseException | Raced,
+    policy: RetryPolicy | None,
+    deadline: float,
+    heal: Callable[[Table], Any],
+) -> Flow[Any]:
+    """Bring a step to its end after a first attempt that failed or raced.
+
+    Args:
+        step: yielded again for each further attempt; the driver makes one attempt of it.
+        outcome: how the first attempt ended.
+        policy: None for no repeats but those that follow a race or a missing table.
+        deadline: the monotonic time at which the whole call ends.
+        heal: creates a missing table.
+    """
+    if policy is None:
+        return (yield from _settle(step, outcome, heal))
+    state = _start(step, policy, deadline)
+    retrying = state.retry_object
+    assert isinstance(retrying, Retrying)
+    pending: BaseException | Raced | None = outcome
+    while True:
+        try:
+            answer = yield from _settle(step, pending, heal)
+        except PgkvError as error:
+            state.set_exception((type(error), error, error.__traceback__))
+        else:
+            return answer
+        pending = None
+        action = retrying.iter(retry_state=state)
+        while isinstance(action, DoSleep):
+            state.prepare_for_next_attempt()
+            step.retries = state.attempt_number - 1
+            yield Sleep(float(action))
+            action = retrying.iter(retry_state=state)
+        assert isinstance(action, DoAttempt)
+
+
+def about(step: Repeatable) -> Statement[Any] | Transaction[Any] | Batch:
+    """What is known of the step: its name, table, and whether it may be repeated."""
+    return step.statement if isinstance(step, Op) else step
+
+
+class _OutOfTime(stop_base):
+    def __init__(self, deadline: float) -> None:
+        self._deadline = deadline
+
+    def __call__(self, retry_state: RetryCallState) -> bool:
+        return monotonic() + retry_state.upcoming_sleep >= self._deadline
+
+
+def _start(step: Repeatable, policy: RetryPolicy, deadline: float) -> RetryCallState:
+
+    def log(state: RetryCallState) -> None:
+        error = state.outcome.exception() if state.outcome else None
+        _observe.warning(
+            "pgkv.retry",
+            operation=about(step).name,
+            attempt=state.attempt_number,
+            wait=round(state.upcoming_sleep, 3),
+            error=type(error).__name__,
+        )
+
+    retrying = Retrying(
+        stop=stop_any(
+            stop_after_attempt(policy.attempts),
+            stop_before_delay(policy.deadline),
+            _OutOfTime(deadline),
+        ),
+        wait=wait_random_exponential(multiplier=policy.wait_initial, max=policy.wait_max),
+        retry=retry_if_exception(lambda error: may_repeat(step, error, policy)),
+        before_sleep=log,
+        reraise=True,
+    )
+    retrying.begin()
+    return RetryCallState(retrying, None, (), {})
+
+
+def may_repeat(step: Repeatable, error: BaseException, policy: RetryPolicy) -> bool:
+    """Whether repeating the step after this error can do no harm and may do good."""
+    if not isinstance(error, PgkvError) or not error.retryable:
+        return False
+    # The pool's queue was waited for already; a conflict has had its hundred attempts.
+    if isinstance(error, PoolTimeoutError | ConflictError):
+        return False
+    what = about(step)
+    if not what.retried:
+        return False
+    if not error.outcome_unknown:
+        return True
+    return what.retry_safe and (policy.repeat_writes or not what.writes)
+
+
+def _settle(
+    step: Repeatable,
+    outcome: BaseException | Raced | None,
+    heal: Callable[[Table], Any],
+) -> Flow[Any]:
+    """One attempt, with what belongs to it: asking again after a race, creating the table."""
+    what = about(step)
+    raced = 0
+    healed = 0
+    while True:
+        if isinstance(outcome, Raced):
+            if raced >= what.repeats:
+                if outcome.fallback is not None:
+                    return outcome.fallback
+                raise ConflictError(
+                    f"{what.name}: {raced} attempts in a row met concurrent changes; "
+                    "nothing was changed"
+                )
+            raced += 1
+        elif isinstance(outcome, TableNotFoundError):
+            table = what.table
+            if healed == HEALS_MAX or table is None or not table.auto_create:
+                raise outcome
+            healed += 1
+            yield Call(heal, table)
+        elif outcome is not None:
+            raise outcome
+        try:
+            answer = yield step
+        except TableNotFoundError as error:
+            outcome = error
+            continue
+        if not isinstance(answer, Raced):
+            return answer
+        outcome = answer
+
+
+def retrying_transaction(policy: RetryPolicy | None) -> Retrying:
+    """What calls a whole transaction again when it certainly left nothing behind."""
+    return Retrying(**transaction_options(policy))
+
+
+def transaction_options(policy: RetryPolicy | None) -> dict[str, Any]:
+    """The same as tenacity's options, for either colour."""
+    policy = policy or RetryPolicy(attempts=1)
+    return {
+        "stop": stop_any(stop_after_attempt(policy.attempts), stop_before_delay(policy.deadline)),
+        "wait": wait_random_exponential(multiplier=policy.wait_initial, max=policy.wait_max),
+        "retry": retry_if_exception(_left_nothing),
+        "reraise": True,
+    }
+
+
+def _left_nothing(error: BaseException) -> bool:
+    return (
+        isinstance(error, PgkvError)
+        and error.retryable
+        and not error.outcome_unknown
+        and not isinstance(error, PoolTimeoutError)
+    )

@@ -1,0 +1,258 @@
+"""The tables: their DDL, and how a missing one comes (back) into being.
+
+UNLOGGED tables vanish in ways that logged ones do not (some managed servers drop them on
+fail-over), so creation is no set-up step but part of every operation: `ensure` runs whenever the
+server says "no such table". It never alters the type of a column and never drops anything.
+"""
+
+from __future__ import annotations
+
+from .. import _observe
+from .._ops.op import TEXT, Flow, Op, Result, Statement, do
+from .._sql.table import read_nothing
+from ..config import Config, Table, TableKind, TableType, quote_identifier, require_config
+from ..errors import ConfigError, PgkvError, QueryError, StoreUnavailableError
+
+# DDL waits for open transactions; it must not make everybody else wait behind it.
+LOCK_TIMEOUT = "SET LOCAL lock_timeout = '2s'; "
+CREATED_BY_ANOTHER = ("42P07", "42710", "42P06", "23505", "XX000")
+
+_VERSION_DEFAULT = "(extract(epoch from clock_timestamp()) * 1000000)::bigint"
+# Churn leaves dead versions; waiting for a fifth of a large table to die would be waiting too long.
+_AUTOVACUUM = (
+    "autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_threshold = 1000, "
+    "autovacuum_vacuum_cost_delay = 0, autovacuum_vacuum_insert_scale_factor = 0.05"
+)
+
+_STORE_COLUMNS = f"""\
+    key        TEXT COLLATE "C" PRIMARY KEY,
+    value      BYTEA NOT NULL,
+    expires_at TIMESTAMPTZ,
+    created_at TIMESTAMPTZ NOT NULL DEFAULT NOW(),
+    updated_at TIMESTAMPTZ NOT NULL DEFAULT NOW(),
+    version    BIGINT NOT NULL DEFAULT {_VERSION_DEFAULT}"""
+
+# UNIQUE (key, version) is what lets a renewal pass a guard's FOR KEY SHARE and a takeover not.
+_LOCKS_COLUMNS = """\
+    key        TEXT COLLATE "C" PRIMARY KEY,
+    value      BYTEA NOT NULL,
+    expires_at TIMESTAMPTZ NOT NULL,
+    created_at TIMESTAMPTZ NOT NULL,
+    updated_at TIMESTAMPTZ NOT NULL,
+    version    BIGINT NOT NULL,
+    UNIQUE (key, version)"""
+
+# Places in the queues of fair locks. Worth nothing after a crash, so never logged.
+_TICKETS_COLUMNS = """\
+    key        TEXT COLLATE "C" PRIMARY KEY,
+    version    BIGINT NOT NULL,
+    expires_at TIMESTAMPTZ NOT NULL"""
+
+_SESSIONS_COLUMNS = """\
+    id         BYTEA PRIMARY KEY,
+    user_id    TEXT COLLATE "C",
+    data       JSONB NOT NULL,
+    version    BIGINT NOT NULL,
+    created_at TIMESTAMPTZ NOT NULL,
+    seen_at    TIMESTAMPTZ NOT NULL,
+    expires_at TIMESTAMPTZ NOT NULL,
+    ends_at    TIMESTAMPTZ NOT NULL,
+    successor  BYTEA,
+    meta       JSONB"""
+
+# Room on each page for the next version of its rows, so that updates stay heap-only.
+_SHAPES = {
+    TableKind.STORE: (_STORE_COLUMNS, 80),
+    TableKind.LOCKS: (_LOCKS_COLUMNS, 50),
+    TableKind.TICKETS: (_TICKETS_COLUMNS, 50),
+    TableKind.SESSIONS: (_SESSIONS_COLUMNS, 70),
+}
+
+# What a column of a store must be; the Rust crate's tables lack only the version.
+_EXPECTED = {
+    "key": ("text", "character varying"),
+    "value": ("bytea",),
+    "expires_at": ("timestamp with time zone",),
+    "created_at": ("timestamp with time zone",),
+    "updated_at": ("timestamp with time zone",),
+    "version": ("bigint",),
+}
+
+
+def create_sql(table: Table) -> str:
+    """Return the commands that create the table where it is missing."""
+    columns, fillfactor = _SHAPES[table.kind]
+    unlogged = "UNLOGGED " if table.type is TableType.UNLOGGED else ""
+    sql = (
+        f"CREATE {unlogged}TABLE IF NOT EXISTS {table.quoted} (\n{columns}\n) "
+        f"WITH (fillfactor = {fillfactor}, {_AUTOVACUUM});"
+    )
+    if table.kind is TableKind.SESSIONS:
+        index = quote_identifier(f"{table.name}_user")
+        sql += f"\nCREATE INDEX IF NOT EXISTS {index} ON {table.quoted} (user_id);"
+    return sql
+
+
+def _create_schema_sql(schema: str) -> str:
+    """The command that creates the schema where it is missing."""
+    name = quote_identifier(schema)
+    literal = "'" + name.replace("'", "''") + "'"
+    tag = "$pgkv$"
+    while tag in name:
+        tag = f"{tag[:-1]}_$"
+    # Asked first: IF NOT EXISTS demands the right to create even where it does nothing.
+    return (
+        f"DO {tag} BEGIN IF to_regnamespace({literal}) IS NULL "
+        f"THEN CREATE SCHEMA IF NOT EXISTS {name}; END IF; END {tag};"
+    )
+
+
+def schema_sql(config: Config, *, locks: bool = True, sessions: bool = True) -> str:
+    """Return the DDL of everything a store uses, for a migration tool.
+
+    With ``auto_create_table=False`` nothing else is needed. The text is idempotent.
+
+    Args:
+        config: names the table, its schema and its type.
+        locks: also the tables of `Lock`, `Semaphore` and `Leader`: of durable and other grants,
+            and of the tickets of those who wait in order.
+        sessions: also the table of `SessionStore`.
+
+    Raises:
+        ConfigError: `config` is no `Config`.
+    """
+    require_config(config, "schema_sql()")
+    tables = [config.table]
+    if locks:
+        tables += (
+            companion(config, TableKind.LOCKS),
+            companion(config, TableKind.LOCKS, durable=False),
+            companion(config, TableKind.TICKETS, durable=False),
+        )
+    if sessions:
+        tables.append(companion(config, TableKind.SESSIONS))
+    parts = [create_sql(table) for table in tables]
+    if config.schema is not None:
+        parts.insert(0, _create_schema_sql(config.schema))
+    return "\n\n".join(parts) + "\n"
+
+
+def companion(config: Config, kind: TableKind, *, durable: bool = True) -> Table:
+    """Return the table of that kind that goes with a store's own."""
+    name = config.table_name + kind.value
+    if kind is TableKind.LOCKS and not durable:
+        # Beside the durable one: a process that forgets durable=False must not share a table
+        # that a crash empties.
+        name += "_u"
+    return Table(
+        name,
+        config.schema,
+        TableType.REGULAR if durable else TableType.UNLOGGED,
+        kind,
+        config.auto_create_table,
+    )
+
+
+# -- flows ---------------------------------------------------------------------------------
+
+
+def ensure(table: Table) -> Flow[None]:
+    """Create the table, or add what an older or foreign one lacks.
+
+    Raises:
+        ConfigError: a table of that name exists and is not pgkv's, or a right is missing.
+    """
+    for attempt in range(3):
+        columns = yield from do(_columns(table))
+        commands = _missing(table, columns)
+        if not commands:
+            return
+        if table.schema is not None:
+            commands = f"{_create_schema_sql(table.schema)} {commands}"
+        try:
+            yield from do(_script("create_table", commands))
+        except PgkvError as error:
+            if attempt == 2 or not _made_by_another(error):
+                raise _explained(error, table) from error.__cause__
+        else:
+            _observe.info("pgkv.table.create", table=table.quoted)
+
+
+def recreate(table: Table) -> Flow[None]:
+    """Drop the table with everything in it and create it again, in one transaction."""
+    commands = f"DROP TABLE IF EXISTS {table.quoted}; {create_sql(table)}"
+    yield from do(_script("recreate_table", commands))
+
+
+def _columns(table: Table) -> Op[dict[str, str]]:
+    statement = Statement(
+        "create_table",
+        "SELECT attname::text, format_type(atttypid, NULL) FROM pg_attribute "
+        "WHERE attrelid = to_regclass($1) AND attnum > 0 AND NOT attisdropped",
+        (TEXT,),
+        _read_columns,
+        retry_safe=True,
+        writes=False,
+    )
+    return Op(statement, (table.quoted.encode(),))
+
+
+def _read_columns(result: Result) -> dict[str, str]:
+    return {
+        (result.get_value(row, 0) or b"").decode(): (result.get_value(row, 1) or b"").decode()
+        for row in range(result.ntuples)
+    }
+
+
+def _missing(table: Table, columns: dict[str, str]) -> str:
+    """The commands that turn what is there into what is needed; empty when nothing is."""
+    if not columns:
+        return create_sql(table)
+    if table.kind is not TableKind.STORE:
+        return ""
+    for name, types in _EXPECTED.items():
+        found = columns.get(name)
+        if found is None and name != "version":
+            raise ConfigError(
+                f"the table {table.quoted} exists but is not a pgkv table: it has no column "
+                f"{name}; choose another table_name"
+            )
+        if found is not None and found not in types:
+            raise ConfigError(
+                f"the table {table.quoted} exists but is not a pgkv table: its column {name} "
+                f"is {found}, not {types[0]}; choose another table_name"
+            )
+    if "version" in columns:
+        return ""
+    # A constant default rewrites no row; 0 would mean "absent" to if_version. New rows, also
+    # those of clients that know no version, then start at the clock.
+    return (
+        f"ALTER TABLE {table.quoted} ADD COLUMN IF NOT EXISTS version BIGINT NOT NULL DEFAULT 1; "
+        f"ALTER TABLE {table.quoted} ALTER COLUMN version SET DEFAULT {_VERSION_DEFAULT};"
+    )
+
+
+def _script(name: str, commands: str) -> Op[None]:
+    return Op(Statement(name, LOCK_TIMEOUT + commands, (), read_nothing, script=True, writes=False))
+
+
+def _made_by_another(error: PgkvError) -> bool:
+    """Whether this means that somebody else was creating the same thing just now."""
+    return error._sqlstate in CREATED_BY_ANOTHER
+
+
+def _explained(error: PgkvError, table: Table) -> PgkvError:
+    if isinstance(error, ConfigError):
+        return ConfigError(
+            f"the table {table.quoted} is missing and the database role may not create it. "
+            f"Run this as a role that may, and set auto_create_table=False:\n{create_sql(table)}"
+        )
+    if isinstance(error, QueryError) and error.sqlstate == "55P03":
+        return _busy(table)
+    return error
+
+
+def _busy(table: Table) -> StoreUnavailableError:
+    return StoreUnavailableError(
+        f"the table {table.quoted} could not be altered within 2 s: another transaction holds it"
+    )

@@ -1,0 +1,152 @@
+"""Collecting rows whose time has passed. It frees space and changes no answer: reads and writes
+judge expiry by themselves.
+
+The work is a flow, run in the background by a thread or a task; it waits for nobody, skips locked
+rows, and its failures are nobody's business but the log's. Chunks are ranges of row addresses,
+because any index on ``expires_at`` would end heap-only updates.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from time import monotonic
+
+from .. import _observe
+from .._ops.codec import whole
+from .._ops.op import Flow, do, pause
+from .._sql.sweep import SWEEP_PAGES, Sweep
+from ..config import TtlCleanupStrategy
+from ..errors import PgkvError
+
+SWEEP_CHANCE = 1 / 256  # of a write being followed by a sweep of one chunk
+QUEUE_MAX = 10_000  # keys remembered for deletion; beyond them the oldest are left to sweeps
+BATCH_KEYS = 500
+QUIET_TIME = 0.1  # seconds without sweeps after a chunk that held nothing expired
+BATCH_DELAY = 0.02  # seconds for which a first key waits for company
+PATROL_PAUSE = 1.0  # seconds between chunks while few rows are expired
+PATROL_HURRY = 0.01  # seconds between chunks while more than a quarter are
+PATROL_RETRY = 10.0  # seconds after a failure
+EXPIRED_SHARE = 0.25
+
+
+class Collector:
+    """What one process knows of one table's expired rows, and the flows that remove them.
+
+    Args:
+        sql: the table's statements.
+        background: starts a flow that nobody waits for.
+    """
+
+    def __init__(self, sql: Sweep, background: Callable[[Flow[None]], None]) -> None:
+        self._sql = sql
+        self._background = background
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything, as a forked child must."""
+        self._keys: deque[bytes] = deque(maxlen=QUEUE_MAX)
+        self._sweeps = 0
+        self._page = 0
+        self._quiet_until = 0.0
+        self._working = False
+        self._patrolling = False
+        self._lock = threading.Lock()
+
+    def collect(self, keys: Sequence[bytes]) -> None:
+        """Have those keys deleted soon, if they are still expired then."""
+        self._keys.extend(keys)
+        self._start()
+
+    def sweep(self) -> None:
+        """Have the next chunk swept soon, where the strategy is ON_READ."""
+        if not self._sql.collects or monotonic() < self._quiet_until:
+            return
+        self._sweeps = 1  # sweeps asked for while one waits are one
+        self._start()
+
+    def start_patrol(self) -> None:
+        """Begin to sweep for ever, where the strategy is BACKGROUND."""
+        if self._sql.config.ttl_cleanup_strategy is not TtlCleanupStrategy.BACKGROUND:
+            return
+        with self._lock:
+            if self._patrolling:
+                return
+            self._patrolling = True
+        self._background(self._patrol())
+
+    def _start(self) -> None:
+        with self._lock:
+            if self._working:
+                return
+            self._working = True
+        self._background(self._work())
+
+    def _work(self) -> Flow[None]:
+        try:
+            yield from pause(BATCH_DELAY)
+            while True:
+                while self._keys:
+                    yield from do(self._sql.collect(self._take()))
+                if self._sweeps:
+                    self._sweeps = 0
+                    yield from self._chunk(alone=False)
+                with self._lock:
+                    if not self._keys and not self._sweeps:
+                        self._working = False
+                        return
+        except PgkvError as error:
+            _observe.debug("pgkv.sweep.failed", table=self._sql.t, error=type(error).__name__)
+        finally:
+            self._working = False
+
+    def _take(self) -> list[bytes]:
+        keys: list[bytes] = []
+        while self._keys and len(keys) < BATCH_KEYS:
+            keys.append(self._keys.popleft())
+        return keys
+
+    def _chunk(self, *, alone: bool) -> Flow[float]:
+        """Sweep the next chunk; the share of its rows that were expired."""
+        page = self._page
+        op = self._sql.sweep_alone(page) if alone else self._sql.sweep(page)
+        deleted, seen, pages = yield from do(op)
+        following = page + SWEEP_PAGES
+        self._page = following if following < pages else 0
+        if not deleted:
+            # A busy table without expired rows would otherwise be read over and over.
+            self._quiet_until = monotonic() + QUIET_TIME
+        return deleted / seen if seen else 0.0
+
+    def _patrol(self) -> Flow[None]:
+        """Sweep for ever: slowly, and faster while it pays. Ended by its driver."""
+        while True:
+            try:
+                share = yield from self._chunk(alone=True)
+            except PgkvError as error:
+                _observe.debug("pgkv.sweep.failed", table=self._sql.t, error=type(error).__name__)
+                yield from pause(PATROL_RETRY)
+                continue
+            yield from pause(PATROL_HURRY if share > EXPIRED_SHARE else PATROL_PAUSE)
+
+
+def sweep_all(
+    sql: Sweep, limit: int | None, progress: Callable[[int, int], object] | None = None
+) -> Flow[int]:
+    """Sweep the whole table once, chunk by chunk, or until `limit` rows are gone.
+
+    `progress` is told the pages done and the pages in all, after each chunk.
+    """
+    limit = None if limit is None else whole("limit", limit, 0)
+    pages = yield from do(sql.pages())
+    removed = 0
+    for page in range(0, pages, SWEEP_PAGES):
+        left = None if limit is None else limit - removed
+        if left is not None and left <= 0:
+            break
+        deleted, _, _ = yield from do(sql.sweep(page, left))
+        removed += deleted
+        if progress is not None:
+            progress(min(page + SWEEP_PAGES, pages), pages)
+    return removed

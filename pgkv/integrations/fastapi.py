@@ -1,0 +1,107 @@
+"""Rate limits per route for FastAPI: `rate_limit` makes a dependency."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from fastapi import HTTPException, Request, Response
+
+from .._ops.drivers import drive_async
+from ..patterns.rate_limit.api import AsyncRateLimiter
+from ..patterns.rate_limit.options import OnError
+from ..patterns.rate_limit.policy import Decision
+from ..patterns.web.asgi import perform
+from ..patterns.web.exempt import Exempt
+from ..patterns.web.limit import STATUS, Guard, Headers, Limits, Verdict, problem
+
+__all__ = ["RateLimited", "problem_response", "rate_limit"]
+
+
+class RateLimited(HTTPException):
+    """The 429 of a limited route. FastAPI's own handler answers it with the problem as ``detail``;
+    register `problem_response` for a body of problem+json.
+
+    Attributes:
+        decision: the :class:`Decision`.
+    """
+
+    body: bytes
+    decision: Decision
+
+    def __init__(self, guard: Guard, verdict: Verdict) -> None:
+        headers, self.body = guard.refusal(verdict)
+        self.all_headers = headers
+        self.decision = verdict.decision
+        sent = {
+            name: value
+            for name, value in headers.items()
+            if name not in ("Content-Type", "Content-Length")  # of the body that is not sent here
+        }
+        super().__init__(STATUS, detail=problem(verdict.decision), headers=sent)
+
+
+def rate_limit(
+    limiter: AsyncRateLimiter | Callable[[Any], Any],
+    *,
+    key: Callable[[Any], Any] | str | None = None,
+    cost: Callable[[Any], Any] | int = 1,
+    limits: Limits = None,
+    exempt: Exempt = None,
+    headers: Headers = "draft",
+    on_error: OnError = "open",
+    shadow: bool = False,
+) -> Callable[[Request, Response], Awaitable[None]]:
+    """Return a dependency that limits a route, a router or an application.
+
+    ::
+
+        @app.get("/search", dependencies=[Depends(rate_limit(limiter))])
+        async def search(): ...
+
+    Headers are added where the route returns data; FastAPI drops them where it returns a `Response`
+    of its own. Functions get FastAPI's `Request`.
+
+    Args:
+        limiter: an :class:`AsyncRateLimiter`, or a function of the request that returns one, or
+            None to let the request pass.
+        key: see :class:`RateLimitMiddleware`.
+        cost: tokens, or a function of the request; 0 lets it pass.
+        limits: rates instead of the limiter's, or a function of the request.
+        exempt: paths (each with all below it), or a function that is true for requests to let pass.
+        headers: ``"draft"``, ``"x"`` or None.
+        on_error: ``"open"``, ``"closed"`` or ``"raise"``.
+        shadow: decide, count and log, never refuse.
+
+    Raises:
+        ConfigError: a setting is wrong, or the limiter is blocking.
+        RateLimited: (of the dependency) the request is refused.
+    """
+    guard = Guard(
+        AsyncRateLimiter,
+        "pgkv.integrations.fastapi.rate_limit",
+        "pgkv.integrations.flask.rate_limit",
+        limiter=limiter,
+        key=key,
+        cost=cost,
+        limits=limits,
+        exempt=exempt,
+        headers=headers,
+        on_error=on_error,
+        shadow=shadow,
+    )
+
+    async def dependency(request: Request, response: Response) -> None:
+        verdict = await drive_async(guard.check(request), perform)
+        if verdict is not None and verdict.refuse:
+            raise RateLimited(guard, verdict)
+        response.headers.update(guard.headers(verdict))
+
+    return dependency
+
+
+async def problem_response(_request: Request, error: Exception) -> Response:
+    """Return the response to a `RateLimited`, the `error`, with a body of problem+json:
+    ``app.add_exception_handler(RateLimited, problem_response)``."""
+    assert isinstance(error, RateLimited)
+    return Response(error.body, STATUS, error.all_headers)
