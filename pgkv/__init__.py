@@ -52,11 +52,9 @@ from .patterns.rate_limit.api import (
     Reservation,
 )
 from .patterns.session.api import AsyncSessionStore, Session, SessionInfo, SessionStore
-from .patterns.web.asgi import RateLimitMiddleware
+from .patterns.web.asgi import RateLimitMiddleware, SessionMiddleware, load_session
 from .patterns.web.client_ip import client_ip
-from .patterns.web.session_asgi import SessionMiddleware, load_session
-from .patterns.web.session_wsgi import WSGISessionMiddleware
-from .patterns.web.wsgi import WSGIRateLimitMiddleware
+from .patterns.web.wsgi import WSGIRateLimitMiddleware, WSGISessionMiddleware
 from .pipeline import AsyncPipeline, Handle, Pipeline
 from .store import Store
 from .typed import AsyncTypedStore, TypedCasResult, TypedStore

@@ -18,8 +18,8 @@ from ...aio import AsyncStore
 from ...store import Store
 from ...typed import document
 from .._runtime.colour import require
+from .data import Session, SessionInfo
 from .flows import KEEP, Keep, SessionFlows
-from .types import Session, SessionInfo
 
 if TYPE_CHECKING:
     from ..._ops.op import Flow

@@ -28,6 +28,8 @@ from ...errors import (
     SessionGoneError,
 )
 from .data import (
+    Session,
+    SessionInfo,
     difference,
     document,
     id_of,
@@ -41,7 +43,6 @@ from .data import (
 )
 from .request import RequestSession
 from .sql import Lifetimes, Loaded, Mode, Outcome, SessionStatements
-from .types import Session, SessionInfo
 
 if TYPE_CHECKING:
     from ...config import Seconds

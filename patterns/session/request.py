@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from ...errors import SessionError
-from .types import Session
+from .data import Session
 
 
 class RequestSession(dict[str, Any]):

@@ -9,9 +9,9 @@ from __future__ import annotations
 from ... import _observe
 from ..._ops.op import Flow
 from ...errors import SessionGoneError
+from ..session.data import Session
 from ..session.flows import SessionFlows
 from ..session.request import RequestSession
-from ..session.types import Session
 from .cookie import Cookie
 
 
