@@ -38,10 +38,17 @@ from .patterns.cache.decorator import (
     invalidate_tag,
 )
 from .patterns.defaults import configure
-from .patterns.lock.api import AsyncLease, AsyncLock, Lease, Lock, LockInfo
+from .patterns.lock.api import (
+    AsyncLease,
+    AsyncLock,
+    AsyncSemaphore,
+    Lease,
+    Lock,
+    LockInfo,
+    Semaphore,
+)
 from .patterns.lock.leader import AsyncLeader, Leader
 from .patterns.lock.locked import fence_sql, locked
-from .patterns.lock.semaphore import AsyncSemaphore, Semaphore
 from .patterns.rate_limit.api import (
     AsyncRateLimiter,
     AsyncReservation,

@@ -1,9 +1,8 @@
 """Distributed locks on PostgreSQL: locks, semaphores, leader election and the `locked` decorator."""
 
-from .api import AsyncLease, AsyncLock, Lease, Lock, LockInfo
+from .api import AsyncLease, AsyncLock, AsyncSemaphore, Lease, Lock, LockInfo, Semaphore
 from .leader import AsyncLeader, Leader
 from .locked import fence_sql, locked
-from .semaphore import AsyncSemaphore, Semaphore
 
 __all__ = [
     "AsyncLeader",

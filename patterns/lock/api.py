@@ -1,7 +1,7 @@
 """Distributed locks on PostgreSQL: leases with fencing tokens, for threads and for asyncio.
 
 A lock is a row with a holder, an end and a token; a grant is one compare-and-swap of it. The
-algorithms are in `_grant`, renewal in `_renewal`; here are their two thin shells.
+algorithms are in `flows`, renewal in `renewal`; this module has the sync and async classes.
 
 What it promises: no second grant before the first lease's end by the server's clock, tokens that
 rise with every grant, and holders that stop trusting before that end. What no lease can promise is
@@ -12,33 +12,278 @@ that a paused process does nothing afterwards: for that the protected resource c
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Generator, Hashable
 from functools import lru_cache
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias, TypeVar, cast
+
+import psycopg
 
 from ..._engine import schema as _schema
+from ..._engine._async.transaction import AsyncCallerChannel
+from ..._engine._sync.transaction import CallerChannel
+from ..._engine.caller import unwrap
+from ..._engine.unopened import Unawaited
 from ..._observe import shown
 from ..._ops.codec import integer, seconds, waiting
 from ..._settings import refuse_pickle
 from ...aio import AsyncStore
-from ...config import Config, TableKind
+from ...config import Config, TableKind, require_int
 from ...errors import ConfigError, InvalidValueError, LockTimeoutError
 from ...store import Store
 from .._runtime.colour import require, require_callback
-from . import flows as _grant
-from .lease import LockInfo, Terms, encode_metadata, key_of
-from .leases import AsyncGrant, AsyncLease, Lease
+from . import flows
+from .lease import (
+    LeaseState,
+    LockInfo,
+    LockOptions,
+    encode_metadata,
+    failed_callback,
+    key_of,
+    report,
+)
 from .runtime import TaskPort, ThreadPort
-from .sql import LockStatements
+from .sql import LockStatements, SemaphoreStatements, slot_keys
 
 if TYPE_CHECKING:
     from ...config import Seconds, Table
 
 S = TypeVar("S", bound=LockStatements)
 Wakeup: TypeAlias = Literal["poll", "notify"]
+SLOTS_MAX = 10_000
+
+
+# -- leases --------------------------------------------------------------------------------
+
+
+class Lease(LeaseState):
+    """A granted lock: exclusive until it is released, or until its end by the server's clock; made by
+    `Lock.acquire`, `Lock.try_acquire` and those of `Semaphore`.
+
+    It is renewed in the background until then. Use it as a context manager, or call `release`; one
+    that is simply dropped is renewed no more and ends by its ttl. Any thread may use it. A forked
+    child does not inherit it.
+
+    After its end another holder may exist. `check` tells whether this one may still be trusted,
+    `token` lets the protected resource tell, and `guard` makes the question moot inside the
+    database.
+    """
+
+    def __init__(
+        self,
+        runtime: ThreadPort[Lease],
+        options: LockOptions,
+        key: bytes,
+        token: int,
+        owner: str,
+        sent_at: float,
+    ) -> None:
+        super().__init__(options, key, token, owner, sent_at)
+        self._runtime = runtime
+
+    def extend(self, ttl: Seconds) -> None:
+        """Let the remaining time become `ttl` seconds, counted from now, and later renewals give
+        that much. It may shorten.
+
+        Args:
+            ttl: seconds, or a timedelta.
+
+        Raises:
+            InvalidValueError: `ttl` is no duration.
+            LeaseLostError: it is lost.
+            StoreUnavailableError: the server does not answer; the lease holds as long as it did.
+        """
+        self._runtime.channel.run(flows.extend(self._runtime, self, seconds(ttl, endless="")))
+
+    def guard(self, conn: Any, *, max_hold: Seconds | None = None) -> None:
+        """Protect the caller's transaction: if this returns, nobody else is granted the lock until
+        that transaction has ended, however long the holder pauses.
+
+        It locks the lease's row FOR KEY SHARE: renewals pass, a takeover waits. This is the one
+        true exclusion, and it covers work inside the database only. Above READ COMMITTED it must
+        be the transaction's first statement. A savepoint that is rolled back takes the protection
+        with it. An open guard keeps everybody out, so give it an end:
+
+        Args:
+            conn: a psycopg connection (or Django's, SQLAlchemy's) to the store's database, in a
+                transaction.
+            max_hold: seconds for which the transaction may lie idle before the server ends it.
+
+        Raises:
+            LeaseLostError: the lease has ended: roll back.
+            TransactionError: no transaction is open, it is read-only, its snapshot is older than
+                the lease's last renewal, or it is one of another database.
+        """
+        inner = unwrap(conn, psycopg.Connection, "guard()")
+        flows.check_guarded(inner)
+        hold = None if max_hold is None else seconds(max_hold, "max_hold")
+        theirs = CallerChannel(inner, self._runtime.timeout).execute
+        self._runtime.channel.run(flows.guard(self._runtime, self, theirs, hold))
+
+    def release(self) -> bool:
+        """Free the lock; True if it was still held. After a failure it may be called again."""
+        return cast("bool", self._runtime.channel.run(flows.release(self._runtime, self)))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Release it.
+
+        Raises:
+            LeaseLostError: it was lost before the block ended, which raised nothing itself.
+        """
+        self._runtime.channel.run(flows.leave(self._runtime, self, failed=error is not None))
+
+    def _signal(self) -> None:
+        if (fn := self._options.on_lost) is None:
+            return
+        # Not in the renewal's thread: a slow callback must not cost other leases.
+        threading.Thread(target=self._report, args=(fn,), name="pgkv-lost", daemon=True).start()
+
+    def _report(self, fn: Callable[..., Any]) -> None:
+        try:
+            report(fn, self)
+        except Exception as error:  # noqa: BLE001  # the user's code
+            failed_callback(self.name, error)
+
+
+class AsyncLease(LeaseState):
+    """A granted lock, for asyncio: :class:`Lease`, awaited.
+
+    Entered (``async with lock.acquire() as lease``), its body is **cancelled** when the lease is
+    lost, and the block raises `LeaseLostError`. It belongs to its event loop; one that is blocked
+    for longer than the ttl loses its leases.
+    """
+
+    def __init__(
+        self,
+        runtime: TaskPort[AsyncLease],
+        options: LockOptions,
+        key: bytes,
+        token: int,
+        owner: str,
+        sent_at: float,
+    ) -> None:
+        super().__init__(options, key, token, owner, sent_at)
+        self._runtime = runtime
+        self._body: asyncio.Task[Any] | None = None
+        self._cancelling = 0
+        self._cancelled = False
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def extend(self, ttl: Seconds) -> None:
+        """As `Lease.extend`."""
+        await self._runtime.channel.run(flows.extend(self._runtime, self, seconds(ttl, endless="")))
+
+    async def guard(self, conn: Any, *, max_hold: Seconds | None = None) -> None:
+        """As `Lease.guard`, with a psycopg AsyncConnection."""
+        inner = unwrap(conn, psycopg.AsyncConnection, "guard()")
+        flows.check_guarded(inner)
+        hold = None if max_hold is None else seconds(max_hold, "max_hold")
+        theirs = AsyncCallerChannel(inner, self._runtime.timeout).execute
+        await self._runtime.channel.run(flows.guard(self._runtime, self, theirs, hold))
+
+    async def release(self) -> bool:
+        """As `Lease.release`."""
+        return cast("bool", await self._runtime.channel.run(flows.release(self._runtime, self)))
+
+    async def __aenter__(self) -> Self:
+        self._body = asyncio.current_task()
+        self._cancelling = self._body.cancelling() if self._body is not None else 0
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        body, self._body = self._body, None
+        ours = self._cancelled and body is not None and body.uncancel() <= self._cancelling
+        if ours and kind is not None and issubclass(kind, asyncio.CancelledError):
+            # The cancellation was ours: say what it meant.
+            with contextlib.suppress(Exception):
+                await self._leave(failed=True)
+            raise self._lost_error() from error
+        await self._leave(failed=error is not None, cancelled=ours and error is None)
+
+    async def _leave(self, *, failed: bool, cancelled: bool = False) -> None:
+        try:
+            await self._runtime.channel.run(flows.leave(self._runtime, self, failed=failed))
+        except asyncio.CancelledError:
+            if not cancelled:
+                raise
+            # The body ended before our cancellation reached it: it reached the release instead.
+            await self._runtime.channel.run(flows.leave(self._runtime, self, failed=failed))
+
+    def _signal(self) -> None:
+        body = self._body
+        if body is not None and body is not _current_task():
+            self._cancelled = True
+            body.cancel(f"the lease on {self.name!r} was lost")
+        if self._options.on_lost is not None:
+            with contextlib.suppress(RuntimeError):  # no loop runs any more
+                task = asyncio.get_running_loop().create_task(self._report(self._options.on_lost))
+                self._tasks.add(task)
+                task.add_done_callback(self._tasks.discard)
+
+    async def _report(self, fn: Callable[..., Any]) -> None:
+        try:
+            answer = report(fn, self)
+            if hasattr(answer, "__await__"):
+                await answer
+        except Exception as error:  # noqa: BLE001  # the user's code
+            failed_callback(self.name, error)
+
+
+def _current_task() -> asyncio.Task[Any] | None:
+    try:
+        return asyncio.current_task()
+    except RuntimeError:
+        return None
+
+
+class AsyncGrant(Unawaited):
+    """What ``lock.acquire()`` returns: to be awaited, or entered with ``async with``."""
+
+    def __init__(self, acquire: Callable[[], Any], name: str) -> None:
+        super().__init__(
+            "lock.acquire(...)",
+            "`lease = await lock.acquire(...)` or `async with lock.acquire(...) as lease`",
+        )
+        self._acquire = acquire
+        self._name = name
+        self._lease: AsyncLease | None = None
+
+    @shown
+    def __repr__(self) -> str:
+        return f"{self._name!r}, to be awaited or entered"
+
+    def __await__(self) -> Generator[Any, None, AsyncLease]:
+        return cast("Generator[Any, None, AsyncLease]", self._acquire().__await__())
+
+    async def __aenter__(self) -> AsyncLease:
+        self._lease = await self._acquire()
+        return await self._lease.__aenter__()
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        assert self._lease is not None
+        lease, self._lease = self._lease, None
+        await lease.__aexit__(kind, error, traceback)
 
 
 # -- making locks --------------------------------------------------------------------------
@@ -58,7 +303,7 @@ def statements_of(store: Store | AsyncStore, kind: type[S], *, durable: bool) ->
     return cast("S", _statements(cast("Hashable", kind), table, tickets, store._sql.prefix_bytes))
 
 
-def make_terms(
+def make_options(
     store: Store | AsyncStore,
     name: str,
     *,
@@ -70,7 +315,7 @@ def make_terms(
     fair: bool,
     on_lost: Callable[..., Any] | None,
     metadata: Any,
-) -> Terms:
+) -> LockOptions:
     """Check what a lock is made with; `who` is the class that is made, in its blocking colour.
 
     Raises:
@@ -80,7 +325,7 @@ def make_terms(
         raise ConfigError(f"wakeup must be 'poll' or 'notify', not {wakeup!r}")
     require_callback(on_lost, "on_lost", who, blocking=isinstance(store, Store))
     key = key_of(name, store._sql.prefix_bytes, store._config.max_key_length)
-    return Terms(
+    return LockOptions(
         name,
         [key],
         statements_of(store, LockStatements, durable=durable),
@@ -93,7 +338,7 @@ def make_terms(
     )
 
 
-def granted(lease: Lease | AsyncLease | None, terms: Terms, timeout: float | None) -> Any:
+def granted(lease: Lease | AsyncLease | None, options: LockOptions, timeout: float | None) -> Any:
     """Return the lease that acquire() waited for.
 
     A function of its own: an error met on the way keeps the frames it passed through until the
@@ -104,10 +349,10 @@ def granted(lease: Lease | AsyncLease | None, terms: Terms, timeout: float | Non
     """
     if lease is not None:
         return lease
-    what = "lock" if terms.slots is None else f"semaphore of {terms.slots}"
+    what = "lock" if options.slots is None else f"semaphore of {options.slots}"
     waited = "at once" if not timeout else f"within {timeout:g} s"
     raise LockTimeoutError(
-        f"the {what} {terms.name!r} was not granted {waited}: it is held; holder() and `pgkv locks` "
+        f"the {what} {options.name!r} was not granted {waited}: it is held; holder() and `pgkv locks` "
         "show by whom"
     )
 
@@ -115,18 +360,18 @@ def granted(lease: Lease | AsyncLease | None, terms: Terms, timeout: float | Non
 class Acquirer:
     """What Lock and Semaphore share, for threads."""
 
-    _terms: Terms
-    _port: ThreadPort[Lease]
+    _options: LockOptions
+    _runtime: ThreadPort[Lease]
 
-    def _begin(self, store: Store, terms: Terms) -> None:
-        self._terms = terms
-        self._port = ThreadPort(store, Lease)
+    def _begin(self, store: Store, options: LockOptions) -> None:
+        self._options = options
+        self._runtime = ThreadPort(store, Lease)
         self._entered = threading.local()
 
     @property
     def name(self) -> str:
         """The name that was given."""
-        return self._terms.name
+        return self._options.name
 
     def acquire(self, timeout: Seconds | None = None) -> Lease:
         """Wait until it is granted.
@@ -148,14 +393,15 @@ class Acquirer:
                 the ttl.
         """
         longest = waiting(timeout)
-        flow = _grant.acquire(self._port, self._terms, longest)
-        return cast("Lease", granted(self._port.channel.run(flow), self._terms, longest))
+        flow = flows.acquire(self._runtime, self._options, longest)
+        return cast("Lease", granted(self._runtime.channel.run(flow), self._options, longest))
 
     def try_acquire(self) -> Lease | None:
         """Try once; None where somebody else holds it. It waits for nobody, not even for a
         `Lease.guard`."""
         return cast(
-            "Lease | None", self._port.channel.run(_grant.acquire(self._port, self._terms, 0.0))
+            "Lease | None",
+            self._runtime.channel.run(flows.acquire(self._runtime, self._options, 0.0)),
         )
 
     def __enter__(self) -> Lease:
@@ -174,7 +420,7 @@ class Acquirer:
 
     @shown
     def __repr__(self) -> str:
-        return self._terms.facts()
+        return self._options.facts()
 
     __reduce__ = refuse_pickle
 
@@ -182,12 +428,12 @@ class Acquirer:
 class AsyncAcquirer:
     """What AsyncLock and AsyncSemaphore share."""
 
-    _terms: Terms
-    _port: TaskPort[AsyncLease]
+    _options: LockOptions
+    _runtime: TaskPort[AsyncLease]
 
-    def _begin(self, store: AsyncStore, terms: Terms) -> None:
-        self._terms = terms
-        self._port = TaskPort(store, AsyncLease)
+    def _begin(self, store: AsyncStore, options: LockOptions) -> None:
+        self._options = options
+        self._runtime = TaskPort(store, AsyncLease)
         self._entered: weakref.WeakKeyDictionary[asyncio.Task[Any], list[AsyncLease]] = (
             weakref.WeakKeyDictionary()
         )
@@ -195,7 +441,7 @@ class AsyncAcquirer:
     @property
     def name(self) -> str:
         """The name that was given."""
-        return self._terms.name
+        return self._options.name
 
     def acquire(self, timeout: Seconds | None = None) -> AsyncGrant:
         """As `Lock.acquire`; the result is awaited, or entered with ``async with``. Cancelling it
@@ -203,17 +449,17 @@ class AsyncAcquirer:
         longest = waiting(timeout)
 
         async def acquired() -> AsyncLease:
-            flow = _grant.acquire(self._port, self._terms, longest)
+            flow = flows.acquire(self._runtime, self._options, longest)
             return cast(
-                "AsyncLease", granted(await self._port.channel.run(flow), self._terms, longest)
+                "AsyncLease", granted(await self._runtime.channel.run(flow), self._options, longest)
             )
 
         return AsyncGrant(acquired, self.name)
 
     async def try_acquire(self) -> AsyncLease | None:
         """As `Lock.try_acquire`."""
-        flow = _grant.acquire(self._port, self._terms, 0.0)
-        return cast("AsyncLease | None", await self._port.channel.run(flow))
+        flow = flows.acquire(self._runtime, self._options, 0.0)
+        return cast("AsyncLease | None", await self._runtime.channel.run(flow))
 
     async def __aenter__(self) -> AsyncLease:
         lease = await self.acquire()
@@ -234,7 +480,7 @@ class AsyncAcquirer:
 
     @shown
     def __repr__(self) -> str:
-        return self._terms.facts()
+        return self._options.facts()
 
     __reduce__ = refuse_pickle
 
@@ -292,16 +538,16 @@ class Lock(Acquirer):
         metadata: Any = None,
     ) -> None:
         require(store, Store, "Lock", "AsyncLock")
-        terms = make_terms(
+        options = make_options(
             store, name, who="Lock", ttl=ttl, renew=renew, durable=durable, wakeup=wakeup,
             fair=fair, on_lost=on_lost, metadata=metadata,
         )  # fmt: skip
-        self._begin(store, terms)
+        self._begin(store, options)
 
     def holder(self) -> LockInfo | None:
         """Return who holds it, or None."""
         return cast(
-            "LockInfo | None", self._port.channel.run(_grant.holder(self._port, self._terms))
+            "LockInfo | None", self._runtime.channel.run(flows.holder(self._runtime, self._options))
         )
 
     def force_release(self, token: int) -> bool:
@@ -319,7 +565,9 @@ class Lock(Acquirer):
         """
         return cast(
             "bool",
-            self._port.channel.run(_grant.force_release(self._port, self._terms, _token(token))),
+            self._runtime.channel.run(
+                flows.force_release(self._runtime, self._options, _token(token))
+            ),
         )
 
     def revoke(self, token: int) -> bool:
@@ -334,7 +582,8 @@ class Lock(Acquirer):
             InvalidValueError: `token` is no integer.
         """
         return cast(
-            "bool", self._port.channel.run(_grant.revoke(self._port, self._terms, _token(token)))
+            "bool",
+            self._runtime.channel.run(flows.revoke(self._runtime, self._options, _token(token))),
         )
 
 
@@ -364,27 +613,28 @@ class AsyncLock(AsyncAcquirer):
         metadata: Any = None,
     ) -> None:
         require(store, AsyncStore, "AsyncLock", "Lock")
-        terms = make_terms(
+        options = make_options(
             store, name, who="Lock", ttl=ttl, renew=renew, durable=durable, wakeup=wakeup,
             fair=fair, on_lost=on_lost, metadata=metadata,
         )  # fmt: skip
-        self._begin(store, terms)
+        self._begin(store, options)
 
     async def holder(self) -> LockInfo | None:
         """As `Lock.holder`."""
         return cast(
-            "LockInfo | None", await self._port.channel.run(_grant.holder(self._port, self._terms))
+            "LockInfo | None",
+            await self._runtime.channel.run(flows.holder(self._runtime, self._options)),
         )
 
     async def force_release(self, token: int) -> bool:
         """As `Lock.force_release`."""
-        flow = _grant.force_release(self._port, self._terms, _token(token))
-        return cast("bool", await self._port.channel.run(flow))
+        flow = flows.force_release(self._runtime, self._options, _token(token))
+        return cast("bool", await self._runtime.channel.run(flow))
 
     async def revoke(self, token: int) -> bool:
         """As `Lock.revoke`."""
-        flow = _grant.revoke(self._port, self._terms, _token(token))
-        return cast("bool", await self._port.channel.run(flow))
+        flow = flows.revoke(self._runtime, self._options, _token(token))
+        return cast("bool", await self._runtime.channel.run(flow))
 
 
 def _token(token: object) -> int:
@@ -393,4 +643,103 @@ def _token(token: object) -> int:
     return integer(token, "token")
 
 
-__all__ = ["AsyncLease", "AsyncLock", "Lease", "Lock", "LockInfo"]
+class Semaphore(Acquirer):
+    """At most `slots` holders of a name at a time, on however many machines.
+
+    Each slot is a lock of its own, with the same lease, renewal and guard as `Lock`'s; a grant takes
+    any free one. There are never more live leases than slots. `Lease.slot` says which one it is, and
+    tokens rise per slot: a resource that compares them must do so for each slot.
+
+    Args:
+        store: a `Store`, or a namespace of one.
+        name: what is limited. A `Lock` of the same name is something else.
+        slots: how many, at most 10,000. The number is kept in the database and must be the same for
+            all users of the name.
+        ttl: seconds that a dead holder keeps its slot.
+        resize: change the number kept to this one. Where it was higher, leases in the slots beyond
+            it count until they end.
+        renew: as of `Lock`.
+        durable: as of `Lock`.
+        on_lost: as of `Lock`.
+        metadata: as of `Lock`.
+
+    Raises:
+        ConfigError: (of `acquire` and `try_acquire`) the name has another number of slots.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        name: str,
+        slots: int,
+        ttl: Seconds = 30.0,
+        *,
+        resize: bool = False,
+        renew: bool = True,
+        durable: bool = True,
+        on_lost: Callable[..., Any] | None = None,
+        metadata: Any = None,
+    ) -> None:
+        require(store, Store, "Semaphore", "AsyncSemaphore")
+        self._begin(
+            store,
+            _semaphore_options(store, name, slots, ttl, resize, renew, durable, on_lost, metadata),
+        )
+
+    @property
+    def slots(self) -> int:
+        """How many may hold it at a time."""
+        return self._options.slots or 0
+
+
+class AsyncSemaphore(AsyncAcquirer):
+    """At most `slots` holders of a name at a time, for asyncio: :class:`Semaphore`, awaited."""
+
+    def __init__(
+        self,
+        store: AsyncStore,
+        name: str,
+        slots: int,
+        ttl: Seconds = 30.0,
+        *,
+        resize: bool = False,
+        renew: bool = True,
+        durable: bool = True,
+        on_lost: Callable[..., Any] | None = None,
+        metadata: Any = None,
+    ) -> None:
+        require(store, AsyncStore, "AsyncSemaphore", "Semaphore")
+        self._begin(
+            store,
+            _semaphore_options(store, name, slots, ttl, resize, renew, durable, on_lost, metadata),
+        )
+
+    @property
+    def slots(self) -> int:
+        """How many may hold it at a time."""
+        return self._options.slots or 0
+
+
+def _semaphore_options(
+    store: Store | AsyncStore,
+    name: str,
+    slots: int,
+    ttl: Seconds,
+    resize: bool,
+    renew: bool,
+    durable: bool,
+    on_lost: Callable[..., Any] | None,
+    metadata: Any,
+) -> LockOptions:
+    require_int("slots", slots, 1, SLOTS_MAX)
+    options = make_options(
+        store, name, who="Semaphore", ttl=ttl, renew=renew, durable=durable, wakeup="poll",
+        fair=False, on_lost=on_lost, metadata=metadata,
+    )  # fmt: skip
+    options.sql = statements_of(store, SemaphoreStatements, durable=durable)
+    options.keys = slot_keys(options.keys[0], slots)
+    options.slots, options.resize = slots, resize
+    return options
+
+
+__all__ = ["AsyncLease", "AsyncLock", "AsyncSemaphore", "Lease", "Lock", "LockInfo", "Semaphore"]

@@ -21,10 +21,9 @@ from ...aio import AsyncStore
 from ...errors import ConfigError, PgkvError
 from ...store import Store
 from .._runtime.colour import require, require_callback
-from . import flows as _grant
-from .api import make_terms
-from .lease import Hold, Terms, failed_callback, report
-from .leases import AsyncLease, Lease
+from . import flows
+from .api import AsyncLease, Lease, make_options
+from .lease import LeaseState, LockOptions, failed_callback, report
 from .runtime import TaskPort, ThreadPort
 
 if TYPE_CHECKING:
@@ -38,21 +37,21 @@ class _Candidate:
     """What both colours have.
 
     Args:
-        terms: of the lock that the leader holds.
+        options: of the lock that the leader holds.
         on_elected: the user's.
         on_lost: the user's.
     """
 
     def __init__(
         self,
-        terms: Terms,
+        options: LockOptions,
         on_elected: Callable[..., Any] | None,
         on_lost: Callable[..., Any] | None,
     ) -> None:
-        self._terms = terms
+        self._options = options
         self._on_elected = on_elected
         self._on_lost = on_lost
-        self._lease: Hold | None = None
+        self._lease: LeaseState | None = None
 
     @property
     def is_leader(self) -> bool:
@@ -69,37 +68,39 @@ class _Candidate:
     @shown
     def __repr__(self) -> str:
         lease = self._lease
-        return f"{self._terms.facts()}, {'not leading' if lease is None else f'leading: {lease!r}'}"
+        return (
+            f"{self._options.facts()}, {'not leading' if lease is None else f'leading: {lease!r}'}"
+        )
 
     __reduce__ = refuse_pickle
 
-    def _campaign(self, port: Any, work: _Work) -> Flow[None]:
+    def _campaign(self, runtime: Any, work: _Work) -> Flow[None]:
         """Campaign, lead, and again, until told to stop."""
         pause = RETRY_FIRST
         while not work.stopping():
             try:
-                lease = yield from _grant.acquire(port, self._terms, None, work.stopping)
+                lease = yield from flows.acquire(runtime, self._options, None, work.stopping)
             except PgkvError as error:
                 if not error.retryable and not isinstance(error, TimeoutError):
                     raise
                 _observe.warning(
-                    "pgkv.leader.waiting", lock=self._terms.name, error=type(error).__name__
+                    "pgkv.leader.waiting", lock=self._options.name, error=type(error).__name__
                 )
-                yield from call(port.wait, None, pause)
+                yield from call(runtime.wait, None, pause)
                 pause = min(pause * 2, RETRY_MAX)
                 continue
             if lease is None:
                 return
             pause = RETRY_FIRST
-            yield from self._lead(port, lease, work)
+            yield from self._lead(runtime, lease, work)
 
-    def _lead(self, port: Any, lease: Hold, work: _Work) -> Flow[None]:
+    def _lead(self, runtime: Any, lease: LeaseState, work: _Work) -> Flow[None]:
         self._lease = lease
         _observe.info("pgkv.leader.elected", lock=lease.name, term=lease.token)
         try:
             work.begin(self._on_elected, lease)
             while not lease.is_lost and not work.stopping() and not work.failed():
-                yield from call(port.wait, None, min(LOOK, lease.remaining()))
+                yield from call(runtime.wait, None, min(LOOK, lease.remaining()))
         finally:
             lost = lease.is_lost
             self._lease = None
@@ -108,16 +109,16 @@ class _Candidate:
             yield from call(work.tell, self._on_lost, lease)
             ended = yield from call(work.end, lease)
             if ended:
-                yield from _resign(port, lease)
+                yield from _resign(runtime, lease)
             else:
-                port.forget(lease)
+                runtime.forget(lease)
                 _observe.warning("pgkv.leader.work_goes_on", lock=lease.name, ttl=lease.ttl)
         work.raise_failure()
 
 
-def _resign(port: Any, lease: Hold) -> Flow[None]:
+def _resign(runtime: Any, lease: LeaseState) -> Flow[None]:
     try:
-        yield from _grant.release(port, lease)
+        yield from flows.release(runtime, lease)
     except PgkvError as error:
         # It ends by its ttl then.
         _observe.warning("pgkv.leader.resign_failed", lock=lease.name, error=type(error).__name__)
@@ -132,15 +133,15 @@ class _Work:
         """Whether run() is to end."""
         raise NotImplementedError
 
-    def begin(self, fn: Callable[..., Any] | None, lease: Hold) -> None:
+    def begin(self, fn: Callable[..., Any] | None, lease: LeaseState) -> None:
         """Start it beside."""
         raise NotImplementedError
 
-    def tell(self, fn: Callable[..., Any] | None, lease: Hold) -> Any:
+    def tell(self, fn: Callable[..., Any] | None, lease: LeaseState) -> Any:
         """Say that leading is over."""
         raise NotImplementedError
 
-    def end(self, lease: Hold) -> Any:
+    def end(self, lease: LeaseState) -> Any:
         """Wait for it to end, for as long as the lease lasts; whether it did."""
         raise NotImplementedError
 
@@ -163,7 +164,7 @@ class _ThreadWork(_Work):
     def stopping(self) -> bool:
         return self._stop.is_set()
 
-    def begin(self, fn: Callable[..., Any] | None, lease: Hold) -> None:
+    def begin(self, fn: Callable[..., Any] | None, lease: LeaseState) -> None:
         if fn is None:
             return
 
@@ -176,14 +177,14 @@ class _ThreadWork(_Work):
         self._thread = threading.Thread(target=work, name="pgkv-leader", daemon=True)
         self._thread.start()
 
-    def tell(self, fn: Callable[..., Any] | None, lease: Hold) -> None:
+    def tell(self, fn: Callable[..., Any] | None, lease: LeaseState) -> None:
         if fn is not None:
             try:
                 report(fn, lease)
             except Exception as error:  # noqa: BLE001  # the user's code
                 failed_callback(lease.name, error)
 
-    def end(self, lease: Hold) -> bool:
+    def end(self, lease: LeaseState) -> bool:
         thread, self._thread = self._thread, None
         if thread is not None:
             thread.join(lease.ttl)
@@ -198,11 +199,11 @@ class _TaskWork(_Work):
     def stopping(self) -> bool:
         return self._stop.is_set()
 
-    def begin(self, fn: Callable[..., Any] | None, lease: Hold) -> None:
+    def begin(self, fn: Callable[..., Any] | None, lease: LeaseState) -> None:
         if fn is not None:
             self._task = asyncio.get_running_loop().create_task(self._work(fn, lease))
 
-    async def _work(self, fn: Callable[..., Any], lease: Hold) -> None:
+    async def _work(self, fn: Callable[..., Any], lease: LeaseState) -> None:
         try:
             answer = report(fn, lease)
             if inspect.isawaitable(answer):
@@ -210,7 +211,7 @@ class _TaskWork(_Work):
         except Exception as error:  # noqa: BLE001  # raised again by run()
             self.failure = error
 
-    async def tell(self, fn: Callable[..., Any] | None, lease: Hold) -> None:
+    async def tell(self, fn: Callable[..., Any] | None, lease: LeaseState) -> None:
         if fn is not None:
             try:
                 answer = report(fn, lease)
@@ -219,7 +220,7 @@ class _TaskWork(_Work):
             except Exception as error:  # noqa: BLE001  # the user's code
                 failed_callback(lease.name, error)
 
-    async def end(self, lease: Hold) -> bool:
+    async def end(self, lease: LeaseState) -> bool:
         task, self._task = self._task, None
         if task is None:
             return True
@@ -229,7 +230,7 @@ class _TaskWork(_Work):
 
 
 class _ThreadElection(ThreadPort[Lease]):
-    """A port whose waits end when the candidate is to stop."""
+    """A runtime whose waits end when the candidate is to stop."""
 
     stop: threading.Event
 
@@ -287,7 +288,7 @@ class Leader(_Candidate):
         require(store, Store, "Leader", "AsyncLeader")
         for fn, what in ((on_elected, "on_elected"), (on_lost, "on_lost")):
             require_callback(fn, what, "Leader", blocking=True)
-        super().__init__(_terms(store, name, ttl, durable, metadata), on_elected, on_lost)
+        super().__init__(_leader_options(store, name, ttl, durable, metadata), on_elected, on_lost)
         self._store = store
 
     def run(self, stop: threading.Event | None = None) -> None:
@@ -304,9 +305,9 @@ class Leader(_Candidate):
         """
         _check_stop(stop, is_async=False)
         event = stop or threading.Event()
-        port = _ThreadElection(self._store, Lease)
-        port.stop = event
-        port.channel.run(self._campaign(port, _ThreadWork(event)))
+        runtime = _ThreadElection(self._store, Lease)
+        runtime.stop = event
+        runtime.channel.run(self._campaign(runtime, _ThreadWork(event)))
 
 
 class AsyncLeader(_Candidate):
@@ -329,16 +330,16 @@ class AsyncLeader(_Candidate):
         require(store, AsyncStore, "AsyncLeader", "Leader")
         for fn, what in ((on_elected, "on_elected"), (on_lost, "on_lost")):
             require_callback(fn, what, "Leader", blocking=False)
-        super().__init__(_terms(store, name, ttl, durable, metadata), on_elected, on_lost)
+        super().__init__(_leader_options(store, name, ttl, durable, metadata), on_elected, on_lost)
         self._store = store
 
     async def run(self, stop: asyncio.Event | None = None) -> None:
         """As `Leader.run`; cancelling it resigns too."""
         _check_stop(stop, is_async=True)
         event = stop or asyncio.Event()
-        port = _TaskElection(self._store, AsyncLease)
-        port.stop = event
-        await port.channel.run(self._campaign(port, _TaskWork(event)))
+        runtime = _TaskElection(self._store, AsyncLease)
+        runtime.stop = event
+        await runtime.channel.run(self._campaign(runtime, _TaskWork(event)))
 
 
 def _check_stop(stop: object, *, is_async: bool) -> None:
@@ -351,10 +352,10 @@ def _check_stop(stop: object, *, is_async: bool) -> None:
     raise ConfigError(f"run() waits for {wanted}, not {given}")
 
 
-def _terms(
+def _leader_options(
     store: Store | AsyncStore, name: str, ttl: Seconds, durable: bool, metadata: Any
-) -> Terms:
-    return make_terms(
+) -> LockOptions:
+    return make_options(
         store, name, who="Leader", ttl=ttl, renew=True, durable=durable, wakeup="poll",
         fair=False, on_lost=None, metadata=metadata,
     )  # fmt: skip

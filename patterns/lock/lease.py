@@ -168,7 +168,7 @@ def read_owner(row: bytes | None) -> tuple[str, Any]:
 
 
 @dataclass(slots=True)
-class Terms:
+class LockOptions:
     """What a lock was made with: the same for all its leases.
 
     Attributes:
@@ -204,24 +204,26 @@ class Terms:
         return f"{self.name!r}{slots} ttl={self.ttl:g}"
 
 
-class Hold:
+class LeaseState:
     """What both colours of lease are. Safe to use from any thread.
 
     Args:
-        terms: its lock's.
+        options: its lock's.
         key: the row.
         token: the grant's.
         owner: ``host:pid``.
         sent_at: `clock()` before the grant was sent.
     """
 
-    def __init__(self, terms: Terms, key: bytes, token: int, owner: str, sent_at: float) -> None:
-        self._terms = terms
+    def __init__(
+        self, options: LockOptions, key: bytes, token: int, owner: str, sent_at: float
+    ) -> None:
+        self._options = options
         self._key = key
         self._token = token
         self._owner = owner
         self._pid = os.getpid()
-        self._ttl = terms.ttl
+        self._ttl = options.ttl
         self._until = 0.0  # the end of trust
         self._due = 0.0  # when to renew
         self._reason = ""  # why it ended
@@ -231,14 +233,14 @@ class Hold:
         # One statement about the lease at a time: of a renewal and an extension that overlap,
         # nobody could say which the server did last.
         self._turn = threading.Lock()
-        self._trust(sent_at, terms.ttl)
+        self._trust(sent_at, options.ttl)
 
     # -- what users read
 
     @property
     def name(self) -> str:
         """The lock's name."""
-        return self._terms.name
+        return self._options.name
 
     @property
     def token(self) -> int:
@@ -255,7 +257,7 @@ class Hold:
     @property
     def slot(self) -> int | None:
         """Which of a semaphore's slots it is, from 0; None for a lock."""
-        if self._terms.slots is None:
+        if self._options.slots is None:
             return None
         return int(self._key.rpartition(SEPARATOR.encode())[2])
 
@@ -304,7 +306,7 @@ class Hold:
     def _trust(self, sent_at: float, ttl: float) -> None:
         """The server has granted `ttl` seconds at some time after `sent_at`."""
         self._until = sent_at + ttl - margin_of(ttl)
-        self._due = sent_at + ttl * RENEW_SHARE if self._terms.renew else float("inf")
+        self._due = sent_at + ttl * RENEW_SHARE if self._options.renew else float("inf")
         self._cause = None
 
     def _why(self) -> str:

@@ -14,7 +14,7 @@ from ...store import Store
 from .._runtime.colour import named
 from ..defaults import default_async_store, default_store
 from .api import Acquirer, AsyncAcquirer, AsyncLock, Lock
-from .fence import fence
+from .sql import fence
 
 if TYPE_CHECKING:
     from ...config import Seconds

@@ -25,7 +25,7 @@ from ... import _observe
 from ..._engine._async.connection import AsyncLink, Watchdog
 from ..._ops.op import Op
 from ...errors import OperationTimeoutError, PgkvError, translate
-from .lease import REASON_OF, Hold, clock, retry_pause
+from .lease import REASON_OF, LeaseState, clock, retry_pause
 from .sql import CLEAN_PAGES, LOCKED, RENEWED, LockStatements
 
 LOOK_MAX = 1.0  # seconds between looks at the clock: a suspended machine's timers are late
@@ -122,7 +122,7 @@ class Renewer:
         self._link = link
         self._lock = threading.Lock()
         # Weak: a lease that nobody can release any more ends by its ttl.
-        self._holds: dict[int, tuple[weakref.ref[Hold], str]] = {}
+        self._holds: dict[int, tuple[weakref.ref[LeaseState], str]] = {}
         self._next_look = float("inf")
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -135,7 +135,7 @@ class Renewer:
 
     # -- from any thread
 
-    def add(self, hold: Hold) -> None:
+    def add(self, hold: LeaseState) -> None:
         """Renew and watch the lease from now on."""
         first = min(hold._due, hold._until)
         with self._lock:
@@ -146,7 +146,7 @@ class Renewer:
         if sleeps_past:
             self._loop.call_soon_threadsafe(self._nudge)
 
-    def discard(self, hold: Hold) -> None:
+    def discard(self, hold: LeaseState) -> None:
         """Leave the lease alone."""
         with self._lock:
             self._holds.pop(id(hold), None)
@@ -158,7 +158,7 @@ class Renewer:
         if self._task is None:
             self._task = self._loop.create_task(self._run())
 
-    def _living(self) -> list[Hold]:
+    def _living(self) -> list[LeaseState]:
         with self._lock:
             entries = list(self._holds.items())
         living = []
@@ -196,7 +196,7 @@ class Renewer:
     def _look(self, now: float) -> float:
         """Tell of losses, start what is due; when to look again."""
         soonest = float("inf")
-        due: list[Hold] = []
+        due: list[LeaseState] = []
         for hold in self._living():
             if hold.is_lost:
                 self.discard(hold)
@@ -220,7 +220,7 @@ class Renewer:
             # Connecting takes several round trips: not out of a lease's time, if that can be.
             self._warm_at = now + WARM_PAUSE
             self._send_until = float("inf")
-            self._send(self._warm(self._living()[0]._terms.sql))
+            self._send(self._warm(self._living()[0]._options.sql))
         elif soonest < float("inf") and monotonic() >= self._clean_at:
             self._clean_at = monotonic() + CLEAN_PAUSE
             self._send_until = float("inf")
@@ -241,20 +241,22 @@ class Renewer:
         with contextlib.suppress(PgkvError):
             await self._link.execute(sql.renew([]), SEND_MAX)
 
-    async def _renew(self, due: list[Hold], seconds: float) -> None:
+    async def _renew(self, due: list[LeaseState], seconds: float) -> None:
         until = clock() + seconds
         mine = _take_turns(due)
         due.clear()
         try:
             # Locks made one by one have statements of their own, but mostly one table.
-            for sql in {hold._terms.sql.t: hold._terms.sql for hold in mine}.values():
+            for sql in {hold._options.sql.t: hold._options.sql for hold in mine}.values():
                 self._tables.setdefault(sql.t, _Cleaning(sql))
-                batch = [hold for hold in mine if hold._terms.sql.t == sql.t]
+                batch = [hold for hold in mine if hold._options.sql.t == sql.t]
                 await self._renew_table(sql, batch, max(0.001, until - clock()))
         finally:
             _end_turns(mine)
 
-    async def _renew_table(self, sql: LockStatements, batch: list[Hold], seconds: float) -> None:
+    async def _renew_table(
+        self, sql: LockStatements, batch: list[LeaseState], seconds: float
+    ) -> None:
         sent_at = clock()
         op = sql.renew([(hold._key, hold._token, hold._ttl) for hold in batch])
         try:
@@ -268,7 +270,7 @@ class Renewer:
         self._failing = False
         _note(batch, codes, sent_at)
 
-    def _failed(self, batch: list[Hold], error: PgkvError) -> None:
+    def _failed(self, batch: list[LeaseState], error: PgkvError) -> None:
         for hold in batch:
             hold._cause = error.with_traceback(None)
         if not self._failing:
@@ -313,7 +315,7 @@ def _broken(error: BaseException) -> None:
     _observe.warning("pgkv.lock.renewal_broken", error=type(error).__name__, detail=str(error))
 
 
-def _take_turns(due: list[Hold]) -> list[Hold]:
+def _take_turns(due: list[LeaseState]) -> list[LeaseState]:
     """Those that nobody else is sending a statement about."""
     for hold in due:
         # Whatever becomes of this try: it is not due again before a while.
@@ -321,13 +323,13 @@ def _take_turns(due: list[Hold]) -> list[Hold]:
     return [hold for hold in due if hold._turn.acquire(blocking=False)]
 
 
-def _end_turns(mine: list[Hold]) -> None:
+def _end_turns(mine: list[LeaseState]) -> None:
     for hold in mine:
         hold._turn.release()
     mine.clear()
 
 
-def _note(batch: list[Hold], codes: dict[bytes, int], sent_at: float) -> None:
+def _note(batch: list[LeaseState], codes: dict[bytes, int], sent_at: float) -> None:
     """What the server said of each."""
     for hold in batch:
         code = codes.get(hold._key, LOCKED)

@@ -18,7 +18,7 @@ from ..._engine._async.channel import AsyncPoolChannel
 from ..._engine._sync.channel import PoolChannel
 from ...config import Config, Pooler
 from ...errors import TransactionError
-from .lease import Hold, Terms
+from .lease import LeaseState, LockOptions
 from .renewal import STOP_TIME, OwnLink, Renewer
 from .wakeup import Listener, TaskWaiting, ThreadWaiting, say_polling
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from ...config import Table
     from ...store import Store
 
-H = TypeVar("H", bound=Hold)
+H = TypeVar("H", bound=LeaseState)
 T = TypeVar("T")
 
 
@@ -172,13 +172,13 @@ class _Port(Generic[H]):
         """The renewal and wake-ups of this process (loop)."""
         raise NotImplementedError
 
-    def lease(self, terms: Terms, key: bytes, token: int, owner: str, sent_at: float) -> H:
+    def lease(self, terms: LockOptions, key: bytes, token: int, owner: str, sent_at: float) -> H:
         """Make a lease and see to its renewal."""
         hold = self._make(self, terms, key, token, owner, sent_at)
         self.background().renewer.add(hold)
         return hold
 
-    def forget(self, hold: Hold) -> None:
+    def forget(self, hold: LeaseState) -> None:
         """Renew it no more."""
         self.background().renewer.discard(hold)
 
@@ -211,7 +211,7 @@ class ThreadPort(_Port[H]):
             self._pid = os.getpid()
         return self._background
 
-    def subscribe(self, terms: Terms) -> ThreadWaiting | None:
+    def subscribe(self, terms: LockOptions) -> ThreadWaiting | None:
         """Begin to hear of releases."""
         if not self._may_listen():
             return None
@@ -252,7 +252,7 @@ class TaskPort(_Port[H]):
             self._pid = os.getpid()
         return self._background
 
-    async def subscribe(self, terms: Terms) -> TaskWaiting | None:
+    async def subscribe(self, terms: LockOptions) -> TaskWaiting | None:
         """Begin to hear of releases."""
         if not self._may_listen():
             return None

@@ -1,4 +1,4 @@
-"""The statements of locks: grant, renew, release, guard, and what an operator asks.
+"""The statements of locks and semaphores: grant, renew, release, guard, and what an operator asks.
 
 A lock is one row of its own table: who holds it (`value`), until when (`expires_at`), and by which
 grant (`version`, the fencing token). The row stays when the lease ends, so the token rises.
@@ -21,7 +21,8 @@ from typing import Any, NamedTuple, TypeVar
 from ..._ops import codec as _codec
 from ..._ops.op import BINARY, TEXT, Op, Raced, Result, Signal, Statement
 from ..._sql.table import STATEMENT_US, read_changed, read_int
-from ...config import Table
+from ...config import Table, quote_identifier
+from ...errors import InvalidValueError
 
 T = TypeVar("T")
 
@@ -579,3 +580,143 @@ def _read_place(result: Result) -> Place | None:
 
 def _read_text(result: Result) -> str:
     return (result.get_value(0, 0) or b"").decode()
+
+
+# -- semaphores ----------------------------------------------------------------------------
+
+
+class Undefined(NamedTuple):
+    """The semaphore has another number of slots, or (None) none yet."""
+
+    slots: int | None
+
+
+class SemaphoreStatements(LockStatements):
+    """A semaphore's slots are the rows ``name U+001F i``; its size is the row ``name U+001F``."""
+
+    @cached_property
+    def _grant_slot(self) -> Statement[Granted | Denied | Undefined]:
+        # Each slot is a lock of its own, so there are never more leases than slots. Leases in
+        # slots beyond the number (it was lowered) count too until they end.
+        sql = (
+            f"WITH {CLOCK}, size AS MATERIALIZED (SELECT value FROM {self.t} WHERE key = $5), "
+            f"cur AS MATERIALIZED (SELECT key, value, expires_at FROM {self.t} "
+            'WHERE key COLLATE "C" > $5 AND key COLLATE "C" < $5 || \':\'), '
+            "mine AS MATERIALIZED (SELECT key FROM cur, n "
+            "WHERE value = $2 AND expires_at > n.ts LIMIT 1), "
+            "taken AS MATERIALIZED (SELECT count(*) c FROM cur, n "
+            "WHERE value <> $2 AND expires_at > n.ts), "
+            f"free AS MATERIALIZED (SELECT key FROM {self.t} WHERE key = ANY($1::text[]) "
+            f"AND expires_at <= {NOW} AND NOT EXISTS (SELECT 1 FROM mine) "
+            "LIMIT 1 FOR UPDATE SKIP LOCKED), "
+            "pick AS MATERIALIZED (SELECT key FROM mine UNION ALL SELECT key FROM free UNION ALL "
+            "(SELECT k FROM unnest($1::text[]) k WHERE NOT EXISTS (SELECT 1 FROM mine) "
+            "AND NOT EXISTS (SELECT 1 FROM free) "
+            "AND NOT EXISTS (SELECT 1 FROM cur WHERE cur.key = k) ORDER BY random() LIMIT 1)), "
+            + self.granting(
+                "pick.key",
+                "n, pick",
+                "(SELECT value FROM size) = $6 AND (SELECT c FROM taken) < $7::bigint",
+            )
+            + " SELECT version, key, NULL::bytea, NULL::float8, 0::bigint FROM g UNION ALL "
+            "SELECT NULL, NULL, (SELECT value FROM size), (SELECT min(extract(epoch from "
+            f"expires_at - {NOW})) FROM cur WHERE expires_at > {NOW})::float8, "
+            "(SELECT c FROM taken) WHERE NOT EXISTS (SELECT 1 FROM g)"
+        )
+        formats = (BINARY, BINARY, BINARY, TEXT, TEXT, BINARY, BINARY)
+        return self._statement(
+            "semaphore_grant", sql, formats, lambda result: result, retry_safe=True, repeats=REPEATS
+        )
+
+    def grant_slot(
+        self, keys: Sequence[bytes], owner: bytes, ttl: float, patience: float
+    ) -> Op[Granted | Denied | Undefined]:
+        """Take any free slot of these; arguments as of `grant`."""
+        params = (
+            _codec.encode_array(keys), owner, _codec.encode_float8(ttl), milliseconds(patience),
+            size_key(keys), b"%d" % len(keys), _codec.encode_int8(len(keys)),
+        )  # fmt: skip
+        slots = len(keys)
+
+        def decode(result: Result) -> Granted | Denied | Undefined | Signal:
+            column = result.get_value
+            token = column(0, 0)
+            if token is not None:
+                return Granted(_codec.decode_int(token), column(0, 1) or b"")
+            size, left = column(0, 2), column(0, 3)
+            if size is None or int(size) != slots:
+                return Undefined(None if size is None else int(size))
+            denied = Denied(None, 0.0 if left is None else _codec.decode_float8(left))
+            # There was a slot, but somebody was quicker, or has its row in flight.
+            return denied if _codec.decode_int(column(0, 4)) >= slots else Raced(denied)
+
+        return Op(self._grant_slot, params, decode)
+
+    @cached_property
+    def _define(self) -> Statement[int]:
+        return self._statement(
+            "semaphore_define",
+            f"WITH i AS (INSERT INTO {self.t} AS t "
+            "(key, value, expires_at, created_at, updated_at, version) SELECT $1, $2, "
+            "'infinity'::timestamptz, c, c, (extract(epoch from c) * 1000000)::bigint "
+            "FROM (SELECT clock_timestamp() c) n ON CONFLICT (key) DO UPDATE SET "
+            "value = CASE WHEN $3::bool THEN EXCLUDED.value ELSE t.value END RETURNING value) "
+            "SELECT value FROM i",
+            (TEXT, BINARY, BINARY),
+            _read_slots,
+            retry_safe=True,
+        )
+
+    def define(self, keys: Sequence[bytes], *, resize: bool) -> Op[int]:
+        """Say how many slots there are, where nobody has, or anew; the number that holds."""
+        return Op(self._define, (size_key(keys), b"%d" % len(keys), bytes([resize])))
+
+
+def slot_keys(key: bytes, slots: int) -> list[bytes]:
+    """The rows of a semaphore's slots."""
+    return [key + SEPARATOR.encode() + b"%d" % slot for slot in range(slots)]
+
+
+def size_key(keys: Sequence[bytes]) -> bytes:
+    """The row that says how many there are."""
+    return keys[0].rpartition(SEPARATOR.encode())[0] + SEPARATOR.encode()
+
+
+def _read_slots(result: Result) -> int:
+    return int(result.get_value(0, 0) or b"0")
+
+
+# -- the fence -----------------------------------------------------------------------------
+
+
+def fence(table: str, column: str) -> str:
+    """The commands that make the trigger, and again the same if it is there."""
+    parts = [_name(part, "table") for part in str(table).split(".")]
+    if len(parts) not in (1, 2):
+        raise InvalidValueError("table must be a name, or schema.name")
+    name, quoted = _name(column, "column"), ".".join(map(quote_identifier, parts))
+    value = quote_identifier(name)
+    schema = f"{quote_identifier(parts[0])}." if len(parts) == 2 else ""
+    # 63 bytes for an identifier; the trigger of one table may be of any name.
+    function = schema + quote_identifier(f"pgkv_fence_{parts[-1]}_{name}"[:60])
+    return f"""\
+CREATE OR REPLACE FUNCTION {function}() RETURNS trigger LANGUAGE plpgsql AS $pgkv$
+BEGIN
+    IF NEW.{value} IS NULL OR NEW.{value} < OLD.{value} THEN
+        RAISE EXCEPTION 'fenced: the token of this write is older than the last one of the row'
+            USING ERRCODE = '55000',
+            HINT = 'The lease of this writer was lost; another holder has written since.';
+    END IF;
+    RETURN NEW;
+END
+$pgkv$;
+DROP TRIGGER IF EXISTS pgkv_fence ON {quoted};
+CREATE TRIGGER pgkv_fence BEFORE UPDATE ON {quoted}
+    FOR EACH ROW EXECUTE FUNCTION {function}();
+"""
+
+
+def _name(name: object, what: str) -> str:
+    if not isinstance(name, str) or not name or "\0" in name or "$pgkv$" in name:
+        raise InvalidValueError(f"{what} must be a name")
+    return name

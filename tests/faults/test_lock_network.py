@@ -15,7 +15,7 @@ import pytest
 import pgkv
 from pgkv._ops.drivers import drive
 from pgkv._ops.op import Call
-from pgkv.patterns.lock import flows as _grant
+from pgkv.patterns.lock import flows
 from tests.colours import Colour
 from tests.faults.proxy import Proxy
 from tests.faults.support import newest
@@ -226,12 +226,14 @@ def test_failing_at_every_step(dsn: str) -> None:
                     for after in (False, True):
                         with pytest.raises(KeyboardInterrupt):
                             drive(
-                                _grant.acquire(blocked._port, blocked._terms, 5.0),
+                                flows.acquire(blocked._runtime, blocked._options, 5.0),
                                 _failing(store, k, after),
                             )
             for after in (False, True):
                 with pytest.raises(KeyboardInterrupt):
-                    drive(_grant.acquire(lock._port, lock._terms, 5.0), _failing(store, 0, after))
+                    drive(
+                        flows.acquire(lock._runtime, lock._options, 5.0), _failing(store, 0, after)
+                    )
                 with lock.acquire(timeout=0):
                     pass
     with psycopg.connect(dsn) as conn:

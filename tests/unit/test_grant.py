@@ -9,7 +9,7 @@ import pytest
 import pgkv
 from pgkv._ops.drivers import drive
 from pgkv._ops.op import Call, Op
-from pgkv.patterns.lock import flows as _grant
+from pgkv.patterns.lock import flows
 from pgkv.patterns.lock.sql import Denied
 
 
@@ -49,14 +49,14 @@ def test_one_try_has_the_time_of_any_operation(
     less: connecting may take longer than a second."""
     port: Any = BusyPort()
     slots = {"slots": 2} if kind is pgkv.Semaphore else {}
-    terms = kind(store, "n", ttl=ttl, **slots)._terms
-    assert drive(_grant.acquire(port, terms, 0.0), perform) is None
+    terms = kind(store, "n", ttl=ttl, **slots)._options
+    assert drive(flows.acquire(port, terms, 0.0), perform) is None
     assert port.asked == [seconds]
 
 
 def test_who_waits_has_his_time_and_a_second_at_least(store: pgkv.Store) -> None:
     """Each statement of a wait ends with it, but none is given less than a second."""
     port: Any = BusyPort()
-    terms = pgkv.Lock(store, "n")._terms
-    assert drive(_grant.acquire(port, terms, 0.001), perform) is None
+    terms = pgkv.Lock(store, "n")._options
+    assert drive(flows.acquire(port, terms, 0.001), perform) is None
     assert set(port.asked) == {1.0}

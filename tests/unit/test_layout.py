@@ -25,7 +25,7 @@ MODULES_WITH_SQL = {
     "pgkv/_engine/sweep.py",
     "pgkv/testing.py",  # puts a clock of its own into a test's schema
 }
-PATTERN_MODULES_WITH_SQL = ("sql", "semaphore_sql", "fence")  # each pattern's own
+PATTERN_MODULES_WITH_SQL = ("sql",)  # each pattern's own
 PACKAGES_WITH_SQL = ("pgkv/_sql/", "pgkv/_cli/doctor/")
 # Verbs as statements have them; upper case for the two that are also plain English in a message.
 SQL_VERB = re.compile(

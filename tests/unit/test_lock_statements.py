@@ -9,7 +9,7 @@ import pytest
 
 from pgkv._ops.op import Op
 from pgkv.config import Table, TableKind
-from pgkv.patterns.lock.semaphore_sql import SemaphoreStatements, slot_keys
+from pgkv.patterns.lock.sql import SemaphoreStatements, slot_keys
 
 SQL = SemaphoreStatements(
     Table("kv_locks", "s", kind=TableKind.LOCKS), Table("kv_tickets", "s", kind=TableKind.TICKETS)

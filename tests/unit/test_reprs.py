@@ -49,8 +49,8 @@ async def load_order(order_id: int) -> dict[str, int]:
 
 def lease_of(lock: Any, *, begun: float = 0.0) -> pgkv.Lease:
     """A lease as if it had been granted `begun` seconds ago."""
-    terms = lock._terms
-    return pgkv.Lease(lock._port, terms, terms.keys[-1], 17, "host:1", clock() - begun)
+    terms = lock._options
+    return pgkv.Lease(lock._runtime, terms, terms.keys[-1], 17, "host:1", clock() - begun)
 
 
 def session_of(user_id: str | None = None, token: str = TOKEN, **state: Any) -> pgkv.Session:
