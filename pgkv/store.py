@@ -32,8 +32,7 @@ from ._engine.caller import unwrap
 from ._engine.unopened import Unopened
 from ._observe import shown
 from ._ops.codec import seconds, whole
-from ._ops.drivers import call
-from ._ops.op import Call
+from ._ops.drivers import invoke
 from ._settings import (
     Target,
     check_pool,
@@ -787,7 +786,7 @@ class Store:
 
         def once() -> T:
             with self._channel.transaction(isolation) as channel:
-                return call(Call(fn, self._view(channel=channel)))  # type: ignore[no-any-return]  # what fn returns
+                return invoke(fn, self._view(channel=channel))  # type: ignore[no-any-return]  # what fn returns
 
         return _retry.retrying_transaction(self._config.retry)(once)
 

@@ -3,14 +3,10 @@ itself is in `_cached_core`, once."""
 
 from __future__ import annotations
 
-import asyncio
-import inspect
-import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from ..._ops.drivers import call_async, drive, drive_async
-from ..._ops.op import Call, Flow, Op, Sleep
+from ..._ops.op import Flow, Op
 from .._runtime.background import heartbeats, start_task_heartbeat, tasks, threads
 from .context import Site
 
@@ -22,25 +18,7 @@ class Blocking:
 
     def run(self, site: Site, flow: Flow[T], timeout: float | None) -> T:
         """Run a flow, each of its operations within `timeout` seconds."""
-        execute = site.store._execute
-
-        def perform(step: Any) -> Any:
-            if isinstance(step, Op):
-                return execute(step, timeout)
-            if isinstance(step, Sleep):
-                return time.sleep(step.seconds)
-            assert isinstance(step, Call)
-            answer = step.fn(*step.args)
-            if inspect.isawaitable(answer):
-                if inspect.iscoroutine(answer):
-                    answer.close()
-                raise TypeError(
-                    "cached: a function that is not `async def` returned an awaitable; "
-                    "make it `async def`"
-                )
-            return answer
-
-        return drive(flow, perform)
+        return site.store._run(flow, timeout)  # type: ignore[no-any-return]  # either colour's
 
     def later(self, site: Site, make: Callable[[], Flow[Any]], timeout: float) -> bool:
         """Run a flow in a thread; False when there is no room."""
@@ -58,16 +36,7 @@ class Awaiting:
 
     async def run(self, site: Site, flow: Flow[T], timeout: float | None) -> T:
         """Run a flow, each of its operations within `timeout` seconds."""
-        execute = site.store._execute
-
-        async def perform(step: Any) -> Any:
-            if isinstance(step, Op):
-                return await execute(step, timeout)
-            if isinstance(step, Sleep):
-                return await asyncio.sleep(step.seconds)
-            return await call_async(step)
-
-        return await drive_async(flow, perform)
+        return await site.store._run(flow, timeout)  # type: ignore[no-any-return]  # either colour's
 
     def later(self, site: Site, make: Callable[[], Flow[Any]], timeout: float) -> bool:
         """Run a flow in a task of this loop; False when there is no room."""

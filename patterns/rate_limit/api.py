@@ -15,7 +15,7 @@ from typing import Any, ParamSpec, Self, TypeVar
 
 from ..._observe import shown
 from ..._ops.drivers import drive, drive_async
-from ..._ops.op import Flow, Op, Sleep
+from ..._ops.op import Flow, Op
 from ..._settings import refuse_pickle
 from ...aio import AsyncStore
 from ...config import Seconds
@@ -271,17 +271,17 @@ class RateLimiter(Core):
         """Run a flow; its statements together take at most `timeout`, sleeps apart."""
         until = monotonic() + self.timeout
 
-        def perform(step: Any) -> Any:
+        def execute(op: Op[Any], _: float | None) -> Any:
+            return self._execute(op, max(until - monotonic(), CANCEL_SECONDS_MIN))
+
+        def sleep(seconds: float) -> None:
             nonlocal until
-            if isinstance(step, Op):
-                return self._execute(step, max(until - monotonic(), CANCEL_SECONDS_MIN))
-            assert isinstance(step, Sleep)
             try:
-                return time.sleep(step.seconds)
+                time.sleep(seconds)
             finally:
                 until = monotonic() + self.timeout
 
-        return drive(flow, perform)
+        return drive(flow, execute, sleep=sleep)
 
 
 class AsyncRateLimiter(Core):
@@ -375,17 +375,17 @@ class AsyncRateLimiter(Core):
     async def _drive(self, flow: Flow[T]) -> T:
         until = monotonic() + self.timeout
 
-        async def perform(step: Any) -> Any:
+        async def execute(op: Op[Any], _: float | None) -> Any:
+            return await self._execute(op, max(until - monotonic(), CANCEL_SECONDS_MIN))
+
+        async def sleep(seconds: float) -> None:
             nonlocal until
-            if isinstance(step, Op):
-                return await self._execute(step, max(until - monotonic(), CANCEL_SECONDS_MIN))
-            assert isinstance(step, Sleep)
             try:
-                return await asyncio.sleep(step.seconds)
+                await asyncio.sleep(seconds)
             finally:
                 until = monotonic() + self.timeout
 
-        return await drive_async(flow, perform)
+        return await drive_async(flow, execute, sleep=sleep)
 
 
 class _Reserved:

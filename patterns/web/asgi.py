@@ -8,8 +8,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, TypeAlias
 
 from ..._observe import shown
-from ..._ops.drivers import call_async, drive_async
-from ..._ops.op import Call
+from ..._ops.drivers import drive_async
 from ...config import Seconds
 from ...errors import SessionError
 from .._runtime.colour import require
@@ -99,7 +98,7 @@ class RateLimitMiddleware:
             await self.app(scope, receive, send)
             return
         with heard_by_servers():
-            verdict = await drive_async(self._guard.check(HttpRequest(scope)), perform)
+            verdict = await drive_async(self._guard.check(HttpRequest(scope)))
         if verdict is not None and verdict.refuse:
             headers, body = self._guard.refusal(verdict)
             await _refuse(scope, receive, send, _encoded(headers), body)
@@ -115,12 +114,6 @@ class RateLimitMiddleware:
             await send(message)
 
         await self.app(scope, receive, sending)
-
-
-async def perform(step: Any) -> Any:
-    """Perform a step of a guard's flow."""
-    assert isinstance(step, Call)
-    return await call_async(step)
 
 
 def _encoded(headers: dict[str, str]) -> list[tuple[bytes, bytes]]:

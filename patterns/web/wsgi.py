@@ -8,8 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeAlias
 
 from ..._observe import shown
-from ..._ops.drivers import call, drive
-from ..._ops.op import Call
+from ..._ops.drivers import drive
 from ...config import Seconds
 from .._runtime.colour import require
 from ..rate_limit.api import RateLimiter
@@ -84,7 +83,7 @@ class WSGIRateLimitMiddleware:
 
     def __call__(self, environ: dict[str, Any], start_response: StartResponse) -> Iterable[bytes]:
         with heard_by_servers():
-            verdict = drive(self._guard.check(HttpRequest(environ)), perform)
+            verdict = drive(self._guard.check(HttpRequest(environ)))
         if verdict is not None and verdict.refuse:
             headers, body = self._guard.refusal(verdict)
             start_response(f"{STATUS} Too Many Requests", list(headers.items()))
@@ -97,12 +96,6 @@ class WSGIRateLimitMiddleware:
             return start_response(status, [*headers, *added], *more)
 
         return self.app(environ, starting)
-
-
-def perform(step: Any) -> Any:
-    """Perform a step of a guard's flow."""
-    assert isinstance(step, Call)
-    return call(step)
 
 
 # -- sessions ------------------------------------------------------------------------------

@@ -1,50 +1,40 @@
-"""The two drivers that run any flow: one blocks, one awaits. What a step means is the channel's."""
+"""The two drivers of flows: one blocks, one awaits. A channel's `run` calls them with the channel's
+own way to perform an operation.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import inspect
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
-from .op import Call, Expired, Flow
+from .op import Call, Expired, Flow, Op, Sleep
 
 T = TypeVar("T")
 
 
-def drive(flow: Flow[T], perform: Callable[[Any], Any]) -> T:
-    """Run a flow to its end. Failures of a step are thrown into it, so its ``finally`` runs."""
-    step_outcome: Any = None
-    failure: BaseException | None = None
-    while True:
-        try:
-            step = flow.send(step_outcome) if failure is None else flow.throw(failure)
-        except StopIteration as end:
-            failure = None  # its traceback holds this frame, and the callers' with all they hold
-            return end.value  # type: ignore[no-any-return]  # what the generator returns
-        step_outcome = failure = None
-        try:
-            step_outcome = perform(step)
-        except BaseException as error:  # noqa: BLE001  # thrown into the flow, which lets it out
-            failure = error
+def _unexpected(step: Any, _timeout: float | None) -> Any:
+    raise AssertionError(f"this driver cannot perform {step!r}")
 
 
-def call(step: Call[Any]) -> Any:
-    """Perform a call step: sync code only."""
-    answer = step.fn(*step.args)
-    if inspect.isawaitable(answer):
-        if inspect.iscoroutine(answer):
-            answer.close()
-        raise TypeError("a function given to a Store must not be async; use AsyncStore")
-    return answer
+def drive(
+    flow: Flow[T],
+    execute: Callable[[Op[Any], float | None], Any] = _unexpected,
+    timeout: float | None = None,
+    together: Callable[[Any, float | None], Any] = _unexpected,
+    sleep: Callable[[float], Any] = time.sleep,
+) -> T:
+    """Run a flow to its end. A step that fails raises inside the flow, so its ``finally`` runs.
 
-
-def answer_of(answer: Any) -> Any:
-    """The caller's part of an answer, where nothing is collected."""
-    return answer.answer if isinstance(answer, Expired) else answer
-
-
-async def drive_async(flow: Flow[T], perform: Callable[[Any], Awaitable[Any]]) -> T:
-    """Run a flow to its end; see `drive`. A cancellation is thrown into it as well."""
+    Args:
+        flow: yields the steps.
+        execute: performs an `Op`; called with the operation and `timeout`.
+        timeout: passed on as it is.
+        together: performs a `Transaction` or a `Batch`; called like `execute`.
+        sleep: performs a `Sleep`; called with the seconds.
+    """
     outcome: Any = None
     failure: BaseException | None = None
     while True:
@@ -55,12 +45,74 @@ async def drive_async(flow: Flow[T], perform: Callable[[Any], Awaitable[Any]]) -
             return end.value  # type: ignore[no-any-return]  # what the generator returns
         outcome = failure = None
         try:
-            outcome = await perform(step)
-        except BaseException as error:  # noqa: BLE001  # thrown into the flow, which lets it out
+            if isinstance(step, Op):
+                outcome = execute(step, timeout)
+            elif isinstance(step, Sleep):
+                sleep(step.seconds)
+            elif isinstance(step, Call):
+                outcome = invoke(step.fn, *step.args)
+            else:
+                outcome = together(step, timeout)
+        except BaseException as error:  # noqa: BLE001  # raised inside the flow, which lets it out
             failure = error
 
 
-async def call_async(step: Call[Any]) -> Any:
-    """Perform a call step."""
-    answer = step.fn(*step.args)
-    return await answer if inspect.isawaitable(answer) else answer
+def invoke(fn: Callable[..., Any], *args: Any) -> Any:
+    """Call a user's function from sync code.
+
+    Raises:
+        TypeError: it returned an awaitable.
+    """
+    answer = fn(*args)
+    if inspect.isawaitable(answer):
+        if inspect.iscoroutine(answer):
+            answer.close()
+        name = getattr(fn, "__qualname__", repr(fn))
+        raise TypeError(
+            f"{name} returned an awaitable, and sync code cannot await it: pass a function that "
+            "is not async, or use the async class (AsyncStore); a decorated function must be "
+            "`async def`"
+        )
+    return answer
+
+
+def answer_of(answer: Any) -> Any:
+    """The caller's part of an answer, where nothing is collected."""
+    return answer.answer if isinstance(answer, Expired) else answer
+
+
+async def _unexpected_async(step: Any, _timeout: float | None) -> Any:
+    _unexpected(step, _timeout)
+
+
+async def drive_async(
+    flow: Flow[T],
+    execute: Callable[[Op[Any], float | None], Awaitable[Any]] = _unexpected_async,
+    timeout: float | None = None,
+    together: Callable[[Any, float | None], Awaitable[Any]] = _unexpected_async,
+    sleep: Callable[[float], Awaitable[Any]] = asyncio.sleep,
+) -> T:
+    """Run a flow to its end; see `drive`. A cancellation is raised inside the flow as well, and
+    a `Call` may return an awaitable."""
+    outcome: Any = None
+    failure: BaseException | None = None
+    while True:
+        try:
+            step = flow.send(outcome) if failure is None else flow.throw(failure)
+        except StopIteration as end:
+            failure = None  # its traceback holds this frame, and the callers' with all they hold
+            return end.value  # type: ignore[no-any-return]  # what the generator returns
+        outcome = failure = None
+        try:
+            if isinstance(step, Op):
+                outcome = await execute(step, timeout)
+            elif isinstance(step, Sleep):
+                await sleep(step.seconds)
+            elif isinstance(step, Call):
+                outcome = step.fn(*step.args)
+                if inspect.isawaitable(outcome):
+                    outcome = await outcome
+            else:
+                outcome = await together(step, timeout)
+        except BaseException as error:  # noqa: BLE001  # raised inside the flow, which lets it out
+            failure = error

@@ -11,7 +11,6 @@ from .._ops.drivers import drive_async
 from ..patterns.rate_limit.api import AsyncRateLimiter
 from ..patterns.rate_limit.options import OnError
 from ..patterns.rate_limit.policy import Decision
-from ..patterns.web.asgi import perform
 from ..patterns.web.exempt import Exempt
 from ..patterns.web.limit import STATUS, Guard, Headers, Limits, Verdict, problem
 
@@ -92,7 +91,7 @@ def rate_limit(
     )
 
     async def dependency(request: Request, response: Response) -> None:
-        verdict = await drive_async(guard.check(request), perform)
+        verdict = await drive_async(guard.check(request))
         if verdict is not None and verdict.refuse:
             raise RateLimited(guard, verdict)
         response.headers.update(guard.headers(verdict))

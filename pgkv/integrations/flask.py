@@ -21,7 +21,7 @@ from ..patterns.web.cookie import Cookie, SameSite
 from ..patterns.web.exempt import Exempt, exemption
 from ..patterns.web.limit import STATUS, Guard, Headers, Limits
 from ..patterns.web.session import Visit
-from ..patterns.web.wsgi import lazy_visit, made_private, perform
+from ..patterns.web.wsgi import lazy_visit, made_private
 
 if TYPE_CHECKING:
     from ..config import Seconds
@@ -83,7 +83,7 @@ def rate_limit(
     def decorate(view: Callable[P, R]) -> Callable[P, Any]:
         @functools.wraps(view)
         def limited(*args: P.args, **kwargs: P.kwargs) -> Any:
-            verdict = drive(guard.check(flask.request), perform)
+            verdict = drive(guard.check(flask.request))
             if verdict is not None and verdict.refuse:
                 found, body = guard.refusal(verdict)
                 return flask.Response(body, STATUS, found)

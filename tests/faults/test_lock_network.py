@@ -7,14 +7,14 @@ import contextlib
 import time
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from itertools import count
+from typing import Any, TypeVar
 
 import psycopg
 import pytest
 
 import pgkv
-from pgkv._ops.drivers import drive
-from pgkv._ops.op import Call
+from pgkv._ops.op import Flow
 from pgkv.patterns.lock import flows
 from tests.colours import Colour
 from tests.faults.proxy import Proxy
@@ -22,6 +22,8 @@ from tests.faults.support import newest
 from tests.peers import until
 
 pytestmark = newest
+
+T = TypeVar("T")
 
 
 @pytest.fixture
@@ -225,15 +227,14 @@ def test_failing_at_every_step(dsn: str) -> None:
                 for k in range(6):
                     for after in (False, True):
                         with pytest.raises(KeyboardInterrupt):
-                            drive(
-                                flows.acquire(blocked._runtime, blocked._options, 5.0),
-                                _failing(store, k, after),
+                            store._run(
+                                _failing(
+                                    flows.acquire(blocked._runtime, blocked._options, 5.0), k, after
+                                )
                             )
             for after in (False, True):
                 with pytest.raises(KeyboardInterrupt):
-                    drive(
-                        flows.acquire(lock._runtime, lock._options, 5.0), _failing(store, 0, after)
-                    )
+                    store._run(_failing(flows.acquire(lock._runtime, lock._options, 5.0), 0, after))
                 with lock.acquire(timeout=0):
                     pass
     with psycopg.connect(dsn) as conn:
@@ -241,18 +242,22 @@ def test_failing_at_every_step(dsn: str) -> None:
         assert row == (0,)
 
 
-def _failing(store: pgkv.Store, k: int, after: bool) -> Any:
-    steps = 0
-
-    def perform(step: Any) -> Any:
-        nonlocal steps
-        steps += 1
-        assert isinstance(step, Call)
-        if steps - 1 == k and not after:
-            raise KeyboardInterrupt
-        answer = store._channel._perform(step)  # type: ignore[attr-defined]  # a PoolChannel
-        if steps - 1 == k:
-            raise KeyboardInterrupt
-        return answer
-
-    return perform
+def _failing(flow: Flow[T], k: int, after: bool) -> Flow[T]:
+    """The flow, interrupted before or after its k-th step takes place."""
+    outcome: Any = None
+    failure: BaseException | None = None
+    for steps in count():
+        try:
+            step = flow.send(outcome) if failure is None else flow.throw(failure)
+        except StopIteration as end:
+            return end.value  # type: ignore[no-any-return]  # what the generator returns
+        outcome = failure = None
+        try:
+            if steps == k and not after:
+                raise KeyboardInterrupt
+            outcome = yield step
+            if steps == k:
+                raise KeyboardInterrupt
+        except BaseException as error:  # raised inside the flow
+            failure = error
+    raise AssertionError("unreachable")

@@ -8,7 +8,7 @@ import pytest
 
 import pgkv
 from pgkv._ops.drivers import drive
-from pgkv._ops.op import Call, Op
+from pgkv._ops.op import Op
 from pgkv.patterns.lock import flows
 from pgkv.patterns.lock.sql import Denied
 
@@ -29,11 +29,6 @@ class BusyPort:
         """No time passes here."""
 
 
-def perform(step: Any) -> Any:
-    assert isinstance(step, Call)
-    return step.fn(*step.args)
-
-
 @pytest.fixture
 def store() -> pgkv.Store:
     """Never connected."""
@@ -50,7 +45,7 @@ def test_one_try_has_the_time_of_any_operation(
     port: Any = BusyPort()
     slots = {"slots": 2} if kind is pgkv.Semaphore else {}
     terms = kind(store, "n", ttl=ttl, **slots)._options
-    assert drive(flows.acquire(port, terms, 0.0), perform) is None
+    assert drive(flows.acquire(port, terms, 0.0)) is None
     assert port.asked == [seconds]
 
 
@@ -58,5 +53,5 @@ def test_who_waits_has_his_time_and_a_second_at_least(store: pgkv.Store) -> None
     """Each statement of a wait ends with it, but none is given less than a second."""
     port: Any = BusyPort()
     terms = pgkv.Lock(store, "n")._options
-    assert drive(flows.acquire(port, terms, 0.001), perform) is None
+    assert drive(flows.acquire(port, terms, 0.001)) is None
     assert set(port.asked) == {1.0}

@@ -13,8 +13,8 @@ from typing import Any, Protocol, TypeVar
 from psycopg import IsolationLevel
 
 from ... import _observe
-from ..._ops.drivers import call_async, drive_async
-from ..._ops.op import Batch, Call, Expired, Flow, Op, Raced, Signal, Sleep, Transaction
+from ..._ops.drivers import drive_async
+from ..._ops.op import Batch, Expired, Flow, Op, Raced, Signal, Transaction
 from ..._sql import control
 from ..._sql.sweep import Sweep
 from ...config import Config, Table
@@ -41,8 +41,8 @@ class AsyncChannel(Protocol):
         """Perform one operation."""
         ...
 
-    async def run(self, flow: Flow[T]) -> T:
-        """Perform an algorithm."""
+    async def run(self, flow: Flow[T], timeout: float | None = None) -> T:
+        """Run a flow, each of its operations within that time (None: the config's)."""
         ...
 
     def transaction(
@@ -164,12 +164,6 @@ class AsyncPoolChannel:
         outcome: PgkvError | Raced | None = None,
     ) -> Any:
         """Attempt a step until it has an answer, or may not be repeated."""
-
-        async def perform(each: Any) -> Any:
-            if isinstance(each, Sleep | Call):
-                return await self._perform(each)
-            return await self._attempt(each, deadline)
-
         answer: Any = None
         if outcome is None:
             self._start_patrols()
@@ -183,9 +177,12 @@ class AsyncPoolChannel:
         flow = recover(step, outcome, self._config.retry, deadline, self.heal)
         # An error's traceback holds this frame: a cycle that would keep the callers' frames.
         del answer, outcome
-        return await drive_async(flow, perform)
+        return await drive_async(flow, self._attempt, deadline, self._attempt)
 
-    async def _attempt(self, step: Op[Any] | Transaction[Any] | Batch, deadline: float) -> Any:
+    async def _attempt(
+        self, step: Op[Any] | Transaction[Any] | Batch, deadline: float | None
+    ) -> Any:
+        assert deadline is not None
         if isinstance(step, Transaction):
             async with self._bound(deadline=deadline) as bound:
                 return await bound.run(step.flow())
@@ -204,18 +201,13 @@ class AsyncPoolChannel:
 
     # -- flows
 
-    async def run(self, flow: Flow[T]) -> T:
-        """Perform an algorithm; each of its operations is one of the pool's."""
-        return await drive_async(flow, self._perform)
+    async def run(self, flow: Flow[T], timeout: float | None = None) -> T:
+        """Run a flow, each of its operations by itself and within that time."""
+        return await drive_async(flow, self.execute, timeout, self._together)
 
-    async def _perform(self, step: Any) -> Any:
-        if isinstance(step, Op):
-            return await self.execute(step)
-        if isinstance(step, Sleep):
-            return await asyncio.sleep(step.seconds)
-        if isinstance(step, Call):
-            return await call_async(step)
-        return await self._settle(step, monotonic() + self._timeout)
+    async def _together(self, step: Transaction[Any] | Batch, timeout: float | None) -> Any:
+        seconds = self._timeout if timeout is None else timeout
+        return await self._settle(step, monotonic() + seconds)
 
     def transaction(
         self, isolation: IsolationLevel | None = None
@@ -301,7 +293,7 @@ class AsyncPoolChannel:
 
     async def _run_quietly(self, flow: Flow[None]) -> None:
         with contextlib.suppress(PgkvError):
-            await drive_async(flow, self._perform)
+            await self.run(flow)
 
     async def close(self) -> None:
         """Close every connection. What is under way ends first or fails."""

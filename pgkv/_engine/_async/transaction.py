@@ -12,8 +12,8 @@ import psycopg
 from psycopg import pq
 
 from ... import _observe
-from ..._ops.drivers import answer_of, call_async, drive_async
-from ..._ops.op import Batch, Call, Flow, Op, Raced, Sleep
+from ..._ops.drivers import answer_of, drive_async
+from ..._ops.op import Batch, Flow, Op, Raced, Transaction
 from ..._sql import control
 from ..._sql.sweep import Sweep
 from ...config import Table
@@ -107,30 +107,24 @@ class AsyncBoundChannel:
     async def close(self) -> None:
         """The connection is not the store's to close."""
 
-    async def run(self, flow: Flow[T]) -> T:
-        """Perform an algorithm inside the transaction."""
-        return await drive_async(flow, self._perform)
+    async def run(self, flow: Flow[T], timeout: float | None = None) -> T:
+        """Run a flow inside the transaction, each of its operations within that time."""
+        return await drive_async(flow, self.execute, timeout, self._together)
 
-    async def _perform(self, step: Any) -> Any:
-        if isinstance(step, Op):
-            return await self.execute(step)
-        if isinstance(step, Sleep):
-            return await asyncio.sleep(step.seconds)
-        if isinstance(step, Call):
-            return await call_async(step)
+    async def _together(self, step: Transaction[Any] | Batch, timeout: float | None) -> Any:
         if isinstance(step, Batch):
-            return await self._perform_batch(step)
+            return await self._perform_batch(step, timeout)
         async with self.transaction() as inner:
-            return await inner.run(step.flow())
+            return await inner.run(step.flow(), timeout)
 
-    async def _perform_batch(self, batch: Batch) -> list[Any]:
+    async def _perform_batch(self, batch: Batch, timeout: float | None) -> list[Any]:
         if batch.sync_each:
-            return [await self._outcome(op) for op in batch.ops]
+            return [await self._outcome(op, timeout) for op in batch.ops]
         try:
             async with self._using():
                 await self._check(batch.name)
                 async with self._shielded():
-                    seconds = self._seconds(None)
+                    seconds = self._seconds(timeout)
                     results = await self._link.execute_all(batch.ops, seconds, sync_each=False)
                     answers = [answer_of(answer) for _, answer in outcomes(batch, results)]
                     if any(isinstance(answer, PgkvError) for answer in answers):
@@ -139,12 +133,12 @@ class AsyncBoundChannel:
             return refused.answers
         return answers
 
-    async def _outcome(self, op: Op[Any]) -> Any:
+    async def _outcome(self, op: Op[Any], timeout: float | None) -> Any:
         try:
             async with self._using():
                 await self._check(op.statement.name)
                 async with self._shielded():
-                    return await self._send(op)
+                    return await self._send(op, timeout)
         except PgkvError as error:
             return error
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-import time
 import weakref
 from collections.abc import Callable, Iterator
 from random import random
@@ -19,8 +18,8 @@ from typing import Any, Protocol, TypeVar
 from psycopg import IsolationLevel
 
 from ... import _observe
-from ..._ops.drivers import call, drive
-from ..._ops.op import Batch, Call, Expired, Flow, Op, Raced, Signal, Sleep, Transaction
+from ..._ops.drivers import drive
+from ..._ops.op import Batch, Expired, Flow, Op, Raced, Signal, Transaction
 from ..._sql import control
 from ..._sql.sweep import Sweep
 from ...config import Config, Table
@@ -47,8 +46,8 @@ class Channel(Protocol):
         """Perform one operation."""
         ...
 
-    def run(self, flow: Flow[T]) -> T:
-        """Perform an algorithm."""
+    def run(self, flow: Flow[T], timeout: float | None = None) -> T:
+        """Run a flow, each of its operations within that time (None: the config's)."""
         ...
 
     def transaction(
@@ -182,12 +181,6 @@ class PoolChannel:
         outcome: PgkvError | Raced | None = None,
     ) -> Any:
         """Attempt a step until it has an answer, or may not be repeated."""
-
-        def perform(each: Any) -> Any:
-            if isinstance(each, Sleep | Call):
-                return self._perform(each)
-            return self._attempt(each, deadline)
-
         answer: Any = None
         if outcome is None:
             self._start_patrols()
@@ -201,9 +194,10 @@ class PoolChannel:
         flow = recover(step, outcome, self._config.retry, deadline, self.heal)
         # An error's traceback holds this frame: a cycle that would keep the callers' frames.
         del answer, outcome
-        return drive(flow, perform)
+        return drive(flow, self._attempt, deadline, self._attempt)
 
-    def _attempt(self, step: Op[Any] | Transaction[Any] | Batch, deadline: float) -> Any:
+    def _attempt(self, step: Op[Any] | Transaction[Any] | Batch, deadline: float | None) -> Any:
+        assert deadline is not None
         if isinstance(step, Transaction):
             with self._bound(deadline=deadline) as bound:
                 return bound.run(step.flow())
@@ -227,18 +221,13 @@ class PoolChannel:
 
     # -- flows
 
-    def run(self, flow: Flow[T]) -> T:
-        """Perform an algorithm; each of its operations is one of the pool's."""
-        return drive(flow, self._perform)
+    def run(self, flow: Flow[T], timeout: float | None = None) -> T:
+        """Run a flow, each of its operations by itself and within that time."""
+        return drive(flow, self.execute, timeout, self._together)
 
-    def _perform(self, step: Any) -> Any:
-        if isinstance(step, Op):
-            return self.execute(step)
-        if isinstance(step, Sleep):
-            return time.sleep(step.seconds)
-        if isinstance(step, Call):
-            return call(step)
-        return self._settle(step, monotonic() + self._timeout)
+    def _together(self, step: Transaction[Any] | Batch, timeout: float | None) -> Any:
+        seconds = self._timeout if timeout is None else timeout
+        return self._settle(step, monotonic() + seconds)
 
     def transaction(
         self, isolation: IsolationLevel | None = None
@@ -325,15 +314,12 @@ class PoolChannel:
     def _run_quietly(self, flow: Flow[None]) -> None:
         closing = self._closing
 
-        def perform(step: Any) -> Any:
-            if isinstance(step, Sleep):
-                if closing.wait(step.seconds):
-                    raise GeneratorExit
-                return None
-            return self._perform(step)
+        def sleep(seconds: float) -> None:
+            if closing.wait(seconds):
+                raise GeneratorExit
 
         with contextlib.suppress(GeneratorExit, PgkvError):
-            drive(flow, perform)
+            drive(flow, self.execute, sleep=sleep)
 
     def close(self) -> None:
         """Close every connection. What is under way ends first or fails."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-import time
 from collections.abc import Iterator
 from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -18,8 +17,8 @@ import psycopg
 from psycopg import pq
 
 from ... import _observe
-from ..._ops.drivers import answer_of, call, drive
-from ..._ops.op import Batch, Call, Flow, Op, Raced, Sleep
+from ..._ops.drivers import answer_of, drive
+from ..._ops.op import Batch, Flow, Op, Raced, Transaction
 from ..._sql import control
 from ..._sql.sweep import Sweep
 from ...config import Table
@@ -117,29 +116,23 @@ class BoundChannel:
         """Refuse whatever comes after."""
         self._ended = self._ended or "rolled back"
 
-    def run(self, flow: Flow[T]) -> T:
-        """Perform an algorithm inside the transaction."""
-        return drive(flow, self._perform)
+    def run(self, flow: Flow[T], timeout: float | None = None) -> T:
+        """Run a flow inside the transaction, each of its operations within that time."""
+        return drive(flow, self.execute, timeout, self._together)
 
-    def _perform(self, step: Any) -> Any:
-        if isinstance(step, Op):
-            return self.execute(step)
-        if isinstance(step, Sleep):
-            return time.sleep(step.seconds)
-        if isinstance(step, Call):
-            return call(step)
+    def _together(self, step: Transaction[Any] | Batch, timeout: float | None) -> Any:
         if isinstance(step, Batch):
-            return self._perform_batch(step)
+            return self._perform_batch(step, timeout)
         with self.transaction() as inner:
-            return inner.run(step.flow())
+            return inner.run(step.flow(), timeout)
 
-    def _perform_batch(self, batch: Batch) -> list[Any]:
+    def _perform_batch(self, batch: Batch, timeout: float | None) -> list[Any]:
         if batch.sync_each:
-            return [self._outcome(op) for op in batch.ops]
+            return [self._outcome(op, timeout) for op in batch.ops]
         self._check(batch.name)
         try:
             with self._lock, self._shielded():
-                seconds = self._seconds(None)
+                seconds = self._seconds(timeout)
                 results = self._link.execute_all(batch.ops, seconds, sync_each=False)
                 answers = [answer_of(answer) for _, answer in outcomes(batch, results)]
                 if any(isinstance(answer, PgkvError) for answer in answers):
@@ -148,10 +141,10 @@ class BoundChannel:
             return refused.answers
         return answers
 
-    def _outcome(self, op: Op[Any]) -> Any:
+    def _outcome(self, op: Op[Any], timeout: float | None) -> Any:
         try:
             with self._lock, self._shielded():
-                return self._send(op)
+                return self._send(op, timeout)
         except PgkvError as error:
             return error
 
