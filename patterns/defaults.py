@@ -9,11 +9,12 @@ from __future__ import annotations
 import asyncio
 import atexit
 import contextlib
-import threading
+import sys
 import weakref
 from collections.abc import AsyncGenerator
 from typing import TYPE_CHECKING, Any, Unpack
 
+from .._fork import new_lock
 from .._settings import options_of
 from ..aio import AsyncStore
 from ..config import Config, dsn_from_environment
@@ -23,7 +24,7 @@ from ..store import Store
 if TYPE_CHECKING:
     from ..config import Options
 
-_lock = threading.Lock()
+_lock = new_lock(sys.modules[__name__])
 _given: Store | None = None
 _given_async: AsyncStore | None = None
 _dsn: str | None = None

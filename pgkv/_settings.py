@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any, NoReturn
@@ -14,6 +13,7 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from . import embedded
 from ._engine import conninfo as _conninfo
 from ._engine.pooling import closed
+from ._fork import new_lock
 from ._sql import Statements
 from .config import EMBEDDED_SCHEME, Config, TableOptions, dsn_from_environment
 from .errors import ConfigError, InvalidValueError, SerializationError
@@ -78,7 +78,7 @@ class Target:
         self._server: embedded.EmbeddedServer | None = None
         self._pid = 0
         self._closed = False
-        self._lock = threading.Lock()
+        self._lock = new_lock(self)
 
     def dsn(self) -> str:
         """The DSN that libpq understands, password included."""

@@ -28,15 +28,15 @@ import atexit
 import contextlib
 import os
 import sys
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Self
+from typing import Final, Self, cast
 
 from ._embedded.binaries import is_root
 from ._embedded.cluster import START_TIMEOUT, STOP_TIMEOUT, Cluster
+from ._fork import CONNECTIONS, Forkable, new_lock, survives_fork
 from .config import embedded_path
 from .errors import ConfigError, StoreUnavailableError
 
@@ -140,7 +140,7 @@ class _Users:
 
     def __init__(self, root: str) -> None:
         self.root = root
-        self._lock = threading.Lock()
+        self._lock = new_lock(self)
         self._count = 0
         self._claim: int | None = None
         self._cluster: Cluster | None = None
@@ -210,10 +210,11 @@ class _Users:
 
 
 _registry: dict[str, _Users] = {}
-_registry_lock = threading.Lock()
+_registry_lock = new_lock(sys.modules[__name__], "_registry_lock")
 # Our lock files. A forked child must close them: its copies would keep the locks alive.
 _fds: set[int] = set()
-_fds_lock = threading.Lock()
+# Held while the process forks: no child gets a file that is open and not yet noted.
+_fds_lock = new_lock(sys.modules[__name__], "_fds_lock", hold=True)
 
 
 def _open_locked(cluster: Cluster, name: str, mode: int) -> int:
@@ -235,20 +236,17 @@ def _open_locked(cluster: Cluster, name: str, mode: int) -> int:
 def _close(fd: int) -> None:
     with _fds_lock:
         _fds.discard(fd)
-        # Closing is not enough while a fork of ours, not yet in _forget(), holds a copy.
+        # Closing is not enough while a fork of ours, not yet in after_fork(), holds a copy.
         fcntl.flock(fd, fcntl.LOCK_UN)
         os.close(fd)
 
 
-def _forget() -> None:
+def after_fork() -> None:
     """In a forked child: no claim, no lock, nothing to do at exit."""
-    global _registry_lock  # noqa: PLW0603 - another thread of the parent may hold the old one
     for fd in _fds:
         os.close(fd)  # not flock(LOCK_UN), which would release the parent's lock too
     _fds.clear()
     _registry.clear()
-    _registry_lock = threading.Lock()
-    _fds_lock.release()
 
 
 def _leave_all() -> None:
@@ -260,6 +258,4 @@ def _leave_all() -> None:
 
 if sys.platform != "win32":
     atexit.register(_leave_all)
-    os.register_at_fork(
-        before=_fds_lock.acquire, after_in_parent=_fds_lock.release, after_in_child=_forget
-    )
+    survives_fork(cast("Forkable", sys.modules[__name__]), CONNECTIONS)

@@ -18,7 +18,7 @@ from time import monotonic
 from typing import Any
 
 from ... import _observe
-from .fork import survives_fork
+from ..._fork import survives_fork
 
 THREADS_MAX = 4
 QUEUE_MAX = 256

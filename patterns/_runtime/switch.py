@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import threading
+import sys
+
+from ..._fork import new_lock
 
 off = 0  # how many `disabled()` blocks are open
-_lock = threading.Lock()
+_lock = new_lock(sys.modules[__name__])
 
 
 def add(n: int) -> None:

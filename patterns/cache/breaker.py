@@ -3,11 +3,10 @@ costs no stall per call. It counts; who asks it decides what a failure is."""
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from time import monotonic
 
-from .._runtime.fork import survives_fork
+from ..._fork import new_lock
 
 FAILURES_MAX = 5  # in a row, until it opens
 PAUSE_FIRST, PAUSE_MAX = 1.0, 30.0  # seconds; doubled after each probe that fails
@@ -25,8 +24,7 @@ class Breaker:
         self._failures = 0
         self._pause = PAUSE_FIRST
         self._until: float | None = None  # None: closed
-        self._lock = threading.Lock()
-        survives_fork(self)
+        self._lock = new_lock(self)
 
     @property
     def is_open(self) -> bool:
@@ -68,7 +66,3 @@ class Breaker:
                 self._pause = min(self._pause * 2, PAUSE_MAX)
             self._until = self._clock() + self._pause
             return opened
-
-    def after_fork(self) -> None:
-        """A thread of the parent may hold the lock."""
-        self._lock = threading.Lock()

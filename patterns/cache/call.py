@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
+from ..._fork import new_lock
 from ..._ops.op import Flow, Op, do
 from ...errors import PgkvError, StoreUnavailableError
-from .._runtime.fork import survives_fork
 from .context import Site
 from .envelope import Envelope
 
@@ -122,14 +121,9 @@ class Counts:
     """How calls ended; see `CacheInfo`."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = new_lock(self)
         self.hits = self.misses = self.stale_hits = self.waits = 0
         self.errors = self.fills = self.discarded_fills = 0
-        survives_fork(self)
-
-    def after_fork(self) -> None:
-        """A thread of the parent may hold the lock."""
-        self._lock = threading.Lock()
 
     def add(self, name: str) -> None:
         """Count one."""

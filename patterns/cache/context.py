@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import threading
+import sys
 import weakref
 from typing import TYPE_CHECKING, Any
 
+from ..._fork import new_lock
 from .breaker import Breaker
 from .sql import CacheStatements
 
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from ...aio import AsyncStore
     from ...store import Store
 
-_lock = threading.Lock()
+_lock = new_lock(sys.modules[__name__])
 _breakers: weakref.WeakKeyDictionary[Any, Breaker] = weakref.WeakKeyDictionary()
 _sites: weakref.WeakKeyDictionary[Any, Site] = weakref.WeakKeyDictionary()
 

@@ -8,16 +8,17 @@ everything is forgotten, because news may have been missed.
 
 from __future__ import annotations
 
-import os
 import random
+import sys
 import threading
 import weakref
-from typing import Any
+from typing import Any, cast
 
 import psycopg
 from psycopg import sql
 
 from ... import _observe
+from ..._fork import Forkable, new_lock, survives_fork
 from ..._ops.op import Op
 from ...aio import AsyncStore
 from ...config import Pooler
@@ -32,7 +33,7 @@ TICK = 0.5  # seconds in which a listener notices that it is to end
 RETRY_MAX = 5.0  # seconds between attempts to connect again
 SEPARATOR = b"\x1e"
 
-_lock = threading.Lock()
+_lock = new_lock(sys.modules[__name__])
 _levels: weakref.WeakKeyDictionary[Site, weakref.WeakSet[L1]] = weakref.WeakKeyDictionary()
 _listeners: weakref.WeakKeyDictionary[Any, Listener] = weakref.WeakKeyDictionary()
 _waiting: weakref.WeakKeyDictionary[Site, list[bytes]] = weakref.WeakKeyDictionary()
@@ -171,15 +172,13 @@ class Listener:
                 pause = min(pause * 2, RETRY_MAX)
 
 
-def _after_fork_in_child() -> None:
-    global _lock  # noqa: PLW0603  # the parent's may be held
-    _lock = threading.Lock()
+def after_fork() -> None:
+    """Start again in the child."""
     _listeners.clear()
     _waiting.clear()
     _levels.clear()  # the next call listens anew
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork_in_child)
+survives_fork(cast("Forkable", sys.modules[__name__]))
 
 __all__ = ["CHANNEL", "announce", "announcement", "hear", "listen"]

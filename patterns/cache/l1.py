@@ -6,15 +6,14 @@ what an entry depends on. It never talks to a store.
 
 from __future__ import annotations
 
-import threading
 from collections import OrderedDict
 from time import monotonic
 from typing import TYPE_CHECKING
 
+from ..._fork import new_lock, survives_fork
 from ..._observe import shown
 from ..._ops.codec import seconds
 from ...errors import ConfigError
-from .._runtime.fork import survives_fork
 
 if TYPE_CHECKING:
     from ...config import Seconds
@@ -47,7 +46,7 @@ class L1:
         self.ttl: float = seconds(ttl, endless="")
         self._entries: OrderedDict[object, _Kept] = OrderedDict()
         self._epoch = 0
-        self._lock = threading.Lock()
+        self._lock = new_lock(self)
         survives_fork(self)
 
     @shown
@@ -72,9 +71,12 @@ class L1:
             if kept is None:
                 return None
             if kept.ends <= monotonic():
-                del self._entries[scope, key]
+                self._entries.pop((scope, key), None)
                 return None
-            self._entries.move_to_end((scope, key))
+            try:
+                self._entries.move_to_end((scope, key))
+            except KeyError:  # dropped by a signal handler
+                pass
             return kept.payload
 
     def put(
@@ -92,8 +94,8 @@ class L1:
         with self._lock:
             if epoch != self._epoch:
                 return
+            self._entries.pop((scope, keys[0]), None)
             self._entries[scope, keys[0]] = _Kept(ends, payload, keys)
-            self._entries.move_to_end((scope, keys[0]))
             while len(self._entries) > self.max_entries:
                 self._entries.popitem(last=False)
 
@@ -104,10 +106,10 @@ class L1:
             if self._entries.pop((scope, key), None) is None:
                 for name in [
                     name
-                    for name, kept in self._entries.items()
+                    for name, kept in list(self._entries.items())
                     if name[0] == scope and key in kept.keys  # type: ignore[index]  # a pair
                 ]:
-                    del self._entries[name]
+                    self._entries.pop(name, None)
 
     def clear(self) -> None:
         """Forget everything."""
@@ -116,8 +118,7 @@ class L1:
             self._entries.clear()
 
     def after_fork(self) -> None:
-        """Begin anew: the parent's lock may be held, and no listener runs in this process."""
-        self._lock = threading.Lock()
+        """Forget everything: no listener runs in this process yet."""
         self.clear()
 
 

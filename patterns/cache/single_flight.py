@@ -12,7 +12,7 @@ import threading
 from contextvars import ContextVar
 from typing import Any, Protocol
 
-from .._runtime.fork import survives_fork
+from ..._fork import new_lock, survives_fork
 
 # The flights that the running call is inside of. It follows into tasks and asyncio.to_thread().
 inside: ContextVar[tuple[object, ...]] = ContextVar("pgkv_cached_inside", default=())
@@ -83,7 +83,7 @@ class Flights:
     def __init__(self, kind: type[ThreadFlight | TaskFlight]) -> None:
         self._kind = kind
         self._flying: dict[object, Flight] = {}
-        self._lock = threading.Lock()
+        self._lock = new_lock(self)
         self.refreshing: set[object] = set()  # the keys whose refresh runs behind the callers
         survives_fork(self)
 
@@ -110,6 +110,5 @@ class Flights:
 
     def after_fork(self) -> None:
         """Forget the parent's flights: nobody in this process will end them."""
-        self._lock = threading.Lock()
         self._flying = {}
         self.refreshing = set()

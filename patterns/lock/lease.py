@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from ... import _observe
+from ..._fork import new_lock
 from ..._observe import shown
 from ..._settings import refuse_pickle
 from ...errors import InvalidKeyError, InvalidValueError, LeaseLostError
@@ -229,7 +230,7 @@ class LeaseState:
         self._reason = ""  # why it ended
         self._cause: BaseException | None = None  # of the last failed renewal
         self._ending = False  # release() was called: what the server says now is no loss
-        self._state = threading.Lock()
+        self._state = new_lock(self, "_state")
         # One statement about the lease at a time: of a renewal and an extension that overlap,
         # nobody could say which the server did last.
         self._turn = threading.Lock()

@@ -8,14 +8,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import sys
 import threading
 import time
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 from ..._engine._async.channel import AsyncPoolChannel
 from ..._engine._sync.channel import PoolChannel
+from ..._fork import Forkable, new_lock, survives_fork
 from ...config import Config, Pooler
 from ...errors import TransactionError
 from .lease import LeaseState, LockOptions
@@ -80,7 +82,7 @@ class Background:
 
 
 _Key = tuple[str, Pooler]
-_lock = threading.Lock()
+_lock = new_lock(sys.modules[__name__])
 _of_process: dict[_Key, Background] = {}
 _of_loops: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, dict[_Key, Background]] = (
     weakref.WeakKeyDictionary()
@@ -90,15 +92,15 @@ _of_channels: weakref.WeakKeyDictionary[Any, Background] = weakref.WeakKeyDictio
 _inherited: list[object] = []  # a child must not say goodbye on its parent's sockets
 
 
-def _after_fork_in_child() -> None:
-    global _lock, _of_process, _of_loops, _of_channels  # begun anew in a child
+def after_fork() -> None:
+    """Start again in the child."""
+    global _of_process, _of_loops, _of_channels  # noqa: PLW0603  # empty in a child
     _inherited.append((_of_process, _of_loops, _of_channels))
-    _lock, _of_process = threading.Lock(), {}
+    _of_process = {}
     _of_loops, _of_channels = weakref.WeakKeyDictionary(), weakref.WeakKeyDictionary()
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork_in_child)
+survives_fork(cast("Forkable", sys.modules[__name__]))
 
 
 def _background_of(

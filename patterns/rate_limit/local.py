@@ -6,8 +6,6 @@ How far this may stray from the exact bucket is said in docs/rate-limiter.md and
 
 from __future__ import annotations
 
-import os
-import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +13,7 @@ from time import monotonic
 
 import msgspec
 
+from ..._fork import new_lock, survives_fork
 from .policy import Decision, Policy
 
 ENTRIES_MAX = 10_000  # keys remembered per limiter and kind; the longest unused goes first
@@ -42,7 +41,7 @@ class Counter:
     """Counts decisions. One lock: ``+= 1`` alone loses counts between threads."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = new_lock(self)
         self.allowed = self.denied = self.degraded = 0
         self._reported = monotonic()
         self._warned = -WARN_SECONDS
@@ -78,18 +77,20 @@ class Counter:
 
 
 class _Remembered:
-    """Entries by row, the longest unused dropped first; forgotten in a forked child."""
+    """Entries by row, the longest unused dropped first; forgotten in a forked child: parent and
+    child must not both spend the tokens.
+
+    A signal handler may be inside as well. An entry is therefore taken out while it is changed.
+    """
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self._pid = os.getpid()
+        self.lock = new_lock(self, "lock")
+        self._entries: OrderedDict[bytes, tuple[Policy, int, float, Decision]] = OrderedDict()
+        survives_fork(self)
 
-    def is_child(self) -> bool:
-        """Whether this process has forked off since. Tokens must not be spent by both."""
-        if self._pid == os.getpid():
-            return False
-        self._pid = os.getpid()
-        return True
+    def after_fork(self) -> None:
+        """Forget everything."""
+        self._entries.clear()
 
 
 class Denials(_Remembered):
@@ -103,7 +104,6 @@ class Denials(_Remembered):
     def __init__(self, clock: Callable[[], float] = monotonic) -> None:
         super().__init__()
         self._clock = clock
-        self._entries: OrderedDict[bytes, tuple[Policy, int, float, Decision]] = OrderedDict()
 
     def find(self, row: bytes, policy: Policy, cost: int) -> Decision | None:
         """The denial that still holds for such a hit, its times moved on; None without one."""
@@ -128,8 +128,8 @@ class Denials(_Remembered):
     ) -> None:
         """Note a denial of the server's."""
         with self.lock:
+            self._entries.pop(row, None)
             self._entries[row] = (policy, cost, sent, decision)
-            self._entries.move_to_end(row)
             if len(self._entries) > ENTRIES_MAX:
                 self._entries.popitem(last=False)
 
@@ -150,30 +150,28 @@ class Pockets(_Remembered):
     def __init__(self, clock: Callable[[], float] = monotonic) -> None:
         super().__init__()
         self._clock = clock
-        self._entries: OrderedDict[bytes, tuple[Policy, int, float, Decision]] = OrderedDict()
         self._fetching: set[bytes] = set()
+
+    def after_fork(self) -> None:
+        """Forget everything: the tokens are the parent's, and its fetches end there."""
+        super().after_fork()
+        self._fetching.clear()
 
     def spend(self, row: bytes, policy: Policy, cost: int) -> Decision | None:
         """Take tokens from the pocket; None if it has not enough."""
         with self.lock:
-            if self.is_child():
-                self._entries.clear()
-                self._fetching.clear()
-            entry = self._entries.get(row)
+            entry = self._entries.pop(row, None)
             if entry is None:
                 return None
             known, tokens, until, decision = entry
             left = until - self._clock()
             if left <= 0 or known is not policy:
-                del self._entries[row]
                 return None
+            if tokens != cost:
+                rest = tokens if tokens < cost else tokens - cost
+                self._entries[row] = (known, rest, until, decision)
             if tokens < cost:
                 return None
-            if tokens == cost:
-                del self._entries[row]
-            else:
-                self._entries[row] = (known, tokens - cost, until, decision)
-                self._entries.move_to_end(row)
         return msgspec.structs.replace(
             decision,
             remaining=min(decision.limit, decision.remaining + tokens - cost),

@@ -8,12 +8,12 @@ because any index on ``expires_at`` would end heap-only updates.
 
 from __future__ import annotations
 
-import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from time import monotonic
 
 from .. import _observe
+from .._fork import new_lock
 from .._ops.codec import whole
 from .._ops.op import Flow, do, pause
 from .._sql.sweep import SWEEP_PAGES, Sweep
@@ -42,6 +42,7 @@ class Collector:
     def __init__(self, sql: Sweep, background: Callable[[Flow[None]], None]) -> None:
         self._sql = sql
         self._background = background
+        self._lock = new_lock(self)
         self.reset()
 
     def reset(self) -> None:
@@ -52,7 +53,6 @@ class Collector:
         self._quiet_until = 0.0
         self._working = False
         self._patrolling = False
-        self._lock = threading.Lock()
 
     def collect(self, keys: Sequence[bytes]) -> None:
         """Have those keys deleted soon, if they are still expired then."""

@@ -29,7 +29,8 @@ pytestmark = pytest.mark.skipif(not servers.installed(), reason="no PostgreSQL s
 # A process that uses an embedded server and does as it is told.
 USER = """
 import os, sys
-from pgkv import _binaries, embedded
+from pgkv import embedded
+from pgkv._embedded import binaries as _binaries
 path, binaries = sys.argv[1:3]
 _binaries.binary_directories = lambda: [binaries]
 for order in sys.stdin:

@@ -7,9 +7,7 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
-import weakref
 from collections.abc import Callable, Iterator
 from random import random
 from time import monotonic
@@ -18,6 +16,7 @@ from typing import Any, Protocol, TypeVar
 from psycopg import IsolationLevel
 
 from ... import _observe
+from ..._fork import CONNECTIONS, survives_fork
 from ..._ops.drivers import drive
 from ..._ops.op import Batch, Expired, Flow, Op, Raced, Signal, Transaction
 from ..._sql import control
@@ -89,14 +88,14 @@ class PoolChannel:
         self._collectors: dict[Table, Collector] = {}
         self._known: set[Table] = set()
         self._begin()
-        _channels.add(self)
+        survives_fork(self, CONNECTIONS)
 
     def _begin(self) -> None:
         self._patrolling = False
         self._closing = threading.Event()
 
-    def _after_fork(self) -> None:
-        # Threads do not survive a fork: what they worked on begins anew, like the connections.
+    def after_fork(self) -> None:
+        """Start again in the child, with connections and threads of its own."""
         self._leases.after_fork()
         self._begin()
         for collector in self._collectors.values():
@@ -327,15 +326,3 @@ class PoolChannel:
         self._leases.close()
         while self._on_close:
             self._on_close.pop()()
-
-
-_channels: weakref.WeakSet[PoolChannel] = weakref.WeakSet()
-
-
-def _after_fork_in_child() -> None:
-    for channel in tuple(_channels):
-        channel._after_fork()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork_in_child)
