@@ -10,13 +10,13 @@ import asyncio
 import contextlib
 import inspect
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from datetime import datetime
 from operator import attrgetter
 from pathlib import Path
 from time import monotonic
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, Unpack, overload
+from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack, overload
 from urllib.parse import quote
 
 import psycopg
@@ -70,7 +70,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-class Opening(Unawaited, Generic[T]):
+class Opening(Unawaited[T]):
     """Something to be awaited or entered: ``x = await store.transaction()`` or ``async with``.
 
     What was awaited can be entered too; its end is the end of the ``async with``.
@@ -83,25 +83,16 @@ class Opening(Unawaited, Generic[T]):
     def __init__(self, manager: contextlib.AbstractAsyncContextManager[T], call: str) -> None:
         super().__init__(call, f"`await {call}` or `async with {call} as ...`")
         self._manager = manager
-        self._used = False
-
-    def __await__(self) -> Generator[Any, None, T]:
-        return self._open().__await__()
 
     async def _open(self) -> T:
-        opened = await self._enter()
+        opened = await self._manager.__aenter__()
         if isinstance(opened, AsyncStore):
             opened._ending = self._manager
         return opened
 
-    async def _enter(self) -> T:
-        if self._used:
-            raise RuntimeError(f"{self._call} was awaited or entered already; call it again")
-        self._used = True
-        return await self._manager.__aenter__()
-
     async def __aenter__(self) -> T:
-        return await self._enter()
+        self._use()
+        return await self._manager.__aenter__()
 
     async def __aexit__(
         self,

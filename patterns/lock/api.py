@@ -15,7 +15,7 @@ import asyncio
 import contextlib
 import threading
 import weakref
-from collections.abc import Callable, Generator, Hashable
+from collections.abc import Awaitable, Callable, Hashable
 from functools import lru_cache
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias, TypeVar, cast
@@ -252,10 +252,10 @@ def _current_task() -> asyncio.Task[Any] | None:
         return None
 
 
-class AsyncGrant(Unawaited):
+class AsyncGrant(Unawaited["AsyncLease"]):
     """What ``lock.acquire()`` returns: to be awaited, or entered with ``async with``."""
 
-    def __init__(self, acquire: Callable[[], Any], name: str) -> None:
+    def __init__(self, acquire: Callable[[], Awaitable[AsyncLease]], name: str) -> None:
         super().__init__(
             "lock.acquire(...)",
             "`lease = await lock.acquire(...)` or `async with lock.acquire(...) as lease`",
@@ -268,10 +268,11 @@ class AsyncGrant(Unawaited):
     def __repr__(self) -> str:
         return f"{self._name!r}, to be awaited or entered"
 
-    def __await__(self) -> Generator[Any, None, AsyncLease]:
-        return cast("Generator[Any, None, AsyncLease]", self._acquire().__await__())
+    async def _open(self) -> AsyncLease:
+        return await self._acquire()
 
     async def __aenter__(self) -> AsyncLease:
+        self._use()
         self._lease = await self._acquire()
         return await self._lease.__aenter__()
 

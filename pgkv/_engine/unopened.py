@@ -5,9 +5,13 @@ write; how a thing opens is its own business.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NoReturn
+from abc import abstractmethod
+from collections.abc import Coroutine, Generator
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from .._observe import shown
+
+T = TypeVar("T")
 
 
 class Unopened:
@@ -39,11 +43,51 @@ class Unopened:
             )
 
 
-class Unawaited(Unopened):
-    """Something to be awaited, or entered with ``async with``."""
+class Unawaited(Unopened, Coroutine[Any, Any, T]):
+    """Something to be awaited once, or entered with ``async with``.
+
+    It is a coroutine, so that ``asyncio.run``, ``create_task`` and ``run_coroutine_threadsafe``
+    accept it. A subclass says in `_open` what awaiting it does.
+    """
 
     def __init__(self, call: str, write: str) -> None:
         super().__init__(call, write, "awaited or entered")
+        self.__name__ = self.__qualname__ = call  # what the repr of a task shows
+        self._used = False
+        self._coroutine: Coroutine[Any, Any, T] | None = None
+
+    @abstractmethod
+    async def _open(self) -> T: ...
+
+    def _use(self) -> None:
+        """Count the one use; `__aenter__` of a subclass calls it too."""
+        if self._used:
+            raise RuntimeError(f"{self._call} was awaited or entered already; call it again")
+        self._used = True
+
+    def _opening(self) -> Coroutine[Any, Any, T]:
+        if self._coroutine is None:
+            self._use()
+            self._coroutine = self._open()
+        return self._coroutine
+
+    def __await__(self) -> Generator[Any, Any, T]:
+        self._use()
+        self._coroutine = self._open()
+        return self._coroutine.__await__()
+
+    def send(self, value: Any, /) -> Any:
+        """Run to the next ``await``, as of any coroutine."""
+        return self._opening().send(value)
+
+    def throw(self, *error: Any) -> Any:
+        """Raise an exception inside, as of any coroutine."""
+        return self._opening().throw(*error)
+
+    def close(self) -> None:
+        """End it, as of any coroutine."""
+        if self._coroutine is not None:
+            self._coroutine.close()
 
     if not TYPE_CHECKING:  # nor a method for `with`
 

@@ -858,6 +858,36 @@ async def test_awaited_then_entered(dsn: str) -> None:
         await store.get("a")
 
 
+async def test_what_is_awaited_is_a_coroutine(dsn: str) -> None:
+    """What connect() and transaction() return goes wherever asyncio wants a coroutine."""
+
+    async def values() -> list[bytes | None]:
+        store = await asyncio.create_task(AsyncStore.connect(dsn))
+        async with store:
+            tx = await asyncio.create_task(store.transaction())
+            async with tx:
+                await tx.set("k", "v")
+            loop = asyncio.get_running_loop()
+            lock = pgkv.AsyncLock(store, "name")
+
+            def elsewhere() -> pgkv.AsyncLease:
+                return asyncio.run_coroutine_threadsafe(lock.acquire(), loop).result(30)
+
+            assert await (await asyncio.to_thread(elsewhere)).release()
+            cancelled = asyncio.create_task(store.transaction())
+            cancelled.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await cancelled
+            return [await store.get("k")]
+
+    def main() -> list[bytes | None]:
+        store = asyncio.run(AsyncStore.connect(dsn))
+        assert isinstance(store, AsyncStore)
+        return asyncio.run(values())
+
+    assert await asyncio.to_thread(main) == [b"v"]
+
+
 async def test_awaited_then_closed(dsn: str) -> None:
     """`store = await connect()` may be ended by close() alone, twice as well."""
     store = await AsyncStore.connect(dsn)
