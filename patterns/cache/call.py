@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import sys
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from time import monotonic
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from ..._fork import new_lock
 from ..._ops.op import Flow, Op, do
 from ...errors import PgkvError, StoreUnavailableError
-from .context import Site
+from .breaker import Breaker
 from .envelope import Envelope
+from .sql import CacheStatements
 
 if TYPE_CHECKING:
+    from ...aio import AsyncStore
     from ...config import Seconds
+    from ...store import Store
 
 MISSING: Any = object()
 
@@ -23,7 +28,7 @@ Ttl: TypeAlias = "Seconds | Callable[..., Seconds | None] | None"
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
+class CacheOptions:
     """The settings of one cached function; see `cached`."""
 
     ttl: Ttl
@@ -31,7 +36,7 @@ class Options:
     beta: float
     jitter: float
     lock: bool
-    lease: float
+    compute_timeout: float
     max_wait: float
     condition: Callable[[Any], bool] | None
     on_error: Literal["call", "raise"]
@@ -43,21 +48,49 @@ class Options:
         return f"ttl={'computed' if callable(ttl) else ttl if ttl is None else f'{ttl:g}'}"
 
 
-class Colour(Protocol):
-    """What the two colours do differently."""
-
-    def later(self, site: Site, make: Callable[[], Flow[Any]], timeout: float) -> bool:
-        """Run a flow in the background; False when there is no room."""
-        ...
-
-    def beat(
-        self, site: Site, op: Op[bool], every: float, timeout: float, function: str
-    ) -> Callable[[], None]:
-        """Perform an operation again and again until what it returns is called."""
-        ...
+_lock = new_lock(sys.modules[__name__])
+_breakers: weakref.WeakKeyDictionary[Any, Breaker] = weakref.WeakKeyDictionary()
+_contexts: weakref.WeakKeyDictionary[Any, StoreContext] = weakref.WeakKeyDictionary()
 
 
-class Visit:
+class StoreContext:
+    """What all cached functions share on one store.
+
+    Attributes:
+        sql: the cache's statements on its table, under its namespace.
+        breaker: one per pool of connections, shared by the views of a store.
+        names: by function, what its entries' keys begin with, and its generation's key.
+        scope: names table and namespace in messages between processes and in first levels.
+    """
+
+    def __init__(self, store: Store | AsyncStore) -> None:
+        self._store = weakref.ref(store)
+        self.sql: CacheStatements = CacheStatements(store._config, store._sql.prefix)
+        self.breaker: Breaker = _breakers.setdefault(store._channel, Breaker())
+        self.scope: str = f"{self.sql.t}\x1f{self.sql.prefix}"
+        self.table_known = False
+        self.names: dict[str, tuple[bytes, bytes]] = {}
+
+    @property
+    def store(self) -> Any:
+        """The store, in whichever colour."""
+        store = self._store()
+        assert store is not None  # whoever uses the context holds the store
+        return store
+
+
+def context_of(store: Store | AsyncStore) -> StoreContext:
+    """Return the store's context, made at first use."""
+    context = _contexts.get(store)
+    if context is None:
+        with _lock:
+            context = _contexts.get(store)
+            if context is None:
+                context = _contexts[store] = StoreContext(store)
+    return context
+
+
+class CachedCall:
     """One call of a cached function.
 
     Attributes:
@@ -68,19 +101,27 @@ class Visit:
     """
 
     __slots__ = (
-        "arguments", "counted", "digest", "epoch", "keys", "positional", "sent", "site", "work",
+        "arguments",
+        "context",
+        "counted",
+        "digest",
+        "epoch",
+        "keys",
+        "positional",
+        "sent",
+        "work",
     )  # fmt: skip
 
     def __init__(
         self,
-        site: Site,
+        context: StoreContext,
         keys: tuple[bytes, ...],
         digest: str,
         work: Callable[[], Any],
         positional: tuple[tuple[Any, ...], dict[str, Any]],
         epoch: int,
     ) -> None:
-        self.site: Site = site
+        self.context: StoreContext = context
         self.keys: tuple[bytes, ...] = keys
         self.digest: str = digest
         self.work: Callable[[], Any] = work

@@ -1,7 +1,7 @@
 """`cached`: keep what a function returns, in PostgreSQL, for all processes.
 
-The decorator and its settings. What a call does is in `_cached_core`, what it returns in
-`_cached_function`, and which store it uses by default in `defaults`.
+The decorator and its settings. `flows` says what a call does, `function` what the
+decorator returns, and `defaults` which store it uses by default.
 """
 
 from __future__ import annotations
@@ -25,18 +25,23 @@ from ...store import Store
 from .._runtime import switch as _switch
 from .._runtime.colour import require
 from ..defaults import default_async_store, default_store
-from .call import Options
-from .context import Site, site_of
+from .call import CacheOptions, StoreContext, context_of
 from .envelope import Codec, SignedPickle, TypedCodec
-from .function import AsyncCachedFunction, CachedFunction, CachedValue, CacheInfo, cached_functions
+from .flows import FunctionCache
+from .function import (
+    AsyncCachedFunction,
+    CachedFunction,
+    CachedValue,
+    CacheInfo,
+    cached_functions,
+    ensure_table,
+    ensure_table_async,
+)
 from .invalidations import announce, announcement
 from .key import Binder
 from .l1 import L1
-from .refresh import Core
-from .runtime import AWAITING, BLOCKING
 from .single_flight import Flights, TaskFlight, ThreadFlight
 from .sql import TAG
-from .transaction import ensure_table, ensure_table_async
 
 if TYPE_CHECKING:
     from ...config import Seconds
@@ -84,7 +89,7 @@ def cached(
     beta: float = 1.0,
     jitter: float = 0.0,
     lock: bool = True,
-    lease: Seconds = 30.0,
+    compute_timeout: Seconds = 30.0,
     max_wait: Seconds = 30.0,
     condition: Callable[[Any], bool] | None = None,
     on_error: Literal["call", "raise"] = "call",
@@ -102,7 +107,7 @@ def cached(
     Guarantees: after ``invalidate()`` has returned, no call that begins later sees an older value,
     and a computation that began before does not bring one back; inside a transaction
     (``using(conn)``) the same from its commit. Of the callers who miss a key one computes, in this
-    process and across processes; if it dies, one other takes over when its lease ends; if it fails,
+    process and across processes; if it dies, one other takes over after `compute_timeout`; if it fails,
     the next one tries. No call waits longer than `max_wait` for another.
 
     Limits: a function that reads from a replica, or from a snapshot older than the call, can store
@@ -128,8 +133,8 @@ def cached(
             made together do not end together.
         lock: let other processes wait for the one that computes. False: each of them computes, and
             only the first stores.
-        lease: seconds after which a process that died computing is replaced. Prolonged while the
-            function runs.
+        compute_timeout: seconds after which another caller replaces a process that died while it
+            computed. Extended for as long as the function runs.
         max_wait: seconds that a call waits for somebody else's result; then it computes itself, and
             does not store.
         condition: gets the result; a false answer means "do not store this one".
@@ -167,13 +172,13 @@ def cached(
         )
     if l1 is not None and not isinstance(l1, L1):
         raise ConfigError(f"cached: l1 must be an L1, not {type(l1).__name__}")
-    options = Options(
+    options = CacheOptions(
         ttl=ttl if ttl is None or callable(ttl) else _codec.seconds(ttl, endless=UNTIL),
         stale=_codec.seconds(stale, "stale", zero=True),
         beta=float(beta),
         jitter=float(jitter),
         lock=bool(lock),
-        lease=_codec.seconds(lease, "lease"),
+        compute_timeout=_codec.seconds(compute_timeout, "compute_timeout"),
         max_wait=_codec.seconds(max_wait, "max_wait"),
         condition=condition,
         on_error=on_error,
@@ -227,15 +232,15 @@ def _decorate(fn: Any, given: dict[str, Any], frame: FrameType) -> Any:
         _check_store(given["store"], f"cached {fn.__qualname__}()", is_async=is_async)
     name = _name_of(fn, given)
     binder = Binder(fn, name, given["ignore"], given["key"], given["tags"])
-    core = Core(
+    core = FunctionCache(
         fn,
         name,
         binder,
         lambda: _codec_for(fn, given["codec"]),
         given["options"],
         given["l1"],
-        AWAITING if is_async else BLOCKING,
         Flights(TaskFlight if is_async else ThreadFlight),
+        is_async=is_async,
     )
     kind: Any = AsyncCachedFunction if is_async else CachedFunction
     return kind(core, given["store"], owner)
@@ -336,17 +341,17 @@ def invalidate_tag(tag: str, *, store: Any = None, conn: Any = None) -> Awaitabl
     if store is None:
         store = default_store()
     require(store, Store, "invalidate_tag()", "awaiting it")
-    site = site_of(store)
-    key = _tag_key(site, tag)
+    context = context_of(store)
+    key = _tag_key(context, tag)
     if conn is None:
-        store._execute(site.sql.bump_tag(key))
-        announce_all(site, key)
+        store._execute(context.sql.bump_tag(key))
+        announce_all(context, key)
     else:
         bound = store.using(unwrap(conn, psycopg.Connection, "invalidate_tag()"))
-        ensure_table(site)
-        bound._execute(site.sql.bump_tag(key))
-        if forget_everywhere(site, key):
-            bound._execute(announcement(site, key))
+        ensure_table(context)
+        bound._execute(context.sql.bump_tag(key))
+        if forget_everywhere(context, key):
+            bound._execute(announcement(context, key))
     return None
 
 
@@ -355,23 +360,23 @@ async def _invalidate_tag(tag: str, store: AsyncStore | None, conn: Any) -> None
         return
     if store is None:
         store = default_async_store()
-    site = site_of(store)
-    key = _tag_key(site, tag)
+    context = context_of(store)
+    key = _tag_key(context, tag)
     if conn is None:
-        await store._execute(site.sql.bump_tag(key))
-        announce_all(site, key)
+        await store._execute(context.sql.bump_tag(key))
+        announce_all(context, key)
     else:
         bound = store.using(unwrap(conn, psycopg.AsyncConnection, "invalidate_tag()"))
-        await ensure_table_async(site)
-        await bound._execute(site.sql.bump_tag(key))
-        if forget_everywhere(site, key):
-            await bound._execute(announcement(site, key))
+        await ensure_table_async(context)
+        await bound._execute(context.sql.bump_tag(key))
+        if forget_everywhere(context, key):
+            await bound._execute(announcement(context, key))
 
 
-def _tag_key(site: Site, tag: object) -> bytes:
+def _tag_key(context: StoreContext, tag: object) -> bytes:
     if not isinstance(tag, str):
         raise InvalidKeyError(f"a tag must be a str, not {type(tag).__name__}")
-    return site.sql.cache_key(TAG, tag)
+    return context.sql.cache_key(TAG, tag)
 
 
 def _is_async_connection(conn: object) -> bool:
@@ -380,18 +385,18 @@ def _is_async_connection(conn: object) -> bool:
     return hasattr(conn, "sync_connection") or hasattr(conn, "sync_session")  # SQLAlchemy's
 
 
-def forget_everywhere(site: Site, key: bytes) -> bool:
+def forget_everywhere(context: StoreContext, key: bytes) -> bool:
     """Forget what depends on a key in every first level; whether there is any."""
     levels = {level for each in cached_functions() if (level := each._core.l1) is not None}
     for level in levels:
-        level.drop(site.scope, key)
+        level.drop(context.scope, key)
     return bool(levels)
 
 
-def announce_all(site: Site, key: bytes) -> None:
+def announce_all(context: StoreContext, key: bytes) -> None:
     """Forget in this process, and tell the others."""
-    if forget_everywhere(site, key):
-        announce(site, key)
+    if forget_everywhere(context, key):
+        announce(context, key)
 
 
 __all__ = [

@@ -2,7 +2,11 @@
 
 A miss takes a lease (a placeholder row), calls the function, and fills the row if it still is in
 the state that the lease made: whatever invalidates it meanwhile makes another state, and the fill
-is refused. What computes an entry that still is valid is in `_cached_refresh`.
+is refused.
+
+The old value stays readable while a new one is computed: the lease is then a row of its own, and
+the fill is fenced by the old entry's state. Early refreshing is XFetch: A. Vattani, F. Chierichetti,
+K. Lowenstein, "Optimal Probabilistic Cache Stampede Prevention", VLDB 2015.
 """
 
 from __future__ import annotations
@@ -17,28 +21,39 @@ from typing import Any
 
 from ... import _observe
 from ..._ops import codec as _codec
-from ..._ops.op import Flow, Op, call, do, pause
+from ..._ops.op import Flow, Op, do, pause
+from ..._ops.op import call as call_step
 from ...errors import InvalidKeyError, InvalidValueError, PgkvError, QueryError
+from .._runtime.background import heartbeats, start_task_heartbeat, tasks, threads
 from . import envelope as _envelope
 from .call import (
     MISSING,
     Busy,
-    Colour,
+    CachedCall,
+    CacheOptions,
     Counts,
     Found,
-    Options,
     State,
+    StoreContext,
     Unreachable,
-    Visit,
     breaker_open,
     quietly,
 )
-from .context import Site
-from .envelope import PLACEHOLDER, Codec, Envelope, is_placeholder, new_mark
+from .envelope import PLACEHOLDER, Codec, Envelope, is_placeholder, mark_of, new_mark
 from .key import Binder
 from .l1 import L1
 from .single_flight import Flight, Flights, inside
-from .sql import DIGEST_LENGTH, ENTRY, FUNCTION, LOCK_TIMEOUT_MS, TAG, TAG_DAYS, Lease, Look
+from .sql import (
+    DIGEST_LENGTH,
+    ENTRY,
+    FUNCTION,
+    LOCK_TIMEOUT_MS,
+    REFRESH,
+    TAG,
+    TAG_DAYS,
+    CacheRead,
+    ComputeLease,
+)
 
 PAUSE_FIRST, PAUSE_MAX = 0.002, 0.1  # seconds between looks at somebody's placeholder
 PATIENCE = LOCK_TIMEOUT_MS / 1000  # with a row that an open transaction holds
@@ -46,7 +61,7 @@ COMPUTE_MAX = 3600.0  # seconds; a tag's row outlives the entries of older fills
 TAGGED_MAX = TAG_DAYS * 86400.0
 
 
-class Caller:
+class FunctionCache:
     """One cached function: its keys, codec and counts, and the flows of its calls."""
 
     def __init__(
@@ -55,17 +70,18 @@ class Caller:
         name: str,
         binder: Binder,
         make_codec: Callable[[], Codec],
-        options: Options,
+        options: CacheOptions,
         l1: L1 | None,
-        colour: Colour,
         flights: Flights,
+        *,
+        is_async: bool,
     ) -> None:
         self.fn = fn
         self.name = name
         self.binder = binder
         self.options = options
         self.l1 = l1
-        self.colour = colour
+        self.is_async = is_async
         self.flights = flights
         self.counts: Counts = Counts()
         self._make_codec = make_codec
@@ -77,67 +93,72 @@ class Caller:
 
     # -- keys
 
-    def visit(
-        self, site: Site, args: tuple[Any, ...], kwargs: dict[str, Any], *, lenient: bool = False
-    ) -> Visit:
+    def bind(
+        self,
+        context: StoreContext,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        lenient: bool = False,
+    ) -> CachedCall:
         """Bind one call's arguments."""
         binder = self.binder
         arguments = binder.bind(args, kwargs, lenient=lenient)
         digest = binder.digest(arguments)
-        begin, clear = site.names.get(self.name) or self._names(site)
+        begin, clear = context.names.get(self.name) or self._names(context)
         keys: tuple[bytes, ...] = (begin + digest.encode(), clear)
         if binder.has_tags:
-            keys += tuple(site.sql.cache_key(TAG, tag) for tag in binder.tags(arguments))
+            keys += tuple(context.sql.cache_key(TAG, tag) for tag in binder.tags(arguments))
         work = functools.partial(self.fn, *args, **kwargs)
-        return Visit(
-            site, keys, digest, work, (args, kwargs), 0 if self.l1 is None else self.l1.epoch
+        return CachedCall(
+            context, keys, digest, work, (args, kwargs), 0 if self.l1 is None else self.l1.epoch
         )
 
-    def _names(self, site: Site) -> tuple[bytes, bytes]:
+    def _names(self, context: StoreContext) -> tuple[bytes, bytes]:
         """What the function's entries' keys begin with, and its generation's key."""
-        entry = site.sql.cache_key(ENTRY, f"{self.name}:{'0' * DIGEST_LENGTH}")
-        clear = site.sql.cache_key(FUNCTION, self.name)
-        names = site.names[self.name] = (entry[:-DIGEST_LENGTH], clear)
+        entry = context.sql.cache_key(ENTRY, f"{self.name}:{'0' * DIGEST_LENGTH}")
+        clear = context.sql.cache_key(FUNCTION, self.name)
+        names = context.names[self.name] = (entry[:-DIGEST_LENGTH], clear)
         return names
 
     # -- what a look means
 
-    def interpret(self, visit: Visit, look: Look) -> Found | None:
+    def interpret(self, call: CachedCall, read: CacheRead) -> Found | None:
         """Return the valid entry that a look found."""
-        row = look.row
+        row = read.row
         if row is None:
             return None
         envelope = _envelope.read(row.value, self.codec.letter)
-        if envelope is None or envelope.generations != look.generations or row.age >= envelope.hard:
+        if envelope is None or envelope.generations != read.generations or row.age >= envelope.hard:
             return None
-        value = self._decode(visit, envelope.payload)
+        value = self._decode(call, envelope.payload)
         if value is MISSING:
             return None
         return Found(value, row.age, envelope.soft - row.age, envelope)
 
-    def _decode(self, visit: Visit, payload: bytes) -> Any:
+    def _decode(self, call: CachedCall, payload: bytes) -> Any:
         try:
-            return self.codec.decode(f"{self.name}:{visit.digest}", payload)
+            return self.codec.decode(f"{self.name}:{call.digest}", payload)
         except PgkvError:
             return MISSING  # damaged, or of a type that the function no longer returns
 
-    def near(self, visit: Visit) -> Any:
+    def from_l1(self, call: CachedCall) -> Any:
         """Return the value that the first level has, or MISSING."""
         assert self.l1 is not None
-        payload = self.l1.get(visit.site.scope, visit.key)
+        payload = self.l1.get(call.context.scope, call.key)
         if payload is None:
             return MISSING
-        value = self._decode(visit, payload)
+        value = self._decode(call, payload)
         if value is not MISSING:
             self.counts.add("hits")
         return value
 
-    def fresh(self, visit: Visit, look: Look) -> Any:
+    def fresh(self, call: CachedCall, read: CacheRead) -> Any:
         """Return the value if the look found one that calls for nothing else; else MISSING."""
-        found = self.interpret(visit, look)
+        found = self.interpret(call, read)
         if found is None or found.fresh <= 0 or self._is_early(found):
             return MISSING
-        self._keep(visit, found.envelope.payload, found.fresh)
+        self._remember(call, found.envelope.payload, found.fresh)
         self.counts.add("hits")
         return found.value
 
@@ -149,23 +170,23 @@ class Caller:
             return False
         return -compute * beta * math.log(1.0 - random()) >= found.fresh  # noqa: S311  # dice
 
-    def _keep(self, visit: Visit, payload: bytes, fresh: float) -> None:
+    def _remember(self, call: CachedCall, payload: bytes, fresh: float) -> None:
         if self.l1 is not None:
-            ends = visit.sent + min(self.l1.ttl, fresh)
-            self.l1.put(visit.site.scope, visit.keys, payload, ends, visit.epoch)
+            ends = call.sent + min(self.l1.ttl, fresh)
+            self.l1.put(call.context.scope, call.keys, payload, ends, call.epoch)
 
     # -- flows
 
-    def answer(self, visit: Visit, look: Look | PgkvError) -> Flow[Any]:
+    def answer(self, call: CachedCall, read: CacheRead | PgkvError) -> Flow[Any]:
         """From a first look that was no plain hit to the call's value."""
         unreachable: PgkvError | None = None
         try:
-            if isinstance(look, PgkvError):
-                raise self._failure(visit, look)
-            found = self.interpret(visit, look)
+            if isinstance(read, PgkvError):
+                raise self._failure(call, read)
+            found = self.interpret(call, read)
             if found is None:
-                return (yield from self._miss(visit, look))
-            return (yield from self._serve(visit, found))
+                return (yield from self._miss(call, read))
+            return (yield from self._serve(call, found))
         except Unreachable as down:
             unreachable = down.error
         except Busy:
@@ -173,21 +194,21 @@ class Caller:
         # Outside the handlers: the function's own exception would carry ours as its context.
         if unreachable is not None and self.options.on_error == "raise":
             raise unreachable
-        return (yield from self._alone(visit))
+        return (yield from self._alone(call))
 
-    def ask(self, visit: Visit, op: Op[Any]) -> Flow[Any]:
+    def ask(self, call: CachedCall, op: Op[Any]) -> Flow[Any]:
         """Perform an operation of the cache; see `Unreachable` and `Busy`."""
-        breaker = visit.site.breaker
+        breaker = call.context.breaker
         if self.options.on_error == "call" and not breaker.allows():
             raise Unreachable(breaker_open())
         try:
             answer = yield from do(op)
         except PgkvError as error:
-            raise self._failure(visit, error) from None
+            raise self._failure(call, error) from None
         breaker.succeeded()
         return answer
 
-    def _failure(self, visit: Visit, error: PgkvError) -> Exception:
+    def _failure(self, call: CachedCall, error: PgkvError) -> Exception:
         if isinstance(error, InvalidKeyError | InvalidValueError):
             return error  # refused before it was sent: the program is wrong, not the store
         if isinstance(error, QueryError) and error.retryable:
@@ -195,55 +216,51 @@ class Caller:
         self.counts.add("errors")
         if getattr(error, "breaker", False):
             return Unreachable(error)
-        if visit.site.breaker.failed():
+        if call.context.breaker.failed():
             _observe.warning(
                 "pgkv.cached.circuit_open", function=self.name, error=type(error).__name__
             )
         return Unreachable(error)
 
-    def _serve(self, visit: Visit, found: Found) -> Flow[Any]:
-        """A valid entry that is stale, or whose refresh is due."""
-        raise NotImplementedError  # `_cached_refresh.Core` has it
-
-    def _alone(self, visit: Visit) -> Flow[Any]:
+    def _alone(self, call: CachedCall) -> Flow[Any]:
         """Call the function and store nothing."""
         self.counts.add("misses")
-        value = yield from call(visit.work)
+        value = yield from call_step(call.work)
         if self.options.condition is not None and not self.options.condition(value):
             return value
-        return self._as_cached(visit, value)[0]
+        return self._as_cached(call, value)[0]
 
-    def _as_cached(self, visit: Visit, value: Any) -> tuple[Any, bytes]:
+    def _as_cached(self, call: CachedCall, value: Any) -> tuple[Any, bytes]:
         """The value as every later hit will show it, so that the first call shows the same."""
-        name = f"{self.name}:{visit.digest}"
+        name = f"{self.name}:{call.digest}"
         payload = self.codec.encode(name, value)
         return self.codec.decode(name, payload), payload
 
-    def _miss(self, visit: Visit, look: Look) -> Flow[Any]:
-        name = self.flights.name(visit.site.store, visit.key)
+    def _miss(self, call: CachedCall, read: CacheRead) -> Flow[Any]:
+        name = self.flights.name(call.context.store, call.key)
         if name in inside.get():
-            return (yield from self._alone(visit))  # re-entrant: it would wait for itself
+            return (yield from self._alone(call))  # re-entrant: it would wait for itself
         deadline = monotonic() + self.options.max_wait
         while True:
             flight, leads = self.flights.join(name)
             if leads:
                 try:
-                    return (yield from self._lead(visit, look, deadline, name, flight))
+                    return (yield from self._lead(call, read, deadline, name, flight))
                 finally:
                     self.flights.end(name, flight)
-            self._count_wait(visit)
-            ended = yield from call(flight.wait, max(0.0, deadline - monotonic()))
+            self._count_wait(call)
+            ended = yield from call_step(flight.wait, max(0.0, deadline - monotonic()))
             if not ended or flight.alone:
-                return (yield from self._alone(visit))
-            look = yield from self._look(visit)
-            value = self._landed(visit, look)
+                return (yield from self._alone(call))
+            read = yield from self._read(call)
+            value = self._finished(call, read)
             if value is not MISSING:
                 return value
 
     def _lead(
-        self, visit: Visit, look: Look, deadline: float, name: object, flight: Flight
+        self, call: CachedCall, read: CacheRead, deadline: float, name: object, flight: Flight
     ) -> Flow[Any]:
-        sql = visit.site.sql
+        sql = call.context.sql
         wait = PAUSE_FIRST
         locked_since: float | None = None
         try:
@@ -251,10 +268,10 @@ class Caller:
                 mark = new_mark(PLACEHOLDER)
                 # What the look found to be no valid entry may be replaced, unless somebody
                 # computes it already.
-                row = look.row
+                row = read.row
                 replace = 0 if row is None or is_placeholder(row.value) else row.version
-                lease: Lease = yield from self.ask(
-                    visit, sql.lease(visit.key, mark, self.options.lease, replace)
+                lease: ComputeLease = yield from self.ask(
+                    call, sql.lease(call.key, mark, self.options.compute_timeout, replace)
                 )
                 if lease.version is not None:
                     break
@@ -270,85 +287,80 @@ class Caller:
                 elif is_placeholder(lease.held):
                     if not self.options.lock or now >= deadline:
                         raise Busy
-                    self._count_wait(visit)
+                    self._count_wait(call)
                     locked_since = None
                     left = min(remaining + 0.001, deadline - now)
                     yield from pause(min(wait * (0.5 + random() / 2), left))  # noqa: S311  # jitter
                     wait = min(wait * 1.5, PAUSE_MAX)
                 elif now >= deadline:
                     raise Busy
-                look = yield from self._look(visit)
-                value = self._landed(visit, look)
+                read = yield from self._read(call)
+                value = self._finished(call, read)
                 if value is not MISSING:
                     return value
         except (Busy, Unreachable):
             flight.alone = True
             raise
-        state = State(visit.key, lease.version, mark)
-        beat = sql.extend(visit.key, lease.version, mark, self.options.lease)
+        state = State(call.key, lease.version, mark)
+        beat = sql.extend(call.key, lease.version, mark, self.options.compute_timeout)
         settled = False
         try:
             self.counts.add("misses")
-            value, took = yield from self._compute(visit, name, beat)
-            value, outcome = yield from self._fill(visit, state, look.generations, value, took)
+            value, took = yield from self._compute(call, name, beat)
+            value, outcome = yield from self._fill(call, state, read.generations, value, took)
             settled = outcome in ("stored", "refused")
             flight.alone = outcome in ("unwanted", "failed")
             return value
         finally:
             if not settled:
-                yield from quietly(sql.give_up(visit.key, lease.version, mark))
+                yield from quietly(sql.give_up(call.key, lease.version, mark))
 
-    def _look(self, visit: Visit) -> Flow[Look]:
+    def _read(self, call: CachedCall) -> Flow[CacheRead]:
         if self.l1 is not None:
-            visit.epoch = self.l1.epoch
-        visit.sent = monotonic()
-        look: Look = yield from self.ask(visit, visit.site.sql.look(visit.keys))
-        return look
+            call.epoch = self.l1.epoch
+        call.sent = monotonic()
+        read: CacheRead = yield from self.ask(call, call.context.sql.read(call.keys))
+        return read
 
-    def _landed(self, visit: Visit, look: Look) -> Any:
+    def _finished(self, call: CachedCall, read: CacheRead) -> Any:
         """The value that a look after waiting found."""
-        found = self.interpret(visit, look)
+        found = self.interpret(call, read)
         if found is None:
             return MISSING
         if found.fresh > 0:
-            self._keep(visit, found.envelope.payload, found.fresh)
+            self._remember(call, found.envelope.payload, found.fresh)
         self.counts.add("hits" if found.fresh > 0 else "stale_hits")
         return found.value
 
-    def _count_wait(self, visit: Visit) -> None:
-        if not visit.counted:
-            visit.counted = True
+    def _count_wait(self, call: CachedCall) -> None:
+        if not call.counted:
+            call.counted = True
             self.counts.add("waits")
 
     def _compute(
-        self, visit: Visit, name: object, beat: Op[bool] | None
+        self, call: CachedCall, name: object, beat: Op[bool] | None
     ) -> Flow[tuple[Any, float]]:
         """Call the function, its lease kept up; return what it returned and its seconds."""
-        options = self.options
-        stop = (
-            self.colour.beat(visit.site, beat, options.lease / 3, options.store_timeout, self.name)
-            if beat is not None
-            else _nothing
-        )
+        stop = _nothing if beat is None else self._keep_extending(call, beat)
         token = inside.set((*inside.get(), name))
         began = monotonic()
         try:
-            value = yield from call(visit.work)
+            value = yield from call_step(call.work)
             return value, monotonic() - began
         finally:
             inside.reset(token)
             stop()
 
     def _fill(
-        self, visit: Visit, state: State, generations: tuple[int, ...], value: Any, took: float
+        self, call: CachedCall, state: State, generations: tuple[int, ...], value: Any, took: float
     ) -> Flow[tuple[Any, str]]:
         """Store what the function returned in place of a state; return it as cached, and how that
         ended: stored, refused (another state stands there), unwanted, or failed."""
         options = self.options
         if options.condition is not None and not options.condition(value):
             return value, "unwanted"
-        ttl = self._ttl(visit, value)
-        value, payload = self._as_cached(visit, value)
+        ttl = self._ttl(call, value)
+        value, payload = self._as_cached(call, value)
         if ttl <= 0:
             return value, "unwanted"
         if took > COMPUTE_MAX:
@@ -356,19 +368,19 @@ class Caller:
             return value, "failed"
         soft = ttl * (1.0 - options.jitter * random())  # noqa: S311  # jitter
         hard = soft + options.stale
-        if len(visit.keys) > 2:
+        if len(call.keys) > 2:
             hard = min(hard, TAGGED_MAX)
         envelope = Envelope(soft, hard, took, generations, payload)
-        op = visit.site.sql.fill(
-            visit.key,
+        op = call.context.sql.fill(
+            call.key,
             state.version,
             state.mark,
             envelope.pack(self.codec.letter),
             None if math.isinf(hard) else hard,
         )
-        visit.sent = monotonic()
+        call.sent = monotonic()
         try:
-            version = yield from self.ask(visit, op)
+            version = yield from self.ask(call, op)
         except (Busy, Unreachable) as why:
             if isinstance(why, Busy):
                 self.counts.add("discarded_fills")
@@ -377,19 +389,159 @@ class Caller:
             self.counts.add("discarded_fills")
             return value, "refused"
         self.counts.add("fills")
-        self._keep(visit, payload, soft)
+        self._remember(call, payload, soft)
         return value, "stored"
 
-    def _ttl(self, visit: Visit, value: Any) -> float:
+    def _ttl(self, call: CachedCall, value: Any) -> float:
         """Seconds for which this value is fresh: inf for ever, 0 for not at all."""
         ttl: Any = self.options.ttl
         if callable(ttl):
-            args, kwargs = visit.positional
+            args, kwargs = call.positional
             ttl = ttl(value, *args, **kwargs)
             ttl = ttl.total_seconds() if isinstance(ttl, timedelta) else ttl
             if ttl is not None and ttl <= 0:
                 return 0.0
         return math.inf if ttl is None else _codec.seconds(ttl, endless="")
+
+    # -- background work
+
+    def _run_later(self, call: CachedCall, make: Callable[[], Flow[Any]]) -> bool:
+        """Run a flow in a thread or task; False when there is no room."""
+        run, timeout = call.context.store._run, self.options.store_timeout
+        pool = tasks if self.is_async else threads
+        return pool.submit(lambda: run(make(), timeout))
+
+    def _keep_extending(self, call: CachedCall, op: Op[bool]) -> Callable[[], None]:
+        """Extend a lease in regular intervals until the function that is returned is called."""
+        execute, timeout = call.context.store._execute, self.options.store_timeout
+        start = start_task_heartbeat if self.is_async else heartbeats.start
+        every = self.options.compute_timeout / 3
+        return start(every, lambda: execute(op, timeout), self.name)
+
+    # -- entries that are there: stale, about to end, or to be replaced
+
+    def _serve(self, call: CachedCall, found: Found) -> Flow[Any]:
+        """A valid entry that is stale, or whose refresh is due."""
+        stale = found.fresh <= 0
+        if not stale:
+            self._remember(call, found.envelope.payload, found.fresh)
+        if self.options.stale:
+            self.counts.add("stale_hits" if stale else "hits")
+            self._refresh_later(call)
+            return found.value
+        # Without `stale` nothing runs behind the caller's back: whom the dice chose pays.
+        refreshed = MISSING
+        try:
+            refreshed = yield from self._refresh(call)
+        except (Busy, Unreachable):
+            pass
+        except Exception as error:  # noqa: BLE001  # the caller has a valid value without it
+            self._refresh_failed(error)
+        self.counts.add("hits" if refreshed is MISSING else "misses")
+        return found.value if refreshed is MISSING else refreshed
+
+    def _refresh_later(self, call: CachedCall) -> None:
+        name = self.flights.name(call.context.store, call.key)
+        if name in self.flights.refreshing:
+            return
+        self.flights.refreshing.add(name)
+
+        def flow() -> Flow[None]:
+            try:
+                yield from self._refresh(call)
+            except (Busy, Unreachable):
+                pass
+            except Exception as error:  # noqa: BLE001  # nobody waits for it
+                self._refresh_failed(error)
+            finally:
+                self.flights.refreshing.discard(name)
+
+        if not self._run_later(call, flow):
+            self.flights.refreshing.discard(name)
+
+    def _refresh_failed(self, error: Exception) -> None:
+        self.counts.add("errors")
+        _observe.warning(
+            "pgkv.cached.refresh_failed", function=self.name, error=type(error).__name__
+        )
+
+    def _refresh(self, call: CachedCall) -> Flow[Any]:
+        """Compute anew while the old value is served; MISSING when somebody else does, or did."""
+        sql = call.context.sql
+        name = self.flights.name(call.context.store, call.key)
+        key = sql.cache_key(REFRESH, f"{self.name}:{call.digest}")
+        mark = new_mark(PLACEHOLDER)
+        lease: ComputeLease = yield from self.ask(
+            call, sql.lease(key, mark, self.options.compute_timeout)
+        )
+        if lease.version is None:
+            return MISSING
+        try:
+            # Again, under the lease: it may have been refreshed since.
+            read = yield from self._read(call)
+            found = self.interpret(call, read)
+            if found is None or read.row is None or not self._is_due(found):
+                return MISSING
+            state = State(call.key, read.row.version, mark_of(read.row.value))
+            beat = sql.extend(key, lease.version, mark, self.options.compute_timeout)
+            value, took = yield from self._compute(call, name, beat)
+            value, _ = yield from self._fill(call, state, read.generations, value, took)
+            return value
+        finally:
+            yield from quietly(sql.give_up(key, lease.version, mark))
+
+    def _is_due(self, found: Found) -> bool:
+        # Not a throw of the dice again: whoever refreshed meanwhile left an entry of less age than
+        # the function takes.
+        return found.fresh <= 0 or found.age > found.envelope.compute
+
+    def renew(self, call: CachedCall) -> Flow[Any]:
+        """Compute and store whatever stands there: `refresh()`. The latest one to begin wins."""
+        sql = call.context.sql
+        name = self.flights.name(call.context.store, call.key)
+        state: State | None = None
+        read = CacheRead(None, ())
+        beat: Op[bool] | None = None
+        unreachable: PgkvError | None = None
+        try:
+            for _ in range(3):
+                read = yield from self._read(call)
+                row = read.row
+                if row is not None and not is_placeholder(row.value):
+                    version = yield from self.ask(call, sql.claim(call.key, row.version))
+                    if version is not None:
+                        state = State(call.key, version, mark_of(row.value))
+                        break
+                else:
+                    mark = new_mark(PLACEHOLDER)
+                    replace = 0 if row is None else row.version
+                    lease = yield from self.ask(
+                        call, sql.lease(call.key, mark, self.options.compute_timeout, replace)
+                    )
+                    if lease.version is not None:
+                        state = State(call.key, lease.version, mark)
+                        beat = sql.extend(
+                            call.key, lease.version, mark, self.options.compute_timeout
+                        )
+                        break
+        except Unreachable as down:
+            unreachable = down.error
+        except Busy:
+            pass
+        if unreachable is not None and self.options.on_error == "raise":
+            raise unreachable
+        if state is None:
+            return (yield from self._alone(call))
+        settled = beat is None
+        try:
+            self.counts.add("misses")
+            value, took = yield from self._compute(call, name, beat)
+            value, outcome = yield from self._fill(call, state, read.generations, value, took)
+            settled = settled or outcome in ("stored", "refused")
+            return value
+        finally:
+            if not settled:
+                yield from quietly(sql.give_up(call.key, state.version, state.mark))
 
 
 def _nothing() -> None:

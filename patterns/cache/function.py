@@ -1,4 +1,4 @@
-"""What `cached` makes of a function: thin shells in two colours over `_cached_core`.
+"""What `cached` returns: thin sync and async classes over the flows of `FunctionCache`.
 
 Helpers such as ``invalidate`` take the arguments that the function takes, those named by `ignore`
 left out. An object's methods come as views that put the object before the arguments.
@@ -16,6 +16,7 @@ from typing import Any, Concatenate, Generic, ParamSpec, Self, TypeVar, overload
 
 import psycopg
 
+from ..._engine import schema as _schema
 from ..._engine.caller import unwrap
 from ..._observe import shown
 from ...aio import AsyncStore
@@ -23,13 +24,10 @@ from ...errors import PgkvError
 from ...store import Store
 from .._runtime import switch as _switch
 from ..defaults import default_async_store, default_store
-from .call import MISSING, Found, Visit, breaker_open
-from .context import Site, site_of
-from .invalidations import announce, listen
-from .refresh import Core
-from .runtime import AWAITING, BLOCKING
+from .call import MISSING, CachedCall, Found, StoreContext, breaker_open, context_of
+from .flows import FunctionCache
+from .invalidations import announce, announcement, listen
 from .sql import ENTRY, FUNCTION
-from .transaction import AsyncInvalidator, Invalidator
 
 P = ParamSpec("P")
 Q = ParamSpec("Q")
@@ -86,7 +84,7 @@ class _Base(Generic[P, R]):
     __qualname__: str
 
     def __init__(
-        self, core: Core, store: Store | AsyncStore | None, owner: type | None = None
+        self, core: FunctionCache, store: Store | AsyncStore | None, owner: type | None = None
     ) -> None:
         self._core = core
         self._store: Any = store
@@ -123,9 +121,11 @@ class _Base(Generic[P, R]):
         and version."""
         return self._core.name
 
-    def _visit(self, site: Site, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Visit:
+    def _call_of(
+        self, context: StoreContext, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> CachedCall:
         """For helpers: ignored parameters may be left out."""
-        return self._core.visit(site, self._head + args, kwargs, lenient=True)
+        return self._core.bind(context, self._head + args, kwargs, lenient=True)
 
     def cache_key(self, *args: Any, **kwargs: Any) -> str:
         """Return the key of one call's entry, as it stands in the store (below the store's own
@@ -151,12 +151,12 @@ class _Base(Generic[P, R]):
             counts.discarded_fills,
         )
 
-    def _clear_key(self, site: Site) -> bytes:
-        return site.sql.cache_key(FUNCTION, self._core.name)
+    def _clear_key(self, context: StoreContext) -> bytes:
+        return context.sql.cache_key(FUNCTION, self._core.name)
 
-    def _forget(self, site: Site, key: bytes) -> None:
+    def _forget(self, context: StoreContext, key: bytes) -> None:
         if self._core.l1 is not None:
-            self._core.l1.drop(site.scope, key)
+            self._core.l1.drop(context.scope, key)
 
     def _seen(self, found: Found | None) -> CachedValue[Any] | None:
         return None if found is None else CachedValue(found.value, found.age, found.fresh <= 0)
@@ -170,38 +170,38 @@ class CachedFunction(_Base[P, R]):
     whatever ``on_error`` says of calls. ``__wrapped__`` is the function itself.
     """
 
-    def _site(self) -> Site:
+    def _context(self) -> StoreContext:
         store = self._store
         if store is None:
             store = default_store()
-        site = site_of(store)
+        context = context_of(store)
         if self._core.l1 is not None:
-            listen(site, self._core.l1)
-        return site
+            listen(context, self._core.l1)
+        return context
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         core = self._core
         if _switch.off:
             return core.fn(*self._head, *args, **kwargs)  # type: ignore[no-any-return]  # what the function returns
-        site = self._site()
-        visit = core.visit(site, self._head + args, kwargs)
-        if core.l1 is not None and (value := core.near(visit)) is not MISSING:
+        context = self._context()
+        call = core.bind(context, self._head + args, kwargs)
+        if core.l1 is not None and (value := core.from_l1(call)) is not MISSING:
             return value  # type: ignore[no-any-return]  # as above
-        if site.breaker.allows() or core.options.on_error == "raise":
+        if context.breaker.allows() or core.options.on_error == "raise":
             try:
-                look: Any = site.store._execute(
-                    site.sql.look(visit.keys), core.options.store_timeout
+                read: Any = context.store._execute(
+                    context.sql.read(call.keys), core.options.store_timeout
                 )
             except PgkvError as error:
-                look = error
+                read = error
             else:
-                site.breaker.succeeded()
-                if (value := core.fresh(visit, look)) is not MISSING:
+                context.breaker.succeeded()
+                if (value := core.fresh(call, read)) is not MISSING:
                     return value  # type: ignore[no-any-return]  # as above
         else:
-            look = breaker_open()
-        flow = core.answer(visit, look)
-        return BLOCKING.run(site, flow, core.options.store_timeout)  # type: ignore[no-any-return]  # as above
+            read = breaker_open()
+        flow = core.answer(call, read)
+        return context.store._run(flow, core.options.store_timeout)  # type: ignore[no-any-return]  # as above
 
     def refresh(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Call the function now and store what it returns; the old value is served meanwhile.
@@ -211,48 +211,48 @@ class CachedFunction(_Base[P, R]):
         """
         if _switch.off:
             return self._core.fn(*self._head, *args, **kwargs)  # type: ignore[no-any-return]  # what the function returns
-        site = self._site()
-        visit = self._core.visit(site, self._head + args, kwargs)
-        flow = self._core.renew(visit)
+        context = self._context()
+        call = self._core.bind(context, self._head + args, kwargs)
+        flow = self._core.renew(call)
         try:
-            return BLOCKING.run(site, flow, self._core.options.store_timeout)  # type: ignore[no-any-return]  # as above
+            return context.store._run(flow, self._core.options.store_timeout)  # type: ignore[no-any-return]  # as above
         finally:
-            self._tell(site, visit.key)
+            self._tell(context, call.key)
 
     def invalidate(self, *args: Any, **kwargs: Any) -> None:
         """Remove one call's entry. When it returns, no later call sees an older value, and a
         computation that began before is discarded."""
         if _switch.off:
             return
-        site = self._site()
-        key = self._visit(site, args, kwargs).key
-        site.store._execute(site.sql.bury(key))
-        self._tell(site, key)
+        context = self._context()
+        key = self._call_of(context, args, kwargs).key
+        context.store._execute(context.sql.invalidate(key))
+        self._tell(context, key)
 
     def peek(self, *args: Any, **kwargs: Any) -> CachedValue[R] | None:
         """Return what is stored for one call, or None. Calls nothing, counts nothing, and asks the
         store even where a first level has the value."""
         if _switch.off:
             return None
-        site = self._site()
-        visit = self._visit(site, args, kwargs)
-        look = site.store._execute(site.sql.look(visit.keys))
-        return self._seen(self._core.interpret(visit, look))
+        context = self._context()
+        call = self._call_of(context, args, kwargs)
+        read = context.store._execute(context.sql.read(call.keys))
+        return self._seen(self._core.interpret(call, read))
 
     def cache_clear(self) -> None:
         """Make every entry of the function a miss, at once and in constant time: its generation is
         raised, the rows themselves end by their ttl."""
         if _switch.off:
             return
-        site = self._site()
-        key = self._clear_key(site)
-        site.store._execute(site.sql.bump_function(key))
-        self._tell(site, key)
+        context = self._context()
+        key = self._clear_key(context)
+        context.store._execute(context.sql.bump_function(key))
+        self._tell(context, key)
 
-    def _tell(self, site: Site, key: bytes) -> None:
-        self._forget(site, key)
+    def _tell(self, context: StoreContext, key: bytes) -> None:
+        self._forget(context, key)
         if self._core.l1 is not None:
-            announce(site, key)
+            announce(context, key)
 
     def using(self, conn: Any) -> Invalidator:
         """Return an object whose ``invalidate`` belongs to the caller's transaction.
@@ -263,9 +263,9 @@ class CachedFunction(_Base[P, R]):
         Raises:
             ConfigError: it is no psycopg 3 connection, or an async one.
         """
-        site = self._site()
+        context = self._context()
         inner = unwrap(conn, psycopg.Connection)
-        return Invalidator(self, site, site.store.using(inner))
+        return Invalidator(self, context, context.store.using(inner))
 
     @overload
     def __get__(self, instance: None, owner: type) -> Self: ...
@@ -284,7 +284,7 @@ class AsyncCachedFunction(_Base[P, R]):
     """
 
     def __init__(
-        self, core: Core, store: Store | AsyncStore | None, owner: type | None = None
+        self, core: FunctionCache, store: Store | AsyncStore | None, owner: type | None = None
     ) -> None:
         super().__init__(core, store, owner)
         # Frameworks ask whether to await what they were given.
@@ -293,81 +293,81 @@ class AsyncCachedFunction(_Base[P, R]):
         else:
             self._is_coroutine = asyncio.coroutines._is_coroutine  # type: ignore[attr-defined]  # gone in 3.12's stubs
 
-    def _site(self) -> Site:
+    def _context(self) -> StoreContext:
         store = self._store
         if store is None:
             store = default_async_store()
-        site = site_of(store)
+        context = context_of(store)
         if self._core.l1 is not None:
-            listen(site, self._core.l1)
-        return site
+            listen(context, self._core.l1)
+        return context
 
     async def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         core = self._core
         if _switch.off:
             return await core.fn(*self._head, *args, **kwargs)  # type: ignore[no-any-return]  # what the function returns
-        site = self._site()
-        visit = core.visit(site, self._head + args, kwargs)
-        if core.l1 is not None and (value := core.near(visit)) is not MISSING:
+        context = self._context()
+        call = core.bind(context, self._head + args, kwargs)
+        if core.l1 is not None and (value := core.from_l1(call)) is not MISSING:
             return value  # type: ignore[no-any-return]  # as above
-        if site.breaker.allows() or core.options.on_error == "raise":
-            op = site.sql.look(visit.keys)
+        if context.breaker.allows() or core.options.on_error == "raise":
+            op = context.sql.read(call.keys)
             try:
-                look: Any = await site.store._execute(op, core.options.store_timeout)
+                read: Any = await context.store._execute(op, core.options.store_timeout)
             except PgkvError as error:
-                look = error
+                read = error
             else:
-                site.breaker.succeeded()
-                if (value := core.fresh(visit, look)) is not MISSING:
+                context.breaker.succeeded()
+                if (value := core.fresh(call, read)) is not MISSING:
                     return value  # type: ignore[no-any-return]  # as above
         else:
-            look = breaker_open()
-        flow = core.answer(visit, look)
-        return await AWAITING.run(site, flow, core.options.store_timeout)
+            read = breaker_open()
+        flow = core.answer(call, read)
+        return await context.store._run(flow, core.options.store_timeout)  # type: ignore[no-any-return]  # as above
 
     async def refresh(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Call the function now and store what it returns; see `CachedFunction.refresh`."""
         if _switch.off:
             return await self._core.fn(*self._head, *args, **kwargs)  # type: ignore[no-any-return]  # what the function returns
-        site = self._site()
-        visit = self._core.visit(site, self._head + args, kwargs)
-        flow = self._core.renew(visit)
+        context = self._context()
+        call = self._core.bind(context, self._head + args, kwargs)
+        flow = self._core.renew(call)
         try:
-            return await AWAITING.run(site, flow, self._core.options.store_timeout)
+            return await context.store._run(flow, self._core.options.store_timeout)  # type: ignore[no-any-return]  # as above
         finally:
-            self._tell(site, visit.key)
+            self._tell(context, call.key)
 
     async def invalidate(self, *args: Any, **kwargs: Any) -> None:
         """Remove one call's entry; see `CachedFunction.invalidate`."""
         if _switch.off:
             return
-        site = self._site()
-        key = self._visit(site, args, kwargs).key
-        await site.store._execute(site.sql.bury(key))
-        self._tell(site, key)
+        context = self._context()
+        key = self._call_of(context, args, kwargs).key
+        await context.store._execute(context.sql.invalidate(key))
+        self._tell(context, key)
 
     async def peek(self, *args: Any, **kwargs: Any) -> CachedValue[R] | None:
         """Return what is stored for one call, or None; see `CachedFunction.peek`."""
         if _switch.off:
             return None
-        site = self._site()
-        visit = self._visit(site, args, kwargs)
-        look = await site.store._execute(site.sql.look(visit.keys))
-        return self._seen(self._core.interpret(visit, look))
+        context = self._context()
+        call = self._call_of(context, args, kwargs)
+        read = await context.store._execute(context.sql.read(call.keys))
+        return self._seen(self._core.interpret(call, read))
 
     async def cache_clear(self) -> None:
         """Make every entry of the function a miss; see `CachedFunction.cache_clear`."""
         if _switch.off:
             return
-        site = self._site()
-        key = self._clear_key(site)
-        await site.store._execute(site.sql.bump_function(key))
-        self._tell(site, key)
+        context = self._context()
+        key = self._clear_key(context)
+        await context.store._execute(context.sql.bump_function(key))
+        self._tell(context, key)
 
-    def _tell(self, site: Site, key: bytes) -> None:
-        self._forget(site, key)
+    def _tell(self, context: StoreContext, key: bytes) -> None:
+        self._forget(context, key)
         if self._core.l1 is not None:
-            announce(site, key)
+            announce(context, key)
 
     def using(self, conn: Any) -> AsyncInvalidator:
         """Return an object whose ``invalidate`` belongs to the caller's transaction.
@@ -378,9 +378,9 @@ class AsyncCachedFunction(_Base[P, R]):
         Raises:
             ConfigError: it is no psycopg 3 connection, or a blocking one.
         """
-        site = self._site()
+        context = self._context()
         inner = unwrap(conn, psycopg.AsyncConnection)
-        return AsyncInvalidator(self, site, site.store.using(inner))
+        return AsyncInvalidator(self, context, context.store.using(inner))
 
     @overload
     def __get__(self, instance: None, owner: type) -> Self: ...
@@ -392,6 +392,79 @@ class AsyncCachedFunction(_Base[P, R]):
     ) -> AsyncCachedFunction[Q, S]: ...
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
         return self._bind(instance, owner)
+
+
+# -- inside the caller's transaction ---------------------------------------------------------
+
+
+class Invalidator:
+    """``load.using(conn)``: invalidates inside the caller's transaction.
+
+    Committed with the data or rolled back with it. From this moment to the end of the transaction
+    the key's fills are held back; what was stored before remains a hit, for this transaction too,
+    because calls read on the store's own connection. Invalidate last, and several keys in a fixed
+    order: these are row locks, and two transactions that take them crosswise deadlock.
+    """
+
+    def __init__(self, function: Any, context: StoreContext, bound: Any) -> None:
+        self._function = function
+        self._context = context
+        self._bound = bound
+
+    @shown
+    def __repr__(self) -> str:
+        return f"of {self._function.name}"
+
+    def invalidate(self, *args: Any, **kwargs: Any) -> None:
+        """Remove one call's entry when the transaction commits."""
+        if _switch.off:
+            return
+        function, context = self._function, self._context
+        key = function._call_of(context, args, kwargs).key
+        ensure_table(context)
+        self._bound._execute(context.sql.invalidate(key))
+        function._forget(context, key)
+        if function._core.l1 is not None:
+            self._bound._execute(announcement(context, key))
+
+
+class AsyncInvalidator:
+    """`Invalidator`, awaited."""
+
+    def __init__(self, function: Any, context: StoreContext, bound: Any) -> None:
+        self._function = function
+        self._context = context
+        self._bound = bound
+
+    @shown
+    def __repr__(self) -> str:
+        return f"of {self._function.name}"
+
+    async def invalidate(self, *args: Any, **kwargs: Any) -> None:
+        """Remove one call's entry when the transaction commits."""
+        if _switch.off:
+            return
+        function, context = self._function, self._context
+        key = function._call_of(context, args, kwargs).key
+        await ensure_table_async(context)
+        await self._bound._execute(context.sql.invalidate(key))
+        function._forget(context, key)
+        if function._core.l1 is not None:
+            await self._bound._execute(announcement(context, key))
+
+
+def ensure_table(context: StoreContext) -> None:
+    """Make the table before the caller's transaction needs it: a missing one would fail that."""
+    if not context.table_known and context.sql.table.auto_create:
+        context.store._run(_schema.ensure(context.sql.table))
+    context.table_known = True
+
+
+async def ensure_table_async(context: StoreContext) -> None:
+    """`ensure_table`, awaited."""
+    if not context.table_known and context.sql.table.auto_create:
+        await context.store._run(_schema.ensure(context.sql.table))
+    context.table_known = True
 
 
 # -- all of them ---------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from ...aio import AsyncStore
 from ...config import Pooler
 from ...errors import PgkvError
 from .._runtime.background import tasks, threads
-from .context import Site
+from .call import StoreContext as Site
 from .l1 import L1
 
 CHANNEL = "pgkv_cache"

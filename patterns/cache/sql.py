@@ -62,7 +62,7 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
+class CacheRead:
     """One look at an entry (None: there is none) and the generations that it depends on, in the
     order of their keys; 0 stands for one that was never bumped."""
 
@@ -71,7 +71,7 @@ class Look:
 
 
 @dataclass(frozen=True, slots=True)
-class Lease:
+class ComputeLease:
     """The answer to a request for the right to compute.
 
     Attributes:
@@ -113,23 +113,23 @@ class CacheStatements(TableStatements):
 
     # -- reading
 
-    def look(self, keys: Sequence[bytes]) -> Op[Look]:
+    def read(self, keys: Sequence[bytes]) -> Op[CacheRead]:
         """Read an entry, and the generations (function, tags) it depends on, in one snapshot."""
         count = len(keys)
         if count <= KEYS_NAMED_MAX:
-            statement = self.made(("cache_look", count), lambda: self._make_look(count))
-            return Op(statement, keys, LookReader(keys))
+            statement = self.made(("cache_read", count), lambda: self._make_read(count))
+            return Op(statement, keys, ReadDecoder(keys))
         params = (_codec.encode_array(keys),)
         return Op(
-            self.made(("cache_look", 0), lambda: self._make_look(0)), params, LookReader(keys)
+            self.made(("cache_read", 0), lambda: self._make_read(0)), params, ReadDecoder(keys)
         )
 
-    def _make_look(self, count: int) -> Statement[Look]:
+    def _make_read(self, count: int) -> Statement[CacheRead]:
         # IN with few keys keeps its plan; `= ANY` of a small array is planned anew at every call.
         names = ", ".join(f"${n}" for n in range(1, count + 1))
         where = f"key IN ({names})" if count else "key = ANY($1::text[])"
         return self.statement(
-            "cache_look",
+            "cache_read",
             f"SELECT key, value, version, {_AGE} FROM {self.t} WHERE {where} AND {LIVE}",
             (TEXT,) * count or (BINARY,),
             _in_each_call,
@@ -139,14 +139,14 @@ class CacheStatements(TableStatements):
 
     # -- leases and fills
 
-    def lease(self, key: bytes, mark: bytes, seconds: float, replace: int = 0) -> Op[Lease]:
+    def lease(self, key: bytes, mark: bytes, seconds: float, replace: int = 0) -> Op[ComputeLease]:
         """Put a placeholder where no live row stands, or where the row still has the version
         `replace`. A denial writes nothing and waits for nobody."""
         params = (key, mark, _codec.encode_ttl(seconds), _codec.encode_int8(replace))
         return Op(self._lease, params)
 
     @cached_property
-    def _lease(self) -> Statement[Lease]:
+    def _lease(self) -> Statement[ComputeLease]:
         # Reads before it writes: ON CONFLICT ... WHERE false would take a row lock and an xid for
         # each denial, and wait behind an open transaction's. `free` skips a row that is locked.
         # The mark is unique to one attempt: matching it makes a repeat find its own grant.
@@ -256,15 +256,15 @@ class CacheStatements(TableStatements):
 
     # -- invalidation
 
-    def bury(self, key: bytes) -> Op[bool]:
+    def invalidate(self, key: bytes) -> Op[bool]:
         """Put a tombstone in an entry's place, also where none is: an upsert, so that inside a
         transaction it holds the lock that fills wait for. It is written expired and may be
         collected at once: it matters only while it is uncommitted."""
-        return Op(self._bury, (key,))
+        return Op(self._invalidate, (key,))
 
     @cached_property
-    def _bury(self) -> Statement[bool]:
-        return self._bump_of("cache_bury", "to_timestamp(0)")
+    def _invalidate(self) -> Statement[bool]:
+        return self._bump_of("cache_invalidate", "to_timestamp(0)")
 
     def bump_tag(self, key: bytes) -> Op[bool]:
         """Begin a new generation of a tag: entries that carry the old one are misses from now."""
@@ -340,7 +340,7 @@ def _in_each_call(result: Result) -> Any:
     raise AssertionError(f"undecoded: {result!r}")
 
 
-class LookReader:
+class ReadDecoder:
     """Sorts a look's rows: the first key is the entry's."""
 
     __slots__ = ("keys",)
@@ -348,13 +348,13 @@ class LookReader:
     def __init__(self, keys: Sequence[bytes]) -> None:
         self.keys = keys
 
-    def __call__(self, result: Result) -> Look:
+    def __call__(self, result: Result) -> CacheRead:
         keys = self.keys
         column = result.get_value
         count = result.ntuples
         row = None
         if count == 1 and column(0, 0) == keys[0]:  # what a hit usually is: no generation yet
-            return Look(_row(result, 0), (0,) * (len(keys) - 1))
+            return CacheRead(_row(result, 0), (0,) * (len(keys) - 1))
         found: dict[bytes | None, int] = {}
         for n in range(count):
             key = column(n, 0)
@@ -362,7 +362,7 @@ class LookReader:
                 row = _row(result, n)
             else:
                 found[key] = _codec.decode_int(column(n, 2))
-        return Look(row, tuple(found.get(key, 0) for key in keys[1:]))
+        return CacheRead(row, tuple(found.get(key, 0) for key in keys[1:]))
 
 
 def _row(result: Result, n: int) -> Row:
@@ -372,18 +372,18 @@ def _row(result: Result, n: int) -> Row:
     return Row(column(n, 1) or b"", _codec.decode_int(column(n, 2)), max(0.0, age))
 
 
-_RACED = Raced(Lease(None))
+_RACED = Raced(ComputeLease(None))
 
 
-def _read_lease(result: Result) -> Lease | Signal:
+def _read_lease(result: Result) -> ComputeLease | Signal:
     if not result.ntuples:
         return _RACED  # somebody's insert, which this statement's snapshot does not show
     version = result.get_value(0, 0)
     if version is not None:
-        return Lease(_codec.decode_int(version))
+        return ComputeLease(_codec.decode_int(version))
     remaining = result.get_value(0, 2)
     seconds = None if remaining is None else _codec.decode_float8(remaining)
-    return Lease(None, result.get_value(0, 1) or b"", seconds)
+    return ComputeLease(None, result.get_value(0, 1) or b"", seconds)
 
 
 def _read_usage(result: Result) -> list[Usage]:
@@ -407,9 +407,9 @@ __all__ = [
     "REFRESH",
     "TAG",
     "TAG_DAYS",
+    "CacheRead",
     "CacheStatements",
-    "Lease",
-    "Look",
+    "ComputeLease",
     "Row",
     "Usage",
 ]

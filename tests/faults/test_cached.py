@@ -37,7 +37,7 @@ def ran():
     with psycopg.connect(dsn, autocommit=True) as conn:
         conn.execute("INSERT INTO runs VALUES (pg_backend_pid(), %s)", [__import__("os").getpid()])
 
-options = dict(lease=lease, max_wait=60, store_timeout=30)
+options = dict(compute_timeout=lease, max_wait=60, store_timeout=30)
 if colour == "sync":
     store = pgkv.Store.connect(dsn)
 

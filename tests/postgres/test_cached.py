@@ -346,7 +346,7 @@ async def test_the_lease_is_renewed_while_the_function_runs(
         await asyncio.sleep(1.5)
         return 7
 
-    both = [cached_in(colour, await make_store(), lease=0.45)(f) for _ in range(2)]
+    both = [cached_in(colour, await make_store(), compute_timeout=0.45)(f) for _ in range(2)]
     assert await asyncio.gather(*(each() for each in both)) == [7, 7]
     assert len(calls) == 1
 
@@ -580,10 +580,10 @@ async def test_a_hit_is_one_query_and_writes_nothing(
         return n
 
     await f(1)
-    assert [name for name, _, _ in operations] == ["cache_look", "cache_lease", "cache_fill"]
+    assert [name for name, _, _ in operations] == ["cache_read", "cache_lease", "cache_fill"]
     operations.clear()
     await f(1)
-    assert [name for name, _, _ in operations] == ["cache_look"]
+    assert [name for name, _, _ in operations] == ["cache_read"]
 
 
 async def test_a_missing_table_is_made(store: Any, colour: Colour) -> None:

@@ -407,7 +407,7 @@ def test_the_parentheses_are_missed_by_name() -> None:
         ({"ttl": 0}, pgkv.InvalidValueError),
         ({"ttl": float("nan")}, pgkv.InvalidValueError),
         ({"stale": -1}, pgkv.InvalidValueError),
-        ({"lease": 0}, pgkv.InvalidValueError),
+        ({"compute_timeout": 0}, pgkv.InvalidValueError),
         ({"jitter": 1}, pgkv.ConfigError),
         ({"beta": float("inf")}, pgkv.ConfigError),
         ({"codec": "pickle"}, pgkv.ConfigError),

@@ -15,11 +15,11 @@ SQL = CacheStatements(Config("postgresql://", table_name='we"ird'), "ns:")
 MARK = b"~" * 17
 # What is safe to repeat when the answer was lost, and what is not.
 SAFE: dict[str, Op[Any]] = {
-    "look": SQL.look([b"k", b"g"]),
-    "look at many": SQL.look([b"k"] * (KEYS_NAMED_MAX + 1)),
+    "read": SQL.read([b"k", b"g"]),
+    "read many": SQL.read([b"k"] * (KEYS_NAMED_MAX + 1)),
     "extend": SQL.extend(b"k", 1, MARK, 30),
     "give_up": SQL.give_up(b"k", 1, MARK),
-    "bury": SQL.bury(b"k"),
+    "invalidate": SQL.invalidate(b"k"),
     "bump_tag": SQL.bump_tag(b"k"),
     "bump_function": SQL.bump_function(b"k"),
     "usage": SQL.usage(),
