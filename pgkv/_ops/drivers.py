@@ -7,7 +7,8 @@ from __future__ import annotations
 import asyncio
 import inspect
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
+from time import monotonic
 from typing import Any, TypeVar
 
 from .op import Call, Expired, Flow, Op, Sleep
@@ -116,3 +117,40 @@ async def drive_async(
                 outcome = await together(step, timeout)
         except BaseException as error:  # noqa: BLE001  # raised inside the flow, which lets it out
             failure = error
+
+
+_left: set[asyncio.Task[Any]] = set()  # the loop keeps only weak references to tasks
+
+
+async def shielded(work: Coroutine[Any, Any, T], seconds: float) -> T:
+    """Await clean-up in a task of its own, to its end, however often the caller is cancelled.
+
+    anyio cancels every ``await`` of a cancelled scope, also those in a ``finally``. A
+    cancellation that arrives meanwhile is raised when the work has ended.
+
+    Raises:
+        TimeoutError: the work took longer than `seconds`; it was cancelled.
+    """
+    until = monotonic() + seconds
+    task = asyncio.get_running_loop().create_task(work)
+    _left.add(task)
+    task.add_done_callback(_left.discard)
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done() and (left := until - monotonic()) > 0:
+        try:
+            await asyncio.wait((task,), timeout=left)
+        except asyncio.CancelledError as error:
+            cancelled = cancelled or error
+    done = task.done()
+    if not done:
+        task.cancel()
+    elif cancelled is not None and not task.cancelled():
+        task.exception()  # looked at: or asyncio logs that nothing did
+    try:
+        if cancelled is not None:
+            raise cancelled
+        if not done:
+            raise TimeoutError(f"clean-up was cancelled after {seconds:g} s")
+        return task.result()
+    finally:
+        cancelled = None  # its traceback holds this frame
