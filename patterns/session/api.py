@@ -190,7 +190,8 @@ class SessionStore:
 
         Args:
             token: the token, or a `Session` or the request's: then the middleware also takes the
-                cookie away. A token that a rotation has just replaced ends the session it was of.
+                cookie away. A token that a rotation replaced in the last ten minutes ends the
+                session as well.
         """
         return self._run(self._flows.destroy(token))
 
@@ -210,6 +211,8 @@ class SessionStore:
 
     def destroy_handle(self, handle: str, user_id: str | int) -> bool:
         """End one session that `list_user` showed, if it is that user's; True when it was alive.
+
+        A handle that a rotation replaced in the last ten minutes ends the session as well.
 
         Args:
             handle: of its `SessionInfo`.

@@ -42,12 +42,11 @@ from .data import (
     values_of,
 )
 from .request import RequestSession
-from .sql import Lifetimes, Loaded, Mode, Outcome, SessionStatements
+from .sql import REPEATS, Lifetimes, Loaded, Mode, SessionStatements
 
 if TYPE_CHECKING:
     from ...config import Seconds
 
-ATTEMPTS = 3  # of a statement that met a concurrent change; the second already sees its outcome
 _HANDLE = re.compile("[0-9a-f]{64}")
 MODES = ("merge", "error", "last_wins")
 
@@ -170,8 +169,8 @@ class SessionFlows:
             raise gone("rotated")
         mode: Mode = on_conflict  # type: ignore[assignment]  # one of MODES
         merging = mode == "merge"
-        outcome = yield from self._until_settled(
-            lambda: self.sql.save(
+        outcome = yield from do(
+            self.sql.save(
                 id_of(session.id),
                 mode,
                 session._version,
@@ -215,10 +214,8 @@ class SessionFlows:
         now = texts_of(session.data, self.size_max)
         changed, removed = difference(session._before, now)
         token = new_token()
-        was_there = False
-
-        def ask() -> Any:
-            return self.sql.rotate(
+        outcome = yield from do(
+            self.sql.rotate(
                 id_of(session.id),
                 id_of(token),
                 document(changed),
@@ -226,31 +223,16 @@ class SessionFlows:
                 grace=seconds,
                 user=user,
             )
-
-        outcome = yield from do(ask())
-        for _ in range(ATTEMPTS):
-            if outcome.status != "raced":
-                break
-            was_there = True
-            outcome = yield from do(ask())
+        )
+        if outcome.status == "gone":
+            raise gone("gone")
         if outcome.status != "done":
-            if outcome.status == "gone" and not was_there:
-                raise gone("gone")
             raise _rotated_by_another()
         session._version = outcome.version if outcome.before == session._version else -1
         session.id, session._before, session.expires_at = token, now, outcome.expires_at
         if user is not None:
             session.user_id = user[0]
         _begun(session)
-
-    def _until_settled(self, make: Any) -> Flow[Outcome]:
-        op = make()
-        outcome: Outcome = yield from do(op)
-        for _ in range(ATTEMPTS):
-            if outcome.status != "raced":
-                break
-            outcome = yield from do(op)
-        return outcome
 
     def destroy(self, given: object) -> Flow[bool]:
         """End a session, by its token or itself."""
@@ -273,7 +255,17 @@ class SessionFlows:
         """End all sessions of a user, or all but one."""
         kept = None if keep is None else session_of(keep).id
         user = user_of(user_id)
-        return (yield from do(self.sql.destroy_user(user, id_of(kept) if kept else None)))
+        op = self.sql.destroy_user(user, id_of(kept) if kept else None)
+        total = 0
+        for _ in range(REPEATS):
+            ended, raced = yield from do(op)
+            total += ended
+            if not raced:
+                return total
+        raise SessionConflictError(
+            f"destroy_user: sessions of the user were changed during each of {REPEATS} attempts; "
+            "some may be alive. Repeat it"
+        )
 
     def destroy_handle(self, handle: object, user_id: object) -> Flow[bool]:
         """End one of a user's sessions by its public name."""
@@ -344,7 +336,7 @@ def gone(reason: str) -> SessionGoneError:
 
 def _rotated_by_another() -> SessionConflictError:
     return SessionConflictError(
-        "another request rotated or ended the session at the same time; this rotation did nothing"
+        "another request rotated the session at the same time; this rotation did nothing"
     )
 
 

@@ -1,11 +1,12 @@
 """Statements of the session table. The secret token never comes here: `id` is its hash.
 
-A row is a session or, with a successor, a stub: what stays under the old id for a moment when a
-rotation has moved the row to a new one. A stub can be read while its session lives under the
-successor's id, and changed by nobody.
+A row is a session or, with a successor, a stub: what a rotation leaves under the old id when it has
+moved the row to a new one. A stub is never changed. It can be read until its ``ends_at``, the end of
+the rotation's grace, while its session lives under the successor's id; after that it only leads
+`destroy` to the session.
 
-Every statement judges liveness by ``expires_at`` alone, which is kept at the earlier of the idle
-and the absolute end. Writes whose loss in a crash costs a second of data say so
+Every statement judges whether a session is alive by ``expires_at`` alone, which is kept at the
+earlier of the idle and the absolute end. Writes whose loss in a crash costs a second of data say so
 (``synchronous_commit = off``, for their own transaction); those whose loss would revive a session
 demand the disk. Neither is said inside a caller's transaction, where it would reach its commit.
 """
@@ -19,9 +20,9 @@ from functools import cached_property
 from typing import Literal, NamedTuple
 
 from ..._ops import codec as _codec
-from ..._ops.op import BINARY, TEXT, Expired, Op, Result, Signal, Statement
+from ..._ops.op import BINARY, TEXT, Expired, Op, Raced, Result, Signal, Statement
 from ..._sql.sweep import Sweep
-from ..._sql.table import STATEMENT_US, read_changed, read_count, read_int
+from ..._sql.table import STATEMENT_US, read_count
 from ...config import Config, Table
 
 NOW = "statement_timestamp()"
@@ -32,6 +33,14 @@ DURABLE = (
     "set_config('synchronous_commit', "
     "coalesce(nullif(current_setting('synchronous_commit'), 'off'), 'on'), true)"
 )
+
+RACED_OR_ROTATED = "CASE WHEN successor IS NULL THEN 'raced' ELSE 'rotated' END"
+# How often a statement that met a concurrent change is asked again. A save and a rotation know
+# their outcome the second time; a destroy can meet another rotation each time.
+REPEATS = 50
+# Seconds for which a stub stays at least: a destroy that waited for the rotation finds the session
+# by it, however late the rotation is committed.
+STUB_KEPT = 600
 
 Mode = Literal["merge", "error", "last_wins"]
 
@@ -50,8 +59,8 @@ class Loaded(NamedTuple):
 class Outcome(NamedTuple):
     """How a save or a rotation ended.
 
-    `status` is ``"done"``, ``"conflict"``, ``"rotated"``, ``"raced"`` (ask again) or ``"gone"``.
-    `before` is the version that a merge found.
+    `status` is ``"done"``, ``"conflict"``, ``"rotated"`` or ``"gone"``. `before` is the version that
+    a merge found.
     """
 
     status: str
@@ -135,9 +144,10 @@ class SessionStatements(Sweep):
         return self.statement(
             "session_load",
             "WITH c AS MATERIALIZED ("
-            "SELECT user_id, data, version, created_at, expires_at, successor IS NOT NULL AS moved,"
+            "SELECT user_id, data, version, created_at, least(expires_at, ends_at) AS expires_at, "
+            "successor IS NOT NULL AS moved,"
             f" expires_at > {NOW} AS live FROM {self.t} s WHERE id = $1 AND (successor IS NULL "
-            f"OR EXISTS (SELECT 1 FROM {self.t} h WHERE h.id = s.successor "
+            f"OR ends_at > {NOW} AND EXISTS (SELECT 1 FROM {self.t} h WHERE h.id = s.successor "
             f"AND h.successor IS NULL AND h.expires_at > {NOW}))), "
             f"k AS MATERIALIZED (SELECT id FROM {self.t} WHERE id = $1 AND successor IS NULL "
             f"AND expires_at > {NOW} AND seen_at <= {NOW} - $3::interval "
@@ -210,20 +220,19 @@ class SessionStatements(Sweep):
             f"WITH u AS (UPDATE {self.t} s SET data = {data}, {self._used} FROM {self._lazily} "
             f"WHERE {live} RETURNING new.version, new.expires_at, old.version AS before)"
         )
-        otherwise = self._why_not("CASE WHEN successor IS NULL THEN 'raced' ELSE 'rotated' END")
+        otherwise = self._why_not(RACED_OR_ROTATED)
         return self.statement(
             "session_save",
             before_18 + otherwise,
             (BINARY, TEXT, BINARY, BINARY),
             _read_outcome,
+            repeats=REPEATS,
             sql_18=since_18 + otherwise,
         )
 
     @cached_property
     def _replace(self) -> Statement[Outcome]:
-        return self._make_replace(
-            "", "CASE WHEN successor IS NULL THEN 'raced' ELSE 'rotated' END", ()
-        )
+        return self._make_replace("", RACED_OR_ROTATED, ())
 
     @cached_property
     def _replace_if(self) -> Statement[Outcome]:
@@ -243,6 +252,7 @@ class SessionStatements(Sweep):
             "RETURNING s.version, s.expires_at, s.version AS before)" + self._why_not(status),
             (BINARY, TEXT, BINARY, *more),
             _read_outcome,
+            repeats=REPEATS,
         )
 
     @property
@@ -255,7 +265,7 @@ class SessionStatements(Sweep):
 
     def _why_not(self, status: str) -> str:
         # This half sees the statement's snapshot, the UPDATE the newest row: "live and not
-        # changed" means that somebody was faster in between. Asked again, the row tells.
+        # changed" means that another transaction was faster. Asked again, the row tells.
         return (
             " SELECT 'done', version, expires_at, before FROM u UNION ALL "
             f"SELECT {status}, version, expires_at, version FROM {self.t} "
@@ -279,49 +289,41 @@ class SessionStatements(Sweep):
             new_id: the new token's hash.
             changed: changed keys with their values, merged in.
             removed: keys to take away.
-            grace: seconds for which the stub stays; 0 for none.
+            grace: seconds for which the stub can be read.
             user: the new user in a tuple; None keeps the one there is.
         """
         user_id = None if user is None or user[0] is None else user[0].encode()
-        params = (
-            id,
-            new_id,
-            changed,
-            _codec.encode_array(removed),
-            self._idle,
-            self._absolute,
-            b"\0" if user is None else b"\1",
-            user_id,
+        return Op(
+            self._rotate,
+            (
+                id,
+                new_id,
+                changed,
+                _codec.encode_array(removed),
+                self._idle,
+                self._absolute,
+                b"\0" if user is None else b"\1",
+                user_id,
+                _codec.encode_interval(grace),
+            ),
         )
-        if grace <= 0:
-            return Op(self._rotate_at_once, params)
-        return Op(self._rotate, (*params, _codec.encode_interval(grace)))
 
     @cached_property
     def _rotate(self) -> Statement[Outcome]:
-        stub = (
-            f", st AS (INSERT INTO {self.t} (id, user_id, data, version, created_at, seen_at, "
-            "expires_at, ends_at, successor, meta) SELECT o.id, o.user_id, o.data, o.version, "
-            f"o.created_at, o.seen_at, least(o.expires_at, {NOW} + $9::interval), o.ends_at, $2, "
-            "o.meta FROM o, u)"
-        )
-        # The stub tells a repeated rotation that it had happened, when its first answer was lost.
-        done = f"(SELECT s.successor = $2 FROM {self.t} s WHERE s.id = $1)"
-        return self._make_rotate(stub, done, (BINARY,), retry_safe=True)
-
-    @cached_property
-    def _rotate_at_once(self) -> Statement[Outcome]:
-        return self._make_rotate("", "false", (), retry_safe=False)
-
-    def _make_rotate(
-        self, stub: str, done: str, more: tuple[int, ...], *, retry_safe: bool
-    ) -> Statement[Outcome]:
-        # The row itself moves: a new row beside the old one could escape a destroy_user that
-        # runs at the same moment.
+        # The row itself moves: a statement that waits for the row of a user still finds it.
         user = "CASE WHEN $7::boolean THEN $8 ELSE s.user_id END"
         ends = (
             "CASE WHEN $7::boolean AND s.user_id IS DISTINCT FROM $8 "
             f"THEN {NOW} + $6::interval ELSE s.ends_at END"
+        )
+        # The stub tells a repeated rotation that it had happened, when its first answer was lost,
+        # and leads a destroy to the session, also one that waited for this statement.
+        stub = (
+            f"INSERT INTO {self.t} (id, user_id, data, version, created_at, seen_at, expires_at, "
+            "ends_at, successor) SELECT o.id, o.user_id, "
+            "CASE WHEN $9::interval > interval '0' THEN o.data ELSE '{}' END, o.version, "
+            f"o.created_at, o.seen_at, {NOW} + greatest($9::interval, interval '{STUB_KEPT} s'), "
+            f"least(o.expires_at, {NOW} + $9::interval), $2 FROM o, u"
         )
         return self.statement(
             "session_rotate",
@@ -332,74 +334,83 @@ class SessionStatements(Sweep):
             f"version = greatest(s.version + 1, {STATEMENT_US}), seen_at = {NOW}, "
             f"ends_at = {ends}, expires_at = least({NOW} + $5::interval, {ends}) "
             f"FROM o, {self._strictly} WHERE s.id = o.id "
-            f"RETURNING s.version, s.expires_at, o.version AS before){stub} "
+            f"RETURNING s.version, s.expires_at, o.version AS before), st AS ({stub}) "
             "SELECT 'done', version, expires_at, before FROM u UNION ALL "
-            f"SELECT 'done', version, expires_at, 0 FROM {self.t} WHERE id = $2 "
-            f"AND NOT EXISTS (SELECT 1 FROM u) AND {done} UNION ALL "
-            "SELECT CASE WHEN successor IS NULL THEN 'raced' ELSE 'rotated' END, version, "
+            f"SELECT 'done', h.version, h.expires_at, 0 FROM {self.t} s JOIN {self.t} h "
+            "ON h.id = s.successor WHERE s.id = $1 AND s.successor = $2 UNION ALL "
+            f"SELECT {RACED_OR_ROTATED}, version, "
             f"expires_at, version FROM {self.t} WHERE id = $1 AND successor IS DISTINCT FROM $2 "
             f"AND expires_at > {NOW} AND NOT EXISTS (SELECT 1 FROM u)",
-            (BINARY, BINARY, TEXT, BINARY, BINARY, BINARY, BINARY, TEXT, *more),
+            (BINARY, BINARY, TEXT, BINARY, BINARY, BINARY, BINARY, TEXT, BINARY),
             _read_outcome,
-            retry_safe=retry_safe,
+            retry_safe=True,
+            repeats=REPEATS,
         )
 
     @cached_property
     def _destroy(self) -> Statement[bool]:
-        # Through a stub the session it stands for ends: who logs out in the moment after a
-        # rotation means that one. The stub dies with it.
-        session = (
-            f"(SELECT h.id FROM {self.t} s JOIN {self.t} h ON h.id = s.successor "
-            f"WHERE s.id = $1 AND s.expires_at > {NOW} AND h.successor IS NULL)"
-        )
+        return self._make_destroy("", ())
+
+    @cached_property
+    def _destroy_of_user(self) -> Statement[bool]:
+        return self._make_destroy(" AND user_id = $2", (TEXT,))
+
+    def _make_destroy(self, condition: str, more: tuple[int, ...]) -> Statement[bool]:
+        # The token's row may be a stub: it leads to the session, over several rotations as well.
+        # A row that is there and was not deleted has just been moved or deleted by another
+        # transaction, for whose end this statement waited: asked again, the stub leads on.
         return self.statement(
             "session_destroy",
-            f"WITH gone AS (DELETE FROM {self.t} WHERE id = coalesce({session}, $1)"
-            f"{self._if_strictly} RETURNING expires_at, successor) SELECT coalesce("
-            f"bool_or(expires_at > {NOW} AND successor IS NULL), false) FROM gone",
-            (BINARY,),
-            _read_truth,
+            f"WITH RECURSIVE {self._chain('$1')}, "
+            f"e AS MATERIALIZED (SELECT id FROM chain WHERE successor IS NULL{condition}), "
+            f"gone AS (DELETE FROM {self.t} s USING e WHERE s.id = e.id{self._if_strictly} "
+            f"RETURNING s.expires_at > {NOW} AS live) SELECT coalesce(bool_or(live), false), "
+            "EXISTS (SELECT 1 FROM e) AND count(*) = 0 FROM gone",
+            (BINARY, *more),
+            _read_destroyed,
             retry_safe=True,
+            repeats=REPEATS,
+        )
+
+    def _chain(self, id: str) -> str:
+        """The row of an id and those to which it leads: stubs, and at the end the session."""
+        return (
+            f"chain AS (SELECT id, user_id, successor FROM {self.t} WHERE id = {id} UNION ALL "
+            f"SELECT h.id, h.user_id, h.successor FROM chain c JOIN {self.t} h ON h.id = c.successor)"
         )
 
     def destroy(self, id: bytes) -> Op[bool]:
         """End a session; whether it was alive."""
         return Op(self._destroy, (id,))
 
+    def destroy_of_user(self, id: bytes, user_id: str) -> Op[bool]:
+        """End a session if it is that user's; whether it was alive."""
+        return Op(self._destroy_of_user, (id, user_id.encode()))
+
     # -- a user's sessions
 
     @cached_property
-    def _destroy_user(self) -> Statement[int]:
-        # No locking CTE before it: that would lose a row whose id a rotation has just moved.
+    def _destroy_user(self) -> Statement[tuple[int, bool]]:
+        # A rotation for which this waits has moved a row: it is deleted under its new id, and its
+        # stub is only visible to another statement. Or it has given the row to another user.
+        kept = "ARRAY(SELECT id FROM chain)"
         return self.statement(
             "session_destroy_user",
-            f"WITH gone AS (DELETE FROM {self.t} WHERE user_id = $1 AND id IS DISTINCT FROM $2 "
-            f"AND id IS DISTINCT FROM (SELECT successor FROM {self.t} WHERE id = $2)"
-            f"{self._if_strictly} RETURNING expires_at, successor) SELECT count(*) "
-            f"FILTER (WHERE expires_at > {NOW} AND successor IS NULL) FROM gone",
+            f"WITH RECURSIVE {self._chain('$2')}, f AS MATERIALIZED (SELECT id FROM {self.t} "
+            f"WHERE user_id = $1 AND id <> ALL ({kept})), "
+            f"gone AS (DELETE FROM {self.t} WHERE user_id = $1 AND id <> ALL ({kept})"
+            f"{self._if_strictly} RETURNING id, expires_at, successor) SELECT count(*) "
+            f"FILTER (WHERE expires_at > {NOW} AND successor IS NULL), "
+            "EXISTS (SELECT 1 FROM f WHERE id NOT IN (SELECT id FROM gone)) FROM gone",
             (TEXT, BINARY),
-            read_int,
+            _read_ended,
             retry_safe=True,
         )
 
-    def destroy_user(self, user_id: str, keep: bytes | None) -> Op[int]:
-        """End a user's sessions but one; how many were alive."""
+    def destroy_user(self, user_id: str, keep: bytes | None) -> Op[tuple[int, bool]]:
+        """End a user's sessions but one: how many were alive, and whether to ask again, because
+        others changed some of them at the same time."""
         return Op(self._destroy_user, (user_id.encode(), keep))
-
-    @cached_property
-    def _destroy_of_user(self) -> Statement[bool]:
-        return self.statement(
-            "session_destroy",
-            f"DELETE FROM {self.t} WHERE id = $1 AND user_id = $2 AND successor IS NULL "
-            f"AND expires_at > {NOW}{self._if_strictly}",
-            (BINARY, TEXT),
-            read_changed,
-            retry_safe=True,
-        )
-
-    def destroy_of_user(self, id: bytes, user_id: str) -> Op[bool]:
-        """End a session if it is that user's."""
-        return Op(self._destroy_of_user, (id, user_id.encode()))
 
     @cached_property
     def _list_user(self) -> Statement[list[Listed]]:
@@ -438,6 +449,9 @@ class SessionStatements(Sweep):
         return Op(self._collect, (_codec.encode_array(sorted(set(keys)), _codec.BYTEA_OID),))
 
 
+_RACED = Raced()
+
+
 def _read_created(result: Result) -> tuple[int, datetime, datetime] | None:
     if not result.ntuples:
         return None
@@ -449,10 +463,12 @@ def _read_created(result: Result) -> tuple[int, datetime, datetime] | None:
     )
 
 
-def _read_outcome(result: Result) -> Outcome:
+def _read_outcome(result: Result) -> Outcome | Signal:
     if not result.ntuples:
         return Outcome("gone")
     column = result.get_value
+    if column(0, 0) == b"raced":
+        return _RACED
     return Outcome(
         (column(0, 0) or b"").decode(),
         _codec.decode_int(column(0, 1)),
@@ -461,8 +477,12 @@ def _read_outcome(result: Result) -> Outcome:
     )
 
 
-def _read_truth(result: Result) -> bool:
-    return result.get_value(0, 0) == b"\1"
+def _read_destroyed(result: Result) -> bool | Signal:
+    return _RACED if result.get_value(0, 1) == b"\1" else result.get_value(0, 0) == b"\1"
+
+
+def _read_ended(result: Result) -> tuple[int, bool]:
+    return _codec.decode_int(result.get_value(0, 0)), result.get_value(0, 1) == b"\1"
 
 
 def _read_listed(result: Result) -> list[Listed]:

@@ -404,8 +404,8 @@ async def test_writes_sweep(
     for _ in range(5):
         await sessions.create()
     clock.advance(1801)
-    for module in ("_channel", "_aio_channel"):
-        monkeypatch.setattr(f"pgkv.{module}.random", lambda: 0.0)
+    for colour in ("_sync", "_async"):
+        monkeypatch.setattr(f"pgkv._engine.{colour}.channel.random", lambda: 0.0)
     await sessions.create()
     await until(lambda: peer.one(f"SELECT count(*) FROM {TABLE}") == 1, "the chunk is swept")
 

@@ -155,6 +155,104 @@ async def test_a_destroy_user_that_waited_for_a_rotation(
     assert await sessions.load(made.id) is None
 
 
+@pytest.mark.parametrize("grace", [10, 0])
+@pytest.mark.parametrize("by", ["token", "stub", "session", "handle"])
+@pytest.mark.parametrize("inside", [False, True], ids=["alone", "using"])
+async def test_a_destroy_that_waited_for_a_rotation(
+    sessions: Any, connect: Make, peer: Peer, by: str, grace: float, inside: bool
+) -> None:
+    """A logout that had begun when a rotation committed ends the session under its new token, also
+    by a token that an earlier rotation had replaced, and where the rotation leaves no grace."""
+    made = await sessions.create({"a": 1}, user_id="u")
+    tokens = [made.id]
+    await sessions.rotate(made)
+    tokens.append(made.id)
+    late = await sessions.load(made.id)
+    ends = {
+        "token": lambda store: store.destroy(tokens[1]),
+        "stub": lambda store: store.destroy(tokens[0]),
+        "session": lambda store: store.destroy(late),
+        "handle": lambda store: store.destroy_handle(late.handle, "u"),
+    }
+    rotating, ending = await connect(), await connect()
+    await sessions.using(rotating).rotate(made, grace=grace)
+    tokens.append(made.id)
+    racing = asyncio.ensure_future(ends[by](sessions.using(ending) if inside else sessions))
+    await peer.until_waiting()
+    await rotating.commit()
+    assert await racing is True
+    await ending.commit()
+    assert [await sessions.load(token) for token in tokens] == [None] * 3
+    assert await sessions.list_user("u") == []
+
+
+async def test_a_destroy_that_waited_for_two_rotations(
+    sessions: Any, connect: Make, peer: Peer
+) -> None:
+    """However many rotations one transaction makes, the logout that waited for it ends the session."""
+    made = await sessions.create({"a": 1})
+    tokens = [made.id]
+    rotating = await connect()
+    for grace in (10, 0):
+        await sessions.using(rotating).rotate(made, grace=grace)
+        tokens.append(made.id)
+    racing = asyncio.ensure_future(sessions.destroy(tokens[0]))
+    await peer.until_waiting()
+    await rotating.commit()
+    assert await racing is True
+    assert [await sessions.load(token) for token in tokens] == [None] * 3
+
+
+async def test_a_destroy_that_waited_for_a_rotation_undone(
+    sessions: Any, connect: Make, peer: Peer
+) -> None:
+    """A rotation that is rolled back leaves the session to the logout that waited for it."""
+    made = await sessions.create({"a": 1})
+    before, rotating = made.id, await connect()
+    await sessions.using(rotating).rotate(made)
+    racing = asyncio.ensure_future(sessions.destroy(before))
+    await peer.until_waiting()
+    await rotating.rollback()
+    assert await racing is True
+    assert [await sessions.load(token) for token in (before, made.id)] == [None, None]
+
+
+async def test_a_destroy_user_that_waited_for_a_change_of_user(
+    sessions: Any, connect: Make, peer: Peer
+) -> None:
+    """A session that another user takes over while all of the first user's are ended: its old token
+    shows nothing of that user any more; the session of the other stays."""
+    made = await sessions.create({"a": 1}, user_id="u")
+    before, rotating = made.id, await connect()
+    await sessions.using(rotating).rotate(made, user_id="v")
+    racing = asyncio.ensure_future(sessions.destroy_user("u"))
+    await peer.until_waiting()
+    await rotating.commit()
+    assert await racing == 0
+    assert await sessions.load(before) is None
+    assert (await sessions.load(made.id)).user_id == "v"
+
+
+@pytest.mark.parametrize("grace", [10, 0])
+async def test_rotations_against_logouts(sessions: Any, grace: float) -> None:
+    """A storm: of each session one request rotates while another logs out. Each logout ended one
+    session, and no token of any loads."""
+    for _ in range(10):
+        made = [await sessions.create() for _ in range(16)]
+        tokens = [each.id for each in made]
+        outcomes = await gather(
+            *(
+                call
+                for each in made
+                for call in (sessions.rotate(each, grace=grace), sessions.destroy(each.id))
+            )
+        )
+        assert outcomes[1::2] == [True] * 16
+        assert {type(each) for each in outcomes[::2]} <= {type(None), SessionGoneError}
+        tokens += [each.id for each in made]
+        assert [await sessions.load(token) for token in tokens] == [None] * 32
+
+
 async def test_rotations_against_destroy_user(sessions: Any) -> None:
     """A storm of both: afterwards none of the user's tokens loads."""
     for _ in range(10):

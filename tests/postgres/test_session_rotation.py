@@ -73,12 +73,15 @@ async def test_the_grace_ends(sessions: Any, clock: ServerClock) -> None:
 
 
 async def test_without_grace(sessions: Any, peer: Peer) -> None:
-    """grace=0 ends the old token at once and leaves no row of it."""
-    made = await sessions.create()
+    """grace=0 ends the old token at once. The row that stays of it holds no data."""
+    made = await sessions.create({"secret": 1})
     before, early = made.id, await sessions.load(made.id)
     await sessions.rotate(made, grace=0)
     assert await sessions.load(before) is None
-    assert peer.one(f"SELECT count(*) FROM {TABLE}") == 1
+    assert sorted(row[0] for row in peer.run(f"SELECT data::text FROM {TABLE}")) == [
+        '{"secret": "1"}',
+        "{}",
+    ]
     early.data["a"] = 1
     with pytest.raises(SessionGoneError):
         await sessions.save(early)
@@ -115,10 +118,41 @@ async def test_an_old_token_never_outlives_its_session_over_several_rotations(
     assert [await sessions.load(token) for token in tokens] == [None, None, None]
 
 
+@pytest.mark.parametrize("grace", [10, 0])
+@pytest.mark.parametrize("oldest", [0, 1])
+async def test_every_token_of_a_session_ends_it(
+    sessions: Any, clock: ServerClock, grace: float, oldest: int
+) -> None:
+    """A replaced token ends the session for a while after the grace too, over several rotations; it
+    loads nothing then."""
+    made = await sessions.create()
+    tokens = [made.id]
+    for _ in range(2):
+        await sessions.rotate(made, grace=grace)
+        tokens.append(made.id)
+    clock.advance(11)
+    assert await sessions.load(tokens[oldest]) is None
+    assert await sessions.destroy(tokens[oldest]) is True
+    assert await sessions.load(made.id) is None
+
+
+async def test_what_a_rotation_leaves_is_collected(
+    sessions: Any, clock: ServerClock, peer: Peer
+) -> None:
+    """The row under the old id goes with the expired ones."""
+    made = await sessions.create()
+    await sessions.rotate(made)
+    clock.advance(601)
+    assert await sessions.purge() == 1
+    assert await sessions.load(made.id) is not None
+    assert peer.one(f"SELECT count(*) FROM {TABLE}") == 1
+
+
 async def test_keeping_the_current_session_by_its_old_token(sessions: Any) -> None:
     """destroy_user(keep=) spares the session also where the request still has the old token."""
     made, other = await sessions.create(user_id="u"), await sessions.create(user_id="u")
     early = await sessions.load(made.id)
+    await sessions.rotate(made)
     await sessions.rotate(made)
     assert await sessions.destroy_user("u", keep=early) == 1
     assert await sessions.load(made.id) is not None

@@ -347,7 +347,15 @@ def statements(*, inside: bool = False, table: str = "s") -> dict[str, Op[Any]]:
 
 NAMES = list(statements())
 REPEATED = {
-    *("load", "rotate", "destroy", "destroy_user", "destroy_of_user", "list_user"),
+    *(
+        "load",
+        "rotate",
+        "rotate at once",
+        "destroy",
+        "destroy_user",
+        "destroy_of_user",
+        "list_user",
+    ),
     *("collect", "pages", "sweep", "sweep_alone"),
 }
 RELAXED = {"create", "load", "merge", "error", "last_wins"}
@@ -360,7 +368,7 @@ def texts(statement: Statement[Any]) -> list[str]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_what_may_be_sent_twice(name: str) -> None:
-    """Creating, saving and rotating without grace are never repeated once sent."""
+    """Creating and saving are never repeated once sent."""
     assert statements()[name].statement.retry_safe is (name in REPEATED)
 
 
