@@ -18,7 +18,7 @@ def main(dsn: str, rates: str, seconds: str, threads: str) -> None:
     decided: list[tuple[int, bool]] = []
     with pgkv.Store.connect(dsn, pool_max_size=int(threads)) as store:
         limiter = pgkv.RateLimiter(store, rates, name="storm", timeout=20)
-        policy = limiter._policy
+        policy = limiter._flows.policy
         decide = policy.decide
 
         def noted(arrival: Arrival, cost: int, *, allowed: bool | None = None) -> pgkv.Decision:

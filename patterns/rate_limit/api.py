@@ -1,31 +1,26 @@
 """`RateLimiter` and `AsyncRateLimiter`: a token bucket per key that all processes share.
 
-Thin shells: the flows of `_limiter` are driven here, blocking or awaited. Middleware and framework
-adapters stand beside this module and only ever call `hit`.
+Both run the flows of `flows`, one blocking, the other awaiting. Middleware and framework adapters
+call nothing here but `hit`.
 """
 
 from __future__ import annotations
 
-import asyncio
 import functools
-import time
+import inspect
 from collections.abc import Awaitable, Callable, Iterable
-from time import monotonic
 from typing import Any, ParamSpec, Self, TypeVar
 
 from ..._observe import shown
-from ..._ops.drivers import drive, drive_async
-from ..._ops.op import Flow, Op
+from ..._ops.op import Flow
 from ..._settings import refuse_pickle
 from ...aio import AsyncStore
 from ...config import Seconds
+from ...errors import ConfigError
 from ...store import Store
-from ...typed import document
 from .._runtime.colour import require
-from .flows import Core, Receipt
+from .flows import LimiterFlows, OnError, Receipt, Reserved, charges_of, check_limit, hit_many
 from .local import LimiterCounts
-from .many import charges_of, hit_many
-from .options import OnError
 from .policy import Decision
 from .rate import Rate, Rates
 
@@ -43,10 +38,35 @@ P = ParamSpec("P")
 R = TypeVar("R")
 T = TypeVar("T")
 
-CANCEL_SECONDS_MIN = 0.05  # what a flow may still use after its time, to give back what it took
+
+class LimiterView:
+    """What both limiters tell about themselves."""
+
+    _flows: LimiterFlows
+
+    @property
+    def name(self) -> str:
+        """The name, which is part of every key and of the response headers."""
+        return self._flows.name
+
+    @property
+    def rates(self) -> tuple[Rate, ...]:
+        """The rates, by period."""
+        return self._flows.rates
+
+    @property
+    def counts(self) -> LimiterCounts:
+        """How many hits this process's limiter allowed, denied, and decided without the store."""
+        return self._flows.counter.snapshot()
+
+    @shown
+    def __repr__(self) -> str:
+        return self._flows.facts()
+
+    __reduce__ = refuse_pickle
 
 
-class RateLimiter(Core):
+class RateLimiter(LimiterView):
     """A rate limit shared by every process that uses the same store: a token bucket per key.
 
     One statement per hit, whatever the number of rates, judged by the server's clock. Over any
@@ -56,7 +76,7 @@ class RateLimiter(Core):
 
     Limits of that promise: the store's table is UNLOGGED by default, so a crash of the server
     fills every bucket; a step of its clock forward may admit one burst early; `local_deny` and
-    `lease` loosen it by amounts that ``docs/rate-limiter.md`` states.
+    `prefetch` loosen it by amounts that ``docs/rate-limiter.md`` states.
 
     Args:
         store: a :class:`Store`. Rows live in its table, under keys that begin with ``pgkv:rate:``.
@@ -64,19 +84,18 @@ class RateLimiter(Core):
         name: part of every key and of the response headers: limiters that share a name share
             buckets. Printable ASCII.
         on_error: when the store does not answer: ``"raise"``, ``"open"`` (admit) or ``"closed"``
-            (refuse; take it for logins). Wrong arguments always raise.
+            (refuse; use it for logins). Mistakes of the program always raise: wrong arguments, a
+            store of another event loop, a missing right.
         timeout: seconds that one call may spend on the store, an outage included.
         local_deny: refuse a denied key locally, without a query, until it could be admitted, at
             most for a second: an attack then costs next to nothing. A reset or refund made by
-            another process acts within that second.
-        lease: tokens that a process takes at once and spends without a query; 1 for none. For very
-            hot keys: each process may admit up to ``lease - 1`` late, or leave them unspent.
+            another process takes effect within that second.
+        prefetch: tokens that a process takes at once and spends without a query; 1 for none. For
+            very hot keys: each process may admit up to ``prefetch - 1`` late, or leave them unspent.
 
     Raises:
         ConfigError: a setting is wrong; says which and why.
     """
-
-    _is_async = False
 
     def __init__(
         self,
@@ -87,16 +106,25 @@ class RateLimiter(Core):
         on_error: OnError = "raise",
         timeout: Seconds = 0.25,
         local_deny: bool = False,
-        lease: int = 1,
+        prefetch: int = 1,
     ) -> None:
         require(store, Store, "RateLimiter", "AsyncRateLimiter")
-        self._begin(store, rates, name, on_error, timeout, local_deny, lease)
+        flows = LimiterFlows(store, rates, name, on_error, timeout, local_deny, prefetch)
+        self._bind(store, flows)
+
+    def _bind(self, store: Store, flows: LimiterFlows) -> None:
+        self._store = store
+        self._flows = flows
+        self._channel_run = store._run
+
+    def _run(self, flow: Flow[T]) -> T:
+        return self._channel_run(flow, self._flows.timeout)
 
     def hit(self, key: str, cost: int = 1, *, limits: Rates | None = None) -> Decision:
         """Charge the key, or refuse. Never waits for tokens.
 
         Args:
-            key: whom to charge; beyond 256 characters it is hashed.
+            key: the client to charge; beyond 256 characters it is hashed.
             cost: tokens, 1 or more.
             limits: rates for this call instead of the limiter's own: a user's plan. With one rate
                 a new plan takes effect on the bucket as it stands.
@@ -108,7 +136,7 @@ class RateLimiter(Core):
             InvalidValueError: the cost is more than a full bucket holds.
             StoreUnavailableError, OperationTimeoutError: with ``on_error="raise"``.
         """
-        return self._drive(self._hit(key, cost, limits))
+        return self._run(self._flows.hit(key, cost, limits))
 
     def acquire(
         self,
@@ -123,7 +151,7 @@ class RateLimiter(Core):
         An exception or cancellation while it sleeps gives the place back.
 
         Args:
-            key: whom to charge.
+            key: the client to charge.
             cost: tokens.
             timeout: seconds to wait at most; None without end; 0 not at all.
             limits: rates for this call.
@@ -134,7 +162,7 @@ class RateLimiter(Core):
         Raises:
             RateLimitedError: the wait would take longer; raised at once, nothing is charged.
         """
-        return self._drive(self._acquire(key, cost, timeout, limits))
+        return self._run(self._flows.acquire(key, cost, timeout, limits))
 
     def reserve(
         self,
@@ -147,7 +175,7 @@ class RateLimiter(Core):
         """Take a place in the queue: act after ``reservation.delay`` seconds, or cancel it.
 
         Args:
-            key: whom to charge.
+            key: the client to charge.
             cost: tokens.
             max_wait: seconds; None for any wait, 0 for none.
             limits: rates for this call.
@@ -158,36 +186,38 @@ class RateLimiter(Core):
         Raises:
             RateLimitedError: the delay would be longer; nothing is charged.
         """
-        return Reservation(self, *self._drive(self._reserve(key, cost, max_wait, limits)))
+        return Reservation(
+            self, self._run(self._flows.reserve(key, cost, max_wait, limits, "max_wait"))
+        )
 
     def peek(self, key: str, cost: int = 1, *, limits: Rates | None = None) -> Decision:
         """Tell what `hit` would decide, without charging or counting.
 
         Args:
-            key: whom.
+            key: the client.
             cost: tokens.
             limits: rates for this call.
         """
-        return self._drive(self._peek(key, cost, limits))
+        return self._run(self._flows.peek(key, cost, limits))
 
     def reset(self, key: str, *, limits: Rates | None = None) -> bool:
         """Fill the key's bucket. True if it was not full.
 
         Args:
-            key: whose.
+            key: the client.
             limits: the rates that it was charged under, where these were not the limiter's own.
         """
-        return self._drive(self._reset(key, limits))
+        return self._run(self._flows.reset(key, limits))
 
     def refund(self, key: str, cost: int = 1, *, limits: Rates | None = None) -> bool:
         """Give tokens back, never above a full bucket. True if there was something to fill.
 
         Args:
-            key: whose.
+            key: the client.
             cost: tokens, 1 or more.
             limits: the rates that it was charged under, where these were not the limiter's own.
         """
-        return self._drive(self._refund(key, cost, limits))
+        return self._run(self._flows.refund(key, cost, limits))
 
     @staticmethod
     def hit_many(charges: Iterable[tuple[RateLimiter, str, int]]) -> Decision:
@@ -210,9 +240,8 @@ class RateLimiter(Core):
             ConfigError: they cannot be charged by one statement; says why.
             InvalidValueError: a cost is more than its full bucket holds.
         """
-        found = charges_of(charges, RateLimiter)
-        first: RateLimiter = next(iter(found.values())).limiter  # type: ignore[assignment]  # checked there
-        return first._drive(hit_many(found))
+        runner, found = charges_of(charges, RateLimiter)
+        return runner._run(hit_many(found))
 
     def using(self, conn: Any) -> Self:
         """Return this limiter inside the caller's own connection and transaction.
@@ -224,7 +253,10 @@ class RateLimiter(Core):
         Args:
             conn: a ``psycopg.Connection``, or Django's or SQLAlchemy's wrapper of one.
         """
-        return self._using(conn)
+        view = type(self).__new__(type(self))
+        store = self._store.using(conn)
+        view._bind(store, self._flows.inside(store))
+        return view
 
     def limit(
         self, key: str | Callable[..., str], cost: int | Callable[..., int] = 1
@@ -245,18 +277,22 @@ class RateLimiter(Core):
             ConfigError: the function is async, or `key` is neither a str nor a function.
             TypeError: it decorates no function.
         """
-        self._check_limit(key, cost)
+        check_limit(key, cost)
 
         def decorate(fn: Callable[P, R]) -> Callable[P, R]:
-            self._refuse_function(fn)
+            if is_async(fn):
+                raise ConfigError(
+                    f"RateLimiter.limit cannot decorate {_name(fn)}: an async function needs "
+                    "an AsyncRateLimiter; this one would block its event loop"
+                )
 
             @functools.wraps(fn)
             def limited(*args: P.args, **kwargs: P.kwargs) -> R:
-                whom = key(*args, **kwargs) if callable(key) else key
+                charged = key(*args, **kwargs) if callable(key) else key
                 tokens = cost(*args, **kwargs) if callable(cost) else cost
-                decision = self.hit(whom, cost=tokens)
+                decision = self.hit(charged, cost=tokens)
                 if not decision.allowed:
-                    raise self._refusal(decision)
+                    raise self._flows.refusal(decision)
                 return fn(*args, **kwargs)
 
             return limited
@@ -265,29 +301,11 @@ class RateLimiter(Core):
 
     def _judge(self, key: str, cost: int, limits: Rates | None, on_error: OnError) -> Decision:
         """`hit` with another `on_error`: for middleware."""
-        return self._drive(self._hit(key, cost, limits, on_error))
-
-    def _drive(self, flow: Flow[T]) -> T:
-        """Run a flow; its statements together take at most `timeout`, sleeps apart."""
-        until = monotonic() + self.timeout
-
-        def execute(op: Op[Any], _: float | None) -> Any:
-            return self._execute(op, max(until - monotonic(), CANCEL_SECONDS_MIN))
-
-        def sleep(seconds: float) -> None:
-            nonlocal until
-            try:
-                time.sleep(seconds)
-            finally:
-                until = monotonic() + self.timeout
-
-        return drive(flow, execute, sleep=sleep)
+        return self._run(self._flows.hit(key, cost, limits, on_error))
 
 
-class AsyncRateLimiter(Core):
+class AsyncRateLimiter(LimiterView):
     """:class:`RateLimiter` for asyncio, over an :class:`AsyncStore`: the same methods awaited."""
-
-    _is_async = True
 
     def __init__(
         self,
@@ -298,13 +316,23 @@ class AsyncRateLimiter(Core):
         on_error: OnError = "raise",
         timeout: Seconds = 0.25,
         local_deny: bool = False,
-        lease: int = 1,
+        prefetch: int = 1,
     ) -> None:
         require(store, AsyncStore, "AsyncRateLimiter", "RateLimiter")
-        self._begin(store, rates, name, on_error, timeout, local_deny, lease)
+        flows = LimiterFlows(store, rates, name, on_error, timeout, local_deny, prefetch)
+        self._bind(store, flows)
+
+    def _bind(self, store: AsyncStore, flows: LimiterFlows) -> None:
+        self._store = store
+        self._flows = flows
+        self._channel_run = store._run
+
+    async def _run(self, flow: Flow[T]) -> T:
+        return await self._channel_run(flow, self._flows.timeout)
 
     async def hit(self, key: str, cost: int = 1, *, limits: Rates | None = None) -> Decision:
-        return await self._drive(self._hit(key, cost, limits))
+        """Charge the key, or refuse. Never waits for tokens; see :meth:`RateLimiter.hit`."""
+        return await self._run(self._flows.hit(key, cost, limits))
 
     async def acquire(
         self,
@@ -314,7 +342,8 @@ class AsyncRateLimiter(Core):
         *,
         limits: Rates | None = None,
     ) -> Decision:
-        return await self._drive(self._acquire(key, cost, timeout, limits))
+        """Wait for the turn of this call; see :meth:`RateLimiter.acquire`."""
+        return await self._run(self._flows.acquire(key, cost, timeout, limits))
 
     async def reserve(
         self,
@@ -324,43 +353,69 @@ class AsyncRateLimiter(Core):
         *,
         limits: Rates | None = None,
     ) -> AsyncReservation:
-        return AsyncReservation(
-            self, *await self._drive(self._reserve(key, cost, max_wait, limits))
-        )
+        """Take a place in the queue; see :meth:`RateLimiter.reserve`."""
+        flow = self._flows.reserve(key, cost, max_wait, limits, "max_wait")
+        return AsyncReservation(self, await self._run(flow))
 
     async def peek(self, key: str, cost: int = 1, *, limits: Rates | None = None) -> Decision:
-        return await self._drive(self._peek(key, cost, limits))
+        """Tell what `hit` would decide, without charging or counting."""
+        return await self._run(self._flows.peek(key, cost, limits))
 
     async def reset(self, key: str, *, limits: Rates | None = None) -> bool:
-        return await self._drive(self._reset(key, limits))
+        """Fill the key's bucket. True if it was not full; see :meth:`RateLimiter.reset`."""
+        return await self._run(self._flows.reset(key, limits))
 
     async def refund(self, key: str, cost: int = 1, *, limits: Rates | None = None) -> bool:
-        return await self._drive(self._refund(key, cost, limits))
+        """Give tokens back. True if the bucket was not full; see :meth:`RateLimiter.refund`."""
+        return await self._run(self._flows.refund(key, cost, limits))
 
     @staticmethod
     async def hit_many(charges: Iterable[tuple[AsyncRateLimiter, str, int]]) -> Decision:
-        found = charges_of(charges, AsyncRateLimiter)
-        first: AsyncRateLimiter = next(iter(found.values())).limiter  # type: ignore[assignment]  # checked there
-        return await first._drive(hit_many(found))
+        """Charge several keys of several limiters, all or none; see :meth:`RateLimiter.hit_many`."""
+        runner, found = charges_of(charges, AsyncRateLimiter)
+        return await runner._run(hit_many(found))
 
     def using(self, conn: Any) -> Self:
-        return self._using(conn)
+        """Return this limiter inside the caller's own connection and transaction; see
+        :meth:`RateLimiter.using`.
+
+        Args:
+            conn: a ``psycopg.AsyncConnection``, or SQLAlchemy's wrapper of one.
+        """
+        view = type(self).__new__(type(self))
+        store = self._store.using(conn)
+        view._bind(store, self._flows.inside(store))
+        return view
 
     def limit(
         self, key: str | Callable[..., str], cost: int | Callable[..., int] = 1
     ) -> Callable[[Callable[P, Awaitable[R]]], Callable[P, Awaitable[R]]]:
-        self._check_limit(key, cost)
+        """Decorate an async function: each call is a hit; see :meth:`RateLimiter.limit`.
+
+        Args:
+            key: the key, or a function that gets the call's arguments and returns it.
+            cost: tokens, or a function of the arguments.
+        """
+        check_limit(key, cost)
 
         def decorate(fn: Callable[P, Awaitable[R]]) -> Callable[P, Awaitable[R]]:
-            self._refuse_function(fn)
+            if not is_async(fn) or inspect.isasyncgenfunction(fn):
+                raise ConfigError(
+                    f"AsyncRateLimiter.limit cannot decorate {_name(fn)}: "
+                    + (
+                        "an async generator is not called once but many times; call hit() inside"
+                        if inspect.isasyncgenfunction(fn)
+                        else "a function that is not async cannot await; it needs a RateLimiter"
+                    )
+                )
 
             @functools.wraps(fn)
             async def limited(*args: P.args, **kwargs: P.kwargs) -> R:
-                whom = key(*args, **kwargs) if callable(key) else key
+                charged = key(*args, **kwargs) if callable(key) else key
                 tokens = cost(*args, **kwargs) if callable(cost) else cost
-                decision = await self.hit(whom, cost=tokens)
+                decision = await self.hit(charged, cost=tokens)
                 if not decision.allowed:
-                    raise self._refusal(decision)
+                    raise self._flows.refusal(decision)
                 return await fn(*args, **kwargs)
 
             return limited
@@ -370,34 +425,33 @@ class AsyncRateLimiter(Core):
     async def _judge(
         self, key: str, cost: int, limits: Rates | None, on_error: OnError
     ) -> Decision:
-        return await self._drive(self._hit(key, cost, limits, on_error))
-
-    async def _drive(self, flow: Flow[T]) -> T:
-        until = monotonic() + self.timeout
-
-        async def execute(op: Op[Any], _: float | None) -> Any:
-            return await self._execute(op, max(until - monotonic(), CANCEL_SECONDS_MIN))
-
-        async def sleep(seconds: float) -> None:
-            nonlocal until
-            try:
-                await asyncio.sleep(seconds)
-            finally:
-                until = monotonic() + self.timeout
-
-        return await drive_async(flow, execute, sleep=sleep)
+        return await self._run(self._flows.hit(key, cost, limits, on_error))
 
 
-class _Reserved:
-    """What both colours of reservation are told."""
+def is_async(fn: Any) -> bool:
+    """Whether calling a function gives something to await, or to iterate with ``async for``.
 
-    def __init__(
-        self, limiter: Any, decision: Decision, delay: float, receipt: Receipt | None
-    ) -> None:
-        self.decision = decision
-        self.delay = delay
+    Raises:
+        TypeError: it is no function.
+    """
+    if not callable(fn):
+        raise TypeError(
+            f"limit() decorates a function, not {type(fn).__name__}; write "
+            "@limiter.limit(key=...) with the parentheses"
+        )
+    return inspect.iscoroutinefunction(fn) or inspect.isasyncgenfunction(fn)
+
+
+def _name(fn: Any) -> str:
+    return getattr(fn, "__qualname__", type(fn).__name__)
+
+
+class ReservationView:
+    """What both reservations tell about themselves."""
+
+    def __init__(self, limiter: Any, reserved: Reserved) -> None:
+        self.decision, self.delay, self._receipt = reserved
         self._limiter = limiter
-        self._receipt = receipt
 
     @shown
     def __repr__(self) -> str:
@@ -410,7 +464,7 @@ class _Reserved:
         return receipt
 
 
-class Reservation(_Reserved):
+class Reservation(ReservationView):
     """A place in the queue, made by `RateLimiter.reserve`. It is charged already.
 
     Attributes:
@@ -419,19 +473,20 @@ class Reservation(_Reserved):
     """
 
     def cancel(self) -> bool:
-        """Give back what nobody has reserved after it, so that no place is ever held twice.
+        """Give the place back, except for what was reserved after it, so that no place is ever
+        held twice.
 
-        Of the last place in the queue that is all of it, of one in the middle what its cost exceeds
-        the later ones'. Idempotent.
+        The last place in the queue is given back whole; one in the middle by as much as its cost
+        exceeds the later ones'. Idempotent.
 
         Returns:
             Whether anything was given back.
         """
         receipt = self._take()
-        return receipt is not None and self._limiter._drive(self._limiter._cancel(receipt))
+        return receipt is not None and self._limiter._run(self._limiter._flows.cancel(receipt))
 
 
-class AsyncReservation(_Reserved):
+class AsyncReservation(ReservationView):
     """:class:`Reservation` of an :class:`AsyncRateLimiter`: `cancel` is awaited.
 
     Attributes:
@@ -440,11 +495,9 @@ class AsyncReservation(_Reserved):
     """
 
     async def cancel(self) -> bool:
-        """Give back what nobody has reserved after it; see :meth:`Reservation.cancel`."""
+        """Give the place back, except for what was reserved after it; see
+        :meth:`Reservation.cancel`."""
         receipt = self._take()
-        return receipt is not None and await self._limiter._drive(self._limiter._cancel(receipt))
-
-
-# What a method means is written once, in the blocking colour.
-document(AsyncRateLimiter, RateLimiter)
-AsyncRateLimiter.hit_many.__doc__ = RateLimiter.hit_many.__doc__
+        return receipt is not None and await self._limiter._run(
+            self._limiter._flows.cancel(receipt)
+        )

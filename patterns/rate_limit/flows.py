@@ -1,31 +1,29 @@
-"""The rate limiter's algorithms, each written once as a flow for both colours.
+"""The rate limiter's operations, each written once as a flow for sync and async.
 
-`Core` holds what a limiter is told and remembers; its underscored methods are flows that
-`rate_limit` drives, blocking or awaiting. Statements live in `_sql.limit`, arithmetic in `_policy`,
-what a process remembers in `_local`.
+`LimiterFlows` holds what one limiter is configured with and what it remembers; `api` runs its
+flows. Statements are in `sql`, arithmetic in `policy`, the memory of one process in `local`.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from hashlib import blake2b
 from time import monotonic
-from typing import Any, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, TypeVar
 
 import msgspec
 
 from ... import _observe
-from ..._engine._async.channel import AsyncPoolChannel
-from ..._engine._sync.channel import PoolChannel
-from ..._observe import shown
-from ..._ops.op import Flow, Op, do, pause
-from ..._settings import refuse_pickle
+from ..._engine._async.transaction import AsyncBoundChannel
+from ..._engine._sync.transaction import BoundChannel
+from ..._ops.codec import waiting
+from ..._ops.op import Flow, Op, call, do, pause
 from ...config import Seconds, require_seconds
 from ...errors import (
     ConfigError,
     ConflictError,
     InvalidKeyError,
+    InvalidValueError,
     OperationTimeoutError,
     PgkvError,
     QueryError,
@@ -33,15 +31,20 @@ from ...errors import (
     StoreUnavailableError,
     TableNotFoundError,
 )
-from .local import Counter, Denials, LimiterCounts, Pockets
-from .options import OnError, check_lease, check_mode, check_name, wait_seconds
+from .local import Counter, DenyCache, PrepaidTokens
 from .policy import Decision, Policy, require_cost
 from .rate import NS, Rate, Rates, rates_of
-from .sql import Arrival, Charge, Limit
+from .sql import Arrival, Charge, LimiterStatements
+
+OnError: TypeAlias = Literal["raise", "open", "closed"]
+MODES: tuple[OnError, ...] = ("raise", "closed", "open")  # the strictest first
 
 KEY_CHARACTERS_MAX = 256  # a longer key is hashed: a client may choose it
 POLICIES_MAX = 1024  # per-call limits remembered with what is computed for them
-CLOSED_RETRY_SECONDS = 1.0  # what a refusal for want of an answer asks for
+CLOSED_RETRY_SECONDS = 1.0  # the retry_after of a refusal by on_error="closed"
+WAIT_SECONDS_MAX = 10 * 366 * 86400.0  # acquire(timeout=None)
+STATEMENT_SECONDS_MIN = 0.05  # what a further statement of a call gets when the time is used up
+RACES_MAX = 10  # attempts of hit_many: after each race the row exists
 # What `on_error` is about. A wrong argument or a missing right is no outage.
 OUTAGES = (
     StoreUnavailableError,
@@ -53,7 +56,7 @@ OUTAGES = (
 
 
 class Receipt(NamedTuple):
-    """What a reservation was given, enough to give it back."""
+    """What a reservation was charged, enough to give it back."""
 
     row: bytes
     created_at: bytes
@@ -61,12 +64,28 @@ class Receipt(NamedTuple):
     tats: Sequence[int]
 
 
-class Core:
-    """What a limiter is told, and its flows."""
+class Reserved(NamedTuple):
+    """The outcome of a reservation. There is no receipt when `on_error` admitted it."""
 
-    _is_async: bool  # by the class that drives
+    decision: Decision
+    delay: float
+    receipt: Receipt | None
 
-    def _begin(
+
+class LimiterFlows:
+    """The settings and the memory of one limiter, and its operations as flows.
+
+    Args:
+        store: a `Store` or an `AsyncStore`.
+        rates: see `RateLimiter`, like the others.
+        name: part of every key.
+        on_error: what to do in an outage.
+        timeout: seconds for the statements of one call.
+        local_deny: remember denials.
+        prefetch: tokens charged at once.
+    """
+
+    def __init__(
         self,
         store: Any,
         rates: Rates,
@@ -74,18 +93,18 @@ class Core:
         on_error: OnError,
         timeout: Seconds,
         local_deny: bool,
-        lease: int,
+        prefetch: int,
     ) -> None:
         self.name: str = check_name(name)
         self.rates: tuple[Rate, ...] = rates_of(rates)
         self.on_error: OnError = check_mode(on_error)
         self.timeout: float = require_seconds("timeout", timeout)
-        self._policy = Policy(name, self.rates)
-        self._lease = check_lease(lease, self._policy.burst)
-        self._denials = Denials() if local_deny else None
-        self._pockets = Pockets() if lease > 1 else None
-        self._counter = Counter()
-        self._policies: dict[tuple[Rate, ...], Policy] = {self.rates: self._policy}
+        self.policy = Policy(name, self.rates)
+        self.prefetch = _check_prefetch(prefetch, self.policy.burst)
+        self.denied = DenyCache() if local_deny else None
+        self.prepaid = PrepaidTokens() if prefetch > 1 else None
+        self.counter = Counter()
+        self._policies: dict[tuple[Rate, ...], Policy] = {self.rates: self.policy}
         # Escaped, so that no name and key make the row of another name and key.
         safe = "".join(f"%{ord(c):02x}" if c in "%:~#" else c for c in name)
         self._prefix = f"pgkv:rate:{safe}"
@@ -93,42 +112,36 @@ class Core:
 
     def _attach(self, store: Any) -> None:
         channel = store._channel
-        self._store = store
-        self._sql = Limit(store._config, store._sql.prefix)
+        self.sql = LimiterStatements(store._config, store._sql.prefix)
         self._execute = store._execute
-        # Limiters at home in one place can be charged by one statement.
+        # Limiters with the same home can be charged by one statement.
         self._home = getattr(channel, "_conn", channel)
-        self._bound = not isinstance(channel, PoolChannel | AsyncPoolChannel)
-        if self._bound:
-            # What a transaction sees may be rolled back: nothing local may be learnt from it; and
-            # a failed statement has failed the transaction, so that admitting would be a lie.
-            self._denials = self._pockets = None
+        self.is_bound = isinstance(channel, BoundChannel | AsyncBoundChannel)
+        if self.is_bound:
+            # What a transaction sees may be rolled back, so nothing local may be learnt from it;
+            # and a failed statement has failed the transaction, so that it cannot admit.
+            self.denied = self.prepaid = None
             self.on_error = "raise"
             # Waiting for another transaction's charge must not cost the caller its connection.
             self.timeout = store._config.operation_timeout
 
-    def _using(self, conn: Any) -> Self:
-        view = type(self).__new__(type(self))
-        view.__dict__.update(self.__dict__)
-        view._attach(self._store.using(conn))
-        return view
+    def inside(self, store: Any) -> LimiterFlows:
+        """Return the same limiter in a caller's transaction."""
+        twin = object.__new__(LimiterFlows)
+        twin.__dict__.update(self.__dict__)
+        twin._attach(store)
+        return twin
 
-    @shown
-    def __repr__(self) -> str:
+    def facts(self) -> str:
+        """What a repr says of a limiter."""
         return f"{self.name!r} {'; '.join(map(str, self.rates))}"
 
-    __reduce__ = refuse_pickle
+    # -- the rates and the row of a call
 
-    @property
-    def counts(self) -> LimiterCounts:
-        """How many hits this process's limiter allowed, denied, and decided without the store."""
-        return self._counter.snapshot()
-
-    # -- what a call is about
-
-    def _policy_of(self, limits: Rates | None) -> Policy:
+    def policy_of(self, limits: Rates | None) -> Policy:
+        """Return the policy of a call: that of its own limits, or the limiter's."""
         if limits is None:
-            return self._policy
+            return self.policy
         rates = rates_of(limits)
         policy = self._policies.get(rates)
         if policy is None:
@@ -137,7 +150,12 @@ class Core:
                 self._policies[rates] = policy
         return policy
 
-    def _row(self, key: str, policy: Policy) -> bytes:
+    def row(self, key: str, policy: Policy) -> bytes:
+        """Return the encoded key of the bucket's row.
+
+        Raises:
+            InvalidKeyError: the key is not a str, empty, or not storable.
+        """
         if not isinstance(key, str):
             raise InvalidKeyError(f"a key must be a str, not {type(key).__name__}")
         if not key:
@@ -145,75 +163,92 @@ class Core:
         mark = ":"
         if len(key) > KEY_CHARACTERS_MAX:
             key = blake2b(key.encode(errors="surrogatepass"), digest_size=24).hexdigest()
-            mark = "#:"  # so that no short key can be written that meets a hashed one
-        return self._sql.key(f"{self._prefix}{policy.fingerprint}{mark}{key}")
+            mark = "#:"  # so that no short key equals a hashed one
+        return self.sql.key(f"{self._prefix}{policy.fingerprint}{mark}{key}")
 
     # -- one key
 
-    def _hit(
+    def hit(
         self, key: str, cost: int, limits: Rates | None, on_error: OnError | None = None
     ) -> Flow[Decision]:
-        policy = self._policy if limits is None else self._policy_of(limits)
-        row = self._row(key, policy)
+        """Charge the key, or refuse. `on_error` is used instead of the limiter's own."""
+        policy = self.policy if limits is None else self.policy_of(limits)
+        row = self.row(key, policy)
         charge = policy.charge(cost)
         known = None
-        if self._denials is not None:
-            known = self._denials.find(row, policy, cost)
-        if known is None and self._pockets is not None:
-            known = self._pockets.spend(row, policy, cost)
+        if self.denied is not None:
+            known = self.denied.find(row, policy, cost)
+        if known is None and self.prepaid is not None:
+            known = self.prepaid.spend(row, policy, cost)
         if known is not None:
             return self._settled(key, known)
         sent = monotonic()
         try:
-            if self._pockets is not None:
-                decision = yield from self._hit_leasing(row, policy, cost)
+            if self.prepaid is not None:
+                decision = yield from self._hit_prefetching(row, policy, cost, sent)
             else:
-                arrival: Arrival = yield self._sql.hit(row, charge)
+                arrival: Arrival = yield self.sql.hit(row, charge)
                 if not arrival.charged and arrival.stepped_back():
-                    arrival = yield from self._rebased(row, arrival, charge)
+                    arrival = yield from self._rebased(row, arrival, charge, sent)
                 decision = policy.decide(arrival, cost)
         except OUTAGES as error:
             return self._settled(key, self._degraded(policy, error, on_error))
-        if self._denials is not None and not decision.allowed:
-            self._denials.remember(row, policy, cost, sent, decision)
+        if self.denied is not None and not decision.allowed:
+            self.denied.remember(row, policy, cost, sent, decision)
         return self._settled(key, decision)
 
-    def _charge(self, row: bytes, charge: Charge) -> Flow[Arrival]:
-        arrival = yield from do(self._sql.hit(row, charge))
+    def _again(self, op: Op[Any], started: float) -> Flow[Any]:
+        """Perform a further statement of a call, in what is left of the call's time."""
+        left = started + self.timeout - monotonic()
+        return (yield from call(self._execute, op, max(left, STATEMENT_SECONDS_MIN)))
+
+    def _charge(self, row: bytes, charge: Charge, started: float) -> Flow[Arrival]:
+        arrival = yield from do(self.sql.hit(row, charge))
         if arrival.stepped_back():
-            arrival = yield from self._rebased(row, arrival, charge)
+            arrival = yield from self._rebased(row, arrival, charge, started)
         return arrival
 
-    def _rebased(self, row: bytes, arrival: Arrival, charge: Charge) -> Flow[Arrival]:
+    def _rebased(
+        self, row: bytes, arrival: Arrival, charge: Charge, started: float
+    ) -> Flow[Arrival]:
         """The server's clock was set back, and the debt is dated in its future: let it count from
         now, and ask again. Inside the hit this cannot be done, for a denial writes nothing."""
-        _observe.warning("pgkv.limit.clock_back", limiter=self.name)
-        yield self._sql.rebase(row, arrival.version or b"", len(charge.incs))
-        return (yield from do(self._sql.hit(row, charge)))
+        self._report_step_back()
+        op = self.sql.rebase(row, arrival.version or b"", len(charge.incs))
+        yield from self._again(op, started)
+        return (yield from self._again(self.sql.hit(row, charge), started))  # type: ignore[no-any-return]  # an Arrival
 
-    def _hit_leasing(self, row: bytes, policy: Policy, cost: int) -> Flow[Decision]:
-        pockets = self._pockets
-        assert pockets is not None
-        tokens = min(self._lease, policy.burst)
-        if cost < tokens and pockets.begin(row):
+    def _report_step_back(self) -> None:
+        if rows := self.counter.steps_back.due(monotonic()):
+            _observe.warning("pgkv.limit.clock_back", limiter=self.name, rows=rows)
+
+    def _hit_prefetching(
+        self, row: bytes, policy: Policy, cost: int, started: float
+    ) -> Flow[Decision]:
+        prepaid = self.prepaid
+        assert prepaid is not None
+        tokens = min(self.prefetch, policy.burst)
+        if cost < tokens and prepaid.begin(row):
             try:
-                sent = monotonic()
-                arrival = yield from self._charge(row, policy.charge(tokens))
+                arrival = yield from self._charge(row, policy.charge(tokens), started)
                 if arrival.charged:
                     decision = policy.decide(arrival, cost)
                     left = tokens - cost
-                    pockets.fill(row, policy, left, sent, decision)
+                    prepaid.fill(row, policy, left, started, decision)
                     return msgspec.structs.replace(decision, remaining=decision.remaining + left)
                 if any(policy.waits(arrival, cost)):
                     return policy.decide(arrival, cost)
             finally:
-                pockets.end(row)
-        arrival = yield from self._charge(row, policy.charge(cost))
+                prepaid.end(row)
+            arrival = yield from self._again(self.sql.hit(row, policy.charge(cost)), started)
+            return policy.decide(arrival, cost)
+        arrival = yield from self._charge(row, policy.charge(cost), started)
         return policy.decide(arrival, cost)
 
-    def _peek(self, key: str, cost: int, limits: Rates | None) -> Flow[Decision]:
-        policy = self._policy_of(limits)
-        op = self._sql.peek(self._row(key, policy), len(policy.rates))
+    def peek(self, key: str, cost: int, limits: Rates | None) -> Flow[Decision]:
+        """Tell what `hit` would decide, without charging."""
+        policy = self.policy_of(limits)
+        op = self.sql.peek(self.row(key, policy), len(policy.rates))
         policy.charge(cost)
         try:
             arrival = yield from do(op)
@@ -221,70 +256,71 @@ class Core:
             return self._degraded(policy, error, None)
         return policy.decide(arrival, cost, allowed=not any(policy.waits(arrival, cost)))
 
-    def _reset(self, key: str, limits: Rates | None) -> Flow[bool]:
-        row = self._row(key, self._policy_of(limits))
-        return (yield from self._undo(row, self._sql.reset(row)))
+    def reset(self, key: str, limits: Rates | None) -> Flow[bool]:
+        """Fill the key's bucket."""
+        row = self.row(key, self.policy_of(limits))
+        try:
+            return (yield from self._undo(row, self.sql.reset(row)))
+        finally:
+            if self.prepaid is not None:
+                self.prepaid.forget(row)
 
-    def _refund(self, key: str, cost: int, limits: Rates | None) -> Flow[bool]:
-        policy = self._policy_of(limits)
-        row = self._row(key, policy)
-        return (yield from self._undo(row, self._sql.refund(row, policy.refund(cost))))
+    def refund(self, key: str, cost: int, limits: Rates | None) -> Flow[bool]:
+        """Give tokens back."""
+        policy = self.policy_of(limits)
+        row = self.row(key, policy)
+        return (yield from self._undo(row, self.sql.refund(row, policy.refund(cost))))
 
     def _undo(self, row: bytes, op: Op[bool]) -> Flow[bool]:
         try:
             return (yield from do(op))
         finally:
-            if self._denials is not None:
-                self._denials.forget(row)
-            if self._pockets is not None and op.statement.name == "limit_reset":
-                self._pockets.forget(row)
+            if self.denied is not None:
+                self.denied.forget(row)
 
     # -- waiting
 
-    def _reserve(
-        self,
-        key: str,
-        cost: int,
-        max_wait: Seconds | None,
-        limits: Rates | None,
-        waits_by: str = "max_wait",
-    ) -> Flow[tuple[Decision, float, Receipt | None]]:
-        policy = self._policy_of(limits)
-        row = self._row(key, policy)
-        wait = wait_seconds(max_wait, waits_by)
-        charge = policy.charge(cost, round(wait * NS))
+    def reserve(
+        self, key: str, cost: int, max_wait: Seconds | None, limits: Rates | None, name: str
+    ) -> Flow[Reserved]:
+        """Take a place in the queue. `name` is what the caller's API calls `max_wait`."""
+        policy = self.policy_of(limits)
+        row = self.row(key, policy)
+        charge = policy.charge(cost, round(_wait_seconds(max_wait, name) * NS))
         try:
-            arrival = yield from self._charge(row, charge)
+            arrival = yield from self._charge(row, charge, monotonic())
         except OUTAGES as error:
             decision = self._settled(key, self._degraded(policy, error, None))
             if not decision.allowed:
-                raise self._refusal(decision) from error
-            return decision, 0.0, None
+                raise self.refusal(decision) from error
+            return Reserved(decision, 0.0, None)
         decision = self._settled(key, policy.decide(arrival, cost))
         if not decision.allowed:
-            raise self._refusal(decision)
+            raise self.refusal(decision)
         caps = policy.charge(cost).caps
         delay = max(
             0, *(tat - cap - arrival.now for tat, cap in zip(arrival.tats, caps, strict=True))
         )
         receipt = Receipt(row, arrival.stamp or b"", charge.incs, arrival.tats)
-        return decision, delay / NS, receipt
+        return Reserved(decision, delay / NS, receipt)
 
-    def _cancel(self, receipt: Receipt) -> Flow[bool]:
-        return (yield from self._undo(receipt.row, self._sql.cancel(*receipt)))
+    def cancel(self, receipt: Receipt) -> Flow[bool]:
+        """Give a reservation back."""
+        return (yield from self._undo(receipt.row, self.sql.cancel(*receipt)))
 
-    def _acquire(
+    def acquire(
         self, key: str, cost: int, timeout: Seconds | None, limits: Rates | None
     ) -> Flow[Decision]:
-        decision, delay, receipt = yield from self._reserve(key, cost, timeout, limits, "timeout")
+        """Reserve, and sleep until the turn has come."""
+        decision, delay, receipt = yield from self.reserve(key, cost, timeout, limits, "timeout")
         if delay > 0:
             try:
                 yield from pause(delay)
             except BaseException:
-                # Cancelled or interrupted while waiting: the place goes to whoever comes next.
+                # Cancelled or interrupted while waiting: the next caller gets the place.
                 if receipt is not None:
                     try:
-                        yield from self._cancel(receipt)
+                        yield from self.cancel(receipt)
                     except PgkvError:
                         pass  # the caller is to see why it ended; the tokens flow back by themselves
                 raise
@@ -293,22 +329,22 @@ class Core:
     # -- outcomes
 
     def _degraded(self, policy: Policy, error: PgkvError, mode: OnError | None) -> Decision:
-        mode = self.on_error if mode is None or self._bound else mode
+        mode = self.on_error if mode is None or self.is_bound else mode
         if mode == "raise":
             raise error
-        if self._counter.warning_is_due(monotonic()):
+        if self.counter.outages.due(monotonic()):
             _observe.warning(
                 "pgkv.limit.degraded",
                 limiter=self.name,
                 on_error=mode,
                 error=type(error).__name__,
-                degraded=self._counter.degraded + 1,
+                degraded=self.counter.snapshot().degraded + 1,
             )
         return policy.degraded(allowed=mode == "open", retry_after=CLOSED_RETRY_SECONDS)
 
     def _settled(self, key: str, decision: Decision) -> Decision:
-        """Count it and log it."""
-        counter = self._counter
+        """Count a decision and log it."""
+        counter = self.counter
         counter.add(decision)
         if not decision.allowed:
             _observe.debug("pgkv.limit.denied", limiter=self.name, key=key)
@@ -323,48 +359,213 @@ class Core:
             )
         return decision
 
-    def _refusal(self, decision: Decision) -> RateLimitedError:
-        return refusal(self.name, decision)
-
-    def _check_limit(self, key: object, cost: object) -> None:
-        if not isinstance(key, str) and not callable(key):
-            raise ConfigError(
-                "limit() needs a key: a str, or a function of the call's arguments, not "
-                f"{type(key).__name__}"
-            )
-        if not callable(cost):
-            require_cost(cost)
-
-    def _refuse_function(self, fn: Callable[..., Any]) -> None:
-        """Refuse to decorate what this colour cannot wait for."""
-        name = getattr(fn, "__qualname__", type(fn).__name__)
-        if not callable(fn):
-            raise TypeError(
-                f"limit() decorates a function, not {name}; write "
-                f"@limiter.limit(key=...) with the parentheses"
-            )
-        is_async = inspect.iscoroutinefunction(fn)
-        if is_async is self._is_async and not inspect.isasyncgenfunction(fn):
-            return
-        raise ConfigError(
-            f"{type(self).__name__}.limit cannot decorate {name}: "
-            + (
-                "an async function needs an AsyncRateLimiter; this one would block its event loop"
-                if is_async
-                else "a function that is not async cannot await; it needs a RateLimiter"
-                if self._is_async
-                else "an async generator is not called once but many times; call hit() inside"
-            )
+    def refusal(self, decision: Decision) -> RateLimitedError:
+        """Return the exception for a denial."""
+        error = RateLimitedError(
+            f"the rate limit {self.name!r} could not be checked, and its on_error is 'closed'"
+            if decision.degraded
+            else f"the rate limit {self.name!r} ({decision.rate}) refuses this call; it would be "
+            f"allowed in {decision.retry_after:.3f} s"
         )
+        error.decision = decision
+        return error
 
 
-def refusal(name: str, decision: Decision) -> RateLimitedError:
-    """The exception for a denial."""
-    error = RateLimitedError(
-        f"the rate limit {name!r} could not be checked, and its on_error is 'closed'"
-        if decision.degraded
-        else f"the rate limit {name!r} ({decision.rate}) refuses this call; the same one would be "
-        f"allowed in {decision.retry_after:.3f} s"
+# -- several keys --------------------------------------------------------------------------
+
+
+class HasFlows(Protocol):
+    """A limiter, sync or async."""
+
+    _flows: LimiterFlows
+
+
+L = TypeVar("L", bound=HasFlows)
+
+
+class KeyCharge(NamedTuple):
+    """What hit_many charges to one row."""
+
+    limiter: LimiterFlows
+    key: str
+    policy: Policy
+    cost: int
+
+
+def charges_of(
+    items: Iterable[tuple[Any, ...]], wanted: type[L]
+) -> tuple[L, dict[bytes, KeyCharge]]:
+    """Return a limiter to run `hit_many`, and what it charges, by row, in the order of keys.
+
+    Args:
+        items: ``(limiter, key, cost)``.
+        wanted: the class of the limiters.
+
+    Raises:
+        ConfigError: a limiter is of another class or on another table, or two with one name have
+            different rates.
+        InvalidValueError: a cost that no bucket can hold.
+    """
+    charges: dict[bytes, KeyCharge] = {}
+    runner: L | None = None
+    if not hasattr(items, "__iter__"):
+        raise _not_charges(items)
+    for item in items:
+        try:
+            limiter, key, *rest = item
+        except (TypeError, ValueError):
+            raise _not_charges(item) from None
+        if len(rest) > 1:
+            raise _not_charges(item)
+        if not isinstance(limiter, wanted):
+            raise ConfigError(
+                f"hit_many of {wanted.__name__} takes (limiter, key, cost) with limiters of that "
+                f"class, not {type(limiter).__name__}"
+            )
+        runner = limiter if runner is None else runner
+        flows, first = limiter._flows, runner._flows
+        if flows._home is not first._home or flows.sql.table != first.sql.table:
+            raise ConfigError(
+                f"the limiters {first.name!r} and {flows.name!r} are on different stores or "
+                "tables: one statement cannot charge both"
+            )
+        cost = rest[0] if rest else 1
+        require_cost(cost)
+        policy = flows.policy
+        row = flows.row(key, policy)
+        if (known := charges.get(row)) is not None:
+            if known.policy.rates != policy.rates:
+                raise ConfigError(
+                    f"two limiters are named {flows.name!r} and have different rates; "
+                    "give them different names"
+                )
+            cost += known.cost
+        charges[row] = KeyCharge(flows, key, policy, cost)
+    if runner is None:
+        raise InvalidValueError("hit_many needs at least one (limiter, key, cost)")
+    return runner, dict(sorted(charges.items()))
+
+
+def _not_charges(given: object) -> InvalidValueError:
+    return InvalidValueError(
+        f"hit_many takes an iterable of (limiter, key, cost), not {type(given).__name__}"
+        + (f" of {len(given)}" if isinstance(given, tuple) else "")
     )
-    error.decision = decision
-    return error
+
+
+def hit_many(charges: dict[bytes, KeyCharge]) -> Flow[Decision]:
+    """Charge every row, or none of them."""
+    limiters = [charge.limiter for charge in charges.values()]
+    first = limiters[0]
+    asked = [(row, charge.policy.charge(charge.cost)) for row, charge in charges.items()]
+    started = monotonic()
+    try:
+        arrivals = yield from _charge_many(first, asked, started)
+        stale = [(row, arrival) for row, arrival in arrivals.items() if arrival.stepped_back()]
+        if stale:
+            first._report_step_back()
+            for row, arrival in stale:
+                rates = len(charges[row].policy.rates)
+                op = first.sql.rebase(row, arrival.version or b"", rates)
+                yield from first._again(op, started)
+            arrivals = yield from _charge_many(first, asked, started)
+    except OUTAGES as error:
+        strictest = min((limiter.on_error for limiter in limiters), key=MODES.index)
+        decision = first._degraded(charges[asked[0][0]].policy, error, strictest)
+    else:
+        decision = _decide_many(charges, arrivals)
+    policies = ",".join(dict.fromkeys(charge.policy.header for charge in charges.values()))
+    decision = msgspec.structs.replace(decision, policies=policies)
+    for charge in charges.values():
+        charge.limiter._settled(charge.key, decision)
+    return decision
+
+
+def _charge_many(
+    limiter: LimiterFlows, asked: Sequence[tuple[bytes, Charge]], started: float
+) -> Flow[dict[bytes, Arrival]]:
+    for attempt in range(RACES_MAX):
+        try:
+            return (yield from limiter._again(limiter.sql.hit_many(asked), started))  # type: ignore[no-any-return]  # by row
+        except InvalidValueError as error:
+            # Another caller inserted one of the rows meanwhile: it exists now.
+            if error._sqlstate != "23505" or attempt == RACES_MAX - 1:
+                raise
+    raise AssertionError("unreachable")
+
+
+def _decide_many(charges: dict[bytes, KeyCharge], arrivals: dict[bytes, Arrival]) -> Decision:
+    decisions = []
+    for row, charge in charges.items():
+        arrival = arrivals[row]
+        if arrival.charged or any(charge.policy.waits(arrival, charge.cost)):
+            decisions.append(charge.policy.decide(arrival, charge.cost))
+    if not decisions:  # lost a race only: a denial whose data would admit by now
+        row, charge = next(iter(charges.items()))
+        decisions.append(charge.policy.decide(arrivals[row], charge.cost))
+    if decisions[0].allowed:
+        return min(decisions, key=lambda each: each.remaining / each.limit)
+    return max(decisions, key=lambda each: each.retry_after)
+
+
+# -- checks --------------------------------------------------------------------------------
+
+
+def check_mode(mode: object) -> OnError:
+    """Return a mode of `on_error`.
+
+    Raises:
+        ConfigError: there is no such mode.
+    """
+    for known in MODES:
+        if mode == known:
+            return known
+    raise ConfigError(f"on_error must be 'raise', 'open' or 'closed', not {mode!r}")
+
+
+def check_name(name: object) -> str:
+    """Return a limiter's name.
+
+    Raises:
+        ConfigError: a response header could not contain it.
+    """
+    if not isinstance(name, str) or not name or not name.isascii() or not name.isprintable():
+        raise ConfigError(
+            "name must be a non-empty string of printable ASCII characters, because response "
+            f"headers contain it; not {name!r}"
+        )
+    if '"' in name or "\\" in name:
+        raise ConfigError(f"name must not contain quotes or backslashes, not {name!r}")
+    return name
+
+
+def check_limit(key: object, cost: object) -> None:
+    """Check what the decorator `limit` is given.
+
+    Raises:
+        ConfigError: `key` is neither a str nor a function.
+        InvalidValueError: `cost` is neither a number of tokens nor a function.
+    """
+    if not isinstance(key, str) and not callable(key):
+        raise ConfigError(
+            "limit() needs a key: a str, or a function of the call's arguments, not "
+            f"{type(key).__name__}"
+        )
+    if not callable(cost):
+        require_cost(cost)
+
+
+def _check_prefetch(prefetch: object, burst: int) -> int:
+    if not isinstance(prefetch, int) or isinstance(prefetch, bool) or prefetch < 1:
+        raise ConfigError(f"prefetch must be an integer of 1 or more, not {prefetch!r}")
+    if prefetch > burst:
+        raise ConfigError(
+            f"prefetch={prefetch} is more than a full bucket holds ({burst}, the burst): that many "
+            "tokens can never be taken at once"
+        )
+    return prefetch
+
+
+def _wait_seconds(value: Seconds | None, name: str) -> float:
+    longest = waiting(value, name)
+    return WAIT_SECONDS_MAX if longest is None else min(longest, WAIT_SECONDS_MAX)

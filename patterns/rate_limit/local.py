@@ -1,25 +1,31 @@
-"""What one process knows about keys without asking: recent denials, and tokens taken in advance.
+"""What one process knows about keys without asking: recent denials, and tokens charged in advance.
 
-Both are bounded, both forget by the local monotonic clock, and neither ever talks to the store.
-How far this may stray from the exact bucket is said in docs/rate-limiter.md and tested.
+Both are bounded, both forget by the local monotonic clock, and neither talks to the store.
+docs/rate-limiter.md states how far this may differ from the exact bucket; tests hold it to that.
+
+A signal handler may hit the limiter that it interrupts, and a thread may fork while another is in
+here: counts and denials consist of single operations on containers, which are atomic, and the lock
+of the tokens is reentrant and renewed after a fork.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from time import monotonic
+from typing import Any
 
 import msgspec
 
 from ..._fork import new_lock, survives_fork
 from .policy import Decision, Policy
 
-ENTRIES_MAX = 10_000  # keys remembered per limiter and kind; the longest unused goes first
-DENY_SECONDS_MAX = 1.0  # a reset or a refund made elsewhere acts within this time
-REPORT_SECONDS = 60.0  # counts are logged at most so often
-WARN_SECONDS = 10.0  # an outage is logged at most so often
+ENTRIES_MAX = 10_000  # keys remembered per limiter and kind; the longest unused is dropped first
+DENY_SECONDS_MAX = 1.0  # a reset or refund made elsewhere takes effect within this time
+REPORT_SECONDS = 60.0  # between two reports of the counts
+WARN_SECONDS = 10.0  # between two log lines of one kind
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,29 +43,66 @@ class LimiterCounts:
     degraded: int = 0
 
 
-class Counter:
-    """Counts decisions. One lock: ``+= 1`` alone loses counts between threads."""
+class Tally:
+    """A number that goes up, exact between threads and signal handlers, without a lock: each
+    `add` and each `value` is one step of a C iterator."""
+
+    __slots__ = ("_added", "_reads", "add")
 
     def __init__(self) -> None:
-        self._lock = new_lock(self)
-        self.allowed = self.denied = self.degraded = 0
-        self._reported = monotonic()
-        self._warned = -WARN_SECONDS
+        self._added = itertools.count()
+        self._reads = itertools.count()
+        self.add: Callable[[], int] = self._added.__next__
 
-    def add(self, decision: Decision, count: int = 1) -> None:
+    def value(self) -> int:
+        """The number of calls of `add`; off by one where two threads read at the same moment."""
+        return next(self._added) - next(self._reads)
+
+
+class EventLimit:
+    """Lets an event be logged once per `WARN_SECONDS`, and counts those in between."""
+
+    def __init__(self) -> None:
+        self._seen = itertools.count(1)
+        self._logged = 0
+        self._last = -WARN_SECONDS
+
+    def due(self, now: float) -> int:
+        """How many events there were since the last that was logged, this one included; 0 when it
+        is not to be logged."""
+        seen = next(self._seen)
+        if now - self._last < WARN_SECONDS:
+            return 0
+        self._last = now
+        logged, self._logged = self._logged, seen
+        return seen - logged
+
+
+class Counter:
+    """Counts a limiter's decisions, and says when to log. A forked child begins at zero."""
+
+    def __init__(self) -> None:
+        self.after_fork()
+        survives_fork(self)
+
+    def after_fork(self) -> None:
+        """Begin at zero."""
+        self._allowed, self._denied, self._degraded = Tally(), Tally(), Tally()
+        self.outages, self.steps_back, self.shadows = EventLimit(), EventLimit(), EventLimit()
+        self._reported = monotonic()
+
+    def add(self, decision: Decision) -> None:
         """Count a decision."""
-        with self._lock:
-            if decision.allowed:
-                self.allowed += count
-            else:
-                self.denied += count
-            if decision.degraded:
-                self.degraded += count
+        if decision.allowed:
+            self._allowed.add()
+        else:
+            self._denied.add()
+        if decision.degraded:
+            self._degraded.add()
 
     def snapshot(self) -> LimiterCounts:
         """The counts so far."""
-        with self._lock:
-            return LimiterCounts(self.allowed, self.denied, self.degraded)
+        return LimiterCounts(self._allowed.value(), self._denied.value(), self._degraded.value())
 
     def report_is_due(self, now: float) -> bool:
         """Whether the counts are to be logged; true once per interval."""
@@ -68,32 +111,8 @@ class Counter:
         self._reported = now
         return True
 
-    def warning_is_due(self, now: float) -> bool:
-        """Whether an outage is to be logged; true once per interval."""
-        if now - self._warned < WARN_SECONDS:
-            return False
-        self._warned = now
-        return True
 
-
-class _Remembered:
-    """Entries by row, the longest unused dropped first; forgotten in a forked child: parent and
-    child must not both spend the tokens.
-
-    A signal handler may be inside as well. An entry is therefore taken out while it is changed.
-    """
-
-    def __init__(self) -> None:
-        self.lock = new_lock(self, "lock")
-        self._entries: OrderedDict[bytes, tuple[Policy, int, float, Decision]] = OrderedDict()
-        survives_fork(self)
-
-    def after_fork(self) -> None:
-        """Forget everything."""
-        self._entries.clear()
-
-
-class Denials(_Remembered):
+class DenyCache:
     """Keys that the server denied a moment ago (``local_deny=True``).
 
     A hit is refused locally if it costs at least what was denied, under the same rates, until the
@@ -102,8 +121,8 @@ class Denials(_Remembered):
     """
 
     def __init__(self, clock: Callable[[], float] = monotonic) -> None:
-        super().__init__()
         self._clock = clock
+        self._entries: OrderedDict[bytes, tuple[Policy, int, float, Decision]] = OrderedDict()
 
     def find(self, row: bytes, policy: Policy, cost: int) -> Decision | None:
         """The denial that still holds for such a hit, its times moved on; None without one."""
@@ -126,40 +145,40 @@ class Denials(_Remembered):
     def remember(
         self, row: bytes, policy: Policy, cost: int, sent: float, decision: Decision
     ) -> None:
-        """Note a denial of the server's."""
-        with self.lock:
-            self._entries.pop(row, None)
-            self._entries[row] = (policy, cost, sent, decision)
-            if len(self._entries) > ENTRIES_MAX:
-                self._entries.popitem(last=False)
+        """Note a denial by the server."""
+        self._entries.pop(row, None)  # put in again, it is the youngest
+        self._entries[row] = (policy, cost, sent, decision)
+        _drop_oldest(self._entries)
 
     def forget(self, row: bytes) -> None:
         """Ask the server again about that row."""
-        with self.lock:
-            self._entries.pop(row, None)
+        self._entries.pop(row, None)
 
 
-class Pockets(_Remembered):
-    """Tokens charged in advance (``lease=N``), spent without a query.
+class PrepaidTokens:
+    """Tokens charged in advance (``prefetch=N``), spent without a query.
 
-    A pocket ends when the bucket would be full again: from then on its tokens are worth nothing,
-    because the bucket has them. While one caller fetches tokens for a key, others of this process
-    hit one by one, so that a process never holds more than N - 1 unspent.
+    They end when the bucket would be full again: from then on they are worth nothing, because the
+    bucket has them. While one caller fetches tokens for a key, others of this process hit one by
+    one, so that a process never holds more than N - 1 unspent. A forked child has none.
     """
 
     def __init__(self, clock: Callable[[], float] = monotonic) -> None:
-        super().__init__()
         self._clock = clock
+        self._lock = new_lock(self)
+        self._entries: OrderedDict[bytes, tuple[Policy, int, float, Decision]] = OrderedDict()
         self._fetching: set[bytes] = set()
+        survives_fork(self)
 
     def after_fork(self) -> None:
-        """Forget everything: the tokens are the parent's, and its fetches end there."""
-        super().after_fork()
+        """Leave the tokens to the parent, and the fetches."""
+        self._entries.clear()
         self._fetching.clear()
 
     def spend(self, row: bytes, policy: Policy, cost: int) -> Decision | None:
-        """Take tokens from the pocket; None if it has not enough."""
-        with self.lock:
+        """Take tokens; None if there are not enough."""
+        with self._lock:
+            # Taken out while it is changed: a signal handler may hit the same limiter here.
             entry = self._entries.pop(row, None)
             if entry is None:
                 return None
@@ -179,8 +198,8 @@ class Pockets(_Remembered):
         )
 
     def begin(self, row: bytes) -> bool:
-        """Whether the caller may fetch tokens for that row: nobody else does, and none are left."""
-        with self.lock:
+        """Whether the caller may fetch tokens for that row: no other does, and none are left."""
+        with self._lock:
             if row in self._fetching or row in self._entries:
                 return False
             self._fetching.add(row)
@@ -188,19 +207,25 @@ class Pockets(_Remembered):
 
     def end(self, row: bytes) -> None:
         """The fetch has ended."""
-        with self.lock:
-            self._fetching.discard(row)
+        self._fetching.discard(row)
 
     def fill(
         self, row: bytes, policy: Policy, tokens: int, sent: float, decision: Decision
     ) -> None:
-        """Put fetched tokens into the pocket. Counted from sending, it ends no later than the row."""
-        with self.lock:
+        """Keep fetched tokens. Counted from sending, they end no later than the row."""
+        with self._lock:
             self._entries[row] = (policy, tokens, sent + decision.reset_after, decision)
-            if len(self._entries) > ENTRIES_MAX:
-                self._entries.popitem(last=False)
+            _drop_oldest(self._entries)
 
     def forget(self, row: bytes) -> None:
         """Give up the tokens of that row."""
-        with self.lock:
+        with self._lock:
             self._entries.pop(row, None)
+
+
+def _drop_oldest(entries: OrderedDict[bytes, Any]) -> None:
+    while len(entries) > ENTRIES_MAX:
+        try:
+            entries.popitem(last=False)
+        except KeyError:  # other callers dropped them meanwhile
+            return

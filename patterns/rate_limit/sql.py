@@ -6,7 +6,7 @@ no further than `cap` ahead of now, and then moves it by `inc`. A row holds one 
 separated by spaces, as decimal text; a missing one, and one that has passed, is a full bucket, so
 the row's expiry, rounded up, is the last TAT and collecting it is always safe.
 
-The server's clock decides. What the numbers mean to a caller is worked out in `patterns._policy`.
+The server's clock decides. What the numbers mean to a caller is worked out in `policy`.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ EPOCH_2000_US = 946_684_800_000_000  # a timestamptz on the wire counts from 200
 STEP_BACK_US = 1_000_000  # a row this far ahead of the clock was written before a step back
 
 FOREIGN = {
-    "22P02": "the key holds no arrival times: somebody else wrote to the limiter's key; reset() it",
-    "22003": "the key holds no arrival times: somebody else wrote to the limiter's key; reset() it",
+    "22P02": "the key holds no arrival times: another program wrote to the limiter's key; reset() it",
+    "22003": "the key holds no arrival times: another program wrote to the limiter's key; reset() it",
 }
 
 
@@ -83,7 +83,7 @@ class Charge:
         )
 
 
-class Limit(TableStatements):
+class LimiterStatements(TableStatements):
     """Hits, and what undoes them, on rows of any number of rates."""
 
     # -- one key

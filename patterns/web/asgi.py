@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, Unpack
 
 from ..._observe import shown
 from ..._ops.drivers import drive_async
@@ -13,13 +13,12 @@ from ...config import Seconds
 from ...errors import SessionError
 from .._runtime.colour import require
 from ..rate_limit.api import AsyncRateLimiter
-from ..rate_limit.options import OnError
 from ..session.api import AsyncSessionStore
 from ..session.data import Session
 from ..session.request import RequestSession
 from .cookie import Cookie, SameSite, private, varying
-from .exempt import Exempt, exemption
-from .limit import STATUS, Guard, Headers, HttpRequest, Limits, heard_by_servers
+from .limit import STATUS, Guard, LimitOptions, heard_by_servers
+from .request import Exempt, HttpRequest, exemption
 from .session import Visit
 
 __all__ = ["RateLimitMiddleware", "SessionMiddleware", "load_session"]
@@ -46,16 +45,8 @@ class RateLimitMiddleware:
         app: the ASGI application.
         limiter: an :class:`AsyncRateLimiter` (a blocking one would stop the event loop), or a
             function of the request that returns one, or None to let the request pass.
-        key: a function of the request that returns its key, or None to let it pass; a string for
-            one bucket for all. Without one: :func:`client_ip` with no trusted proxy.
-        cost: tokens, or a function of the request; 0 lets it pass.
-        limits: rates instead of the limiter's, or a function of the request: a user's plan.
-        exempt: paths (each with all below it), or a function that is true for requests to let pass.
-        headers: ``"draft"``, ``"x"`` or None; see :meth:`Decision.headers`.
-        on_error: when the store does not answer: ``"open"`` lets the request pass, ``"closed"``
-            refuses it (take it for logins), ``"raise"`` makes it a server error.
-        shadow: decide, count and log ``pgkv.limit.shadow``, but never refuse nor add headers: to
-            try a limit on live traffic.
+        options: `key`, `cost`, `limits`, `exempt`, `headers`, `on_error` and `shadow`: see
+            :class:`~pgkv.patterns.web.limit.LimitOptions`.
 
     Raises:
         ConfigError: a setting is wrong, or the limiter is blocking.
@@ -66,27 +57,11 @@ class RateLimitMiddleware:
         app: App,
         *,
         limiter: AsyncRateLimiter | Callable[[Any], Any],
-        key: Callable[[Any], Any] | str | None = None,
-        cost: Callable[[Any], Any] | int = 1,
-        limits: Limits = None,
-        exempt: Exempt = None,
-        headers: Headers = "draft",
-        on_error: OnError = "open",
-        shadow: bool = False,
+        **options: Unpack[LimitOptions],
     ) -> None:
         self.app = app
         self._guard = Guard(
-            AsyncRateLimiter,
-            "RateLimitMiddleware",
-            "WSGIRateLimitMiddleware",
-            limiter=limiter,
-            key=key,
-            cost=cost,
-            limits=limits,
-            exempt=exempt,
-            headers=headers,
-            on_error=on_error,
-            shadow=shadow,
+            AsyncRateLimiter, "RateLimitMiddleware", "WSGIRateLimitMiddleware", limiter, options
         )
 
     @shown
@@ -94,6 +69,7 @@ class RateLimitMiddleware:
         return f"limiter={self._guard.limiter!r}"
 
     async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
+        """Serve one connection, or refuse it."""
         if scope["type"] not in ("http", "websocket"):
             await self.app(scope, receive, send)
             return

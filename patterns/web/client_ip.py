@@ -7,12 +7,13 @@ opens no connection.
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from typing import Any, TypeAlias
 
 from ...config import require_int
 from ...errors import ConfigError
+from .request import scope_of
 
 __all__ = ["client_ip"]
 
@@ -118,11 +119,7 @@ def _address(text: str) -> _Address | None:
 
 def _peer_and_forwarded(request: Any) -> tuple[str | None, str]:
     """The peer's address and what X-Forwarded-For says, of an ASGI scope or a WSGI environ."""
-    where: Mapping[str, Any] = request
-    for name in ("scope", "environ"):
-        if hasattr(request, name):
-            where = getattr(request, name)
-            break
+    where = scope_of(request)
     if "headers" not in where:
         return where.get("REMOTE_ADDR"), where.get("HTTP_X_FORWARDED_FOR", "")
     client = where.get("client")

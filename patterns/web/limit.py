@@ -1,6 +1,7 @@
-"""What all middleware and framework adapters share: whom to charge, and what to answer.
+"""What all rate limiting middleware and framework adapters share: which key to charge, and what to
+answer.
 
-`Guard.check` is a flow, so that callables given by the user may be sync or, in the async adapters,
+`Guard.check` is a flow, so that functions given by the user may be sync or, in the async adapters,
 async. Nothing here knows a framework.
 """
 
@@ -8,85 +9,56 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal, NamedTuple, TypeAlias
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, NamedTuple, TypeAlias, TypedDict
 
 from ... import _observe
 from ..._ops.op import Flow, call
 from ...errors import ConfigError, PgkvError
 from .._runtime.colour import require
-from ..rate_limit.flows import Core
-from ..rate_limit.options import OnError, check_mode
+from ..rate_limit.flows import OnError, check_mode
 from ..rate_limit.policy import Decision, HeaderStyle
 from ..rate_limit.rate import Rates, rates_of
 from .client_ip import client_ip
-from .exempt import under
+from .request import Exempt, exemption, path_of, scope_of
 
 Headers: TypeAlias = "HeaderStyle | None"
 Limits: TypeAlias = "Rates | Callable[[Any], Any] | None"
-Option: TypeAlias = "Callable[[Any], Any] | None"
 
 PROBLEMS = "https://iana.org/assignments/http-problem-types#"
 PROBLEM_TYPE = "application/problem+json"
+STATUS: Literal[429] = 429
 
 
-class HttpRequest(Mapping[str, Any]):
-    """A request as key functions see it, the same for ASGI and WSGI.
+class LimitOptions(TypedDict, total=False):
+    """What a rate limit in front of an application or a route can be told, besides its limiter.
 
-    It is the scope or environ itself (``request["path"]``), with a few names for what is asked most.
+    The functions get the request: a mapping with ``headers``, ``path``, ``method`` and ``client``
+    in middleware, the framework's own object in the adapters of FastAPI and Flask. In the async
+    adapters they may be async.
 
     Attributes:
-        scope: the ASGI scope or WSGI environ.
-        method: such as ``"GET"``; ``"WEBSOCKET"`` for a handshake.
-        path: decoded, without the query.
-        client: the peer's address as the server gives it, or None. See `client_ip`.
+        key: a function of the request that returns its key, or None to let it pass; a string for
+            one bucket for all. Without one: :func:`client_ip` with no trusted proxy.
+        cost: tokens, or a function of the request; 0 lets it pass. Default 1.
+        limits: rates instead of the limiter's, or a function of the request: a user's plan.
+        exempt: paths within the application (each with all below it), or a function that is true
+            for requests to let pass.
+        headers: ``"draft"`` (the default), ``"x"`` or None; see :meth:`Decision.headers`. Where
+            several limits judge one request, the response shows the strictest.
+        on_error: when the store does not answer: ``"open"`` (the default) lets the request pass,
+            ``"closed"`` refuses it (use it for logins), ``"raise"`` makes it a server error.
+        shadow: decide, count and log ``pgkv.limit.shadow``, but never refuse nor add headers: to
+            try a limit on live traffic.
     """
 
-    __slots__ = ("_headers", "client", "method", "path", "scope")
-
-    def __init__(self, scope: Mapping[str, Any]) -> None:
-        self.scope = scope
-        self._headers: dict[str, str] | None = None
-        if "wsgi.version" in scope:
-            self.method: str = scope["REQUEST_METHOD"]
-            path = scope.get("PATH_INFO", "").encode("latin-1").decode("utf-8", "replace")
-            self.path: str = path or "/"
-            self.client: str | None = scope.get("REMOTE_ADDR") or None
-        else:
-            self.method = scope.get("method", "WEBSOCKET")
-            self.path = scope["path"]
-            peer = scope.get("client")
-            self.client = peer[0] if peer else None
-
-    @property
-    def headers(self) -> Mapping[str, str]:
-        """The request's headers by lower-case name; repeated ones are joined by commas."""
-        if self._headers is None:
-            self._headers = {}
-            for name, value in self._pairs():
-                known = self._headers.get(name)
-                self._headers[name] = value if known is None else f"{known},{value}"
-        return self._headers
-
-    def _pairs(self) -> Iterator[tuple[str, str]]:
-        if "wsgi.version" not in self.scope:
-            for name, value in self.scope["headers"]:
-                yield name.decode("latin-1").lower(), value.decode("latin-1")
-            return
-        for name, value in self.scope.items():
-            if name.startswith("HTTP_"):
-                yield name[5:].replace("_", "-").lower(), value
-            elif name in ("CONTENT_TYPE", "CONTENT_LENGTH"):
-                yield name.replace("_", "-").lower(), value
-
-    def __getitem__(self, name: str) -> Any:
-        return self.scope[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.scope)
-
-    def __len__(self) -> int:
-        return len(self.scope)
+    key: Callable[[Any], Any] | str | None
+    cost: Callable[[Any], Any] | int
+    limits: Limits
+    exempt: Exempt
+    headers: Headers
+    on_error: OnError
+    shadow: bool
 
 
 class Verdict(NamedTuple):
@@ -97,45 +69,36 @@ class Verdict(NamedTuple):
 
 
 class Guard:
-    """The options of middleware, checked once, and how a request is judged by them.
+    """A limiter and the options of an adapter, checked once, and how requests are judged by them.
 
     Args:
-        colour: the class of limiter that the adapter can wait for.
-        who: the adapter.
-        twin: the adapter for limiters of the other colour.
+        limiter_class: the class of limiter that the adapter can run.
+        adapter: its name.
+        twin: the name of the adapter for limiters of the other class.
         limiter: one of that class, or a function of the request that returns one, or None to let
             the request pass.
-        key: a function of the request that returns its key, or None to let it pass; a string for
-            one bucket for all. Without one, `client_ip()`.
-        cost: tokens, or a function of the request; 0 lets it pass.
-        limits: rates for this request, or a function of the request; None for the limiter's own.
-        exempt: paths (each with all below it), or a function of the request that is true for those
-            to let pass.
-        headers: ``"draft"``, ``"x"`` or None for no headers.
-        on_error: see `RateLimiter`; instead of the limiter's own.
-        shadow: decide and log, never refuse.
+        options: `LimitOptions`.
     """
 
     def __init__(
         self,
-        colour: type[Core],
-        who: str,
+        limiter_class: type[Any],
+        adapter: str,
         twin: str,
-        *,
         limiter: Any,
-        key: Any = None,
-        cost: Any = 1,
-        limits: Any = None,
-        exempt: Any = None,
-        headers: Headers = "draft",
-        on_error: OnError = "open",
-        shadow: bool = False,
+        options: LimitOptions,
     ) -> None:
-        self._colour = colour
-        self._names = (who, twin)
+        for name in options:
+            if name not in LimitOptions.__annotations__:
+                known = ", ".join(LimitOptions.__annotations__)
+                raise ConfigError(f"{adapter} has no option {name!r}; there are {known}")
+        self._limiter_class = limiter_class
+        self._names = (adapter, twin)
         self.limiter = limiter
-        if isinstance(limiter, Core) or not callable(limiter):
-            self._require_colour(limiter)
+        self._is_chosen = callable(limiter)  # for each request
+        if not self._is_chosen:
+            self._require(limiter)
+        key = options.get("key")
         if key is client_ip:
             raise ConfigError("client_ip makes key functions: write key=client_ip()")
         if key is not None and not isinstance(key, str) and not callable(key):
@@ -143,35 +106,42 @@ class Guard:
                 f"key must be a str or a function of the request, not {type(key).__name__}"
             )
         self._key = client_ip() if key is None else key
+        cost = options.get("cost", 1)
         if not callable(cost) and (type(cost) is not int or cost < 1):
             raise ConfigError(
                 f"cost must be an integer of 1 or more, or a function of the request, not {cost!r}"
             )
         self._cost = cost
+        limits = options.get("limits")
         self._limits = limits if limits is None or callable(limits) else rates_of(limits)
-        self._exempt = exempt
-        if exempt is not None and not callable(exempt):
-            is_under = under(exempt)
-            self._exempt = lambda request: is_under(_path_of(request))
+        self._exempt = self._exempt_of(options.get("exempt"))
+        headers = options.get("headers", "draft")
         if headers not in ("draft", "x", None):
             raise ConfigError(f"headers are 'draft', 'x' or None, not {headers!r}")
         self._headers = headers
-        self._on_error = check_mode(on_error)
-        self._shadow = shadow
+        self._on_error = check_mode(options.get("on_error", "open"))
+        self._shadow = options.get("shadow", False)
 
-    def _require_colour(self, limiter: object) -> None:
-        require(limiter, self._colour, *self._names)
+    @staticmethod
+    def _exempt_of(exempt: Exempt) -> Callable[[Any], Any] | None:
+        if exempt is None or callable(exempt):
+            return exempt
+        is_exempt = exemption(exempt)
+        return lambda request: is_exempt(request, path_of(scope_of(request)))
+
+    def _require(self, limiter: object) -> None:
+        require(limiter, self._limiter_class, *self._names)
 
     def check(self, request: Any) -> Flow[Verdict | None]:
         """Judge a request. None lets it pass unseen."""
         if self._exempt is not None and (yield from call(self._exempt, request)):
             return None
         limiter = self.limiter
-        if not isinstance(limiter, Core):
+        if self._is_chosen:
             limiter = yield from call(limiter, request)
             if limiter is None:
                 return None
-            self._require_colour(limiter)
+            self._require(limiter)
         key = self._key
         if callable(key):
             key = yield from call(key, request)
@@ -182,9 +152,9 @@ class Guard:
             cost = yield from call(cost, request)
             if cost == 0:
                 return None
-        limits: Rates | None = self._limits
-        if callable(self._limits):
-            limits = yield from call(self._limits, request)
+        limits: Any = self._limits
+        if callable(limits):
+            limits = yield from call(limits, request)
         decision: Decision = yield from call(limiter._judge, key, cost, limits, self._on_error)
         if self._shadow and not decision.allowed:
             _observe.info(
@@ -205,7 +175,7 @@ class Guard:
         """Headers and body of the 429."""
         decision = verdict.decision
         found = self.headers(verdict)
-        # Also without the other headers: a client that is told nothing comes again at once.
+        # Also without the other headers: a client that is told nothing tries again at once.
         found["Retry-After"] = decision.headers("x")["Retry-After"]
         found["Content-Type"] = PROBLEM_TYPE
         body = json.dumps(problem(decision)).encode()
@@ -235,21 +205,11 @@ def problem(decision: Decision) -> dict[str, Any]:
         return {
             "type": PROBLEMS + "temporary-reduced-capacity",
             "title": "Request cannot be satisfied due to temporary server capacity constraints",
-            "status": 429,
+            "status": STATUS,
         }
     return {
         "type": PROBLEMS + "quota-exceeded",
         "title": "Request cannot be satisfied as assigned quota has been exceeded",
-        "status": 429,
+        "status": STATUS,
         "violated-policies": [decision.policy],
     }
-
-
-def _path_of(request: Any) -> str:
-    if isinstance(request, HttpRequest):
-        return request.path
-    path: str = getattr(request, "path", None) or request.url.path
-    return path
-
-
-STATUS: Literal[429] = 429

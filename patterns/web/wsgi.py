@@ -5,19 +5,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, Unpack
 
 from ..._observe import shown
 from ..._ops.drivers import drive
 from ...config import Seconds
 from .._runtime.colour import require
 from ..rate_limit.api import RateLimiter
-from ..rate_limit.options import OnError
 from ..session.api import SessionStore
 from ..session.request import RequestSession
 from .cookie import Cookie, SameSite, private, varying
-from .exempt import Exempt, exemption
-from .limit import STATUS, Guard, Headers, HttpRequest, Limits, heard_by_servers
+from .limit import STATUS, Guard, LimitOptions, heard_by_servers
+from .request import Exempt, HttpRequest, exemption
 from .session import Visit
 
 __all__ = ["WSGIRateLimitMiddleware", "WSGISessionMiddleware"]
@@ -36,14 +35,10 @@ class WSGIRateLimitMiddleware:
 
     Args:
         app: the WSGI application.
-        limiter: a :class:`RateLimiter`, or a function of the request that returns one, or None.
-        key: see :class:`RateLimitMiddleware`.
-        cost: tokens, or a function of the request; 0 lets it pass.
-        limits: rates instead of the limiter's, or a function of the request.
-        exempt: paths (each with all below it), or a function that is true for requests to let pass.
-        headers: ``"draft"``, ``"x"`` or None.
-        on_error: ``"open"``, ``"closed"`` or ``"raise"``.
-        shadow: decide, count and log, never refuse.
+        limiter: a :class:`RateLimiter`, or a function of the request that returns one, or None to
+            let the request pass.
+        options: `key`, `cost`, `limits`, `exempt`, `headers`, `on_error` and `shadow`: see
+            :class:`~pgkv.patterns.web.limit.LimitOptions`.
 
     Raises:
         ConfigError: a setting is wrong.
@@ -54,27 +49,11 @@ class WSGIRateLimitMiddleware:
         app: App,
         *,
         limiter: RateLimiter | Callable[[Any], Any],
-        key: Callable[[Any], Any] | str | None = None,
-        cost: Callable[[Any], Any] | int = 1,
-        limits: Limits = None,
-        exempt: Exempt = None,
-        headers: Headers = "draft",
-        on_error: OnError = "open",
-        shadow: bool = False,
+        **options: Unpack[LimitOptions],
     ) -> None:
         self.app = app
         self._guard = Guard(
-            RateLimiter,
-            "WSGIRateLimitMiddleware",
-            "RateLimitMiddleware",
-            limiter=limiter,
-            key=key,
-            cost=cost,
-            limits=limits,
-            exempt=exempt,
-            headers=headers,
-            on_error=on_error,
-            shadow=shadow,
+            RateLimiter, "WSGIRateLimitMiddleware", "RateLimitMiddleware", limiter, options
         )
 
     @shown
@@ -82,6 +61,7 @@ class WSGIRateLimitMiddleware:
         return f"limiter={self._guard.limiter!r}"
 
     def __call__(self, environ: dict[str, Any], start_response: StartResponse) -> Iterable[bytes]:
+        """Serve one request, or refuse it."""
         with heard_by_servers():
             verdict = drive(self._guard.check(HttpRequest(environ)))
         if verdict is not None and verdict.refuse:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, Unpack
 
 from fastapi import HTTPException, Request, Response
 
 from .._ops.drivers import drive_async
 from ..patterns.rate_limit.api import AsyncRateLimiter
-from ..patterns.rate_limit.options import OnError
 from ..patterns.rate_limit.policy import Decision
-from ..patterns.web.exempt import Exempt
-from ..patterns.web.limit import STATUS, Guard, Headers, Limits, Verdict, problem
+from ..patterns.web.limit import STATUS, Guard, LimitOptions, Verdict, problem
 
 __all__ = ["RateLimited", "problem_response", "rate_limit"]
 
@@ -42,14 +40,7 @@ class RateLimited(HTTPException):
 
 def rate_limit(
     limiter: AsyncRateLimiter | Callable[[Any], Any],
-    *,
-    key: Callable[[Any], Any] | str | None = None,
-    cost: Callable[[Any], Any] | int = 1,
-    limits: Limits = None,
-    exempt: Exempt = None,
-    headers: Headers = "draft",
-    on_error: OnError = "open",
-    shadow: bool = False,
+    **options: Unpack[LimitOptions],
 ) -> Callable[[Request, Response], Awaitable[None]]:
     """Return a dependency that limits a route, a router or an application.
 
@@ -64,13 +55,8 @@ def rate_limit(
     Args:
         limiter: an :class:`AsyncRateLimiter`, or a function of the request that returns one, or
             None to let the request pass.
-        key: see :class:`RateLimitMiddleware`.
-        cost: tokens, or a function of the request; 0 lets it pass.
-        limits: rates instead of the limiter's, or a function of the request.
-        exempt: paths (each with all below it), or a function that is true for requests to let pass.
-        headers: ``"draft"``, ``"x"`` or None.
-        on_error: ``"open"``, ``"closed"`` or ``"raise"``.
-        shadow: decide, count and log, never refuse.
+        options: `key`, `cost`, `limits`, `exempt`, `headers`, `on_error` and `shadow`: see
+            :class:`~pgkv.patterns.web.limit.LimitOptions`.
 
     Raises:
         ConfigError: a setting is wrong, or the limiter is blocking.
@@ -80,14 +66,8 @@ def rate_limit(
         AsyncRateLimiter,
         "pgkv.integrations.fastapi.rate_limit",
         "pgkv.integrations.flask.rate_limit",
-        limiter=limiter,
-        key=key,
-        cost=cost,
-        limits=limits,
-        exempt=exempt,
-        headers=headers,
-        on_error=on_error,
-        shadow=shadow,
+        limiter,
+        options,
     )
 
     async def dependency(request: Request, response: Response) -> None:

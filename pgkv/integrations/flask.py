@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, Unpack
 
 import flask
 from flask.sessions import SessionInterface, SessionMixin
@@ -14,12 +14,11 @@ from .._ops.drivers import drive
 from ..errors import SessionError
 from ..patterns._runtime.colour import require
 from ..patterns.rate_limit.api import RateLimiter
-from ..patterns.rate_limit.options import OnError
 from ..patterns.session.api import SessionStore
 from ..patterns.session.request import RequestSession
 from ..patterns.web.cookie import Cookie, SameSite
-from ..patterns.web.exempt import Exempt, exemption
-from ..patterns.web.limit import STATUS, Guard, Headers, Limits
+from ..patterns.web.limit import STATUS, Guard, LimitOptions
+from ..patterns.web.request import Exempt, exemption
 from ..patterns.web.session import Visit
 from ..patterns.web.wsgi import lazy_visit, made_private
 
@@ -34,14 +33,7 @@ R = TypeVar("R")
 
 def rate_limit(
     limiter: RateLimiter | Callable[[Any], Any],
-    *,
-    key: Callable[[Any], Any] | str | None = None,
-    cost: Callable[[Any], Any] | int = 1,
-    limits: Limits = None,
-    exempt: Exempt = None,
-    headers: Headers = "draft",
-    on_error: OnError = "open",
-    shadow: bool = False,
+    **options: Unpack[LimitOptions],
 ) -> Callable[[Callable[P, R]], Callable[P, Any]]:
     """Return a decorator that limits a view, below the route's::
 
@@ -55,13 +47,8 @@ def rate_limit(
     Args:
         limiter: a :class:`RateLimiter`, or a function of the request that returns one, or None to
             let the request pass.
-        key: see :class:`RateLimitMiddleware`.
-        cost: tokens, or a function of the request; 0 lets it pass.
-        limits: rates instead of the limiter's, or a function of the request.
-        exempt: paths (each with all below it), or a function that is true for requests to let pass.
-        headers: ``"draft"``, ``"x"`` or None.
-        on_error: ``"open"``, ``"closed"`` or ``"raise"``.
-        shadow: decide, count and log, never refuse.
+        options: `key`, `cost`, `limits`, `exempt`, `headers`, `on_error` and `shadow`: see
+            :class:`~pgkv.patterns.web.limit.LimitOptions`.
 
     Raises:
         ConfigError: a setting is wrong.
@@ -70,14 +57,8 @@ def rate_limit(
         RateLimiter,
         "pgkv.integrations.flask.rate_limit",
         "pgkv.integrations.fastapi.rate_limit",
-        limiter=limiter,
-        key=key,
-        cost=cost,
-        limits=limits,
-        exempt=exempt,
-        headers=headers,
-        on_error=on_error,
-        shadow=shadow,
+        limiter,
+        options,
     )
 
     def decorate(view: Callable[P, R]) -> Callable[P, Any]:

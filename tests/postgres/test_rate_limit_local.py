@@ -1,4 +1,4 @@
-"""What a limiter does without asking the server (local_deny, lease), and when it cannot ask."""
+"""What a limiter does without asking the server (local_deny, prefetch), and when it cannot ask."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def local_clock(monkeypatch: pytest.MonkeyPatch) -> LocalClock:
     """What limiters made afterwards take for the local time."""
     clock = LocalClock()
     monkeypatch.setattr("pgkv.patterns.rate_limit.flows.monotonic", clock)
-    for remembered in (_local.Denials, _local.Pockets):
+    for remembered in (_local.DenyCache, _local.PrepaidTokens):
         monkeypatch.setattr(remembered.__init__, "__defaults__", (clock,))
     return clock
 
@@ -143,19 +143,19 @@ async def test_memory_is_bounded(
     for n in range(30):
         await limiter.hit(f"u{n}")
         await limiter.hit(f"u{n}")
-    assert len(limiter._denials._entries) == 10
-    leasing = make("100/h", lease=5, name="leasing")
+    assert len(limiter._flows.denied._entries) == 10
+    prefetching = make("100/h", prefetch=5, name="prefetching")
     for n in range(30):
-        await leasing.hit(f"u{n}")
-    assert len(leasing._pockets._entries) == 10
+        await prefetching.hit(f"u{n}")
+    assert len(prefetching._flows.prepaid._entries) == 10
 
 
-# -- lease --------------------------------------------------------------------------------------
+# -- prefetch --------------------------------------------------------------------------------------
 
 
-async def test_a_lease_spares_queries(make: Make, sent: Any) -> None:
+async def test_prefetching_spares_queries(make: Make, sent: Any) -> None:
     """One statement takes N tokens; the next N - 1 hits send nothing. The total is exact."""
-    limiter = make("100/h", lease=10)
+    limiter = make("100/h", prefetch=10)
     allowed = [await limiter.hit("u") for _ in range(40)]
     assert all(allowed)
     assert sent() == 4
@@ -164,19 +164,19 @@ async def test_a_lease_spares_queries(make: Make, sent: Any) -> None:
 
 
 async def test_the_last_tokens_are_not_lost(make: Make) -> None:
-    """Where a whole lease is no longer there, tokens are taken one by one."""
-    limiter = make("7/h", lease=5)
+    """Where not all tokens of a prefetch are there, tokens are taken one by one."""
+    limiter = make("7/h", prefetch=5)
     assert sum([bool(await limiter.hit("u")) for _ in range(9)]) == 7
     assert sum([bool(await limiter.hit("v", cost=2)) for _ in range(9)]) == 3
     denied = await limiter.hit("u")
-    assert 500 < denied.retry_after < 515  # for one token, not for the lease
+    assert 500 < denied.retry_after < 515  # for one token, not for the prefetch
 
 
-async def test_a_pocket_ends_with_the_bucket(
+async def test_prepaid_tokens_end_with_the_bucket(
     make: Make, clock: ServerClock, local_clock: LocalClock, sent: Any
 ) -> None:
-    """When the bucket is full again leased tokens are worth nothing: no burst comes on top of it."""
-    limiter = make("10/m", lease=5)
+    """When the bucket is full again prepaid tokens are worth nothing: no burst comes on top of it."""
+    limiter = make("10/m", prefetch=5)
     await limiter.hit("u")
     sent()
     local_clock.now += 31
@@ -184,10 +184,10 @@ async def test_a_pocket_ends_with_the_bucket(
     assert sum([bool(await limiter.hit("u")) for _ in range(20)]) == 10
 
 
-async def test_the_bounds_of_leases(make: Make, clock: ServerClock) -> None:
-    """P processes with lease=N admit at most burst + rate x t + P(N - 1), and when they all keep
+async def test_the_bounds_of_prefetching(make: Make, clock: ServerClock) -> None:
+    """P processes with prefetch=N admit at most burst + rate x t + P(N - 1), and when they all keep
     asking at least burst + rate x t - P(N - 1); here P = 4, N = 5, over 20 bursts."""
-    crew = [make("60/m burst 20", lease=5) for _ in range(4)]
+    crew = [make("60/m burst 20", prefetch=5) for _ in range(4)]
     admitted = 0
     for step in range(20):
         clock.set_offset(step * 20.0)
@@ -196,9 +196,9 @@ async def test_the_bounds_of_leases(make: Make, clock: ServerClock) -> None:
     assert ideal - 4 * 4 <= admitted <= ideal + 4 * 4
 
 
-async def test_a_burst_of_callers_takes_one_lease(make: Make) -> None:
+async def test_a_burst_of_callers_fetches_once(make: Make) -> None:
     """While one caller fetches, others hit one by one: never more than N - 1 lie unspent."""
-    limiter = make("1000/h", lease=50)
+    limiter = make("1000/h", prefetch=50)
     await asyncio.gather(*(limiter.hit("u") for _ in range(32)))
     left = (await limiter.peek("u")).remaining
     assert 1000 - 32 - 49 <= left <= 1000 - 32
@@ -207,15 +207,15 @@ async def test_a_burst_of_callers_takes_one_lease(make: Make) -> None:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_a_forked_child_spends_nothing_of_its_parents() -> None:
     """Tokens taken before fork() stay with the parent."""
-    pockets = _local.Pockets()
+    prepaid = _local.PrepaidTokens()
     policy: Any = object()
     decision = pgkv.Decision(True, 9, 5, 0.0, 100.0, pgkv.Rate(9))
-    pockets.fill(b"u", policy, 4, time.monotonic(), decision)
+    prepaid.fill(b"u", policy, 4, time.monotonic(), decision)
     pid = os.fork()
     if pid == 0:
-        os._exit(0 if pockets.spend(b"u", policy, 1) is None else 1)
+        os._exit(0 if prepaid.spend(b"u", policy, 1) is None else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-    assert pockets.spend(b"u", policy, 1) is not None
+    assert prepaid.spend(b"u", policy, 1) is not None
 
 
 # -- settings, outages, events ----------------------------------------------------------------------
@@ -229,8 +229,8 @@ def test_a_forked_child_spends_nothing_of_its_parents() -> None:
         {"name": "a\nb"},
         {"on_error": "ignore"},
         {"timeout": 0},
-        {"lease": 0},
-        {"lease": 11},
+        {"prefetch": 0},
+        {"prefetch": 11},
         {"rates": "often"},
     ],
 )

@@ -10,9 +10,9 @@ import pytest
 
 import pgkv
 from pgkv._ops.op import Op
-from pgkv.patterns.rate_limit.sql import Charge, Limit
+from pgkv.patterns.rate_limit.sql import Charge, LimiterStatements
 
-Call = Callable[[Limit, int], Op[Any]]
+Call = Callable[[LimiterStatements, int], Op[Any]]
 STATEMENTS: dict[str, Call] = {
     "hit": lambda s, k: s.hit(b"r", Charge([1] * k, [1] * k)),
     "hit_many": lambda s, k: s.hit_many([(b"r", Charge([1] * k, [1] * k))] * 2),
@@ -34,7 +34,9 @@ def rates(request: pytest.FixtureRequest) -> int:
 
 
 def op_of(name: str, rates: int) -> Op[Any]:
-    return STATEMENTS[name](Limit(pgkv.Config("postgresql://", table_name='q"t')), rates)
+    return STATEMENTS[name](
+        LimiterStatements(pgkv.Config("postgresql://", table_name='q"t')), rates
+    )
 
 
 @pytest.mark.parametrize("name", STATEMENTS)
@@ -51,7 +53,7 @@ def test_parameters_fit(name: str, rates: int) -> None:
     assert numbers == set(range(1, len(numbers) + 1))
     assert len(op.params) == len(op.statement.formats) == len(numbers)
     assert 'q"t' not in op.statement.sql.replace('"q""t"', "")
-    sql = Limit(pgkv.Config("postgresql://"))
+    sql = LimiterStatements(pgkv.Config("postgresql://"))
     assert STATEMENTS[name](sql, rates).statement is STATEMENTS[name](sql, rates).statement
 
 

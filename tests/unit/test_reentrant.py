@@ -100,17 +100,17 @@ def of_counter() -> tuple[list[Work], str]:
     return [lambda: counter.add(decision()), counter.snapshot], local.__name__
 
 
-def of_denials() -> tuple[list[Work], str]:
-    denials, policy = local.Denials(clock=lambda: 0.0), POLICY
+def of_deny_cache() -> tuple[list[Work], str]:
+    denied, policy = local.DenyCache(clock=lambda: 0.0), POLICY
     return [
-        lambda: denials.remember(b"k", policy, 1, 0.0, decision()),
-        lambda: denials.find(b"k", policy, 1),
-        lambda: denials.forget(b"k"),
+        lambda: denied.remember(b"k", policy, 1, 0.0, decision()),
+        lambda: denied.find(b"k", policy, 1),
+        lambda: denied.forget(b"k"),
     ], local.__name__
 
 
 @pytest.mark.parametrize(
-    "make", [of_l1, of_breaker, of_flights, of_counts, of_collector, of_counter, of_denials]
+    "make", [of_l1, of_breaker, of_flights, of_counts, of_collector, of_counter, of_deny_cache]
 )
 def test_any_call_may_be_interrupted_by_any_other(
     make: Callable[[], tuple[list[Work], str]],
@@ -126,17 +126,19 @@ def test_any_call_may_be_interrupted_by_any_other(
 def test_prepaid_tokens_are_spent_once() -> None:
     """A handler that spends from the same row never gets a token that the interrupted call got."""
     for tokens in (1, 2, 5):
-        pockets, policy = local.Pockets(clock=lambda: 0.0), POLICY
+        prepaid, policy = local.PrepaidTokens(clock=lambda: 0.0), POLICY
         spent: list[object] = []
 
         def spend(
-            pockets: local.Pockets = pockets, policy: Policy = policy, spent: list[object] = spent
+            prepaid: local.PrepaidTokens = prepaid,
+            policy: Policy = policy,
+            spent: list[object] = spent,
         ) -> None:
-            if pockets.spend(b"k", policy, 1) is not None:
+            if prepaid.spend(b"k", policy, 1) is not None:
                 spent.append(1)
 
-        pockets.fill(b"k", policy, tokens, 0.0, decision())
+        prepaid.fill(b"k", policy, tokens, 0.0, decision())
         assert interrupted(spend, spend, local.__name__) > 0
-        while pockets.spend(b"k", policy, 1) is not None:
+        while prepaid.spend(b"k", policy, 1) is not None:
             spent.append(1)
         assert len(spent) == tokens

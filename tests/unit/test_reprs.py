@@ -21,6 +21,7 @@ import pgkv
 from pgkv import _observe
 from pgkv._ops.serialize import Serializer
 from pgkv.patterns.lock.lease import clock
+from pgkv.patterns.rate_limit.flows import Reserved
 from pgkv.patterns.session.request import RequestSession
 
 PASSWORD = "hunter2"
@@ -145,12 +146,13 @@ SHOWN: dict[str, tuple[Callable[[], object], str]] = {
     "limiter": (lambda: limiter, "<RateLimiter 'api' 10/s burst 20; 1000/h>"),
     "reservation": (
         lambda: pgkv.Reservation(
-            limiter, limiter._policy.degraded(allowed=True, retry_after=0), 1.25, None
+            limiter,
+            Reserved(limiter._flows.policy.degraded(allowed=True, retry_after=0), 1.25, None),
         ),
         "<Reservation 'api' delay=1.250>",
     ),
     "decision": (
-        lambda: limiter._policy.degraded(allowed=False, retry_after=1.0),
+        lambda: limiter._flows.policy.degraded(allowed=False, retry_after=1.0),
         "Decision(allowed=False, limit=20, remaining=0, retry_after=1, reset_after=0, "
         "rate='10/s burst 20', degraded=True)",
     ),
@@ -325,7 +327,7 @@ def test_what_stays_in_its_process(name: str, send: Callable[[Any], Any]) -> Non
         pgkv.ScanOptions(prefix="a"),
         pgkv.Rate.parse("10/s burst 20"),
         pgkv.LimiterCounts(1, 2, 3),
-        limiter._policy.degraded(allowed=True, retry_after=0.0),
+        limiter._flows.policy.degraded(allowed=True, retry_after=0.0),
         load_user,
         load_user.cache_info(),
     ],
@@ -345,7 +347,7 @@ def test_values_travel(value: object) -> None:
         pgkv.ScanOptions(prefix="a"),
         pgkv.Rate.parse("10/s burst 20"),
         pgkv.LimiterCounts(1, 2, 3),
-        limiter._policy.degraded(allowed=True, retry_after=0.0),
+        limiter._flows.policy.degraded(allowed=True, retry_after=0.0),
         load_user.cache_info(),
     ],
     ids=lambda value: type(value).__name__,

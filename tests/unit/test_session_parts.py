@@ -28,7 +28,7 @@ from pgkv.patterns.session.data import (
 from pgkv.patterns.session.request import RequestSession
 from pgkv.patterns.session.sql import ASYNC, Lifetimes, SessionStatements
 from pgkv.patterns.web.cookie import Cookie, private, varying
-from pgkv.patterns.web.exempt import exemption
+from pgkv.patterns.web.request import exemption
 
 JSON = st.recursive(
     st.none()

@@ -67,7 +67,7 @@ TOPICS = (
     Topic(
         "Rate limiter",
         "Each library with what it recommends: *limits* counts in a sliding window, *throttled-py*"
-        " by GCRA, pgkv has token buckets. `lease=100` takes a hundred tokens at once and"
+        " by GCRA, pgkv has token buckets. `prefetch=100` takes a hundred tokens at once and"
         " `local_deny` remembers a refusal, so that neither asks the server each time. The"
         " application behind the Starlette request does nothing.",
         (limiter,),

@@ -14,7 +14,7 @@ LIMITS_MEMORY = "limits, memory"
 THROTTLED = "throttled-py, Redis"
 PYRATE = "PyrateLimiter, PostgreSQL"
 LOCAL = "pgkv, local_deny"
-LEASE = "pgkv, lease=100"
+PREFETCH = "pgkv, prefetch=100"
 WITHOUT = "no middleware"
 
 PLENTY = 1_000_000  # a second: never denied
@@ -28,8 +28,10 @@ def rate_of(denied: bool) -> pgkv.Rate:
 
 def raw(bench: Bench, limiter: Any, rate: pgkv.Rate, keys: list[str]) -> Callable[[int], object]:
     """The limiter's own statement, its parameters made beforehand."""
-    policy = limiter._policy_of(rate)
-    ops = [limiter._sql.hit(limiter._row(key, policy), policy.charge(1)) for key in keys]
+    policy = limiter._flows.policy_of(rate)
+    ops = [
+        limiter._flows.sql.hit(limiter._flows.row(key, policy), policy.charge(1)) for key in keys
+    ]
     send = bench.raw().sender(ops[0])
     return each(send, cycle([op.params for op in ops]))
 
@@ -91,13 +93,22 @@ def many(bench: Bench) -> Entrants:
 
 @case(
     "hit, hot key",
-    {RAW: 1.15, LIMITS: 0.8, LIMITS_MEMORY: None, THROTTLED: None, PYRATE: 0.1, (LEASE, RAW): None},
+    {
+        RAW: 1.15,
+        LIMITS: 0.8,
+        LIMITS_MEMORY: None,
+        THROTTLED: None,
+        PYRATE: 0.1,
+        (PREFETCH, RAW): None,
+    },
 )
 def hot(bench: Bench) -> Entrants:
     yield from blocking(bench, ["hot"], False)
     yield from pyrate(bench, False)
-    leasing = pgkv.RateLimiter(bench.store(), rate_of(False), name="lease", timeout=10, lease=100)
-    yield LEASE, each(leasing.hit, repeat("hot"))
+    prefetching = pgkv.RateLimiter(
+        bench.store(), rate_of(False), name="prefetch", timeout=10, prefetch=100
+    )
+    yield PREFETCH, each(prefetching.hit, repeat("hot"))
 
 
 @case(
