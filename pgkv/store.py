@@ -509,10 +509,10 @@ class Store:
         ttl: Seconds | None = None,
         attempts: int = 100,
     ) -> bytes:
-        """Write ``fn(current)``, repeated until nobody changed the value in between.
+        """Write ``fn(current)``, repeated until no other client changed the value in between.
 
-        A change is seen by the version: one by a client that writes none, such as the Rust crate,
-        may be overwritten unnoticed.
+        Changes are detected by the version. A client that does not write versions, such as the Rust
+        crate, may have its change overwritten.
 
         Args:
             key: the key.
@@ -566,9 +566,9 @@ class Store:
             start: the first key that may appear (inclusive).
             end: the first key that may not (exclusive).
             after: only keys beyond this one (exclusive): the last of the previous page.
-            limit: at most so many.
-            offset: pass over so many; it costs as much as reading them, `after` does not.
-            include_expired: also keys whose time has passed and that nobody collected yet.
+            limit: the most keys to return.
+            offset: how many to skip; this costs as much as reading them, `after` does not.
+            include_expired: also expired keys that are not collected yet.
         """
         options = scan_options(prefix, start, end, after, limit, offset, include_expired)
         return self._execute(self._sql.keys(options))
@@ -591,9 +591,9 @@ class Store:
             start: the first key that may appear (inclusive).
             end: the first key that may not (exclusive).
             after: only keys beyond this one (exclusive): the last of the previous page.
-            limit: at most so many.
-            offset: pass over so many; it costs as much as reading them, `after` does not.
-            include_expired: also rows whose time has passed and that nobody collected yet.
+            limit: the most keys to return.
+            offset: how many to skip; this costs as much as reading them, `after` does not.
+            include_expired: also expired rows that are not collected yet.
         """
         options = scan_options(prefix, start, end, after, limit, offset, include_expired)
         return self._execute(self._sql.scan(options))
@@ -614,7 +614,7 @@ class Store:
 
         Args:
             prefix: what the keys begin with.
-            page_size: rows per round trip: so many values are in memory at once.
+            page_size: rows per round trip, and so the number of values in memory at once.
         """
         return self._paged(self._sql.scan, attrgetter("key"), prefix, page_size)
 
@@ -635,8 +635,8 @@ class Store:
             op = select(ScanOptions(prefix=prefix, after=key_of(page[-1]), limit=page_size))
 
     def count(self, prefix: str = "", *, include_expired: bool = False) -> int:
-        """Return how many keys begin with the prefix; with `include_expired` also those whose time has
-        passed and that nobody collected yet. Reads all of them: linear."""
+        """Return how many keys begin with the prefix; with `include_expired` also expired keys
+        that are not collected yet. Reads all of them: linear."""
         return self._execute(self._sql.count(prefix, include_expired))
 
     def delete_prefix(self, prefix: str) -> int:
@@ -646,10 +646,10 @@ class Store:
     # -- upkeep
 
     def cleanup_expired(self, *, limit: int | None = None) -> int:
-        """Delete rows whose time has passed, in short chunks that block nobody.
+        """Delete rows whose time has passed, in short chunks that block no other client.
 
         Args:
-            limit: stop after so many rows; None for all.
+            limit: stop after this many rows; None for all.
 
         Returns:
             How many were deleted.

@@ -1,7 +1,6 @@
 """`TypedStore`: a store whose values are of one Python type.
 
-A thin layer: a serializer and a store's own operations. It knows a store by a small protocol, and
-nothing of connections.
+A thin layer: a serializer, the store's statements and its channel.
 """
 
 from __future__ import annotations
@@ -9,73 +8,24 @@ from __future__ import annotations
 import inspect
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+from ._engine import flows as _flows
 from ._observe import shown
+from ._ops.op import Flow, do
 from ._ops.serialize import CodecName, Serializer
 from ._settings import refuse_pickle
-from .types import CasResult, CasStatus, KeyValue
+from ._sql import Statements
+from ._sql.point import REPEATS
+from .errors import ConflictError
+from .types import CasStatus
 
 if TYPE_CHECKING:
+    from ._engine._async.channel import AsyncChannel
+    from ._engine._sync.channel import Channel
     from .config import Seconds
 
 T = TypeVar("T")
-
-
-class ByteStore(Protocol):
-    """What a `TypedStore` needs of the store below it."""
-
-    def get(self, key: str, /) -> bytes | None: ...
-    def get_or_raise(self, key: str, /) -> bytes: ...
-    def set(
-        self, key: str, value: bytes, /, *, ttl: Seconds | None, if_version: int | None
-    ) -> int | None: ...
-    def set_nx(self, key: str, value: bytes, /, *, ttl: Seconds | None) -> bool: ...
-    def get_many(self, keys: Iterable[str], /) -> dict[str, bytes]: ...
-    def set_many(self, items: Iterable[tuple[str, bytes]], /, *, ttl: Seconds | None) -> int: ...
-    def delete(self, key: str, /, *, if_version: int | None) -> bool: ...
-    def compare_and_swap(
-        self, key: str, expected: bytes | None, new: bytes, /, *, ttl: Seconds | None
-    ) -> CasResult: ...
-    def update(
-        self,
-        key: str,
-        fn: Callable[[bytes | None], bytes],
-        /,
-        *,
-        ttl: Seconds | None,
-        attempts: int,
-    ) -> bytes: ...
-    def iter_items(self, prefix: str, /, *, page_size: int) -> Iterator[KeyValue]: ...
-
-
-class AsyncByteStore(Protocol):
-    """What an `AsyncTypedStore` needs of the store below it."""
-
-    async def get(self, key: str, /) -> bytes | None: ...
-    async def get_or_raise(self, key: str, /) -> bytes: ...
-    async def set(
-        self, key: str, value: bytes, /, *, ttl: Seconds | None, if_version: int | None
-    ) -> int | None: ...
-    async def set_nx(self, key: str, value: bytes, /, *, ttl: Seconds | None) -> bool: ...
-    async def get_many(self, keys: Iterable[str], /) -> dict[str, bytes]: ...
-    async def set_many(
-        self, items: Iterable[tuple[str, bytes]], /, *, ttl: Seconds | None
-    ) -> int: ...
-    async def delete(self, key: str, /, *, if_version: int | None) -> bool: ...
-    async def compare_and_swap(
-        self, key: str, expected: bytes | None, new: bytes, /, *, ttl: Seconds | None
-    ) -> CasResult: ...
-    async def update(
-        self,
-        key: str,
-        fn: Callable[[bytes | None], Awaitable[bytes]],
-        /,
-        *,
-        ttl: Seconds | None,
-        attempts: int,
-    ) -> bytes: ...
-    def iter_items(self, prefix: str, /, *, page_size: int) -> AsyncIterator[KeyValue]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,10 +68,18 @@ class TypedCasResult(Generic[T]):
 
 
 class _Typed(Generic[T]):
-    """What both colours share: the type, and the way of values to bytes and back."""
+    """What the sync and the async typed store share: values to bytes and back.
+
+    Args:
+        store: the `Store` or `AsyncStore` that keeps the bytes.
+        type_: see `Store.typed`.
+        codec: ``"json"`` or ``"msgpack"``.
+    """
 
     def __init__(self, store: Any, type_: Any, codec: CodecName) -> None:
         self._store = store
+        self._sql: Statements = store._sql
+        self._channel = store._channel
         self._serializer: Serializer[T] = Serializer(type_, codec)
 
     @shown
@@ -149,7 +107,26 @@ class _Typed(Generic[T]):
         pairs = items.items() if isinstance(items, Mapping) else items
         return ((key, self._encode(key, value)) for key, value in pairs)
 
-    def _typed_result(self, key: str, result: CasResult) -> TypedCasResult[T]:
+    def _swap(
+        self, key: str, expected: T | None, new: T, ttl: Seconds | None
+    ) -> Flow[TypedCasResult[T]]:
+        wanted = None if expected is None else self._encode(key, expected)
+        written = self._encode(key, new)
+        result = yield from do(self._sql.compare_and_swap(key, wanted, written, ttl))
+        attempts = 1
+        # The server compares bytes. Equal values may have others: a dict keeps its order.
+        while (
+            wanted is not None
+            and result.is_mismatch
+            and self._serializer.same(wanted, result.current or b"")
+        ):
+            if attempts == REPEATS:
+                raise ConflictError(
+                    f"compare_and_swap: {attempts} attempts in a row met concurrent changes; "
+                    "nothing was changed"
+                )
+            attempts += 1
+            result = yield from do(self._sql.compare_and_swap(key, result.current, written, ttl))
         current = self._decode_or_none(key, result.current)
         return TypedCasResult(result.status, current, result.version)
 
@@ -157,15 +134,17 @@ class _Typed(Generic[T]):
 class TypedStore(_Typed[T]):
     """A store of values of one type; made by `Store.typed`.
 
-    A stored value that does not fit the type raises `SerializationError`, which names the key and
-    the path inside the value: never a half-built object. Everything else is as in `Store`.
+    What is written reads back as the same value, of the same types: a value of which a part would
+    change is refused with a `SerializationError`, before anything is sent. So is, when it is read,
+    a stored value that does not fit the type: never a half-built object. Messages name the key and
+    the path inside the value, not the data. Everything else is as in `Store`.
     """
 
-    _store: ByteStore
+    _channel: Channel
 
     def get(self, key: str) -> T | None:
         """Return the value, or None when there is no such key."""
-        return self._decode_or_none(key, self._store.get(key))
+        return self._decode_or_none(key, self._channel.execute(self._sql.get(key)))
 
     def get_or_raise(self, key: str) -> T:
         """Return the value.
@@ -184,37 +163,43 @@ class TypedStore(_Typed[T]):
         if_version: int | None = None,
     ) -> int | None:
         """Write the value; return the new version. See `Store.set`."""
-        return self._store.set(key, self._encode(key, value), ttl=ttl, if_version=if_version)
+        op = self._sql.set(key, self._encode(key, value), ttl, if_version=if_version)
+        return self._channel.execute(op)
 
     def set_nx(self, key: str, value: T, *, ttl: Seconds | None = None) -> bool:
         """Write the value if there is no such key; True if it was written."""
-        return self._store.set_nx(key, self._encode(key, value), ttl=ttl)
+        return self._channel.execute(self._sql.set_nx(key, self._encode(key, value), ttl))
 
     def get_many(self, keys: Iterable[str]) -> dict[str, T]:
         """Return the values of those keys that exist, read in one snapshot."""
-        return self._decode_all(self._store.get_many(keys))
+        op = self._sql.get_many(keys)
+        return {} if op is None else self._decode_all(self._channel.execute(op))
 
     def set_many(
         self, items: Mapping[str, T] | Iterable[tuple[str, T]], *, ttl: Seconds | None = None
     ) -> int:
         """Write all pairs or none; return how many distinct keys."""
-        return self._store.set_many(self._encode_all(items), ttl=ttl)
+        count, ops = self._sql.set_many(self._encode_all(items), ttl)
+        self._channel.run(_flows.all_of(ops))
+        return count
 
     def delete(self, key: str, *, if_version: int | None = None) -> bool:
         """Remove the key. True if it was there."""
-        return self._store.delete(key, if_version=if_version)
+        return self._channel.execute(self._sql.delete(key, if_version))
 
     def compare_and_swap(
         self, key: str, expected: T | None, new: T, *, ttl: Seconds | None = None
     ) -> TypedCasResult[T]:
         """Write `new` if the value is `expected` (None: if there is no such key).
 
-        The encoded forms are compared: keys of objects are written in a fixed order, so equal
-        values have equal forms as long as the type's definition does not change.
+        Values are compared, with their types, and not their encoded forms: the order in which a
+        dict or a set was filled does not matter. Where the forms differ it takes a second round
+        trip.
+
+        Raises:
+            ConflictError: a hundred attempts in a row met concurrent changes.
         """
-        old = None if expected is None else self._encode(key, expected)
-        result = self._store.compare_and_swap(key, old, self._encode(key, new), ttl=ttl)
-        return self._typed_result(key, result)
+        return self._channel.run(self._swap(key, expected, new, ttl))
 
     def update(
         self,
@@ -224,7 +209,7 @@ class TypedStore(_Typed[T]):
         ttl: Seconds | None = None,
         attempts: int = 100,
     ) -> T:
-        """Write ``fn(current)``, repeated until nobody changed the value in between.
+        """Write ``fn(current)``; repeated until no other client changed the value in between.
 
         See `Store.update` for what it does not notice.
 
@@ -252,12 +237,14 @@ class TypedStore(_Typed[T]):
 class AsyncTypedStore(_Typed[T]):
     """A store of values of one type; made by `AsyncStore.typed`. See `TypedStore`."""
 
-    _store: AsyncByteStore
+    _channel: AsyncChannel
 
     async def get(self, key: str) -> T | None:
-        return self._decode_or_none(key, await self._store.get(key))
+        """Return the value, or None when there is no such key."""
+        return self._decode_or_none(key, await self._channel.execute(self._sql.get(key)))
 
     async def get_or_raise(self, key: str) -> T:
+        """Return the value, or raise `NotFoundError`."""
         return self._decode(key, await self._store.get_or_raise(key))
 
     async def set(
@@ -268,28 +255,36 @@ class AsyncTypedStore(_Typed[T]):
         ttl: Seconds | None = None,
         if_version: int | None = None,
     ) -> int | None:
-        return await self._store.set(key, self._encode(key, value), ttl=ttl, if_version=if_version)
+        """Write the value; return the new version. See `Store.set`."""
+        op = self._sql.set(key, self._encode(key, value), ttl, if_version=if_version)
+        return await self._channel.execute(op)
 
     async def set_nx(self, key: str, value: T, *, ttl: Seconds | None = None) -> bool:
-        return await self._store.set_nx(key, self._encode(key, value), ttl=ttl)
+        """Write the value if there is no such key; True if it was written."""
+        return await self._channel.execute(self._sql.set_nx(key, self._encode(key, value), ttl))
 
     async def get_many(self, keys: Iterable[str]) -> dict[str, T]:
-        return self._decode_all(await self._store.get_many(keys))
+        """Return the values of those keys that exist, read in one snapshot."""
+        op = self._sql.get_many(keys)
+        return {} if op is None else self._decode_all(await self._channel.execute(op))
 
     async def set_many(
         self, items: Mapping[str, T] | Iterable[tuple[str, T]], *, ttl: Seconds | None = None
     ) -> int:
-        return await self._store.set_many(self._encode_all(items), ttl=ttl)
+        """Write all pairs or none; return how many distinct keys."""
+        count, ops = self._sql.set_many(self._encode_all(items), ttl)
+        await self._channel.run(_flows.all_of(ops))
+        return count
 
     async def delete(self, key: str, *, if_version: int | None = None) -> bool:
-        return await self._store.delete(key, if_version=if_version)
+        """Remove the key. True if it was there."""
+        return await self._channel.execute(self._sql.delete(key, if_version))
 
     async def compare_and_swap(
         self, key: str, expected: T | None, new: T, *, ttl: Seconds | None = None
     ) -> TypedCasResult[T]:
-        old = None if expected is None else self._encode(key, expected)
-        result = await self._store.compare_and_swap(key, old, self._encode(key, new), ttl=ttl)
-        return self._typed_result(key, result)
+        """Write `new` if the value is `expected`; see `TypedStore.compare_and_swap`."""
+        return await self._channel.run(self._swap(key, expected, new, ttl))
 
     async def update(
         self,
@@ -299,6 +294,8 @@ class AsyncTypedStore(_Typed[T]):
         ttl: Seconds | None = None,
         attempts: int = 100,
     ) -> T:
+        """Write ``fn(current)``, where `fn` may be async; see `TypedStore.update`."""
+
         async def apply(raw: bytes | None) -> bytes:
             new = fn(self._decode_or_none(key, raw))
             return self._encode(key, await new if inspect.isawaitable(new) else new)
@@ -308,6 +305,7 @@ class AsyncTypedStore(_Typed[T]):
     async def iter_items(
         self, prefix: str = "", *, page_size: int = 1000
     ) -> AsyncIterator[tuple[str, T]]:
+        """Iterate over keys and values with a prefix, page by page."""
         async for key, raw in self._store.iter_items(prefix, page_size=page_size):
             yield key, self._decode(key, raw)
 
@@ -320,6 +318,3 @@ def document(mirror: type, original: type) -> None:
         source = twin.__func__ if isinstance(twin, classmethod) else twin
         if inspect.isfunction(function) and source is not None and not function.__doc__:
             function.__doc__ = source.__doc__
-
-
-document(AsyncTypedStore, TypedStore)

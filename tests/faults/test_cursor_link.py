@@ -34,7 +34,7 @@ pytestmark = newest
 
 @pytest.fixture(autouse=True)
 def _cursors(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("_pool", "_bound"):
+    for module in ("_engine._sync.pool", "_engine._sync.transaction"):
         monkeypatch.setattr(f"pgkv.{module}.link_class", CursorLink)
 
 

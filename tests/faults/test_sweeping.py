@@ -21,14 +21,14 @@ EXPIRED = "expires_at <= pg_catalog.statement_timestamp()"
 @pytest.fixture
 def _eager(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every write is followed by a sweep."""
-    for module in ("_channel", "_aio_channel"):
+    for module in ("_engine._sync.channel", "_engine._async.channel"):
         monkeypatch.setattr(f"pgkv.{module}.SWEEP_CHANCE", 1.0, raising=False)
 
 
 @pytest.fixture
 def _lazy(monkeypatch: pytest.MonkeyPatch) -> None:
     """No write is followed by a sweep."""
-    for module in ("_channel", "_aio_channel"):
+    for module in ("_engine._sync.channel", "_engine._async.channel"):
         monkeypatch.setattr(f"pgkv.{module}.SWEEP_CHANCE", 0.0, raising=False)
 
 
@@ -136,7 +136,7 @@ async def test_sweeps_leave_transactions_alone(
 ) -> None:
     """Inside transaction() nothing is collected: rows that are met stay."""
     store = await make_store(ttl_cleanup_strategy=TtlCleanupStrategy.ON_READ)
-    for module in ("_channel", "_aio_channel"):
+    for module in ("_engine._sync.channel", "_engine._async.channel"):
         monkeypatch.setattr(f"pgkv.{module}.SWEEP_CHANCE", 0.0, raising=False)
     keys = await expired_rows(store, witness, 5)
     async with store.transaction() as tx:

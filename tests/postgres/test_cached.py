@@ -72,8 +72,8 @@ async def test_exceptions_are_not_cached(store: Any, colour: Colour) -> None:
 
 
 async def test_values_come_back_as_annotated(store: Any, colour: Colour) -> None:
-    """A dataclass comes back as that dataclass, on the miss and on the hit; without an annotation
-    both show what JSON makes of it."""
+    """A dataclass comes back as that dataclass, on the miss and on the hit. Without an annotation a
+    tuple is a list for both, and what JSON would change into another type is refused."""
 
     @cached_in(colour, store)
     async def annotated(n: int) -> User:
@@ -81,11 +81,17 @@ async def test_values_come_back_as_annotated(store: Any, colour: Colour) -> None
 
     @cached_in(colour, store)
     async def plain(n: int):  # type: ignore[no-untyped-def]  # on purpose
+        return "x", n
+
+    @cached_in(colour, store)
+    async def unknown(n: int):  # type: ignore[no-untyped-def]  # on purpose
         return User(n, None), n
 
     for _ in range(2):
         assert await annotated(1) == User(1, None)
-        assert await plain(1) == [{"id": 1, "name": None}, 1]
+        assert await plain(1) == ["x", 1]
+        with pytest.raises(pgkv.SerializationError, match=r"User would return as dict.*\$\[0\]"):
+            await unknown(1)
 
 
 async def test_a_result_that_does_not_fit_is_refused_at_once(store: Any, colour: Colour) -> None:

@@ -20,7 +20,7 @@ MANUAL = pgkv.TtlCleanupStrategy.MANUAL
 @pytest.fixture
 def always_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
     """The dice of every write ask for a sweep."""
-    for name in ("_channel", "_aio_channel"):
+    for name in ("_engine._sync.channel", "_engine._async.channel"):
         try:
             module = importlib.import_module(f"pgkv.{name}")
         except ImportError:

@@ -35,7 +35,8 @@ FLEET = "A fleet with one lock"
 # `pgkv demo`, of which only the scene of the first argument is played.
 ONE_SCENE = """
 import functools, sys
-from pgkv import _demo, cli
+from pgkv import cli
+from pgkv._cli import demo as _demo
 scenes = [scene for scene in _demo.SCENES if scene.title == sys.argv[1]]
 _demo.run = functools.partial(_demo.run, scenes=scenes)
 sys.exit(cli.main(["demo", *sys.argv[2:]]))
