@@ -1,6 +1,5 @@
 """pgkv: a key-value store on PostgreSQL, and what distributed programs build on one."""
 
-from ._engine.schema import schema_sql
 from ._observe import on_operation
 from .aio import AsyncStore
 from .config import Config, Pooler, RetryPolicy, TableType, TtlCleanupStrategy
@@ -58,6 +57,7 @@ from .patterns.rate_limit.api import (
     RateLimiter,
     Reservation,
 )
+from .patterns.schema import schema_sql
 from .patterns.session.api import AsyncSessionStore, Session, SessionInfo, SessionStore
 from .patterns.web.asgi import RateLimitMiddleware, SessionMiddleware, load_session
 from .patterns.web.client_ip import client_ip

@@ -29,7 +29,7 @@ from ._engine import schema as _schema
 from ._engine import sweep as _sweep
 from ._engine._async.channel import AsyncChannel, AsyncPoolChannel
 from ._engine._async.coalesce import CoalescingChannel
-from ._engine._async.pool import AsyncCallerPool, AsyncLeases
+from ._engine._async.pool import AsyncCallerPool, AsyncStorePool
 from ._engine._async.transaction import AsyncCallerChannel
 from ._engine.caller import unwrap
 from ._engine.unopened import Unawaited
@@ -118,7 +118,7 @@ class AsyncStore:
     def __init__(self, config: Config) -> None:
         require_config(config, "AsyncStore")
         target = Target(config)
-        channel = AsyncPoolChannel(config, AsyncLeases(config, target.conninfo))
+        channel = AsyncPoolChannel(config, AsyncStorePool(config, target.conninfo))
         channel.on_close(target.close)
         entry = CoalescingChannel(channel) if config.coalesce else channel
         self._bind(config, target, Statements(config), entry)

@@ -21,10 +21,10 @@ from ._cli import cache as _cache_command
 from ._cli import console
 from ._cli import locks as _cli_locks
 from ._cli.command import DONE, NOT_FOUND, Call, Seconds, app, duration, main, register
-from ._engine.schema import schema_sql
 from ._engine.sweep import sweep_all
 from .config import Pooler, TableType
 from .errors import NotFoundError
+from .patterns.schema import schema_sql
 
 TERMINAL_LIMIT = 100  # rows of a scan on a terminal, unless --limit says otherwise
 PAGE_KEYS, PAGE_ITEMS = 5000, 500  # rows fetched at a time: values may be large

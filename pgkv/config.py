@@ -62,13 +62,22 @@ class Pooler(enum.Enum):
     """A pooler in transaction mode (PgBouncer, Supavisor, RDS Proxy): no session state is used."""
 
 
-class TableKind(enum.Enum):
-    """The shapes of table pgkv makes."""
+@dataclass(frozen=True, slots=True, eq=False)
+class TableShape:
+    """What a pattern keeps in a table of its own.
 
-    STORE = ""
-    LOCKS = "_locks"
-    TICKETS = "_tickets"
-    SESSIONS = "_sessions"
+    Args:
+        suffix: makes the table's name from that of the store's.
+        columns: for CREATE TABLE.
+        fillfactor: percent. The rest of a page is room for the next versions of its rows, so
+            that updates stay heap-only.
+        indexed: a column with an index, or "".
+    """
+
+    suffix: str
+    columns: str
+    fillfactor: int
+    indexed: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +121,7 @@ class Table:
     name: str
     schema: str | None = None
     type: TableType = TableType.UNLOGGED
-    kind: TableKind = TableKind.STORE
+    shape: TableShape | None = None  # None: the store's own
     auto_create: bool = True
     quoted: str = field(init=False)
 

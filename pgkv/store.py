@@ -26,7 +26,7 @@ from ._engine import retry as _retry
 from ._engine import schema as _schema
 from ._engine import sweep as _sweep
 from ._engine._sync.channel import Channel, PoolChannel
-from ._engine._sync.pool import CallerPool, Leases
+from ._engine._sync.pool import CallerPool, StorePool
 from ._engine._sync.transaction import CallerChannel
 from ._engine.caller import unwrap
 from ._engine.unopened import Unopened
@@ -129,7 +129,7 @@ class Store:
     def __init__(self, config: Config) -> None:
         require_config(config, "Store")
         target = Target(config)
-        channel = PoolChannel(config, Leases(config, target.conninfo))
+        channel = PoolChannel(config, StorePool(config, target.conninfo))
         channel.on_close(target.close)
         self._bind(config, target, Statements(config), channel)
 

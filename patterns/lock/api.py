@@ -31,7 +31,7 @@ from ..._observe import shown
 from ..._ops.codec import integer, seconds, waiting
 from ..._settings import refuse_pickle
 from ...aio import AsyncStore
-from ...config import Config, TableKind, require_int
+from ...config import Config, require_int
 from ...errors import ConfigError, InvalidValueError, LockTimeoutError
 from ...store import Store
 from .._runtime.colour import require, require_callback
@@ -46,7 +46,7 @@ from .lease import (
     report,
 )
 from .runtime import TaskPort, ThreadPort
-from .sql import LockStatements, SemaphoreStatements, slot_keys
+from .sql import LOCKS, LOCKS_UNLOGGED, TICKETS, LockStatements, SemaphoreStatements, slot_keys
 
 if TYPE_CHECKING:
     from ...config import Seconds, Table
@@ -299,8 +299,8 @@ def _statements(kind: Hashable, table: Table, tickets: Table, prefix: bytes) -> 
 def statements_of(store: Store | AsyncStore, kind: type[S], *, durable: bool) -> S:
     """Return the statements of a store's lock table."""
     config: Config = store._config
-    table = _schema.companion(config, TableKind.LOCKS, durable=durable)
-    tickets = _schema.companion(config, TableKind.TICKETS, durable=False)
+    table = _schema.companion(config, LOCKS if durable else LOCKS_UNLOGGED, durable=durable)
+    tickets = _schema.companion(config, TICKETS, durable=False)
     return cast("S", _statements(cast("Hashable", kind), table, tickets, store._sql.prefix_bytes))
 
 

@@ -78,7 +78,7 @@ class Runtime(Protocol[H_co]):
         """Perform one operation over the store's pool."""
         ...
 
-    def heal(self, table: Table) -> Awaitable[None] | None:
+    def create_missing_table(self, table: Table) -> Awaitable[None] | None:
         """Create a missing table."""
         ...
 
@@ -158,7 +158,7 @@ class _Asking(Generic[H]):
         self.open = False  # an answer is owed: what was asked may have happened
         self.queued = False
         self.waiter: Waiter | None = None
-        self.healed = False
+        self.created = False
 
     def until(self, deadline: float | None, stop: Callable[[], bool] | None) -> Flow[H | None]:
         wait = 0.0
@@ -237,10 +237,10 @@ class _Asking(Generic[H]):
             return (yield from perform(self.runtime, op, seconds))
         except TableNotFoundError:
             # The engine creates the statement's own table; the queue's is ours to see to.
-            if self.healed or not options.fair or not sql.tickets.auto_create:
+            if self.created or not options.fair or not sql.tickets.auto_create:
                 raise
-            self.healed = True
-            yield from call(self.runtime.heal, sql.tickets)
+            self.created = True
+            yield from call(self.runtime.create_missing_table, sql.tickets)
             return (yield from self.ask(seconds))
         except PgkvError as error:
             if error._sqlstate == "55P03":  # its row was locked for all our patience

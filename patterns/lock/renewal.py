@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 import psycopg
 
 from ... import _observe
-from ..._engine._async.connection import AsyncLink, Watchdog
+from ..._engine._async.connection import AsyncPgConnection, Watchdog
 from ..._ops.op import Op
 from ...errors import OperationTimeoutError, PgkvError, translate
 from .lease import REASON_OF, LeaseState, clock, retry_pause
@@ -51,7 +51,7 @@ class OwnLink:
     def __init__(self, conninfo: str, *, prepares: bool) -> None:
         self._conninfo = conninfo
         self._prepares = prepares
-        self._link: AsyncLink | None = None
+        self._link: AsyncPgConnection | None = None
 
     async def execute(self, op: Op[T], seconds: float) -> T:
         """Perform one operation within that time, connecting included.
@@ -88,7 +88,7 @@ class OwnLink:
         """Whether it is open, as far as one can know without asking."""
         return self._link is not None and not self._link.is_stale()
 
-    async def _open(self) -> AsyncLink:
+    async def _open(self) -> AsyncPgConnection:
         if self._link is not None and self._link.is_stale():
             self._drop()
         if self._link is None:
@@ -96,7 +96,7 @@ class OwnLink:
                 self._conninfo, autocommit=True, prepare_threshold=None
             )
             watchdog = Watchdog(asyncio.get_running_loop())
-            self._link = AsyncLink(conn, watchdog, prepares=self._prepares)
+            self._link = AsyncPgConnection(conn, watchdog, prepares=self._prepares)
         return self._link
 
     def _drop(self) -> None:

@@ -188,9 +188,9 @@ class _Port(Generic[H]):
         """Perform one operation over the store's pool."""
         return self.channel.execute(op, timeout)
 
-    def heal(self, table: Table) -> Any:
+    def create_missing_table(self, table: Table) -> Any:
         """Create a missing table."""
-        return self.channel.heal(table)
+        return self.channel.create_missing_table(table)
 
     def unsubscribe(self, waiter: Any, *, granted: bool) -> None:
         """Hear no more of releases."""

@@ -14,6 +14,7 @@ grant (`version`, the fencing token). The row stays when the lease ends, so the 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime
 from functools import cached_property
 from typing import Any, NamedTuple, TypeVar
@@ -21,10 +22,35 @@ from typing import Any, NamedTuple, TypeVar
 from ..._ops import codec as _codec
 from ..._ops.op import BINARY, TEXT, Op, Raced, Result, Signal, Statement
 from ..._sql.table import STATEMENT_US, read_changed, read_int
-from ...config import Table, quote_identifier
+from ...config import Table, TableShape, quote_identifier
 from ...errors import InvalidValueError
 
 T = TypeVar("T")
+
+# UNIQUE (key, version) is what lets a renewal pass a guard's FOR KEY SHARE and a takeover not.
+LOCKS = TableShape(
+    "_locks",
+    """\
+    key        TEXT COLLATE "C" PRIMARY KEY,
+    value      BYTEA NOT NULL,
+    expires_at TIMESTAMPTZ NOT NULL,
+    created_at TIMESTAMPTZ NOT NULL,
+    updated_at TIMESTAMPTZ NOT NULL,
+    version    BIGINT NOT NULL,
+    UNIQUE (key, version)""",
+    fillfactor=50,
+)
+# A table of its own: a process that forgets durable=False must not share one that a crash empties.
+LOCKS_UNLOGGED = replace(LOCKS, suffix="_locks_u")
+# Places in the queues of fair locks. Worth nothing after a crash, so never logged.
+TICKETS = TableShape(
+    "_tickets",
+    """\
+    key        TEXT COLLATE "C" PRIMARY KEY,
+    version    BIGINT NOT NULL,
+    expires_at TIMESTAMPTZ NOT NULL""",
+    fillfactor=50,
+)
 
 CHANNEL = b"pgkv_locks"  # one for a database; its payloads name table and key
 LISTEN = b"LISTEN pgkv_locks"

@@ -18,7 +18,7 @@ from ..._engine.schema import companion, ensure
 from ..._engine.sweep import sweep_all
 from ..._ops.codec import TTL_MAX
 from ..._ops.op import Flow, do
-from ...config import VALUE_SIZE_MAX, Config, Table, TableKind, require_int
+from ...config import VALUE_SIZE_MAX, Config, Table, require_int
 from ...errors import (
     ConfigError,
     InvalidValueError,
@@ -42,7 +42,7 @@ from .data import (
     values_of,
 )
 from .request import RequestSession
-from .sql import REPEATS, Lifetimes, Loaded, Mode, SessionStatements
+from .sql import REPEATS, SESSIONS, Lifetimes, Loaded, Mode, SessionStatements
 
 if TYPE_CHECKING:
     from ...config import Seconds
@@ -97,7 +97,7 @@ class SessionFlows:
         require_int("max_data_size", max_data_size, 2, VALUE_SIZE_MAX)
         self.size_max: int = min(max_data_size, config.max_value_size)
         self.config = config
-        self.table: Table = companion(config, TableKind.SESSIONS, durable=durable)
+        self.table: Table = companion(config, SESSIONS, durable=durable)
         self.sql = SessionStatements(config, self.table, self.lifetimes, inside=False)
         self._inside: SessionFlows | None = None
 

@@ -23,7 +23,24 @@ from ..._ops import codec as _codec
 from ..._ops.op import BINARY, TEXT, Expired, Op, Raced, Result, Signal, Statement
 from ..._sql.sweep import Sweep
 from ..._sql.table import STATEMENT_US, read_count
-from ...config import Config, Table
+from ...config import Config, Table, TableShape
+
+SESSIONS = TableShape(
+    "_sessions",
+    """\
+    id         BYTEA PRIMARY KEY,
+    user_id    TEXT COLLATE "C",
+    data       JSONB NOT NULL,
+    version    BIGINT NOT NULL,
+    created_at TIMESTAMPTZ NOT NULL,
+    seen_at    TIMESTAMPTZ NOT NULL,
+    expires_at TIMESTAMPTZ NOT NULL,
+    ends_at    TIMESTAMPTZ NOT NULL,
+    successor  BYTEA,
+    meta       JSONB""",
+    fillfactor=70,
+    indexed="user_id",
+)
 
 NOW = "statement_timestamp()"
 LIST_MAX = 1_000  # sessions of one user that a listing shows

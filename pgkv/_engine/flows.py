@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from .. import _observe
 from .._ops import codec as _codec
-from .._ops.op import Batch, Flow, Op, Raced, call, do, send, transaction
+from .._ops.op import Flow, Op, Pipelined, Raced, call, do, send, transaction
 from .._sql import Statements
 from ..errors import (
     ConfigError,
@@ -35,7 +35,7 @@ PIPELINE_BYTES = 8 * 1024 * 1024  # of their parameters
 class Engine(Protocol):
     """What a pipeline asks of the channel that carries it."""
 
-    def heal(self, table: Table) -> Any:
+    def create_missing_table(self, table: Table) -> Any:
         """Create a missing table, where that is this channel's business."""
         ...
 
@@ -174,10 +174,10 @@ def _independent(ops: list[Op[Any]], engine: Engine, alone: list[Op[Any]]) -> Fl
     """One synchronization point for all. Where one is refused, all are known to be undone, and
     each is sent again with a point of its own."""
     try:
-        answers = yield from send(Batch(ops, sync_each=False))
+        answers = yield from send(Pipelined(ops, sync_each=False))
         if _refused(answers) and not _unknown(answers):
-            yield from _heal(answers, ops, engine)
-            answers = yield from send(Batch(ops, sync_each=True))
+            yield from _create_tables(answers, ops, engine)
+            answers = yield from send(Pipelined(ops, sync_each=True))
     except PgkvError as error:
         answers = [error] * len(ops)
     for index, op in enumerate(ops):
@@ -201,14 +201,16 @@ def _atomic(ops: list[Op[Any]], engine: Engine) -> Flow[list[Any]]:
 
     def attempt() -> Flow[list[Any]]:
         if together:
-            return (yield from send(Batch(ops, sync_each=False)))
+            return (yield from send(Pipelined(ops, sync_each=False)))
         try:
             return (yield from transaction(lambda: _inside(ops), table=table))
         except RefusedError as refused:
             return refused.answers
 
     answers = yield from attempt()
-    if _refused(answers) and (_unprepared(answers) or (yield from _heal(answers, ops, engine))):
+    if _refused(answers) and (
+        _unprepared(answers) or (yield from _create_tables(answers, ops, engine))
+    ):
         answers = yield from attempt()
     if not _refused(answers):
         return answers
@@ -224,7 +226,7 @@ def _atomic(ops: list[Op[Any]], engine: Engine) -> Flow[list[Any]]:
 def _inside(ops: list[Op[Any]]) -> Flow[list[Any]]:
     outcomes: list[Any] = []
     for chunk in _chunks(ops):
-        answers = yield from send(Batch(chunk, sync_each=False))
+        answers = yield from send(Pipelined(chunk, sync_each=False))
         outcomes += answers
         if _refused(answers):
             raise RefusedError(outcomes + [None] * (len(ops) - len(outcomes)))
@@ -248,13 +250,13 @@ def _unprepared(answers: list[Any]) -> bool:
     return any(isinstance(each, QueryError) and each.sqlstate == "26000" for each in answers)
 
 
-def _heal(answers: list[Any], ops: list[Op[Any]], engine: Engine) -> Flow[bool]:
+def _create_tables(answers: list[Any], ops: list[Op[Any]], engine: Engine) -> Flow[bool]:
     """Create the table if it was missing; whether it was."""
     for op, answer in zip(ops, answers, strict=True):
         if isinstance(answer, TableNotFoundError):
             table = op.statement.table
             if table is None or not table.auto_create:
                 return False
-            yield from call(engine.heal, table)
+            yield from call(engine.create_missing_table, table)
             return True
     return False

@@ -20,7 +20,7 @@ from ..errors import (
     translate,
 )
 
-LEASE_TIME = 60.0  # seconds
+KEEP_TIME = 60.0  # seconds
 POOL_NAME = "pgkv-"
 # How long to listen for a new connection before asking whether the attempt has failed: the pool
 # hides the reason behind its timeout.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import psycopg
 from psycopg import pq
 
-from .._ops.op import Batch, Op, Statement
+from .._ops.op import Op, Pipelined, Statement
 from ..errors import OperationTimeoutError, PgkvError, TransactionError, from_result, translate
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def forgotten(results: Sequence[PGresult]) -> bool:
     )
 
 
-def outcomes(batch: Batch, results: Sequence[PGresult]) -> list[tuple[Op[Any], Any]]:
+def outcomes(batch: Pipelined, results: Sequence[PGresult]) -> list[tuple[Op[Any], Any]]:
     """Each operation of a batch with its answer, or the exception by which it was refused."""
     return [(op, _outcome(op, result)) for op, result in zip(batch.ops, results, strict=True)]
 

@@ -25,13 +25,13 @@ from tenacity import (
 from tenacity.stop import stop_base
 
 from .. import _observe
-from .._ops.op import Batch, Call, Flow, Op, Raced, Sleep, Statement, Transaction
+from .._ops.op import Call, Flow, Op, Pipelined, Raced, Sleep, Statement, Transaction
 from ..config import RetryPolicy, Table
 from ..errors import ConflictError, PgkvError, PoolTimeoutError, TableNotFoundError
 
-HEALS_MAX = 3  # of one call, whose table somebody keeps dropping
+CREATIONS_MAX = 3  # of one call, whose table somebody keeps dropping
 
-Repeatable: TypeAlias = "Op[Any] | Transaction[Any] | Batch"
+Repeatable: TypeAlias = "Op[Any] | Transaction[Any] | Pipelined"
 
 
 def recover(
@@ -39,7 +39,7 @@ def recover(
     outcome: BaseException | Raced,
     policy: RetryPolicy | None,
     deadline: float,
-    heal: Callable[[Table], Any],
+    create_missing_table: Callable[[Table], Any],
 ) -> Flow[Any]:
     """Bring a step to its end after a first attempt that failed or raced.
 
@@ -48,17 +48,17 @@ def recover(
         outcome: how the first attempt ended.
         policy: None for no repeats but those that follow a race or a missing table.
         deadline: the monotonic time at which the whole call ends.
-        heal: creates a missing table.
+        create_missing_table: creates a missing table.
     """
     if policy is None:
-        return (yield from _settle(step, outcome, heal))
+        return (yield from _settle(step, outcome, create_missing_table))
     state = _start(step, policy, deadline)
     retrying = state.retry_object
     assert isinstance(retrying, Retrying)
     pending: BaseException | Raced | None = outcome
     while True:
         try:
-            answer = yield from _settle(step, pending, heal)
+            answer = yield from _settle(step, pending, create_missing_table)
         except PgkvError as error:
             state.set_exception((type(error), error, error.__traceback__))
         else:
@@ -73,7 +73,7 @@ def recover(
         assert isinstance(action, DoAttempt)
 
 
-def about(step: Repeatable) -> Statement[Any] | Transaction[Any] | Batch:
+def about(step: Repeatable) -> Statement[Any] | Transaction[Any] | Pipelined:
     """What is known of the step: its name, table, and whether it may be repeated."""
     return step.statement if isinstance(step, Op) else step
 
@@ -131,12 +131,12 @@ def may_repeat(step: Repeatable, error: BaseException, policy: RetryPolicy) -> b
 def _settle(
     step: Repeatable,
     outcome: BaseException | Raced | None,
-    heal: Callable[[Table], Any],
+    create_missing_table: Callable[[Table], Any],
 ) -> Flow[Any]:
     """One attempt, with what belongs to it: asking again after a race, creating the table."""
     what = about(step)
     raced = 0
-    healed = 0
+    created = 0
     while True:
         if isinstance(outcome, Raced):
             if raced >= what.repeats:
@@ -149,10 +149,10 @@ def _settle(
             raced += 1
         elif isinstance(outcome, TableNotFoundError):
             table = what.table
-            if healed == HEALS_MAX or table is None or not table.auto_create:
+            if created == CREATIONS_MAX or table is None or not table.auto_create:
                 raise outcome
-            healed += 1
-            yield Call(heal, table)
+            created += 1
+            yield Call(create_missing_table, table)
         elif outcome is not None:
             raise outcome
         try:

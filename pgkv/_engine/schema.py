@@ -10,7 +10,7 @@ from __future__ import annotations
 from .. import _observe
 from .._ops.op import TEXT, Flow, Op, Result, Statement, do
 from .._sql.table import read_nothing
-from ..config import Config, Table, TableKind, TableType, quote_identifier, require_config
+from ..config import Config, Table, TableShape, TableType, quote_identifier
 from ..errors import ConfigError, PgkvError, QueryError, StoreUnavailableError
 
 # DDL waits for open transactions; it must not make everybody else wait behind it.
@@ -24,49 +24,17 @@ _AUTOVACUUM = (
     "autovacuum_vacuum_cost_delay = 0, autovacuum_vacuum_insert_scale_factor = 0.05"
 )
 
-_STORE_COLUMNS = f"""\
+STORE = TableShape(
+    "",
+    f"""\
     key        TEXT COLLATE "C" PRIMARY KEY,
     value      BYTEA NOT NULL,
     expires_at TIMESTAMPTZ,
     created_at TIMESTAMPTZ NOT NULL DEFAULT NOW(),
     updated_at TIMESTAMPTZ NOT NULL DEFAULT NOW(),
-    version    BIGINT NOT NULL DEFAULT {_VERSION_DEFAULT}"""
-
-# UNIQUE (key, version) is what lets a renewal pass a guard's FOR KEY SHARE and a takeover not.
-_LOCKS_COLUMNS = """\
-    key        TEXT COLLATE "C" PRIMARY KEY,
-    value      BYTEA NOT NULL,
-    expires_at TIMESTAMPTZ NOT NULL,
-    created_at TIMESTAMPTZ NOT NULL,
-    updated_at TIMESTAMPTZ NOT NULL,
-    version    BIGINT NOT NULL,
-    UNIQUE (key, version)"""
-
-# Places in the queues of fair locks. Worth nothing after a crash, so never logged.
-_TICKETS_COLUMNS = """\
-    key        TEXT COLLATE "C" PRIMARY KEY,
-    version    BIGINT NOT NULL,
-    expires_at TIMESTAMPTZ NOT NULL"""
-
-_SESSIONS_COLUMNS = """\
-    id         BYTEA PRIMARY KEY,
-    user_id    TEXT COLLATE "C",
-    data       JSONB NOT NULL,
-    version    BIGINT NOT NULL,
-    created_at TIMESTAMPTZ NOT NULL,
-    seen_at    TIMESTAMPTZ NOT NULL,
-    expires_at TIMESTAMPTZ NOT NULL,
-    ends_at    TIMESTAMPTZ NOT NULL,
-    successor  BYTEA,
-    meta       JSONB"""
-
-# Room on each page for the next version of its rows, so that updates stay heap-only.
-_SHAPES = {
-    TableKind.STORE: (_STORE_COLUMNS, 80),
-    TableKind.LOCKS: (_LOCKS_COLUMNS, 50),
-    TableKind.TICKETS: (_TICKETS_COLUMNS, 50),
-    TableKind.SESSIONS: (_SESSIONS_COLUMNS, 70),
-}
+    version    BIGINT NOT NULL DEFAULT {_VERSION_DEFAULT}""",
+    fillfactor=80,
+)
 
 # What a column of a store must be; the Rust crate's tables lack only the version.
 _EXPECTED = {
@@ -81,19 +49,19 @@ _EXPECTED = {
 
 def create_sql(table: Table) -> str:
     """Return the commands that create the table where it is missing."""
-    columns, fillfactor = _SHAPES[table.kind]
+    shape = table.shape or STORE
     unlogged = "UNLOGGED " if table.type is TableType.UNLOGGED else ""
     sql = (
-        f"CREATE {unlogged}TABLE IF NOT EXISTS {table.quoted} (\n{columns}\n) "
-        f"WITH (fillfactor = {fillfactor}, {_AUTOVACUUM});"
+        f"CREATE {unlogged}TABLE IF NOT EXISTS {table.quoted} (\n{shape.columns}\n) "
+        f"WITH (fillfactor = {shape.fillfactor}, {_AUTOVACUUM});"
     )
-    if table.kind is TableKind.SESSIONS:
-        index = quote_identifier(f"{table.name}_user")
-        sql += f"\nCREATE INDEX IF NOT EXISTS {index} ON {table.quoted} (user_id);"
+    if shape.indexed:
+        index = quote_identifier(f"{table.name}_{shape.indexed.removesuffix('_id')}")
+        sql += f"\nCREATE INDEX IF NOT EXISTS {index} ON {table.quoted} ({shape.indexed});"
     return sql
 
 
-def _create_schema_sql(schema: str) -> str:
+def create_schema_sql(schema: str) -> str:
     """The command that creates the schema where it is missing."""
     name = quote_identifier(schema)
     literal = "'" + name.replace("'", "''") + "'"
@@ -107,48 +75,13 @@ def _create_schema_sql(schema: str) -> str:
     )
 
 
-def schema_sql(config: Config, *, locks: bool = True, sessions: bool = True) -> str:
-    """Return the DDL of everything a store uses, for a migration tool.
-
-    With ``auto_create_table=False`` nothing else is needed. The text is idempotent.
-
-    Args:
-        config: names the table, its schema and its type.
-        locks: also the tables of `Lock`, `Semaphore` and `Leader`: of durable and other grants,
-            and of the tickets of those who wait in order.
-        sessions: also the table of `SessionStore`.
-
-    Raises:
-        ConfigError: `config` is no `Config`.
-    """
-    require_config(config, "schema_sql()")
-    tables = [config.table]
-    if locks:
-        tables += (
-            companion(config, TableKind.LOCKS),
-            companion(config, TableKind.LOCKS, durable=False),
-            companion(config, TableKind.TICKETS, durable=False),
-        )
-    if sessions:
-        tables.append(companion(config, TableKind.SESSIONS))
-    parts = [create_sql(table) for table in tables]
-    if config.schema is not None:
-        parts.insert(0, _create_schema_sql(config.schema))
-    return "\n\n".join(parts) + "\n"
-
-
-def companion(config: Config, kind: TableKind, *, durable: bool = True) -> Table:
-    """Return the table of that kind that goes with a store's own."""
-    name = config.table_name + kind.value
-    if kind is TableKind.LOCKS and not durable:
-        # Beside the durable one: a process that forgets durable=False must not share a table
-        # that a crash empties.
-        name += "_u"
+def companion(config: Config, shape: TableShape, *, durable: bool = True) -> Table:
+    """Return the table of that shape that goes with a store's own."""
     return Table(
-        name,
+        config.table_name + shape.suffix,
         config.schema,
         TableType.REGULAR if durable else TableType.UNLOGGED,
-        kind,
+        shape,
         config.auto_create_table,
     )
 
@@ -168,7 +101,7 @@ def ensure(table: Table) -> Flow[None]:
         if not commands:
             return
         if table.schema is not None:
-            commands = f"{_create_schema_sql(table.schema)} {commands}"
+            commands = f"{create_schema_sql(table.schema)} {commands}"
         try:
             yield from do(_script("create_table", commands))
         except PgkvError as error:
@@ -208,7 +141,7 @@ def _missing(table: Table, columns: dict[str, str]) -> str:
     """The commands that turn what is there into what is needed; empty when nothing is."""
     if not columns:
         return create_sql(table)
-    if table.kind is not TableKind.STORE:
+    if table.shape is not None:
         return ""
     for name, types in _EXPECTED.items():
         found = columns.get(name)

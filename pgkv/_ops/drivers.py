@@ -33,7 +33,7 @@ def drive(
         flow: yields the steps.
         execute: performs an `Op`; called with the operation and `timeout`.
         timeout: passed on as it is.
-        together: performs a `Transaction` or a `Batch`; called like `execute`.
+        together: performs a `Transaction` or a `Pipelined`; called like `execute`.
         sleep: performs a `Sleep`; called with the seconds.
     """
     outcome: Any = None

@@ -177,7 +177,7 @@ class Transaction(Generic[T]):
         self.retries = 0
 
 
-class Batch:
+class Pipelined:
     """Step: send many operations in one round trip. Its outcome is a list: for each operation its
     answer, a `Raced`, or the `PgkvError` by which it was refused.
 
@@ -201,7 +201,7 @@ class Batch:
         self.writes = any(op.statement.writes for op in ops)
 
 
-Step: TypeAlias = "Op[Any] | Sleep | Call[Any] | Transaction[Any] | Batch"
+Step: TypeAlias = "Op[Any] | Sleep | Call[Any] | Transaction[Any] | Pipelined"
 Flow: TypeAlias = Generator[Step, Any, T]
 
 
@@ -220,7 +220,7 @@ def call(fn: Callable[..., T | Awaitable[T]], *args: Any) -> Flow[T]:
     return (yield Call(fn, *args))  # type: ignore[no-any-return]  # the driver sends its result
 
 
-def send(batch: Batch) -> Flow[list[Any]]:
+def send(batch: Pipelined) -> Flow[list[Any]]:
     """Perform a batch inside a flow."""
     return (yield batch)  # type: ignore[no-any-return]  # the driver sends its outcomes
 

@@ -23,7 +23,7 @@ from pgkv import (
     StoreUnavailableError,
     TransactionError,
 )
-from pgkv._engine._sync.cursor_connection import CursorLink
+from pgkv._engine._sync.cursor_connection import CursorConnection
 from tests.faults import test_callers, test_exhaustion, test_tables
 from tests.faults.proxy import Proxy
 from tests.faults.support import Witness, newest
@@ -34,14 +34,14 @@ pytestmark = newest
 
 @pytest.fixture(autouse=True)
 def _cursors(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("_engine._sync.pool", "_engine._sync.transaction"):
-        monkeypatch.setattr(f"pgkv.{module}.link_class", CursorLink)
+    for module in ("pool", "transaction"):
+        monkeypatch.setattr(f"pgkv._engine._sync.{module}.connection_class", CursorConnection)
 
 
 @pytest.fixture
 def cursor_store(dsn: str) -> Iterator[Store]:
     with Store.connect(dsn) as store:
-        assert isinstance(store._channel._leases.idle[0], CursorLink)  # type: ignore[attr-defined]  # PoolChannel's
+        assert isinstance(store._channel._pool.idle[0], CursorConnection)  # type: ignore[attr-defined]  # PoolChannel's
         yield store
 
 

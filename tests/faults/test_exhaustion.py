@@ -124,7 +124,7 @@ def test_storm_with_expiring_leases_and_kills(
 ) -> None:
     """The same while leases end all the time and connections die: all threads come to their end, and
     the number of connections is what it was."""
-    monkeypatch.setattr("pgkv._engine._sync.pool.LEASE_TIME", 0.01)
+    monkeypatch.setattr("pgkv._engine._sync.pool.KEEP_TIME", 0.01)
     with Store.connect(dsn, pool_max_size=3, pool_timeout=20) as store:
         failed = 0
 
@@ -182,8 +182,8 @@ def test_no_wake_up_is_lost(dsn: str, moment: str) -> None:
     """A connection that comes back between a caller's look at the stack and its place in the queue,
     or at once after, or that somebody snatches and returns meanwhile, reaches the caller."""
     with Store.connect(dsn, pool_max_size=1, pool_timeout=3) as store:
-        leases = store._channel._leases  # type: ignore[attr-defined]  # a PoolChannel's
-        held = leases.acquire(time.monotonic() + 5, "test")
+        leases = store._channel._pool  # type: ignore[attr-defined]  # a PoolChannel's
+        held = leases.check_out(time.monotonic() + 5, "test")
         queue_up = leases._queue_up
 
         class Snatched(deque[Any]):
@@ -199,12 +199,12 @@ def test_no_wake_up_is_lost(dsn: str, moment: str) -> None:
 
         def queued(action: str) -> Any:
             if moment == "before the queue":
-                leases.release(held)
+                leases.put_idle(held)
             waiter = queue_up(action)
             if moment == "quicker somebody":
                 leases.idle = Snatched()
             if moment in {"in the queue", "quicker somebody"}:
-                leases.release(held)
+                leases.put_idle(held)
             leases._queue_up = queue_up
             return waiter
 
@@ -212,16 +212,16 @@ def test_no_wake_up_is_lost(dsn: str, moment: str) -> None:
 
         def waiting(*args: Any, **kwargs: Any) -> None:
             if moment == "while waiting":
-                leases.release(held)
+                leases.put_idle(held)
             wait(*args, **kwargs)
 
         leases._await = waiting
 
         leases._queue_up = queued
         started = time.monotonic()
-        assert leases.acquire(started + 2, "test") is held
+        assert leases.check_out(started + 2, "test") is held
         assert time.monotonic() - started < 1
-        leases.release(held)
+        leases.put_idle(held)
         assert store.get("k") is None
 
 

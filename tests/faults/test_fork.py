@@ -114,7 +114,7 @@ if not pid:
 assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 for _ in range(20):
     assert store.get("k") == b"parent"
-print(store._channel._leases._pool.get_stats().get("connections_lost", 0))
+print(store._channel._pool._pool.get_stats().get("connections_lost", 0))
 store.close()
 """
 

@@ -175,7 +175,7 @@ async def test_forgotten_statements(make_store: MakeStore, dsn: str, command: st
     async def forget() -> None:
         """Over the store's own connection, as a pooler or a hook would."""
         inner = store._target if isinstance(store, Threaded) else store
-        link = inner._channel._leases.idle[0]
+        link = inner._channel._pool.idle[0]
         # Not in a thread: the loop's reader would take the answer away from it.
         link.pgconn.exec_(command.encode())
 

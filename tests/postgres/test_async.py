@@ -18,7 +18,7 @@ from psycopg_pool import AsyncConnectionPool
 
 import pgkv
 from pgkv import AsyncStore, ConfigError, OperationTimeoutError, PoolTimeoutError
-from pgkv._engine._async.connection import AsyncLink
+from pgkv._engine._async.connection import AsyncPgConnection
 from pgkv._ops.op import Op
 from pgkv.config import EMBEDDED_SCHEME
 from tests.colours import Colour
@@ -39,7 +39,7 @@ def colour(request: pytest.FixtureRequest) -> Colour:
 
 def sizes(store: AsyncStore) -> tuple[int, int]:
     """How many connections the store counts as its own, and how many tasks wait for one."""
-    leases: Any = store._channel._leases  # type: ignore[attr-defined]  # a pool's channel
+    leases: Any = store._channel._pool  # type: ignore[attr-defined]  # a pool's channel
     return leases._size, sum(not each.turn.done() for each in leases.waiters)
 
 
@@ -247,9 +247,9 @@ async def test_cancel_at_every_await(make_store: MakeStore, peer: Peer, *, warm:
     ):
         if not warm:
             # Every lease returned: the next operation goes through the pool's own awaits.
-            leases: Any = store._channel._leases  # type: ignore[attr-defined]
+            leases: Any = store._channel._pool  # type: ignore[attr-defined]
             for link in leases.idle:
-                link.lease_end = 0.0
+                link.retire_at = 0.0
         waits = await cancelled_everywhere(work)
         print(f"{getattr(work, '__name__', 'pipeline')}: {waits} waits")
         assert waits > 0
@@ -311,18 +311,18 @@ async def test_cancelled_in_the_turn_of_the_answer(
     the next operation can use."""
     store = await make_store(pool_max_size=1, operation_timeout=5)
     await store.set("n", "0")
-    resolve: Any = AsyncLink._resolve
+    resolve: Any = AsyncPgConnection._resolve
     countdown = 0
     task: asyncio.Task[None] | None = None
 
-    def resolve_and_cancel(link: AsyncLink, answer: Any) -> None:
+    def resolve_and_cancel(link: AsyncPgConnection, answer: Any) -> None:
         nonlocal countdown
         resolve(link, answer)
         countdown -= 1
         if countdown == 0 and task is not None:
             task.cancel()  # its wake-up is on the way already
 
-    monkeypatch.setattr(AsyncLink, "_resolve", resolve_and_cancel)
+    monkeypatch.setattr(AsyncPgConnection, "_resolve", resolve_and_cancel)
 
     async def pipeline() -> None:
         async with store.pipeline() as queue:
@@ -473,12 +473,12 @@ async def test_a_cancelled_waiter_hands_on(make_store: MakeStore) -> None:
 
 def leases_of(store: AsyncStore) -> Any:
     """Where the store's connections come from."""
-    return store._channel._leases  # type: ignore[attr-defined]  # a pool's channel
+    return store._channel._pool  # type: ignore[attr-defined]  # a pool's channel
 
 
-async def held(store: AsyncStore) -> AsyncLink:
+async def held(store: AsyncStore) -> AsyncPgConnection:
     """The only connection, until it is released."""
-    link: AsyncLink = await leases_of(store).acquire(time.monotonic() + 10, "test")
+    link: AsyncPgConnection = await leases_of(store).check_out(time.monotonic() + 10, "test")
     return link
 
 
@@ -518,7 +518,7 @@ async def test_operations_and_transactions_share_the_queue(make_store: MakeStore
     kinds = (one, one, transaction, one, pipeline, rare, one, transaction, pipeline, rare)
     link = await held(store)
     tasks = await queued(store, *(kinds[n % len(kinds)](n) for n in range(50)))
-    leases_of(store).release(link)
+    leases_of(store).put_idle(link)
     await asyncio.gather(*tasks)
     assert served == list(range(50))
     assert await store.get_many([f"k{n}" for n in range(50)]) == {
@@ -538,7 +538,7 @@ async def test_the_next_operation_waits_for_no_task(make_store: MakeStore) -> No
         at_work.append(link.is_running())
 
     tasks = await queued(store, *(ask() for _ in range(5)))
-    leases_of(store).release(link)
+    leases_of(store).put_idle(link)
     await asyncio.gather(*tasks)
     assert at_work == [True] * 4 + [False]
 
@@ -552,14 +552,14 @@ async def test_cancelled_in_the_queue(make_store: MakeStore) -> None:
     tasks = await queued(store, *(store.increment("n", 10**number) for number in range(10)))
     for task in tasks[::2]:
         task.cancel()
-    for work in (store.increment("n"), leases_of(store).acquire(time.monotonic() + 10, "test")):
+    for work in (store.increment("n"), leases_of(store).check_out(time.monotonic() + 10, "test")):
         work.send(None)
         work.close()
-    leases_of(store).release(link)
+    leases_of(store).put_idle(link)
     await asyncio.gather(*tasks, return_exceptions=True)
     assert await store.get("n") == b"1010101010"
     assert await held(store) is link
-    leases_of(store).release(link)
+    leases_of(store).put_idle(link)
 
 
 async def test_cancelled_on_its_way_from_the_queue(make_store: MakeStore, peer: Peer) -> None:
@@ -573,7 +573,7 @@ async def test_cancelled_on_its_way_from_the_queue(make_store: MakeStore, peer: 
         blocked, *others = await queued(
             store, store.set("k", "late"), store.get("k"), store.get("none")
         )
-        leases_of(store).release(link)
+        leases_of(store).put_idle(link)
         await until(lambda: peer.one(WAITING) == 1, "the statement waits")
         blocked.cancel()
         await asyncio.wait([blocked])
@@ -594,7 +594,7 @@ async def test_the_time_in_the_queue_counts(make_store: MakeStore, peer: Peer) -
         begun = time.monotonic()
         (blocked,) = await queued(store, store.set("k", "late"))
         await asyncio.sleep(0.6)
-        leases_of(store).release(link)
+        leases_of(store).put_idle(link)
         (other,) = await queued(store, store.get("k"))
         with pytest.raises(OperationTimeoutError) as caught:
             await blocked
@@ -614,7 +614,7 @@ async def test_too_late_to_be_sent(make_store: MakeStore) -> None:
     increment: Op[Any] = store._sql.increment("n")
     late, other = await queued(store, store._execute(increment, 0.05), store.get("n"))
     time.sleep(0.1)  # the loop stands still
-    leases_of(store).release(link)
+    leases_of(store).put_idle(link)
     with pytest.raises(OperationTimeoutError, match="nothing was sent") as caught:
         await late
     assert caught.value.outcome_unknown is False
@@ -635,7 +635,7 @@ async def test_a_connection_lost_on_the_way_from_the_queue(
         blocked, *others = await queued(
             store, store.set("k", "late"), store.get("k"), store.get("none")
         )
-        leases_of(store).release(link)
+        leases_of(store).put_idle(link)
         await until(lambda: peer.one(WAITING) == 1, "the statement waits")
         peer.run("SELECT pg_terminate_backend(pid) FROM pg_locks WHERE NOT granted")
         with pytest.raises(pgkv.StoreUnavailableError) as caught:
@@ -665,7 +665,7 @@ async def test_refused_from_the_queue(make_store: MakeStore, peer: Peer) -> None
         store.increment("text"),
         store.increment("n"),
     )
-    leases_of(store).release(link)
+    leases_of(store).put_idle(link)
     outcomes = await asyncio.gather(*tasks, return_exceptions=True)
     assert [each if isinstance(each, bytes | int) else type(each) for each in outcomes] == [
         b"v",
@@ -677,7 +677,7 @@ async def test_refused_from_the_queue(make_store: MakeStore, peer: Peer) -> None
         3,
     ]
     assert await held(store) is link
-    leases_of(store).release(link)
+    leases_of(store).put_idle(link)
     await whole(store, peer, 1)
 
 
@@ -688,18 +688,18 @@ async def test_cancelled_in_the_turn_of_an_answer_from_the_queue(
     good one, a refusal or any other, leaves the connection to the next, who has its own answer."""
     store = await make_store(pool_max_size=1)
     await store.set_many({"text": "text", "k": "v"})
-    resolve: Any = AsyncLink._resolve
+    resolve: Any = AsyncPgConnection._resolve
     countdown = 0
     tasks: list[asyncio.Task[Any]] = []
 
-    def resolve_and_cancel(link: AsyncLink, answer: Any) -> None:
+    def resolve_and_cancel(link: AsyncPgConnection, answer: Any) -> None:
         nonlocal countdown
         resolve(link, answer)
         countdown -= 1
         if countdown == 0 and tasks:
             tasks[0].cancel()
 
-    monkeypatch.setattr(AsyncLink, "_resolve", resolve_and_cancel)
+    monkeypatch.setattr(AsyncPgConnection, "_resolve", resolve_and_cancel)
     works: tuple[Callable[[], Coroutine[Any, Any, Any]], ...] = (
         lambda: store.get("text"),
         lambda: store.increment("text"),
@@ -713,7 +713,7 @@ async def test_cancelled_in_the_turn_of_an_answer_from_the_queue(
                 link.pgconn.exec_(b"DEALLOCATE ALL")
             tasks = await queued(store, work(), store.get("k"))
             countdown = answer
-            leases_of(store).release(link)
+            leases_of(store).put_idle(link)
             await asyncio.wait(tasks)
             assert tasks[1].result() == b"v"
             if not tasks[0].cancelled():

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from pgkv._ops.op import Op
-from pgkv.config import Table, TableKind
-from pgkv.patterns.lock.sql import SemaphoreStatements, slot_keys
+from pgkv.config import Table
+from pgkv.patterns.lock.sql import LOCKS, TICKETS, SemaphoreStatements, slot_keys
 
 SQL = SemaphoreStatements(
-    Table("kv_locks", "s", kind=TableKind.LOCKS), Table("kv_tickets", "s", kind=TableKind.TICKETS)
+    Table("kv_locks", "s", shape=LOCKS), Table("kv_tickets", "s", shape=TICKETS)
 )
 SLOTS = slot_keys(b"n", 2)
 

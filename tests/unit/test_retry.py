@@ -56,13 +56,13 @@ class Run:
         *answers: Any,
         policy: RetryPolicy | None = POLICY,
         seconds: float = 60.0,
-        heal: Callable[[Table], Any] = lambda _: None,
+        create_missing_table: Callable[[Table], Any] = lambda _: None,
     ) -> None:
         self.sleeps: list[float] = []
-        self.healed: list[Table] = []
+        self.created: list[Table] = []
         self.attempts = 0
         self.result: Any = None
-        flow = recover(step, first, policy, monotonic() + seconds, heal)
+        flow = recover(step, first, policy, monotonic() + seconds, create_missing_table)
         pending = list(answers)
         send: Any = None
         failure: BaseException | None = None
@@ -79,7 +79,7 @@ class Run:
             if isinstance(yielded, Sleep):
                 self.sleeps.append(yielded.seconds)
             elif isinstance(yielded, Call):
-                self.healed.append(*yielded.args)
+                self.created.append(*yielded.args)
                 yielded.fn(*yielded.args)
             else:
                 assert yielded is step
@@ -126,14 +126,14 @@ def test_a_race_with_a_fallback() -> None:
 def test_a_missing_table_is_made_and_the_operation_repeated(policy: RetryPolicy | None) -> None:
     """A missing table is created, once, and the operation repeated at once."""
     run = Run(op(), TableNotFoundError("t"), "answer", policy=policy)
-    assert (run.result, run.healed, run.attempts, run.sleeps) == ("answer", [TABLE], 1, [])
+    assert (run.result, run.created, run.attempts, run.sleeps) == ("answer", [TABLE], 1, [])
 
 
 def test_a_table_that_stays_missing() -> None:
     """A table that is missing each time, though it was created thrice, is the caller's error."""
     run = Run(op(), *(TableNotFoundError(str(n)) for n in range(4)))
     assert isinstance(run.result, TableNotFoundError)
-    assert (len(run.healed), run.attempts) == (3, 3)
+    assert (len(run.created), run.attempts) == (3, 3)
 
 
 def test_a_table_that_may_not_be_made() -> None:
@@ -141,23 +141,23 @@ def test_a_table_that_may_not_be_made() -> None:
     step: Op[None] = Op(Statement("t", "", (), lambda _: None, table=Table("t", auto_create=False)))
     run = Run(step, TableNotFoundError("t"))
     assert isinstance(run.result, TableNotFoundError)
-    assert (run.healed, run.attempts) == ([], 0)
+    assert (run.created, run.attempts) == ([], 0)
 
 
 def test_a_table_that_cannot_be_made() -> None:
     """A failure to create the table is what the caller sees."""
 
-    def heal(_: Table) -> None:
+    def create_missing_table(_: Table) -> None:
         raise pgkv.ConfigError("no right")
 
     with pytest.raises(pgkv.ConfigError, match="no right"):
-        Run(op(), TableNotFoundError("t"), heal=heal)
+        Run(op(), TableNotFoundError("t"), create_missing_table=create_missing_table)
 
 
 def test_a_missing_table_after_a_lost_connection() -> None:
     """Healing and repeating go together: a table lost in a fail-over is made on the way."""
     run = Run(op(), lost(unknown=False), TableNotFoundError("t"), "answer")
-    assert (run.result, run.healed, run.attempts) == ("answer", [TABLE], 2)
+    assert (run.result, run.created, run.attempts) == ("answer", [TABLE], 2)
     assert len(run.sleeps) == 1
 
 

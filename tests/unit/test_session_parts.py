@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import pgkv
 from pgkv import Config, ConfigError, InvalidValueError, SessionError
 from pgkv._ops.op import Op, Statement
-from pgkv.config import Table, TableKind
+from pgkv.config import Table
 from pgkv.patterns.session.data import (
     difference,
     document,
@@ -26,7 +26,7 @@ from pgkv.patterns.session.data import (
     values_of,
 )
 from pgkv.patterns.session.request import RequestSession
-from pgkv.patterns.session.sql import ASYNC, Lifetimes, SessionStatements
+from pgkv.patterns.session.sql import ASYNC, SESSIONS, Lifetimes, SessionStatements
 from pgkv.patterns.web.cookie import Cookie, private, varying
 from pgkv.patterns.web.request import exemption
 
@@ -322,7 +322,7 @@ def test_the_dict_shows_nothing() -> None:
 def statements(*, inside: bool = False, table: str = "s") -> dict[str, Op[Any]]:
     sql = SessionStatements(
         Config("postgresql://"),
-        Table(table, kind=TableKind.SESSIONS),
+        Table(table, shape=SESSIONS),
         Lifetimes(1800, 43200, 60),
         inside=inside,
     )

@@ -16,11 +16,11 @@ import psycopg
 
 from ... import embedded
 from ..._engine import conninfo as _conninfo
-from ..._engine import schema as _schema
 from ..._ops.op import Op, Statement
 from ..._sql.table import read_nothing
-from ...config import EMBEDDED_SCHEME, Config, Pooler, TableKind, TtlCleanupStrategy
+from ...config import EMBEDDED_SCHEME, Config, Pooler, TtlCleanupStrategy
 from ...errors import StoreUnavailableError
+from ...patterns.schema import tables
 from ...store import Store
 from .stage import WORKERS, Size, Stage
 
@@ -101,12 +101,7 @@ def _interrupt(_number: int, _frame: FrameType | None) -> None:
 
 def _drop(store: Store) -> None:
     """Drop the store's table, and those of its locks and sessions where scenes made them."""
-    config = store._config
-    tables = [
-        config.table,
-        *(_schema.companion(config, kind) for kind in TableKind if kind is not TableKind.STORE),
-    ]
-    names = ", ".join(table.quoted for table in tables)
+    names = ", ".join(table.quoted for table in tables(store._config))
     drop = Statement(
         "drop", f"DROP TABLE IF EXISTS {names}", (), read_nothing, script=True, writes=False
     )

@@ -14,7 +14,7 @@ from psycopg import IsolationLevel
 
 from ... import _observe
 from ..._ops.drivers import drive_async
-from ..._ops.op import Batch, Expired, Flow, Op, Raced, Signal, Transaction
+from ..._ops.op import Expired, Flow, Op, Pipelined, Raced, Signal, Transaction
 from ..._sql import control
 from ..._sql.sweep import Sweep
 from ...config import Config, Table
@@ -23,7 +23,7 @@ from .. import schema as _schema
 from ..results import outcomes
 from ..retry import may_repeat, recover
 from ..sweep import SWEEP_CHANCE, Collector
-from .pool import AsyncCallerPool, AsyncLeases
+from .pool import AsyncCallerPool, AsyncStorePool
 from .transaction import AsyncBoundChannel
 
 T = TypeVar("T")
@@ -51,7 +51,7 @@ class AsyncChannel(Protocol):
         """Open a transaction, or a savepoint in one."""
         ...
 
-    async def heal(self, table: Table) -> None:
+    async def create_missing_table(self, table: Table) -> None:
         """Create a missing table, where that is this channel's business."""
         ...
 
@@ -73,12 +73,12 @@ class AsyncPoolChannel:
 
     Args:
         config: timeouts and the retry policy.
-        leases: where links come from.
+        pool: where links come from.
     """
 
-    def __init__(self, config: Config, leases: AsyncLeases | AsyncCallerPool) -> None:
+    def __init__(self, config: Config, pool: AsyncStorePool | AsyncCallerPool) -> None:
         self._config = config
-        self._leases = leases
+        self._pool = pool
         self._timeout = config.operation_timeout
         self._on_close: list[Callable[[], object]] = []
         self._collectors: dict[Table, Collector] = {}
@@ -93,11 +93,11 @@ class AsyncPoolChannel:
     @property
     def state(self) -> str:
         """Whether it was closed."""
-        return "closed" if getattr(self._leases, "_closed", False) else ""
+        return "closed" if getattr(self._pool, "_closed", False) else ""
 
     def conninfo(self) -> str:
         """What a connection outside the pool is opened with: for renewal and LISTEN."""
-        return self._leases.conninfo()
+        return self._pool.conninfo()
 
     # -- one operation
 
@@ -105,26 +105,26 @@ class AsyncPoolChannel:
         """Perform one operation. Anything unusual is left to `_recover` and `_aftermath`."""
         started = monotonic()
         seconds = self._timeout if timeout is None else timeout
-        leases = self._leases
-        if leases.idle and leases.loop is asyncio.get_running_loop():
-            link = leases.idle.pop()
+        pool = self._pool
+        if pool.idle and pool.loop is asyncio.get_running_loop():
+            link = pool.idle.pop()
             if link.is_stale():
-                leases.discard(link)
+                pool.discard(link)
                 return await self._recover(op, started, timeout, None)
             try:
                 result = await link.execute(op, seconds)
             except PgkvError as error:
-                leases.settle(link)
+                pool.check_in(link)
                 return await self._recover(op, started, timeout, error)
             except BaseException:
-                leases.discard(link)
+                pool.discard(link)
                 raise
-            leases.release(link)
+            pool.put_idle(link)
         else:
             # With more tasks than links this is the usual way, so it is short as well.
             self._start_patrols()
             try:
-                result = await leases.execute(op, started + seconds)
+                result = await pool.execute(op, started + seconds)
             except PgkvError as error:
                 return await self._recover(op, started, timeout, error)
         answer = op.decode(result)
@@ -159,7 +159,7 @@ class AsyncPoolChannel:
 
     async def _settle(
         self,
-        step: Op[Any] | Transaction[Any] | Batch,
+        step: Op[Any] | Transaction[Any] | Pipelined,
         deadline: float,
         outcome: PgkvError | Raced | None = None,
     ) -> Any:
@@ -174,29 +174,29 @@ class AsyncPoolChannel:
             if not isinstance(answer, PgkvError | Raced):
                 return answer
             outcome = answer
-        flow = recover(step, outcome, self._config.retry, deadline, self.heal)
+        flow = recover(step, outcome, self._config.retry, deadline, self.create_missing_table)
         # An error's traceback holds this frame: a cycle that would keep the callers' frames.
         del answer, outcome
         return await drive_async(flow, self._attempt, deadline, self._attempt)
 
     async def _attempt(
-        self, step: Op[Any] | Transaction[Any] | Batch, deadline: float | None
+        self, step: Op[Any] | Transaction[Any] | Pipelined, deadline: float | None
     ) -> Any:
         assert deadline is not None
         if isinstance(step, Transaction):
             async with self._bound(deadline=deadline) as bound:
                 return await bound.run(step.flow())
-        if isinstance(step, Batch):
+        if isinstance(step, Pipelined):
             return await self._attempt_batch(step, deadline)
-        return step.decode(await self._leases.execute(step, deadline))
+        return step.decode(await self._pool.execute(step, deadline))
 
-    async def _attempt_batch(self, batch: Batch, deadline: float) -> list[Any]:
-        link = await self._leases.acquire(deadline, batch.name)
+    async def _attempt_batch(self, batch: Pipelined, deadline: float) -> list[Any]:
+        link = await self._pool.check_out(deadline, batch.name)
         try:
             seconds = deadline - monotonic()
             results = await link.execute_all(batch.ops, seconds, sync_each=batch.sync_each)
         finally:
-            self._leases.settle(link)
+            self._pool.check_in(link)
         return [self._collected(*each) for each in outcomes(batch, results)]
 
     # -- flows
@@ -205,7 +205,7 @@ class AsyncPoolChannel:
         """Run a flow, each of its operations by itself and within that time."""
         return await drive_async(flow, self.execute, timeout, self._together)
 
-    async def _together(self, step: Transaction[Any] | Batch, timeout: float | None) -> Any:
+    async def _together(self, step: Transaction[Any] | Pipelined, timeout: float | None) -> Any:
         seconds = self._timeout if timeout is None else timeout
         return await self._settle(step, monotonic() + seconds)
 
@@ -227,12 +227,12 @@ class AsyncPoolChannel:
             # Inside, a missing table would fail the caller's transaction.
             for table in tuple(self._collectors):
                 if table not in self._known and table.auto_create:
-                    await self.heal(table)
+                    await self.create_missing_table(table)
         until = monotonic() + self._timeout if deadline is None else deadline
         # Said each time: behind a pooler the connection's own default is the server's.
         level = isolation or IsolationLevel.READ_COMMITTED
-        link = await self._leases.acquire(until, "transaction")
-        if isinstance(self._leases, AsyncCallerPool):
+        link = await self._pool.check_out(until, "transaction")
+        if isinstance(self._pool, AsyncCallerPool):
             link.prepares = False  # as in `_channel`
         bound = AsyncBoundChannel(link, self._timeout, deadline)
         try:
@@ -240,9 +240,9 @@ class AsyncPoolChannel:
                 yield bound
         finally:
             bound.end()
-            self._leases.settle(link)
+            self._pool.check_in(link)
 
-    async def heal(self, table: Table) -> None:
+    async def create_missing_table(self, table: Table) -> None:
         """Create a table that the server says is missing."""
         await self.run(_schema.ensure(table))
         self._known.add(table)
@@ -297,12 +297,12 @@ class AsyncPoolChannel:
 
     async def close(self) -> None:
         """Close every connection. What is under way ends first or fails."""
-        if isinstance(self._leases, AsyncLeases):
-            self._leases.refuse_other(asyncio.get_running_loop())
+        if isinstance(self._pool, AsyncStorePool):
+            self._pool.refuse_other(asyncio.get_running_loop())
         for task in tuple(self._tasks):
             task.cancel()
         if self._tasks:
             await asyncio.wait(self._tasks)
-        await self._leases.close()
+        await self._pool.close()
         while self._on_close:
             await asyncio.to_thread(self._on_close.pop())

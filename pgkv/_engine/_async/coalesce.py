@@ -42,7 +42,7 @@ class CoalescingChannel:
         self._tasks: set[asyncio.Task[None]] = set()
         self.run = inner.run
         self.transaction = inner.transaction
-        self.heal = inner.heal
+        self.create_missing_table = inner.create_missing_table
         self.may_repeat = inner.may_repeat
 
     @property

@@ -49,11 +49,11 @@ class Watched(Protocol):
         ...
 
 
-class Rider(Protocol):
+class PendingRequest(Protocol):
     """An operation that goes by whichever link is free, while its task waits for the answer."""
 
     turn: asyncio.Future[Any]
-    link: AsyncLink | None
+    link: AsyncPgConnection | None
 
 
 class Watchdog:
@@ -96,7 +96,7 @@ class Watchdog:
             self.look_at(soonest)
 
 
-class AsyncLink:
+class AsyncPgConnection:
     """One connection of an event loop, and the operations that cross it.
 
     Args:
@@ -115,11 +115,11 @@ class AsyncLink:
         "_get_result",
         "_is_busy",
         "_loop",
+        "_pending",
         "_pipeline",
         "_poll",
         "_prepared",
         "_result",
-        "_rider",
         "_seconds",
         "_send_prepared",
         "_socket",
@@ -130,11 +130,11 @@ class AsyncLink:
         "_writing",
         "conn",
         "deadline",
-        "lease_end",
         "lost",
         "on_free",
         "pgconn",
         "prepares",
+        "retire_at",
     )
 
     def __init__(
@@ -148,15 +148,15 @@ class AsyncLink:
         self.conn = conn
         self.pgconn: PGconn = conn.pgconn
         self.prepares = prepares
-        self.lease_end = math.inf
+        self.retire_at = math.inf
         self.deadline = math.inf
         self.lost = False
-        self.on_free: Callable[[AsyncLink], None] | None = None
+        self.on_free: Callable[[AsyncPgConnection], None] | None = None
         self._prepared = set() if prepared is None else prepared
         self._watchdog = watchdog
         self._loop = asyncio.get_running_loop()
         self._waiter: asyncio.Future[Any] | None = None
-        self._rider: Rider | None = None
+        self._pending: PendingRequest | None = None
         self._statement: Statement[Any] = PIPELINE
         self._seconds = 0.0
         self._result: PGresult | None = None
@@ -255,18 +255,18 @@ class AsyncLink:
             self._send_unprepared(op)
         return self._expect(statement, seconds, waiter)
 
-    def carry(self, op: Op[Any], rider: Rider, seconds: float) -> bool:
-        """Send a rider's operation; False if its task has to.
+    def send_pending(self, op: Op[Any], pending: PendingRequest, seconds: float) -> bool:
+        """Send a pending's operation; False if its task has to.
 
         `turn` gets the result, or fails, as the future of `send` does. After a good answer the
-        link is free before the task wakes up; else it stays the rider's.
+        link is free before the task wakes up; else it stays the pending's.
         """
         try:
-            if self.send(op, seconds, rider.turn) is None:
+            if self.send(op, seconds, pending.turn) is None:
                 return False
         except Exception:  # noqa: BLE001  # the task shall meet it, not whoever left the link free
             return False
-        self._rider = rider
+        self._pending = pending
         return True
 
     def _expect(
@@ -298,7 +298,7 @@ class AsyncLink:
     ) -> PGresult:
         """Send one operation, prepared first if need be, and return its result.
 
-        With a `result` it was sent already, by `carry`.
+        With a `result` it was sent already, by `send_pending`.
 
         Raises:
             PgkvError: the server refused it, the link was lost, or the time passed.
@@ -327,7 +327,7 @@ class AsyncLink:
     async def execute_all(
         self, ops: Sequence[Op[Any]], seconds: float, *, sync_each: bool
     ) -> list[PGresult]:
-        """Send many operations in one round trip; see `_wire.Link.execute_all`."""
+        """Send many operations in one round trip; see `_wire.PgConnection.execute_all`."""
         failure: PgkvError
         about = PIPELINE
         try:
@@ -401,11 +401,11 @@ class AsyncLink:
         self.deadline = math.inf
         if waiter is not None and not waiter.done():
             waiter.set_result(answer)
-        rider = self._rider
-        if rider is not None:
-            self._rider = None
+        pending = self._pending
+        if pending is not None:
+            self._pending = None
             if answer.status in OK and self.on_free is not None:
-                rider.link = None
+                pending.link = None
                 self.on_free(self)
 
     def _break(self, error: psycopg.Error) -> None:
@@ -421,7 +421,7 @@ class AsyncLink:
 
     def _fail(self, failure: PgkvError) -> None:
         waiter, self._waiter = self._waiter, None
-        self._rider = None
+        self._pending = None
         self.deadline = math.inf
         if waiter is not None and not waiter.done():
             waiter.set_exception(failure)

@@ -15,7 +15,8 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 import psycopg
-from psycopg_pool import AsyncConnectionPool, PoolClosed, PoolTimeout
+import psycopg_pool
+from psycopg_pool import PoolClosed, PoolTimeout
 
 from ...config import Config, Pooler
 from ...errors import ConfigError, PgkvError, translate
@@ -25,7 +26,7 @@ from ..caller import check_connection
 from ..pooling import (
     CLOSE_TIMEOUT,
     FIRST_NAP,
-    LEASE_TIME,
+    KEEP_TIME,
     OPENING_NAP,
     POOL_NAME,
     OwnConnection,
@@ -35,7 +36,7 @@ from ..pooling import (
     still_opening,
     unreachable,
 )
-from .connection import AsyncLink, Watchdog
+from .connection import AsyncPgConnection, Watchdog
 
 if TYPE_CHECKING:
     from psycopg.pq.abc import PGresult
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
     from ..._ops.op import Op
 
 
-class AsyncLeases:
+class AsyncStorePool:
     """The links of one store, and the loop they belong to.
 
     Args:
@@ -55,13 +56,13 @@ class AsyncLeases:
         self._config = config
         self.conninfo = conninfo
         self._prepares = config.pooler is Pooler.NONE
-        self.idle: deque[AsyncLink] = deque()
-        self.waiters: deque[_Waiter] = deque()
+        self.idle: deque[AsyncPgConnection] = deque()
+        self.waiters: deque[TaskInQueue] = deque()
         self.loop: asyncio.AbstractEventLoop | None = None
         self._size = 0
         self._closed = False
         self._connected = False
-        self._pool: AsyncConnectionPool[Any] | None = None
+        self._pool: psycopg_pool.AsyncConnectionPool[Any] | None = None
         self._opening: asyncio.Lock | None = None
         self._watchdog: Watchdog | None = None
         self._failures: deque[tuple[float, psycopg.Error]] = deque(maxlen=1)
@@ -98,26 +99,26 @@ class AsyncLeases:
     # -- taking and giving back
 
     async def execute(self, op: Op[Any], deadline: float) -> PGresult:
-        """Perform one operation. While all links are busy it waits in the queue of `acquire`; the
+        """Perform one operation. While all links are busy it waits in the queue of `check_out`; the
         link whose turn it is carries it at once, and its task wakes up only with the answer."""
-        link, result = await self._acquire(deadline, op.statement.name, op)
+        link, result = await self._check_out(deadline, op.statement.name, op)
         if link is None:
             assert result is not None
             return result
         try:
             return await link.execute(op, deadline - monotonic(), result)
         finally:
-            self.settle(link)
+            self.check_in(link)
 
-    async def acquire(self, deadline: float, action: str) -> AsyncLink:
-        """Return a live link, waiting in order while all are busy; see `_pool.Leases.acquire`."""
-        link, _ = await self._acquire(deadline, action)
+    async def check_out(self, deadline: float, action: str) -> AsyncPgConnection:
+        """Return a live link, waiting in order while all are busy; see `_pool.StorePool.check_out`."""
+        link, _ = await self._check_out(deadline, action)
         assert link is not None
         return link
 
-    async def _acquire(
+    async def _check_out(
         self, deadline: float, action: str, op: Op[Any] | None = None
-    ) -> tuple[AsyncLink | None, PGresult | None]:
+    ) -> tuple[AsyncPgConnection | None, PGresult | None]:
         """A link, or the answer to `op`; both, where the server refused it on that link."""
         watchdog = self.enter_loop()
         patience = monotonic() + self._config.pool_timeout
@@ -132,7 +133,9 @@ class AsyncLeases:
             if self._size < self._config.pool_max_size:
                 self._size += 1
                 return await self._open(deadline, action), None
-            waiter = _Waiter(watchdog.loop.create_future(), op, min(deadline, patience), deadline)
+            waiter = TaskInQueue(
+                watchdog.loop.create_future(), op, min(deadline, patience), deadline
+            )
             self.waiters.append(waiter)
             if waiter.deadline < watchdog.next_look:
                 watchdog.look_at(waiter.deadline)
@@ -152,12 +155,12 @@ class AsyncLeases:
                     return given, None
                 self.discard(given)
 
-    def _leave(self, waiter: _Waiter) -> None:
+    def _leave(self, waiter: TaskInQueue) -> None:
         """Its task was cancelled, or its operation failed."""
         waiter.op = None  # who was cancelled stays in the queue; the value need not
         waiter.turn.cancel()  # unless it was, or is done: a coroutine can be closed as well
         if waiter.link is not None:
-            self.settle(waiter.link)
+            self.check_in(waiter.link)
         elif not waiter.turn.cancelled() and waiter.turn.result() is None:
             self._wake()  # told to look again in the very turn in which it went away
 
@@ -169,11 +172,11 @@ class AsyncLeases:
                 waiter.turn.set_result(None)
                 return
 
-    def release(self, link: AsyncLink) -> None:
+    def put_idle(self, link: AsyncPgConnection) -> None:
         """Take a link back from an operation; the first who waits has it next."""
         now = monotonic()
-        if self._closed or link.lease_end < now:
-            self._give_back(link)
+        if self._closed or link.retire_at < now:
+            self._retire(link)
             return
         # Whoever has it next sends at once: what a terminated backend said after its last answer
         # would be lost with the connection, and the outcome unknown.
@@ -185,14 +188,14 @@ class AsyncLeases:
                 return
         self.idle.append(link)
 
-    def settle(self, link: AsyncLink) -> None:
+    def check_in(self, link: AsyncPgConnection) -> None:
         """Take a link back from an operation that failed: keep it if it still works."""
         if link.is_usable():
-            self.release(link)
+            self.put_idle(link)
         else:
             self.discard(link)
 
-    def discard(self, link: AsyncLink) -> None:
+    def discard(self, link: AsyncPgConnection) -> None:
         """Close a link; what still runs on it is cancelled first, in the background."""
         if link.is_running():
             link.detach()  # an answer that comes before the task starts must not free it
@@ -201,21 +204,21 @@ class AsyncLeases:
         link.close()
         self._return(link)
 
-    async def _cancel(self, link: AsyncLink) -> None:
+    async def _cancel(self, link: AsyncPgConnection) -> None:
         try:
             await link.cancel_and_close()
         finally:
             self._return(link)
 
-    def _give_back(self, link: AsyncLink) -> None:
+    def _retire(self, link: AsyncPgConnection) -> None:
         link.detach()
         self._return(link)
-        while self.idle and self.idle[0].lease_end < monotonic():
+        while self.idle and self.idle[0].retire_at < monotonic():
             oldest = self.idle.popleft()
             oldest.detach()
             self._return(oldest)
 
-    def _return(self, link: AsyncLink) -> None:
+    def _return(self, link: AsyncPgConnection) -> None:
         self._size -= 1
         if self._pool is None:
             link.close()
@@ -246,7 +249,7 @@ class AsyncLeases:
 
     # -- opening
 
-    async def _open(self, deadline: float, action: str) -> AsyncLink:
+    async def _open(self, deadline: float, action: str) -> AsyncPgConnection:
         try:
             conn = await self._connect(deadline, action)
         except BaseException:
@@ -254,9 +257,11 @@ class AsyncLeases:
             self._wake()
             raise
         prepared = self._prepared.setdefault(conn, set())
-        link = AsyncLink(conn, self.enter_loop(), prepares=self._prepares, prepared=prepared)
-        link.lease_end = monotonic() + LEASE_TIME
-        link.on_free = self.release
+        link = AsyncPgConnection(
+            conn, self.enter_loop(), prepares=self._prepares, prepared=prepared
+        )
+        link.retire_at = monotonic() + KEEP_TIME
+        link.on_free = self.put_idle
         return link
 
     async def _connect(self, deadline: float, action: str) -> psycopg.AsyncConnection[Any]:
@@ -287,7 +292,9 @@ class AsyncLeases:
                 await conn.close()
                 await pool.putconn(conn)
 
-    async def _psycopg_pool(self, action: str) -> tuple[AsyncConnectionPool[Any], bool]:
+    async def _psycopg_pool(
+        self, action: str
+    ) -> tuple[psycopg_pool.AsyncConnectionPool[Any], bool]:
         """The pool, and whether this call opened it."""
         assert self._opening is not None
         async with self._opening:
@@ -298,7 +305,7 @@ class AsyncLeases:
                 config = self._config
                 # In a thread: an embedded server may have to be started first.
                 conninfo = await asyncio.to_thread(self.conninfo)
-                pool = AsyncConnectionPool(
+                pool = psycopg_pool.AsyncConnectionPool(
                     conninfo,
                     connection_class=_recording(self._failures),
                     kwargs={"autocommit": True, "prepare_threshold": None},
@@ -334,7 +341,7 @@ class AsyncLeases:
 TOO_LATE = object()
 
 
-class _Waiter:
+class TaskInQueue:
     """A task in the queue. It wants an operation performed or, without one, a link for itself.
 
     Args:
@@ -357,16 +364,16 @@ class _Waiter:
         self.op = op
         self.deadline = deadline
         self.until = until
-        self.link: AsyncLink | None = None
+        self.link: AsyncPgConnection | None = None
 
-    def takes(self, link: AsyncLink, now: float) -> bool:
+    def takes(self, link: AsyncPgConnection, now: float) -> bool:
         """Whether it still wants a link; it has this one then."""
         if self.deadline <= now:
             self.time_out()
         if self.turn.done():
             return False
         self.link = link
-        if self.op is None or not link.carry(self.op, self, self.until - now):
+        if self.op is None or not link.send_pending(self.op, self, self.until - now):
             self.turn.set_result(None)
         return True
 
@@ -385,11 +392,11 @@ class AsyncCallerPool:
         config: whether statements may be prepared.
     """
 
-    def __init__(self, pool: AsyncConnectionPool[Any], config: Config) -> None:
+    def __init__(self, pool: psycopg_pool.AsyncConnectionPool[Any], config: Config) -> None:
         self._config = config
         self._caller_pool = pool
         self._prepares = config.pooler is Pooler.NONE
-        self.idle: deque[AsyncLink] = deque()
+        self.idle: deque[AsyncPgConnection] = deque()
         self.loop: asyncio.AbstractEventLoop | None = None
         self._watchdog: Watchdog | None = None
         self._prepared: weakref.WeakKeyDictionary[Any, set[bytes]] = weakref.WeakKeyDictionary()
@@ -399,7 +406,7 @@ class AsyncCallerPool:
         """What reaches the same database without the caller's pool."""
         return _conninfo.build(self._config, self._config.dsn)
 
-    async def acquire(self, deadline: float, action: str) -> AsyncLink:
+    async def check_out(self, deadline: float, action: str) -> AsyncPgConnection:
         """Check out a live connection."""
         if self._watchdog is None:
             self._watchdog = Watchdog(asyncio.get_running_loop())
@@ -420,26 +427,28 @@ class AsyncCallerPool:
                     await pool.putconn(conn)
                     raise
                 prepared = self._prepared.setdefault(conn, set())
-                return AsyncLink(conn, self._watchdog, prepares=self._prepares, prepared=prepared)
+                return AsyncPgConnection(
+                    conn, self._watchdog, prepares=self._prepares, prepared=prepared
+                )
             raise failure from failure.__cause__
 
     async def execute(self, op: Op[Any], deadline: float) -> PGresult:
         """Perform one operation on a connection of its own."""
-        link = await self.acquire(deadline, op.statement.name)
+        link = await self.check_out(deadline, op.statement.name)
         try:
             return await link.execute(op, deadline - monotonic())
         finally:
-            self.settle(link)
+            self.check_in(link)
 
-    def settle(self, link: AsyncLink) -> None:
+    def check_in(self, link: AsyncPgConnection) -> None:
         """Check it in, whatever became of it."""
         task = asyncio.get_running_loop().create_task(self._check_in(link))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    release = discard = settle
+    put_idle = discard = check_in
 
-    async def _check_in(self, link: AsyncLink) -> None:
+    async def _check_in(self, link: AsyncPgConnection) -> None:
         if link.is_running():
             await link.cancel_and_close()
         elif link.is_usable():
@@ -462,7 +471,7 @@ def stale(conn: psycopg.AsyncConnection[Any]) -> bool:
 def _recording(failures: deque[tuple[float, psycopg.Error]]) -> type[psycopg.AsyncConnection[Any]]:
     """A connection class that remembers why connecting failed."""
 
-    class RecordingConnection(psycopg.AsyncConnection[Any], OwnConnection):
+    class AsyncRecordingConnection(psycopg.AsyncConnection[Any], OwnConnection):
         @classmethod
         async def connect(  # type: ignore[override]  # the pool passes keywords only
             cls, conninfo: str = "", **kwargs: Any
@@ -473,4 +482,4 @@ def _recording(failures: deque[tuple[float, psycopg.Error]]) -> type[psycopg.Asy
                 failures.append((monotonic(), error))
                 raise
 
-    return RecordingConnection
+    return AsyncRecordingConnection

@@ -13,7 +13,7 @@ from psycopg import pq
 
 from ... import _observe
 from ..._ops.drivers import answer_of, drive_async
-from ..._ops.op import Batch, Flow, Op, Raced, Transaction
+from ..._ops.op import Flow, Op, Pipelined, Raced, Transaction
 from ..._sql import control
 from ..._sql.sweep import Sweep
 from ...config import Table
@@ -21,7 +21,7 @@ from ...errors import ConflictError, PgkvError, TransactionError
 from ..caller import check_connection
 from ..flows import RefusedError
 from ..results import outcomes
-from .connection import AsyncLink, Watchdog
+from .connection import AsyncPgConnection, Watchdog
 
 if TYPE_CHECKING:
     from psycopg import IsolationLevel
@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 
 class AsyncBoundChannel:
-    """Operations inside one open transaction. Nothing is retried, healed or collected.
+    """Operations inside one open transaction. Nothing is retried, created or collected.
 
     Args:
         link: the transaction's connection, nobody else's until `end`.
@@ -38,7 +38,9 @@ class AsyncBoundChannel:
         deadline: the monotonic time at which the whole must end; None for no such time.
     """
 
-    def __init__(self, link: AsyncLink, timeout: float, deadline: float | None = None) -> None:
+    def __init__(
+        self, link: AsyncPgConnection, timeout: float, deadline: float | None = None
+    ) -> None:
         self._link = link
         self._timeout = timeout
         self._deadline = deadline
@@ -98,7 +100,7 @@ class AsyncBoundChannel:
         """Refuse whatever comes after."""
         self._ended = self._ended or "rolled back"
 
-    async def heal(self, table: Table) -> None:
+    async def create_missing_table(self, table: Table) -> None:
         """Nothing is created in somebody's transaction."""
 
     def watch(self, sql: Sweep) -> None:
@@ -111,13 +113,13 @@ class AsyncBoundChannel:
         """Run a flow inside the transaction, each of its operations within that time."""
         return await drive_async(flow, self.execute, timeout, self._together)
 
-    async def _together(self, step: Transaction[Any] | Batch, timeout: float | None) -> Any:
-        if isinstance(step, Batch):
+    async def _together(self, step: Transaction[Any] | Pipelined, timeout: float | None) -> Any:
+        if isinstance(step, Pipelined):
             return await self._perform_batch(step, timeout)
         async with self.transaction() as inner:
             return await inner.run(step.flow(), timeout)
 
-    async def _perform_batch(self, batch: Batch, timeout: float | None) -> list[Any]:
+    async def _perform_batch(self, batch: Pipelined, timeout: float | None) -> list[Any]:
         if batch.sync_each:
             return [await self._outcome(op, timeout) for op in batch.ops]
         try:
@@ -250,7 +252,7 @@ class AsyncCallerChannel(AsyncBoundChannel):
             await conn.execute("")
         async with self._lock:
             watchdog = Watchdog(asyncio.get_running_loop())
-            self._link = link = AsyncLink(conn, watchdog, prepares=False)
+            self._link = link = AsyncPgConnection(conn, watchdog, prepares=False)
             try:
                 yield
             finally:

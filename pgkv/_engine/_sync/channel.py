@@ -18,7 +18,7 @@ from psycopg import IsolationLevel
 from ... import _observe
 from ..._fork import CONNECTIONS, survives_fork
 from ..._ops.drivers import drive
-from ..._ops.op import Batch, Expired, Flow, Op, Raced, Signal, Transaction
+from ..._ops.op import Expired, Flow, Op, Pipelined, Raced, Signal, Transaction
 from ..._sql import control
 from ..._sql.sweep import Sweep
 from ...config import Config, Table
@@ -27,7 +27,7 @@ from .. import schema as _schema
 from ..results import outcomes
 from ..retry import may_repeat, recover
 from ..sweep import SWEEP_CHANCE, Collector
-from .pool import CallerPool, Leases, disown
+from .pool import CallerPool, StorePool, disown
 from .transaction import BoundChannel
 
 T = TypeVar("T")
@@ -55,7 +55,7 @@ class Channel(Protocol):
         """Open a transaction, or a savepoint in one."""
         ...
 
-    def heal(self, table: Table) -> None:
+    def create_missing_table(self, table: Table) -> None:
         """Create a missing table, where that is this channel's business."""
         ...
 
@@ -77,12 +77,12 @@ class PoolChannel:
 
     Args:
         config: timeouts and the retry policy.
-        leases: where links come from.
+        pool: where links come from.
     """
 
-    def __init__(self, config: Config, leases: Leases | CallerPool) -> None:
+    def __init__(self, config: Config, pool: StorePool | CallerPool) -> None:
         self._config = config
-        self._leases = leases
+        self._pool = pool
         self._timeout = config.operation_timeout
         self._on_close: list[Callable[[], None]] = []
         self._collectors: dict[Table, Collector] = {}
@@ -96,7 +96,7 @@ class PoolChannel:
 
     def after_fork(self) -> None:
         """Start again in the child, with connections and threads of its own."""
-        self._leases.after_fork()
+        self._pool.after_fork()
         self._begin()
         for collector in self._collectors.values():
             collector.reset()
@@ -108,39 +108,39 @@ class PoolChannel:
     @property
     def state(self) -> str:
         """Whether it was closed."""
-        return "closed" if getattr(self._leases, "_closed", False) else ""
+        return "closed" if getattr(self._pool, "_closed", False) else ""
 
     def conninfo(self) -> str:
         """What a connection outside the pool is opened with: for renewal and LISTEN."""
-        return self._leases.conninfo()
+        return self._pool.conninfo()
 
     # -- one operation
 
     def execute(self, op: Op[T], timeout: float | None = None) -> T:
         """Perform one operation. Anything unusual is left to `_recover` and `_aftermath`."""
         started = monotonic()
-        leases = self._leases
+        pool = self._pool
         try:
-            link = leases.idle.pop()
+            link = pool.idle.pop()
         except IndexError:
             return self._recover(op, started, timeout, None)
         if link.is_stale():
-            leases.discard(link)
+            pool.discard(link)
             return self._recover(op, started, timeout, None)
         try:
             result = link.execute(op, self._timeout if timeout is None else timeout)
         except PgkvError as error:
-            leases.settle(link)
+            pool.check_in(link)
             return self._recover(op, started, timeout, error)
         except BaseException:
-            leases.settle(link)
+            pool.check_in(link)
             raise
-        if link.lease_end > started:
-            leases.idle.append(link)
-            if leases.waiters:
-                leases.hand_over()
+        if link.retire_at > started:
+            pool.idle.append(link)
+            if pool.waiters:
+                pool.serve_waiters()
         else:
-            leases.release(link)
+            pool.put_idle(link)
         answer = op.decode(result)
         if op.statement.writes and random() < SWEEP_CHANCE:  # noqa: S311  # a sample, no secret
             self._sweep(op.statement.table)
@@ -175,7 +175,7 @@ class PoolChannel:
 
     def _settle(
         self,
-        step: Op[Any] | Transaction[Any] | Batch,
+        step: Op[Any] | Transaction[Any] | Pipelined,
         deadline: float,
         outcome: PgkvError | Raced | None = None,
     ) -> Any:
@@ -190,32 +190,32 @@ class PoolChannel:
             if not isinstance(answer, PgkvError | Raced):
                 return answer
             outcome = answer
-        flow = recover(step, outcome, self._config.retry, deadline, self.heal)
+        flow = recover(step, outcome, self._config.retry, deadline, self.create_missing_table)
         # An error's traceback holds this frame: a cycle that would keep the callers' frames.
         del answer, outcome
         return drive(flow, self._attempt, deadline, self._attempt)
 
-    def _attempt(self, step: Op[Any] | Transaction[Any] | Batch, deadline: float | None) -> Any:
+    def _attempt(self, step: Op[Any] | Transaction[Any] | Pipelined, deadline: float | None) -> Any:
         assert deadline is not None
         if isinstance(step, Transaction):
             with self._bound(deadline=deadline) as bound:
                 return bound.run(step.flow())
-        if isinstance(step, Batch):
+        if isinstance(step, Pipelined):
             return self._attempt_batch(step, deadline)
-        link = self._leases.acquire(deadline, step.statement.name)
+        link = self._pool.check_out(deadline, step.statement.name)
         try:
             result = link.execute(step, deadline - monotonic())
         finally:
-            self._leases.settle(link)
+            self._pool.check_in(link)
         return step.decode(result)
 
-    def _attempt_batch(self, batch: Batch, deadline: float) -> list[Any]:
-        link = self._leases.acquire(deadline, batch.name)
+    def _attempt_batch(self, batch: Pipelined, deadline: float) -> list[Any]:
+        link = self._pool.check_out(deadline, batch.name)
         try:
             seconds = deadline - monotonic()
             results = link.execute_all(batch.ops, seconds, sync_each=batch.sync_each)
         finally:
-            self._leases.settle(link)
+            self._pool.check_in(link)
         return [self._collected(*each) for each in outcomes(batch, results)]
 
     # -- flows
@@ -224,7 +224,7 @@ class PoolChannel:
         """Run a flow, each of its operations by itself and within that time."""
         return drive(flow, self.execute, timeout, self._together)
 
-    def _together(self, step: Transaction[Any] | Batch, timeout: float | None) -> Any:
+    def _together(self, step: Transaction[Any] | Pipelined, timeout: float | None) -> Any:
         seconds = self._timeout if timeout is None else timeout
         return self._settle(step, monotonic() + seconds)
 
@@ -246,12 +246,12 @@ class PoolChannel:
             # Inside, a missing table would fail the caller's transaction.
             for table in tuple(self._collectors):
                 if table not in self._known and table.auto_create:
-                    self.heal(table)
+                    self.create_missing_table(table)
         until = monotonic() + self._timeout if deadline is None else deadline
         # Said each time: behind a pooler the connection's own default is the server's.
         level = isolation or IsolationLevel.READ_COMMITTED
-        link = self._leases.acquire(until, "transaction")
-        if isinstance(self._leases, CallerPool):
+        link = self._pool.check_out(until, "transaction")
+        if isinstance(self._pool, CallerPool):
             # Its `reset` may forget our statements, which a transaction would not survive.
             link.prepares = False
         bound = BoundChannel(link, self._timeout, deadline)
@@ -263,9 +263,9 @@ class PoolChannel:
             if bound.is_inherited():
                 disown(link)
             else:
-                self._leases.settle(link)
+                self._pool.check_in(link)
 
-    def heal(self, table: Table) -> None:
+    def create_missing_table(self, table: Table) -> None:
         """Create a table that the server says is missing."""
         self.run(_schema.ensure(table))
         self._known.add(table)
@@ -323,6 +323,6 @@ class PoolChannel:
     def close(self) -> None:
         """Close every connection. What is under way ends first or fails."""
         self._closing.set()
-        self._leases.close()
+        self._pool.close()
         while self._on_close:
             self._on_close.pop()()

@@ -2,7 +2,7 @@
 
 It drives libpq through psycopg's public `pq` objects: prepare once, send, wait with a deadline,
 read the binary result. psycopg's cursors, adapters and per-call bookkeeping would cost more than
-the server does. A `Link` is owned by one caller at a time; pooling, retries and transactions are
+the server does. A `PgConnection` is owned by one caller at a time; pooling, retries and transactions are
 others' business. Every failure leaves as a `PgkvError` that says whether the outcome is known:
 
 * it is, when nothing was sent, or when the first result is an error with an SQLSTATE, also a
@@ -38,7 +38,7 @@ LONGEST_NAP_MS = 1e9  # poll() refuses what does not fit a C int
 HAS_POLL = hasattr(select, "poll")
 
 
-class Link:
+class PgConnection:
     """One connection, and the operations that cross it.
 
     Args:
@@ -57,10 +57,10 @@ class Link:
         "_prepared",
         "_send_prepared",
         "conn",
-        "lease_end",
         "pgconn",
         "poll",
         "prepares",
+        "retire_at",
     )
     takes_lock = False  # psycopg's, of the connection
 
@@ -74,7 +74,7 @@ class Link:
         self.conn = conn
         self.pgconn: PGconn = conn.pgconn
         self.prepares = prepares
-        self.lease_end = math.inf
+        self.retire_at = math.inf
         self._prepared = set() if prepared is None else prepared
         pgconn = self.pgconn
         # One poller for the link's life; bound methods spare a look-up for each of some ten calls.

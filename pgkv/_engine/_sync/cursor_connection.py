@@ -18,7 +18,7 @@ from psycopg import pq
 from ..._ops.op import BINARY, Op, Result, Statement
 from ...errors import PgkvError
 from ..results import OK, PIPELINE_ABORTED, failed, past_deadline, refusal
-from .connection import CANCEL_TIMEOUT, HAS_POLL, IDLE, Link, poller
+from .connection import CANCEL_TIMEOUT, HAS_POLL, IDLE, PgConnection, poller
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from psycopg.pq.abc import PGresult
 
 
-class CursorLink(Link):
+class CursorConnection(PgConnection):
     """The same over an ordinary cursor, where the platform has no ``poll()`` (Windows) or
     psycopg's internals have changed. Slower, the same promises."""
 
@@ -43,7 +43,7 @@ class CursorLink(Link):
         self.conn = conn
         self.pgconn = conn.pgconn
         self.prepares = prepares
-        self.lease_end = math.inf
+        self.retire_at = math.inf
         self.poll = poller(self.pgconn.socket)
         self._resets_autocommit = False
         self._cursor = psycopg.RawCursor(conn)
@@ -169,4 +169,4 @@ def _adapted(params: Sequence[bytes | None], formats: Sequence[int]) -> list[byt
     ]
 
 
-link_class: type[Link] = Link if HAS_POLL else CursorLink
+connection_class: type[PgConnection] = PgConnection if HAS_POLL else CursorConnection

@@ -19,7 +19,8 @@ from time import monotonic
 from typing import Any
 
 import psycopg
-from psycopg_pool import ConnectionPool, PoolClosed, PoolTimeout
+import psycopg_pool
+from psycopg_pool import PoolClosed, PoolTimeout
 
 from ...config import Config, Pooler
 from ...errors import PgkvError, translate
@@ -28,7 +29,7 @@ from ..caller import check_connection
 from ..pooling import (
     CLOSE_TIMEOUT,
     FIRST_NAP,
-    LEASE_TIME,
+    KEEP_TIME,
     OPENING_NAP,
     POOL_NAME,
     OwnConnection,
@@ -38,11 +39,11 @@ from ..pooling import (
     still_opening,
     unreachable,
 )
-from .connection import Link
-from .cursor_connection import link_class
+from .connection import PgConnection
+from .cursor_connection import connection_class
 
 
-class Leases:
+class StorePool:
     """The links of one store.
 
     Args:
@@ -62,21 +63,21 @@ class Leases:
         self._begin()
 
     def _begin(self) -> None:
-        self.idle: deque[Link] = deque()
-        self.waiters: deque[_Waiter] = deque()
+        self.idle: deque[PgConnection] = deque()
+        self.waiters: deque[ThreadInQueue] = deque()
         self._lock = threading.Lock()
         self._size = 0
         self._closed = False
         self._connected = False
         # What is prepared where, across leases: it dies with the connection.
         self._prepared: weakref.WeakKeyDictionary[Any, set[bytes]] = weakref.WeakKeyDictionary()
-        self._pool: ConnectionPool[Any] | None = None
+        self._pool: psycopg_pool.ConnectionPool[Any] | None = None
         # The last failure to connect, with its time; a deque of one is replaced atomically.
         self._failures: deque[tuple[float, psycopg.Error]] = deque(maxlen=1)
 
     # -- taking and giving back
 
-    def acquire(self, deadline: float, action: str) -> Link:
+    def check_out(self, deadline: float, action: str) -> PgConnection:
         """Return a live link, waiting in order while all are busy.
 
         Raises:
@@ -93,14 +94,14 @@ class Leases:
             if waiter is None:
                 return self._open(deadline, action)
             if self.idle:
-                self.hand_over()
+                self.serve_waiters()
             self._await(waiter, min(deadline, patience), patience <= deadline, action)
             if waiter.link is not None:
                 if not waiter.link.is_stale():
                     return waiter.link
                 self.discard(waiter.link)
 
-    def _queue_up(self, action: str) -> _Waiter | None:
+    def _queue_up(self, action: str) -> ThreadInQueue | None:
         """Take a place in the queue; None where there is room for one more link."""
         with self._lock:
             if self._closed:
@@ -108,11 +109,11 @@ class Leases:
             if self._size < self._config.pool_max_size:
                 self._size += 1
                 return None
-            waiter = _Waiter()
+            waiter = ThreadInQueue()
             self.waiters.append(waiter)
             return waiter
 
-    def _pop_live(self) -> Link | None:
+    def _pop_live(self) -> PgConnection | None:
         while True:
             try:
                 link = self.idle.pop()
@@ -122,7 +123,7 @@ class Leases:
                 return link
             self.discard(link)
 
-    def _await(self, waiter: _Waiter, until: float, by_pool: bool, action: str) -> None:
+    def _await(self, waiter: ThreadInQueue, until: float, by_pool: bool, action: str) -> None:
         try:
             given = waiter.given.acquire(timeout=max(0.0, until - monotonic()))
         except BaseException:  # Ctrl-C: what somebody gives must not be lost with us
@@ -132,7 +133,7 @@ class Leases:
         if not given and self._leave_queue(waiter):
             raise busy(self._config, action, by_pool=by_pool)
 
-    def _leave_queue(self, waiter: _Waiter) -> bool:
+    def _leave_queue(self, waiter: ThreadInQueue) -> bool:
         """Stop waiting; False where somebody was quicker and has given."""
         while not waiter.done:
             try:
@@ -144,22 +145,22 @@ class Leases:
                 return True
         return False
 
-    def _pass_on(self, link: Link | None) -> None:
+    def _pass_on(self, link: PgConnection | None) -> None:
         if link is not None:
-            self.settle(link)
+            self.check_in(link)
         else:
             self._wake()
 
-    def release(self, link: Link) -> None:
+    def put_idle(self, link: PgConnection) -> None:
         """Take a link back from an operation."""
-        if link.lease_end < monotonic() or self._closed:
-            self.give_back(link)
+        if link.retire_at < monotonic() or self._closed:
+            self.retire(link)
             return
         self.idle.append(link)
         if self.waiters:
-            self.hand_over()
+            self.serve_waiters()
 
-    def hand_over(self) -> None:
+    def serve_waiters(self) -> None:
         """Give idle links to waiters."""
         if self._closed:
             self._close_idle()
@@ -175,25 +176,25 @@ class Leases:
                 # have released between our two pops, and seen no waiter.
                 self.waiters.appendleft(waiter)
 
-    def settle(self, link: Link) -> None:
+    def check_in(self, link: PgConnection) -> None:
         """Take a link back from an operation that failed: keep it if it still works."""
         if link.is_usable():
-            self.release(link)
+            self.put_idle(link)
         else:
             self.discard(link)
 
-    def discard(self, link: Link) -> None:
+    def discard(self, link: PgConnection) -> None:
         """Close a link and let the pool make another when one is needed."""
         link.conn.close()
         self._return(link)
 
-    def give_back(self, link: Link) -> None:
+    def retire(self, link: PgConnection) -> None:
         """End a lease: the pool decides whether the connection lives on."""
         self._return(link)
         # What lies at the bottom of the stack has not been needed for a while either.
         while self.idle:
             oldest = self.idle[0]
-            if oldest.lease_end >= monotonic():
+            if oldest.retire_at >= monotonic():
                 break
             try:
                 self.idle.remove(oldest)
@@ -201,7 +202,7 @@ class Leases:
                 break
             self._return(oldest)
 
-    def _return(self, link: Link) -> None:
+    def _return(self, link: PgConnection) -> None:
         pool = self._pool
         if pool is None:
             link.conn.close()
@@ -221,15 +222,15 @@ class Leases:
 
     # -- opening
 
-    def _open(self, deadline: float, action: str) -> Link:
+    def _open(self, deadline: float, action: str) -> PgConnection:
         try:
             conn = self._connect(deadline, action)
         except BaseException:
             self._shrink()
             raise
         prepared = self._prepared.setdefault(conn, set())
-        link = link_class(conn, prepares=self._prepares, prepared=prepared)
-        link.lease_end = monotonic() + LEASE_TIME
+        link = connection_class(conn, prepares=self._prepares, prepared=prepared)
+        link.retire_at = monotonic() + KEEP_TIME
         return link
 
     def _connect(self, deadline: float, action: str) -> psycopg.Connection[Any]:
@@ -255,14 +256,14 @@ class Leases:
             except PoolClosed:
                 raise closed(action) from None
             else:
-                if not link_class(conn, prepares=False).is_stale():
+                if not connection_class(conn, prepares=False).is_stale():
                     self._connected = True
                     return conn
                 # Another link's loss makes all suspect, also those that lay in the pool.
                 conn.close()
                 pool.putconn(conn)
 
-    def _psycopg_pool(self) -> tuple[ConnectionPool[Any], bool]:
+    def _psycopg_pool(self) -> tuple[psycopg_pool.ConnectionPool[Any], bool]:
         """The pool, and whether this call opened it."""
         with self._lock:
             if self._closed:
@@ -270,7 +271,7 @@ class Leases:
             opened_now = self._pool is None
             if self._pool is None:
                 config = self._config
-                self._pool = ConnectionPool(
+                self._pool = psycopg_pool.ConnectionPool(
                     self.conninfo(),
                     connection_class=_recording(self._failures),
                     kwargs={"autocommit": True, "prepare_threshold": None},
@@ -290,7 +291,7 @@ class Leases:
         with self._lock:
             self._closed = True
             pool, self._pool = self._pool, None
-            waiters, self.waiters = self.waiters, _Closed()
+            waiters, self.waiters = self.waiters, ClosedQueue()
         self._close_idle()
         if pool is not None:
             pool.close(timeout=CLOSE_TIMEOUT)
@@ -306,19 +307,19 @@ class Leases:
 
 class CallerPool:
     """The caller's own psycopg_pool: one checkout per operation, nothing kept between, never
-    closed or reconfigured. It has the interface of `Leases`, with a stack that stays empty.
+    closed or reconfigured. It has the interface of `StorePool`, with a stack that stays empty.
 
     Args:
         pool: open, and the caller's.
         config: whether statements may be prepared.
     """
 
-    def __init__(self, pool: ConnectionPool[Any], config: Config) -> None:
+    def __init__(self, pool: psycopg_pool.ConnectionPool[Any], config: Config) -> None:
         self._config = config
         self._caller_pool = pool
         self._prepares = config.pooler is Pooler.NONE
-        self.idle: deque[Link] = deque()
-        self.waiters: deque[_Waiter] = deque()
+        self.idle: deque[PgConnection] = deque()
+        self.waiters: deque[ThreadInQueue] = deque()
         # What is prepared where: it dies with the connection.
         self._prepared: weakref.WeakKeyDictionary[Any, set[bytes]] = weakref.WeakKeyDictionary()
 
@@ -326,7 +327,7 @@ class CallerPool:
         """What reaches the same database without the caller's pool."""
         return _conninfo.build(self._config, self._config.dsn)
 
-    def acquire(self, deadline: float, action: str) -> Link:
+    def check_out(self, deadline: float, action: str) -> PgConnection:
         """Check out a live connection."""
         pool = self._caller_pool
         while True:
@@ -336,14 +337,14 @@ class CallerPool:
                 failure = translate(error, action=action)
             else:
                 prepared = self._prepared.setdefault(conn, set())
-                link = link_class(conn, prepares=self._prepares, prepared=prepared)
+                link = connection_class(conn, prepares=self._prepares, prepared=prepared)
                 if not link.is_stale():
                     return self._checked(link, action)
                 self.discard(link)
                 continue
             raise failure from failure.__cause__
 
-    def _checked(self, link: Link, action: str) -> Link:
+    def _checked(self, link: PgConnection, action: str) -> PgConnection:
         try:
             check_connection(link.conn, action)
         except PgkvError:
@@ -351,18 +352,18 @@ class CallerPool:
             raise
         return link
 
-    def settle(self, link: Link) -> None:
+    def check_in(self, link: PgConnection) -> None:
         """Check it in, whatever became of it."""
         self._caller_pool.putconn(link.conn)
 
-    release = settle
+    put_idle = check_in
 
-    def discard(self, link: Link) -> None:
+    def discard(self, link: PgConnection) -> None:
         """Close it and check it in: the pool makes another."""
         link.pgconn.finish()  # close() may mean "give it back" to a caller's pool
         self._caller_pool.putconn(link.conn)
 
-    def hand_over(self) -> None:
+    def serve_waiters(self) -> None:
         """Nobody waits here: the pool has its own queue."""
 
     def after_fork(self) -> None:
@@ -376,32 +377,32 @@ class CallerPool:
 _inherited: list[object] = []
 
 
-def disown(link: Link) -> None:
+def disown(link: PgConnection) -> None:
     """Leave a link to the parent process it was inherited from."""
     _inherited.append(link)
 
 
-class _Waiter:
+class ThreadInQueue:
     """A caller in the queue. Being taken off the queue is what decides who may give to it."""
 
     __slots__ = ("done", "given", "link")
 
     def __init__(self) -> None:
-        self.link: Link | None = None
+        self.link: PgConnection | None = None
         self.done = False
         self.given = threading.Lock()
         self.given.acquire()
 
-    def give(self, link: Link | None) -> None:
+    def give(self, link: PgConnection | None) -> None:
         """Wake the caller with a link, or with None: "look again"."""
         self.link = link
         self.done = True
         self.given.release()
 
 
-class _Closed(deque[_Waiter]):
+class ClosedQueue(deque[ThreadInQueue]):
     """The queue of a closed store. It looks occupied, so that whoever pushes a link comes to
-    `hand_over`, which closes it; the fast path need not ask."""
+    `serve_waiters`, which closes it; the fast path need not ask."""
 
     def __bool__(self) -> bool:
         return True

@@ -1,6 +1,6 @@
 """Operations inside somebody's transaction: the store's own, or one on the caller's connection.
 
-Nothing is retried, healed or collected here: what is done belongs to a transaction, and only who
+Nothing is retried, created or collected here: what is done belongs to a transaction, and only who
 opened it can begin it anew.
 """
 
@@ -18,7 +18,7 @@ from psycopg import pq
 
 from ... import _observe
 from ..._ops.drivers import answer_of, drive
-from ..._ops.op import Batch, Flow, Op, Raced, Transaction
+from ..._ops.op import Flow, Op, Pipelined, Raced, Transaction
 from ..._sql import control
 from ..._sql.sweep import Sweep
 from ...config import Table
@@ -26,8 +26,8 @@ from ...errors import ConflictError, PgkvError, TransactionError
 from ..caller import Reentrant, check_connection
 from ..flows import RefusedError
 from ..results import outcomes
-from .connection import Link
-from .cursor_connection import link_class
+from .connection import PgConnection
+from .cursor_connection import connection_class
 
 if TYPE_CHECKING:
     from psycopg import IsolationLevel
@@ -36,7 +36,7 @@ T = TypeVar("T")
 
 
 class BoundChannel:
-    """Operations inside one open transaction. Nothing is retried, healed or collected.
+    """Operations inside one open transaction. Nothing is retried, created or collected.
 
     Args:
         link: the transaction's connection, nobody else's until `end`.
@@ -44,7 +44,7 @@ class BoundChannel:
         deadline: the monotonic time at which the whole must end; None for no such time.
     """
 
-    def __init__(self, link: Link, timeout: float, deadline: float | None = None) -> None:
+    def __init__(self, link: PgConnection, timeout: float, deadline: float | None = None) -> None:
         self._link = link
         self._timeout = timeout
         self._deadline = deadline
@@ -98,7 +98,7 @@ class BoundChannel:
     def _in_transaction(self) -> bool:
         return self._link.pgconn.transaction_status == pq.TransactionStatus.INTRANS
 
-    def heal(self, table: Table) -> None:
+    def create_missing_table(self, table: Table) -> None:
         """Nothing is created in somebody's transaction."""
 
     def watch(self, sql: Sweep) -> None:
@@ -120,13 +120,13 @@ class BoundChannel:
         """Run a flow inside the transaction, each of its operations within that time."""
         return drive(flow, self.execute, timeout, self._together)
 
-    def _together(self, step: Transaction[Any] | Batch, timeout: float | None) -> Any:
-        if isinstance(step, Batch):
+    def _together(self, step: Transaction[Any] | Pipelined, timeout: float | None) -> Any:
+        if isinstance(step, Pipelined):
             return self._perform_batch(step, timeout)
         with self.transaction() as inner:
             return inner.run(step.flow(), timeout)
 
-    def _perform_batch(self, batch: Batch, timeout: float | None) -> list[Any]:
+    def _perform_batch(self, batch: Pipelined, timeout: float | None) -> list[Any]:
         if batch.sync_each:
             return [self._outcome(op, timeout) for op in batch.ops]
         self._check(batch.name)
@@ -232,7 +232,7 @@ class CallerChannel(BoundChannel):
     """
 
     def __init__(self, conn: psycopg.Connection[Any], timeout: float) -> None:
-        super().__init__(link_class(conn, prepares=False), timeout)
+        super().__init__(connection_class(conn, prepares=False), timeout)
         self._conn = conn
         self._lock = threading.RLock() if self._link.takes_lock else Reentrant(conn.lock)
 

@@ -1,0 +1,43 @@
+"""The DDL of every table: the store's and those of the patterns."""
+
+from __future__ import annotations
+
+from .._engine.schema import companion, create_schema_sql, create_sql
+from ..config import Config, Table, require_config
+from .lock.sql import LOCKS, LOCKS_UNLOGGED, TICKETS
+from .session.sql import SESSIONS
+
+
+def tables(config: Config, *, locks: bool = True, sessions: bool = True) -> list[Table]:
+    """Return the store's table and those of the patterns that are wanted."""
+    found = [config.table]
+    if locks:
+        found += (
+            companion(config, LOCKS),
+            companion(config, LOCKS_UNLOGGED, durable=False),
+            companion(config, TICKETS, durable=False),
+        )
+    if sessions:
+        found.append(companion(config, SESSIONS))
+    return found
+
+
+def schema_sql(config: Config, *, locks: bool = True, sessions: bool = True) -> str:
+    """Return the DDL of everything a store uses, for a migration tool.
+
+    With ``auto_create_table=False`` nothing else is needed. The text is idempotent.
+
+    Args:
+        config: names the table, its schema and its type.
+        locks: also the tables of `Lock`, `Semaphore` and `Leader`: of durable and other grants,
+            and of the tickets of those who wait in order.
+        sessions: also the table of `SessionStore`.
+
+    Raises:
+        ConfigError: `config` is no `Config`.
+    """
+    require_config(config, "schema_sql()")
+    parts = [create_sql(table) for table in tables(config, locks=locks, sessions=sessions)]
+    if config.schema is not None:
+        parts.insert(0, create_schema_sql(config.schema))
+    return "\n\n".join(parts) + "\n"
