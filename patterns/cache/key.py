@@ -1,28 +1,39 @@
 """The key of a cached call: canonical bytes of its bound arguments.
 
 Every value is written with a tag for its type and, where its length varies, its length. So no two
-different argument lists share an encoding, and an equal one has the same in every process: nothing
-here depends on ``hash()``, ``repr()`` or the order of a dict or set. It knows no store.
+different argument lists share an encoding, and equal lists have the same one in every process:
+nothing here depends on ``hash()``, ``repr()`` or the order of a dict or set. Classes and functions
+count by their names, and one name stands for one of them. This module knows no store.
 """
 
 from __future__ import annotations
 
+import functools
+import gc
 import inspect
+import ipaddress
 import math
 import sys
-from collections.abc import Callable
+import weakref
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Iterable
 from dataclasses import fields, is_dataclass
-from datetime import date, datetime, time, timedelta
+from datetime import date, datetime, time, timedelta, timezone
 from decimal import Decimal
-from enum import Enum
+from enum import Enum, Flag
+from fractions import Fraction
 from hashlib import blake2b
-from pathlib import PurePath
+from pathlib import PosixPath, PurePath, PurePosixPath, PureWindowsPath, WindowsPath
 from string import Formatter
 from struct import pack
+from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
 from uuid import UUID
+from zoneinfo import ZoneInfo
 
 import msgspec
+
+from ..._fork import new_lock
 
 DEPTH_MAX = 64  # nested containers; a list that contains itself is refused by it
 
@@ -59,22 +70,71 @@ def _text(value: str) -> bytes:
     return _sized(b"s", value.encode("utf-8", "surrogatepass"))
 
 
+# -- plain values --------------------------------------------------------------------------
+
+# Subclasses come here too, so every conversion is that of the plain type: a subclass may override
+# __str__, __int__ or isoformat().
+
+
+def _int(value: int) -> bytes:
+    return b"i%d;" % int.__index__(value)
+
+
 def _float(value: float) -> bytes:
-    return b"f" + (b"nan....." if math.isnan(value) else pack("!d", value))
+    number = float.__float__(value)
+    return b"f" + pack("!d", math.nan if math.isnan(number) else number)
+
+
+def _complex(value: complex) -> bytes:
+    number = complex.__complex__(value)
+    return b"c" + _float(number.real) + _float(number.imag)
 
 
 def _decimal(value: Decimal) -> bytes:
     # 1.0 and 1.00 are equal but print differently, and a cached function may print.
-    return _sized(b"D", str(value).encode())
+    return _sized(b"D", Decimal.__str__(value).encode())
 
 
 def _moment(value: datetime) -> bytes:
-    zone = "" if value.tzinfo is None else f"|{value.tzinfo!s}"
-    return _sized(b"m", f"{value.isoformat()}|{value.fold}{zone}".encode())
+    text = f"{datetime.isoformat(value)}|{value.fold}"
+    return _sized(b"m", text.encode()) + _zone(value.tzinfo)
+
+
+def _date(value: date) -> bytes:
+    return _sized(b"a", date.isoformat(value).encode())
+
+
+def _time(value: time) -> bytes:
+    # A time has no offset where that depends on the day: its zone is all there is.
+    return _sized(b"h", f"{time.isoformat(value)}|{value.fold}".encode()) + _zone(value.tzinfo)
+
+
+def _zone(zone: Any) -> bytes:
+    kind: Any = type(zone)
+    if zone is None:
+        return b"N"
+    if kind is timezone:
+        return _sized(b"z", str(zone).encode()) + _duration(zone.utcoffset(None))
+    if isinstance(zone, ZoneInfo):
+        if zone.key is None:
+            raise Unencodable("a ZoneInfo without a key has no stable encoding")
+        return _named(b"Y", kind) + _text(zone.key)
+    if kind.__str__ is object.__str__ and kind.__repr__ is object.__repr__:
+        raise Unencodable(f"a time zone of type {_name(kind)} does not say which one it is")
+    return _named(b"Y", kind) + _text(str(zone))
 
 
 def _duration(value: timedelta) -> bytes:
     return b"d%d;%d;%d;" % (value.days, value.seconds, value.microseconds)
+
+
+def _range(value: range) -> bytes:
+    return b"r%d;%d;%d;" % (value.start, value.stop, value.step)
+
+
+def _by_text(value: object) -> bytes:
+    # Of these standard classes the name and the text say all, in every version of Python.
+    return _sized(b"p", type(value).__name__.encode()) + _text(str(value))
 
 
 _EXACT: dict[type, Callable[[Any], bytes]] = {
@@ -82,55 +142,149 @@ _EXACT: dict[type, Callable[[Any], bytes]] = {
     str: _text,
     bool: lambda value: b"T" if value else b"F",
     type(None): lambda _value: b"N",
+    type(...): lambda _value: b"e",
     float: _float,
     bytes: lambda value: _sized(b"b", value),
     bytearray: lambda value: _sized(b"B", bytes(value)),
-    complex: lambda value: b"c" + _float(value.real) + _float(value.imag),
+    complex: _complex,
     Decimal: _decimal,
     UUID: lambda value: b"U" + value.bytes,
     datetime: _moment,
-    date: lambda value: _sized(b"a", value.isoformat().encode()),
-    time: lambda value: _sized(b"h", f"{value.isoformat()}|{value.fold}".encode()),
+    date: _date,
+    time: _time,
     timedelta: _duration,
+    timezone: _zone,
+    ZoneInfo: _zone,
+    range: _range,
+}
+_EXACT |= dict.fromkeys(
+    (
+        PosixPath, PurePosixPath, WindowsPath, PureWindowsPath, Fraction,
+        ipaddress.IPv4Address, ipaddress.IPv4Network, ipaddress.IPv4Interface,
+        ipaddress.IPv6Address, ipaddress.IPv6Network, ipaddress.IPv6Interface,
+    ),
+    _by_text,
+)  # fmt: skip
+
+
+# -- containers, objects, classes ----------------------------------------------------------
+
+
+def _members_of(tag: bytes, parts: Iterable[Any], depth: int, *, ordered: bool) -> bytes:
+    encoded = [encode(each, depth) for each in parts]
+    return _joined(tag, encoded if ordered else sorted(encoded))
+
+
+def _pairs(tag: bytes, pairs: Iterable[tuple[Any, Any]], depth: int, *, ordered: bool) -> bytes:
+    encoded = [encode(key, depth) + encode(item, depth) for key, item in pairs]
+    return _joined(tag, encoded if ordered else sorted(encoded))
+
+
+def _dict(value: dict[Any, Any], depth: int) -> bytes:
+    return _pairs(b"M", dict.items(value), depth, ordered=False)
+
+
+def _defaultdict(value: defaultdict[Any, Any], depth: int) -> bytes:
+    return b"G" + encode(value.default_factory, depth) + _dict(value, depth)
+
+
+def _partial(value: functools.partial[Any], depth: int) -> bytes:
+    parts = (value.func, value.args, value.keywords, value.__dict__)
+    return b"P" + b"".join(encode(each, depth) for each in parts)
+
+
+def _method(value: MethodType, depth: int) -> bytes:
+    return b"W" + encode(value.__self__, depth) + encode(value.__func__, depth)
+
+
+_CONTAINERS: dict[type, Callable[[Any, int], bytes]] = {
+    tuple: lambda value, depth: _members_of(b"t", tuple.__iter__(value), depth, ordered=True),
+    list: lambda value, depth: _members_of(b"l", list.__iter__(value), depth, ordered=True),
+    set: lambda value, depth: _members_of(b"S", set.__iter__(value), depth, ordered=False),
+    frozenset: lambda value, depth: _members_of(
+        b"Z", frozenset.__iter__(value), depth, ordered=False
+    ),
+    # Two of them with another order are not equal, as two dicts are.
+    OrderedDict: lambda value, depth: _pairs(b"Q", OrderedDict.items(value), depth, ordered=True),
+    defaultdict: _defaultdict,
+    dict: _dict,
+    functools.partial: _partial,
+    MethodType: _method,
+}
+
+# What a subclass may be built on; the narrower class first.
+_BASES: dict[type, Callable[[Any, int], bytes]] = {
+    int: lambda value, _depth: _int(value),
+    str: lambda value, _depth: _text(str.__str__(value)),
+    float: lambda value, _depth: _float(value),
+    bytes: lambda value, _depth: _sized(b"b", bytes.__getitem__(value, slice(None))),
+    bytearray: lambda value, _depth: _sized(b"B", bytes(bytearray.__getitem__(value, slice(None)))),
+    complex: lambda value, _depth: _complex(value),
+    Decimal: lambda value, _depth: _decimal(value),
+    Fraction: lambda value, _depth: _int(value.numerator) + _int(value.denominator),
+    UUID: lambda value, _depth: _int(value.int),
+    datetime: lambda value, _depth: _moment(value),
+    date: lambda value, _depth: _date(value),
+    time: lambda value, _depth: _time(value),
+    timedelta: lambda value, _depth: _duration(value),
+    PurePath: lambda value, _depth: _text(PurePath.__str__(value)),
+    ZoneInfo: lambda value, _depth: _zone(value),
+    **_CONTAINERS,
 }
 
 
 def _encode_other(value: Any, depth: int) -> bytes:
     kind = type(value)
-    if kind is tuple or kind is list:
-        tag = b"t" if kind is tuple else b"l"
-        return _joined(tag, [encode(item, depth) for item in value])
-    if kind is dict:
-        pairs = [encode(key, depth) + encode(item, depth) for key, item in value.items()]
-        return _joined(b"M", sorted(pairs))
-    if kind is set or kind is frozenset:
-        tag = b"S" if kind is set else b"Z"
-        return _joined(tag, sorted(encode(item, depth) for item in value))
+    container = _CONTAINERS.get(kind)
+    if container is not None:
+        return container(value, depth)
     own = getattr(kind, "__cache_key__", None)
     if own is not None:
         return _named(b"K", kind) + encode(own(value), depth)
+    if isinstance(value, Flag):
+        return _named(b"E", kind) + _int(value.value)
     if isinstance(value, Enum):
-        return _named(b"E", kind) + _text(value.name or repr(value.value))
-    if isinstance(value, PurePath):
-        return _sized(b"p", type(value).__name__.encode()) + _text(str(value))
+        return _named(b"E", kind) + _text(value.name)
     if isinstance(value, type):
         return _named(b"C", value)
+    if isinstance(value, FunctionType | BuiltinFunctionType):
+        return _function(value)
+    scalar = _numpy_scalar(value)
+    if scalar is not None:
+        return scalar
+    base = next((each for each in _BASES if isinstance(value, each)), None)
     members = _members(value, kind)
     if members is not None:
         parts = [_text(name) + encode(item, depth) for name, item in members]
-        return _named(b"O", kind) + _joined(b"o", parts)
-    return _encode_subclass(value, kind, depth)
+        whole = _named(b"O", kind) + _joined(b"o", parts)
+        return whole if base is None else whole + _BASES[base](value, depth)
+    if base is None:
+        raise Unencodable(f"a {_name(kind)} has no stable encoding")
+    # A subclass of a plain type (a str with extra methods, a named tuple) counts by its class too,
+    # and by what its objects have beside the plain value.
+    whole = _named(b"Y", kind) + _BASES[base](value, depth)
+    return whole + encode(_attributes(value, kind, base), depth)
 
 
-def _encode_subclass(value: Any, kind: type, depth: int) -> bytes:
-    # A subclass of a plain type (a str with extra methods, a named tuple) counts by its class too.
-    if isinstance(value, tuple):
-        return _named(b"Y", kind) + encode(tuple(value), depth)
-    for base in (int, str, float, bytes):
-        if isinstance(value, base):
-            plain: Any = base
-            return _named(b"Y", kind) + _EXACT[base](plain(value))
-    raise Unencodable(f"a {_name(kind)} has no stable encoding")
+def _attributes(value: Any, kind: type, base: type) -> tuple[dict[str, Any], ...]:
+    """What an object has in addition to the plain value of its base class: slots, and attributes."""
+    found: dict[str, Any] = {}
+    for each in kind.__mro__[: kind.__mro__.index(base)]:
+        if not each.__flags__ & _HEAP_TYPE:
+            # A class written in C may keep anything (pandas' Timestamp: nanoseconds).
+            raise Unencodable(f"a {_name(kind)} has no stable encoding: its parts are not visible")
+        slots = each.__dict__.get("__slots__", ())
+        for slot in (slots,) if isinstance(slots, str) else slots:
+            name = slot
+            if slot.startswith("__") and not slot.endswith("__"):
+                name = f"_{each.__name__.lstrip('_')}{slot}"
+            if name not in ("__dict__", "__weakref__") and hasattr(value, name):
+                found[f"{_name(each)}.{name}"] = getattr(value, name)
+    own = getattr(value, "__dict__", None)
+    return (found, own or {}) if found or own else ()
+
+
+_HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: made by a class statement
 
 
 def _members(value: Any, kind: type) -> list[tuple[str, Any]] | None:
@@ -139,10 +293,11 @@ def _members(value: Any, kind: type) -> list[tuple[str, Any]] | None:
         return [(each.name, getattr(value, each.name)) for each in fields(value) if _compares(each)]
     if isinstance(value, msgspec.Struct):
         return [(name, getattr(value, name)) for name in kind.__struct_fields__]  # type: ignore[attr-defined]  # every Struct has it
-    pydantic = sys.modules.get("pydantic")  # whoever holds a model has imported it
+    pydantic = sys.modules.get("pydantic")  # imported by the module of any model
     if pydantic is not None and isinstance(value, pydantic.BaseModel):
         extra = value.__pydantic_extra__ or {}
-        return [(name, getattr(value, name)) for name in kind.model_fields] + sorted(extra.items())  # type: ignore[attr-defined]  # every model has it
+        named = [(name, getattr(value, name)) for name in kind.model_fields]  # type: ignore[attr-defined]  # every model has it
+        return named + sorted(extra.items())
     return None
 
 
@@ -151,15 +306,85 @@ def _compares(each: Any) -> bool:
     return bool(each.compare)
 
 
-def _name(kind: type) -> str:
+def _numpy_scalar(value: Any) -> bytes | None:
+    numpy = sys.modules.get("numpy")
+    if numpy is None or not isinstance(value, numpy.generic):
+        return None
+    kind = value.dtype
+    if isinstance(value, str):
+        return _sized(b"n", b"U") + _text(str.__str__(value))
+    if isinstance(value, bytes):
+        return _sized(b"n", b"S") + _sized(b"b", bytes.__getitem__(value, slice(None)))
+    # Of a longdouble's bytes some are padding; a structure may hold objects.
+    if kind.kind not in "biufcmM" or kind.itemsize > (16 if kind.kind == "c" else 8):
+        raise Unencodable(f"a numpy {kind.name} has no stable encoding")
+    big = kind.newbyteorder(">")
+    return _sized(b"n", big.str.encode()) + _sized(b"b", value.astype(big).tobytes())
+
+
+# -- names of classes and functions --------------------------------------------------------
+
+# A name in a key stands for one class. The second of that name (a class made by a function that was
+# called twice, two named tuples called alike) is refused while the first lives.
+_named_classes: weakref.WeakValueDictionary[bytes, type] = weakref.WeakValueDictionary()
+_class_names: weakref.WeakKeyDictionary[type, bytes] = weakref.WeakKeyDictionary()
+_lock = new_lock(sys.modules[__name__])
+
+
+def _name(kind: Any) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _named(tag: bytes, kind: type) -> bytes:
-    return _sized(tag, _name(kind).encode())
+    name = _class_names.get(kind)
+    return tag + (_claim(kind) if name is None else name)
+
+
+def _claim(kind: type) -> bytes:
+    """Give a class its name, unless another one has it."""
+    name = _full_name(kind)
+    with _lock:
+        if _named_classes.get(name, kind) is not kind and not _is_importable(kind):
+            gc.collect()  # the other one may be garbage
+            if _named_classes.get(name, kind) is not kind:
+                raise Unencodable(
+                    f"another class is called {_name(kind)} too, and values of both would share keys"
+                )
+        _named_classes[name] = kind
+        _class_names[kind] = name
+    return name
+
+
+def _full_name(thing: Any) -> bytes:
+    # What multiprocessing's spawn calls a program's own module, in the children.
+    module = "__main__" if thing.__module__ == "__mp_main__" else thing.__module__
+    return _text(str(module)) + _text(thing.__qualname__)
+
+
+def _is_importable(thing: Any) -> bool:
+    """Whether a class or function is found under its own name."""
+    found: Any = sys.modules.get(thing.__module__ or "")
+    for part in thing.__qualname__.split("."):
+        found = getattr(found, part, None)
+    return found is thing
+
+
+def _function(value: Any) -> bytes:
+    if not _is_importable(value):
+        raise Unencodable(f"the function {value.__qualname__} cannot be imported by its name")
+    return b"L" + _full_name(value)
 
 
 # -- binding -------------------------------------------------------------------------------
+
+
+def signature_of(fn: Callable[..., Any]) -> inspect.Signature:
+    """Return a function's signature, its annotations unresolved."""
+    if sys.version_info >= (3, 14):
+        from annotationlib import Format
+
+        return inspect.signature(fn, annotation_format=Format.FORWARDREF)
+    return inspect.signature(fn)
 
 
 class Binder:
@@ -186,7 +411,7 @@ class Binder:
         key: Callable[..., Any] | None,
         tags: tuple[str, ...],
     ) -> None:
-        self.signature: inspect.Signature = inspect.signature(fn)
+        self.signature: inspect.Signature = signature_of(fn)
         self.name = name
         self._ignore = frozenset(ignore)
         self._key = key
@@ -209,9 +434,12 @@ class Binder:
             ]
         )
         self._plain = self._plain_names()
-        self._defaults = tuple(
-            each.default for each in parameters.values() if each.default is not each.empty
-        )
+        self._default_of = {
+            each.name: each.default
+            for each in parameters.values()
+            if each.default is not each.empty
+        }
+        self._defaults = tuple(self._default_of.values())
         self._labels = {each: _text(each) for each in parameters}
 
     def _check_tags(self, known: set[str]) -> None:
@@ -298,14 +526,17 @@ class Binder:
 
     def _encode(self, name: str, value: Any) -> bytes:
         fast = _EXACT.get(type(value))
-        if fast is not None:
-            return fast(value)
         try:
-            return encode(value)
+            return encode(value) if fast is None else fast(value)
         except Unencodable as why:
             reason = str(why)
         if name == "key=":
-            raise TypeError(f"{self._what}: what key= returned cannot be part of a key: {reason}")
+            raise TypeError(
+                f"{self._what}: what key= returned cannot be part of a key: {reason}. Return plain "
+                "values, such as a tuple of ids"
+            )
+        if name in self._default_of and self._default_of[name] is value:
+            return b"?"  # a sentinel: this parameter was not passed
         raise TypeError(
             f"{self._what}: the parameter {name!r} cannot be part of the key: {reason}. "
             f"Leave it out with ignore=({name!r},), say what counts with key=, or give its class "
