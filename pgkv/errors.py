@@ -1,4 +1,4 @@
-"""Every exception pgkv raises, and the one place where psycopg's errors become ours.
+"""Every exception pgkv raises, and the one place that translates psycopg's errors into them.
 
 ::
 
@@ -8,7 +8,8 @@
     ├── InvalidValueError (ValueError)          a value, ttl or number the store cannot hold
     ├── NotFoundError (KeyError)                the key does not exist
     ├── SerializationError (ValueError)         stored bytes do not fit the wanted type
-    ├── StoreUnavailableError (ConnectionError) no connection, or it was lost; retryable
+    ├── StoreUnavailableError (ConnectionError) no connection, or it was lost; retryable, but for a
+    │   │                                       login that the server refuses
     │   └── PoolTimeoutError (TimeoutError)     every connection was busy for pool_timeout
     ├── OperationTimeoutError (TimeoutError)    operation_timeout passed; outcome unknown
     ├── TableNotFoundError                      the table is missing and may not be created
@@ -29,6 +30,7 @@ name the thing, the cause and the way out; they never hold a value, a password o
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import psycopg
@@ -74,7 +76,7 @@ class PgkvError(Exception):
 
 
 class ConfigError(PgkvError, ValueError):
-    """A setting is wrong, or the server lacks a right that the message tells how to grant."""
+    """A setting is wrong, or the role lacks a right; the message says how to grant it."""
 
 
 class InvalidKeyError(PgkvError, ValueError):
@@ -98,7 +100,8 @@ class SerializationError(PgkvError, ValueError):
 
 
 class StoreUnavailableError(PgkvError, ConnectionError):
-    """The server cannot be reached, was lost, is starting, stopping or read-only."""
+    """The server cannot be reached, was lost, is starting, stopping or read-only; or it refuses the
+    login (wrong role, password or database), and then ``retryable`` is False."""
 
     retryable = True
 
@@ -182,7 +185,7 @@ class SessionConflictError(SessionError):
     """Another request changed the session since it was loaded."""
 
 
-# A traceback then says whence a program imports it, and a pickle does not name this module.
+# A traceback then names the module that programs import, and a pickle does not name this one.
 for _name in __all__:
     globals()[_name].__module__ = "pgkv"
 
@@ -198,6 +201,17 @@ _UNAVAILABLE = {
     "57P05": "the server closed the idle session",
 }
 _MISSING = {"42P01": "the table {}", "3F000": "the schema of {}"}
+# A server that refuses a login says so before there is an SQLSTATE to read: by its own text, or by
+# libpq's, or PgBouncer's. In another language than English it counts as unreachable.
+_LOGIN_REFUSED = re.compile(
+    r"authentication failed|no password supplied|no pg_hba\.conf entry|pg_hba\.conf rejects"
+    r'|(?:role|user|database) ".*" (?:does not exist|is not permitted to log in)'
+    r"|permission denied for database|no such (?:user|database)|password authentication is required"
+)
+# The names of encodings are the words in capitals, in any language of the message.
+_ENCODING = re.compile(r"\b[A-Z][A-Z0-9_]+\b")
+_NO_SCHEMA_SELECTED = ("RangeVarGetCreationNamespace", "RangeVarGetAndCheckCreationNamespace")
+_ROW_SECURITY = ("ExecWithCheckOptions", "check_enable_rls")
 # The server quotes data in the texts of these classes: 22 data exception, 23 integrity
 # constraint, 54 program limit exceeded. Their messages and tracebacks must not leave pgkv.
 _QUOTES_DATA = ("22", "23", "54")
@@ -230,6 +244,13 @@ def translate(
     state = error.sqlstate
     # Class 08 is what a pooler says of a server it lost: like silence, it proves nothing.
     if state is None or state.startswith("08"):
+        if not sent and refuses_login(error):
+            refused_login = StoreUnavailableError(
+                f"{action}: the server refuses the login: {_one_line(error)}; check the user, the "
+                "password and the database of the DSN, and the server's pg_hba.conf"
+            )
+            refused_login.retryable = False
+            return _because(refused_login, error)
         lost = StoreUnavailableError(
             f"{action}: the connection was lost before the answer came; "
             f"it may or may not have taken effect: {_one_line(error)}"
@@ -241,22 +262,41 @@ def translate(
     return _from_sqlstate(error, state, action, table, refused or {})
 
 
+def refuses_login(error: BaseException) -> bool:
+    """Tell whether a connection failed because the server refuses this role, password or database:
+    on every host that was tried. Trying again does not help."""
+    tried = [line for line in str(error).splitlines() if "failed:" in line] or [str(error)]
+    return all(_LOGIN_REFUSED.search(line) for line in tried)
+
+
 def _from_sqlstate(
     error: psycopg.Error, state: str, action: str, table: str, refused: dict[str, str]
 ) -> PgkvError:
     text = _one_line(error)
     found: PgkvError
     if state.startswith(_QUOTES_DATA):
-        found = InvalidValueError(f"{action}: {refused.get(state, f'refused (SQLSTATE {state})')}")
+        why = refused.get(state) or _refused_data(state, text)
+        found = InvalidValueError(f"{action}: {why}")
         found._sqlstate = state
         return found
     if state in _UNAVAILABLE or _during_recovery(error):
         why = _UNAVAILABLE.get(state, "the server is in recovery")
         found = StoreUnavailableError(f"{action}: {why}: {text}")
+    elif state == "3F000" and error.diag.source_function in _NO_SCHEMA_SELECTED:
+        found = ConfigError(
+            f"{action}: the connection's search_path names no schema that exists, so there is none "
+            "for the table: set schema=, or create a schema of the search_path"
+        )
     elif state in _MISSING:
         found = TableNotFoundError(
             f"{action}: {_MISSING[state].format(table)} does not exist; call create_table(), "
             "run the DDL that `pgkv schema` prints, or set auto_create_table=True"
+        )
+    elif state == "42501" and error.diag.source_function in _ROW_SECURITY:
+        found = ConfigError(
+            f"{action}: {text}. Row-level security is not a matter of GRANT: run as the table's "
+            f"owner ALTER TABLE {table or '<table>'} DISABLE ROW LEVEL SECURITY, or add a policy "
+            "that admits every row to the role"
         )
     elif state == "42501":
         found = ConfigError(
@@ -270,7 +310,7 @@ def _from_sqlstate(
             f"{action}: {text} (SQLSTATE {state}); behind a pooler in transaction mode set "
             "pooler=pgkv.Pooler.TRANSACTION"
         )
-        found.retryable = True  # it is prepared anew
+        found.retryable = True  # it is prepared again
     elif state == "57014":
         found = OperationTimeoutError(f"{action}: the server cancelled the statement: {text}")
         found.outcome_unknown = False
@@ -280,6 +320,17 @@ def _from_sqlstate(
         found = QueryError(f"{action}: {text} (SQLSTATE {state})")
     found._sqlstate = state
     return _because(found, error)
+
+
+def _refused_data(state: str, text: str) -> str:
+    if state == "22P05":
+        names = _ENCODING.findall(text)
+        encoding = f"the database's encoding, {names[-1]}," if names else "the database's encoding"
+        return (
+            f"a character of the text cannot be kept: {encoding} does not have it; use a database "
+            "with ENCODING 'UTF8'"
+        )
+    return f"refused (SQLSTATE {state})"
 
 
 def _grant(table: str, action: str) -> str:

@@ -175,7 +175,7 @@ def _made_by_another(error: PgkvError) -> bool:
 
 
 def _explained(error: PgkvError, table: Table) -> PgkvError:
-    if isinstance(error, ConfigError):
+    if isinstance(error, ConfigError) and error._sqlstate == "42501":
         return ConfigError(
             f"the table {table.quoted} is missing and the database role may not create it. "
             f"Run this as a role that may, and set auto_create_table=False:\n{create_sql(table)}"

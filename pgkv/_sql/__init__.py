@@ -14,12 +14,12 @@ keep one text running on PostgreSQL 14 to 18, managed PostgreSQL and Citus:
 * Several rows are locked in key order before they are changed, or two batches deadlock.
 """
 
-from .batch import Batch
+from .batch import BatchStatements
 from .point import Point
 from .scan import Scan
 
 __all__ = ["Statements"]
 
 
-class Statements(Point, Batch, Scan):
+class Statements(Point, BatchStatements, Scan):
     """All statements of one key-value table, for keys under one prefix."""

@@ -39,7 +39,7 @@ CHUNK_BYTES = 8 * 1024 * 1024
 IN_LIST_MAX = 8
 
 
-class Batch(TableStatements):
+class BatchStatements(TableStatements):
     """Reads and writes of many keys."""
 
     def distinct(self, keys: Iterable[str]) -> list[bytes]:

@@ -217,3 +217,64 @@ def test_lookups_of_psycopg() -> None:
     )
     assert isinstance(translate(pg.UndefinedTable("x"), action="a"), pgkv.TableNotFoundError)
     assert isinstance(translate(pg.DeadlockDetected("x"), action="a"), pgkv.QueryError)
+
+
+LOGINS = [
+    'FATAL:  password authentication failed for user "a"',
+    'FATAL:  role "a" does not exist',
+    'FATAL:  role "a" is not permitted to log in',
+    'FATAL:  database "a" does not exist',
+    'FATAL:  no pg_hba.conf entry for host "10.0.0.1", user "a", database "b", no encryption',
+    'FATAL:  permission denied for database "a"',
+    "fe_sendauth: no password supplied",
+    'FATAL:  SCRAM authentication failed for user "a"',
+    "FATAL:  no such user: a",
+]
+
+
+@pytest.mark.parametrize("text", LOGINS)
+def test_a_refused_login_is_not_retried(text: str) -> None:
+    """A wrong password, role or database does not become right by waiting."""
+    cause = psycopg.OperationalError(
+        f'connection failed: connection to server at "h", port 5432 failed: {text}'
+    )
+    error = translate(cause, action="get")
+    assert isinstance(error, pgkv.StoreUnavailableError)
+    assert not error.retryable
+    assert "refuses the login" in str(error)
+    assert text.removeprefix("FATAL:  ") in str(error)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "connection refused",
+        "FATAL:  the database system is starting up",
+        'FATAL:  too many connections for role "a"',
+        f"host: 'a': connection failed: {LOGINS[0]}\n- host: 'b': connection failed: refused",
+    ],
+)
+def test_an_outage_is_retried(text: str) -> None:
+    """A server that starts, is full or cannot be reached may answer later; so may one of several."""
+    cause = psycopg.OperationalError(f"connection failed: {text}")
+    error = translate(cause, action="get")
+    assert error.retryable
+    assert "refuses the login" not in str(error)
+
+
+def test_a_missing_schema_and_a_search_path_without_one() -> None:
+    """3F000 names the schema that is missing, or says that the search_path has none."""
+    missing = Refused("3F000", source_function="get_namespace_oid", message_primary="x")
+    assert "the schema of" in str(translate(missing, action="create_table", table='"s"."t"'))
+    none = Refused("3F000", source_function="RangeVarGetCreationNamespace", message_primary="x")
+    error = translate(none, action="create_table")
+    assert isinstance(error, pgkv.ConfigError)
+    assert "search_path" in str(error)
+
+
+def test_an_encoding_is_named_in_any_language() -> None:
+    """What a database's encoding cannot hold: the encoding, and no byte of the data."""
+    text = "Zeichen mit Byte-Folge 0xe2 0x98 in Kodierung »UTF8« hat keine Entsprechung in »LATIN1«"
+    error = translate(Refused("22P05", message_primary=text), action="set")
+    assert "LATIN1" in str(error)
+    assert "0xe2" not in str(error)
