@@ -1,71 +1,81 @@
-"""pgkv: a key-value store on PostgreSQL, and what distributed programs build on one."""
+"""pgkv: a key-value store on PostgreSQL, and what distributed programs build on one.
 
-from ._observe import on_operation
-from .aio import AsyncStore
-from .config import Config, Pooler, RetryPolicy, TableType, TtlCleanupStrategy
-from .errors import (
-    ConfigError,
-    ConflictError,
-    InvalidKeyError,
-    InvalidValueError,
-    LeaseLostError,
-    LockError,
-    LockTimeoutError,
-    NotFoundError,
-    OperationTimeoutError,
-    PgkvError,
-    PoolTimeoutError,
-    QueryError,
-    RateLimitedError,
-    SerializationError,
-    SessionConflictError,
-    SessionError,
-    SessionGoneError,
-    StoreUnavailableError,
-    TableNotFoundError,
-    TransactionError,
-)
-from .patterns.cache.decorator import (
-    L1,
-    AsyncCachedFunction,
-    CachedFunction,
-    CachedValue,
-    CacheInfo,
-    SignedPickle,
-    cached,
-    cached_functions,
-    invalidate_tag,
-)
-from .patterns.defaults import configure
-from .patterns.lock.api import (
-    AsyncLease,
-    AsyncLock,
-    AsyncSemaphore,
-    Lease,
-    Lock,
-    LockInfo,
-    Semaphore,
-)
-from .patterns.lock.leader import AsyncLeader, Leader
-from .patterns.lock.locked import fence_sql, locked
-from .patterns.rate_limit.api import (
-    AsyncRateLimiter,
-    AsyncReservation,
-    Decision,
-    LimiterCounts,
-    Rate,
-    RateLimiter,
-    Reservation,
-)
-from .patterns.schema import schema_sql
-from .patterns.session.api import AsyncSessionStore, Session, SessionInfo, SessionStore
-from .patterns.web.asgi import RateLimitMiddleware, SessionMiddleware, load_session
-from .patterns.web.client_ip import client_ip
-from .patterns.web.wsgi import WSGIRateLimitMiddleware, WSGISessionMiddleware
-from .pipeline import AsyncPipeline, Handle, Pipeline
-from .store import Store
-from .typed import AsyncTypedStore, TypedCasResult, TypedStore
-from .types import CasResult, CasStatus, Entry, KeyValue, ScanOptions, Stats
+Each name is loaded, with its module, when it is first used: a program that needs a `Store` does not
+pay for what it does not use.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ._observe import on_operation
+    from .aio import AsyncStore
+    from .config import Config, Pooler, RetryPolicy, TableType, TtlCleanupStrategy
+    from .errors import (
+        ConfigError,
+        ConflictError,
+        InvalidKeyError,
+        InvalidValueError,
+        LeaseLostError,
+        LockError,
+        LockTimeoutError,
+        NotFoundError,
+        OperationTimeoutError,
+        PgkvError,
+        PoolTimeoutError,
+        QueryError,
+        RateLimitedError,
+        SerializationError,
+        SessionConflictError,
+        SessionError,
+        SessionGoneError,
+        StoreUnavailableError,
+        TableNotFoundError,
+        TransactionError,
+    )
+    from .patterns.cache.decorator import (
+        L1,
+        AsyncCachedFunction,
+        CachedFunction,
+        CachedValue,
+        CacheInfo,
+        SignedPickle,
+        cached,
+        cached_functions,
+        invalidate_tag,
+    )
+    from .patterns.defaults import configure
+    from .patterns.lock.api import (
+        AsyncLease,
+        AsyncLock,
+        AsyncSemaphore,
+        Lease,
+        Lock,
+        LockInfo,
+        Semaphore,
+    )
+    from .patterns.lock.leader import AsyncLeader, Leader
+    from .patterns.lock.locked import fence_sql, locked
+    from .patterns.rate_limit.api import (
+        AsyncRateLimiter,
+        AsyncReservation,
+        Decision,
+        LimiterCounts,
+        Rate,
+        RateLimiter,
+        Reservation,
+    )
+    from .patterns.schema import schema_sql
+    from .patterns.session.api import AsyncSessionStore, Session, SessionInfo, SessionStore
+    from .patterns.web.asgi import RateLimitMiddleware, SessionMiddleware, load_session
+    from .patterns.web.client_ip import client_ip
+    from .patterns.web.wsgi import WSGIRateLimitMiddleware, WSGISessionMiddleware
+    from .pipeline import AsyncPipeline, Handle, Pipeline
+    from .store import Store
+    from .typed import AsyncTypedStore, TypedCasResult, TypedStore
+    from .types import CasResult, CasStatus, Entry, KeyValue, ScanOptions, Stats
 
 __all__ = [  # noqa: RUF022  # plain order: ruff would put L1 before the classes
     "AsyncCachedFunction",
@@ -148,3 +158,51 @@ __all__ = [  # noqa: RUF022  # plain order: ruff would put L1 before the classes
     "on_operation",
     "schema_sql",
 ]
+
+# The modules of the names above, as type checkers read them from the imports.
+_NAMES_OF = {
+    "._observe": "on_operation",
+    ".aio": "AsyncStore",
+    ".config": "Config Pooler RetryPolicy TableType TtlCleanupStrategy",
+    ".errors": "ConfigError ConflictError InvalidKeyError InvalidValueError LeaseLostError LockError LockTimeoutError NotFoundError OperationTimeoutError PgkvError PoolTimeoutError QueryError RateLimitedError SerializationError SessionConflictError SessionError SessionGoneError StoreUnavailableError TableNotFoundError TransactionError",
+    ".patterns.cache.decorator": "L1 AsyncCachedFunction CachedFunction CachedValue CacheInfo SignedPickle cached cached_functions invalidate_tag",
+    ".patterns.defaults": "configure",
+    ".patterns.lock.api": "AsyncLease AsyncLock AsyncSemaphore Lease Lock LockInfo Semaphore",
+    ".patterns.lock.leader": "AsyncLeader Leader",
+    ".patterns.lock.locked": "fence_sql locked",
+    ".patterns.rate_limit.api": "AsyncRateLimiter AsyncReservation Decision LimiterCounts Rate RateLimiter Reservation",
+    ".patterns.schema": "schema_sql",
+    ".patterns.session.api": "AsyncSessionStore Session SessionInfo SessionStore",
+    ".patterns.web.asgi": "RateLimitMiddleware SessionMiddleware load_session",
+    ".patterns.web.client_ip": "client_ip",
+    ".patterns.web.wsgi": "WSGIRateLimitMiddleware WSGISessionMiddleware",
+    ".pipeline": "AsyncPipeline Handle Pipeline",
+    ".store": "Store",
+    ".typed": "AsyncTypedStore TypedCasResult TypedStore",
+    ".types": "CasResult CasStatus Entry KeyValue ScanOptions Stats",
+}
+_MODULE_OF = {name: module for module, names in _NAMES_OF.items() for name in names.split()}
+_MODULES = (
+    "aio",
+    "config",
+    "embedded",
+    "errors",
+    "patterns",
+    "pipeline",
+    "store",
+    "typed",
+    "types",
+)
+
+if not TYPE_CHECKING:  # or checkers would take any name for one of pgkv's
+
+    def __getattr__(name: str) -> Any:
+        if name in _MODULES:
+            return import_module(f".{name}", __name__)
+        if name not in _MODULE_OF:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        found = globals()[name] = getattr(import_module(_MODULE_OF[name], __name__), name)
+        return found
+
+    def __dir__() -> list[str]:
+        return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})

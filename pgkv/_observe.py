@@ -11,18 +11,16 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import sys
 from collections.abc import Callable, Iterator
 from time import monotonic
 from typing import Any, TypeAlias
-
-import structlog
 
 from .errors import ConfigError
 
 OperationHook: TypeAlias = Callable[[str, float, str, int], object]
 
 _standard = logging.getLogger("pgkv")
-_structured = structlog.get_logger("pgkv")
 
 # Read once per operation: empty, it costs one truth test.
 hooks: list[OperationHook] = []
@@ -93,8 +91,10 @@ def warning(event: str, **context: object) -> None:
 
 
 def _log(level: int, event: str, context: dict[str, object]) -> None:
-    if structlog.is_configured():
-        _structured.log(level, event, **context)
+    # Not imported here: that costs as much as psycopg, and who configured it has imported it.
+    structlog = sys.modules.get("structlog")
+    if structlog is not None and structlog.is_configured():
+        structlog.get_logger("pgkv").log(level, event, **context)
     elif _standard.isEnabledFor(level):
         pairs = " ".join(f"{name}={value}" for name, value in context.items())
         _standard.log(level, "%s %s", event, pairs, extra={"pgkv": context})
