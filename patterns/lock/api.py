@@ -14,11 +14,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-import weakref
 from collections.abc import Awaitable, Callable, Hashable
-from functools import lru_cache
+from functools import lru_cache, partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self, TypeAlias, TypeVar, cast
 
 import psycopg
 
@@ -32,7 +31,7 @@ from ..._ops.codec import integer, seconds, waiting
 from ..._settings import refuse_pickle
 from ...aio import AsyncStore
 from ...config import Config, require_int
-from ...errors import ConfigError, InvalidValueError, LockTimeoutError
+from ...errors import ConfigError, InvalidValueError, LockTimeoutError, PgkvError
 from ...store import Store
 from .._runtime.colour import require, require_callback
 from . import flows
@@ -49,9 +48,12 @@ from .runtime import TaskPort, ThreadPort
 from .sql import LOCKS, LOCKS_UNLOGGED, TICKETS, LockStatements, SemaphoreStatements, slot_keys
 
 if TYPE_CHECKING:
+    from ..._ops.op import Flow
     from ...config import Seconds, Table
 
+L = TypeVar("L", bound=LeaseState)
 S = TypeVar("S", bound=LockStatements)
+T = TypeVar("T")
 Wakeup: TypeAlias = Literal["poll", "notify"]
 SLOTS_MAX = 10_000
 
@@ -121,11 +123,11 @@ class Lease(LeaseState):
         flows.check_guarded(inner)
         hold = None if max_hold is None else seconds(max_hold, "max_hold")
         theirs = CallerChannel(inner, self._runtime.timeout).execute
-        self._runtime.channel.run(flows.guard(self._runtime, self, theirs, hold))
+        self._runtime.channel.run(flows.guard(self, theirs, hold))
 
     def release(self) -> bool:
         """Free the lock; True if it was still held. After a failure it may be called again."""
-        return cast("bool", self._runtime.channel.run(flows.release(self._runtime, self)))
+        return self._to_the_end(partial(flows.release, self._runtime, self))
 
     def __enter__(self) -> Self:
         return self
@@ -141,7 +143,17 @@ class Lease(LeaseState):
         Raises:
             LeaseLostError: it was lost before the block ended, which raised nothing itself.
         """
-        self._runtime.channel.run(flows.leave(self._runtime, self, failed=error is not None))
+        self._to_the_end(partial(flows.leave, self._runtime, self, failed=error is not None))
+
+    def _to_the_end(self, end: Callable[[], Flow[T]]) -> T:
+        try:
+            return cast("T", self._runtime.channel.run(end()))
+        except Exception:
+            raise
+        except BaseException:  # an interrupt, or a time limit: ending it again does no harm
+            with contextlib.suppress(PgkvError):
+                self._runtime.clean_up(end, flows.CLEAN_UP_TIME)
+            raise
 
     def _signal(self) -> None:
         if (fn := self._options.on_lost) is None:
@@ -190,11 +202,11 @@ class AsyncLease(LeaseState):
         flows.check_guarded(inner)
         hold = None if max_hold is None else seconds(max_hold, "max_hold")
         theirs = AsyncCallerChannel(inner, self._runtime.timeout).execute
-        await self._runtime.channel.run(flows.guard(self._runtime, self, theirs, hold))
+        await self._runtime.channel.run(flows.guard(self, theirs, hold))
 
     async def release(self) -> bool:
-        """As `Lease.release`."""
-        return cast("bool", await self._runtime.channel.run(flows.release(self._runtime, self)))
+        """As `Lease.release`. A cancellation does not cut it short."""
+        return await self._to_the_end(partial(flows.release, self._runtime, self))
 
     async def __aenter__(self) -> Self:
         self._body = asyncio.current_task()
@@ -207,23 +219,35 @@ class AsyncLease(LeaseState):
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        """Release it, also when cancelled. Raises as of `Lease`."""
         body, self._body = self._body, None
-        ours = self._cancelled and body is not None and body.uncancel() <= self._cancelling
-        if ours and kind is not None and issubclass(kind, asyncio.CancelledError):
-            # The cancellation was ours: say what it meant.
-            with contextlib.suppress(Exception):
-                await self._leave(failed=True)
-            raise self._lost_error() from error
-        await self._leave(failed=error is not None, cancelled=ours and error is None)
+        ours = (
+            self._cancelled
+            and body is not None
+            and body is _current_task()
+            and body.uncancel() <= self._cancelling
+        )
+        leave = partial(flows.leave, self._runtime, self, failed=error is not None)
+        if kind is None or not issubclass(kind, asyncio.CancelledError):
+            # A body that ended before our cancellation reached it is cancelled here.
+            await self._to_the_end(leave, swallow=ours and error is None)
+            return
+        with contextlib.suppress(Exception):
+            await self._runtime.clean_up(leave, flows.CLEAN_UP_TIME)
+        if ours:
+            raise self._lost_error() from error  # what the cancellation meant
 
-    async def _leave(self, *, failed: bool, cancelled: bool = False) -> None:
+    async def _to_the_end(self, end: Callable[[], Flow[T]], *, swallow: bool = False) -> T:
         try:
-            await self._runtime.channel.run(flows.leave(self._runtime, self, failed=failed))
+            return cast("T", await self._runtime.channel.run(end()))
         except asyncio.CancelledError:
-            if not cancelled:
-                raise
-            # The body ended before our cancellation reached it: it reached the release instead.
-            await self._runtime.channel.run(flows.leave(self._runtime, self, failed=failed))
+            # The statement may not have been sent, or not be answered; ending it again is safe.
+            again = self._runtime.clean_up(end, flows.CLEAN_UP_TIME)
+            if swallow:
+                return cast("T", await again)
+            with contextlib.suppress(Exception):
+                await again
+            raise
 
     def _signal(self) -> None:
         body = self._body
@@ -339,11 +363,11 @@ def make_options(
     )
 
 
-def granted(lease: Lease | AsyncLease | None, options: LockOptions, timeout: float | None) -> Any:
+def granted(lease: L | None, options: LockOptions, timeout: float | None) -> L:
     """Return the lease that acquire() waited for.
 
     A function of its own: an error met on the way keeps the frames it passed through until the
-    collector comes, and a lease that they held would not be noticed as abandoned.
+    collector comes, and a lease that they hold would not be noticed as abandoned.
 
     Raises:
         LockTimeoutError: there is none.
@@ -353,13 +377,13 @@ def granted(lease: Lease | AsyncLease | None, options: LockOptions, timeout: flo
     what = "lock" if options.slots is None else f"semaphore of {options.slots}"
     waited = "at once" if not timeout else f"within {timeout:g} s"
     raise LockTimeoutError(
-        f"the {what} {options.name!r} was not granted {waited}: it is held; holder() and `pgkv locks` "
-        "show by whom"
+        f"the {what} {options.name!r} was not granted {waited}: it is held; holder() and `pgkv "
+        "locks` show by whom"
     )
 
 
 class Acquirer:
-    """What Lock and Semaphore share, for threads."""
+    """What Lock and Semaphore share."""
 
     _options: LockOptions
     _runtime: ThreadPort[Lease]
@@ -367,7 +391,6 @@ class Acquirer:
     def _begin(self, store: Store, options: LockOptions) -> None:
         self._options = options
         self._runtime = ThreadPort(store, Lease)
-        self._entered = threading.local()
 
     @property
     def name(self) -> str:
@@ -377,9 +400,9 @@ class Acquirer:
     def acquire(self, timeout: Seconds | None = None) -> Lease:
         """Wait until it is granted.
 
-        Each call is a grant of its own: the holder's second one waits as a stranger's would. Polls
+        Each call is a grant of its own: the holder's second one waits like any other. Polls
         grow from 5 ms to half a second, are jittered, and never outlast the holder's lease; a
-        denied one writes nothing on the server.
+        denied one writes nothing on the server. An interrupted call leaves nothing behind.
 
         Args:
             timeout: seconds; None waits without end, 0 tries once.
@@ -388,36 +411,36 @@ class Acquirer:
             The `Lease`: enter it with ``with``, or release it.
 
         Raises:
-            LockTimeoutError: somebody else held it all that time.
+            LockTimeoutError: it was held by others all that time.
             InvalidValueError: `timeout` is no duration.
+            PoolTimeoutError: all connections of the store were in use all that time.
             StoreUnavailableError: the server does not answer. Nothing is left behind that outlives
                 the ttl.
         """
         longest = waiting(timeout)
-        flow = flows.acquire(self._runtime, self._options, longest)
-        return cast("Lease", granted(self._runtime.channel.run(flow), self._options, longest))
+        return granted(self._acquire(longest), self._options, longest)
 
     def try_acquire(self) -> Lease | None:
-        """Try once; None where somebody else holds it. It waits for nobody, not even for a
-        `Lease.guard`."""
-        return cast(
-            "Lease | None",
-            self._runtime.channel.run(flows.acquire(self._runtime, self._options, 0.0)),
-        )
+        """Try once; None if it is held. It never waits for the lock, not even for a
+        `Lease.guard`, and at most a second for a connection of the store's."""
+        return self._acquire(0.0)
 
-    def __enter__(self) -> Lease:
-        lease = self.acquire()
-        stack: list[Lease] = self._entered.__dict__.setdefault("stack", [])
-        stack.append(lease)
-        return lease
+    def _acquire(self, timeout: float | None) -> Lease | None:
+        runtime = self._runtime
+        acquisition = flows.Acquisition(runtime, self._options, timeout)
+        try:
+            return cast("Lease | None", runtime.channel.run(acquisition.flow()))
+        except BaseException:
+            runtime.clean_up(acquisition.take_back, flows.CLEAN_UP_TIME)
+            raise
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._entered.stack.pop().__exit__(kind, error, traceback)
+    if not TYPE_CHECKING:  # a type checker knows that it cannot be entered
+
+        def __enter__(self) -> NoReturn:
+            raise TypeError(_enter_a_lease(self._options, "with"))
+
+        def __exit__(self, *_: object) -> None:
+            pass  # `with` looks for it before it calls __enter__
 
     @shown
     def __repr__(self) -> str:
@@ -435,9 +458,6 @@ class AsyncAcquirer:
     def _begin(self, store: AsyncStore, options: LockOptions) -> None:
         self._options = options
         self._runtime = TaskPort(store, AsyncLease)
-        self._entered: weakref.WeakKeyDictionary[asyncio.Task[Any], list[AsyncLease]] = (
-            weakref.WeakKeyDictionary()
-        )
 
     @property
     def name(self) -> str:
@@ -445,45 +465,52 @@ class AsyncAcquirer:
         return self._options.name
 
     def acquire(self, timeout: Seconds | None = None) -> AsyncGrant:
-        """As `Lock.acquire`; the result is awaited, or entered with ``async with``. Cancelling it
-        is safe at any point."""
+        """As `Lock.acquire`; the result is awaited, or entered with ``async with``. A cancelled
+        call leaves nothing behind."""
         longest = waiting(timeout)
 
         async def acquired() -> AsyncLease:
-            flow = flows.acquire(self._runtime, self._options, longest)
-            return cast(
-                "AsyncLease", granted(await self._runtime.channel.run(flow), self._options, longest)
-            )
+            return granted(await self._acquire(longest), self._options, longest)
 
         return AsyncGrant(acquired, self.name)
 
     async def try_acquire(self) -> AsyncLease | None:
         """As `Lock.try_acquire`."""
-        flow = flows.acquire(self._runtime, self._options, 0.0)
-        return cast("AsyncLease | None", await self._runtime.channel.run(flow))
+        return await self._acquire(0.0)
 
-    async def __aenter__(self) -> AsyncLease:
-        lease = await self.acquire()
-        task = asyncio.current_task()
-        assert task is not None
-        self._entered.setdefault(task, []).append(lease)
-        return await lease.__aenter__()
+    async def _acquire(self, timeout: float | None) -> AsyncLease | None:
+        runtime = self._runtime
+        acquisition = flows.Acquisition(runtime, self._options, timeout)
+        try:
+            return cast("AsyncLease | None", await runtime.channel.run(acquisition.flow()))
+        except GeneratorExit:  # nothing can be awaited any more
+            raise
+        except BaseException:
+            with contextlib.suppress(TimeoutError):
+                await runtime.clean_up(acquisition.take_back, flows.CLEAN_UP_TIME)
+            raise
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        await self._entered[task].pop().__aexit__(kind, error, traceback)
+    if not TYPE_CHECKING:  # as of Acquirer
+
+        async def __aenter__(self) -> NoReturn:
+            raise TypeError(_enter_a_lease(self._options, "async with"))
+
+        async def __aexit__(self, *_: object) -> None:
+            pass
 
     @shown
     def __repr__(self) -> str:
         return self._options.facts()
 
     __reduce__ = refuse_pickle
+
+
+def _enter_a_lease(options: LockOptions, how: str) -> str:
+    kind = "lock" if options.slots is None else "semaphore"
+    return (
+        f"write `{how} {kind}.acquire() as lease:`; the {kind} {options.name!r} itself cannot be "
+        "entered: many threads and tasks may hold leases of it, and only the lease knows which"
+    )
 
 
 class Lock(Acquirer):
@@ -547,9 +574,7 @@ class Lock(Acquirer):
 
     def holder(self) -> LockInfo | None:
         """Return who holds it, or None."""
-        return cast(
-            "LockInfo | None", self._runtime.channel.run(flows.holder(self._runtime, self._options))
-        )
+        return cast("LockInfo | None", self._runtime.channel.run(flows.holder(self._options)))
 
     def force_release(self, token: int) -> bool:
         """Free the name at once, whoever holds it by that token; True if somebody did.
@@ -566,9 +591,7 @@ class Lock(Acquirer):
         """
         return cast(
             "bool",
-            self._runtime.channel.run(
-                flows.force_release(self._runtime, self._options, _token(token))
-            ),
+            self._runtime.channel.run(flows.force_release(self._options, _token(token))),
         )
 
     def revoke(self, token: int) -> bool:
@@ -584,7 +607,7 @@ class Lock(Acquirer):
         """
         return cast(
             "bool",
-            self._runtime.channel.run(flows.revoke(self._runtime, self._options, _token(token))),
+            self._runtime.channel.run(flows.revoke(self._options, _token(token))),
         )
 
 
@@ -624,17 +647,17 @@ class AsyncLock(AsyncAcquirer):
         """As `Lock.holder`."""
         return cast(
             "LockInfo | None",
-            await self._runtime.channel.run(flows.holder(self._runtime, self._options)),
+            await self._runtime.channel.run(flows.holder(self._options)),
         )
 
     async def force_release(self, token: int) -> bool:
         """As `Lock.force_release`."""
-        flow = flows.force_release(self._runtime, self._options, _token(token))
+        flow = flows.force_release(self._options, _token(token))
         return cast("bool", await self._runtime.channel.run(flow))
 
     async def revoke(self, token: int) -> bool:
         """As `Lock.revoke`."""
-        flow = flows.revoke(self._runtime, self._options, _token(token))
+        flow = flows.revoke(self._options, _token(token))
         return cast("bool", await self._runtime.channel.run(flow))
 
 

@@ -1,16 +1,17 @@
-"""The algorithms of locks, each written once for both colours: acquire, extend, release, guard.
+"""The algorithms of locks, each written once for sync and async: acquire, extend, release, guard.
 
-They are flows: what differs between threads and asyncio (how to wait, how to perform an operation
-within a time) is behind a `Runtime`. Statements are in `sql`, the state of a
-lease in `lease`.
+What differs between threads and asyncio (how to wait, how to make a lease) is behind a `Runtime`.
+The statements are in `sql`, the state of a lease in `lease`.
 
 The protocol is a compare-and-swap with a lease, fenced by the token (Kleppmann, "How to do
-distributed locking"); the retry by nonce answers Jepsen's question what an acquire did whose reply
-was lost.
+distributed locking"). The retry by nonce answers Jepsen's question what an acquire did whose reply
+was lost, and the mark that `Acquisition.take_back` leaves ends one that nobody waits for any more.
 """
 
 from __future__ import annotations
 
+import os
+import weakref
 from collections.abc import Awaitable, Callable
 from random import uniform
 from typing import Any, Generic, Protocol, TypeVar
@@ -19,9 +20,15 @@ import psycopg
 from psycopg import pq
 
 from ... import _observe
-from ..._ops.op import Flow, Op, call, pause
+from ..._ops.op import Flow, Op, call, do, pause
 from ...config import Table
-from ...errors import ConfigError, ConflictError, PgkvError, TableNotFoundError, TransactionError
+from ...errors import (
+    ConfigError,
+    ConflictError,
+    PgkvError,
+    TableNotFoundError,
+    TransactionError,
+)
 from .lease import (
     MARGIN_MIN,
     REASON_OF,
@@ -30,7 +37,7 @@ from .lease import (
     clock,
     info_of,
     margin_of,
-    new_owner,
+    new_asking,
     retry_pause,
 )
 from .sql import (
@@ -45,29 +52,34 @@ from .sql import (
 )
 
 POLL_FIRST, POLL_GROWTH, POLL_MAX = 0.005, 1.6, 0.5  # seconds; jittered down by half
-HEARD_FIRST, HEARD_MAX = 0.5, 5.0  # the same where a release is notified
-IN_TURN_MAX = 0.5  # seconds between the looks of a waiter in a queue
+NOTIFIED_FIRST, NOTIFIED_MAX = 0.5, 5.0  # the same where a release is notified
+# Seconds between the looks of the head of a queue, from its last move on. A waiter behind it
+# sleeps longer by its place, at most POLL_MAX.
+HEAD_FIRST, HEAD_GROWTH, HEAD_MAX = 0.01, 1.25, 0.1
 TICKET_TTL = 2.0  # seconds that a dead waiter can stall its queue
-CLEAN_UP_TIME = 1.0  # seconds for taking back what a failed acquire may have left
+CLEAN_UP_TIME = 1.0  # seconds for each statement that takes back what a failed acquire has left
 BEYOND_EXPIRY = 0.02  # seconds, at most, after a lease's end at which waiters look
 LATE_MAX = 3  # grants in a row that came too late to be of use
+BUSY_TIME = 1.0  # seconds that one try waits for a connection while all are in use
+ANSWER_TIME = 1.0  # seconds that a statement is given at least, to connect and be answered
+ROUND_TRIP = 0.05  # the same while all connections are in use
 
-H = TypeVar("H", bound=LeaseState)
-H_co = TypeVar("H_co", bound=LeaseState, covariant=True)
+L = TypeVar("L", bound=LeaseState)
+L_co = TypeVar("L_co", bound=LeaseState, covariant=True)
 T = TypeVar("T")
 
 
-class Waiter(Protocol):
+class Wakeable(Protocol):
     """One local caller who waits for a name to become free."""
 
     @property
     def hears(self) -> bool:
-        """Whether a release would be heard of just now."""
+        """Whether a notification of a release would arrive now."""
         ...
 
 
-class Runtime(Protocol[H_co]):
-    """What the flows need of a colour. What may return an awaitable does so in the async one."""
+class Runtime(Protocol[L_co]):
+    """What the flows need of threads or asyncio. What may return an awaitable does so in asyncio."""
 
     @property
     def timeout(self) -> float:
@@ -78,26 +90,34 @@ class Runtime(Protocol[H_co]):
         """Perform one operation over the store's pool."""
         ...
 
+    def is_exhausted(self) -> bool:
+        """Whether all connections of the pool are in use."""
+        ...
+
     def create_missing_table(self, table: Table) -> Awaitable[None] | None:
         """Create a missing table."""
         ...
 
-    def lease(
-        self, options: LockOptions, key: bytes, token: int, owner: str, sent_at: float
-    ) -> H_co:
-        """Make the colour's lease and see to its renewal."""
+    def clean_up(self, make: Callable[[], Flow[Any]], seconds: float) -> Any:
+        """Run a flow to its end, whatever cancels its caller meanwhile."""
         ...
 
-    def forget(self, hold: LeaseState) -> None:
+    def lease(
+        self, options: LockOptions, key: bytes, token: int, owner: str, sent_at: float
+    ) -> L_co:
+        """Make the lease and start its renewal."""
+        ...
+
+    def forget(self, lease: LeaseState) -> None:
         """Renew it no more."""
         ...
 
-    def subscribe(self, options: LockOptions) -> Any:
-        """Begin to hear of releases; None where that is not possible."""
+    def subscribe(self, options: LockOptions, timeout: float | None) -> Any:
+        """Start to listen for releases; None where that is not possible within that time."""
         ...
 
     def unsubscribe(self, waiter: Any, *, granted: bool) -> None:
-        """Hear no more."""
+        """Stop listening."""
         ...
 
     def wait(self, waiter: Any, seconds: float) -> Any:
@@ -105,8 +125,8 @@ class Runtime(Protocol[H_co]):
         ...
 
 
-def perform(runtime: Runtime[Any], op: Op[T], seconds: float | None = None) -> Flow[T]:
-    """Perform one operation within that time, over the store's pool."""
+def do_within(runtime: Runtime[Any], op: Op[T], seconds: float) -> Flow[T]:
+    """Perform one operation of a flow within a time of its own."""
     answer: T = yield from call(runtime.execute, op, seconds)
     return answer
 
@@ -115,291 +135,347 @@ def perform(runtime: Runtime[Any], op: Op[T], seconds: float | None = None) -> F
 
 
 def acquire(
-    runtime: Runtime[H],
+    runtime: Runtime[L],
     options: LockOptions,
     timeout: float | None,
     stop: Callable[[], bool] | None = None,
-) -> Flow[H | None]:
-    """Try, and wait, and try: until granted, or the time is over, or `stop()` says so (None)."""
-    owner, row = new_owner(options.metadata)
-    asking = _Asking(runtime, options, owner, row)
-    deadline = None if timeout is None else clock() + timeout
-    if timeout == 0:
-        # One try is no wait: it has the time of any operation, for a connection too.
-        deadline, stop = None, _at_once
+) -> Flow[L | None]:
+    """Try until the lock is granted, the time has passed (None), or `stop()` is true (None)."""
+    acquisition = Acquisition(runtime, options, timeout, stop)
     try:
-        hold = yield from asking.until(deadline, stop)
+        return (yield from acquisition.flow())
     except GeneratorExit:
         raise
     except BaseException:
-        yield from asking.take_back()
+        yield from call(runtime.clean_up, acquisition.take_back, CLEAN_UP_TIME)
         raise
-    if hold is None:
-        yield from asking.leave_queue()
-    return hold
 
 
 def _at_once() -> bool:
     return True
 
 
-class _Asking(Generic[H]):
-    """One call of acquire(): its nonce, its ticket, and what it may have left on the server."""
+class Acquisition(Generic[L]):
+    """One call of acquire(): its nonce, its ticket, and what it may have left on the server.
 
-    def __init__(self, runtime: Runtime[H], options: LockOptions, owner: str, row: bytes) -> None:
+    Args:
+        runtime: of threads or asyncio.
+        options: of the lock.
+        timeout: seconds; None waits without end, 0 tries once.
+        stop: ends the wait when it returns True.
+    """
+
+    def __init__(
+        self,
+        runtime: Runtime[L],
+        options: LockOptions,
+        timeout: float | None,
+        stop: Callable[[], bool] | None = None,
+    ) -> None:
         self.runtime = runtime
         self.options = options
-        self.owner = owner
-        self.row = row
-        self.ticket = b""
-        if options.fair:
-            # The nonce's own part of the row, so that the ticket is as unique.
-            self.ticket = b"\x1f".join((options.keys[0], row.split(b'"nonce":"', 1)[1][:24]))
-        self.open = False  # an answer is owed: what was asked may have happened
-        self.queued = False
-        self.waiter: Waiter | None = None
+        self.deadline = None if timeout is None else clock() + timeout
+        self.stop = stop
+        if timeout == 0:
+            # One try has the time of any operation, for connecting too.
+            self.deadline, self.stop = None, _at_once
+        self.waiter: Wakeable | None = None
+        self.wait = 0.0
+        self.seen: object = None  # the queue as the last look saw it
         self.created = False
+        self.last: Op[Any] | None = None  # what was sent last
+        self._ask_afresh()
 
-    def until(self, deadline: float | None, stop: Callable[[], bool] | None) -> Flow[H | None]:
-        wait = 0.0
-        hold: H | None = None
+    def _ask_afresh(self) -> None:
+        """Ask as another: by a new nonce."""
+        self.pid = os.getpid()
+        self.asking = new_asking(self.options.metadata)
+        self.granted: weakref.ref[L] | None = None  # weak: a traceback may keep this object
+        self.in_doubt = False  # what was asked for may have been granted
+        self.queued = False
+
+    def flow(self) -> Flow[L | None]:
+        """Try, and wait, until granted; None when the time has passed."""
+        lease: L | None = None
+        runtime, options = self.runtime, self.options
         try:
             while True:
-                hold, reply = yield from self.once(deadline)
-                if hold is not None:
-                    return hold
-                if (deadline is not None and clock() >= deadline) or (stop is not None and stop()):
-                    return None
-                if self.options.notify and self.waiter is None:
-                    self.waiter = yield from call(self.runtime.subscribe, self.options)
+                lease, reply = yield from self.once()
+                if lease is not None:
+                    return lease
+                if self._is_over():
+                    break
+                if options.notify and self.waiter is None:
+                    self.waiter = yield from call(runtime.subscribe, options, self.left())
                     if self.waiter is not None:
                         continue  # it may have been freed before we listened
-                wait = self.next_wait(wait)
-                seconds = self.bounded(uniform(wait / 2, wait), reply, deadline)  # noqa: S311  # a pause, no secret
-                yield from call(self.runtime.wait, self.waiter, seconds)
-                if stop is not None and stop():
-                    return None
+                yield from call(runtime.wait, self.waiter, self.pause(reply))
+                if self.stop is not None and self.stop():
+                    break
         finally:
             if self.waiter is not None:
-                self.runtime.unsubscribe(self.waiter, granted=hold is not None)
+                runtime.unsubscribe(self.waiter, granted=lease is not None)
+        if self.queued:
+            yield from self._leave_queue()
+        return None
 
-    def next_wait(self, last: float) -> float:
-        heard = self.waiter is not None and self.waiter.hears
-        first, longest = (HEARD_FIRST, HEARD_MAX) if heard else (POLL_FIRST, POLL_MAX)
-        if self.options.fair:
-            longest = min(longest, IN_TURN_MAX)
-        return min(max(first, last * POLL_GROWTH), longest)
+    def left(self) -> float | None:
+        """The seconds left."""
+        return None if self.deadline is None else max(0.0, self.deadline - clock())
 
-    def bounded(self, seconds: float, reply: Denied, deadline: float | None) -> float:
+    def _is_over(self) -> bool:
+        if self.deadline is not None and clock() >= self.deadline:
+            return True
+        return self.stop is not None and self.stop()
+
+    def pause(self, reply: Denied) -> float:
+        """The seconds until the next look."""
+        if self.waiter is not None and self.waiter.hears:
+            longest = POLL_MAX if self.options.fair else NOTIFIED_MAX
+            self.wait = min(max(NOTIFIED_FIRST, self.wait * POLL_GROWTH), longest)
+            wait = self.wait
+        elif self.options.fair:
+            seen = reply.holder, reply.ahead
+            moved, self.seen = seen != self.seen, seen
+            self.wait = HEAD_FIRST if moved else min(self.wait * HEAD_GROWTH, HEAD_MAX)
+            wait = min(self.wait * (1 + reply.ahead), POLL_MAX)
+        else:
+            wait = self.wait = min(max(POLL_FIRST, self.wait * POLL_GROWTH), POLL_MAX)
+        seconds = uniform(wait / 2, wait)  # noqa: S311  # a pause, no secret
         if reply.remaining > 0:
-            # Not all at the same instant: they would meet again, and again.
+            # Waiters that look in the same instant would meet each time.
             beyond = uniform(0.0, BEYOND_EXPIRY)  # noqa: S311  # as above
             seconds = min(seconds, reply.remaining + beyond)
-        return seconds if deadline is None else max(0.0, min(seconds, deadline - clock()))
+        left = self.left()
+        return seconds if left is None else min(seconds, left)
 
-    def once(self, deadline: float | None) -> Flow[tuple[H | None, Denied]]:
+    def once(self) -> Flow[tuple[L | None, Denied]]:
         """Ask. A grant that leaves no time to trust it is asked for again, by the same nonce."""
         options = self.options
         for _ in range(LATE_MAX):
+            if os.getpid() != self.pid:
+                self._ask_afresh()  # a forked child: what was asked for is its parent's
             sent_at = clock()
-            self.open = True
-            reply = yield from self.ask(self.seconds(deadline))
-            self.open = False
+            self.in_doubt = True
+            reply = yield from self.ask(self.seconds())
             if isinstance(reply, Denied):
+                self.in_doubt = False
+                if reply.holder == self.asking.row and reply.remaining <= 0:
+                    # Granted, and ended by force before we heard of it.
+                    yield from self._leave_queue()
+                    self._ask_afresh()
+                    continue
                 return None, reply
             if clock() < sent_at + options.ttl - margin_of(options.ttl):
                 self.queued = False
-                return self.runtime.lease(
-                    options, reply.key, reply.token, self.owner, sent_at
-                ), Denied(None, 0.0)
+                lease = self.runtime.lease(
+                    options, reply.key, reply.token, self.asking.owner, sent_at
+                )
+                self.granted = weakref.ref(lease)
+                return lease, _NOBODY
         _observe.warning("pgkv.lock.late_grant", lock=options.name, ttl=options.ttl)
-        yield from self.disown()
-        return None, Denied(None, 0.0)
+        yield from self.take_back()
+        self._ask_afresh()
+        return None, _NOBODY
 
-    def seconds(self, deadline: float | None) -> float:
-        """For one try: a grant older than its ttl is of no use."""
+    def seconds(self) -> float:
+        """The time for one statement: a grant older than its ttl is of no use."""
         seconds = min(self.runtime.timeout, max(self.options.ttl, 5.0))
-        return seconds if deadline is None else min(seconds, max(1.0, deadline - clock()))
+        left = self.left()
+        if left is None:
+            is_try = self.stop is _at_once
+            return min(seconds, BUSY_TIME) if is_try and self.runtime.is_exhausted() else seconds
+        least = ROUND_TRIP if self.runtime.is_exhausted() else ANSWER_TIME
+        return min(seconds, max(left, least))
 
     def ask(self, seconds: float) -> Flow[Granted | Denied]:
+        """Send the statement that grants."""
         options, sql = self.options, self.options.sql
-        patience = min(margin_of(options.ttl) / 2, MARGIN_MIN)
+        lock_timeout = min(margin_of(options.ttl) / 2, MARGIN_MIN)
         key = options.keys[0]
         try:
             if isinstance(sql, SemaphoreStatements):
-                assert options.slots is not None
-                return (yield from self.ask_slot(sql, seconds, patience))
+                return (yield from self._ask_slot(sql, seconds, lock_timeout))
             if options.fair:
                 self.queued = True
-                op = sql.grant_fair(key, self.row, options.ttl, patience, self.ticket, TICKET_TTL)
+                op = sql.grant_fair(key, self.asking, options.ttl, lock_timeout, TICKET_TTL)
             else:
-                op = sql.grant(key, self.row, options.ttl, patience)
-            return (yield from perform(self.runtime, op, seconds))
+                op = sql.grant(key, self.asking, options.ttl, lock_timeout)
+            self.last = op
+            return (yield from do_within(self.runtime, op, seconds))
         except TableNotFoundError:
-            # The engine creates the statement's own table; the queue's is ours to see to.
+            # The engine creates the statement's own table; this creates the queue's.
             if self.created or not options.fair or not sql.tickets.auto_create:
                 raise
             self.created = True
             yield from call(self.runtime.create_missing_table, sql.tickets)
             return (yield from self.ask(seconds))
         except PgkvError as error:
-            if error._sqlstate == "55P03":  # its row was locked for all our patience
-                return Denied(None, 0.0)
+            if error._sqlstate == "55P03":  # its row was locked for all of that time
+                return _NOBODY
+            if not error.outcome_unknown and not getattr(self.last, "retries", 0):
+                self.in_doubt = False  # nothing was sent, or it was refused
             raise
 
-    def ask_slot(
-        self, sql: SemaphoreStatements, seconds: float, patience: float
+    def _ask_slot(
+        self, sql: SemaphoreStatements, seconds: float, lock_timeout: float
     ) -> Flow[Granted | Denied]:
-        options = self.options
-        slots = options.slots or 0
+        options, runtime = self.options, self.runtime
         while True:
-            reply = yield from perform(
-                self.runtime, sql.grant_slot(options.keys, self.row, options.ttl, patience), seconds
-            )
+            grant = sql.grant_slot(options.keys, self.asking, options.ttl, lock_timeout)
+            self.last = grant
+            reply = yield from do_within(runtime, grant, seconds)
             if not isinstance(reply, Undefined):
                 return reply
-            if reply.slots is None:
-                found = yield from perform(
-                    self.runtime, sql.define(options.keys, resize=False), seconds
-                )
-            elif options.resize:
-                found = yield from perform(
-                    self.runtime, sql.define(options.keys, resize=True), seconds
-                )
-            else:
-                found = reply.slots
-            if found != slots:
+            found = reply.slots
+            if found is None or options.resize:
+                op = sql.define(options.keys, resize=found is not None)
+                found = yield from do_within(runtime, op, seconds)
+            if found != options.slots:
                 raise ConfigError(
-                    f"the semaphore {options.name!r} has {found} slots, not {slots}; give all its "
-                    "users the same number, or change it with resize=True"
+                    f"the semaphore {options.name!r} has {found} slots, not {options.slots}; give "
+                    "all its users the same number, or change it with resize=True"
                 )
 
     # -- what a failure may leave behind
 
     def take_back(self) -> Flow[None]:
-        """After a failure: free what was granted without our hearing of it."""
-        if self.open:
-            yield from self.disown()
-        yield from self.leave_queue()
+        """End what was granted without a caller that knows of it, now or in a moment, and leave
+        the queue."""
+        lease = None if self.granted is None else self.granted()
+        if lease is not None:
+            self.runtime.forget(lease)
+            lease._end()
+        if os.getpid() != self.pid:
+            return
+        options, sql = self.options, self.options.sql
+        if self.in_doubt:
+            for op in sql.take_back(options.keys, self.asking):
+                yield from self._quietly(op)
+            if self.queued:
+                for op in sql.leave_in_doubt(options.keys[0], self.asking):
+                    yield from self._quietly(op)
+        else:
+            yield from self._leave_queue()
+        self.in_doubt = self.queued = False
 
-    def disown(self) -> Flow[None]:
-        op = self.options.sql.disown(self.options.keys, self.row)
-        yield from self.quietly(op)
-
-    def leave_queue(self) -> Flow[None]:
+    def _leave_queue(self) -> Flow[None]:
         if self.queued:
             self.queued = False
-            yield from self.quietly(self.options.sql.leave(self.ticket))
+            yield from self._quietly(self.options.sql.leave(self.options.keys[0], self.asking))
 
-    def quietly(self, op: Op[Any]) -> Flow[None]:
+    def _quietly(self, op: Op[Any]) -> Flow[None]:
         try:
-            yield from perform(self.runtime, op, CLEAN_UP_TIME)
+            yield from do_within(self.runtime, op, CLEAN_UP_TIME)
         except PgkvError as error:
             # It ends by its ttl, as everything here does.
             _observe.debug("pgkv.lock.clean_up_failed", error=type(error).__name__)
 
 
+_NOBODY = Denied(None, 0.0)
+
+
 # -- holding -------------------------------------------------------------------------------
 
 
-def extend(runtime: Runtime[Any], hold: LeaseState, ttl: float) -> Flow[None]:
+def extend(runtime: Runtime[Any], lease: LeaseState, ttl: float) -> Flow[None]:
     """Let the remaining time become `ttl`, and later renewals give that much."""
-    hold.check()
-    while not hold._turn.acquire(blocking=False):
+    lease.check()
+    while not lease._turn.acquire(blocking=False):
         yield from pause(POLL_FIRST)
     try:
         # If it is to be shorter, the server may have made it so from now on, whatever answer we
         # get: trust less first, and let an extension that arrives late shorten no renewal.
-        hold._ttl = min(hold._ttl, ttl)
+        lease._ttl = min(lease._ttl, ttl)
         while True:
-            hold.check()
+            lease.check()
             sent_at = clock()
-            hold._until = min(hold._until, sent_at + ttl - margin_of(ttl))
-            op = hold._options.sql.renew([(hold._key, hold._token, ttl)])
-            seconds = min(runtime.timeout, hold.remaining())
-            codes = yield from perform(runtime, op, seconds)
-            code = codes[hold._key]
+            lease._until = min(lease._until, sent_at + ttl - margin_of(ttl))
+            op = lease._options.sql.renew([(lease._key, lease._token, ttl)])
+            seconds = min(runtime.timeout, lease.remaining())
+            codes = yield from do_within(runtime, op, seconds)
+            code = codes[lease._key]
             if code == RENEWED:
-                hold._ttl = ttl
-                hold._trust(sent_at, ttl)
-                hold.check()
+                lease._ttl = ttl
+                lease._trust(sent_at, ttl)
+                lease.check()
                 return
             if code != LOCKED:
-                hold._lose(REASON_OF[code])
-                hold.check()
+                lease._lose(REASON_OF[code])
+                lease.check()
             # A stranger's transaction has the row: it may let go before our time is over.
             yield from pause(retry_pause(ttl) / 4)
     finally:
-        hold._turn.release()
+        lease._turn.release()
 
 
-def release(runtime: Runtime[Any], hold: LeaseState) -> Flow[bool]:
+def release(runtime: Runtime[Any], lease: LeaseState) -> Flow[bool]:
     """End the lease; whether it was still held. After a failure it may be called again."""
-    if hold._reason in ("released", "forked"):
+    if lease._reason == "released" or lease._is_inherited():
         return False
-    trusted = not hold.is_lost
-    with hold._state:
-        hold._ending = True
+    trusted = not lease.is_lost
+    with lease._state:
+        lease._ending = True
     # First, or a renewal would outlive its lease.
-    runtime.forget(hold)
-    op = hold._options.sql.release(hold._key, hold._token, hold._options.notify)
-    code = yield from perform(runtime, op, None)
-    hold._end()
+    runtime.forget(lease)
+    op = lease._options.sql.release(lease._key, lease._token, lease._options.notify)
+    code = yield from do(op)
+    lease._end()
     if code == RENEWED:
         return True
     # Asked twice because the first answer was lost: then that was the one that ended it.
     return trusted and getattr(op, "retries", 0) > 0
 
 
-def leave(runtime: Runtime[Any], hold: LeaseState, *, failed: bool) -> Flow[None]:
+def leave(runtime: Runtime[Any], lease: LeaseState, *, failed: bool) -> Flow[None]:
     """The end of a ``with`` block: release, and say so if the lease did not last.
 
     Args:
-        runtime: the colour's.
-        hold: what ends.
+        runtime: of the lease.
+        lease: what ends.
         failed: the block raised: that must not be masked.
     """
-    if hold._reason == "released":
+    if lease._reason == "released":
         return
-    was_lost = hold.is_lost
+    was_lost = lease.is_lost
     released = True
     try:
-        released = yield from release(runtime, hold)
+        released = yield from release(runtime, lease)
     except PgkvError as error:
         # The work is done and was covered: the lease ends by itself, a little later.
         _observe.warning(
             "pgkv.lock.release_failed",
-            lock=hold.name,
-            ttl=hold.ttl,
+            lock=lease.name,
+            ttl=lease.ttl,
             error=type(error).__name__,
             detail=str(error),
         )
     if failed:
         return
     if not was_lost and not released:
-        hold._reason = "replaced"
+        lease._reason = "replaced"
         was_lost = True
     if was_lost:
-        raise hold._lost_error()
+        raise lease._lost_error()
 
 
-def holder(runtime: Runtime[Any], options: LockOptions) -> Flow[Any]:
+def holder(options: LockOptions) -> Flow[Any]:
     """Who holds the name, or None."""
-    rows = yield from perform(runtime, options.sql.holder(options.keys[0]), None)
+    rows = yield from do(options.sql.holder(options.keys[0]))
     return info_of(rows[0]) if rows else None
 
 
-def force_release(runtime: Runtime[Any], options: LockOptions, token: int) -> Flow[bool]:
+def force_release(options: LockOptions, token: int) -> Flow[bool]:
     """Free the name of that token."""
     op = options.sql.release(options.keys[0], token, options.notify)
-    code = yield from perform(runtime, op, None)
+    code = yield from do(op)
     return bool(code == RENEWED or (code == RELEASED and getattr(op, "retries", 0) > 0))
 
 
-def revoke(runtime: Runtime[Any], options: LockOptions, token: int) -> Flow[bool]:
+def revoke(options: LockOptions, token: int) -> Flow[bool]:
     """End that token, not its lease."""
     try:
-        return (yield from perform(runtime, options.sql.revoke(options.keys[0], token), None))
+        return (yield from do(options.sql.revoke(options.keys[0], token)))
     except PgkvError as error:
         if error._sqlstate == "55P03":
             raise ConflictError(
@@ -430,64 +506,58 @@ def check_guarded(conn: psycopg.Connection[Any] | psycopg.AsyncConnection[Any]) 
 
 
 def guard(
-    runtime: Runtime[Any],
-    hold: LeaseState,
-    theirs: Callable[[Op[Any]], Any],
-    max_hold: float | None,
+    lease: LeaseState, theirs: Callable[[Op[Any]], Any], max_hold: float | None
 ) -> Flow[None]:
     """Protect the caller's transaction.
 
     Args:
-        runtime: over the store's own connections.
-        hold: the lease.
+        lease: the lease.
         theirs: performs an operation in the caller's transaction.
         max_hold: seconds.
     """
-    hold.check()
-    options = hold._options
+    lease.check()
+    options = lease._options
     if options.place is None:
-        options.place = yield from perform(runtime, options.sql.place(), None)
+        options.place = yield from do(options.sql.place())
     place = options.place
     if place is None:
-        hold._lose("gone")
-        raise hold._lost_error()
-    op = options.sql.guard(place.quoted, hold._key, hold._token, max_hold)
+        lease._lose("gone")
+        raise lease._lost_error()
+    op = options.sql.guard(place.quoted, lease._key, lease._token, max_hold)
     try:
         found = yield from call(theirs, op)
     except TableNotFoundError as error:
         raise TransactionError(_elsewhere(place)) from error
     except PgkvError as error:
         if error._sqlstate == "40001":
-            hold._lose("replaced")
-            raise hold._lost_error() from error
+            lease._lose("replaced")
+            raise lease._lost_error() from error
         if error._sqlstate == "25006":
             raise TransactionError(
                 "guard() needs a transaction that may write: a read-only one cannot lock the lease"
             ) from error
         raise
     if not found:
-        yield from _explain(runtime, hold, theirs, place)
+        yield from _explain(lease, theirs, place)
 
 
-def _explain(
-    runtime: Runtime[Any], hold: LeaseState, theirs: Callable[[Op[Any]], Any], place: Place
-) -> Flow[None]:
+def _explain(lease: LeaseState, theirs: Callable[[Op[Any]], Any], place: Place) -> Flow[None]:
     """Why the guard saw no such lease."""
-    sql = hold._options.sql
+    sql = lease._options.sql
     there = yield from call(theirs, sql.place(place.quoted))
-    here = yield from perform(runtime, sql.place(place.quoted), None)
+    here = yield from do(sql.place(place.quoted))
     if there is None or (here is not None and there.identity != here.identity):
         raise TransactionError(_elsewhere(place))
     level = yield from call(theirs, sql.isolation())
     if level != "read committed":
-        rows = yield from perform(runtime, sql.holder(hold._key), None)
-        if rows and rows[0].token == hold._token:
+        rows = yield from do(sql.holder(lease._key))
+        if rows and rows[0].token == lease._token:
             raise TransactionError(
-                f"the lease on {hold.name!r} is held, but this {level} transaction's snapshot is "
+                f"the lease on {lease.name!r} is held, but this {level} transaction's snapshot is "
                 "older than its last renewal: call guard() first in the transaction"
             )
-    hold._lose("replaced" if here is not None else "gone")
-    raise hold._lost_error()
+    lease._lose("replaced" if here is not None else "gone")
+    raise lease._lost_error()
 
 
 def _elsewhere(place: Place) -> str:

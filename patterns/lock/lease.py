@@ -24,11 +24,10 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from ... import _observe
-from ..._fork import new_lock
 from ..._observe import shown
 from ..._settings import refuse_pickle
 from ...errors import InvalidKeyError, InvalidValueError, LeaseLostError
-from .sql import EXPIRED, GONE, RELEASED, REPLACED, SEPARATOR, LockStatements
+from .sql import EXPIRED, GONE, RELEASED, REPLACED, SEPARATOR, Asking, LockStatements
 
 if TYPE_CHECKING:
     from .sql import Holder, Place
@@ -148,12 +147,14 @@ def encode_metadata(metadata: Any) -> bytes:
         ) from None
 
 
-def new_owner(metadata: bytes) -> tuple[str, bytes]:
-    """Return the name of this process, and the bytes of one asking: no two are alike."""
+def new_asking(metadata: bytes) -> Asking:
+    """Return a new asking of this process, unlike any other."""
     owner = f"{socket.gethostname()}:{os.getpid()}"
-    nonce = secrets.token_hex(12)
+    nonce = secrets.token_hex(12).encode()
     row = b'{"owner":%s,"nonce":"%s","metadata":%s}'
-    return owner, row % (msgspec.json.encode(owner), nonce.encode(), metadata)
+    return Asking(
+        owner, row % (msgspec.json.encode(owner), nonce, metadata), SEPARATOR.encode() + nonce
+    )
 
 
 def read_owner(row: bytes | None) -> tuple[str, Any]:
@@ -230,7 +231,8 @@ class LeaseState:
         self._reason = ""  # why it ended
         self._cause: BaseException | None = None  # of the last failed renewal
         self._ending = False  # release() was called: what the server says now is no loss
-        self._state = new_lock(self, "_state")
+        # Reentrant, for signal handlers. A forked child takes neither lock: see `_is_inherited`.
+        self._state = threading.RLock()
         # One statement about the lease at a time: of a renewal and an extension that overlap,
         # nobody could say which the server did last.
         self._turn = threading.Lock()
@@ -310,13 +312,17 @@ class LeaseState:
         self._due = sent_at + ttl * RENEW_SHARE if self._options.renew else float("inf")
         self._cause = None
 
+    def _is_inherited(self) -> bool:
+        """Whether this is a forked child's copy: the lease belongs to the parent."""
+        if os.getpid() == self._pid:
+            return False
+        self._reason = "forked"
+        return True
+
     def _why(self) -> str:
         """Why it is lost; empty while it is not."""
-        if not self._reason:
-            if os.getpid() != self._pid:
-                self._reason = "forked"
-            elif clock() >= self._until:
-                self._lose("expired")
+        if not self._reason and not self._is_inherited() and clock() >= self._until:
+            self._lose("expired")
         return self._reason
 
     def _lose(self, reason: str) -> None:

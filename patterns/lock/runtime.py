@@ -16,8 +16,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 from ..._engine._async.channel import AsyncPoolChannel
+from ..._engine._async.coalesce import CoalescingChannel
 from ..._engine._sync.channel import PoolChannel
 from ..._fork import Forkable, new_lock, survives_fork
+from ..._ops.drivers import shielded
 from ...config import Config, Pooler
 from ...errors import TransactionError
 from .lease import LeaseState, LockOptions
@@ -25,7 +27,7 @@ from .renewal import STOP_TIME, OwnLink, Renewer
 from .wakeup import Listener, TaskWaiting, ThreadWaiting, say_polling
 
 if TYPE_CHECKING:
-    from ..._ops.op import Op
+    from ..._ops.op import Flow, Op
     from ...aio import AsyncStore
     from ...config import Table
     from ...store import Store
@@ -160,6 +162,8 @@ class _Port(Generic[H]):
         self._make = make
         self.timeout: float = store._config.operation_timeout
         channel = store._channel
+        if isinstance(channel, CoalescingChannel):
+            channel = channel._inner  # a grant has a time of its own, and its answer is waited for
         if not isinstance(channel, PoolChannel | AsyncPoolChannel):
             raise TransactionError(
                 "a lock cannot be taken inside transaction() or through using(conn): a grant that "
@@ -188,6 +192,10 @@ class _Port(Generic[H]):
         """Perform one operation over the store's pool."""
         return self.channel.execute(op, timeout)
 
+    def is_exhausted(self) -> bool:
+        """Whether all connections of the pool are in use."""
+        return bool(self.channel.is_exhausted())
+
     def create_missing_table(self, table: Table) -> Any:
         """Create a missing table."""
         return self.channel.create_missing_table(table)
@@ -213,7 +221,11 @@ class ThreadPort(_Port[H]):
             self._pid = os.getpid()
         return self._background
 
-    def subscribe(self, terms: LockOptions) -> ThreadWaiting | None:
+    def clean_up(self, make: Callable[[], Flow[Any]], seconds: float) -> None:
+        """Run a flow that ends what its caller began, each statement within that time."""
+        self.channel.run(make(), seconds)
+
+    def subscribe(self, terms: LockOptions, timeout: float | None) -> ThreadWaiting | None:
         """Begin to hear of releases."""
         if not self._may_listen():
             return None
@@ -222,7 +234,7 @@ class ThreadPort(_Port[H]):
         background.listener.add(waiting)
         try:
             heard = asyncio.run_coroutine_threadsafe(
-                background.listener.listen(terms.sql), background.loop
+                background.listener.listen(terms.sql, timeout), background.loop
             ).result()
         except BaseException:
             background.listener.remove(waiting, granted=False)
@@ -254,7 +266,11 @@ class TaskPort(_Port[H]):
             self._pid = os.getpid()
         return self._background
 
-    async def subscribe(self, terms: LockOptions) -> TaskWaiting | None:
+    async def clean_up(self, make: Callable[[], Flow[Any]], seconds: float) -> Any:
+        """Run a flow that ends what its caller began; cancellations do not cut it short."""
+        return await shielded(self.channel.run(make(), seconds), 3 * seconds)
+
+    async def subscribe(self, terms: LockOptions, timeout: float | None) -> TaskWaiting | None:
         """Begin to hear of releases."""
         if not self._may_listen():
             return None
@@ -263,7 +279,7 @@ class TaskPort(_Port[H]):
         listener.add(waiting)
         heard = False
         try:
-            heard = await listener.listen(terms.sql)
+            heard = await listener.listen(terms.sql, timeout)
         finally:
             if not heard:
                 listener.remove(waiting, granted=False)

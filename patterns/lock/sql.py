@@ -57,11 +57,12 @@ LISTEN = b"LISTEN pgkv_locks"
 SEPARATOR = "\x1f"  # between a name and its slot or ticket; no name may hold it
 REPEATS = 3  # of a try that met a row in flight, before it counts as denied
 KEEP_DAYS = 7  # for which an unused name's token is remembered
+MARK_US = 3_600_000_000  # for which an asking that was taken back is
 CLEAN_PAGES = 128
 
 NOW = "statement_timestamp()"
 LIVE = f"expires_at > {NOW}"
-EPOCH = "to_timestamp(0)"
+EPOCH = "'epoch'::timestamptz"
 DURABLE = (
     "set_config('synchronous_commit', CASE current_setting('synchronous_commit') "
     "WHEN 'remote_apply' THEN 'remote_apply' ELSE 'on' END, true)"
@@ -70,9 +71,29 @@ RELAXED = "set_config('synchronous_commit', 'off', true)"
 # MATERIALIZED and referenced: otherwise the settings in it would never be made.
 CLOCK = f"n AS MATERIALIZED (SELECT clock_timestamp() ts, {DURABLE}, set_config('lock_timeout', $4, true))"
 STILL_MINE = "t.value = EXCLUDED.value AND t.expires_at > EXCLUDED.updated_at"
+# An asking whose own grant was ended is granted nothing more: a copy of it may still be under way.
+ENDED = f"t.value = EXCLUDED.value AND t.expires_at = {EPOCH}"
+FREE = f"(expires_at <= {NOW} OR value = $2) AND NOT (value = $2 AND expires_at = {EPOCH})"
+US = "(extract(epoch from n.ts) * 1000000)::bigint"
+COLUMNS = "(key, value, expires_at, created_at, updated_at, version)"
 
 # What became of a lease that a renewal names.
 RENEWED, LOCKED, RELEASED, EXPIRED, REPLACED, GONE = range(6)
+
+
+class Asking(NamedTuple):
+    """One asking for a grant, unlike any other.
+
+    Attributes:
+        owner: ``host:pid``.
+        row: what the granted row holds: owner, nonce, metadata.
+        mark: U+001F and the nonce: the end of its ticket's key, and the key of the mark that it was
+            taken back.
+    """
+
+    owner: str
+    row: bytes
+    mark: bytes
 
 
 class Granted(NamedTuple):
@@ -145,33 +166,41 @@ class LockStatements:
 
     # -- granting
 
-    def granting(self, key: str, source: str, where: str) -> str:
+    def granting(self, key: str, source: str, where: str, revoked: str) -> str:
         """The upsert of every grant. Where the row holds this very grant already, its first reply
-        was lost: same token, new time."""
+        was lost: same token, new time.
+
+        Args:
+            key: what is inserted.
+            source: what it is selected from.
+            where: the condition on the snapshot.
+            revoked: the key of the mark that `take_back` leaves for this asking.
+        """
         return (
             f"g AS (INSERT INTO {self.t} AS t "
-            "(key, value, expires_at, created_at, updated_at, version) "
-            f"SELECT {key}, $2, n.ts + $3::float8 * interval '1 second', n.ts, n.ts, "
-            f"(extract(epoch from n.ts) * 1000000)::bigint FROM {source} WHERE {where} "
+            f"{COLUMNS} SELECT {key}, $2, n.ts + $3::float8 * interval '1 second', n.ts, n.ts, "
+            f"{US} FROM {source} WHERE ({where}) "
+            f"AND NOT EXISTS (SELECT 1 FROM {self.t} WHERE key = {revoked}) "
             "ON CONFLICT (key) DO UPDATE SET "
             f"version = CASE WHEN {STILL_MINE} THEN t.version "
             "ELSE greatest(t.version + 1, EXCLUDED.version) END, "
             f"updated_at = CASE WHEN {STILL_MINE} THEN t.updated_at ELSE EXCLUDED.updated_at END, "
             "value = EXCLUDED.value, expires_at = EXCLUDED.expires_at "
-            "WHERE t.expires_at <= EXCLUDED.updated_at OR t.value = EXCLUDED.value "
-            "RETURNING version, key)"
+            "WHERE (t.expires_at <= EXCLUDED.updated_at OR t.value = EXCLUDED.value) "
+            f"AND NOT ({ENDED}) RETURNING version, key)"
         )
 
     @cached_property
     def _grant(self) -> Statement[Granted | Denied]:
         sql = (
             f"WITH {CLOCK}, free AS MATERIALIZED (SELECT key FROM {self.t} WHERE key = $1 "
-            f"AND (expires_at <= {NOW} OR value = $2) FOR UPDATE SKIP LOCKED), "
+            f"AND {FREE} FOR UPDATE SKIP LOCKED), "
             + self.granting(
                 "$1",
                 "n",
                 "EXISTS (SELECT 1 FROM free) "
                 f"OR NOT EXISTS (SELECT 1 FROM {self.t} WHERE key = $1)",
+                "$5",
             )
             + " SELECT version, key, NULL::bytea, NULL::float8 FROM g UNION ALL "
             f"SELECT NULL, NULL, value, extract(epoch from expires_at - {NOW})::float8 "
@@ -180,23 +209,27 @@ class LockStatements:
         return self._statement(
             "lock_grant",
             sql,
-            (TEXT, BINARY, BINARY, TEXT),
+            (TEXT, BINARY, BINARY, TEXT, TEXT),
             _read_grant,
             retry_safe=True,
             repeats=REPEATS,
         )
 
-    def grant(self, key: bytes, owner: bytes, ttl: float, patience: float) -> Op[Granted | Denied]:
+    def grant(
+        self, key: bytes, asking: Asking, ttl: float, patience: float
+    ) -> Op[Granted | Denied]:
         """Take the name if it is free.
 
         Args:
             key: the name.
-            owner: who asks, unlike any other asking; a repeat with the same bytes gets the same
-                grant.
+            asking: who asks; a repeat of the same asking gets the same grant.
             ttl: seconds.
             patience: seconds for a row lock, should one be in the way.
         """
-        return Op(self._grant, (key, owner, _codec.encode_float8(ttl), milliseconds(patience)))
+        params = (
+            key, asking.row, _codec.encode_float8(ttl), milliseconds(patience), asking.mark,
+        )  # fmt: skip
+        return Op(self._grant, params)
 
     @cached_property
     def _grant_fair(self) -> Statement[Granted | Denied]:
@@ -208,19 +241,20 @@ class LockStatements:
             "ahead AS MATERIALIZED (SELECT count(*) c FROM tick o WHERE NOT mine AND NOT EXISTS ("
             "SELECT 1 FROM tick i WHERE i.mine AND (i.version, i.key) < (o.version, o.key))), "
             f"free AS MATERIALIZED (SELECT key FROM {self.t} WHERE key = $1 "
-            f"AND (expires_at <= {NOW} AND {first} OR value = $2 AND {LIVE}) "
-            "FOR UPDATE SKIP LOCKED), "
+            f"AND {FREE} AND ({first} OR value = $2 AND {LIVE}) FOR UPDATE SKIP LOCKED), "
             + self.granting(
                 "$1",
                 "n",
                 "EXISTS (SELECT 1 FROM free) "
                 f"OR {first} AND NOT EXISTS (SELECT 1 FROM {self.t} WHERE key = $1)",
+                "$9",
             )
             # Refreshed at half its life, or every look would write.
             + f", q AS (INSERT INTO {self.q} AS t (key, version, expires_at) "
-            "SELECT $5, (extract(epoch from n.ts) * 1000000)::bigint, "
+            f"SELECT $5, {US}, "
             "n.ts + $8::float8 * interval '1 second' FROM n "
-            "WHERE NOT EXISTS (SELECT 1 FROM g) AND NOT EXISTS (SELECT 1 FROM tick "
+            f"WHERE NOT EXISTS (SELECT 1 FROM g) AND NOT EXISTS (SELECT 1 FROM {self.t} "
+            "WHERE key = $9) AND NOT EXISTS (SELECT 1 FROM tick "
             "WHERE mine AND expires_at > n.ts + $8::float8 * interval '0.5 second') "
             "ON CONFLICT (key) DO UPDATE SET version = CASE "
             "WHEN t.expires_at <= to_timestamp(EXCLUDED.version / 1e6) THEN EXCLUDED.version "
@@ -230,7 +264,7 @@ class LockStatements:
             f"SELECT NULL, NULL, l.value, extract(epoch from l.expires_at - {NOW})::float8, ahead.c "
             f"FROM ahead LEFT JOIN {self.t} l ON l.key = $1 WHERE NOT EXISTS (SELECT 1 FROM g)"
         )
-        formats = (TEXT, BINARY, BINARY, TEXT, TEXT, TEXT, TEXT, BINARY)
+        formats = (TEXT, BINARY, BINARY, TEXT, TEXT, TEXT, TEXT, BINARY, TEXT)
         return self._statement(
             "lock_grant_fair", sql, formats, _read_grant_fair, retry_safe=True, repeats=REPEATS
         )
@@ -238,26 +272,24 @@ class LockStatements:
     def grant_fair(
         self,
         key: bytes,
-        owner: bytes,
+        asking: Asking,
         ttl: float,
         patience: float,
-        ticket: bytes,
         ticket_ttl: float,
     ) -> Op[Granted | Denied]:
         """Take the name if it is free and nobody has waited longer; else keep a place in the queue.
 
         Args:
             key: the name.
-            owner: as of `grant`.
+            asking: as of `grant`.
             ttl: seconds.
             patience: as of `grant`.
-            ticket: the place's own name: see `ticket`.
             ticket_ttl: seconds after which a waiter that no longer asks loses its place.
         """
-        low = key + SEPARATOR.encode()
         params = (
-            key, owner, _codec.encode_float8(ttl), milliseconds(patience),
-            ticket, low, key + b"\x20", _codec.encode_float8(ticket_ttl),
+            key, asking.row, _codec.encode_float8(ttl), milliseconds(patience),
+            key + asking.mark, key + b"\x1f", key + b"\x20", _codec.encode_float8(ticket_ttl),
+            asking.mark,
         )  # fmt: skip
         return Op(self._grant_fair, params)
 
@@ -272,9 +304,26 @@ class LockStatements:
             retry_safe=True,
         )
 
-    def leave(self, ticket: bytes) -> Op[bool]:
-        """Give up a place in the queue."""
-        return Op(self._leave, (ticket,))
+    def leave(self, key: bytes, asking: Asking) -> Op[bool]:
+        """Give up a place in the queue of a name."""
+        return Op(self._leave, (key + asking.mark,))
+
+    @cached_property
+    def _end_ticket(self) -> Statement[bool]:
+        return Statement(
+            "lock_leave",
+            f"INSERT INTO {self.q} AS t (key, version, expires_at) VALUES ($1, 0, {EPOCH}) "
+            f"ON CONFLICT (key) DO UPDATE SET expires_at = {EPOCH}",
+            (TEXT,),
+            read_changed,
+            table=self.tickets,
+            retry_safe=True,
+        )
+
+    def leave_in_doubt(self, key: bytes, asking: Asking) -> list[Op[bool]]:
+        """`leave` where the statement that draws the ticket may still be under way: the first one
+        waits for it."""
+        return [Op(self._end_ticket, (key + asking.mark,)), self.leave(key, asking)]
 
     # -- holding
 
@@ -347,20 +396,35 @@ class LockStatements:
         statement = Statement("lock_notify", sql, (TEXT, TEXT), _read_found, writes=False)
         return Op(statement, (CHANNEL, payload))
 
-    @cached_property
-    def _disown(self) -> Statement[bool]:
-        return self._statement(
-            "lock_disown",
-            f"WITH n AS MATERIALIZED (SELECT {RELAXED}) UPDATE {self.t} SET expires_at = {EPOCH} "
-            f"FROM n WHERE key = ANY($1::text[]) AND value = $2 AND {LIVE}",
-            (BINARY, BINARY),
-            read_changed,
-            retry_safe=True,
+    # -- taking back
+    #
+    # A grant whose answer never came may be done, under way, or not begun. The statements here end
+    # the first, wait for the second (they write a row that it locks or inserts), and leave a mark
+    # that refuses the third.
+
+    def _mark(self, param: str) -> str:
+        # Old enough for the cleaning to remove it in an hour.
+        week = KEEP_DAYS * 86_400_000_000
+        return (
+            f"mark AS (INSERT INTO {self.t} {COLUMNS} SELECT {param}, ''::bytea, {EPOCH}, n.ts, n.ts, "
+            f"{US} - {week - MARK_US} FROM n ON CONFLICT (key) DO NOTHING)"
         )
 
-    def disown(self, keys: Sequence[bytes], owner: bytes) -> Op[bool]:
-        """End a lease of which only the asking is known: its grant's reply never came."""
-        return Op(self._disown, (_codec.encode_array(keys), owner))
+    @cached_property
+    def _take_back(self) -> Statement[bool]:
+        sql = (
+            f"WITH n AS MATERIALIZED (SELECT clock_timestamp() ts, {RELAXED}), {self._mark('$3')} "
+            f"INSERT INTO {self.t} AS t {COLUMNS} SELECT $1, $2, {EPOCH}, n.ts, n.ts, {US} FROM n "
+            f"ON CONFLICT (key) DO UPDATE SET value = EXCLUDED.value, expires_at = {EPOCH} "
+            "WHERE t.value = EXCLUDED.value OR t.expires_at <= EXCLUDED.updated_at"
+        )
+        return self._statement(
+            "lock_take_back", sql, (TEXT, BINARY, TEXT), read_changed, retry_safe=True
+        )
+
+    def take_back(self, keys: Sequence[bytes], asking: Asking) -> list[Op[Any]]:
+        """The statements, in order, after which an asking holds nothing and is granted nothing."""
+        return [Op(self._take_back, (keys[0], asking.row, asking.mark))]
 
     @cached_property
     def _revoke(self) -> Statement[bool]:
@@ -623,44 +687,52 @@ class SemaphoreStatements(LockStatements):
     @cached_property
     def _grant_slot(self) -> Statement[Granted | Denied | Undefined]:
         # Each slot is a lock of its own, so there are never more leases than slots. Leases in
-        # slots beyond the number (it was lowered) count too until they end.
+        # slots beyond the number (it was lowered) keep as many of the highest others from being
+        # granted: `room` is the number of the lowest slots that may be. Two grants that count the
+        # same leases then still take different slots below it. The size's row is locked against
+        # a change, and against `take_back`, which both change its version.
         sql = (
-            f"WITH {CLOCK}, size AS MATERIALIZED (SELECT value FROM {self.t} WHERE key = $5), "
+            f"WITH {CLOCK}, size AS MATERIALIZED (SELECT value, version FROM {self.t} "
+            "WHERE key = $5), "
             f"cur AS MATERIALIZED (SELECT key, value, expires_at FROM {self.t} "
             'WHERE key COLLATE "C" > $5 AND key COLLATE "C" < $5 || \':\'), '
             "mine AS MATERIALIZED (SELECT key FROM cur, n "
             "WHERE value = $2 AND expires_at > n.ts LIMIT 1), "
-            "taken AS MATERIALIZED (SELECT count(*) c FROM cur, n "
+            "taken AS MATERIALIZED (SELECT substr(key, length($5) + 1)::bigint slot FROM cur, n "
             "WHERE value <> $2 AND expires_at > n.ts), "
-            f"free AS MATERIALIZED (SELECT key FROM {self.t} WHERE key = ANY($1::text[]) "
-            f"AND expires_at <= {NOW} AND NOT EXISTS (SELECT 1 FROM mine) "
+            "room AS MATERIALIZED (SELECT CASE WHEN EXISTS (SELECT 1 FROM taken WHERE slot >= $7) "
+            "THEN $7 - (SELECT count(*) FROM (SELECT slot + row_number() OVER (ORDER BY slot DESC) r "
+            "FROM taken) o WHERE r > $7) ELSE $7 END::int c), "
+            "slots AS MATERIALIZED (SELECT ($1::text[])[1:c] keys FROM room), "
+            f"free AS MATERIALIZED (SELECT key FROM {self.t} "
+            "WHERE key = ANY((SELECT keys FROM slots)::text[]) "
+            f"AND {FREE} AND expires_at <= {NOW} AND NOT EXISTS (SELECT 1 FROM mine) "
             "LIMIT 1 FOR UPDATE SKIP LOCKED), "
             "pick AS MATERIALIZED (SELECT key FROM mine UNION ALL SELECT key FROM free UNION ALL "
-            "(SELECT k FROM unnest($1::text[]) k WHERE NOT EXISTS (SELECT 1 FROM mine) "
+            "(SELECT k FROM slots, unnest(keys) k WHERE NOT EXISTS (SELECT 1 FROM mine) "
             "AND NOT EXISTS (SELECT 1 FROM free) "
             "AND NOT EXISTS (SELECT 1 FROM cur WHERE cur.key = k) ORDER BY random() LIMIT 1)), "
-            + self.granting(
-                "pick.key",
-                "n, pick",
-                "(SELECT value FROM size) = $6 AND (SELECT c FROM taken) < $7::bigint",
-            )
+            f"agreed AS MATERIALIZED (SELECT 1 FROM {self.t} WHERE key = $5 AND value = $6 "
+            "AND version = (SELECT version FROM size) AND EXISTS (SELECT 1 FROM pick) FOR KEY SHARE), "
+            + self.granting("pick.key", "n, pick", "EXISTS (SELECT 1 FROM agreed)", "$8")
             + " SELECT version, key, NULL::bytea, NULL::float8, 0::bigint FROM g UNION ALL "
             "SELECT NULL, NULL, (SELECT value FROM size), (SELECT min(extract(epoch from "
             f"expires_at - {NOW})) FROM cur WHERE expires_at > {NOW})::float8, "
-            "(SELECT c FROM taken) WHERE NOT EXISTS (SELECT 1 FROM g)"
+            "(SELECT count(*) FROM taken) WHERE NOT EXISTS (SELECT 1 FROM g)"
         )
-        formats = (BINARY, BINARY, BINARY, TEXT, TEXT, BINARY, BINARY)
+        formats = (BINARY, BINARY, BINARY, TEXT, TEXT, BINARY, BINARY, TEXT)
         return self._statement(
             "semaphore_grant", sql, formats, lambda result: result, retry_safe=True, repeats=REPEATS
         )
 
     def grant_slot(
-        self, keys: Sequence[bytes], owner: bytes, ttl: float, patience: float
+        self, keys: Sequence[bytes], asking: Asking, ttl: float, patience: float
     ) -> Op[Granted | Denied | Undefined]:
         """Take any free slot of these; arguments as of `grant`."""
         params = (
-            _codec.encode_array(keys), owner, _codec.encode_float8(ttl), milliseconds(patience),
-            size_key(keys), b"%d" % len(keys), _codec.encode_int8(len(keys)),
+            _codec.encode_array(keys), asking.row, _codec.encode_float8(ttl),
+            milliseconds(patience), size_key(keys), b"%d" % len(keys),
+            _codec.encode_int8(len(keys)), asking.mark,
         )  # fmt: skip
         slots = len(keys)
 
@@ -682,10 +754,10 @@ class SemaphoreStatements(LockStatements):
     def _define(self) -> Statement[int]:
         return self._statement(
             "semaphore_define",
-            f"WITH i AS (INSERT INTO {self.t} AS t "
-            "(key, value, expires_at, created_at, updated_at, version) SELECT $1, $2, "
-            "'infinity'::timestamptz, c, c, (extract(epoch from c) * 1000000)::bigint "
-            "FROM (SELECT clock_timestamp() c) n ON CONFLICT (key) DO UPDATE SET "
+            f"WITH i AS (INSERT INTO {self.t} AS t {COLUMNS} SELECT $1, $2, "
+            f"'infinity'::timestamptz, n.ts, n.ts, {US} "
+            "FROM (SELECT clock_timestamp() ts) n ON CONFLICT (key) DO UPDATE SET "
+            "version = t.version + $3::bool::int, "
             "value = CASE WHEN $3::bool THEN EXCLUDED.value ELSE t.value END RETURNING value) "
             "SELECT value FROM i",
             (TEXT, BINARY, BINARY),
@@ -696,6 +768,35 @@ class SemaphoreStatements(LockStatements):
     def define(self, keys: Sequence[bytes], *, resize: bool) -> Op[int]:
         """Say how many slots there are, where nobody has, or anew; the number that holds."""
         return Op(self._define, (size_key(keys), b"%d" % len(keys), bytes([resize])))
+
+    @cached_property
+    def _close_slots(self) -> Statement[bool]:
+        return self._statement(
+            "semaphore_close",
+            f"WITH n AS MATERIALIZED (SELECT clock_timestamp() ts, {RELAXED}), {self._mark('$2')} "
+            f"UPDATE {self.t} SET version = version + 1 FROM n WHERE key = $1",
+            (TEXT, TEXT),
+            read_changed,
+            retry_safe=True,
+        )
+
+    @cached_property
+    def _free_slot(self) -> Statement[bool]:
+        return self._statement(
+            "semaphore_take_back",
+            f"WITH n AS MATERIALIZED (SELECT {RELAXED}) UPDATE {self.t} SET expires_at = {EPOCH} "
+            f"FROM n WHERE key = ANY($1::text[]) AND value = $2 AND {LIVE}",
+            (BINARY, BINARY),
+            read_changed,
+            retry_safe=True,
+        )
+
+    def take_back(self, keys: Sequence[bytes], asking: Asking) -> list[Op[Any]]:
+        """As of `LockStatements`. What the first one waited for only the second one sees."""
+        return [
+            Op(self._close_slots, (size_key(keys), asking.mark)),
+            Op(self._free_slot, (_codec.encode_array(keys), asking.row)),
+        ]
 
 
 def slot_keys(key: bytes, slots: int) -> list[bytes]:

@@ -138,8 +138,9 @@ class Listener:
 
     # -- in the loop
 
-    async def listen(self, sql: LockStatements) -> bool:
-        """Begin to listen, once; whether notifications arrive here."""
+    async def listen(self, sql: LockStatements, timeout: float | None) -> bool:
+        """Begin to listen, once; whether notifications arrive here, as far as that can be told
+        within that time."""
         if self._deaf:
             return False
         if self._task is None:
@@ -147,7 +148,8 @@ class Listener:
             self._task = self._loop.create_task(self._run(sql))
         assert self._settled is not None
         try:
-            async with asyncio.timeout(PROOF_TIME + 1.0):
+            longest = PROOF_TIME + 1.0
+            async with asyncio.timeout(longest if timeout is None else min(timeout, longest)):
                 return await asyncio.shield(self._settled)
         except TimeoutError:
             return False

@@ -257,7 +257,7 @@ def test_a_forked_child_holds_nothing(dsn: str) -> None:
                 try:
                     assert lease.is_lost
                     assert pgkv.Lock(store, "n").try_acquire() is None
-                    with pgkv.Lock(store, "child", ttl=0.6) as own:
+                    with pgkv.Lock(store, "child", ttl=0.6).acquire() as own:
                         time.sleep(1.0)
                         own.check()
                     code = 0

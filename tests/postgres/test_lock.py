@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import pgkv
 from pgkv import LeaseLostError, LockTimeoutError
 from pgkv.testing import ServerClock
-from tests.colours import Colour, Threaded, in_thread
+from tests.colours import Colour, Threaded
 from tests.peers import Peer, gather, until
 
 TABLE = "kv_store_locks"
@@ -105,13 +106,12 @@ async def test_a_denied_try_leaves_no_trace(store: Any, colour: Colour, peer: Pe
 async def test_a_repeated_grant_is_the_same_grant(store: Any, colour: Colour) -> None:
     """A grant sent twice by the same acquire() (its first reply was lost) has one token."""
     from pgkv.patterns.lock.api import statements_of
-    from pgkv.patterns.lock.lease import new_owner
+    from pgkv.patterns.lock.lease import new_asking
     from pgkv.patterns.lock.sql import Denied, Granted, LockStatements
 
     inner = store._target if isinstance(store, Threaded) else store
     sql = statements_of(inner, LockStatements, durable=True)
-    _, row = new_owner(b"null")
-    _, stranger = new_owner(b"null")
+    row, stranger = new_asking(b"null"), new_asking(b"null")
     first = await store._execute(sql.grant(b"n", row, 30.0, 1.0))
     again = await store._execute(sql.grant(b"n", row, 30.0, 1.0))
     assert isinstance(first, Granted)
@@ -433,25 +433,48 @@ async def test_names_are_checked(store: Any, colour: Colour) -> None:
             lock_of(colour, store, name)
 
 
-async def test_with_lock_keeps_a_stack(store: Any, colour: Colour) -> None:
-    """`with lock:` may be entered by many threads or tasks of one Lock; each ends its own lease."""
-    lock = lock_of(colour, store, "shared")
-    tokens: list[int] = []
+async def test_the_lock_itself_is_not_entered(store: Any, colour: Colour) -> None:
+    """`with lock:` could not know which lease to end, if two are entered in turns: it is refused
+    with what to write, and nothing is acquired."""
+    for made, what in (
+        (lock_of(colour, store, "n"), "lock"),
+        (colour.make("Semaphore", store, "s", 2), "semaphore"),
+    ):
+        with pytest.raises(TypeError, match=rf"write `(async )?with {what}.acquire\(\) as lease:`"):
+            async with made:
+                pass
+    assert await lock_of(colour, store, "n").holder() is None
 
-    async def enter() -> None:
-        async with lock as lease:
-            tokens.append(lease.token)
 
-    def enter_blocking(inner: Any) -> None:
-        with inner as lease:
-            tokens.append(lease.token)
+async def test_each_block_ends_its_own_lease(store: Any, colour: Colour) -> None:
+    """Blocks that are left in another order, or in another task or thread, than they were entered
+    in: each ends the lease that it began with."""
+    gpus = colour.make("Semaphore", store, "gpus", 3)
 
-    if colour.name == "async":
-        await asyncio.gather(*(enter() for _ in range(4)))
-    else:
-        await asyncio.gather(*(in_thread(enter_blocking, lock._target) for _ in range(4)))
-    assert len(set(tokens)) == 4
-    assert await lock.holder() is None
+    async def gpu() -> Any:
+        async with gpus.acquire() as lease:
+            yield lease
+
+    generators = [gpu() for _ in range(3)]
+    leases = [await anext(each) for each in generators]
+    stack = contextlib.AsyncExitStack()
+    entered = await asyncio.create_task(_entered(stack, lock_of(colour, store, "stack")))
+    for ended in (0, 2, 1):
+        await asyncio.create_task(_await(generators[ended].aclose()))
+        assert leases[ended].is_lost
+        assert not any(leases[other].is_lost for other in {0: (1, 2), 2: (1,), 1: ()}[ended])
+    assert not entered.is_lost
+    await stack.aclose()
+    assert entered.is_lost
+    assert await lock_of(colour, store, "stack").holder() is None
+
+
+async def _entered(stack: contextlib.AsyncExitStack, lock: Any) -> Any:
+    return await stack.enter_async_context(lock.acquire())
+
+
+async def _await(awaitable: Any) -> Any:
+    return await awaitable
 
 
 async def test_only_names_unused_for_a_week_are_forgotten(

@@ -9,23 +9,34 @@ import pytest
 
 from pgkv._ops.op import Op
 from pgkv.config import Table
-from pgkv.patterns.lock.sql import LOCKS, TICKETS, SemaphoreStatements, slot_keys
+from pgkv.patterns.lock.sql import (
+    LOCKS,
+    TICKETS,
+    Asking,
+    LockStatements,
+    SemaphoreStatements,
+    slot_keys,
+)
 
 SQL = SemaphoreStatements(
     Table("kv_locks", "s", shape=LOCKS), Table("kv_tickets", "s", shape=TICKETS)
 )
 SLOTS = slot_keys(b"n", 2)
+ASKING = Asking("host:1", b"{}", b"\x1f12")
 
 SAFE: dict[str, Op[Any]] = {
-    "grant": SQL.grant(b"n", b"{}", 30.0, 1.0),
-    "grant_fair": SQL.grant_fair(b"n", b"{}", 30.0, 1.0, b"n\x1f1", 2.0),
-    "grant_slot": SQL.grant_slot(SLOTS, b"{}", 30.0, 1.0),
+    "grant": SQL.grant(b"n", ASKING, 30.0, 1.0),
+    "grant_fair": SQL.grant_fair(b"n", ASKING, 30.0, 1.0, 2.0),
+    "grant_slot": SQL.grant_slot(SLOTS, ASKING, 30.0, 1.0),
     "define": SQL.define(SLOTS, resize=False),
-    "leave": SQL.leave(b"n\x1f1"),
+    "leave": SQL.leave(b"n", ASKING),
+    "leave in doubt": SQL.leave_in_doubt(b"n", ASKING)[0],
     "renew": SQL.renew([(b"n", 1, 30.0)]),
     "release": SQL.release(b"n", 1, notify=False),
     "release and notify": SQL.release(b"n", 1, notify=True),
-    "disown": SQL.disown([b"n"], b"{}"),
+    "take back": LockStatements.take_back(SQL, [b"n"], ASKING)[0],
+    "take back a slot, first": SQL.take_back(SLOTS, ASKING)[0],
+    "take back a slot, then": SQL.take_back(SLOTS, ASKING)[1],
     "place": SQL.place(),
     "isolation": SQL.isolation(),
     "holder": SQL.holder(b"n"),
@@ -74,5 +85,5 @@ def test_grants_and_renewals_are_durable_whatever_the_role_says() -> None:
     for name in ("grant", "grant_fair", "grant_slot", "renew"):
         assert "'synchronous_commit', CASE" in ALL[name].statement.sql
     assert "'synchronous_commit', CASE" in UNSAFE["revoke"].statement.sql
-    for name in ("release", "release and notify", "disown"):
+    for name in ("release", "release and notify", *(name for name in ALL if "take back" in name)):
         assert "'synchronous_commit', 'off'" in ALL[name].statement.sql

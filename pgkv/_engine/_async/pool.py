@@ -96,6 +96,10 @@ class AsyncStorePool:
                 "or closed here; make one AsyncStore per loop, and close it there"
             )
 
+    def is_exhausted(self) -> bool:
+        """Whether all connections are in use."""
+        return not self.idle and self._size >= self._config.pool_max_size
+
     # -- taking and giving back
 
     async def execute(self, op: Op[Any], deadline: float) -> PGresult:
@@ -401,6 +405,11 @@ class AsyncCallerPool:
         self._watchdog: Watchdog | None = None
         self._prepared: weakref.WeakKeyDictionary[Any, set[bytes]] = weakref.WeakKeyDictionary()
         self._tasks: set[asyncio.Task[None]] = set()
+
+    def is_exhausted(self) -> bool:
+        """Whether all connections are in use."""
+        stats = self._caller_pool.get_stats()
+        return not stats.get("pool_available") and stats["pool_size"] >= stats["pool_max"]
 
     def conninfo(self) -> str:
         """What reaches the same database without the caller's pool."""

@@ -110,6 +110,10 @@ class PoolChannel:
         """Whether it was closed."""
         return "closed" if getattr(self._pool, "_closed", False) else ""
 
+    def is_exhausted(self) -> bool:
+        """Whether all connections are in use, so that the next operation waits for one."""
+        return self._pool.is_exhausted()
+
     def conninfo(self) -> str:
         """What a connection outside the pool is opened with: for renewal and LISTEN."""
         return self._pool.conninfo()

@@ -75,6 +75,10 @@ class StorePool:
         # The last failure to connect, with its time; a deque of one is replaced atomically.
         self._failures: deque[tuple[float, psycopg.Error]] = deque(maxlen=1)
 
+    def is_exhausted(self) -> bool:
+        """Whether all connections are in use."""
+        return not self.idle and self._size >= self._config.pool_max_size
+
     # -- taking and giving back
 
     def check_out(self, deadline: float, action: str) -> PgConnection:
@@ -322,6 +326,11 @@ class CallerPool:
         self.waiters: deque[ThreadInQueue] = deque()
         # What is prepared where: it dies with the connection.
         self._prepared: weakref.WeakKeyDictionary[Any, set[bytes]] = weakref.WeakKeyDictionary()
+
+    def is_exhausted(self) -> bool:
+        """Whether all connections are in use."""
+        stats = self._caller_pool.get_stats()
+        return not stats.get("pool_available") and stats["pool_size"] >= stats["pool_max"]
 
     def conninfo(self) -> str:
         """What reaches the same database without the caller's pool."""
