@@ -6,17 +6,20 @@ call nothing here but `hit`.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import functools
 import inspect
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, ParamSpec, Self, TypeVar
 
 from ..._observe import shown
+from ..._ops.drivers import shielded
 from ..._ops.op import Flow
 from ..._settings import refuse_pickle
 from ...aio import AsyncStore
 from ...config import Seconds
-from ...errors import ConfigError
+from ...errors import ConfigError, PgkvError
 from ...store import Store
 from .._runtime.colour import require
 from .flows import LimiterFlows, OnError, Receipt, Reserved, charges_of, check_limit, hit_many
@@ -37,6 +40,8 @@ __all__ = [
 P = ParamSpec("P")
 R = TypeVar("R")
 T = TypeVar("T")
+
+ABANDON_SECONDS = 1.0  # for the statement of a cancelled caller; then the server cancels it
 
 
 class LimiterView:
@@ -162,7 +167,14 @@ class RateLimiter(LimiterView):
         Raises:
             RateLimitedError: the wait would take longer; raised at once, nothing is charged.
         """
-        return self._run(self._flows.acquire(key, cost, timeout, limits))
+        return self._run(self._flows.acquire(key, cost, timeout, limits, self))
+
+    def _take_place(self, flow: Flow[Reserved]) -> Reserved:
+        return self._run(flow)
+
+    def _give_back(self, receipt: Receipt) -> None:
+        with contextlib.suppress(PgkvError):  # the caller is to see why it ended
+            self._run(self._flows.cancel(receipt))
 
     def reserve(
         self,
@@ -343,7 +355,35 @@ class AsyncRateLimiter(LimiterView):
         limits: Rates | None = None,
     ) -> Decision:
         """Wait for the turn of this call; see :meth:`RateLimiter.acquire`."""
-        return await self._run(self._flows.acquire(key, cost, timeout, limits))
+        return await self._run(self._flows.acquire(key, cost, timeout, limits, self))
+
+    async def _take_place(self, flow: Flow[Reserved]) -> Reserved:
+        """Run a reservation; when the caller is cancelled meanwhile, give the place back."""
+        if self._flows.is_bound:  # it ends with the caller's transaction
+            return await self._run(flow)
+        task = asyncio.create_task(self._run(flow))
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            with contextlib.suppress(TimeoutError):
+                await shielded(self._abandon(task), ABANDON_SECONDS)
+            raise
+
+    async def _abandon(self, task: asyncio.Task[Reserved]) -> None:
+        """Give back what a reservation gets, or stop it when this is cancelled."""
+        with contextlib.suppress(PgkvError):
+            receipt = (await task).receipt
+            if receipt is not None:
+                await self._run(self._flows.cancel(receipt))
+
+    async def _give_back(self, receipt: Receipt) -> None:
+        # The caller is to see why it ended.
+        with contextlib.suppress(PgkvError, TimeoutError):
+            await self._cancel(receipt)
+
+    async def _cancel(self, receipt: Receipt) -> bool:
+        seconds = self._flows.timeout + ABANDON_SECONDS
+        return await shielded(self._run(self._flows.cancel(receipt)), seconds)
 
     async def reserve(
         self,
@@ -355,7 +395,7 @@ class AsyncRateLimiter(LimiterView):
     ) -> AsyncReservation:
         """Take a place in the queue; see :meth:`RateLimiter.reserve`."""
         flow = self._flows.reserve(key, cost, max_wait, limits, "max_wait")
-        return AsyncReservation(self, await self._run(flow))
+        return AsyncReservation(self, await self._take_place(flow))
 
     async def peek(self, key: str, cost: int = 1, *, limits: Rates | None = None) -> Decision:
         """Tell what `hit` would decide, without charging or counting."""
@@ -498,6 +538,4 @@ class AsyncReservation(ReservationView):
         """Give the place back, except for what was reserved after it; see
         :meth:`Reservation.cancel`."""
         receipt = self._take()
-        return receipt is not None and await self._limiter._run(
-            self._limiter._flows.cancel(receipt)
-        )
+        return receipt is not None and await self._limiter._cancel(receipt)

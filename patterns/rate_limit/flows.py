@@ -6,7 +6,8 @@ flows. Statements are in `sql`, arithmetic in `policy`, the memory of one proces
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Awaitable, Iterable, Sequence
 from hashlib import blake2b
 from time import monotonic
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, TypeVar
@@ -43,6 +44,7 @@ KEY_CHARACTERS_MAX = 256  # a longer key is hashed: a client may choose it
 POLICIES_MAX = 1024  # per-call limits remembered with what is computed for them
 CLOSED_RETRY_SECONDS = 1.0  # the retry_after of a refusal by on_error="closed"
 WAIT_SECONDS_MAX = 10 * 366 * 86400.0  # acquire(timeout=None)
+ROUND_TRIP_SECONDS = 0.05  # of an answer, which acquire's timeout does not include
 STATEMENT_SECONDS_MIN = 0.05  # what a further statement of a call gets when the time is used up
 RACES_MAX = 10  # attempts of hit_many: after each race the row exists
 # What `on_error` is about. A wrong argument or a missing right is no outage.
@@ -53,11 +55,14 @@ OUTAGES = (
     ConflictError,
     TableNotFoundError,
 )
+# SQLSTATEs of a statement that cannot succeed on that table, however often it is tried.
+MISTAKES = ("42703", "42804", "42883", "0A")
 
 
 class Receipt(NamedTuple):
-    """What a reservation was charged, enough to give it back."""
+    """What a reservation was charged, enough to give it back. It belongs to one process."""
 
+    pid: int
     row: bytes
     created_at: bytes
     incs: Sequence[int]
@@ -70,6 +75,13 @@ class Reserved(NamedTuple):
     decision: Decision
     delay: float
     receipt: Receipt | None
+
+
+class Waiter(Protocol):
+    """A limiter, sync or async, as `LimiterFlows.acquire` uses it."""
+
+    def _take_place(self, flow: Flow[Reserved], /) -> Reserved | Awaitable[Reserved]: ...
+    def _give_back(self, receipt: Receipt, /) -> Awaitable[None] | None: ...
 
 
 class LimiterFlows:
@@ -301,36 +313,44 @@ class LimiterFlows:
         delay = max(
             0, *(tat - cap - arrival.now for tat, cap in zip(arrival.tats, caps, strict=True))
         )
-        receipt = Receipt(row, arrival.stamp or b"", charge.incs, arrival.tats)
+        receipt = Receipt(os.getpid(), row, arrival.stamp or b"", charge.incs, arrival.tats)
         return Reserved(decision, delay / NS, receipt)
 
     def cancel(self, receipt: Receipt) -> Flow[bool]:
-        """Give a reservation back."""
-        return (yield from self._undo(receipt.row, self.sql.cancel(*receipt)))
+        """Give a reservation back. In a forked child it belongs to the parent."""
+        pid, row, created_at, incs, tats = receipt
+        if pid != os.getpid():
+            return False
+        return (yield from self._undo(row, self.sql.cancel(row, created_at, incs, tats)))
 
     def acquire(
-        self, key: str, cost: int, timeout: Seconds | None, limits: Rates | None
+        self, key: str, cost: int, timeout: Seconds | None, limits: Rates | None, waiter: Waiter
     ) -> Flow[Decision]:
         """Reserve, and sleep until the turn has come."""
-        decision, delay, receipt = yield from self.reserve(key, cost, timeout, limits, "timeout")
-        if delay > 0:
-            try:
-                yield from pause(delay)
-            except BaseException:
-                # Cancelled or interrupted while waiting: the next caller gets the place.
-                if receipt is not None:
-                    try:
-                        yield from self.cancel(receipt)
-                    except PgkvError:
-                        pass  # the caller is to see why it ended; the tokens flow back by themselves
-                raise
+        until = monotonic() + _wait_seconds(timeout, "timeout")
+        flow = self.reserve(key, cost, timeout, limits, "timeout")
+        decision, delay, receipt = yield from call(waiter._take_place, flow)
+        if receipt is None or delay <= 0:
+            return decision
+        try:
+            if monotonic() + delay > until + ROUND_TRIP_SECONDS:
+                # The answer came late, and with it the turn.
+                late = msgspec.structs.replace(decision, allowed=False, retry_after=delay)
+                raise self.refusal(late)
+            yield from pause(delay)
+        except GeneratorExit:
+            raise
+        except BaseException:
+            # Refused, cancelled or interrupted: the next caller gets the place.
+            yield from call(waiter._give_back, receipt)
+            raise
         return decision
 
     # -- outcomes
 
     def _degraded(self, policy: Policy, error: PgkvError, mode: OnError | None) -> Decision:
         mode = self.on_error if mode is None or self.is_bound else mode
-        if mode == "raise":
+        if mode == "raise" or error._sqlstate.startswith(MISTAKES):
             raise error
         if self.counter.outages.due(monotonic()):
             _observe.warning(

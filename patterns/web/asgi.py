@@ -29,6 +29,8 @@ Receive: TypeAlias = "Callable[[], Awaitable[Message]]"
 Send: TypeAlias = "Callable[[Message], Awaitable[None]]"
 App: TypeAlias = "Callable[[Any, Receive, Send], Awaitable[None]]"
 
+# The messages that carry a response's head.
+_HEADS = ("http.response.start", "websocket.accept", "websocket.http.response.start")
 POLICY_VIOLATION = 1008  # how a WebSocket says no; before accept() servers answer 403
 
 
@@ -76,17 +78,21 @@ class RateLimitMiddleware:
         with heard_by_servers():
             verdict = await drive_async(self._guard.check(HttpRequest(scope)))
         if verdict is not None and verdict.refuse:
-            headers, body = self._guard.refusal(verdict)
+            headers, body = self._guard.refusal(scope, verdict)
             await _refuse(scope, receive, send, _encoded(headers), body)
             return
-        added = _encoded(self._guard.headers(verdict))
-        if not added:
+        if not self._guard.is_shown(verdict):
             await self.app(scope, receive, send)
             return
 
         async def sending(message: Message) -> None:
-            if message["type"] in ("http.response.start", "websocket.accept"):
-                message["headers"] = [*message.get("headers", ()), *added]
+            if message["type"] in _HEADS:
+                added = _encoded(self._guard.headers(scope))
+                names = {name for name, _ in added}
+                others = [
+                    each for each in message.get("headers", ()) if each[0].lower() not in names
+                ]
+                message["headers"] = others + added
             await send(message)
 
         await self.app(scope, receive, sending)
@@ -96,13 +102,21 @@ def _encoded(headers: dict[str, str]) -> list[tuple[bytes, bytes]]:
     return [(name.lower().encode(), value.encode()) for name, value in headers.items()]
 
 
+def is_websocket_without_denials(scope: Any) -> bool:
+    """Whether a refusal can only close the connection: the server sends no response to a
+    handshake."""
+    return scope["type"] == "websocket" and "websocket.http.response" not in (
+        scope.get("extensions") or {}
+    )
+
+
 async def _refuse(
     scope: Any, receive: Receive, send: Send, headers: list[tuple[bytes, bytes]], body: bytes
 ) -> None:
     kind = "http.response"
     if scope["type"] == "websocket":
         await receive()  # the handshake
-        if "websocket.http.response" not in (scope.get("extensions") or {}):
+        if is_websocket_without_denials(scope):
             await send({"type": "websocket.close", "code": POLICY_VIOLATION})
             return
         kind = "websocket.http.response"
@@ -113,8 +127,6 @@ async def _refuse(
 # -- sessions ------------------------------------------------------------------------------
 
 _SESSION = "pgkv.session"
-# The messages that carry a response's head.
-_HEADS = ("http.response.start", "websocket.accept", "websocket.http.response.start")
 
 
 class SessionMiddleware:

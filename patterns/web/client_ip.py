@@ -29,8 +29,8 @@ def client_ip(trusted_proxies: Iterable[str] = (), ipv6_prefix: int = 64) -> Cal
 
     Without `trusted_proxies` that is the peer of the connection and no header is looked at: anybody
     can write an X-Forwarded-For. From a trusted peer the header's addresses are read from the
-    right, each appended by the hop after it; the first that is no trusted proxy is the client. An
-    entry that is no address ends the walk at the hop that sent it.
+    right, each appended by the hop after it; the first that is no trusted proxy is the client. Empty
+    entries are skipped, and one that is no address ends the walk at the hop that sent it.
 
     An IPv6 client usually owns a whole /64, so that is the key; an IPv4 address in IPv6 clothes
     (``::ffff:192.0.2.1``) is the IPv4 address.
@@ -74,7 +74,7 @@ def client_ip(trusted_proxies: Iterable[str] = (), ipv6_prefix: int = 64) -> Cal
     def key(request: Any) -> str:
         peer, forwarded = _peer_and_forwarded(request)
         address = _address(peer or "")
-        if address is None and peer:
+        if address is None and peer and not _is_unix(peer):
             return peer  # a name that the server gave, such as a test client's
         if address is None and not trusts_unix:
             raise ConfigError(
@@ -82,7 +82,8 @@ def client_ip(trusted_proxies: Iterable[str] = (), ipv6_prefix: int = 64) -> Cal
                 "bucket; behind a proxy on a Unix socket say trusted_proxies=['unix']"
             )
         if address is None or is_trusted(address):
-            for entry in forwarded.split(",")[: -HOPS_MAX - 1 : -1]:
+            entries = [entry for entry in forwarded.split(",") if entry.strip()]
+            for entry in entries[: -HOPS_MAX - 1 : -1]:
                 hop = _address(entry)
                 if hop is None:
                     break
@@ -115,6 +116,12 @@ def _address(text: str) -> _Address | None:
     except ValueError:
         return None
     return getattr(address, "ipv4_mapped", None) or address
+
+
+def _is_unix(peer: str) -> bool:
+    """Whether that is how a server names the peer of a Unix socket: waitress, werkzeug, or by the
+    path of the socket."""
+    return peer in ("localhost", "<local>") or peer.startswith(("unix:", "/", "@"))
 
 
 def _peer_and_forwarded(request: Any) -> tuple[str | None, str]:

@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from time import monotonic
 from typing import Any, Literal, NamedTuple, TypeAlias, TypedDict
+
+import msgspec
 
 from ... import _observe
 from ..._ops.op import Flow, call
@@ -28,6 +31,7 @@ Limits: TypeAlias = "Rates | Callable[[Any], Any] | None"
 PROBLEMS = "https://iana.org/assignments/http-problem-types#"
 PROBLEM_TYPE = "application/problem+json"
 STATUS: Literal[429] = 429
+DECISIONS = "pgkv.rate_limit"  # in scope or environ: what the limits of a request decided
 
 
 class LimitOptions(TypedDict, total=False):
@@ -156,31 +160,48 @@ class Guard:
         if callable(limits):
             limits = yield from call(limits, request)
         decision: Decision = yield from call(limiter._judge, key, cost, limits, self._on_error)
-        if self._shadow and not decision.allowed:
+        if not self._shadow:
+            scope_of(request).setdefault(DECISIONS, []).append(decision)
+        elif not decision.allowed and (refused := limiter._flows.counter.shadows.due(monotonic())):
             _observe.info(
                 "pgkv.limit.shadow",
                 limiter=limiter.name,
                 rate=str(decision.rate),
                 retry_after=round(decision.retry_after, 3),
+                refused=refused,
             )
         return Verdict(decision, not decision.allowed and not self._shadow)
 
-    def headers(self, verdict: Verdict | None) -> dict[str, str]:
-        """What to add to the response. In shadow mode nothing tells the client."""
-        if verdict is None or self._shadow or self._headers is None:
-            return {}
-        return verdict.decision.headers(self._headers)
+    def is_shown(self, verdict: Verdict | None) -> bool:
+        """Whether a response has headers. In shadow mode nothing tells the client."""
+        return verdict is not None and not self._shadow and self._headers is not None
 
-    def refusal(self, verdict: Verdict) -> tuple[dict[str, str], bytes]:
+    def headers(self, request: Any) -> dict[str, str]:
+        """What the response to a request shows, of all limits that have judged it so far: to be set
+        in place of headers of the same names."""
+        if self._shadow or self._headers is None:
+            return {}
+        return strictest(scope_of(request)[DECISIONS]).headers(self._headers)
+
+    def refusal(self, request: Any, verdict: Verdict) -> tuple[dict[str, str], bytes]:
         """Headers and body of the 429."""
         decision = verdict.decision
-        found = self.headers(verdict)
+        found = self.headers(request)
         # Also without the other headers: a client that is told nothing tries again at once.
         found["Retry-After"] = decision.headers("x")["Retry-After"]
         found["Content-Type"] = PROBLEM_TYPE
         body = json.dumps(problem(decision)).encode()
         found["Content-Length"] = str(len(body))
         return found, body
+
+
+def strictest(decisions: Sequence[Decision]) -> Decision:
+    """Return the decision that a response shows, with the policies of all of them: a denial, else
+    the one with the least share of tokens left."""
+    known = [each for each in decisions if not each.degraded] or decisions
+    shown = min(known, key=lambda each: (each.allowed, each.remaining / each.limit))
+    policies = ",".join(dict.fromkeys(each.policies for each in known))
+    return msgspec.structs.replace(shown, policies=policies)
 
 
 @contextlib.contextmanager

@@ -79,7 +79,8 @@ def scope_of(request: Any) -> Any:
 
 
 def path_of(scope: Mapping[str, Any]) -> str:
-    """Return the path of a request within its application, decoded.
+    """Return the path of a request within its application, decoded: without the prefix at which a
+    proxy or another application mounts it.
 
     Args:
         scope: the ASGI scope or WSGI environ.
@@ -87,7 +88,11 @@ def path_of(scope: Mapping[str, Any]) -> str:
     if "wsgi.version" in scope:
         path: str = scope.get("PATH_INFO", "").encode("latin-1").decode("utf-8", "replace")
         return path or "/"
-    return scope["path"]  # type: ignore[no-any-return]  # a str
+    path = scope["path"]
+    prefix = (scope.get("root_path") or "").rstrip("/")
+    # Servers that follow an older text of ASGI leave the prefix out of the path.
+    inside = path.removeprefix(prefix)
+    return (inside or "/") if inside[:1] in ("/", "") else path
 
 
 def exemption(exempt: Exempt) -> Callable[[Any, str], bool]:

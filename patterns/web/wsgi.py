@@ -65,15 +65,17 @@ class WSGIRateLimitMiddleware:
         with heard_by_servers():
             verdict = drive(self._guard.check(HttpRequest(environ)))
         if verdict is not None and verdict.refuse:
-            headers, body = self._guard.refusal(verdict)
+            headers, body = self._guard.refusal(environ, verdict)
             start_response(f"{STATUS} Too Many Requests", list(headers.items()))
             return [body]
-        added = list(self._guard.headers(verdict).items())
-        if not added:
+        if not self._guard.is_shown(verdict):
             return self.app(environ, start_response)
 
-        def starting(status: str, headers: list[tuple[str, str]], *more: Any) -> Any:
-            return start_response(status, [*headers, *added], *more)
+        def starting(status: str, headers: HeaderList, *more: Any) -> Any:
+            added = self._guard.headers(environ)
+            names = {name.lower() for name in added}
+            others = [each for each in headers if each[0].lower() not in names]
+            return start_response(status, [*others, *added.items()], *more)
 
         return self.app(environ, starting)
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from typing import Any, Unpack
 
-from fastapi import HTTPException, Request, Response
+from fastapi import HTTPException, Request, Response, WebSocketException
+from fastapi.requests import HTTPConnection
 
 from .._ops.drivers import drive_async
 from ..patterns.rate_limit.api import AsyncRateLimiter
 from ..patterns.rate_limit.policy import Decision
+from ..patterns.web.asgi import POLICY_VIOLATION, is_websocket_without_denials
 from ..patterns.web.limit import STATUS, Guard, LimitOptions, Verdict, problem
 
 __all__ = ["RateLimited", "problem_response", "rate_limit"]
@@ -26,8 +28,8 @@ class RateLimited(HTTPException):
     body: bytes
     decision: Decision
 
-    def __init__(self, guard: Guard, verdict: Verdict) -> None:
-        headers, self.body = guard.refusal(verdict)
+    def __init__(self, guard: Guard, request: HTTPConnection, verdict: Verdict) -> None:
+        headers, self.body = guard.refusal(request, verdict)
         self.all_headers = headers
         self.decision = verdict.decision
         sent = {
@@ -41,7 +43,7 @@ class RateLimited(HTTPException):
 def rate_limit(
     limiter: AsyncRateLimiter | Callable[[Any], Any],
     **options: Unpack[LimitOptions],
-) -> Callable[[Request, Response], Awaitable[None]]:
+) -> Callable[[HTTPConnection, Response], Awaitable[None]]:
     """Return a dependency that limits a route, a router or an application.
 
     ::
@@ -50,7 +52,8 @@ def rate_limit(
         async def search(): ...
 
     Headers are added where the route returns data; FastAPI drops them where it returns a `Response`
-    of its own. Functions get FastAPI's `Request`.
+    of its own. Functions get FastAPI's `Request`; of a WebSocket route, whose handshakes are limited
+    too, its `WebSocket`.
 
     Args:
         limiter: an :class:`AsyncRateLimiter`, or a function of the request that returns one, or
@@ -70,11 +73,14 @@ def rate_limit(
         options,
     )
 
-    async def dependency(request: Request, response: Response) -> None:
+    async def dependency(request: HTTPConnection, response: Response) -> None:
         verdict = await drive_async(guard.check(request))
         if verdict is not None and verdict.refuse:
-            raise RateLimited(guard, verdict)
-        response.headers.update(guard.headers(verdict))
+            if is_websocket_without_denials(request.scope):
+                raise WebSocketException(POLICY_VIOLATION, "rate limit")
+            raise RateLimited(guard, request, verdict)
+        if guard.is_shown(verdict):
+            response.headers.update(guard.headers(request))
 
     return dependency
 

@@ -64,17 +64,17 @@ def rate_limit(
     def decorate(view: Callable[P, R]) -> Callable[P, Any]:
         @functools.wraps(view)
         def limited(*args: P.args, **kwargs: P.kwargs) -> Any:
+            environ = flask.request.environ
             verdict = drive(guard.check(flask.request))
             if verdict is not None and verdict.refuse:
-                found, body = guard.refusal(verdict)
+                found, body = guard.refusal(environ, verdict)
                 return flask.Response(body, STATUS, found)
-            added = guard.headers(verdict)
 
             def add(response: flask.Response) -> flask.Response:
-                response.headers.update(added)
+                response.headers.update(guard.headers(environ))
                 return response
 
-            if added:
+            if guard.is_shown(verdict):
                 flask.after_this_request(add)
             return flask.current_app.ensure_sync(view)(*args, **kwargs)
 

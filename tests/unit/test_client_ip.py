@@ -48,7 +48,12 @@ TABLE = [
     (PROXIES, "10.0.0.1", ["unknown"], "10.0.0.1"),
     (PROXIES, "10.0.0.1", [""], "10.0.0.1"),
     (PROXIES, "10.0.0.1", ["1.1.1.1, evil, 10.0.0.2"], "10.0.0.2"),
-    (PROXIES, "10.0.0.1", ["198.51.100.7, "], "10.0.0.1"),
+    (PROXIES, "10.0.0.1", ["evil, "], "10.0.0.1"),
+    (PROXIES, "10.0.0.1", ["1.1.1.1, unix:, 10.0.0.2"], "10.0.0.2"),
+    # an empty element of a list is none (RFC 9110)
+    (PROXIES, "10.0.0.1", ["198.51.100.7, "], "198.51.100.7"),
+    (PROXIES, "10.0.0.1", ["198.51.100.7,", " ,10.0.0.2,,"], "198.51.100.7"),
+    (PROXIES, "10.0.0.1", [" , ,"], "10.0.0.1"),
     (PROXIES, "10.0.0.1", [",".join(["10.0.0.2"] * 5000)], "10.0.0.2"),
     # IPv6 by /64
     ((), "2001:db8:1:2:3:4:5:6", [], "2001:db8:1:2::/64"),
@@ -56,6 +61,14 @@ TABLE = [
     # a Unix socket
     (PROXIES, None, ["198.51.100.7"], "198.51.100.7"),
     (PROXIES, None, [], "unix"),
+    # ... as servers name its peer: waitress, werkzeug, and the path of the socket
+    (PROXIES, "localhost", ["198.51.100.7"], "198.51.100.7"),
+    (PROXIES, "<local>", ["198.51.100.7"], "198.51.100.7"),
+    (PROXIES, "unix:", ["198.51.100.7"], "198.51.100.7"),
+    (PROXIES, "/run/site.sock", ["198.51.100.7"], "198.51.100.7"),
+    (PROXIES, "localhost", [], "unix"),
+    # a name that a test client gives
+    (PROXIES, "testclient", ["198.51.100.7"], "testclient"),
 ]
 
 
@@ -70,8 +83,9 @@ def test_spoofing_table(
 
 def test_no_address_is_no_shared_bucket() -> None:
     """A peer without an address is an error that tells the way out, unless "unix" is trusted."""
-    with pytest.raises(pgkv.ConfigError, match="unix"):
-        pgkv.client_ip(["10.0.0.0/8"])(asgi(None, "198.51.100.7"))
+    for peer in (None, "localhost", "unix:", "/run/site.sock"):
+        with pytest.raises(pgkv.ConfigError, match="unix"):
+            pgkv.client_ip(["10.0.0.0/8"])(asgi(peer, "198.51.100.7"))
 
 
 def test_other_prefixes() -> None:
