@@ -152,7 +152,7 @@ class Lease(LeaseState):
             raise
         except BaseException:  # an interrupt, or a time limit: ending it again does no harm
             with contextlib.suppress(PgkvError):
-                self._runtime.clean_up(end, flows.CLEAN_UP_TIME)
+                self._runtime.clean_up(end, *flows.CLEAN_UP)
             raise
 
     def _signal(self) -> None:
@@ -233,7 +233,7 @@ class AsyncLease(LeaseState):
             await self._to_the_end(leave, swallow=ours and error is None)
             return
         with contextlib.suppress(Exception):
-            await self._runtime.clean_up(leave, flows.CLEAN_UP_TIME)
+            await self._runtime.clean_up(leave, *flows.CLEAN_UP)
         if ours:
             raise self._lost_error() from error  # what the cancellation meant
 
@@ -242,7 +242,7 @@ class AsyncLease(LeaseState):
             return cast("T", await self._runtime.channel.run(end()))
         except asyncio.CancelledError:
             # The statement may not have been sent, or not be answered; ending it again is safe.
-            again = self._runtime.clean_up(end, flows.CLEAN_UP_TIME)
+            again = self._runtime.clean_up(end, *flows.CLEAN_UP)
             if swallow:
                 return cast("T", await again)
             with contextlib.suppress(Exception):
@@ -431,7 +431,7 @@ class Acquirer:
         try:
             return cast("Lease | None", runtime.channel.run(acquisition.flow()))
         except BaseException:
-            runtime.clean_up(acquisition.take_back, flows.CLEAN_UP_TIME)
+            runtime.clean_up(acquisition.take_back, *flows.CLEAN_UP)
             raise
 
     if not TYPE_CHECKING:  # a type checker knows that it cannot be entered
@@ -487,7 +487,7 @@ class AsyncAcquirer:
             raise
         except BaseException:
             with contextlib.suppress(TimeoutError):
-                await runtime.clean_up(acquisition.take_back, flows.CLEAN_UP_TIME)
+                await runtime.clean_up(acquisition.take_back, *flows.CLEAN_UP)
             raise
 
     if not TYPE_CHECKING:  # as of Acquirer

@@ -58,6 +58,7 @@ NOTIFIED_FIRST, NOTIFIED_MAX = 0.5, 5.0  # the same where a release is notified
 HEAD_FIRST, HEAD_GROWTH, HEAD_MAX = 0.01, 1.25, 0.1
 TICKET_TTL = 2.0  # seconds that a dead waiter can stall its queue
 CLEAN_UP_TIME = 1.0  # seconds for each statement that takes back what a failed acquire has left
+CLEAN_UP = CLEAN_UP_TIME, 3 * CLEAN_UP_TIME  # for `Runtime.clean_up`
 BEYOND_EXPIRY = 0.02  # seconds, at most, after a lease's end at which waiters look
 LATE_MAX = 3  # grants in a row that came too late to be of use
 BUSY_TIME = 1.0  # seconds that one try waits for a connection while all are in use
@@ -98,8 +99,9 @@ class Runtime(Protocol[L_co]):
         """Create a missing table."""
         ...
 
-    def clean_up(self, make: Callable[[], Flow[Any]], seconds: float) -> Any:
-        """Run a flow to its end, whatever cancels its caller meanwhile."""
+    def clean_up(self, make: Callable[[], Flow[Any]], timeout: float | None, longest: float) -> Any:
+        """Run a flow to its end within that time, whatever cancels its caller meanwhile; `timeout`
+        is that of each operation."""
         ...
 
     def lease(
@@ -147,7 +149,7 @@ def acquire(
     except GeneratorExit:
         raise
     except BaseException:
-        yield from call(runtime.clean_up, acquisition.take_back, CLEAN_UP_TIME)
+        yield from call(runtime.clean_up, acquisition.take_back, *CLEAN_UP)
         raise
 
 

@@ -221,9 +221,12 @@ class ThreadPort(_Port[H]):
             self._pid = os.getpid()
         return self._background
 
-    def clean_up(self, make: Callable[[], Flow[Any]], seconds: float) -> None:
-        """Run a flow that ends what its caller began, each statement within that time."""
-        self.channel.run(make(), seconds)
+    def clean_up(
+        self, make: Callable[[], Flow[Any]], timeout: float | None, longest: float
+    ) -> None:
+        """Run a flow that ends what its caller began."""
+        del longest  # nothing cuts it short here
+        self.channel.run(make(), timeout)
 
     def subscribe(self, terms: LockOptions, timeout: float | None) -> ThreadWaiting | None:
         """Begin to hear of releases."""
@@ -266,9 +269,11 @@ class TaskPort(_Port[H]):
             self._pid = os.getpid()
         return self._background
 
-    async def clean_up(self, make: Callable[[], Flow[Any]], seconds: float) -> Any:
+    async def clean_up(
+        self, make: Callable[[], Flow[Any]], timeout: float | None, longest: float
+    ) -> Any:
         """Run a flow that ends what its caller began; cancellations do not cut it short."""
-        return await shielded(self.channel.run(make(), seconds), 3 * seconds)
+        return await shielded(self.channel.run(make(), timeout), longest)
 
     async def subscribe(self, terms: LockOptions, timeout: float | None) -> TaskWaiting | None:
         """Begin to hear of releases."""
