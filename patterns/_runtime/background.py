@@ -1,56 +1,283 @@
-"""What cached functions do beside their callers: refreshing stale values, and prolonging leases.
+"""The background of a database: everything that patterns do behind their callers.
 
-Bounded in every direction: a few threads (or tasks per loop), a queue that refuses when it is
-full, and an end within `STOP_SECONDS` when the interpreter leaves.
+There is one for each process and database (for stores of threads: an event loop in a thread), and
+one for each event loop and database. It renews (`renewer`), listens (`listener`), and runs work
+that nothing waits for (`run_later`). It is made when a store first needs it, and ends with the last
+store that uses it, closed or dropped. A forked child starts its own.
+
+A pattern keeps what it needs here for a database in a `part`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import atexit
-import heapq
-import itertools
+import contextlib
+import os
 import queue
 import threading
+import warnings
 import weakref
 from collections.abc import Callable, Coroutine
+from contextvars import Context, copy_context
 from time import monotonic
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ... import _observe
-from ..._fork import survives_fork
+from ..._engine._async.channel import AsyncPoolChannel
+from ..._engine._async.coalesce import CoalescingChannel
+from ..._engine._sync.channel import PoolChannel
+from ..._fork import CONNECTIONS, THREADS, new_lock, survives_fork
+from ...config import Pooler
+from .connection import DedicatedConnection
+from .listener import Listener
+from .renewal import Renewer, broken
+
+if TYPE_CHECKING:
+    from ...aio import AsyncStore
+    from ...store import Store
 
 THREADS_MAX = 4
 QUEUE_MAX = 256
-TASKS_MAX = 64  # per event loop
+TASKS_MAX = 64  # per background
 IDLE_SECONDS = 10.0  # after which a thread ends
-STOP_SECONDS = 5.0  # what an interpreter that ends waits for refreshes under way
+STOP_TIME = 5.0  # seconds for a background to end, and for work under way when the program ends
+
+T = TypeVar("T")
 
 
-class ThreadPool:
+class Background:
+    """Renewal, notifications and later work of one database, in one event loop.
+
+    Args:
+        loop: where it runs; None for one in a thread of its own.
+        conninfo: for libpq.
+        pooler: whether statements may be prepared, and notifications arrive.
+    """
+
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop | None, conninfo: str, pooler: Pooler
+    ) -> None:
+        self.loop: asyncio.AbstractEventLoop = loop or asyncio.SelectorEventLoop()
+        self.ended = False
+        self.users: set[int] = set()
+        direct = pooler is Pooler.NONE
+        # Timers keep the context they were made in: not that of the call which came first.
+        context = Context()
+        connection = DedicatedConnection(conninfo, prepares=direct)
+        self.renewer: Renewer = Renewer(self.loop, connection, context)
+        unavailable = "" if direct else "pooler=TRANSACTION carries no notifications"
+        self.listener: Listener = Listener(self.loop, conninfo, context, unavailable)
+        self._parts: dict[Any, Any] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._thread: threading.Thread | None = None
+        if loop is None:
+            self._thread = threading.Thread(target=self._run, name="pgkv-background", daemon=True)
+            self._thread.start()
+
+    def part(self, kind: Callable[[Background], T]) -> T:
+        """Return what `kind` made for this background, made at the first call."""
+        part = self._parts.get(kind)
+        if part is None:
+            part = self._parts.setdefault(kind, kind(self))
+        return part  # type: ignore[no-any-return]  # what `kind` makes
+
+    def run_later(self, work: Callable[[], Any], done: Callable[[], object] | None = None) -> bool:
+        """Run work that nothing waits for, in a copy of the caller's context: a function in a
+        thread; in the background of an event loop, one that returns a coroutine as a task.
+
+        Args:
+            work: what to run.
+            done: called when it has ended in any way, also where it never began.
+
+        Returns:
+            False where too much waits already; then `done` is not called.
+        """
+        if self._thread is not None:
+            return workers.submit(work, done)
+        if len(self._tasks) >= TASKS_MAX:
+            return False
+        task = self.loop.create_task(_guarded(work()))
+        self._tasks.add(task)
+
+        def ended(task: asyncio.Task[None]) -> None:
+            self._tasks.discard(task)
+            if done is not None:
+                done()
+
+        task.add_done_callback(ended)
+        return True
+
+    # -- its life
+
+    def _run(self) -> None:
+        try:
+            while not self.ended:
+                try:
+                    self.loop.run_forever()
+                except BaseException as error:  # noqa: BLE001  # a callback's SystemExit ends no renewal
+                    broken(error)
+            pending = asyncio.all_tasks(self.loop)
+            for task in pending:
+                task.cancel()
+            if pending:
+                self.loop.run_until_complete(asyncio.wait(pending))
+        finally:
+            self.loop.close()
+
+    def _stop(self, stopped: threading.Event) -> None:
+        try:
+            self.listener.stop()
+            self.renewer.stop()
+        finally:
+            self.ended = True
+            if self._thread is not None:
+                self.loop.stop()
+            stopped.set()
+
+    def close(self, *, wait: bool) -> None:
+        """End it, from any thread; `wait` for that, where the caller is not its own thread."""
+        if self.loop.is_closed():
+            self.ended = True
+            return
+        stopped = threading.Event()
+        with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
+            self.loop.call_soon_threadsafe(self._stop, stopped)
+        if wait and not self._is_here():
+            stopped.wait(STOP_TIME)
+            if self._thread is not None:
+                self._thread.join(STOP_TIME)
+
+    def _is_here(self) -> bool:
+        try:
+            return asyncio.get_running_loop() is self.loop
+        except RuntimeError:
+            # An async store is closed from a thread, while its loop runs.
+            return not self.loop.is_running()
+
+
+async def _guarded(work: Coroutine[Any, Any, object]) -> None:
+    try:
+        await work
+    except Exception as error:  # noqa: BLE001  # nothing waits for it
+        broken(error)
+
+
+# -- which one -----------------------------------------------------------------------------
+
+
+def pool_channel(store: Store | AsyncStore) -> PoolChannel | AsyncPoolChannel | None:
+    """Return the channel over the store's pool; None for a view of a transaction."""
+    channel: object = store._channel
+    if isinstance(channel, CoalescingChannel):
+        channel = channel._inner
+    return channel if isinstance(channel, PoolChannel | AsyncPoolChannel) else None
+
+
+class _Backgrounds:
+    """All of this process."""
+
+    def __init__(self) -> None:
+        self._lock = new_lock(self)
+        self._inherited: list[object] = []
+        self._begin()
+        survives_fork(self, CONNECTIONS)
+
+    def _begin(self) -> None:
+        self._of_process: dict[Any, Background] = {}
+        self._of_loops: weakref.WeakKeyDictionary[
+            asyncio.AbstractEventLoop, dict[Any, Background]
+        ] = weakref.WeakKeyDictionary()
+        # A store's own, found without putting its conninfo together again.
+        self._of_channels: weakref.WeakKeyDictionary[Any, Background] = weakref.WeakKeyDictionary()
+
+    def after_fork(self) -> None:
+        # Kept: a destructor would say goodbye on the parent's sockets.
+        for background in self._of_channels.values():
+            background.ended = True
+        self._inherited.append((self._of_process, self._of_loops, self._of_channels))
+        self._begin()
+
+    def get(
+        self, channel: PoolChannel | AsyncPoolChannel, loop: asyncio.AbstractEventLoop | None
+    ) -> Background:
+        known = self._of_channels.get(channel)
+        if known is not None and not known.ended and loop in (None, known.loop):
+            return known
+        pooler = channel._config.pooler
+        key = (channel.conninfo(), pooler)
+        with self._lock:
+            table = self._of_process if loop is None else self._of_loops.setdefault(loop, {})
+            background = table.get(key)
+            if background is None or background.ended:
+                background = table[key] = Background(loop, key[0], pooler)
+            if id(channel) not in background.users:
+                background.users.add(id(channel))
+                self._watch(channel, background, table, key)
+            self._of_channels[channel] = background
+        return background
+
+    def _watch(
+        self, channel: Any, background: Background, table: dict[Any, Background], key: Any
+    ) -> None:
+        user, pid = id(channel), os.getpid()
+
+        def leave(*, wait: bool) -> None:
+            if os.getpid() != pid:
+                return  # it is the parent's
+            with self._lock:
+                background.users.discard(user)
+                last = not background.users
+                if last and table.get(key) is background:
+                    del table[key]
+            if last:
+                background.close(wait=wait)
+
+        def dropped() -> None:
+            leave(wait=False)
+            if os.getpid() == pid:
+                warnings.warn(
+                    "a store was dropped without close(); its background work was stopped",
+                    ResourceWarning,
+                    stacklevel=2,
+                )
+
+        finalizer = weakref.finalize(channel, dropped)
+        finalizer.atexit = False
+
+        def closed() -> None:
+            finalizer.detach()
+            leave(wait=True)
+
+        channel.on_close(closed)
+
+
+# -- functions that run later, in threads --------------------------------------------------
+
+
+class Workers:
     """Runs functions in a few daemon threads, started when needed."""
 
     def __init__(self) -> None:
+        self._lock = new_lock(self)
         self._begin()
+        survives_fork(self, THREADS)
 
     def _begin(self) -> None:
-        self._queue: queue.Queue[Callable[[], object] | None] = queue.Queue(QUEUE_MAX)
+        self._queue: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._threads: set[threading.Thread] = set()
         self._idle = 0
         self._closed = False
-        self._lock = threading.Lock()
 
-    def submit(self, fn: Callable[[], object]) -> bool:
-        """Run `fn` soon. False when too much waits already, or the interpreter ends."""
+    def submit(self, work: Callable[[], object], done: Callable[[], object] | None = None) -> bool:
+        """Run `work` soon; see `Background.run_later`. False when too much waits already, or the
+        interpreter ends."""
         with self._lock:
-            if self._closed:
+            if self._closed or self._queue.qsize() >= QUEUE_MAX:
                 return False
-            try:
-                self._queue.put_nowait(fn)
-            except queue.Full:
-                return False
+            self._queue.put(_Job(work, done))
             if self._queue.qsize() > self._idle and len(self._threads) < THREADS_MAX:
-                thread = threading.Thread(target=self._work, name="pgkv-cached", daemon=True)
+                thread = threading.Thread(target=self._work, name="pgkv-worker", daemon=True)
                 self._threads.add(thread)
                 thread.start()
         return True
@@ -61,176 +288,60 @@ class ThreadPool:
             with self._lock:
                 self._idle += 1
             try:
-                fn = self._queue.get(timeout=IDLE_SECONDS)
+                job = self._queue.get(timeout=IDLE_SECONDS)
             except queue.Empty:
-                fn = None
+                job = None
             with self._lock:
                 self._idle -= 1
                 # An item may have come between the timeout and here: then stay.
-                if fn is None and (self._closed or self._queue.empty()):
+                if job is None and (self._closed or self._queue.empty()):
                     self._threads.discard(me)
                     return
-            if fn is not None:
-                _guarded(fn)
+            if job is not None:
+                job.run()
 
-    def close(self, seconds: float = STOP_SECONDS) -> None:
-        """Drop what waits, and give what runs so long to end."""
+    def close(self, seconds: float = STOP_TIME) -> None:
+        """Drop what waits, and wait that long for what runs."""
         with self._lock:
             self._closed = True
             threads = tuple(self._threads)
             while True:
                 try:
-                    self._queue.get_nowait()
+                    job = self._queue.get_nowait()
                 except queue.Empty:
                     break
+                if job is not None:
+                    job.end()
             for _ in threads:
-                self._queue.put_nowait(None)
+                self._queue.put(None)
         deadline = monotonic() + seconds
         for thread in threads:
             thread.join(max(0.0, deadline - monotonic()))
 
     def after_fork(self) -> None:
-        """Begin anew: threads do not survive a fork."""
+        """Start again: threads do not survive a fork."""
         self._begin()
 
 
-class TaskPool:
-    """Runs coroutines as tasks, at most `TASKS_MAX` per event loop. They end with their loop:
-    ``asyncio.run()`` cancels them, and each gives up its lease on the way out."""
+class _Job:
+    def __init__(self, work: Callable[[], object], done: Callable[[], object] | None) -> None:
+        self._work = work
+        self._done = done
+        self._context = copy_context()
 
-    def __init__(self) -> None:
-        self._tasks: weakref.WeakKeyDictionary[
-            asyncio.AbstractEventLoop, set[asyncio.Task[None]]
-        ] = weakref.WeakKeyDictionary()
-
-    def submit(self, make: Callable[[], Coroutine[Any, Any, object]]) -> bool:
-        """Run a coroutine soon, on the running loop. False when too many run already."""
-        loop = asyncio.get_running_loop()
-        tasks = self._tasks.setdefault(loop, set())
-        if len(tasks) >= TASKS_MAX:
-            return False
-        task = loop.create_task(self._guard(make()))
-        tasks.add(task)
-        task.add_done_callback(tasks.discard)
-        return True
-
-    async def _guard(self, work: Coroutine[Any, Any, object]) -> None:
+    def run(self) -> None:
         try:
-            await work
-        except Exception as error:  # noqa: BLE001  # a mistake of ours must not end the others
-            _observe.warning("pgkv.cached.broken", error=type(error).__name__)
+            self._context.run(self._work)
+        except BaseException as error:  # noqa: BLE001  # not even SystemExit may end the thread
+            _observe.warning("pgkv.background.broken", error=type(error).__name__)
+        finally:
+            self.end()
+
+    def end(self) -> None:
+        if self._done is not None:
+            self._done()
 
 
-def _guarded(fn: Callable[[], object]) -> None:
-    try:
-        fn()
-    except Exception as error:  # noqa: BLE001  # a mistake of ours must not end the others
-        _observe.warning("pgkv.cached.broken", error=type(error).__name__)
-
-
-class Heartbeats:
-    """Calls functions again and again, from one daemon thread, until they are stopped or return
-    False. A function that runs less than its first interval costs a heap entry and no more."""
-
-    def __init__(self) -> None:
-        self._begin()
-
-    def _begin(self) -> None:
-        self._heap: list[tuple[float, int, float, Callable[[], bool], str]] = []
-        self._live: set[int] = set()
-        self._numbers = itertools.count()
-        self._running = False
-        self._changed = threading.Condition(threading.Lock())
-
-    def start(self, seconds: float, beat: Callable[[], bool], function: str) -> Callable[[], None]:
-        """Call `beat` every so many seconds, for that cached function; returns what stops it."""
-        with self._changed:
-            number = next(self._numbers)
-            self._live.add(number)
-            due = monotonic() + seconds
-            heapq.heappush(self._heap, (due, number, seconds, beat, function))
-            if not self._running:
-                self._running = True
-                threading.Thread(target=self._work, name="pgkv-cached-leases", daemon=True).start()
-            elif self._heap[0][1] == number:
-                self._changed.notify()
-        return lambda: self._live.discard(number)
-
-    def _work(self) -> None:
-        while True:
-            with self._changed:
-                while self._heap and self._heap[0][1] not in self._live:
-                    heapq.heappop(self._heap)
-                now = monotonic()
-                if not self._heap:
-                    if not self._changed.wait(IDLE_SECONDS) and not self._heap:
-                        self._running = False
-                        return
-                    continue
-                due, number, seconds, beat, function = self._heap[0]
-                if due > now:
-                    self._changed.wait(due - now)
-                    continue
-                heapq.heappop(self._heap)
-            try:
-                again = beat()
-            except Exception as error:  # noqa: BLE001  # tried again: the lease may yet be saved
-                _observe.debug(
-                    "pgkv.cached.renewal_failed", function=function, error=type(error).__name__
-                )
-                again = True
-            with self._changed:
-                if again and number in self._live:
-                    again_at = monotonic() + seconds
-                    heapq.heappush(self._heap, (again_at, number, seconds, beat, function))
-                else:
-                    self._live.discard(number)
-
-    def after_fork(self) -> None:
-        """Begin anew: threads do not survive a fork."""
-        self._begin()
-
-
-def start_task_heartbeat(
-    seconds: float, beat: Callable[[], Coroutine[Any, Any, bool]], function: str
-) -> Callable[[], None]:
-    """Await `beat` every so many seconds, for that cached function, on the running loop, until
-    stopped or it returns False.
-
-    A function that runs less than the first interval costs a timer and no task. A beat under way
-    is left to end by itself: cancelling it would cost a connection.
-    """
-    loop = asyncio.get_running_loop()
-    state: dict[str, Any] = {"stopped": False}
-
-    async def once() -> None:
-        try:
-            again = await beat()
-        except Exception as error:  # noqa: BLE001  # tried again: the lease may yet be saved
-            _observe.debug(
-                "pgkv.cached.renewal_failed", function=function, error=type(error).__name__
-            )
-            again = True
-        if again and not state["stopped"]:
-            arm()
-
-    def begin() -> None:
-        state["task"] = loop.create_task(once())  # kept: a loop's own reference is weak
-
-    def arm() -> None:
-        state["timer"] = loop.call_later(seconds, begin)
-
-    def stop() -> None:
-        state["stopped"] = True
-        state["timer"].cancel()
-
-    arm()
-    return stop
-
-
-threads = survives_fork(ThreadPool())
-tasks = TaskPool()
-heartbeats = survives_fork(Heartbeats())
-
-
-atexit.register(threads.close)
+backgrounds = _Backgrounds()
+workers = Workers()
+atexit.register(workers.close)

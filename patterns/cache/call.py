@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from ..._fork import new_lock
 from ..._ops.op import Flow, Op, do
 from ...errors import PgkvError, StoreUnavailableError
+from .._runtime.runtimes import AsyncRuntime, SyncRuntime, runtime_of
 from .breaker import Breaker
 from .envelope import Envelope
 from .sql import CacheStatements
@@ -61,6 +62,7 @@ class StoreContext:
         breaker: one per pool of connections, shared by the views of a store.
         names: by function, what its entries' keys begin with, and its generation's key.
         scope: names table and namespace in messages between processes and in first levels.
+        runtime: the background's side of it; None for a view of a transaction.
     """
 
     def __init__(self, store: Store | AsyncStore) -> None:
@@ -69,6 +71,7 @@ class StoreContext:
         self.breaker: Breaker = _breakers.setdefault(store._channel, Breaker())
         self.scope: str = f"{self.sql.t}\x1f{self.sql.prefix}"
         self.table_known = False
+        self.runtime: SyncRuntime | AsyncRuntime | None = runtime_of(store)
         self.names: dict[str, tuple[bytes, bytes]] = {}
 
     @property

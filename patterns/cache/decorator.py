@@ -37,7 +37,7 @@ from .function import (
     ensure_table,
     ensure_table_async,
 )
-from .invalidations import announce, announcement
+from .invalidations import message, publish
 from .key import Binder
 from .l1 import L1
 from .single_flight import Flights, TaskFlight, ThreadFlight
@@ -345,13 +345,13 @@ def invalidate_tag(tag: str, *, store: Any = None, conn: Any = None) -> Awaitabl
     key = _tag_key(context, tag)
     if conn is None:
         store._execute(context.sql.bump_tag(key))
-        announce_all(context, key)
+        publish_all(context, key)
     else:
         bound = store.using(unwrap(conn, psycopg.Connection, "invalidate_tag()"))
         ensure_table(context)
         bound._execute(context.sql.bump_tag(key))
         if forget_everywhere(context, key):
-            bound._execute(announcement(context, key))
+            bound._execute(message(context, key))
     return None
 
 
@@ -364,13 +364,13 @@ async def _invalidate_tag(tag: str, store: AsyncStore | None, conn: Any) -> None
     key = _tag_key(context, tag)
     if conn is None:
         await store._execute(context.sql.bump_tag(key))
-        announce_all(context, key)
+        publish_all(context, key)
     else:
         bound = store.using(unwrap(conn, psycopg.AsyncConnection, "invalidate_tag()"))
         await ensure_table_async(context)
         await bound._execute(context.sql.bump_tag(key))
         if forget_everywhere(context, key):
-            await bound._execute(announcement(context, key))
+            await bound._execute(message(context, key))
 
 
 def _tag_key(context: StoreContext, tag: object) -> bytes:
@@ -393,10 +393,10 @@ def forget_everywhere(context: StoreContext, key: bytes) -> bool:
     return bool(levels)
 
 
-def announce_all(context: StoreContext, key: bytes) -> None:
+def publish_all(context: StoreContext, key: bytes) -> None:
     """Forget in this process, and tell the others."""
     if forget_everywhere(context, key):
-        announce(context, key)
+        publish(context, key)
 
 
 __all__ = [

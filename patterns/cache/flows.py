@@ -24,7 +24,6 @@ from ..._ops import codec as _codec
 from ..._ops.op import Flow, Op, do, pause
 from ..._ops.op import call as call_step
 from ...errors import InvalidKeyError, InvalidValueError, PgkvError, QueryError
-from .._runtime.background import heartbeats, start_task_heartbeat, tasks, threads
 from . import envelope as _envelope
 from .call import (
     MISSING,
@@ -42,7 +41,7 @@ from .call import (
 from .envelope import PLACEHOLDER, Codec, Envelope, is_placeholder, mark_of, new_mark
 from .key import Binder
 from .l1 import L1
-from .single_flight import Flight, Flights, inside
+from .single_flight import Extended, Flight, Flights, inside
 from .sql import (
     DIGEST_LENGTH,
     ENTRY,
@@ -405,18 +404,23 @@ class FunctionCache:
 
     # -- background work
 
-    def _run_later(self, call: CachedCall, make: Callable[[], Flow[Any]]) -> bool:
-        """Run a flow in a thread or task; False when there is no room."""
+    def _run_later(
+        self, call: CachedCall, make: Callable[[], Flow[Any]], done: Callable[[], None]
+    ) -> bool:
+        """Run a flow in a thread or task; False when there is no room. `done` is called when it has
+        ended in any way."""
         run, timeout = call.context.store._run, self.options.store_timeout
-        pool = tasks if self.is_async else threads
-        return pool.submit(lambda: run(make(), timeout))
+        runtime = call.context.runtime
+        return runtime is not None and runtime.run_later(lambda: run(make(), timeout), done)
 
     def _keep_extending(self, call: CachedCall, op: Op[bool]) -> Callable[[], None]:
         """Extend a lease in regular intervals until the function that is returned is called."""
-        execute, timeout = call.context.store._execute, self.options.store_timeout
-        start = start_task_heartbeat if self.is_async else heartbeats.start
-        every = self.options.compute_timeout / 3
-        return start(every, lambda: execute(op, timeout), self.name)
+        if call.context.runtime is None:
+            return _nothing
+        renewer, options = call.context.runtime.background().renewer, self.options
+        extended = Extended(op, self.name, options.compute_timeout, options.store_timeout)
+        renewer.add(extended, extended)
+        return lambda: renewer.discard(extended)
 
     # -- entries that are there: stale, about to end, or to be replaced
 
@@ -453,11 +457,12 @@ class FunctionCache:
                 pass
             except Exception as error:  # noqa: BLE001  # nobody waits for it
                 self._refresh_failed(error)
-            finally:
-                self.flights.refreshing.discard(name)
 
-        if not self._run_later(call, flow):
+        def done() -> None:
             self.flights.refreshing.discard(name)
+
+        if not self._run_later(call, flow, done):
+            done()
 
     def _refresh_failed(self, error: Exception) -> None:
         self.counts.add("errors")

@@ -26,7 +26,7 @@ from .._runtime import switch as _switch
 from ..defaults import default_async_store, default_store
 from .call import MISSING, CachedCall, Found, StoreContext, breaker_open, context_of
 from .flows import FunctionCache
-from .invalidations import announce, announcement, listen
+from .invalidations import message, publish, subscribe
 from .sql import ENTRY, FUNCTION
 
 P = ParamSpec("P")
@@ -176,7 +176,7 @@ class CachedFunction(_Base[P, R]):
             store = default_store()
         context = context_of(store)
         if self._core.l1 is not None:
-            listen(context, self._core.l1)
+            subscribe(context, self._core.l1)
         return context
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -252,7 +252,7 @@ class CachedFunction(_Base[P, R]):
     def _tell(self, context: StoreContext, key: bytes) -> None:
         self._forget(context, key)
         if self._core.l1 is not None:
-            announce(context, key)
+            publish(context, key)
 
     def using(self, conn: Any) -> Invalidator:
         """Return an object whose ``invalidate`` belongs to the caller's transaction.
@@ -299,7 +299,7 @@ class AsyncCachedFunction(_Base[P, R]):
             store = default_async_store()
         context = context_of(store)
         if self._core.l1 is not None:
-            listen(context, self._core.l1)
+            subscribe(context, self._core.l1)
         return context
 
     async def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -367,7 +367,7 @@ class AsyncCachedFunction(_Base[P, R]):
     def _tell(self, context: StoreContext, key: bytes) -> None:
         self._forget(context, key)
         if self._core.l1 is not None:
-            announce(context, key)
+            publish(context, key)
 
     def using(self, conn: Any) -> AsyncInvalidator:
         """Return an object whose ``invalidate`` belongs to the caller's transaction.
@@ -425,7 +425,7 @@ class Invalidator:
         self._bound._execute(context.sql.invalidate(key))
         function._forget(context, key)
         if function._core.l1 is not None:
-            self._bound._execute(announcement(context, key))
+            self._bound._execute(message(context, key))
 
 
 class AsyncInvalidator:
@@ -450,7 +450,7 @@ class AsyncInvalidator:
         await self._bound._execute(context.sql.invalidate(key))
         function._forget(context, key)
         if function._core.l1 is not None:
-            await self._bound._execute(announcement(context, key))
+            await self._bound._execute(message(context, key))
 
 
 def ensure_table(context: StoreContext) -> None:

@@ -12,7 +12,12 @@ import threading
 from contextvars import ContextVar
 from typing import Any, Protocol
 
+from ... import _observe
 from ..._fork import new_lock, survives_fork
+from ..._ops.op import Op
+from ...errors import PgkvError
+from .._runtime.connection import DedicatedConnection
+from .._runtime.renewal import clock
 
 # The flights that the running call is inside of. It follows into tasks and asyncio.to_thread().
 inside: ContextVar[tuple[object, ...]] = ContextVar("pgkv_cached_inside", default=())
@@ -71,6 +76,53 @@ class TaskFlight:
 
     def land(self) -> None:
         self._done.set()
+
+
+class Extended:
+    """The lease on a computation, extended by the background while the function runs. Unlike a
+    lock's it need not be told of its loss: the fill is fenced.
+
+    Args:
+        op: extends it; its answer is False where another call has taken the lease over.
+        name: the function's.
+        ttl: seconds that it is extended by.
+        timeout: seconds for one extension.
+    """
+
+    def __init__(self, op: Op[bool], name: str, ttl: float, timeout: float) -> None:
+        self.name: str = name
+        self.is_lost: bool = False
+        self._op = op
+        self._ttl = ttl
+        self._timeout = timeout
+        self._until = clock() + ttl
+        self._due = clock() + ttl / 3
+
+    @property
+    def key(self) -> object:
+        """Each is extended by itself."""
+        return self
+
+    async def renew(
+        self, connection: DedicatedConnection, batch: list[Any], seconds: float
+    ) -> None:
+        """Extend it."""
+        batch.clear()
+        # Whatever becomes of this try, the lease may yet be saved by the next one.
+        self._due = clock() + self._ttl / 3
+        self._until = clock() + self._ttl
+        try:
+            self.is_lost = not await connection.execute(self._op, min(seconds, self._timeout))
+        except PgkvError as error:
+            _observe.debug(
+                "pgkv.cached.renewal_failed", function=self.name, error=type(error).__name__
+            )
+
+    def abandoned(self, name: str) -> None:
+        """The computation ended without a word: the lease ends by its ttl."""
+
+    def closed(self, each: Any) -> None:
+        """The store was closed: the lease ends by its ttl."""
 
 
 class Flights:

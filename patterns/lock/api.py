@@ -44,7 +44,7 @@ from .lease import (
     key_of,
     report,
 )
-from .runtime import TaskPort, ThreadPort
+from .runtime import AsyncLockRuntime, LockRuntime
 from .sql import LOCKS, LOCKS_UNLOGGED, TICKETS, LockStatements, SemaphoreStatements, slot_keys
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class Lease(LeaseState):
 
     def __init__(
         self,
-        runtime: ThreadPort[Lease],
+        runtime: LockRuntime[Lease],
         options: LockOptions,
         key: bytes,
         token: int,
@@ -178,7 +178,7 @@ class AsyncLease(LeaseState):
 
     def __init__(
         self,
-        runtime: TaskPort[AsyncLease],
+        runtime: AsyncLockRuntime[AsyncLease],
         options: LockOptions,
         key: bytes,
         token: int,
@@ -386,11 +386,11 @@ class Acquirer:
     """What Lock and Semaphore share."""
 
     _options: LockOptions
-    _runtime: ThreadPort[Lease]
+    _runtime: LockRuntime[Lease]
 
     def _begin(self, store: Store, options: LockOptions) -> None:
         self._options = options
-        self._runtime = ThreadPort(store, Lease)
+        self._runtime = LockRuntime(store, Lease)
 
     @property
     def name(self) -> str:
@@ -453,11 +453,11 @@ class AsyncAcquirer:
     """What AsyncLock and AsyncSemaphore share."""
 
     _options: LockOptions
-    _runtime: TaskPort[AsyncLease]
+    _runtime: AsyncLockRuntime[AsyncLease]
 
     def _begin(self, store: AsyncStore, options: LockOptions) -> None:
         self._options = options
-        self._runtime = TaskPort(store, AsyncLease)
+        self._runtime = AsyncLockRuntime(store, AsyncLease)
 
     @property
     def name(self) -> str:

@@ -29,12 +29,12 @@ from ...errors import (
     TableNotFoundError,
     TransactionError,
 )
+from .._runtime.renewal import clock
 from .lease import (
     MARGIN_MIN,
     REASON_OF,
     LeaseState,
     LockOptions,
-    clock,
     info_of,
     margin_of,
     new_asking,
@@ -74,7 +74,7 @@ class Wakeable(Protocol):
     """One local caller who waits for a name to become free."""
 
     @property
-    def hears(self) -> bool:
+    def is_listening(self) -> bool:
         """Whether a notification of a release would arrive now."""
         ...
 
@@ -114,8 +114,8 @@ class Runtime(Protocol[L_co]):
         """Renew it no more."""
         ...
 
-    def subscribe(self, options: LockOptions, timeout: float | None) -> Any:
-        """Start to listen for releases; None where that is not possible within that time."""
+    def subscribe(self, options: LockOptions) -> Any:
+        """Start to listen for releases. Waits for nothing."""
         ...
 
     def unsubscribe(self, waiter: Any, *, granted: bool) -> None:
@@ -208,9 +208,8 @@ class Acquisition(Generic[L]):
                 if self._is_over():
                     break
                 if options.notify and self.waiter is None:
-                    self.waiter = yield from call(runtime.subscribe, options, self.left())
-                    if self.waiter is not None:
-                        continue  # it may have been freed before we listened
+                    self.waiter = yield from call(runtime.subscribe, options)
+                    continue  # it may have been freed before we listened
                 yield from call(runtime.wait, self.waiter, self.pause(reply))
                 if self.stop is not None and self.stop():
                     break
@@ -232,7 +231,7 @@ class Acquisition(Generic[L]):
 
     def pause(self, reply: Denied) -> float:
         """The seconds until the next look."""
-        if self.waiter is not None and self.waiter.hears:
+        if self.waiter is not None and self.waiter.is_listening:
             longest = POLL_MAX if self.options.fair else NOTIFIED_MAX
             self.wait = min(max(NOTIFIED_FIRST, self.wait * POLL_GROWTH), longest)
             wait = self.wait

@@ -27,6 +27,7 @@ from ... import _observe
 from ..._observe import shown
 from ..._settings import refuse_pickle
 from ...errors import InvalidKeyError, InvalidValueError, LeaseLostError
+from .._runtime.renewal import clock
 from .sql import EXPIRED, GONE, RELEASED, REPLACED, SEPARATOR, Asking, LockStatements
 
 if TYPE_CHECKING:
@@ -38,9 +39,6 @@ MARGIN_MAX_SHARE = 1 / 3  # of the ttl: short leases must be of some use
 RENEW_SHARE = 1 / 3  # of the ttl, after which a lease is renewed
 RETRY_SHARE, RETRY_MAX = 0.1, 1.0  # of the ttl, and seconds, before a failed renewal is repeated
 
-# CLOCK_BOOTTIME goes on while the machine sleeps; monotonic on Linux does not.
-_BOOTTIME = getattr(time, "CLOCK_BOOTTIME", None)
-
 LOST_BECAUSE = {
     "expired": "its time passed before a renewal got through",
     "replaced": "its token was revoked, or the name was granted anew",
@@ -51,11 +49,6 @@ LOST_BECAUSE = {
     "released": "it was released",
 }
 REASON_OF = {EXPIRED: "expired", REPLACED: "replaced", RELEASED: "broken", GONE: "gone"}
-
-
-def clock() -> float:
-    """Seconds on a clock that nobody sets and that no suspend stops, where there is one."""
-    return time.monotonic() if _BOOTTIME is None else time.clock_gettime(_BOOTTIME)
 
 
 def margin_of(ttl: float) -> float:

@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 import pytest
+from psycopg import sql
 
 import pgkv
 from tests.colours import Colour
@@ -25,7 +26,7 @@ async def _acquired(lock: Any, **options: Any) -> Any:
 def listeners(peer: Peer) -> int:
     return int(
         peer.one(
-            "SELECT count(*) FROM pg_stat_activity WHERE query = 'LISTEN pgkv_locks'"
+            "SELECT count(*) FROM pg_stat_activity WHERE query LIKE 'LISTEN%%pgkv_locks%%'"
             " AND datname = current_database()"
         )
     )
@@ -61,15 +62,17 @@ async def test_a_release_wakes_a_waiter(store: Any, colour: Colour, peer: Peer) 
 
 async def test_a_waiter_that_gives_up_passes_its_chance_on(store: Any, colour: Colour) -> None:
     """A waiter that was woken and did not try leaves the chance to the next one."""
-    from pgkv.patterns.lock.wakeup import Listener, TaskWaiting
+    from pgkv.patterns._runtime.background import Background
+    from pgkv.patterns.lock.wakeup import TaskWaiter, Waiters
 
-    listener = Listener(asyncio.get_running_loop(), "", None)  # type: ignore[arg-type]  # never listens here
-    first, second = TaskWaiting(listener, b"n"), TaskWaiting(listener, b"n")
-    listener.add(first)
-    listener.add(second)
-    listener._wake_one(b"n")
+    background = Background(asyncio.get_running_loop(), "", pgkv.Pooler.TRANSACTION)
+    waiters = Waiters(background)  # never listens here
+    first, second = TaskWaiter(waiters, b"n"), TaskWaiter(waiters, b"n")
+    waiters.add(first)
+    waiters.add(second)
+    waiters._receive("n")
     assert (first.trying, second.trying) == (True, False)
-    listener.remove(first, granted=False)
+    waiters.remove(first, granted=False)
     await asyncio.wait_for(second.wait(5), 1)
     assert second.trying
 
@@ -99,11 +102,12 @@ async def test_where_nothing_is_heard_waiters_poll(
     store: Any, colour: Colour, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A trial notification that does not arrive (an undeclared pooler) means polling."""
+    from pgkv.patterns._runtime import listener as _listener
     from pgkv.patterns.lock import wakeup as _wakeup
 
     _wakeup._said.clear()
-    monkeypatch.setattr(_wakeup, "PROOF_TIME", 0.2)
-    monkeypatch.setattr(_wakeup, "LISTEN", b"LISTEN pgkv_elsewhere")
+    monkeypatch.setattr(_listener, "TRIAL_TIME", 0.2)
+    monkeypatch.setattr(_listener, "listen_sql", lambda channels: sql.SQL("LISTEN pgkv_elsewhere"))
     lease = await lock_of(colour, store).acquire()
     waiting = asyncio.ensure_future(_acquired(lock_of(colour, store, wakeup="notify")))
     await until(lambda: "pgkv.lock.polling" in caplog.text, "it is said", 3)

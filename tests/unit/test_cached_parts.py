@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextvars
 import threading
 import time
-from typing import Any
 
 import pytest
 from hypothesis import given
@@ -124,18 +124,20 @@ def test_l1_keeps_nothing_that_was_read_before_an_invalidation() -> None:
     assert len(level) == 0
 
 
-def test_the_thread_pool_is_bounded_and_ends() -> None:
-    """A few threads, a queue that refuses when it is full, an end that drops what waits."""
-    pool = _background.ThreadPool()
+def test_workers_are_bounded_and_end() -> None:
+    """A few threads, a queue that refuses when it is full, an end that drops what waits; `done` is
+    called for each that was accepted."""
+    pool = _background.Workers()
     gate, running = threading.Event(), threading.Semaphore(0)
+    ran: list[int] = []
     done: list[int] = []
 
     def work() -> None:
         running.release()
         gate.wait(10)
-        done.append(1)
+        ran.append(1)
 
-    accepted = sum(pool.submit(work) for _ in range(1000))
+    accepted = sum(pool.submit(work, lambda: done.append(1)) for _ in range(1000))
     for _ in range(_background.THREADS_MAX):
         assert running.acquire(timeout=10)
     assert accepted <= _background.THREADS_MAX + _background.QUEUE_MAX
@@ -145,37 +147,33 @@ def test_the_thread_pool_is_bounded_and_ends() -> None:
     wait_until(lambda: pool._closed, "it closes")
     gate.set()
     closing.join(10)
-    assert len(done) == _background.THREADS_MAX
+    assert len(ran) == _background.THREADS_MAX
+    assert len(done) == accepted
     assert not pool.submit(work)
     wait_until(lambda: not pool._threads, "threads end")
 
 
-def test_heartbeats(caplog: pytest.LogCaptureFixture) -> None:
-    """Called again and again until stopped, or until it says False; a failure is no end, and logged
-    with the function's name."""
-    caplog.set_level("DEBUG", logger="pgkv")
-    beats = _background.Heartbeats()
-    seen: list[str] = []
+def test_workers_survive_what_they_run(caplog: pytest.LogCaptureFixture) -> None:
+    """Not even SystemExit ends a thread; each time `done` is called, and work runs in the context
+    of the code that submitted it."""
+    pool = _background.Workers()
+    variable: contextvars.ContextVar[int] = contextvars.ContextVar("variable")
+    seen: list[int] = []
+    done = threading.Semaphore(0)
 
-    def beat(name: str, again: bool) -> Any:
-        seen.append(name)
-        if seen.count("error") == 1 and name == "error":
-            raise OSError
-        return again
+    def work(fail: bool) -> None:
+        seen.append(variable.get())
+        if fail:
+            raise SystemExit
 
-    stop = beats.start(0.01, lambda: beat("on", True), "app.f:1")
-    beats.start(0.01, lambda: beat("once", False), "app.f:1")
-    stop_error = beats.start(0.01, lambda: beat("error", True), "app.f:1")
-    wait_until(lambda: seen.count("on") >= 3 and seen.count("error") >= 3, "three beats")
-    stop()
-    stop_error()
-    assert seen.count("once") == 1
-    assert "pgkv.cached.renewal_failed function=app.f:1 error=OSError" in caplog.text
-    wait_until(lambda: not beats._live, "all stopped")
-    count = len(seen)
-    beats.start(0.01, lambda: beat("later", False), "app.f:1")
-    wait_until(lambda: "later" in seen, "one more")
-    assert len(seen) <= count + 3
+    for n in range(_background.THREADS_MAX + 1):
+        variable.set(n)
+        assert pool.submit(lambda n=n: work(n < _background.THREADS_MAX), done.release)  # type: ignore[misc]  # a default of the loop's variable
+    for _ in range(_background.THREADS_MAX + 1):
+        assert done.acquire(timeout=10)
+    assert sorted(seen) == list(range(_background.THREADS_MAX + 1))
+    assert "pgkv.background.broken error=SystemExit" in caplog.text
+    pool.close()
 
 
 def test_flights() -> None:

@@ -338,8 +338,18 @@ class AsyncStorePool:
         if self._tasks:
             await asyncio.wait(self._tasks)
         pool, self._pool = self._pool, None
-        if pool is not None:
+        if pool is None:
+            return
+        idle = list(getattr(pool, "_pool", ()))
+        try:
             await pool.close(timeout=CLOSE_TIMEOUT)
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            # The pool's own tasks were cancelled, by the end of asyncio.run() for instance.
+            for conn in idle:
+                conn.pgconn.finish()
 
 
 TOO_LATE = object()

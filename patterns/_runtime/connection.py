@@ -1,0 +1,92 @@
+"""A connection of the background's own, outside every pool: an application that uses up its pool
+must not lose its leases by that."""
+
+from __future__ import annotations
+
+import asyncio
+from time import monotonic
+from typing import TypeVar
+
+import psycopg
+
+from ..._engine._async.connection import AsyncPgConnection, Watchdog
+from ..._ops.op import Op
+from ...errors import OperationTimeoutError, PgkvError, translate
+
+T = TypeVar("T")
+
+
+class DedicatedConnection:
+    """Opened at first use, and again when it breaks. It carries one operation at a time.
+
+    Args:
+        conninfo: for libpq.
+        prepares: keep prepared statements on it.
+    """
+
+    def __init__(self, conninfo: str, *, prepares: bool) -> None:
+        self._conninfo = conninfo
+        self._prepares = prepares
+        self._link: AsyncPgConnection | None = None
+
+    async def execute(self, op: Op[T], seconds: float) -> T:
+        """Perform one operation within that time, connecting included.
+
+        Raises:
+            PgkvError: it failed; the next call connects again if need be.
+        """
+        name = op.statement.name
+        until = monotonic() + seconds
+        try:
+            async with asyncio.timeout(seconds):
+                link = await self._open()
+            result = await link.execute(op, max(0.001, until - monotonic()))
+        except TimeoutError as error:
+            self.close()
+            if isinstance(error, PgkvError):
+                raise
+            raise OperationTimeoutError(f"{name}: no connection within {seconds:.3g} s") from None
+        except psycopg.Error as error:
+            self.close()
+            failure = translate(error, action=name)
+        except PgkvError:
+            if self._link is None or not self._link.is_usable():
+                self.close()
+            raise
+        except BaseException:
+            self.close()
+            raise
+        else:
+            return op.decode(result)  # type: ignore[return-value]  # no statement here can race
+        raise failure from failure.__cause__
+
+    async def open(self, seconds: float) -> None:
+        """Open it before it is needed. A failure is left to the operation that needs it."""
+        try:
+            async with asyncio.timeout(seconds):
+                await self._open()
+        except (psycopg.Error, OSError, PgkvError):
+            self.close()
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it is open, as far as one can know without asking."""
+        return self._link is not None and not self._link.is_stale()
+
+    async def _open(self) -> AsyncPgConnection:
+        if self._link is not None and self._link.is_stale():
+            self.close()
+        if self._link is None:
+            conn = await psycopg.AsyncConnection.connect(
+                self._conninfo, autocommit=True, prepare_threshold=None
+            )
+            watchdog = Watchdog(asyncio.get_running_loop())
+            self._link = AsyncPgConnection(conn, watchdog, prepares=self._prepares)
+        return self._link
+
+    def close(self) -> None:
+        """Close it at once, without a cancel request, which could take a second of a lease's time:
+        a renewal that goes on without us does no harm."""
+        link, self._link = self._link, None
+        if link is not None:
+            link.close()

@@ -1,0 +1,123 @@
+"""What patterns are given of a store: its channel, its background, and how to wait. One class for
+threads, one for event loops."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from ..._engine._sync.channel import PoolChannel
+from ..._ops.drivers import shielded
+from ...errors import TransactionError
+from .background import Background, backgrounds, pool_channel
+
+if TYPE_CHECKING:
+    from ..._ops.op import Flow, Op
+    from ...aio import AsyncStore
+    from ...config import Table
+    from ...store import Store
+
+T = TypeVar("T")
+
+
+class _Runtime:
+    """What both have.
+
+    Args:
+        store: any view of a store, but none of a transaction.
+        refusal: the message of the error, for a view of a transaction.
+
+    Raises:
+        TransactionError: the store is one.
+    """
+
+    channel: Any
+    _background: Background | None = None
+
+    def __init__(self, store: Store | AsyncStore, refusal: str) -> None:
+        channel = pool_channel(store)
+        if channel is None:
+            raise TransactionError(refusal)
+        self.channel = channel
+        self.timeout: float = store._config.operation_timeout
+
+    def execute(self, op: Op[T], timeout: float | None = None) -> Any:
+        """Perform one operation over the store's pool; the async class returns a coroutine."""
+        return self.channel.execute(op, timeout)
+
+    def create_missing_table(self, table: Table) -> Any:
+        """Create a missing table; the async class returns a coroutine."""
+        return self.channel.create_missing_table(table)
+
+    def is_exhausted(self) -> bool:
+        """Whether all connections of the pool are in use."""
+        return bool(self.channel.is_exhausted())
+
+    def background(self) -> Background:
+        """Return the background of the store's database."""
+        raise NotImplementedError
+
+    def run_later(self, work: Callable[[], Any], done: Callable[[], object] | None = None) -> bool:
+        """Run work that nothing waits for; see `Background.run_later`."""
+        return self.background().run_later(work, done)
+
+
+class SyncRuntime(_Runtime):
+    """For a `Store`."""
+
+    def background(self) -> Background:
+        """Return the background of this process."""
+        known = self._background
+        if known is None or known.ended:
+            known = self._background = backgrounds.get(self.channel, None)
+        return known
+
+    def clean_up(
+        self, make: Callable[[], Flow[Any]], timeout: float | None, longest: float
+    ) -> None:
+        """Run a flow that ends what its caller began."""
+        del longest  # nothing cuts it short here
+        self.channel.run(make(), timeout)
+
+    def wait(self, waiter: Any, seconds: float) -> None:
+        """Let time pass, less if the waiter is woken."""
+        if waiter is None:
+            time.sleep(seconds)
+        else:
+            waiter.wait(seconds)
+
+
+class AsyncRuntime(_Runtime):
+    """For an `AsyncStore`."""
+
+    def background(self) -> Background:
+        """Return the background of the running event loop."""
+        known = self._background
+        loop = asyncio.get_running_loop()
+        if known is None or known.ended or known.loop is not loop:
+            known = self._background = backgrounds.get(self.channel, loop)
+        return known
+
+    async def clean_up(
+        self, make: Callable[[], Flow[Any]], timeout: float | None, longest: float
+    ) -> Any:
+        """Run a flow that ends what its caller began; cancellations do not cut it short."""
+        return await shielded(self.channel.run(make(), timeout), longest)
+
+    async def wait(self, waiter: Any, seconds: float) -> None:
+        """Let time pass, less if the waiter is woken."""
+        if waiter is None:
+            await asyncio.sleep(seconds)
+        else:
+            await waiter.wait(seconds)
+
+
+def runtime_of(store: Store | AsyncStore) -> SyncRuntime | AsyncRuntime | None:
+    """Return the runtime for a store; None for a view of a transaction."""
+    channel = pool_channel(store)
+    if channel is None:
+        return None
+    kind = SyncRuntime if isinstance(channel, PoolChannel) else AsyncRuntime
+    return kind(store, "")
