@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import logging
 import sys
 from collections.abc import Callable, Iterator
@@ -85,8 +86,47 @@ def info(event: str, **context: object) -> None:
     _log(logging.INFO, event, context)
 
 
+# Warnings of which an outage makes one or more for each call: of these only the first BURST in each
+# WINDOW seconds are logged. The rest is counted; the first of a later window tells their number.
+REPEATED = frozenset(
+    (
+        "pgkv.retry",
+        "pgkv.session.unavailable",
+        "pgkv.session.dropped",
+        "pgkv.session.ambiguous_cookie",
+    )
+)
+BURST = 10
+WINDOW = 60.0
+
+
+class _Window:
+    """How often one warning came since a moment. Counting takes no lock: next() is atomic."""
+
+    __slots__ = ("omitted", "seen", "until")
+
+    def __init__(self, until: float) -> None:
+        self.until = until
+        self.seen = itertools.count(1)
+        self.omitted = itertools.count()
+
+
+_windows: dict[str, _Window] = {}
+
+
 def warning(event: str, **context: object) -> None:
     """Log something that went wrong and was dealt with."""
+    if event in REPEATED:
+        now = monotonic()
+        window = _windows.get(event)
+        if window is None or now >= window.until:
+            omitted = 0 if window is None else next(window.omitted)
+            if omitted:
+                context["omitted"] = omitted
+            window = _windows[event] = _Window(now + WINDOW)
+        if next(window.seen) > BURST:
+            next(window.omitted)
+            return
     _log(logging.WARNING, event, context)
 
 

@@ -22,6 +22,7 @@ import pytest
 from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
+from pgkv import _observe
 from pgkv.testing import ServerClock
 from tests import servers
 from tests.colours import Colour, available
@@ -58,6 +59,12 @@ def _server_params() -> list[Any]:
             reason = f"no PostgreSQL {major} here (18: the extra `embedded`; others: the system's)"
             params.append(pytest.param(major, id=f"pg{major}", marks=pytest.mark.skip(reason)))
     return params
+
+
+@pytest.fixture(autouse=True)
+def _every_warning() -> None:
+    """What earlier tests logged does not count towards the warnings that are logged in a while."""
+    _observe._windows.clear()
 
 
 @pytest.fixture(scope="session", params=_server_params())

@@ -91,8 +91,8 @@ class SessionStore:
         self._flows = flows.inside() if inside else flows
         store._channel.watch(self._flows.sql)
 
-    def _run(self, flow: Flow[T]) -> T:
-        return self._store._run(flow)
+    def _run(self, flow: Flow[T], timeout: float | None = None) -> T:
+        return self._store._run(flow, timeout)
 
     @shown
     def __repr__(self) -> str:
@@ -305,10 +305,10 @@ class AsyncSessionStore:
         self._flows = flows.inside() if inside else flows
         store._channel.watch(self._flows.sql)
 
-    async def _run(self, flow: Flow[T]) -> T:
+    async def _run(self, flow: Flow[T], timeout: float | None = None) -> T:
         # As a flow even where it is one operation: flows are never coalesced, and a statement that
         # relaxes synchronous_commit must not share a transaction with anybody's write.
-        return await self._store._run(flow)
+        return await self._store._run(flow, timeout)
 
     @shown
     def __repr__(self) -> str:

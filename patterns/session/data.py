@@ -16,13 +16,14 @@ import secrets
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
 import msgspec
 
 from ..._observe import shown
-from ..._ops.codec import encode_value
+from ..._ops.codec import decode_moment, encode_value
+from ..._ops.serialize import JSON_TYPES
 from ...errors import InvalidValueError
 
 DEPTH_MAX = 100  # containers within containers; a cycle meets this limit too
@@ -143,12 +144,13 @@ def user_of(user_id: object) -> str:
         InvalidValueError: another type, empty, too long, NUL or a lone surrogate in it.
     """
     if isinstance(user_id, int) and not isinstance(user_id, bool):
-        user_id = str(user_id)
+        user_id = int.__repr__(user_id)  # also of an enum's member
     if not isinstance(user_id, str) or not user_id:
         what = (
             "is empty" if user_id == "" else f"must be a str or int, not {type(user_id).__name__}"
         )
         raise InvalidValueError(f"user_id {what}")
+    user_id = str.__str__(user_id)
     if "\0" in user_id:
         raise InvalidValueError("user_id contains NUL (\\x00), which PostgreSQL cannot store")
     if len(encode_value(user_id, 4 * USER_ID_MAX)) > USER_ID_MAX:
@@ -166,39 +168,45 @@ def _check_key(key: object, name: str) -> None:
         raise InvalidValueError(f"a key of {name} holds a lone surrogate, which is no UTF-8")
 
 
-def _is_json(value: object, depth: int) -> bool:
-    """Whether JSON holds the value without losing or altering it in silence."""
-    if value is None or isinstance(value, str | int):
-        return True
-    if isinstance(value, float):
+def _is_json(value: Any, depth: int) -> bool:
+    """Whether JSON holds the value without losing or altering it. Subclasses lose their type."""
+    kind = type(value)
+    if kind is float:
         return math.isfinite(value)
-    if isinstance(value, dict):
+    if kind is dict:
         return depth > 0 and all(
-            isinstance(key, str) and _is_json(each, depth - 1) for key, each in value.items()
+            type(key) is str and _is_json(each, depth - 1) for key, each in value.items()
         )
-    if isinstance(value, list | tuple):
+    if kind is list or kind is tuple:
         return depth > 0 and all(_is_json(each, depth - 1) for each in value)
-    return False
+    return kind in JSON_TYPES
 
 
 def _fault(value: Any, path: str, depth: int) -> str:
     """Say what is wrong with a value that is not JSON, and where."""
-    if isinstance(value, dict | list | tuple) and not depth:
+    kind = type(value)
+    if kind in (dict, list, tuple) and not depth:
         return f"{path[:80]}... is nested more than {DEPTH_MAX} deep, or contains itself"
-    if isinstance(value, dict):
+    if kind is dict:
         for key, each in value.items():
-            if not isinstance(key, str):
+            if type(key) is not str:
                 return f"{path} has a key that is of type {type(key).__name__}; JSON's are str"
             if not _is_json(each, depth - 1):
                 return _fault(each, f"{path}[{_short(key)}]", depth - 1)
-    if isinstance(value, list | tuple):
+    if kind is list or kind is tuple:
         for index, each in enumerate(value):
             if not _is_json(each, depth - 1):
                 return _fault(each, f"{path}[{index}]", depth - 1)
-    if isinstance(value, float):
+    if kind is float:
         return f"{path} is not a finite number, which JSON does not have"
+    for plain in (str, int, float, dict, list, tuple):
+        if isinstance(value, plain):
+            return (
+                f"{path} is of type {kind.__name__}, which would come back as a plain "
+                f"{plain.__name__}; store {plain.__name__}(value)"
+            )
     return (
-        f"{path} is of type {type(value).__name__}, which JSON does not have; store a str, a "
+        f"{path} is of type {kind.__name__}, which JSON does not have; store a str, a "
         "number, a list or a dict made from it"
     )
 
@@ -232,6 +240,7 @@ class Session:
         "_ended",
         "_meta",
         "_moved",
+        "_times",
         "_version",
         "created_at",
         "data",
@@ -259,6 +268,15 @@ class Session:
         self._meta: bytes | None = None
         self._moved = False  # loaded under an id that a rotation has replaced
         self._ended = False  # destroyed by this program
+        self._times: tuple[bytes | None, bytes | None] | None = None  # (last use, reading)
+
+    def _enters_period(self, seconds: float) -> bool:
+        """Whether this loading is its first use in one of the periods of that length into which its
+        life is cut, by the server's clock."""
+        if self._times is None or self.created_at is None:
+            return False
+        seen, read = (decode_moment(each) - self.created_at for each in self._times)
+        return seen // timedelta(seconds=seconds) < read // timedelta(seconds=seconds)
 
     @property
     def handle(self) -> str:

@@ -133,7 +133,7 @@ class SessionFlows:
 
     def _store(self, session: Session) -> Flow[None]:
         """Insert a session that was never stored, under a token of its own."""
-        texts = texts_of(session.data, self.size_max)
+        texts = self._texts(session)
         token = new_token()
         op = self.sql.create(id_of(token), session.user_id, document(texts), session._meta)
         created = yield from do(op)
@@ -141,6 +141,10 @@ class SessionFlows:
             raise SessionError("a new session's token exists already; nothing was stored")
         session._version, session.expires_at, session.created_at = created
         session.id, session._before = token, texts
+
+    def _texts(self, session: Session) -> dict[str, str]:
+        data = session.data
+        return texts_of(data.as_json() if isinstance(data, RequestSession) else data, self.size_max)
 
     def load(self, token: object) -> Flow[Session | None]:
         """Return the live session of that token; whatever else is presented is None."""
@@ -159,7 +163,7 @@ class SessionFlows:
         if not session.id:
             yield from self._store(session)
             return
-        now = texts_of(session.data, self.size_max)
+        now = self._texts(session)
         changed, removed = difference(session._before, now)
         if not changed and not removed:
             return
@@ -211,7 +215,7 @@ class SessionFlows:
             return
         if session._moved:
             raise _rotated_by_another()
-        now = texts_of(session.data, self.size_max)
+        now = self._texts(session)
         changed, removed = difference(session._before, now)
         token = new_token()
         outcome = yield from do(
@@ -352,6 +356,7 @@ def _session_of(token: str, loaded: Loaded) -> Session:
     session.created_at, session.expires_at = loaded.created_at, loaded.expires_at
     session.is_new = False
     session._before, session._version, session._moved = texts, loaded.version, loaded.moved
+    session._times = (loaded.seen_at, loaded.read_at)
     return session
 
 

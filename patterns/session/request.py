@@ -27,6 +27,7 @@ class RequestSession(dict[str, Any]):
         self._prepare = prepare  # loads, or refuses; called before the first use
         self._session: Session | None = None
         self.accessed: bool = False  # the response depends on the session
+        self.modified: bool = False  # something was put in or taken out
         self.cleared: bool = False
 
     def fill(self, session: Session) -> None:
@@ -57,18 +58,27 @@ class RequestSession(dict[str, Any]):
             if self._session is None:
                 raise SessionError("the session was not loaded")
 
-    # Whatever reads or changes a dict. Views and iterators are taken from a loaded one.
+    def mark_modified(self) -> None:
+        """Note that the program changes it, and load it."""
+        self.mark_accessed()
+        self.modified = True
+
+    def as_json(self) -> dict[str, Any]:
+        """Return what is stored of it."""
+        return self
+
+    # Everything that reads or changes a dict. Views and iterators are taken from a loaded one.
 
     def __getitem__(self, key: str) -> Any:
         self.mark_accessed()
         return super().__getitem__(key)
 
     def __setitem__(self, key: str, value: Any) -> None:
-        self.mark_accessed()
+        self.mark_modified()
         super().__setitem__(key, value)
 
     def __delitem__(self, key: str) -> None:
-        self.mark_accessed()
+        self.mark_modified()
         super().__delitem__(key)
 
     def __contains__(self, key: object) -> bool:
@@ -103,7 +113,7 @@ class RequestSession(dict[str, Any]):
         return other | dict(self.items())
 
     def __ior__(self, other: Any) -> Any:
-        self.mark_accessed()
+        self.mark_modified()
         return super().__ior__(other)
 
     def __repr__(self) -> str:
@@ -137,25 +147,27 @@ class RequestSession(dict[str, Any]):
     def pop(self, key: str, *default: Any) -> Any:
         """As dict's."""
         self.mark_accessed()
+        self.modified |= super().__contains__(key)
         return super().pop(key, *default)
 
     def popitem(self) -> tuple[str, Any]:
         """As dict's."""
-        self.mark_accessed()
+        self.mark_modified()
         return super().popitem()
 
     def setdefault(self, key: str, default: Any = None) -> Any:
         """As dict's."""
         self.mark_accessed()
+        self.modified |= not super().__contains__(key)
         return super().setdefault(key, default)
 
     def update(self, *args: Any, **kwargs: Any) -> None:
         """As dict's."""
-        self.mark_accessed()
+        self.mark_modified()
         super().update(*args, **kwargs)
 
     def clear(self) -> None:
         """End the session. What is put in afterwards begins a new one."""
-        self.mark_accessed()
+        self.mark_modified()
         self.cleared = True
         super().clear()

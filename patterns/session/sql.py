@@ -71,6 +71,8 @@ class Loaded(NamedTuple):
     created_at: datetime
     expires_at: datetime
     moved: bool  # it is a stub
+    seen_at: bytes | None  # of the use before this one, and
+    read_at: bytes | None  # the server's time, both undecoded
 
 
 class Outcome(NamedTuple):
@@ -162,7 +164,7 @@ class SessionStatements(Sweep):
             "session_load",
             "WITH c AS MATERIALIZED ("
             "SELECT user_id, data, version, created_at, least(expires_at, ends_at) AS expires_at, "
-            "successor IS NOT NULL AS moved,"
+            "seen_at, successor IS NOT NULL AS moved,"
             f" expires_at > {NOW} AS live FROM {self.t} s WHERE id = $1 AND (successor IS NULL "
             f"OR ends_at > {NOW} AND EXISTS (SELECT 1 FROM {self.t} h WHERE h.id = s.successor "
             f"AND h.successor IS NULL AND h.expires_at > {NOW}))), "
@@ -173,7 +175,7 @@ class SessionStatements(Sweep):
             f"expires_at = least({NOW} + $2::interval, s.ends_at) FROM k, {self._lazily} "
             "WHERE s.id = k.id RETURNING s.expires_at) "
             "SELECT live, moved, user_id, CASE WHEN live THEN data::text END, version, created_at, "
-            "coalesce((SELECT expires_at FROM u), expires_at) FROM c",
+            f"coalesce((SELECT expires_at FROM u), expires_at), seen_at, {NOW} FROM c",
             (BINARY, BINARY, BINARY),
             self._read_loaded,
             retry_safe=True,
@@ -199,6 +201,8 @@ class SessionStatements(Sweep):
             _codec.decode_moment(column(0, 5)),
             _codec.decode_moment(column(0, 6)),
             column(0, 1) == b"\1",
+            column(0, 7),
+            column(0, 8),
         )
 
     def save(

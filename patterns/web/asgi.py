@@ -4,22 +4,31 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, TypeAlias, Unpack
 
 from ..._observe import shown
-from ..._ops.drivers import drive_async
-from ...config import Seconds
-from ...errors import SessionError
-from .._runtime.colour import require
+from ..._ops.drivers import drive_async, shielded
+from ...errors import PgkvError, SessionError
 from ..rate_limit.api import AsyncRateLimiter
 from ..session.api import AsyncSessionStore
 from ..session.data import Session
 from ..session.request import RequestSession
-from .cookie import Cookie, SameSite, private, varying
+from .cookie import private, varying
 from .limit import STATUS, Guard, LimitOptions, heard_by_servers
-from .request import Exempt, HttpRequest, exemption
-from .session import Visit
+from .request import HttpRequest, path_of
+from .session import (
+    FAILED,
+    OUTAGES,
+    UNAVAILABLE,
+    UNAVAILABLE_BODY,
+    UNAVAILABLE_HEADERS,
+    SessionHandler,
+    SessionOptions,
+    SessionSettings,
+)
 
 __all__ = ["RateLimitMiddleware", "SessionMiddleware", "load_session"]
 
@@ -113,14 +122,22 @@ def is_websocket_without_denials(scope: Any) -> bool:
 async def _refuse(
     scope: Any, receive: Receive, send: Send, headers: list[tuple[bytes, bytes]], body: bytes
 ) -> None:
-    kind = "http.response"
     if scope["type"] == "websocket":
         await receive()  # the handshake
+    await _answer(scope, send, STATUS, headers, body)
+
+
+async def _answer(
+    scope: Any, send: Send, status: int, headers: list[tuple[bytes, bytes]], body: bytes
+) -> None:
+    """Send a whole response; to a WebSocket that is not accepted yet, a refusal."""
+    kind = "http.response"
+    if scope["type"] == "websocket":
         if is_websocket_without_denials(scope):
             await send({"type": "websocket.close", "code": POLICY_VIOLATION})
             return
         kind = "websocket.http.response"
-    await send({"type": f"{kind}.start", "status": STATUS, "headers": headers})
+    await send({"type": f"{kind}.start", "status": status, "headers": headers})
     await send({"type": f"{kind}.body", "body": body})
 
 
@@ -145,21 +162,17 @@ class SessionMiddleware:
     ``await sessions.destroy(request.session)`` or ``request.session.clear()``.
 
     When the application raises, so that no response of its own is sent, nothing is saved. When the
-    database cannot be reached, the request fails: it is never served as if it had no session.
-    A WebSocket's session is that of the moment it connected.
+    database does not answer, the request is answered with 503: see `on_error`. A WebSocket's session
+    is that of the moment it connected.
 
     Args:
         app: the application.
         sessions: an `AsyncSessionStore`.
-        cookie: its name; ``__Host-`` keeps sibling domains from setting it.
-        secure: False for plain-http development: drops the prefix and the Secure flag.
-        same_site: ``"lax"``, ``"strict"`` or ``"none"``.
-        path: of the cookie.
-        domain: of the cookie; None for this host alone.
-        max_age: seconds for which the browser keeps the cookie; None: until it closes.
-        exempt: paths without a session (each with all below it), or a function of the scope.
         autoload: False leaves loading to ``await pgkv.load_session(request)``; before it,
             `request.session` raises `SessionError`.
+        options: `cookie`, `secure`, `same_site`, `path`, `domain` and `max_age`: see
+            :class:`~pgkv.patterns.web.cookie.CookieOptions`; `exempt`, `timeout` and `on_error`: see
+            :class:`~pgkv.patterns.web.session.SessionOptions`.
 
     Raises:
         ConfigError: the settings make no cookie that browsers take, or `sessions` is not async.
@@ -170,59 +183,95 @@ class SessionMiddleware:
         app: App,
         *,
         sessions: AsyncSessionStore,
-        cookie: str = "__Host-session",
-        secure: bool = True,
-        same_site: SameSite = "lax",
-        path: str = "/",
-        domain: str | None = None,
-        max_age: Seconds | None = None,
-        exempt: Exempt = None,
         autoload: bool = True,
+        **options: Unpack[SessionOptions],
     ) -> None:
-        # A blocking one would stop the event loop.
-        require(sessions, AsyncSessionStore, "SessionMiddleware", "WSGISessionMiddleware")
         self.app = app
-        self._sessions = sessions
-        self._cookie = Cookie(
-            cookie, secure=secure, same_site=same_site, path=path, domain=domain, max_age=max_age
+        # A blocking store would stop the event loop.
+        self._settings = SessionSettings(
+            AsyncSessionStore, "SessionMiddleware", "WSGISessionMiddleware", sessions, options
         )
-        self._is_exempt = exemption(exempt)
         self._autoload = autoload
 
     @shown
     def __repr__(self) -> str:
-        return f"cookie={self._cookie.name!r} sessions={self._sessions!r}"
+        return self._settings.facts()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection."""
         if scope["type"] not in ("http", "websocket") or _SESSION in scope:
             await self.app(scope, receive, send)
             return
-        headers = (value for name, value in scope["headers"] if name == b"cookie")
-        token = self._cookie.find(value.decode("latin-1") for value in headers)
-        exempt = self._is_exempt(scope, scope["path"])
+        settings = self._settings
+        cookies = [value.decode("latin-1") for name, value in scope["headers"] if name == b"cookie"]
+        exempt = settings.is_exempt(scope, path_of(scope))
         data = RequestSession(_refuse_exempt if exempt else _refuse_unloaded)
-        visit = Visit(self._sessions._flows, self._cookie, token, data)
+        handler = SessionHandler(settings, cookies, data)
         scope["session"] = data
-        scope[_SESSION] = (visit, self._sessions)
-        if self._autoload and not exempt:
-            await self._sessions._run(visit.open())
+        scope[_SESSION] = handler
+        replaced = False  # the response is the 503 from here, and not the application's
 
         async def send_settled(message: Message) -> None:
+            nonlocal replaced
+            if replaced:
+                return
             if message["type"] in _HEADS:
-                await self._sessions._run(visit.settle())
-                _amend(message, visit)
+                try:
+                    await _settle(handler)
+                except OUTAGES as error:
+                    if not settings.answers(error):
+                        raise
+                    replaced = True
+                    await _answer_unavailable(scope, send)
+                    return
+                _amend(message, handler)
             await send(message)
 
-        await self.app(scope, receive, send_settled)
-        await self._sessions._run(visit.settle())
+        try:
+            if self._autoload and not exempt:
+                await settings.run(handler.open())
+            await self.app(scope, receive, send_settled)
+        except OUTAGES as error:
+            # That of load_session() comes back out of the application.
+            if error is not handler.failure:
+                raise
+            if handler.is_closed or not settings.answers(error):
+                with heard_by_servers(FAILED):
+                    raise
+            await _answer_unavailable(scope, send)
+            return
+        if replaced:
+            return
+        try:
+            await _settle(handler)
+        except OUTAGES as error:
+            if not settings.answers(error):
+                with heard_by_servers(FAILED):
+                    raise
+            handler.drop("unavailable")
 
 
-def _amend(head: Message, visit: Visit) -> None:
+async def _settle(handler: SessionHandler) -> None:
+    """Save what the program changed, also where cancellations would cut that short."""
+    settings = handler.settings
+    try:
+        await settings.run(handler.settle())
+    except asyncio.CancelledError:
+        handler.close()  # the response will not be sent: what is new is not stored
+        with contextlib.suppress(PgkvError, TimeoutError):
+            await shielded(settings.run(handler.settle()), settings.timeout)
+        raise
+
+
+async def _answer_unavailable(scope: Scope, send: Send) -> None:
+    await _answer(scope, send, UNAVAILABLE, _encoded(UNAVAILABLE_HEADERS), UNAVAILABLE_BODY)
+
+
+def _amend(head: Message, handler: SessionHandler) -> None:
     """Put the cookie into the response's head, and what keeps it out of shared caches."""
     headers = [(name, value) for name, value in head.get("headers") or ()]
-    headers += [(name.lower().encode(), text.encode()) for name, text in visit.headers()]
-    if visit.is_private and head["type"] != "websocket.accept":
+    headers += [(name.lower().encode(), text.encode()) for name, text in handler.headers()]
+    if handler.is_private and head["type"] != "websocket.accept":
         for name, revise in ((b"vary", varying), (b"cache-control", private)):
             found = [value for each, value in headers if each.lower() == name]
             text = revise(b", ".join(found).decode("latin-1"))
@@ -260,7 +309,7 @@ async def load_session(request: Any) -> Session:
     scope = getattr(request, "scope", request)
     if _SESSION not in scope:
         raise SessionError("there is no pgkv.SessionMiddleware around this application")
-    visit, sessions = scope[_SESSION]
-    visit.data.accessed = True
-    session: Session = await sessions._run(visit.open())
+    handler: SessionHandler = scope[_SESSION]
+    handler.data.accessed = True
+    session: Session = await handler.settings.run(handler.open())
     return session

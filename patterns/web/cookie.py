@@ -10,15 +10,14 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import Literal, TypeAlias, TypedDict
 
 from ... import _observe
-from ...config import require_seconds
+from ...config import Seconds, require_seconds
 from ...errors import ConfigError
 from ..session.data import is_token
 
-if TYPE_CHECKING:
-    from ...config import Seconds
+TOKENS_MAX = 4  # cookies of one name in a request that are looked up
 
 SameSite: TypeAlias = Literal["lax", "strict", "none"]
 
@@ -29,17 +28,32 @@ _PREFIXES = ("__Host-", "__Secure-")
 _SHARED = re.compile(r"\s*(public|s-maxage\s*=.*)\s*", re.IGNORECASE)
 
 
-class Cookie:
-    """The session cookie of one application.
+class CookieOptions(TypedDict, total=False):
+    """The session cookie of an application.
 
-    Args:
-        name: ``__Host-...`` binds it to the host, ``__Secure-...`` to https.
+    Attributes:
+        cookie: its name, ``__Host-session`` by default. ``__Host-...`` binds it to the host, so that
+            sibling domains cannot set it; ``__Secure-...`` binds it to https.
         secure: False for plain-http development: the prefix and the flag are dropped, and that is
             logged once.
-        same_site: ``"lax"``, ``"strict"`` or ``"none"``.
-        path: the path below which browsers send it.
-        domain: also its subdomains get it; None: this host alone.
-        max_age: seconds for which the browser keeps it, rounded up; None: until it closes.
+        same_site: ``"lax"`` (the default), ``"strict"`` or ``"none"``.
+        path: the path below which browsers send it; default ``"/"``.
+        domain: also its subdomains get it; None (the default): this host alone.
+        max_age: seconds for which the browser keeps it, rounded up; None (the default): until it
+            closes. While the session is used the cookie is sent again, at the latest when a third of
+            this time has passed.
+    """
+
+    cookie: str
+    secure: bool
+    same_site: SameSite
+    path: str
+    domain: str | None
+    max_age: Seconds | None
+
+
+class Cookie:
+    """The session cookie of one application. It takes `CookieOptions`.
 
     Raises:
         ConfigError: browsers would refuse such a cookie.
@@ -47,7 +61,7 @@ class Cookie:
 
     def __init__(
         self,
-        name: str,
+        cookie: str = "__Host-session",
         *,
         secure: bool = True,
         same_site: SameSite = "lax",
@@ -55,6 +69,7 @@ class Cookie:
         domain: str | None = None,
         max_age: Seconds | None = None,
     ) -> None:
+        name = cookie
         if not _is_text(name, _NAME):
             raise ConfigError(
                 f"cookie must be a name of letters, digits and -_. (an HTTP token), not {name!r}"
@@ -78,6 +93,7 @@ class Cookie:
             )
         self.name = name
         self._attributes = f"; Path={path}" + ("" if domain is None else f"; Domain={domain}")
+        self.max_age = age
         self._age = "" if age is None else f"; Max-Age={age}"
         self._flags = f"{'; Secure' if secure else ''}; HttpOnly; SameSite={same_site.capitalize()}"
 
@@ -88,24 +104,23 @@ class Cookie:
             return f'{self.name}=""{self._attributes}{age}{self._flags}'
         return f"{self.name}={token}{self._attributes}{self._age}{self._flags}"
 
-    def find(self, headers: Iterable[str]) -> str | None:
-        """Return the token in a request's Cookie headers, or None.
+    def find(self, headers: Iterable[str]) -> list[str]:
+        """Return the tokens in a request's Cookie headers, in their order, each once.
 
-        Two different tokens under this name mean that somebody else may have set one of them
-        (another path, a sibling domain): neither is believed.
+        There may be several: browsers send the cookies of another path or of the domain under the
+        same name. At most `TOKENS_MAX` are returned, so that a request costs no more queries.
         """
-        found: set[str] = set()
+        found: list[str] = []
         for header in headers:
             if self.name not in header:
                 continue
             for part in header.split(";"):
                 name, _, value = part.strip(" \t").partition("=")
-                if name == self.name and is_token(value):
-                    found.add(value)
+                if name == self.name and is_token(value) and value not in found:
+                    found.append(value)
         if len(found) > 1:
             _observe.warning("pgkv.session.ambiguous_cookie", cookie=self.name, tokens=len(found))
-            return None
-        return found.pop() if found else None
+        return found[:TOKENS_MAX]
 
 
 def _is_text(value: object, pattern: re.Pattern[str]) -> bool:

@@ -205,7 +205,7 @@ def strictest(decisions: Sequence[Decision]) -> Decision:
 
 
 @contextlib.contextmanager
-def heard_by_servers() -> Iterator[None]:
+def heard_by_servers(failed: str = "the rate limit could not be checked") -> Iterator[None]:
     """Let a failure of the store reach the HTTP server as one of the application's.
 
     Raises:
@@ -217,7 +217,7 @@ def heard_by_servers() -> Iterator[None]:
     except PgkvError as error:
         if not isinstance(error, OSError):
             raise
-        raise PgkvError(f"the rate limit could not be checked: {error}") from error
+        raise PgkvError(f"{failed}: {error}") from error
 
 
 def problem(decision: Decision) -> dict[str, Any]:

@@ -1,58 +1,193 @@
-"""One request's dealings with its session, apart from ASGI, WSGI or Flask.
+"""What one request does with its session, apart from ASGI, WSGI or Flask.
 
-A `Visit` knows the token that the request brought and the session that the program sees. At the
-head of the response it is settled: what changed is saved, and it is known which cookie to send.
+`SessionSettings` are an adapter's options. A `SessionHandler` knows the tokens that the request
+brought and the session that the program sees. Before the head of the response is sent it settles:
+what changed is saved, and the cookie to send is known.
 """
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable
+from typing import Any, Final, Literal, TypeAlias
+
 from ... import _observe
 from ..._ops.op import Flow
-from ...errors import SessionGoneError
+from ...config import Seconds, require_seconds
+from ...errors import (
+    ConfigError,
+    ConflictError,
+    OperationTimeoutError,
+    PgkvError,
+    QueryError,
+    SessionGoneError,
+    StoreUnavailableError,
+)
+from .._runtime.colour import require
 from ..session.data import Session
 from ..session.flows import SessionFlows
 from ..session.request import RequestSession
-from .cookie import Cookie
+from .cookie import Cookie, CookieOptions
+from .request import Exempt, exemption
+
+OnSessionError: TypeAlias = Literal["503", "anonymous", "raise"]
+
+TIMEOUT = 5.0
+FAILED = "the session could not be loaded or saved"
+# What `on_error` is about. A wrong argument or a missing right is no outage.
+OUTAGES: Final = (StoreUnavailableError, OperationTimeoutError, QueryError, ConflictError)
+
+UNAVAILABLE: Final = 503
+RETRY_AFTER: Final = 5
+UNAVAILABLE_BODY: Final = json.dumps(
+    {"type": "about:blank", "title": "Service Unavailable", "status": UNAVAILABLE}
+).encode()
+UNAVAILABLE_HEADERS: Final = {
+    "Retry-After": str(RETRY_AFTER),
+    "Cache-Control": "no-store",
+    "Content-Type": "application/problem+json",
+    "Content-Length": str(len(UNAVAILABLE_BODY)),
+}
 
 
-class Visit:
-    """The session of one request.
+class SessionOptions(CookieOptions, total=False):
+    """What sessions in front of an application can be told, besides their store: `CookieOptions`,
+    and how they meet the database.
+
+    Attributes:
+        exempt: paths within the application that have no session (each with all below it), or a
+            function of the ASGI scope or WSGI environ that is true for requests without one.
+        timeout: seconds that each statement may take, connecting and repeats included. Default 5,
+            and never more than the store's `operation_timeout`; None for that.
+        on_error: when the database does not answer in time: ``"503"`` (the default) answers 503 with
+            ``Retry-After``; ``"anonymous"`` serves a request whose session cannot be read without
+            one, keeps nothing that the program puts into it, and leaves the cookie alone (a change
+            that cannot be saved is still answered with 503); ``"raise"`` raises the error.
+    """
+
+    exempt: Exempt
+    timeout: Seconds | None
+    on_error: OnSessionError
+
+
+class SessionSettings:
+    """A session store and the options of an adapter, checked once.
 
     Args:
-        flows: the operations on sessions.
-        cookie: the application's.
-        token: what the request brought, None for nothing of the right form.
-        data: what the program will see.
+        store_class: the class of session store that the adapter can run.
+        adapter: its name.
+        twin: the name of the adapter for stores of the other class.
+        sessions: the session store.
+        options: `SessionOptions`.
+
+    Raises:
+        ConfigError: an option is wrong, or `sessions` is of the other class.
     """
 
     def __init__(
-        self, flows: SessionFlows, cookie: Cookie, token: str | None, data: RequestSession
+        self,
+        store_class: type[Any],
+        adapter: str,
+        twin: str,
+        sessions: Any,
+        options: SessionOptions,
     ) -> None:
-        self.flows = flows
-        self.cookie = cookie
-        self.token = token
+        require(sessions, store_class, adapter, twin)
+        given: dict[str, Any] = {"timeout": TIMEOUT, "on_error": "503", "exempt": None, **options}
+        self.sessions = sessions
+        self.flows: SessionFlows = sessions._flows
+        self.is_exempt = exemption(given.pop("exempt"))
+        timeout = given.pop("timeout")
+        longest = self.flows.config.operation_timeout
+        self.timeout: float = (
+            longest if timeout is None else min(longest, require_seconds("timeout", timeout))
+        )
+        self.on_error: OnSessionError = given.pop("on_error")
+        if self.on_error not in ("503", "anonymous", "raise"):
+            raise ConfigError(
+                f"on_error must be '503', 'anonymous' or 'raise', not {self.on_error!r}"
+            )
+        self.cookie = Cookie(**given)
+
+    def facts(self) -> str:
+        """What a repr says of an adapter."""
+        return f"cookie={self.cookie.name!r} sessions={self.sessions!r}"
+
+    def run(self, flow: Flow[Any]) -> Any:
+        """Run a flow within the timeout; of an async store, return the coroutine that does."""
+        return self.sessions._run(flow, self.timeout)
+
+    def answers(self, error: PgkvError) -> bool:
+        """Whether a request that failed so is answered with 503."""
+        return self.on_error != "raise" and isinstance(error, OUTAGES)
+
+
+class SessionHandler:
+    """The session of one request.
+
+    Args:
+        settings: the adapter's.
+        cookies: the request's Cookie headers.
+        data: what the program will see.
+
+    Attributes:
+        failure: the error by which the session could not be loaded or saved.
+    """
+
+    def __init__(
+        self, settings: SessionSettings, cookies: Iterable[str], data: RequestSession
+    ) -> None:
+        self.settings = settings
         self.data = data
-        self._browser = token or ""  # the token that the browser has, or will have
+        self.failure: PgkvError | None = None
+        self._tokens = settings.cookie.find(cookies)
+        # The token that the browser has, and the one that it will have.
+        self._had = self._browser = self._tokens[0] if self._tokens else ""
         self._dropped = False  # a save was refused: whatever else this request changes is late too
         self._closed = False  # the head of the response is on its way
+        self._sets_cookie = False
 
     def open(self) -> Flow[Session]:
-        """Load the session, once; without a live one it is a new one that nobody stored yet."""
-        found = None
-        if self.token is not None and not self.data.is_loaded:
-            found = yield from self.flows.load(self.token)
-        if not self.data.is_loaded:  # another task of this request may have been faster
-            self.data.fill(found or Session({}))
+        """Load the session, once; without a live one it is a new one that was never stored."""
+        if not self.data.is_loaded:
+            found = None
+            if self._tokens:
+                try:
+                    found = yield from self._find()
+                except OUTAGES as error:
+                    self._fail(error)
+                    if self.settings.on_error != "anonymous":
+                        raise
+            if not self.data.is_loaded:  # another task of this request may have been faster
+                self.data.fill(found or Session({}))
         session = self.data._session
         assert session is not None
         return session
+
+    def _find(self) -> Flow[Session | None]:
+        """The first session that is alive; one that a rotation has replaced counts least."""
+        moved = None
+        for token in self._tokens:
+            session = yield from self.settings.flows.load(token)
+            if session is not None:
+                if not session._moved:
+                    self._had = self._browser = token
+                    return session
+                moved = moved or session
+        if moved is not None:
+            self._had = self._browser = moved.id
+        return moved
+
+    def _fail(self, error: PgkvError) -> None:
+        self.failure = error
+        _observe.warning("pgkv.session.unavailable", error=type(error).__name__)
 
     def settle(self) -> Flow[None]:
         """Save what the program changed. A session that ended meanwhile stays ended."""
         session = self.data._session
         accessed = self.data.accessed
         if session is None or not accessed:
-            return  # what nobody touched did not change, deep inside neither
+            return  # what was not touched did not change, deep inside neither
         try:
             if self.data.cleared:
                 yield from self._begin_again(session)
@@ -60,6 +195,9 @@ class Visit:
                 yield from self._save(session)
             else:
                 yield from self._store_new(session)
+        except OUTAGES as error:
+            self._fail(error)
+            raise
         finally:
             self.data.accessed = accessed
 
@@ -67,12 +205,11 @@ class Visit:
         if self._dropped:
             return
         try:
-            yield from self.flows.save(session, "merge")
+            yield from self.settings.flows.save(session, "merge")
         except SessionGoneError as error:
             # The session ended, or moved on, while this request was under way. The change must
             # not bring it back, and a cookie from here would overwrite the newer one.
-            self._dropped = True
-            _observe.warning("pgkv.session.dropped", reason=error.reason)
+            self.drop(error.reason)
         else:
             self._browser = session.id
 
@@ -80,32 +217,63 @@ class Visit:
         if not dict.__len__(self.data) and session.user_id is None:
             return
         if self._closed:
-            # The token could not reach the browser any more.
-            _observe.warning("pgkv.session.dropped", reason="response started")
-            return
-        yield from self.flows.save(session, "merge")
-        self._browser = session.id
+            self.drop("response started")  # the token could not reach the browser any more
+        elif self.failure is not None and self._had:
+            # Its own session could not be read: a new one would take that one's place.
+            self.drop("unavailable")
+        else:
+            yield from self.settings.flows.save(session, "merge")
+            self._browser = session.id
 
     def _begin_again(self, session: Session) -> Flow[None]:
-        """After clear() or destroy(): that session is over, what is there now begins another."""
-        if session.id:
-            if not session._ended:
-                yield from self.flows.destroy(session.id)
-            self._browser = ""
+        """After clear() or destroy(): that session is over, what is there now begins another.
+
+        So are the sessions of all tokens that the browser sent, also where none was found: they may
+        be replaced tokens, or could not be read.
+        """
+        tokens = {*self._tokens, session.id}
+        if session._ended:
+            tokens.discard(session.id)
+        for token in tokens - {""}:
+            yield from self.settings.flows.destroy(token)
+        self._browser, self._tokens = "", []
         self.data.cleared = False
+        self.failure = None
         fresh = self.data._session = Session(self.data)
         yield from self._store_new(fresh)
+
+    def drop(self, reason: str) -> None:
+        """Give up what the program changed, and say so."""
+        self._dropped = True
+        _observe.warning("pgkv.session.dropped", reason=reason)
 
     # -- the response's head
 
     def headers(self) -> list[tuple[str, str]]:
         """Return the Set-Cookie header if one is due. To be called once, after `settle`."""
         self._closed = True
-        if self._browser == (self.token or ""):
+        if self._browser == self._had and not self._renews():
             return []
-        return [("Set-Cookie", self.cookie.set(self._browser))]
+        self._sets_cookie = True
+        return [("Set-Cookie", self.settings.cookie.set(self._browser))]
+
+    def _renews(self) -> bool:
+        """Whether the browser's cookie is to be sent again, before it ends in a session in use."""
+        age, session = self.settings.cookie.max_age, self.data._session
+        if age is None or session is None or session.id != self._browser or session._moved:
+            return False
+        return session._enters_period(age / 3)
+
+    def close(self) -> None:
+        """Take the head of the response as sent."""
+        self._closed = True
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether the head of the response is on its way."""
+        return self._closed
 
     @property
     def is_private(self) -> bool:
         """Whether the response depends on the session."""
-        return self.data.accessed or self._browser != (self.token or "")
+        return self.data.accessed or self._sets_cookie

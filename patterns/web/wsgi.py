@@ -4,20 +4,28 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeAlias, Unpack
 
 from ..._observe import shown
 from ..._ops.drivers import drive
-from ...config import Seconds
-from .._runtime.colour import require
 from ..rate_limit.api import RateLimiter
 from ..session.api import SessionStore
 from ..session.request import RequestSession
-from .cookie import Cookie, SameSite, private, varying
+from .cookie import private, varying
 from .limit import STATUS, Guard, LimitOptions, heard_by_servers
-from .request import Exempt, HttpRequest, exemption
-from .session import Visit
+from .request import HttpRequest, path_of
+from .session import (
+    FAILED,
+    OUTAGES,
+    UNAVAILABLE,
+    UNAVAILABLE_BODY,
+    UNAVAILABLE_HEADERS,
+    SessionHandler,
+    SessionOptions,
+    SessionSettings,
+)
 
 __all__ = ["WSGIRateLimitMiddleware", "WSGISessionMiddleware"]
 
@@ -99,93 +107,129 @@ class WSGISessionMiddleware:
     Args:
         app: the application.
         sessions: a `SessionStore`.
-        cookie: its name; ``__Host-`` keeps sibling domains from setting it.
-        secure: False for plain-http development: drops the prefix and the Secure flag.
-        same_site: ``"lax"``, ``"strict"`` or ``"none"``.
-        path: of the cookie.
-        domain: of the cookie; None for this host alone.
-        max_age: seconds for which the browser keeps the cookie; None: until it closes.
-        exempt: paths without a session (each with all below it), or a function of the environ.
+        options: `cookie`, `secure`, `same_site`, `path`, `domain` and `max_age`: see
+            :class:`~pgkv.patterns.web.cookie.CookieOptions`; `exempt`, `timeout` and `on_error`: see
+            :class:`~pgkv.patterns.web.session.SessionOptions`.
 
     Raises:
         ConfigError: the settings make no cookie that browsers take, or `sessions` is async.
     """
 
     def __init__(
-        self,
-        app: App,
-        *,
-        sessions: SessionStore,
-        cookie: str = "__Host-session",
-        secure: bool = True,
-        same_site: SameSite = "lax",
-        path: str = "/",
-        domain: str | None = None,
-        max_age: Seconds | None = None,
-        exempt: Exempt = None,
+        self, app: App, *, sessions: SessionStore, **options: Unpack[SessionOptions]
     ) -> None:
-        require(sessions, SessionStore, "WSGISessionMiddleware", "SessionMiddleware")
         self.app = app
-        self._sessions = sessions
-        self._cookie = Cookie(
-            cookie, secure=secure, same_site=same_site, path=path, domain=domain, max_age=max_age
+        self._settings = SessionSettings(
+            SessionStore, "WSGISessionMiddleware", "SessionMiddleware", sessions, options
         )
-        self._is_exempt = exemption(exempt)
 
     @shown
     def __repr__(self) -> str:
-        return f"cookie={self._cookie.name!r} sessions={self._sessions!r}"
+        return self._settings.facts()
 
-    def __call__(self, environ: Environ, start_response: Callable[..., Any]) -> Iterable[bytes]:
+    def __call__(self, environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
         """Serve one request."""
-        if _SESSION in environ or self._is_exempt(environ, environ.get("PATH_INFO") or "/"):
+        settings = self._settings
+        if _SESSION in environ or settings.is_exempt(environ, path_of(environ)):
             return self.app(environ, start_response)
-        visit = lazy_visit(self._sessions, self._cookie, environ, RequestSession)
-        environ[_SESSION] = visit.data
-        cookies: list[HeaderList] = []  # what the first head carried: a second one replaces it
-
-        def start_settled(status: str, headers: HeaderList, exc_info: Any = None) -> Any:
-            if not cookies:
-                self._sessions._run(visit.settle())
-                cookies.append(visit.headers())
-            headers = [*headers, *cookies[0]]
-            if visit.is_private:
-                headers = made_private(headers)
-            return start_response(status, headers, *([exc_info] if exc_info else []))
-
-        return _Body(self.app(environ, start_settled), lambda: self._sessions._run(visit.settle()))
+        handler = lazy_handler(settings, environ, RequestSession)
+        environ[_SESSION] = handler.data
+        response = _SettledResponse(handler, start_response)
+        with response.answering():
+            response.body = self.app(environ, response.start)
+        return response
 
 
-class _Body:
-    """The application's response; at its end what the session still holds is saved."""
+class _SettledResponse:
+    """An application's response. Before its head is sent, and at its end, the session is saved."""
 
-    def __init__(self, inner: Iterable[bytes], finish: Callable[[], None]) -> None:
-        self._inner = inner
-        self._finish = finish
+    def __init__(self, handler: SessionHandler, start_response: StartResponse) -> None:
+        self.body: Iterable[bytes] = ()
+        self._handler = handler
+        self._start_response = start_response
+        self._cookies: HeaderList | None = None  # what the first head carried
+        self._replaced = False  # by the 503 from here
+
+    def start(self, status: str, headers: HeaderList, exc_info: Any = None) -> Any:
+        """What the application calls as ``start_response``. A second head replaces the first."""
+        handler, settings = self._handler, self._handler.settings
+        if self._replaced:
+            return _write_nothing
+        if self._cookies is None:
+            failure = handler.failure
+            # An application that turned the failed loading into an error page of its own.
+            if failure is not None and settings.answers(failure) and status.startswith("500"):
+                return self._answer_unavailable()
+            try:
+                settings.run(handler.settle())
+            except OUTAGES as error:
+                if not settings.answers(error):
+                    raise
+                return self._answer_unavailable()
+            self._cookies = handler.headers()
+        headers = [*headers, *self._cookies]
+        if handler.is_private:
+            headers = made_private(headers)
+        return self._start_response(status, headers, *([exc_info] if exc_info else []))
+
+    @contextlib.contextmanager
+    def answering(self) -> Iterator[None]:
+        """Answer 503 instead of letting the failure of the session out, where that is possible."""
+        try:
+            yield
+        except OUTAGES as error:
+            if error is not self._handler.failure:
+                raise
+            if self._cookies is not None or not self._handler.settings.answers(error):
+                with heard_by_servers(FAILED):
+                    raise
+            self._answer_unavailable()
+
+    def _answer_unavailable(self) -> Any:
+        self._replaced = True
+        headers = list(UNAVAILABLE_HEADERS.items())
+        self._start_response(f"{UNAVAILABLE} Service Unavailable", headers)
+        return _write_nothing
 
     def __iter__(self) -> Iterator[bytes]:
-        return iter(self._inner)
+        with self.answering():
+            for chunk in self.body:
+                if self._replaced:
+                    break
+                yield chunk
+        if self._replaced:
+            yield UNAVAILABLE_BODY
 
     def close(self) -> None:
+        handler = self._handler
         try:
-            self._finish()
+            if not self._replaced:
+                handler.settings.run(handler.settle())
+        except OUTAGES as error:
+            if not handler.settings.answers(error):
+                with heard_by_servers(FAILED):
+                    raise
+            handler.drop("unavailable")
         finally:
-            if hasattr(self._inner, "close"):
-                self._inner.close()
+            if hasattr(self.body, "close"):
+                self.body.close()
 
 
-def lazy_visit(
-    sessions: SessionStore, cookie: Cookie, environ: Environ, kind: type[RequestSession]
-) -> Visit:
-    """Return a request's visit, whose session loads itself at first touch."""
-    header = environ.get("HTTP_COOKIE")
-    token = cookie.find([header] if header else [])
+def _write_nothing(_data: bytes) -> None:
+    pass
+
+
+def lazy_handler(
+    settings: SessionSettings, environ: Environ, kind: type[RequestSession]
+) -> SessionHandler:
+    """Return a request's handler, whose session loads itself at first touch."""
 
     def load() -> None:
-        sessions._run(visit.open())
+        settings.run(handler.open())
 
-    visit = Visit(sessions._flows, cookie, token, kind(load))
-    return visit
+    header = environ.get("HTTP_COOKIE")
+    handler = SessionHandler(settings, [header] if header else [], kind(load))
+    return handler
 
 
 def made_private(headers: HeaderList) -> HeaderList:

@@ -4,26 +4,32 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, Unpack
+from typing import Any, ParamSpec, TypeVar, Unpack
 
 import flask
+from flask.json.tag import TaggedJSONSerializer
 from flask.sessions import SessionInterface, SessionMixin
+from werkzeug.exceptions import ServiceUnavailable
 
 from .._observe import shown
 from .._ops.drivers import drive
 from ..errors import SessionError
-from ..patterns._runtime.colour import require
 from ..patterns.rate_limit.api import RateLimiter
 from ..patterns.session.api import SessionStore
+from ..patterns.session.data import Session
 from ..patterns.session.request import RequestSession
-from ..patterns.web.cookie import Cookie, SameSite
 from ..patterns.web.limit import STATUS, Guard, LimitOptions
-from ..patterns.web.request import Exempt, exemption
-from ..patterns.web.session import Visit
-from ..patterns.web.wsgi import lazy_visit, made_private
-
-if TYPE_CHECKING:
-    from ..config import Seconds
+from ..patterns.web.session import (
+    OUTAGES,
+    RETRY_AFTER,
+    UNAVAILABLE,
+    UNAVAILABLE_BODY,
+    UNAVAILABLE_HEADERS,
+    SessionHandler,
+    SessionOptions,
+    SessionSettings,
+)
+from ..patterns.web.wsgi import lazy_handler, made_private
 
 __all__ = ["PgkvSessionInterface", "rate_limit"]
 
@@ -86,13 +92,17 @@ def rate_limit(
 # -- sessions ------------------------------------------------------------------------------
 
 
+# What Flask's own sessions hold beside JSON: tuples, bytes, Markup, datetimes, UUIDs.
+_TAGS = TaggedJSONSerializer()
+
+
 class FlaskSession(RequestSession, SessionMixin):  # the dict's methods come first
     """`flask.session`: the session's data, as a dict.
 
     Changes inside nested values are noticed by themselves; setting `modified` is not needed.
     """
 
-    visit: Visit
+    handler: SessionHandler
     accessed = False  # SessionMixin has it on the class; set per instance
 
     @property
@@ -100,68 +110,74 @@ class FlaskSession(RequestSession, SessionMixin):  # the dict's methods come fir
         """Whether the session was begun by this request."""
         return self.session.is_new
 
+    def mark_accessed(self) -> None:
+        try:
+            super().mark_accessed()
+        except OUTAGES as error:
+            if not self.handler.settings.answers(error):
+                raise
+            raise ServiceUnavailable(retry_after=RETRY_AFTER) from error
+
+    def fill(self, session: Session) -> None:
+        super().fill(session)
+        dict.update(self, {key: _untagged(value) for key, value in dict.items(self)})
+
+    def as_json(self) -> dict[str, Any]:
+        return {key: _TAGS.tag(value) for key, value in dict.items(self)}
+
+
+def _untagged(value: Any) -> Any:
+    if isinstance(value, dict):
+        return _TAGS.untag({key: _untagged(each) for key, each in value.items()})
+    return [_untagged(each) for each in value] if isinstance(value, list) else value
+
 
 class PgkvSessionInterface(SessionInterface):
     """Flask's session in PostgreSQL: ``app.session_interface = PgkvSessionInterface(sessions)``.
 
     ``flask.session`` then works as ever, but keeps its data in the server's table: the cookie
     holds only a random token. It loads at first touch: a request that does not use it costs no
-    query. No `SECRET_KEY` is needed. Values are JSON; what Flask's own session tags (datetimes,
-    UUIDs, Markup) is refused with the place where it stands, and tuples come back as lists.
+    query. No `SECRET_KEY` is needed. Values are those of Flask's own session: JSON, tuples, bytes,
+    Markup, datetimes (to the second) and UUIDs, in the same form; anything else is refused with its
+    place.
 
     At a login call ``sessions.rotate(flask.session, user_id=...)``; at a logout
     ``sessions.destroy(flask.session)`` or ``flask.session.clear()``.
 
     Flask's own ``SESSION_COOKIE_*`` settings are not read, because their defaults are not safe;
-    nor are ``session.permanent`` and ``PERMANENT_SESSION_LIFETIME``: how long a session lives is
-    said to the `SessionStore`.
+    nor are ``session.permanent`` and ``PERMANENT_SESSION_LIFETIME``: the `SessionStore` has the
+    timeouts of a session.
 
     Args:
         sessions: a `SessionStore`.
-        cookie: its name; ``__Host-`` keeps sibling domains from setting it.
-        secure: False for plain-http development: drops the prefix and the Secure flag.
-        same_site: ``"lax"``, ``"strict"`` or ``"none"``.
-        path: of the cookie.
-        domain: of the cookie; None for this host alone.
-        max_age: seconds for which the browser keeps the cookie; None: until it closes.
-        exempt: paths without a session, or a function of the environ. There ``flask.session``
-            cannot be used.
+        options: `cookie`, `secure`, `same_site`, `path`, `domain` and `max_age`: see
+            :class:`~pgkv.patterns.web.cookie.CookieOptions`; `exempt` (there ``flask.session`` cannot
+            be used), `timeout` and `on_error`: see
+            :class:`~pgkv.patterns.web.session.SessionOptions`. The 503 is Flask's
+            `ServiceUnavailable`, for which the application may have an error handler; raised where
+            the session is first used.
 
     Raises:
         ConfigError: the settings make no cookie that browsers take, or `sessions` is async.
     """
 
-    def __init__(
-        self,
-        sessions: SessionStore,
-        *,
-        cookie: str = "__Host-session",
-        secure: bool = True,
-        same_site: SameSite = "lax",
-        path: str = "/",
-        domain: str | None = None,
-        max_age: Seconds | None = None,
-        exempt: Exempt = None,
-    ) -> None:
-        require(sessions, SessionStore, "PgkvSessionInterface", "SessionMiddleware")
-        self._sessions = sessions
-        self._cookie = Cookie(
-            cookie, secure=secure, same_site=same_site, path=path, domain=domain, max_age=max_age
+    def __init__(self, sessions: SessionStore, **options: Unpack[SessionOptions]) -> None:
+        self._settings = SessionSettings(
+            SessionStore, "PgkvSessionInterface", "SessionMiddleware", sessions, options
         )
-        self._is_exempt = exemption(exempt)
 
     @shown
     def __repr__(self) -> str:
-        return f"cookie={self._cookie.name!r} sessions={self._sessions!r}"
+        return self._settings.facts()
 
     def open_session(self, app: flask.Flask, request: flask.Request) -> FlaskSession:  # noqa: ARG002  # Flask's signature
         """Return the session of a `request` of the `app`; Flask calls it."""
         environ = request.environ
-        visit = lazy_visit(self._sessions, self._cookie, environ, FlaskSession)
-        if self._is_exempt(environ, request.path):
-            visit.data = FlaskSession(_refuse_exempt)
-        data: Any = visit.data
-        data.visit = visit
+        handler = lazy_handler(self._settings, environ, FlaskSession)
+        if self._settings.is_exempt(environ, request.path):
+            handler.data = FlaskSession(_refuse_exempt)
+        data: Any = handler.data
+        data.handler = handler
         return data  # type: ignore[no-any-return]  # it is one
 
     def save_session(
@@ -173,11 +189,20 @@ class PgkvSessionInterface(SessionInterface):
         """End a request of the `app`: save what changed of its `session`, and set the cookie in its
         `response`; Flask calls it."""
         assert isinstance(session, FlaskSession)
-        visit = session.visit
-        self._sessions._run(visit.settle())
+        handler = session.handler
+        try:
+            self._settings.run(handler.settle())
+        except OUTAGES as error:
+            if not self._settings.answers(error):
+                raise
+            response.status_code = UNAVAILABLE
+            response.direct_passthrough = False
+            response.set_data(UNAVAILABLE_BODY)
+            response.headers.update(UNAVAILABLE_HEADERS)
+            return
         headers = list(response.headers.items())
-        headers += visit.headers()
-        if visit.is_private:
+        headers += handler.headers()
+        if handler.is_private:
             response.headers.clear()
             response.headers.extend(made_private(headers))
 

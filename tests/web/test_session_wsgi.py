@@ -300,7 +300,7 @@ def test_the_head_is_replaced_with_its_cookie(sessions: pgkv.SessionStore) -> No
     """start_response called a second time, for an error, still hands out the token."""
     app: Any = pgkv.WSGISessionMiddleware(plain_app, sessions=sessions, secure=False)
     heads: list[Any] = []
-    environ = {"PATH_INFO": "/error", "REQUEST_METHOD": "GET"}
+    environ = {"PATH_INFO": "/error", "REQUEST_METHOD": "GET", "wsgi.version": (1, 0)}
     body = app(environ, lambda *head: heads.append(head))
     assert b"".join(body) == b"oh"
     body.close()
