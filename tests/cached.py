@@ -49,6 +49,8 @@ def cached_in(
         def blocking(*args: Any, **kwargs: Any) -> Any:
             return asyncio.run_coroutine_threadsafe(fn(*args, **kwargs), loop).result()
 
+        # One test defines its function in both ways, and two functions need two names.
+        blocking.__qualname__ += ".blocking"
         return Awaited(pgkv.cached(ttl, **options)(blocking))
 
     return decorate

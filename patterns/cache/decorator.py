@@ -11,7 +11,7 @@ import math
 import sys
 import typing
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
-from types import FrameType
+from types import FrameType, SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar, overload
 
 import psycopg
@@ -30,6 +30,7 @@ from .envelope import Codec, SignedPickle, TypedCodec
 from .flows import FunctionCache
 from .function import (
     AsyncCachedFunction,
+    Binds,
     CachedFunction,
     CachedValue,
     CacheInfo,
@@ -37,8 +38,9 @@ from .function import (
     ensure_table,
     ensure_table_async,
 )
+from .identity import claim, closed_over
 from .invalidations import message, publish
-from .key import Binder
+from .key import Binder, signature_of
 from .l1 import L1
 from .single_flight import Flights, TaskFlight, ThreadFlight
 from .sql import TAG
@@ -82,6 +84,7 @@ def cached(
     *,
     key: Callable[..., Any] | None = None,
     ignore: Iterable[str] = (),
+    name: str | None = None,
     version: int | str = 1,
     namespace: str | None = None,
     tags: Iterable[str] = (),
@@ -119,6 +122,9 @@ def cached(
             result and the arguments and returns that; 0 or less means "do not store this one".
         key: maps the arguments (without `ignore`) to what stands for them in the key.
         ignore: names of parameters that do not count (connections, loggers).
+        name: what the entries are kept under; None for the function's module and qualified name. Two
+            functions need two names: those made in a loop or by another function, lambdas of one
+            module, wrappers without ``functools.wraps``.
         version: of what the function computes: change it when its meaning changes.
         namespace: put before the function's name, to keep deployments in one table apart.
         tags: templates such as ``"user:{user_id}"``; see `invalidate_tag`. Entries with tags live
@@ -149,8 +155,9 @@ def cached(
 
     Raises:
         TypeError: (when decorating) a generator; a method without ``key=``, ``ignore=("self",)`` or
-            a ``__cache_key__()`` in its class; a parameter named that does not exist. (When called)
-            an argument has no stable encoding; names the parameter.
+            a ``__cache_key__()`` in its class; a parameter named that does not exist; a function
+            under the name of another one. (When called) an argument has no stable encoding; names
+            the parameter.
         ConfigError: a setting is wrong, or there is no default store.
         InvalidValueError: a duration is not positive.
         SerializationError: (when called) the result cannot be written by the codec, or does not fit
@@ -160,6 +167,9 @@ def cached(
     for what, fn in (("key", key), ("condition", condition)):
         if fn is not None and not callable(fn):
             raise ConfigError(f"cached: {what} must be a function, not {type(fn).__name__}")
+    given: object = name
+    if given is not None and not (isinstance(given, str) and given):
+        raise ConfigError("cached: name must be a string that is not empty, such as 'users.load'")
     if on_error not in ("call", "raise"):
         raise ConfigError(f"cached: on_error must be 'call' or 'raise', not {on_error!r}")
     if not _is_number(jitter, 1.0):
@@ -187,6 +197,7 @@ def cached(
     settings = {
         "key": key,
         "ignore": ignore,
+        "name": name,
         "version": version,
         "namespace": namespace,
         "tags": tags,
@@ -211,11 +222,10 @@ def _names(what: str, given: object) -> tuple[str, ...]:
 
 
 def _decorate(fn: Any, given: dict[str, Any], frame: FrameType) -> Any:
-    owner: type | None = None
-    if isinstance(fn, staticmethod):
+    binds: Binds = "instance"
+    if isinstance(fn, staticmethod | classmethod):
+        binds = "nothing" if isinstance(fn, staticmethod) else "class"
         fn = fn.__func__
-    elif isinstance(fn, classmethod):
-        fn, owner = fn.__func__, type
     if not callable(fn) or not hasattr(fn, "__qualname__"):
         raise TypeError(
             f"cached() decorates a function, not {type(fn).__name__}; {PARENTHESES}, below other "
@@ -227,11 +237,14 @@ def _decorate(fn: Any, given: dict[str, Any], frame: FrameType) -> Any:
             "up; return a list"
         )
     is_async = inspect.iscoroutinefunction(fn)
-    _check_self(fn, given, frame)
+    if binds == "instance":
+        _check_self(fn, given, frame)
     if given["store"] is not None:
         _check_store(given["store"], f"cached {fn.__qualname__}()", is_async=is_async)
     name = _name_of(fn, given)
-    binder = Binder(fn, name, given["ignore"], given["key"], given["tags"])
+    closure = closed_over(fn) if given["name"] is None else b""
+    binder = Binder(fn, name, given["ignore"], given["key"], given["tags"], closure)
+    claim(name, (fn, given["key"], given["ignore"]), fn, frame)
     core = FunctionCache(
         fn,
         name,
@@ -243,7 +256,7 @@ def _decorate(fn: Any, given: dict[str, Any], frame: FrameType) -> Any:
         is_async=is_async,
     )
     kind: Any = AsyncCachedFunction if is_async else CachedFunction
-    return kind(core, given["store"], owner)
+    return kind(core, given["store"], binds)
 
 
 def _check_store(store: object, who: str, *, is_async: bool) -> None:
@@ -256,20 +269,20 @@ def _check_store(store: object, who: str, *, is_async: bool) -> None:
 def _name_of(fn: Any, given: dict[str, Any]) -> str:
     # What multiprocessing's spawn calls a program's own module, in the children.
     module = "__main__" if fn.__module__ == "__mp_main__" else fn.__module__
-    name = f"{module}.{fn.__qualname__}:{given['version']}"
+    name = f"{given['name'] or f'{module}.{fn.__qualname__}'}:{given['version']}"
     if given["namespace"] is not None:
         name = f"{given['namespace']}:{name}"
     if len(name.encode()) > NAME_MAX:
         raise ConfigError(
             f"cached {fn.__qualname__}(): its name with module, namespace and version is longer than "
-            f"{NAME_MAX} bytes"
+            f"{NAME_MAX} bytes; give it a shorter one with name="
         )
     return name
 
 
 def _check_self(fn: Any, given: dict[str, Any], frame: FrameType) -> None:
     """A method's object counts only where it says by what."""
-    first = next(iter(inspect.signature(fn).parameters), None)
+    first = next(iter(signature_of(fn).parameters), None)
     if first != "self" or "self" in given["ignore"] or given["key"] is not None:
         return
     # The class does not exist yet; the names that its body binds are known all the same.
@@ -288,17 +301,41 @@ def _codec_for(fn: Any, codec: Any) -> Codec:
         return codec
     what = f"cached {fn.__qualname__}()"
     try:
-        hints = typing.get_type_hints(fn, include_extras=True)
+        returned = _return_type(fn)
     except NameError as error:
         why = f"{what}: the return annotation cannot be resolved ({error}); import it at run time"
     except TypeError as error:
         why = f"{what}: the return annotation cannot be resolved: {error}"
     else:
         try:
-            return TypedCodec(hints.get("return", Any), codec)
+            return TypedCodec(returned, codec)
         except ConfigError as error:
             why = f"{what}: {error}; or use codec=pgkv.SignedPickle(key)"
     raise ConfigError(why)
+
+
+def _return_type(fn: Any) -> Any:
+    """Resolve the return annotation and no other: those of parameters may name what is imported
+    for type checkers only."""
+    annotations = _annotations_of(fn)
+    if "return" not in annotations:
+        return Any
+    while hasattr(fn, "__wrapped__"):
+        fn = fn.__wrapped__
+    alone = SimpleNamespace(
+        __annotations__={"return": annotations["return"]},
+        __globals__=getattr(fn, "__globals__", {}),
+        __type_params__=getattr(fn, "__type_params__", ()),
+    )
+    return typing.get_type_hints(alone, include_extras=True)["return"]
+
+
+def _annotations_of(fn: Any) -> dict[str, Any]:
+    if sys.version_info >= (3, 14):
+        from annotationlib import Format, get_annotations
+
+        return get_annotations(fn, format=Format.FORWARDREF)
+    return getattr(fn, "__annotations__", None) or {}
 
 
 # -- tags ----------------------------------------------------------------------------------

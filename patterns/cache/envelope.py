@@ -12,6 +12,7 @@ import math
 import os
 import pickle
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from hashlib import sha256
 from struct import Struct
@@ -111,8 +112,8 @@ class TypedCodec:
 
     def __init__(self, type_: Any, codec: CodecName) -> None:
         self._serializer: Serializer[Any] = Serializer(type_, codec)
-        self.letter = codec[:1].encode()
-        self.decode = self._serializer.decode
+        self.letter: bytes = codec[:1].encode()
+        self.decode: Callable[[str, bytes], Any] = self._serializer.decode
 
     def encode(self, key: str, value: Any) -> bytes:
         """Return the value's bytes.
@@ -142,7 +143,7 @@ class SignedPickle:
         ConfigError: the key is no bytes, or shorter.
     """
 
-    letter = b"p"
+    letter: bytes = b"p"
 
     def __init__(self, key: bytes) -> None:
         given: object = key

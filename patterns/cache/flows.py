@@ -41,7 +41,7 @@ from .call import (
 from .envelope import PLACEHOLDER, Codec, Envelope, is_placeholder, mark_of, new_mark
 from .key import Binder
 from .l1 import L1
-from .single_flight import Extended, Flight, Flights, inside
+from .single_flight import Extended, Flight, Flights, computing, is_inside
 from .sql import (
     DIGEST_LENGTH,
     ENTRY,
@@ -237,7 +237,7 @@ class FunctionCache:
 
     def _miss(self, call: CachedCall, read: CacheRead) -> Flow[Any]:
         name = self.flights.name(call.context.store, call.key)
-        if name in inside.get():
+        if is_inside(name):
             return (yield from self._alone(call))  # re-entrant: it would wait for itself
         deadline = monotonic() + self.options.max_wait
         while True:
@@ -341,13 +341,12 @@ class FunctionCache:
     ) -> Flow[tuple[Any, float]]:
         """Call the function, its lease kept up; return what it returned and its seconds."""
         stop = _nothing if beat is None else self._keep_extending(call, beat)
-        token = inside.set((*inside.get(), name))
         began = monotonic()
         try:
-            value = yield from call_step(call.work)
+            with computing(name):
+                value = yield from call_step(call.work)
             return value, monotonic() - began
         finally:
-            inside.reset(token)
             stop()
 
     def _fill(

@@ -9,10 +9,12 @@ from __future__ import annotations
 import asyncio
 import functools
 import inspect
+import itertools
 import sys
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Concatenate, Generic, ParamSpec, Self, TypeVar, overload
+from typing import Any, Concatenate, Generic, Literal, ParamSpec, Self, TypeAlias, TypeVar, overload
 
 import psycopg
 
@@ -28,6 +30,8 @@ from .call import MISSING, CachedCall, Found, StoreContext, breaker_open, contex
 from .flows import FunctionCache
 from .invalidations import message, publish, subscribe
 from .sql import ENTRY, FUNCTION
+
+Binds: TypeAlias = Literal["instance", "class", "nothing"]  # what a lookup on an object binds
 
 P = ParamSpec("P")
 Q = ParamSpec("Q")
@@ -84,15 +88,15 @@ class _Base(Generic[P, R]):
     __qualname__: str
 
     def __init__(
-        self, core: FunctionCache, store: Store | AsyncStore | None, owner: type | None = None
+        self, core: FunctionCache, store: Store | AsyncStore | None, binds: Binds = "instance"
     ) -> None:
         self._core = core
         self._store: Any = store
         self._head: tuple[Any, ...] = ()
-        self._class_bound = owner is type
+        self._binds = binds
         wrapped: Any = self
         functools.update_wrapper(wrapped, core.fn)
-        _made(self)
+        _functions[next(_numbers)] = self
 
     def _bound_to(self, instance: object) -> Self:
         view = object.__new__(type(self))
@@ -101,9 +105,11 @@ class _Base(Generic[P, R]):
         return view
 
     def _bind(self, instance: object, owner: type | None) -> Self:
-        if self._class_bound:
+        if self._binds == "class":
             return self._bound_to(owner)
-        return self if instance is None else self._bound_to(instance)
+        if instance is None or self._binds == "nothing":
+            return self
+        return self._bound_to(instance)
 
     @shown
     def __repr__(self) -> str:
@@ -284,9 +290,9 @@ class AsyncCachedFunction(_Base[P, R]):
     """
 
     def __init__(
-        self, core: FunctionCache, store: Store | AsyncStore | None, owner: type | None = None
+        self, core: FunctionCache, store: Store | AsyncStore | None, binds: Binds = "instance"
     ) -> None:
-        super().__init__(core, store, owner)
+        super().__init__(core, store, binds)
         # Frameworks ask whether to await what they were given.
         if sys.version_info >= (3, 12):
             inspect.markcoroutinefunction(self)
@@ -469,16 +475,13 @@ async def ensure_table_async(context: StoreContext) -> None:
 
 # -- all of them ---------------------------------------------------------------------------
 
-_functions: list[Any] = []
-
-
-def _made(function: Any) -> None:
-    _functions.append(function)
+_functions: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+_numbers = itertools.count()
 
 
 def cached_functions() -> list[CachedFunction[..., Any] | AsyncCachedFunction[..., Any]]:
     """Return every cached function of this process, in the order of their definition."""
-    return list(_functions)
+    return [function for _, function in sorted(_functions.items())]
 
 
 __all__ = [

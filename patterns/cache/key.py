@@ -167,6 +167,9 @@ _EXACT |= dict.fromkeys(
 )  # fmt: skip
 
 
+PLAIN_TYPES = frozenset(_EXACT)  # values without parts, all of them immutable but bytearray
+
+
 # -- containers, objects, classes ----------------------------------------------------------
 
 
@@ -398,6 +401,7 @@ class Binder:
         ignore: parameters that do not count.
         key: maps what `ignore` leaves of the arguments to what is encoded in their place.
         tags: templates, such as ``"user:{user_id}"``, filled in with the arguments.
+        closed_over: what the function closes over, encoded; part of each key.
 
     Raises:
         TypeError: `ignore` or a template names a parameter that does not exist (or is ignored).
@@ -410,12 +414,14 @@ class Binder:
         ignore: tuple[str, ...],
         key: Callable[..., Any] | None,
         tags: tuple[str, ...],
+        closed_over: bytes = b"",
     ) -> None:
         self.signature: inspect.Signature = signature_of(fn)
         self.name = name
         self._ignore = frozenset(ignore)
         self._key = key
         self._tags = tags
+        self._closed_over = closed_over
         self.has_tags: bool = bool(tags)
         self._what = f"cached {fn.__qualname__}()"
         parameters = self.signature.parameters
@@ -506,9 +512,9 @@ class Binder:
             TypeError: one has no stable encoding; names the parameter and the ways out.
         """
         if self._key is not None:
-            counted = self._encode("key=", self._key_value(arguments))
+            counted = self._closed_over + self._encode("key=", self._key_value(arguments))
         else:
-            parts = []
+            parts = [self._closed_over]
             for name, value in arguments.items():
                 if name not in self._ignore:
                     parts.append(self._labels[name])

@@ -8,7 +8,9 @@ only its end.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
+from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Any, Protocol
 
@@ -19,8 +21,37 @@ from ...errors import PgkvError
 from .._runtime.connection import DedicatedConnection
 from .._runtime.renewal import clock
 
-# The flights that the running call is inside of. It follows into tasks and asyncio.to_thread().
-inside: ContextVar[tuple[object, ...]] = ContextVar("pgkv_cached_inside", default=())
+
+class Computation:
+    """A running call of a function, by which a call made inside it knows that it would wait for
+    itself. Tasks and threads that the function starts inherit the mark; it ends with the call."""
+
+    __slots__ = ("name", "running")
+
+    def __init__(self, name: object) -> None:
+        self.name = name
+        self.running = True
+
+
+_computations: ContextVar[tuple[Computation, ...]] = ContextVar("pgkv_computations", default=())
+
+
+@contextlib.contextmanager
+def computing(name: object) -> Iterator[None]:
+    """Mark this context as inside the computation of that name."""
+    mark = Computation(name)
+    token = _computations.set((*(each for each in _computations.get() if each.running), mark))
+    try:
+        yield
+    finally:
+        mark.running = False
+        with contextlib.suppress(ValueError):  # the end may come in another context, when collected
+            _computations.reset(token)
+
+
+def is_inside(name: object) -> bool:
+    """Whether this call is part of the computation of that name."""
+    return any(each.running and each.name == name for each in _computations.get())
 
 
 class Flight(Protocol):

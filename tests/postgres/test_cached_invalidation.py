@@ -18,7 +18,7 @@ import pytest
 
 import pgkv
 from pgkv.errors import TransactionError
-from tests.cached import Awaited, cached_in, invalidate_tag, plain_store
+from tests.cached import cached_in, invalidate_tag, plain_store
 from tests.colours import Colour, in_thread
 from tests.peers import Peer, fetch, until
 
@@ -281,7 +281,7 @@ async def test_using_makes_the_table_beforehand(
 
 @pytest.mark.parametrize("way", ["invalidate", "transaction", "tag", "clear"])
 async def test_storm_no_reader_sees_an_older_value(
-    make_store: Callable[..., Coroutine[Any, Any, Any]],
+    make_store: Callable[..., Coroutine[Any, Any, Any]], connect: Connect,
     colour: Colour, peer: Peer, dsn: str, way: str,
 ) -> None:  # fmt: skip
     """Readers on several stores against a writer: no read that begins after an invalidation
@@ -326,17 +326,13 @@ async def test_storm_no_reader_sees_an_older_value(
 
     async def write() -> None:
         nonlocal running
-        conn = await in_thread(psycopg.connect, dsn)
-        conns.append(conn)
-        plain = readers[0].function if isinstance(readers[0], Awaited) else None
-        for round_ in range(1, 60):
+        conn = await connect()
+        for round_ in range(1, 3000):
             n = rng.randrange(3)
-            await in_thread(conn.execute, "UPDATE data SET v = %s WHERE n = %s", [round_, n])
+            await conn.execute("UPDATE data SET v = %s WHERE n = %s", [round_, n])
             if way == "transaction":
-                # The caller's connection is blocking in both colours here: a second function on a
-                # Store, with the same key, invalidates for an async one.
-                await in_thread((plain or twin).using(conn).invalidate, n)
-            await in_thread(conn.commit)
+                await readers[0].using(conn).invalidate(n)
+            await conn.commit()
             if way == "invalidate":
                 await readers[0].invalidate(n)
             elif way == "tag":
@@ -345,26 +341,20 @@ async def test_storm_no_reader_sees_an_older_value(
                 await readers[0].cache_clear()
             invalidated[n] = round_
             await asyncio.sleep(rng.choice([0, 0.002, 0.01]))
+            if round_ >= 60 and reads > 100 and count_hits() > 50:
+                break
         running = False
 
-    sync_store = await in_thread(pgkv.Store.connect, dsn) if colour.name == "async" else None
-    twin: Any = None
-    if sync_store is not None:
+    def count_hits() -> int:
+        return sum(each.cache_info().hits for each in readers)
 
-        def load_(n: int) -> int:
-            raise AssertionError
-
-        load_.__qualname__ = load.__qualname__
-        twin = pgkv.cached(60, store=sync_store)(load_)
     try:
         await asyncio.gather(write(), *(keep_reading(each) for each in readers for _ in range(4)))
     finally:
         running = False
-        for conn in conns:
-            conn.close()
-        if sync_store is not None:
-            await in_thread(sync_store.close)
-    hits = sum(each.cache_info().hits for each in readers)
+        for each in conns:
+            each.close()
+    hits = count_hits()
     print(
         f"{reads} reads, {hits} hits, {sum(each.cache_info().discarded_fills for each in readers)} discarded"
     )

@@ -6,6 +6,7 @@ from __future__ import annotations
 import enum
 import functools
 import gc
+import importlib
 import ipaddress
 import math
 import os
@@ -662,3 +663,200 @@ def test_cached_functions_look_like_the_functions() -> None:
     assert f in pgkv.cached_functions()
     assert f.cache_info() == pgkv.CacheInfo(0, 0, 0, 0, 0, 0, 0)
     assert "f" in repr(f)
+
+
+# -- which function a name stands for --------------------------------------------------------
+
+TAKEN = r"another function is cached as .* with name='...'"
+
+
+def closing_over(value: Any, **options: Any) -> Any:
+    @pgkv.cached(60, **options)
+    def load(n: int) -> Any:
+        return value
+
+    return load
+
+
+@pytest.mark.parametrize("values", [(1, 2), ("acme", "umbrella"), (max, min), (object(), object())])
+def test_closures_made_in_a_loop_need_names(values: Any) -> None:
+    """Two functions that one piece of code defines and that close over different things are two
+    functions: the second is refused, and works under a name of its own."""
+    first = closing_over(values[0])
+    with pytest.raises(TypeError, match=TAKEN):
+        closing_over(values[1])
+    second = closing_over(values[1], name=f"load of {values[1]}")
+    assert second.cache_key(1) != first.cache_key(1)
+    with pytest.raises(TypeError, match=TAKEN):
+        closing_over(values[0], name=f"load of {values[1]}")
+    assert closing_over(values[0]).cache_key(1) == first.cache_key(1)
+
+
+def test_closures_made_one_after_the_other_share_nothing() -> None:
+    """A handler that defines its cached function for every request: the earlier ones are gone, and
+    their entries are not those of the next one."""
+    keys = []
+    for tenant in ("acme", "umbrella", "acme"):
+        keys.append(closing_over(tenant).cache_key(1))
+        gc.collect()
+    assert keys[0] == keys[2] != keys[1]
+
+
+def unhelpful(fn: Any) -> Any:
+    def wrapper(n: int) -> Any:
+        return fn(n)
+
+    return wrapper
+
+
+def helpful(fn: Any) -> Any:
+    return functools.wraps(fn)(unhelpful(fn))
+
+
+def test_lambdas_wrappers_and_functions_of_one_name() -> None:
+    """Each second one is refused."""
+    kept = [pgkv.cached(60)(lambda n: n)]
+    with pytest.raises(TypeError, match=TAKEN):
+        pgkv.cached(60)(lambda n: -n)
+
+    def one(n: int) -> int:
+        return n
+
+    def two(n: int) -> int:
+        return -n
+
+    kept.append(pgkv.cached(60)(unhelpful(one)))
+    with pytest.raises(TypeError, match=TAKEN):
+        pgkv.cached(60)(unhelpful(two))
+    kept += [pgkv.cached(60)(helpful(one)), pgkv.cached(60)(helpful(two))]
+
+    def view(n: int) -> int:
+        return n
+
+    kept.append(pgkv.cached(60)(view))
+
+    def view(n: int) -> int:  # type: ignore[no-redef]  # as under two routes of a framework
+        return -n
+
+    with pytest.raises(TypeError, match=TAKEN):
+        pgkv.cached(60)(view)
+    with pytest.raises(TypeError, match=TAKEN):
+        pgkv.cached(60)(one)  # its wrapper has the name
+    with pytest.raises(TypeError, match=TAKEN):
+        pgkv.cached(60, key=lambda n: 0)(view)  # another meaning of the same keys
+
+
+def test_one_function_may_be_decorated_twice() -> None:
+    """With other settings too: it is the same function."""
+
+    def load(n: int) -> int:
+        return n
+
+    one, two = pgkv.cached(60)(load), pgkv.cached(5, stale=60, version="1")(load)
+    assert one.cache_key(1) == two.cache_key(1)
+    assert pgkv.cached(60, version=2)(load).cache_key(1) != one.cache_key(1)
+
+
+MODULE = """
+import pgkv
+
+def factory(x):
+    @pgkv.cached(60)
+    def inner(n):
+        return x
+    return inner
+
+@pgkv.cached(60)
+def load(n):
+    return {result}
+
+class Repo:
+    @pgkv.cached(60, ignore=("self",))
+    def load(self, n):
+        return {result}
+
+inner = factory("{result}")
+"""
+
+
+def test_code_that_runs_again_may_define_its_functions_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A module that is reloaded, edited or not, and a notebook's cell that is run again."""
+    monkeypatch.syspath_prepend(tmp_path)
+    module = tmp_path / "reloaded_by_a_test.py"
+    module.write_text(MODULE.format(result=1))
+    loaded = importlib.import_module(module.stem)
+    old = [loaded.load, loaded.Repo().load, loaded.inner]
+    importlib.reload(loaded)
+    module.write_text("# moved\n\n" + MODULE.format(result="n + 20"))
+    os.utime(module, (1, 1))  # another time than that of the compiled file
+    importlib.invalidate_caches()
+    monkeypatch.delitem(sys.modules, module.stem)
+    edited = importlib.import_module(module.stem)
+    assert edited.load.__wrapped__(1) == 21
+    assert edited.load.cache_key(1) == old[0].cache_key(1)
+    namespace: dict[str, Any] = {"__name__": "__main__"}
+    cell = ""
+    for n, text in enumerate(["n", "n", "n + 1"]):
+        cell = f"import pgkv\n@pgkv.cached(60)\ndef of_a_cell(n): return {text}"
+        exec(compile(cell, f"<cell {n}>", "exec"), namespace)
+    assert namespace["of_a_cell"].__wrapped__(1) == 2
+    twice = cell + "\nfirst = of_a_cell\n@pgkv.cached(60)\ndef of_a_cell(n): return 7"
+    with pytest.raises(TypeError, match=TAKEN):
+        exec(compile(twice, "<cell>", "exec"), namespace)
+
+
+def test_static_methods_and_annotations_for_type_checkers() -> None:
+    """@cached works over @staticmethod and over @classmethod; of the annotations only the return
+    type has to exist at run time."""
+
+    class Repo:
+        @pgkv.cached(60)
+        @staticmethod
+        def alone(n: int) -> int:
+            return n
+
+        @pgkv.cached(60)
+        @classmethod
+        def made(cls, n: int) -> int:
+            return n
+
+    repo: Any = Repo()
+    assert repo.alone.cache_key(1) == Repo.alone.cache_key(1) == Repo.alone.cache_key(n=1)
+    assert Repo.alone.__wrapped__(3) == 3
+    assert repo.made.cache_key(1) == Repo.made.cache_key(1) != Repo.alone.cache_key(1)
+
+    @pgkv.cached(60)
+    def load(n: int, session: "Nowhere.Session" = None) -> "dict[str, int]":  # type: ignore[name-defined]  # noqa: UP037  # as under TYPE_CHECKING
+        return {"n": n}
+
+    assert load._core.codec.decode("k", b'{"n": 1}') == {"n": 1}
+
+    @pgkv.cached(60)
+    def wrong() -> Missing:  # type: ignore[name-defined]  # noqa: F821  # on purpose
+        return None
+
+    with pytest.raises(pgkv.ConfigError, match="return annotation cannot be resolved"):
+        _ = wrong._core.codec
+
+
+def test_cached_functions_are_collected() -> None:
+    """Like any object: no list of the process keeps them, nor what they close over."""
+
+    class Heavy:
+        pass
+
+    before = len(pgkv.cached_functions())
+    heavy = Heavy()
+
+    @pgkv.cached(60, l1=pgkv.L1())
+    def load(n: int) -> Any:
+        return heavy  # noqa: F821  # deleted below
+
+    assert load in pgkv.cached_functions()
+    seen = [weakref.ref(load), weakref.ref(load.__wrapped__), weakref.ref(heavy)]
+    del load, heavy
+    gc.collect()
+    assert [each() for each in seen] == [None] * 3
+    assert len(pgkv.cached_functions()) <= before
