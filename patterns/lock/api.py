@@ -417,19 +417,22 @@ class Acquirer:
             StoreUnavailableError: the server does not answer. Nothing is left behind that outlives
                 the ttl.
         """
-        longest = waiting(timeout)
-        return granted(self._acquire(longest), self._options, longest)
+        return cast("Lease", self._acquire(waiting(timeout), granted))
 
     def try_acquire(self) -> Lease | None:
         """Try once; None if it is held. It never waits for the lock, not even for a
         `Lease.guard`, and at most a second for a connection of the store's."""
         return self._acquire(0.0)
 
-    def _acquire(self, timeout: float | None) -> Lease | None:
+    def _acquire(
+        self, timeout: float | None, check: Callable[..., Lease] | None = None
+    ) -> Lease | None:
         runtime = self._runtime
         acquisition = flows.Acquisition(runtime, self._options, timeout)
         try:
-            return cast("Lease | None", runtime.channel.run(acquisition.flow()))
+            # Whatever interrupts this, up to the return, is met below.
+            lease: Lease | None = runtime.channel.run(acquisition.flow())
+            return lease if check is None else check(lease, self._options, timeout)
         except BaseException:
             runtime.clean_up(acquisition.take_back, *flows.CLEAN_UP)
             raise
