@@ -417,16 +417,18 @@ class Acquirer:
             StoreUnavailableError: the server does not answer. Nothing is left behind that outlives
                 the ttl.
         """
-        return cast("Lease", self._acquire(waiting(timeout), granted))
+        lease: Lease = self._acquire(waiting(timeout), granted)
+        return lease
 
     def try_acquire(self) -> Lease | None:
         """Try once; None if it is held. It never waits for the lock, not even for a
         `Lease.guard`, and at most a second for a connection of the store's."""
-        return self._acquire(0.0)
+        lease: Lease | None = self._acquire(0.0)
+        return lease
 
     def _acquire(
         self, timeout: float | None, check: Callable[..., Lease] | None = None
-    ) -> Lease | None:
+    ) -> Any:  # cast() would be one more call, after which an interrupt could lose the lease
         runtime = self._runtime
         acquisition = flows.Acquisition(runtime, self._options, timeout)
         try:

@@ -1,8 +1,8 @@
 """Leader election: of a fleet of processes one leads, and another within moments of its death.
 
-A leader is whoever holds a lock, and its term is the grant's token. It steps down before its lease
-ends, by its own clock: a leader that cannot reach the database stops leading while nobody else can
-have begun.
+A leader is the holder of a lock, and its term is the grant's token. It steps down before its lease
+ends, by its own clock: a leader that cannot reach the database stops leading before another one can
+begin.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ...store import Store
 from .._runtime.colour import require, require_callback
 from . import flows
 from .api import AsyncLease, Lease, make_options
-from .lease import LeaseState, LockOptions, failed_callback, report
+from .lease import LeaseState, failed_callback, report
 from .runtime import AsyncLockRuntime, LockRuntime
 
 if TYPE_CHECKING:
@@ -34,21 +34,24 @@ RETRY_FIRST, RETRY_MAX = 0.1, 2.0  # seconds, while the database cannot be reach
 
 
 class _Candidate:
-    """What both colours have.
+    """What Leader and AsyncLeader share."""
 
-    Args:
-        options: of the lock that the leader holds.
-        on_elected: the user's.
-        on_lost: the user's.
-    """
-
-    def __init__(
+    def _begin(
         self,
-        options: LockOptions,
+        store: Store | AsyncStore,
+        name: str,
+        ttl: Seconds,
         on_elected: Callable[..., Any] | None,
         on_lost: Callable[..., Any] | None,
+        durable: bool,
+        metadata: Any,
     ) -> None:
-        self._options = options
+        for fn, what in ((on_elected, "on_elected"), (on_lost, "on_lost")):
+            require_callback(fn, what, "Leader", blocking=isinstance(store, Store))
+        self._options = make_options(
+            store, name, who="Leader", ttl=ttl, renew=True, durable=durable, wakeup="poll",
+            fair=False, on_lost=None, metadata=metadata,
+        )  # fmt: skip
         self._on_elected = on_elected
         self._on_lost = on_lost
         self._lease: LeaseState | None = None
@@ -74,97 +77,82 @@ class _Candidate:
 
     __reduce__ = refuse_pickle
 
-    def _campaign(self, runtime: Any, work: _Work) -> Flow[None]:
+    def _campaign(self, election: Any) -> Flow[None]:
         """Campaign, lead, and again, until told to stop."""
         pause = RETRY_FIRST
-        while not work.stopping():
+        while not election.stop.is_set():
             try:
-                lease = yield from flows.acquire(runtime, self._options, None, work.stopping)
+                lease = yield from flows.acquire(
+                    election, self._options, None, election.stop.is_set
+                )
             except PgkvError as error:
                 if not error.retryable and not isinstance(error, TimeoutError):
                     raise
                 _observe.warning(
                     "pgkv.leader.waiting", lock=self._options.name, error=type(error).__name__
                 )
-                yield from call(runtime.wait, None, pause)
+                yield from call(election.wait, None, pause)
                 pause = min(pause * 2, RETRY_MAX)
                 continue
             if lease is None:
                 return
             pause = RETRY_FIRST
-            yield from self._lead(runtime, lease, work)
+            yield from self._lead(election, lease)
 
-    def _lead(self, runtime: Any, lease: LeaseState, work: _Work) -> Flow[None]:
+    def _lead(self, election: Any, lease: LeaseState) -> Flow[None]:
         self._lease = lease
         _observe.info("pgkv.leader.elected", lock=lease.name, term=lease.token)
         try:
-            work.begin(self._on_elected, lease)
-            while not lease.is_lost and not work.stopping() and not work.failed():
-                yield from call(runtime.wait, None, min(LOOK, lease.remaining()))
+            election.begin(self._on_elected, lease)
+            while not (lease.is_lost or election.stop.is_set() or election.failure):
+                yield from call(election.wait, None, min(LOOK, lease.remaining()))
         finally:
             lost = lease.is_lost
             self._lease = None
             _observe.info("pgkv.leader.stepped_down", lock=lease.name, term=lease.token, lost=lost)
-            # First it is told, then waited for, and only then may another one begin.
-            yield from call(work.tell, self._on_lost, lease)
-            ended = yield from call(work.end, lease)
-            if ended:
-                yield from _resign(runtime, lease)
-            else:
-                runtime.forget(lease)
-                _observe.warning("pgkv.leader.work_goes_on", lock=lease.name, ttl=lease.ttl)
-        work.raise_failure()
-
-
-def _resign(runtime: Any, lease: LeaseState) -> Flow[None]:
-    try:
-        yield from flows.release(runtime, lease)
-    except PgkvError as error:
-        # It ends by its ttl then.
-        _observe.warning("pgkv.leader.resign_failed", lock=lease.name, error=type(error).__name__)
-
-
-class _Work:
-    """The user's work while leading, and the event that ends it all."""
-
-    failure: BaseException | None = None
-
-    def stopping(self) -> bool:
-        """Whether run() is to end."""
-        raise NotImplementedError
-
-    def begin(self, fn: Callable[..., Any] | None, lease: LeaseState) -> None:
-        """Start it beside."""
-        raise NotImplementedError
-
-    def tell(self, fn: Callable[..., Any] | None, lease: LeaseState) -> Any:
-        """Say that leading is over."""
-        raise NotImplementedError
-
-    def end(self, lease: LeaseState) -> Any:
-        """Wait for it to end, for as long as the lease lasts; whether it did."""
-        raise NotImplementedError
-
-    def failed(self) -> bool:
-        """Whether it raised."""
-        return self.failure is not None
-
-    def raise_failure(self) -> None:
-        """Let out what it raised."""
-        if self.failure is not None:
-            failure, self.failure = self.failure, None
+            yield from call(
+                election.clean_up,
+                lambda: self._step_down(election, lease),
+                None,
+                lease.ttl + election.timeout,
+            )
+        if election.failure is not None:
+            failure, election.failure = election.failure, None
             raise failure
 
+    def _step_down(self, election: Any, lease: LeaseState) -> Flow[None]:
+        # The work is told first, then waited for, and only then may another leader begin.
+        yield from call(election.tell, self._on_lost, lease)
+        ended = yield from call(election.end, lease)
+        if not ended:
+            election.forget(lease)
+            _observe.warning("pgkv.leader.work_goes_on", lock=lease.name, ttl=lease.ttl)
+            return
+        try:
+            yield from flows.release(election, lease)
+        except PgkvError as error:
+            # It ends by its ttl then.
+            _observe.warning(
+                "pgkv.leader.resign_failed", lock=lease.name, error=type(error).__name__
+            )
 
-class _ThreadWork(_Work):
-    def __init__(self, stop: threading.Event) -> None:
-        self._stop = stop
-        self._thread: threading.Thread | None = None
 
-    def stopping(self) -> bool:
-        return self._stop.is_set()
+class _ThreadElection(LockRuntime[Lease]):
+    """One run of a Leader: the event that ends it, and the user's work while leading."""
+
+    def __init__(self, store: Store, stop: threading.Event) -> None:
+        super().__init__(store, Lease)
+        self.stop = stop
+        self.failure: BaseException | None = None  # what the work raised
+        self._work: threading.Thread | None = None
+
+    def wait(self, waiter: Any, seconds: float) -> None:
+        """Sleep, unless told to stop."""
+        del waiter  # a candidate polls
+        self.stop.wait(seconds)
 
     def begin(self, fn: Callable[..., Any] | None, lease: LeaseState) -> None:
+        """Start the work in a thread of its own."""
         if fn is None:
             return
 
@@ -174,10 +162,11 @@ class _ThreadWork(_Work):
             except BaseException as error:  # noqa: BLE001  # raised again by run()
                 self.failure = error
 
-        self._thread = threading.Thread(target=work, name="pgkv-leader", daemon=True)
-        self._thread.start()
+        self._work = threading.Thread(target=work, name="pgkv-leader", daemon=True)
+        self._work.start()
 
     def tell(self, fn: Callable[..., Any] | None, lease: LeaseState) -> None:
+        """Call `on_lost`."""
         if fn is not None:
             try:
                 report(fn, lease)
@@ -185,25 +174,37 @@ class _ThreadWork(_Work):
                 failed_callback(lease.name, error)
 
     def end(self, lease: LeaseState) -> bool:
-        thread, self._thread = self._thread, None
-        if thread is not None:
-            thread.join(lease.ttl)
-        return thread is None or not thread.is_alive()
+        """Wait for the work, for as long as the lease lasts; whether it has ended."""
+        work, self._work = self._work, None
+        if work is not None:
+            work.join(lease.ttl)
+        return work is None or not work.is_alive()
 
 
-class _TaskWork(_Work):
-    def __init__(self, stop: asyncio.Event) -> None:
-        self._stop = stop
-        self._task: asyncio.Task[None] | None = None
+class _TaskElection(AsyncLockRuntime[AsyncLease]):
+    """One run of an AsyncLeader; see `_ThreadElection`."""
 
-    def stopping(self) -> bool:
-        return self._stop.is_set()
+    def __init__(self, store: AsyncStore, stop: asyncio.Event) -> None:
+        super().__init__(store, AsyncLease)
+        self.stop = stop
+        self.failure: BaseException | None = None
+        self._work: asyncio.Task[None] | None = None
+
+    async def wait(self, waiter: Any, seconds: float) -> None:
+        """Sleep, unless told to stop."""
+        del waiter  # as above
+        try:
+            async with asyncio.timeout(seconds):
+                await self.stop.wait()
+        except TimeoutError:
+            pass
 
     def begin(self, fn: Callable[..., Any] | None, lease: LeaseState) -> None:
+        """Start the work as a task."""
         if fn is not None:
-            self._task = asyncio.get_running_loop().create_task(self._work(fn, lease))
+            self._work = asyncio.get_running_loop().create_task(self._run(fn, lease))
 
-    async def _work(self, fn: Callable[..., Any], lease: LeaseState) -> None:
+    async def _run(self, fn: Callable[..., Any], lease: LeaseState) -> None:
         try:
             answer = report(fn, lease)
             if inspect.isawaitable(answer):
@@ -212,6 +213,7 @@ class _TaskWork(_Work):
             self.failure = error
 
     async def tell(self, fn: Callable[..., Any] | None, lease: LeaseState) -> None:
+        """Call `on_lost`, and await what it returns."""
         if fn is not None:
             try:
                 answer = report(fn, lease)
@@ -221,50 +223,27 @@ class _TaskWork(_Work):
                 failed_callback(lease.name, error)
 
     async def end(self, lease: LeaseState) -> bool:
-        task, self._task = self._task, None
-        if task is None:
+        """Cancel the work and wait for it; see `_ThreadElection.end`."""
+        work, self._work = self._work, None
+        if work is None:
             return True
-        task.cancel()
-        await asyncio.wait([task], timeout=lease.ttl)
-        return task.done()
-
-
-class _ThreadElection(LockRuntime[Lease]):
-    """A runtime whose waits end when the candidate is to stop."""
-
-    stop: threading.Event
-
-    def wait(self, waiter: Any, seconds: float) -> None:
-        del waiter  # a candidate polls
-        self.stop.wait(seconds)
-
-
-class _TaskElection(AsyncLockRuntime[AsyncLease]):
-    """As `_ThreadElection`."""
-
-    stop: asyncio.Event
-
-    async def wait(self, waiter: Any, seconds: float) -> None:
-        del waiter  # a candidate polls
-        try:
-            async with asyncio.timeout(seconds):
-                await self.stop.wait()
-        except TimeoutError:
-            pass
+        work.cancel()
+        await asyncio.wait([work], timeout=lease.ttl)
+        return work.done()
 
 
 class Leader(_Candidate):
     """A candidate for the leadership of a name: one process of a fleet leads at a time.
 
     `run` campaigns until it is elected, leads until its lease is lost, and campaigns again. A leader
-    steps down before its lease ends by the server's clock, so that two never overlap, but for one
-    that is paused as it works: give what it writes `term`, or `Lease.guard` its transactions. When a
-    leader dies another is elected within `ttl` and a second.
+    steps down before its lease ends by the server's clock, so that two never overlap, except for one
+    that is paused while it works: pass `term` to what it writes, or use `Lease.guard` in its
+    transactions. When a leader dies another is elected within `ttl` and a second.
 
     Args:
         store: a `Store`, or a namespace of one.
         name: what is led; the same as of a `Lock`.
-        ttl: seconds that a dead leader keeps the others waiting.
+        ttl: seconds for which a dead leader keeps the others waiting.
         on_elected: called with the `Lease` (or with nothing, if it takes no argument) in a thread of
             its own. It may return at once, or work for as long as ``lease.check()`` passes. What it
             raises ends `run`, after resigning.
@@ -286,28 +265,24 @@ class Leader(_Candidate):
         metadata: Any = None,
     ) -> None:
         require(store, Store, "Leader", "AsyncLeader")
-        for fn, what in ((on_elected, "on_elected"), (on_lost, "on_lost")):
-            require_callback(fn, what, "Leader", blocking=True)
-        super().__init__(_leader_options(store, name, ttl, durable, metadata), on_elected, on_lost)
+        self._begin(store, name, ttl, on_elected, on_lost, durable, metadata)
         self._store = store
 
     def run(self, stop: threading.Event | None = None) -> None:
         """Campaign and lead until `stop` is set, then resign.
 
-        An unreachable database is waited for. It returns when `on_elected`'s work has ended; after
-        waiting `ttl` for that it leaves the lease to end by itself.
+        It waits while the database is unreachable. It returns when `on_elected`'s work has ended;
+        after waiting `ttl` for that it leaves the lease to end by itself.
 
         Args:
-            stop: set by whoever ends it; None for never.
+            stop: set it to end the run; None for never.
 
         Raises:
             ConfigError: `stop` is no event that can be waited for here.
         """
         _check_stop(stop, is_async=False)
-        event = stop or threading.Event()
-        runtime = _ThreadElection(self._store, Lease)
-        runtime.stop = event
-        runtime.channel.run(self._campaign(runtime, _ThreadWork(event)))
+        election = _ThreadElection(self._store, stop or threading.Event())
+        election.channel.run(self._campaign(election))
 
 
 class AsyncLeader(_Candidate):
@@ -328,37 +303,24 @@ class AsyncLeader(_Candidate):
         metadata: Any = None,
     ) -> None:
         require(store, AsyncStore, "AsyncLeader", "Leader")
-        for fn, what in ((on_elected, "on_elected"), (on_lost, "on_lost")):
-            require_callback(fn, what, "Leader", blocking=False)
-        super().__init__(_leader_options(store, name, ttl, durable, metadata), on_elected, on_lost)
+        self._begin(store, name, ttl, on_elected, on_lost, durable, metadata)
         self._store = store
 
     async def run(self, stop: asyncio.Event | None = None) -> None:
         """As `Leader.run`; cancelling it resigns too."""
         _check_stop(stop, is_async=True)
-        event = stop or asyncio.Event()
-        runtime = _TaskElection(self._store, AsyncLease)
-        runtime.stop = event
-        await runtime.channel.run(self._campaign(runtime, _TaskWork(event)))
+        election = _TaskElection(self._store, stop or asyncio.Event())
+        await election.channel.run(self._campaign(election))
 
 
 def _check_stop(stop: object, *, is_async: bool) -> None:
-    # An event of the other colour would block the event loop, or never be waited for.
+    # The other class's event would block the event loop, or never be waited for.
     wait = getattr(stop, "wait", None)
     if stop is None or (wait is not None and inspect.iscoroutinefunction(wait) == is_async):
         return
     wanted = "an asyncio.Event" if is_async else "a threading.Event"
     given = f"{type(stop).__module__.partition('.')[0]}.{type(stop).__name__}"
     raise ConfigError(f"run() waits for {wanted}, not {given}")
-
-
-def _leader_options(
-    store: Store | AsyncStore, name: str, ttl: Seconds, durable: bool, metadata: Any
-) -> LockOptions:
-    return make_options(
-        store, name, who="Leader", ttl=ttl, renew=True, durable=durable, wakeup="poll",
-        fair=False, on_lost=None, metadata=metadata,
-    )  # fmt: skip
 
 
 __all__ = ["AsyncLeader", "Leader"]
