@@ -45,9 +45,18 @@ ABANDON_SECONDS = 1.0  # for the statement of a cancelled caller; then the serve
 
 
 class LimiterView:
-    """What both limiters tell about themselves."""
+    """What does not wait, and is the same for both limiters."""
 
-    _flows: LimiterFlows
+    def _bind(self, store: Any, flows: LimiterFlows) -> None:
+        self._store = store
+        self._flows = flows
+        self._store_run = store._run
+
+    def _inside(self, conn: Any) -> Self:
+        view = type(self).__new__(type(self))
+        store = self._store.using(conn)
+        view._bind(store, self._flows.inside(store))
+        return view
 
     @property
     def name(self) -> str:
@@ -117,13 +126,8 @@ class RateLimiter(LimiterView):
         flows = LimiterFlows(store, rates, name, on_error, timeout, local_deny, prefetch)
         self._bind(store, flows)
 
-    def _bind(self, store: Store, flows: LimiterFlows) -> None:
-        self._store = store
-        self._flows = flows
-        self._channel_run = store._run
-
     def _run(self, flow: Flow[T]) -> T:
-        return self._channel_run(flow, self._flows.timeout)
+        return self._store_run(flow, self._flows.timeout)  # type: ignore[no-any-return]  # of either store
 
     def hit(self, key: str, cost: int = 1, *, limits: Rates | None = None) -> Decision:
         """Charge the key, or refuse. Never waits for tokens.
@@ -265,10 +269,7 @@ class RateLimiter(LimiterView):
         Args:
             conn: a ``psycopg.Connection``, or Django's or SQLAlchemy's wrapper of one.
         """
-        view = type(self).__new__(type(self))
-        store = self._store.using(conn)
-        view._bind(store, self._flows.inside(store))
-        return view
+        return self._inside(conn)
 
     def limit(
         self, key: str | Callable[..., str], cost: int | Callable[..., int] = 1
@@ -334,13 +335,8 @@ class AsyncRateLimiter(LimiterView):
         flows = LimiterFlows(store, rates, name, on_error, timeout, local_deny, prefetch)
         self._bind(store, flows)
 
-    def _bind(self, store: AsyncStore, flows: LimiterFlows) -> None:
-        self._store = store
-        self._flows = flows
-        self._channel_run = store._run
-
     async def _run(self, flow: Flow[T]) -> T:
-        return await self._channel_run(flow, self._flows.timeout)
+        return await self._store_run(flow, self._flows.timeout)  # type: ignore[no-any-return]  # of either store
 
     async def hit(self, key: str, cost: int = 1, *, limits: Rates | None = None) -> Decision:
         """Charge the key, or refuse. Never waits for tokens; see :meth:`RateLimiter.hit`."""
@@ -422,10 +418,7 @@ class AsyncRateLimiter(LimiterView):
         Args:
             conn: a ``psycopg.AsyncConnection``, or SQLAlchemy's wrapper of one.
         """
-        view = type(self).__new__(type(self))
-        store = self._store.using(conn)
-        view._bind(store, self._flows.inside(store))
-        return view
+        return self._inside(conn)
 
     def limit(
         self, key: str | Callable[..., str], cost: int | Callable[..., int] = 1

@@ -7,10 +7,10 @@ flows. Statements are in `sql`, arithmetic in `policy`, the memory of one proces
 from __future__ import annotations
 
 import os
-from collections.abc import Awaitable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from hashlib import blake2b
 from time import monotonic
-from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, TypeVar
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 
 import msgspec
 
@@ -36,6 +36,8 @@ from .local import Counter, DenyCache, PrepaidTokens
 from .policy import Decision, Policy, require_cost
 from .rate import NS, Rate, Rates, rates_of
 from .sql import Arrival, Charge, LimiterStatements
+
+L = TypeVar("L")
 
 OnError: TypeAlias = Literal["raise", "open", "closed"]
 MODES: tuple[OnError, ...] = ("raise", "closed", "open")  # the strictest first
@@ -75,13 +77,6 @@ class Reserved(NamedTuple):
     decision: Decision
     delay: float
     receipt: Receipt | None
-
-
-class Waiter(Protocol):
-    """A limiter, sync or async, as `LimiterFlows.acquire` uses it."""
-
-    def _take_place(self, flow: Flow[Reserved], /) -> Reserved | Awaitable[Reserved]: ...
-    def _give_back(self, receipt: Receipt, /) -> Awaitable[None] | None: ...
 
 
 class LimiterFlows:
@@ -324,12 +319,21 @@ class LimiterFlows:
         return (yield from self._undo(row, self.sql.cancel(row, created_at, incs, tats)))
 
     def acquire(
-        self, key: str, cost: int, timeout: Seconds | None, limits: Rates | None, waiter: Waiter
+        self, key: str, cost: int, timeout: Seconds | None, limits: Rates | None, waiter: Any
     ) -> Flow[Decision]:
-        """Reserve, and sleep until the turn has come."""
+        """Reserve, and sleep until the turn has come.
+
+        Args:
+            key: as of `reserve`, like the others.
+            cost: tokens.
+            timeout: seconds.
+            limits: rates for this call.
+            waiter: a limiter: `_take_place` runs a reservation, `_give_back` takes its receipt.
+        """
         until = monotonic() + _wait_seconds(timeout, "timeout")
         flow = self.reserve(key, cost, timeout, limits, "timeout")
-        decision, delay, receipt = yield from call(waiter._take_place, flow)
+        reserved: Reserved = yield from call(waiter._take_place, flow)
+        decision, delay, receipt = reserved
         if receipt is None or delay <= 0:
             return decision
         try:
@@ -394,15 +398,6 @@ class LimiterFlows:
 # -- several keys --------------------------------------------------------------------------
 
 
-class HasFlows(Protocol):
-    """A limiter, sync or async."""
-
-    _flows: LimiterFlows
-
-
-L = TypeVar("L", bound=HasFlows)
-
-
 class KeyCharge(NamedTuple):
     """What hit_many charges to one row."""
 
@@ -428,6 +423,7 @@ def charges_of(
     """
     charges: dict[bytes, KeyCharge] = {}
     runner: L | None = None
+    first: LimiterFlows | None = None
     if not hasattr(items, "__iter__"):
         raise _not_charges(items)
     for item in items:
@@ -442,8 +438,8 @@ def charges_of(
                 f"hit_many of {wanted.__name__} takes (limiter, key, cost) with limiters of that "
                 f"class, not {type(limiter).__name__}"
             )
-        runner = limiter if runner is None else runner
-        flows, first = limiter._flows, runner._flows
+        flows: LimiterFlows = item[0]._flows
+        runner, first = runner or limiter, first or flows
         if flows._home is not first._home or flows.sql.table != first.sql.table:
             raise ConfigError(
                 f"the limiters {first.name!r} and {flows.name!r} are on different stores or "
@@ -520,7 +516,7 @@ def _decide_many(charges: dict[bytes, KeyCharge], arrivals: dict[bytes, Arrival]
         arrival = arrivals[row]
         if arrival.charged or any(charge.policy.waits(arrival, charge.cost)):
             decisions.append(charge.policy.decide(arrival, charge.cost))
-    if not decisions:  # lost a race only: a denial whose data would admit by now
+    if not decisions:  # it only lost a race: a denial with data that would admit by now
         row, charge = next(iter(charges.items()))
         decisions.append(charge.policy.decide(arrivals[row], charge.cost))
     if decisions[0].allowed:

@@ -25,8 +25,8 @@ HeaderStyle: TypeAlias = Literal["draft", "x"]
 class Decision(msgspec.Struct, frozen=True, gc=False):
     """What a limiter decided. True when the hit is allowed.
 
-    Of several rates it tells of the one with the least share remaining; of a denial, the one that
-    asks for the longest wait.
+    With several rates it describes the one with the smallest share of tokens left or, when the hit
+    is refused, the one with the longest wait.
 
     Attributes:
         allowed: the hit was charged; a refused one costs nothing.
@@ -36,7 +36,7 @@ class Decision(msgspec.Struct, frozen=True, gc=False):
         reset_after: seconds until the bucket is full.
         rate: which rate that is.
         degraded: the store could not be asked; `on_error` decided.
-        policy: the name under which the headers speak of `rate`.
+        policy: the name of `rate` in the headers.
         policies: all rates, as the header ``RateLimit-Policy`` lists them.
     """
 
@@ -62,13 +62,13 @@ class Decision(msgspec.Struct, frozen=True, gc=False):
         )
 
     def headers(self, style: HeaderStyle = "draft") -> dict[str, str]:
-        """The response headers that tell a client where it stands.
+        """Return the response headers that tell a client how many tokens it has left.
 
         Args:
             style: ``"draft"`` for ``RateLimit-Policy`` and ``RateLimit`` of
                 draft-ietf-httpapi-ratelimit-headers-10; ``"x"`` for ``X-RateLimit-Limit``,
                 ``-Remaining`` and ``-Reset`` (in seconds from now). A denial adds ``Retry-After``,
-                whole seconds, rounded up. Of a degraded decision that is all there is to say.
+                whole seconds, rounded up; a degraded decision has no other header.
 
         Raises:
             ConfigError: there is no such style.
@@ -127,7 +127,7 @@ class Gauge:
         if used <= 0:
             return self.burst
         # A hit is rounded up by less than 1 ns. Without the tick, which will have passed before
-        # anybody can ask again, the third of "3 at 7/s" would be denied a nanosecond too early.
+        # the next hit arrives, the third of "3 at 7/s" would be denied a nanosecond too early.
         left = (self.cap - used + TICK) * self.count // self.period
         return min(max(left, 0), self.burst)
 
@@ -205,11 +205,11 @@ class Policy:
         ]
 
     def decide(self, arrival: Arrival, cost: int, *, allowed: bool | None = None) -> Decision:
-        """Put the server's answer into words.
+        """Return the decision that the server's answer means.
 
         Args:
             arrival: what the server said.
-            cost: what was asked for.
+            cost: tokens of the hit.
             allowed: instead of whether the hit was charged.
         """
         if allowed is None:
@@ -229,7 +229,7 @@ class Policy:
             place = longest[0] if len(longest) == 1 else self._tightest(now, tats, longest)
         gauge = gauges[place]
         if not allowed and not wait:
-            wait = gauge.inc(1)  # it lost races only: there was a token. Not at once again, then
+            wait = gauge.inc(1)  # it only lost races: there was a token, so wait for one more
         used = tats[place] - now
         return Decision(
             allowed,
@@ -250,7 +250,7 @@ class Policy:
         return min(places, key=share)
 
     def degraded(self, *, allowed: bool, retry_after: float) -> Decision:
-        """The decision for want of an answer."""
+        """Return the decision when the store does not answer."""
         gauge = min(self.gauges, key=lambda each: each.burst)
         return Decision(
             allowed,
@@ -266,7 +266,7 @@ class Policy:
 
 
 def require_cost(cost: object) -> None:
-    """Refuse a cost that is no number of tokens.
+    """Refuse a cost that is not a number of tokens.
 
     Raises:
         InvalidValueError: not an integer of 1 or more.

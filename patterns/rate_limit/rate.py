@@ -1,4 +1,4 @@
-"""Rates: what a user may write, and what of it cannot be kept."""
+"""Rates: how they are written, and which are refused."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from datetime import timedelta
 from functools import lru_cache
 from typing import TypeAlias
 
-from ...config import Seconds  # at run time too: whoever decodes a Rate reads its annotations
+from ...config import Seconds  # at run time too: decoding a Rate reads its annotations
 from ...errors import ConfigError
 
 NS = 1_000_000_000
@@ -33,7 +33,7 @@ _RATE = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Rate:
-    """So many tokens per period, and so many at once.
+    """Tokens per period, and how many at once.
 
     A bucket holds at most `burst` tokens and fills evenly, `count` of them per `period`. Over any
     time span ``t`` at most ``burst + t x count / period`` are handed out. **Without `burst` it is
@@ -46,7 +46,7 @@ class Rate:
         burst: what a full bucket holds; count if left out.
 
     Raises:
-        ConfigError: says which number cannot be, and why.
+        ConfigError: a number is out of range; says which and why.
     """
 
     count: int
@@ -80,7 +80,7 @@ class Rate:
                 in full.
 
         Raises:
-            ConfigError: the text is no rate; says what one looks like.
+            ConfigError: the text is not a rate; shows examples.
         """
         match = _match(text)
         unit = _UNIT_NAMES.get(match[3].lower()) if match else None
@@ -127,10 +127,10 @@ Rates: TypeAlias = str | Rate | Iterable[Rate | str]
 
 
 def rates_of(given: Rates) -> tuple[Rate, ...]:
-    """Return what was given as rates, sorted by (period, count, burst).
+    """Return the given rates, sorted by (period, count, burst).
 
     Raises:
-        ConfigError: none, too many, or one of them twice.
+        ConfigError: there are none, too many, or one of them twice.
     """
     if isinstance(given, str):
         return _parse_all(given)

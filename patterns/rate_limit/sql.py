@@ -3,10 +3,10 @@
 The counter is the bucket's theoretical arrival time (TAT; GCRA, ITU-T I.371), in nanoseconds since
 1970: the moment at which the bucket will be full again. A hit is admitted if it moves that moment
 no further than `cap` ahead of now, and then moves it by `inc`. A row holds one TAT per rate,
-separated by spaces, as decimal text; a missing one, and one that has passed, is a full bucket, so
-the row's expiry, rounded up, is the last TAT and collecting it is always safe.
+separated by spaces, as decimal text. A missing TAT, or one that has passed, is a full bucket, so
+the row expires at its last TAT, rounded up, and collecting it is always safe.
 
-The server's clock decides. What the numbers mean to a caller is worked out in `policy`.
+The server's clock decides. `policy` works out what the numbers mean to a caller.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ..._ops import codec as _codec
 from ..._ops.op import BINARY, TEXT, Op, Raced, Result, Signal, Statement
 from ..._sql.table import CLOCK_US, LIVE, STATEMENT_US, TableStatements, read_changed
 
-RACES_MAX = 3  # a hit that lost a race so often in a row is answered as a denial
+RACES_MAX = 3  # repeats of a statement that lost a race; after the last a hit counts as denied
 INT4_OID, INT8_OID = 23, 20
 EPOCH_2000_US = 946_684_800_000_000  # a timestamptz on the wire counts from 2000
 STEP_BACK_US = 1_000_000  # a row this far ahead of the clock was written before a step back
@@ -30,11 +30,14 @@ FOREIGN = {
 
 
 class Arrival:
-    """What the server answered: the arrival times, and the clock by which it decided.
+    """The server's answer to a hit.
 
-    `charged` tells whether the hit was admitted. `tats` are nanoseconds since 1970, one per rate,
-    never before `now`. `stamp` is the row's ``created_at`` if charged, else its ``updated_at``, as
-    it came; `version` the row's, of a denial.
+    Attributes:
+        charged: whether the hit was admitted.
+        now: the server's clock, by which it decided, in nanoseconds since 1970.
+        tats: the arrival times, one per rate, never before `now`.
+        stamp: the row's ``created_at`` if charged, else its ``updated_at``, as it came.
+        version: the row's, if the hit was denied.
     """
 
     __slots__ = ("charged", "now", "stamp", "tats", "version")
@@ -102,7 +105,7 @@ class LimiterStatements(TableStatements):
     def _make_hit(self, rates: int) -> Statement[Arrival]:
         numbers = range(1, rates + 1)
         # A denial that the snapshot shows is answered from it: no row lock, no xid, no WAL.
-        # ON CONFLICT ... WHERE false alone would take a lock and an xid for each denial.
+        # ON CONFLICT ... WHERE alone would take a lock and an xid for each denial.
         refused = " OR ".join(
             f"{_tat('cur', 'us', n, rates)} + {_inc(n)} - us * 1000 > {_cap(n)}" for n in numbers
         )
@@ -167,8 +170,7 @@ class LimiterStatements(TableStatements):
         )
 
     def refund(self, row: bytes, amounts: Sequence[int]) -> Op[bool]:
-        """Take nanoseconds off the arrival times. A full bucket stays full: a time that has
-        passed counts as now."""
+        """Take nanoseconds off the arrival times. A full bucket stays full."""
         rates = len(amounts)
         statement = self.made(("refund", rates), lambda: self._make_refund(rates))
         return Op(statement, (row, *map(_codec.encode_int8, amounts)))
@@ -180,11 +182,11 @@ class LimiterStatements(TableStatements):
     def cancel(
         self, row: bytes, created_at: bytes, incs: Sequence[int], tats: Sequence[int]
     ) -> Op[bool]:
-        """Give a reservation back, but for what others have reserved after it.
+        """Give a reservation back, except for what was reserved after it.
 
         Args:
             row: the encoded key.
-            created_at: of the row that was charged; one made since a reset owes nothing.
+            created_at: of the row that was charged; a row made after a reset does not contain it.
             incs: what the reservation was charged.
             tats: the arrival times that it made.
         """
@@ -196,8 +198,8 @@ class LimiterStatements(TableStatements):
     def _make_cancel(self, rates: int) -> Statement[bool]:
         def back(n: int) -> str:
             tat, inc, mine = _field("t", n, rates), f"${2 * n + 1}::bigint", f"${2 * n + 2}::bigint"
-            # Moving later callers up would put them into slots that somebody else holds; and
-            # what has flowed back since is no longer there to be given.
+            # Moving later callers up would put two of them into one slot; and tokens that have
+            # flowed back since cannot be given back again.
             return f"least({inc} - greatest(0, {tat} - {mine}), {mine} - {STATEMENT_US} * 1000)"
 
         numbers = range(1, rates + 1)
@@ -277,8 +279,8 @@ class LimiterStatements(TableStatements):
 
         # Read first, so that a denial that the snapshot shows locks nothing; then lock in key
         # order and judge again by what is locked.
-        # `ins` has no ON CONFLICT on purpose: a row that appeared meanwhile is 23505, which undoes
-        # the whole statement, and the flow repeats it.
+        # `ins` has no ON CONFLICT on purpose: a row that was inserted meanwhile is error 23505,
+        # which undoes the whole statement, and the flow repeats it.
         return self.statement(
             "limit_hit_many",
             f"WITH u AS MATERIALIZED ({_CLOCK}), p AS MATERIALIZED ("
@@ -358,7 +360,7 @@ def _full_at(tats: Sequence[str]) -> str:
 
 
 class HitReader:
-    """Reads a hit's answer. A denial whose own data would admit lost a race: nothing happened."""
+    """Reads a hit's answer. A denial with data that would admit lost a race: nothing happened."""
 
     __slots__ = ("caps", "incs")
 
@@ -429,5 +431,5 @@ def _read_arrival(result: Result, n: int, rates: int) -> Arrival:
 
 
 def _in_each_call(result: Result) -> NoReturn:
-    """Stands for a decoder that each call brings: the answer holds what was asked."""
+    """Stands for the decoder, which each call brings: it depends on the rates and the cost."""
     raise AssertionError(f"undecoded: {result!r}")

@@ -1,7 +1,6 @@
-"""`client_ip`: whose request it is, by address, without believing what anybody may write.
+"""`client_ip`: the address of a request's client, without trusting headers that clients can write.
 
-A key function for the middleware of both kinds and for framework adapters. It does no DNS and
-opens no connection.
+A key function for ASGI and WSGI middleware and for framework adapters. It makes no DNS lookup.
 """
 
 from __future__ import annotations
@@ -27,17 +26,17 @@ _Network: TypeAlias = "ipaddress.IPv4Network | ipaddress.IPv6Network"
 def client_ip(trusted_proxies: Iterable[str] = (), ipv6_prefix: int = 64) -> Callable[[Any], str]:
     """Return a function that tells the client's address of a request.
 
-    Without `trusted_proxies` that is the peer of the connection and no header is looked at: anybody
-    can write an X-Forwarded-For. From a trusted peer the header's addresses are read from the
+    Without `trusted_proxies` that is the peer of the connection, and headers are ignored: any client
+    can send an X-Forwarded-For. From a trusted peer the header's addresses are read from the
     right, each appended by the hop after it; the first that is no trusted proxy is the client. Empty
     entries are skipped, and one that is no address ends the walk at the hop that sent it.
 
-    An IPv6 client usually owns a whole /64, so that is the key; an IPv4 address in IPv6 clothes
+    An IPv6 client usually owns a whole /64, so that is the key; an IPv4-mapped address
     (``::ffff:192.0.2.1``) is the IPv4 address.
 
-    **Behind a proxy name it here**, or all its clients share one bucket. A server that replaces the
+    **If you run behind a proxy, list it here**, or all its clients share one bucket. A server that replaces the
     peer's address by itself (uvicorn's ``proxy_headers``, on by default for peers on the same host;
-    werkzeug's ``ProxyFix``) has already made that choice: then leave this empty.
+    werkzeug's ``ProxyFix``) has already made that choice; then leave this empty.
 
     Args:
         trusted_proxies: addresses or networks, such as ``"10.0.0.0/8"``; ``"unix"`` for a proxy

@@ -22,7 +22,7 @@ Make = Callable[..., Any]
 
 @pytest.fixture
 def make(colour: Colour, store: Any) -> Make:
-    """`make("10/s", name=...)` is a limiter on the test's store, in its colour. It waits longer
+    """`make("10/s", name=...)` is a limiter on the test's store, sync or async. It waits longer
     than the default for a busy machine."""
 
     def limiter(rates: Any, **options: Any) -> Any:
@@ -33,7 +33,7 @@ def make(colour: Colour, store: Any) -> Make:
 
 
 async def attempts(limiter: Any, count: int, key: str = "u", **options: Any) -> int:
-    """How many of so many hits are admitted."""
+    """How many of `count` hits are admitted."""
     return sum([bool(await limiter.hit(key, **options)) for _ in range(count)])
 
 
@@ -233,10 +233,12 @@ async def test_a_denial_writes_nothing(make: Make, connect: Any, peer: Peer) -> 
     await other.hit("v")
     before = peer.run("SELECT key, ctid, xmin, xmax FROM kv_store ORDER BY key")
     conn = await connect()
-    inside, beside = limiter.using(conn), other.using(conn)
+    inside, other_inside = limiter.using(conn), other.using(conn)
     assert await attempts(inside, 20) == 0
     for _ in range(20):
-        assert not await inside.hit_many([(inside, "u", 1), (beside, "v", 1), (beside, "new", 1)])
+        assert not await inside.hit_many(
+            [(inside, "u", 1), (other_inside, "v", 1), (other_inside, "new", 1)]
+        )
     assert await fetch(conn, "SELECT pg_current_xact_id_if_assigned()") == [(None,)]
     assert peer.run("SELECT key, ctid, xmin, xmax FROM kv_store ORDER BY key") == before
     await conn.rollback()
@@ -263,7 +265,7 @@ async def test_a_hit_is_one_statement(make: Make, operations: Any) -> None:
 
 
 async def test_foreign_data_is_named(make: Make, store: Any) -> None:
-    """Somebody else's value under a limiter's key is an error that says so, not a free pass."""
+    """A foreign value under a limiter's key is an error that says so, not a free pass."""
     limiter = make("2/h", on_error="open")
     await store.set("pgkv:rate:api:u", b"hello")
     with pytest.raises(pgkv.InvalidValueError, match="another program"):
@@ -295,7 +297,7 @@ async def test_reservations_queue(make: Make, clock: ServerClock) -> None:
 
 
 async def test_cancelling_never_doubles_a_slot(make: Make, clock: ServerClock) -> None:
-    """The last place is given back whole; one in the middle moves nobody, so over every span of
+    """The last place is given back whole; one in the middle moves no other, so over every span of
     the slots that remain and are newly given, no more than burst + rate x t are used."""
     limiter = make("1/s burst 1")
     slots = [await limiter.reserve("u") for _ in range(5)]
@@ -347,7 +349,7 @@ async def test_acquire_waits_its_turn(make: Make, operations: Any) -> None:
 
 
 async def test_hit_many_all_or_none(make: Make) -> None:
-    """One denial charges nobody; costs of one key named twice add up; the decision is the tightest's."""
+    """One denial charges no key; costs of one key named twice add up; the decision is the tightest's."""
     user, llm = make("5/h", name="user"), make("1000/h; 5000/d", name="llm")
     decision = await user.hit_many([(user, "1", 1), (llm, "9", 850)])
     assert decision.allowed

@@ -32,7 +32,7 @@ class LocalClock:
 
 @pytest.fixture
 def make(colour: Colour, store: Any) -> Make:
-    """`make("10/s", local_deny=True)` is a limiter on the test's store, in its colour."""
+    """`make("10/s", local_deny=True)` is a limiter on the test's store, sync or async."""
 
     def limiter(rates: Any, **options: Any) -> Any:
         options = {"name": "api", "timeout": 20, **options}
@@ -240,7 +240,7 @@ async def test_wrong_settings(make: Make, options: dict[str, Any]) -> None:
         make(**{"rates": "10/s", **options})
 
 
-def test_the_wrong_colour_of_store(dsn: str) -> None:
+def test_the_wrong_kind_of_store(dsn: str) -> None:
     """A limiter says which store it takes."""
     config = pgkv.Config(dsn)
     with pytest.raises(pgkv.ConfigError, match="AsyncRateLimiter"):
@@ -293,7 +293,7 @@ async def test_the_strictest_decides_for_many(make: Make, nowhere: Any, colour: 
 
 
 async def test_a_locked_key_is_no_stall(make: Make, peer: Peer) -> None:
-    """A charge held in somebody's open transaction delays a hit by the timeout, not longer."""
+    """A charge held in another open transaction delays a hit by the timeout, not longer."""
     limiter = make("9/h", timeout=0.2, on_error="closed")
     await limiter.hit("u")
     with peer.conn.transaction():

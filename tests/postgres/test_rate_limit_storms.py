@@ -24,7 +24,7 @@ Make = Callable[..., Any]
 
 @pytest.fixture
 def make(colour: Colour, store: Any) -> Make:
-    """`make("10/s", name=...)` is a limiter on the test's store, in its colour."""
+    """`make("10/s", name=...)` is a limiter on the test's store, sync or async."""
 
     def limiter(rates: Any, **options: Any) -> Any:
         options = {"name": "api", "timeout": 20, **options}

@@ -24,7 +24,7 @@ def wsgi(peer: str | None, *forwarded: str) -> dict[str, Any]:
 PROXIES = ("10.0.0.0/8", "2001:db8:ffff::/48", "unix")
 # trusted proxies, peer, X-Forwarded-For, key
 TABLE = [
-    # nobody is trusted: headers are not looked at
+    # no proxy is trusted: headers are ignored
     ((), "192.0.2.1", [], "192.0.2.1"),
     ((), "192.0.2.1", ["198.51.100.7"], "192.0.2.1"),
     ((), "10.0.0.1", ["198.51.100.7"], "10.0.0.1"),
@@ -77,7 +77,7 @@ TABLE = [
 def test_spoofing_table(
     make: Any, trusted: tuple[str, ...], peer: str | None, forwarded: list[str], key: str
 ) -> None:
-    """Nobody but a trusted proxy is believed, and of its header only what it appended."""
+    """Only a trusted proxy is believed, and of its header only what it appended."""
     assert pgkv.client_ip(trusted)(make(peer, *forwarded)) == key
 
 

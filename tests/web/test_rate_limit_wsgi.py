@@ -84,7 +84,7 @@ def test_decorator(store: pgkv.Store, serve_wsgi: Serve) -> None:
 
 
 def test_async_functions_are_refused(store: pgkv.Store) -> None:
-    """A coroutine nobody awaits would be a key like any other: it is an error."""
+    """A coroutine that is not awaited would be a key like any other: it is an error."""
 
     async def key(request: Any) -> str:
         return "u"
