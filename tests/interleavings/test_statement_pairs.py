@@ -1,0 +1,214 @@
+"""Every two writing operations of the store, overlapping: see `pairs`."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime, timedelta
+from functools import cached_property
+from types import MappingProxyType
+from typing import Any
+
+import psycopg
+import pytest
+from psycopg.conninfo import make_conninfo
+
+from pgkv import CasResult, Config, Store, TtlCleanupStrategy
+from pgkv._ops.op import Statement
+from pgkv._sql import Statements
+from tests.interleavings.pairs import Operation, Pairs, pairs_of
+from tests.unit.test_statements import ALL, statement
+
+KEYS = ["a", "k", "z"]
+# What a side writes: integers, so that all of it can be added to.
+VALUE = {"a": "10", "b": "20"}
+DELTA = {"a": 100, "b": 1000}
+TTL = {"a": 10_000.0, "b": 20_000.0}
+OLD_TTL = 5_000
+VERSION = 7  # of every row at the beginning
+
+
+def later(side: str) -> datetime:
+    return datetime.now(UTC) + timedelta(seconds=TTL[side])
+
+
+def upkeep(_count: object) -> None:
+    """How many rows were due when another holds them is not promised."""
+
+
+def outcome(result: CasResult) -> Any:
+    return result.status, result.current
+
+
+OPERATIONS: dict[str, Operation[Store]] = {
+    "set": lambda s, x: s.set("k", VALUE[x]) > 0,
+    "set keep_ttl": lambda s, x: s.set("k", VALUE[x], keep_ttl=True) > 0,
+    "set if_version": lambda s, x: s.set("k", VALUE[x], if_version=VERSION) is not None,
+    "set_nx": lambda s, x: s.set_nx("k", VALUE[x]),
+    "set_xx": lambda s, x: s.set_xx("k", VALUE[x]),
+    "delete": lambda s, x: s.delete("k"),
+    "delete if_version": lambda s, x: s.delete("k", if_version=VERSION),
+    "get_and_set": lambda s, x: s.get_and_set("k", VALUE[x]),
+    "get_and_delete": lambda s, x: s.get_and_delete("k"),
+    "get_and_touch": lambda s, x: s.get_and_touch("k", TTL[x]),
+    "increment": lambda s, x: s.increment("k", DELTA[x]),
+    "compare_and_swap": lambda s, x: outcome(s.compare_and_swap("k", "1", VALUE[x])),
+    "compare_and_swap of none": lambda s, x: outcome(s.compare_and_swap("k", None, VALUE[x])),
+    "compare_and_delete": lambda s, x: s.compare_and_delete("k", "1"),
+    "update": lambda s, x: s.update("k", lambda v: (v or b"") + VALUE[x].encode()),
+    "expire": lambda s, x: s.expire("k", TTL[x]),
+    "expire if_version": lambda s, x: s.expire("k", TTL[x], if_version=VERSION),
+    "persist": lambda s, x: s.persist("k"),
+    "set_many": lambda s, x: s.set_many(dict.fromkeys(KEYS, VALUE[x])),
+    "increment_many": lambda s, x: sorted(s.increment_many(dict.fromkeys(KEYS, DELTA[x])).items()),
+    "delete_many": lambda s, x: s.delete_many(KEYS),
+    "expire_many": lambda s, x: s.expire_many(KEYS, TTL[x]),
+    "delete_prefix": lambda s, x: s.delete_prefix("k"),
+    "clear": lambda s, x: s.clear(),
+    "truncate": lambda s, x: s.truncate(),
+    "cleanup_expired": lambda s, x: upkeep(s.cleanup_expired()),
+    "collect": lambda s, x: upkeep(s._execute(s._sql.collect([b"a", b"k"]))),
+    "sweep_alone": lambda s, x: upkeep(s._execute(s._sql.sweep_alone(0))),
+}
+# The same statements with another expiry: only as B, the one that waits.
+VARIANTS: dict[str, Operation[Store]] = {
+    "set with ttl": lambda s, x: s.set("k", VALUE[x], ttl=TTL[x]) > 0,
+    "set at": lambda s, x: s.set_at("k", VALUE[x], later(x)) > 0,
+    "set in the past": lambda s, x: s.set_at("k", VALUE[x], datetime(2020, 1, 1, tzinfo=UTC)) > 0,
+    "set if_version with ttl": lambda s, x: (
+        s.set("k", VALUE[x], ttl=TTL[x], if_version=VERSION) is not None
+    ),
+    "set if_version keep_ttl": lambda s, x: (
+        s.set("k", VALUE[x], keep_ttl=True, if_version=VERSION) is not None
+    ),
+    "set_nx with ttl": lambda s, x: s.set_nx("k", VALUE[x], ttl=TTL[x]),
+    "set_xx with ttl": lambda s, x: s.set_xx("k", VALUE[x], ttl=TTL[x]),
+    "increment with ttl": lambda s, x: s.increment("k", DELTA[x], ttl=TTL[x]),
+    "get_and_set with ttl": lambda s, x: s.get_and_set("k", VALUE[x], ttl=TTL[x]),
+    "compare_and_swap with ttl": lambda s, x: outcome(
+        s.compare_and_swap("k", "1", VALUE[x], ttl=TTL[x])
+    ),
+    "compare_and_swap of none with ttl": lambda s, x: outcome(
+        s.compare_and_swap("k", None, VALUE[x], ttl=TTL[x])
+    ),
+    "update with ttl": lambda s, x: s.update("k", lambda _: VALUE[x], ttl=TTL[x]),
+    "expire_at": lambda s, x: s.expire_at("k", later(x)),
+    "set_many with ttl": lambda s, x: s.set_many(dict.fromkeys(KEYS, VALUE[x]), ttl=TTL[x]),
+    "increment_many with ttl": lambda s, x: sorted(
+        s.increment_many(dict.fromkeys(KEYS, DELTA[x]), ttl=TTL[x]).items()
+    ),
+}
+# As B's above, on the one key that exists in the state "part".
+ON_EXISTING: dict[str, Operation[Store]] = {
+    "delete_many": lambda s, x: s.delete_many(["k"]),
+    "expire_many": lambda s, x: s.expire_many(["k"], TTL[x]),
+    "clear": lambda s, x: s.delete_prefix("k"),
+}
+# A row that is removed and written again in one transaction is another row.
+TRANSACTIONS = {
+    "rewrite": ("delete", "set"),
+    "rewrite the same": ("delete", "set the same"),
+    "rewrite all": ("clear", "set_many"),
+}
+
+
+class StoreSubject:
+    """A store's table, with the keys a, k and z in it or not."""
+
+    operations: Mapping[str, Operation[Store]] = (
+        OPERATIONS
+        | VARIANTS
+        | {f"{name} of existing": operation for name, operation in ON_EXISTING.items()}
+        | {"set the same": lambda s, x: s.set("k", "1") > 0}
+    )
+    states: tuple[str, ...] = ("absent", "live", "expired", "part")
+    transactions: Mapping[str, tuple[str, ...]] = TRANSACTIONS
+    on_existing: Mapping[tuple[str, str], str] = MappingProxyType(
+        {(name, "part"): f"{name} of existing" for name in ON_EXISTING}
+    )
+
+    def __init__(self, dsn: str) -> None:
+        name = f"pairs_{secrets.token_hex(6)}"
+        self.store = Store.connect(
+            make_conninfo(dsn, application_name=name),
+            ttl_cleanup_strategy=TtlCleanupStrategy.MANUAL,
+            pool_max_size=1,
+        )
+        self._conn = psycopg.connect(dsn, autocommit=True)
+        query = "SELECT pid FROM pg_stat_activity WHERE application_name = %s"
+        ((pid,),) = self._conn.execute(query, [name]).fetchall()
+        self._pid: int = pid
+
+    def close(self) -> None:
+        self._conn.close()
+        self.store.close()
+
+    def reset(self, state: str) -> None:
+        keys = {"absent": [], "live": KEYS, "expired": KEYS, "part": ["k"]}[state]
+        expiry = {"expired": -OLD_TTL, "part": OLD_TTL}.get(state)
+        self._conn.execute("DELETE FROM kv_store")
+        self._conn.execute(
+            "INSERT INTO kv_store SELECT k, '1', now() + make_interval(secs => %s),"
+            " '2020-01-01', '2020-01-01', %s FROM unnest(%s::text[]) k",
+            [expiry, VERSION, keys],
+        )
+
+    def using(self, conn: psycopg.Connection) -> Store:
+        return self.store.using(conn)
+
+    def alone(self) -> Store:
+        return self.store
+
+    def alone_pid(self) -> int:
+        return self._pid
+
+    def observe(self) -> Any:
+        # How long a key still lives, in thousands of seconds; and whether it is the one of old.
+        return self._conn.execute(
+            "SELECT key, convert_from(value, 'UTF8'),"
+            " round(extract(epoch FROM expires_at - now()) / 1000)::int, created_at < '2021-01-01'"
+            " FROM kv_store WHERE expires_at IS NULL OR expires_at > now() ORDER BY key"
+        ).fetchall()
+
+
+@pytest.fixture
+def subject(dsn: str) -> Iterator[StoreSubject]:
+    made = StoreSubject(dsn)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def pairs(subject: StoreSubject, dsn: str) -> Iterator[Pairs[Store]]:
+    with pairs_of(subject, dsn) as made:
+        yield made
+
+
+@pytest.mark.parametrize("a", [*OPERATIONS, *TRANSACTIONS])
+def test_pairs(pairs: Pairs[Store], a: str) -> None:
+    """A open while B runs, for every B, from every state: as one after the other."""
+    wrong = [each for b in OPERATIONS | VARIANTS for each in pairs.wrong(a, b)]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_every_writing_statement_has_its_part(subject: StoreSubject) -> None:
+    """A statement that writes and that none of the operations above sends is left out of the pairs."""
+    for name in OPERATIONS | VARIANTS:
+        subject.reset("live")
+        if name == "increment with ttl":
+            subject.store.delete("k")
+        subject.operations[name](subject.store, "a")
+    sql = subject.store._sql
+    made: list[Any] = [*sql._made.values(), *vars(sql).values()]
+    sent = {each.sql for each in made if isinstance(each, Statement)}
+    kinds = {"truncate", "collect", "sweep"}
+    table = Statements(Config("postgresql://", ttl_cleanup_strategy=TtlCleanupStrategy.MANUAL))
+    assert table.t == sql.t
+    left_out = {
+        name
+        for name, call in ALL.items()
+        if (found := statement(call, TtlCleanupStrategy.MANUAL)).writes or found.name in kinds
+        if found.sql not in sent
+    }
+    assert left_out == set()
+    assert not any(isinstance(each, cached_property) for each in made)
