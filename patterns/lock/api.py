@@ -363,7 +363,7 @@ def make_options(
     )
 
 
-def granted(lease: L | None, options: LockOptions, timeout: float | None) -> L:
+def granted(lease: L | None, acquisition: flows.Acquisition[L], timeout: float | None) -> L:
     """Return the lease that acquire() waited for.
 
     A function of its own: an error met on the way keeps the frames it passed through until the
@@ -374,12 +374,13 @@ def granted(lease: L | None, options: LockOptions, timeout: float | None) -> L:
     """
     if lease is not None:
         return lease
+    options = acquisition.options
     what = "lock" if options.slots is None else f"semaphore of {options.slots}"
     waited = "at once" if not timeout else f"within {timeout:g} s"
-    raise LockTimeoutError(
-        f"the {what} {options.name!r} was not granted {waited}: it is held; holder() and `pgkv "
-        "locks` show by whom"
-    )
+    why = "it is held; holder() and `pgkv locks` show by whom"
+    if acquisition.is_held_here():
+        why = "this process holds it already, and a second acquire waits like any other"
+    raise LockTimeoutError(f"the {what} {options.name!r} was not granted {waited}: {why}")
 
 
 class Acquirer:
@@ -434,7 +435,9 @@ class Acquirer:
         try:
             # Whatever interrupts this, up to the return, is met below.
             lease: Lease | None = runtime.channel.run(acquisition.flow())
-            return lease if check is None else check(lease, self._options, timeout)
+            return lease if check is None else check(lease, acquisition, timeout)
+        except LockTimeoutError:
+            raise
         except BaseException:
             runtime.clean_up(acquisition.take_back, *flows.CLEAN_UP)
             raise
@@ -475,7 +478,9 @@ class AsyncAcquirer:
         longest = waiting(timeout)
 
         async def acquired() -> AsyncLease:
-            return granted(await self._acquire(longest), self._options, longest)
+            lease = await self._acquire(longest, granted)
+            assert lease is not None
+            return lease
 
         return AsyncGrant(acquired, self.name)
 
@@ -483,12 +488,15 @@ class AsyncAcquirer:
         """As `Lock.try_acquire`."""
         return await self._acquire(0.0)
 
-    async def _acquire(self, timeout: float | None) -> AsyncLease | None:
+    async def _acquire(
+        self, timeout: float | None, check: Callable[..., AsyncLease] | None = None
+    ) -> AsyncLease | None:
         runtime = self._runtime
         acquisition = flows.Acquisition(runtime, self._options, timeout)
         try:
-            return cast("AsyncLease | None", await runtime.channel.run(acquisition.flow()))
-        except GeneratorExit:  # nothing can be awaited any more
+            lease: AsyncLease | None = await runtime.channel.run(acquisition.flow())
+            return lease if check is None else check(lease, acquisition, timeout)
+        except (GeneratorExit, LockTimeoutError):  # nothing can be awaited, nothing is left
             raise
         except BaseException:
             with contextlib.suppress(TimeoutError):

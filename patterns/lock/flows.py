@@ -38,6 +38,7 @@ from .lease import (
     info_of,
     margin_of,
     new_asking,
+    read_owner,
     retry_pause,
 )
 from .sql import (
@@ -186,6 +187,7 @@ class Acquisition(Generic[L]):
         self.seen: object = None  # the queue as the last look saw it
         self.created = False
         self.last: Op[Any] | None = None  # what was sent last
+        self.denied_by: bytes | None = None
         self._ask_afresh()
 
     def _ask_afresh(self) -> None:
@@ -219,6 +221,10 @@ class Acquisition(Generic[L]):
         if self.queued:
             yield from self._leave_queue()
         return None
+
+    def is_held_here(self) -> bool:
+        """Whether it was denied because this process holds it."""
+        return read_owner(self.denied_by)[0] == self.asking.owner
 
     def left(self) -> float | None:
         """The seconds left."""
@@ -261,6 +267,7 @@ class Acquisition(Generic[L]):
             reply = yield from self.ask(self.seconds())
             if isinstance(reply, Denied):
                 self.in_doubt = False
+                self.denied_by = reply.holder
                 if reply.holder == self.asking.row and reply.remaining <= 0:
                     # Granted, and ended by force before we heard of it.
                     yield from self._leave_queue()

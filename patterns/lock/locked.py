@@ -33,7 +33,8 @@ def locked(
     timeout: Seconds | None = None,
     on_busy: OnBusy = "wait",
 ) -> Callable[[F], F]:
-    """Run the decorated function under a lock, plain or ``async``.
+    """Run the decorated function under a lock, plain or ``async``; also a static or class method,
+    and an object with such a ``__call__``.
 
     ::
 
@@ -50,13 +51,14 @@ def locked(
 
     Raises:
         ConfigError: the lock or store is of the other colour, a setting is wrong, or `timeout` goes
-            with an `on_busy` that waits for nobody.
+            with an `on_busy` that does not wait.
         LockTimeoutError: (of the function) it was not granted in time.
         LeaseLostError: (of the function) the lease was lost while it ran; an async one was
             cancelled.
         InvalidValueError: `ttl` or `timeout` is no duration.
         TypeError: it was given neither a lock nor a name, or decorates no function, or a generator,
-            whose body runs long after the call.
+            whose body runs after the call; (of the function) it returned a generator, or is plain
+            and returned an awaitable.
     """
     if not isinstance(lock_or_name, str | Acquirer | AsyncAcquirer):
         raise TypeError(
@@ -67,22 +69,30 @@ def locked(
         raise ConfigError(f"on_busy must be 'wait', 'skip' or 'raise', not {on_busy!r}")
     if timeout is not None and on_busy != "wait":
         raise ConfigError(
-            f"on_busy={on_busy!r} waits for nobody; give timeout= with on_busy='wait', which raises "
+            f"on_busy={on_busy!r} does not wait; give timeout= with on_busy='wait', which raises "
             "LockTimeoutError when it has passed"
         )
     longest = waiting(timeout) if on_busy == "wait" else 0.0
     seconds(ttl, endless="")
 
     def decorate(fn: F) -> F:
+        if isinstance(fn, staticmethod | classmethod):
+            return cast("F", type(fn)(decorate(fn.__func__)))
         if not callable(fn):
             raise TypeError(f"locked() decorates a function, not {_what(fn)}")
-        if inspect.isgeneratorfunction(fn) or inspect.isasyncgenfunction(fn):
-            raise TypeError("locked() cannot decorate a generator: its body runs after the call")
-        if inspect.iscoroutinefunction(fn):
-            return cast("F", _locked_async(fn, lock_or_name, store, ttl, longest, on_busy))
-        return cast("F", _locked(fn, lock_or_name, store, ttl, longest, on_busy))
+        called = [fn, getattr(fn, "__call__", None)]  # noqa: B004  # an object's own, for its kind
+        if any(inspect.isgeneratorfunction(f) or inspect.isasyncgenfunction(f) for f in called):
+            raise TypeError(_GENERATOR)
+        is_async = any(map(inspect.iscoroutinefunction, called))
+        if not is_async and isinstance(store or lock_or_name, AsyncStore | AsyncAcquirer):
+            is_async = inspect.iscoroutinefunction(inspect.unwrap(fn))
+        make = _locked_async if is_async else _locked
+        return cast("F", make(fn, lock_or_name, store, ttl, longest, on_busy))
 
     return decorate
+
+
+_GENERATOR = "locked() cannot decorate a generator: its body runs after the call"
 
 
 def _locked(
@@ -103,9 +113,23 @@ def _locked(
         if lease is None:
             return None
         with lease:
-            return fn(*args, **kwargs)
+            answer = fn(*args, **kwargs)
+            if inspect.isawaitable(answer):
+                if inspect.iscoroutine(answer):
+                    answer.close()
+                raise TypeError(
+                    f"{_what(fn)} returned an awaitable, which would run after the lock was "
+                    "released: make it `async def`, or give locked() an AsyncLock or AsyncStore"
+                )
+            return _checked(answer)
 
     return run
+
+
+def _checked(answer: Any) -> Any:
+    if inspect.isgenerator(answer) or inspect.isasyncgen(answer):
+        raise TypeError(_GENERATOR)
+    return answer
 
 
 def _locked_async(
@@ -128,7 +152,8 @@ def _locked_async(
         if lease is None:
             return None
         async with lease:
-            return await fn(*args, **kwargs)
+            answer = fn(*args, **kwargs)
+            return _checked(await answer if inspect.isawaitable(answer) else answer)
 
     return run
 

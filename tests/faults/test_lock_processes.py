@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import random
 import shutil
@@ -12,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psycopg
 import pytest
@@ -266,6 +268,122 @@ def test_a_forked_child_holds_nothing(dsn: str) -> None:
             assert os.waitpid(pid, 0)[1] == 0
             time.sleep(0.5)
             lease.check()
+
+
+def _leave(lease: pgkv.Lease) -> None:
+    with pytest.raises(pgkv.LeaseLostError), lease:
+        pass
+
+
+def _lost(call: Callable[[pgkv.Lease], object]) -> Callable[[pgkv.Lease], None]:
+    def check(lease: pgkv.Lease) -> None:
+        with pytest.raises(pgkv.LeaseLostError) as error:
+            call(lease)
+        assert error.value.reason == "forked"
+
+    return check
+
+
+def _release_by_signal(lease: pgkv.Lease) -> None:
+    signal.signal(signal.SIGTERM, lambda *_: lease.release())
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.1)
+
+
+FIRST_CALLS: dict[str, Callable[[Any], object]] = {
+    "release": lambda lease: lease.release(),
+    "leave": _leave,
+    "check": _lost(lambda lease: lease.check()),
+    "extend": _lost(lambda lease: lease.extend(60)),
+    "guard": _lost(lambda lease: lease.guard(vars(lease)["conn"])),
+    "is_lost": lambda lease: lease.is_lost,
+    "remaining": lambda lease: lease.remaining(),
+    "repr": repr,
+    "SIGTERM": _release_by_signal,
+    "collect": lambda lease: gc.collect(),
+}
+
+
+@pytest.mark.parametrize("kind", ["Lock", "Semaphore"])
+@pytest.mark.parametrize("first", FIRST_CALLS)
+def test_a_child_frees_nothing_whatever_it_calls_first(dsn: str, first: str, kind: str) -> None:
+    """Whichever method of an inherited lease a forked child calls first: it is lost there, its
+    release frees nothing, and the parent holds the name."""
+    with pgkv.Store.connect(dsn) as store, psycopg.connect(dsn) as conn:
+        lock: Any = pgkv.Lock(store, "n") if kind == "Lock" else pgkv.Semaphore(store, "n", 1)
+        lease: Any = lock.acquire()
+        lease.conn = conn
+        pid = os.fork()
+        if not pid:
+            code = 1
+            try:
+                FIRST_CALLS[first](lease)
+                assert not lease.release()
+                assert lease.is_lost
+                assert lease.remaining() == 0
+                code = 0
+            finally:
+                os._exit(code)
+        assert os.waitpid(pid, 0)[1] == 0
+        assert lock.try_acquire() is None
+        lease.check()
+        assert lease.release()
+
+
+async def test_a_child_of_asyncio_frees_nothing(dsn: str) -> None:
+    """The same of an AsyncLease, in a loop of the child's own."""
+    async with pgkv.AsyncStore.connect(dsn) as store:
+        lock = pgkv.AsyncLock(store, "n")
+        lease = await lock.acquire()
+        pid = os.fork()
+        if not pid:
+            code = 1
+            try:
+                release = lease.release()
+                with pytest.raises(StopIteration) as end:
+                    release.send(None)
+                assert end.value.value is False
+                assert lease.is_lost
+                code = 0
+            finally:
+                os._exit(code)
+        assert os.waitpid(pid, 0)[1] == 0
+        assert await lock.try_acquire() is None
+        assert await lease.release()
+
+
+def test_a_child_forked_during_acquire_asks_for_itself(
+    dsn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process forks while it waits for the lock (in a signal handler, say), and both go on
+    waiting: they are never granted the same lease, and neither releases the other's."""
+    with pgkv.Store.connect(dsn) as store, pgkv.Store.connect(dsn) as other:
+        holder = pgkv.Lock(other, "n").acquire()
+        lock = pgkv.Lock(store, "n")
+        children: list[int] = []
+
+        def wait(_: object, seconds: float) -> None:
+            if not children:
+                children.append(os.fork())
+                if children[0]:
+                    holder.release()
+            time.sleep(seconds)
+
+        monkeypatch.setattr(lock._runtime, "wait", wait)
+        code = 1
+        try:
+            with lock.acquire(timeout=20) as lease:
+                for _ in range(30):
+                    info = lock.holder()
+                    assert info is not None
+                    assert (info.token, info.owner) == (lease.token, lease.owner)
+                    assert lease.owner.endswith(f":{os.getpid()}")
+                    time.sleep(0.01)
+            code = 0
+        finally:
+            if children == [0]:
+                os._exit(code)
+        assert os.waitpid(children[0], 0)[1] == 0
 
 
 def test_the_clients_wall_clock_does_not_matter(dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import threading
 from typing import Any
 
@@ -10,6 +11,8 @@ import psycopg
 import pytest
 
 import pgkv
+from pgkv.patterns.lock.api import statements_of
+from pgkv.patterns.lock.sql import Asking, LockStatements
 from tests.colours import Colour, Threaded, in_thread
 from tests.peers import Peer, until
 
@@ -158,6 +161,123 @@ async def test_locked_refuses_what_cannot_work(store: Any, colour: Colour) -> No
     lock = (pgkv.AsyncLock if colour.name == "async" else pgkv.Lock)(inner, "x")
     with pytest.raises(pgkv.ConfigError, match="needs a"):
         pgkv.locked(lock)(plain if colour.name == "async" else coroutine)
+
+
+def wrapped(fn: Any) -> Any:
+    """As a decorator that is not async does it."""
+
+    @functools.wraps(fn)
+    def wrapper(*args: Any) -> Any:
+        return fn(*args)
+
+    return wrapper
+
+
+class Job:
+    """Something with functions of every kind, each of which tells who holds the lock."""
+
+    def __init__(self, lock: Any) -> None:
+        self.lock = lock
+
+    async def __call__(self) -> Any:
+        return await self.lock.holder()
+
+
+async def test_locked_holds_while_an_awaitable_runs(store: Any, colour: Colour) -> None:
+    """Wrappers that are not async, partials, objects with an async call, static and class methods:
+    the lock is held while the body runs."""
+    if colour.name == "sync":
+        pytest.skip("plain functions are tested below")
+    lock = pgkv.AsyncLock(store, "n")
+
+    async def body(*_: Any) -> Any:
+        return await lock.holder()
+
+    class Methods:
+        @pgkv.locked(lock)
+        @staticmethod
+        async def outer_static() -> Any:
+            return await body()
+
+        @staticmethod
+        @pgkv.locked(lock)
+        async def inner_static() -> Any:
+            return await body()
+
+        @pgkv.locked(lock)
+        @classmethod
+        async def outer_class(cls) -> Any:
+            return cls, await body()
+
+        @pgkv.locked(lock)
+        async def method(self) -> Any:
+            return self, await body()
+
+    under = pgkv.locked(lock)
+    for function in (
+        under(body), under(wrapped(body)), under(functools.partial(body, 1)), under(Job(lock)),
+        Methods.outer_static, Methods().outer_static, Methods.inner_static,
+    ):  # fmt: skip
+        assert await function() is not None
+        assert await lock.holder() is None
+    owner, info = await Methods().outer_class()
+    assert owner is Methods
+    assert info is not None
+    methods = Methods()
+    own, info = await methods.method()
+    assert own is methods
+    assert info is not None
+
+
+async def test_plain_functions_under_a_lock_return_no_awaitable(store: Any, colour: Colour) -> None:
+    """What would run after the release is refused, and the lock is free again; static and class
+    methods are functions."""
+    if colour.name == "async":
+        pytest.skip("see above")
+    lock = pgkv.Lock(store._target, "n")
+
+    async def body(*_: Any) -> None: ...
+
+    class Methods:
+        @pgkv.locked(lock)
+        @staticmethod
+        def static() -> Any:
+            return lock.holder()
+
+        @pgkv.locked(lock)
+        @classmethod
+        def of_class(cls) -> Any:
+            return cls, lock.holder()
+
+    under = pgkv.locked(lock)
+    for function in (under(lambda: body(1)), under(wrapped(body))):
+        with pytest.raises(TypeError, match=r"returned an awaitable.*async def"):
+            await in_thread(function)
+        assert await in_thread(lock.holder) is None
+    with pytest.raises(TypeError, match="generator"):
+        await in_thread(under(lambda: (n for n in range(3))))
+    assert await in_thread(Methods.static) is not None
+    owner, info = await in_thread(Methods().of_class)
+    assert owner is Methods
+    assert info is not None
+
+
+async def test_a_second_acquire_of_the_process_says_so(store: Any, colour: Colour) -> None:
+    """Its timeout names the cause: a lock is not reentrant."""
+    lock = colour.make("Lock", store, "n")
+    async with lock.acquire():
+        with pytest.raises(pgkv.LockTimeoutError, match="this process holds it already"):
+            await lock.acquire(timeout=0.05)
+    row = b'{"owner":"elsewhere:1","nonce":"x","metadata":null}'
+    await store._execute(_grant_by(store, row))
+    with pytest.raises(pgkv.LockTimeoutError, match=r"holder\(\)"):
+        await lock.acquire(timeout=0)
+
+
+def _grant_by(store: Any, row: bytes) -> Any:
+    inner = store._target if isinstance(store, Threaded) else store
+    sql = statements_of(inner, LockStatements, durable=True)
+    return sql.grant(b"n", Asking("elsewhere:1", row, b"\x1fx"), 30.0, 1.0)
 
 
 async def test_a_fenced_table_refuses_older_tokens(peer: Peer) -> None:

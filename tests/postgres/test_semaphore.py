@@ -5,12 +5,17 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import psycopg
 import pytest
 
+import pgkv
 from pgkv import ConfigError, LeaseLostError, LockTimeoutError
+from pgkv.patterns.lock.api import statements_of
+from pgkv.patterns.lock.lease import new_asking
+from pgkv.patterns.lock.sql import Denied, Granted, SemaphoreStatements, slot_keys
 from pgkv.testing import ServerClock
-from tests.colours import Colour
-from tests.peers import Peer, gather
+from tests.colours import Colour, Threaded
+from tests.peers import Peer, gather, until
 
 
 def semaphore(colour: Colour, store: Any, slots: int = 3, **options: Any) -> Any:
@@ -84,6 +89,68 @@ async def test_fewer_slots_count_the_leases_beyond(store: Any, colour: Colour) -
     assert await small.try_acquire() is None, "two live ones are left, in slots beyond"
     await leases[2].release()
     assert (await small.try_acquire()).slot in (0, 1)
+
+
+@pytest.mark.parametrize("beyond", [1, 2])
+async def test_grants_beside_leases_beyond_never_exceed_the_slots(
+    store: Any, colour: Colour, peer: Peer, beyond: int
+) -> None:
+    """The number was lowered while leases in slots beyond it live on: of many askers at once as many
+    are granted as the number leaves, exactly."""
+    slots = 3
+    for turn in range(10):
+        name = f"gpu {turn}"
+        large = colour.make("Semaphore", store, name, slots + beyond, resize=True)
+        leases = sorted([await large.acquire() for _ in range(slots + beyond)], key=_slot)
+        small = colour.make("Semaphore", store, name, slots, resize=True)
+        assert await small.try_acquire() is None  # lowers the number
+        for lease in leases[:slots]:
+            await lease.release()
+        granted = await gather(*(small.try_acquire() for _ in range(8)))
+        assert sum(lease is not None for lease in granted) == slots - beyond, granted
+        live = "key ~ ('^' || %s || E'\\x1f[0-9]') AND expires_at > clock_timestamp()"
+        assert peer.one(f"SELECT count(*) FROM kv_store_locks WHERE {live}", name) == slots
+        for lease in (*leases[slots:], *granted):
+            if lease is not None:
+                assert await lease.release()
+
+
+def _slot(lease: Any) -> int:
+    return int(lease.slot)
+
+
+async def test_a_grant_under_way_sees_the_number_lowered(
+    store: Any, colour: Colour, dsn: str
+) -> None:
+    """A grant counted the old number and has not committed: lowering the number waits for it, and
+    the grants that follow count its lease."""
+    inner = store._target if isinstance(store, Threaded) else store
+    sql = statements_of(inner, SemaphoreStatements, durable=True)
+    two = [await semaphore(colour, store, 3).acquire() for _ in range(2)]
+    large, small = slot_keys(b"gpu", 3), slot_keys(b"gpu", 1)
+    with psycopg.connect(dsn) as conn:
+        aside = pgkv.Store(pgkv.Config(dsn)).using(conn)
+        third = aside._channel.execute(sql.grant_slot(large, new_asking(b"null"), 30.0, 1.0))
+        assert isinstance(third, Granted)
+        lowering = asyncio.ensure_future(_execute(store, sql.define(small, resize=True)))
+        with psycopg.connect(dsn, autocommit=True) as watcher:
+            await until(
+                lambda: watcher.execute(
+                    "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+                    " AND datname = current_database()"
+                ).fetchone() == (1,),
+                "the change waits",
+            )  # fmt: skip
+        conn.commit()
+    assert await lowering == 1
+    for lease in two:
+        await lease.release()
+    asked = [store._execute(sql.grant_slot(small, new_asking(b"null"), 30.0, 1.0)) for _ in "ab"]
+    assert [type(reply) for reply in await gather(*asked)] == [Denied, Denied], "the third lives"
+
+
+async def _execute(store: Any, op: Any) -> Any:
+    return await store._execute(op)
 
 
 async def test_a_dead_holders_slot_is_taken_over(
