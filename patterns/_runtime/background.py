@@ -97,7 +97,7 @@ class Background:
             return workers.submit(work, done)
         if len(self._tasks) >= TASKS_MAX:
             return False
-        task = self.loop.create_task(_guarded(work()))
+        task = self.loop.create_task(_guarded(work))
         self._tasks.add(task)
 
         def ended(task: asyncio.Task[None]) -> None:
@@ -156,9 +156,9 @@ class Background:
             return not self.loop.is_running()
 
 
-async def _guarded(work: Coroutine[Any, Any, object]) -> None:
+async def _guarded(work: Callable[[], Coroutine[Any, Any, object]]) -> None:
     try:
-        await work
+        await work()
     except Exception as error:  # noqa: BLE001  # nothing waits for it
         broken(error)
 

@@ -8,9 +8,12 @@ because any index on ``expires_at`` would end heap-only updates.
 
 from __future__ import annotations
 
+import warnings
+import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from time import monotonic
+from typing import Any
 
 from .. import _observe
 from .._fork import new_lock
@@ -36,10 +39,13 @@ class Collector:
 
     Args:
         sql: the table's statements.
-        background: starts a flow that nobody waits for.
+        background: starts a flow that nothing waits for, and calls a function when it has ended
+            in any way, also where it never began.
     """
 
-    def __init__(self, sql: Sweep, background: Callable[[Flow[None]], None]) -> None:
+    def __init__(
+        self, sql: Sweep, background: Callable[[Flow[None], Callable[[], None]], None]
+    ) -> None:
         self._sql = sql
         self._background = background
         self._lock = new_lock(self)
@@ -51,7 +57,7 @@ class Collector:
         self._sweeps = 0
         self._page = 0
         self._quiet_until = 0.0
-        self._working = False
+        self._working: object | None = None
         self._patrolling = False
 
     def collect(self, keys: Sequence[bytes]) -> None:
@@ -74,14 +80,22 @@ class Collector:
             if self._patrolling:
                 return
             self._patrolling = True
-        self._background(self._patrol())
+        self._background(self._patrol(), self._patrol_ended)
+
+    def _patrol_ended(self) -> None:
+        self._patrolling = False
 
     def _start(self) -> None:
         with self._lock:
             if self._working:
                 return
-            self._working = True
-        self._background(self._work())
+            self._working = work = object()
+        self._background(self._work(), lambda: self._work_ended(work))
+
+    def _work_ended(self, work: object) -> None:
+        with self._lock:
+            if self._working is work:
+                self._working = None
 
     def _work(self) -> Flow[None]:
         try:
@@ -94,12 +108,10 @@ class Collector:
                     yield from self._chunk(alone=False)
                 with self._lock:
                     if not self._keys and not self._sweeps:
-                        self._working = False
+                        self._working = None
                         return
         except PgkvError as error:
             _observe.debug("pgkv.sweep.failed", table=self._sql.t, error=type(error).__name__)
-        finally:
-            self._working = False
 
     def _take(self) -> list[bytes]:
         keys: list[bytes] = []
@@ -129,6 +141,27 @@ class Collector:
                 yield from pause(PATROL_RETRY)
                 continue
             yield from pause(PATROL_HURRY if share > EXPIRED_SHARE else PATROL_PAUSE)
+
+
+def weakly(method: Callable[..., None]) -> Callable[..., None]:
+    """Return a function that calls the method for as long as its object lives."""
+    ref = weakref.WeakMethod(method)
+
+    def call(*args: Any) -> None:
+        bound = ref()
+        if bound is not None:
+            bound(*args)
+
+    return call
+
+
+def warn_dropped() -> None:
+    """Warn of a store that was dropped while its sweeps went on."""
+    warnings.warn(
+        "a store was dropped without close(); its background work was stopped",
+        ResourceWarning,
+        stacklevel=2,
+    )
 
 
 def sweep_all(

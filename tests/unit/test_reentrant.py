@@ -87,7 +87,7 @@ def of_counts() -> tuple[list[Work], str]:
 
 def of_collector() -> tuple[list[Work], str]:
     collector = Collector.__new__(Collector)
-    Collector.__init__(collector, None, lambda flow: flow.close())  # type: ignore[arg-type]  # asks no server here
+    Collector.__init__(collector, None, lambda flow, done: flow.close())  # type: ignore[arg-type]  # asks no server here
     return [lambda: collector.collect([b"k"])], Collector.__module__
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import weakref
 from collections.abc import AsyncIterator, Callable
 from random import random
 from time import monotonic
@@ -22,7 +23,7 @@ from ...errors import PgkvError
 from .. import schema as _schema
 from ..results import outcomes
 from ..retry import may_repeat, recover
-from ..sweep import SWEEP_CHANCE, Collector
+from ..sweep import PATROL_PAUSE, SWEEP_CHANCE, Collector, warn_dropped, weakly
 from .pool import AsyncCallerPool, AsyncStorePool
 from .transaction import AsyncBoundChannel
 
@@ -261,7 +262,7 @@ class AsyncPoolChannel:
     def watch(self, sql: Sweep) -> None:
         """Collect that table's expired rows by its strategy."""
         if sql.table not in self._collectors:
-            collector = self._collectors[sql.table] = Collector(sql, self._background)
+            collector = self._collectors[sql.table] = Collector(sql, weakly(self._background))
             try:
                 asyncio.get_running_loop()
             except RuntimeError:
@@ -290,14 +291,19 @@ class AsyncPoolChannel:
             collector.collect(answer.keys_of(op))
         return answer.answer
 
-    def _background(self, flow: Flow[None]) -> None:
-        task = asyncio.get_running_loop().create_task(self._run_quietly(flow))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+    def _background(self, flow: Flow[None], done: Callable[[], None]) -> None:
+        ref, tasks, loop = weakref.ref(self), self._tasks, asyncio.get_running_loop()
+        task = loop.create_task(_run_quietly(ref, flow))
+        tasks.add(task)
 
-    async def _run_quietly(self, flow: Flow[None]) -> None:
-        with contextlib.suppress(PgkvError):
-            await self.run(flow)
+        def ended(task: asyncio.Task[None]) -> None:
+            tasks.discard(task)
+            done()
+            if task.cancelled() or task.exception() is not None:
+                # By a timer: whoever cancels all tasks of the loop does not end the patrols.
+                loop.call_later(PATROL_PAUSE, _start_again, ref)
+
+        task.add_done_callback(ended)
 
     async def close(self) -> None:
         """Close every connection. What is under way ends first or fails."""
@@ -310,3 +316,30 @@ class AsyncPoolChannel:
         await self._pool.close()
         while self._on_close:
             await asyncio.to_thread(self._on_close.pop())
+
+
+async def _run_quietly(ref: weakref.ref[AsyncPoolChannel], flow: Flow[None]) -> None:
+    """Run a flow until it ends or the channel is dropped."""
+
+    async def execute(op: Op[Any], timeout: float | None) -> Any:
+        channel = ref()
+        if channel is None:
+            raise GeneratorExit
+        return await channel.execute(op, timeout)
+
+    try:
+        await drive_async(flow, execute)
+    except GeneratorExit:
+        warn_dropped()
+    except PgkvError:
+        pass
+    except Exception as error:  # a defect of ours must not pass in silence
+        _observe.warning("pgkv.sweep.broken", error=type(error).__name__)
+        raise
+
+
+def _start_again(ref: weakref.ref[AsyncPoolChannel]) -> None:
+    channel = ref()
+    if channel is not None and not channel.state:
+        channel._patrolling = False
+        channel._start_patrols()

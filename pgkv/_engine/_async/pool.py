@@ -224,11 +224,22 @@ class AsyncStorePool:
 
     def _return(self, link: AsyncPgConnection) -> None:
         self._size -= 1
-        if self._pool is None:
+        self._drop_dead_pool()
+        if self._pool is None or link.conn._pool is not self._pool:
             link.close()
         else:
             self._spawn(self._pool.putconn(link.conn))
         self._wake()
+
+    def _drop_dead_pool(self) -> None:
+        """Give up a pool whose tasks were cancelled, by a program that cancels all tasks of its
+        loop: it neither opens nor takes back connections any more."""
+        pool = self._pool
+        tasks = () if pool is None else (*pool._workers, pool._sched_runner)
+        if pool is not None and any(task is not None and task.done() for task in tasks):
+            self._pool = None
+            while pool._pool:
+                pool._pool.popleft().pgconn.finish()
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
@@ -304,6 +315,7 @@ class AsyncStorePool:
         async with self._opening:
             if self._closed:
                 raise closed(action)
+            self._drop_dead_pool()
             opened_now = self._pool is None
             if self._pool is None:
                 config = self._config
@@ -340,7 +352,7 @@ class AsyncStorePool:
         pool, self._pool = self._pool, None
         if pool is None:
             return
-        idle = list(getattr(pool, "_pool", ()))
+        idle = list(pool._pool)
         try:
             await pool.close(timeout=CLOSE_TIMEOUT)
         except asyncio.CancelledError:

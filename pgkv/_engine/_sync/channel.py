@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from random import random
 from time import monotonic
@@ -26,7 +27,7 @@ from ...errors import PgkvError
 from .. import schema as _schema
 from ..results import outcomes
 from ..retry import may_repeat, recover
-from ..sweep import SWEEP_CHANCE, Collector
+from ..sweep import SWEEP_CHANCE, Collector, warn_dropped, weakly
 from .pool import CallerPool, StorePool, disown
 from .transaction import BoundChannel
 
@@ -284,7 +285,7 @@ class PoolChannel:
     def watch(self, sql: Sweep) -> None:
         """Collect that table's expired rows by its strategy."""
         if sql.table not in self._collectors:
-            collector = self._collectors[sql.table] = Collector(sql, self._background)
+            collector = self._collectors[sql.table] = Collector(sql, weakly(self._background))
             if self._patrolling:
                 collector.start_patrol()
 
@@ -308,21 +309,13 @@ class PoolChannel:
             collector.collect(answer.keys_of(op))
         return answer.answer
 
-    def _background(self, flow: Flow[None]) -> None:
-        thread = threading.Thread(
-            target=self._run_quietly, args=(flow,), name="pgkv-sweep", daemon=True
-        )
-        thread.start()
-
-    def _run_quietly(self, flow: Flow[None]) -> None:
-        closing = self._closing
-
-        def sleep(seconds: float) -> None:
-            if closing.wait(seconds):
-                raise GeneratorExit
-
-        with contextlib.suppress(GeneratorExit, PgkvError):
-            drive(flow, self.execute, sleep=sleep)
+    def _background(self, flow: Flow[None], done: Callable[[], None]) -> None:
+        threading.Thread(
+            target=_run_quietly,
+            args=(weakref.ref(self), self._closing, flow, done),
+            name="pgkv-sweep",
+            daemon=True,
+        ).start()
 
     def close(self) -> None:
         """Close every connection. What is under way ends first or fails."""
@@ -330,3 +323,36 @@ class PoolChannel:
         self._pool.close()
         while self._on_close:
             self._on_close.pop()()
+
+
+def _run_quietly(
+    ref: weakref.ref[PoolChannel],
+    closing: threading.Event,
+    flow: Flow[None],
+    done: Callable[[], None],
+) -> None:
+    """Run a flow in a thread of its own, until it ends or the channel is closed or dropped."""
+
+    def execute(op: Op[Any], timeout: float | None) -> Any:
+        channel = ref()
+        if channel is None:
+            raise GeneratorExit
+        return channel.execute(op, timeout)
+
+    def sleep(seconds: float) -> None:
+        if closing.wait(seconds):
+            raise GeneratorExit
+
+    try:
+        drive(flow, execute, sleep=sleep)
+    except (GeneratorExit, PgkvError):
+        pass
+    except Exception as error:  # noqa: BLE001  # a defect of ours must not pass in silence
+        _observe.warning("pgkv.sweep.broken", error=type(error).__name__)
+    finally:
+        done()
+        channel = ref()
+        if channel is None and not closing.is_set():
+            warn_dropped()
+        elif channel is not None:
+            channel._patrolling = False  # the next call that connects starts them again

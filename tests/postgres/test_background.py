@@ -1,0 +1,272 @@
+"""The one background of a process or event loop: what it shares, and what does not end it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import contextvars
+import gc
+import os
+import signal
+import threading
+import time
+import warnings
+from typing import Any
+
+import pytest
+from psycopg import sql
+
+import pgkv
+from pgkv.patterns._runtime import listener as _listener
+from pgkv.patterns._runtime.background import backgrounds
+from tests.cached import cached_in, plain_store
+from tests.colours import Colour
+from tests.faults.support import newest
+from tests.peers import Peer, until
+from tests.servers import wait_until
+
+pytestmark = newest
+
+
+def listening(peer: Peer) -> list[str]:
+    """The last statement of each connection that listens."""
+    rows = peer.run(
+        "SELECT query FROM pg_stat_activity WHERE query LIKE 'LISTEN%%'"
+        " AND datname = current_database() AND pid <> pg_backend_pid()"
+    )
+    return [row[0] for row in rows]
+
+
+async def acquired(lock: Any, **options: Any) -> Any:
+    return await lock.acquire(**options)
+
+
+def cancel_all_tasks() -> None:
+    for task in asyncio.all_tasks() - {asyncio.current_task()}:
+        task.cancel()
+
+
+# -- one connection that listens ------------------------------------------------------------
+
+
+async def test_one_connection_listens_for_all(store: Any, colour: Colour, peer: Peer) -> None:
+    """Waiting locks and first levels of all stores on a database hear over one connection, which
+    ends with the last of them."""
+
+    @cached_in(colour, store, l1=pgkv.L1(ttl=600))
+    async def f() -> int:
+        return 1
+
+    await f()
+    await until(lambda: len(listening(peer)) == 1, "the process listens")
+    lease = await colour.make("Lock", store, "name").acquire()
+    waiting = asyncio.ensure_future(acquired(colour.make("Lock", store, "name", wakeup="notify")))
+    await until(lambda: "pgkv_locks" in listening(peer)[0], "it listens for locks too")
+    assert "pgkv_cache" in listening(peer)[0]
+    await asyncio.sleep(1.0)  # the waiter sleeps for longer than a poll
+    released = time.monotonic()
+    await lease.release()
+    lease = await asyncio.wait_for(waiting, 5)
+    assert time.monotonic() - released < 2.0
+    await lease.release()
+    assert len(listening(peer)) == 1
+    await store.close()
+    await until(lambda: not listening(peer), "the connection ends with its store")
+
+
+async def test_a_refused_listen_does_not_delay_an_acquire(
+    store: Any, colour: Colour, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """LISTEN is refused: an acquire keeps to its timeout, each time, a release still lets a waiter
+    in, and the log says it once."""
+    monkeypatch.setattr(_listener, "listen_sql", lambda channels: sql.SQL("SELECT 1/0"))
+    lease = await colour.make("Lock", store, "name").acquire()
+    for _ in range(3):
+        started = time.monotonic()
+        with pytest.raises(pgkv.LockTimeoutError):
+            await acquired(colour.make("Lock", store, "name", wakeup="notify"), timeout=0.3)
+        assert time.monotonic() - started < 2.0
+    await until(lambda: "pgkv.listener.lost" in caplog.text, "it is logged")
+    waiting = asyncio.ensure_future(acquired(colour.make("Lock", store, "name", wakeup="notify")))
+    await asyncio.sleep(0.2)
+    await lease.release()
+    await (await asyncio.wait_for(waiting, 5)).release()
+    assert caplog.text.count("pgkv.listener.lost") == 1
+
+
+async def test_an_invalidation_in_a_transaction_reaches_this_process_at_its_commit(
+    store: Any, colour: Colour, connect: Any
+) -> None:
+    """A call before the commit puts the old value into the first level again; the commit removes
+    it, in the process that invalidated as well."""
+    calls: list[int] = []
+
+    @cached_in(colour, store, l1=pgkv.L1(ttl=600))
+    async def f() -> int:
+        calls.append(1)
+        return len(calls)
+
+    assert await f() == 1
+    background = backgrounds._of_channels[plain_store(store)._channel]
+    await until(lambda: background.listener.is_listening("pgkv_cache"), "the process listens")
+    assert await f() == 1
+    conn = await connect()
+    await f.using(conn).invalidate()
+    assert await f() == 1
+    await conn.commit()
+    for _ in range(400):
+        if await f() == 2:
+            break
+        await asyncio.sleep(0.01)
+    assert await f() == 2
+
+
+# -- what does not end it -------------------------------------------------------------------
+
+
+async def test_cancelling_all_tasks_ends_no_lease(dsn: str) -> None:
+    """A program that cancels every task of its loop, again and again: the lease is renewed for far
+    longer than its ttl, waiters are woken by releases, the store works, and closing it raises
+    nothing."""
+    store = await pgkv.AsyncStore.connect(dsn, pool_min_size=2)
+    lease = await pgkv.AsyncLock(store, "name", ttl=1.5).acquire()
+    token = lease.token
+    until_time = time.monotonic() + 4.5
+    while time.monotonic() < until_time:
+        cancel_all_tasks()
+        await asyncio.sleep(0.1)
+        lease.check()
+    holder = await pgkv.AsyncLock(store, "name").holder()
+    assert holder is not None
+    assert holder.token == token
+    assert lease.remaining() > 0
+    values = await asyncio.gather(*(store.increment("n") for _ in range(20)))
+    assert max(values) == 20
+    waiting = asyncio.ensure_future(acquired(pgkv.AsyncLock(store, "name", wakeup="notify")))
+    background = backgrounds._of_channels[store._channel]
+    async with asyncio.timeout(20):
+        while not background.listener.is_listening("pgkv_locks"):
+            await asyncio.sleep(0.01)
+    for task in asyncio.all_tasks() - {asyncio.current_task(), waiting}:
+        task.cancel()
+    await asyncio.sleep(0.1)
+    assert background.listener.is_listening("pgkv_locks")
+    assert await lease.release()
+    await (await asyncio.wait_for(waiting, 10)).release()
+    cancel_all_tasks()
+    await store.close()
+
+
+async def test_cancelled_refreshes_come_again(dsn: str) -> None:
+    """A refresh that is cancelled before its first step does not keep its key from being refreshed
+    for ever."""
+    async with pgkv.AsyncStore.connect(dsn) as store:
+        calls: list[int] = []
+
+        @pgkv.cached(0.05, stale=600, store=store, store_timeout=20)
+        async def f() -> int:
+            calls.append(1)
+            return len(calls)
+
+        assert await f() == 1
+        await asyncio.sleep(0.1)
+        assert await f() == 1  # a refresh was begun
+        cancel_all_tasks()
+        async with asyncio.timeout(20):
+            while await f() == 1:
+                await asyncio.sleep(0.01)
+
+
+async def test_cancelled_sweeps_come_again(dsn: str, peer: Peer) -> None:
+    """The sweeps of BACKGROUND go on after all tasks of the loop were cancelled."""
+    strategy = pgkv.TtlCleanupStrategy.BACKGROUND
+    async with pgkv.AsyncStore.connect(dsn, ttl_cleanup_strategy=strategy) as store:
+        await store.set("k", b"v")
+        await asyncio.sleep(0.1)
+        cancel_all_tasks()
+        await store.set("gone", b"v", ttl=0.01)
+        await until(lambda: peer.keys() == {"k"}, "it is swept", 20)
+
+
+# -- contexts ------------------------------------------------------------------------------
+
+tenant: contextvars.ContextVar[str] = contextvars.ContextVar("tenant", default="none")
+
+
+async def test_a_refresh_runs_in_the_context_of_its_call(store: Any, colour: Colour) -> None:
+    """A stale value is computed again with the context variables of the call that met it."""
+    seen: list[str] = []
+
+    @cached_in(colour, store, ttl=0.05, stale=600)
+    async def f() -> str:
+        seen.append(tenant.get())
+        return tenant.get()
+
+    tenant.set("first")
+    assert await f() == "first"
+    await asyncio.sleep(0.1)
+    tenant.set("second")
+    assert await f() == "first"
+    await until(lambda: len(seen) == 2, "it is refreshed")
+    assert seen == ["first", "second"]
+
+
+# -- stores that are dropped ----------------------------------------------------------------
+
+
+def backends(peer: Peer, name: str) -> int:
+    return int(peer.one("SELECT count(*) FROM pg_stat_activity WHERE application_name = %s", name))
+
+
+def test_a_dropped_store_ends_with_a_warning(dsn: str, peer: Peer) -> None:
+    """Stores that are dropped without close() leave no thread and no connection, whatever ran
+    behind them; a ResourceWarning says so."""
+    before = threading.active_count()
+
+    def use() -> None:
+        store = pgkv.Store.connect(
+            f"{dsn} application_name=dropped" if "://" not in dsn else dsn,
+            ttl_cleanup_strategy=pgkv.TtlCleanupStrategy.BACKGROUND,
+        )
+        store.set("k", b"v")
+        lease = pgkv.Lock(store, "name", ttl=3).acquire()
+        with pytest.raises(pgkv.LockTimeoutError):
+            pgkv.Lock(store, "name", wakeup="notify").acquire(timeout=0.2)
+        lease.release()
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            use()
+        gc.collect()
+        wait_until(lambda: (gc.collect(), threading.active_count() <= before)[1], "threads end", 20)
+    assert any(
+        issubclass(each.category, ResourceWarning) and "without close()" in str(each.message)
+        for each in caught
+    )
+
+
+# -- fork ------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork() here")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_forked_child_has_a_background_of_its_own(dsn: str, peer: Peer) -> None:
+    """The child renews a lease that it took, listens by itself, and leaves its parent's alone."""
+    with pgkv.Store.connect(dsn) as store:
+        lease = pgkv.Lock(store, "parent", ttl=1.5).acquire()
+        pid = os.fork()
+        if not pid:
+            code = 1
+            with contextlib.suppress(BaseException):
+                signal.alarm(30)
+                mine = pgkv.Lock(store, "child", ttl=1.5).acquire()
+                with contextlib.suppress(pgkv.LockTimeoutError):
+                    pgkv.Lock(store, "child", wakeup="notify").acquire(timeout=3.0)
+                mine.check()
+                background = backgrounds._of_channels[store._channel]
+                code = 0 if background.listener.is_listening("pgkv_locks") else 2
+            os._exit(code)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        lease.check()
+        assert lease.release()
