@@ -16,13 +16,13 @@ import secrets
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Any
 
 import msgspec
 
 from ..._observe import shown
-from ..._ops.codec import decode_moment, encode_value
+from ..._ops.codec import encode_value
 from ..._ops.serialize import JSON_TYPES
 from ...errors import InvalidValueError
 
@@ -268,15 +268,15 @@ class Session:
         self._meta: bytes | None = None
         self._moved = False  # loaded under an id that a rotation has replaced
         self._ended = False  # destroyed by this program
-        self._times: tuple[bytes | None, bytes | None] | None = None  # (last use, reading)
+        self._times: tuple[datetime, datetime] | None = None  # of its last use, and of the loading
 
     def _enters_period(self, seconds: float) -> bool:
         """Whether this loading is its first use in one of the periods of that length into which its
         life is cut, by the server's clock."""
         if self._times is None or self.created_at is None:
             return False
-        seen, read = (decode_moment(each) - self.created_at for each in self._times)
-        return seen // timedelta(seconds=seconds) < read // timedelta(seconds=seconds)
+        last, now = ((each - self.created_at).total_seconds() // seconds for each in self._times)
+        return last < now
 
     @property
     def handle(self) -> str:

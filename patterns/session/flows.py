@@ -146,11 +146,12 @@ class SessionFlows:
         data = session.data
         return texts_of(data.as_json() if isinstance(data, RequestSession) else data, self.size_max)
 
-    def load(self, token: object) -> Flow[Session | None]:
-        """Return the live session of that token; whatever else is presented is None."""
+    def load(self, token: object, *, timed: bool = False) -> Flow[Session | None]:
+        """Return the live session of that token; None for anything else. `timed`: with what
+        `Session._enters_period` needs."""
         if not isinstance(token, str) or not is_token(token):
             return None
-        loaded = yield from do(self.sql.load(id_of(token)))
+        loaded = yield from do(self.sql.load(id_of(token), timed=timed))
         return None if loaded is None else _session_of(token, loaded)
 
     def save(self, given: object, on_conflict: str) -> Flow[None]:
@@ -356,7 +357,7 @@ def _session_of(token: str, loaded: Loaded) -> Session:
     session.created_at, session.expires_at = loaded.created_at, loaded.expires_at
     session.is_new = False
     session._before, session._version, session._moved = texts, loaded.version, loaded.moved
-    session._times = (loaded.seen_at, loaded.read_at)
+    session._times = loaded.times
     return session
 
 

@@ -13,7 +13,7 @@ demand the disk. Neither is said inside a caller's transaction, where it would r
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
@@ -71,8 +71,7 @@ class Loaded(NamedTuple):
     created_at: datetime
     expires_at: datetime
     moved: bool  # it is a stub
-    seen_at: bytes | None  # of the use before this one, and
-    read_at: bytes | None  # the server's time, both undecoded
+    times: tuple[datetime, datetime] | None = None  # (of the use before this one, now)
 
 
 class Outcome(NamedTuple):
@@ -158,6 +157,15 @@ class SessionStatements(Sweep):
 
     @cached_property
     def _load(self) -> Statement[Loaded | None]:
+        return self._make_load("", self._read_loaded)
+
+    @cached_property
+    def _load_timed(self) -> Statement[Loaded | None]:
+        return self._make_load(f", seen_at, {NOW}", self._read_timed)
+
+    def _make_load(
+        self, more: str, read: Callable[[Result], Loaded | Signal | None]
+    ) -> Statement[Loaded | None]:
         # The touch locks nothing that is locked, so a load never waits; and it locks nothing at
         # all within touch_interval, so a load then takes no transaction id.
         return self.statement(
@@ -175,17 +183,17 @@ class SessionStatements(Sweep):
             f"expires_at = least({NOW} + $2::interval, s.ends_at) FROM k, {self._lazily} "
             "WHERE s.id = k.id RETURNING s.expires_at) "
             "SELECT live, moved, user_id, CASE WHEN live THEN data::text END, version, created_at, "
-            f"coalesce((SELECT expires_at FROM u), expires_at), seen_at, {NOW} FROM c",
+            f"coalesce((SELECT expires_at FROM u), expires_at){more} FROM c",
             (BINARY, BINARY, BINARY),
-            self._read_loaded,
+            read,
             retry_safe=True,
             # A touch changes no answer: a load is repeated, and counted, as a read.
             writes=False,
         )
 
-    def load(self, id: bytes) -> Op[Loaded | None]:
-        """Read a live session, and note its use once per touch_interval."""
-        return Op(self._load, (id, self._idle, self._touch))
+    def load(self, id: bytes, *, timed: bool = False) -> Op[Loaded | None]:
+        """Read a live session, and note its use once per touch_interval; `timed`: with `times`."""
+        return Op(self._load_timed if timed else self._load, (id, self._idle, self._touch))
 
     def _read_loaded(self, result: Result) -> Loaded | Signal | None:
         if not result.ntuples:
@@ -201,9 +209,14 @@ class SessionStatements(Sweep):
             _codec.decode_moment(column(0, 5)),
             _codec.decode_moment(column(0, 6)),
             column(0, 1) == b"\1",
-            column(0, 7),
-            column(0, 8),
         )
+
+    def _read_timed(self, result: Result) -> Loaded | Signal | None:
+        loaded = self._read_loaded(result)
+        if not isinstance(loaded, Loaded):
+            return loaded
+        seen, now = (_codec.decode_moment(result.get_value(0, column)) for column in (7, 8))
+        return loaded._replace(times=(seen, now))
 
     def save(
         self, id: bytes, mode: Mode, version: int, changed: bytes, removed: list[bytes]

@@ -167,8 +167,9 @@ class SessionHandler:
     def _find(self) -> Flow[Session | None]:
         """The first session that is alive; one that a rotation has replaced counts least."""
         moved = None
+        timed = self.settings.cookie.max_age is not None
         for token in self._tokens:
-            session = yield from self.settings.flows.load(token)
+            session = yield from self.settings.flows.load(token, timed=timed)
             if session is not None:
                 if not session._moved:
                     self._had = self._browser = token

@@ -148,6 +148,7 @@ def upkeep(operation: Operation) -> Operation:
 OPERATIONS: dict[str, Operation] = {
     "create": lambda s, p: s.create({"c": 1}, user_id="u").user_id,
     "load": lambda s, p: s.load(NOW),
+    "load timed": lambda s, p: s._run(s._flows.load(NOW, timed=True)),
     "load stub": lambda s, p: s.load(MID),
     "merge": lambda s, p: s.save(p.changed(**{p.side: 1})),
     "merge same key": lambda s, p: s.save(p.changed(a=p.side)),

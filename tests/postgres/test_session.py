@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Coroutine
-from typing import Any
+from enum import Enum, StrEnum
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -39,6 +41,27 @@ VALUES: dict[str, Any] = {
     "ключ": "a key that is not ASCII",
     'quote"\\': "a key with quotes",
 }
+
+
+class Word(str):
+    __slots__ = ()
+
+
+class Ratio(float):
+    __slots__ = ()
+
+
+class Colour(StrEnum):
+    RED = "red"
+
+
+class Level(int, Enum):
+    HIGH = 3
+
+
+class Point(NamedTuple):
+    x: int
+    y: int
 
 
 async def test_a_session_comes_back_as_it_went_in(sessions: Any) -> None:
@@ -226,6 +249,13 @@ async def test_last_wins_overwrites(sessions: Any) -> None:
         ({"a": "x" * (1 << 20)}, "max_data_size is 1,048,576"),
         ({"a": 10**5000}, "too long for JSON"),
         ([1], "data must be a mapping"),
+        ({"a": [Word("x")]}, r"data\['a'\]\[0\] is of type Word.* plain str; store str\(value\)"),
+        ({"a": Colour.RED}, r"data\['a'\] is of type Colour.* plain str"),
+        ({"a": Level.HIGH}, r"data\['a'\] is of type Level.* plain int"),
+        ({"a": Ratio(0.5)}, r"data\['a'\] is of type Ratio.* plain float"),
+        ({"a": OrderedDict(b=1)}, r"data\['a'\] is of type OrderedDict.* plain dict"),
+        ({"a": Point(1, 2)}, r"data\['a'\] is of type Point.* plain tuple"),
+        ({"a": {Word("x"): 1}}, r"data\['a'\] has a key that is of type Word"),
     ],
 )
 async def test_what_is_not_json_is_refused(sessions: Any, data: Any, message: str) -> None:
@@ -279,7 +309,11 @@ async def test_bad_users(sessions: Any, user_id: Any) -> None:
 
 
 async def test_users_are_text(sessions: Any) -> None:
-    """An int is a user too, and comes back as text."""
+    """An int is a user too, and comes back as text; so do members of enums and other subclasses."""
+    for user_id, text in ((Colour.RED, "red"), (Level.HIGH, "3"), (Word("w"), "w")):
+        one = await sessions.create(user_id=user_id)
+        assert type(one.user_id) is str
+        assert one.user_id == (await sessions.load(one.id)).user_id == text
     made = await sessions.create(user_id=42)
     assert made.user_id == (await sessions.load(made.id)).user_id == "42"
     assert len(await sessions.list_user(42)) == len(await sessions.list_user("42")) == 1

@@ -339,6 +339,7 @@ def statements(*, inside: bool = False, table: str = "s") -> dict[str, Op[Any]]:
         "last_wins": sql.save(b"id", "last_wins", 1, b"{}", []),
         "rotate": sql.rotate(b"id", b"new", b"{}", [], grace=10, user=None),
         "rotate at once": sql.rotate(b"id", b"new", b"{}", [], grace=0, user=("u",)),
+        "load timed": sql.load(b"id", timed=True),
         "destroy": sql.destroy(b"id"),
         "destroy_user": sql.destroy_user("u", None),
         "destroy_of_user": sql.destroy_of_user(b"id", "u"),
@@ -354,6 +355,7 @@ NAMES = list(statements())
 REPEATED = {
     *(
         "load",
+        "load timed",
         "rotate",
         "rotate at once",
         "destroy",
@@ -363,7 +365,7 @@ REPEATED = {
     ),
     *("collect", "pages", "sweep", "sweep_alone"),
 }
-RELAXED = {"create", "load", "merge", "error", "last_wins"}
+RELAXED = {"create", "load", "load timed", "merge", "error", "last_wins"}
 DURABLE = {"rotate", "rotate at once", "destroy", "destroy_user", "destroy_of_user"}
 
 

@@ -85,6 +85,12 @@ class Site:
         request.session["role"] = "member"
         return PlainTextResponse("ok")
 
+    async def renew(self, request: Request) -> Response:
+        """Changes the token of who is logged in, as after a change of rights."""
+        if "role" in request.session:
+            await self.sessions.rotate(request.session)
+        return PlainTextResponse("ok")
+
     async def logout(self, request: Request) -> Response:
         await self.sessions.destroy(request.session)
         return PlainTextResponse("bye")

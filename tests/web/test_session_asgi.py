@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import anyio
 import httpx
 import pytest
 from fastapi import Depends, FastAPI
@@ -18,15 +21,33 @@ from websockets.sync.client import connect
 
 import pgkv
 from pgkv.patterns.session.data import new_token
+from pgkv.testing import ServerClock
 from tests import servers
 from tests.faults.proxy import certificate
 from tests.faults.support import newest
+from tests.peers import Peer
 from tests.web.running import asgi, client
 from tests.web.site import Site
 
 pytestmark = newest
 Operations = list[str]
 Serve = Callable[..., httpx.Client]
+
+
+@pytest.fixture
+def peer(dsn: str) -> Iterator[Peer]:
+    """Another client of the test's schema."""
+    client = Peer(dsn)
+    yield client
+    client.conn.close()
+
+
+@pytest.fixture
+def witness(dsn: str) -> Iterator[Peer]:
+    """A second one, that watches while the first holds locks."""
+    client = Peer(dsn)
+    yield client
+    client.conn.close()
 
 
 @pytest.fixture
@@ -217,6 +238,171 @@ def test_a_request_in_flight(
     assert f"reason={reason}" in caplog.text
     expected = {"a": "1", "role": "member"} if reason == "rotated" else {}
     assert browser.get("/read").json() == expected
+
+
+async def test_a_logout_that_waited_for_a_rotation(serve: Any, peer: Peer, witness: Peer) -> None:
+    """/logout is answered after another request rotated the session: no cookie reads as the user."""
+    _, browser = serve()
+    browser.get("/login?user=ada")
+    cookie = {"cookie": f"session={token_of(browser)}"}
+
+    def get(path: str) -> asyncio.Future[httpx.Response]:
+        url = browser.base_url.join(path)
+        ask = asyncio.to_thread(httpx.get, url, headers=cookie, timeout=30)
+        return asyncio.ensure_future(ask)
+
+    with peer.conn.transaction():
+        peer.run("SELECT 1 FROM kv_store_sessions FOR UPDATE")
+        renewing = get("/renew")
+        await witness.until_waiting(1)
+        leaving = get("/logout")
+        await witness.until_waiting(2)
+    renewed, left = await renewing, await leaving
+    assert (renewed.status_code, left.status_code) == (200, 200)
+    for token in (token_of(browser), dict(renewed.cookies).get("session", "")):
+        assert read_with(browser, token) == {}
+
+
+def test_rotations_against_logouts(serve: Any) -> None:
+    """A storm: one request renews the token while another logs out. No token that the browser had or
+    got reads as the user afterwards."""
+    _, browser = serve()
+    for _ in range(30):
+        browser.get("/login?user=ada")
+        cookie = {"cookie": f"session={token_of(browser)}"}
+        urls = [browser.base_url.join(path) for path in ("/renew", "/logout")]
+        barrier = threading.Barrier(2)
+
+        def ask(
+            url: httpx.URL, barrier: threading.Barrier = barrier, cookie: dict[str, str] = cookie
+        ) -> httpx.Response:
+            barrier.wait(20)
+            return httpx.get(url, headers=cookie, timeout=30)
+
+        with ThreadPoolExecutor(2) as threads:
+            renewed, left = threads.map(ask, urls)
+        assert left.status_code == 200
+        tokens = [token_of(browser), dict(renewed.cookies).get("session", "")]
+        assert [read_with(browser, token) for token in tokens] == [{}, {}]
+
+
+def read_with(browser: httpx.Client, *tokens: str) -> Any:
+    """What the session of these cookies holds."""
+    cookie = "; ".join(f"session={token}" for token in tokens)
+    return httpx.get(browser.base_url.join("/read"), headers={"cookie": cookie}).json()
+
+
+def test_several_cookies_of_one_name(browser: httpx.Client) -> None:
+    """The first whose session is alive counts, and one that a login has replaced counts least; a
+    logout ends the sessions of all."""
+    tokens = []
+    for name in ("a", "b"):
+        browser.cookies.clear()
+        browser.get(f"/put?{name}=1")
+        tokens.append(token_of(browser))
+    a, b = tokens
+    assert read_with(browser, new_token(), a, b) == {"a": "1"}
+    assert read_with(browser, b, new_token(), a) == {"b": "1"}
+    browser.get("/login?user=ada")
+    assert read_with(browser, b, token_of(browser)) == {"b": "1", "role": "member"}
+    cookie = f"session={b}; session={token_of(browser)}; session={a}"
+    left = httpx.get(browser.base_url.join("/logout"), headers={"cookie": cookie})
+    assert "Max-Age=0" in left.headers["set-cookie"]
+    for token in (a, b, token_of(browser)):
+        assert read_with(browser, token) == {}
+
+
+def test_a_logout_with_a_token_that_reads_no_more(browser: httpx.Client, dsn: str) -> None:
+    """After a rotation without grace a logout by the old cookie ends the session all the same."""
+    browser.get("/login?user=ada")
+    before = token_of(browser)
+    with pgkv.Store.connect(dsn) as store:
+        sessions = pgkv.SessionStore(store)
+        session = sessions.load(before)
+        assert session is not None
+        sessions.rotate(session, grace=0)
+        assert browser.get("/logout").status_code == 200
+        assert sessions.load(session.id) is None
+    assert not browser.cookies
+
+
+def test_the_cookie_of_an_active_user_is_sent_again(serve: Any, clock: ServerClock) -> None:
+    """With max_age a browser gets its cookie again once a third of that time has passed, not with
+    each response."""
+    _, browser = serve(max_age=3000)
+    assert "Max-Age=3000" in browser.get("/put?a=1").headers["set-cookie"]
+    token = token_of(browser)
+    for _ in range(6):
+        clock.advance(700)
+        assert "set-cookie" not in browser.get("/plain").headers
+        clock.advance(290)
+        response = browser.get("/plain")
+        assert (
+            response.headers.get("set-cookie") is None
+            or "private" in response.headers["cache-control"]
+        )
+        clock.advance(20)
+        browser.get("/plain")
+    sent = []
+    for _ in range(30):
+        clock.advance(250)
+        sent.append(browser.get("/plain").headers.get("set-cookie"))
+    assert 7 <= sum(each is not None for each in sent) <= 8
+    assert {each for each in sent if each} == {
+        f"session={token}; Path=/; Max-Age=3000; HttpOnly; SameSite=Lax"
+    }
+
+
+@pytest.mark.parametrize("when", ["head", "body"])
+async def test_cancelled_by_a_scope(dsn: str, when: str) -> None:
+    """What the program changed is saved although a cancel scope cancels each await of the middleware."""
+    async with pgkv.AsyncStore.connect(dsn) as store:
+        sessions = pgkv.AsyncSessionStore(store)
+        made = await sessions.create({"a": 1})
+
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            if when == "body":
+                await send({"type": "http.response.start", "status": 200, "headers": []})
+            scope["session"]["late"] = True
+            cancel_scope.cancel()
+            if when == "head":
+                await send({"type": "http.response.start", "status": 200, "headers": []})
+
+        async def ignore(*_message: Any) -> Any:
+            pass
+
+        middleware = pgkv.SessionMiddleware(app, sessions=sessions, secure=False)
+        scope = {
+            "type": "http",
+            "path": "/",
+            "headers": [(b"cookie", f"session={made.id}".encode())],
+        }
+        with anyio.CancelScope() as cancel_scope:
+            await middleware(scope, ignore, ignore)
+        assert cancel_scope.cancelled_caught
+        loaded = await sessions.load(made.id)
+        assert loaded is not None
+        assert loaded.data == {"a": 1, "late": True}
+
+
+@pytest.mark.parametrize(
+    ("path", "exempt"),
+    [("/api/static/a", True), ("/static/a", True), ("/api/api/static/a", False), ("/api", False)],
+)
+async def test_exempt_paths_are_those_of_the_application(dsn: str, path: str, exempt: bool) -> None:
+    """Behind a proxy or a mount that puts a prefix before them, exempt paths are without it."""
+    asked: list[Any] = []
+
+    async def app(scope: Any, *_channels: Any) -> Any:
+        with contextlib.suppress(pgkv.SessionError):
+            asked.append(dict(scope["session"].items()))
+
+    sessions = pgkv.AsyncSessionStore(pgkv.AsyncStore(pgkv.Config(dsn)))
+    middleware = pgkv.SessionMiddleware(app, sessions=sessions, secure=False, exempt=["/static"])
+    scope = {"type": "http", "path": path, "root_path": "/api", "headers": []}
+    channel: Any = app
+    await middleware(scope, channel, channel)
+    assert asked == ([] if exempt else [{}])
 
 
 def test_handlers_that_fail(browser: httpx.Client) -> None:

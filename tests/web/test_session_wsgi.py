@@ -6,23 +6,38 @@ import contextlib
 import json
 import sys
 import threading
+import uuid
 from collections.abc import Callable, Iterable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import flask
 import httpx
 import pytest
+from flask.sessions import SecureCookieSessionInterface
+from markupsafe import Markup
+from psycopg.conninfo import make_conninfo
 
 import pgkv
 from pgkv.integrations.flask import PgkvSessionInterface
 from pgkv.patterns.session.data import new_token
+from pgkv.testing import ServerClock
 from tests import servers
 from tests.faults.proxy import certificate
 from tests.faults.support import newest
 from tests.web.running import client, wsgi
 
 pytestmark = newest
+TYPES = {
+    "tuple": (1, (2, [3])),
+    "bytes": b"\0x",
+    "markup": Markup("<b>bold</b>"),
+    "id": uuid.UUID(int=7),
+    "moment": datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC),
+    "plain": {"a": [None, True, 1.5, "text"]},
+    "looks tagged": {" t": [1]},
+}
 Operations = list[str]
 
 
@@ -102,6 +117,29 @@ def flask_app(sessions: pgkv.SessionStore, **options: Any) -> flask.Flask:
     def flashed() -> Any:
         return flask.jsonify(flask.get_flashed_messages(with_categories=True))
 
+    @app.get("/flashed-as-is")
+    def flashed_as_is() -> str:
+        return repr(flask.get_flashed_messages(with_categories=True))
+
+    @app.get("/types")
+    def types() -> str:
+        if "put" in flask.request.args:
+            flask.session["values"] = TYPES
+        return repr(flask.session.get("values"))
+
+    @app.get("/state/<what>")
+    def state(what: str) -> Any:
+        if what == "read":
+            flask.session.get("a")
+        elif what == "set":
+            flask.session["a"] = 1
+        elif what == "pop":
+            flask.session.pop("missing", None)
+        elif what == "default":
+            flask.session.setdefault("a", 1)
+        session: Any = flask.session
+        return flask.jsonify([session.accessed, session.modified, session.new])
+
     @app.get("/bad")
     def bad() -> str:
         flask.session["bad"] = object()
@@ -160,6 +198,94 @@ def test_flask_sessions(browser: httpx.Client) -> None:
     browser.get("/flash")
     assert browser.get("/flashed").json() == [["info", "hello"]]
     assert browser.get("/flashed").json() == []
+
+
+def test_values_of_flasks_own_session(browser: httpx.Client) -> None:
+    """What Flask's session holds comes back as it went in, flashed messages as the tuples they are;
+    a value that is the same again is no change."""
+    expected = repr(TYPES)
+    assert browser.get("/types?put").text == expected
+    assert browser.get("/types").text == expected
+    browser.get("/flash")
+    assert browser.get("/flashed-as-is").text == "[('info', 'hello')]"
+
+
+def test_unchanged_values_of_flasks_own_are_not_saved(
+    browser: httpx.Client, operations: Operations
+) -> None:
+    """Reading them, or setting them to what they are, costs no save."""
+    browser.get("/types?put")
+    operations.clear()
+    browser.get("/types")
+    browser.get("/types?put")
+    assert operations == ["load", "load"]
+
+
+def test_what_a_flask_session_says_of_itself(sessions: pgkv.SessionStore) -> None:
+    """accessed and modified are as those of Flask's own session, request by request; new is true
+    until the session was stored."""
+    ours, own = flask_app(sessions), flask_app(sessions)
+    own.session_interface = SecureCookieSessionInterface()
+    own.secret_key = "any"
+    browsers = ours.test_client(), own.test_client()
+    for what, is_new in {
+        "nothing": True,
+        "read": True,
+        "set": True,
+        "read again": False,
+        "pop": False,
+        "default": False,
+        "set again": False,
+    }.items():
+        path = f"/state/{what.split()[0]}"
+        answers: list[Any] = [browser.get(path).json for browser in browsers]
+        (*state, new), (*expected, _) = answers
+        assert (state, new) == (expected, is_new), what
+
+
+def test_several_cookies_of_one_name(sessions: pgkv.SessionStore, browser: httpx.Client) -> None:
+    """The first whose session is alive counts: an old cookie beside the new one locks nobody out."""
+    old, new = (sessions.create({"n": n}, user_id="bob") for n in range(2))
+    sessions.destroy(old)
+    cookie = {"cookie": f"session={old.id}; session={new.id}"}
+    assert browser.get("/read", headers=cookie).json() == {"n": 1}
+    browser.get("/logout", headers=cookie)
+    assert sessions.load(new.id) is None
+
+
+def test_the_cookie_of_an_active_user_is_sent_again(
+    sessions: pgkv.SessionStore, clock: ServerClock
+) -> None:
+    """With max_age, once a third of that time has passed."""
+    app = flask_app(sessions, max_age=3000)
+    with wsgi(app) as address, client(address) as browser:
+        first = browser.get("/put?a=1").headers["set-cookie"]
+        clock.advance(900)
+        assert "set-cookie" not in browser.get("/read").headers
+        clock.advance(200)
+        assert browser.get("/read").headers["set-cookie"] == first
+        assert "set-cookie" not in browser.get("/read").headers
+
+
+def test_an_error_handler_answers_an_outage(dsn: str) -> None:
+    """The 503 is an exception of Flask's, which the application may answer in its own way."""
+    store = pgkv.Store(pgkv.Config(make_conninfo(dsn, host="127.0.0.1", port=9)))
+    app = flask_app(pgkv.SessionStore(store))
+    app.register_error_handler(503, lambda _error: ("one moment", 503))
+    app.testing = True
+    answer = app.test_client(use_cookies=False).get(
+        "/read", headers={"cookie": f"session={new_token()}"}
+    )
+    assert (answer.status_code, answer.text) == (503, "one moment")
+
+
+def test_a_transaction_of_flasks_test_client(sessions: pgkv.SessionStore) -> None:
+    """Tests of a program prepare its session as ever."""
+    app = flask_app(sessions)
+    browser = app.test_client()
+    with browser.session_transaction() as session:
+        session["a"] = (1, 2)
+    assert browser.get("/read").json == {"a": [1, 2]}
 
 
 def test_fixation_and_replay(browser: httpx.Client) -> None:
