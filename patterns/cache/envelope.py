@@ -107,13 +107,28 @@ class Codec(Protocol):
         ...
 
 
+# Put before an untyped tuple: what msgspec never writes first.
+TUPLE_MARKS = {"json": b" ", "msgpack": b"\xc1"}
+
+
 class TypedCodec:
-    """JSON or msgpack, checked against a type."""
+    """JSON or msgpack, checked against a type. Without a type a tuple comes back as a tuple all the
+    same: to a web framework, ``(body, status)`` and ``[body, status]`` are different responses.
+    """
 
     def __init__(self, type_: Any, codec: CodecName) -> None:
         self._serializer: Serializer[Any] = Serializer(type_, codec)
         self.letter: bytes = codec[:1].encode()
         self.decode: Callable[[str, bytes], Any] = self._serializer.decode
+        self._tuple_mark = b""
+        if type_ is Any:
+            self._tuple_mark = TUPLE_MARKS[codec]
+            self.decode = self._decode_untyped
+
+    def _decode_untyped(self, key: str, raw: bytes) -> Any:
+        if raw[:1] == self._tuple_mark:
+            return tuple(self._serializer.decode(key, raw[1:]))
+        return self._serializer.decode(key, raw)
 
     def encode(self, key: str, value: Any) -> bytes:
         """Return the value's bytes.
@@ -122,7 +137,8 @@ class TypedCodec:
             SerializationError: the codec cannot express it; says what can.
         """
         try:
-            return self._serializer.encode(key, value)
+            payload = self._serializer.encode(key, value)
+            return self._tuple_mark + payload if type(value) is tuple else payload
         except SerializationError as error:
             why = str(error)
         raise SerializationError(f"{why}; or use codec=pgkv.SignedPickle(key)")

@@ -73,7 +73,8 @@ async def test_exceptions_are_not_cached(store: Any, colour: Colour) -> None:
 
 async def test_values_come_back_as_annotated(store: Any, colour: Colour) -> None:
     """A dataclass comes back as that dataclass, on the miss and on the hit. Without an annotation a
-    tuple is a list for both, and what JSON would change into another type is refused."""
+    tuple is a tuple for both, those inside it lists, and what JSON would change into another type is
+    refused."""
 
     @cached_in(colour, store)
     async def annotated(n: int) -> User:
@@ -81,6 +82,10 @@ async def test_values_come_back_as_annotated(store: Any, colour: Colour) -> None
 
     @cached_in(colour, store)
     async def plain(n: int):  # type: ignore[no-untyped-def]  # on purpose
+        return "x", (n, 2)
+
+    @cached_in(colour, store, codec="msgpack")
+    async def packed(n: int):  # type: ignore[no-untyped-def]  # on purpose
         return "x", n
 
     @cached_in(colour, store)
@@ -89,7 +94,8 @@ async def test_values_come_back_as_annotated(store: Any, colour: Colour) -> None
 
     for _ in range(2):
         assert await annotated(1) == User(1, None)
-        assert await plain(1) == ["x", 1]
+        assert await plain(1) == ("x", [1, 2])
+        assert await packed(1) == ("x", 1)
         with pytest.raises(pgkv.SerializationError, match=r"User would return as dict.*\$\[0\]"):
             await unknown(1)
 
