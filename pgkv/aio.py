@@ -70,9 +70,9 @@ T = TypeVar("T")
 
 
 class Opening(Unawaited[T]):
-    """Something to be awaited or entered: ``x = await store.transaction()`` or ``async with``.
+    """An object to await or enter: ``x = await store.transaction()`` or ``async with``.
 
-    What was awaited can be entered too; its end is the end of the ``async with``.
+    What was awaited can also be entered; it then ends with the ``async with``.
 
     Args:
         manager: opens and closes it.
@@ -137,7 +137,7 @@ class AsyncStore:
         self._sql = sql
         self._channel = channel
         self._owner = owner
-        self._execute = channel.execute
+        self._execute = channel.execute  # for the patterns
         self._run = channel.run
         channel.watch(sql)
 
@@ -148,7 +148,7 @@ class AsyncStore:
         sql: Statements | None = None,
         channel: AsyncChannel | None = None,
     ) -> Self:
-        """Another store that shares what is not given, and closes nothing."""
+        """Return a store that shares what is not given; it does not own the connections."""
         view = type(self).__new__(type(self))
         view._bind(
             config or self._config,
@@ -163,7 +163,7 @@ class AsyncStore:
 
     @classmethod
     def connect(cls, dsn: str | None = None, **config: Unpack[Options]) -> Opening[Self]:
-        """Open a store, its table made, or raise within ``connect_timeout``. See
+        """Connect and create the table if it is missing, or raise within ``connect_timeout``. See
         `Store.connect`."""
         return cls._opening("connect", dsn, config)
 
@@ -177,7 +177,7 @@ class AsyncStore:
         store = cls(config_of(dsn, config))
         try:
             await asyncio.to_thread(store._target.dsn)  # an embedded server starts in its own time
-            await store._execute(store._sql.reach(), reach_timeout(store._config))
+            await store._channel.execute(store._sql.reach(), reach_timeout(store._config))
             if store._config.auto_create_table:
                 await store.create_table()
             else:
@@ -192,7 +192,7 @@ class AsyncStore:
     def from_pool(
         cls, pool: AsyncConnectionPool[Any], *, dsn: str | None = None, **config: Unpack[Options]
     ) -> Self:
-        """Use the caller's own psycopg_pool: one checkout per operation, nothing kept between. See
+        """Create a store on your own psycopg_pool. Each operation checks out one connection. See
         `Store.from_pool`."""
         check_pool(pool, AsyncConnectionPool)
         settings = config_of_pool(pool, dsn, options_of(config))
@@ -205,7 +205,7 @@ class AsyncStore:
     def embedded(
         cls, path: str | os.PathLike[str] | None = None, **config: Unpack[Options]
     ) -> Opening[Self]:
-        """Open a store on an embedded PostgreSQL server, started here or joined if it runs. See
+        """Open a store on an embedded PostgreSQL server, which is started if it is not running. See
         `Store.embedded`."""
         where = "/" if path is None else quote(str(Path(path).absolute()))
         return cls._opening("embedded", EMBEDDED_SCHEME + where, config)
@@ -214,7 +214,7 @@ class AsyncStore:
         """Close every connection. The store cannot be used afterwards. Views (`namespace`, `table`,
         `using`, `transaction`) share their store's connections and close nothing."""
         if self._owner:
-            # Whoever waits for it may be cancelled; then it goes on in the background.
+            # If the caller is cancelled, closing goes on in the background.
             closing = asyncio.get_running_loop().create_task(self._channel.close())
             _closing.add(closing)
             closing.add_done_callback(_closing.discard)
@@ -257,24 +257,24 @@ class AsyncStore:
     async def get(self, key: str, default: T) -> bytes | T: ...
     async def get(self, key: str, default: Any = None) -> Any:
         """Return the value, or `default` when there is no such key."""
-        value = await self._execute(self._sql.get(key))
+        value = await self._channel.execute(self._sql.get(key))
         return default if value is None else value
 
     async def get_or_raise(self, key: str) -> bytes:
         """Return the value; see `Store.get_or_raise`."""
-        value = await self._execute(self._sql.get(key))
+        value = await self._channel.execute(self._sql.get(key))
         if value is None:
             raise NotFoundError(f"no such key: {key!r}")
         return value
 
     async def get_string(self, key: str) -> str | None:
         """Return the value as text, or None when there is no such key. See `Store.get_string`."""
-        value = await self._execute(self._sql.get(key))
+        value = await self._channel.execute(self._sql.get(key))
         return None if value is None else text_of(key, value)
 
     async def get_entry(self, key: str) -> Entry | None:
         """Return the value with its version, expiry and times; None when there is no such key."""
-        return await self._execute(self._sql.get_entry(key))
+        return await self._channel.execute(self._sql.get_entry(key))
 
     @overload
     async def set(
@@ -308,7 +308,9 @@ class AsyncStore:
         if_version: int | None = None,
     ) -> int | None:
         """Write the value. Without a ttl an earlier one is cleared; see `Store.set`."""
-        return await self._execute(self._sql.set(key, value, ttl, expires_at, keep_ttl, if_version))
+        return await self._channel.execute(
+            self._sql.set(key, value, ttl, expires_at, keep_ttl, if_version)
+        )
 
     async def set_ex(self, key: str, value: Value, ttl: Seconds) -> int:
         """Write the value with a ttl in seconds; return the new version."""
@@ -320,35 +322,36 @@ class AsyncStore:
 
     async def set_nx(self, key: str, value: Value, *, ttl: Seconds | None = None) -> bool:
         """Write the value if there is no such key; True if it was written. Of concurrent callers
-        one wins."""
-        return await self._execute(self._sql.set_nx(key, value, ttl))
+        exactly one writes it."""
+        return await self._channel.execute(self._sql.set_nx(key, value, ttl))
 
     async def set_nx_ex(self, key: str, value: Value, ttl: Seconds) -> bool:
         """Write the value with a ttl in seconds if there is no such key; True if it was written."""
-        return await self._execute(self._sql.set_nx(key, value, ttl))
+        return await self._channel.execute(self._sql.set_nx(key, value, ttl))
 
     async def set_xx(self, key: str, value: Value, *, ttl: Seconds | None = None) -> bool:
         """Write the value if the key exists; True if it was written."""
-        return await self._execute(self._sql.set_xx(key, value, ttl))
+        return await self._channel.execute(self._sql.set_xx(key, value, ttl))
 
     async def delete(self, key: str, *, if_version: int | None = None) -> bool:
         """Remove the key; with `if_version` only that version of it. True if it was there."""
-        return await self._execute(self._sql.delete(key, if_version))
+        return await self._channel.execute(self._sql.delete(key, if_version))
 
     async def exists(self, key: str) -> bool:
         """Tell whether the key exists."""
-        return await self._execute(self._sql.exists(key))
+        return await self._channel.execute(self._sql.exists(key))
 
     async def get_and_touch(self, key: str, ttl: Seconds) -> bytes | None:
-        """Return the value and give it a new ttl in seconds, in one step; None without the key."""
-        return await self._execute(self._sql.get_and_touch(key, ttl))
+        """Return the value and give it a new ttl in seconds, in one step; None when there is no
+        such key."""
+        return await self._channel.execute(self._sql.get_and_touch(key, ttl))
 
     # -- batch
 
     async def get_many(self, keys: Iterable[str]) -> dict[str, bytes]:
         """Return the values of those keys that exist, read in one snapshot."""
         op = self._sql.get_many(keys)
-        return {} if op is None else await self._execute(op)
+        return {} if op is None else await self._channel.execute(op)
 
     async def set_many(
         self,
@@ -359,38 +362,38 @@ class AsyncStore:
         """Write all pairs or none, any number of them. Of a repeated key the last pair counts. See
         `Store.set_many`."""
         count, ops = self._sql.set_many(items, ttl)
-        await self._run(_flows.all_of(ops))
+        await self._channel.run(_flows.all_of(ops))
         return count
 
     async def delete_many(self, keys: Iterable[str]) -> int:
         """Remove all the keys or none; return how many were there."""
-        return sum(await self._run(_flows.all_of(self._sql.delete_many(keys))))
+        return sum(await self._channel.run(_flows.all_of(self._sql.delete_many(keys))))
 
     async def increment_many(
         self, deltas: Mapping[str, int], *, ttl: Seconds | None = None
     ) -> dict[str, int]:
         """Add to many integers, all or none; see `increment`. Return the sums."""
-        return await self._run(_flows.increment_many(self._sql, deltas, ttl))
+        return await self._channel.run(_flows.increment_many(self._sql, deltas, ttl))
 
     async def exists_many(self, keys: Iterable[str]) -> builtin_set[str]:
         """Return those of the keys that exist."""
         op = self._sql.exists_many(keys)
-        return set() if op is None else await self._execute(op)
+        return set() if op is None else await self._channel.execute(op)
 
     async def expire_many(self, keys: Iterable[str], ttl: Seconds) -> int:
         """Give all the keys a new ttl in seconds, or none; return how many exist."""
-        return sum(await self._run(_flows.all_of(self._sql.expire_many(keys, ttl))))
+        return sum(await self._channel.run(_flows.all_of(self._sql.expire_many(keys, ttl))))
 
     # -- atomic
 
     async def increment(self, key: str, delta: int = 1, *, ttl: Seconds | None = None) -> int:
         """Add to an integer and return the sum. An absent key counts as 0. See
         `Store.increment`."""
-        return await self._execute(self._sql.increment(key, delta, ttl))
+        return await self._channel.execute(self._sql.increment(key, delta, ttl))
 
     async def decrement(self, key: str, delta: int = 1, *, ttl: Seconds | None = None) -> int:
         """Subtract from an integer and return the difference; see `increment`."""
-        return await self._execute(self._sql.increment(key, negated(delta), ttl))
+        return await self._channel.execute(self._sql.increment(key, negated(delta), ttl))
 
     async def compare_and_swap(
         self,
@@ -402,22 +405,22 @@ class AsyncStore:
     ) -> CasResult:
         """Write `new` if the value is `expected`; ``expected=None``: if there is no such key. See
         `Store.compare_and_swap`."""
-        return await self._execute(self._sql.compare_and_swap(key, expected, new, ttl))
+        return await self._channel.execute(self._sql.compare_and_swap(key, expected, new, ttl))
 
     async def compare_and_delete(self, key: str, expected: Value) -> bool:
         """Remove the key if its value is `expected`; True if it was removed."""
-        return await self._execute(self._sql.compare_and_delete(key, expected))
+        return await self._channel.execute(self._sql.compare_and_delete(key, expected))
 
     async def get_and_set(
         self, key: str, value: Value, *, ttl: Seconds | None = None
     ) -> bytes | None:
-        """Write the value and return the one before, None without one. Every value is handed out
-        exactly once."""
-        return await self._execute(self._sql.get_and_set(key, value, ttl))
+        """Write the value and return the previous one, or None. Each value is returned to exactly
+        one caller."""
+        return await self._channel.execute(self._sql.get_and_set(key, value, ttl))
 
     async def get_and_delete(self, key: str) -> bytes | None:
         """Remove the key and return its value, None when there was no such key."""
-        return await self._execute(self._sql.get_and_delete(key))
+        return await self._channel.execute(self._sql.get_and_delete(key))
 
     async def update(
         self,
@@ -429,25 +432,27 @@ class AsyncStore:
     ) -> bytes:
         """Write ``fn(current)``, where `fn` may be async; repeated until no other client changed the
         value in between. See `Store.update`."""
-        return await self._run(_flows.update(self._sql, key, fn, ttl, attempts))
+        return await self._channel.run(_flows.update(self._sql, key, fn, ttl, attempts))
 
     # -- expiry
 
     async def expire(self, key: str, ttl: Seconds, *, if_version: int | None = None) -> bool:
         """Give the key a new ttl in seconds. True if there was such a key (and version)."""
-        return await self._execute(self._sql.expire(key, ttl, if_version))
+        return await self._channel.execute(self._sql.expire(key, ttl, if_version))
 
     async def expire_at(self, key: str, moment: datetime) -> bool:
-        """Give the key an aware datetime at which it ends. True if there was such a key."""
-        return await self._execute(self._sql.expire_at(key, moment))
+        """Set the moment (an aware datetime) at which the key ends. True if there was such a
+        key."""
+        return await self._channel.execute(self._sql.expire_at(key, moment))
 
     async def persist(self, key: str) -> bool:
-        """Let the key never expire. True when the key exists."""
-        return await self._execute(self._sql.persist(key))
+        """Remove the key's expiry. True when the key exists."""
+        return await self._channel.execute(self._sql.persist(key))
 
     async def ttl(self, key: str) -> float | None:
-        """Return the seconds left: ``math.inf`` without an expiry, None without the key."""
-        return await self._execute(self._sql.ttl(key))
+        """Return the seconds left: ``math.inf`` without an expiry, None when there is no such
+        key."""
+        return await self._channel.execute(self._sql.ttl(key))
 
     # -- scan
 
@@ -464,7 +469,7 @@ class AsyncStore:
     ) -> list[str]:
         """Return the selected keys, ordered by their UTF-8 bytes; see `Store.keys`."""
         options = scan_options(prefix, start, end, after, limit, offset, include_expired)
-        return await self._execute(self._sql.keys(options))
+        return await self._channel.execute(self._sql.keys(options))
 
     async def scan(
         self,
@@ -479,7 +484,7 @@ class AsyncStore:
     ) -> list[KeyValue]:
         """Return the selected rows, ordered by their keys' UTF-8 bytes. See `Store.scan`."""
         options = scan_options(prefix, start, end, after, limit, offset, include_expired)
-        return await self._execute(self._sql.scan(options))
+        return await self._channel.execute(self._sql.scan(options))
 
     def iter_keys(self, prefix: str = "", *, page_size: int = 1000) -> AsyncIterator[str]:
         """Iterate over the keys with a prefix in constant memory, page by page. See
@@ -500,7 +505,7 @@ class AsyncStore:
         self, op: Any, select: Any, key_of: Callable[[Any], str], prefix: str, page_size: int
     ) -> AsyncIterator[Any]:
         while True:
-            page = await self._execute(op)
+            page = await self._channel.execute(op)
             for item in page:
                 yield item
             if len(page) < page_size:
@@ -508,57 +513,57 @@ class AsyncStore:
             op = select(ScanOptions(prefix=prefix, after=key_of(page[-1]), limit=page_size))
 
     async def count(self, prefix: str = "", *, include_expired: bool = False) -> int:
-        """Return how many keys begin with the prefix; with `include_expired` also expired keys
-        that are not collected yet. Reads all of them: linear."""
-        return await self._execute(self._sql.count(prefix, include_expired))
+        """Return how many keys begin with the prefix; with `include_expired` also expired keys that
+        are not collected yet. Reads all of them: linear."""
+        return await self._channel.execute(self._sql.count(prefix, include_expired))
 
     async def delete_prefix(self, prefix: str) -> int:
         """Remove every key with the prefix, expired ones too; return how many were live."""
-        return await self._execute(self._sql.delete_prefix(prefix))
+        return await self._channel.execute(self._sql.delete_prefix(prefix))
 
     # -- upkeep
 
     async def cleanup_expired(self, *, limit: int | None = None) -> int:
         """Delete rows whose time has passed, in short chunks that block no other client. See
         `Store.cleanup_expired`."""
-        return await self._run(_sweep.sweep_all(self._sql, limit))
+        return await self._channel.run(_sweep.sweep_all(self._sql, limit))
 
     async def clear(self) -> int:
         """Remove every key (of the namespace); return how many were live."""
-        return await self._execute(self._sql.delete_prefix(""))
+        return await self._channel.execute(self._sql.delete_prefix(""))
 
     async def truncate(self) -> None:
         """Empty the whole table at once. Waits at most 2 s for transactions that use it."""
         require_whole_table(self._sql, "truncate")
-        await self._execute(self._sql.truncate())
+        await self._channel.execute(self._sql.truncate())
 
     async def stats(self) -> Stats:
         """Return sizes and health of the whole table. Reads all of it: linear."""
-        return await self._execute(self._sql.stats())
+        return await self._channel.execute(self._sql.stats())
 
     async def vacuum(self) -> None:
-        """Reclaim dead rows now. Autovacuum does it by itself; see `Store.vacuum`."""
+        """Reclaim dead rows now. Normally autovacuum does this; see `Store.vacuum`."""
         require_whole_table(self._sql, "vacuum")
-        await self._run(_flows.maintain(self._sql, self._sql.vacuum()))
+        await self._channel.run(_flows.maintain(self._sql, self._sql.vacuum()))
 
     async def analyze(self) -> None:
         """Refresh the planner's statistics of the table; see `Store.analyze`."""
-        await self._run(_flows.maintain(self._sql, self._sql.analyze()))
+        await self._channel.run(_flows.maintain(self._sql, self._sql.analyze()))
 
     async def create_table(self) -> None:
-        """Create the table (and its schema) where it is missing; harmless where it is not. See
+        """Create the table (and its schema) if it is missing; otherwise do nothing. See
         `Store.create_table`."""
-        await self._run(_schema.ensure(self._sql.table))
+        await self._channel.run(_schema.ensure(self._sql.table))
 
     async def recreate_table(self) -> None:
         """Drop the table **with everything in it** and create it again, in one transaction."""
         require_whole_table(self._sql, "recreate_table")
-        await self._run(_schema.recreate(self._sql.table))
+        await self._channel.run(_schema.recreate(self._sql.table))
 
     async def ping(self, timeout: Seconds | None = None) -> float:
         """Make a round trip to the server and return the seconds it took. See `Store.ping`."""
         started = monotonic()
-        await self._execute(
+        await self._channel.execute(
             self._sql.ping(), None if timeout is None else seconds(timeout, "timeout")
         )
         return monotonic() - started
@@ -594,8 +599,8 @@ class AsyncStore:
         *,
         isolation: IsolationLevel | None = None,
     ) -> T:
-        """Call ``fn(tx)`` in a transaction, again after a serialization failure or a deadlock. See
-        `Store.run_transaction`."""
+        """Call ``fn(tx)`` in a transaction; repeated after a serialization failure or a deadlock.
+        See `Store.run_transaction`."""
         check_transaction(fn, isolation)
 
         async def once() -> T:
@@ -616,9 +621,8 @@ class AsyncStore:
         return self._view(channel=AsyncCallerChannel(inner, self._config.operation_timeout))
 
     def namespace(self, prefix: str) -> Self:
-        """Return a view in which every key carries the prefix, added going in, taken off coming
-        out. Views nest. `clear`, `count` and scans keep to it; what acts on the whole table
-        (`truncate`, `vacuum`, `recreate_table`) is a `ConfigError`. See `Store.namespace`."""
+        """Return a view of the keys with a prefix, which is added to keys on the way in and removed
+        on the way out. See `Store.namespace`."""
         joined = namespace_prefix(self._sql.prefix, prefix)
         return self._view(sql=Statements(self._config, joined))
 
@@ -629,4 +633,4 @@ class AsyncStore:
 
 
 builtin_set = set  # inside the class body the name means the method
-_closing: set[asyncio.Task[None]] = set()  # a loop alone does not keep its tasks alive
+_closing: set[asyncio.Task[None]] = set()  # a loop holds only weak references to its tasks

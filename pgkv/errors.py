@@ -121,7 +121,7 @@ class TableNotFoundError(PgkvError):
 
 
 class QueryError(PgkvError):
-    """The server refused the statement for a reason pgkv has no better name for."""
+    """The server refused the statement for a reason that has no exception of its own."""
 
     @property
     def sqlstate(self) -> str:
@@ -242,7 +242,7 @@ def translate(
         return _because(StoreUnavailableError(f"{action}: {_one_line(error)}"), error)
 
     state = error.sqlstate
-    # Class 08 is what a pooler says of a server it lost: like silence, it proves nothing.
+    # Poolers report a lost server with class 08, which says nothing about the outcome.
     if state is None or state.startswith("08"):
         if not sent and refuses_login(error):
             refused_login = StoreUnavailableError(
@@ -339,7 +339,7 @@ def _grant(table: str, action: str) -> str:
     if action == "truncate":
         return (
             f"Run as the table's owner: GRANT TRUNCATE ON {table} TO <role>; or call clear(), "
-            "which does without."
+            "which does not need it."
         )
     return (
         f"Run as the table's owner: GRANT SELECT, INSERT, UPDATE, DELETE ON {table} TO <role>; "

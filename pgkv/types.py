@@ -1,6 +1,6 @@
 """The values a store returns: frozen, comparable, and aware of the server's clock.
 
-Moments come from the server. What counts on from them (`Entry.ttl`) uses the local monotonic
+Moments come from the server. Time that passes since (`Entry.ttl`) is measured by the local monotonic
 clock, so a wrong wall clock on the client changes nothing.
 """
 
@@ -17,7 +17,7 @@ SHOWN_MAX = 64  # bytes of a value that its repr shows
 
 
 def shown_value(value: object) -> str:
-    """Return a value as a repr shows it: of a long one the beginning, and how long it is."""
+    """Return a value as a repr shows it; a long one is cut, with its length."""
     if not isinstance(value, bytes) or len(value) <= SHOWN_MAX:
         return repr(value)
     return f"{value[:SHOWN_MAX]!r}... ({len(value):,} bytes)"
@@ -28,7 +28,7 @@ class Entry:
     """A key's whole row, as one read saw it.
 
     Attributes:
-        key: the key, without a namespace's prefix.
+        key: the key, without the namespace's prefix.
         value: the bytes.
         version: rises with every write of the value, not with a change of the expiry alone.
         expires_at: when the key ends (UTC), or None when it never does.
@@ -61,7 +61,7 @@ class Entry:
         return max(0.0, left_then - (time.monotonic() - self._read_clock))
 
     def is_expired(self) -> bool:
-        """Tell whether the key's time has passed by now."""
+        """Tell whether the key has expired by now."""
         return self.ttl() <= 0
 
 
@@ -133,8 +133,8 @@ class ScanOptions:
         end: the first key that may not (exclusive).
         after: keys beyond it (exclusive): the last key of the previous page.
         limit: rows at most; None for all.
-        offset: rows to pass over. It costs as much as reading them: prefer `after`.
-        include_expired: also rows whose time has passed and that nobody collected yet.
+        offset: rows to skip. This costs as much as reading them: prefer `after`.
+        include_expired: also expired rows that are not collected yet.
     """
 
     prefix: str = ""
@@ -148,11 +148,11 @@ class ScanOptions:
 
 @dataclass(frozen=True, slots=True)
 class Stats:
-    """What a table holds and how well it is kept.
+    """What a table holds, and its health.
 
     Attributes:
         total_keys: rows, the expired ones included.
-        expired_keys: rows whose time has passed and that are not yet collected.
+        expired_keys: expired rows that are not collected yet.
         total_value_bytes: sum of the values' sizes.
         avg_value_bytes: their mean, 0.0 for an empty table.
         max_value_bytes: the largest.

@@ -122,7 +122,7 @@ def update(
 
 def maintain(sql: Statements, op: Op[None]) -> Flow[None]:
     """Vacuum or analyze. A role without the right is told: the server would only warn, and skip."""
-    if not (yield from do(sql.may_maintain())):
+    if not (yield from do(sql.may_maintain(op.statement.name))):
         raise ConfigError(
             f"{op.statement.name}: the database role lacks a right: it does not own {sql.t}. "
             "Run it as the table's owner; or, on PostgreSQL 17 and newer, let the owner "

@@ -1,7 +1,7 @@
 """How Python values cross the wire: parameters to bytes, binary columns back.
 
-Also where bad input is refused, each fault by its own words, before anything is sent. It knows
-no SQL. Layouts are PostgreSQL's binary formats: big-endian, times in microseconds since 2000.
+Bad input is refused here, each fault with its own message, before anything is sent. This module
+knows no SQL. Layouts are PostgreSQL's binary formats: big-endian, times in microseconds since 2000.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 Value: TypeAlias = bytes | bytearray | memoryview | str
 
-TTL_MAX = 1000 * 366 * 86400.0  # seconds; a moment Python can show, whatever the server's clock
+TTL_MAX = (
+    1000 * 366 * 86400.0
+)  # seconds; Python can express the moment, whatever the server's clock
 KEY_ENDLESS = "leave it out for a key that never expires"
 INT8_MIN, INT8_MAX = -(2**63), 2**63 - 1
 
@@ -35,7 +37,7 @@ _ARRAY = Struct("!iiiii")  # dimensions, has nulls, element type, length, lower 
 TEXT_OID, BYTEA_OID = 25, 17
 
 
-# -- what is refused -----------------------------------------------------------------------
+# -- checks -----------------------------------------------------------------------
 
 
 def encode_key(key: str, prefix: bytes, length_max: int, what: str = "key") -> bytes:
@@ -61,7 +63,7 @@ def encode_key(key: str, prefix: bytes, length_max: int, what: str = "key") -> b
 
 
 def encode_keys(keys: Iterable[str], prefix: bytes, length_max: int) -> list[bytes]:
-    """Return many keys' bytes, checked as by `encode_key`, but all at once: a third of the time.
+    """Return the bytes of many keys, checked as by `encode_key` but together: a third of the time.
 
     Raises:
         InvalidKeyError: as `encode_key`, for the first key at fault.
@@ -70,7 +72,7 @@ def encode_keys(keys: Iterable[str], prefix: bytes, length_max: int) -> list[byt
         keys = list(keys)
     except TypeError:
         if hasattr(keys, "__iter__"):
-            raise  # the caller's own, in a generator
+            raise  # from inside the caller's generator
         raise InvalidKeyError(
             f"give several keys as a list or another iterable, not {type(keys).__name__}"
         ) from None
@@ -78,7 +80,7 @@ def encode_keys(keys: Iterable[str], prefix: bytes, length_max: int) -> list[byt
         raw = "\0".join(keys).encode().split(b"\0")
     except (TypeError, UnicodeEncodeError):
         raw = []
-    # A key that holds NUL itself comes apart: there are more parts than keys.
+    # A key that contains NUL is split: then there are more parts than keys.
     if len(raw) != len(keys) or b"" in raw or len(max(raw, key=len)) + len(prefix) > length_max:
         return [encode_key(key, prefix, length_max) for key in keys]
     return [prefix + each for each in raw] if prefix else raw
@@ -139,7 +141,7 @@ def encode_value(value: Value, size_max: int) -> bytes:
 
 
 def _utf8(text: str) -> bytes | None:
-    # Apart, so that what is raised has no context: the encoder's own error holds the value.
+    # A function of its own, so that the caller's error has no context: this one holds the value.
     try:
         return text.encode()
     except UnicodeEncodeError:
@@ -165,8 +167,8 @@ def seconds(
     Args:
         value: what the caller gave.
         name: what the caller calls it.
-        zero: no time at all is a duration too.
-        endless: how the caller says "without end"; the default is about a key's ttl.
+        zero: also accept 0.
+        endless: advice for a duration without end; the default is for a key's ttl.
 
     Raises:
         InvalidValueError: zero, negative, NaN, infinite, longer than 1,000 years, not a number.
@@ -189,8 +191,8 @@ def seconds(
 
 
 def waiting(value: Seconds | None, name: str = "timeout") -> float | None:
-    """Return how long a caller is ready to wait, in seconds: 0 not at all, None (or an infinity)
-    without end.
+    """Return how long the caller may wait, in seconds: 0 for not at all, None (also for infinity) for
+    no limit.
 
     Raises:
         InvalidValueError: as `seconds`.
@@ -270,8 +272,8 @@ def encode_array(items: Sequence[bytes], oid: int = TEXT_OID) -> bytes:
 def successor(prefix: bytes) -> bytes | None:
     """Return the smallest string above every string with that prefix; None when there is none.
 
-    UTF-8 orders by code point, so the last character that has a successor is raised and what
-    follows it dropped. Surrogates are no characters and are passed over.
+    UTF-8 orders by code point, so the last character that has a successor is replaced by it and
+    the rest dropped. Surrogates are not characters and are skipped.
     """
     text = prefix.decode()
     while text:

@@ -1,25 +1,26 @@
-"""Every statement pgkv sends, as factories that return operations. It never opens a connection.
+"""The store's statements, as factories that return operations. Nothing is sent from here.
 
-One module per shape of work: `table` holds the pieces that statements share, `point` what touches
-one key, `batch` what touches many, `scan` what touches a range or the whole table. The rules that
-keep one text running on PostgreSQL 14 to 18, managed PostgreSQL and Citus:
+`table` holds the pieces that statements share, `point` those of one key, `batch` those of many, `scan`
+those of a range or the whole table, `sweep` those that collect expired rows of any table. Patterns have
+their own statements, in their `sql` modules. The rules that keep one text running on PostgreSQL 14 to
+18, managed PostgreSQL and Citus:
 
 * In an upsert the clock stands in the INSERT list only, and ON CONFLICT reads it as
   ``EXCLUDED.updated_at``: Citus refuses any function there that is not IMMUTABLE.
 * SELECT, UPDATE and DELETE judge time by ``statement_timestamp()``: unlike ``now()`` it moves
   inside a long transaction, unlike ``clock_timestamp()`` it is STABLE.
-* Both stay unqualified, so that a test's ``search_path`` can put a clock of its own before them.
-* Whatever orders or ranges over keys says ``COLLATE "C"``: tables made by others may have the
-  database's collation, under which ``'a' <= key`` means something else.
-* Several rows are locked in key order before they are changed, or two batches deadlock.
+* Both stay unqualified, so that a test can put its own clock before them in the ``search_path``.
+* An order or a range of keys is written with ``COLLATE "C"``: a table made by another program may
+  have the database's collation, under which ``'a' <= key`` means something else.
+* Several rows are locked in key order before they are changed; otherwise two batches deadlock.
 """
 
 from .batch import BatchStatements
-from .point import Point
-from .scan import Scan
+from .point import PointStatements
+from .scan import ScanStatements
 
 __all__ = ["Statements"]
 
 
-class Statements(Point, BatchStatements, Scan):
+class Statements(PointStatements, BatchStatements, ScanStatements):
     """All statements of one key-value table, for keys under one prefix."""

@@ -1,7 +1,7 @@
 """Statements that touch many keys, given as arrays: one round trip per few thousand keys.
 
 Keys are made distinct and sorted over the whole batch before it is cut into chunks, so that two
-batches take their row locks in one order whatever order their callers wrote them in.
+batches lock rows in the same order, whatever order their callers used.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ K = TypeVar("K")
 
 CHUNK_ROWS = 5_000
 CHUNK_BYTES = 8 * 1024 * 1024
-# A small array is planned anew at every call; as many parameters as keys keep one plan.
+# A small array is planned at every call; one parameter per key keeps the plan.
 IN_LIST_MAX = 8
 
 
@@ -220,8 +220,8 @@ class BatchStatements(TableStatements):
 
     @cached_property
     def _collect(self) -> Statement[int]:
-        # Names the expiry again, so that a value written a moment ago is safe, and skips rows
-        # that somebody holds: collecting waits for nobody.
+        # Tests the expiry again, so that a value written meanwhile is safe, and skips locked rows:
+        # collecting never waits.
         dead = f"{_among(0)} AND expires_at <= statement_timestamp()"
         return self.statement(
             "collect",

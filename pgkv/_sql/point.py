@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-REPEATS = 100  # attempts that may meet a concurrent change before a caller hears of it
+REPEATS = 100  # attempts that may meet a concurrent change before a ConflictError
 
 # Integers are kept as decimal text, as the Rust crate keeps them. The pattern is tested before
 # the cast, which on 16 and later would also take '1_000' and '0x1F', and ' 7 ' on any version.
@@ -59,7 +59,7 @@ ADDED = (
 WINDOW = f"CASE WHEN {DEAD} THEN EXCLUDED.expires_at ELSE t.expires_at END"
 
 
-class Point(TableStatements):
+class PointStatements(TableStatements):
     """Reads, writes and compare-and-swap of one key."""
 
     def _of_one_key(
@@ -214,7 +214,7 @@ class Point(TableStatements):
     def _make_set_if(self, expiry: Expiry) -> Statement[int | None]:
         n = 3 if expiry.format is None else 4
         return self._of_one_key(
-            "set_if_version",
+            "set",
             f"UPDATE {self.t} SET value = $2, expires_at = {expiry.updated.format(n=3)}, {UPDATED} "
             f"WHERE key = $1 AND version = ${n} AND {LIVE} RETURNING version",
             formats(2, expiry, BINARY),
@@ -255,7 +255,7 @@ class Point(TableStatements):
     @cached_property
     def _delete_if(self) -> Statement[bool]:
         return self._of_one_key(
-            "delete_if_version",
+            "delete",
             f"DELETE FROM {self.t} WHERE key = $1 AND version = $2 AND {LIVE}",
             (TEXT, BINARY),
             read_changed,
@@ -289,8 +289,8 @@ class Point(TableStatements):
 
     def _make_get_and_set(self, expiry: Expiry) -> Statement[bytes | None]:
         # Before 18 RETURNING has no old row. FOR UPDATE returns the newest value and holds it;
-        # count(*) makes that run before the INSERT; and the version test turns a row that
-        # somebody inserted in between into "no row came back", which is asked again.
+        # count(*) makes that run before the INSERT; and the version test turns a row
+        # inserted in between into "no row returned", which is repeated.
         before_18 = (
             f"WITH old AS MATERIALIZED (SELECT value, expires_at, version FROM {self.t} "
             "WHERE key = $1 FOR UPDATE), ups AS ("
@@ -331,9 +331,9 @@ class Point(TableStatements):
         return self._make_increment(NEVER)
 
     def _make_increment(self, expiry: Expiry) -> Statement[int]:
-        # The statement judged the row when it arrived. If it then waited for a lock, the row it
-        # added to may have expired meanwhile, and nobody would ever see the sum: hence the
-        # second look, by a clock that has moved on.
+        # The statement judged the row when it arrived. If it then waited for a lock, the row may
+        # have expired meanwhile, and the sum would never be visible: it is tested again with a
+        # later clock.
         upsert = self.upsert(expiry, value=ADDED, expires_at=WINDOW, returning="value, expires_at")
         return self._of_one_key(
             "increment",
@@ -498,7 +498,7 @@ def _read_value_or_raced(result: Result) -> bytes | Signal | None:
 
 
 def _in_each_call(result: Result) -> NoReturn:
-    """Stands for a decoder that each call brings, because the answer holds what was asked."""
+    """Placeholder: each call has a decoder of its own, because the answer contains what was asked."""
     raise AssertionError(f"undecoded: {result!r}")
 
 

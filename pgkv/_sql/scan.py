@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-class Scan(Sweep):
+class ScanStatements(Sweep):
     """Ranges, counts and upkeep."""
 
     # -- ranges
@@ -62,7 +62,7 @@ class Scan(Sweep):
 
     def _range(self, options: ScanOptions, first: int = 3) -> tuple[str, list[bytes]]:
         """The WHERE of a selection, its parameters counted from `first`. Bounds are merged here,
-        so that there is one text per shape, whatever mix of bounds asked for it."""
+        so that there is one text per shape, whatever the mix of bounds."""
         prefix = self.prefix_bytes + _codec.encode_bound(options.prefix, "prefix")
         lower, inclusive = prefix, True
         if options.start is not None:
@@ -161,14 +161,13 @@ class Scan(Sweep):
         """Empty the table at once."""
         return Op(self._command("truncate", f"SET LOCAL lock_timeout = '2s'; TRUNCATE {self.t}"))
 
-    @cached_property
-    def _may_maintain(self) -> Statement[bool]:
+    def _make_may_maintain(self, action: str) -> Statement[bool]:
         return self.statement(
-            "may_maintain",
+            action,
             "SELECT FROM pg_class c, pg_database d "
             f"WHERE c.oid = {self._regclass} AND d.datname = current_database() "
             "AND (pg_has_role(d.datdba, 'USAGE') "
-            # An older server does not know the word MAINTAIN: asked about it, it raises.
+            # An older server raises an error for the unknown word MAINTAIN.
             "OR CASE WHEN current_setting('server_version_num')::int >= 170000 "
             "THEN has_table_privilege(c.oid, 'MAINTAIN') "
             "ELSE pg_has_role(c.relowner, 'USAGE') END)",
@@ -178,9 +177,10 @@ class Scan(Sweep):
             writes=False,
         )
 
-    def may_maintain(self) -> Op[bool]:
-        """Whether the role may vacuum and analyze: where not, the server skips the table."""
-        return Op(self._may_maintain)
+    def may_maintain(self, action: str) -> Op[bool]:
+        """Whether the role may vacuum and analyze: without the right the server skips the table."""
+        made = self.made(("may_maintain", action), lambda: self._make_may_maintain(action))
+        return Op(made)
 
     def vacuum(self) -> Op[None]:
         """Reclaim dead rows."""
@@ -208,7 +208,7 @@ class Scan(Sweep):
         return Statement("connect", "SELECT 1", (), read_nothing, retry_safe=True, writes=False)
 
     def reach(self) -> Op[None]:
-        """The same, as the first thing that a store asks: errors name what the caller did."""
+        """A round trip that errors call "connect": the first statement of a new store."""
         return Op(self._reach)
 
 

@@ -1,4 +1,4 @@
-"""Statements that collect a table's expired rows, chunk by chunk, whatever the table is for."""
+"""Statements that collect the expired rows of any table, chunk by chunk."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Sweep(TableStatements):
 
     def collect(self, keys: Iterable[bytes]) -> Op[int]:
         """Delete those of the rows whose time has passed."""
-        raise NotImplementedError  # what a row's key is called differs from table to table
+        raise NotImplementedError  # the name of the key column differs from table to table
 
     @cached_property
     def _regclass(self) -> str:
@@ -26,7 +26,7 @@ class Sweep(TableStatements):
     @cached_property
     def _pages(self) -> Statement[int]:
         return self.statement(
-            "pages",
+            "cleanup",
             f"SELECT pg_relation_size({self._regclass}) / current_setting('block_size')::bigint",
             (),
             read_int,
@@ -44,7 +44,7 @@ class Sweep(TableStatements):
         # second test of the expiry is for a row that was written between the two scans.
         chunk = "ctid >= $1::tid AND ctid < $2::tid"
         return self.statement(
-            "sweep",
+            "cleanup",
             f"WITH gone AS (DELETE FROM {self.t} WHERE ctid = ANY (ARRAY("
             f"SELECT ctid FROM {self.t} WHERE {chunk} AND expires_at <= statement_timestamp() "
             "LIMIT $3::bigint FOR UPDATE SKIP LOCKED)) "
@@ -64,11 +64,11 @@ class Sweep(TableStatements):
 
     @cached_property
     def _sweep_alone(self) -> Statement[tuple[int, int, int]]:
-        # Of a fleet only one process sweeps a table at a time; the others' chunk is empty.
+        # Only one process at a time sweeps a table; for the others the chunk is empty.
         alone = "(SELECT pg_try_advisory_xact_lock(hashtext('pgkv sweep'), hashtext($4)))"
         sql = self._sweep.sql.replace("LIMIT $3", f"AND {alone} LIMIT $3", 1)
         return self.statement(
-            "sweep",
+            "cleanup",
             sql,
             (TEXT, TEXT, BINARY, TEXT),
             _read_sweep,
@@ -77,7 +77,7 @@ class Sweep(TableStatements):
         )
 
     def sweep_alone(self, page: int) -> Op[tuple[int, int, int]]:
-        """`sweep`, but empty while another process is in one."""
+        """Like `sweep`, but does nothing while another process sweeps the table."""
         return Op(self._sweep_alone, (*_tids(page, None), self.t.encode()))
 
 

@@ -24,7 +24,7 @@ CLOCK_US = "(extract(epoch from clock_timestamp()) * 1000000)::bigint"
 STATEMENT_US = "(extract(epoch from statement_timestamp()) * 1000000)::bigint"
 LIVE = "(expires_at IS NULL OR expires_at > statement_timestamp())"
 UPDATED = f"updated_at = statement_timestamp(), version = greatest(version + 1, {STATEMENT_US})"
-# Of the row that an upsert found: its time had passed when the statement arrived.
+# The row that an upsert found had expired when the statement arrived.
 DEAD = "t.expires_at <= EXCLUDED.updated_at"
 
 
@@ -78,7 +78,7 @@ def choose_expiry(
 
 
 class TableStatements:
-    """One table's statements are made at first use and kept: see `made`.
+    """The statements of one table, made at first use and kept; see `made`.
 
     Args:
         config: the table, its limits and its cleanup strategy.
@@ -94,9 +94,9 @@ class TableStatements:
         self.key_length_max: int = config.max_key_length
         self.value_size_max: int = config.max_value_size
         strategy = config.ttl_cleanup_strategy
-        # What reads (not writes) take for a live row.
+        # Under which condition reads (not writes) treat a row as live.
         self.readable = "TRUE" if strategy is TtlCleanupStrategy.DISABLED else LIVE
-        # Under ON_READ a read also brings home which rows have expired, to be collected.
+        # Under ON_READ a read also reports expired rows, so that they can be collected.
         self.collects: bool = strategy is TtlCleanupStrategy.ON_READ
         self._made: dict[object, Statement[Any]] = {}
 
@@ -138,7 +138,7 @@ class TableStatements:
 
     @cached_property
     def read_key(self) -> Callable[[bytes], str]:
-        """How a key that comes back is shown: without the namespace's prefix."""
+        """Decodes a key that is read, without the namespace's prefix."""
         cut = len(self.prefix_bytes)
         if not cut:
             return bytes.decode
@@ -156,10 +156,10 @@ class TableStatements:
         where: str = "",
         returning: str = "",
     ) -> str:
-        """The upsert that every unconditional write and every "if absent" is a form of.
+        """The upsert behind every unconditional write and every write "if absent".
 
-        Parameters are ``$1`` key, ``$2`` value, ``$3`` the expiry's. A row whose time has passed
-        counts as absent: it gets a new ``created_at``, and never the old expiry.
+        Parameters are ``$1`` key, ``$2`` value, ``$3`` the expiry's. An expired row
+        counts as absent: it gets a new ``created_at``, and never keeps the old expiry.
         """
         inserted = expiry.inserted.format(n=3)
         if expires_at is None:

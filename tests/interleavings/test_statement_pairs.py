@@ -201,7 +201,7 @@ def test_every_writing_statement_has_its_part(subject: StoreSubject) -> None:
     sql = subject.store._sql
     made: list[Any] = [*sql._made.values(), *vars(sql).values()]
     sent = {each.sql for each in made if isinstance(each, Statement)}
-    kinds = {"truncate", "collect", "sweep"}
+    kinds = {"truncate", "collect", "cleanup"}
     table = Statements(Config("postgresql://", ttl_cleanup_strategy=TtlCleanupStrategy.MANUAL))
     assert table.t == sql.t
     left_out = {

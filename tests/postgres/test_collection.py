@@ -175,7 +175,7 @@ async def test_only_cleanup_expired_collects(
     await store.get("x0")
     await store.get_many(["x0", "x1"])
     await store.set("l0", b"1")
-    assert not {name for name, *_ in operations} & {"collect", "sweep"}
+    assert not {name for name, *_ in operations} & {"collect", "cleanup"}
     assert await store.cleanup_expired() == 2
     assert peer.keys() == {"l0"}
 
@@ -208,7 +208,7 @@ async def test_cleanup_expired_in_chunks(
     clock.advance(61)
     operations.clear()
     assert await store.cleanup_expired() == 100
-    assert [name for name, *_ in operations].count("sweep") > 5
+    assert [name for name, *_ in operations].count("cleanup") > 5
     assert peer.keys() == set()
 
 

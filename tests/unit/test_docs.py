@@ -63,7 +63,10 @@ def test_every_setting_is_explained_with_its_default(of: type[Any]) -> None:
         if default is dataclasses.MISSING:
             assert shown == "none"
         else:
-            assert eval(shown.strip("`"), vars(pgkv)) == default, name
+            assert (
+                eval(shown.strip("`"), {each: getattr(pgkv, each) for each in pgkv.__all__})
+                == default
+            ), name
         assert advice, name
 
 

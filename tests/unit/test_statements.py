@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from pgkv import Config, ScanOptions, TtlCleanupStrategy
+from pgkv import Config, ScanOptions, Store, TtlCleanupStrategy
 from pgkv._ops.op import Op, Statement
 from pgkv._sql import Statements
-from pgkv._sql.point import Point
+from pgkv._sql.point import PointStatements
 
 LATER = datetime(2999, 1, 1, tzinfo=UTC)
 KEYS = [f"k{n}" for n in range(20)]
@@ -38,7 +38,7 @@ SAFE: dict[str, Call] = {
     "stats": lambda s: s.stats(),
     "ping": lambda s: s.ping(),
     "reach": lambda s: s.reach(),
-    "may_maintain": lambda s: s.may_maintain(),
+    "may_maintain": lambda s: s.may_maintain("vacuum"),
     "pages": lambda s: s.pages(),
     "set": lambda s: s.set("k", b"v"),
     "set with ttl": lambda s: s.set("k", b"v", 60),
@@ -155,14 +155,22 @@ def test_no_statement_is_left_out() -> None:
         - {"config"}
     )
     assert factories <= called
-    assert issubclass(Statements, Point)
+    assert issubclass(Statements, PointStatements)
+
+
+def test_statements_are_named_as_their_callers_know_them() -> None:
+    """Messages and metrics name what was called, not how it is done; but for what pgkv does itself."""
+    own = {"collect", "cleanup"}
+    for name, call in ALL.items():
+        found = statement(call).name
+        assert found in own or hasattr(Store, found), name
 
 
 def test_reads_do_not_count_as_writes() -> None:
     """Reads and collecting are no writes; all else is. `repeat_writes=False` goes by this."""
     reads = {
         "get", "get_entry", "exists", "ttl", "get_many", "exists_many", "keys", "scan", "count",
-        "stats", "ping", "connect", "may_maintain", "pages", "collect", "sweep",
+        "stats", "ping", "connect", "collect", "cleanup",
     }  # fmt: skip
     commands = {"truncate", "vacuum", "analyze"}
     for name, call in ALL.items():
