@@ -1,8 +1,8 @@
 """The one place that knows of ``fork()``: what a forked child renews, and in which order.
 
 A child inherits the memory of its parent but none of its threads. A lock that another thread held
-stays locked for ever, a connection belongs to the parent, and background work stands still. So
-whoever owns such a thing registers it here, and the child renews all of it before its first line
+stays locked, a connection belongs to the parent, and background work stands still. So
+the owner of such a thing registers it here, and the child renews all of it before its first line
 of code runs, in three stages:
 
 1. `LOCKS`: every lock becomes a new one. Nothing takes a lock before this is done.

@@ -1,1 +1,1 @@
-"""What the patterns share: background work, forks, threads and event loops."""
+"""What the patterns share: the background of a database, and how to wait in threads and event loops."""

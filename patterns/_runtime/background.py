@@ -23,7 +23,6 @@ from contextvars import Context, copy_context
 from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ... import _observe
 from ..._engine._async.channel import AsyncPoolChannel
 from ..._engine._async.coalesce import CoalescingChannel
 from ..._engine._sync.channel import PoolChannel
@@ -333,7 +332,7 @@ class _Job:
         try:
             self._context.run(self._work)
         except BaseException as error:  # noqa: BLE001  # not even SystemExit may end the thread
-            _observe.warning("pgkv.background.broken", error=type(error).__name__)
+            broken(error)
         finally:
             self.end()
 

@@ -305,4 +305,4 @@ def _share(left: float) -> float:
 
 def broken(error: BaseException) -> None:
     """Log a defect of ours: it must neither end the background, nor pass in silence."""
-    _observe.warning("pgkv.background.broken", error=type(error).__name__, detail=str(error))
+    _observe.warning("pgkv.background.broken", error=type(error).__name__)

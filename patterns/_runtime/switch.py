@@ -6,12 +6,12 @@ import sys
 
 from ..._fork import new_lock
 
-off = 0  # how many `disabled()` blocks are open
+off = 0  # the number of `disabled()` blocks that are open
 _lock = new_lock(sys.modules[__name__])
 
 
 def add(n: int) -> None:
-    """Open or close a block."""
+    """Add to the number of open blocks."""
     global off  # noqa: PLW0603  # read at every call: a plain name is the cheapest
     with _lock:
         off += n

@@ -23,7 +23,7 @@ from ...aio import AsyncStore
 from ...errors import ConfigError, InvalidKeyError
 from ...store import Store
 from .._runtime import switch as _switch
-from .._runtime.colour import require
+from .._runtime.checks import require
 from ..defaults import default_async_store, default_store
 from .call import CacheOptions, StoreContext, context_of
 from .envelope import Codec, SignedPickle, TypedCodec

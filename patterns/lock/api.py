@@ -33,7 +33,7 @@ from ...aio import AsyncStore
 from ...config import Config, require_int
 from ...errors import ConfigError, InvalidValueError, LockTimeoutError, PgkvError
 from ...store import Store
-from .._runtime.colour import require, require_callback
+from .._runtime.checks import require, require_callback
 from . import flows
 from .lease import (
     LeaseState,

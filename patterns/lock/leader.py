@@ -20,7 +20,7 @@ from ..._settings import refuse_pickle
 from ...aio import AsyncStore
 from ...errors import ConfigError, PgkvError
 from ...store import Store
-from .._runtime.colour import require, require_callback
+from .._runtime.checks import require, require_callback
 from . import flows
 from .api import AsyncLease, Lease, make_options
 from .lease import LeaseState, failed_callback, report

@@ -11,7 +11,7 @@ from ..._ops.codec import seconds, waiting
 from ...aio import AsyncStore
 from ...errors import ConfigError
 from ...store import Store
-from .._runtime.colour import named
+from .._runtime.checks import named
 from ..defaults import default_async_store, default_store
 from .api import Acquirer, AsyncAcquirer, AsyncLock, Lock
 from .sql import fence

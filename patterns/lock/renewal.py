@@ -7,6 +7,7 @@ network has said anything. Who watches the time is `_runtime/renewal.py`.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Hashable
 from typing import TYPE_CHECKING
 
@@ -101,7 +102,7 @@ class LeaseRenewal:
 
     async def clean(self, connection: DedicatedConnection) -> None:
         """Remove the old names of the table's next pages."""
-        try:
+        with contextlib.suppress(PgkvError):
             pages = await connection.execute(self._sql.clean(self._page), CLEAN_TIME)
             self._page = self._page + CLEAN_PAGES if self._page + CLEAN_PAGES < pages else 0
             # Fails where no lock was ever fair: the table is not there.
@@ -109,8 +110,6 @@ class LeaseRenewal:
             pages = await connection.execute(op, CLEAN_TIME)
             following = self._ticket_page + CLEAN_PAGES
             self._ticket_page = following if following < pages else 0
-        except PgkvError as error:
-            _observe.debug("pgkv.lock.clean_failed", error=type(error).__name__)
 
 
 # A failed statement's traceback keeps the frames it passed through until the collector comes. So

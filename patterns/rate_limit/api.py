@@ -21,7 +21,7 @@ from ...aio import AsyncStore
 from ...config import Seconds
 from ...errors import ConfigError, PgkvError
 from ...store import Store
-from .._runtime.colour import require
+from .._runtime.checks import require
 from .flows import LimiterFlows, OnError, Receipt, Reserved, charges_of, check_limit, hit_many
 from .local import LimiterCounts
 from .policy import Decision

@@ -17,7 +17,7 @@ from ..._settings import refuse_pickle
 from ...aio import AsyncStore
 from ...store import Store
 from ...typed import document
-from .._runtime.colour import require
+from .._runtime.checks import require
 from .data import Session, SessionInfo
 from .flows import KEEP, Keep, SessionFlows
 

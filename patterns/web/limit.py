@@ -18,7 +18,7 @@ import msgspec
 from ... import _observe
 from ..._ops.op import Flow, call
 from ...errors import ConfigError, PgkvError
-from .._runtime.colour import require
+from .._runtime.checks import require
 from ..rate_limit.flows import OnError, check_mode
 from ..rate_limit.policy import Decision, HeaderStyle
 from ..rate_limit.rate import Rates, rates_of

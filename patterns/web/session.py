@@ -23,7 +23,7 @@ from ...errors import (
     SessionGoneError,
     StoreUnavailableError,
 )
-from .._runtime.colour import require
+from .._runtime.checks import require
 from ..session.data import Session
 from ..session.flows import SessionFlows
 from ..session.request import RequestSession

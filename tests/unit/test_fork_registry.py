@@ -145,9 +145,6 @@ def test_owners_are_collected() -> None:
 # A lock that is made otherwise is neither renewed in a child nor free for a signal handler.
 PLAIN = re.compile(r"threading\.(Lock|RLock|Condition)\(\)")
 PLAIN_LOCKS = {
-    "patterns/_runtime/background.py",
-    "patterns/lock/renewal.py",
-    "patterns/lock/wakeup.py",
     "pgkv/_fork.py",  # makes them
     "pgkv/_engine/_sync/cursor_connection.py",  # within one statement, which a child does not go on with
     "pgkv/_engine/_sync/pool.py",  # renewed with the pool

@@ -124,7 +124,7 @@ async def test_a_mistake_does_not_end_renewal(
         renewer._look()
     await asyncio.wait_for(lease.told.wait(), 3)
     if isinstance(error, Exception):
-        assert "pgkv.background.broken error=ZeroDivisionError detail=why" in caplog.text
+        assert "pgkv.background.broken error=ZeroDivisionError" in caplog.text
     renewer.stop()
 
 
@@ -154,7 +154,7 @@ async def test_a_renewal_that_raises_is_repeated(caplog: pytest.LogCaptureFixtur
     renewer.add(leases[0], bad)
     renewer.add(leases[1], good)
     await until(lambda: leases[0].renewed and leases[1].renewed)
-    assert "pgkv.background.broken error=ZeroDivisionError detail=why" in caplog.text
+    assert "pgkv.background.broken error=ZeroDivisionError" in caplog.text
     renewer.stop()
 
 

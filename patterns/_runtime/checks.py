@@ -1,4 +1,4 @@
-"""The two colours, and what is said to whoever mixes them up. It knows no pattern."""
+"""Checks of what a pattern is given: a store for sync or async code, a callback that can be called."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ def named(kind: str) -> str:
 
 
 def require(given: object, wanted: type[Any], who: str, twin: str) -> None:
-    """Refuse what is not of that class: a store of the other colour, above all.
+    """Refuse an object that is not of that class.
 
     Args:
-        given: what the caller gave.
-        wanted: what is needed.
-        who: needs it.
-        twin: what takes the other colour.
+        given: what the caller passed.
+        wanted: the class.
+        who: what needs it.
+        twin: what takes the class's sync or async counterpart.
 
     Raises:
-        ConfigError: says what is needed, and for the other colour what takes it.
+        ConfigError: it is of another class; for the counterpart the message names `twin`.
     """
     if isinstance(given, wanted):
         return
@@ -37,10 +37,10 @@ def require(given: object, wanted: type[Any], who: str, twin: str) -> None:
 
 
 def require_callback(fn: object, name: str, who: str, *, blocking: bool) -> None:
-    """Refuse a callback that could not be called.
+    """Refuse a callback that cannot be called.
 
     Raises:
-        ConfigError: it is no function, or async where nobody could await it.
+        ConfigError: it is not callable, or async where it would not be awaited.
     """
     if fn is None:
         return
