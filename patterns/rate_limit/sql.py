@@ -163,10 +163,20 @@ class LimiterStatements(TableStatements):
     def _make_reset(self) -> Statement[bool]:
         return self.statement(
             "limit_reset",
-            f"DELETE FROM {self.t} WHERE key = $1 AND {LIVE}",
+            self._seen(f"DELETE FROM {self.t} WHERE key = $1 AND {LIVE}"),
             (TEXT,),
-            read_changed,
+            _read_changed_or_raced,
             retry_safe=True,
+            repeats=RACES_MAX,
+        )
+
+    def _seen(self, change: str) -> str:
+        """A change of one row that also says whether there was one. A change that waits for a row
+        which another transaction replaces finds none: it has to be asked again."""
+        return (
+            f"WITH seen AS MATERIALIZED (SELECT 1 FROM {self.t} WHERE key = $1 AND {LIVE}), "
+            f"changed AS ({change} RETURNING 1) "
+            "SELECT EXISTS (SELECT 1 FROM changed), EXISTS (SELECT 1 FROM seen)"
         )
 
     def refund(self, row: bytes, amounts: Sequence[int]) -> Op[bool]:
@@ -177,7 +187,14 @@ class LimiterStatements(TableStatements):
 
     def _make_refund(self, rates: int) -> Statement[bool]:
         lowered = [f"({_field('t', n, rates)} - ${n + 1}::bigint)" for n in range(1, rates + 1)]
-        return self._change("limit_refund", lowered, (TEXT, *(BINARY,) * rates), "")
+        return self.statement(
+            "limit_refund",
+            self._seen(self._moved(lowered, f" AND {LIVE}")),
+            (TEXT, *(BINARY,) * rates),
+            _read_changed_or_raced,
+            refused=FOREIGN,
+            repeats=RACES_MAX,
+        )
 
     def cancel(
         self, row: bytes, created_at: bytes, incs: Sequence[int], tats: Sequence[int]
@@ -209,7 +226,7 @@ class LimiterStatements(TableStatements):
             lowered,
             (TEXT, BINARY, *(BINARY,) * (2 * rates)),
             " AND created_at = $2::timestamptz "
-            f"AND greatest({', '.join(back(n) for n in numbers)}) > 0",
+            f"AND greatest({', '.join(back(n) for n in numbers)}) > 0 AND {LIVE}",
         )
 
     def rebase(self, row: bytes, version: bytes, rates: int) -> Op[bool]:
@@ -223,23 +240,21 @@ class LimiterStatements(TableStatements):
             f"({STATEMENT_US} * 1000 + greatest(0, {_field('t', n, rates)} - {written}))"
             for n in range(1, rates + 1)
         ]
-        return self._change(
-            "limit_rebase", moved, (TEXT, BINARY), " AND version = $2::bigint", live=False
-        )
+        return self._change("limit_rebase", moved, (TEXT, BINARY), " AND version = $2::bigint")
 
     def _change(
-        self, name: str, tats: list[str], formats: tuple[int, ...], where: str, live: bool = True
+        self, name: str, tats: list[str], formats: tuple[int, ...], where: str
     ) -> Statement[bool]:
-        """An UPDATE that moves the arrival times."""
+        """Move the arrival times of one certain row. If another took its place, it is gone."""
         return self.statement(
-            name,
+            name, self._moved(tats, where), formats, read_changed, refused=FOREIGN
+        )
+
+    def _moved(self, tats: list[str], where: str) -> str:
+        return (
             f"UPDATE {self.t} AS t SET value = {_joined(tats)}, expires_at = {_full_at(tats)}, "
             f"updated_at = statement_timestamp(), "
-            f"version = greatest(version + 1, {STATEMENT_US}) "
-            f"WHERE key = $1{where}" + (f" AND {LIVE}" if live else ""),
-            formats,
-            read_changed,
-            refused=FOREIGN,
+            f"version = greatest(version + 1, {STATEMENT_US}) WHERE key = $1{where}"
         )
 
     # -- several keys
@@ -413,6 +428,16 @@ class ManyReader:
             row = result.get_value(n, 5) or b""
             arrivals[row] = _read_arrival(result, n, self.rates[row])
         return arrivals
+
+
+def _read_changed_or_raced(result: Result) -> bool | Signal:
+    column = result.get_value
+    if column(0, 0) == b"\1":
+        return True
+    return _RACED if column(0, 1) == b"\1" else False
+
+
+_RACED = Raced(False)
 
 
 def _read_arrival(result: Result, n: int, rates: int) -> Arrival:

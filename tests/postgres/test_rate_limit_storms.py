@@ -93,6 +93,25 @@ async def test_a_race_inside_a_transaction_does_not_fail_it(
     assert (await limiter.peek("new")).remaining == 3
 
 
+@pytest.mark.parametrize("method", ["reset", "refund"])
+async def test_the_row_was_replaced_meanwhile(
+    make: Make, connect: Any, witness: Peer, method: str
+) -> None:
+    """A reset or refund that waits for a transaction which resets the key and charges it again acts
+    on the new row, as after it."""
+    limiter = make("5/h")
+    await limiter.hit("u", cost=3)
+    conn = await connect()
+    inside = limiter.using(conn)
+    await inside.reset("u")
+    await inside.hit("u", cost=2)
+    waiting = asyncio.ensure_future(getattr(limiter, method)("u"))
+    await witness.until_waiting()
+    await conn.commit()
+    assert await waiting
+    assert (await limiter.peek("u")).remaining == (5 if method == "reset" else 4)
+
+
 async def test_a_cancelled_wait_gives_its_place_back(store: Any, colour: Colour) -> None:
     """acquire() that is cancelled while it sleeps leaves the queue as it was."""
     if colour.name == "sync":
