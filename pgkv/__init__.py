@@ -74,8 +74,8 @@ if TYPE_CHECKING:
     from .patterns.web.wsgi import WSGIRateLimitMiddleware, WSGISessionMiddleware
     from .pipeline import AsyncPipeline, Handle, Pipeline
     from .store import Store
-    from .typed import AsyncTypedStore, TypedCasResult, TypedStore
-    from .types import CasResult, CasStatus, Entry, KeyValue, ScanOptions, Stats
+    from .typed import AsyncTypedStore, TypedStore
+    from .types import CasResult, CasStatus, Entry, KeyValue, ScanOptions, Stats, TypedCasResult
 
 __all__ = [  # noqa: RUF022  # plain order: ruff would put L1 before the classes
     "AsyncCachedFunction",
@@ -178,8 +178,8 @@ _NAMES_OF = {
     ".patterns.web.wsgi": "WSGIRateLimitMiddleware WSGISessionMiddleware",
     ".pipeline": "AsyncPipeline Handle Pipeline",
     ".store": "Store",
-    ".typed": "AsyncTypedStore TypedCasResult TypedStore",
-    ".types": "CasResult CasStatus Entry KeyValue ScanOptions Stats",
+    ".typed": "AsyncTypedStore TypedStore",
+    ".types": "CasResult CasStatus Entry KeyValue ScanOptions Stats TypedCasResult",
 }
 _MODULE_OF = {name: module for module, names in _NAMES_OF.items() for name in names.split()}
 _MODULES = (

@@ -1,4 +1,4 @@
-"""``python -m pgkv`` and the ``pgkv`` script: the command, or how to install what it needs."""
+"""``python -m pgkv`` and the ``pgkv`` script: the command, or how to install its packages."""
 
 from __future__ import annotations
 

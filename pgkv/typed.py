@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from ._engine import flows as _flows
@@ -18,7 +17,7 @@ from ._settings import refuse_pickle
 from ._sql import Statements
 from ._sql.point import REPEATS
 from .errors import ConflictError
-from .types import CasStatus
+from .types import TypedCasResult
 
 if TYPE_CHECKING:
     from ._engine._async.channel import AsyncChannel
@@ -26,45 +25,6 @@ if TYPE_CHECKING:
     from .config import Seconds
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class TypedCasResult(Generic[T]):
-    """The outcome of a typed `compare_and_swap`; true when it succeeded. See `CasResult`.
-
-    Attributes:
-        status: SUCCESS, MISMATCH or NOT_FOUND.
-        current: the value now stored, None when there is no such key.
-        version: that value's version, or None.
-    """
-
-    status: CasStatus
-    current: T | None
-    version: int | None
-
-    @property
-    def is_success(self) -> bool:
-        """The new value was written."""
-        return self.status is CasStatus.SUCCESS
-
-    @property
-    def is_mismatch(self) -> bool:
-        """Another value was found; nothing changed."""
-        return self.status is CasStatus.MISMATCH
-
-    @property
-    def is_not_found(self) -> bool:
-        """A value was expected and there is no such key; nothing changed."""
-        return self.status is CasStatus.NOT_FOUND
-
-    def __bool__(self) -> bool:
-        return self.is_success
-
-    def __repr__(self) -> str:
-        return (
-            f"TypedCasResult(status={self.status}, current={self.current!r}, "
-            f"version={self.version})"
-        )
 
 
 class _Typed(Generic[T]):

@@ -11,7 +11,9 @@ import math
 import time
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
+
+T = TypeVar("T")
 
 SHOWN_MAX = 64  # bytes of a value that its repr shows
 
@@ -84,8 +86,8 @@ class CasStatus(enum.Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class CasResult:
-    """The outcome of `compare_and_swap`; true when it succeeded.
+class TypedCasResult(Generic[T]):
+    """The outcome of a `compare_and_swap`; true when it succeeded.
 
     Attributes:
         status: SUCCESS, MISMATCH or NOT_FOUND.
@@ -95,7 +97,7 @@ class CasResult:
     """
 
     status: CasStatus
-    current: bytes | None
+    current: T | None
     version: int | None
 
     @property
@@ -118,9 +120,22 @@ class CasResult:
 
     def __repr__(self) -> str:
         return (
-            f"CasResult(status={self.status}, current={shown_value(self.current)}, "
+            f"{type(self).__name__}(status={self.status}, current={shown_value(self.current)}, "
             f"version={self.version})"
         )
+
+
+class CasResult(TypedCasResult[bytes]):
+    """The outcome of `Store.compare_and_swap`; true when it succeeded.
+
+    Attributes:
+        status: SUCCESS, MISMATCH or NOT_FOUND.
+        current: the bytes now stored: the new ones on success, those found on a mismatch (never
+            equal to the expected ones), None when there is no such key.
+        version: that value's version, or None.
+    """
+
+    __slots__ = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -293,6 +293,8 @@ class RateLimiter(LimiterView):
         check_limit(key, cost)
 
         def decorate(fn: Callable[P, R]) -> Callable[P, R]:
+            if isinstance(fn, staticmethod | classmethod):
+                return type(fn)(decorate(fn.__func__))
             if is_async(fn):
                 raise ConfigError(
                     f"RateLimiter.limit cannot decorate {_name(fn)}: an async function needs "
@@ -432,6 +434,8 @@ class AsyncRateLimiter(LimiterView):
         check_limit(key, cost)
 
         def decorate(fn: Callable[P, Awaitable[R]]) -> Callable[P, Awaitable[R]]:
+            if isinstance(fn, staticmethod | classmethod):
+                return type(fn)(decorate(fn.__func__))
             if not is_async(fn) or inspect.isasyncgenfunction(fn):
                 raise ConfigError(
                     f"AsyncRateLimiter.limit cannot decorate {_name(fn)}: "
@@ -472,7 +476,8 @@ def is_async(fn: Any) -> bool:
             f"limit() decorates a function, not {type(fn).__name__}; write "
             "@limiter.limit(key=...) with the parentheses"
         )
-    return inspect.iscoroutinefunction(fn) or inspect.isasyncgenfunction(fn)
+    own = getattr(type(fn), "__call__", None)  # noqa: B004  # an object's `async def __call__`
+    return any(map(inspect.iscoroutinefunction, (fn, own))) or inspect.isasyncgenfunction(fn)
 
 
 def _name(fn: Any) -> str:

@@ -1,6 +1,6 @@
-"""``pgkv cache``: what cached functions keep in the table, and clearing one of them.
+"""``pgkv cache``: the entries of cached functions in the table, and clearing them.
 
-The command sees the table, not the programs: counts of hits and misses are each program's own
+The command reads the table, not the programs: each program counts its own hits and misses
 (``cache_info()``).
 """
 
@@ -21,19 +21,21 @@ def cache(
     call: Call,
     clear: Annotated[
         str | None,
-        typer.Option("--clear", metavar="FUNCTION", help="Make all entries of this one misses."),
+        typer.Option(
+            "--clear", metavar="FUNCTION", help="Invalidate all entries of this function."
+        ),
     ] = None,
     tag: Annotated[
         str | None,
-        typer.Option("--tag", metavar="TAG", help="Make all entries with this tag misses."),
+        typer.Option("--tag", metavar="TAG", help="Invalidate all entries with this tag."),
     ] = None,
 ) -> int:
     """List cached functions with their entries, or clear one function or tag.
 
-    A function is called as the list shows it: module, qualified name and version; its last part is
-    enough where that is unambiguous. Clearing takes effect in every process at once (in first
-    levels within their ttl) and costs one write, however many entries there are; their rows stay in
-    the list until they expire. Exit code 1: there is no such function.
+    Name a function as the list shows it: module, qualified name and version. The last part is
+    enough if it is unambiguous. Clearing takes effect in every process at once (in first levels
+    within their ttl) and costs one write, however many entries there are. Their rows stay in the
+    list until they expire. Exit code 1: there is no such function.
 
     **Example:** `pgkv cache`
 
@@ -62,7 +64,7 @@ def cache(
                 }
             )
     elif not usages:
-        console.note("No cached function keeps anything in this table.")
+        console.note("No cached function has entries in this table.")
     else:
         rows = [
             (
@@ -73,7 +75,7 @@ def cache(
             )
             for each in usages
         ]
-        console.out().print(console.table(("function", "entries", "computing", "values"), rows))
+        console.show_table(("function", "entries", "computing", "values"), rows)
     return DONE
 
 
@@ -83,9 +85,9 @@ def _clear(call: Call, store: Store, sql: CacheStatements, wanted: str, usages: 
         name for name in names if name.rpartition(":")[0].endswith(f".{wanted}")
     ]
     if not found:
-        raise NotFoundError(f"no cached function {wanted!r} keeps anything in this table")
+        raise NotFoundError(f"no cached function {wanted!r} has entries in this table")
     if len(found) > 1:
-        raise typer.BadParameter(f"{wanted!r} may be {', '.join(found)}: name one of them in full")
+        raise typer.BadParameter(f"{wanted!r} is ambiguous: {', '.join(found)}; give the full name")
     store._execute(sql.bump_function(sql.cache_key(FUNCTION, found[0])))
     return _cleared(call, "function", found[0])
 

@@ -1,6 +1,8 @@
-"""`_command.py` is the frame of ``pgkv``'s commands: the options that all of them take, what a
-command is given, how one is registered, and what its failures become. The commands themselves are
-in `cli.py`.
+"""`command.py` is the frame of ``pgkv``'s commands: the options that all of them take, how one is
+registered, and what its failures become.
+
+A command is a function whose first parameter is a `Call` and which returns its exit code. `register`
+adds the common options, which can stand before or after the command's name.
 """
 
 from __future__ import annotations
@@ -9,15 +11,19 @@ import contextlib
 import inspect
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Annotated, Any, TypeAlias, get_type_hints
 
 import typer
+from typer.core import TyperCommand, TyperGroup, TyperOption
 
-from ..config import Config, Pooler, dsn_from_environment
+from .. import embedded
+from ..config import EMBEDDED_SCHEME, Config, Pooler, dsn_from_environment
 from ..errors import (
     ConfigError,
     InvalidKeyError,
@@ -29,16 +35,37 @@ from ..errors import (
 from ..store import Store
 from . import console
 
-DONE, NOT_FOUND, USAGE, UNAVAILABLE, INTERRUPTED, INTERNAL = 0, 1, 2, 3, 130, 70
+DONE, NOT_FOUND, USAGE, UNAVAILABLE, INTERRUPTED = 0, 1, 2, 3, 130
+INTERNAL, INPUT_OUTPUT = 70, 74  # sysexits' EX_SOFTWARE and EX_IOERR
 
 # The base of what typer raises for wrong usage. Its name depends on the version: click's, or a
 # copy of it within typer.
 UsageError: Any = typer.BadParameter.__bases__[0]
 
+
+class _HelpIsAFlag:
+    """`--help` is listed without a value, as other flags are."""
+
+    def get_help_option(self, ctx: Any) -> TyperOption | None:
+        option: TyperOption | None = super().get_help_option(ctx)  # type: ignore[misc]  # a mixin
+        if option is not None:
+            option.metavar = ""
+        return option
+
+
+class _Command(_HelpIsAFlag, TyperCommand):
+    pass
+
+
+class _Group(_HelpIsAFlag, TyperGroup):
+    pass
+
+
 app: typer.Typer = typer.Typer(
     name="pgkv",
-    help="A key-value store on PostgreSQL: look into it, change it, check it, try it.",
-    epilog="Each command explains itself: pgkv set --help. To see pgkv at work: pgkv demo",
+    cls=_Group,
+    help="A key-value store on PostgreSQL: read it, change it, check it, try it.",
+    epilog="Help for one command: pgkv set --help. A demonstration: pgkv demo",
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -52,7 +79,7 @@ def duration(text: str) -> float:
         raise typer.BadParameter(str(error)) from None
 
 
-_PANEL = "Which store, and how it is shown"
+_PANEL = "Store and output"
 Seconds: TypeAlias = "float | None"
 
 # Options of every command. What stands after the command's name wins over what stands before.
@@ -64,7 +91,7 @@ COMMON: dict[str, Any] = {
             metavar="DSN",
             rich_help_panel=_PANEL,
             help="postgresql://user@host/db, or embedded:///path. Default: PGKV_DSN, else "
-            "DATABASE_URL. Keep passwords out of it: PGPASSWORD or ~/.pgpass serve.",
+            "DATABASE_URL. Keep passwords out of it: use PGPASSWORD or ~/.pgpass.",
         ),
     ],
     "table": Annotated[
@@ -80,7 +107,7 @@ COMMON: dict[str, Any] = {
     "namespace": Annotated[
         str | None,
         typer.Option("--namespace", "-n", metavar="PREFIX", rich_help_panel=_PANEL,
-                     help="Put this before every key, and take it off what is shown."),
+                     help="Prefix of every key, left out where keys are shown."),
     ],
     "pooler": Annotated[
         Pooler | None,
@@ -90,18 +117,19 @@ COMMON: dict[str, Any] = {
     "timeout": Annotated[
         Seconds,
         typer.Option("--timeout", metavar="TIME", parser=duration, rich_help_panel=_PANEL,
-                     help="The most that one operation may take. Default: 30s."),
+                     help="The time limit of one operation. Default: 30s."),
     ],
     "json": Annotated[
         bool,
-        typer.Option("--json", rich_help_panel=_PANEL, help="JSON, one document a line."),
+        typer.Option("--json", metavar="", rich_help_panel=_PANEL,
+                     help="Print JSON, one document a line."),
     ],
 }  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """What every command is given: which store, and how to answer."""
+    """The common options: which store, and how to answer."""
 
     dsn: str | None = None
     table: str | None = None
@@ -112,7 +140,7 @@ class Call:
     json: bool = False
 
     def config(self, **options: Any) -> Config:
-        """Return the settings asked for; without a DSN the environment's."""
+        """Return the settings that were asked for; the default DSN is the environment's."""
         wanted = {
             "table_name": self.table,
             "schema": self.schema,
@@ -126,10 +154,29 @@ class Call:
 
     @contextlib.contextmanager
     def store(self, *, create: bool = False) -> Iterator[Store]:
-        """Open the store. Only a command that writes creates a missing table: a mistyped --table
-        should leave nothing behind."""
-        with Store(self.config(auto_create_table=create)) as store:
+        """Open the store. Only a command that writes creates a missing table or embedded database: a
+        mistyped name leaves nothing behind."""
+        config = self.config(auto_create_table=create)
+        if not create:
+            require_database(config)
+        with Store(config) as store:
             yield store if self.namespace is None else store.namespace(self.namespace)
+
+
+def require_database(config: Config) -> None:
+    """Refuse an embedded database that does not exist yet: opening it would create it.
+
+    Raises:
+        NotFoundError: there is none.
+    """
+    if not config.dsn.startswith(EMBEDDED_SCHEME):
+        return
+    path = Path(embedded.parse(config.dsn) or embedded.default_path())
+    with contextlib.suppress(PermissionError):  # starting it says which directory is closed
+        if not (path / "pgdata").exists():
+            raise NotFoundError(
+                f"there is no embedded database in {str(path)!r}; `pgkv set` creates it"
+            )
 
 
 def register(name: str, fn: Callable[..., int]) -> None:
@@ -146,7 +193,7 @@ def register(name: str, fn: Callable[..., int]) -> None:
         raise typer.Exit(fn(Call(**common), **given))
 
     _sign(run, own)
-    app.command(name, help=inspect.getdoc(fn))(run)
+    app.command(name, cls=_Command, help=inspect.getdoc(fn))(run)
 
 
 def _sign(fn: Any, own: list[inspect.Parameter]) -> None:
@@ -182,7 +229,9 @@ _sign(
         inspect.Parameter(
             "version",
             inspect.Parameter.KEYWORD_ONLY,
-            annotation=Annotated[bool, typer.Option("--version", help="Show the version.")],
+            annotation=Annotated[
+                bool, typer.Option("--version", metavar="", help="Show the version.")
+            ],
             default=False,
         )
     ],
@@ -206,7 +255,8 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         The exit code.
     """
-    # Retries and reconnects are no news here: what matters ends up in the one line of an error.
+    console.prepare()
+    # Retries and reconnects are not reported here: the line of an error has what matters.
     for name in ("pgkv", "psycopg"):
         logging.getLogger(name).addHandler(logging.NullHandler())
     args = sys.argv[1:] if argv is None else argv
@@ -223,14 +273,19 @@ def main(argv: list[str] | None = None) -> int:
         where = ctx.command_path if ctx is not None else "pgkv"
         console.fail("UsageError", f"{error.format_message()} (see {where} --help)", as_json)
         return USAGE
-    except BrokenPipeError:
-        # The reader (head, say) has seen enough. Python would complain when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return DONE
+    except console.InputOutputError as error:
+        console.fail(type(error).__name__, str(error), as_json)
+        return INPUT_OUTPUT
+    except SystemExit as error:  # typer and rich answer a closed pipe so
+        if not isinstance(error.__context__, BrokenPipeError):
+            raise
+        return _output_failed(error.__context__, as_json)
     except (KeyboardInterrupt, typer.Abort):
         console.note("")
         return INTERRUPTED
     except Exception as error:
+        if isinstance(error, OSError) and error.filename is None:
+            return _output_failed(error, as_json)
         if os.environ.get("PGKV_TRACEBACK"):
             raise
         text = f"{type(error).__name__}: {error} (PGKV_TRACEBACK=1 shows where)"
@@ -238,16 +293,28 @@ def main(argv: list[str] | None = None) -> int:
         return INTERNAL
 
 
+def _output_failed(error: OSError, as_json: bool) -> int:
+    console.discard_output()
+    if isinstance(error, BrokenPipeError):
+        return DONE  # the reader (head, say) has what it wanted
+    console.fail("OSError", f"cannot write to standard output: {error.strerror}", as_json)
+    return INPUT_OUTPUT
+
+
 def _advice(error: PgkvError) -> str:
+    text = str(error)
+    if _exit_code(error) != USAGE and not isinstance(error, NotFoundError):
+        text = re.sub(r"^[a-z_]+: ", "", text)  # the operation's name within pgkv
     if isinstance(error, TableNotFoundError):
-        return f"{str(error).partition(';')[0]}; `pgkv set` makes it, `pgkv schema` prints its DDL"
-    return str(error)
+        missing = text.partition(";")[0]
+        return f"{missing}; `pgkv set` creates it, `pgkv schema` prints its DDL"
+    return text
 
 
 def _exit_code(error: PgkvError) -> int:
     if isinstance(error, NotFoundError | TableNotFoundError):
         return NOT_FOUND
-    # A refusal that came from the server is no wrong usage, but a store that cannot be used.
+    # What the server refused is not wrong usage: the store cannot be used.
     if isinstance(error, ConfigError | InvalidKeyError | InvalidValueError) and not error._sqlstate:
         return USAGE
     return UNAVAILABLE

@@ -1,25 +1,30 @@
-"""How the command shows things: tables for people, plain lines for pipes, JSON for machines.
+"""How the command reads and writes: tables for people, plain lines for pipes, JSON for machines.
 
-A value may hold anything, so what reaches a terminal or a line of text is escaped first; only
-``pgkv get`` writes bytes as they are.
+Keys and values may hold any character, so they are escaped before they reach a terminal or a line of
+text; only ``pgkv get`` writes bytes unchanged. rich is imported where something is drawn: most
+commands in a script draw nothing.
 """
 
 from __future__ import annotations
 
 import base64
 import contextlib
+import errno
+import io
 import json
 import math
+import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console, RenderableType
-from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
-from rich.text import Text
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+    from rich.progress import Progress
+    from rich.table import Table
+    from rich.text import Text
 
 PREVIEW = 100  # characters of a value in a table
 
@@ -28,11 +33,44 @@ _ESCAPES = {ord("\\"): "\\\\", ord("\n"): "\\n", ord("\t"): "\\t", ord("\r"): "\
 _CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 _UNITS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 _DURATION = re.compile(r"(\d+(?:\.\d+)?|\.\d+)(ms|[smhdw])", re.IGNORECASE)
-# What a password may stand in, should one appear where it does not belong.
+# Where a password can appear in a DSN that was given in the wrong place.
 _SECRETS = (
     (re.compile(r"(://[^:/@\s]*):[^\s]*@"), r"\1:***@"),
     (re.compile(r"((?:ssl)?password\s*=\s*)('(?:[^'\\]|\\.)*'|[^\s&]+)", re.IGNORECASE), r"\1***"),
 )
+
+
+class InputOutputError(Exception):
+    """Standard input cannot be read."""
+
+
+class _Closed(io.TextIOBase):
+    """Stands for a standard output that was closed before the program began: a write fails."""
+
+    encoding = "utf-8"
+
+    @property
+    def buffer(self) -> _Closed:
+        return self
+
+    def write(self, _: Any) -> int:
+        raise OSError(errno.EBADF, "it is closed")
+
+
+def prepare() -> None:
+    """Give closed standard streams a substitute. Python has None in their place."""
+    if sys.stdout is None:
+        sys.stdout = _Closed()
+    if sys.stderr is None:
+        sys.stderr = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115  # until the exit
+
+
+def discard_output() -> None:
+    """Let nothing more reach standard output: Python complains about what it cannot flush at exit."""
+    with contextlib.suppress(OSError, ValueError):
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
+        os.close(null)
 
 
 def on_terminal() -> bool:
@@ -40,13 +78,42 @@ def on_terminal() -> bool:
     return sys.stdout.isatty()
 
 
+def can_ask() -> bool:
+    """Whether a person can answer on standard input."""
+    return sys.stdin is not None and sys.stdin.isatty()
+
+
+def read() -> bytes:
+    """Return all of standard input.
+
+    Raises:
+        InputOutputError: it is closed, or cannot be read.
+    """
+    if sys.stdin is None:
+        raise InputOutputError("cannot read standard input: it is closed")
+    try:
+        return sys.stdin.buffer.read()
+    except OSError as error:
+        raise InputOutputError(f"cannot read standard input: {error.strerror or error}") from error
+
+
+def write(data: bytes) -> None:
+    """Write bytes to standard output, unchanged."""
+    sys.stdout.flush()
+    sys.stdout.buffer.write(data)
+
+
 def out() -> Console:
-    """Standard output, without interpretation of what is written."""
+    """Return standard output, on which rich interprets nothing."""
+    from rich.console import Console
+
     return Console(markup=False, highlight=False, emoji=False)
 
 
 def err() -> Console:
-    """Standard error, likewise."""
+    """Return standard error, likewise."""
+    from rich.console import Console
+
     return Console(stderr=True, markup=False, highlight=False, emoji=False)
 
 
@@ -56,8 +123,9 @@ def say(text: str) -> None:
 
 
 def note(text: str) -> None:
-    """Write one line to standard error."""
-    sys.stderr.write(text + "\n")
+    """Write one line to standard error, as far as that is possible."""
+    with contextlib.suppress(OSError):
+        sys.stderr.write(text + "\n")
 
 
 def say_json(value: Any) -> None:
@@ -66,7 +134,7 @@ def say_json(value: Any) -> None:
 
 
 def fail(error: str, message: str, as_json: bool) -> None:
-    """Write an error as one line to standard error, any password taken out."""
+    """Write an error as one line to standard error, without passwords."""
     text = without_secrets(" ".join(message.split()))
     if as_json:
         note(json.dumps({"error": error, "message": text}, ensure_ascii=False))
@@ -91,13 +159,13 @@ def symbol(fancy: str, plain: str) -> str:
 
 
 def printable(text: str) -> str:
-    """Return the text with control characters replaced, so that a terminal just shows it."""
+    """Return the text with control characters replaced, so that a terminal does not obey them."""
     return _CONTROLS.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 def one_line(value: str | bytes) -> str:
     r"""Return a key or value as one line without control characters: ``\n``, ``\t``, ``\\``, and
-    ``\xHH`` for bytes that are no text."""
+    ``\xHH`` for bytes that are not text."""
     text = value if isinstance(value, str) else value.decode(errors="backslashreplace")
     if isinstance(value, str) or _is_text(value):
         text = text.translate(_ESCAPES)
@@ -118,7 +186,7 @@ def _is_text(value: bytes) -> bool:
 
 
 def json_value(value: bytes) -> dict[str, str]:
-    """Return a value for JSON: as text where it is UTF-8, else in base64."""
+    """Return a value for JSON: as text if it is UTF-8, else in base64."""
     if _is_text(value):
         return {"value": value.decode(), "encoding": "utf-8"}
     return {"value": base64.b64encode(value).decode(), "encoding": "base64"}
@@ -132,13 +200,18 @@ def preview(value: bytes) -> str:
     return f"{text[:PREVIEW]}\N{HORIZONTAL ELLIPSIS} ({size(len(value))})"
 
 
-def size(count: float) -> str:
+def count(number: int, noun: str, plural: str | None = None) -> str:
+    """Return a number with its noun: ``1 row``, ``2 rows``."""
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+
+
+def size(octets: float) -> str:
     """Return a number of bytes as people read it."""
     for unit in ("B", "kB", "MB", "GB"):
-        if abs(count) < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} TB"
+        if abs(octets) < 1024:
+            return f"{octets:.0f} {unit}" if unit == "B" else f"{octets:.1f} {unit}"
+        octets /= 1024
+    return f"{octets:.1f} TB"
 
 
 def duration(seconds: float) -> str:
@@ -160,7 +233,7 @@ def parse_duration(text: str) -> float:
     """Return the seconds in ``90``, ``1.5h`` or ``1h30m``.
 
     Raises:
-        ValueError: it is none of these, or not more than zero.
+        ValueError: it is anything else, or not more than zero.
     """
     compact = text.strip().replace(" ", "")
     try:
@@ -169,7 +242,7 @@ def parse_duration(text: str) -> float:
         parts = _DURATION.findall(compact)
         if not parts or "".join(number + unit for number, unit in parts) != compact:
             raise ValueError(
-                f"{text!r} is no duration: seconds, or such as 30s, 15m, 1h30m, 7d"
+                f"{text!r} is not a duration: give seconds, or units as in 30s, 15m, 1h30m, 7d"
             ) from None
         found = sum(float(number) * _UNITS[unit.lower()] for number, unit in parts)
     if not math.isfinite(found) or found <= 0:
@@ -180,7 +253,10 @@ def parse_duration(text: str) -> float:
 def table(
     columns: Sequence[str], rows: Iterable[Iterable[str | Text]], *, title: str | None = None
 ) -> Table:
-    """Return a table; its cells are shown as they are, without markup."""
+    """Return a table; its cells are shown unchanged, without markup."""
+    from rich.table import Table
+    from rich.text import Text
+
     shown = Table(
         title=None if title is None else Text(title),
         title_justify="left",
@@ -194,17 +270,27 @@ def table(
     return shown
 
 
-def show_pairs(pairs: Mapping[str, str], *, title: str) -> None:
-    """Show names and values: a table for people, ``name<TAB>value`` lines in a pipe."""
+def show_table(
+    columns: Sequence[str], rows: Iterable[Sequence[str]], *, title: str | None = None
+) -> None:
+    """Show rows: a table for people, lines of cells between tabs in a pipe."""
     if on_terminal():
-        out().print(table(("", ""), pairs.items(), title=title))
+        out().print(table(columns, rows, title=title))
         return
-    for name, value in pairs.items():
-        say(f"{name}\t{value}")
+    for row in rows:
+        say("\t".join(row))
 
 
 def progress(*, quiet: bool = False) -> Progress:
-    """Return a progress bar on standard error; it shows itself on a terminal only."""
+    """Return a progress bar on standard error; it is drawn on a terminal only."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
     console = err()
     return Progress(
         TextColumn("{task.description}", markup=False),
@@ -219,8 +305,10 @@ def progress(*, quiet: bool = False) -> Progress:
 
 @contextlib.contextmanager
 def live(*, quiet: bool = False) -> Iterator[Callable[[RenderableType], None]]:
-    """Give a function that shows a picture in place of the last one, on standard error; gone at the
-    end. It shows itself on a terminal only."""
+    """Give a function that replaces a picture on standard error, which disappears at the end. It is
+    drawn on a terminal only."""
+    from rich.live import Live
+
     console = err()
     if quiet or not console.is_terminal:
         yield lambda _: None

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import psycopg
 import pytest
+from psycopg.conninfo import make_conninfo
 
 pytest.importorskip("typer")
 pytest.importorskip("rich")
 
 import pgkv
+from pgkv._embedded.binaries import exists
 from tests.faults.support import newest
-from tests.servers import wait_until
+from tests.servers import Server, wait_until
 
 pytestmark = newest
 
@@ -117,3 +123,187 @@ def test_a_command_whose_lease_is_lost_is_killed(dsn: str) -> None:
         _, error = process.communicate(timeout=20)
         assert process.returncode == 76, error
         assert time.monotonic() - started < 5
+
+
+# -- the guardian of a command, and its end
+
+
+def hear_signals() -> None:
+    """In a child: a shell may have started the tests in the background, where these are ignored."""
+    for number in (signal.SIGINT, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_DFL)
+
+
+class Guarded:
+    """A `pgkv lock` whose command says its process id, and the one of a child that it has."""
+
+    # The child keeps nothing open that the test reads.
+    COMMAND = "sleep 300 >/dev/null 2>&1 & echo $$ $! >{file}.new; mv {file}.new {file}; wait"
+
+    def __init__(self, dsn: str, file: Path, *options: str, command: str = COMMAND) -> None:
+        script = command.format(file=shlex.quote(str(file)))
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "pgkv", "lock", "job", *options, "--", "sh", "-c", script],
+            env={**os.environ, "PGKV_DSN": dsn}, cwd=ROOT, stderr=subprocess.PIPE, text=True,
+            start_new_session=True, preexec_fn=hear_signals,  # noqa: PLW1509  # no threads here
+        )  # fmt: skip
+        wait_until(file.exists, "the command runs", 30)
+        self.pids = [int(word) for word in file.read_text().split()]
+
+    def ends(self) -> tuple[int, str]:
+        """The exit code, and standard error."""
+        _, error = self.process.communicate(timeout=40)
+        return self.process.returncode, error
+
+    def is_dead(self) -> bool:
+        return not any(map(exists, self.pids))
+
+
+@pytest.fixture
+def guarded(tmp_path: Path) -> Iterator[Callable[..., Guarded]]:
+    """guarded(dsn, "--ttl", "1", command=...): its processes are killed afterwards."""
+    made: list[Guarded] = []
+
+    def start(dsn: str, *options: str, **more: str) -> Guarded:
+        made.append(Guarded(dsn, tmp_path / f"pids{len(made)}", *options, **more))
+        return made[-1]
+
+    yield start
+    for each in made:
+        with each.process as process:
+            process.kill()
+        for pid in each.pids:
+            if exists(pid):
+                os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGABRT])
+def test_a_command_dies_with_its_guardian(
+    dsn: str, guarded: Callable[..., Guarded], number: signal.Signals
+) -> None:
+    """SIGKILL of pgkv, or another death without warning: the command and its children are dead long
+    before another holder gets the lock."""
+    first = guarded(dsn, "--ttl", "5")
+    first.process.send_signal(number)
+    first.process.wait(10)
+    wait_until(first.is_dead, "the command and its child are dead", 10)
+    with pgkv.Store.connect(dsn) as store:
+        assert pgkv.Lock(store, "job").holder() is not None
+
+
+def test_a_command_whose_whole_job_is_killed(dsn: str, guarded: Callable[..., Guarded]) -> None:
+    """SIGKILL of pgkv's process group, as a supervisor does it, ends the command too."""
+    first = guarded(dsn)
+    os.killpg(first.process.pid, signal.SIGKILL)
+    wait_until(first.is_dead, "the command and its child are dead", 10)
+
+
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2],
+)
+def test_signals_are_passed_on(
+    dsn: str, guarded: Callable[..., Guarded], number: signal.Signals
+) -> None:
+    """The command gets the signal; its own end decides the exit code, and the lock is free."""
+    name = number.name.removeprefix("SIG")
+    command = f"trap 'echo caught {name} >&2; exit 9' {name}; {Guarded.COMMAND}"
+    first = guarded(dsn, command=command)
+    first.process.send_signal(number)
+    code, error = first.ends()
+    assert (code, error) == (9, f"caught {name}\n")
+    assert listed(dsn)["locks"] == []
+
+
+def test_a_command_that_a_signal_ends(dsn: str, guarded: Callable[..., Guarded]) -> None:
+    """SIGQUIT without a handler ends the command: 128 and its number, as a shell says."""
+    first = guarded(dsn, command="echo $$ >{file}.new; mv {file}.new {file}; exec sleep 300")
+    first.process.send_signal(signal.SIGQUIT)
+    assert first.ends() == (128 + signal.SIGQUIT, "")
+    assert first.is_dead()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGINT])
+def test_a_signal_ends_the_wait_for_the_lock(dsn: str, number: signal.Signals) -> None:
+    """Before the command runs, a signal ends pgkv, which leaves no lock behind."""
+    with pgkv.Store.connect(dsn) as store, pgkv.Lock(store, "job").acquire() as lease:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "pgkv", "lock", "job", "--", "true"],
+            env={**os.environ, "PGKV_DSN": make_conninfo(dsn, application_name="the waiter")}, cwd=ROOT, stderr=subprocess.PIPE,
+            preexec_fn=hear_signals,  # noqa: PLW1509  # no threads here
+        )  # fmt: skip
+        waits = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'the waiter'"
+        with psycopg.connect(dsn, autocommit=True) as conn:
+            wait_until(lambda: conn.execute(waits).fetchone() != (0,), "it waits", 20)
+        process.send_signal(number)
+        _, error = process.communicate(timeout=20)
+        assert process.returncode == 128 + number, error
+        assert b"Traceback" not in error
+        lease.check()
+
+
+LOST = re.compile(
+    r"pgkv: \d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d\d:\d\d: the lease on 'job' is no longer held: .+; sh was killed\n"
+)
+
+
+@pytest.mark.parametrize("how", ["lost", "frozen"])
+def test_a_server_that_goes_away(
+    make_server: Callable[..., Server], guarded: Callable[..., Guarded], how: str
+) -> None:
+    """A server that is gone, or answers no more: the command is killed before the lease ends, exit
+    code 76, and one line says what happened and when."""
+    server = make_server()
+    first = guarded(server.dsn, "--ttl", "3", "--timeout", "60")
+    if how == "frozen":
+        server.freeze()
+    else:
+        server.stop("immediate")
+    try:
+        code, error = first.ends()
+    finally:
+        if how == "frozen":
+            server.thaw()
+    assert code == 76, error
+    assert LOST.fullmatch(error), error
+    assert first.is_dead()
+
+
+def test_a_lock_that_cannot_be_freed(
+    make_server: Callable[..., Server], guarded: Callable[..., Guarded]
+) -> None:
+    """When the server is frozen at the end, the command's exit code counts; a line says what becomes of
+    the lock."""
+    server = make_server()
+    first = guarded(
+        server.dsn,
+        "--ttl",
+        "60",
+        command="echo $$ >{file}.new; mv {file}.new {file}; exec sleep 300",
+    )
+    server.freeze()
+    try:
+        os.kill(first.pids[0], signal.SIGKILL)
+        code, error = first.ends()
+    finally:
+        server.thaw()
+    assert code == 128 + signal.SIGKILL
+    assert "the lock 'job' was not freed, it ends with its ttl of 60 s" in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="process states of /proc")
+def test_a_guardian_that_is_suspended(dsn: str, guarded: Callable[..., Guarded]) -> None:
+    """Ctrl-Z stops the command as well, whose lease is not renewed meanwhile; both go on together."""
+
+    def states() -> set[str]:
+        pids = [first.process.pid, *first.pids]
+        return {Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] for pid in pids}
+
+    first = guarded(dsn)
+    first.process.send_signal(signal.SIGTSTP)
+    wait_until(lambda: states() == {"T"}, "all are stopped", 10)
+    first.process.send_signal(signal.SIGCONT)
+    wait_until(lambda: "T" not in states(), "all go on", 10)
+    first.process.send_signal(signal.SIGTERM)
+    assert first.ends()[0] == 128 + signal.SIGTERM

@@ -20,8 +20,8 @@ pytest.importorskip("typer")
 pytest.importorskip("rich")
 
 from pgkv import Store
-from pgkv._cli import demo as _demo
 from pgkv._cli.demo import crew, redis_server, throughput
+from pgkv._cli.demo import play as _demo
 from pgkv._cli.demo.screen import Screen
 from pgkv._cli.demo.stage import Check, Rate, Report, Scene, Stage
 from pgkv._embedded.binaries import exists
@@ -36,7 +36,7 @@ FLEET = "A fleet with one lock"
 ONE_SCENE = """
 import functools, sys
 from pgkv import cli
-from pgkv._cli import demo as _demo
+from pgkv._cli.demo import play as _demo
 scenes = [scene for scene in _demo.SCENES if scene.title == sys.argv[1]]
 _demo.run = functools.partial(_demo.run, scenes=scenes)
 sys.exit(cli.main(["demo", *sys.argv[2:]]))

@@ -182,7 +182,7 @@ def test_the_poolers_configuration_works(
     """PgBouncer starts with the page's settings, addresses and accounts aside; a store works through
     it, and doctor is content."""
     pytest.importorskip("rich")
-    from pgkv._cli import doctor as _doctor
+    from pgkv._cli.doctor.examine import examine
 
     parser = configparser.ConfigParser()
     parser.read_string(fences("operations.md", "ini")[0])
@@ -196,7 +196,7 @@ def test_the_poolers_configuration_works(
         with pgkv.Store.connect(dsn, pooler=pgkv.Pooler.TRANSACTION) as store:
             for _ in range(3):
                 store.increment("n")
-        found = _doctor.examine(pgkv.Config(dsn, pooler=pgkv.Pooler.TRANSACTION))
+        found = examine(pgkv.Config(dsn, pooler=pgkv.Pooler.TRANSACTION))
     assert [each for each in found if each.status == "fail"] == []
     assert "as configured" in next(each.detail for each in found if each.check == "pooler")
 

@@ -25,8 +25,8 @@ from pgkv import (
     TtlCleanupStrategy,
     fence_sql,
 )
-from pgkv._cli import doctor as _doctor
-from pgkv._cli.doctor import Finding
+from pgkv._cli.doctor.context import Finding
+from pgkv._cli.doctor.examine import examine as _examine
 from pgkv.cli import main
 from pgkv.testing import ServerClock
 from tests import pgbouncer, servers
@@ -55,7 +55,7 @@ OF_THE_TABLE = [
 
 
 def examine(dsn: str, **options: Any) -> dict[str, Finding]:
-    return {found.check: found for found in _doctor.examine(Config(dsn, **options))}
+    return {found.check: found for found in _examine(Config(dsn, **options))}
 
 
 def execute(dsn: str, commands: str) -> None:
@@ -93,7 +93,7 @@ def test_a_fresh_table_is_in_order(dsn: str) -> None:
 
 
 def test_the_command_says_what_it_found(dsn: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Lines in a pipe, JSON on request; exit code 1 when something has to be mended."""
+    """Lines in a pipe, JSON on request; exit code 1 when a check failed."""
     with Store.connect(dsn):
         pass
     assert main(["doctor", "--dsn", dsn]) == 0
@@ -144,7 +144,7 @@ def test_a_missing_table(dsn: str) -> None:
     found = examine(dsn)
     assert list(found) == [*OF_THE_SERVER, "table"]
     assert found["table"].status == "warn"
-    assert "the first write makes it" in found["table"].advice
+    assert "the first write creates it" in found["table"].advice
     found = examine(dsn, schema="no_such_schema")
     assert found["table"].status == "warn"
     assert "no_such_schema does not exist" in found["table"].detail
@@ -160,7 +160,7 @@ def test_missing_rights(dsn: str, role: str) -> None:
     execute(dsn, f'GRANT USAGE ON SCHEMA "{schema}" TO "{role}"')
     found = examine(theirs, schema=schema)["table"]
     assert found.status == "fail"
-    assert "may not create it" in found.detail
+    assert "cannot create it" in found.detail
     with Store.connect(dsn):
         pass
     execute(dsn, f'GRANT SELECT, INSERT ON kv_store TO "{role}"')
@@ -170,7 +170,7 @@ def test_missing_rights(dsn: str, role: str) -> None:
     execute(dsn, found.advice.split(": ", 1)[1])
     found = examine(theirs)["rights"]
     assert found.status == "ok"
-    assert "the owner's" in found.detail
+    assert "need the table's owner" in found.detail
     execute(dsn, "ALTER TABLE kv_store DROP COLUMN version")
     found = examine(theirs)["columns"]
     assert found.status == "fail"
@@ -279,7 +279,7 @@ def test_a_crash_that_emptied_the_table(make_server: Callable[..., Server]) -> N
     found = examine(server.dsn)["emptied by a crash"]
     assert found.status == "warn"
     assert "very likely" in found.detail
-    assert "2,000 rows" in found.detail
+    assert "about 2,000 rows" in found.detail
     for name in ("cleared", "cut"):
         assert examine(server.dsn, table_name=name)["emptied by a crash"].status == "ok"
 
@@ -365,7 +365,7 @@ def test_a_check_that_cannot_be_made_hides_no_other(
 ) -> None:
     """A locked table keeps the checks that read it from an answer, for a bounded time; the rest
     answers."""
-    monkeypatch.setattr("pgkv._cli.doctor.CHECK_TIMEOUT", "200ms")
+    monkeypatch.setattr("pgkv._cli.doctor.examine.CHECK_TIMEOUT", "200ms")
     with Store.connect(dsn):
         pass
     with psycopg.connect(dsn) as conn:
@@ -373,7 +373,7 @@ def test_a_check_that_cannot_be_made_hides_no_other(
         found = examine(dsn)
         conn.rollback()
     assert found["expired rows"].status == "warn"
-    assert "could not be looked at" in found["expired rows"].detail
+    assert "could not be checked" in found["expired rows"].detail
     assert found["columns"].status == "ok"
 
 
@@ -436,7 +436,7 @@ def test_a_pooler_in_session_mode(dsn: str, server: Server | UserServer) -> None
     with Store.connect(dsn), pooler(server, "session", ignores_options=True) as pooled:
         found = examine(pooled, schema=schema_of(dsn))["pooler"]
         assert found.status == "warn"
-        assert "no sharing" in found.detail
+        assert "not seen to share" in found.detail
 
 
 def test_a_pooler_configured_where_there_is_none(dsn: str) -> None:

@@ -361,3 +361,51 @@ async def test_decorator(store: Any, colour: Colour) -> None:
     assert began == ["a", "a", "b"]
     assert caught.value.decision.retry_after > 600
     assert "api" in str(caught.value)
+
+
+def test_what_is_decorated(dsn: str) -> None:
+    """Static and class methods, in either order of the decorators, and objects with `__call__`; an
+    async object needs an AsyncRateLimiter."""
+    limiter = pgkv.RateLimiter(pgkv.Store(pgkv.Config(dsn)), "9/h", name="api", timeout=20)
+
+    class Service:
+        @limiter.limit(key="outermost")
+        @staticmethod
+        def static(n: int) -> int:
+            return n
+
+        @limiter.limit(key=lambda cls, n: cls.__name__)
+        @classmethod
+        def of_class(cls, n: int) -> tuple[str, int]:
+            return cls.__name__, n
+
+        @staticmethod
+        @limiter.limit(key="innermost")
+        def below(n: int) -> int:
+            return n
+
+    class Adder:
+        def __call__(self, n: int) -> int:
+            return n + 1
+
+    class AsyncAdder:
+        async def __call__(self, n: int) -> int:
+            return n + 1
+
+    service: Any = Service()
+    assert (service.static(1), Service.static(2)) == (1, 2)
+    assert service.of_class(3) == ("Service", 3)
+    assert service.below(4) == 4
+    assert limiter.limit("object")(Adder())(4) == 5
+    with pytest.raises(pgkv.ConfigError, match=r"AsyncAdder.*AsyncRateLimiter"):
+        limiter.limit("object")(AsyncAdder())
+
+    async def awaited() -> int:
+        async with pgkv.AsyncStore.connect(dsn) as store:
+            other = pgkv.AsyncRateLimiter(store, "9/h", name="api", timeout=20)
+            return await other.limit("async")(AsyncAdder())(4)
+
+    assert asyncio.run(awaited()) == 5
+    for key in ("outermost", "Service", "innermost", "object"):
+        assert limiter.peek(key).remaining < 9
+    limiter._store.close()

@@ -57,6 +57,13 @@ def test_each_command_explains_itself_with_an_example(
         assert option in said
 
 
+@pytest.mark.parametrize("command", ["set", "scan", "delete", "schema", "lock"])
+def test_flags_take_no_value(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """--help shows a flag as a flag."""
+    assert main([command, "--help"]) == 0
+    assert "bool" not in capsys.readouterr().out
+
+
 def test_without_a_command_the_help_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     """`pgkv` alone shows what there is, the everyday first, and counts as wrong usage."""
     assert main([]) == 2
@@ -250,7 +257,7 @@ def test_an_unforeseen_error_is_one_line(
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("a defect")
 
-    monkeypatch.setattr("pgkv.cli.schema_sql", broken)
+    monkeypatch.setattr("pgkv._cli.table.schema_sql", broken)
     assert main(["schema"]) == 70
     assert "this should not happen: RuntimeError" in capsys.readouterr().err
     monkeypatch.setenv("PGKV_TRACEBACK", "1")
@@ -265,6 +272,29 @@ def test_as_a_process() -> None:
         assert done.returncode == code, done.stderr
         assert b"Traceback" not in done.stderr
         assert b"hunter2" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["doctor"],
+        ["get", "k"],
+        ["scan"],
+        ["stats"],
+        ["sweep"],
+        ["delete", "k"],
+        ["locks"],
+        ["cache"],
+    ],
+    ids=" ".join,
+)
+def test_a_mistyped_embedded_path(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A command that only reads makes no database: exit code 1, and nothing is left behind."""
+    assert main([*command, "--dsn", f"embedded://{tmp_path}/data"]) == 1
+    assert "there is no embedded database" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_completion_is_offered() -> None:

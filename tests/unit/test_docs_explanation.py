@@ -23,7 +23,8 @@ WALL_CLOCKS = {
     *("datetime.now", "datetime.utcnow", "datetime.today", "date.today"),
 }
 # Compares the client's clock with the server's, and says by how much they differ.
-MAY_READ_IT = {"pgkv/_cli/doctor/server.py"}
+# One compares it with the server's, the other shows when a lease was lost.
+MAY_READ_IT = {"pgkv/_cli/doctor/server.py", "pgkv/_cli/locks.py"}
 
 
 def name_of(path: Path) -> str:

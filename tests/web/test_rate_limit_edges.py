@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import logging
 from collections.abc import Iterator
 from typing import Any
@@ -233,6 +234,43 @@ def test_the_strictest_of_two_flask_limits_is_shown(blocking: pgkv.Store) -> Non
     refused = client.get("/b")
     assert refused.status_code == 429
     assert [each[:11] for each in refused.headers.get_all("RateLimit")] == ['"tight";r=0']
+
+
+# -- context ----------------------------------------------------------------------------------
+
+
+async def test_functions_see_the_context_of_their_request(store: pgkv.AsyncStore) -> None:
+    """key, cost and limits run in the request's own context, sync and async, and what they set is
+    seen by the application."""
+    tenant = contextvars.ContextVar("tenant", default="none")
+    seen: list[str] = []
+
+    async def key(request: Any) -> str:
+        seen.append(tenant.get())
+        return tenant.get()
+
+    def cost(request: Any) -> int:
+        seen.append(tenant.get())
+        tenant.set("charged")
+        return 1
+
+    async def view(request: Any) -> PlainTextResponse:
+        return PlainTextResponse(tenant.get())
+
+    inner = Starlette(
+        routes=[Route("/", view)],
+        middleware=[limited(limiter_of(store, "1/d"), key=key, cost=cost)],
+    )
+
+    async def outer(scope: Any, receive: Any, send: Any) -> None:
+        tenant.set(dict(scope["headers"])[b"x-tenant"].decode())
+        await inner(scope, receive, send)
+
+    async with store, client_of(outer) as client:
+        for name in ("a", "b"):
+            assert (await client.get("/", headers={"x-tenant": name})).text == "charged"
+        assert (await client.get("/", headers={"x-tenant": "a"})).status_code == 429
+    assert seen == ["a", "a", "b", "b", "a", "a"]
 
 
 # -- CORS -------------------------------------------------------------------------------------

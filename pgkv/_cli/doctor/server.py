@@ -1,4 +1,4 @@
-"""Checks of the server, and of the way to it."""
+"""Checks of the server and the connection to it."""
 
 from __future__ import annotations
 
@@ -13,34 +13,41 @@ from psycopg.rows import dict_row
 
 from ...config import Pooler
 from .. import console
-from .patient import Check, Finding, Patient
+from .context import Check, Context, Finding
 
 OLDEST_MAJOR = 14
 MINUTES_OPEN = 5  # a transaction older than this keeps dead rows from being reclaimed
 SLOT_AGE = 10_000_000  # transactions that a replication slot may hold back
 CLOCK_SECONDS = 1.0
-PATIENCE = 3  # seconds for a second session's answer
+ANSWER_TIMEOUT = 3  # seconds for the answer of a second session
 
 
-def server(patient: Patient) -> Finding:
-    """The server's version."""
-    seen = patient.row("SELECT current_setting('server_version') AS v, current_database() AS d")
+def server(context: Context) -> Finding:
+    """The server's version, and the database's encoding."""
+    seen = context.row(
+        "SELECT current_setting('server_version') AS v, current_database() AS d, "
+        "current_setting('server_encoding') AS encoding"
+    )
     detail = f"PostgreSQL {seen['v']}, database {seen['d']}"
-    if patient.version < OLDEST_MAJOR * 10_000:
+    if context.version < OLDEST_MAJOR * 10_000:
         advice = f"upgrade: pgkv needs PostgreSQL {OLDEST_MAJOR} or newer"
         return Finding("server", "fail", detail, advice)
+    if seen["encoding"] != "UTF8":
+        detail += f", encoding {seen['encoding']}"
+        advice = "keys with characters outside that encoding are refused: use a database in UTF8"
+        return Finding("server", "warn", detail, advice)
     return Finding("server", "ok", detail)
 
 
-def read_only(patient: Patient) -> Finding:
-    """Whether it takes writes."""
-    seen = patient.row(
+def read_only(context: Context) -> Finding:
+    """Whether the server accepts writes."""
+    seen = context.row(
         "SELECT pg_is_in_recovery() AS standby, "
         "current_setting('transaction_read_only') = 'on' AS read_only"
     )
     if seen["standby"]:
         advice = "give the primary's DSN (several hosts: target_session_attrs=read-write)"
-        detail = "this is a standby: it takes no writes, and UNLOGGED tables cannot be read on it"
+        detail = "this is a standby: it accepts no writes, and UNLOGGED tables cannot be read on it"
         return Finding("writes", "fail", detail, advice)
     if seen["read_only"]:
         advice = (
@@ -48,37 +55,37 @@ def read_only(patient: Patient) -> Finding:
             "DSN's options, or a provider's reaction to a full disk"
         )
         return Finding("writes", "fail", "transactions are read-only", advice)
-    return Finding("writes", "ok", "the server takes writes")
+    return Finding("writes", "ok", "the server accepts writes")
 
 
-def pooler(patient: Patient) -> Finding:
-    """Whether PgBouncer or the like stands in front, and in which mode."""
-    told = patient.config.pooler is Pooler.TRANSACTION
+def pooler(context: Context) -> Finding:
+    """Whether the connection goes through a pooler such as PgBouncer, and in which mode."""
+    told = context.config.pooler is Pooler.TRANSACTION
     advice = "set pooler=pgkv.Pooler.TRANSACTION (on the command line --pooler transaction)"
-    if patient.refuses_settings:
-        detail = "a pooler stands in front and refuses the settings of a session"
+    if context.refuses_settings:
+        detail = "a pooler is in between and refuses the settings of a session"
         return Finding("pooler", "fail", detail, advice)
-    announced = patient.conn.info.backend_pid
-    pids = [_backend(patient.conn) for _ in range(3)]
-    if len(set(pids)) > 1 or _is_shared(patient, pids[-1]):
-        detail = "a pooler in transaction mode stands in front: sessions share server processes"
+    announced = context.conn.info.backend_pid
+    pids = [_backend(context.conn) for _ in range(3)]
+    if len(set(pids)) > 1 or _is_shared(context, pids[-1]):
+        detail = "a pooler in transaction mode is in between: sessions share server processes"
         if not told:
             return Finding("pooler", "fail", detail, advice)
         return Finding("pooler", "ok", detail + ", as configured")
     if announced not in pids:
-        # A pooler makes up the process id (and key) by which its client may cancel.
-        detail = "a pooler stands in front; no sharing of server processes was seen"
+        # A pooler invents the process id (and key) with which its client can cancel.
+        detail = "a pooler is in between; it was not seen to share server processes"
         if told:
             return Finding("pooler", "ok", detail + "; configured for transaction mode")
         return Finding(
             "pooler",
             "warn",
             detail,
-            "in session mode nothing is to be done; in transaction mode " + advice,
+            "in session mode there is nothing to do; in transaction mode " + advice,
         )
     if told:
         advice = "leave pooler at Pooler.NONE here: prepared statements are faster"
-        return Finding("pooler", "warn", "no pooler seen, but one is configured", advice)
+        return Finding("pooler", "warn", "a pooler is configured, but none was found", advice)
     return Finding("pooler", "ok", "a direct connection")
 
 
@@ -87,11 +94,11 @@ def _backend(conn: psycopg.Connection[dict[str, Any]]) -> int:
     return int(row["pid"]) if row else 0
 
 
-def _is_shared(patient: Patient, pid: int) -> bool:
+def _is_shared(context: Context, pid: int) -> bool:
     """Whether a second session is given the server process that served the first."""
     try:
         second = psycopg.connect(
-            f"{patient.conninfo} connect_timeout={PATIENCE}",
+            f"{context.conninfo} connect_timeout={ANSWER_TIMEOUT}",
             autocommit=True,
             prepare_threshold=None,
             row_factory=dict_row,
@@ -99,7 +106,7 @@ def _is_shared(patient: Patient, pid: int) -> bool:
     except psycopg.OperationalError:
         return False  # a pooler in session mode may have no server process to spare
     with second:
-        return any(_soon(second) in (pid, _backend(patient.conn)) for _ in range(3))
+        return any(_soon(second) in (pid, _backend(context.conn)) for _ in range(3))
 
 
 def _soon(conn: psycopg.Connection[dict[str, Any]]) -> int | None:
@@ -109,7 +116,7 @@ def _soon(conn: psycopg.Connection[dict[str, Any]]) -> int | None:
         return None
     raw.send_query(b"SELECT pg_backend_pid()")
     found = None
-    while select.select([raw.socket], [], [], PATIENCE)[0]:
+    while select.select([raw.socket], [], [], ANSWER_TIMEOUT)[0]:
         raw.consume_input()
         while not raw.is_busy():
             result = raw.get_result()
@@ -119,9 +126,9 @@ def _soon(conn: psycopg.Connection[dict[str, Any]]) -> int | None:
     return None
 
 
-def pool(patient: Patient) -> Finding:
+def pool(context: Context) -> Finding:
     """Whether the server has room for the store's connections."""
-    seen = patient.row(
+    seen = context.row(
         "SELECT current_setting('max_connections')::int"
         " - current_setting('superuser_reserved_connections')::int"
         " - coalesce(current_setting('reserved_connections', true), '0')::int AS slots, "
@@ -130,11 +137,13 @@ def pool(patient: Patient) -> Finding:
         "(SELECT datconnlimit FROM pg_database WHERE datname = current_database()) AS db_limit, "
         "current_setting('idle_session_timeout') AS idle"
     )
-    most = patient.config.pool_max_size
+    most = context.config.pool_max_size
     limits = [n for n in (seen["role_limit"], seen["db_limit"]) if n is not None and n >= 0]
     ceiling = min([seen["slots"], *limits])
     free = ceiling - seen["used"]
-    detail = f"pool_max_size {most}; {seen['used']} of {ceiling} connections in use"
+    detail = (
+        f"pool_max_size {most}; {seen['used']} of {console.count(ceiling, 'connection')} in use"
+    )
     if most > ceiling:
         advice = (
             f"lower pool_max_size below {ceiling}, or raise max_connections (or the role's limit)"
@@ -147,17 +156,17 @@ def pool(patient: Patient) -> Finding:
         )
         return Finding("pool", "warn", detail, advice)
     if seen["idle"] != "0":
-        advice = "ALTER ROLE ... SET idle_session_timeout = 0, to spare the store its reconnecting"
+        advice = "ALTER ROLE ... SET idle_session_timeout = 0, so that the store need not reconnect"
         return Finding("pool", "warn", f"{detail}; idle sessions end after {seen['idle']}", advice)
     return Finding("pool", "ok", detail)
 
 
-def clock(patient: Patient) -> Finding:
-    """How far this machine's clock is from the server's. Expiry is the server's alone."""
+def clock(context: Context) -> Finding:
+    """The difference between this machine's clock and the server's. Only the server's decides expiry."""
     best, offset = float("inf"), 0.0
     for _ in range(3):
         asked, ticks = datetime.now(UTC), time.monotonic()
-        answer = patient.row("SELECT clock_timestamp() AS now")["now"]
+        answer = context.row("SELECT clock_timestamp() AS now")["now"]
         trip = time.monotonic() - ticks
         if trip < best:
             best, offset = trip, (answer - asked).total_seconds() - trip / 2
@@ -165,22 +174,22 @@ def clock(patient: Patient) -> Finding:
     detail = f"the server is {console.duration(abs(offset))} {way} this machine (give or take {console.duration(best / 2)})"
     if abs(offset) - best / 2 > CLOCK_SECONDS:
         advice = (
-            "run NTP on both. A ttl is unaffected (only the server's clock counts); moments "
-            "computed here for expire_at() or expires_at= are off by this"
+            "run NTP on both. A ttl is not affected (only the server's clock counts); times "
+            "computed here for expire_at() or expires_at= are wrong by this difference"
         )
         return Finding("clock", "warn", detail, advice)
     return Finding("clock", "ok", detail)
 
 
-def transactions(patient: Patient) -> Finding:
-    """The oldest snapshot, which keeps all later dead rows from being reclaimed."""
-    oldest = patient.row(
+def transactions(context: Context) -> Finding:
+    """The oldest snapshot. Rows that died after it cannot be reclaimed."""
+    oldest = context.row(
         "SELECT pid, state, extract(epoch FROM clock_timestamp() - xact_start)::float8 AS age "
         "FROM pg_stat_activity WHERE xact_start IS NOT NULL AND pid <> pg_backend_pid() "
         "AND (backend_xmin IS NOT NULL OR backend_xid IS NOT NULL) "
         "AND backend_type NOT LIKE 'autovacuum%%' ORDER BY xact_start LIMIT 1"
     )
-    others = patient.row(
+    others = context.row(
         "SELECT (SELECT extract(epoch FROM clock_timestamp() - min(prepared))::float8 "
         "FROM pg_prepared_xacts) AS prepared, "
         "(SELECT max(age(xmin)) FROM pg_replication_slots) AS slot_age, "
@@ -189,7 +198,7 @@ def transactions(patient: Patient) -> Finding:
     )
     unseen = others["hidden"]
     limit = (
-        f" ({unseen} sessions of other roles could not be seen; GRANT pg_read_all_stats shows them)"
+        f" ({console.count(unseen, 'session')} of other roles hidden; GRANT pg_read_all_stats shows them)"
         if unseen
         else ""
     )
@@ -205,7 +214,7 @@ def transactions(patient: Patient) -> Finding:
     if age > MINUTES_OPEN * 60:
         detail = f"process {oldest['pid']} ({oldest['state']}) has a transaction open for {console.duration(age)}"
         advice = (
-            "no row that died since can be reclaimed, and updates slow down. End it: "
+            "rows that died since cannot be reclaimed, and updates slow down. End it: "
             f"SELECT pg_terminate_backend({oldest['pid']}); to prevent it: "
             "idle_in_transaction_session_timeout"
         )

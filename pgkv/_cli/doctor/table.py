@@ -1,4 +1,4 @@
-"""Checks of the table. Those that read it take a sample where it is large."""
+"""Checks of the table. Those that read rows sample a large table."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import psycopg
 from ..._engine.schema import _EXPECTED
 from ...config import TableType, quote_identifier
 from .. import console
-from .patient import Check, Finding, Patient
+from .context import Check, Context, Finding, Status
 
 SAMPLE_PAGES = 2000  # 16 MB
 DEAD_SHARE, DEAD_ROWS = 0.2, 10_000
@@ -17,8 +17,8 @@ EXPIRED_SHARE, EXPIRED_ROWS = 0.25, 1000
 HOT_RATIO, HOT_UPDATES = 0.8, 10_000
 
 
-def describe(patient: Patient) -> dict[str, Any] | None:
-    """What pg_class says of the table; None without one."""
+def describe(context: Context) -> dict[str, Any] | None:
+    """Return what pg_class has about the table; None without one."""
     query = (
         "SELECT c.oid::int8 AS oid, c.relkind::text, c.relpersistence::text, c.reltuples::float8, "
         "c.relpages, c.relnamespace::regnamespace::text AS schema, c.reloptions, "
@@ -27,37 +27,38 @@ def describe(patient: Patient) -> dict[str, Any] | None:
         "WHERE c.oid = to_regclass(%s)"
     )
     try:
-        return patient.row(query, patient.name) or None
+        return context.row(query, context.name) or None
     except psycopg.Error:
         return None  # to_regclass refuses a schema that the role may not use: `missing` says so
 
 
-def missing(patient: Patient) -> Finding:
-    """What to do about a table that is not there."""
-    if patient.table is not None:
+def missing(context: Context) -> Finding:
+    """What to do about a table that does not exist."""
+    if context.table is not None:
         kinds = {"v": "a view", "m": "a materialized view", "f": "a foreign table", "S": "a sequence",
                  "i": "an index", "c": "a type"}  # fmt: skip
-        what = kinds.get(patient.table["relkind"], "something else")
-        return Finding("table", "fail", f"{patient.name} is {what}", "choose another table name")
-    wanted = patient.config.schema
-    seen = patient.row(
+        what = kinds.get(context.table["relkind"], "something else")
+        return Finding("table", "fail", f"{context.name} is {what}", "choose another table name")
+    wanted = context.config.schema
+    seen = context.row(
         "SELECT coalesce(%s::text, current_schema()) AS schema, "
         "has_database_privilege(current_database(), 'CREATE') AS may_schema, current_user AS role",
         wanted,
     )
     name = seen["schema"]
-    there = name and patient.row("SELECT 1 AS x FROM pg_namespace WHERE nspname = %s", name)
+    there = name and context.row("SELECT 1 AS x FROM pg_namespace WHERE nspname = %s", name)
     role = quote_identifier(seen["role"])
     ddl = "create it as another role with the DDL of `pgkv schema`"
     if not name:
-        advice = "name a schema that exists (schema=..., --schema), or mend search_path"
-        return Finding("table", "fail", "search_path leads to no schema", advice)
+        advice = "name a schema that exists (schema=..., --schema), or correct search_path"
+        return Finding("table", "fail", "search_path names no schema that exists", advice)
     if not there:
         detail = f"the schema {name} does not exist"
         if seen["may_schema"]:
-            return Finding("table", "warn", detail, "the first write makes it, with the table")
+            advice = "the first write creates it, with the table"
+            return Finding("table", *_unless_named(context, detail, advice))
         return Finding("table", "fail", detail, f"{ddl}, and GRANT USAGE on the schema to {role}")
-    rights = patient.row(
+    rights = context.row(
         "SELECT has_schema_privilege(%s, 'USAGE') AS usage, has_schema_privilege(%s, 'CREATE') AS make",
         name,
         name,
@@ -65,166 +66,185 @@ def missing(patient: Patient) -> Finding:
     quoted = quote_identifier(name)
     if not rights["usage"]:
         advice = f"as its owner: GRANT USAGE ON SCHEMA {quoted} TO {role}"
-        return Finding("table", "fail", f"the role may not use the schema {name}", advice)
-    detail = f"{patient.name} does not exist in {name}"
+        return Finding("table", "fail", f"the role cannot use the schema {name}", advice)
+    detail = f"{context.name} does not exist in {name}"
     if rights["make"]:
-        return Finding(
-            "table", "warn", detail, "the first write makes it; or run the DDL of `pgkv schema`"
-        )
+        advice = "the first write creates it; or run the DDL of `pgkv schema`"
+        return Finding("table", *_unless_named(context, detail, advice))
     advice = f"as the schema's owner: GRANT CREATE ON SCHEMA {quoted} TO {role}; or {ddl}"
-    return Finding("table", "fail", f"{detail}, and the role may not create it", advice)
+    return Finding("table", "fail", f"{detail}, and the role cannot create it", advice)
 
 
-def table(patient: Patient) -> Finding:
-    """The table, and whether a crash of the server spares it."""
-    facts = patient.table
+def _unless_named(context: Context, detail: str, advice: str) -> tuple[Status, str, str]:
+    """A warning, but a failure if the user named what does not exist: it may be mistyped."""
+    if context.named:
+        return "fail", detail, f"check the name; if it is right, {advice}"
+    return "warn", detail, advice
+
+
+def table(context: Context) -> Finding:
+    """The table, and whether its rows survive a crash of the server."""
+    facts = context.table
     assert facts is not None
-    name = f"{facts['schema']}.{patient.name}" if patient.config.schema is None else patient.name
+    name = f"{facts['schema']}.{context.name}" if context.config.schema is None else context.name
     unlogged = facts["relpersistence"] == "u"
     if facts["relkind"] == "p":
         return Finding("table", "warn", f"{name} is partitioned", "pgkv does not sweep partitions")
     if unlogged:
         return Finding("table", "ok", f"{name}, UNLOGGED: fast, emptied by a crash of the server")
-    if patient.config.table_type is TableType.UNLOGGED:
+    if context.config.table_type is TableType.UNLOGGED:
         return Finding("table", "ok", f"{name}, logged: survives a crash (writes cost more)")
     return Finding("table", "ok", f"{name}, logged: survives a crash")
 
 
-def _columns_of(patient: Patient) -> dict[str, str]:
-    rows = patient.rows(
+def _columns_of(context: Context) -> dict[str, str]:
+    rows = context.rows(
         "SELECT attname::text AS name, format_type(atttypid, NULL) AS type FROM pg_attribute "
         "WHERE attrelid = to_regclass(%s) AND attnum > 0 AND NOT attisdropped",
-        patient.name,
+        context.name,
     )
     return {row["name"]: row["type"] for row in rows}
 
 
-def columns(patient: Patient) -> Finding:
-    """Whether the columns are pgkv's."""
-    found = _columns_of(patient)
+def columns(context: Context) -> Finding:
+    """Whether the columns are those of pgkv."""
+    found = _columns_of(context)
     wrong = [
         f"{name} is {found.get(name, 'missing')}"
         for name, types in _EXPECTED.items()
         if found.get(name) not in types and not (name == "version" and name not in found)
     ]
     if wrong:
-        advice = "this is no table of pgkv's: choose another table name"
+        advice = "this is not a table of pgkv: choose another table name"
         return Finding("columns", "fail", "; ".join(wrong), advice)
     if "version" not in found:
-        assert patient.table is not None
+        assert context.table is not None
         detail = "no column version: the table was made by another client (the Rust crate pgkv)"
-        if patient.table["owned"]:
+        if context.table["owned"]:
             return Finding(
                 "columns", "warn", detail, "store.create_table() adds it, without a rewrite"
             )
         advice = (
-            f"as the owner ({patient.table['owner']}): ALTER TABLE {patient.name} "
+            f"as the owner ({context.table['owner']}): ALTER TABLE {context.name} "
             "ADD COLUMN version BIGINT NOT NULL DEFAULT 1"
         )
         return Finding("columns", "fail", detail, advice)
     return Finding("columns", "ok", f"{len(_EXPECTED)} as expected")
 
 
-def key_index(patient: Patient) -> Finding:
+def key_index(context: Context) -> Finding:
     """Whether keys are unique: ON CONFLICT (key) needs that."""
-    seen = patient.row(
+    seen = context.row(
         "SELECT count(*)::int AS n FROM pg_index i JOIN pg_attribute a "
         "ON a.attrelid = i.indrelid AND a.attname = 'key' WHERE i.indrelid = to_regclass(%s) "
         "AND i.indisunique AND i.indisvalid AND i.indpred IS NULL AND i.indnkeyatts = 1 "
         "AND i.indkey[0] = a.attnum",
-        patient.name,
+        context.name,
     )
     if not seen["n"]:
         return Finding(
             "unique key", "fail", "no unique index on key: no write can work",
-            f"ALTER TABLE {patient.name} ADD PRIMARY KEY (key)",
+            f"ALTER TABLE {context.name} ADD PRIMARY KEY (key)",
         )  # fmt: skip
     return Finding("unique key", "ok", "the key is unique")
 
 
-def collation(patient: Patient) -> Finding:
+def collation(context: Context) -> Finding:
     """Whether scans by prefix can use the key's index."""
-    seen = patient.row(
+    seen = context.row(
         "SELECT c.collname::text AS name, c.collprovider::text AS provider FROM pg_attribute a "
         "JOIN pg_collation c ON c.oid = a.attcollation "
         "WHERE a.attrelid = to_regclass(%s) AND a.attname = 'key'",
-        patient.name,
+        context.name,
     )
     if seen.get("name") == "C":
         return Finding("key's collation", "ok", '"C": scans use the index')
     name = "the database's" if seen.get("name") == "default" else f'"{seen.get("name")}"'
     advice = (
-        "in a quiet hour (it locks the table and rebuilds its index): "
-        f'ALTER TABLE {patient.name} ALTER COLUMN key TYPE text COLLATE "C"'
+        "at a quiet time (it locks the table and rebuilds its index): "
+        f'ALTER TABLE {context.name} ALTER COLUMN key TYPE text COLLATE "C"'
     )
-    detail = f"{name}: answers are right, but scans by prefix read the whole table"
-    if patient.version >= 150000 and seen.get("name") == "default":
-        version = patient.row(
+    detail = f"{name}: results are correct, but scans by prefix read the whole table"
+    if context.version >= 150000 and seen.get("name") == "default":
+        version = context.row(
             "SELECT datcollversion AS made, pg_database_collation_actual_version(oid) AS now "
             "FROM pg_database WHERE datname = current_database()"
         )
         if version["made"] != version["now"]:
             detail += f"; its library changed from {version['made']} to {version['now']}"
             advice = (
-                f"at once: REINDEX TABLE {patient.name} (an index in an old order misses keys); "
+                f"at once: REINDEX TABLE {context.name} (an index in an old order misses keys); "
                 + advice
             )
             return Finding("key's collation", "fail", detail, advice)
     return Finding("key's collation", "warn", detail, advice)
 
 
-def rights(patient: Patient) -> Finding:
-    """What the role may do with the table."""
+def rights(context: Context) -> Finding:
+    """The role's rights on the table."""
     needed = ("SELECT", "INSERT", "UPDATE", "DELETE")
     asked = ", ".join(
         f"has_table_privilege(to_regclass(%s), '{right}') AS {right.lower()}" for right in needed
     )
-    seen = patient.row(f"SELECT current_user AS role, {asked}", *[patient.name] * len(needed))
+    seen = context.row(
+        f"SELECT current_user AS role, row_security_active(to_regclass(%s)) AS filtered, {asked}",
+        *[context.name] * (len(needed) + 1),
+    )
     lacking = [right for right in needed if not seen[right.lower()]]
     if lacking:
         role = quote_identifier(seen["role"])
         return Finding(
             "rights", "fail", f"the role {seen['role']} lacks {', '.join(lacking)}",
-            f"as the table's owner: GRANT {', '.join(lacking)} ON {patient.name} TO {role}",
+            f"as the table's owner: GRANT {', '.join(lacking)} ON {context.name} TO {role}",
         )  # fmt: skip
-    assert patient.table is not None
-    if not patient.table["owned"]:
-        detail = "reads and writes; truncate(), vacuum() and recreate_table() are the owner's"
+    if seen["filtered"]:
+        detail = (
+            f"row-level security applies to the role {seen['role']}: policies hide and refuse rows"
+        )
+        advice = f"as the table's owner: ALTER TABLE {context.name} DISABLE ROW LEVEL SECURITY"
+        return Finding("rights", "warn", detail, advice)
+    assert context.table is not None
+    if not context.table["owned"]:
+        detail = (
+            "reads and writes; truncate(), vacuum() and recreate_table() need the table's owner"
+        )
         return Finding("rights", "ok", detail)
     return Finding("rights", "ok", "all: the role owns the table")
 
 
-def strangers(patient: Patient) -> Finding:
-    """Whether others run code here: a trigger runs with the rights of whoever writes, and on a table
-    that was found through search_path any role may have put it there."""
-    seen = patient.row(
+def owner_and_triggers(context: Context) -> Finding:
+    """Whether other roles can run code here: a trigger runs with the rights of the role that writes,
+    and a table found through search_path may have been created by any role."""
+    seen = context.row(
         "SELECT (r.rolsuper OR d.datdba = c.relowner OR pg_has_role(c.relowner, 'MEMBER')) AS known, "
         "ARRAY(SELECT quote_ident(tgname) FROM pg_trigger WHERE tgrelid = c.oid "
         "AND NOT tgisinternal AND tgname <> 'pgkv_fence' ORDER BY 1) AS triggers "
         "FROM pg_class c JOIN pg_roles r ON r.oid = c.relowner, pg_database d "
         "WHERE c.oid = to_regclass(%s) AND d.datname = current_database()",
-        patient.name,
+        context.name,
     )
-    assert patient.table is not None
-    owner, schema = patient.table["owner"], patient.table["schema"]
+    assert context.table is not None
+    owner, schema = context.table["owner"], context.table["schema"]
     if seen["triggers"]:
         names = ", ".join(seen["triggers"])
-        drop = "; ".join(f"DROP TRIGGER {name} ON {patient.name}" for name in seen["triggers"])
+        drop = "; ".join(f"DROP TRIGGER {name} ON {context.name}" for name in seen["triggers"])
         detail = f"the table has triggers, which run with your rights: {names} (owner: {owner})"
         return Finding("owner and triggers", "warn", detail, f"if they are not yours: {drop}")
-    if patient.config.schema is None and not seen["known"]:
-        detail = f"the table was found through search_path, and is {owner}'s, none of your roles"
+    if context.config.schema is None and not seen["known"]:
+        detail = (
+            f"the table was found through search_path; its owner {owner} is not one of your roles"
+        )
         advice = (
-            "if that role is to be trusted, name the schema (schema=..., --schema); if not, it may "
-            f"have put the table there: REVOKE CREATE ON SCHEMA {schema} FROM it, or from PUBLIC"
+            "if you trust that role, name the schema (schema=..., --schema); if not, it may have "
+            f"created the table there: REVOKE CREATE ON SCHEMA {schema} FROM it, or from PUBLIC"
         )
         return Finding("owner and triggers", "warn", detail, advice)
     return Finding("owner and triggers", "ok", f"owned by {owner}; no triggers")
 
 
-def indexes(patient: Patient) -> Finding:
-    """An index on anything but the key: each update then has to write to it."""
-    found = patient.rows(
+def indexes(context: Context) -> Finding:
+    """Indexes on other columns than the key: each update has to write to them."""
+    found = context.rows(
         "SELECT DISTINCT i.indexrelid::regclass::text AS index, "
         "array_agg(DISTINCT a.attname::text) AS columns FROM pg_index i "
         "JOIN pg_depend d ON d.classid = 'pg_class'::regclass AND d.objid = i.indexrelid "
@@ -232,117 +252,121 @@ def indexes(patient: Patient) -> Finding:
         "JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = d.refobjsubid "
         "WHERE i.indrelid = to_regclass(%s) AND a.attname NOT IN ('key', 'created_at') "
         "GROUP BY 1 ORDER BY 1",
-        patient.name,
+        context.name,
     )
     if found:
         names = "; ".join(f"{row['index']} on {', '.join(row['columns'])}" for row in found)
         drop = "; ".join(f"DROP INDEX CONCURRENTLY {row['index']}" for row in found)
-        advice = f"pgkv does not need it: {drop} (a Rust client makes its own again)"
+        advice = f"pgkv does not need it: {drop} (a Rust client creates it again)"
         return Finding(
             "index on expires_at", "warn", f"{names}: no update can be heap-only", advice
         )
     return Finding("index on expires_at", "ok", "none, nor on another column that updates change")
 
 
-def hot_updates(patient: Patient) -> Finding:
-    """The share of updates that touched no index."""
-    seen = patient.row(
+def hot_updates(context: Context) -> Finding:
+    """The share of updates that wrote to no index."""
+    seen = context.row(
         "SELECT coalesce(n_tup_upd, 0) AS n, coalesce(n_tup_hot_upd, 0) AS hot "
         "FROM pg_stat_all_tables WHERE relid = to_regclass(%s)",
-        patient.name,
+        context.name,
     )
     count = seen.get("n", 0)
     if count < HOT_UPDATES:
-        return Finding("heap-only updates", "ok", f"{count:,} updates: too few to judge by")
+        return Finding(
+            "heap-only updates", "ok", f"{console.count(count, 'update')}: too few to judge"
+        )
     ratio = seen["hot"] / count
-    detail = f"{ratio:.1%} of {count:,} updates"
+    detail = f"{ratio:.1%} of {console.count(count, 'update')}"
     if ratio < HOT_RATIO:
-        assert patient.table is not None
-        fill = int(_option(patient.table, "fillfactor", "100"))
+        assert context.table is not None
+        fill = int(_option(context.table, "fillfactor", "100"))
         advice = (
-            "if an index or an old transaction is named above, that is why; else leave more room on "
-            f"the pages (fillfactor is {fill}): ALTER TABLE {patient.name} SET (fillfactor = "
-            f"{max(fill - 20, 40)}), then VACUUM FULL {patient.name}"
+            "if an index or an old transaction is reported above, that is the cause; else leave more "
+            f"room on the pages (fillfactor is {fill}): ALTER TABLE {context.name} SET (fillfactor = "
+            f"{max(fill - 20, 40)}), then VACUUM FULL {context.name}"
         )
         return Finding("heap-only updates", "warn", detail, advice)
     return Finding("heap-only updates", "ok", detail)
 
 
-def dead_rows(patient: Patient) -> Finding:
-    """Row versions that wait for vacuum."""
-    seen = patient.row(
+def dead_rows(context: Context) -> Finding:
+    """Dead row versions that vacuum has not removed yet."""
+    seen = context.row(
         "SELECT n_dead_tup AS dead, n_live_tup AS live, current_setting('autovacuum') AS auto, "
         "extract(epoch FROM clock_timestamp() - greatest(last_vacuum, last_autovacuum))::float8 "
         "AS since FROM pg_stat_all_tables WHERE relid = to_regclass(%s)",
-        patient.name,
+        context.name,
     )
-    assert patient.table is not None
+    assert context.table is not None
     dead, live = seen.get("dead") or 0, seen.get("live") or 0
     since = seen.get("since")
     when = "never vacuumed" if since is None else f"vacuumed {console.duration(since)} ago"
     detail = f"{dead:,} dead, {live:,} live (estimates); {when}"
-    own = _option(patient.table, "autovacuum_enabled", "true")
+    own = _option(context.table, "autovacuum_enabled", "true")
     if seen.get("auto") == "off" or own in ("false", "off"):
-        advice = f"turn autovacuum on again: ALTER TABLE {patient.name} RESET (autovacuum_enabled), autovacuum = on"
+        advice = f"turn autovacuum on again: ALTER TABLE {context.name} RESET (autovacuum_enabled), autovacuum = on"
         return Finding("dead rows", "warn", f"{detail}; autovacuum is off", advice)
-    # Before autovacuum's first round, which a new table has to wait for, much may be dead.
+    # A new table waits for autovacuum's first round: until then much can be dead.
     enough = 10 * DEAD_ROWS if since is None else DEAD_ROWS
     if dead > enough and dead > DEAD_SHARE * (dead + live):
-        advice = f"VACUUM {patient.name}; if they come back, look for old transactions (see above)"
+        advice = f"VACUUM {context.name}; if they return, look for old transactions (see above)"
         return Finding("dead rows", "warn", detail, advice)
     return Finding("dead rows", "ok", detail)
 
 
-def expired_rows(patient: Patient) -> Finding:
-    """Rows whose time has passed and that nobody has collected."""
-    size = patient.row(
+def expired_rows(context: Context) -> Finding:
+    """Expired rows that have not been collected."""
+    size = context.row(
         "SELECT pg_relation_size(to_regclass(%s)) / current_setting('block_size')::int8 AS pages",
-        patient.name,
+        context.name,
     )["pages"]
     part = ""
     if size > SAMPLE_PAGES:
         part = f" TABLESAMPLE SYSTEM ({100 * SAMPLE_PAGES / size:.6f})"
-    seen = patient.row(
+    seen = context.row(
         "SELECT count(*) AS n, count(*) FILTER (WHERE expires_at <= statement_timestamp()) "
-        f"AS expired FROM {patient.name}{part}"
+        f"AS expired FROM {context.name}{part}"
     )
     share = seen["expired"] / seen["n"] if seen["n"] else 0.0
-    detail = f"{share:.1%} of {seen['n']:,} rows" + (" (a sample)" if part else "")
+    detail = f"{share:.1%} of {console.count(seen['n'], 'row')}" + (" (a sample)" if part else "")
     if share > EXPIRED_SHARE and seen["n"] >= EXPIRED_ROWS:
         advice = (
-            "run `pgkv sweep`; if it comes back: ttl_cleanup_strategy=BACKGROUND, or `pgkv sweep` "
+            "run `pgkv sweep`; if they return: ttl_cleanup_strategy=BACKGROUND, or `pgkv sweep` "
             "from cron"
         )
         return Finding("expired rows", "warn", detail, advice)
     return Finding("expired rows", "ok", detail)
 
 
-def emptied(patient: Patient) -> Finding | None:
-    """Whether a crash of the server has emptied the UNLOGGED table.
+def emptied(context: Context) -> Finding | None:
+    """Whether a crash of the server emptied the UNLOGGED table.
 
-    The server keeps no record of it. But a crash empties the file and leaves the catalogue as the
-    last vacuum or analyze wrote it; whatever else shrinks a table (vacuum, TRUNCATE) corrects both.
+    The server keeps no record of that. But a crash empties the file and leaves the catalogue as the
+    last vacuum or analyze wrote it; everything else that shrinks a table (vacuum, TRUNCATE) corrects
+    both.
     """
-    facts = patient.table
+    facts = context.table
     assert facts is not None
     if facts["relpersistence"] != "u":
         return None
-    pages = patient.row(
+    pages = context.row(
         "SELECT pg_relation_size(to_regclass(%s)) / current_setting('block_size')::int8 AS n",
-        patient.name,
+        context.name,
     )["n"]
     if facts["reltuples"] > 0 and facts["relpages"] > pages:
         detail = (
-            f"very likely yes: when last vacuumed or analyzed it had some {facts['reltuples']:,.0f} "
-            f"rows on {facts['relpages']:,} pages, and now has {pages:,} pages"
+            "very likely yes: when last vacuumed or analyzed it had about "
+            f"{console.count(round(facts['reltuples']), 'row')} on "
+            f"{console.count(facts['relpages'], 'page')}, now it has {console.count(pages, 'page')}"
         )
         advice = (
-            "fill it again; what must outlive a crash belongs in a table of "
-            "table_type=TableType.REGULAR. The server's log tells when and why it crashed"
+            "load the data again; data that must survive a crash belongs in a table of "
+            "table_type=TableType.REGULAR. The server's log has the time and cause of the crash"
         )
         return Finding("emptied by a crash", "warn", detail, advice)
     if facts["relpages"] == 0 or facts["reltuples"] < 0:
-        detail = "no sign of it, but a table never vacuumed or analyzed would show none"
+        detail = "no sign of it; a table that was never vacuumed or analyzed shows none"
         return Finding("emptied by a crash", "ok", detail)
     return Finding("emptied by a crash", "ok", "no sign of it since the last vacuum or analyze")
 
@@ -361,7 +385,7 @@ CHECKS: tuple[Check, ...] = (
     key_index,
     collation,
     rights,
-    strangers,
+    owner_and_triggers,
     indexes,
     hot_updates,
     dead_rows,

@@ -1,4 +1,4 @@
-"""What a check is given, and what it returns."""
+"""What a check receives, and what it returns."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class Finding:
     """What one check found.
 
     Attributes:
-        check: what was looked at.
-        status: "ok", "warn" (works, but see to it) or "fail" (pgkv cannot do its work).
-        detail: what was seen.
-        advice: what to do; empty where nothing is.
+        check: the name of the check.
+        status: "ok", "warn" (works, but needs attention) or "fail" (pgkv cannot work).
+        detail: what was found.
+        advice: how to fix it; empty if there is nothing to fix.
     """
 
     check: str
@@ -31,22 +31,32 @@ class Finding:
 
 
 @dataclass(slots=True)
-class Patient:
-    """What the checks look at: a connection, the settings, and what pg_class says of the table."""
+class Context:
+    """What the checks examine.
+
+    Args:
+        conn: a connection to the server.
+        config: the store's settings.
+        conninfo: what `conn` was made with.
+        refuses_settings: a pooler refused the settings of a session.
+        named: the table or its schema was asked for by name, so it must exist.
+        table: what pg_class has about the table.
+    """
 
     conn: psycopg.Connection[dict[str, Any]]
     config: Config
     conninfo: str
     refuses_settings: bool = False
+    named: bool = False
     table: dict[str, Any] | None = None
 
     def row(self, query: str, *params: Any) -> dict[str, Any]:
-        """The first row of a query; empty without one."""
+        """Return the first row of a query; empty without one."""
         rows = self.rows(query, *params)
         return rows[0] if rows else {}
 
     def rows(self, query: str, *params: Any) -> list[dict[str, Any]]:
-        """The rows of a query. A literal percent sign is written twice."""
+        """Return the rows of a query. A literal percent sign is written twice."""
         return self.conn.execute(query.encode(), params).fetchall()
 
     @property
@@ -60,4 +70,4 @@ class Patient:
         return self.config.table.quoted
 
 
-Check: TypeAlias = Callable[[Patient], "Finding | None"]
+Check: TypeAlias = Callable[[Context], "Finding | None"]

@@ -1,0 +1,220 @@
+"""The commands about keys: ``get``, ``set``, ``delete``, ``scan``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from itertools import islice
+from typing import Annotated, Any, TypeAlias
+
+import typer
+
+from ..errors import NotFoundError
+from ..store import Store
+from . import console
+from .command import DONE, NOT_FOUND, Call, Seconds, duration
+
+TERMINAL_LIMIT = 100  # rows of a scan on a terminal, unless --limit says otherwise
+PAGE_KEYS, PAGE_ITEMS = 5000, 500  # rows fetched at a time: values may be large
+
+Key: TypeAlias = Annotated[str, typer.Argument(metavar="KEY", help="The key.")]
+
+
+def get(call: Call, key: Key) -> int:
+    """Write the value of a key to standard output, byte for byte.
+
+    With --json the version and times too; a value that is not UTF-8 is given in base64. Exit code
+    1: the key does not exist.
+
+    **Example:** `pgkv get user:1 > user.bin`
+    """
+    with call.store() as store:
+        if call.json:
+            entry = store.get_entry(key)
+            if entry is None:
+                raise NotFoundError(f"no such key: {key!r}")
+            ends = entry.expires_at
+            console.say_json(
+                {
+                    "key": key,
+                    **console.json_value(entry.value),
+                    "version": entry.version,
+                    "ttl": None if ends is None else round(entry.ttl(), 3),
+                    "expires_at": None if ends is None else ends.isoformat(),
+                    "created_at": entry.created_at.isoformat(),
+                    "updated_at": entry.updated_at.isoformat(),
+                }
+            )
+            return DONE
+        value = store.get_or_raise(key)
+    console.write(value)
+    if console.on_terminal() and not value.endswith(b"\n"):
+        console.say("")  # for the prompt; a pipe gets the value alone
+    return DONE
+
+
+def set_(
+    call: Call,
+    key: Key,
+    value: Annotated[
+        str, typer.Argument(metavar="VALUE", help="The value; - reads standard input, as bytes.")
+    ],
+    ttl: Annotated[
+        Seconds,
+        typer.Option("--ttl", metavar="TIME", parser=duration,
+                     help="Expire after this time: 90 (seconds), 15m, 1h30m, 7d."),
+    ] = None,
+    keep_ttl: Annotated[
+        bool, typer.Option("--keep-ttl", metavar="", help="Keep the expiry that the key has.")
+    ] = False,
+    nx: Annotated[
+        bool, typer.Option("--nx", metavar="", help="Only if the key does not exist.")
+    ] = False,
+    xx: Annotated[bool, typer.Option("--xx", metavar="", help="Only if the key exists.")] = False,
+    if_version: Annotated[
+        int | None,
+        typer.Option("--if-version", metavar="N", min=0,
+                     help="Only if the key has this version (see get --json); 0: if it is absent."),
+    ] = None,
+) -> int:  # fmt: skip
+    """Write a value. Without --ttl the key no longer expires.
+
+    Exit code 1: the condition did not hold, and nothing was written. Put -- before a value that
+    begins with a dash.
+
+    **Example:** `pgkv set greeting hello --ttl 15m`
+
+    **Example:** `tar c src | pgkv set backup -`
+
+    **Example:** `pgkv set balance -- -5`
+    """
+    if nx + xx + (if_version is not None) > 1:
+        raise typer.BadParameter("give at most one of --nx, --xx and --if-version")
+    if keep_ttl and (nx or xx or ttl is not None):
+        raise typer.BadParameter("--keep-ttl cannot be combined with --ttl, --nx and --xx")
+    data = console.read() if value == "-" else os.fsencode(value)
+    with call.store(create=True) as store:
+        if xx:
+            new = _set_existing(store, key, data, ttl)
+        else:
+            wanted = 0 if nx else if_version  # version 0: the key is absent
+            new = store.set(key, data, ttl=ttl, keep_ttl=keep_ttl, if_version=wanted)
+    if call.json:
+        console.say_json({"key": key, "written": new is not None, "version": new})
+    elif new is None:
+        why = "exists" if nx else "does not exist" if xx else "has another version"
+        console.fail("", f"not written: the key {key!r} {why}", as_json=False)
+    return NOT_FOUND if new is None else DONE
+
+
+def _set_existing(store: Store, key: str, data: bytes, ttl: float | None) -> int | None:
+    """Write if the key exists; return the new version. The row stays locked in between."""
+    with store.transaction() as transaction:
+        if not transaction.set_xx(key, data, ttl=ttl):
+            return None
+        entry = transaction.get_entry(key)
+        return None if entry is None else entry.version
+
+
+def delete(
+    call: Call,
+    keys: Annotated[list[str] | None, typer.Argument(metavar="KEY", help="The keys.")] = None,
+    prefix: Annotated[
+        str | None,
+        typer.Option("--prefix", "-p", metavar="TEXT", help="Every key that begins with this."),
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", metavar="", help="Do not ask.")] = False,
+) -> int:
+    """Remove one key, several, or all with a prefix.
+
+    Asks before it removes more than one key, unless --yes is given. Exit code 1: nothing was
+    removed.
+
+    **Example:** `pgkv delete user:1`
+
+    **Example:** `pgkv delete --prefix session: --yes`
+    """
+    if bool(keys) == (prefix is not None):
+        raise typer.BadParameter("give either keys or --prefix")
+    many = list(dict.fromkeys(keys or ()))
+    with call.store() as store:
+        if prefix is not None:
+            what = f"that begin with {prefix!r}" if prefix else "there are"
+            _confirm(yes, lambda: f"Remove all {console.count(store.count(prefix), 'key')} {what}?")
+            removed = store.delete_prefix(prefix)
+        else:
+            _confirm(yes or len(many) == 1, lambda: f"Remove {len(many)} keys?")
+            removed = store.delete_many(many)
+    if call.json:
+        console.say_json({"deleted": removed})
+    elif prefix is not None or len(many) > 1:
+        console.say(f"deleted {removed:,}")
+    elif not removed:
+        console.fail("", f"no such key: {many[0]!r}", as_json=False)
+    return DONE if removed else NOT_FOUND
+
+
+def _confirm(given: bool, question: Callable[[], str]) -> None:
+    if given:
+        return
+    if not console.can_ask():
+        raise typer.BadParameter("this removes more than one key: confirm with --yes")
+    if not typer.confirm(question(), err=True):
+        raise typer.Exit(NOT_FOUND)
+
+
+def scan(
+    call: Call,
+    start: Annotated[
+        str | None, typer.Argument(metavar="[PREFIX]", help="Keys that begin with this.")
+    ] = None,
+    prefix: Annotated[
+        str | None, typer.Option("--prefix", "-p", metavar="TEXT", help="The same, as an option.")
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option("--limit", "-l", metavar="N", min=0,
+                     help=f"At most N rows; 0: all. Default: all, on a terminal {TERMINAL_LIMIT}."),
+    ] = None,
+    values: Annotated[
+        bool, typer.Option("--values/--keys", metavar="", help="Keys and values, or keys alone.")
+    ] = True,
+) -> int:  # fmt: skip
+    r"""List keys and values in the order of the keys' bytes.
+
+    On a terminal a table; in a pipe lines of key, tab, value, with `\n`, `\t`, `\\` and `\xHH` for
+    characters that would break a line; with --json one object a line. Memory use stays constant.
+
+    **Example:** `pgkv scan user: --limit 20`
+
+    **Example:** `pgkv scan --keys | wc -l`
+    """
+    if start is not None and prefix is not None:
+        raise typer.BadParameter("give the prefix as an argument or as --prefix, not both")
+    wanted = start or prefix or ""
+    people = console.on_terminal() and not call.json
+    most = TERMINAL_LIMIT if limit is None and people else limit or None
+    with call.store() as store:
+        found: Iterator[Any]
+        if values:
+            size = min(most + 1 if most else PAGE_ITEMS, PAGE_ITEMS)
+            found = store.iter_items(wanted, page_size=size)
+        else:
+            found = ((key, None) for key in store.iter_keys(wanted, page_size=PAGE_KEYS))
+        rows = islice(found, most)
+        if people:
+            columns = ("key", "value") if values else ("key",)
+            cells = [
+                (console.one_line(k), *([console.preview(v)] if values else [])) for k, v in rows
+            ]
+            console.show_table(columns, cells)
+        else:
+            for key, value in rows:
+                if call.json:
+                    console.say_json({"key": key, **(console.json_value(value) if values else {})})
+                else:
+                    rest = f"\t{console.one_line(value)}" if values else ""
+                    console.say(console.one_line(key) + rest)
+        if limit is None and most is not None and next(found, None) is not None:
+            console.note(f"These are the first {most}; --limit 0 shows all.")
+    return DONE

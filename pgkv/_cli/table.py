@@ -1,0 +1,104 @@
+"""The commands about a whole table: ``stats``, ``sweep``, ``schema``."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from .._engine.sweep import sweep_all
+from ..config import TableType
+from ..patterns.schema import schema_sql
+from . import console
+from .command import DONE, Call
+
+
+def stats(call: Call) -> int:
+    """Show the size of the table and its health. Reads the whole table.
+
+    **Example:** `pgkv stats --json`
+    """
+    with call.store() as store:
+        found = store.stats()
+        title = store._config.table.quoted
+    if call.json:
+        console.say_json(asdict(found))
+        return DONE
+    ratio = found.hot_update_ratio
+    share = f" ({found.expired_keys / found.total_keys:.0%})" if found.total_keys else ""
+    pairs = {
+        "keys": f"{found.total_keys:,}",
+        "expired, not yet collected": f"{found.expired_keys:,}{share}",
+        "values": console.size(found.total_value_bytes),
+        "average value": console.size(found.avg_value_bytes),
+        "largest value": console.size(found.max_value_bytes),
+        "table on disk": console.size(found.table_size_bytes),
+        "indexes on disk": console.size(found.index_size_bytes),
+        "dead row versions": f"{found.dead_tuples:,}",
+        "heap-only updates": "no updates yet" if ratio is None else f"{ratio:.1%}",
+    }
+    console.show_table(("", ""), pairs.items(), title=title)
+    return DONE
+
+
+def sweep(
+    call: Call,
+    limit: Annotated[
+        int | None,
+        typer.Option("--limit", "-l", metavar="N", min=1, help="Stop after N rows."),
+    ] = None,
+) -> int:
+    """Delete expired rows in short steps that block no other client.
+
+    Run it from cron with ttl_cleanup_strategy MANUAL; the other strategies collect by themselves.
+    It processes the whole table, also with --namespace.
+
+    **Example:** `pgkv sweep`
+
+    **Example:** `pgkv sweep --table kv_store_sessions`
+    """
+    with call.store() as store, console.progress(quiet=call.json) as bar:
+        task = bar.add_task("pages", total=None)
+        removed = store._run(
+            sweep_all(
+                store._sql, limit, lambda done, total: bar.update(task, completed=done, total=total)
+            )
+        )
+    if call.json:
+        console.say_json({"deleted": removed})
+    else:
+        console.say(f"deleted {console.count(removed, 'expired row')}")
+    return DONE
+
+
+def schema(
+    call: Call,
+    regular: Annotated[
+        bool,
+        typer.Option(
+            "--regular", metavar="", help="A logged table, which survives a server crash."
+        ),
+    ] = False,
+    locks: Annotated[
+        bool, typer.Option("--locks/--no-locks", metavar="", help="With the tables of locks.")
+    ] = True,
+    sessions: Annotated[
+        bool,
+        typer.Option("--sessions/--no-sessions", metavar="", help="With the table of sessions."),
+    ] = True,
+) -> int:
+    """Print the DDL of the tables, for a migration tool. Needs no server.
+
+    With auto_create_table=False this DDL is all that is needed. It can be run more than once.
+
+    **Example:** `pgkv schema --table cache | psql "$PGKV_DSN"`
+    """
+    named = Call(dsn=call.dsn or "postgresql://", table=call.table, schema=call.schema)
+    kind = TableType.REGULAR if regular else TableType.UNLOGGED
+    sql = schema_sql(named.config(table_type=kind), locks=locks, sessions=sessions)
+    if call.json:
+        console.say_json({"sql": sql})
+    else:
+        console.write(sql.encode())
+    return DONE
