@@ -8,13 +8,14 @@ MAKEFLAGS += --no-print-directory
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet install
 ARGS ?=
 JOBS ?= 2
+MINUTES ?= 10
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL: # one check after the other: the first failure is the last thing on the screen
-.PHONY: help demo test lint types imports tests bench docs fmt clean
+.PHONY: help demo test lint types imports tests interleavings soak bench docs fmt clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-15s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.demo ## see pgkv at work; starts its own database
 	@$(BIN)/python -m pgkv demo
@@ -36,6 +37,12 @@ imports: $(VENV)/.dev ## the direction of imports
 tests: $(VENV)/.dev ## the tests; ARGS="tests/unit -k ttl" chooses some
 	@$(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal $(ARGS) || { echo "Once more, what failed:"; \
 		$(BIN)/python -m pytest --last-failed --last-failed-no-failures none $(ARGS); }
+
+interleavings: $(VENV)/.dev ## every order of the patterns' steps, within bounds; ARGS="lock 0000021" runs one again
+	@$(BIN)/python -m tests.interleavings $(ARGS)
+
+soak: $(VENV)/.dev ## all patterns under random faults for MINUTES; ends with exact totals
+	@$(BIN)/python -m tests.interleavings.soak --minutes $(MINUTES)
 
 bench: $(VENV)/.dev ## the benchmarks; ARGS are passed on
 	@$(BIN)/python -m tests.benchmarks $(ARGS)

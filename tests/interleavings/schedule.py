@@ -1,0 +1,643 @@
+"""A scheduler that holds all the strings: every order in which clients' steps can reach the server.
+
+Clients are coroutines over real `Async...` objects, the server is real, and a step is one operation that
+reaches it (or a call of `World.step`, for what a client does elsewhere). The event loop has a clock of its
+own, and asks the scheduler what happens next whenever every client waits: which step is performed, or which
+fault strikes. `explore` goes through all schedules depth first, up to a bound:
+
+* a switch away from a client that could have gone on is a preemption, and a schedule has at most
+  `preemptions` of them (Musuvathi and Qadeer, "Iterative context bounding", PLDI 2007);
+* a schedule has at most `faults` faults;
+* of two orders that differ only in steps which commute, one is run (sleep sets: Godefroid, 1996).
+
+Each schedule has a number, the choices it made in base 36: ``python -m tests.interleavings NAME NUMBER``
+runs one again and shows its steps. A failing one is shrunk first.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import contextvars
+import dataclasses
+import logging
+import math
+import random
+import selectors
+import sys
+import time
+from collections.abc import Callable, Coroutine, Iterable, Iterator
+from typing import Any
+
+import pgkv
+from pgkv._engine._async.channel import AsyncPoolChannel
+from pgkv._ops.op import Op
+from pgkv._sql import Statements
+from pgkv.errors import OperationTimeoutError
+from pgkv.testing import ServerClock
+
+DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
+STEPS_MAX = 400  # of one schedule: a client that polls for ever is a fault of the scenario
+EPOCH = 1_000_000.0  # where the clock of each schedule begins
+
+
+class Abandoned(BaseException):
+    """The schedule has ended; clients that are still there end too."""
+
+
+class StuckError(AssertionError):
+    """A client waits for something that never comes."""
+
+
+@dataclasses.dataclass(eq=False)
+class Step:
+    """What a client wants to do next."""
+
+    client: str
+    name: str
+    key: bytes
+    writes: bool
+    perform: Callable[[], Any]
+    future: asyncio.Future[Any]
+    orphan: bool = False  # its client was cancelled: it may still happen, and nobody hears of it
+
+    @property
+    def identity(self) -> tuple[str, str, bytes]:
+        return (self.client, self.name, self.key)
+
+    def commutes_with(self, other: Step) -> bool:
+        """Whether the order of the two cannot matter."""
+        if self.client == other.client:
+            return False
+        reads = not (self.writes or other.writes)
+        return reads or bool(self.key and other.key and self.key != other.key)
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """One of the things that can happen next."""
+
+    kind: str  # perform, lose, cancel, die, drop, jump
+    client: str
+    label: str
+    step: Step | None = dataclasses.field(compare=False, hash=False, default=None)
+    preempts: bool = dataclasses.field(compare=False, hash=False, default=False)
+    seconds: float = 0.0
+
+    @property
+    def is_fault(self) -> bool:
+        return self.kind != "perform"
+
+    def commutes_with(self, other: Choice) -> bool:
+        if self.is_fault or other.is_fault or self.step is None or other.step is None:
+            return False
+        return self.step.commutes_with(other.step)
+
+
+@dataclasses.dataclass
+class Node:
+    """A point at which something was chosen."""
+
+    choices: list[Choice]
+    sleeping: set[Choice]
+    chosen: int
+    done: set[Choice] = dataclasses.field(default_factory=set)
+
+    def next(self) -> int | None:
+        """The next choice that is worth a schedule."""
+        for number, choice in enumerate(self.choices):
+            if choice not in self.sleeping and choice not in self.done:
+                return number
+        return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Scenario:
+    """What is explored.
+
+    Args:
+        name: of the scenario.
+        clients: each is called with the world and returns what it is to do.
+        invariant: is called after each step; raises AssertionError where something is wrong.
+        check: is called when all clients have ended, with what they returned or raised.
+        prepare: is called before each schedule.
+        preemptions, faults: the bounds.
+        kinds: the faults that may strike: ``lose`` an answer after the commit, ``cancel``, ``die``,
+            ``jump``.
+        jumps: seconds by which all clocks jump.
+    """
+
+    name: str
+    clients: dict[str, Callable[[World], Coroutine[Any, Any, Any]]]
+    check: Callable[[World, dict[str, Any]], None]
+    invariant: Callable[[World], None] | None = None
+    prepare: Callable[[World], None] | None = None
+    preemptions: int = 3
+    faults: int = 1
+    kinds: tuple[str, ...] = ("lose", "cancel", "die")
+    jumps: tuple[float, ...] = ()
+
+
+class World:
+    """One schedule: the clients, their clock, and what is chosen.
+
+    Attributes:
+        sync: a Store on the same table, for the scenario itself. Without one there is no server.
+        memory: whatever the scenario wants to note.
+        current: the world whose schedule runs.
+    """
+
+    current: World | None = None
+
+    def __init__(
+        self,
+        scenario: Scenario,
+        sync: pgkv.Store | None,
+        clock: ServerClock | None,
+        stack: list[Node],
+    ) -> None:
+        self.scenario = scenario
+        self._sync = sync
+        self._clock = clock
+        self.memory: dict[str, Any] = {}
+        self.now = EPOCH
+        self._stack = stack
+        self._depth = 0
+        self._steps: list[Step] = []
+        self._tasks: dict[str, asyncio.Task[Any]] = {}
+        self._names: dict[Any, str] = {}
+        self._dead: set[str] = set()
+        self._over = False
+        self._last = ""
+        self._preemptions = scenario.preemptions
+        self._faults = scenario.faults
+        self.history: list[str] = []
+        self.failure: BaseException | None = None
+        self.is_redundant = False
+        self._stores: dict[str, pgkv.AsyncStore] = {}
+
+    # -- what clients do
+
+    @property
+    def sync(self) -> pgkv.Store:
+        assert self._sync is not None
+        return self._sync
+
+    @property
+    def clock(self) -> ServerClock:
+        assert self._clock is not None
+        return self._clock
+
+    @property
+    def shared(self) -> pgkv.AsyncStore:
+        """One store for all clients, as of one process."""
+        return self._stores.setdefault("", _store(self))
+
+    @property
+    def store(self) -> pgkv.AsyncStore:
+        """The client's own store, as of a process of its own."""
+        client = self.client()
+        if client not in self._stores:
+            self._stores[client] = _store(self)
+        return self._stores[client]
+
+    def client(self) -> str:
+        """The client whose task runs, or the one that began the task."""
+        task = asyncio.current_task()
+        return self._names.get(task) or _client.get()
+
+    async def step(self, name: str, perform: Callable[[], Any] = lambda: None) -> Any:
+        """Something that a client does elsewhere: a step that commutes with no other."""
+        return await self.submit(name, b"", perform, writes=True)
+
+    async def submit(
+        self, name: str, key: bytes, perform: Callable[[], Any], *, writes: bool
+    ) -> Any:
+        if self._over:
+            raise Abandoned
+        client = self.client()
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        step = Step(client, name, key, writes, perform, future)
+        self._steps.append(step)
+        try:
+            return await future
+        except asyncio.CancelledError:
+            # What was sent may still reach the server, at any later moment or never.
+            if step in self._steps:
+                step.orphan = True
+            raise
+
+    # -- the schedule
+
+    def run(self) -> None:
+        """Run the clients to their end, one schedule of it."""
+        scenario = self.scenario
+        if scenario.prepare is not None:
+            scenario.prepare(self)
+        random.seed(scenario.name)
+        World.current = self
+        loop = VirtualLoop(self)
+        loop.set_exception_handler(lambda *_: None)  # of clients that died, nobody asks
+        try:
+            with _clock_of(self), _quiet():
+                loop.run_until_complete(self._main())
+        finally:
+            with contextlib.suppress(Exception):
+                loop.run_until_complete(loop.shutdown_asyncgens())
+            loop.close()
+            if self._clock is not None:
+                self._clock.set_offset(0)
+
+    async def _main(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._ended = asyncio.Event()
+        for name, client in self.scenario.clients.items():
+            _client.set(name)
+            self._tasks[name] = loop.create_task(client(self), name=name)
+        _client.set("")
+        try:
+            await self._ended.wait()
+            if self.failure is None and not self.is_redundant:
+                self.scenario.check(self, {n: self._result(n) for n in self._tasks})
+        except Exception as error:  # a failure of the schedule is its result
+            self.failure = self.failure or error
+        finally:
+            await self._end()
+
+    def _result(self, name: str) -> Any:
+        task = self._tasks[name]
+        if name in self._dead:
+            return Died
+        if task.cancelled():
+            return Cancelled
+        return task.exception() or task.result()
+
+    async def _end(self) -> None:
+        """End whatever is still there."""
+        self._over = True
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for _ in range(20):
+            for step in self._steps:
+                if not step.future.done():
+                    step.future.set_exception(Abandoned())
+                    step.future.exception()
+            self._steps.clear()
+            for task in others:
+                task.cancel()
+            await asyncio.sleep(0)
+            if all(task.done() for task in others):
+                break
+        for task in others:
+            if task.done() and not task.cancelled():
+                task.exception()
+
+    def idle(self, timeout: float | None) -> None:
+        """Every task waits: something has to happen."""
+        if self._over or self._ended.is_set():
+            self.now += 1.0 if timeout is None else timeout
+            return
+        if self._depth >= STEPS_MAX:
+            self._fail(StuckError(f"no end after {STEPS_MAX} steps"))
+            return
+        choices = self._choices()
+        if choices:
+            choice = self._choose(choices)
+            if choice is not None:
+                self._follow(choice)
+        elif all(task.done() or name in self._dead for name, task in self._tasks.items()):
+            self._ended.set()
+        elif timeout is None:
+            self._fail(StuckError("every client waits, for nothing"))
+        else:
+            self.pass_time(timeout + 1e-6)
+
+    def _fail(self, error: BaseException) -> None:
+        self.failure = self.failure or error
+        self._ended.set()
+
+    def pass_time(self, seconds: float) -> None:
+        """Let every clock go on, the server's too."""
+        self.now += seconds
+        if self._clock is not None:
+            self._clock.set_offset(self.now - EPOCH)
+
+    def _choices(self) -> list[Choice]:
+        """What can happen now: first, that the client which went last goes on."""
+        live = [step for step in self._steps if step.client not in self._dead]
+        live.sort(key=lambda step: (step.client != self._last or step.orphan, step.client))
+        if not live:
+            return []
+        could_go_on = live[0].client == self._last and not live[0].orphan
+        found = [
+            Choice("perform", s.client, s.name, s, could_go_on and s.client != self._last)
+            for s in live
+            if self._preemptions or not could_go_on or s.client == self._last
+        ]
+        found += [Choice("drop", s.client, s.name, s) for s in live if s.orphan]
+        if self._faults:
+            kinds = self.scenario.kinds
+            mine = [step for step in live if not step.orphan][:1] or []
+            for step in mine:
+                for kind in ("lose", "cancel", "die"):
+                    if kind not in kinds or (kind == "lose" and not step.writes):
+                        continue
+                    if kind == "cancel" and self._tasks[step.client].done():
+                        continue
+                    found.append(Choice(kind, step.client, step.name, step))
+            found += [Choice("jump", "", f"{s:+g} s", seconds=s) for s in self.scenario.jumps]
+        return found
+
+    def _choose(self, choices: list[Choice]) -> Choice | None:
+        depth = self._depth
+        self._depth += 1
+        if depth < len(self._stack):
+            node = self._stack[depth]
+            node.choices = choices
+            if node.chosen >= len(choices):
+                self._fail(StuckError("the schedule is not the same when it is run again"))
+                return None
+            return choices[node.chosen]
+        sleeping: set[Choice] = set()
+        if depth:
+            before = self._stack[depth - 1]
+            taken = before.choices[before.chosen]
+            sleeping = {c for c in before.sleeping | before.done if c.commutes_with(taken)}
+        node = Node(choices, sleeping, 0)
+        chosen = node.next()
+        if chosen is None:
+            self.is_redundant = True
+            self._ended.set()
+            return None
+        node.chosen = chosen
+        self._stack.append(node)
+        return choices[chosen]
+
+    def _follow(self, choice: Choice) -> None:
+        self.history.append(f"{choice.client}:{choice.label}" + _shown(choice))
+        step = choice.step
+        if choice.preempts:
+            self._preemptions -= 1
+        if choice.is_fault and choice.kind != "drop":
+            self._faults -= 1
+        if choice.kind == "jump":
+            self.pass_time(choice.seconds)
+            return
+        assert step is not None
+        if choice.kind == "cancel":
+            step.orphan = True
+            self._tasks[choice.client].cancel()
+            self._last = choice.client
+            return
+        self._steps.remove(step)
+        if choice.kind == "drop":
+            return
+        if choice.kind == "die":
+            self._dead.add(choice.client)
+            self._steps = [each for each in self._steps if each.client != choice.client]
+            return
+        self._last = choice.client
+        answer: Any = None
+        error: BaseException | None = None
+        try:
+            answer = step.perform()
+        except Exception as refused:  # the client's own answer
+            error = refused
+        if choice.kind == "lose":
+            error = OperationTimeoutError(f"{step.name}: the answer was lost")
+        if not step.future.done():
+            if error is not None:
+                step.future.set_exception(error)
+            else:
+                step.future.set_result(answer)
+        if self.scenario.invariant is not None:
+            try:
+                self.scenario.invariant(self)
+            except AssertionError as broken:
+                self._fail(broken)
+
+
+class Cancelled:
+    """What a cancelled client returned."""
+
+
+class Died:
+    """What a client returned that died."""
+
+
+def _shown(choice: Choice) -> str:
+    return "" if choice.kind == "perform" else f" [{choice.kind}]"
+
+
+# -- the event loop ------------------------------------------------------------------------
+
+_client: contextvars.ContextVar[str] = contextvars.ContextVar("client", default="")
+
+
+class _Selector(selectors.SelectSelector):
+    """Never waits: when nothing is ready, the world decides what happens."""
+
+    world: World
+
+    def select(self, timeout: float | None = None) -> Any:
+        if timeout is None or timeout > 0:
+            self.world.idle(timeout)
+        return super().select(0)
+
+
+class VirtualLoop(asyncio.SelectorEventLoop):
+    """An event loop whose clock is the world's."""
+
+    def __init__(self, world: World) -> None:
+        selector = _Selector()
+        selector.world = world
+        self._world = world
+        super().__init__(selector)
+
+    def time(self) -> float:
+        return self._world.now
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """What faults make pgkv log is no news here."""
+    logger = logging.getLogger("pgkv")
+    logger.disabled = True
+    try:
+        yield
+    finally:
+        logger.disabled = False
+
+
+@contextlib.contextmanager
+def _clock_of(world: World) -> Iterator[None]:
+    """Every clock that pgkv's modules read is the world's."""
+    found: list[tuple[Any, str, Any]] = []
+    for name, module in tuple(sys.modules.items()):
+        if name.startswith("pgkv."):
+            values = [(each, getattr(module, each, None)) for each in ("monotonic", "clock")]
+            found += [
+                (module, clock, value)
+                for clock, value in values
+                if callable(value) and not isinstance(value, type)
+            ]
+    try:
+        for module, clock, _ in found:
+            setattr(module, clock, lambda: world.now)
+        yield
+    finally:
+        for module, clock, value in found:
+            setattr(module, clock, value)
+
+
+# -- the store -----------------------------------------------------------------------------
+
+
+class ScheduledChannel(AsyncPoolChannel):
+    """Each operation is a step of the schedule, performed by a blocking store when its turn comes."""
+
+    def __init__(self, world: World, config: pgkv.Config) -> None:
+        super().__init__(config, Nowhere())  # type: ignore[arg-type]  # nothing is sent by it
+        self._world = world
+
+    async def execute(self, op: Op[Any], timeout: float | None = None) -> Any:
+        world = self._world
+        key = op.params[0] if op.params and op.statement.one_key else b""
+        return await world.submit(
+            op.statement.name,
+            bytes(key or b""),
+            lambda: world.sync._execute(op),
+            writes=op.statement.writes,
+        )
+
+    async def _settle(self, step: Any, deadline: float, outcome: Any = None) -> Any:
+        def flow() -> Any:
+            return (yield step)
+
+        world = self._world
+        return await world.submit(step.name, b"", lambda: world.sync._run(flow()), writes=True)
+
+    def watch(self, sql: Any) -> None:
+        """Nothing is collected: that has tests of its own."""
+
+
+class Nowhere:
+    """In place of a pool."""
+
+    loop = None
+    idle: tuple[()] = ()
+
+    def conninfo(self) -> str:
+        return ""
+
+    def is_exhausted(self) -> bool:
+        return False
+
+
+def _store(world: World) -> pgkv.AsyncStore:
+    config = world.sync._config
+    store = pgkv.AsyncStore.__new__(pgkv.AsyncStore)
+    store._bind(config, world.sync._target, Statements(config), ScheduledChannel(world, config))
+    return store
+
+
+# -- all schedules -------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What an exploration came to."""
+
+    schedules: int
+    steps: int
+    is_complete: bool
+    failure: Failure | None = None
+
+    def __str__(self) -> str:
+        return f"{self.schedules} schedules, {self.steps} steps" + (
+            "" if self.is_complete else ", not all"
+        )
+
+
+@dataclasses.dataclass
+class Failure:
+    """A schedule that went wrong, as short as it could be made."""
+
+    number: str
+    history: list[str]
+    error: BaseException
+
+    def __str__(self) -> str:
+        return (
+            f"schedule {self.number}: {type(self.error).__name__}: {self.error}\n  "
+            + "\n  ".join(self.history)
+        )
+
+
+def number_of(stack: Iterable[Node]) -> str:
+    """A schedule's number: its choices in base 36."""
+    return "".join(DIGITS[node.chosen] for node in stack).rstrip("0") or "0"
+
+
+def explore(
+    scenario: Scenario,
+    sync: pgkv.Store | None = None,
+    clock: ServerClock | None = None,
+    *,
+    at_most: int | None = None,
+    until: float = math.inf,
+) -> Outcome:
+    """Run every schedule of a scenario within its bounds, or the first `at_most`, or until that
+    monotonic time."""
+    stack: list[Node] = []
+    schedules = steps = 0
+    while True:
+        world = World(scenario, sync, clock, stack)
+        world.run()
+        if not world.is_redundant:
+            schedules += 1
+            steps += len(world.history)
+        if world.failure is not None:
+            return Outcome(schedules, steps, False, shrunk(scenario, sync, clock, stack, world))
+        while stack:
+            node = stack[-1]
+            node.done.add(node.choices[node.chosen])
+            following = node.next()
+            if following is not None:
+                node.chosen = following
+                break
+            stack.pop()
+        if not stack:
+            return Outcome(schedules, steps, True)
+        if time.monotonic() >= until or (at_most is not None and schedules >= at_most):
+            return Outcome(schedules, steps, False)
+
+
+def replay(
+    scenario: Scenario, sync: pgkv.Store | None, clock: ServerClock | None, number: str
+) -> World:
+    """Run one schedule by its number."""
+    stack = [Node([], set(), DIGITS.index(digit)) for digit in number]
+    world = World(scenario, sync, clock, stack)
+    world.run()
+    return world
+
+
+def shrunk(
+    scenario: Scenario,
+    sync: pgkv.Store | None,
+    clock: ServerClock | None,
+    stack: list[Node],
+    world: World,
+) -> Failure:
+    """The failing schedule with as few choices as still make it fail."""
+    number = number_of(stack)
+    assert world.failure is not None
+    best = Failure(number, world.history, world.failure)
+    for place in range(len(number)):
+        for digit in DIGITS[: DIGITS.index(best.number[place])] if place < len(best.number) else "":
+            attempt = best.number[:place] + digit + best.number[place + 1 :]
+            again = replay(scenario, sync, clock, attempt.rstrip("0") or "0")
+            if again.failure is not None and type(again.failure) is type(best.error):
+                best = Failure(attempt.rstrip("0") or "0", again.history, again.failure)
+                break
+    return best

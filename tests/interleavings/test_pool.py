@@ -1,0 +1,236 @@
+"""Every order in which threads (by bytecode) and tasks (by await) can share a pool of connections."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+import pgkv
+from pgkv._engine._async import pool as async_pool
+from pgkv._engine._sync import pool as pool_module
+from tests.interleavings import threads
+from tests.interleavings.schedule import Cancelled, Scenario, World, explore
+from tests.interleavings.threads import Decision, Interrupt, Schedule
+
+FILES = frozenset((pool_module.__file__,))
+POOL_TIMEOUT = 50.0  # of the scheduler's seconds
+
+Made = tuple[Schedule, Callable[[], None]]
+
+
+class FakePool:
+    """psycopg_pool, as far as it is asked here; it always has a connection."""
+
+    def __init__(self) -> None:
+        self.out = 0
+
+    def getconn(self, timeout: float) -> FakeConnection:
+        self.out += 1
+        return FakeConnection()
+
+    def putconn(self, conn: FakeConnection) -> None:
+        self.out -= 1
+
+
+class FakeConnection:
+    """A psycopg connection."""
+
+    def close(self) -> None:
+        """It has gone."""
+
+
+class FakeLink:
+    """A connection of the store's pool. A stale one has been closed by the server."""
+
+    def __init__(self, conn: FakeConnection, **_: Any) -> None:
+        self.conn = conn
+        self.retire_at = 1e9
+        self.stale = False
+        self.users = 0
+
+    def is_stale(self) -> bool:
+        return self.stale
+
+    def is_usable(self) -> bool:
+        return not self.stale
+
+
+def now() -> float:
+    return Schedule.current.now if Schedule.current is not None else 0.0
+
+
+@pytest.fixture(autouse=True)
+def _scheduled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pool's locks and clock are the scheduler's, its connections are none."""
+
+    class Threading:
+        Lock = threads.Lock
+
+    class Time:
+        @staticmethod
+        def sleep(seconds: float) -> None:
+            assert Schedule.current is not None
+            Schedule.current.sleep(seconds)
+
+    monkeypatch.setattr(pool_module, "threading", Threading)
+    monkeypatch.setattr(pool_module, "time", Time)
+    monkeypatch.setattr(pool_module, "monotonic", now)
+    monkeypatch.setattr(pool_module, "connection_class", FakeLink)
+
+
+def users(
+    size: int, number: int, turns: int = 1, *, breaks: bool = False
+) -> Callable[[tuple[Decision, ...]], Made]:
+    """Threads that check a connection out and in, `turns` times each.
+
+    Args:
+        size: of the pool.
+        number: of threads.
+        turns: of each.
+        breaks: the first connection that each thread uses does not survive it.
+    """
+
+    def make(decisions: tuple[Decision, ...]) -> Made:
+        config = pgkv.Config("postgresql://nowhere", pool_max_size=size, pool_timeout=POOL_TIMEOUT)
+        pool = pool_module.StorePool(config, lambda: "")
+        fake = FakePool()
+        pool._psycopg_pool = lambda: (fake, False)  # type: ignore[method-assign,assignment,return-value]  # a fake
+        pool._pool = fake  # type: ignore[assignment]  # a fake
+        twice: list[str] = []
+
+        def use(*, last: bool) -> None:
+            link: Any = pool.check_out(now() + 2 * POOL_TIMEOUT, "test")
+            try:
+                link.users += 1
+                if link.users > 1:
+                    twice.append("one connection was given to two threads")
+                link.stale = breaks and not last
+                link.users -= 1
+            finally:
+                pool.check_in(link)
+
+        def user() -> None:
+            for turn in range(turns):
+                use(last=turn == turns - 1)
+
+        run = Schedule({f"T{n}": user for n in range(number)}, FILES, decisions)
+
+        def check() -> None:
+            assert not twice, twice
+            expected = any(decision.interrupts for decision in decisions)
+            for name, thread in run.threads.items():
+                if not (thread.result is None or (expected and type(thread.result) is Interrupt)):
+                    raise AssertionError(f"{name}: {thread.result!r}") from thread.result
+            assert run.now < 1000.0 + POOL_TIMEOUT, "a thread waited to the end of its time"
+            assert not len(pool.waiters), "a thread is left in the queue"
+            # What was lost on the way is found again, at the latest when it is needed.
+            again = [pool.check_out(POOL_TIMEOUT, "again") for _ in range(size)]
+            assert len(set(map(id, again))) == size
+            assert fake.out <= size, "more connections are open than the pool may have"
+
+        return run, check
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("size", "number", "turns", "breaks", "preemptions"),
+    [(1, 2, 1, False, 2), (1, 2, 2, True, 1), (1, 3, 1, False, 1), (2, 3, 1, False, 1)],
+)
+def test_every_order(size: int, number: int, turns: int, breaks: bool, preemptions: int) -> None:
+    """No connection is lost or given twice, and no thread is forgotten in the queue."""
+    make = users(size, number, turns, breaks=breaks)
+    print(threads.explore(make, preemptions=preemptions, interrupts=0), "schedules")
+
+
+# -- tasks ---------------------------------------------------------------------------------
+
+
+class FakeTaskLink(FakeLink):
+    """A connection of an AsyncStore's pool."""
+
+    def __init__(self, conn: FakeConnection, *_: Any, **__: Any) -> None:
+        super().__init__(conn)
+
+    def is_running(self) -> bool:
+        return False
+
+    def detach(self) -> None:
+        """It has no reader."""
+
+    def close(self) -> None:
+        """It has gone."""
+
+    def send_pending(self, *_: Any) -> bool:
+        return False
+
+
+class FakeTaskPool:
+    """psycopg_pool for tasks."""
+
+    async def putconn(self, conn: FakeConnection) -> None:
+        """It is taken back."""
+
+
+def shared_pool(world: World, size: int) -> Any:
+    """The pool that all clients of a schedule use."""
+    if "pool" not in world.memory:
+        config = pgkv.Config("postgresql://nowhere", pool_max_size=size, pool_timeout=POOL_TIMEOUT)
+        pool: Any = async_pool.AsyncStorePool(config, lambda: "")
+        pool._pool = FakeTaskPool()
+
+        async def connect(deadline: float, action: str) -> FakeConnection:
+            await world.step("connects")
+            return FakeConnection()
+
+        pool._connect = connect
+        world.memory["pool"] = pool
+    return world.memory["pool"]
+
+
+def task(size: int, *, breaks: bool) -> Callable[[World], Any]:
+    """Check a connection out and in, twice; the first one does not survive, if `breaks`."""
+
+    async def client(world: World) -> None:
+        pool = shared_pool(world, size)
+        for turn in range(2):
+            link = await pool.check_out(world.now + 2 * POOL_TIMEOUT, "test")
+            try:
+                assert not link.users, "one connection was given to two tasks"
+                link.users += 1
+                await world.step("uses")
+                link.stale = breaks and not turn
+            finally:
+                link.users -= 1
+                pool.check_in(link)
+
+    return client
+
+
+def all_there(world: World, results: dict[str, Any]) -> None:
+    pool = world.memory["pool"]
+    assert all(result in (None, Cancelled) for result in results.values()), results
+    assert all(each.turn.done() for each in pool.waiters), "a task is left in the queue"
+    assert pool._size == len(pool.idle), f"{pool._size} are counted, {len(pool.idle)} are there"
+    assert world.now < 1e6 + POOL_TIMEOUT, "a task waited to the end of its time"
+
+
+@pytest.mark.parametrize(("size", "number"), [(1, 2), (1, 3), (2, 3)])
+@pytest.mark.parametrize("breaks", [False, True])
+def test_every_order_of_tasks(
+    monkeypatch: pytest.MonkeyPatch, size: int, number: int, breaks: bool
+) -> None:
+    """The same holds for tasks, with one that is cancelled at any await."""
+    monkeypatch.setattr(async_pool, "AsyncPgConnection", FakeTaskLink)
+    scenario = Scenario(
+        "pool of tasks",
+        {f"T{n}": task(size, breaks=breaks) for n in range(number)},
+        check=all_there,
+        kinds=("cancel",),
+        preemptions=2 if number == 2 else 1,
+    )
+    outcome = explore(scenario)
+    print(outcome)
+    assert outcome.failure is None, str(outcome.failure)

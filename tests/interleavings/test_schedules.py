@@ -1,0 +1,28 @@
+"""Every schedule of the patterns' flows, up to the bounds of each scenario."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+import pgkv
+from pgkv.testing import ServerClock
+from tests.interleavings.scenarios import SCENARIOS
+from tests.interleavings.schedule import explore
+
+AT_MOST = 120  # schedules of each scenario; `make interleavings` runs all
+
+
+@pytest.fixture
+def sync(clock: ServerClock) -> Iterator[pgkv.Store]:
+    with pgkv.Store.connect(clock.dsn, pool_max_size=4, retry=None) as store:
+        yield store
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_schedules(sync: pgkv.Store, clock: ServerClock, name: str) -> None:
+    """No schedule of the scenario breaks its invariant."""
+    outcome = explore(SCENARIOS[name], sync, clock, at_most=AT_MOST)
+    print(f"{name}: {outcome}")
+    assert outcome.failure is None, str(outcome.failure)
