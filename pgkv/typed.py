@@ -268,13 +268,3 @@ class AsyncTypedStore(_Typed[T]):
         """Iterate over keys and values with a prefix, page by page."""
         async for key, raw in self._store.iter_items(prefix, page_size=page_size):
             yield key, self._decode(key, raw)
-
-
-def document(mirror: type, original: type) -> None:
-    """Give each undocumented method the docstring of the one it mirrors."""
-    for name, member in vars(mirror).items():
-        twin = inspect.getattr_static(original, name, None)
-        function = member.__func__ if isinstance(member, classmethod) else member
-        source = twin.__func__ if isinstance(twin, classmethod) else twin
-        if inspect.isfunction(function) and source is not None and not function.__doc__:
-            function.__doc__ = source.__doc__

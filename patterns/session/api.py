@@ -1,7 +1,7 @@
-"""The session store, blocking and async: two thin shells over the flows in `_session_flows`.
+"""The session store, sync and async: two thin classes over the flows in `flows`.
 
-Middleware is in `pgkv.patterns.web`, Flask's interface in `pgkv.integrations.flask`. It follows
-the OWASP session management guidance:
+Middleware is in `pgkv.patterns.web`, Flask's interface in `pgkv.integrations.flask`. The store
+follows the OWASP session management guidance:
 https://cheatsheetseries.owasp.org/cheatsheets/Session_Management_Cheat_Sheet.html
 """
 
@@ -16,7 +16,6 @@ from ..._observe import shown
 from ..._settings import refuse_pickle
 from ...aio import AsyncStore
 from ...store import Store
-from ...typed import document
 from .._runtime.checks import require
 from .data import Session, SessionInfo
 from .flows import KEEP, Keep, SessionFlows
@@ -33,30 +32,30 @@ MAX_DATA_SIZE = 1 << 20
 class SessionStore:
     """Sessions in a PostgreSQL table of their own, for threads.
 
-    A session is found by a random 256-bit token; the table holds only the token's SHA-256, so a
-    copy of the database logs nobody in. An unknown, expired or malformed token is None and creates
-    nothing, whoever chose it.
+    A session is found by a random 256-bit token. The table holds only the token's SHA-256, so a copy
+    of the database is no login. An unknown, expired or malformed token is None and creates nothing.
 
     **Guaranteed:** a session that was destroyed, or whose time has passed by the server's clock, is
-    never alive again, not by a late `save` and, on a durable table, not after a crash of the
-    server (only after a fail-over to an asynchronous replica, which may not have heard of its end).
-    Requests that change different top-level keys at the same time lose nothing.
+    never alive again: not by a late `save`, not by a rotation at the same moment and, on a durable
+    table, not after a crash of the server (only after a fail-over to an asynchronous replica that
+    had not received its end). Requests that change different top-level keys at the same time lose
+    nothing.
 
-    **Not guaranteed:** that the last second of data survives a crash: `create`, `save` and the
-    note of use do not wait for the disk (`destroy`, `destroy_user` and `rotate` do). With
-    ``durable=False`` a crash of the server logs everybody out.
+    **Not guaranteed:** that the last second of data survives a crash. `create`, `save` and the
+    note of use do not wait for the disk; `destroy`, `destroy_user` and `rotate` do. With
+    ``durable=False`` a crash of the server ends all sessions.
 
-    One store serves any number of threads. Its table is ``<table_name>_sessions``, made when first
-    needed, its expired rows collected by the store's own strategy.
+    One store serves any number of threads. Its table is ``<table_name>_sessions``. It is created
+    when first needed, and its expired rows are collected by the store's own strategy.
 
     Args:
-        store: where. Inside ``store.transaction()`` give that transaction's store.
+        store: the store. Inside ``store.transaction()`` pass that transaction's store.
         idle_timeout: seconds without use after which a session ends; it ends at most
             `touch_interval` earlier.
-        absolute_timeout: seconds after which it ends however much it is used. It starts again
+        absolute_timeout: seconds after which a session ends even if it is in use. It starts again
             when a rotation changes the user.
-        touch_interval: seconds; use is noted at most so often, and an unchanged session written no
-            more than that. 0 notes every load.
+        touch_interval: seconds between two notes of use. A load within that time writes nothing.
+            0 notes every load.
         durable: a logged table. False makes it UNLOGGED.
         max_data_size: bytes of a session's data as JSON, as one request knows it.
 
@@ -110,9 +109,9 @@ class SessionStore:
 
         Args:
             data: JSON values by name. Tuples come back as lists.
-            user_id: whose it is, for `list_user` and `destroy_user`; an int comes back as text.
-            metadata: what a list of devices shows: a user agent, a truncated address. Never
-                looked at here.
+            user_id: the user, for `list_user` and `destroy_user`; an int comes back as text.
+            metadata: what a list of devices shows: a user agent, a truncated address. pgkv does
+                not read it.
 
         Returns:
             The `Session`; its `id` is the token for the cookie.
@@ -125,12 +124,12 @@ class SessionStore:
     def load(self, token: str) -> Session | None:
         """Return the live session of that token, or None: unknown, ended, expired, malformed.
 
-        One round trip, which also notes the use; it waits for nobody. A token of the wrong form
-        costs none. In the moment after a rotation the old token still loads the session, read-only
+        One round trip, which also notes the use and waits for no lock. A token of the wrong form
+        costs none. During the grace of a rotation the old token still loads the session, read-only
         and as it was before.
 
         Args:
-            token: what the cookie held; anything at all may be given.
+            token: what the cookie held; any value is accepted.
 
         Raises:
             SerializationError: another program wrote something else into the row.
@@ -142,20 +141,21 @@ class SessionStore:
         session: Session | Mapping[str, Any],
         on_conflict: Literal["merge", "error", "last_wins"] = "merge",
     ) -> None:
-        """Store what changed since the session was loaded or saved; nothing if nothing did.
+        """Store what changed since the session was loaded or saved. An unchanged session costs no
+        query.
 
-        Never creates a session that has ended. One that was never stored is stored.
+        It never revives a session that has ended. One that was never stored is stored.
 
         Args:
             session: a `Session`, or the request's.
             on_conflict: ``"merge"`` sends changed and removed top-level keys only: of each key the
-                last writer's value stays. ``"error"`` sends the whole document and refuses if
-                anybody saved in between. ``"last_wins"`` overwrites.
+                last writer's value stays. ``"error"`` sends the whole document and is refused if
+                another request saved in between. ``"last_wins"`` overwrites.
 
         Raises:
             SessionGoneError: it has ended (``reason="gone"``), or was rotated while this request
                 had the old token (``"rotated"``). Nothing was saved.
-            SessionConflictError: (``"error"``) somebody else saved it; load it again.
+            SessionConflictError: (``"error"``) another request saved it; load it again.
             InvalidValueError: something is not JSON (says where), or too large.
         """
         self._run(self._flows.save(session, on_conflict))
@@ -175,9 +175,9 @@ class SessionStore:
 
         Args:
             session: a `Session`, or the request's.
-            user_id: the user from now on; None for nobody. Left out, the user stays. A change
+            user_id: the user from now on; None for no user. By default the user stays. A change
                 starts the absolute timeout again.
-            grace: seconds; 0 ends the old token at once, as after a suspected theft.
+            grace: seconds; 0 ends the old token at once, for example after a suspected theft.
 
         Raises:
             SessionConflictError: another request rotated it at the same time, and won.
@@ -186,7 +186,7 @@ class SessionStore:
         self._run(self._flows.rotate(session, user_id, grace))
 
     def destroy(self, token: str | Session | Mapping[str, Any]) -> bool:
-        """End a session for good; True when it was alive. The answer means that it is on disk.
+        """End a session for good; True when it was alive. It is on disk when this returns.
 
         Args:
             token: the token, or a `Session` or the request's: then the middleware also takes the
@@ -201,7 +201,7 @@ class SessionStore:
         """End all sessions of a user: "log out everywhere", or after a change of password.
 
         Args:
-            user_id: whose.
+            user_id: the user.
             keep: a session that stays, such as the current one.
 
         Returns:
@@ -216,7 +216,8 @@ class SessionStore:
 
         Args:
             handle: of its `SessionInfo`.
-            user_id: whose it must be, so that nobody ends another's by a handle they learnt.
+            user_id: the user it must belong to, so that a known handle does not end the session of
+                another user.
 
         Raises:
             InvalidValueError: `user_id` is neither a str nor an int.
@@ -227,7 +228,7 @@ class SessionStore:
         """Return a user's live sessions, the last used first; at most 1,000.
 
         Args:
-            user_id: whose.
+            user_id: the user.
 
         Raises:
             InvalidValueError: it is neither a str nor an int.
@@ -235,9 +236,9 @@ class SessionStore:
         return self._run(self._flows.list_user(user_id))
 
     def purge(self, limit: int = 1000) -> int:
-        """Delete up to `limit` expired rows now, in short chunks that block nobody.
+        """Delete up to `limit` expired rows now, in short chunks that wait for no lock.
 
-        Only needed where the store's ``ttl_cleanup_strategy`` is MANUAL. Linear in the table.
+        Only needed where the store's ``ttl_cleanup_strategy`` is MANUAL. It reads the whole table.
 
         Args:
             limit: rows.
@@ -248,15 +249,15 @@ class SessionStore:
         return self._run(self._flows.purge(limit))
 
     def create_table(self) -> None:
-        """Create the table where it is missing. It also happens by itself, but not inside a
-        caller's transaction."""
+        """Create the table if it is missing. Operations do that too, but not inside a caller's
+        transaction."""
         self._run(self._flows.create_table())
 
     def using(self, conn: Any) -> Self:
         """Return this store inside the caller's own connection and transaction.
 
-        So a new password and `destroy_user` are committed together, or not at all. How durable
-        that is, the caller's commit decides.
+        So a new password and `destroy_user` are committed together, or not at all. The caller's
+        commit decides how durable that is.
 
         Args:
             conn: a ``psycopg.Connection``, or Django's or SQLAlchemy's wrapper of one.
@@ -307,7 +308,7 @@ class AsyncSessionStore:
 
     async def _run(self, flow: Flow[T], timeout: float | None = None) -> T:
         # As a flow even where it is one operation: flows are never coalesced, and a statement that
-        # relaxes synchronous_commit must not share a transaction with anybody's write.
+        # relaxes synchronous_commit must not share a transaction with another caller's write.
         return await self._store._run(flow, timeout)
 
     @shown
@@ -322,9 +323,11 @@ class AsyncSessionStore:
         user_id: str | int | None = None,
         metadata: Mapping[str, Any] | None = None,
     ) -> Session:
+        """Make a session and store it; see `SessionStore.create`."""
         return await self._run(self._flows.create(data, user_id, metadata))
 
     async def load(self, token: str) -> Session | None:
+        """Return the live session of that token, or None; see `SessionStore.load`."""
         return await self._run(self._flows.load(token))
 
     async def save(
@@ -332,6 +335,7 @@ class AsyncSessionStore:
         session: Session | Mapping[str, Any],
         on_conflict: Literal["merge", "error", "last_wins"] = "merge",
     ) -> None:
+        """Store what changed since the session was loaded or saved; see `SessionStore.save`."""
         await self._run(self._flows.save(session, on_conflict))
 
     async def rotate(
@@ -341,34 +345,41 @@ class AsyncSessionStore:
         user_id: str | int | Keep | None = KEEP,
         grace: Seconds = 10,
     ) -> None:
+        """Give the session a new token; see `SessionStore.rotate`."""
         await self._run(self._flows.rotate(session, user_id, grace))
 
     async def destroy(self, token: str | Session | Mapping[str, Any]) -> bool:
+        """End a session for good; True when it was alive. See `SessionStore.destroy`."""
         return await self._run(self._flows.destroy(token))
 
     async def destroy_user(
         self, user_id: str | int, keep: Session | Mapping[str, Any] | None = None
     ) -> int:
+        """End all sessions of a user but `keep`, and return how many were alive; see
+        `SessionStore.destroy_user`."""
         return await self._run(self._flows.destroy_user(user_id, keep))
 
     async def destroy_handle(self, handle: str, user_id: str | int) -> bool:
+        """End one of a user's sessions by its handle; True when it was alive."""
         return await self._run(self._flows.destroy_handle(handle, user_id))
 
     async def list_user(self, user_id: str | int) -> list[SessionInfo]:
+        """Return a user's live sessions, the last used first; at most 1,000."""
         return await self._run(self._flows.list_user(user_id))
 
     async def purge(self, limit: int = 1000) -> int:
+        """Delete up to `limit` expired rows now, and return how many; see `SessionStore.purge`."""
         return await self._run(self._flows.purge(limit))
 
     async def create_table(self) -> None:
+        """Create the table if it is missing."""
         await self._run(self._flows.create_table())
 
     def using(self, conn: Any) -> Self:
+        """Return this store inside the caller's own psycopg AsyncConnection and transaction."""
         view = type(self).__new__(type(self))
         view._bind(self._store.using(conn), self._flows)
         return view
 
-
-document(AsyncSessionStore, SessionStore)
 
 __all__ = ["AsyncSessionStore", "Session", "SessionInfo", "SessionStore"]

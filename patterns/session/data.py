@@ -128,7 +128,7 @@ def difference(
 ) -> tuple[dict[str, str], list[str]]:
     """Return what changed (with its new text) and which keys are gone.
 
-    Texts are compared, so a change deep inside a value is seen without anybody announcing it.
+    Texts are compared, so a change deep inside a value is seen without being announced.
     """
     changed = {key: text for key, text in now.items() if before.get(key) != text}
     return changed, [key for key in before if key not in now]
@@ -282,7 +282,7 @@ class Session:
     def handle(self) -> str:
         """A name for this session that is no secret: that of its `SessionInfo`, until it rotates.
 
-        Empty while it was never stored. Nobody can log in with it.
+        Empty while it was never stored. It is no login.
         """
         return id_of(self.id).hex() if self.id else ""
 

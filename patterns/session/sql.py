@@ -291,7 +291,7 @@ class SessionStatements(Sweep):
 
     @property
     def _used(self) -> str:
-        """What every save notes besides the data."""
+        """What every save notes in addition to the data."""
         return (
             f"version = greatest(s.version + 1, {STATEMENT_US}), seen_at = {NOW}, "
             f"expires_at = least({NOW} + $3::interval, s.ends_at)"

@@ -155,8 +155,8 @@ class SessionMiddleware:
     is saved when they have ended.
 
     A request without a session cookie, or on an exempt path, costs no query; one with a cookie
-    exactly one, and one more if it changes something. A session that nobody put anything into is
-    not stored and sets no cookie.
+    exactly one, and one more if it changes something. An empty session is not stored and sets no
+    cookie.
 
     At a login call ``await sessions.rotate(request.session, user_id=...)``; at a logout
     ``await sessions.destroy(request.session)`` or ``request.session.clear()``.

@@ -51,8 +51,7 @@ UNAVAILABLE_HEADERS: Final = {
 
 
 class SessionOptions(CookieOptions, total=False):
-    """What sessions in front of an application can be told, besides their store: `CookieOptions`,
-    and how they meet the database.
+    """The options of session middleware: those of `CookieOptions`, and how it uses the database.
 
     Attributes:
         exempt: paths within the application that have no session (each with all below it), or a

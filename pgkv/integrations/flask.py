@@ -92,7 +92,7 @@ def rate_limit(
 # -- sessions ------------------------------------------------------------------------------
 
 
-# What Flask's own sessions hold beside JSON: tuples, bytes, Markup, datetimes, UUIDs.
+# What Flask's own sessions hold in addition to JSON: tuples, bytes, Markup, datetimes, UUIDs.
 _TAGS = TaggedJSONSerializer()
 
 
@@ -135,8 +135,8 @@ def _untagged(value: Any) -> Any:
 class PgkvSessionInterface(SessionInterface):
     """Flask's session in PostgreSQL: ``app.session_interface = PgkvSessionInterface(sessions)``.
 
-    ``flask.session`` then works as ever, but keeps its data in the server's table: the cookie
-    holds only a random token. It loads at first touch: a request that does not use it costs no
+    ``flask.session`` then works as usual, but its data is in the server's table: the cookie holds
+    only a random token. It loads at first touch: a request that does not use it costs no
     query. No `SECRET_KEY` is needed. Values are those of Flask's own session: JSON, tuples, bytes,
     Markup, datetimes (to the second) and UUIDs, in the same form; anything else is refused with its
     place.
