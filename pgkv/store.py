@@ -760,9 +760,9 @@ class Store:
         """Return this store for values of one type.
 
         Args:
-            type_: a dataclass, TypedDict, ``msgspec.Struct``, pydantic model, or any type that JSON
-                can express, such as ``dict[str, int]``.
-            codec: ``"json"`` or ``"msgpack"``.
+            type_: a dataclass, TypedDict, ``msgspec.Struct``, pydantic model, or any type that the
+                codec can write and read back, such as ``dict[int, str]``.
+            codec: ``"json"``; or ``"msgpack"``, which also keeps NaN, infinities and bytes under ``Any``.
 
         Returns:
             A `TypedStore` on the same connections.

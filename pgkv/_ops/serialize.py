@@ -43,6 +43,7 @@ _OF_TYPES = (
     "Only dicts",
 )
 _PLAIN = (dict, list, str, int, float, bool, type(None))  # what decoding makes of itself
+_MADE_FROM = (str, int, float, dict, list)  # whose subclasses are made by calling them
 _UNKNOWN_FIELD = "Object contains unknown field"
 # Values without parts, compared by type and equality.
 _LEAVES = frozenset(
@@ -211,14 +212,13 @@ def _difference(value: Any, back: Any) -> tuple[str, str] | None:
         if type(back) is kind or (kind is int and type(back) is float):
             return None if value == back or _both_nan(value, back) else _other_value(kind)
         return _other_type(kind, back)
-    if kind is dict:
-        return _dict_difference(value, back)
-    if kind is list or kind is tuple:
-        if type(back) is not kind and type(back) is not list:
-            return _other_type(kind, back)
-        return _items_difference(value, back)
-    if not isinstance(back, kind):  # not `is`: frozen clocks replace datetime by a lookalike
+    # Not by `is`: frozen clocks replace datetime by a lookalike.
+    if not isinstance(back, kind) and not (kind is tuple and type(back) is list):
         return _other_type(kind, back)
+    if isinstance(value, dict):
+        return _dict_difference(value, back)
+    if isinstance(value, list) or kind is tuple:
+        return _items_difference(value, back)
     if kind is set or kind is frozenset:
         kept = {(type(each), each) for each in value} == {(type(each), each) for each in back}
         return None if kept else _other_value(kind)
@@ -248,9 +248,7 @@ def _items_difference(value: Any, back: list[Any]) -> tuple[str, str] | None:
     return None
 
 
-def _dict_difference(value: dict[Any, Any], back: Any) -> tuple[str, str] | None:
-    if type(back) is not dict:
-        return _other_type(dict, back)
+def _dict_difference(value: dict[Any, Any], back: dict[Any, Any]) -> tuple[str, str] | None:
     same_keys = list(map(type, value)) == list(map(type, back))
     kinds = list(map(type, value.values()))
     if (
@@ -332,8 +330,13 @@ def _plain_of(value: Any) -> Any:
 
 
 def _of_class(class_: type, value: Any) -> Any:
-    """Make a value of a subclass of a JSON type: what its declared type says it was."""
-    return value if isinstance(value, class_) else class_(value)
+    """Make a value of a subclass of a JSON type: what its declared type says it was. No other class
+    is called with what was read."""
+    if isinstance(value, class_):
+        return value
+    if issubclass(class_, _MADE_FROM):
+        return class_(value)
+    raise TypeError(f"Expected `{class_.__name__}`, got `{type(value).__name__}`")
 
 
 # -- messages and types --------------------------------------------------------------------
@@ -388,7 +391,7 @@ def _unknown(type_: Any) -> str | None:
     info = msgspec.inspect.type_info(type_)
     if isinstance(info, msgspec.inspect.CustomType):
         fits = any(issubclass(plain, info.cls) for plain in _PLAIN)
-        return None if fits or issubclass(info.cls, _PLAIN) else info.cls.__name__
+        return None if fits or issubclass(info.cls, _MADE_FROM) else info.cls.__name__
     # The arguments of Literal and Annotated are no types, but for the first of these.
     parts = (part for part in get_args(type_) if isinstance(part, type) or get_origin(part))
     return next((name for part in parts if (name := _unknown(part))), None)

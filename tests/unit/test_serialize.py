@@ -9,7 +9,7 @@ import math
 import re
 import traceback
 import uuid
-from collections import defaultdict
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Mapping
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
@@ -302,6 +302,8 @@ KEPT: list[tuple[Any, Any]] = [
     (Markup, Markup("<b>")),
     (dict[str, Markup], {"a": Markup("<b>")}),
     (Ratio, Ratio(1.5)),
+    (OrderedDict, OrderedDict(b=1, a=[1, None])),
+    (dict[str, Counter], {"c": Counter("abca")}),
     (Aliased, Aliased.model_validate({"_id": 1, "n": "x"})),
     (list[Aliased], [Aliased.model_validate({"_id": 1})]),
     (Hidden, Hidden(id=1)),
@@ -338,6 +340,8 @@ REFUSED: list[tuple[Any, Any, str, str | None]] = [
     (Any, {"a": [Markup("x")]}, "at `$[...][0]`", "at `$[...][0]`"),
     (Any, {Markup("x"): 1}, "a key of type Markup", "a key of type Markup"),
     (dict[str, int], defaultdict(int, a=1), "defaultdict would", "defaultdict would"),
+    (OrderedDict, OrderedDict(a=Markup("x")), "at `$[...]`", "at `$[...]`"),
+    (defaultdict, defaultdict(int, a=1), "at `$`", "at `$`"),
     (User, User(1, Markup("x")), "Markup would return as str", "at `$.name`"),
     (User, Admin(1, "x"), "Admin would return as User", "Admin would return as User"),
     (Movie, {"title": "M", "year": 1, "x": 2}, "a key would be lost", "a key would be lost"),
@@ -374,6 +378,66 @@ def test_what_would_change(type_: Any, value: Any, in_json: str, in_msgpack: str
         assert (f"; codec={other!r} can" in str(caught.value)) is (other is not None)
         assert caught.value.__cause__ is None
         assert caught.value.__context__ is None
+
+
+def shape(value: Any) -> Any:
+    """A value with the types of all its parts; a tuple as the list that it becomes."""
+    if isinstance(value, dict):
+        return type(value), [(shape(key), shape(part)) for key, part in value.items()]
+    if isinstance(value, list | tuple):
+        return list if type(value) is tuple else type(value), [shape(part) for part in value]
+    return type(value), repr(value)
+
+
+ODD = (
+    JSON
+    | st.floats()
+    | st.integers()
+    | st.binary(max_size=3)
+    | st.dates()
+    | st.sampled_from([Markup("m"), Word.A, Level.LOW, Ratio(1), NOW, Decimal(1), uuid.UUID(int=1)])
+)
+ANYTHING = st.recursive(
+    ODD,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.tuples(inner, inner)
+        | st.sets(st.integers(0, 3) | st.sampled_from(["a", Word.A]), max_size=3)
+        | st.dictionaries(
+            st.text(max_size=2) | st.integers(0, 3) | st.just(Word.A), inner, max_size=3
+        )
+    ),
+    max_leaves=8,
+)
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)
+@given(value=ANYTHING)
+def test_any_python_value(codec: CodecName, value: Any) -> None:
+    """Whatever a value consists of: it comes back with all its types, or is refused."""
+    serializer: Serializer[Any] = Serializer(Any, codec)
+    try:
+        raw = serializer.encode("k", value)
+    except SerializationError:
+        return
+    assert shape(serializer.decode("k", raw)) == shape(value)
+
+
+@dataclasses.dataclass
+class Holder:
+    made: Opaque
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_no_other_class_is_called(codec: CodecName) -> None:
+    """A class that is no subclass of a JSON type is not called with what stands in the table."""
+    serializer: Serializer[Holder] = Serializer(Holder, codec)
+    module: Any = msgspec.json if codec == "json" else msgspec.msgpack
+    with pytest.raises(SerializationError, match=r"Expected `Opaque`, got `str` - at `\$.made`"):
+        serializer.decode("k", module.encode({"made": SECRET}))
+    with pytest.raises(SerializationError, match=r"Opaque is unsupported - at `\$.made`"):
+        serializer.encode("k", Holder(Opaque()))
 
 
 @pytest.mark.parametrize("codec", CODECS)
