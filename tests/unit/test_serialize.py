@@ -303,7 +303,7 @@ KEPT: list[tuple[Any, Any]] = [
     (dict[str, Markup], {"a": Markup("<b>")}),
     (Ratio, Ratio(1.5)),
     (OrderedDict, OrderedDict(b=1, a=[1, None])),
-    (dict[str, Counter], {"c": Counter("abca")}),
+    (dict[str, Counter[str]], {"c": Counter("abca")}),
     (Aliased, Aliased.model_validate({"_id": 1, "n": "x"})),
     (list[Aliased], [Aliased.model_validate({"_id": 1})]),
     (Hidden, Hidden(id=1)),
