@@ -21,6 +21,7 @@ from typing import Any
 
 from ... import _observe
 from ..._ops import codec as _codec
+from ..._ops.lazy import cached_property
 from ..._ops.op import Flow, Op, do, pause
 from ..._ops.op import call as call_step
 from ...errors import InvalidKeyError, InvalidValueError, PgkvError, QueryError
@@ -85,7 +86,7 @@ class FunctionCache:
         self.counts: Counts = Counts()
         self._make_codec = make_codec
 
-    @functools.cached_property
+    @cached_property
     def codec(self) -> Codec:
         """Made at the first call: annotations may name what the module defines later."""
         return self._make_codec()

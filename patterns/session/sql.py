@@ -16,10 +16,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import datetime
-from functools import cached_property
 from typing import Literal, NamedTuple
 
 from ..._ops import codec as _codec
+from ..._ops.lazy import cached_property
 from ..._ops.op import BINARY, TEXT, Expired, Op, Raced, Result, Signal, Statement
 from ..._sql.sweep import Sweep
 from ..._sql.table import STATEMENT_US, read_count

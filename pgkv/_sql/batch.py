@@ -7,11 +7,11 @@ batches lock rows in the same order, whatever order their callers used.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from functools import cached_property
 from operator import add
 from typing import TYPE_CHECKING, TypeVar
 
 from .._ops import codec as _codec
+from .._ops.lazy import cached_property
 from .._ops.op import BINARY, TEXT, Expired, Op, Result, Signal, Statement
 from ..errors import InvalidKeyError, InvalidValueError
 from .point import ADDED, REFUSED_INCREMENT, WINDOW

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from datetime import datetime
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from .._ops import codec as _codec
+from .._ops.lazy import cached_property
 from .._ops.op import BINARY, TEXT, Expired, Op, Raced, Result, Signal, Statement
 from ..errors import InvalidValueError
 from ..types import CasResult, CasStatus, Entry

@@ -6,10 +6,10 @@ COLLATE "C" (LIKE would not, and would give '%' and '_' in a prefix a meaning).
 
 from __future__ import annotations
 
-from functools import cached_property
 from typing import TYPE_CHECKING, TypeVar
 
 from .._ops import codec as _codec
+from .._ops.lazy import cached_property
 from .._ops.op import BINARY, TEXT, Op, Result, Signal, Statement
 from ..errors import InvalidKeyError
 from ..types import KeyValue, ScanOptions, Stats

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import cached_property
 
 from .._ops import codec as _codec
+from .._ops.lazy import cached_property
 from .._ops.op import BINARY, TEXT, Op, Result, Statement
 from .table import TableStatements, read_int
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from .._ops import codec as _codec
+from .._ops.lazy import cached_property
 from .._ops.op import BINARY, TEXT, Result, Signal, Statement
 from ..config import Config, Table, TtlCleanupStrategy
 from ..errors import InvalidValueError
