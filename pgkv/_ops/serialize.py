@@ -329,9 +329,10 @@ def _plain_of(value: Any) -> Any:
     raise TypeError(f"Encoding objects of type {type(value).__name__} is unsupported")
 
 
-def _of_class(class_: type, value: Any) -> Any:
+def _of_class(declared: Any, value: Any) -> Any:
     """Make a value of a subclass of a JSON type: what its declared type says it was. No other class
     is called with what was read."""
+    class_ = get_origin(declared) or declared
     if isinstance(value, class_):
         return value
     if issubclass(class_, _MADE_FROM):
@@ -390,8 +391,9 @@ def _unknown(type_: Any) -> str | None:
     """The name of a class that msgspec cannot write and read: not one of plain values or made of one."""
     info = msgspec.inspect.type_info(type_)
     if isinstance(info, msgspec.inspect.CustomType):
-        fits = any(issubclass(plain, info.cls) for plain in _PLAIN)
-        return None if fits or issubclass(info.cls, _MADE_FROM) else info.cls.__name__
+        class_: type = get_origin(info.cls) or info.cls
+        fits = any(issubclass(plain, class_) for plain in _PLAIN)
+        return None if fits or issubclass(class_, _MADE_FROM) else class_.__name__
     # The arguments of Literal and Annotated are no types, but for the first of these.
     parts = (part for part in get_args(type_) if isinstance(part, type) or get_origin(part))
     return next((name for part in parts if (name := _unknown(part))), None)
