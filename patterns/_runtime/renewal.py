@@ -13,9 +13,8 @@ from __future__ import annotations
 import asyncio
 import time
 import weakref
-from collections.abc import Callable, Coroutine, Hashable
+from collections.abc import Coroutine, Hashable
 from contextvars import Context, copy_context
-from random import uniform
 from typing import Any, NamedTuple, Protocol
 
 from ... import _observe
@@ -89,11 +88,8 @@ class _Entry(NamedTuple):
     context: Context  # of the code that made the object: its callbacks run there
 
 
-Work = Callable[[DedicatedConnection], Coroutine[Any, Any, object]]
-
-
 class Renewer:
-    """Renews and watches. The loop does the work; `add`, `discard` and `upkeep` are for any thread.
+    """Renews and watches. The loop does the work; `add` and `discard` are for any thread.
 
     Args:
         loop: whose timers and tasks these are.
@@ -109,8 +105,6 @@ class Renewer:
         self._context = context
         self._lock = new_lock(self)
         self._entries: dict[int, _Entry] = {}
-        self._upkeep: dict[Hashable, tuple[float, Work]] = {}
-        self._upkept: dict[Hashable, float] = {}
         self._next_look = NEVER
         self._timer: asyncio.TimerHandle | None = None
         self._sending: asyncio.Task[None] | None = None
@@ -137,24 +131,6 @@ class Renewer:
         """Leave it alone."""
         with self._lock:
             self._entries.pop(id(each), None)
-
-    def upkeep(self, key: Hashable, seconds: float, work: Work) -> None:
-        """Run `work` once, in a gap between renewals, `seconds` after the last time: called often,
-        it runs that often.
-
-        Args:
-            key: names the work; of two that wait under one key the first counts.
-            seconds: between two runs. The first one comes after half of that to all of it.
-            work: is given the connection.
-        """
-        if key in self._upkeep:
-            return
-        last = self._upkept.get(key)
-        # The first time at random: the processes of a fleet start together.
-        due = clock() + uniform(0.5, 1.0) * seconds if last is None else last + seconds  # noqa: S311  # a pause, no secret
-        with self._lock:
-            self._upkeep.setdefault(key, (due, work))
-        self._loop.call_soon_threadsafe(self._look, context=self._context)
 
     # -- in the loop
 
@@ -197,9 +173,6 @@ class Renewer:
             else:
                 next_due = min(next_due, each._due)
         soonest = min(soonest, next_due)
-        upkeep = min(self._upkeep.items(), key=lambda item: item[1][0], default=None)
-        if upkeep is not None:
-            soonest = min(soonest, max(upkeep[1][0], now + RESEND_PAUSE))
         if self._sending is not None:
             if now >= self._send_until:
                 self._sending.cancel()
@@ -218,8 +191,6 @@ class Renewer:
             # Connecting takes several round trips: not out of a lease's time, if that can be.
             self._open_from = now + OPEN_PAUSE
             self._send(self._connection.open(SEND_MAX), NEVER)
-        elif upkeep is not None and upkeep[1][0] <= now:
-            self._send(self._keep_up(upkeep[0], upkeep[1][1]), NEVER)
         return soonest
 
     def _living(self) -> list[tuple[Any, _Entry]]:
@@ -260,11 +231,6 @@ class Renewer:
             except Exception as error:  # noqa: BLE001  # the others are renewed all the same
                 self._send_from = clock() + RESEND_PAUSE
                 broken(error)
-
-    async def _keep_up(self, key: Hashable, work: Work) -> None:
-        self._upkept[key] = clock()
-        self._upkeep.pop(key, None)  # the work itself may ask for its next time
-        await work(self._connection)
 
     def stop(self) -> None:
         """End it. Leases that are still held are lost."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Awaitable, Callable
-from random import uniform
+from random import random, randrange, uniform
 from typing import Any, Generic, Protocol, TypeVar
 
 import psycopg
@@ -42,6 +42,7 @@ from .lease import (
     retry_pause,
 )
 from .sql import (
+    CLEAN_PAGES,
     LOCKED,
     RELEASED,
     RENEWED,
@@ -54,13 +55,15 @@ from .sql import (
 
 POLL_FIRST, POLL_GROWTH, POLL_MAX = 0.005, 1.6, 0.5  # seconds; jittered down by half
 NOTIFIED_FIRST, NOTIFIED_MAX = 0.5, 5.0  # the same where a release is notified
-# Seconds between the looks of the head of a queue, from its last move on. A waiter behind it
-# sleeps longer by its place, at most POLL_MAX.
-HEAD_FIRST, HEAD_GROWTH, HEAD_MAX = 0.01, 1.25, 0.1
+# Seconds between the looks of the head of a queue, from its last move on.
+HEAD_FIRST, HEAD_GROWTH, HEAD_MAX = 0.005, 1.3, 0.1
 TICKET_TTL = 2.0  # seconds that a dead waiter can stall its queue
+QUEUE_MAX = 0.9  # seconds, at most, between looks in a queue, each of which renews the ticket
 CLEAN_UP_TIME = 1.0  # seconds for each statement that takes back what a failed acquire has left
 CLEAN_UP = CLEAN_UP_TIME, 3 * CLEAN_UP_TIME  # for `Runtime.clean_up`
 BEYOND_EXPIRY = 0.02  # seconds, at most, after a lease's end at which waiters look
+CLEAN_CHANCE = 1 / 256  # of a grant being followed by the removal of a chunk of old names
+CLEAN_TIME = 5.0  # seconds for each of its statements
 LATE_MAX = 3  # grants in a row that came too late to be of use
 BUSY_TIME = 1.0  # seconds that one try waits for a connection while all are in use
 ANSWER_TIME = 1.0  # seconds that a statement is given at least, to connect and be answered
@@ -113,6 +116,10 @@ class Runtime(Protocol[L_co]):
 
     def forget(self, lease: LeaseState) -> None:
         """Renew it no more."""
+        ...
+
+    def clean_later(self, options: LockOptions) -> None:
+        """Run `clean` in the background."""
         ...
 
     def subscribe(self, options: LockOptions) -> Any:
@@ -184,9 +191,11 @@ class Acquisition(Generic[L]):
             self.deadline, self.stop = None, _at_once
         self.waiter: Wakeable | None = None
         self.wait = 0.0
-        self.seen: object = None  # the queue as the last look saw it
+        self.place = -1, 0.0  # in the queue, and since when
+        self.turn = 0.0  # seconds in which the queue moves by one
         self.created = False
         self.last: Op[Any] | None = None  # what was sent last
+        self.was_denied = self.hurried = False
         self.denied_by: bytes | None = None
         self._ask_afresh()
 
@@ -204,7 +213,14 @@ class Acquisition(Generic[L]):
         runtime, options = self.runtime, self.options
         try:
             while True:
-                lease, reply = yield from self.once()
+                try:
+                    lease, reply = yield from self.once()
+                except PgkvError:
+                    if not self.was_denied or self.left() != 0 or not self.hurried:
+                        raise
+                    # No connection came free in time for a last look.
+                    yield from self.take_back()
+                    return None
                 if lease is not None:
                     return lease
                 if self._is_over():
@@ -242,10 +258,7 @@ class Acquisition(Generic[L]):
             self.wait = min(max(NOTIFIED_FIRST, self.wait * POLL_GROWTH), longest)
             wait = self.wait
         elif self.options.fair:
-            seen = reply.holder, reply.ahead
-            moved, self.seen = seen != self.seen, seen
-            self.wait = HEAD_FIRST if moved else min(self.wait * HEAD_GROWTH, HEAD_MAX)
-            wait = min(self.wait * (1 + reply.ahead), POLL_MAX)
+            wait = self._pause_in_queue(reply.ahead)
         else:
             wait = self.wait = min(max(POLL_FIRST, self.wait * POLL_GROWTH), POLL_MAX)
         seconds = uniform(wait / 2, wait)  # noqa: S311  # a pause, no secret
@@ -255,6 +268,17 @@ class Acquisition(Generic[L]):
             seconds = min(seconds, reply.remaining + beyond)
         left = self.left()
         return seconds if left is None else min(seconds, left)
+
+    def _pause_in_queue(self, ahead: int) -> float:
+        """The head of the queue looks often, and who stands behind it about twice while the queue
+        moves up to it."""
+        now, (place, since) = clock(), self.place
+        self.wait = min(self.wait * HEAD_GROWTH, HEAD_MAX)
+        if ahead != place:
+            if ahead < place:
+                self.turn = (now - since) / (place - ahead)
+            self.place, self.wait = (ahead, now), HEAD_FIRST
+        return min(max(self.wait * (1 + ahead), self.turn * ahead / 2), QUEUE_MAX)
 
     def once(self) -> Flow[tuple[L | None, Denied]]:
         """Ask. A grant that leaves no time to trust it is asked for again, by the same nonce."""
@@ -267,7 +291,7 @@ class Acquisition(Generic[L]):
             reply = yield from self.ask(self.seconds())
             if isinstance(reply, Denied):
                 self.in_doubt = False
-                self.denied_by = reply.holder
+                self.was_denied, self.denied_by = True, reply.holder or self.denied_by
                 if reply.holder == self.asking.row and reply.remaining <= 0:
                     # Granted, and ended by force before we heard of it.
                     yield from self._leave_queue()
@@ -280,6 +304,8 @@ class Acquisition(Generic[L]):
                     options, reply.key, reply.token, self.asking.owner, sent_at
                 )
                 self.granted = weakref.ref(lease)
+                if random() < CLEAN_CHANCE:  # noqa: S311  # a sample, no secret
+                    self.runtime.clean_later(options)
                 return lease, _NOBODY
         _observe.warning("pgkv.lock.late_grant", lock=options.name, ttl=options.ttl)
         yield from self.take_back()
@@ -293,8 +319,8 @@ class Acquisition(Generic[L]):
         if left is None:
             is_try = self.stop is _at_once
             return min(seconds, BUSY_TIME) if is_try and self.runtime.is_exhausted() else seconds
-        least = ROUND_TRIP if self.runtime.is_exhausted() else ANSWER_TIME
-        return min(seconds, max(left, least))
+        self.hurried = self.runtime.is_exhausted()
+        return min(seconds, max(left, ROUND_TRIP if self.hurried else ANSWER_TIME))
 
     def ask(self, seconds: float) -> Flow[Granted | Denied]:
         """Send the statement that grants."""
@@ -491,6 +517,22 @@ def revoke(options: LockOptions, token: int) -> Flow[bool]:
                 "(`pgkv locks` shows it), or try again"
             ) from error
         raise
+
+
+def clean(options: LockOptions) -> Flow[None]:
+    """Remove old names, and the tickets of dead waiters, of one chunk of the table.
+
+    The first chunk tells how many there are, and often is the only one; of more, another one at
+    random: short-lived processes must reach all of them.
+    """
+    sql = options.sql
+    for chunk in (sql.clean, sql.clean_tickets) if options.fair else (sql.clean,):
+        try:
+            pages = yield from do(chunk(0))
+            if pages > CLEAN_PAGES:
+                yield from do(chunk(randrange(CLEAN_PAGES, pages, CLEAN_PAGES)))  # noqa: S311  # no secret
+        except PgkvError as error:
+            _observe.debug("pgkv.lock.clean_failed", error=type(error).__name__)
 
 
 # -- guarding ------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ network has said anything. Who watches the time is `_runtime/renewal.py`.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Hashable
 from typing import TYPE_CHECKING
 
@@ -15,14 +14,11 @@ from ... import _observe
 from ...errors import OperationTimeoutError, PgkvError
 from .._runtime.renewal import clock
 from .lease import REASON_OF, LeaseState, retry_pause
-from .sql import CLEAN_PAGES, LOCKED, RENEWED, LockStatements
+from .sql import LOCKED, RENEWED, LockStatements
 
 if TYPE_CHECKING:
     from .._runtime.background import Background
     from .._runtime.connection import DedicatedConnection
-
-CLEAN_PAUSE = 60.0  # seconds between two chunks of cleaning
-CLEAN_TIME = 5.0  # seconds for one
 
 
 class LeaseRenewals:
@@ -40,7 +36,6 @@ class LeaseRenewals:
         if renewal is None:
             renewal = self._of_tables.setdefault(sql.t, LeaseRenewal(sql))
         self._renewer.add(lease, renewal)
-        self._renewer.upkeep(renewal, CLEAN_PAUSE, renewal.clean)
 
     def forget(self, lease: LeaseState) -> None:
         """Renew it no more."""
@@ -48,12 +43,11 @@ class LeaseRenewals:
 
 
 class LeaseRenewal:
-    """The renewal of one table's leases, and the removal of its old names, chunk by chunk."""
+    """The renewal of one table's leases."""
 
     def __init__(self, sql: LockStatements) -> None:
         self._sql = sql
         self._failing = False
-        self._page = self._ticket_page = 0
 
     @property
     def key(self) -> Hashable:
@@ -99,17 +93,6 @@ class LeaseRenewal:
     def closed(self, lease: LeaseState) -> None:
         """Its store was closed."""
         lease._lose("closed")
-
-    async def clean(self, connection: DedicatedConnection) -> None:
-        """Remove the old names of the table's next pages."""
-        with contextlib.suppress(PgkvError):
-            pages = await connection.execute(self._sql.clean(self._page), CLEAN_TIME)
-            self._page = self._page + CLEAN_PAGES if self._page + CLEAN_PAGES < pages else 0
-            # Fails where no lock was ever fair: the table is not there.
-            op = self._sql.clean_tickets(self._ticket_page)
-            pages = await connection.execute(op, CLEAN_TIME)
-            following = self._ticket_page + CLEAN_PAGES
-            self._ticket_page = following if following < pages else 0
 
 
 # A failed statement's traceback keeps the frames it passed through until the collector comes. So

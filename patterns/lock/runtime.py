@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from .._runtime.runtimes import AsyncRuntime, SyncRuntime
+from . import flows
 from .renewal import LeaseRenewals
 from .wakeup import TaskWaiter, ThreadWaiter, Waiters
 
@@ -40,6 +41,10 @@ class LockRuntime(SyncRuntime, Generic[H]):
         """Renew it no more."""
         self.background().part(LeaseRenewals).forget(lease)
 
+    def clean_later(self, options: LockOptions) -> None:
+        """Remove old names, in a thread that nothing waits for."""
+        self.run_later(lambda: self.channel.run(flows.clean(options), flows.CLEAN_TIME))
+
     def subscribe(self, options: LockOptions) -> ThreadWaiter:
         """Begin to hear of releases."""
         waiters = self.background().part(Waiters)
@@ -68,6 +73,10 @@ class AsyncLockRuntime(AsyncRuntime, Generic[H]):
     def forget(self, lease: LeaseState) -> None:
         """Renew it no more."""
         self.background().part(LeaseRenewals).forget(lease)
+
+    def clean_later(self, options: LockOptions) -> None:
+        """Remove old names, in a task that nothing waits for."""
+        self.run_later(lambda: self.channel.run(flows.clean(options), flows.CLEAN_TIME))
 
     def subscribe(self, options: LockOptions) -> TaskWaiter:
         """Begin to hear of releases."""

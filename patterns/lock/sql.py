@@ -238,8 +238,8 @@ class LockStatements:
             f"WITH {CLOCK}, "
             f"tick AS MATERIALIZED (SELECT key, version, expires_at, key = $5 AS mine FROM {self.q}, n "
             'WHERE key COLLATE "C" > $6 AND key COLLATE "C" < $7 AND expires_at > n.ts), '
-            "ahead AS MATERIALIZED (SELECT count(*) c FROM tick o WHERE NOT mine AND NOT EXISTS ("
-            "SELECT 1 FROM tick i WHERE i.mine AND (i.version, i.key) < (o.version, o.key))), "
+            "ahead AS MATERIALIZED (SELECT count(*) c FROM tick WHERE NOT mine AND coalesce("
+            "(version, key) < (SELECT version, key FROM tick WHERE mine), true)), "
             f"free AS MATERIALIZED (SELECT key FROM {self.t} WHERE key = $1 "
             f"AND {FREE} AND ({first} OR value = $2 AND {LIVE}) FOR UPDATE SKIP LOCKED), "
             + self.granting(
@@ -249,13 +249,13 @@ class LockStatements:
                 f"OR {first} AND NOT EXISTS (SELECT 1 FROM {self.t} WHERE key = $1)",
                 "$9",
             )
-            # Refreshed at half its life, or every look would write.
+            # Refreshed when a quarter of its life has passed, or every look would write.
             + f", q AS (INSERT INTO {self.q} AS t (key, version, expires_at) "
             f"SELECT $5, {US}, "
             "n.ts + $8::float8 * interval '1 second' FROM n "
             f"WHERE NOT EXISTS (SELECT 1 FROM g) AND NOT EXISTS (SELECT 1 FROM {self.t} "
             "WHERE key = $9) AND NOT EXISTS (SELECT 1 FROM tick "
-            "WHERE mine AND expires_at > n.ts + $8::float8 * interval '0.5 second') "
+            "WHERE mine AND expires_at > n.ts + $8::float8 * interval '0.75 second') "
             "ON CONFLICT (key) DO UPDATE SET version = CASE "
             "WHEN t.expires_at <= to_timestamp(EXCLUDED.version / 1e6) THEN EXCLUDED.version "
             "ELSE t.version END, expires_at = EXCLUDED.expires_at), "

@@ -9,8 +9,9 @@ import pytest
 import pgkv
 from pgkv._ops.drivers import drive
 from pgkv._ops.op import Op
+from pgkv.patterns._runtime.renewal import clock
 from pgkv.patterns.lock import flows
-from pgkv.patterns.lock.sql import Denied
+from pgkv.patterns.lock.sql import Denied, Granted
 
 
 class BusyPort:
@@ -58,3 +59,61 @@ def test_who_waits_has_his_time_and_a_second_at_least(store: pgkv.Store) -> None
     terms = pgkv.Lock(store, "n")._options
     assert drive(flows.acquire(port, terms, 0.001)) is None
     assert set(port.asked) == {1.0}
+
+
+def test_the_head_of_a_queue_looks_often_and_others_by_their_place(store: pgkv.Store) -> None:
+    """The head looks within 5 ms of a move, and within a tenth of a second while nothing moves; who
+    stands behind it sleeps for about half the time that the queue needs, and never so long that its
+    ticket could end."""
+    runtime: Any = BusyPort()
+    waiting: flows.Acquisition[Any] = flows.Acquisition(
+        runtime, pgkv.Lock(store, "n", fair=True)._options, None
+    )
+    assert waiting._pause_in_queue(0) == pytest.approx(flows.HEAD_FIRST)
+    pauses = [waiting._pause_in_queue(0) for _ in range(30)]
+    assert pauses == sorted(pauses)
+    assert pauses[-1] == pytest.approx(flows.HEAD_MAX)
+    waiting.place, waiting.turn = (101, clock() - 1.0), 0.0
+    assert waiting._pause_in_queue(100) == flows.QUEUE_MAX < flows.TICKET_TTL / 2
+    assert waiting.turn == pytest.approx(1.0, rel=0.5)
+    waiting.turn = 0.04
+    waiting.place = (10, clock())
+    assert waiting._pause_in_queue(10) == pytest.approx(0.2)
+
+
+def test_old_names_are_removed_by_who_is_granted_a_lock(
+    store: pgkv.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One grant in 256 removes the old names of the first chunk and of one other at random."""
+    asked: list[tuple[str, bytes]] = []
+    options = pgkv.Lock(store, "n", fair=True)._options
+
+    def execute(op: Op[Any], _timeout: float | None) -> int:
+        asked.append((op.statement.sql, bytes(op.params[0] or b"")))
+        return 5 * 128
+
+    drive(flows.clean(options), execute)
+    tables = [sql.split("ctid", 1)[0] for sql, _ in asked]
+    assert ["tickets" in table for table in tables] == [False, False, True, True]
+    pages = [int(tid.strip(b"()").split(b",")[0]) for _, tid in asked]
+    assert pages[0] == pages[2] == 0
+    assert {pages[1], pages[3]} <= {128, 256, 384, 512}
+
+    granted: list[int] = []
+    draws = iter([0.5, 1 / 256, 0.0])
+    monkeypatch.setattr(flows, "random", lambda: next(draws))
+
+    class GrantingPort(BusyPort):
+        def execute(self, op: Op[Any], timeout: float | None = None) -> Any:
+            return Granted(1, b"n")
+
+        def lease(self, *args: Any) -> Any:
+            return GrantingPort()
+
+        def clean_later(self, _: object) -> None:
+            granted.append(1)
+
+    port: Any = GrantingPort()
+    for expected in (0, 0, 1):
+        drive(flows.acquire(port, pgkv.Lock(store, "n")._options, 0.0))
+        assert len(granted) == expected

@@ -193,21 +193,3 @@ async def test_a_loss_is_told_in_the_context_of_the_holder() -> None:
     await asyncio.wait_for(lease.told.wait(), 30)
     assert set(seen) == {"mine"}
     renewer.stop()
-
-
-async def test_upkeep_runs_in_its_interval() -> None:
-    """Asked for often, it runs once per interval, and again only when it is asked for again."""
-    renewer = renewer_here()
-    ran: list[float] = []
-
-    async def work(connection: Any) -> None:
-        ran.append(clock())
-
-    for _ in range(100):
-        renewer.upkeep("k", 0.3, work)
-    await until(lambda: ran)
-    renewer.upkeep("k", 0.3, work)
-    await until(lambda: len(ran) == 2)
-    assert ran[1] - ran[0] >= 0.29
-    assert not renewer._upkeep
-    renewer.stop()
