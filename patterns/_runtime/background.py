@@ -298,6 +298,7 @@ class Workers:
                     return
             if job is not None:
                 job.run()
+                job = None  # while it waits, the thread keeps nothing of what it ran
 
     def close(self, seconds: float = STOP_TIME) -> None:
         """Drop what waits, and wait that long for what runs."""

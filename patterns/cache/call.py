@@ -98,36 +98,25 @@ class CachedCall:
 
     Attributes:
         keys: of the entry, of the function's generation, and of its tags' generations.
-        work: calls the function.
-        epoch: the first level's, before the store was asked; `sent` the monotonic time.
+        positional: the arguments as they were passed, by position and by name.
+        epoch: the first level's, before the store was asked.
+        sent: the monotonic time at which the store was asked.
         counted: already among the calls that waited.
     """
 
-    __slots__ = (
-        "arguments",
-        "context",
-        "counted",
-        "digest",
-        "epoch",
-        "keys",
-        "positional",
-        "sent",
-        "work",
-    )  # fmt: skip
+    __slots__ = ("context", "counted", "digest", "epoch", "keys", "positional", "sent")
 
     def __init__(
         self,
         context: StoreContext,
         keys: tuple[bytes, ...],
         digest: str,
-        work: Callable[[], Any],
         positional: tuple[tuple[Any, ...], dict[str, Any]],
         epoch: int,
     ) -> None:
         self.context: StoreContext = context
         self.keys: tuple[bytes, ...] = keys
         self.digest: str = digest
-        self.work: Callable[[], Any] = work
         self.positional: tuple[tuple[Any, ...], dict[str, Any]] = positional
         self.epoch: int = epoch
         self.sent: float = monotonic()

@@ -37,6 +37,7 @@ from .function import (
     cached_functions,
     ensure_table,
     ensure_table_async,
+    forget,
 )
 from .identity import claim, closed_over
 from .invalidations import message, publish
@@ -382,12 +383,14 @@ def invalidate_tag(tag: str, *, store: Any = None, conn: Any = None) -> Awaitabl
     key = _tag_key(context, tag)
     if conn is None:
         store._execute(context.sql.bump_tag(key))
-        publish_all(context, key)
+        if forget(context, key):
+            publish(context, key)
     else:
-        bound = store.using(unwrap(conn, psycopg.Connection, "invalidate_tag()"))
+        inner = unwrap(conn, psycopg.Connection, "invalidate_tag()")
+        bound = store.using(inner)
         ensure_table(context)
         bound._execute(context.sql.bump_tag(key))
-        if forget_everywhere(context, key):
+        if forget(context, key, conn=inner):
             bound._execute(message(context, key))
     return None
 
@@ -401,12 +404,14 @@ async def _invalidate_tag(tag: str, store: AsyncStore | None, conn: Any) -> None
     key = _tag_key(context, tag)
     if conn is None:
         await store._execute(context.sql.bump_tag(key))
-        publish_all(context, key)
+        if forget(context, key):
+            publish(context, key)
     else:
-        bound = store.using(unwrap(conn, psycopg.AsyncConnection, "invalidate_tag()"))
+        inner = unwrap(conn, psycopg.AsyncConnection, "invalidate_tag()")
+        bound = store.using(inner)
         await ensure_table_async(context)
         await bound._execute(context.sql.bump_tag(key))
-        if forget_everywhere(context, key):
+        if forget(context, key, conn=inner):
             await bound._execute(message(context, key))
 
 
@@ -420,20 +425,6 @@ def _is_async_connection(conn: object) -> bool:
     if isinstance(conn, psycopg.AsyncConnection):
         return True
     return hasattr(conn, "sync_connection") or hasattr(conn, "sync_session")  # SQLAlchemy's
-
-
-def forget_everywhere(context: StoreContext, key: bytes) -> bool:
-    """Forget what depends on a key in every first level; whether there is any."""
-    levels = {level for each in cached_functions() if (level := each._core.l1) is not None}
-    for level in levels:
-        level.drop(context.scope, key)
-    return bool(levels)
-
-
-def publish_all(context: StoreContext, key: bytes) -> None:
-    """Forget in this process, and tell the others."""
-    if forget_everywhere(context, key):
-        publish(context, key)
 
 
 __all__ = [

@@ -24,7 +24,15 @@ from ..._ops import codec as _codec
 from ..._ops.lazy import cached_property
 from ..._ops.op import Flow, Op, do, pause
 from ..._ops.op import call as call_step
-from ...errors import InvalidKeyError, InvalidValueError, PgkvError, QueryError
+from ...errors import (
+    ConfigError,
+    InvalidKeyError,
+    InvalidValueError,
+    PgkvError,
+    QueryError,
+    SerializationError,
+    TransactionError,
+)
 from . import envelope as _envelope
 from .call import (
     MISSING,
@@ -54,6 +62,10 @@ from .sql import (
     CacheRead,
     ComputeLease,
 )
+
+# The program is wrong (a key or value that no store holds, another event loop's store, a right that
+# its role lacks), and not the store away: raised, whatever `on_error` says.
+PROGRAM_ERRORS = (ConfigError, InvalidKeyError, InvalidValueError, TransactionError)
 
 PAUSE_FIRST, PAUSE_MAX = 0.002, 0.1  # seconds between looks at somebody's placeholder
 PATIENCE = LOCK_TIMEOUT_MS / 1000  # with a row that an open transaction holds
@@ -109,10 +121,8 @@ class FunctionCache:
         keys: tuple[bytes, ...] = (begin + digest.encode(), clear)
         if binder.has_tags:
             keys += tuple(context.sql.cache_key(TAG, tag) for tag in binder.tags(arguments))
-        work = functools.partial(self.fn, *args, **kwargs)
-        return CachedCall(
-            context, keys, digest, work, (args, kwargs), 0 if self.l1 is None else self.l1.epoch
-        )
+        epoch = 0 if self.l1 is None else self.l1.epoch
+        return CachedCall(context, keys, digest, (args, kwargs), epoch)
 
     def _names(self, context: StoreContext) -> tuple[bytes, bytes]:
         """What the function's entries' keys begin with, and its generation's key."""
@@ -139,7 +149,7 @@ class FunctionCache:
     def _decode(self, call: CachedCall, payload: bytes) -> Any:
         try:
             return self.codec.decode(f"{self.name}:{call.digest}", payload)
-        except PgkvError:
+        except SerializationError:
             return MISSING  # damaged, or of a type that the function no longer returns
 
     def from_l1(self, call: CachedCall) -> Any:
@@ -209,8 +219,8 @@ class FunctionCache:
         return answer
 
     def _failure(self, call: CachedCall, error: PgkvError) -> Exception:
-        if isinstance(error, InvalidKeyError | InvalidValueError):
-            return error  # refused before it was sent: the program is wrong, not the store
+        if isinstance(error, PROGRAM_ERRORS):
+            return error
         if isinstance(error, QueryError) and error.retryable:
             return Busy()
         self.counts.add("errors")
@@ -225,10 +235,27 @@ class FunctionCache:
     def _alone(self, call: CachedCall) -> Flow[Any]:
         """Call the function and store nothing."""
         self.counts.add("misses")
-        value = yield from call_step(call.work)
+        value = yield from call_step(self._work_of(call))
         if self.options.condition is not None and not self.options.condition(value):
-            return value
+            return self._unstored(call, value)
         return self._as_cached(call, value)[0]
+
+    def _work_of(self, call: CachedCall) -> Callable[[], Any]:
+        args, kwargs = call.positional
+
+        def work() -> Any:
+            return self.fn(*args, **kwargs)
+
+        work.__qualname__ = self.fn.__qualname__  # what an error names
+        return work
+
+    def _unstored(self, call: CachedCall, value: Any) -> Any:
+        """A value that `condition` refuses, as a hit would show it; the value itself where there can
+        be no hit, because the codec cannot write it."""
+        try:
+            return self._as_cached(call, value)[0]
+        except SerializationError:
+            return value
 
     def _as_cached(self, call: CachedCall, value: Any) -> tuple[Any, bytes]:
         """The value as every later hit will show it, so that the first call shows the same."""
@@ -345,7 +372,7 @@ class FunctionCache:
         began = monotonic()
         try:
             with computing(name):
-                value = yield from call_step(call.work)
+                value = yield from call_step(self._work_of(call))
             return value, monotonic() - began
         finally:
             stop()
@@ -357,7 +384,7 @@ class FunctionCache:
         ended: stored, refused (another state stands there), unwanted, or failed."""
         options = self.options
         if options.condition is not None and not options.condition(value):
-            return value, "unwanted"
+            return self._unstored(call, value), "unwanted"
         ttl = self._ttl(call, value)
         value, payload = self._as_cached(call, value)
         if ttl <= 0:

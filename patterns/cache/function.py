@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Concatenate, Generic, Literal, ParamSpec, Self, TypeAlias, TypeVar, overload
 
 import psycopg
+from psycopg.pq import TransactionStatus
 
 from ..._engine import schema as _schema
 from ..._engine.caller import unwrap
@@ -160,9 +161,10 @@ class _Base(Generic[P, R]):
     def _clear_key(self, context: StoreContext) -> bytes:
         return context.sql.cache_key(FUNCTION, self._core.name)
 
-    def _forget(self, context: StoreContext, key: bytes) -> None:
-        if self._core.l1 is not None:
-            self._core.l1.drop(context.scope, key)
+    def _tell(self, context: StoreContext, key: bytes) -> None:
+        """Forget an entry, or all of the function, in this process and then in others."""
+        if forget(context, key, self._core.name):
+            publish(context, key)
 
     def _seen(self, found: Found | None) -> CachedValue[Any] | None:
         return None if found is None else CachedValue(found.value, found.age, found.fresh <= 0)
@@ -255,11 +257,6 @@ class CachedFunction(_Base[P, R]):
         context.store._execute(context.sql.bump_function(key))
         self._tell(context, key)
 
-    def _tell(self, context: StoreContext, key: bytes) -> None:
-        self._forget(context, key)
-        if self._core.l1 is not None:
-            publish(context, key)
-
     def using(self, conn: Any) -> Invalidator:
         """Return an object whose ``invalidate`` belongs to the caller's transaction.
 
@@ -271,7 +268,7 @@ class CachedFunction(_Base[P, R]):
         """
         context = self._context()
         inner = unwrap(conn, psycopg.Connection)
-        return Invalidator(self, context, context.store.using(inner))
+        return Invalidator(self, context, inner)
 
     @overload
     def __get__(self, instance: None, owner: type) -> Self: ...
@@ -370,11 +367,6 @@ class AsyncCachedFunction(_Base[P, R]):
         await context.store._execute(context.sql.bump_function(key))
         self._tell(context, key)
 
-    def _tell(self, context: StoreContext, key: bytes) -> None:
-        self._forget(context, key)
-        if self._core.l1 is not None:
-            publish(context, key)
-
     def using(self, conn: Any) -> AsyncInvalidator:
         """Return an object whose ``invalidate`` belongs to the caller's transaction.
 
@@ -386,7 +378,7 @@ class AsyncCachedFunction(_Base[P, R]):
         """
         context = self._context()
         inner = unwrap(conn, psycopg.AsyncConnection)
-        return AsyncInvalidator(self, context, context.store.using(inner))
+        return AsyncInvalidator(self, context, inner)
 
     @overload
     def __get__(self, instance: None, owner: type) -> Self: ...
@@ -412,10 +404,11 @@ class Invalidator:
     order: these are row locks, and two transactions that take them crosswise deadlock.
     """
 
-    def __init__(self, function: Any, context: StoreContext, bound: Any) -> None:
+    def __init__(self, function: Any, context: StoreContext, conn: Any) -> None:
         self._function = function
         self._context = context
-        self._bound = bound
+        self._conn = conn
+        self._bound = context.store.using(conn)
 
     @shown
     def __repr__(self) -> str:
@@ -429,18 +422,18 @@ class Invalidator:
         key = function._call_of(context, args, kwargs).key
         ensure_table(context)
         self._bound._execute(context.sql.invalidate(key))
-        function._forget(context, key)
-        if function._core.l1 is not None:
+        if forget(context, key, function.name, self._conn):
             self._bound._execute(message(context, key))
 
 
 class AsyncInvalidator:
     """`Invalidator`, awaited."""
 
-    def __init__(self, function: Any, context: StoreContext, bound: Any) -> None:
+    def __init__(self, function: Any, context: StoreContext, conn: Any) -> None:
         self._function = function
         self._context = context
-        self._bound = bound
+        self._conn = conn
+        self._bound = context.store.using(conn)
 
     @shown
     def __repr__(self) -> str:
@@ -454,8 +447,7 @@ class AsyncInvalidator:
         key = function._call_of(context, args, kwargs).key
         await ensure_table_async(context)
         await self._bound._execute(context.sql.invalidate(key))
-        function._forget(context, key)
-        if function._core.l1 is not None:
+        if forget(context, key, function.name, self._conn):
             await self._bound._execute(message(context, key))
 
 
@@ -483,6 +475,45 @@ def cached_functions() -> list[CachedFunction[..., Any] | AsyncCachedFunction[..
     """Return every cached function of this process, in the order of their definition."""
     return [function for _, function in sorted(_functions.items())]
 
+
+def forget(context: StoreContext, key: bytes, name: str | None = None, conn: Any = None) -> bool:
+    """Forget what depends on a key in the first levels of this process.
+
+    Args:
+        context: whose key it is.
+        key: of an entry or a generation.
+        name: the function's; None for all functions.
+        conn: the connection whose transaction invalidates it. Nothing is kept before it has ended.
+
+    Returns:
+        Whether there is any first level.
+    """
+    levels = {
+        each._core.l1
+        for each in tuple(_functions.values())
+        if each._core.l1 is not None and name in (None, each._core.name)
+    }
+    for level in levels:
+        if conn is None:
+            level.drop(context.scope, key)
+        else:
+            level.hold(context.scope, key, _Transaction(conn))
+    return bool(levels)
+
+
+class _Transaction:
+    """Tells whether a connection's transaction may still be open. It does not tell one transaction
+    from the next; then a first level does without the entry for longer."""
+
+    def __init__(self, conn: Any) -> None:
+        self._conn = weakref.ref(conn)
+
+    def __call__(self) -> bool:
+        conn = self._conn()
+        return conn is not None and conn.pgconn.transaction_status in _OPEN
+
+
+_OPEN = (TransactionStatus.ACTIVE, TransactionStatus.INTRANS, TransactionStatus.INERROR)
 
 __all__ = [
     "AsyncCachedFunction",

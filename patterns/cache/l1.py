@@ -7,6 +7,7 @@ what an entry depends on. It never talks to a store.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from time import monotonic
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,8 @@ from ...errors import ConfigError
 if TYPE_CHECKING:
     from ...config import Seconds
 
+HELD_MIN = 64  # keys of transactions, from which on those that have ended are looked for
+
 
 class L1:
     """A first level in memory, for ``cached(l1=...)``: a hit in it costs no query.
@@ -26,8 +29,9 @@ class L1:
     longer than `ttl` after it was read from the store. After ``invalidate()`` this process sees the
     change at once; other processes when the notification reaches them (where they have a direct
     connection to the server), and **within `ttl`** in any case. The same holds for
-    ``invalidate_tag`` and ``cache_clear``; inside a transaction (``using(conn)``) it holds from its
-    commit, for this process too. One `L1` may serve several functions and threads.
+    ``invalidate_tag`` and ``cache_clear``; inside a transaction (``using(conn)``) from its commit,
+    and until then the level keeps nothing of what was invalidated. One `L1` may serve several
+    functions and threads.
 
     Args:
         max_entries: at most so many entries.
@@ -44,7 +48,9 @@ class L1:
             raise ConfigError(f"L1: max_entries must be 1 or more, not {max_entries!r}")
         self.max_entries = max_entries
         self.ttl: float = seconds(ttl, endless="")
-        self._entries: OrderedDict[object, _Kept] = OrderedDict()
+        self._entries: OrderedDict[tuple[object, bytes], _Kept] = OrderedDict()
+        self._held: dict[tuple[object, bytes], tuple[Callable[[], bool], ...]] = {}
+        self._held_max = HELD_MIN
         self._epoch = 0
         self._lock = new_lock(self)
         survives_fork(self)
@@ -92,7 +98,7 @@ class L1:
             epoch: as it was before the store was asked.
         """
         with self._lock:
-            if epoch != self._epoch:
+            if (self._held and self._is_held(scope, keys)) or epoch != self._epoch:
                 return
             self._entries.pop((scope, keys[0]), None)
             self._entries[scope, keys[0]] = _Kept(ends, payload, keys)
@@ -102,14 +108,46 @@ class L1:
     def drop(self, scope: object, key: bytes) -> None:
         """Forget the entry of that `key` in that `scope`, or every entry that depends on it."""
         with self._lock:
-            self._epoch += 1
-            if self._entries.pop((scope, key), None) is None:
-                for name in [
-                    name
-                    for name, kept in list(self._entries.items())
-                    if name[0] == scope and key in kept.keys  # type: ignore[index]  # a pair
-                ]:
+            self._drop(scope, key)
+
+    def _drop(self, scope: object, key: bytes) -> None:
+        self._epoch += 1
+        if self._entries.pop((scope, key), None) is None:
+            for name, kept in tuple(self._entries.items()):
+                if name[0] == scope and key in kept.keys:
                     self._entries.pop(name, None)
+
+    def hold(self, scope: object, key: bytes, is_open: Callable[[], bool]) -> None:
+        """Forget like `drop`, and keep nothing that depends on `key` while a transaction is open:
+        what is read before its commit is old after it.
+
+        Args:
+            scope: whose key it is.
+            key: of an entry or a generation.
+            is_open: tells whether the transaction may still be open.
+        """
+        with self._lock:
+            self._drop(scope, key)
+            if len(self._held) >= self._held_max:
+                self._held = {name: left for name in self._held if (left := self._open_of(name))}
+                self._held_max = max(HELD_MIN, 2 * len(self._held))
+            name = (scope, key)
+            self._held[name] = (*self._held.get(name, ()), is_open)
+
+    def _open_of(self, name: tuple[object, bytes]) -> tuple[Callable[[], bool], ...]:
+        return tuple(is_open for is_open in self._held.get(name, ()) if is_open())
+
+    def _is_held(self, scope: object, keys: tuple[bytes, ...]) -> bool:
+        for key in keys:
+            name = (scope, key)
+            if name in self._held:
+                if left := self._open_of(name):
+                    self._held[name] = left
+                    return True
+                # The end is noticed here, and what was read before it may still come.
+                del self._held[name]
+                self._epoch += 1
+        return False
 
     def clear(self) -> None:
         """Forget everything."""
@@ -118,7 +156,8 @@ class L1:
             self._entries.clear()
 
     def after_fork(self) -> None:
-        """Forget everything: no listener runs in this process yet."""
+        """Forget everything: no listener runs in this process yet, and no transaction."""
+        self._held = {}
         self.clear()
 
 

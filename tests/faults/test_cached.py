@@ -245,6 +245,58 @@ async def test_the_functions_own_errors_are_no_outage(
 
 
 @newest
+@pytest.mark.parametrize("on_error", ["call", "raise"])
+@pytest.mark.parametrize("wrong", ["right", "loop", "transaction"])
+async def test_what_the_program_does_wrong_is_no_outage(
+    make_store: MakeStore, colour: Colour, limited: str, witness: Witness, on_error: str, wrong: str
+) -> None:
+    """A missing right, a store of another event loop, a view of a transaction that has ended: raised
+    by every call, whatever on_error says. The function is not called and no circuit opens."""
+    if wrong == "loop" and colour.name == "sync":
+        pytest.skip("threads share a store")
+    store = await make_store()
+    await store.set("k", b"v")  # the table exists
+    if wrong == "right":
+        store = await make_store(dsn=limited)
+    calls: list[int] = []
+
+    async def f() -> int:
+        calls.append(1)
+        return 1
+
+    error: type[Exception] = pgkv.ConfigError
+    if wrong == "transaction":
+        error = pgkv.TransactionError
+        async with store.transaction() as view:
+            store = view
+    cached = cached_in(colour, store, on_error=on_error)(f)
+    if wrong == "loop":
+        assert await cached() == 1
+        calls.clear()
+
+    async def call() -> int:
+        if wrong == "loop":
+            return await asyncio.to_thread(lambda: asyncio.run(_awaited(cached)))
+        return await cached()  # type: ignore[no-any-return]  # an int
+
+    for _ in range(7):
+        with pytest.raises(error):
+            await call()
+    assert not calls
+    assert cached.cache_info().errors == 0
+    if wrong == "right":
+        witness.conn.execute(
+            f"GRANT SELECT, INSERT, UPDATE, DELETE ON kv_store TO r_{witness.name}"
+        )
+        assert [await cached(), await cached()] == [1, 1]
+        assert len(calls) == 1
+
+
+async def _awaited(fn: Any) -> Any:
+    return await fn()
+
+
+@newest
 async def test_a_crash_of_the_server_makes_the_cache_cold(
     make_server: Callable[..., Server], make_store: MakeStore, colour: Colour
 ) -> None:

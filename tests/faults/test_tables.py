@@ -6,17 +6,15 @@ from __future__ import annotations
 import asyncio
 import multiprocessing
 import random
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
-from psycopg.conninfo import make_conninfo
 
 from pgkv import ConfigError, PgkvError, Store, TableNotFoundError, TableType
 from tests.colours import Threaded
 from tests.faults.proxy import Proxy, error_answer
 from tests.faults.support import Crew, Witness, newest
-from tests.servers import Server, UserServer
 
 MakeStore = Callable[..., Awaitable[Any]]
 
@@ -100,20 +98,6 @@ def test_many_processes_create_at_once(dsn: str, witness: Witness) -> None:
 def _connect_and_set(dsn: str, number: int) -> None:
     with Store.connect(dsn, schema="fresh", pool_max_size=1) as store:
         store.set(f"k{number}", b"v")
-
-
-@pytest.fixture
-def limited(dsn: str, server: Server | UserServer, witness: Witness) -> Iterator[str]:
-    """A conninfo of a role that may use the schema, and nothing in it."""
-    if isinstance(server, UserServer):
-        pytest.skip("makes a role: not on the server of PGKV_TEST_DSN")
-    schema = witness.name
-    role = f"r_{schema}"
-    witness.conn.execute(f"CREATE ROLE {role} LOGIN")
-    witness.conn.execute(f"GRANT USAGE ON SCHEMA {schema} TO {role}")
-    yield make_conninfo(dsn, user=role)
-    witness.conn.execute(f"DROP OWNED BY {role}")
-    witness.conn.execute(f"DROP ROLE {role}")
 
 
 async def test_missing_rights(make_store: MakeStore, witness: Witness, limited: str) -> None:

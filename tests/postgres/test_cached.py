@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
+import enum
+import time
 from dataclasses import dataclass
+from datetime import date
 from typing import Any
 
+import pydantic
 import pytest
 
 import pgkv
@@ -241,6 +246,114 @@ async def test_jitter_only_shortens(store: Any, colour: Colour, peer: Peer) -> N
     assert 49 < min(ends) < 75 < max(ends) <= 100
 
 
+async def test_every_call_returns_what_a_hit_would(store: Any, colour: Colour) -> None:
+    """Also the call that computes, one whose result is not stored, and one that cannot reach the
+    store's row. What the codec cannot write can be no hit: where `condition` refuses it, it is
+    returned as it is."""
+
+    def make(condition: Any, result: Any, returns: Any, ttl: Any = 60) -> Any:
+        async def f() -> Any:
+            return result
+
+        f.__annotations__["return"] = returns
+        f.__qualname__ = f"{returns} {condition} {ttl} {result}"
+        return cached_in(colour, store, ttl=ttl, condition=condition)(f)
+
+    for ttl in (60, lambda *_: 0):
+        for condition in (None, lambda _: True, lambda _: False):
+            pairs = make(condition, (1, 2), Any, ttl)
+            assert [await pairs(), await pairs(), await pairs.refresh()] == [[1, 2]] * 3
+            users = make(condition, [User(1, "x")], list[User], ttl)
+            assert [await users(), await users()] == [[User(1, "x")]] * 2
+    other = object()
+    refused = make(lambda _: False, other, Any)
+    assert [await refused(), await refused()] == [other, other]
+    with pytest.raises(pgkv.SerializationError):
+        await make(lambda _: True, other, Any)()
+
+
+class Text(str):
+    """As a template engine marks what is safe."""
+
+    __slots__ = ()
+
+
+class Size(enum.IntEnum):
+    BIG = 1
+
+
+@pytest.mark.parametrize("codec", ["json", "msgpack", pgkv.SignedPickle(b"k" * 16)])
+@pytest.mark.parametrize("value", [Text("<b>"), Size.BIG, {"a": [Text("x")]}, date(2020, 1, 1)])
+async def test_a_type_that_would_change_is_refused(
+    store: Any, colour: Colour, codec: Any, value: Any
+) -> None:
+    """Without an annotation a subclass would come back as its base: the call is refused at once and
+    says what to do. Pickle keeps it, and so does an annotation."""
+
+    @cached_in(colour, store, codec=codec)
+    async def f() -> Any:
+        return value
+
+    if isinstance(codec, pgkv.SignedPickle):
+        for _ in range(2):
+            kept = await f()
+            assert kept == value
+            assert type(kept) is type(value)
+    else:
+        with pytest.raises(pgkv.SerializationError, match="SignedPickle"):
+            await f()
+
+    @cached_in(colour, store)
+    async def annotated() -> Size:
+        return Size.BIG
+
+    assert [type(await annotated()) for _ in range(2)] == [Size, Size]
+
+
+class Login(pydantic.BaseModel):
+    name: str = pydantic.Field(alias="userName")
+    password: pydantic.SecretStr
+
+
+class Hidden(pydantic.BaseModel):
+    name: str
+    note: str = pydantic.Field(exclude=True)
+
+
+class Admin(Hidden):
+    level: int
+
+
+@pytest.mark.parametrize("codec", ["json", "msgpack"])
+@pytest.mark.parametrize(
+    ("value", "type_"),
+    [
+        (Login(userName="ann", password=pydantic.SecretStr("hush")), Login),
+        (Hidden(name="ann", note="x"), Hidden),
+        (Admin(name="ann", note="x", level=1), Hidden),
+    ],
+)
+async def test_models_come_back_equal_or_are_refused(
+    store: Any, colour: Colour, codec: Any, value: Any, type_: Any
+) -> None:
+    """Secrets, aliases, excluded fields and the fields of subclasses: no call shows another object."""
+
+    async def f() -> Any:
+        return value
+
+    f.__annotations__["return"] = type_
+    f.__qualname__ += str(type_)
+    cached = cached_in(colour, store, codec=codec)(f)
+    try:
+        shown = [await cached(), await cached()]
+    except pgkv.SerializationError as error:
+        refused = str(error)
+    else:
+        assert shown == [value, value]
+        return
+    assert "hush" not in refused
+
+
 async def test_stampede_of_64_callers(store: Any, colour: Colour) -> None:
     """64 threads, or tasks, on one cold key: the function runs once, all get its value."""
     calls: list[int] = []
@@ -361,6 +474,62 @@ async def test_the_lease_is_renewed_while_the_function_runs(
     both = [cached_in(colour, await make_store(), compute_timeout=0.45)(f) for _ in range(2)]
     assert await asyncio.gather(*(each() for each in both)) == [7, 7]
     assert len(calls) == 1
+
+
+async def test_the_mark_against_recursion_ends_with_the_computation(
+    store: Any, colour: Colour
+) -> None:
+    """A task that a computation starts and leaves behind is a caller like any other afterwards: its
+    calls are hits, and of those that miss one computes."""
+    calls: list[int] = []
+    left: list[asyncio.Future[list[int]]] = []
+    ended = asyncio.Event()
+    plain = plain_store(store)
+    options: dict[str, Any] = {"store": plain, "store_timeout": 20}
+
+    async def later() -> list[int]:
+        await ended.wait()
+        if colour.name == "async":
+            first = await load()
+            await load.invalidate()
+            return [first, *await asyncio.gather(*(load() for _ in range(8)))]
+
+        def in_the_thread() -> list[int]:
+            first = load()
+            load.invalidate()
+            return [first, load()]
+
+        return await asyncio.to_thread(in_the_thread)
+
+    def leave_a_task() -> None:
+        calls.append(1)
+        if len(calls) == 1:
+            left.append(asyncio.get_running_loop().create_task(later()))
+
+    load: Any
+    if colour.name == "async":
+
+        @pgkv.cached(60, **options)
+        async def load() -> int:
+            leave_a_task()
+            await asyncio.sleep(0.02)
+            return len(calls)
+
+        assert await load() == 1
+    else:
+        loop = asyncio.get_running_loop()
+
+        @pgkv.cached(60, **options, name="a thread's")
+        def load() -> int:
+            context = contextvars.copy_context()  # as run_in_executor() and to_thread() do
+            loop.call_soon_threadsafe(leave_a_task, context=context)
+            time.sleep(0.02)
+            return len(calls)
+
+        assert await asyncio.to_thread(load) == 1
+    ended.set()
+    assert set(await left[0]) == {1, 2}
+    assert len(calls) == 2
 
 
 async def test_cancelling_a_leader_frees_the_key(make_store: Any, colour: Colour) -> None:

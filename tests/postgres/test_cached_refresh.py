@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -80,6 +81,59 @@ async def test_a_refresh_that_fails_leaves_the_stale_value(
             break
         await asyncio.sleep(0.005)
     assert await f() == len(calls) == 3
+
+
+async def test_a_refresh_runs_in_the_context_of_its_call(
+    store: Any, colour: Colour, clock: ServerClock
+) -> None:
+    """A refresh behind the callers sees the context variables of the call that met the stale value:
+    where key= reads one, no caller is served another one's value. So do ttl= and condition=."""
+    tenant: contextvars.ContextVar[str] = contextvars.ContextVar("tenant", default="acme")
+    seen: list[str] = []
+    options: dict[str, Any] = {
+        "store": plain_store(store),
+        "store_timeout": 20,
+        "stale": 1000,
+        "beta": 0,
+        "key": lambda month: (tenant.get(), month),
+        "condition": lambda _: bool(note()),
+    }
+
+    def note() -> int:
+        seen.append(tenant.get())
+        return 60
+
+    def ttl(result: list[str], month: str) -> float:
+        return note()
+
+    load: Any
+    if colour.name == "async":
+
+        @pgkv.cached(ttl, **options)
+        async def load(month: str) -> list[str]:
+            return [tenant.get(), month]
+
+    else:
+
+        @pgkv.cached(ttl, **options, name="a thread's")
+        def load(month: str) -> list[str]:
+            return [tenant.get(), month]
+
+    async def as_tenant(name: str) -> list[str]:
+        tenant.set(name)
+        if colour.name == "async":
+            return await load("May")  # type: ignore[no-any-return]  # a list
+        return await asyncio.to_thread(load, "May")
+
+    for name in ("umbrella", "initech"):
+        assert await asyncio.create_task(as_tenant(name)) == [name, "May"]
+        clock.advance(61)
+        assert await asyncio.create_task(as_tenant(name)) == [name, "May"]  # stale: refreshed
+        await until(lambda: not load._core.flights.refreshing, "the refresh ends")
+        assert await asyncio.create_task(as_tenant(name)) == [name, "May"]
+        assert set(seen) == {name}
+        seen.clear()
+    assert load.cache_info().fills == 4
 
 
 async def test_invalidated_values_are_not_served_stale(
@@ -193,6 +247,51 @@ async def test_l1_sees_its_own_invalidations_at_once(store: Any, colour: Colour)
     assert await f() == 4
     await f.refresh()
     assert await f() == 5
+
+
+@pytest.mark.parametrize("how", ["key", "tag"])
+@pytest.mark.parametrize("end", ["commit", "rollback", "close"])
+async def test_l1_and_an_invalidation_inside_a_transaction(
+    make_store: MakeStore, colour: Colour, connect: Any, peer: Peer, how: str, end: str
+) -> None:
+    """Calls before the end of the transaction do not bring the old value back into the first level,
+    neither one that began before the end and is late: after a commit no call of this process sees
+    it. Then the level is used again."""
+    # Nobody listens: what holds here holds without a notification.
+    store = await make_store(pooler=pgkv.Pooler.TRANSACTION)
+    peer.run("CREATE TABLE data AS SELECT 1 AS v")
+    level, other = pgkv.L1(ttl=600), pgkv.L1(ttl=600)
+    late: list[tuple[Any, ...]] = []
+
+    async def load() -> int:
+        return peer.one("SELECT v FROM data")  # type: ignore[no-any-return]  # an int
+
+    cached, twin = [cached_in(colour, store, l1=each, tags=("t",))(load) for each in (level, other)]
+    assert [await cached(), await twin()] == [1, 1]
+    conn = await connect()
+    await conn.execute("UPDATE data SET v = 2")
+    if how == "tag":
+        await invalidate_tag(colour, "t", store, conn)
+    else:
+        await cached.using(conn).invalidate()
+    put = level.put
+
+    def put_late(*args: Any) -> None:
+        late.append(args)
+
+    for _ in range(2):
+        assert [await cached(), await twin()] == [1, 1]
+    assert (len(level), len(other)) == (0, 0)
+    level.put = put_late  # type: ignore[method-assign,assignment]  # a call that has read and is not done yet
+    assert await cached() == 1
+    level.put = put  # type: ignore[method-assign]
+    await getattr(conn, end)()
+    for args in late:
+        put(*args)
+    expected = 2 if end == "commit" else 1
+    for _ in range(3):
+        assert [await cached(), await twin()] == [expected, expected]
+    assert (len(level), len(other)) == (1, 1)
 
 
 @pytest.mark.parametrize("how", ["plain", "transaction", "tag", "clear"])
