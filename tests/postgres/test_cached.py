@@ -261,8 +261,9 @@ async def test_every_call_returns_what_a_hit_would(store: Any, colour: Colour) -
 
     for ttl in (60, lambda *_: 0):
         for condition in (None, lambda _: True, lambda _: False):
-            pairs = make(condition, (1, 2), Any, ttl)
-            assert [await pairs(), await pairs(), await pairs.refresh()] == [[1, 2]] * 3
+            ratio = make(condition, 1, float, ttl)  # what JSON has is 1, and a hit shows 1.0
+            shown = [await ratio(), await ratio(), await ratio.refresh()]
+            assert [type(each) for each in shown] == [float] * 3
             users = make(condition, [User(1, "x")], list[User], ttl)
             assert [await users(), await users()] == [[User(1, "x")]] * 2
     other = object()
