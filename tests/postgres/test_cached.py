@@ -520,7 +520,7 @@ async def test_the_mark_against_recursion_ends_with_the_computation(
     else:
         loop = asyncio.get_running_loop()
 
-        @pgkv.cached(60, **options, name="a thread's")
+        @pgkv.cached(60, **options, name="left behind, in a thread")
         def load() -> int:
             context = contextvars.copy_context()  # as run_in_executor() and to_thread() do
             loop.call_soon_threadsafe(leave_a_task, context=context)

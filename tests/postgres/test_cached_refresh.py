@@ -115,7 +115,7 @@ async def test_a_refresh_runs_in_the_context_of_its_call(
 
     else:
 
-        @pgkv.cached(ttl, **options, name="a thread's")
+        @pgkv.cached(ttl, **options, name="invoices, in a thread")
         def load(month: str) -> list[str]:
             return [tenant.get(), month]
 
