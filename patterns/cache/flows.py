@@ -11,7 +11,6 @@ K. Lowenstein, "Optimal Probabilistic Cache Stampede Prevention", VLDB 2015.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from datetime import timedelta
