@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
@@ -11,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import pgkv
+from pgkv.patterns.rate_limit import local
 from pgkv.patterns.rate_limit.policy import Policy
 from pgkv.patterns.rate_limit.rate import rates_of
 from pgkv.testing import ServerClock
@@ -183,6 +185,23 @@ async def test_the_clock_steps(make: Make, clock: ServerClock) -> None:
     assert await limiter.hit_many([(limiter, "u", 9)])
     clock.advance(7200)
     assert 10 <= await attempts(limiter, 15) <= 12
+
+
+async def test_a_step_back_is_logged_once(
+    make: Make, clock: ServerClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A clock that was set back concerns every key: one line, and later the number of the others."""
+    limiter = make("1/h")
+    for n in range(5):
+        await limiter.hit(f"u{n}")
+    clock.advance(-3600)
+    with caplog.at_level(logging.WARNING, logger="pgkv"), pytest.MonkeyPatch.context() as patch:
+        for n in range(5):
+            if n == 4:
+                patch.setattr(local, "WARN_SECONDS", 0.0)
+            assert not await limiter.hit(f"u{n}")
+    events: list[Any] = [each for each in caplog.records if "clock_back" in each.getMessage()]
+    assert [each.pgkv["rows"] for each in events] == [1, 4]
 
 
 @settings(
