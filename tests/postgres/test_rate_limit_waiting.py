@@ -37,11 +37,11 @@ def make(colour: Colour, store: Any) -> Make:
 
 
 @pytest.fixture
-def awaiting(colour: Colour, make: Make) -> Any:
-    """An `AsyncRateLimiter` of one token a minute, which is taken."""
-    if colour.name == "sync":
-        pytest.skip("a thread cannot be cancelled")
-    return make("1/m burst 1")
+def awaiting(dsn: str, event_loop_runner: asyncio.Runner) -> Iterator[pgkv.AsyncRateLimiter]:
+    """An `AsyncRateLimiter` of one token a minute: only a task can be cancelled."""
+    store = pgkv.AsyncStore(pgkv.Config(dsn))
+    yield pgkv.AsyncRateLimiter(store, "1/m burst 1", name="api", timeout=20)
+    event_loop_runner.run(store.close())
 
 
 @pytest.fixture
@@ -56,7 +56,9 @@ def blocking(dsn: str) -> Iterator[pgkv.RateLimiter]:
 # -- cancelled --------------------------------------------------------------------------------
 
 
-async def test_a_wait_in_a_cancelled_scope_gives_its_place_back(awaiting: Any) -> None:
+async def test_a_wait_in_a_cancelled_scope_gives_its_place_back(
+    awaiting: pgkv.AsyncRateLimiter,
+) -> None:
     """anyio cancels every await of a cancelled scope again, also those of a clean-up."""
     await awaiting.hit("u")
     with anyio.move_on_after(0.2) as scope:
@@ -65,7 +67,9 @@ async def test_a_wait_in_a_cancelled_scope_gives_its_place_back(awaiting: Any) -
     assert (await awaiting.reserve("u")).delay <= 60
 
 
-async def test_a_reservation_is_cancelled_in_a_cancelled_scope(awaiting: Any) -> None:
+async def test_a_reservation_is_cancelled_in_a_cancelled_scope(
+    awaiting: pgkv.AsyncRateLimiter,
+) -> None:
     """cancel() in the `finally` of a cancelled scope gives the place back."""
     await awaiting.hit("u")
     with anyio.move_on_after(0.2):
@@ -79,7 +83,9 @@ async def test_a_reservation_is_cancelled_in_a_cancelled_scope(awaiting: Any) ->
 
 @pytest.mark.parametrize("scopes", [False, True])
 @pytest.mark.parametrize("method", ["acquire", "reserve"])
-async def test_cancelled_as_the_answer_arrives(awaiting: Any, method: str, scopes: bool) -> None:
+async def test_cancelled_as_the_answer_arrives(
+    awaiting: pgkv.AsyncRateLimiter, method: str, scopes: bool
+) -> None:
     """The charge was made, and the caller never hears of it: the place is given back."""
     await awaiting.hit("u")
     scope = anyio.CancelScope()
@@ -101,7 +107,7 @@ async def test_cancelled_as_the_answer_arrives(awaiting: Any, method: str, scope
 
 
 async def test_a_cancelled_wait_behind_a_locked_row_ends(
-    awaiting: Any, peer: Peer, witness: Peer
+    awaiting: pgkv.AsyncRateLimiter, peer: Peer, witness: Peer
 ) -> None:
     """The statement that is under way is waited for a second, not for the limiter's timeout."""
     await awaiting.hit("u")
@@ -116,11 +122,9 @@ async def test_a_cancelled_wait_behind_a_locked_row_ends(
     assert waiting.cancelled()
 
 
-async def test_every_call_makes_a_task(colour: Colour, make: Make) -> None:
+async def test_every_call_makes_a_task(awaiting: pgkv.AsyncRateLimiter) -> None:
     """create_task, TaskGroup and run_coroutine_threadsafe take what the methods return."""
-    limiter = make("9/h")
-    if colour.name == "sync":
-        pytest.skip("nothing to await")
+    limiter = pgkv.AsyncRateLimiter(awaiting._store, "9/h", name="tasks", timeout=20)
     async with asyncio.TaskGroup() as group:
         place = group.create_task(limiter.reserve("u"))
         group.create_task(limiter.acquire("u"))
