@@ -192,6 +192,9 @@ class SessionStore:
             token: the token, or a `Session` or the request's: then the middleware also takes the
                 cookie away. A token that a rotation replaced in the last ten minutes ends the
                 session as well.
+
+        Raises:
+            ConflictError: it was rotated during each of 50 attempts; it is alive.
         """
         return self._run(self._flows.destroy(token))
 
@@ -206,6 +209,9 @@ class SessionStore:
 
         Returns:
             How many were alive.
+
+        Raises:
+            ConflictError: some were rotated during each of 50 attempts, and may be alive.
         """
         return self._run(self._flows.destroy_user(user_id, keep))
 

@@ -21,6 +21,7 @@ from ..._ops.op import Flow, do
 from ...config import VALUE_SIZE_MAX, Config, Table, require_int
 from ...errors import (
     ConfigError,
+    ConflictError,
     InvalidValueError,
     SerializationError,
     SessionConflictError,
@@ -267,9 +268,9 @@ class SessionFlows:
             total += ended
             if not raced:
                 return total
-        raise SessionConflictError(
-            f"destroy_user: sessions of the user were changed during each of {REPEATS} attempts; "
-            "some may be alive. Repeat it"
+        raise ConflictError(
+            f"destroy_user: sessions of the user were rotated during each of {REPEATS} attempts; "
+            "some may be alive. Repeat the call"
         )
 
     def destroy_handle(self, handle: object, user_id: object) -> Flow[bool]:

@@ -48,6 +48,27 @@ def test_events_go_to_structlog(
     assert caplog.records == []
 
 
+def test_warnings_that_an_outage_repeats_are_counted(
+    configured: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ten in a minute are logged; the first of the next minute tells how many were not. Each event
+    counts for itself, and others are logged every time."""
+    now = 1000.0
+    monkeypatch.setattr(_observe, "monotonic", lambda: now)
+    for _ in range(25):
+        _observe.warning("pgkv.session.unavailable", error="E")
+        _observe.warning("pgkv.lock.lost", lock="n")
+    _observe.warning("pgkv.retry", attempt=1)
+    now += 61
+    _observe.warning("pgkv.session.unavailable", error="E")
+    now += 61
+    _observe.warning("pgkv.session.unavailable", error="E")
+    seen = [each for each in configured if each["event"] == "pgkv.session.unavailable"]
+    assert [each.get("omitted") for each in seen] == [None] * 10 + [15, None]
+    assert sum(each["event"] == "pgkv.lock.lost" for each in configured) == 25
+    assert sum(each["event"] == "pgkv.retry" for each in configured) == 1
+
+
 def test_levels(configured: list[dict[str, Any]]) -> None:
     """debug, info and warning are what they say."""
     for level in ("debug", "info", "warning"):
