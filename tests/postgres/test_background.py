@@ -267,3 +267,22 @@ def test_a_forked_child_has_a_background_of_its_own(dsn: str, peer: Peer) -> Non
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
         lease.check()
         assert lease.release()
+
+
+def test_the_thread_survives_what_ends_an_event_loop(
+    dsn: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """SystemExit in the background's thread is logged, and ends no renewal."""
+    with pgkv.Store.connect(dsn) as store:
+        lease = pgkv.Lock(store, "name", ttl=4.5).acquire()
+        background = backgrounds._of_channels[store._channel]
+
+        def leave() -> None:
+            raise SystemExit
+
+        background.loop.call_soon_threadsafe(leave)
+        wait_until(lambda: "pgkv.background.broken error=SystemExit" in caplog.text, "it is logged")
+        first = lease._due
+        wait_until(lambda: lease._due > first, "it is renewed", 60)
+        lease.check()
+        assert lease.release()
