@@ -9,17 +9,58 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from .._runtime.runtimes import AsyncRuntime, SyncRuntime
 from . import flows
 from .renewal import LeaseRenewals
-from .wakeup import TaskWaiter, ThreadWaiter, Waiters
+from .wakeup import TaskWaiter, ThreadWaiter, Waiter, Waiters
 
 if TYPE_CHECKING:
     from ...aio import AsyncStore
     from ...store import Store
+    from .._runtime.background import Background
     from .lease import LeaseState, LockOptions
 
-H = TypeVar("H", bound="LeaseState")
+L = TypeVar("L", bound="LeaseState")
+
+REFUSAL = (
+    "a lock cannot be taken inside transaction() or through using(conn): a grant that is rolled "
+    "back would give its token twice; take it with the store itself, then guard() the transaction"
+)
 
 
-class LockRuntime(SyncRuntime, Generic[H]):
+class _Leasing(Generic[L]):
+    """What both runtimes of locks add."""
+
+    channel: Any
+    background: Callable[[], Background]
+    run_later: Callable[..., bool]
+    _make: Callable[..., L]
+    _waiter: type[Waiter]
+
+    def lease(self, options: LockOptions, key: bytes, token: int, owner: str, sent_at: float) -> L:
+        """Make a lease, and have it renewed."""
+        lease = self._make(self, options, key, token, owner, sent_at)
+        self.background().part(LeaseRenewals).watch(lease)
+        return lease
+
+    def forget(self, lease: LeaseState) -> None:
+        """Renew it no more."""
+        self.background().part(LeaseRenewals).forget(lease)
+
+    def clean_later(self, options: LockOptions) -> None:
+        """Remove old names, in a thread or task that nothing waits for."""
+        self.run_later(lambda: self.channel.run(flows.clean(options), flows.CLEAN_TIME))
+
+    def subscribe(self, options: LockOptions) -> Waiter:
+        """Begin to hear of releases."""
+        waiters = self.background().part(Waiters)
+        waiter = self._waiter(waiters, options.sql.payload(options.keys[0]))
+        waiters.add(waiter)
+        return waiter
+
+    def unsubscribe(self, waiter: Any, *, granted: bool) -> None:
+        """Hear no more of them."""
+        waiter._waiters.remove(waiter, granted=granted)
+
+
+class LockRuntime(_Leasing[L], SyncRuntime):
     """For threads.
 
     Args:
@@ -27,70 +68,18 @@ class LockRuntime(SyncRuntime, Generic[H]):
         make: the class of lease.
     """
 
-    def __init__(self, store: Store, make: Callable[..., H]) -> None:
+    _waiter = ThreadWaiter
+
+    def __init__(self, store: Store, make: Callable[..., L]) -> None:
         super().__init__(store, REFUSAL)
         self._make = make
 
-    def lease(self, options: LockOptions, key: bytes, token: int, owner: str, sent_at: float) -> H:
-        """Make a lease, and have it renewed."""
-        lease = self._make(self, options, key, token, owner, sent_at)
-        self.background().part(LeaseRenewals).watch(lease)
-        return lease
 
-    def forget(self, lease: LeaseState) -> None:
-        """Renew it no more."""
-        self.background().part(LeaseRenewals).forget(lease)
-
-    def clean_later(self, options: LockOptions) -> None:
-        """Remove old names, in a thread that nothing waits for."""
-        self.run_later(lambda: self.channel.run(flows.clean(options), flows.CLEAN_TIME))
-
-    def subscribe(self, options: LockOptions) -> ThreadWaiter:
-        """Begin to hear of releases."""
-        waiters = self.background().part(Waiters)
-        waiter = ThreadWaiter(waiters, options.sql.payload(options.keys[0]))
-        waiters.add(waiter)
-        return waiter
-
-    def unsubscribe(self, waiter: Any, *, granted: bool) -> None:
-        """Hear no more of them."""
-        waiter._waiters.remove(waiter, granted=granted)
-
-
-class AsyncLockRuntime(AsyncRuntime, Generic[H]):
+class AsyncLockRuntime(_Leasing[L], AsyncRuntime):
     """For asyncio; see `LockRuntime`."""
 
-    def __init__(self, store: AsyncStore, make: Callable[..., H]) -> None:
+    _waiter = TaskWaiter
+
+    def __init__(self, store: AsyncStore, make: Callable[..., L]) -> None:
         super().__init__(store, REFUSAL)
         self._make = make
-
-    def lease(self, options: LockOptions, key: bytes, token: int, owner: str, sent_at: float) -> H:
-        """Make a lease, and have it renewed."""
-        lease = self._make(self, options, key, token, owner, sent_at)
-        self.background().part(LeaseRenewals).watch(lease)
-        return lease
-
-    def forget(self, lease: LeaseState) -> None:
-        """Renew it no more."""
-        self.background().part(LeaseRenewals).forget(lease)
-
-    def clean_later(self, options: LockOptions) -> None:
-        """Remove old names, in a task that nothing waits for."""
-        self.run_later(lambda: self.channel.run(flows.clean(options), flows.CLEAN_TIME))
-
-    def subscribe(self, options: LockOptions) -> TaskWaiter:
-        """Begin to hear of releases."""
-        waiters = self.background().part(Waiters)
-        waiter = TaskWaiter(waiters, options.sql.payload(options.keys[0]))
-        waiters.add(waiter)
-        return waiter
-
-    def unsubscribe(self, waiter: Any, *, granted: bool) -> None:
-        """Hear no more of them."""
-        waiter._waiters.remove(waiter, granted=granted)
-
-
-REFUSAL = (
-    "a lock cannot be taken inside transaction() or through using(conn): a grant that is rolled "
-    "back would give its token twice; take it with the store itself, then guard() the transaction"
-)
