@@ -1,5 +1,5 @@
-"""`embedded.py` runs a PostgreSQL server of pgkv's own: for trying it out, for tests, for use on
-one machine.
+"""`embedded.py` runs a private PostgreSQL server: for a first try, for tests, for use on one
+machine.
 
 `start(path)` makes a data directory where there is none, starts a server on it or joins the one
 that runs, and returns an `EmbeddedServer` with its DSN. The server stops with its last user, across
@@ -14,10 +14,12 @@ come from the wheel or from the system.
 
 The server listens on a Unix socket in a directory of mode 0700, on no TCP port, so it asks for no
 password: only its own account and root get there. PostgreSQL refuses to run as root; for root the
-server runs as the directory's owner, or as `postgres` or `nobody`.
+server runs as the directory's owner, or as `postgres` or `nobody`. In that directory no symbolic
+link is followed, and for root none of another account's on the path to it: nothing outside the
+directory is written or given away.
 
 A process that dies without running its exit handlers (SIGKILL, SIGTERM without a handler, the end
-of a multiprocessing worker) loses its claim at once, but nobody is left to act on it: the server
+of a multiprocessing worker) loses its claim at once, but no process is left to act on it: the server
 then runs on until its next user closes it. A forked child has no claim of its own until it calls
 `start` itself.
 """
@@ -36,6 +38,7 @@ from typing import Final, Self, cast
 
 from ._embedded.binaries import is_root
 from ._embedded.cluster import START_TIMEOUT, STOP_TIMEOUT, Cluster
+from ._embedded.directory import resolve
 from ._fork import CONNECTIONS, Forkable, new_lock, survives_fork
 from .config import embedded_path
 from .errors import ConfigError, StoreUnavailableError
@@ -83,17 +86,17 @@ def start(
     name = os.fspath(path if path is not None else default_path())
     if not name or "\0" in name or "\n" in name:  # postmaster.pid has the path as one line
         raise ConfigError("the path of an embedded server is empty, or has a NUL or newline in it")
-    root = os.path.realpath(name)
-    with _registry_lock:
-        users = _registry.setdefault(root, _Users(root))
     try:
+        root = resolve(name)
+        with _registry_lock:
+            users = _registry.setdefault(root, _Users(root))
         return users.join(settings or {})
     except StoreUnavailableError:
         raise  # an OSError too
     except OSError as exc:
         where = f" ({exc.filename!r})" if exc.filename else ""
         raise ConfigError(
-            f"the embedded server cannot use {root!r}: {exc.strerror or exc}{where}"
+            f"the embedded server cannot use {name!r}: {exc.strerror or exc}{where}"
         ) from exc
 
 
@@ -178,7 +181,7 @@ class _Users:
             except BlockingIOError:
                 pass  # others use it
             except FileNotFoundError:
-                pass  # somebody removed the directory; the server sees that within a minute
+                pass  # the directory was removed; the server notices within a minute
             finally:
                 self._give_up_claim()
 
@@ -189,7 +192,7 @@ class _Users:
 
     @contextlib.contextmanager
     def _exclusive(self) -> Iterator[None]:
-        """Nobody else starts or stops the server meanwhile."""
+        """Keep others from starting or stopping the server meanwhile."""
         assert self._cluster is not None
         deadline = time.monotonic() + START_TIMEOUT + STOP_TIMEOUT
         fd = -1
@@ -220,12 +223,9 @@ _fds_lock = new_lock(sys.modules[__name__], "_fds_lock", hold=True)
 def _open_locked(cluster: Cluster, name: str, mode: int) -> int:
     """Open and flock() a file; BlockingIOError with LOCK_NB when others hold it."""
     with _fds_lock:
-        # O_NOFOLLOW: as root in another account's directory we follow none of its symbolic links.
-        fd = os.open(cluster.root / name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        fd = cluster.open_file(name, os.O_RDWR | os.O_CREAT)
         _fds.add(fd)
     try:
-        if cluster.account:
-            os.fchown(fd, cluster.account.uid, cluster.account.gid)
         fcntl.flock(fd, mode)
     except BaseException:
         _close(fd)
@@ -251,7 +251,7 @@ def after_fork() -> None:
 
 def _leave_all() -> None:
     for users in list(_registry.values()):
-        # At exit there is nobody left to tell; the server's log has it.
+        # At exit an error can no longer be reported; the server's log has it.
         with contextlib.suppress(Exception):
             users.leave(everyone=True)
 

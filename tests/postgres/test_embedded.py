@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -14,8 +15,9 @@ from typing import Any
 
 import psycopg
 import pytest
+from psycopg.pq import Ping
 
-from pgkv import embedded
+from pgkv import Store, embedded
 from pgkv._embedded import binaries as _binaries
 from pgkv._embedded import cluster as _cluster
 from pgkv._embedded.binaries import Binaries
@@ -104,7 +106,8 @@ def empty() -> Iterator[Path]:
     path = servers.new_directory("embedded")
     yield path
     for pid_file in path.parent.glob(f"{path.name}/**/postmaster.pid"):
-        Cluster.open(pid_file.parents[1]).stop("immediate")
+        with contextlib.suppress(ConfigError):
+            Cluster.open(pid_file.parents[1]).stop("immediate")
     shutil.rmtree(path, ignore_errors=True)
 
 
@@ -629,13 +632,15 @@ def test_root_takes_the_owner(empty: Path, binaries: Binaries) -> None:
     """As root: the server runs as the owner of its directory, who can use the files later."""
     os.chown(empty, 65534, 65534)
     with start(empty):
-        pid = postmaster(empty)
+        server = Cluster.open(empty).postmaster()
+        assert server is not None
+        pid = server.pid
         assert Path(f"/proc/{pid}").stat().st_uid == 65534
     assert {p.stat().st_uid for p in empty.iterdir()} == {65534}
 
 
 def test_squatted_socket_directory(home: Path) -> None:
-    """The name in /tmp for a socket serves only as a closed directory of the server's account."""
+    """The socket's directory in /tmp is used only if it is a closed directory of the server's account."""
     odd = home / "with space"
     odd.mkdir()
     subprocess.run(["mv", home / "pgdata", odd], check=True)
@@ -644,10 +649,181 @@ def test_squatted_socket_directory(home: Path) -> None:
     short = Cluster(odd, servers.server_account())._short_socket_directory()
     short.mkdir(mode=0o755)
     try:
-        with pytest.raises(ConfigError, match="somebody else made it"):
+        with pytest.raises(ConfigError, match="another program made it"):
             start(odd)
     finally:
         short.rmdir()
+
+
+# --- as root, in a directory of another account -----------------------------------------------------
+
+as_root = pytest.mark.skipif(not _binaries.is_root(), reason="about root")
+
+
+@pytest.fixture
+def secret(empty: Path) -> Path:
+    """A directory of root's, outside that of any server, with files that a server's has too."""
+    path = servers.new_directory("secret")
+    os.chown(path, 0, 0)
+    names = ("postmaster.pid", "pgkv.lock", "pgkv.users", "pgkv.log", ".s.PGSQL.5432.lock")
+    for name in names:
+        (path / name).write_text("1\nsecret\n")
+    (path / "PG_VERSION").write_text("18\n")
+    return path
+
+
+def is_untouched(secret: Path) -> bool:
+    """Everything is still there, is root's, and says what it did."""
+    files = sorted(secret.iterdir())
+    texts = {each.read_text() for each in files if each.name != "PG_VERSION"}
+    owners = {each.stat().st_uid for each in (secret, *files)}
+    return len(files) == 6 and texts == {"1\nsecret\n"} and owners == {0}
+
+
+def attempt(path: Path) -> None:
+    """Start and stop a server there; that it is refused is as well."""
+    with contextlib.suppress(ConfigError), start(path):
+        pass
+
+
+@as_root
+@pytest.mark.parametrize("link", [os.symlink, os.link], ids=["symbolic", "hard"])
+@pytest.mark.parametrize("name", ["pgkv.lock", "pgkv.users", "pgkv.log", "pgdata/postmaster.pid"])
+def test_root_writes_through_no_link(
+    home: Path, secret: Path, name: str, link: Callable[[Path, Path], None]
+) -> None:
+    """A link in the directory, to a file elsewhere: that file is not written and not given away."""
+    link(secret / Path(name).name, home / name)
+    attempt(home)
+    assert is_untouched(secret)
+
+
+@as_root
+def test_root_does_not_quote_through_a_link(home: Path, secret: Path) -> None:
+    """A log that is a link is not read for an error's text."""
+    (home / "pgdata" / "PG_VERSION").write_text("nonsense")
+    (home / "pgkv.log").symlink_to(secret / "pgkv.log")
+    with pytest.raises((ConfigError, ValueError)) as caught:
+        start(home)
+    assert "secret\n" not in str(caught.value)
+
+
+@as_root
+def test_data_that_is_a_link(home: Path, secret: Path) -> None:
+    """pgdata may not be a link: what it leads to is not used, and nothing there is removed."""
+    (home / "pgdata").rename(home / "away")
+    (home / "pgdata").symlink_to(secret)
+    attempt(home)
+    assert is_untouched(secret)
+
+
+@as_root
+@pytest.mark.parametrize("below", ["", "new/data"])
+def test_a_way_through_another_accounts_link(empty: Path, secret: Path, below: str) -> None:
+    """A path that leads through a link which another account made is refused."""
+    bare = secret / "bare"
+    bare.mkdir()
+    (empty / "link").symlink_to(bare)
+    os.chown(empty / "link", 65534, 65534, follow_symlinks=False)
+    with pytest.raises(ConfigError, match="link"):
+        start(empty / "link" / below)
+    assert list(bare.iterdir()) == []
+    assert bare.stat().st_uid == 0
+
+
+@as_root
+@pytest.mark.parametrize("name", ["pgdata.new", "sub"])
+def test_a_directory_that_is_swapped_for_a_link(
+    empty: Path, secret: Path, binaries: Binaries, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """What was made as a directory and is a link a moment later is not given away."""
+    mkdir = os.mkdir
+
+    def swapped(path: Any, mode: int = 0o777, *, dir_fd: int | None = None) -> None:
+        mkdir(path, mode, dir_fd=dir_fd)
+        if os.fspath(path).endswith(name):
+            os.rename(path, f"{path}.away", src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
+            os.symlink(secret, path, dir_fd=dir_fd)
+
+    os.chown(empty, 65534, 65534)
+    monkeypatch.setattr(os, "mkdir", swapped)
+    attempt(empty / "sub")
+    assert is_untouched(secret)
+
+
+@as_root
+@pytest.mark.skipif(sys.platform != "linux", reason="a process's directory is read from /proc")
+def test_a_process_of_roots_is_no_server(home: Path) -> None:
+    """A process that postmaster.pid names, and that stands in the directory, is not signalled unless it
+    is the account's: it may be an administrator's shell."""
+    shell = subprocess.Popen(["sleep", "60"], cwd=home / "pgdata")
+    try:
+        (home / "pgdata" / "postmaster.pid").write_text(
+            f"{shell.pid}\n/\n0\n5432\n/tmp\n\n\nready\n"
+        )
+        assert postmaster(home) is None
+        Cluster(home, servers.server_account()).stop("immediate")
+        assert shell.poll() is None
+    finally:
+        shell.kill()
+        shell.wait()
+
+
+# --- libpq's environment ----------------------------------------------------------------------------
+
+OTHERS = {
+    "PGHOSTADDR": "192.0.2.1",
+    "PGSSLMODE": "verify-full",
+    "PGSSLROOTCERT": "/nowhere/root.crt",
+    "PGREQUIREPEER": "stranger",
+    "PGCHANNELBINDING": "require",
+    "PGTARGETSESSIONATTRS": "standby",
+    "PGGSSENCMODE": "disable",
+    "PGUSER": "stranger",
+    "PGDATABASE": "elsewhere",
+    "PGPORT": "1",
+}
+
+
+@pytest.mark.parametrize("name", [*OTHERS, "PGSERVICE"])
+def test_the_environment_is_kept_from_the_client(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """The server is reached by its own parameters, whatever libpq's variables name for another one; so
+    are a program's connections by its DSN."""
+    monkeypatch.setattr(_cluster, "START_TIMEOUT", 20.0)
+    if name == "PGSERVICE":
+        words = {k.removeprefix("PG").lower(): v for k, v in OTHERS.items()}
+        words |= {"channel_binding": words.pop("channelbinding"),
+                  "target_session_attrs": words.pop("targetsessionattrs"),
+                  "dbname": words.pop("database")}  # fmt: skip
+        lines = ["[elsewhere]", *(f"{key}={value}" for key, value in words.items())]
+        (tmp_path / "service.conf").write_text("\n".join(lines) + "\n")
+        monkeypatch.setenv("PGSERVICEFILE", str(tmp_path / "service.conf"))
+    monkeypatch.setenv(name, OTHERS.get(name, "elsewhere"))
+    with start(home) as server:
+        assert ask(server.dsn, "SELECT current_user || current_database()") == "postgrespostgres"
+        with Store.connect(server.dsn) as store:
+            store.set("k", "v")
+
+
+def test_a_service_that_does_not_exist(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PGSERVICE without its definition does not keep the server from starting, nor from stopping."""
+    monkeypatch.setattr(_cluster, "START_TIMEOUT", 20.0)
+    monkeypatch.setenv("PGSERVICE", "no_such_service")
+    with start(home):
+        assert postmaster(home) is not None
+    assert postmaster(home) is None
+
+
+def test_a_failed_start_stops_what_it_started(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that runs and never answers is stopped when the start gives up."""
+    monkeypatch.setattr(_cluster, "START_TIMEOUT", 2.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(_cluster, "ping", lambda _: Ping.NO_RESPONSE)
+        with pytest.raises(StoreUnavailableError, match="not ready"):
+            start(home)
+    assert postmaster(home) is None
 
 
 @pytest.mark.parametrize("path", ["", "a\0b", "a\nb"])
