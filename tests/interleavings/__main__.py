@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import sys
 import time
 
@@ -11,7 +12,7 @@ import pgkv
 from pgkv.testing import ServerClock
 from tests import servers
 from tests.interleavings.scenarios import SCENARIOS
-from tests.interleavings.schedule import Scenario, explore, replay
+from tests.interleavings.schedule import explore, replay
 from tests.servers import Server
 
 
@@ -19,6 +20,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="make interleavings", description=__doc__)
     parser.add_argument("scenario", nargs="?", choices=SCENARIOS, help="only this one")
     parser.add_argument("number", nargs="?", help="of a schedule to run again")
+    parser.add_argument("--kind", choices=("sync", "async"), help="of clients; both without it")
     parser.add_argument("--preemptions", type=int, help="instead of the scenario's own bound")
     parser.add_argument("--faults", type=int, help="the same")
     parser.add_argument("--minutes", type=float, default=10.0, help="for each scenario")
@@ -36,17 +38,21 @@ def main() -> None:
             ServerClock(server.dsn) as clock,
             pgkv.Store.connect(clock.dsn, pool_max_size=2, retry=None) as sync,
         ):
+            kinds = [arguments.kind] if arguments.kind else ["sync", "async"]
             if arguments.number:
-                world = replay(SCENARIOS[arguments.scenario], sync, clock, arguments.number)
+                scenario = dataclasses.replace(SCENARIOS[arguments.scenario], **bounds)
+                world = replay(scenario, sync, clock, arguments.number, kinds[-1])
                 print(*world.history, world.failure or "nothing is wrong", sep="\n")
                 sys.exit(world.failure is not None)
             chosen = [arguments.scenario] if arguments.scenario else list(SCENARIOS)
-            for name in chosen:
-                scenario: Scenario = dataclasses.replace(SCENARIOS[name], **bounds)
+            for name, kind in itertools.product(chosen, kinds):
+                scenario = dataclasses.replace(SCENARIOS[name], **bounds)
                 began = time.monotonic()
-                outcome = explore(scenario, sync, clock, until=began + arguments.minutes * 60)
+                until = began + arguments.minutes * 60
+                outcome = explore(scenario, sync, clock, kind=kind, until=until)
+                seconds = time.monotonic() - began
                 bound = f"{scenario.preemptions} preemptions, {scenario.faults} faults"
-                print(f"{name}: {outcome} ({bound}, {time.monotonic() - began:.0f} s)", flush=True)
+                print(f"{name}, {kind}: {outcome} ({bound}, {seconds:.0f} s)", flush=True)
                 if outcome.failure is not None:
                     failed = True
                     print(outcome.failure)

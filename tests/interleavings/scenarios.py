@@ -14,7 +14,7 @@ from typing import Any
 import psycopg
 
 import pgkv
-from tests.interleavings.schedule import Died, Scenario, World
+from tests.interleavings.schedule import Call, Died, Inline, Scenario, World, ended
 
 Client = Callable[[World], Coroutine[Any, Any, Any]]
 TTL = 10.0
@@ -43,13 +43,13 @@ def holding(**options: Any) -> Client:
 
     async def client(world: World) -> int:
         name = world.client()
-        lock = pgkv.AsyncLock(world.store, "a", ttl=TTL, renew=False, **options)
+        lock = world.make("Lock", "a", ttl=TTL, renew=False, **options)
         async with lock.acquire(timeout=60) as lease:
-            world.memory[name] = lease
+            world.held[name] = lease
             try:
                 await world.step("inside")
             finally:
-                del world.memory[name]
+                del world.held[name]
         note_token(world, lease)
         return int(lease.token)
 
@@ -59,27 +59,27 @@ def holding(**options: Any) -> Client:
 async def extending(world: World) -> None:
     """Acquire, and extend the lease while inside."""
     name = world.client()
-    lock = pgkv.AsyncLock(world.store, "a", ttl=TTL, renew=False)
+    lock = world.make("Lock", "a", ttl=TTL, renew=False)
     async with lock.acquire(timeout=60) as lease:
-        world.memory[name] = lease
+        world.held[name] = lease
         try:
             await lease.extend(2 * TTL)
             await world.step("inside")
         finally:
-            del world.memory[name]
+            del world.held[name]
     note_token(world, lease)
 
 
 def of_semaphore(slots: int) -> Client:
     async def client(world: World) -> None:
         name = world.client()
-        semaphore = pgkv.AsyncSemaphore(world.store, "s", slots, ttl=TTL, renew=False)
+        semaphore = world.make("Semaphore", "s", slots, ttl=TTL, renew=False)
         async with semaphore.acquire(timeout=60) as lease:
-            world.memory[name] = lease
+            world.held[name] = lease
             try:
                 await world.step("inside")
             finally:
-                del world.memory[name]
+                del world.held[name]
 
     return client
 
@@ -90,11 +90,7 @@ def note_token(world: World, lease: Any) -> None:
 
 def at_most(number: int) -> Callable[[World], None]:
     def invariant(world: World) -> None:
-        held = [
-            name
-            for name, lease in world.memory.items()
-            if isinstance(lease, pgkv.AsyncLease) and not lease.is_lost
-        ]
+        held = [name for name, lease in world.held.items() if not lease.is_lost]
         assert len(held) <= number, f"{held} hold it at once"
 
     return invariant
@@ -131,11 +127,22 @@ async def version() -> int:
     return value
 
 
+def version_sync() -> int:
+    """The same for threads."""
+    return int(ended(version()))
+
+
 def cached_version(world: World, **options: Any) -> Any:
     """The source, cached in a process of the client's own."""
-    return pgkv.cached(ttl=TTL * 10, beta=0, compute_timeout=1, store=world.store, **options)(
-        version
-    )
+    cached = pgkv.cached(ttl=TTL * 10, beta=0, compute_timeout=1, store=world.store, **options)
+    return InlineFunction(cached(version_sync)) if world.is_sync else cached(version)
+
+
+class InlineFunction(Inline):
+    """A cached function of threads, to be awaited."""
+
+    def __call__(self) -> Call:
+        return Call(self._target)
 
 
 def reading(**options: Any) -> Client:
@@ -181,7 +188,7 @@ INTERVAL = 10.0
 async def acquiring(world: World) -> None:
     """Wait for a token of a bucket that holds one."""
     rate = pgkv.Rate(1, INTERVAL, burst=1)
-    limiter = pgkv.AsyncRateLimiter(world.store, rate, name="r", timeout=5)
+    limiter = world.make("RateLimiter", rate, name="r", timeout=5)
     decision = await limiter.acquire("k", timeout=1000)
     assert decision.allowed
     world.memory.setdefault("admitted", []).append(world.now)
@@ -190,7 +197,7 @@ async def acquiring(world: World) -> None:
 async def cancelling(world: World) -> None:
     """Reserve a token, and give it back."""
     rate = pgkv.Rate(1, INTERVAL, burst=1)
-    limiter = pgkv.AsyncRateLimiter(world.store, rate, name="r", timeout=5)
+    limiter = world.make("RateLimiter", rate, name="r", timeout=5)
     reservation = await limiter.reserve("k", max_wait=1000)
     await world.step("thinks")
     await reservation.cancel()
@@ -208,7 +215,7 @@ def evenly(world: World, results: dict[str, Any]) -> None:
 
 
 async def a_session(world: World) -> Any:
-    sessions = pgkv.AsyncSessionStore(world.store)
+    sessions = world.make("SessionStore")
     session = await sessions.load(world.memory["token"])
     return sessions, session
 

@@ -25,15 +25,20 @@ import math
 import random
 import selectors
 import sys
+import threading
 import time
-from collections.abc import Callable, Coroutine, Iterable, Iterator
+import types
+from collections.abc import Callable, Coroutine, Generator, Iterable, Iterator
 from typing import Any
 
 import pgkv
 from pgkv._engine._async.channel import AsyncPoolChannel
+from pgkv._engine._sync.channel import PoolChannel
+from pgkv._ops.drivers import drive
 from pgkv._ops.op import Op
 from pgkv._sql import Statements
 from pgkv.errors import OperationTimeoutError
+from pgkv.patterns._runtime import runtimes
 from pgkv.testing import ServerClock
 
 DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
@@ -58,7 +63,7 @@ class Step:
     key: bytes
     writes: bool
     perform: Callable[[], Any]
-    future: asyncio.Future[Any]
+    settle: Callable[[Any, BaseException | None], None]
     orphan: bool = False  # its client was cancelled: it may still happen, and nobody hears of it
 
     @property
@@ -144,6 +149,7 @@ class World:
     Attributes:
         sync: a Store on the same table, for the scenario itself. Without one there is no server.
         memory: whatever the scenario wants to note.
+        held: the leases that clients hold.
         current: the world whose schedule runs.
     """
 
@@ -155,17 +161,20 @@ class World:
         sync: pgkv.Store | None,
         clock: ServerClock | None,
         stack: list[Node],
+        kind: str = "async",
     ) -> None:
+        self.kind = kind
         self.scenario = scenario
         self._sync = sync
         self._clock = clock
         self.memory: dict[str, Any] = {}
+        self.held: dict[str, Any] = {}
         self.now = EPOCH
         self._stack = stack
         self._depth = 0
         self._steps: list[Step] = []
         self._tasks: dict[str, asyncio.Task[Any]] = {}
-        self._names: dict[Any, str] = {}
+        self._threads: dict[str, ClientThread] = {}
         self._dead: set[str] = set()
         self._over = False
         self._last = ""
@@ -174,7 +183,7 @@ class World:
         self.history: list[str] = []
         self.failure: BaseException | None = None
         self.is_redundant = False
-        self._stores: dict[str, pgkv.AsyncStore] = {}
+        self._stores: dict[str, Any] = {}
 
     # -- what clients do
 
@@ -189,35 +198,47 @@ class World:
         return self._clock
 
     @property
-    def shared(self) -> pgkv.AsyncStore:
-        """One store for all clients, as of one process."""
-        return self._stores.setdefault("", _store(self))
+    def is_sync(self) -> bool:
+        """Whether the clients are threads."""
+        return self.kind == "sync"
 
     @property
-    def store(self) -> pgkv.AsyncStore:
-        """The client's own store, as of a process of its own."""
+    def store(self) -> Any:
+        """The client's own store, as of a process of its own; each of its operations is a step."""
         client = self.client()
         if client not in self._stores:
             self._stores[client] = _store(self)
         return self._stores[client]
 
+    def make(self, what: str, *args: Any, **options: Any) -> Any:
+        """`make("Lock", "a", ttl=10)`: a Lock or an AsyncLock on the client's store, to be awaited."""
+        if self.is_sync:
+            return Inline(getattr(pgkv, what)(self.store, *args, **options))
+        return getattr(pgkv, f"Async{what}")(self.store, *args, **options)
+
     def client(self) -> str:
-        """The client whose task runs, or the one that began the task."""
-        task = asyncio.current_task()
-        return self._names.get(task) or _client.get()
+        """The client that runs, or on behalf of which a task runs."""
+        return _client.get()
 
     async def step(self, name: str, perform: Callable[[], Any] = lambda: None) -> Any:
         """Something that a client does elsewhere: a step that commutes with no other."""
+        if self.is_sync:
+            return self.submit_sync(name, b"", perform, writes=True)
         return await self.submit(name, b"", perform, writes=True)
 
     async def submit(
         self, name: str, key: bytes, perform: Callable[[], Any], *, writes: bool
     ) -> Any:
+        """A task wants this to be done."""
         if self._over:
             raise Abandoned
-        client = self.client()
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        step = Step(client, name, key, writes, perform, future)
+
+        def settle(answer: Any, error: BaseException | None) -> None:
+            if not future.done():
+                future.set_exception(error) if error is not None else future.set_result(answer)
+
+        step = Step(self.client(), name, key, writes, perform, settle)
         self._steps.append(step)
         try:
             return await future
@@ -226,6 +247,25 @@ class World:
             if step in self._steps:
                 step.orphan = True
             raise
+
+    def submit_sync(
+        self, name: str, key: bytes, perform: Callable[[], Any], *, writes: bool
+    ) -> Any:
+        """A thread wants this to be done."""
+        if self._over:
+            raise Abandoned
+        thread = self._threads[self.client()]
+        step = Step(self.client(), name, key, writes, perform, thread.settle)
+        self._steps.append(step)
+        return thread.pause()
+
+    def sleep(self, seconds: float) -> None:
+        """A thread sleeps."""
+        if self._over:
+            raise Abandoned
+        thread = self._threads[self.client()]
+        thread.wakes_at = self.now + seconds
+        thread.pause()
 
     # -- the schedule
 
@@ -236,17 +276,59 @@ class World:
             scenario.prepare(self)
         random.seed(scenario.name)
         World.current = self
+        try:
+            with _clock_of(self), _quiet():
+                if self.is_sync:
+                    self._run_threads()
+                else:
+                    self._run_tasks()
+        finally:
+            if self._clock is not None:
+                self._clock.set_offset(0)
+
+    # -- threads
+
+    def _run_threads(self) -> None:
+        self._threads = {
+            name: ClientThread(self, name, client) for name, client in self.scenario.clients.items()
+        }
+        for thread in self._threads.values():
+            thread.resume()
+        while self.failure is None and not self.is_redundant:
+            if self._depth >= STEPS_MAX:
+                self._fail(StuckError(f"no end after {STEPS_MAX} steps"))
+            elif choices := self._choices():
+                choice = self._choose(choices)
+                if choice is not None:
+                    self._follow(choice)
+            elif self._all_ended():
+                break
+            else:
+                sleeping = [
+                    t for n, t in self._threads.items() if t.wakes_at and n not in self._dead
+                ]
+                first = min(sleeping, key=lambda t: t.wakes_at or 0.0)
+                self.pass_time(max(0.0, (first.wakes_at or 0.0) - self.now))
+                first.resume()
+        if self.failure is None and not self.is_redundant:
+            self._judge()
+        self._over = True
+        for thread in self._threads.values():
+            thread.abandon()
+        for store in self._stores.values():
+            store.close()
+
+    # -- tasks
+
+    def _run_tasks(self) -> None:
         loop = VirtualLoop(self)
         loop.set_exception_handler(lambda *_: None)  # of clients that died, nobody asks
         try:
-            with _clock_of(self), _quiet():
-                loop.run_until_complete(self._main())
+            loop.run_until_complete(self._main())
         finally:
             with contextlib.suppress(Exception):
                 loop.run_until_complete(loop.shutdown_asyncgens())
             loop.close()
-            if self._clock is not None:
-                self._clock.set_offset(0)
 
     async def _main(self) -> None:
         loop = asyncio.get_running_loop()
@@ -258,29 +340,42 @@ class World:
         try:
             await self._ended.wait()
             if self.failure is None and not self.is_redundant:
-                self.scenario.check(self, {n: self._result(n) for n in self._tasks})
-        except Exception as error:  # a failure of the schedule is its result
-            self.failure = self.failure or error
+                self._judge()
         finally:
             await self._end()
 
+    def _judge(self) -> None:
+        """Every client has ended: is everything as it should be?"""
+        try:
+            self.scenario.check(self, {name: self._result(name) for name in self.scenario.clients})
+        except Exception as error:  # a failure of the schedule is its result
+            self.failure = error
+
     def _result(self, name: str) -> Any:
-        task = self._tasks[name]
         if name in self._dead:
             return Died
+        if self.is_sync:
+            return self._threads[name].result
+        task = self._tasks[name]
         if task.cancelled():
             return Cancelled
         return task.exception() or task.result()
 
+    def _all_ended(self) -> bool:
+        return all(name in self._dead or self._has_ended(name) for name in self.scenario.clients)
+
+    def _has_ended(self, name: str) -> bool:
+        return self._threads[name].has_ended if self.is_sync else self._tasks[name].done()
+
     async def _end(self) -> None:
         """End whatever is still there."""
         self._over = True
+        for store in self._stores.values():
+            await store.close()
         others = asyncio.all_tasks() - {asyncio.current_task()}
         for _ in range(20):
             for step in self._steps:
-                if not step.future.done():
-                    step.future.set_exception(Abandoned())
-                    step.future.exception()
+                step.settle(None, Abandoned())
             self._steps.clear()
             for task in others:
                 task.cancel()
@@ -304,7 +399,7 @@ class World:
             choice = self._choose(choices)
             if choice is not None:
                 self._follow(choice)
-        elif all(task.done() or name in self._dead for name, task in self._tasks.items()):
+        elif self._all_ended():
             self._ended.set()
         elif timeout is None:
             self._fail(StuckError("every client waits, for nothing"))
@@ -313,7 +408,11 @@ class World:
 
     def _fail(self, error: BaseException) -> None:
         self.failure = self.failure or error
-        self._ended.set()
+        self._stop()
+
+    def _stop(self) -> None:
+        if not self.is_sync:
+            self._ended.set()
 
     def pass_time(self, seconds: float) -> None:
         """Let every clock go on, the server's too."""
@@ -341,7 +440,7 @@ class World:
                 for kind in ("lose", "cancel", "die"):
                     if kind not in kinds or (kind == "lose" and not step.writes):
                         continue
-                    if kind == "cancel" and self._tasks[step.client].done():
+                    if kind == "cancel" and self._has_ended(step.client):
                         continue
                     found.append(Choice(kind, step.client, step.name, step))
             found += [Choice("jump", "", f"{s:+g} s", seconds=s) for s in self.scenario.jumps]
@@ -366,7 +465,7 @@ class World:
         chosen = node.next()
         if chosen is None:
             self.is_redundant = True
-            self._ended.set()
+            self._stop()
             return None
         node.chosen = chosen
         self._stack.append(node)
@@ -385,8 +484,11 @@ class World:
         assert step is not None
         if choice.kind == "cancel":
             step.orphan = True
-            self._tasks[choice.client].cancel()
             self._last = choice.client
+            if self.is_sync:
+                step.settle(None, KeyboardInterrupt())
+            else:
+                self._tasks[choice.client].cancel()
             return
         self._steps.remove(step)
         if choice.kind == "drop":
@@ -404,11 +506,8 @@ class World:
             error = refused
         if choice.kind == "lose":
             error = OperationTimeoutError(f"{step.name}: the answer was lost")
-        if not step.future.done():
-            if error is not None:
-                step.future.set_exception(error)
-            else:
-                step.future.set_result(answer)
+        if not step.orphan:
+            step.settle(answer, error)
         if self.scenario.invariant is not None:
             try:
                 self.scenario.invariant(self)
@@ -426,6 +525,108 @@ class Died:
 
 def _shown(choice: Choice) -> str:
     return "" if choice.kind == "perform" else f" [{choice.kind}]"
+
+
+# -- clients that are threads --------------------------------------------------------------
+
+
+class ClientThread:
+    """A client that blocks: it runs while the scheduler waits, and waits while that runs."""
+
+    def __init__(self, world: World, name: str, client: Callable[[World], Any]) -> None:
+        self.result: Any = None
+        self.has_ended = False
+        self.wakes_at: float | None = None
+        self._answer: tuple[Any, BaseException | None] = (None, None)
+        self._mine, self._theirs = threading.Semaphore(0), threading.Semaphore(0)
+
+        def run() -> None:
+            self._mine.acquire()
+            _client.set(name)
+            try:
+                self.result = ended(client(world))
+            except KeyboardInterrupt:
+                self.result = Cancelled
+            except BaseException as error:  # what it raised is its result
+                self.result = error
+            self.has_ended = True
+            self._theirs.release()
+
+        self._thread = threading.Thread(target=run, name=name, daemon=True)
+        self._thread.start()
+
+    def resume(self) -> None:
+        """Let it go on until it waits again. The scheduler's."""
+        self.wakes_at = None
+        self._mine.release()
+        self._theirs.acquire()
+
+    def settle(self, answer: Any, error: BaseException | None) -> None:
+        """Answer what it waits for. The scheduler's."""
+        self._answer = (answer, error)
+        self.resume()
+
+    def pause(self) -> Any:
+        """Wait until the scheduler answers. The thread's own."""
+        self._theirs.release()
+        self._mine.acquire()
+        (answer, error), self._answer = self._answer, (None, None)
+        if error is not None:
+            raise error
+        return answer
+
+    def abandon(self) -> None:
+        """End it, wherever it is."""
+        for _ in range(STEPS_MAX):
+            if self.has_ended:
+                break
+            self.settle(None, Abandoned())
+        self._thread.join(1.0)
+
+
+def ended(client: Coroutine[Any, Any, Any]) -> Any:
+    """What a coroutine returns that never waits: all that it awaits is done at once."""
+    try:
+        client.send(None)
+    except StopIteration as end:
+        return end.value
+    raise AssertionError("a client of threads awaited something")
+
+
+class Inline:
+    """A blocking object of pgkv in awaited clothes: its calls happen in the thread that awaits them."""
+
+    def __init__(self, target: Any) -> None:
+        self._target = target
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._target, name)
+        if not callable(value) or name in ("check", "remaining"):
+            return value
+        return lambda *args, **options: Call(lambda: value(*args, **options))
+
+
+class Call:
+    """One call of an `Inline`: awaited, or entered."""
+
+    def __init__(self, perform: Callable[[], Any]) -> None:
+        self._perform = perform
+        self._entered: Any = None
+
+    def __await__(self) -> Generator[Any, None, Any]:
+        yield from ()
+        return _wrapped(self._perform())
+
+    async def __aenter__(self) -> Any:
+        self._entered = self._perform()
+        return Inline(self._entered.__enter__())
+
+    async def __aexit__(self, *error: object) -> Any:
+        return self._entered.__exit__(*error)
+
+
+def _wrapped(value: Any) -> Any:
+    return Inline(value) if isinstance(value, pgkv.Lease | pgkv.Reservation) else value
 
 
 # -- the event loop ------------------------------------------------------------------------
@@ -480,11 +681,16 @@ def _clock_of(world: World) -> Iterator[None]:
                 for clock, value in values
                 if callable(value) and not isinstance(value, type)
             ]
+    sleeping: Any = runtimes  # the one module of the patterns that sleeps by itself
+    its_time = sleeping.time
     try:
         for module, clock, _ in found:
             setattr(module, clock, lambda: world.now)
+        if world.is_sync:
+            sleeping.time = types.SimpleNamespace(sleep=world.sleep)
         yield
     finally:
+        sleeping.time = its_time
         for module, clock, value in found:
             setattr(module, clock, value)
 
@@ -492,15 +698,21 @@ def _clock_of(world: World) -> Iterator[None]:
 # -- the store -----------------------------------------------------------------------------
 
 
+# Upkeep that happens now and then, and is no part of a flow: it is done at once.
+UPKEEP = frozenset(("lock_clean",))
+
+
 class ScheduledChannel(AsyncPoolChannel):
     """Each operation is a step of the schedule, performed by a blocking store when its turn comes."""
 
     def __init__(self, world: World, config: pgkv.Config) -> None:
-        super().__init__(config, Nowhere())  # type: ignore[arg-type]  # nothing is sent by it
+        super().__init__(config, NowhereAwaited())  # type: ignore[arg-type]  # nothing is sent by it
         self._world = world
 
     async def execute(self, op: Op[Any], timeout: float | None = None) -> Any:
         world = self._world
+        if op.statement.name in UPKEEP:
+            return world.sync._execute(op)
         key = op.params[0] if op.params and op.statement.one_key else b""
         return await world.submit(
             op.statement.name,
@@ -520,6 +732,38 @@ class ScheduledChannel(AsyncPoolChannel):
         """Nothing is collected: that has tests of its own."""
 
 
+class ScheduledThreadChannel(PoolChannel):
+    """The same for threads."""
+
+    def __init__(self, world: World, config: pgkv.Config) -> None:
+        super().__init__(config, Nowhere())  # type: ignore[arg-type]  # nothing is sent by it
+        self._world = world
+
+    def execute(self, op: Op[Any], timeout: float | None = None) -> Any:
+        if op.statement.name in UPKEEP:
+            return self._world.sync._execute(op)
+        key = op.params[0] if op.params and op.statement.one_key else b""
+        return self._world.submit_sync(
+            op.statement.name,
+            bytes(key or b""),
+            lambda: self._world.sync._execute(op),
+            writes=op.statement.writes,
+        )
+
+    def run(self, flow: Any, timeout: float | None = None) -> Any:
+        return drive(flow, self.execute, timeout, self._together, self._world.sleep)
+
+    def _settle(self, step: Any, deadline: float, outcome: Any = None) -> Any:
+        def flow() -> Any:
+            return (yield step)
+
+        world = self._world
+        return world.submit_sync(step.name, b"", lambda: world.sync._run(flow()), writes=True)
+
+    def watch(self, sql: Any) -> None:
+        """Nothing is collected: that has tests of its own."""
+
+
 class Nowhere:
     """In place of a pool."""
 
@@ -532,11 +776,23 @@ class Nowhere:
     def is_exhausted(self) -> bool:
         return False
 
+    def close(self) -> None:
+        """There is nothing to close."""
 
-def _store(world: World) -> pgkv.AsyncStore:
+
+class NowhereAwaited(Nowhere):
+    """The same for tasks."""
+
+    async def close(self) -> None:  # type: ignore[override]  # awaited
+        """There is nothing to close."""
+
+
+def _store(world: World) -> Any:
     config = world.sync._config
-    store = pgkv.AsyncStore.__new__(pgkv.AsyncStore)
-    store._bind(config, world.sync._target, Statements(config), ScheduledChannel(world, config))
+    kind: Any = pgkv.Store if world.is_sync else pgkv.AsyncStore
+    channel = ScheduledThreadChannel if world.is_sync else ScheduledChannel
+    store = kind.__new__(kind)
+    store._bind(config, world.sync._target, Statements(config), channel(world, config))
     return store
 
 
@@ -583,6 +839,7 @@ def explore(
     sync: pgkv.Store | None = None,
     clock: ServerClock | None = None,
     *,
+    kind: str = "async",
     at_most: int | None = None,
     until: float = math.inf,
 ) -> Outcome:
@@ -591,13 +848,13 @@ def explore(
     stack: list[Node] = []
     schedules = steps = 0
     while True:
-        world = World(scenario, sync, clock, stack)
+        world = World(scenario, sync, clock, stack, kind)
         world.run()
         if not world.is_redundant:
             schedules += 1
             steps += len(world.history)
         if world.failure is not None:
-            return Outcome(schedules, steps, False, shrunk(scenario, sync, clock, stack, world))
+            return Outcome(schedules, steps, False, shrunk(stack, world))
         while stack:
             node = stack[-1]
             node.done.add(node.choices[node.chosen])
@@ -613,22 +870,20 @@ def explore(
 
 
 def replay(
-    scenario: Scenario, sync: pgkv.Store | None, clock: ServerClock | None, number: str
+    scenario: Scenario,
+    sync: pgkv.Store | None,
+    clock: ServerClock | None,
+    number: str,
+    kind: str = "async",
 ) -> World:
     """Run one schedule by its number."""
     stack = [Node([], set(), DIGITS.index(digit)) for digit in number]
-    world = World(scenario, sync, clock, stack)
+    world = World(scenario, sync, clock, stack, kind)
     world.run()
     return world
 
 
-def shrunk(
-    scenario: Scenario,
-    sync: pgkv.Store | None,
-    clock: ServerClock | None,
-    stack: list[Node],
-    world: World,
-) -> Failure:
+def shrunk(stack: list[Node], world: World) -> Failure:
     """The failing schedule with as few choices as still make it fail."""
     number = number_of(stack)
     assert world.failure is not None
@@ -636,7 +891,9 @@ def shrunk(
     for place in range(len(number)):
         for digit in DIGITS[: DIGITS.index(best.number[place])] if place < len(best.number) else "":
             attempt = best.number[:place] + digit + best.number[place + 1 :]
-            again = replay(scenario, sync, clock, attempt.rstrip("0") or "0")
+            again = replay(
+                world.scenario, world._sync, world._clock, attempt.rstrip("0") or "0", world.kind
+            )
             if again.failure is not None and type(again.failure) is type(best.error):
                 best = Failure(attempt.rstrip("0") or "0", again.history, again.failure)
                 break

@@ -20,9 +20,10 @@ def sync(clock: ServerClock) -> Iterator[pgkv.Store]:
         yield store
 
 
+@pytest.mark.parametrize("kind", ["sync", "async"])
 @pytest.mark.parametrize("name", SCENARIOS)
-def test_schedules(sync: pgkv.Store, clock: ServerClock, name: str) -> None:
+def test_schedules(sync: pgkv.Store, clock: ServerClock, name: str, kind: str) -> None:
     """No schedule of the scenario breaks its invariant."""
-    outcome = explore(SCENARIOS[name], sync, clock, at_most=AT_MOST)
+    outcome = explore(SCENARIOS[name], sync, clock, kind=kind, at_most=AT_MOST)
     print(f"{name}: {outcome}")
     assert outcome.failure is None, str(outcome.failure)
