@@ -27,6 +27,7 @@ from .renewal import broken
 
 TRIAL_CHANNEL = "pgkv_trial"
 TRIAL_TIME = 3.0  # seconds in which a trial notification must arrive
+TRIAL_AGAIN = 60.0  # seconds until the next trial where none did: the server may just be busy
 CONNECT_TIME = 10.0  # seconds
 RETRY_FIRST, RETRY_MAX = 0.1, 10.0  # seconds between attempts; jittered down by half
 
@@ -44,6 +45,9 @@ class Listener:
         conninfo: for libpq.
         context: in which it works.
         unavailable: why it never listens; empty where it may.
+
+    Attributes:
+        unavailable: why notifications do not arrive here; empty as long as that is not known.
     """
 
     def __init__(
@@ -139,6 +143,9 @@ class Listener:
         async with asyncio.timeout(CONNECT_TIME):
             await conn.execute(listen_sql(sorted(channels)))
         self._loop.add_reader(self._fd, self._readable, conn)
+        self._readable(conn)  # what came meanwhile may lie in libpq's buffer
+        if conn is not self._conn:
+            return  # it broke
         added, self._listening = channels - self._listening, channels
         self._tell_missed(added)
 
@@ -157,6 +164,7 @@ class Listener:
         elif payload == self._proof and not self._proven:
             self._stop_timers()
             self._proven = True
+            self.unavailable = ""
             self._pause = RETRY_FIRST
             if self._failing:
                 self._failing = False
@@ -167,7 +175,10 @@ class Listener:
         self.unavailable = (
             "a trial notification did not arrive: is there a pooler in transaction mode?"
         )
-        self.stop()
+        listened = self._listening
+        self._close()
+        self._retrying = self._loop.call_later(TRIAL_AGAIN, self._retry, context=self._context)
+        self._tell_missed(listened)
 
     def _lost(self, error: BaseException | None) -> None:
         """The connection broke, or could not be made: try again, after a growing pause."""

@@ -91,6 +91,26 @@ async def test_a_refused_listen_does_not_delay_an_acquire(
     assert caplog.text.count("pgkv.listener.lost") == 1
 
 
+async def test_a_trial_that_failed_is_repeated(
+    store: Any, colour: Colour, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that is too busy to deliver the trial notification in time is tried again later."""
+    listen_sql = _listener.listen_sql
+    monkeypatch.setattr(_listener, "TRIAL_TIME", 0.2)
+    monkeypatch.setattr(_listener, "TRIAL_AGAIN", 0.2)
+    monkeypatch.setattr(_listener, "listen_sql", lambda channels: sql.SQL("LISTEN pgkv_elsewhere"))
+    lock = colour.make("Lock", store, "name", wakeup="notify")
+    async with colour.make("Lock", store, "name").acquire():
+        with pytest.raises(pgkv.LockTimeoutError):
+            await acquired(lock, timeout=0.1)
+        background = backgrounds._of_channels[plain_store(store)._channel]
+        await until(lambda: background.listener.unavailable, "the trial fails")
+        monkeypatch.setattr(_listener, "TRIAL_TIME", 30.0)
+        monkeypatch.setattr(_listener, "listen_sql", listen_sql)
+        await until(lambda: background.listener.is_listening("pgkv_locks"), "it listens", 60)
+    assert not background.listener.unavailable
+
+
 async def test_an_invalidation_in_a_transaction_reaches_this_process_at_its_commit(
     store: Any, colour: Colour, connect: Any
 ) -> None:
