@@ -146,7 +146,7 @@ def pipeline(ops: list[Op[Any]], *, atomic: bool, engine: Engine) -> Flow[list[A
     if atomic and ops:
         outcomes = yield from _atomic(ops, engine)
     elif ops:
-        for chunk in _chunks(ops):
+        for chunk in chunks(ops):
             answers = yield from _independent(chunk, engine, alone)
             outcomes += answers
     if _observe.hooks:
@@ -165,7 +165,7 @@ def unsent(outcomes: list[Any]) -> PgkvError | None:
     return None
 
 
-def _chunks(ops: list[Op[Any]]) -> list[list[Op[Any]]]:
+def chunks(ops: list[Op[Any]]) -> list[list[Op[Any]]]:
     sizes = [sum(len(param) for param in op.params if param is not None) for op in ops]
     return [ops[cut] for cut in _codec.chunks(ops, sizes, PIPELINE_MAX, PIPELINE_BYTES)]
 
@@ -197,7 +197,7 @@ def _atomic(ops: list[Op[Any]], engine: Engine) -> Flow[list[Any]]:
     """All or nothing. One round trip, unless there are very many or one that can race: asking
     that one again must happen before the commit."""
     table = ops[0].statement.table
-    together = len(_chunks(ops)) == 1 and not any(op.statement.repeats for op in ops)
+    together = len(chunks(ops)) == 1 and not any(op.statement.repeats for op in ops)
 
     def attempt() -> Flow[list[Any]]:
         if together:
@@ -225,7 +225,7 @@ def _atomic(ops: list[Op[Any]], engine: Engine) -> Flow[list[Any]]:
 
 def _inside(ops: list[Op[Any]]) -> Flow[list[Any]]:
     outcomes: list[Any] = []
-    for chunk in _chunks(ops):
+    for chunk in chunks(ops):
         answers = yield from send(Pipelined(chunk, sync_each=False))
         outcomes += answers
         if _refused(answers):

@@ -196,7 +196,7 @@ class Pipelined:
         self.ops = ops
         self.sync_each = sync_each
         self.retries = 0
-        self.table = ops[0].statement.table
+        self.table = ops[-1].statement.table
         self.retry_safe = all(op.statement.retry_safe for op in ops)
         self.writes = any(op.statement.writes for op in ops)
 

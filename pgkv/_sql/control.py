@@ -49,3 +49,10 @@ def rollback_to(depth: int) -> Op[None]:
     """Undo what was done since the mark, and forget it."""
     sql = f"ROLLBACK TO SAVEPOINT pgkv_{depth}; RELEASE SAVEPOINT pgkv_{depth}"
     return Op(_command("rollback_to", sql))
+
+
+@cache
+def lock_timeout(milliseconds: int) -> Op[None]:
+    """Wait no longer for any lock, until the transaction ends."""
+    sql = f"SELECT set_config('lock_timeout', '{milliseconds}', true)"
+    return Op(Statement("lock_timeout", sql, (), read_nothing, retry_safe=True, writes=False))

@@ -1,18 +1,26 @@
 """Automatic batching for asyncio: the operations of one turn of the event loop travel together.
 
 Hundreds of tasks that each want one key would otherwise queue for ten connections, one round trip
-each. Here a turn's reads of one table become one ``get_many`` and everything else of that turn follows
-in the same pipeline. A single operation goes out as ever.
+each. A turn's reads go out in one pipeline, its writes at the same time in another, and its
+``get`` calls are one ``get_many``. A single operation is sent as without batching.
+
+A pipeline of writes is one transaction. A row that somebody else has locked would make all of it
+wait, and a task could wait for a lock of its own. So it waits for `LOCK_WAIT` at most; the write
+that was blocked, or refused, then goes alone, and the others are sent again together.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from collections.abc import Coroutine, Sequence
+from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ..._ops.op import Op
-from ..._sql import Statements
-from ...errors import PgkvError
+from ... import _observe
+from ..._ops.op import Op, Pipelined, Raced, send
+from ..._sql import Statements, control
+from ...errors import PgkvError, TableNotFoundError
 from .. import flows as _flows
 
 if TYPE_CHECKING:
@@ -23,7 +31,10 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 Waiting = tuple[Op[Any], "asyncio.Future[Any]"]
-ALONE = object()  # tells a caller that nobody else asked in this turn
+ALONE = object()  # tells a caller to send its operation by itself
+LOCK_WAIT = 20  # milliseconds
+ROUNDS = 3  # in which blocked writes are sorted out; then each is sent alone
+_LIMIT = control.lock_timeout(LOCK_WAIT)
 
 
 class CoalescingChannel:
@@ -58,11 +69,12 @@ class CoalescingChannel:
 
     async def close(self) -> None:
         """Send what was asked for, then close."""
-        # This turn's operations go out in the next, one that is alone in the one after.
+        # This turn's operations go out in the next, one that is sent alone in the one after.
         for _ in range(2):
             await asyncio.sleep(0)
-        if self._tasks:
+        while self._tasks:
             await asyncio.wait(self._tasks)
+            await asyncio.sleep(0)
         await self._inner.close()
 
     async def execute(self, op: Op[T], timeout: float | None = None) -> T:
@@ -88,59 +100,135 @@ class CoalescingChannel:
             if len(waiting) == 1:
                 waiting[0][1].set_result(ALONE)
                 continue
-            task = asyncio.get_running_loop().create_task(self._together(table, waiting))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            reads, others = _split(waiting)
+            if _overlap(reads, others):
+                self._start(self._one_after_another(table, reads, others))
+                continue
+            for each, work in ((reads, self._reads), (others, self._writes)):
+                if len(each) == 1:
+                    each[0][1].set_result(ALONE)
+                elif each:
+                    self._start(work(table, each))
 
-    async def _together(self, table: Table | None, turn: list[Waiting]) -> None:
-        gets, others = _split(turn)
-        pieces = _without_deadlocks(others)
-        if gets and table is not None:
-            merged = self._merged(table, gets)
-            first = pieces.pop(0) if pieces else []
-            found, *answers = await self._answers([merged, *(op for op, _ in first)])
-            for op, future in gets:
-                failed = isinstance(found, BaseException)
-                _settle(future, found if failed else found.get(op.params[0]))
-            _settle_all(first, answers)
-        for piece in pieces:
-            _settle_all(piece, await self._answers([op for op, _ in piece]))
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
-    async def _answers(self, ops: list[Op[Any]]) -> list[Any]:
+    async def _one_after_another(
+        self, table: Table | None, reads: list[Waiting], others: list[Waiting]
+    ) -> None:
+        await self._reads(table, reads)
+        await self._writes(table, others)
+
+    async def _reads(self, table: Table | None, turn: list[Waiting]) -> None:
+        gets = [each for each in turn if each[0].statement.name == "get"]
+        if table is None or len(gets) < 2:
+            await self._together(table, turn)
+            return
+        found: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        merged = self._sql[table].get_raw({key for op, _ in gets if (key := op.params[0])})
+        rest = [each for each in turn if each[0].statement.name != "get"]
+        if rest:
+            await self._together(table, [(merged, found), *rest])
+        else:
+            found.set_result(ALONE)
         try:
-            flow = _flows.pipeline(ops, atomic=False, engine=self._inner)
-            return await self._inner.run(flow)
+            values = await found
+            if values is ALONE:
+                values = await self._inner.execute(merged)
         except BaseException as error:  # noqa: BLE001  # it belongs to the callers who wait
-            return [error] * len(ops)
+            for _, future in gets:
+                _settle(future, error)
+        else:
+            for op, future in gets:
+                _settle(future, values.get(op.params[0]))
 
-    def _merged(self, table: Table, waiting: list[Waiting]) -> Op[Any]:
-        keys = {key for op, _ in waiting if (key := op.params[0]) is not None}
-        return self._sql[table].get_raw(keys)
+    async def _writes(self, table: Table | None, turn: list[Waiting]) -> None:
+        for piece in _without_deadlocks(turn):
+            await self._together(table, piece, [_LIMIT])
+
+    async def _together(
+        self, table: Table | None, turn: list[Waiting], before: Sequence[Op[Any]] = ()
+    ) -> None:
+        """Send operations in one transaction. Who is refused or blocked is sent alone."""
+        for chunk in _flows.chunks([op for op, _ in turn]):
+            piece, turn = turn[: len(chunk)], turn[len(chunk) :]
+            for attempt in range(ROUNDS):
+                if len(piece) < 1 + (attempt > 0):
+                    break
+                piece = await self._round(table, piece, before)
+            for _, future in piece:
+                _settle(future, ALONE)
+
+    async def _round(
+        self, table: Table | None, turn: list[Waiting], before: Sequence[Op[Any]]
+    ) -> list[Waiting]:
+        """Send them once; those that are to be sent again."""
+        started = monotonic()
+        batch = Pipelined([*before, *(op for op, _ in turn)], sync_each=False)
+        try:
+            answers = (await self._inner.run(send(batch)))[len(before) :]
+        except BaseException as error:  # noqa: BLE001  # it belongs to the callers who wait
+            for op, future in turn:
+                again = isinstance(error, PgkvError) and self._inner.may_repeat(op, error)
+                _settle(future, ALONE if again else error)
+                _observe_outcome(op, started, error, again)
+            return []
+        refused = next((i for i, each in enumerate(answers) if isinstance(each, PgkvError)), None)
+        if refused is None:
+            for (op, future), answer in zip(turn, answers, strict=True):
+                again = isinstance(answer, Raced)
+                _settle(future, ALONE if again else answer)
+                _observe_outcome(op, started, None, again)
+            return []
+        if isinstance(answers[refused], TableNotFoundError) and table and table.auto_create:
+            with contextlib.suppress(PgkvError):  # the next round says so
+                await self._inner.create_missing_table(table)
+            return turn
+        _settle(turn[refused][1], ALONE)
+        return turn[:refused] + turn[refused + 1 :]
+
+
+def _observe_outcome(op: Op[Any], started: float, error: BaseException | None, again: bool) -> None:
+    if _observe.hooks and not again:
+        outcome = "ok" if error is None else type(error).__name__
+        _observe.notify(op.statement.name, started, outcome, 0)
 
 
 def _split(turn: list[Waiting]) -> tuple[list[Waiting], list[Waiting]]:
-    """The reads of one table that may go first, and all the rest in order.
+    """The reads of one table that depend on no write of the turn, and all the rest in order.
 
-    A read goes first only if nothing before it in the turn touches its key: what one key's
-    operations return depends on their order.
+    What one key's operations return depends on their order: a read depends on what was written
+    before it in the turn to its key, or, if it reads many keys, to any.
     """
-    gets: list[Waiting] = []
+    reads: list[Waiting] = []
     others: list[Waiting] = []
-    touched: set[Any] = set()
-    everything = False
-    for op, future in turn:
+    written: set[Any] = set()
+    everything = False  # a batch, a range: it may write any key
+    for each in turn:
+        op = each[0]
         key = op.params[0] if op.params else None
-        if op.statement.name == "get":
-            if not everything and key not in touched:
-                gets.append((op, future))
-                continue
-        elif op.statement.writes:
-            if op.statement.one_key:
-                touched.add(key)
-            else:
-                everything = True  # a batch, a range: it may touch any key
-        others.append((op, future))
-    return gets, others
+        if op.statement.writes:
+            written.add(key)
+            everything = everything or not op.statement.one_key
+        elif not written or (op.statement.one_key and not everything and key not in written):
+            reads.append(each)
+            continue
+        others.append(each)
+    return reads, others
+
+
+def _overlap(reads: list[Waiting], others: list[Waiting]) -> bool:
+    """Whether what the reads return may be changed by what comes after them in the turn."""
+    keys = {op.params[0] if op.statement.one_key else None for op, _ in reads}
+    return bool(others) and (
+        None in keys
+        or any(
+            op.statement.writes and (not op.statement.one_key or op.params[0] in keys)
+            for op, _ in others
+        )
+    )
 
 
 def _without_deadlocks(turn: list[Waiting]) -> list[list[Waiting]]:
@@ -171,11 +259,6 @@ def _without_deadlocks(turn: list[Waiting]) -> list[list[Waiting]]:
 
 def _by_key(turn: list[Waiting]) -> list[Waiting]:
     return sorted(turn, key=lambda each: each[0].params[0] or b"")
-
-
-def _settle_all(turn: list[Waiting], answers: list[Any]) -> None:
-    for (_, future), answer in zip(turn, answers, strict=True):
-        _settle(future, answer)
 
 
 def _settle(future: asyncio.Future[Any], answer: Any) -> None:
