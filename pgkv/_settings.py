@@ -49,7 +49,10 @@ def config_of(dsn: object, given: Mapping[str, Any]) -> Config:
 
 def reach_timeout(config: Config) -> float:
     """Seconds in which `connect` must reach the server, retries included."""
-    return min(config.connect_timeout, config.operation_timeout)
+    seconds = config.connect_timeout
+    if not config.dsn.startswith(EMBEDDED_SCHEME):
+        seconds = _conninfo.connect_time(config, _conninfo.build(config, config.dsn))
+    return min(seconds, config.operation_timeout)
 
 
 def table_config(config: Config, name: str, given: Mapping[str, Any]) -> Config:

@@ -1,6 +1,16 @@
-"""What libpq is told: the user's DSN, with what pgkv needs where the user said nothing."""
+"""What libpq is told: what the user says, with what pgkv needs where the user says nothing.
+
+The user says it in the DSN, in the service file that the DSN or PGSERVICE names, or in libpq's
+environment variables, in this order of precedence, which is libpq's own.
+"""
 
 from __future__ import annotations
+
+import configparser
+import contextlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
 
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
@@ -13,21 +23,80 @@ SESSION_OPTIONS = r"-c default_transaction_isolation=read\ committed -c jit=off"
 # A dead peer is noticed within a minute and a half, not after the kernel's two hours.
 KEEPALIVES_IDLE = 30  # seconds
 TCP_USER_TIMEOUT = 90_000  # milliseconds
+HOST_TIMEOUT_MIN = 2  # seconds; psycopg gives no host less
 
 
 def build(config: Config, dsn: str) -> str:
-    """Return the conninfo for a store's connections. What the DSN says wins."""
+    """Return the conninfo for a store's connections."""
     given = {name: value for name, value in conninfo_to_dict(dsn).items() if value is not None}
+    elsewhere: dict[str, object] = {**_service(given), **given}
     ours: dict[str, str | int] = {
-        "application_name": config.application_name,
-        "connect_timeout": max(1, round(config.connect_timeout)),
         "client_encoding": "UTF8",
+        "connect_timeout": _host_timeout(config, len(_hosts(elsewhere))),
         "keepalives_idle": KEEPALIVES_IDLE,
         "tcp_user_timeout": TCP_USER_TIMEOUT,
     }
+    if config.application_name == Config.application_name:
+        ours["fallback_application_name"] = config.application_name  # PGAPPNAME comes before it
+    else:
+        ours["application_name"] = config.application_name
+    if "PGCONNECT_TIMEOUT" in os.environ and config.connect_timeout == Config.connect_timeout:
+        del ours["connect_timeout"]
     if config.pooler is Pooler.NONE:
         # First ours, then the user's: of two settings the server takes the last.
-        options = str(given.pop("options", ""))
-        ours["options"] = f"{SESSION_OPTIONS} {options}".strip()
+        theirs = elsewhere.get("options", os.environ.get("PGOPTIONS", ""))
+        given.pop("options", None)
+        ours["options"] = f"{SESSION_OPTIONS} {theirs}".strip()
     given.pop("client_encoding", None)  # everything here is written for UTF-8
+    for name in elsewhere:
+        if name not in ("client_encoding", "options"):
+            ours.pop(name, None)
     return make_conninfo("", **(ours | given))
+
+
+def connect_time(config: Config, conninfo: str) -> float:
+    """Return the seconds in which one of the hosts answers, or none of them does."""
+    params = {name: str(value) for name, value in conninfo_to_dict(conninfo).items()}
+    params = _service(params) | params
+    seconds = params.get("connect_timeout", os.environ.get("PGCONNECT_TIMEOUT", ""))
+    hosts = len(_hosts(params))
+    if hosts == 1 or not seconds.isdigit():
+        return config.connect_timeout
+    return hosts * max(HOST_TIMEOUT_MIN, int(seconds))
+
+
+def _host_timeout(config: Config, hosts: int) -> int:
+    """The time for each host: all of them have their turn within an operation's time."""
+    seconds = config.connect_timeout
+    if hosts > 1:
+        seconds = max(HOST_TIMEOUT_MIN, min(seconds, config.operation_timeout / (hosts + 0.5)))
+        return int(seconds)
+    return max(1, round(seconds))
+
+
+def _hosts(params: Mapping[str, object]) -> list[str]:
+    for name, variable in (("hostaddr", "PGHOSTADDR"), ("host", "PGHOST")):
+        if value := params.get(name) or os.environ.get(variable):
+            return str(value).split(",")
+    return [""]
+
+
+def _service(params: Mapping[str, object]) -> dict[str, str]:
+    """What the service file says; libpq reads it too, but does not tell."""
+    name = str(params.get("service") or os.environ.get("PGSERVICE") or "")
+    if not name:
+        return {}
+    system = os.environ.get("PGSYSCONFDIR")
+    files = [
+        params.get("servicefile") or os.environ.get("PGSERVICEFILE") or "~/.pg_service.conf",
+        *([f"{system}/pg_service.conf"] if system else []),
+    ]
+    for file in map(str, files):
+        parser = configparser.RawConfigParser(
+            delimiters=("=",), comment_prefixes=("#",), strict=False, default_section="\n"
+        )
+        with contextlib.suppress(OSError, configparser.Error, UnicodeError):
+            parser.read_string(Path(file).expanduser().read_text())
+            if parser.has_section(name):
+                return dict(parser.items(name))
+    return {}

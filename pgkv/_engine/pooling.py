@@ -4,12 +4,17 @@ there is no connection. Who gets which connection is `_pool`'s and `_aio_pool`'s
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import re
+import weakref
 from collections import deque
+from collections.abc import Iterator
+from time import monotonic
 from typing import Any
 
 import psycopg
-from psycopg_pool import AsyncConnectionPool, ConnectionPool
+import psycopg_pool
 
 from ..config import Config
 from ..errors import (
@@ -22,12 +27,57 @@ from ..errors import (
 
 KEEP_TIME = 60.0  # seconds
 POOL_NAME = "pgkv-"
+LOOK_AGAIN = 0.25  # seconds; a waiter whose wake-up was lost finds out by itself
+SEARCH_AFTER = 1.0  # seconds; longer waits look for connections that an interrupt lost
+SEARCH_AGAIN = 10.0  # seconds between two searches
+GROW_AGAIN = 1.0  # seconds after a failure to connect, while the other connections work
 # How long to listen for a new connection before asking whether the attempt has failed: the pool
 # hides the reason behind its timeout.
 OPENING_NAP = 0.05
 FIRST_NAP = 0.001  # seconds between two looks whether a new pool has its first connection
 # How long closing waits for the pool's threads: one may be connecting to a server that is silent.
 CLOSE_TIMEOUT = 0.5
+
+
+class Attempts:
+    """What psycopg_pool does not tell of the connections that it makes.
+
+    Attributes:
+        running: attempts under way.
+        made: connections, as long as they exist.
+        failures: the last failure, with its time; a deque of one is replaced atomically.
+    """
+
+    def __init__(self) -> None:
+        self.running: set[object] = set()
+        self.made: weakref.WeakSet[Any] = weakref.WeakSet()
+        self.failures: deque[tuple[float, psycopg.Error]] = deque(maxlen=1)
+
+    @contextlib.contextmanager
+    def attempt(self) -> Iterator[None]:
+        """Take note of one."""
+        token = object()
+        self.running.add(token)
+        try:
+            yield
+        except psycopg.Error as error:
+            self.failures.append((monotonic(), error))
+            raise
+        finally:
+            self.running.discard(token)
+
+    def have_leaked(self, pool: psycopg_pool.ConnectionPool[Any]) -> bool:
+        """Whether the pool counts connections that neither exist nor are being made."""
+        return not self.running and pool.get_stats()["pool_size"] > len(self.made)
+
+
+class Place:
+    """One of ``pool_max_size`` places: of a connection, or of an attempt to open one."""
+
+    __slots__ = ("__weakref__", "connected")
+
+    def __init__(self) -> None:
+        self.connected = False
 
 
 def closed(action: str) -> StoreUnavailableError:
@@ -64,22 +114,31 @@ def no_connection(config: Config, action: str, seconds: float) -> StoreUnavailab
 
 
 def still_opening(
-    pool: ConnectionPool[Any] | AsyncConnectionPool[Any],
-    failures: deque[tuple[float, psycopg.Error]],
+    pool: psycopg_pool.ConnectionPool[Any] | psycopg_pool.AsyncConnectionPool[Any],
+    attempts: Attempts,
 ) -> bool:
     """Whether a pool just opened has neither made its first connection nor failed to."""
-    return bool(pool.min_size) and not failures and not pool.get_stats()["pool_available"]
+    return bool(pool.min_size) and not attempts.failures and not pool.get_stats()["pool_available"]
 
 
 def unreachable(error: psycopg.Error, action: str) -> PgkvError:
     """What a caller hears when connecting fails, with the reason."""
     failure = translate(error, action=action)
+    # libpq tells no SQLSTATE of a refused connection: the text has to do, where it is English.
+    if _HOPELESS.search(str(error)):
+        failure.retryable = False
     if "startup parameter" in str(error):
         return StoreUnavailableError(
             f"{failure}; a pooler in front of PostgreSQL refuses session settings: "
             "set pooler=pgkv.Pooler.TRANSACTION"
         )
     return failure
+
+
+_HOPELESS = re.compile(
+    r'authentication failed|no password supplied|role ".*" does not exist|not permitted to log in'
+    r'|database ".*" does not exist|no pg_hba\.conf entry|permission denied for database'
+)
 
 
 class OwnConnection:

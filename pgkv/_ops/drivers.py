@@ -44,6 +44,9 @@ def drive(
         except StopIteration as end:
             failure = None  # its traceback holds this frame, and the callers' with all they hold
             return end.value  # type: ignore[no-any-return]  # what the generator returns
+        except BaseException:
+            failure = None  # likewise: whatever the frames hold would live until the collector runs
+            raise
         outcome = failure = None
         try:
             if isinstance(step, Op):
@@ -103,6 +106,9 @@ async def drive_async(
         except StopIteration as end:
             failure = None  # its traceback holds this frame, and the callers' with all they hold
             return end.value  # type: ignore[no-any-return]  # what the generator returns
+        except BaseException:
+            failure = None  # likewise: whatever the frames hold would live until the collector runs
+            raise
         outcome = failure = None
         try:
             if isinstance(step, Op):

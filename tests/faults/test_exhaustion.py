@@ -4,13 +4,18 @@ asker's own."""
 from __future__ import annotations
 
 import asyncio
+import linecache
 import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import count
+from types import FrameType
 from typing import Any
 
+import psycopg
 import pytest
 
 from pgkv import OperationTimeoutError, PgkvError, PoolTimeoutError, Store
@@ -175,54 +180,168 @@ async def test_storm_of_time_outs(make_store: MakeStore) -> None:
         await b.ping()
 
 
-@pytest.mark.parametrize(
-    "moment", ["before the queue", "in the queue", "quicker somebody", "while waiting"]
-)
-def test_no_wake_up_is_lost(dsn: str, moment: str) -> None:
+class Moments(deque[Any]):
+    """A queue of waiters, or a stack, that lets something happen around a pop or an append."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before_append: Callable[[], None] = lambda: None
+        self.after_append: Callable[[], None] = lambda: None
+        self.snatched = True
+
+    def append(self, each: Any) -> None:
+        self.before_append()
+        super().append(each)
+        after, self.after_append = self.after_append, lambda: None
+        after()
+
+    def pop(self) -> Any:  # type: ignore[override]  # a deque's takes no index
+        if self and not self.snatched:
+            self.snatched = True
+            raise IndexError
+        return super().pop()
+
+
+@pytest.mark.parametrize("moment", ["before the queue", "in the queue", "snatched"])
+def test_no_wake_up_is_lost(dsn: str, moment: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A connection that comes back between a caller's look at the stack and its place in the queue,
-    or at once after, or that somebody snatches and returns meanwhile, reaches the caller."""
-    with Store.connect(dsn, pool_max_size=1, pool_timeout=3) as store:
-        leases = store._channel._pool  # type: ignore[attr-defined]  # a PoolChannel's
-        held = leases.check_out(time.monotonic() + 5, "test")
-        queue_up = leases._queue_up
+    or at once after, or that another caller snatches and returns meanwhile, reaches the caller."""
+    monkeypatch.setattr("pgkv._engine._sync.pool.LOOK_AGAIN", 60.0)  # nothing finds it later
+    with Store.connect(dsn, pool_max_size=1, pool_timeout=30) as store:
+        pool = store._channel._pool  # type: ignore[attr-defined]  # a PoolChannel's
+        held = pool.check_out(time.monotonic() + 5, "test")
+        queue, pool.idle = Moments(), Moments()
+        pool.waiters = queue
+        pool.idle.snatched = moment != "snatched"
 
-        class Snatched(deque[Any]):
-            """A stack from which the first pop after a push finds nothing."""
+        def give() -> None:
+            pool.put_idle(held)
 
-            snatched = False
-
-            def pop(self) -> Any:  # type: ignore[override]  # a deque's takes no index
-                if self and not self.snatched:
-                    self.snatched = True
-                    raise IndexError
-                return super().pop()
-
-        def queued(action: str) -> Any:
-            if moment == "before the queue":
-                leases.put_idle(held)
-            waiter = queue_up(action)
-            if moment == "quicker somebody":
-                leases.idle = Snatched()
-            if moment in {"in the queue", "quicker somebody"}:
-                leases.put_idle(held)
-            leases._queue_up = queue_up
-            return waiter
-
-        wait = leases._await
-
-        def waiting(*args: Any, **kwargs: Any) -> None:
-            if moment == "while waiting":
-                leases.put_idle(held)
-            wait(*args, **kwargs)
-
-        leases._await = waiting
-
-        leases._queue_up = queued
+        if moment == "before the queue":
+            queue.before_append = give
+        else:
+            queue.after_append = give
         started = time.monotonic()
-        assert leases.check_out(started + 2, "test") is held
-        assert time.monotonic() - started < 1
-        leases.put_idle(held)
+        assert pool.check_out(started + 30, "test") is held
+        assert time.monotonic() - started < 15
+        pool.put_idle(held)
         assert store.get("k") is None
+
+
+def test_a_stale_connection_wakes_who_waits(dsn: str, witness: Witness) -> None:
+    """A connection found dead, while another thread finds the stack empty for a waiter, leaves
+    room; the waiter opens a new one."""
+    with Store.connect(dsn, pool_max_size=1, pool_timeout=30) as store:
+        pool = store._channel._pool  # type: ignore[attr-defined]  # a PoolChannel's
+        held = pool.check_out(time.monotonic() + 5, "test")
+        pool.waiters = queue = Moments()
+
+        def snatch() -> None:
+            """Push; take the waiter off; let another caller pop and find it dead."""
+            witness.terminate()
+            pool.idle.append(held)
+            pool.idle.pop()
+            turn = queue.popleft()
+            pool.discard(held)  # no waiter is there to be woken
+            turn.put(None)
+
+        queue.after_append = snatch
+        started = time.monotonic()
+        conn = pool.check_out(started + 30, "test")
+        assert time.monotonic() - started < 15
+        pool.check_in(conn)
+        assert store.get("k") is None
+
+
+class InterruptedCallError(Exception):
+    """What a signal handler raises."""
+
+
+def test_interrupts_at_any_line_leave_the_pool_whole(
+    dsn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A handler that raises between any two lines of a call costs no place of the pool."""
+    for name in ("LOOK_AGAIN", "SEARCH_AFTER", "SEARCH_AGAIN"):
+        monkeypatch.setattr(f"pgkv._engine._sync.pool.{name}", 0.01)
+    with Store.connect(dsn, pool_max_size=2, pool_timeout=30) as store:
+        store.set("k", b"v")
+        calls: list[Callable[[], Any]] = [
+            lambda: store.get("k"),
+            lambda: store.run_transaction(lambda tx: tx.get("k")),
+        ]
+        for call in calls:
+            found = next(each for each in count(1) if not _interrupted(call, each))
+            assert found > 10
+        with store.transaction() as one, store.transaction() as two:
+            assert one.get("k") == two.get("k") == b"v"
+
+
+def _interrupted(call: Callable[[], Any], line: int) -> bool:
+    """Whether the call had so many lines; at the last of them it is interrupted."""
+    left = line
+    call()  # so that each begins with an idle connection
+
+    def trace(frame: FrameType, event: str, _: Any) -> Any:
+        nonlocal left
+        if "/_engine/_sync/" not in frame.f_code.co_filename.replace("\\", "/"):
+            return None
+        line = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
+        # CPython runs no handler between the last call of a block and the release of its lock.
+        if event == "line" and not line.lstrip().startswith("with self._lock"):
+            left -= 1
+            if not left:
+                sys.settrace(None)
+                raise InterruptedCallError
+        return trace
+
+    sys.settrace(trace)
+    try:
+        call()
+    except InterruptedCallError:
+        return True
+    finally:
+        sys.settrace(None)
+    return False
+
+
+def test_a_waiter_finds_a_place_that_was_lost(dsn: str) -> None:
+    """A connection dropped without a word is found by who waits already."""
+    with Store.connect(dsn, pool_max_size=1, pool_timeout=30) as store:
+        pool = store._channel._pool  # type: ignore[attr-defined]  # a PoolChannel's
+        held = [pool.check_out(time.monotonic() + 5, "test")]
+        started = time.monotonic()
+        with ThreadPoolExecutor(1) as threads:
+            answer = threads.submit(store.ping)
+            wait_until(lambda: len(pool.waiters) == 1, "it waits")
+            held.clear()
+            answer.result(timeout=30)
+        assert time.monotonic() - started < 15
+
+
+async def test_a_full_server_makes_callers_wait_for_their_own(
+    make_store: MakeStore, dsn: str, witness: Witness
+) -> None:
+    """Where the server has no slot left, calls wait for a connection of the store's own."""
+    role = f"{witness.name}_narrow"
+    schema = witness.conn.execute("SELECT current_schema()").fetchone()
+    assert schema is not None
+    witness.conn.execute(
+        f'CREATE ROLE {role} LOGIN CONNECTION LIMIT 1; GRANT ALL ON SCHEMA "{schema[0]}" TO {role}'
+    )
+    try:
+        store = await make_store(
+            dsn=psycopg.conninfo.make_conninfo(dsn, user=role), pool_max_size=4, pool_timeout=30
+        )
+        await store.set("k", b"v")
+        async with store.transaction() as tx:
+            await tx.get("k")
+            others = [asyncio.ensure_future(store.get("k")) for _ in range(3)]
+            await asyncio.sleep(0.5)  # long enough for each to be refused by the server
+            assert not any(each.done() for each in others)
+        assert await asyncio.gather(*others) == [b"v"] * 3
+        await store.close()
+    finally:
+        witness.conn.execute(f"DROP OWNED BY {role}; DROP ROLE {role}")
 
 
 async def test_self_healing_with_one_connection(make_store: MakeStore, witness: Witness) -> None:

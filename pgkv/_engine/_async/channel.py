@@ -179,7 +179,11 @@ class AsyncPoolChannel:
             if not isinstance(answer, PgkvError | Raced):
                 return answer
             outcome = answer
-        flow = recover(step, outcome, self._config.retry, deadline, self.create_missing_table)
+
+        def create(table: Table) -> Any:
+            return self.create_missing_table(table, deadline)
+
+        flow = recover(step, outcome, self._config.retry, deadline, create)
         # An error's traceback holds this frame: a cycle that would keep the callers' frames.
         del answer, outcome
         return await drive_async(flow, self._attempt, deadline, self._attempt)
@@ -247,9 +251,14 @@ class AsyncPoolChannel:
             bound.end()
             self._pool.check_in(link)
 
-    async def create_missing_table(self, table: Table) -> None:
+    async def create_missing_table(self, table: Table, deadline: float | None = None) -> None:
         """Create a table that the server says is missing."""
-        await self.run(_schema.ensure(table))
+        until = monotonic() + self._timeout if deadline is None else deadline
+
+        async def execute(op: Op[Any], _: float | None) -> Any:
+            return await self.execute(op, max(0.001, until - monotonic()))
+
+        await drive_async(_schema.ensure(table), execute)
         self._known.add(table)
 
     def may_repeat(self, op: Op[Any], error: PgkvError, /) -> bool:

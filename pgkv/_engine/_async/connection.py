@@ -246,6 +246,7 @@ class AsyncPgConnection:
         fails with a `PgkvError` when the link is lost or the time passes; a refusal is a result
         like any other.
         """
+        deadline = monotonic() + seconds
         statement = op.statement
         if self.prepares and not statement.script:
             if statement.prepared_name not in self._prepared:
@@ -253,7 +254,7 @@ class AsyncPgConnection:
             self._send_prepared(statement.prepared_name, op.params, statement.formats, BINARY)
         else:
             self._send_unprepared(op)
-        return self._expect(statement, seconds, waiter)
+        return self._expect(statement, seconds, deadline, waiter)
 
     def send_pending(self, op: Op[Any], pending: PendingRequest, seconds: float) -> bool:
         """Send a pending's operation; False if its task has to.
@@ -273,6 +274,7 @@ class AsyncPgConnection:
         self,
         statement: Statement[Any],
         seconds: float,
+        deadline: float,
         waiter: asyncio.Future[Any] | None = None,
     ) -> asyncio.Future[Any]:
         self._statement = statement
@@ -280,7 +282,7 @@ class AsyncPgConnection:
         if waiter is None:
             waiter = self._loop.create_future()
         self._waiter = waiter
-        self.deadline = deadline = monotonic() + seconds
+        self.deadline = deadline
         if deadline < self._watchdog.next_look:
             self._watchdog.look_at(deadline)
         if self._flush():
@@ -304,21 +306,22 @@ class AsyncPgConnection:
             PgkvError: the server refused it, the link was lost, or the time passed.
         """
         statement = op.statement
+        deadline = monotonic() + seconds
         sent = False
         failure: PgkvError
         try:
             if result is None:
                 waiter = self.send(op, seconds)
                 if waiter is None:
-                    await self._prepare(statement, seconds)
-                    waiter = self.send(op, seconds)
+                    await self._prepare(statement, seconds, deadline)
+                    waiter = self.send(op, deadline - monotonic())
                     assert waiter is not None
                 sent = True
                 result = await waiter
             if result.status in OK:
                 return result
             if await self._forget(statement, result) and again:
-                return await self.execute(op, seconds, again=False)
+                return await self.execute(op, deadline - monotonic(), again=False)
             failure = refusal(result, statement)
         except psycopg.Error as error:
             failure = failed(error, statement, sent=sent)
@@ -330,11 +333,12 @@ class AsyncPgConnection:
         """Send many operations in one round trip; see `_wire.PgConnection.execute_all`."""
         failure: PgkvError
         about = PIPELINE
+        deadline = monotonic() + seconds
         try:
             for op in ops:
                 if self.prepares and op.statement.prepared_name not in self._prepared:
                     about = op.statement
-                    await self._prepare(about, seconds)
+                    await self._prepare(about, seconds, deadline)
             about = PIPELINE
             self._pipeline = PipelineReader(self.pgconn, len(ops) if sync_each else 1)
             self.pgconn.enter_pipeline_mode()
@@ -349,7 +353,7 @@ class AsyncPgConnection:
                     self.pgconn.pipeline_sync()
             if not sync_each:
                 self.pgconn.pipeline_sync()
-            answers: list[PGresult] = await self._expect(PIPELINE, seconds)
+            answers: list[PGresult] = await self._expect(PIPELINE, seconds, deadline)
             if forgotten(answers):
                 self._prepared.clear()
         except psycopg.Error as error:
@@ -443,12 +447,12 @@ class AsyncPgConnection:
                 sql, op.params, param_formats=statement.formats, result_format=BINARY
             )
 
-    async def _prepare(self, statement: Statement[Any], seconds: float) -> None:
+    async def _prepare(self, statement: Statement[Any], seconds: float, deadline: float) -> None:
         self.pgconn.send_prepare(
             statement.prepared_name, statement.text(self.pgconn.server_version)
         )
         try:
-            result = await self._expect(statement, seconds)
+            result = await self._expect(statement, seconds, deadline)
         except PgkvError as failure:
             failure.outcome_unknown = False  # preparing changes nothing
             raise
@@ -468,6 +472,6 @@ class AsyncPgConnection:
         if not is_outdated(error) or not self.is_usable():
             return False
         self.pgconn.send_query(b"DEALLOCATE " + statement.prepared_name)
-        await self._expect(statement, self._seconds)
+        await self._expect(statement, self._seconds, monotonic() + self._seconds)
         self._prepared.discard(statement.prepared_name)
         return True

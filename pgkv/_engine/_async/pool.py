@@ -26,9 +26,11 @@ from ..caller import check_connection
 from ..pooling import (
     CLOSE_TIMEOUT,
     FIRST_NAP,
+    GROW_AGAIN,
     KEEP_TIME,
     OPENING_NAP,
     POOL_NAME,
+    Attempts,
     OwnConnection,
     busy,
     closed,
@@ -60,12 +62,15 @@ class AsyncStorePool:
         self.waiters: deque[TaskInQueue] = deque()
         self.loop: asyncio.AbstractEventLoop | None = None
         self._size = 0
+        self._connecting = 0
+        self._grow_at = 0.0  # no attempt to open one more before that time
+        self._connect_time = config.connect_timeout
         self._closed = False
         self._connected = False
         self._pool: psycopg_pool.AsyncConnectionPool[Any] | None = None
         self._opening: asyncio.Lock | None = None
         self._watchdog: Watchdog | None = None
-        self._failures: deque[tuple[float, psycopg.Error]] = deque(maxlen=1)
+        self._attempts = Attempts()
         self._prepared: weakref.WeakKeyDictionary[Any, set[bytes]] = weakref.WeakKeyDictionary()
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -126,6 +131,7 @@ class AsyncStorePool:
         """A link, or the answer to `op`; both, where the server refused it on that link."""
         watchdog = self.enter_loop()
         patience = monotonic() + self._config.pool_timeout
+        refusal: PgkvError | None = None  # why there are not more of them
         while True:
             while self.idle:
                 link = self.idle.pop()
@@ -134,9 +140,19 @@ class AsyncStorePool:
                 self.discard(link)
             if self._closed:
                 raise closed(action)
-            if self._size < self._config.pool_max_size:
+            if self._size < self._config.pool_max_size and (
+                monotonic() >= self._grow_at or not self._has_others()
+            ):
                 self._size += 1
-                return await self._open(deadline, action), None
+                try:
+                    return await self._open(deadline, action), None
+                except PgkvError as error:
+                    if not self._has_others():
+                        raise
+                    # The server may be full while ours are only busy: wait for those.
+                    self._grow_at = monotonic() + GROW_AGAIN
+                    refusal = error.with_traceback(None)
+                continue
             waiter = TaskInQueue(
                 watchdog.loop.create_future(), op, min(deadline, patience), deadline
             )
@@ -149,6 +165,8 @@ class AsyncStorePool:
                 self._leave(waiter)
                 raise
             if answer is TOO_LATE:
+                if refusal is not None:
+                    raise refusal
                 raise busy(self._config, action, by_pool=patience <= deadline)
             given = waiter.link
             if answer is not None:
@@ -246,6 +264,10 @@ class AsyncStorePool:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
+    def _has_others(self) -> bool:
+        """Whether other connections are open: those being opened do not count."""
+        return self._size > self._connecting
+
     # -- deadlines of the queue, for the watchdog
 
     @property
@@ -265,12 +287,15 @@ class AsyncStorePool:
     # -- opening
 
     async def _open(self, deadline: float, action: str) -> AsyncPgConnection:
+        self._connecting += 1
         try:
             conn = await self._connect(deadline, action)
         except BaseException:
             self._size -= 1
             self._wake()
             raise
+        finally:
+            self._connecting -= 1
         prepared = self._prepared.setdefault(conn, set())
         link = AsyncPgConnection(
             conn, self.enter_loop(), prepares=self._prepares, prepared=prepared
@@ -282,8 +307,8 @@ class AsyncStorePool:
     async def _connect(self, deadline: float, action: str) -> psycopg.AsyncConnection[Any]:
         started = monotonic()
         pool, opened_now = await self._psycopg_pool(action)
-        until = min(deadline, started + self._config.connect_timeout)
-        while opened_now and not self._connected and still_opening(pool, self._failures):
+        until = min(deadline, started + self._connect_time)
+        while opened_now and not self._connected and still_opening(pool, self._attempts):
             # Asking at once would make the pool grow beyond the one it is opening already.
             if monotonic() >= until:
                 break
@@ -293,9 +318,9 @@ class AsyncStorePool:
             try:
                 conn: psycopg.AsyncConnection[Any] = await pool.getconn(timeout=nap)
             except PoolTimeout:
-                failed = self._failures[0] if self._failures else None
-                if failed is not None and failed[0] >= started:
-                    raise unreachable(failed[1], action) from failed[1]
+                for at, failure in self._attempts.failures:
+                    if at >= started:
+                        raise unreachable(failure, action) from failure
                 if monotonic() >= until:
                     raise no_connection(self._config, action, until - started) from None
             except PoolClosed:
@@ -321,9 +346,10 @@ class AsyncStorePool:
                 config = self._config
                 # In a thread: an embedded server may have to be started first.
                 conninfo = await asyncio.to_thread(self.conninfo)
+                self._connect_time = _conninfo.connect_time(config, conninfo)
                 pool = psycopg_pool.AsyncConnectionPool(
                     conninfo,
-                    connection_class=_recording(self._failures),
+                    connection_class=_recording(self._attempts),
                     kwargs={"autocommit": True, "prepare_threshold": None},
                     min_size=config.pool_min_size,
                     max_size=config.pool_max_size,
@@ -499,18 +525,15 @@ def stale(conn: psycopg.AsyncConnection[Any]) -> bool:
     return conn.closed or bool(poller(conn.pgconn.socket)(0))
 
 
-def _recording(failures: deque[tuple[float, psycopg.Error]]) -> type[psycopg.AsyncConnection[Any]]:
-    """A connection class that remembers why connecting failed."""
+def _recording(attempts: Attempts) -> type[psycopg.AsyncConnection[Any]]:
+    """A connection class that tells how connecting goes."""
 
     class AsyncRecordingConnection(psycopg.AsyncConnection[Any], OwnConnection):
         @classmethod
         async def connect(  # type: ignore[override]  # the pool passes keywords only
             cls, conninfo: str = "", **kwargs: Any
         ) -> psycopg.AsyncConnection[Any]:
-            try:
+            with attempts.attempt():
                 return await super().connect(conninfo, **kwargs)
-            except psycopg.Error as error:
-                failures.append((monotonic(), error))
-                raise
 
     return AsyncRecordingConnection

@@ -195,7 +195,11 @@ class PoolChannel:
             if not isinstance(answer, PgkvError | Raced):
                 return answer
             outcome = answer
-        flow = recover(step, outcome, self._config.retry, deadline, self.create_missing_table)
+
+        def create(table: Table) -> Any:
+            return self.create_missing_table(table, deadline)
+
+        flow = recover(step, outcome, self._config.retry, deadline, create)
         # An error's traceback holds this frame: a cycle that would keep the callers' frames.
         del answer, outcome
         return drive(flow, self._attempt, deadline, self._attempt)
@@ -270,9 +274,14 @@ class PoolChannel:
             else:
                 self._pool.check_in(link)
 
-    def create_missing_table(self, table: Table) -> None:
+    def create_missing_table(self, table: Table, deadline: float | None = None) -> None:
         """Create a table that the server says is missing."""
-        self.run(_schema.ensure(table))
+        until = monotonic() + self._timeout if deadline is None else deadline
+
+        def execute(op: Op[Any], _: float | None) -> Any:
+            return self.execute(op, max(0.001, until - monotonic()))
+
+        drive(_schema.ensure(table), execute)
         self._known.add(table)
 
     def may_repeat(self, op: Op[Any], error: PgkvError, /) -> bool:

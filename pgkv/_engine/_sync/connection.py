@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 import select
+from collections import deque
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from psycopg import pq
 
 from ..._ops.op import BINARY, Op, Result, Statement
 from ...errors import PgkvError, from_result
+from ..pooling import Place
 from ..results import OK, PIPELINE, PipelineReader, failed, is_outdated, past_deadline, refusal
 
 if TYPE_CHECKING:
@@ -53,11 +55,13 @@ class PgConnection:
         "_flush",
         "_get_result",
         "_is_busy",
+        "_lost",
         "_nap_ms",
         "_prepared",
         "_send_prepared",
         "conn",
         "pgconn",
+        "place",
         "poll",
         "prepares",
         "retire_at",
@@ -75,6 +79,8 @@ class PgConnection:
         self.pgconn: PGconn = conn.pgconn
         self.prepares = prepares
         self.retire_at = math.inf
+        self.place = Place()
+        self._lost: deque[Any] | None = None
         self._prepared = set() if prepared is None else prepared
         pgconn = self.pgconn
         # One poller for the link's life; bound methods spare a look-up for each of some ten calls.
@@ -86,7 +92,24 @@ class PgConnection:
         self._get_result = pgconn.get_result
         self._nap_ms = TLS_NAP_MS if pgconn.ssl_in_use else LONGEST_NAP_MS
 
-    # -- the state of the link
+    # -- whose it is
+
+    def keep_place(self, place: Place, lost: deque[Any]) -> None:
+        """Occupy a place in a pool until `release`. Dropped before that, it enters `lost`."""
+        self.place = place
+        place.connected = True
+        self._lost = lost
+
+    def release(self) -> Any:
+        """Leave the pool; the psycopg connection."""
+        self._lost = None
+        return self.conn
+
+    def __del__(self) -> None:
+        if self._lost is not None:
+            self._lost.append(self.conn)
+
+    # -- its state
 
     def is_stale(self) -> bool:
         """Whether anything is readable while nothing was asked: a FATAL message, or the end."""
@@ -121,20 +144,22 @@ class PgConnection:
 
         Args:
             op: the operation.
-            seconds: for the answer.
+            seconds: for preparing, sending and the answer together.
             again: send it once more if the server has forgotten the prepared statement.
 
         Raises:
             OperationTimeoutError: the time passed; the statement was cancelled, the link closed.
             PgkvError: the server refused it, or the link was lost.
         """
+        deadline = monotonic() + seconds
         statement = op.statement
         try:
             if not self.prepares or statement.script:
                 self._send_unprepared(op)
             else:
                 if statement.prepared_name not in self._prepared:
-                    self._prepare(statement, seconds)
+                    self._prepare(statement, seconds, deadline)
+                    seconds = deadline - monotonic()
                 self._send_prepared(statement.prepared_name, op.params, statement.formats, BINARY)
         except psycopg.Error as error:
             failure = failed(error, statement, sent=False)
@@ -144,22 +169,22 @@ class PgConnection:
             self.abandon()
             raise
         else:
-            result = self._receive(statement, seconds)
+            result = self._receive(statement, seconds, deadline)
             if result.status in OK:
                 return result
             if self._forget(statement, result) and again:
-                return self.execute(op, seconds, again=False)
+                return self.execute(op, max(0.0, deadline - monotonic()), again=False)
             failure = refusal(result, statement)
         raise failure  # outside the except: no context that quotes data
 
-    def _receive(self, statement: Statement[Any], seconds: float) -> PGresult:
+    def _receive(self, statement: Statement[Any], seconds: float, deadline: float) -> PGresult:
         """Wait for the whole answer; the first error in it, else its last result."""
-        milliseconds = seconds * 1000.0
-        deadline = monotonic() + seconds
         answer: PGresult | None = None
         try:
+            milliseconds = seconds * 1000.0
             if self._flush():
                 self._finish_sending(deadline)
+                milliseconds = (deadline - monotonic()) * 1000.0
             if milliseconds <= self._nap_ms:
                 if not self.poll(max(0.0, milliseconds)):
                     raise _PastDeadlineError
@@ -207,11 +232,12 @@ class PgConnection:
         """
         failure: PgkvError
         about = PIPELINE
+        deadline = monotonic() + seconds
         try:
             for op in ops:
                 if self.prepares and op.statement.prepared_name not in self._prepared:
                     about = op.statement
-                    self._prepare(about, seconds)
+                    self._prepare(about, seconds, deadline)
             about = PIPELINE
             reader = PipelineReader(self.pgconn, len(ops) if sync_each else 1)
             self.pgconn.enter_pipeline_mode()
@@ -221,7 +247,6 @@ class PgConnection:
                     self.pgconn.pipeline_sync()
             if not sync_each:
                 self.pgconn.pipeline_sync()
-            deadline = monotonic() + seconds
             if self._flush():
                 self._finish_sending(deadline)
             while not reader.advance():
@@ -296,12 +321,12 @@ class PgConnection:
                 sql, op.params, param_formats=statement.formats, result_format=BINARY
             )
 
-    def _prepare(self, statement: Statement[Any], seconds: float) -> None:
+    def _prepare(self, statement: Statement[Any], seconds: float, deadline: float) -> None:
         self.pgconn.send_prepare(
             statement.prepared_name, statement.text(self.pgconn.server_version)
         )
         try:
-            result = self._receive(statement, seconds)
+            result = self._receive(statement, seconds, deadline)
         except PgkvError as failure:
             failure.outcome_unknown = False  # preparing changes nothing
             raise

@@ -17,6 +17,7 @@ from psycopg import pq
 
 from ..._ops.op import BINARY, Op, Result, Statement
 from ...errors import PgkvError
+from ..pooling import Place
 from ..results import OK, PIPELINE_ABORTED, failed, past_deadline, refusal
 from .connection import CANCEL_TIMEOUT, HAS_POLL, IDLE, PgConnection, poller
 
@@ -44,6 +45,8 @@ class CursorConnection(PgConnection):
         self.pgconn = conn.pgconn
         self.prepares = prepares
         self.retire_at = math.inf
+        self.place = Place()
+        self._lost = None
         self.poll = poller(self.pgconn.socket)
         self._resets_autocommit = False
         self._cursor = psycopg.RawCursor(conn)

@@ -1,20 +1,30 @@
 """Which connection an operation gets.
 
-psycopg_pool opens, heals and closes connections. On top of it lies a LIFO of leased ones, because
-its checkout costs as much as half an operation: an operation pops a link and pushes it back, two
-atomic deque operations. A lease ends after a minute, so that the pool's own lifetimes keep their
-meaning. A waiter registers BEFORE it looks a second time; whoever releases pushes and THEN looks
-for waiters. In the other order a wake-up would be lost.
+psycopg_pool opens, replaces and closes connections. On top of it lies a stack of checked-out ones,
+because its checkout costs as much as half an operation: an operation pops a connection and pushes
+it back, two atomic deque operations.
+
+An exception from a signal handler may interrupt any line here, so no line is relied on to undo
+another:
+
+* A connection's place in the pool is a `Place`, counted by weak references: where the connection
+  is lost between two lines, the place is free again.
+* A lost `PgConnection` puts its psycopg connection into `_lost`, and the next caller closes it.
+* A waiter registers before it looks a second time, and who gives pushes and then looks for
+  waiters, so no wake-up is lost. Where an interrupt cuts a wake-up off, the waiter looks by
+  itself: it sleeps `LOOK_AGAIN` at most.
 """
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import threading
 import time
 import weakref
 from collections import deque
 from collections.abc import Callable
+from queue import Empty, SimpleQueue
 from time import monotonic
 from typing import Any
 
@@ -29,10 +39,16 @@ from ..caller import check_connection
 from ..pooling import (
     CLOSE_TIMEOUT,
     FIRST_NAP,
+    GROW_AGAIN,
     KEEP_TIME,
+    LOOK_AGAIN,
     OPENING_NAP,
     POOL_NAME,
+    SEARCH_AFTER,
+    SEARCH_AGAIN,
+    Attempts,
     OwnConnection,
+    Place,
     busy,
     closed,
     no_connection,
@@ -42,9 +58,12 @@ from ..pooling import (
 from .connection import PgConnection
 from .cursor_connection import connection_class
 
+# What a waiter gets: a connection, or None, which means "look again".
+_Turn = SimpleQueue["PgConnection | None"]
+
 
 class StorePool:
-    """The links of one store.
+    """The connections of one store.
 
     Args:
         config: sizes and timeouts.
@@ -58,143 +77,190 @@ class StorePool:
         self._begin()
 
     def after_fork(self) -> None:
-        """In the child: begin anew, and never touch what belongs to the parent."""
-        _inherited.append((self.idle, self._pool))
+        """In the child: start again, and never touch what belongs to the parent."""
+        _inherited.append((self.idle, self._pool, self._lost))
         self._begin()
 
     def _begin(self) -> None:
         self.idle: deque[PgConnection] = deque()
-        self.waiters: deque[ThreadInQueue] = deque()
+        self.waiters: deque[_Turn] = deque()
         self._lock = threading.Lock()
-        self._size = 0
+        self._places: weakref.WeakSet[Place] = weakref.WeakSet()
+        self._lost: deque[psycopg.Connection[Any]] = deque()
         self._closed = False
         self._connected = False
-        # What is prepared where, across leases: it dies with the connection.
+        self._search_at = 0.0
+        self._grow_at = 0.0  # no attempt to open one more before that time
+        # What is prepared where, across checkouts: it dies with the connection.
         self._prepared: weakref.WeakKeyDictionary[Any, set[bytes]] = weakref.WeakKeyDictionary()
         self._pool: psycopg_pool.ConnectionPool[Any] | None = None
-        # The last failure to connect, with its time; a deque of one is replaced atomically.
-        self._failures: deque[tuple[float, psycopg.Error]] = deque(maxlen=1)
+        self._connect_time = self._config.connect_timeout
+        self._attempts = Attempts()
 
     def is_exhausted(self) -> bool:
         """Whether all connections are in use."""
-        return not self.idle and self._size >= self._config.pool_max_size
+        return not self.idle and len(self._places) >= self._config.pool_max_size
 
-    # -- taking and giving back
+    # -- checking out and in
 
     def check_out(self, deadline: float, action: str) -> PgConnection:
-        """Return a live link, waiting in order while all are busy.
+        """Return a live connection, waiting in order while all are busy.
 
         Raises:
             PoolTimeoutError: all were busy for ``pool_timeout``.
             OperationTimeoutError: the deadline passed first.
             StoreUnavailableError: no connection can be made, with the reason.
         """
-        patience = monotonic() + self._config.pool_timeout
-        while True:
-            link = self._pop_live()
-            if link is not None:
-                return link
-            waiter = self._queue_up(action)
-            if waiter is None:
-                return self._open(deadline, action)
-            if self.idle:
-                self.serve_waiters()
-            self._await(waiter, min(deadline, patience), patience <= deadline, action)
-            if waiter.link is not None:
-                if not waiter.link.is_stale():
-                    return waiter.link
-                self.discard(waiter.link)
+        started = monotonic()
+        give_up = started + self._config.pool_timeout
+        until = min(deadline, give_up)
+        turn: _Turn | None = None
+        refusal: PgkvError | None = None  # why there are not more of them
+        try:
+            while True:
+                conn = self._pop_live()
+                if conn is not None:
+                    return conn
+                place = self._new_place(action)
+                if place is not None:
+                    try:
+                        conn = self._open(place, deadline, action)
+                    except BaseException as error:
+                        self._places.discard(place)
+                        self._wake()
+                        if not isinstance(error, PgkvError) or not self._has_others():
+                            raise
+                        # The server may be full while ours are only busy: wait for those.
+                        self._grow_at = monotonic() + GROW_AGAIN
+                        refusal = error.with_traceback(None)
+                    if conn is not None:
+                        return conn
+                if turn is None:
+                    turn = SimpleQueue()
+                    self.waiters.append(turn)
+                    continue  # look again, registered
+                left = until - monotonic()
+                if left <= 0:
+                    if refusal is not None:
+                        raise refusal
+                    raise busy(self._config, action, by_pool=give_up <= deadline)
+                try:
+                    conn = turn.get(timeout=min(left, LOOK_AGAIN))
+                except Empty:
+                    self._search(started)
+                    continue
+                if conn is None:
+                    self.waiters.appendleft(turn)  # whoever said "look again" took it off
+                elif conn.is_stale():
+                    turn = None
+                    self.discard(conn)
+                else:
+                    turn = None
+                    return conn
+        finally:
+            if turn is not None:
+                self._leave(turn)
 
-    def _queue_up(self, action: str) -> ThreadInQueue | None:
-        """Take a place in the queue; None where there is room for one more link."""
+    def _leave(self, turn: _Turn) -> None:
+        """Leave the queue, and pass on what was given meanwhile."""
+        try:
+            self.waiters.remove(turn)
+        except ValueError:
+            with contextlib.suppress(Empty):
+                conn = turn.get_nowait()
+                if conn is None:
+                    self._wake()
+                else:
+                    self.check_in(conn)
+
+    def _new_place(self, action: str) -> Place | None:
+        """Take a place for one more connection; None while there is none."""
+        self._close_lost()
         with self._lock:
             if self._closed:
                 raise closed(action)
-            if self._size < self._config.pool_max_size:
-                self._size += 1
+            if len(self._places) >= self._config.pool_max_size or (
+                monotonic() < self._grow_at and self._has_others()
+            ):
                 return None
-            waiter = ThreadInQueue()
-            self.waiters.append(waiter)
-            return waiter
+            place = Place()
+            self._places.add(place)
+            return place
+
+    def _has_others(self) -> bool:
+        return any(place.connected for place in tuple(self._places))
+
+    def _search(self, waited_since: float) -> None:
+        """Find connections that an interrupted call lost, where an error's cycle holds them."""
+        now = monotonic()
+        if now >= max(waited_since + SEARCH_AFTER, self._search_at):
+            self._search_at = now + SEARCH_AGAIN
+            gc.collect()
+
+    def _close_lost(self) -> None:
+        """Close the connections that nobody holds any more."""
+        while self._lost:
+            with contextlib.suppress(IndexError):
+                self._discard(self._lost.popleft())
 
     def _pop_live(self) -> PgConnection | None:
         while True:
             try:
-                link = self.idle.pop()
+                conn = self.idle.pop()
             except IndexError:
                 return None
-            if not link.is_stale():
-                return link
-            self.discard(link)
+            if not conn.is_stale():
+                return conn
+            self.discard(conn)
 
-    def _await(self, waiter: ThreadInQueue, until: float, by_pool: bool, action: str) -> None:
-        try:
-            given = waiter.given.acquire(timeout=max(0.0, until - monotonic()))
-        except BaseException:  # Ctrl-C: what somebody gives must not be lost with us
-            if not self._leave_queue(waiter):
-                self._pass_on(waiter.link)
-            raise
-        if not given and self._leave_queue(waiter):
-            raise busy(self._config, action, by_pool=by_pool)
-
-    def _leave_queue(self, waiter: ThreadInQueue) -> bool:
-        """Stop waiting; False where somebody was quicker and has given."""
-        while not waiter.done:
-            try:
-                self.waiters.remove(waiter)
-            except ValueError:
-                # Taken off the queue: they are about to give, or to put us back.
-                waiter.given.acquire(timeout=0.001)
-            else:
-                return True
-        return False
-
-    def _pass_on(self, link: PgConnection | None) -> None:
-        if link is not None:
-            self.check_in(link)
-        else:
-            self._wake()
-
-    def put_idle(self, link: PgConnection) -> None:
-        """Take a link back from an operation."""
-        if link.retire_at < monotonic() or self._closed:
-            self.retire(link)
+    def put_idle(self, conn: PgConnection) -> None:
+        """Take a connection back that works."""
+        if conn.retire_at < monotonic() or self._closed:
+            self.retire(conn)
             return
-        self.idle.append(link)
+        self.idle.append(conn)
         if self.waiters:
             self.serve_waiters()
 
     def serve_waiters(self) -> None:
-        """Give idle links to waiters."""
+        """Give idle connections to waiters, in order."""
         if self._closed:
             self._close_idle()
         while self.idle:
             try:
-                waiter = self.waiters.popleft()
+                turn = self.waiters.popleft()
             except IndexError:
                 return
-            try:
-                waiter.give(self.idle.pop())
-            except IndexError:
-                # Somebody was quicker. Back to the head of the queue, and look again: they may
-                # have released between our two pops, and seen no waiter.
-                self.waiters.appendleft(waiter)
+            conn = None  # another caller may have taken it: then the waiter looks by itself
+            with contextlib.suppress(IndexError):
+                conn = self.idle.pop()
+            turn.put(conn)
 
-    def check_in(self, link: PgConnection) -> None:
-        """Take a link back from an operation that failed: keep it if it still works."""
-        if link.is_usable():
-            self.put_idle(link)
+    def _wake(self) -> None:
+        """Tell the first waiter that there may be room to open a connection."""
+        with contextlib.suppress(IndexError):
+            self.waiters.popleft().put(None)
+
+    def check_in(self, conn: PgConnection) -> None:
+        """Take a connection back, whatever became of it: kept if it still works."""
+        if conn.is_usable():
+            self.put_idle(conn)
         else:
-            self.discard(link)
+            self.discard(conn)
 
-    def discard(self, link: PgConnection) -> None:
-        """Close a link and let the pool make another when one is needed."""
-        link.conn.close()
-        self._return(link)
+    def discard(self, conn: PgConnection) -> None:
+        """Close a connection and let the pool make another when one is needed."""
+        self._places.discard(conn.place)
+        self._discard(conn.release())
 
-    def retire(self, link: PgConnection) -> None:
-        """End a lease: the pool decides whether the connection lives on."""
-        self._return(link)
+    def _discard(self, conn: psycopg.Connection[Any]) -> None:
+        conn.close()
+        self._return(conn)
+
+    def retire(self, conn: PgConnection) -> None:
+        """Give a connection back to psycopg_pool, which decides whether it lives on."""
+        self._places.discard(conn.place)
+        self._return(conn.release())
         # What lies at the bottom of the stack has not been needed for a while either.
         while self.idle:
             oldest = self.idle[0]
@@ -204,57 +270,59 @@ class StorePool:
                 self.idle.remove(oldest)
             except ValueError:
                 break
-            self._return(oldest)
+            self._places.discard(oldest.place)
+            self._return(oldest.release())
 
-    def _return(self, link: PgConnection) -> None:
+    def _return(self, conn: psycopg.Connection[Any]) -> None:
         pool = self._pool
         if pool is None:
-            link.conn.close()
+            conn.close()
         else:
-            pool.putconn(link.conn)
-        self._shrink()
-
-    def _shrink(self) -> None:
-        with self._lock:
-            self._size -= 1
+            try:
+                pool.putconn(conn)
+            except ValueError:  # of a pool that was replaced
+                conn.close()
         self._wake()
-
-    def _wake(self) -> None:
-        """Tell a waiter that there is room to open a link."""
-        with contextlib.suppress(IndexError):
-            self.waiters.popleft().give(None)
 
     # -- opening
 
-    def _open(self, deadline: float, action: str) -> PgConnection:
-        try:
-            conn = self._connect(deadline, action)
-        except BaseException:
-            self._shrink()
-            raise
-        prepared = self._prepared.setdefault(conn, set())
-        link = connection_class(conn, prepares=self._prepares, prepared=prepared)
-        link.retire_at = monotonic() + KEEP_TIME
-        return link
+    def _open(self, place: Place, deadline: float, action: str) -> PgConnection | None:
+        """Open a connection; None where another one came back meanwhile."""
+        inner = self._connect(deadline, action)
+        if inner is None:
+            self._places.discard(place)
+            return None
+        prepared = self._prepared.setdefault(inner, set())
+        conn = connection_class(inner, prepares=self._prepares, prepared=prepared)
+        conn.keep_place(place, self._lost)
+        conn.retire_at = monotonic() + KEEP_TIME
+        return conn
 
-    def _connect(self, deadline: float, action: str) -> psycopg.Connection[Any]:
+    def _connect(self, deadline: float, action: str) -> psycopg.Connection[Any] | None:
         started = monotonic()
         pool, opened_now = self._psycopg_pool()
-        until = min(deadline, started + self._config.connect_timeout)
-        while opened_now and not self._connected and still_opening(pool, self._failures):
+        until = min(deadline, started + self._connect_time)
+        while opened_now and not self._connected and still_opening(pool, self._attempts):
             # Asking at once would make the pool grow beyond the one it is opening already.
             if monotonic() >= until:
                 break
             time.sleep(FIRST_NAP)
+        leaks = False
         while True:
             try:
                 conn: psycopg.Connection[Any] = pool.getconn(
                     timeout=max(0.001, min(OPENING_NAP, until - monotonic()))
                 )
             except PoolTimeout:
-                failed = self._failures[0] if self._failures else None
-                if failed is not None and failed[0] >= started:
-                    raise unreachable(failed[1], action) from failed[1]
+                for at, failure in tuple(self._attempts.failures):
+                    if at >= started:
+                        raise unreachable(failure, action) from failure
+                if self.idle:
+                    return None
+                leaked = self._attempts.have_leaked(pool)
+                if leaked and leaks:
+                    pool, _ = self._psycopg_pool(instead_of=pool)
+                leaks = leaked
                 if monotonic() >= until:
                     raise no_connection(self._config, action, until - started) from None
             except PoolClosed:
@@ -263,21 +331,31 @@ class StorePool:
                 if not connection_class(conn, prepares=False).is_stale():
                     self._connected = True
                     return conn
-                # Another link's loss makes all suspect, also those that lay in the pool.
+                # Another connection's loss makes all suspect, also those that lay in the pool.
                 conn.close()
                 pool.putconn(conn)
 
-    def _psycopg_pool(self) -> tuple[psycopg_pool.ConnectionPool[Any], bool]:
-        """The pool, and whether this call opened it."""
+    def _psycopg_pool(
+        self, instead_of: psycopg_pool.ConnectionPool[Any] | None = None
+    ) -> tuple[psycopg_pool.ConnectionPool[Any], bool]:
+        """The pool, and whether this call opened it.
+
+        A pool that an interrupt made lose connections is replaced.
+        """
         with self._lock:
             if self._closed:
                 raise closed("connect")
+            if instead_of is not None and self._pool is instead_of:
+                self._pool = None
+                instead_of.close(timeout=0)
             opened_now = self._pool is None
             if self._pool is None:
                 config = self._config
+                conninfo = self.conninfo()
+                self._connect_time = _conninfo.connect_time(config, conninfo)
                 self._pool = psycopg_pool.ConnectionPool(
-                    self.conninfo(),
-                    connection_class=_recording(self._failures),
+                    conninfo,
+                    connection_class=_recording(self._attempts),
                     kwargs={"autocommit": True, "prepare_threshold": None},
                     min_size=config.pool_min_size,
                     max_size=config.pool_max_size,
@@ -297,16 +375,19 @@ class StorePool:
             pool, self._pool = self._pool, None
             waiters, self.waiters = self.waiters, ClosedQueue()
         self._close_idle()
+        self._close_lost()
         if pool is not None:
             pool.close(timeout=CLOSE_TIMEOUT)
         while len(waiters):
             with contextlib.suppress(IndexError):
-                waiters.popleft().give(None)
+                waiters.popleft().put(None)
 
     def _close_idle(self) -> None:
         while self.idle:
             with contextlib.suppress(IndexError):
-                self.idle.pop().pgconn.finish()
+                conn = self.idle.pop()
+                conn.release()
+                conn.pgconn.finish()
 
 
 class CallerPool:
@@ -323,9 +404,10 @@ class CallerPool:
         self._caller_pool = pool
         self._prepares = config.pooler is Pooler.NONE
         self.idle: deque[PgConnection] = deque()
-        self.waiters: deque[ThreadInQueue] = deque()
+        self.waiters: deque[_Turn] = deque()
         # What is prepared where: it dies with the connection.
         self._prepared: weakref.WeakKeyDictionary[Any, set[bytes]] = weakref.WeakKeyDictionary()
+        self._lost: deque[psycopg.Connection[Any]] = deque()
 
     def is_exhausted(self) -> bool:
         """Whether all connections are in use."""
@@ -339,6 +421,11 @@ class CallerPool:
     def check_out(self, deadline: float, action: str) -> PgConnection:
         """Check out a live connection."""
         pool = self._caller_pool
+        while self._lost:  # see `StorePool`: an interrupted call may lose one
+            with contextlib.suppress(IndexError):
+                inner = self._lost.popleft()
+                inner.pgconn.finish()
+                pool.putconn(inner)
         while True:
             try:
                 conn = pool.getconn(timeout=min(pool.timeout, deadline - monotonic()))
@@ -347,6 +434,7 @@ class CallerPool:
             else:
                 prepared = self._prepared.setdefault(conn, set())
                 link = connection_class(conn, prepares=self._prepares, prepared=prepared)
+                link.keep_place(Place(), self._lost)
                 if not link.is_stale():
                     return self._checked(link, action)
                 self.discard(link)
@@ -357,20 +445,20 @@ class CallerPool:
         try:
             check_connection(link.conn, action)
         except PgkvError:
-            self._caller_pool.putconn(link.conn)
+            self._caller_pool.putconn(link.release())
             raise
         return link
 
     def check_in(self, link: PgConnection) -> None:
         """Check it in, whatever became of it."""
-        self._caller_pool.putconn(link.conn)
+        self._caller_pool.putconn(link.release())
 
     put_idle = check_in
 
     def discard(self, link: PgConnection) -> None:
         """Close it and check it in: the pool makes another."""
         link.pgconn.finish()  # close() may mean "give it back" to a caller's pool
-        self._caller_pool.putconn(link.conn)
+        self._caller_pool.putconn(link.release())
 
     def serve_waiters(self) -> None:
         """Nobody waits here: the pool has its own queue."""
@@ -391,42 +479,23 @@ def disown(link: PgConnection) -> None:
     _inherited.append(link)
 
 
-class ThreadInQueue:
-    """A caller in the queue. Being taken off the queue is what decides who may give to it."""
-
-    __slots__ = ("done", "given", "link")
-
-    def __init__(self) -> None:
-        self.link: PgConnection | None = None
-        self.done = False
-        self.given = threading.Lock()
-        self.given.acquire()
-
-    def give(self, link: PgConnection | None) -> None:
-        """Wake the caller with a link, or with None: "look again"."""
-        self.link = link
-        self.done = True
-        self.given.release()
-
-
-class ClosedQueue(deque[ThreadInQueue]):
-    """The queue of a closed store. It looks occupied, so that whoever pushes a link comes to
-    `serve_waiters`, which closes it; the fast path need not ask."""
+class ClosedQueue(deque[_Turn]):
+    """The queue of a closed store. It looks occupied, so that a caller who pushes a connection
+    calls `serve_waiters`, which closes it; the fast path need not ask."""
 
     def __bool__(self) -> bool:
         return True
 
 
-def _recording(failures: deque[tuple[float, psycopg.Error]]) -> type[psycopg.Connection[Any]]:
-    """A connection class that remembers why connecting failed."""
+def _recording(attempts: Attempts) -> type[psycopg.Connection[Any]]:
+    """A connection class that tells how connecting goes."""
 
     class RecordingConnection(psycopg.Connection[Any], OwnConnection):
         @classmethod
         def connect(cls, conninfo: str = "", **kwargs: Any) -> psycopg.Connection[Any]:  # type: ignore[override]  # the pool passes keywords only
-            try:
-                return super().connect(conninfo, **kwargs)
-            except psycopg.Error as error:
-                failures.append((monotonic(), error))
-                raise
+            with attempts.attempt():
+                conn = super().connect(conninfo, **kwargs)
+                attempts.made.add(conn)
+                return conn
 
     return RecordingConnection

@@ -1,0 +1,120 @@
+"""One deadline for a whole call, and what libpq is told by the user's environment."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
+
+from pgkv import OperationTimeoutError, Store, StoreUnavailableError
+from tests.faults.proxy import Proxy
+from tests.faults.support import newest
+
+MakeStore = Callable[..., Awaitable[Any]]
+pytestmark = newest
+
+
+@contextlib.contextmanager
+def silent() -> Iterator[int]:
+    """The port of a server that takes connections and says nothing."""
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen(64)
+        yield listening.getsockname()[1]
+
+
+async def test_the_second_host_is_reached_behind_a_silent_first(
+    dsn: str, make_store: MakeStore
+) -> None:
+    """connect_timeout is each host's: a first host that is silent leaves the second its own."""
+    with silent() as port, Proxy(dsn) as proxy:
+        theirs = conninfo_to_dict(proxy.dsn)
+        hosts = make_conninfo(
+            dsn, host=f"127.0.0.1,{theirs['host']}", port=f"{port},{theirs['port']}"
+        )
+        store = await make_store(dsn=hosts, connect_timeout=2, operation_timeout=20)
+        await store.set("k", b"v")
+        assert await store.get("k") == b"v"
+        await store.close()
+
+
+async def test_every_host_has_its_turn_within_the_operation_timeout(
+    dsn: str, make_store: MakeStore
+) -> None:
+    """With a connect_timeout as long as the whole call, each host gets its share of the call."""
+    with silent() as port, Proxy(dsn) as proxy:
+        theirs = conninfo_to_dict(proxy.dsn)
+        hosts = make_conninfo(
+            dsn, host=f"127.0.0.1,{theirs['host']}", port=f"{port},{theirs['port']}"
+        )
+        store = await make_store(dsn=hosts, connect_timeout=10, operation_timeout=10)
+        assert await store.get("k") is None
+        await store.close()
+
+
+async def test_preparing_and_answering_share_a_deadline(dsn: str, make_store: MakeStore) -> None:
+    """Time that preparing took is not given to the answer again."""
+    with Proxy(dsn) as proxy:
+        store = await make_store(dsn=proxy.dsn, operation_timeout=2, retry=None)
+        await store.set("k", b"v")
+        proxy.shape(delay=1.5)  # of each answer: to PREPARE and to the statement
+        with pytest.raises(OperationTimeoutError):
+            await store.exists("k")
+        proxy.shape(delay=0.0)
+
+
+def test_environment_and_service_file_hold(
+    dsn: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PGOPTIONS, PGAPPNAME and a service's settings are in force, as with psycopg alone; what pgkv
+    needs is added."""
+    params = {k: str(v) for k, v in conninfo_to_dict(dsn).items()}
+    options, place = params.pop("options"), dict(params)
+    place.pop("application_name", None)
+    asked = "SELECT current_setting('search_path'), current_setting('jit'), current_setting('application_name')"
+
+    def settings(dsn: str, **config: Any) -> tuple[str, ...]:
+        with Store.connect(dsn, **config) as store:
+            store.set("k", b"v")
+            with psycopg.connect(store._channel.conninfo()) as conn:  # type: ignore[attr-defined]  # PoolChannel's
+                row = conn.execute(asked).fetchone()
+                assert row is not None
+                return row
+
+    path = settings(make_conninfo("", **place, options=options))[0]
+    assert path != '"$user", public'
+
+    monkeypatch.setenv("PGOPTIONS", options)
+    monkeypatch.setenv("PGAPPNAME", "from the environment")
+    assert settings(make_conninfo("", **place)) == (path, "off", "from the environment")
+    named = settings(make_conninfo("", **place), application_name="mine")
+    assert named == (path, "off", "mine")
+
+    monkeypatch.delenv("PGOPTIONS")
+    monkeypatch.delenv("PGAPPNAME")
+    service = tmp_path / "pg_service.conf"
+    lines = [f"{name}={value}" for name, value in place.items()]
+    service.write_text(
+        "\n".join(["[shop]", *lines, f"options={options} -c jit=on", "application_name=served", ""])
+    )
+    monkeypatch.setenv("PGSERVICEFILE", str(service))
+    assert settings("service=shop") == (path, "on", "served")
+
+
+@pytest.mark.parametrize("wrong", [{"user": "nobody_of_this_name"}, {"dbname": "no_such_database"}])
+async def test_what_stays_wrong_is_not_retried(
+    dsn: str, make_store: MakeStore, wrong: dict[str, str]
+) -> None:
+    """A role or database that does not exist is refused once, not asked for again."""
+    with (
+        Proxy(dsn) as proxy,
+        pytest.raises(StoreUnavailableError, match="does not exist") as caught,
+    ):
+        await make_store(dsn=make_conninfo(proxy.dsn, **wrong))
+    assert not caught.value.retryable
