@@ -4,6 +4,9 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import psycopg
@@ -335,3 +338,111 @@ async def test_errors_of_psycopg_stay_inside(store: Any) -> None:
         async with store.transaction() as tx:
             await tx.table("absent", auto_create_table=False).get("k")
     assert not isinstance(caught.value, psycopg.Error)
+
+
+# -- nested ones of several threads or tasks
+
+KEYS = ["bad", "nested", "plain", "k0", "k5999"]
+KEPT = dict.fromkeys(KEYS[1:], b"1")
+MANY = {f"k{i}": "1" for i in range(6000)}  # several statements, in a savepoint of their own
+
+
+async def test_nested_ones_of_several_tasks(dsn: str) -> None:
+    """A nested transaction that is rolled back undoes nothing that another task did: not its nested
+    one, not its set_many(), not a plain operation."""
+    inside, go = asyncio.Event(), asyncio.Event()
+    async with pgkv.AsyncStore.connect(dsn) as store:
+        async with store.transaction() as tx:
+
+            async def fails() -> None:
+                async with tx.transaction() as inner:
+                    await inner.set("bad", "1")
+                    inside.set()
+                    await go.wait()
+                    raise LookupError
+
+            async def nests() -> None:
+                async with tx.transaction() as inner:
+                    await inner.set("nested", "1")
+
+            failing = asyncio.create_task(fails())
+            await inside.wait()
+            works = (nests(), tx.set("plain", "1"), tx.set_many(MANY))
+            others = [asyncio.create_task(work) for work in works]
+            await asyncio.sleep(0.1)  # long enough for each to have been done, were it to be
+            go.set()
+            await asyncio.gather(*others)
+            with pytest.raises(LookupError):
+                await failing
+        assert await store.get_many(KEYS) == KEPT
+
+
+def test_nested_ones_of_several_threads(dsn: str) -> None:
+    """As of tasks."""
+    inside, go = threading.Event(), threading.Event()
+    with pgkv.Store.connect(dsn) as store, ThreadPoolExecutor(4) as threads:
+        with store.transaction() as tx:
+
+            def fails() -> None:
+                with tx.transaction() as inner:
+                    inner.set("bad", "1")
+                    inside.set()
+                    assert go.wait(30)
+                    raise LookupError
+
+            def nests() -> None:
+                with tx.transaction() as inner:
+                    inner.set("nested", "1")
+
+            failing = threads.submit(fails)
+            assert inside.wait(30)
+            others: list[Future[Any]] = [
+                threads.submit(nests),
+                threads.submit(tx.set, "plain", "1"),
+                threads.submit(tx.set_many, MANY),
+            ]
+            time.sleep(0.1)  # long enough for each to have been done, were it to be
+            go.set()
+            for each in others:
+                each.result(30)
+            with pytest.raises(LookupError):
+                failing.result(30)
+        assert store.get_many(KEYS) == KEPT
+
+
+async def test_a_nested_one_that_does_not_end(dsn: str) -> None:
+    """Who waits for another task's nested transaction gets a TransactionError in the end, and so
+    does who would commit around it."""
+    inside, go = asyncio.Event(), asyncio.Event()
+
+    async def stays(tx: Any) -> None:
+        async with tx.transaction() as inner:
+            await inner.set("inner", "1")
+            inside.set()
+            await go.wait()
+
+    async with pgkv.AsyncStore.connect(dsn, operation_timeout=1) as store:
+        with pytest.raises(pgkv.TransactionError, match="another thread or task"):
+            async with store.transaction() as tx:
+                staying = asyncio.create_task(stays(tx))
+                await inside.wait()
+                with pytest.raises(pgkv.TransactionError, match="another thread or task"):
+                    await tx.get("k")
+        go.set()
+        with pytest.raises(pgkv.TransactionError):
+            await staying
+        assert await store.get("inner") is None
+
+
+def test_an_inner_view_ends_with_the_outer_one(dsn: str) -> None:
+    """What a nested transaction returned is of no use after the end of the one around it."""
+    with pgkv.Store.connect(dsn) as store:
+        with store.transaction() as tx:
+            nested = tx.transaction()
+            inner = nested.__enter__()
+            inner.set("k", "v")
+        with pytest.raises(pgkv.TransactionError, match="committed"):
+            inner.get("k")
+        with pytest.raises(pgkv.TransactionError, match="committed"):
+            nested.__exit__(None, None, None)
+        assert store.get("k") == b"v"

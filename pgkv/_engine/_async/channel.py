@@ -247,6 +247,7 @@ class AsyncPoolChannel:
         try:
             async with bound.span(control.begin(level), control.commit(), control.rollback()):
                 yield bound
+                await bound._free("transaction")
         finally:
             bound.end()
             self._pool.check_in(link)

@@ -20,6 +20,7 @@ from ...config import Table
 from ...errors import ConflictError, PgkvError, TransactionError
 from ..caller import check_connection
 from ..flows import RefusedError
+from ..nesting import Nesting, never_free
 from ..results import outcomes
 from .connection import AsyncPgConnection, Watchdog
 
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from psycopg import IsolationLevel
 
 T = TypeVar("T")
+
+NESTED_NAP = 0.002  # seconds between two looks whether another task's nested part has ended
 
 
 class AsyncBoundChannel:
@@ -47,6 +50,8 @@ class AsyncBoundChannel:
         self._depth = 0
         self._ended = ""
         self._lock = AsyncReentrant(asyncio.Lock())
+        self._nesting = Nesting()
+        self._outer: AsyncBoundChannel | None = None
 
     async def execute(self, op: Op[T], timeout: float | None = None) -> T:
         """Perform one operation of the transaction."""
@@ -56,6 +61,8 @@ class AsyncBoundChannel:
             return await self._execute(op, timeout)
 
     async def _execute(self, op: Op[T], timeout: float | None) -> T:
+        if self._nesting.owner is not None:
+            await self._free(op.statement.name)
         async with self._using():
             await self._check(op.statement.name)
             if not op.statement.savepoint or not self._in_transaction():
@@ -67,6 +74,15 @@ class AsyncBoundChannel:
     def _using(self) -> contextlib.AbstractAsyncContextManager[Any]:
         """Hold the connection for one operation: tasks may share a transaction."""
         return self._lock
+
+    async def _free(self, action: str) -> None:
+        """Wait while another task is in a nested transaction."""
+        if not self._nesting.is_free(asyncio.current_task()):
+            until = monotonic() + self._seconds(None)
+            while not self._nesting.is_free(asyncio.current_task()):
+                if monotonic() > until:
+                    raise never_free(action, self._timeout)
+                await asyncio.sleep(NESTED_NAP)
 
     async def _send(self, op: Op[T], timeout: float | None = None) -> T:
         answer: Any = None
@@ -85,8 +101,18 @@ class AsyncBoundChannel:
         return seconds if self._deadline is None else min(seconds, self._deadline - monotonic())
 
     async def _check(self, action: str) -> None:
-        if self._ended:
-            raise TransactionError(f"{action}: the transaction was {self._ended}")
+        self._check_open(action)
+
+    def _check_open(self, action: str) -> None:
+        if ended := self._over():
+            raise TransactionError(f"{action}: the transaction was {ended}")
+
+    def _over(self) -> str:
+        """How it ended, or one around it."""
+        channel: AsyncBoundChannel | None = self
+        while channel is not None and not channel._ended:
+            channel = channel._outer
+        return "" if channel is None else channel._ended
 
     def _in_transaction(self) -> bool:
         return self._link.pgconn.transaction_status == pq.TransactionStatus.INTRANS
@@ -123,6 +149,7 @@ class AsyncBoundChannel:
         if batch.sync_each:
             return [await self._outcome(op, timeout) for op in batch.ops]
         try:
+            await self._free(batch.name)
             async with self._using():
                 await self._check(batch.name)
                 async with self._shielded():
@@ -137,6 +164,7 @@ class AsyncBoundChannel:
 
     async def _outcome(self, op: Op[Any], timeout: float | None) -> Any:
         try:
+            await self._free(op.statement.name)
             async with self._using():
                 await self._check(op.statement.name)
                 async with self._shielded():
@@ -160,13 +188,19 @@ class AsyncBoundChannel:
         if isolation is not None:
             raise TransactionError("the isolation level belongs to the outermost transaction")
         await self._check("transaction")
-        async with self._savepoint():
-            inner = AsyncBoundChannel(self._link, self._timeout, self._deadline)
-            inner._lock, inner._depth = self._lock, self._depth
-            try:
-                yield inner
-            finally:
-                inner.end()
+        await self._free("transaction")
+        self._nesting.enter(asyncio.current_task())
+        try:
+            async with self._savepoint():
+                inner = AsyncBoundChannel(self._link, self._timeout, self._deadline)
+                inner._lock, inner._depth, inner._outer = self._lock, self._depth, self
+                try:
+                    yield inner
+                    await inner._free("transaction")
+                finally:
+                    inner.end()
+        finally:
+            self._nesting.leave()
         inner._ended = "merged into the one around it"
 
     @contextlib.asynccontextmanager
@@ -194,13 +228,15 @@ class AsyncBoundChannel:
             raise
         try:
             yield
+            if ended := self._over():  # the connection may be another caller's by now
+                raise TransactionError(f"the transaction around it was {ended}")
             if self._link.pgconn.transaction_status == pq.TransactionStatus.INERROR:
                 # COMMIT would answer ROLLBACK without an error, and the caller believe it.
                 raise TransactionError(
                     "a statement failed inside the transaction, so it was rolled back"
                 )
         except BaseException as error:
-            if self._link.is_idle():
+            if not self._over() and self._link.is_idle():
                 with contextlib.suppress(PgkvError):
                     async with self._using():
                         await self._link.execute(rollback, self._timeout)
@@ -229,6 +265,8 @@ class AsyncCallerChannel(AsyncBoundChannel):
         self._depth = 0
         self._ended = ""
         self._lock = AsyncReentrant(conn.lock)
+        self._nesting = Nesting()
+        self._outer = None
 
     @property
     def state(self) -> str:
@@ -272,7 +310,9 @@ class AsyncCallerChannel(AsyncBoundChannel):
         if inside and isolation is not None:
             raise TransactionError("the isolation level belongs to the outermost transaction")
         inner = AsyncCallerChannel(self._conn, self._timeout)
-        inner._lock, inner._depth = self._lock, self._depth
+        inner._lock, inner._depth, inner._outer = self._lock, self._depth, self
+        await self._free("transaction")
+        self._nesting.enter(asyncio.current_task())
         try:
             async with (
                 inner._savepoint()
@@ -280,7 +320,9 @@ class AsyncCallerChannel(AsyncBoundChannel):
                 else inner.span(control.begin(isolation), control.commit(), control.rollback())
             ):
                 yield inner
+                await inner._free("transaction")
         finally:
+            self._nesting.leave()
             inner.end()
         if inside:
             inner._ended = "merged into the one around it"

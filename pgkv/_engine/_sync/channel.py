@@ -267,6 +267,7 @@ class PoolChannel:
         try:
             with bound.span(control.begin(level), control.commit(), control.rollback()):
                 yield bound
+                bound._close()
         finally:
             bound.end()
             if bound.is_inherited():

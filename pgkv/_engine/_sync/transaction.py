@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+import time
 from collections.abc import Iterator
 from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -25,6 +26,7 @@ from ...config import Table
 from ...errors import ConflictError, PgkvError, TransactionError
 from ..caller import Reentrant, check_connection
 from ..flows import RefusedError
+from ..nesting import Nesting, never_free
 from ..results import outcomes
 from .connection import PgConnection
 from .cursor_connection import connection_class
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
     from psycopg import IsolationLevel
 
 T = TypeVar("T")
+
+NESTED_NAP = 0.002  # seconds between two looks whether another thread's nested part has ended
 
 
 class BoundChannel:
@@ -52,6 +56,8 @@ class BoundChannel:
         self._ended = ""
         self._pid = os.getpid()
         self._lock: contextlib.AbstractContextManager[Any] = threading.RLock()
+        self._nesting = Nesting()
+        self._outer: BoundChannel | None = None
 
     def execute(self, op: Op[T], timeout: float | None = None) -> T:
         """Perform one operation of the transaction."""
@@ -62,12 +68,30 @@ class BoundChannel:
 
     def _execute(self, op: Op[T], timeout: float | None) -> T:
         self._check(op.statement.name)
-        with self._lock:
+        if not op.statement.savepoint:
+            with self._lock:
+                if self._nesting.owner is None:  # the usual case, without more ado
+                    return self._send(op, timeout)
+        with self._using(op.statement.name):
             if not op.statement.savepoint or not self._in_transaction():
                 return self._send(op, timeout)
             # A refused value is an expected outcome: it must not abort what the caller did.
             with self._savepoint():
                 return self._send(op, timeout)
+
+    @contextlib.contextmanager
+    def _using(self, action: str) -> Iterator[None]:
+        """Hold the connection, while no other thread is in a nested transaction."""
+        until = monotonic() + self._seconds(None)
+        me = threading.get_ident()
+        while True:
+            with self._lock:
+                if self._nesting.is_free(me):
+                    yield
+                    return
+            if monotonic() > until:
+                raise never_free(action, self._timeout)
+            time.sleep(NESTED_NAP)
 
     def _send(self, op: Op[T], timeout: float | None = None) -> T:
         answer: Any = None
@@ -90,10 +114,20 @@ class BoundChannel:
         return os.getpid() != self._pid
 
     def _check(self, action: str) -> None:
-        if self._ended:
-            raise TransactionError(f"{action}: the transaction was {self._ended}")
+        self._check_open(action)
         if self.is_inherited():
             raise TransactionError(f"{action}: the transaction belongs to the parent process")
+
+    def _check_open(self, action: str) -> None:
+        if ended := self._over():
+            raise TransactionError(f"{action}: the transaction was {ended}")
+
+    def _over(self) -> str:
+        """How it ended, or one around it."""
+        channel: BoundChannel | None = self
+        while channel is not None and not channel._ended:
+            channel = channel._outer
+        return "" if channel is None else channel._ended
 
     def _in_transaction(self) -> bool:
         return self._link.pgconn.transaction_status == pq.TransactionStatus.INTRANS
@@ -131,7 +165,7 @@ class BoundChannel:
             return [self._outcome(op, timeout) for op in batch.ops]
         self._check(batch.name)
         try:
-            with self._lock, self._shielded():
+            with self._using(batch.name), self._shielded():
                 seconds = self._seconds(timeout)
                 results = self._link.execute_all(batch.ops, seconds, sync_each=False)
                 answers = [answer_of(answer) for _, answer in outcomes(batch, results)]
@@ -143,7 +177,7 @@ class BoundChannel:
 
     def _outcome(self, op: Op[Any], timeout: float | None) -> Any:
         try:
-            with self._lock, self._shielded():
+            with self._using(op.statement.name), self._shielded():
                 return self._send(op, timeout)
         except PgkvError as error:
             return error
@@ -162,14 +196,25 @@ class BoundChannel:
         if isolation is not None:
             raise TransactionError("the isolation level belongs to the outermost transaction")
         self._check("transaction")
-        with self._savepoint():
-            inner = BoundChannel(self._link, self._timeout, self._deadline)
-            inner._lock, inner._depth = self._lock, self._depth
-            try:
-                yield inner
-            finally:
-                inner.end()
+        with self._using("transaction"):
+            self._nesting.enter(threading.get_ident())
+        try:
+            with self._savepoint():
+                inner = BoundChannel(self._link, self._timeout, self._deadline)
+                inner._lock, inner._depth, inner._outer = self._lock, self._depth, self
+                try:
+                    yield inner
+                    inner._close()
+                finally:
+                    inner.end()
+        finally:
+            self._nesting.leave()
         inner._ended = "merged into the one around it"
+
+    def _close(self) -> None:
+        """Wait for what is nested in it."""
+        with self._using("transaction"):
+            pass
 
     @contextlib.contextmanager
     def _savepoint(self) -> Iterator[None]:
@@ -195,6 +240,8 @@ class BoundChannel:
             raise
         try:
             yield
+            if ended := self._over():  # the connection may be another caller's by now
+                raise TransactionError(f"the transaction around it was {ended}")
             if self._link.pgconn.transaction_status == pq.TransactionStatus.INERROR:
                 # COMMIT would answer ROLLBACK without an error, and the caller believe it.
                 raise TransactionError(
@@ -218,7 +265,11 @@ class BoundChannel:
 
     def _undo(self, rollback: Op[None]) -> None:
         # In a forked child, or on a broken link, there is nothing to say to the server.
-        if not self.is_inherited() and self._link.pgconn.status == pq.ConnStatus.OK:
+        if (
+            not self._over()
+            and not self.is_inherited()
+            and self._link.pgconn.status == pq.ConnStatus.OK
+        ):
             with self._lock, contextlib.suppress(PgkvError):
                 self._link.execute(rollback, self._timeout)
 
@@ -263,5 +314,6 @@ class CallerChannel(BoundChannel):
         try:
             with inner.span(control.begin(isolation), control.commit(), control.rollback()):
                 yield inner
+                inner._close()
         finally:
             inner.end()
