@@ -14,7 +14,7 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from pgkv import OperationTimeoutError, Store, StoreUnavailableError
 from tests.faults.proxy import Proxy
-from tests.faults.support import newest
+from tests.faults.support import newest, until
 
 MakeStore = Callable[..., Awaitable[Any]]
 pytestmark = newest
@@ -66,7 +66,8 @@ async def test_preparing_and_answering_share_a_deadline(dsn: str, make_store: Ma
         proxy.shape(delay=1.5)  # of each answer: to PREPARE and to the statement
         with pytest.raises(OperationTimeoutError):
             await store.exists("k")
-        proxy.shape(delay=0.0)
+        await store.close()
+        await until(lambda: not proxy.connections, "what was held has arrived")
 
 
 def test_environment_and_service_file_hold(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
+from queue import Empty
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ import pytest
 import pgkv
 from pgkv._engine._async import pool as async_pool
 from pgkv._engine._sync import pool as pool_module
+from pgkv._engine._sync.connection import PgConnection
 from tests.interleavings import threads
 from tests.interleavings.schedule import Cancelled, Scenario, World, explore
 from tests.interleavings.threads import Decision, Interrupt, Schedule
@@ -37,12 +40,14 @@ class FakePool:
 class FakeConnection:
     """A psycopg connection."""
 
+    _pool = None
+
     def close(self) -> None:
         """It has gone."""
 
 
 class FakeLink:
-    """A connection of the store's pool. A stale one has been closed by the server."""
+    """A connection of a pool. A stale one has been closed by the server."""
 
     def __init__(self, conn: FakeConnection, **_: Any) -> None:
         self.conn = conn
@@ -55,6 +60,39 @@ class FakeLink:
 
     def is_usable(self) -> bool:
         return not self.stale
+
+
+class FakePgConnection(FakeLink):
+    """One of threads, with a place in the pool."""
+
+    place: Any = None
+    keep_place = PgConnection.keep_place
+    release = PgConnection.release
+    __del__ = PgConnection.__del__
+    _lost: Any = None
+
+
+class Queue:
+    """`queue.SimpleQueue`, as the scheduler sees it."""
+
+    def __init__(self) -> None:
+        self.items: deque[Any] = deque()
+        self.full = threads.Lock()
+        self.full.acquire()
+
+    def put(self, item: Any) -> None:
+        self.items.append(item)
+        self.full.release()
+
+    def get(self, timeout: float) -> Any:
+        if not self.full.acquire(timeout=timeout):
+            raise Empty
+        return self.items.popleft()
+
+    def get_nowait(self) -> Any:
+        if not self.full.acquire(blocking=False):
+            raise Empty
+        return self.items.popleft()
 
 
 def now() -> float:
@@ -77,7 +115,8 @@ def _scheduled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pool_module, "threading", Threading)
     monkeypatch.setattr(pool_module, "time", Time)
     monkeypatch.setattr(pool_module, "monotonic", now)
-    monkeypatch.setattr(pool_module, "connection_class", FakeLink)
+    monkeypatch.setattr(pool_module, "connection_class", FakePgConnection)
+    monkeypatch.setattr(pool_module, "SimpleQueue", Queue)
 
 
 def users(
@@ -96,7 +135,7 @@ def users(
         config = pgkv.Config("postgresql://nowhere", pool_max_size=size, pool_timeout=POOL_TIMEOUT)
         pool = pool_module.StorePool(config, lambda: "")
         fake = FakePool()
-        pool._psycopg_pool = lambda: (fake, False)  # type: ignore[method-assign,assignment,return-value]  # a fake
+        pool._psycopg_pool = lambda **_: (fake, False)  # type: ignore[method-assign,assignment]  # a fake
         pool._pool = fake  # type: ignore[assignment]  # a fake
         twice: list[str] = []
 
@@ -169,6 +208,9 @@ class FakeTaskLink(FakeLink):
 
 class FakeTaskPool:
     """psycopg_pool for tasks."""
+
+    _workers = ()
+    _sched_runner = None
 
     async def putconn(self, conn: FakeConnection) -> None:
         """It is taken back."""
