@@ -33,14 +33,14 @@ class Forkable(Protocol):
         ...
 
 
-class _Entry(NamedTuple):
+class _Registration(NamedTuple):
     stage: int
     owner: weakref.ref[Any]
     renew: Callable[[Any], object]
 
 
 F = TypeVar("F", bound=Forkable)
-_entries: dict[int, _Entry] = {}  # in the order of registration
+_entries: dict[int, _Registration] = {}  # in the order of registration
 _numbers = itertools.count()
 _held: list[tuple[weakref.ref[Any], str]] = []
 _holding: list[threading.RLock] = []
@@ -79,7 +79,7 @@ def _register(stage: int, owner: object, renew: Callable[[Any], object]) -> None
     def forget(_: object) -> None:
         _entries.pop(number, None)
 
-    _entries[number] = _Entry(stage, weakref.ref(owner, forget), renew)
+    _entries[number] = _Registration(stage, weakref.ref(owner, forget), renew)
 
 
 def _before_fork() -> None:
