@@ -204,7 +204,7 @@ class Acquisition(Generic[L]):
         self.pid = os.getpid()
         self.asking = new_asking(self.options.metadata)
         self.granted: weakref.ref[L] | None = None  # weak: a traceback may keep this object
-        self.in_doubt = False  # what was asked for may have been granted
+        self.in_doubt = self.overtook = False  # what was asked for may have been granted
         self.queued = False
 
     def flow(self) -> Flow[L | None]:
@@ -234,8 +234,7 @@ class Acquisition(Generic[L]):
         finally:
             if self.waiter is not None:
                 runtime.unsubscribe(self.waiter, granted=lease is not None)
-        if self.queued:
-            yield from self._leave_queue()
+        yield from self.take_back()
         return None
 
     def is_held_here(self) -> bool:
@@ -290,7 +289,9 @@ class Acquisition(Generic[L]):
             self.in_doubt = True
             reply = yield from self.ask(self.seconds())
             if isinstance(reply, Denied):
-                self.in_doubt = False
+                # A statement that was sent again may have overtaken the one whose answer was lost.
+                self.overtook = self.overtook or getattr(self.last, "retries", 0) > 0
+                self.in_doubt = self.overtook
                 self.was_denied, self.denied_by = True, reply.holder or self.denied_by
                 if reply.holder == self.asking.row and reply.remaining <= 0:
                     # Granted, and ended by force before we heard of it.

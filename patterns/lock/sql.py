@@ -366,10 +366,13 @@ class LockStatements:
             f"RETURNING key), told AS MATERIALIZED (SELECT {told} FROM r) "
             f"SELECT CASE WHEN (SELECT count(*) FROM told) > 0 THEN {RENEWED} "
             f"WHEN version <> $2 THEN {REPLACED} WHEN expires_at = {EPOCH} THEN {RELEASED} "
-            f"ELSE {EXPIRED} END FROM {self.t} WHERE key = $1"
+            # Live in the snapshot, and not ended here: it changed while this waited for the row.
+            f"WHEN {LIVE} THEN {LOCKED} ELSE {EXPIRED} END FROM {self.t} WHERE key = $1"
         )
         formats = (TEXT, BINARY, TEXT, TEXT) if notify else (TEXT, BINARY)
-        return self._statement("lock_release", sql, formats, _read_released, retry_safe=True)
+        return self._statement(
+            "lock_release", sql, formats, _read_released, retry_safe=True, repeats=REPEATS
+        )
 
     @cached_property
     def _release(self) -> Statement[int]:
@@ -654,8 +657,9 @@ def _read_renewed(result: Result) -> dict[bytes, int]:
     }
 
 
-def _read_released(result: Result) -> int:
-    return _codec.decode_int(result.get_value(0, 0)) if result.ntuples else GONE
+def _read_released(result: Result) -> int | Signal:
+    code = _codec.decode_int(result.get_value(0, 0)) if result.ntuples else GONE
+    return Raced(EXPIRED) if code == LOCKED else code
 
 
 def _read_found(result: Result) -> bool:

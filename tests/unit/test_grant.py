@@ -117,3 +117,19 @@ def test_old_names_are_removed_by_who_is_granted_a_lock(
     for expected in (0, 0, 1):
         drive(flows.acquire(port, pgkv.Lock(store, "n")._options, 0.0))
         assert len(granted) == expected
+
+
+def test_a_denial_of_a_statement_that_was_sent_again_is_taken_back(store: pgkv.Store) -> None:
+    """The answer to the first sending was lost, and it may be committed after the second was denied:
+    what it asked for is taken back."""
+    sent: list[str] = []
+
+    class RepeatingPort(BusyPort):
+        def execute(self, op: Op[Any], timeout: float | None = None) -> Any:
+            sent.append(op.statement.name)
+            op.retries = 1
+            return Denied(None, 5.0) if "grant" in op.statement.name else True
+
+    port: Any = RepeatingPort()
+    assert drive(flows.acquire(port, pgkv.Lock(store, "n")._options, 0.0)) is None
+    assert sent == ["lock_grant", "lock_take_back"]
