@@ -77,7 +77,7 @@ def operation(name: str) -> Iterator[None]:
 
 
 def debug(event: str, **context: object) -> None:
-    """Log for somebody who looks into pgkv itself."""
+    """Log for those who look into pgkv itself."""
     _log(logging.DEBUG, event, context)
 
 

@@ -1,4 +1,4 @@
-"""What both colours of store make of their arguments, before any operation exists."""
+"""What sync and async stores make of their arguments, before any operation exists."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class Target:
         if not self._given.startswith(EMBEDDED_SCHEME):
             return self._given
         with self._lock:
-            if self._closed:  # or asking for the DSN would start it again, for nobody to stop
+            if self._closed:  # or asking for the DSN would start a server that is never stopped
                 raise closed("dsn")
             # A forked child is a user of the server in its own right.
             if self._server is None or self._pid != os.getpid():
@@ -121,7 +121,7 @@ class Target:
 
 
 def check_pool(pool: object, wanted: type[Any]) -> None:
-    """Refuse what is not a pool of the store's colour.
+    """Refuse what is not the pool of a sync (or async) store.
 
     Raises:
         ConfigError: says which class is wanted.
@@ -233,7 +233,7 @@ def facts_of(store: Any) -> str:
 
 
 def refuse_pickle(thing: object, /, *_: object) -> NoReturn:
-    """The `__reduce__` of whatever lives on connections: these stay in their process.
+    """The `__reduce__` of what lives on connections: these stay in their process.
 
     Raises:
         TypeError: says what to do instead.

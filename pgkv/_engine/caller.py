@@ -1,5 +1,5 @@
 """The caller's own connection: finding it inside other libraries' wrappers, and refusing one that
-cannot carry our statements. For both colours."""
+cannot carry our statements."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def unwrap(conn: object, wanted: type[C], call: str = "using()") -> C:
     name = "" if module == "builtins" else f"{module}."
     name += type(inner).__qualname__
     if isinstance(inner, psycopg.Connection | psycopg.AsyncConnection):
-        colour = "an AsyncStore" if wanted is psycopg.Connection else "a Store"
-        raise ConfigError(f"{call} got a {name}; that is for {colour} and what is made with one")
+        other = "an AsyncStore" if wanted is psycopg.Connection else "a Store"
+        raise ConfigError(f"{call} got a {name}; that is for {other} and what is made with one")
     raise ConfigError(
         f"{call} needs a psycopg 3 connection, not {name}"
         + ("" if inner is conn else "; switch that engine to the psycopg 3 driver")

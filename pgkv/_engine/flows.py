@@ -1,4 +1,4 @@
-"""The store's algorithms that take more than one statement, each written once for both colours."""
+"""The store's algorithms that take more than one statement, each written once for sync and async."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def increment_many(
     sql: Statements, deltas: Mapping[str, int], ttl: Seconds | None
 ) -> Flow[dict[str, int]]:
     """Add to many integers. A sum that had expired by the time it was written is added once
-    more, for nobody can see it."""
+    more: no reader can see it."""
     if not isinstance(deltas, Mapping):
         # Of pairs a dict would keep a repeated key's last one: increments would be lost.
         raise InvalidValueError("increment_many needs a mapping of keys to deltas")
@@ -158,7 +158,7 @@ def pipeline(ops: list[Op[Any]], *, atomic: bool, engine: Engine) -> Flow[list[A
 
 
 def unsent(outcomes: list[Any]) -> PgkvError | None:
-    """The failure to send, if there was one: nobody may ever ask the handles."""
+    """The failure to send, if there was one: the handles may never be asked."""
     for outcome in outcomes:
         if isinstance(outcome, StoreUnavailableError | OperationTimeoutError):
             return outcome
@@ -246,7 +246,7 @@ def _unknown(answers: list[Any]) -> bool:
 
 
 def _unprepared(answers: list[Any]) -> bool:
-    """Whether a prepared statement was gone; by now the link knows, and prepares it anew."""
+    """Whether a prepared statement was gone; the connection has taken note, and prepares it again."""
     return any(isinstance(each, QueryError) and each.sqlstate == "26000" for each in answers)
 
 

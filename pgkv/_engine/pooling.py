@@ -1,5 +1,5 @@
-"""What the pools of both colours have in common: their patience, and what their callers hear when
-there is no connection. Who gets which connection is `_pool`'s and `_aio_pool`'s.
+"""What the sync and the async pool have in common: their times, and the errors that callers get when
+there is no connection.
 """
 
 from __future__ import annotations
@@ -81,14 +81,14 @@ class Place:
 
 
 def closed(action: str) -> StoreUnavailableError:
-    """What an operation hears after close()."""
+    """The error of an operation after close()."""
     error = StoreUnavailableError(f"{action}: the store is closed")
     error.retryable = False
     return error
 
 
 def busy(config: Config, action: str, *, by_pool: bool) -> PgkvError:
-    """What a caller hears who waited in vain: for pool_timeout, or until its own deadline."""
+    """The error after waiting for a busy pool: for pool_timeout, or until the call's own deadline."""
     size = config.pool_max_size
     if by_pool:
         return PoolTimeoutError(
@@ -104,8 +104,8 @@ def busy(config: Config, action: str, *, by_pool: bool) -> PgkvError:
 
 
 def no_connection(config: Config, action: str, seconds: float) -> StoreUnavailableError:
-    """What a caller hears when connecting neither succeeds nor fails: for connect_timeout, or until
-    its own deadline."""
+    """The error when connecting neither succeeds nor fails: for connect_timeout, or until the call's
+    own deadline."""
     by_connecting = seconds > 0.95 * config.connect_timeout  # some of it may have passed before
     limit = "connect_timeout" if by_connecting else "the time for the call"
     return StoreUnavailableError(
@@ -122,7 +122,7 @@ def still_opening(
 
 
 def unreachable(error: psycopg.Error, action: str) -> PgkvError:
-    """What a caller hears when connecting fails, with the reason."""
+    """The error when connecting fails, with the reason."""
     failure = translate(error, action=action)
     # libpq tells no SQLSTATE of a refused connection: the text has to do, where it is English.
     if _HOPELESS.search(str(error)):

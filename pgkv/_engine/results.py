@@ -1,6 +1,6 @@
 """What the server's results mean: answers, refusals, and whose a pipeline's results are.
 
-For both colours of link. It reads results and never waits for one.
+For sync and async connections. It reads results and never waits for one.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def is_outdated(error: psycopg.Error) -> bool:
 
 
 def past_deadline(name: str, seconds: float) -> OperationTimeoutError:
-    """What a caller hears whose time has passed after sending."""
+    """The error when the time passes after sending."""
     return OperationTimeoutError(
         f"{name}: no answer within {seconds:.3g} s; it was cancelled, but may still have happened"
     )

@@ -1,6 +1,6 @@
 """What follows a first attempt that did not end in an answer.
 
-Entered only then, so that tenacity costs a healthy operation nothing. One flow for both colours:
+Entered only then, so that tenacity costs a healthy operation nothing. One flow for sync and async:
 it repeats raced statements at once, creates a missing table and repeats, and repeats failures by
 the store's `RetryPolicy` where that is safe. It never looks at a connection.
 """
@@ -29,7 +29,7 @@ from .._ops.op import Call, Flow, Op, Pipelined, Raced, Sleep, Statement, Transa
 from ..config import RetryPolicy, Table
 from ..errors import ConflictError, PgkvError, PoolTimeoutError, TableNotFoundError
 
-CREATIONS_MAX = 3  # of one call, whose table somebody keeps dropping
+CREATIONS_MAX = 3  # of one call, whose table keeps being dropped
 
 Repeatable: TypeAlias = "Op[Any] | Transaction[Any] | Pipelined"
 
@@ -171,7 +171,7 @@ def retrying_transaction(policy: RetryPolicy | None) -> Retrying:
 
 
 def transaction_options(policy: RetryPolicy | None) -> dict[str, Any]:
-    """The same as tenacity's options, for either colour."""
+    """The same as tenacity's options, for sync and async."""
     policy = policy or RetryPolicy(attempts=1)
     return {
         "stop": stop_any(stop_after_attempt(policy.attempts), stop_before_delay(policy.deadline)),

@@ -13,7 +13,7 @@ from .._sql.table import read_nothing
 from ..config import Config, Table, TableShape, TableType, quote_identifier
 from ..errors import ConfigError, PgkvError, QueryError, StoreUnavailableError
 
-# DDL waits for open transactions; it must not make everybody else wait behind it.
+# DDL waits for open transactions; it must not make other clients wait behind it.
 LOCK_TIMEOUT = "SET LOCAL lock_timeout = '2s'; "
 CREATED_BY_ANOTHER = ("42P07", "42710", "42P06", "23505", "XX000")
 
@@ -170,7 +170,7 @@ def _script(name: str, commands: str) -> Op[None]:
 
 
 def _made_by_another(error: PgkvError) -> bool:
-    """Whether this means that somebody else was creating the same thing just now."""
+    """Whether another client was creating the same thing just now."""
     return error._sqlstate in CREATED_BY_ANOTHER
 
 

@@ -1,8 +1,8 @@
 """Collecting rows whose time has passed. It frees space and changes no answer: reads and writes
 judge expiry by themselves.
 
-The work is a flow, run in the background by a thread or a task; it waits for nobody, skips locked
-rows, and its failures are nobody's business but the log's. Chunks are ranges of row addresses,
+The work is a flow, run in the background by a thread or a task; it never waits for
+locks, and its failures are only logged. Chunks are ranges of row addresses,
 because any index on ``expires_at`` would end heap-only updates.
 """
 

@@ -171,7 +171,7 @@ class Transaction(Generic[T]):
     def __init__(
         self, flow: Callable[[], Flow[T]], *, table: Table | None, retry_safe: bool
     ) -> None:
-        self.flow = flow  # a factory: a repeated transaction starts its flow anew
+        self.flow = flow  # a factory: a repeated transaction starts its flow again
         self.table = table
         self.retry_safe = retry_safe
         self.retries = 0

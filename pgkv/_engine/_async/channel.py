@@ -1,4 +1,4 @@
-"""Where an AsyncStore's operations go: `_channel` with ``await``. The algorithms are the same
+"""Where an AsyncStore's operations go: `_sync/channel` with ``await``. The algorithms are the same
 flows; only the waiting differs."""
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 
 class AsyncChannel(Protocol):
-    """What an AsyncStore needs of whatever carries its operations."""
+    """What an AsyncStore needs of what performs its operations."""
 
     @property
     def state(self) -> str:
@@ -70,11 +70,11 @@ class AsyncChannel(Protocol):
 
 
 class AsyncPoolChannel:
-    """Operations over pooled links, each by itself.
+    """Operations over pooled connections, each by itself.
 
     Args:
         config: timeouts and the retry policy.
-        pool: where links come from.
+        pool: where connections come from.
     """
 
     def __init__(self, config: Config, pool: AsyncStorePool | AsyncCallerPool) -> None:
@@ -126,7 +126,7 @@ class AsyncPoolChannel:
                 raise
             pool.put_idle(link)
         else:
-            # With more tasks than links this is the usual way, so it is short as well.
+            # With more tasks than connections this is the usual way, so it is short as well.
             self._start_patrols()
             try:
                 result = await pool.execute(op, started + seconds)
@@ -221,7 +221,7 @@ class AsyncPoolChannel:
     def transaction(
         self, isolation: IsolationLevel | None = None
     ) -> contextlib.AbstractAsyncContextManager[AsyncBoundChannel]:
-        """Open a transaction on a link of its own, its tables made beforehand."""
+        """Open a transaction on a connection of its own, its tables made beforehand."""
         return self._bound(isolation, ensure=True)
 
     @contextlib.asynccontextmanager
@@ -242,7 +242,7 @@ class AsyncPoolChannel:
         level = isolation or IsolationLevel.READ_COMMITTED
         link = await self._pool.check_out(until, "transaction")
         if isinstance(self._pool, AsyncCallerPool):
-            link.prepares = False  # as in `_channel`
+            link.prepares = False  # as in `_sync/channel`
         bound = AsyncBoundChannel(link, self._timeout, deadline)
         try:
             async with bound.span(control.begin(level), control.commit(), control.rollback()):
@@ -310,7 +310,7 @@ class AsyncPoolChannel:
             tasks.discard(task)
             done()
             if task.cancelled() or task.exception() is not None:
-                # By a timer: whoever cancels all tasks of the loop does not end the patrols.
+                # By a timer: cancelling all tasks of the loop does not end the patrols.
                 loop.call_later(PATROL_PAUSE, _start_again, ref)
 
         task.add_done_callback(ended)

@@ -4,7 +4,7 @@ Hundreds of tasks that each want one key would otherwise queue for ten connectio
 each. A turn's reads go out in one pipeline, its writes at the same time in another, and its
 ``get`` calls are one ``get_many``. A single operation is sent as without batching.
 
-A pipeline of writes is one transaction. A row that somebody else has locked would make all of it
+A pipeline of writes is one transaction. A row that another client has locked would make all of it
 wait, and a task could wait for a lock of its own. So it waits for `LOCK_WAIT` at most; the write
 that was blocked, or refused, then goes alone, and the others are sent again together.
 """

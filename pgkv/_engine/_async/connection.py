@@ -1,6 +1,6 @@
-"""The fast path for asyncio: `_wire` with an event loop doing the waiting.
+"""The fast path for asyncio: `_sync/connection` with an event loop doing the waiting.
 
-A link's socket has one reader, registered for as long as the link is open: registering one around
+A connection's socket has one reader, registered for as long as the connection is open: registering one around
 every call would cost more than the call. The reader never lets libpq block: one `get_result` for
 each `is_busy`. Deadlines are watched by one timer per store (`Watchdog`), because a timer of its
 own would cost each operation a tenth of its time.
@@ -50,7 +50,7 @@ class Watched(Protocol):
 
 
 class PendingRequest(Protocol):
-    """An operation that goes by whichever link is free, while its task waits for the answer."""
+    """An operation that the next free connection sends, while its task waits for the answer."""
 
     turn: asyncio.Future[Any]
     link: AsyncPgConnection | None
@@ -100,13 +100,13 @@ class AsyncPgConnection:
     """One connection of an event loop, and the operations that cross it.
 
     Args:
-        conn: an open psycopg connection; nobody else may use it meanwhile.
+        conn: an open psycopg connection; no other caller uses it meanwhile.
         watchdog: minds its deadlines.
         prepares: keep prepared statements on it.
         prepared: the names prepared on it already, kept up to date.
 
     Attributes:
-        on_free: is told when what the link carried has arrived.
+        on_free: is told when what the connection carried has arrived.
     """
 
     __slots__ = (
@@ -180,7 +180,7 @@ class AsyncPgConnection:
                 "asyncio.run(main(), loop_factory=asyncio.SelectorEventLoop)"
             ) from None
 
-    # -- the state of the link
+    # -- the state of the connection
 
     def is_usable(self) -> bool:
         """Whether another operation may follow."""
@@ -197,14 +197,14 @@ class AsyncPgConnection:
         return self.lost or bool(self._poll(0))
 
     def is_running(self) -> bool:
-        """Whether the server still works on something that nobody waits for any more."""
+        """Whether the server still works on something that no task waits for any more."""
         pgconn = self.pgconn
         return pgconn.status == pq.ConnStatus.OK and (
             self._waiter is not None or pgconn.transaction_status == pq.TransactionStatus.ACTIVE
         )
 
     def is_idle(self) -> bool:
-        """Whether the link is whole and nothing is under way on it, a transaction or not."""
+        """Whether the connection is whole and nothing is under way on it, a transaction or not."""
         return not self.lost and self.pgconn.status == pq.ConnStatus.OK and not self.is_running()
 
     def detach(self) -> None:
@@ -226,7 +226,7 @@ class AsyncPgConnection:
         self.conn.pgconn.finish()
 
     async def cancel_and_close(self) -> None:
-        """Stop what runs (one request, bounded) and close: a late cancel must hit nobody else."""
+        """Stop what runs (one request, bounded) and close: a late cancel must not hit another caller."""
         self.detach()
         self.lost = True
         try:
@@ -243,7 +243,7 @@ class AsyncPgConnection:
         """Send an operation whose statement is prepared here; the future of its result.
 
         None when it is not prepared yet (see `_prepare`). The future, `waiter` if there is one,
-        fails with a `PgkvError` when the link is lost or the time passes; a refusal is a result
+        fails with a `PgkvError` when the connection is lost or the time passes; a refusal is a result
         like any other.
         """
         deadline = monotonic() + seconds
@@ -260,12 +260,12 @@ class AsyncPgConnection:
         """Send a pending's operation; False if its task has to.
 
         `turn` gets the result, or fails, as the future of `send` does. After a good answer the
-        link is free before the task wakes up; else it stays the pending's.
+        connection is free before the task wakes up; else it stays the request's.
         """
         try:
             if self.send(op, seconds, pending.turn) is None:
                 return False
-        except Exception:  # noqa: BLE001  # the task shall meet it, not whoever left the link free
+        except Exception:  # noqa: BLE001  # the task gets it, not the caller that freed the connection
             return False
         self._pending = pending
         return True
@@ -303,7 +303,7 @@ class AsyncPgConnection:
         With a `result` it was sent already, by `send_pending`.
 
         Raises:
-            PgkvError: the server refused it, the link was lost, or the time passed.
+            PgkvError: the server refused it, the connection was lost, or the time passed.
         """
         statement = op.statement
         deadline = monotonic() + seconds
@@ -330,7 +330,7 @@ class AsyncPgConnection:
     async def execute_all(
         self, ops: Sequence[Op[Any]], seconds: float, *, sync_each: bool
     ) -> list[PGresult]:
-        """Send many operations in one round trip; see `_wire.PgConnection.execute_all`."""
+        """Send many operations in one round trip; see `_sync.connection.PgConnection.execute_all`."""
         failure: PgkvError
         about = PIPELINE
         deadline = monotonic() + seconds
@@ -394,7 +394,7 @@ class AsyncPgConnection:
 
     def _on_writable(self) -> None:
         try:
-            self._consume()  # a server whose answers nobody reads stops reading questions
+            self._consume()  # a server whose answers are not read stops reading questions
             if not self._flush():
                 self._stop_writing()
         except psycopg.Error as error:
@@ -413,7 +413,7 @@ class AsyncPgConnection:
                 self.on_free(self)
 
     def _break(self, error: psycopg.Error) -> None:
-        """The link is lost. After a FATAL message the server hangs up: the message is the answer."""
+        """The connection is lost. After a FATAL message the server hangs up: the message is the answer."""
         self._loop.remove_reader(self._socket)
         self._stop_writing()
         answer, self._result = self._result, None

@@ -1,6 +1,6 @@
-"""Which connection a coroutine gets: `_pool` for asyncio.
+"""Which connection a task gets: `_sync/pool` for asyncio.
 
-One event loop runs everything here, so no lock is needed between two awaits. Taking a link back
+One event loop runs everything here, so no lock is needed between two awaits. Taking a connection back
 never awaits: a task that is cancelled must not be able to leave one behind.
 """
 
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 
 class AsyncStorePool:
-    """The links of one store, and the loop they belong to.
+    """The connections of one store, and the loop they belong to.
 
     Args:
         config: sizes and timeouts.
@@ -108,8 +108,8 @@ class AsyncStorePool:
     # -- taking and giving back
 
     async def execute(self, op: Op[Any], deadline: float) -> PGresult:
-        """Perform one operation. While all links are busy it waits in the queue of `check_out`; the
-        link whose turn it is carries it at once, and its task wakes up only with the answer."""
+        """Perform one operation. While all connections are busy it waits in the queue of `check_out`; the
+        connection whose turn it is carries it at once, and its task wakes up only with the answer."""
         link, result = await self._check_out(deadline, op.statement.name, op)
         if link is None:
             assert result is not None
@@ -120,7 +120,7 @@ class AsyncStorePool:
             self.check_in(link)
 
     async def check_out(self, deadline: float, action: str) -> AsyncPgConnection:
-        """Return a live link, waiting in order while all are busy; see `_pool.StorePool.check_out`."""
+        """Return a live connection, waiting in order while all are busy; see `_sync.pool.StorePool.check_out`."""
         link, _ = await self._check_out(deadline, action)
         assert link is not None
         return link
@@ -128,7 +128,7 @@ class AsyncStorePool:
     async def _check_out(
         self, deadline: float, action: str, op: Op[Any] | None = None
     ) -> tuple[AsyncPgConnection | None, PGresult | None]:
-        """A link, or the answer to `op`; both, where the server refused it on that link."""
+        """A connection, or the answer to `op`; both, where the server refused it on that connection."""
         watchdog = self.enter_loop()
         patience = monotonic() + self._config.pool_timeout
         refusal: PgkvError | None = None  # why there are not more of them
@@ -187,7 +187,7 @@ class AsyncStorePool:
             self._wake()  # told to look again in the very turn in which it went away
 
     def _wake(self) -> None:
-        """Let the first who still waits open a link, or see that the store is closed."""
+        """Let the first who still waits open a connection, or see that the store is closed."""
         while self.waiters:
             waiter = self.waiters.popleft()
             if not waiter.turn.done():
@@ -195,12 +195,12 @@ class AsyncStorePool:
                 return
 
     def put_idle(self, link: AsyncPgConnection) -> None:
-        """Take a link back from an operation; the first who waits has it next."""
+        """Take a connection back from an operation; the first who waits has it next."""
         now = monotonic()
         if self._closed or link.retire_at < now:
             self._retire(link)
             return
-        # Whoever has it next sends at once: what a terminated backend said after its last answer
+        # The next task sends at once: what a terminated backend said after its last answer
         # would be lost with the connection, and the outcome unknown.
         if self.waiters and link.is_stale():
             self.discard(link)
@@ -211,14 +211,14 @@ class AsyncStorePool:
         self.idle.append(link)
 
     def check_in(self, link: AsyncPgConnection) -> None:
-        """Take a link back from an operation that failed: keep it if it still works."""
+        """Take a connection back from an operation that failed: keep it if it still works."""
         if link.is_usable():
             self.put_idle(link)
         else:
             self.discard(link)
 
     def discard(self, link: AsyncPgConnection) -> None:
-        """Close a link; what still runs on it is cancelled first, in the background."""
+        """Close a connection; what still runs on it is cancelled first, in the background."""
         if link.is_running():
             link.detach()  # an answer that comes before the task starts must not free it
             self._spawn(self._cancel(link))
@@ -278,7 +278,7 @@ class AsyncStorePool:
         )
 
     def time_out(self) -> None:
-        """Somebody has waited long enough."""
+        """A task has waited long enough."""
         now = monotonic()
         for waiter in self.waiters:
             if waiter.deadline <= now:
@@ -394,11 +394,11 @@ TOO_LATE = object()
 
 
 class TaskInQueue:
-    """A task in the queue. It wants an operation performed or, without one, a link for itself.
+    """A task in the queue. It wants an operation performed or, without one, a connection for itself.
 
     Args:
         turn: what the task waits for: the operation's answer, TOO_LATE, or None, which means "it is
-            yours" with a link and "look again" without.
+            yours" with a connection and "look again" without.
         op: the operation.
         deadline: of the wait.
         until: the deadline of the answer.
@@ -419,7 +419,7 @@ class TaskInQueue:
         self.link: AsyncPgConnection | None = None
 
     def takes(self, link: AsyncPgConnection, now: float) -> bool:
-        """Whether it still wants a link; it has this one then."""
+        """Whether it still wants a connection; it has this one then."""
         if self.deadline <= now:
             self.time_out()
         if self.turn.done():

@@ -1,4 +1,4 @@
-"""`_bound` for asyncio. Tasks may share a transaction: each operation has the connection for itself."""
+"""Operations inside a transaction, for asyncio. Tasks may share a transaction: one operation at a time uses the connection."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ class AsyncBoundChannel:
     """Operations inside one open transaction. Nothing is retried, created or collected.
 
     Args:
-        link: the transaction's connection, nobody else's until `end`.
+        connection: the transaction's, and no other caller's until `end`.
         timeout: seconds for one operation.
         deadline: the monotonic time at which the whole must end; None for no such time.
     """
 
     def __init__(
-        self, link: AsyncPgConnection, timeout: float, deadline: float | None = None
+        self, connection: AsyncPgConnection, timeout: float, deadline: float | None = None
     ) -> None:
-        self._link = link
+        self._link = connection
         self._timeout = timeout
         self._deadline = deadline
         self._depth = 0
@@ -123,14 +123,14 @@ class AsyncBoundChannel:
         return f"its transaction was {self._ended}" if self._ended else "in a transaction"
 
     def end(self) -> None:
-        """Refuse whatever comes after."""
+        """Refuse what comes after."""
         self._ended = self._ended or "rolled back"
 
     async def create_missing_table(self, table: Table) -> None:
-        """Nothing is created in somebody's transaction."""
+        """Nothing is created inside a transaction."""
 
     def watch(self, sql: Sweep) -> None:
-        """Nothing is collected in somebody's transaction."""
+        """Nothing is collected inside a transaction."""
 
     async def close(self) -> None:
         """The connection is not the store's to close."""
@@ -177,7 +177,7 @@ class AsyncBoundChannel:
         return self._savepoint() if self._in_transaction() else contextlib.nullcontext()
 
     def may_repeat(self, _op: Op[Any], _error: PgkvError, /) -> bool:
-        """Nothing is repeated in somebody's transaction."""
+        """Nothing is repeated inside a transaction."""
         return False
 
     @contextlib.asynccontextmanager
@@ -270,7 +270,7 @@ class AsyncCallerChannel(AsyncBoundChannel):
 
     @property
     def state(self) -> str:
-        """That its connection is somebody else's, or how its own transaction ended."""
+        """That its connection is the caller's, or how its own transaction ended."""
         return super().state if self._ended else "on a caller's connection"
 
     def _using(self) -> contextlib.AbstractAsyncContextManager[Any]:

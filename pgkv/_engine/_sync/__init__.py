@@ -1,1 +1,1 @@
-"""The engine for threads: what blocks."""
+"""The engine for threads: the code that blocks."""

@@ -1,7 +1,7 @@
 """Where a store's operations go: a store is a set of statements and a channel that performs them.
 
-`PoolChannel` sends each operation over a pooled link, by itself, and retries, heals and collects;
-`_bound` has the channels of transactions, which do none of that. Blocking; `_aio_channel` awaits.
+`PoolChannel` sends each operation over a pooled connection, by itself, and retries, creates missing
+tables and collects; `transaction` has the channels of transactions, which do none of that.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ T = TypeVar("T")
 
 
 class Channel(Protocol):
-    """What a store needs of whatever carries its operations."""
+    """What a store needs of what performs its operations."""
 
     @property
     def state(self) -> str:
@@ -74,11 +74,11 @@ class Channel(Protocol):
 
 
 class PoolChannel:
-    """Operations over pooled links, each by itself.
+    """Operations over pooled connections, each by itself.
 
     Args:
         config: timeouts and the retry policy.
-        pool: where links come from.
+        pool: where connections come from.
     """
 
     def __init__(self, config: Config, pool: StorePool | CallerPool) -> None:
@@ -170,7 +170,7 @@ class PoolChannel:
         try:
             answer = self._settle(op, deadline, outcome)
         except BaseException as error:
-            # Its context would be that no link lay idle, which is nobody's concern.
+            # Its context would be that no connection was idle, which concerns no caller.
             error.__suppress_context__ = True
             if _observe.hooks:
                 name, retries = op.statement.name, getattr(op, "retries", 0)
@@ -240,7 +240,7 @@ class PoolChannel:
     def transaction(
         self, isolation: IsolationLevel | None = None
     ) -> contextlib.AbstractContextManager[BoundChannel]:
-        """Open a transaction on a link of its own, its tables made beforehand."""
+        """Open a transaction on a connection of its own, its tables made beforehand."""
         return self._bound(isolation, ensure=True)
 
     @contextlib.contextmanager

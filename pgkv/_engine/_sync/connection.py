@@ -7,7 +7,7 @@ others' business. Every failure leaves as a `PgkvError` that says whether the ou
 
 * it is, when nothing was sent, or when the first result is an error with an SQLSTATE, also a
   FATAL one: CommandComplete precedes the commit, so an error in its place means no commit;
-* it is not, when the link broke or the deadline passed after sending.
+* it is not, when the connection broke or the deadline passed after sending.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class PgConnection:
     """One connection, and the operations that cross it.
 
     Args:
-        conn: an open psycopg connection; nobody else may use it meanwhile.
+        conn: an open psycopg connection; no other caller uses it meanwhile.
         prepares: keep prepared statements on it. Not behind a transaction pooler, and not on a
             connection that belongs to the caller.
         prepared: the names prepared on it already, kept up to date.
@@ -83,7 +83,7 @@ class PgConnection:
         self._lost: deque[Any] | None = None
         self._prepared = set() if prepared is None else prepared
         pgconn = self.pgconn
-        # One poller for the link's life; bound methods spare a look-up for each of some ten calls.
+        # One poller for the connection's life; bound methods spare a look-up for each of some ten calls.
         self.poll = poller(pgconn.socket)
         self._send_prepared = pgconn.send_query_prepared
         self._flush = pgconn.flush
@@ -124,7 +124,7 @@ class PgConnection:
         return pgconn.status == pq.ConnStatus.OK and pgconn.transaction_status == IDLE
 
     def abandon(self, seconds: float = CANCEL_TIMEOUT) -> None:
-        """Stop what runs (one request, bounded) and close: a late cancel must hit nobody else.
+        """Stop what runs (one request, bounded) and close: a late cancel must not hit another caller.
 
         A server that is silent answers no cancel request either: who had little time for the call
         has little for this.
@@ -148,8 +148,8 @@ class PgConnection:
             again: send it once more if the server has forgotten the prepared statement.
 
         Raises:
-            OperationTimeoutError: the time passed; the statement was cancelled, the link closed.
-            PgkvError: the server refused it, or the link was lost.
+            OperationTimeoutError: the time passed; the statement was cancelled, the connection closed.
+            PgkvError: the server refused it, or the connection was lost.
         """
         deadline = monotonic() + seconds
         statement = op.statement
@@ -290,7 +290,7 @@ class PgConnection:
 
     def _finish_sending(self, deadline: float) -> None:
         """Push out what the socket did not take at once, reading meanwhile: a server whose
-        answers nobody reads stops reading questions."""
+        answers are not read stops reading questions."""
         both = select.poll()
         both.register(self.pgconn.socket, select.POLLIN | select.POLLOUT)
         while self._flush():
@@ -358,7 +358,8 @@ class _PastDeadlineError(Exception):
 
 
 def poller(fd: int) -> Callable[[float], Sequence[Any]]:
-    """What waits so many milliseconds for the socket to become readable; empty if it did not."""
+    """Return a function that waits some milliseconds for the socket to become readable, and
+    returns an empty sequence if it did not."""
     if HAS_POLL:
         poll = select.poll()
         poll.register(fd, select.POLLIN)

@@ -1,4 +1,4 @@
-"""The fallback of the fast path: a link over an ordinary psycopg cursor.
+"""The fallback of the fast path: a connection used through an ordinary psycopg cursor.
 
 Where the platform has no ``poll()`` (Windows). Slower, the same promises.
 """
@@ -84,7 +84,7 @@ class CursorConnection(PgConnection):
         """The server's answer, refusals included."""
         statement = op.statement
         self._begin_nothing()
-        alarm = threading.Lock()  # held by whoever decides how this ends
+        alarm = threading.Lock()  # held by the side that decides how this ends
         timer = threading.Timer(max(0.0, seconds), self._expire, [alarm])
         timer.daemon = True
         timer.start()
@@ -106,7 +106,7 @@ class CursorConnection(PgConnection):
             raise
         timer.cancel()
         if not alarm.acquire(blocking=False):
-            # A cancel request is under way, and may come late: nothing may follow on this link.
+            # A cancel request is under way, and may come late: nothing may follow on this connection.
             timer.join()
             self.abandon()
             if result is None or result.status not in OK:
@@ -119,7 +119,7 @@ class CursorConnection(PgConnection):
         return result
 
     def _begin_nothing(self) -> None:
-        """Keep psycopg from opening a transaction that nobody would commit."""
+        """Keep psycopg from opening a transaction that is never committed."""
         if self.pgconn.transaction_status == IDLE and not self.conn.autocommit:
             self.conn.autocommit = True
             self._resets_autocommit = True

@@ -150,7 +150,7 @@ class StorePool:
                     self._search(started)
                     continue
                 if conn is None:
-                    self.waiters.appendleft(turn)  # whoever said "look again" took it off
+                    self.waiters.appendleft(turn)  # who said "look again" took it off
                 elif conn.is_stale():
                     turn = None
                     self.discard(conn)
@@ -198,7 +198,7 @@ class StorePool:
             gc.collect()
 
     def _close_lost(self) -> None:
-        """Close the connections that nobody holds any more."""
+        """Close the connections that no caller holds any more."""
         while self._lost:
             with contextlib.suppress(IndexError):
                 self._discard(self._lost.popleft())
@@ -461,7 +461,7 @@ class CallerPool:
         self._caller_pool.putconn(link.release())
 
     def serve_waiters(self) -> None:
-        """Nobody waits here: the pool has its own queue."""
+        """Nothing waits here: the caller's pool has its own queue."""
 
     def after_fork(self) -> None:
         """A forked child needs a pool of its own: what the caller's does then is the caller's."""
@@ -475,7 +475,7 @@ _inherited: list[object] = []
 
 
 def disown(link: PgConnection) -> None:
-    """Leave a link to the parent process it was inherited from."""
+    """Leave a connection to the parent process it was inherited from."""
     _inherited.append(link)
 
 

@@ -1,7 +1,7 @@
-"""Operations inside somebody's transaction: the store's own, or one on the caller's connection.
+"""Operations inside a transaction: the store's own, or one on the caller's connection.
 
 Nothing is retried, created or collected here: what is done belongs to a transaction, and only who
-opened it can begin it anew.
+opened it can begin it again.
 """
 
 from __future__ import annotations
@@ -43,13 +43,15 @@ class BoundChannel:
     """Operations inside one open transaction. Nothing is retried, created or collected.
 
     Args:
-        link: the transaction's connection, nobody else's until `end`.
+        connection: the transaction's, and no other caller's until `end`.
         timeout: seconds for one operation.
         deadline: the monotonic time at which the whole must end; None for no such time.
     """
 
-    def __init__(self, link: PgConnection, timeout: float, deadline: float | None = None) -> None:
-        self._link = link
+    def __init__(
+        self, connection: PgConnection, timeout: float, deadline: float | None = None
+    ) -> None:
+        self._link = connection
         self._timeout = timeout
         self._deadline = deadline
         self._depth = 0
@@ -133,10 +135,10 @@ class BoundChannel:
         return self._link.pgconn.transaction_status == pq.TransactionStatus.INTRANS
 
     def create_missing_table(self, table: Table) -> None:
-        """Nothing is created in somebody's transaction."""
+        """Nothing is created inside a transaction."""
 
     def watch(self, sql: Sweep) -> None:
-        """Nothing is collected in somebody's transaction."""
+        """Nothing is collected inside a transaction."""
 
     def close(self) -> None:
         """The connection is not the store's to close."""
@@ -147,7 +149,7 @@ class BoundChannel:
         return f"its transaction was {self._ended}" if self._ended else "in a transaction"
 
     def end(self) -> None:
-        """Refuse whatever comes after."""
+        """Refuse what comes after."""
         self._ended = self._ended or "rolled back"
 
     def run(self, flow: Flow[T], timeout: float | None = None) -> T:
@@ -187,7 +189,7 @@ class BoundChannel:
         return self._savepoint() if self._in_transaction() else contextlib.nullcontext()
 
     def may_repeat(self, _op: Op[Any], _error: PgkvError, /) -> bool:
-        """Nothing is repeated in somebody's transaction."""
+        """Nothing is repeated inside a transaction."""
         return False
 
     @contextlib.contextmanager
@@ -264,7 +266,7 @@ class BoundChannel:
             raise TransactionError("the transaction belongs to the parent process")
 
     def _undo(self, rollback: Op[None]) -> None:
-        # In a forked child, or on a broken link, there is nothing to say to the server.
+        # In a forked child, or on a broken connection, there is nothing to say to the server.
         if (
             not self._over()
             and not self.is_inherited()
@@ -289,7 +291,7 @@ class CallerChannel(BoundChannel):
 
     @property
     def state(self) -> str:
-        """That its connection is somebody else's, or how its own transaction ended."""
+        """That its connection is the caller's, or how its own transaction ended."""
         return super().state if self._ended else "on a caller's connection"
 
     def _check(self, action: str) -> None:
