@@ -149,7 +149,7 @@ class Config:
         ttl_cleanup_strategy: how expired rows are collected.
         max_key_length: bytes in UTF-8, a namespace's prefix included; at most 2,600.
         max_value_size: bytes.
-        connect_timeout: seconds to open one connection.
+        connect_timeout: seconds to open one connection, for each host of the DSN.
         operation_timeout: seconds for a whole call: pool wait, connecting, every attempt.
         application_name: what ``pg_stat_activity`` shows.
         pool_min_size: connections kept open. Raise it to spare a first burst its connecting.

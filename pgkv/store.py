@@ -721,7 +721,8 @@ class Store:
     def transaction(self) -> Entering[Self]:
         """Enter a transaction: a store whose operations commit together, or not at all.
 
-        Inside a transaction it opens a savepoint. Nothing is retried or collected inside. It holds a
+        Inside a transaction it opens a savepoint; other threads (or tasks) that share the
+        transaction wait until that ends. Nothing is retried or collected inside. It holds a
         connection and row locks until its end, so keep it short.
 
         Returns:
@@ -729,7 +730,8 @@ class Store:
             with ``async with`` or awaited. `tx` is a store.
 
         Raises:
-            TransactionError: (of the store it gives) it was used after its end.
+            TransactionError: (of the store it gives) it was used after its end, or another thread
+                or task was inside a nested transaction for longer than ``operation_timeout``.
         """
         return Entering(self._transaction())
 
