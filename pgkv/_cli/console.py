@@ -16,12 +16,12 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rich.console import Console, RenderableType
+    from rich.console import Console
     from rich.progress import Progress
     from rich.table import Table
     from rich.text import Text
@@ -301,17 +301,3 @@ def progress(*, quiet: bool = False) -> Progress:
         transient=True,
         disable=quiet or not console.is_terminal,
     )
-
-
-@contextlib.contextmanager
-def live(*, quiet: bool = False) -> Iterator[Callable[[RenderableType], None]]:
-    """Give a function that replaces a picture on standard error, which disappears at the end. It is
-    drawn on a terminal only."""
-    from rich.live import Live
-
-    console = err()
-    if quiet or not console.is_terminal:
-        yield lambda _: None
-        return
-    with Live(console=console, transient=True) as picture:
-        yield picture.update

@@ -10,10 +10,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress
 
-from pgkv._cli.demo.placement import CAN_PLACE
 from tests.benchmarks import page, plot, readme, record, services, table
 from tests.benchmarks.case import Bench, Case, FactCase
 from tests.benchmarks.cases import TOPICS, Topic
+from tests.benchmarks.placement import CAN_PLACE
 from tests.benchmarks.record import Record, Section
 from tests.benchmarks.rounds import ROUNDS_MIN, measure
 

@@ -75,7 +75,7 @@ class Case:
 
     @property
     def is_pinned(self) -> bool:
-        """One client that waits for one server shares a core with it: see `pgkv._cli.demo.placement`."""
+        """One client that waits for one server shares a core with it: see `tests.benchmarks.placement`."""
         return self.workers == 1
 
 

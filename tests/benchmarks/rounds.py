@@ -9,9 +9,9 @@ from contextlib import nullcontext
 from random import Random
 from time import perf_counter
 
-from pgkv._cli.demo.placement import on_one_core
 from tests.benchmarks.case import Bench, Case, Run
 from tests.benchmarks.figures import Result, result
+from tests.benchmarks.placement import on_one_core
 
 ROUND_SECONDS = 0.012
 ROUND_SECONDS_MANY = 0.06  # starting and ending many workers has to weigh little

@@ -33,7 +33,7 @@ def name(page: Path) -> str:
 @pytest.fixture
 def redis_url() -> Iterator[str]:
     """An empty Redis of the test's own."""
-    from pgkv._cli.demo.redis_server import open_redis  # here: it brings the whole demo along
+    from tests.benchmarks.redis_server import open_redis
 
     with open_redis() as (client, said):
         if client is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
-import shutil
+import re
 import signal
 import subprocess
 import sys
@@ -19,9 +19,8 @@ import pytest
 pytest.importorskip("typer")
 pytest.importorskip("rich")
 
-from pgkv import Store
-from pgkv._cli.demo import crew, redis_server, throughput
 from pgkv._cli.demo import play as _demo
+from pgkv._cli.demo import workers
 from pgkv._cli.demo.screen import Screen
 from pgkv._cli.demo.stage import Check, Rate, Report, Scene, Stage
 from pgkv._embedded.binaries import exists
@@ -32,7 +31,7 @@ from tests.faults.support import newest
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ("--keys", "6000", "--seconds", "0.3")
 FLEET = "A fleet with one lock"
-# `pgkv demo`, of which only the scene of the first argument is played.
+# `pgkv demo`, of which only the scene of the first argument is run.
 ONE_SCENE = """
 import functools, sys
 from pgkv import cli
@@ -53,6 +52,10 @@ def test_on_another_server(dsn: str, capsys: pytest.CaptureFixture[str]) -> None
     said, complaints = capsys.readouterr()
     assert code == 0, said + complaints
     assert "WRONG" not in said
+    held = [line for line in said.splitlines() if line.startswith("  ok: ")]
+    assert len(held) == 23
+    for line in held:
+        assert not re.search(r"missing|wrong|\b0 (?:were|are|is)\b|\b1 \w+s\b", line), line
     assert "23 of 23 checks held" in said
     for scene in _demo.SCENES:
         assert f"\n{scene.title}\n  {scene.stake}\n" in said
@@ -127,58 +130,28 @@ def test_any_encoding(terminal: bool, encoding: str, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("sys.stdout", io.TextIOWrapper(written, encoding, write_through=True))
     monkeypatch.setattr("pgkv._cli.console.on_terminal", lambda: terminal)
     monkeypatch.setenv("COLUMNS", "80")
-    rates = (Rate("get", 1, 50_000.0, 2e-5, 4e-5, 25_000.0), Rate("swap", 8, 10.0, 0.1, 0.2))
+    rates = (Rate("get", 1, 50_000.0, 2e-5, 4e-5), Rate("swap", 8, 10.0, 0.1, 0.2))
     report = Report(["said"], [Check("good", True), Check("bad", False)], list(rates))
     screen = Screen(quiet=False)
     screen.begin(scene())
     screen.show(report)
     screen.sum_up([report])
     said = written.getvalue().decode(encoding)
-    for word in ("A scene", "at stake", "good", "bad", "50,000", "25,000", "2.00", "swap"):
+    for word in ("A scene", "at stake", "good", "bad", "50,000", "200.00 ms", "swap"):
         assert word in said
     assert ("µs" if encoding == "utf-8" else "us") in said
     assert ("✓" in said) == (terminal and encoding == "utf-8")
     assert max(map(len, said.splitlines())) <= 80
 
 
-def test_without_redis_there_is_no_comparison(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is said why, and what to install where only the client is missing."""
-    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    monkeypatch.setattr("shutil.which", lambda _: "/usr/bin/redis-server")
-    with redis_server.open_redis() as (client, about):
-        assert client is None
-        assert "pip install redis" in about
-    monkeypatch.setattr("shutil.which", lambda _: None)
-    with redis_server.open_redis() as (client, about):
-        assert client is None
-        assert "No redis-server" in about
-
-
-@newest
-@pytest.mark.skipif(shutil.which("redis-server") is None, reason="no redis-server on PATH")
-def test_beside_redis(dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same operations on the same keys, its rate beside ours."""
-    monkeypatch.setattr(throughput, "server_pids", lambda _: [])  # it may not be ours to place
-    cores = os.sched_getaffinity(0) if sys.platform == "linux" else None
-    with Store.connect(dsn) as store:
-        data = {f"key:{number:04}": f"value {number}" for number in range(400)}
-        store.set_many(data)
-        stage = Stage(store, {}, _demo.Size(400, 0.2), "18", True, True, data)
-        report = throughput.play(stage)
-    assert [check for check in report.checks if not check.held] == []
-    assert len(report.rates) == 7
-    assert all(each.redis_per_second for each in report.rates)
-    assert cores == (os.sched_getaffinity(0) if sys.platform == "linux" else None)
-
-
 # -- processes --------------------------------------------------------------------------------------
 
 
-def test_a_member_that_fails_is_heard_of() -> None:
-    """What a process of the crew died of is raised in the demo, and no process is left."""
+def test_a_worker_that_fails_is_reported() -> None:
+    """What a worker died of is raised in the demo, and no process is left."""
     with (
         pytest.raises(RuntimeError, match=r"process 1 of the demo failed: .*no_such_scene"),
-        crew.hired("no_such_scene", 1, {"settings": {}, "terms": {}}),
+        workers.running("no_such_scene", 1, {"settings": {}, "terms": {}}),
     ):
         pytest.fail("it was ready")
 
@@ -210,7 +183,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
         process.communicate()
 
 
-def members_of(demo: subprocess.Popen[bytes]) -> list[int]:
+def workers_of(demo: subprocess.Popen[bytes]) -> list[int]:
     """The processes that it has started for a scene."""
     table = subprocess.run(
         ["ps", "-A", "-o", "pid=,ppid=,args="], capture_output=True, text=True, check=True
@@ -230,8 +203,8 @@ def test_interrupted(number: signal.Signals, start: Start) -> None:
     and its directory are gone."""
     directory = servers.new_directory("demo")
     demo = start(FLEET, "--seconds", "3", TMPDIR=str(directory))
-    servers.wait_until(lambda: len(members_of(demo)) == 4, "all processes of the scene run")
-    members = members_of(demo)
+    servers.wait_until(lambda: len(workers_of(demo)) == 4, "all processes of the scene run")
+    running = workers_of(demo)
     if number == signal.SIGINT:
         os.killpg(demo.pid, number)  # a terminal's Ctrl-C is for the whole group
     else:
@@ -241,7 +214,7 @@ def test_interrupted(number: signal.Signals, start: Start) -> None:
     assert b"Interrupted: cleaning up" in said
     assert b"Traceback" not in said
     # One that was just being started is not known yet, and ends by itself.
-    servers.wait_until(lambda: not any(map(exists, members)), "they end", 10)
+    servers.wait_until(lambda: not any(map(exists, running)), "they end", 10)
     assert list(directory.iterdir()) == []
 
 
@@ -249,10 +222,10 @@ def test_interrupted(number: signal.Signals, start: Start) -> None:
 def test_killed(dsn: str, start: Start) -> None:
     """kill -9 of the demo: the processes that it has started end by themselves."""
     demo = start(FLEET, "--seconds", "3", "--dsn", dsn)
-    servers.wait_until(lambda: len(members_of(demo)) == 4, "all processes of the scene run")
-    members = members_of(demo)
+    servers.wait_until(lambda: len(workers_of(demo)) == 4, "all processes of the scene run")
+    running = workers_of(demo)
     demo.kill()
-    servers.wait_until(lambda: not any(map(exists, members)), "they end")
+    servers.wait_until(lambda: not any(map(exists, running)), "they end")
 
 
 @newest
@@ -265,8 +238,8 @@ def test_a_module_in_the_working_directory(dsn: str, start: Start, tmp_path: Pat
 
 
 def test_importing_pgkv_does_not_load_the_demo() -> None:
-    """`import pgkv` loads neither the demo nor the client of Redis."""
-    script = "import sys, pgkv; print({'pgkv._cli.demo', 'redis'} & set(sys.modules))"
+    """`import pgkv` does not load the demo."""
+    script = "import sys, pgkv; print({'pgkv._cli.demo', 'rich', 'typer'} & set(sys.modules))"
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
     )

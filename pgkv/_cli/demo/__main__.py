@@ -1,4 +1,4 @@
-"""A process of the crew: what it is told on standard input it does, and answers on standard output."""
+"""A process of the demo: it runs the `work` function of the scene that its first order names."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import signal
 from importlib import import_module
 
 from ...store import Store
-from .crew import Orders, say
 from .setting import config_of
+from .workers import Orders, answer
 
-CONNECTIONS = 20  # of one process: a scene has at most so many threads
+CONNECTIONS = 20  # of one process: a scene has at most this many threads
 
 
 def main() -> None:
-    """Take part in the scene that the first line names."""
+    """Work in a scene."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    for name in ("pgkv", "psycopg"):  # what matters is in the answers
+    for name in ("pgkv", "psycopg"):  # the answers have what matters
         logging.getLogger(name).addHandler(logging.NullHandler())
     orders = Orders()
     first = orders.next()
@@ -25,12 +25,12 @@ def main() -> None:
         return
     scene = import_module(f".{first['part']}", __package__)
     with (
-        contextlib.suppress(BrokenPipeError),  # the demo is gone
+        contextlib.suppress(BrokenPipeError),  # the demo has ended
         Store(config_of(first["settings"], CONNECTIONS)) as store,
     ):
         store.ping()
-        say("ready")
-        scene.take_part(store, orders, **first["terms"])
+        answer("ready")
+        scene.work(store, orders, **first["terms"])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Real data that every Python brings along: its library's source, and the names of Unicode."""
+"""Real data of every Python installation: the source of its library, and the names of Unicode."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def source_files(folder: str = "") -> Iterator[tuple[str, str]]:
 
 
 def lines_of(name: str, text: str) -> Iterator[tuple[str, str]]:
-    """A module's lines that are not blank, under keys that sort as they stand."""
+    """A module's lines that are not blank, under keys that sort in their order."""
     for number, line in enumerate(text.splitlines(), 1):
         if line.strip():
             yield f"{SOURCE}{name}:{number:06}", line
@@ -56,7 +56,7 @@ def source_lines() -> Iterator[tuple[str, str]]:
 
 
 def words() -> Iterator[tuple[str, str]]:
-    """The machine's dictionary, where it has one."""
+    """The machine's dictionary, if it has one."""
     for path in map(Path, WORD_LISTS):
         if path.is_file():
             for number, word in enumerate(path.read_text("utf-8", "replace").split(), 1):

@@ -1,4 +1,4 @@
-"""Scene: keys end when their time is up, and their rows are collected."""
+"""Scene: keys expire for every reader at once, and their rows are collected."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ def play(stage: Stage) -> Report:
     seconds = time.monotonic() - started
     left = store.count(PREFIX, include_expired=True)
     checks = [
-        Check(f"after it, {visible} were", visible == 0),
-        Check(f"collecting removed {removed:,} rows of {rows:,}, {left} are left",
+        Check(f"{visible or 'none'} readable after expiry", visible == 0),
+        Check(f"collecting removed {removed:,} of {rows:,} rows, {left or 'none'} left",
               removed == rows == len(keys) and left == 0),
     ]  # fmt: skip
     if early:
-        text = f"before their time was up, all {there:,} keys were there"
+        text = f"all {there:,} keys were readable before expiry"
         checks.insert(0, Check(text, there == len(keys)))
     return Report(
         [
@@ -53,6 +53,6 @@ def play(stage: Stage) -> Report:
 
 SCENE = Scene(
     "Expiry",
-    "A key whose time is up must be gone for every reader at once, then from the disk.",
+    "An expired key must be gone for every reader at once, and then from the disk.",
     play,
 )

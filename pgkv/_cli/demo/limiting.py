@@ -15,42 +15,42 @@ from time import monotonic, perf_counter, sleep
 
 from ...patterns.rate_limit.api import Decision, RateLimiter
 from ...store import Store
-from .crew import Orders, say
 from .stage import Check, Report, Scene, Stage, rate
+from .workers import Orders, answer
 
 PROCESSES = 4
 COUNT, BURST = 100, 200  # per second, and at once: two seconds without any hit fill the bucket
 KEY = "one for all"
 SECOND = timedelta(seconds=1)
-PATIENCE = 60.0  # seconds for one hit: what is counted is not to depend on a busy machine
+TIMEOUT = 60.0  # seconds for one hit: the count must not depend on a busy machine
 
 
 def limiter_of(store: Store) -> RateLimiter:
     """Return the limiter that all processes share, by its name."""
-    return RateLimiter(store, f"{COUNT}/s burst {BURST}", name="demo", timeout=PATIENCE)
+    return RateLimiter(store, f"{COUNT}/s burst {BURST}", name="demo", timeout=TIMEOUT)
 
 
 def play(stage: Stage) -> Report:
     """Let them hammer for a while; count what was admitted, and what should have been."""
     limiter = limiter_of(stage.store)
     seconds = stage.size.seconds * 2 / 3
-    with stage.crew("limiting", PROCESSES) as crew:
+    with stage.workers("limiting", PROCESSES) as workers:
         decision, *opened = _timed_hit(stage, limiter)
         own = int(decision.allowed)
         started = monotonic()
-        crew.tell("go")
+        workers.tell("go")
         with stage.bar("hammering", round(seconds * 10)) as advance:
             while monotonic() < started + seconds:
                 sleep(0.1)
                 advance(1)
-        crew.stop()
+        workers.stop()
         took = monotonic() - started
         answers: list[tuple[int, list[float]]] = []
-        while len(answers) < PROCESSES:  # somebody has to take what flows in
+        while len(answers) < PROCESSES:  # the demo takes what flows in meanwhile
             while limiter.hit(KEY):
                 own += 1
             with contextlib.suppress(TimeoutError):
-                answers.append(crew.hear(0.01)[1])
+                answers.append(workers.answer(0.01)[1])
         decision, *closed = _timed_hit(stage, limiter)
         while decision:
             own += 1
@@ -86,8 +86,8 @@ def _span(least: int, most: int) -> str:
     return str(least) if least == most else f"{least} to {most}"
 
 
-def take_part(store: Store, orders: Orders) -> None:
-    """Hit until told to stop; say how many were admitted, and how long each hit took."""
+def work(store: Store, orders: Orders) -> None:
+    """Hit until told to end; answer how many were admitted, and the seconds of each hit."""
     limiter = limiter_of(store)
     latencies: list[float] = []
     admitted = 0
@@ -96,7 +96,7 @@ def take_part(store: Store, orders: Orders) -> None:
         started = perf_counter()
         admitted += limiter.hit(KEY).allowed
         latencies.append(perf_counter() - started)
-    say((admitted, latencies))
+    answer((admitted, latencies))
 
 
 SCENE = Scene(

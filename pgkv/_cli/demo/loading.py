@@ -58,7 +58,7 @@ def play(stage: Stage) -> Report:
             f"{len(stage.data) / seconds:,.0f} a second",
         ],
         [
-            Check(f"the store counts {found:,} keys, {len(stage.data):,} were written",
+            Check(f"the store counts {found:,} keys, and {len(stage.data):,} were written",
                   found == len(stage.data)),
             Check(f"{len(sample):,} keys drawn at random hold what was written", same),
         ],
@@ -66,6 +66,4 @@ def play(stage: Stage) -> Report:
     )  # fmt: skip
 
 
-SCENE = Scene(
-    "Loading", "Real data, in batches: a store that loses one key of them is no store.", play
-)
+SCENE = Scene("Loading", "Loading real data in batches; every key must arrive.", play)

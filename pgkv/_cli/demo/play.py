@@ -41,14 +41,14 @@ def run(
     as_json: bool = False,
     scenes: Sequence[Scene] = SCENES,
 ) -> bool:
-    """Play all scenes and clean up, also after Ctrl-C.
+    """Run all scenes and clean up, also after Ctrl-C.
 
     Args:
         dsn: another server to use; None starts a temporary one.
         options: schema and pooler, as `Config` has them.
         size: how much and how long.
         as_json: one document at the end instead of text.
-        scenes: what is played.
+        scenes: what is run.
 
     Returns:
         Whether every check held.
@@ -94,8 +94,8 @@ def run(
 
 def _what_next() -> str:
     if (Path(__file__).parents[2] / QUICKSTART).is_file():
-        return f"Go on with {QUICKSTART}, five minutes, and the programs in examples/."
-    return "Go on with pgkv --help, and help(pgkv) in Python."
+        return f"Continue with {QUICKSTART}, five minutes, and the programs in examples/."
+    return "Continue with pgkv --help, and help(pgkv) in Python."
 
 
 __all__ = ["SCENES", "Scene", "Size", "run"]

@@ -45,7 +45,7 @@ def _count(stage: Stage) -> tuple[Rate, Check]:
     return (
         rate("increment", WORKERS, every, seconds),
         Check(
-            f"{WORKERS} threads on {SHARED} counters: they add up to {total:,}, after "
+            f"{WORKERS} threads on {SHARED} counters: they add up to {total:,} after "
             f"{len(every):,} increments",
             total == len(every),
         ),
@@ -81,11 +81,11 @@ def _draw(stage: Stage) -> tuple[Rate, Check, str]:
     return (
         rate("compare_and_swap", WORKERS, every, seconds),
         Check(
-            f"{missing:,} is missing from {SHARED} accounts, after {done:,} successful swaps of 1 "
-            "each",
+            f"{SHARED} accounts were debited {missing:,} in total by {done:,} successful swaps of 1: "
+            "none lost",
             missing == done,
         ),
-        f"{len(every) - done:,} of {len(every):,} swaps met somebody else's change, and tried again",
+        f"{len(every) - done:,} of {len(every):,} swaps met another thread's change and tried again",
     )
 
 
@@ -103,5 +103,7 @@ def _race(stage: Stage) -> list[int]:
 
 
 SCENE = Scene(
-    "Races", "Threads that change the same keys: whoever reads, adds and writes loses counts.", play
+    "Races",
+    "Threads change the same keys: reading, adding and writing back would lose counts.",
+    play,
 )

@@ -1,4 +1,4 @@
-"""Scene: visitors log in. Their sessions get new tokens, and go on; the old tokens end."""
+"""Scene: visitors log in. Their sessions continue under new tokens; the old tokens end."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def play(stage: Stage) -> Report:
 
     users = [f"user:{number}" for number in range(VISITORS)]
     carts = [{"cart": [number, number + 1]} for number in range(VISITORS)]
-    # What a thief may know: the tokens that the visitors had before they logged in.
+    # A thief may know these: the tokens that the visitors had before they logged in.
     old = [timed("create", sessions.create, cart).id for cart in carts]
     rotated = monotonic()
     current: list[Session] = []
@@ -67,8 +67,8 @@ def play(stage: Stage) -> Report:
     checks = [
         Check(f"{survived} of {VISITORS} sessions kept their data, under a new token and with their "
               "user", survived == VISITORS),
-        Check(f"{dead} of {VISITORS} old tokens are nobody's after the grace", dead == VISITORS),
-        Check(f"destroy_user ended {ended}; {alive} are alive, {revived} came back by a late save",
+        Check(f"{dead} of {VISITORS} old tokens are dead after the grace", dead == VISITORS),
+        Check(f"destroy_user ended {ended}; {alive or 'none'} alive, {revived or 'none'} revived by a late save",
               (ended, alive, revived) == (VISITORS, 0, 0)),
     ]  # fmt: skip
     if in_time:
@@ -95,7 +95,7 @@ def _is_refused(sessions: SessionStore, session: Session) -> bool:
 
 SCENE = Scene(
     "Sessions",
-    "A login gives a session a new token. The cart must survive it, and whoever knew the old token "
-    "must have nothing.",
+    "A login gives a session a new token. The cart must survive it, and the old token must be "
+    "worthless to a thief.",
     play,
 )

@@ -1,4 +1,4 @@
-"""What a demo needs around it: a server, a table, signals that end it in order; and their end."""
+"""What a demo runs on: a server and a table, removed at the end, also after a signal."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from .stage import WORKERS, Size, Stage
 def open_stage(
     dsn: str | None, options: dict[str, Any], size: Size, *, quiet: bool
 ) -> Iterator[Stage]:
-    """Make a table of the demo's own, on a server of its own where no DSN is given.
+    """Create a table for the demo, on a temporary server if no DSN is given.
 
-    Both are gone afterwards, whatever happened, but for a SIGKILL.
+    Both are removed afterwards, except after a SIGKILL.
     """
     with contextlib.ExitStack() as cleanup:
-        signals = cleanup.enter_context(_Signals())
+        signals = cleanup.enter_context(_Interrupts())
         is_own = dsn is None
         if dsn is None:
             dsn = cleanup.enter_context(_temporary_server()).dsn
@@ -52,12 +52,12 @@ def open_stage(
 
 
 def config_of(settings: dict[str, Any], connections: int) -> Config:
-    """Return what `Stage.settings` stand for, for a process that needs so many connections."""
+    """Return the `Config` of `Stage.settings`, for a process with that many connections."""
     return Config(
         **{**settings, "pooler": Pooler(settings["pooler"])},
         application_name="pgkv demo",
         pool_max_size=connections,
-        # Scenes say themselves when expired rows are collected, and count them.
+        # Scenes collect expired rows themselves, and count them.
         ttl_cleanup_strategy=TtlCleanupStrategy.MANUAL,
     )
 
@@ -72,8 +72,8 @@ def _temporary_server() -> Iterator[embedded.EmbeddedServer]:
         shutil.rmtree(path, ignore_errors=True)
 
 
-class _Signals:
-    """Lets SIGTERM and SIGHUP end the demo as Ctrl-C does, so that it cleans up."""
+class _Interrupts:
+    """SIGTERM and SIGHUP end the demo as Ctrl-C does, so that it cleans up."""
 
     def __init__(self) -> None:
         main = threading.current_thread() is threading.main_thread()
@@ -86,7 +86,7 @@ class _Signals:
         return self
 
     def ignore(self) -> None:
-        """From here on everything is cleaned up: an impatient second Ctrl-C must not stop that."""
+        """The demo is cleaning up: a second Ctrl-C must not interrupt that."""
         for number in self._numbers:
             signal.signal(number, signal.SIG_IGN)
 
@@ -100,7 +100,7 @@ def _interrupt(_number: int, _frame: FrameType | None) -> None:
 
 
 def _drop(store: Store) -> None:
-    """Drop the store's table, and those of its locks and sessions where scenes made them."""
+    """Drop the store's table, and those of locks and sessions that scenes created."""
     names = ", ".join(table.quoted for table in tables(store._config))
     drop = Statement(
         "drop", f"DROP TABLE IF EXISTS {names}", (), read_nothing, script=True, writes=False

@@ -1,4 +1,4 @@
-"""What scenes work with: a store, threads, processes, a stopwatch; and the reports they return."""
+"""What scenes work with, a store, threads and processes; and the reports that they return."""
 
 from __future__ import annotations
 
@@ -12,11 +12,9 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
-from rich.console import RenderableType
-
 from ...store import Store
 from .. import console
-from .crew import Crew, hired
+from .workers import Workers, running
 
 WORKERS = 8
 
@@ -44,22 +42,18 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class Rate:
-    """How fast an operation was: calls per second by so many callers, and seconds for one call.
-
-    `redis_per_second` is what Redis did beside it, in turns.
-    """
+    """How fast an operation was: calls per second by that many callers, and seconds of one call."""
 
     operation: str
-    workers: int
+    callers: int
     per_second: float
     median: float
     p99: float
-    redis_per_second: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What a scene did and saw."""
+    """What a scene did and found."""
 
     said: list[str] = field(default_factory=list)
     checks: list[Check] = field(default_factory=list)
@@ -68,7 +62,7 @@ class Report:
 
 @dataclass(slots=True)
 class Stage:
-    """A store on an empty table, and what the scenes leave for each other.
+    """A store on an empty table, and what scenes leave for later ones.
 
     Args:
         store: the store.
@@ -76,7 +70,7 @@ class Stage:
         size: how much to do.
         server_version: as people read it.
         is_own: whether the server was made for this.
-        quiet: show nothing on the way.
+        quiet: show no progress.
     """
 
     store: Store
@@ -94,7 +88,7 @@ class Stage:
         return len(affinity(0)) if affinity else os.cpu_count() or 1
 
     def clock(self) -> datetime:
-        """The server's clock, of a moment within this call."""
+        """Return the server's clock at some time during this call."""
         self.store.set("demo:clock", b"")
         entry = self.store.get_entry("demo:clock")
         assert entry is not None
@@ -107,13 +101,9 @@ class Stage:
             task = progress.add_task(what, total=total)
             yield lambda step: progress.advance(task, step)
 
-    def live(self) -> AbstractContextManager[Callable[[RenderableType], None]]:
-        """Give a function that shows a picture in place of the last one."""
-        return console.live(quiet=self.quiet)
-
-    def crew(self, part: str, size: int, **terms: Any) -> AbstractContextManager[Crew]:
-        """Start processes that run ``take_part`` of that scene's module, until the block ends."""
-        return hired(part, size, {"settings": self.settings, "terms": terms})
+    def workers(self, part: str, size: int, **terms: Any) -> AbstractContextManager[Workers]:
+        """Start processes that run `work` of that scene's module, until the block ends."""
+        return running(part, size, {"settings": self.settings, "terms": terms})
 
     def together(
         self,
@@ -169,12 +159,12 @@ class Stage:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """One part of the story.
+    """One part of the demo.
 
     Args:
         title: its heading.
-        stake: a sentence about what would be wrong if it went wrong.
-        play: does it.
+        stake: a sentence about what is at stake.
+        play: runs it.
     """
 
     title: str
@@ -183,21 +173,15 @@ class Scene:
 
 
 def rate(
-    operation: str, workers: int, latencies: list[float], seconds: float | None = None
+    operation: str, callers: int, latencies: list[float], seconds: float | None = None
 ) -> Rate:
-    """Sum up what workers measured.
-
-    Args:
-        operation: what the table calls it.
-        workers: how many called at a time.
-        latencies: seconds of each call.
-        seconds: from the first call to the last; None where one worker's calls add up to it.
-    """
+    """Sum up what callers measured: seconds of each call, and from the first call to the last
+    (None: one caller, whose calls add up to it)."""
     ordered = sorted(latencies) or [0.0]
     return Rate(
         operation,
-        workers,
-        len(latencies) / (sum(latencies) if seconds is None else seconds),
+        callers,
+        len(latencies) / (sum(ordered) if seconds is None else seconds),
         ordered[len(ordered) // 2],
         ordered[min(len(ordered) - 1, len(ordered) * 99 // 100)],
     )

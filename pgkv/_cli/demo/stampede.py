@@ -1,4 +1,4 @@
-"""Scene: many threads in several processes ask for the same thing, which nobody has computed yet."""
+"""Scene: many threads in several processes call a function whose result is not cached yet."""
 
 from __future__ import annotations
 
@@ -12,57 +12,60 @@ from ...patterns.cache.decorator import cached
 from ...store import Store
 from .. import console
 from . import data
-from .crew import Orders, say
 from .stage import Check, Report, Scene, Stage, rate
+from .workers import Orders, answer
 
 PROCESSES, THREADS = 4, 16
 CALLERS = PROCESSES * THREADS
 LIBRARY = ("asyncio", "email", "multiprocessing")  # whose words are counted: some 50 ms of work
 COMPUTED = "demo:computed"
 HITS = 200  # calls of each process once the result is there
-PATIENCE = 60.0  # seconds: what is measured is not to depend on how busy the machine is
+TIMEOUT = 60.0  # seconds: the result must not depend on a busy machine
 
 
 def play(stage: Stage) -> Report:
-    """Let all of them call a function at once, first as it is, then with `cached`."""
+    """Let all threads call a function at once, without and with `cached`."""
     share = min(1.0, stage.size.seconds / 3)
-    with stage.crew("stampede", PROCESSES, share=share) as crew, stage.bar("calling", 3) as advance:
+    with (
+        stage.workers("stampede", PROCESSES, share=share) as workers,
+        stage.bar("calling", 3) as advance,
+    ):
         seconds, computed, results = [], [], []
         for how in ("uncached", "cached"):
             before = stage.store.increment(COMPUTED, 0)
             started = monotonic()
-            crew.tell(how)
-            answers = crew.hear_each()
+            workers.tell(how)
+            answers = workers.answer_of_each()
             seconds.append(monotonic() - started)
             computed.append(stage.store.increment(COMPUTED, 0) - before)
             results.append([each for answer in answers for each in answer])
             advance(1)
-        crew.tell("again")
-        again = [each for answer in crew.hear_each() for each in answer]
+        workers.tell("again")
+        again = [each for answer in workers.answer_of_each() for each in answer]
         advance(1)
     alike = sum(result == results[0][0] for result in results[1])
     return Report(
         [
-            f"as it is, it is computed {computed[0]} times: all have their answer after "
+            f"without a cache: computed {computed[0]} times; all callers have the result after "
             f"{console.duration(seconds[0])}",
-            f"with @pgkv.cached all have it after {console.duration(seconds[1])}",
+            f"with @pgkv.cached: all have it after {console.duration(seconds[1])}",
         ],
         [
             Check(f"{CALLERS} cold calls at once computed it "
                   f"{'once' if computed[1] == 1 else f'{computed[1]} times'}", computed[1] == 1),
-            Check(f"{alike} of {CALLERS} callers got what it computes",
+            Check(f"{alike} of {CALLERS} callers got the right result",
                   alike == len(results[1]) == CALLERS),
         ],
         [rate("cached call, a hit", PROCESSES, again, sum(again) / PROCESSES)],
     )  # fmt: skip
 
 
-def take_part(store: Store, orders: Orders, *, share: float) -> None:
-    """Call the function from all threads at once, in the way that each word says."""
+def work(store: Store, orders: Orders, *, share: float) -> None:
+    """Call the function from all threads at once, as each order says."""
     text = "".join(text for folder in LIBRARY for _, text in data.source_files(folder))
     text = text[: round(len(text) * share)]
 
-    @cached(ttl=60, store=store, store_timeout=PATIENCE, max_wait=PATIENCE, on_error="raise")
+    @cached(ttl=60, store=store, store_timeout=TIMEOUT, max_wait=TIMEOUT, on_error="raise")
     def most_used() -> str:
         store.increment(COMPUTED)
         words = Counter(re.findall(r"[^\W\d_]{5,}", text))
@@ -71,7 +74,7 @@ def take_part(store: Store, orders: Orders, *, share: float) -> None:
     gate = Barrier(THREADS)
 
     def call_at_once(how: str) -> str:
-        gate.wait(PATIENCE)
+        gate.wait(TIMEOUT)
         return most_used() if how == "cached" else most_used.__wrapped__()
 
     with ThreadPoolExecutor(THREADS) as threads:
@@ -82,14 +85,14 @@ def take_part(store: Store, orders: Orders, *, share: float) -> None:
                     started = perf_counter()
                     most_used()
                     latencies.append(perf_counter() - started)
-                say(latencies)
+                answer(latencies)
             else:
-                say(list(threads.map(call_at_once, [how] * THREADS)))
+                answer(list(threads.map(call_at_once, [how] * THREADS)))
 
 
 SCENE = Scene(
     "Stampede",
-    f"{PROCESSES} processes of {THREADS} threads ask at once for a result that nobody has yet. Each "
+    f"{PROCESSES} processes of {THREADS} threads need the same new result at once. Each of them "
     "computes it, unless one does and the others wait.",
     play,
 )

@@ -1,4 +1,4 @@
-"""A Redis beside the store, where this machine has one."""
+"""A Redis for comparisons, if this machine has one."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def open_redis() -> Iterator[tuple[Any, str]]:
         directory = Path(cleanup.enter_context(tempfile.TemporaryDirectory(prefix="pgkv-demo-")))
         socket = str(directory / "redis.sock")
         options = [part for pair in SETTINGS.items() for part in (f"--{pair[0]}", pair[1])]
-        process = subprocess.Popen(  # noqa: S603  # found on PATH, no user's word in it
+        process = subprocess.Popen(  # found on PATH, no user's word in it
             [program, *options, "--unixsocket", socket],
             cwd=directory,
             stdin=subprocess.DEVNULL,
