@@ -65,9 +65,9 @@ class Lease(LeaseState):
     """A granted lock: exclusive until it is released, or until its end by the server's clock; made by
     `Lock.acquire`, `Lock.try_acquire` and those of `Semaphore`.
 
-    It is renewed in the background until then. Use it as a context manager, or call `release`; one
-    that is simply dropped is renewed no more and ends by its ttl. Any thread may use it. A forked
-    child does not inherit it.
+    It is renewed in the background until then. Use it as a context manager, or call `release`. A
+    lease that is dropped is no longer renewed and ends by its ttl. Any thread may use it. In a
+    forked child it is lost, and releasing it there frees nothing.
 
     After its end another holder may exist. `check` tells whether this one may still be trusted,
     `token` lets the protected resource tell, and `guard` makes the question moot inside the
@@ -94,14 +94,14 @@ class Lease(LeaseState):
             ttl: seconds, or a timedelta.
 
         Raises:
-            InvalidValueError: `ttl` is no duration.
+            InvalidValueError: `ttl` is not a duration.
             LeaseLostError: it is lost.
             StoreUnavailableError: the server does not answer; the lease holds as long as it did.
         """
         self._runtime.channel.run(flows.extend(self._runtime, self, seconds(ttl, endless="")))
 
     def guard(self, conn: Any, *, max_hold: Seconds | None = None) -> None:
-        """Protect the caller's transaction: if this returns, nobody else is granted the lock until
+        """Protect the caller's transaction: if this returns, no other is granted the lock until
         that transaction has ended, however long the holder pauses.
 
         It locks the lease's row FOR KEY SHARE: renewals pass, a takeover waits. This is the one
@@ -341,7 +341,7 @@ def make_options(
     on_lost: Callable[..., Any] | None,
     metadata: Any,
 ) -> LockOptions:
-    """Check what a lock is made with; `who` is the class that is made, in its blocking colour.
+    """Check what a lock is made with; `who` is the class that is made, in its sync form.
 
     Raises:
         ConfigError, InvalidKeyError, InvalidValueError: names what is wrong.
@@ -413,7 +413,7 @@ class Acquirer:
 
         Raises:
             LockTimeoutError: it was held by others all that time.
-            InvalidValueError: `timeout` is no duration.
+            InvalidValueError: `timeout` is not a duration.
             PoolTimeoutError: all connections of the store were in use all that time.
             StoreUnavailableError: the server does not answer. Nothing is left behind that outlives
                 the ttl.
@@ -562,7 +562,7 @@ class Lock(Acquirer):
     Raises:
         ConfigError: a setting is wrong, or the store is an `AsyncStore`.
         InvalidKeyError: the name cannot be a key.
-        InvalidValueError: `ttl` is no duration, or `metadata` is not JSON.
+        InvalidValueError: `ttl` is not a duration, or `metadata` is not JSON.
     """
 
     def __init__(
@@ -590,10 +590,10 @@ class Lock(Acquirer):
         return cast("LockInfo | None", self._runtime.channel.run(flows.holder(self._options)))
 
     def force_release(self, token: int) -> bool:
-        """Free the name at once, whoever holds it by that token; True if somebody did.
+        """Free the name at once if it is held by that token; True if it was.
 
-        The holder learns of it at its next renewal, and **works on until then**, beside the next
-        one. Its transactions under `guard` are not affected, nor are fenced writes. Where it must
+        The holder learns of it at its next renewal, and **works on until then**, at the same time as the
+        next one. Its transactions under `guard` are not affected, nor are fenced writes. Where it must
         not overlap, use `revoke`.
 
         Args:
@@ -610,7 +610,7 @@ class Lock(Acquirer):
     def revoke(self, token: int) -> bool:
         """End that token but not its lease: the name is free at the lease's old expiry, so there
         are never two holders. The holder learns of it at its next renewal. Waits at most a second
-        for an open guard. True if somebody held it by that token.
+        for an open guard. True if it was held by that token.
 
         Args:
             token: the grant's, as `holder` shows it.

@@ -5,7 +5,7 @@ The statements are in `sql`, the state of a lease in `lease`.
 
 The protocol is a compare-and-swap with a lease, fenced by the token (Kleppmann, "How to do
 distributed locking"). The retry by nonce answers Jepsen's question what an acquire did whose reply
-was lost, and the mark that `Acquisition.take_back` leaves ends one that nobody waits for any more.
+was lost, and the mark that `Acquisition.take_back` leaves ends one that no caller waits for any more.
 """
 
 from __future__ import annotations
@@ -307,11 +307,11 @@ class Acquisition(Generic[L]):
                 self.granted = weakref.ref(lease)
                 if random() < CLEAN_CHANCE:  # noqa: S311  # a sample, no secret
                     self.runtime.clean_later(options)
-                return lease, _NOBODY
+                return lease, _IN_FLIGHT
         _observe.warning("pgkv.lock.late_grant", lock=options.name, ttl=options.ttl)
         yield from self.take_back()
         self._ask_afresh()
-        return None, _NOBODY
+        return None, _IN_FLIGHT
 
     def seconds(self) -> float:
         """The time for one statement: a grant older than its ttl is of no use."""
@@ -347,7 +347,7 @@ class Acquisition(Generic[L]):
             return (yield from self.ask(seconds))
         except PgkvError as error:
             if error._sqlstate == "55P03":  # its row was locked for all of that time
-                return _NOBODY
+                return _IN_FLIGHT
             if not error.outcome_unknown and not getattr(self.last, "retries", 0):
                 self.in_doubt = False  # nothing was sent, or it was refused
             raise
@@ -407,7 +407,7 @@ class Acquisition(Generic[L]):
             _observe.debug("pgkv.lock.clean_up_failed", error=type(error).__name__)
 
 
-_NOBODY = Denied(None, 0.0)
+_IN_FLIGHT = Denied(None, 0.0)
 
 
 # -- holding -------------------------------------------------------------------------------

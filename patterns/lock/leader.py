@@ -278,7 +278,7 @@ class Leader(_Candidate):
             stop: set it to end the run; None for never.
 
         Raises:
-            ConfigError: `stop` is no event that can be waited for here.
+            ConfigError: `stop` is not an event that can be waited for here.
         """
         _check_stop(stop, is_async=False)
         election = _ThreadElection(self._store, stop or threading.Event())

@@ -1,11 +1,11 @@
 """A lease as its holder sees it: what it is on, and until when it may be trusted.
 
-A holder never asks the server whether it still holds. It counts, by its own clock and from BEFORE
-the request was sent, and stops trusting a margin before the server would let anybody else in. The
-rule is River's and Chubby's; what no clock can promise (a process that is paused between `check()`
-and its next line) is for the fencing token, or for `guard()`.
+A holder never asks the server whether it still holds the lease. It counts by its own clock, from
+BEFORE the request was sent, and stops trusting the lease a margin before the server would grant it
+to another. The rule is River's and Chubby's. What no clock can promise (a process may be paused
+between `check()` and its next line) needs the fencing token, or `guard()`.
 
-This module keeps the state. Who renews is `_renewal`'s business, what is sent `_grant`'s.
+This module keeps the state. `renewal` renews leases, `flows` sends what their holders ask for.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ RETRY_SHARE, RETRY_MAX = 0.1, 1.0  # of the ttl, and seconds, before a failed re
 
 LOST_BECAUSE = {
     "expired": "its time passed before a renewal got through",
-    "replaced": "its token was revoked, or the name was granted anew",
-    "broken": "somebody freed the name with force_release",
+    "replaced": "its token was revoked, or the name was granted to another",
+    "broken": "the name was freed with force_release",
     "gone": "its row no longer exists",
     "forked": "it belongs to the parent process",
     "closed": "its store was closed",
@@ -200,7 +200,7 @@ class LockOptions:
 
 
 class LeaseState:
-    """What both colours of lease are. Safe to use from any thread.
+    """What `Lease` and `AsyncLease` share. Safe to use from any thread.
 
     Args:
         options: its lock's.
@@ -227,7 +227,7 @@ class LeaseState:
         # Reentrant, for signal handlers. A forked child takes neither lock: see `_is_inherited`.
         self._state = threading.RLock()
         # One statement about the lease at a time: of a renewal and an extension that overlap,
-        # nobody could say which the server did last.
+        # it would not be known which the server did last.
         self._turn = threading.Lock()
         self._trust(sent_at, options.ttl)
 
@@ -319,7 +319,7 @@ class LeaseState:
         return self._reason
 
     def _lose(self, reason: str) -> None:
-        """Note the loss, once, and tell whom it concerns."""
+        """Note the loss once, and tell the user."""
         with self._state:
             if self._reason or self._ending:
                 # A holder that lets go is told nothing; but it must not trust for ever either.
@@ -334,7 +334,7 @@ class LeaseState:
         self._signal()
 
     def _signal(self) -> None:
-        """Tell the user, in the colour's way."""
+        """Tell the user."""
         raise NotImplementedError
 
     def _end(self) -> None:

@@ -1,4 +1,4 @@
-"""`@locked`: a function of which one call runs at a time, on however many machines."""
+"""`@locked`: at most one call of a function runs at a time, on any number of machines."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def locked(
         def report() -> None: ...
 
     Args:
-        lock_or_name: a lock (or semaphore) of the function's colour, or the name of one to make.
+        lock_or_name: a lock (or semaphore), async for an async function, or the name of one to make.
         store: for a name: where the lock lives; without it, the default store (`configure`).
         ttl: for a name: as of `Lock`.
         timeout: with ``on_busy="wait"``: seconds to wait; None waits without end.
@@ -50,12 +50,12 @@ def locked(
             ``"raise"`` (`LockTimeoutError` at once).
 
     Raises:
-        ConfigError: the lock or store is of the other colour, a setting is wrong, or `timeout` goes
+        ConfigError: the lock or store is async and the function is not, or the reverse, a setting is wrong, or `timeout` goes
             with an `on_busy` that does not wait.
         LockTimeoutError: (of the function) it was not granted in time.
         LeaseLostError: (of the function) the lease was lost while it ran; an async one was
             cancelled.
-        InvalidValueError: `ttl` or `timeout` is no duration.
+        InvalidValueError: `ttl` or `timeout` is not a duration.
         TypeError: it was given neither a lock nor a name, or decorates no function, or a generator,
             whose body runs after the call; (of the function) it returned a generator, or is plain
             and returned an awaitable.

@@ -1,10 +1,10 @@
-"""The statements of locks and semaphores: grant, renew, release, guard, and what an operator asks.
+"""The statements of locks and semaphores: grant, renew, release, take back, guard, inspect.
 
 A lock is one row of its own table: who holds it (`value`), until when (`expires_at`), and by which
 grant (`version`, the fencing token). The row stays when the lease ends, so the token rises.
 
 * A grant reads before it writes, and takes the row with SKIP LOCKED: a denied try takes no row
-  lock, no xid and writes no WAL, and nobody waits behind a guard only to be granted a lease that
+  lock, no xid and writes no WAL, and no try waits behind a guard to be granted a lease that
   is over (an upsert's clock is read before it waits).
 * Grants and renewals say ``synchronous_commit`` themselves: a grant that a crash takes back would
   be given twice. A release says the opposite: lost in a crash, it leaves the name held to its ttl.
@@ -104,7 +104,7 @@ class Granted(NamedTuple):
 
 
 class Denied(NamedTuple):
-    """Somebody holds it: who, for how many more seconds, how many waiters stand before us."""
+    """It is held: by whose row, for how many more seconds, how many waiters stand before this one."""
 
     holder: bytes | None
     remaining: float
@@ -161,7 +161,7 @@ class LockStatements:
         return Statement(name, sql, formats, decode, table=self.table, **options)
 
     def name_of(self, key: bytes) -> str:
-        """A key as it is shown: without the namespace's prefix."""
+        """A key as users see it: without the namespace's prefix."""
         return key[len(self.prefix) :].decode()
 
     # -- granting
@@ -216,7 +216,7 @@ class LockStatements:
         )
 
     def grant(
-        self, key: bytes, asking: Asking, ttl: float, patience: float
+        self, key: bytes, asking: Asking, ttl: float, lock_timeout: float
     ) -> Op[Granted | Denied]:
         """Take the name if it is free.
 
@@ -224,10 +224,10 @@ class LockStatements:
             key: the name.
             asking: who asks; a repeat of the same asking gets the same grant.
             ttl: seconds.
-            patience: seconds for a row lock, should one be in the way.
+            lock_timeout: seconds for a row lock, should one be in the way.
         """
         params = (
-            key, asking.row, _codec.encode_float8(ttl), milliseconds(patience), asking.mark,
+            key, asking.row, _codec.encode_float8(ttl), milliseconds(lock_timeout), asking.mark,
         )  # fmt: skip
         return Op(self._grant, params)
 
@@ -274,20 +274,20 @@ class LockStatements:
         key: bytes,
         asking: Asking,
         ttl: float,
-        patience: float,
+        lock_timeout: float,
         ticket_ttl: float,
     ) -> Op[Granted | Denied]:
-        """Take the name if it is free and nobody has waited longer; else keep a place in the queue.
+        """Take the name if it is free and no other has waited longer; else keep a place in the queue.
 
         Args:
             key: the name.
             asking: as of `grant`.
             ttl: seconds.
-            patience: as of `grant`.
+            lock_timeout: as of `grant`.
             ticket_ttl: seconds after which a waiter that no longer asks loses its place.
         """
         params = (
-            key, asking.row, _codec.encode_float8(ttl), milliseconds(patience),
+            key, asking.row, _codec.encode_float8(ttl), milliseconds(lock_timeout),
             key + asking.mark, key + b"\x1f", key + b"\x20", _codec.encode_float8(ticket_ttl),
             asking.mark,
         )  # fmt: skip
@@ -441,7 +441,7 @@ class LockStatements:
         )
 
     def revoke(self, key: bytes, token: int) -> Op[bool]:
-        """End a token but not its lease: nobody is granted the name before its old expiry."""
+        """End a token but not its lease: the name is not granted before its old expiry."""
         return Op(self._revoke, (key, _codec.encode_int8(token)))
 
     # -- guarding
@@ -636,7 +636,7 @@ def _read_grant(result: Result) -> Granted | Denied | Signal:
     if token is not None:
         return Granted(_codec.decode_int(token), column(0, 1) or b"")
     denied = Denied(column(0, 2), _codec.decode_float8(column(0, 3)))
-    # Its data say "free", but somebody has the row in flight: a takeover, a guard, the cleaning.
+    # Its data say "free", but the row is in flight: a takeover, a guard, the cleaning.
     return denied if denied.remaining > 0 else Raced(denied)
 
 
@@ -730,12 +730,12 @@ class SemaphoreStatements(LockStatements):
         )
 
     def grant_slot(
-        self, keys: Sequence[bytes], asking: Asking, ttl: float, patience: float
+        self, keys: Sequence[bytes], asking: Asking, ttl: float, lock_timeout: float
     ) -> Op[Granted | Denied | Undefined]:
         """Take any free slot of these; arguments as of `grant`."""
         params = (
             _codec.encode_array(keys), asking.row, _codec.encode_float8(ttl),
-            milliseconds(patience), size_key(keys), b"%d" % len(keys),
+            milliseconds(lock_timeout), size_key(keys), b"%d" % len(keys),
             _codec.encode_int8(len(keys)), asking.mark,
         )  # fmt: skip
         slots = len(keys)
@@ -749,7 +749,7 @@ class SemaphoreStatements(LockStatements):
             if size is None or int(size) != slots:
                 return Undefined(None if size is None else int(size))
             denied = Denied(None, 0.0 if left is None else _codec.decode_float8(left))
-            # There was a slot, but somebody was quicker, or has its row in flight.
+            # There was a slot, but another grant was quicker, or its row is in flight.
             return denied if _codec.decode_int(column(0, 4)) >= slots else Raced(denied)
 
         return Op(self._grant_slot, params, decode)
@@ -770,7 +770,7 @@ class SemaphoreStatements(LockStatements):
         )
 
     def define(self, keys: Sequence[bytes], *, resize: bool) -> Op[int]:
-        """Say how many slots there are, where nobody has, or anew; the number that holds."""
+        """Store the number of slots, unless there is one already, or replace it; return the number."""
         return Op(self._define, (size_key(keys), b"%d" % len(keys), bytes([resize])))
 
     @cached_property
