@@ -153,6 +153,7 @@ class SessionHandler:
             if self._tokens:
                 try:
                     found = yield from self._find()
+                    self.failure = None
                 except OUTAGES as error:
                     self._fail(error)
                     if self.settings.on_error != "anonymous":
@@ -214,7 +215,7 @@ class SessionHandler:
             self._browser = session.id
 
     def _store_new(self, session: Session) -> Flow[None]:
-        if not dict.__len__(self.data) and session.user_id is None:
+        if self._dropped or (not dict.__len__(self.data) and session.user_id is None):
             return
         if self._closed:
             self.drop("response started")  # the token could not reach the browser any more
@@ -237,7 +238,7 @@ class SessionHandler:
         for token in tokens - {""}:
             yield from self.settings.flows.destroy(token)
         self._browser, self._tokens = "", []
-        self.data.cleared = False
+        self._dropped = self.data.cleared = False
         self.failure = None
         fresh = self.data._session = Session(self.data)
         yield from self._store_new(fresh)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import flask
 import httpx
 import pytest
 from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
@@ -21,7 +22,7 @@ from pgkv.integrations.flask import PgkvSessionInterface
 from tests import servers
 from tests.faults.support import newest
 from tests.servers import Server
-from tests.web.conftest import Serve
+from tests.web.conftest import Serve, lifespan_of
 
 pytestmark = newest
 TIMEOUT = 0.5
@@ -50,7 +51,8 @@ class Pages:
 
 
 def asgi_app(pages: Pages, dsn: str, options: Any, *, autoload: bool) -> Any:
-    sessions = pgkv.AsyncSessionStore(pgkv.AsyncStore(pgkv.Config(dsn)))
+    store = pgkv.AsyncStore(pgkv.Config(dsn))
+    sessions = pgkv.AsyncSessionStore(store)
 
     async def load(request: Request) -> None:
         if not autoload:
@@ -61,23 +63,20 @@ def asgi_app(pages: Pages, dsn: str, options: Any, *, autoload: bool) -> Any:
         return JSONResponse(await run_in_thread(request))
 
     async def run_in_thread(request: Request) -> Any:
-        from starlette.concurrency import run_in_threadpool
-
         return await run_in_threadpool(pages.answer, request.url.path, request.session)
 
     async def plain(_request: Request) -> JSONResponse:
         return JSONResponse({})
 
     paths = [Route(f"/{name}", page) for name in ("read", "put", "clear", "held")]
-    app = Starlette(routes=[*paths, Route("/plain", plain)])
+    app = Starlette(routes=[*paths, Route("/plain", plain)], lifespan=lifespan_of(store))
     app.add_middleware(
         pgkv.SessionMiddleware, sessions=sessions, secure=False, autoload=autoload, **options
     )
     return app
 
 
-def wsgi_app(pages: Pages, dsn: str, options: Any) -> Any:
-    sessions = pgkv.SessionStore(pgkv.Store(pgkv.Config(dsn)))
+def wsgi_app(pages: Pages, sessions: pgkv.SessionStore, options: Any) -> Any:
 
     def app(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         body = json.dumps(pages.answer(environ["PATH_INFO"], environ["pgkv.session"])).encode()
@@ -87,9 +86,8 @@ def wsgi_app(pages: Pages, dsn: str, options: Any) -> Any:
     return pgkv.WSGISessionMiddleware(app, sessions=sessions, secure=False, **options)
 
 
-def flask_app(pages: Pages, dsn: str, options: Any) -> Any:
+def flask_app(pages: Pages, sessions: pgkv.SessionStore, options: Any) -> Any:
     app = flask.Flask("test")
-    sessions = pgkv.SessionStore(pgkv.Store(pgkv.Config(dsn)))
     app.session_interface = PgkvSessionInterface(sessions, secure=False, **options)
     for path in ("/read", "/put", "/clear", "/held", "/plain"):
         app.add_url_rule(path, path, lambda path=path: pages.answer(path, flask.session))
@@ -97,7 +95,9 @@ def flask_app(pages: Pages, dsn: str, options: Any) -> Any:
 
 
 @pytest.fixture
-def make_client(serve_asgi: Serve, serve_wsgi: Serve) -> Callable[..., tuple[httpx.Client, Pages]]:
+def make_client(
+    serve_asgi: Serve, serve_wsgi: Serve
+) -> Iterator[Callable[..., tuple[httpx.Client, Pages]]]:
     """`client, pages = make_client("flask", dsn, on_error="503")`."""
 
     def make(kind: str, dsn: str, **options: Any) -> tuple[httpx.Client, Pages]:
@@ -105,10 +105,15 @@ def make_client(serve_asgi: Serve, serve_wsgi: Serve) -> Callable[..., tuple[htt
         options = {"timeout": TIMEOUT, **options}
         if kind in ("asgi", "load_session"):
             return serve_asgi(asgi_app(pages, dsn, options, autoload=kind == "asgi")), pages
+        store = pgkv.Store(pgkv.Config(dsn))
+        stores.append(store)
         made = wsgi_app if kind == "wsgi" else flask_app
-        return serve_wsgi(made(pages, dsn, options)), pages
+        return serve_wsgi(made(pages, pgkv.SessionStore(store), options)), pages
 
-    return make
+    stores: list[pgkv.Store] = []
+    yield make
+    for store in stores:
+        store.close()
 
 
 def timed(client: httpx.Client, path: str) -> httpx.Response:
@@ -147,6 +152,7 @@ def test_outage(
         assert [answer.json() for answer in answers] == [{"n": 1}, {}] * 3
         assert logout.status_code == 503
         assert plain.status_code == 200
+        assert caplog.text.count("pgkv.session.dropped reason=unavailable") == 3
     else:
         assert {answer.status_code for answer in [*answers, logout]} == {500}
     assert not any("set-cookie" in answer.headers for answer in answers)

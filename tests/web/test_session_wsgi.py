@@ -43,9 +43,14 @@ Operations = list[str]
 
 @pytest.fixture
 def operations() -> Iterator[Operations]:
-    """The names of all operations of all stores."""
+    """The names of all operations on sessions; sweeps come when they like."""
     seen: Operations = []
-    remove = pgkv.on_operation(lambda name, *_: seen.append(name.removeprefix("session_")))
+
+    def note(name: str, *_: Any) -> None:
+        if name.startswith("session_"):
+            seen.append(name.removeprefix("session_"))
+
+    remove = pgkv.on_operation(note)
     yield seen
     remove()
 
