@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from pgkv import Decision, Rate
+from pgkv import Config, Decision, Rate
+from pgkv._engine._sync.pool import StorePool
 from pgkv._engine.sweep import Collector
 from pgkv.patterns.cache.breaker import Breaker
 from pgkv.patterns.cache.call import Counts
@@ -121,6 +122,20 @@ def test_any_call_may_be_interrupted_by_any_other(
             calls, module = make()
             calls[0]()
             assert interrupted(calls[first], calls[second], module) > 0
+
+
+def test_a_store_has_no_more_connections_than_it_may() -> None:
+    """A handler that takes the place for a connection, at any bytecode of a call that takes one:
+    neither waits, and together they have no more places than there are."""
+    for size in (1, 2):
+        pool = StorePool(Config("postgresql://", pool_max_size=size, pool_min_size=0), str)
+        taken: list[object] = []
+
+        def take(pool: StorePool = pool, taken: list[object] = taken) -> None:
+            taken.append(pool._new_place("test"))
+
+        assert interrupted(take, take, StorePool.__module__) > 0
+        assert len([place for place in taken if place is not None]) == size
 
 
 def test_prepaid_tokens_are_spent_once() -> None:

@@ -84,7 +84,8 @@ class StorePool:
     def _begin(self) -> None:
         self.idle: deque[PgConnection] = deque()
         self.waiters: deque[_Turn] = deque()
-        self._lock = threading.Lock()
+        # Reentrant, for signal handlers. A forked child calls this method and so has a new one.
+        self._lock = threading.RLock()
         self._places: weakref.WeakSet[Place] = weakref.WeakSet()
         self._lost: deque[psycopg.Connection[Any]] = deque()
         self._closed = False
@@ -185,6 +186,9 @@ class StorePool:
                 return None
             place = Place()
             self._places.add(place)
+            if len(self._places) > self._config.pool_max_size:
+                self._places.discard(place)  # a signal handler took the last one
+                return None
             return place
 
     def _has_others(self) -> bool:
@@ -353,7 +357,7 @@ class StorePool:
                 config = self._config
                 conninfo = self.conninfo()
                 self._connect_time = _conninfo.connect_time(config, conninfo)
-                self._pool = psycopg_pool.ConnectionPool(
+                pool = psycopg_pool.ConnectionPool(
                     conninfo,
                     connection_class=_recording(self._attempts),
                     kwargs={"autocommit": True, "prepare_threshold": None},
@@ -366,7 +370,15 @@ class StorePool:
                     name=f"{POOL_NAME}{id(self):x}",
                     open=True,
                 )
+                self._pool = self._first(pool)
             return self._pool, opened_now
+
+    def _first(self, made: psycopg_pool.ConnectionPool[Any]) -> psycopg_pool.ConnectionPool[Any]:
+        """The pool just made, unless a signal handler has made one meanwhile."""
+        if self._pool is None:
+            return made
+        made.close(timeout=0)
+        return self._pool
 
     def close(self) -> None:
         """Close every connection; those in use as they come back."""
