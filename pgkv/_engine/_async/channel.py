@@ -15,14 +15,15 @@ from psycopg import IsolationLevel
 
 from ... import _observe
 from ..._ops.drivers import drive_async
-from ..._ops.op import Expired, Flow, Op, Pipelined, Raced, Signal, Transaction
+from ..._ops.op import Flow, Op, Pipelined, Raced, Signal, Transaction
 from ..._sql import control
 from ..._sql.sweep import Sweep
 from ...config import Config, Table
 from ...errors import PgkvError
 from .. import schema as _schema
+from ..base import PooledOperations
 from ..results import outcomes
-from ..retry import may_repeat, recover
+from ..retry import recover
 from ..sweep import PATROL_PAUSE, SWEEP_CHANCE, Collector, warn_dropped, weakly
 from .pool import AsyncCallerPool, AsyncStorePool
 from .transaction import AsyncBoundChannel
@@ -69,7 +70,7 @@ class AsyncChannel(Protocol):
         ...
 
 
-class AsyncPoolChannel:
+class AsyncPoolChannel(PooledOperations):
     """Operations over pooled connections, each by itself.
 
     Args:
@@ -77,32 +78,11 @@ class AsyncPoolChannel:
         pool: where connections come from.
     """
 
+    _pool: AsyncStorePool | AsyncCallerPool
+
     def __init__(self, config: Config, pool: AsyncStorePool | AsyncCallerPool) -> None:
-        self._config = config
-        self._pool = pool
-        self._timeout = config.operation_timeout
-        self._on_close: list[Callable[[], object]] = []
-        self._collectors: dict[Table, Collector] = {}
-        self._known: set[Table] = set()
-        self._patrolling = False
+        super().__init__(config, pool)
         self._tasks: set[asyncio.Task[None]] = set()
-
-    def on_close(self, fn: Callable[[], object]) -> None:
-        """Call `fn`, in a thread, when the channel has been closed."""
-        self._on_close.append(fn)
-
-    @property
-    def state(self) -> str:
-        """Whether it was closed."""
-        return "closed" if getattr(self._pool, "_closed", False) else ""
-
-    def is_exhausted(self) -> bool:
-        """Whether all connections are in use, so that the next operation waits for one."""
-        return self._pool.is_exhausted()
-
-    def conninfo(self) -> str:
-        """What a connection outside the pool is opened with: for renewal and LISTEN."""
-        return self._pool.conninfo()
 
     # -- one operation
 
@@ -262,11 +242,6 @@ class AsyncPoolChannel:
         await drive_async(_schema.ensure(table), execute)
         self._known.add(table)
 
-    def may_repeat(self, op: Op[Any], error: PgkvError, /) -> bool:
-        """Whether an operation that failed together with others may be repeated alone."""
-        policy = self._config.retry
-        return policy is not None and may_repeat(op, error, policy)
-
     # -- the background
 
     def watch(self, sql: Sweep) -> None:
@@ -280,26 +255,6 @@ class AsyncPoolChannel:
             else:
                 if self._patrolling:
                     collector.start_patrol()
-
-    def _start_patrols(self) -> None:
-        if not self._patrolling:
-            self._patrolling = True
-            for collector in tuple(self._collectors.values()):
-                collector.start_patrol()
-
-    def _sweep(self, table: Table | None) -> None:
-        collector = None if table is None else self._collectors.get(table)
-        if collector is not None:
-            collector.sweep()
-
-    def _collected(self, op: Op[Any], answer: Any) -> Any:
-        """The caller's part of an answer; the expired keys in it are queued for deletion."""
-        if not isinstance(answer, Expired):
-            return answer
-        collector = self._collectors.get(op.statement.table)  # type: ignore[arg-type]  # never None: it has rows
-        if collector is not None:
-            collector.collect(answer.keys_of(op))
-        return answer.answer
 
     def _background(self, flow: Flow[None], done: Callable[[], None]) -> None:
         ref, tasks, loop = weakref.ref(self), self._tasks, asyncio.get_running_loop()

@@ -15,12 +15,12 @@ from ... import _observe
 from ..._ops.drivers import answer_of, drive_async
 from ..._ops.op import Flow, Op, Pipelined, Raced, Transaction
 from ..._sql import control
-from ..._sql.sweep import Sweep
 from ...config import Table
 from ...errors import ConflictError, PgkvError, TransactionError
+from ..base import InTransaction
 from ..caller import check_connection
 from ..flows import RefusedError
-from ..nesting import Nesting, never_free
+from ..nesting import never_free
 from ..results import outcomes
 from .connection import AsyncPgConnection, Watchdog
 
@@ -32,7 +32,7 @@ T = TypeVar("T")
 NESTED_NAP = 0.002  # seconds between two looks whether another task's nested part has ended
 
 
-class AsyncBoundChannel:
+class AsyncBoundChannel(InTransaction):
     """Operations inside one open transaction. Nothing is retried, created or collected.
 
     Args:
@@ -41,17 +41,14 @@ class AsyncBoundChannel:
         deadline: the monotonic time at which the whole must end; None for no such time.
     """
 
+    _link: AsyncPgConnection
+
     def __init__(
         self, connection: AsyncPgConnection, timeout: float, deadline: float | None = None
     ) -> None:
+        super().__init__(timeout, deadline)
         self._link = connection
-        self._timeout = timeout
-        self._deadline = deadline
-        self._depth = 0
-        self._ended = ""
         self._lock = AsyncReentrant(asyncio.Lock())
-        self._nesting = Nesting()
-        self._outer: AsyncBoundChannel | None = None
 
     async def execute(self, op: Op[T], timeout: float | None = None) -> T:
         """Perform one operation of the transaction."""
@@ -96,41 +93,15 @@ class AsyncBoundChannel:
             answer = answer.fallback
         return answer_of(answer)  # type: ignore[no-any-return]  # decoded by op
 
-    def _seconds(self, timeout: float | None) -> float:
-        seconds = self._timeout if timeout is None else timeout
-        return seconds if self._deadline is None else min(seconds, self._deadline - monotonic())
-
     async def _check(self, action: str) -> None:
         self._check_open(action)
 
     def _check_open(self, action: str) -> None:
-        if ended := self._over():
+        if (self._ended or self._outer is not None) and (ended := self._over()):
             raise TransactionError(f"{action}: the transaction was {ended}")
-
-    def _over(self) -> str:
-        """How it ended, or one around it."""
-        channel: AsyncBoundChannel | None = self
-        while channel is not None and not channel._ended:
-            channel = channel._outer
-        return "" if channel is None else channel._ended
-
-    def _in_transaction(self) -> bool:
-        return self._link.pgconn.transaction_status == pq.TransactionStatus.INTRANS
-
-    @property
-    def state(self) -> str:
-        """Whose transaction it is in, or how that ended."""
-        return f"its transaction was {self._ended}" if self._ended else "in a transaction"
-
-    def end(self) -> None:
-        """Refuse what comes after."""
-        self._ended = self._ended or "rolled back"
 
     async def create_missing_table(self, table: Table) -> None:
         """Nothing is created inside a transaction."""
-
-    def watch(self, sql: Sweep) -> None:
-        """Nothing is collected inside a transaction."""
 
     async def close(self) -> None:
         """The connection is not the store's to close."""
@@ -175,10 +146,6 @@ class AsyncBoundChannel:
     def _shielded(self) -> contextlib.AbstractAsyncContextManager[None]:
         """Keep what is refused from aborting what the caller did before, if there is such."""
         return self._savepoint() if self._in_transaction() else contextlib.nullcontext()
-
-    def may_repeat(self, _op: Op[Any], _error: PgkvError, /) -> bool:
-        """Nothing is repeated inside a transaction."""
-        return False
 
     @contextlib.asynccontextmanager
     async def transaction(
@@ -259,14 +226,9 @@ class AsyncCallerChannel(AsyncBoundChannel):
     """
 
     def __init__(self, conn: psycopg.AsyncConnection[Any], timeout: float) -> None:
+        InTransaction.__init__(self, timeout)  # its connection is attached for each operation
         self._conn = conn
-        self._timeout = timeout
-        self._deadline = None
-        self._depth = 0
-        self._ended = ""
         self._lock = AsyncReentrant(conn.lock)
-        self._nesting = Nesting()
-        self._outer = None
 
     @property
     def state(self) -> str:

@@ -19,14 +19,15 @@ from psycopg import IsolationLevel
 from ... import _observe
 from ..._fork import CONNECTIONS, survives_fork
 from ..._ops.drivers import drive
-from ..._ops.op import Expired, Flow, Op, Pipelined, Raced, Signal, Transaction
+from ..._ops.op import Flow, Op, Pipelined, Raced, Signal, Transaction
 from ..._sql import control
 from ..._sql.sweep import Sweep
 from ...config import Config, Table
 from ...errors import PgkvError
 from .. import schema as _schema
+from ..base import PooledOperations
 from ..results import outcomes
-from ..retry import may_repeat, recover
+from ..retry import recover
 from ..sweep import SWEEP_CHANCE, Collector, warn_dropped, weakly
 from .pool import CallerPool, StorePool, disown
 from .transaction import BoundChannel
@@ -73,7 +74,7 @@ class Channel(Protocol):
         ...
 
 
-class PoolChannel:
+class PoolChannel(PooledOperations):
     """Operations over pooled connections, each by itself.
 
     Args:
@@ -81,13 +82,10 @@ class PoolChannel:
         pool: where connections come from.
     """
 
+    _pool: StorePool | CallerPool
+
     def __init__(self, config: Config, pool: StorePool | CallerPool) -> None:
-        self._config = config
-        self._pool = pool
-        self._timeout = config.operation_timeout
-        self._on_close: list[Callable[[], None]] = []
-        self._collectors: dict[Table, Collector] = {}
-        self._known: set[Table] = set()
+        super().__init__(config, pool)
         self._begin()
         survives_fork(self, CONNECTIONS)
 
@@ -101,23 +99,6 @@ class PoolChannel:
         self._begin()
         for collector in self._collectors.values():
             collector.reset()
-
-    def on_close(self, fn: Callable[[], None]) -> None:
-        """Call `fn` when the channel has been closed."""
-        self._on_close.append(fn)
-
-    @property
-    def state(self) -> str:
-        """Whether it was closed."""
-        return "closed" if getattr(self._pool, "_closed", False) else ""
-
-    def is_exhausted(self) -> bool:
-        """Whether all connections are in use, so that the next operation waits for one."""
-        return self._pool.is_exhausted()
-
-    def conninfo(self) -> str:
-        """What a connection outside the pool is opened with: for renewal and LISTEN."""
-        return self._pool.conninfo()
 
     # -- one operation
 
@@ -285,11 +266,6 @@ class PoolChannel:
         drive(_schema.ensure(table), execute)
         self._known.add(table)
 
-    def may_repeat(self, op: Op[Any], error: PgkvError, /) -> bool:
-        """Whether an operation that failed together with others may be repeated alone."""
-        policy = self._config.retry
-        return policy is not None and may_repeat(op, error, policy)
-
     # -- the background
 
     def watch(self, sql: Sweep) -> None:
@@ -298,26 +274,6 @@ class PoolChannel:
             collector = self._collectors[sql.table] = Collector(sql, weakly(self._background))
             if self._patrolling:
                 collector.start_patrol()
-
-    def _start_patrols(self) -> None:
-        if not self._patrolling:
-            self._patrolling = True
-            for collector in tuple(self._collectors.values()):
-                collector.start_patrol()
-
-    def _sweep(self, table: Table | None) -> None:
-        collector = None if table is None else self._collectors.get(table)
-        if collector is not None:
-            collector.sweep()
-
-    def _collected(self, op: Op[Any], answer: Any) -> Any:
-        """The caller's part of an answer; the expired keys in it are queued for deletion."""
-        if not isinstance(answer, Expired):
-            return answer
-        collector = self._collectors.get(op.statement.table)  # type: ignore[arg-type]  # never None: it has rows
-        if collector is not None:
-            collector.collect(answer.keys_of(op))
-        return answer.answer
 
     def _background(self, flow: Flow[None], done: Callable[[], None]) -> None:
         threading.Thread(

@@ -21,12 +21,12 @@ from ... import _observe
 from ..._ops.drivers import answer_of, drive
 from ..._ops.op import Flow, Op, Pipelined, Raced, Transaction
 from ..._sql import control
-from ..._sql.sweep import Sweep
 from ...config import Table
 from ...errors import ConflictError, PgkvError, TransactionError
+from ..base import InTransaction
 from ..caller import Reentrant, check_connection
 from ..flows import RefusedError
-from ..nesting import Nesting, never_free
+from ..nesting import never_free
 from ..results import outcomes
 from .connection import PgConnection
 from .cursor_connection import connection_class
@@ -39,7 +39,7 @@ T = TypeVar("T")
 NESTED_NAP = 0.002  # seconds between two looks whether another thread's nested part has ended
 
 
-class BoundChannel:
+class BoundChannel(InTransaction):
     """Operations inside one open transaction. Nothing is retried, created or collected.
 
     Args:
@@ -48,18 +48,15 @@ class BoundChannel:
         deadline: the monotonic time at which the whole must end; None for no such time.
     """
 
+    _link: PgConnection
+
     def __init__(
         self, connection: PgConnection, timeout: float, deadline: float | None = None
     ) -> None:
+        super().__init__(timeout, deadline)
         self._link = connection
-        self._timeout = timeout
-        self._deadline = deadline
-        self._depth = 0
-        self._ended = ""
         self._pid = os.getpid()
         self._lock: contextlib.AbstractContextManager[Any] = threading.RLock()
-        self._nesting = Nesting()
-        self._outer: BoundChannel | None = None
 
     def execute(self, op: Op[T], timeout: float | None = None) -> T:
         """Perform one operation of the transaction."""
@@ -107,10 +104,6 @@ class BoundChannel:
             answer = answer.fallback
         return answer_of(answer)  # type: ignore[no-any-return]  # decoded by op
 
-    def _seconds(self, timeout: float | None) -> float:
-        seconds = self._timeout if timeout is None else timeout
-        return seconds if self._deadline is None else min(seconds, self._deadline - monotonic())
-
     def is_inherited(self) -> bool:
         """Whether this is a forked child, and the transaction its parent's."""
         return os.getpid() != self._pid
@@ -121,36 +114,14 @@ class BoundChannel:
             raise TransactionError(f"{action}: the transaction belongs to the parent process")
 
     def _check_open(self, action: str) -> None:
-        if ended := self._over():
+        if (self._ended or self._outer is not None) and (ended := self._over()):
             raise TransactionError(f"{action}: the transaction was {ended}")
-
-    def _over(self) -> str:
-        """How it ended, or one around it."""
-        channel: BoundChannel | None = self
-        while channel is not None and not channel._ended:
-            channel = channel._outer
-        return "" if channel is None else channel._ended
-
-    def _in_transaction(self) -> bool:
-        return self._link.pgconn.transaction_status == pq.TransactionStatus.INTRANS
 
     def create_missing_table(self, table: Table) -> None:
         """Nothing is created inside a transaction."""
 
-    def watch(self, sql: Sweep) -> None:
-        """Nothing is collected inside a transaction."""
-
     def close(self) -> None:
         """The connection is not the store's to close."""
-
-    @property
-    def state(self) -> str:
-        """Whose transaction it is in, or how that ended."""
-        return f"its transaction was {self._ended}" if self._ended else "in a transaction"
-
-    def end(self) -> None:
-        """Refuse what comes after."""
-        self._ended = self._ended or "rolled back"
 
     def run(self, flow: Flow[T], timeout: float | None = None) -> T:
         """Run a flow inside the transaction, each of its operations within that time."""
@@ -187,10 +158,6 @@ class BoundChannel:
     def _shielded(self) -> contextlib.AbstractContextManager[None]:
         """Keep what is refused from aborting what the caller did before, if there is such."""
         return self._savepoint() if self._in_transaction() else contextlib.nullcontext()
-
-    def may_repeat(self, _op: Op[Any], _error: PgkvError, /) -> bool:
-        """Nothing is repeated inside a transaction."""
-        return False
 
     @contextlib.contextmanager
     def transaction(self, isolation: IsolationLevel | None = None) -> Iterator[BoundChannel]:

@@ -1,0 +1,126 @@
+"""What channels do without waiting, for sync and async alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from time import monotonic
+from typing import Any
+
+from psycopg import pq
+
+from .._ops.op import Expired, Op
+from .._sql.sweep import Sweep
+from ..config import Config, Table
+from ..errors import PgkvError
+from .nesting import Nesting
+from .retry import may_repeat
+from .sweep import Collector
+
+
+class PooledOperations:
+    """The part of a pool's channel that never waits.
+
+    Args:
+        config: timeouts and the retry policy.
+        pool: where connections come from.
+    """
+
+    def __init__(self, config: Config, pool: Any) -> None:
+        self._config = config
+        self._pool = pool
+        self._timeout = config.operation_timeout
+        self._on_close: list[Callable[[], object]] = []
+        self._collectors: dict[Table, Collector] = {}
+        self._known: set[Table] = set()
+        self._patrolling = False
+
+    def on_close(self, fn: Callable[[], object]) -> None:
+        """Call `fn` when the channel has been closed; an async one calls it in a thread."""
+        self._on_close.append(fn)
+
+    @property
+    def state(self) -> str:
+        """Whether it was closed."""
+        return "closed" if getattr(self._pool, "_closed", False) else ""
+
+    def is_exhausted(self) -> bool:
+        """Whether all connections are in use, so that the next operation waits for one."""
+        return bool(self._pool.is_exhausted())
+
+    def conninfo(self) -> str:
+        """What a connection outside the pool is opened with: for renewal and LISTEN."""
+        return str(self._pool.conninfo())
+
+    def may_repeat(self, op: Op[Any], error: PgkvError, /) -> bool:
+        """Whether an operation that failed together with others may be repeated alone."""
+        policy = self._config.retry
+        return policy is not None and may_repeat(op, error, policy)
+
+    def _start_patrols(self) -> None:
+        if not self._patrolling:
+            self._patrolling = True
+            for collector in tuple(self._collectors.values()):
+                collector.start_patrol()
+
+    def _sweep(self, table: Table | None) -> None:
+        collector = None if table is None else self._collectors.get(table)
+        if collector is not None:
+            collector.sweep()
+
+    def _collected(self, op: Op[Any], answer: Any) -> Any:
+        """The caller's part of an answer; the expired keys in it are queued for deletion."""
+        if not isinstance(answer, Expired):
+            return answer
+        collector = self._collectors.get(op.statement.table)  # type: ignore[arg-type]  # never None: it has rows
+        if collector is not None:
+            collector.collect(answer.keys_of(op))
+        return answer.answer
+
+
+class InTransaction:
+    """The part of a transaction's channel that never waits.
+
+    Args:
+        timeout: seconds for one operation.
+        deadline: the monotonic time at which the whole must end; None for no such time.
+    """
+
+    _link: Any
+
+    def __init__(self, timeout: float, deadline: float | None = None) -> None:
+        self._timeout = timeout
+        self._deadline = deadline
+        self._depth = 0
+        self._ended = ""
+        self._nesting = Nesting()
+        self._outer: InTransaction | None = None
+
+    def _seconds(self, timeout: float | None) -> float:
+        seconds = self._timeout if timeout is None else timeout
+        return seconds if self._deadline is None else min(seconds, self._deadline - monotonic())
+
+    def _over(self) -> str:
+        """How it ended, or one around it."""
+        channel: InTransaction | None = self
+        while channel is not None and not channel._ended:
+            channel = channel._outer
+        return "" if channel is None else channel._ended
+
+    def _in_transaction(self) -> bool:
+        return bool(self._link.pgconn.transaction_status == pq.TransactionStatus.INTRANS)
+
+    def watch(self, sql: Sweep) -> None:
+        """Nothing is collected inside a transaction."""
+
+    @property
+    def state(self) -> str:
+        """Whose transaction it is in, or how that ended."""
+        return f"its transaction was {self._ended}" if self._ended else "in a transaction"
+
+    def end(self) -> None:
+        """Refuse what comes after."""
+        self._ended = self._ended or "rolled back"
+
+    def may_repeat(self, _op: Op[Any], _error: PgkvError, /) -> bool:
+        """Nothing is repeated inside a transaction."""
+        return False
