@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from importlib.util import find_spec
 
@@ -10,6 +11,12 @@ NEEDED = ("typer", "rich")
 
 def main() -> int:
     """Run the command line and return the exit code."""
+    if sys.argv[1:] == ["--version"] and sys.stdout is not None:
+        with contextlib.suppress(OSError):  # reported below
+            from ._cli import version
+
+            print(f"pgkv {version()}", flush=True)
+            return 0
     missing = [name for name in NEEDED if find_spec(name) is None]
     if missing:
         print(

@@ -6,19 +6,21 @@ The command reads the table, not the programs: each program counts its own hits 
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..errors import NotFoundError
-from ..patterns.cache.sql import FUNCTION, TAG, CacheStatements, Usage
-from ..store import Store
 from . import console
-from .command import DONE, Call
+from .command import DONE, Invocation
+
+if TYPE_CHECKING:
+    from ..patterns.cache.sql import CacheStatements, Usage
+    from ..store import Store
 
 
 def cache(
-    call: Call,
+    call: Invocation,
     clear: Annotated[
         str | None,
         typer.Option(
@@ -45,6 +47,8 @@ def cache(
     """
     if clear is not None and tag is not None:
         raise typer.BadParameter("give at most one of --clear and --tag")
+    from ..patterns.cache.sql import TAG, CacheStatements
+
     with call.store() as store:
         sql = CacheStatements(store._config, store._sql.prefix)
         if tag is not None:
@@ -79,7 +83,11 @@ def cache(
     return DONE
 
 
-def _clear(call: Call, store: Store, sql: CacheStatements, wanted: str, usages: list[Usage]) -> int:
+def _clear(
+    call: Invocation, store: Store, sql: CacheStatements, wanted: str, usages: list[Usage]
+) -> int:
+    from ..patterns.cache.sql import FUNCTION
+
     names = [each.function for each in usages]
     found = [name for name in names if name == wanted] or [
         name for name in names if name.rpartition(":")[0].endswith(f".{wanted}")
@@ -92,7 +100,7 @@ def _clear(call: Call, store: Store, sql: CacheStatements, wanted: str, usages: 
     return _cleared(call, "function", found[0])
 
 
-def _cleared(call: Call, kind: str, name: str) -> int:
+def _cleared(call: Invocation, kind: str, name: str) -> int:
     if call.json:
         console.say_json({"cleared": name, "kind": kind})
     else:

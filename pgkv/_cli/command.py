@@ -1,7 +1,7 @@
 """`command.py` is the frame of ``pgkv``'s commands: the options that all of them take, how one is
 registered, and what its failures become.
 
-A command is a function whose first parameter is a `Call` and which returns its exit code. `register`
+A command is a function whose first parameter is an `Invocation` and which returns its exit code. `register`
 adds the common options, which can stand before or after the command's name.
 """
 
@@ -15,7 +15,6 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias, get_type_hints
 
@@ -33,7 +32,7 @@ from ..errors import (
     TableNotFoundError,
 )
 from ..store import Store
-from . import console
+from . import console, version
 
 DONE, NOT_FOUND, USAGE, UNAVAILABLE, INTERRUPTED = 0, 1, 2, 3, 130
 INTERNAL, INPUT_OUTPUT = 70, 74  # sysexits' EX_SOFTWARE and EX_IOERR
@@ -128,7 +127,7 @@ COMMON: dict[str, Any] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class Invocation:
     """The common options: which store, and how to answer."""
 
     dsn: str | None = None
@@ -190,7 +189,7 @@ def register(name: str, fn: Callable[..., int]) -> None:
     def run(ctx: typer.Context, **given: Any) -> None:
         after = {option: given.pop(option) for option in COMMON}
         common = (ctx.obj or {}) | {k: v for k, v in after.items() if v not in (None, False)}
-        raise typer.Exit(fn(Call(**common), **given))
+        raise typer.Exit(fn(Invocation(**common), **given))
 
     _sign(run, own)
     app.command(name, cls=_Command, help=inspect.getdoc(fn))(run)
@@ -215,7 +214,7 @@ def _sign(fn: Any, own: list[inspect.Parameter]) -> None:
 
 def _root(ctx: typer.Context, **given: Any) -> None:
     if given.pop("version"):
-        console.say(f"pgkv {_version()}")
+        console.say(f"pgkv {version()}")
         raise typer.Exit(DONE)
     ctx.obj = {k: v for k, v in given.items() if v not in (None, False)}
     if ctx.invoked_subcommand is None:
@@ -237,13 +236,6 @@ _sign(
     ],
 )
 app.callback(invoke_without_command=True)(_root)
-
-
-def _version() -> str:
-    try:
-        return version("pgkv-toolkit")
-    except PackageNotFoundError:
-        return "(not installed: running from its source)"
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -12,7 +12,7 @@ import typer
 from ..errors import NotFoundError
 from ..store import Store
 from . import console
-from .command import DONE, NOT_FOUND, Call, Seconds, duration
+from .command import DONE, NOT_FOUND, Invocation, Seconds, duration
 
 TERMINAL_LIMIT = 100  # rows of a scan on a terminal, unless --limit says otherwise
 PAGE_KEYS, PAGE_ITEMS = 5000, 500  # rows fetched at a time: values may be large
@@ -20,7 +20,7 @@ PAGE_KEYS, PAGE_ITEMS = 5000, 500  # rows fetched at a time: values may be large
 Key: TypeAlias = Annotated[str, typer.Argument(metavar="KEY", help="The key.")]
 
 
-def get(call: Call, key: Key) -> int:
+def get(call: Invocation, key: Key) -> int:
     """Write the value of a key to standard output, byte for byte.
 
     With --json the version and times too; a value that is not UTF-8 is given in base64. Exit code
@@ -54,7 +54,7 @@ def get(call: Call, key: Key) -> int:
 
 
 def set_(
-    call: Call,
+    call: Invocation,
     key: Key,
     value: Annotated[
         str, typer.Argument(metavar="VALUE", help="The value; - reads standard input, as bytes.")
@@ -117,7 +117,7 @@ def _set_existing(store: Store, key: str, data: bytes, ttl: float | None) -> int
 
 
 def delete(
-    call: Call,
+    call: Invocation,
     keys: Annotated[list[str] | None, typer.Argument(metavar="KEY", help="The keys.")] = None,
     prefix: Annotated[
         str | None,
@@ -164,7 +164,7 @@ def _confirm(given: bool, question: Callable[[], str]) -> None:
 
 
 def scan(
-    call: Call,
+    call: Invocation,
     start: Annotated[
         str | None, typer.Argument(metavar="[PREFIX]", help="Keys that begin with this.")
     ] = None,

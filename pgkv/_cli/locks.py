@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from types import FrameType
-from typing import Annotated, Any, Self
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import typer
 
@@ -24,12 +24,13 @@ from ..errors import (
     NotFoundError,
     TableNotFoundError,
 )
-from ..patterns.lock.api import Lease, Lock, statements_of
-from ..patterns.lock.lease import info_of
-from ..patterns.lock.sql import SEPARATOR, Guarding, Holder, LockStatements
-from ..store import Store
 from . import console
-from .command import DONE, Call, Seconds, duration
+from .command import DONE, Invocation, Seconds, duration
+
+if TYPE_CHECKING:
+    from ..patterns.lock.api import Lease
+    from ..patterns.lock.sql import Guarding, Holder, LockStatements
+    from ..store import Store
 
 BUSY = 75  # sysexits' EX_TEMPFAIL: try again later
 LOST = 76  # the lease was lost, and the command killed
@@ -39,7 +40,7 @@ PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
 def locks(
-    call: Call,
+    call: Invocation,
     break_: Annotated[
         int | None,
         typer.Option("--break", metavar="TOKEN", help="Free the lock of this token at once. Its "
@@ -62,6 +63,9 @@ def locks(
     """
     if break_ is not None and revoke is not None:
         raise typer.BadParameter("give --break or --revoke, not both")
+    from ..patterns.lock.api import statements_of
+    from ..patterns.lock.sql import LockStatements
+
     token = revoke if break_ is None else break_
     with call.store() as store:
         tables = [
@@ -121,6 +125,9 @@ def locks(
 
 
 def _shown(holder: Holder) -> dict[str, Any]:
+    from ..patterns.lock.lease import info_of
+    from ..patterns.lock.sql import SEPARATOR
+
     info = info_of(holder)
     name, separator, slot = info.name.partition(SEPARATOR)
     return {
@@ -162,7 +169,7 @@ def _end(store: Store, tables: list[LockStatements], token: int, *, safely: bool
 
 
 def lock(
-    call: Call,
+    call: Invocation,
     name: Annotated[str, typer.Argument(metavar="NAME", help="The lock.")],
     program: Annotated[
         list[str],
@@ -195,6 +202,8 @@ def lock(
     """
     if skip and wait is not None:
         raise typer.BadParameter("give --skip or --wait, not both")
+    from ..patterns.lock.api import Lock
+
     cleanup = contextlib.ExitStack()
     with _Signals() as signals:
         try:
@@ -217,7 +226,7 @@ def lock(
             _within(END_WITHIN, cleanup.close)
 
 
-def _guarded(call: Call, program: list[str], lease: Lease, signals: _Signals) -> int:
+def _guarded(call: Invocation, program: list[str], lease: Lease, signals: _Signals) -> int:
     """Run the command, free the lock, and report a loss."""
     margin = lease.ttl - lease.remaining()
     try:
@@ -242,7 +251,7 @@ def _guarded(call: Call, program: list[str], lease: Lease, signals: _Signals) ->
     return LOST
 
 
-def _free(call: Call, lease: Lease) -> None:
+def _free(call: Invocation, lease: Lease) -> None:
     """Free the lock. The command's exit code counts, whatever becomes of this."""
     error = _within(END_WITHIN, lease.release)
     if error is not None:

@@ -9,12 +9,11 @@ import typer
 
 from .._engine.sweep import sweep_all
 from ..config import TableType
-from ..patterns.schema import schema_sql
 from . import console
-from .command import DONE, Call
+from .command import DONE, Invocation
 
 
-def stats(call: Call) -> int:
+def stats(call: Invocation) -> int:
     """Show the size of the table and its health. Reads the whole table.
 
     **Example:** `pgkv stats --json`
@@ -43,7 +42,7 @@ def stats(call: Call) -> int:
 
 
 def sweep(
-    call: Call,
+    call: Invocation,
     limit: Annotated[
         int | None,
         typer.Option("--limit", "-l", metavar="N", min=1, help="Stop after N rows."),
@@ -73,7 +72,7 @@ def sweep(
 
 
 def schema(
-    call: Call,
+    call: Invocation,
     regular: Annotated[
         bool,
         typer.Option(
@@ -94,7 +93,9 @@ def schema(
 
     **Example:** `pgkv schema --table cache | psql "$PGKV_DSN"`
     """
-    named = Call(dsn=call.dsn or "postgresql://", table=call.table, schema=call.schema)
+    from ..patterns.schema import schema_sql
+
+    named = Invocation(dsn=call.dsn or "postgresql://", table=call.table, schema=call.schema)
     kind = TableType.REGULAR if regular else TableType.UNLOGGED
     sql = schema_sql(named.config(table_type=kind), locks=locks, sessions=sessions)
     if call.json:

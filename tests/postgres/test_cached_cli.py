@@ -33,7 +33,7 @@ def test_cache_lists_and_clears(dsn: str, capsys: pytest.CaptureFixture[str]) ->
         assert shown["function"] == load.name
         assert (shown["entries"], shown["computing"]) == (2, 0)
         assert main(["cache", "--dsn", dsn]) == 0
-        assert "entries" in capsys.readouterr().out
+        assert capsys.readouterr().out.startswith(f"{load.name}\t2\t0\t")
         assert main(["cache", "--dsn", dsn, "--tag", "t:1"]) == 0
         assert load.peek(1) is None
         assert load.peek(2) is not None

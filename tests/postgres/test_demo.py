@@ -22,7 +22,7 @@ pytest.importorskip("rich")
 from pgkv._cli.demo import play as _demo
 from pgkv._cli.demo import workers
 from pgkv._cli.demo.screen import Screen
-from pgkv._cli.demo.stage import Check, Rate, Report, Scene, Stage
+from pgkv._cli.demo.stage import Check, Report, Scene, Speed, Stage
 from pgkv._embedded.binaries import exists
 from pgkv.cli import main
 from tests import servers
@@ -67,7 +67,7 @@ def test_on_another_server(dsn: str, capsys: pytest.CaptureFixture[str]) -> None
         assert left.fetchall() == []
 
 
-def scene(*held: bool, rates: tuple[Rate, ...] = ()) -> Scene:
+def scene(*held: bool, rates: tuple[Speed, ...] = ()) -> Scene:
     """A scene with those checks."""
 
     def play(_: Stage) -> Report:
@@ -130,7 +130,7 @@ def test_any_encoding(terminal: bool, encoding: str, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("sys.stdout", io.TextIOWrapper(written, encoding, write_through=True))
     monkeypatch.setattr("pgkv._cli.console.on_terminal", lambda: terminal)
     monkeypatch.setenv("COLUMNS", "80")
-    rates = (Rate("get", 1, 50_000.0, 2e-5, 4e-5), Rate("swap", 8, 10.0, 0.1, 0.2))
+    rates = (Speed("get", 1, 50_000.0, 2e-5, 4e-5), Speed("swap", 8, 10.0, 0.1, 0.2))
     report = Report(["said"], [Check("good", True), Check("bad", False)], list(rates))
     screen = Screen(quiet=False)
     screen.begin(scene())

@@ -257,7 +257,7 @@ def test_an_unforeseen_error_is_one_line(
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("a defect")
 
-    monkeypatch.setattr("pgkv._cli.table.schema_sql", broken)
+    monkeypatch.setattr("pgkv.patterns.schema.schema_sql", broken)
     assert main(["schema"]) == 70
     assert "this should not happen: RuntimeError" in capsys.readouterr().err
     monkeypatch.setenv("PGKV_TRACEBACK", "1")
@@ -295,6 +295,24 @@ def test_a_mistyped_embedded_path(
     assert main([*command, "--dsn", f"embedded://{tmp_path}/data"]) == 1
     assert "there is no embedded database" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "spared"),
+    [
+        (["--version"], {"typer", "rich", "psycopg", "asyncio"}),
+        (["get", "a", "--dsn", NOWHERE], {"rich", "pgkv.patterns.lock", "pgkv.patterns.cache"}),
+    ],
+)
+def test_a_command_loads_what_it_needs(arguments: list[str], spared: set[str]) -> None:
+    """Commands in scripts start often: neither the version nor a get loads what it does not use."""
+    script = "import sys; from pgkv.__main__ import main; main(); print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", script, *arguments],
+        capture_output=True, text=True, check=True, timeout=60,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert spared & set(done.stdout.split()) == set()
 
 
 def test_completion_is_offered() -> None:

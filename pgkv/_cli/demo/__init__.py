@@ -7,11 +7,11 @@ from typing import Annotated, Any
 import typer
 
 from ...config import Pooler
-from ..command import DONE, NOT_FOUND, Call
+from ..command import DONE, NOT_FOUND, Invocation
 
 
 def demo(
-    call: Call,
+    call: Invocation,
     keys: Annotated[int, typer.Option("--keys", metavar="N", min=1000, hidden=True)] = 400_000,
     seconds: Annotated[float, typer.Option("--seconds", min=0.1, hidden=True)] = 3.0,
 ) -> int:

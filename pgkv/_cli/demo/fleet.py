@@ -21,7 +21,7 @@ from ...patterns.lock.api import Lease, Lock
 from ...store import Store
 from .. import console
 from .stage import Check, Report, Scene, Stage
-from .workers import Orders, Worker, Workers, answer
+from .workers import Orders, Worker, WorkerGroup, answer
 
 PROCESSES = 4
 LEDGER, RECEIPT = "demo:ledger", "demo:receipt:"
@@ -72,7 +72,7 @@ class Takeover:
 class Log:
     """What the processes have reported. `until` ends a scene in which no process gets a turn."""
 
-    workers: Workers
+    workers: WorkerGroup
     until: float
     turns: list[Turn] = field(default_factory=list)
     done: list[int] = field(default_factory=list)  # tokens

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 from time import perf_counter
 
-from .stage import WORKERS, Check, Rate, Report, Scene, Stage, rate
+from .stage import WORKERS, Check, Report, Scene, Speed, Stage, rate
 
 SHARED = 4  # counters, and accounts
 OPENING = 1_000_000
@@ -26,7 +26,7 @@ def play(stage: Stage) -> Report:
     return Report([said], [counted, drawn, only_one], [counting, swapping])
 
 
-def _count(stage: Stage) -> tuple[Rate, Check]:
+def _count(stage: Stage) -> tuple[Speed, Check]:
     names = [f"demo:counter:{number}" for number in range(SHARED)]
     latencies: list[list[float]] = [[] for _ in range(WORKERS)]
 
@@ -52,7 +52,7 @@ def _count(stage: Stage) -> tuple[Rate, Check]:
     )
 
 
-def _draw(stage: Stage) -> tuple[Rate, Check, str]:
+def _draw(stage: Stage) -> tuple[Speed, Check, str]:
     store = stage.store
     names = [f"demo:account:{number}" for number in range(SHARED)]
     store.set_many({name: str(OPENING) for name in names})

@@ -14,7 +14,7 @@ from typing import Any
 
 from ...store import Store
 from .. import console
-from .workers import Workers, running
+from .workers import WorkerGroup, running
 
 WORKERS = 8
 
@@ -41,7 +41,7 @@ class Check:
 
 
 @dataclass(frozen=True, slots=True)
-class Rate:
+class Speed:
     """How fast an operation was: calls per second by that many callers, and seconds of one call."""
 
     operation: str
@@ -57,7 +57,7 @@ class Report:
 
     said: list[str] = field(default_factory=list)
     checks: list[Check] = field(default_factory=list)
-    rates: list[Rate] = field(default_factory=list)
+    rates: list[Speed] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -101,7 +101,7 @@ class Stage:
             task = progress.add_task(what, total=total)
             yield lambda step: progress.advance(task, step)
 
-    def workers(self, part: str, size: int, **terms: Any) -> AbstractContextManager[Workers]:
+    def workers(self, part: str, size: int, **terms: Any) -> AbstractContextManager[WorkerGroup]:
         """Start processes that run `work` of that scene's module, until the block ends."""
         return running(part, size, {"settings": self.settings, "terms": terms})
 
@@ -174,11 +174,11 @@ class Scene:
 
 def rate(
     operation: str, callers: int, latencies: list[float], seconds: float | None = None
-) -> Rate:
+) -> Speed:
     """Sum up what callers measured: seconds of each call, and from the first call to the last
     (None: one caller, whose calls add up to it)."""
     ordered = sorted(latencies) or [0.0]
-    return Rate(
+    return Speed(
         operation,
         callers,
         len(latencies) / (sum(ordered) if seconds is None else seconds),

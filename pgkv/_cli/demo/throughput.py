@@ -10,7 +10,7 @@ from time import perf_counter
 from typing import Any
 
 from ...store import Store
-from .stage import WORKERS, Check, Rate, Report, Scene, Stage, rate
+from .stage import WORKERS, Check, Report, Scene, Speed, Stage, rate
 
 KEYS = 10_000
 BATCH = 100
@@ -41,7 +41,7 @@ def play(stage: Stage) -> Report:
     """Time each operation by one caller, then `get` by many."""
     drawn = random.sample(list(stage.data), min(KEYS, len(stage.data)))
     data = {key: stage.data[key].encode() for key in drawn}
-    rates: list[Rate] = []
+    rates: list[Speed] = []
     answers = wrong = counted = 0
     operations = list(_operations(stage.store, data))
     with stage.bar("one caller", len(operations)) as advance:

@@ -1,4 +1,4 @@
-"""Processes that work in a scene: `Worker` and `Workers` in the demo, `Orders` in the process itself.
+"""Processes that work in a scene: `Worker` and `WorkerGroup` in the demo, `Orders` in the process itself.
 
 A worker runs the `work` function of a scene's module. Orders and answers are lines of JSON on its
 standard input and output. It ends when its input ends, so none outlives the demo.
@@ -95,7 +95,7 @@ class Worker:
             answers.put((self, RuntimeError(f"{self} of the demo failed: {last}")))
 
 
-class Workers:
+class WorkerGroup:
     """Some processes, and their answers."""
 
     def __init__(self) -> None:
@@ -140,9 +140,9 @@ class Workers:
 
 
 @contextlib.contextmanager
-def running(part: str, size: int, first: dict[str, Any]) -> Iterator[Workers]:
+def running(part: str, size: int, first: dict[str, Any]) -> Iterator[WorkerGroup]:
     """Start that many workers and wait until they are ready; all have ended afterwards."""
-    workers = Workers()
+    workers = WorkerGroup()
     try:
         for _ in range(size):
             workers.start({"part": part, **first})

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from .. import console
-from ..command import DONE, NOT_FOUND, Call, require_database
+from ..command import DONE, NOT_FOUND, Invocation, require_database
 
 if TYPE_CHECKING:
     from .context import Finding, Status
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 _STYLES: dict[Status, str] = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 
 
-def doctor(call: Call) -> int:
+def doctor(call: Invocation) -> int:
     """Check the server, the table and the connection, and suggest fixes.
 
     Changes nothing. Checks the store's own table, not those of locks and sessions. Exit code 1: a
