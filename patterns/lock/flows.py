@@ -175,6 +175,19 @@ class Acquisition(Generic[L]):
         stop: ends the wait when it returns True.
     """
 
+    # Of the class until they change: a try that is granted at once changes few of them.
+    waiter: Wakeable | None = None
+    wait = 0.0
+    place = -1, 0.0  # in the queue, and since when
+    turn = 0.0  # seconds in which the queue moves by one
+    created = False
+    last: Op[Any] | None = None  # what was sent last
+    was_denied = hurried = False
+    denied_by: bytes | None = None
+    granted: weakref.ref[L] | None = None  # weak: a traceback may keep this object
+    in_doubt = overtook = False  # what was asked for may have been granted
+    queued = False
+
     def __init__(
         self,
         runtime: Runtime[L],
@@ -189,23 +202,15 @@ class Acquisition(Generic[L]):
         if timeout == 0:
             # One try has the time of any operation, for connecting too.
             self.deadline, self.stop = None, _at_once
-        self.waiter: Wakeable | None = None
-        self.wait = 0.0
-        self.place = -1, 0.0  # in the queue, and since when
-        self.turn = 0.0  # seconds in which the queue moves by one
-        self.created = False
-        self.last: Op[Any] | None = None  # what was sent last
-        self.was_denied = self.hurried = False
-        self.denied_by: bytes | None = None
-        self._ask_afresh()
+        self.pid = os.getpid()
+        self.asking = new_asking(options.metadata)
 
     def _ask_afresh(self) -> None:
         """Ask as another: by a new nonce."""
         self.pid = os.getpid()
         self.asking = new_asking(self.options.metadata)
-        self.granted: weakref.ref[L] | None = None  # weak: a traceback may keep this object
-        self.in_doubt = self.overtook = False  # what was asked for may have been granted
-        self.queued = False
+        self.granted = None
+        self.in_doubt = self.overtook = self.queued = False
 
     def flow(self) -> Flow[L | None]:
         """Try, and wait, until granted; None when the time has passed."""
@@ -300,7 +305,8 @@ class Acquisition(Generic[L]):
                     continue
                 return None, reply
             if clock() < sent_at + options.ttl - margin_of(options.ttl):
-                self.queued = False
+                if self.queued:
+                    self.queued = False
                 lease = self.runtime.lease(
                     options, reply.key, reply.token, self.asking.owner, sent_at
                 )

@@ -140,14 +140,20 @@ def encode_metadata(metadata: Any) -> bytes:
         ) from None
 
 
+_owner = 0, "", b""  # the process it was made in, its name, and that as JSON
+
+
 def new_asking(metadata: bytes) -> Asking:
     """Return a new asking of this process, unlike any other."""
-    owner = f"{socket.gethostname()}:{os.getpid()}"
+    global _owner  # noqa: PLW0603  # once per process
+    pid, owner, encoded = _owner
+    if pid != os.getpid():
+        owner = f"{socket.gethostname()}:{os.getpid()}"
+        encoded = msgspec.json.encode(owner)
+        _owner = os.getpid(), owner, encoded
     nonce = secrets.token_hex(12).encode()
-    row = b'{"owner":%s,"nonce":"%s","metadata":%s}'
-    return Asking(
-        owner, row % (msgspec.json.encode(owner), nonce, metadata), SEPARATOR.encode() + nonce
-    )
+    row = b'{"owner":%s,"nonce":"%s","metadata":%s}' % (encoded, nonce, metadata)
+    return Asking(owner, row, b"\x1f" + nonce)
 
 
 def read_owner(row: bytes | None) -> tuple[str, Any]:

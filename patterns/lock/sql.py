@@ -68,8 +68,6 @@ DURABLE = (
     "WHEN 'remote_apply' THEN 'remote_apply' ELSE 'on' END, true)"
 )
 RELAXED = "set_config('synchronous_commit', 'off', true)"
-# MATERIALIZED and referenced: otherwise the settings in it would never be made.
-CLOCK = f"n AS MATERIALIZED (SELECT clock_timestamp() ts, {DURABLE}, set_config('lock_timeout', $4, true))"
 STILL_MINE = "t.value = EXCLUDED.value AND t.expires_at > EXCLUDED.updated_at"
 # An asking whose own grant was ended is granted nothing more: a copy of it may still be under way.
 ENDED = f"t.value = EXCLUDED.value AND t.expires_at = {EPOCH}"
@@ -154,6 +152,15 @@ class LockStatements:
         self.prefix = prefix
         self.t: str = table.quoted
         self.q: str = tickets.quoted
+        # What is not logged waits for no disk, whatever the setting.
+        logged = table.shape != LOCKS_UNLOGGED
+        self.durable = DURABLE if logged else "NULL"
+        self.relaxed = RELAXED if logged else "NULL"
+        # MATERIALIZED and referenced: otherwise the settings in it would never be made.
+        self.clock = (
+            f"n AS MATERIALIZED (SELECT clock_timestamp() ts, {self.durable}, "
+            "set_config('lock_timeout', $4, true))"
+        )
 
     def _statement(
         self, name: str, sql: str, formats: tuple[int, ...], decode: Any, **options: Any
@@ -193,7 +200,7 @@ class LockStatements:
     @cached_property
     def _grant(self) -> Statement[Granted | Denied]:
         sql = (
-            f"WITH {CLOCK}, free AS MATERIALIZED (SELECT key FROM {self.t} WHERE key = $1 "
+            f"WITH {self.clock}, free AS MATERIALIZED (SELECT key FROM {self.t} WHERE key = $1 "
             f"AND {FREE} FOR UPDATE SKIP LOCKED), "
             + self.granting(
                 "$1",
@@ -235,7 +242,7 @@ class LockStatements:
     def _grant_fair(self) -> Statement[Granted | Denied]:
         first = "(SELECT c FROM ahead) = 0"
         sql = (
-            f"WITH {CLOCK}, "
+            f"WITH {self.clock}, "
             f"tick AS MATERIALIZED (SELECT key, version, expires_at, key = $5 AS mine FROM {self.q}, n "
             'WHERE key COLLATE "C" > $6 AND key COLLATE "C" < $7 AND expires_at > n.ts), '
             "ahead AS MATERIALIZED (SELECT count(*) c FROM tick WHERE NOT mine AND coalesce("
@@ -332,7 +339,7 @@ class LockStatements:
         # Rows are locked in name order, and one that a stranger holds is passed over: it must not
         # cost the others their leases.
         sql = (
-            f"WITH n AS MATERIALIZED (SELECT {DURABLE}), u AS (SELECT * FROM "
+            f"WITH n AS MATERIALIZED (SELECT {self.durable}), u AS (SELECT * FROM "
             "unnest($1::text[], $2::bigint[], $3::float8[]) AS u (key, version, ttl)), "
             f"k AS MATERIALIZED (SELECT t.key, t.version, u.ttl FROM {self.t} t "
             f"JOIN u USING (key, version), n WHERE t.{LIVE} "
@@ -361,7 +368,7 @@ class LockStatements:
     def _make_release(self, notify: bool) -> Statement[int]:
         told = "pg_notify($3, $4 || key)" if notify else "key"
         sql = (
-            f"WITH n AS MATERIALIZED (SELECT {RELAXED}), r AS (UPDATE {self.t} "
+            f"WITH n AS MATERIALIZED (SELECT {self.relaxed}), r AS (UPDATE {self.t} "
             f"SET expires_at = {EPOCH} FROM n WHERE key = $1 AND version = $2 AND {LIVE} "
             f"RETURNING key), told AS MATERIALIZED (SELECT {told} FROM r) "
             f"SELECT CASE WHEN (SELECT count(*) FROM told) > 0 THEN {RENEWED} "
@@ -416,7 +423,7 @@ class LockStatements:
     @cached_property
     def _take_back(self) -> Statement[bool]:
         sql = (
-            f"WITH n AS MATERIALIZED (SELECT clock_timestamp() ts, {RELAXED}), {self._mark('$3')} "
+            f"WITH n AS MATERIALIZED (SELECT clock_timestamp() ts, {self.relaxed}), {self._mark('$3')} "
             f"INSERT INTO {self.t} AS t {COLUMNS} SELECT $1, $2, {EPOCH}, n.ts, n.ts, {US} FROM n "
             f"ON CONFLICT (key) DO UPDATE SET value = EXCLUDED.value, expires_at = {EPOCH} "
             "WHERE t.value = EXCLUDED.value OR t.expires_at <= EXCLUDED.updated_at"
@@ -433,7 +440,7 @@ class LockStatements:
     def _revoke(self) -> Statement[bool]:
         return self._statement(
             "lock_revoke",
-            f"WITH n AS MATERIALIZED (SELECT {DURABLE}, set_config('lock_timeout', '250', true)) "
+            f"WITH n AS MATERIALIZED (SELECT {self.durable}, set_config('lock_timeout', '250', true)) "
             f"UPDATE {self.t} SET version = greatest(version + 1, {STATEMENT_US}) FROM n "
             f"WHERE key = $1 AND version = $2 AND {LIVE}",
             (TEXT, BINARY),
@@ -696,7 +703,7 @@ class SemaphoreStatements(LockStatements):
         # same leases then still take different slots below it. The size's row is locked against
         # a change, and against `take_back`, which both change its version.
         sql = (
-            f"WITH {CLOCK}, size AS MATERIALIZED (SELECT value, version FROM {self.t} "
+            f"WITH {self.clock}, size AS MATERIALIZED (SELECT value, version FROM {self.t} "
             "WHERE key = $5), "
             f"cur AS MATERIALIZED (SELECT key, value, expires_at FROM {self.t} "
             'WHERE key COLLATE "C" > $5 AND key COLLATE "C" < $5 || \':\'), '
@@ -777,7 +784,7 @@ class SemaphoreStatements(LockStatements):
     def _close_slots(self) -> Statement[bool]:
         return self._statement(
             "semaphore_close",
-            f"WITH n AS MATERIALIZED (SELECT clock_timestamp() ts, {RELAXED}), {self._mark('$2')} "
+            f"WITH n AS MATERIALIZED (SELECT clock_timestamp() ts, {self.relaxed}), {self._mark('$2')} "
             f"UPDATE {self.t} SET version = version + 1 FROM n WHERE key = $1",
             (TEXT, TEXT),
             read_changed,
@@ -788,7 +795,7 @@ class SemaphoreStatements(LockStatements):
     def _free_slot(self) -> Statement[bool]:
         return self._statement(
             "semaphore_take_back",
-            f"WITH n AS MATERIALIZED (SELECT {RELAXED}) UPDATE {self.t} SET expires_at = {EPOCH} "
+            f"WITH n AS MATERIALIZED (SELECT {self.relaxed}) UPDATE {self.t} SET expires_at = {EPOCH} "
             f"FROM n WHERE key = ANY($1::text[]) AND value = $2 AND {LIVE}",
             (BINARY, BINARY),
             read_changed,
