@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import pytest
 pytest.importorskip("typer")
 pytest.importorskip("rich")
 
+from pgkv import Store
 from pgkv._cli.demo import play as _demo
 from pgkv._cli.demo import workers
 from pgkv._cli.demo.screen import Screen
@@ -92,6 +94,24 @@ def test_a_check_that_fails(
     assert said.count("  ok: checked\n") == 2
     assert said.count("  WRONG: checked\n") == 1
     assert "2 of 3 checks held" in said
+
+
+@newest
+def test_a_thread_that_fails_ends_the_others(dsn: str) -> None:
+    """The first failure is raised long before the time is up."""
+    with Store.connect(dsn) as store:
+        stage = Stage(store, {}, _demo.Size(), "18", True, True)
+
+        def work(number: int, go_on: Callable[[], bool]) -> None:
+            if number == 3:
+                raise RuntimeError("the third")
+            while go_on():
+                time.sleep(0.01)
+
+        started = time.monotonic()
+        with pytest.raises(RuntimeError, match="the third"):
+            stage.together("work", work, seconds=120)
+        assert time.monotonic() - started < 60
 
 
 @newest

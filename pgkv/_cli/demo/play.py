@@ -14,17 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from .. import console
-from . import expiry, fleet, limiting, loading, races, scans, sessions, stampede, throughput
+from . import dataset, expiry, fleet, limiting, races, sessions, stampede, throughput
 from .screen import Screen
 from .setting import open_stage
 from .stage import Report, Scene, Size
 
 SCENES: tuple[Scene, ...] = (
-    loading.SCENE,
+    dataset.LOADING,
     throughput.SCENE,
     races.SCENE,
     expiry.SCENE,
-    scans.SCENE,
+    dataset.SCANNING,
     stampede.SCENE,
     limiting.SCENE,
     fleet.SCENE,

@@ -7,6 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -118,42 +119,24 @@ class Stage:
         A worker looks at ``go_on()`` before each step. Returns the seconds it took. The first
         failure of a worker ends all of them and is raised here, as is Ctrl-C.
         """
-        until = time.monotonic() + seconds
+        started = time.monotonic()
         stop = threading.Event()
-        failures: list[BaseException] = []
 
         def go_on() -> bool:
-            return not stop.is_set() and time.monotonic() < until
+            return not stop.is_set() and time.monotonic() < started + seconds
 
-        def guarded(number: int) -> None:
+        with ThreadPoolExecutor(workers) as pool, self.bar(what, round(seconds * 10)) as advance:
+            futures = [pool.submit(work, number, go_on) for number in range(workers)]
             try:
-                work(number, go_on)
-            except BaseException as error:  # noqa: BLE001  # raised by the thread that waits
-                failures.append(error)
+                while True:
+                    done, rest = wait(futures, timeout=0.05, return_when=FIRST_EXCEPTION)
+                    if not rest or any(each.exception() for each in done):
+                        break
+                    advance(0.5)
+            finally:
                 stop.set()
-
-        threads = [
-            threading.Thread(target=guarded, args=(number,), daemon=True)
-            for number in range(workers)
-        ]
-        started = time.monotonic()
-        try:
-            with self.bar(what, round(seconds * 10)) as advance:
-                for thread in threads:
-                    thread.start()
-                shown = started
-                while any(thread.is_alive() for thread in threads):
-                    time.sleep(0.05)
-                    now = time.monotonic()
-                    advance(10 * (now - shown))
-                    shown = now
-        finally:
-            stop.set()
-            for thread in threads:
-                if thread.ident is not None:
-                    thread.join()
-        if failures:
-            raise failures[0]
+        for future in futures:
+            future.result()
         return time.monotonic() - started
 
 

@@ -11,7 +11,7 @@ from time import monotonic, perf_counter
 from ...patterns.cache.decorator import cached
 from ...store import Store
 from .. import console
-from . import data
+from . import dataset
 from .stage import Check, Report, Scene, Stage, rate
 from .workers import Orders, answer
 
@@ -62,7 +62,7 @@ def play(stage: Stage) -> Report:
 
 def work(store: Store, orders: Orders, *, share: float) -> None:
     """Call the function from all threads at once, as each order says."""
-    text = "".join(text for folder in LIBRARY for _, text in data.source_files(folder))
+    text = "".join(text for folder in LIBRARY for _, text in dataset.source_files(folder))
     text = text[: round(len(text) * share)]
 
     @cached(ttl=60, store=store, store_timeout=TIMEOUT, max_wait=TIMEOUT, on_error="raise")

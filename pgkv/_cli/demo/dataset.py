@@ -1,0 +1,145 @@
+"""Scenes: a real data set is loaded in batches, and scanned in order.
+
+The data is in every Python installation: the source of its library, and the names of Unicode.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+import sysconfig
+import time
+import unicodedata
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain, islice
+from pathlib import Path
+from time import perf_counter
+
+from .. import console
+from .stage import Check, Report, Scene, Stage, rate
+
+UNICODE, SOURCE = "unicode/", "py/"
+NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__"}
+BATCH = 1000
+LOADERS = 2
+SAMPLE = 2000
+SHORT_SCANS = 500
+FAVOURITE = "asyncio/tasks.py"
+
+
+def collect(most: int) -> dict[str, str]:
+    """Return at most that many entries: ``py/asyncio/tasks.py:000042`` is a line of the standard
+    library, ``unicode/01F600`` the name of a character."""
+    share = most // 3
+    first, rest = islice(characters(), share), islice(characters(), share, None)
+    lines = chain.from_iterable(lines_of(*file) for file in source_files())
+    return dict(islice(chain(first, lines, rest), most))
+
+
+def characters() -> Iterator[tuple[str, str]]:
+    """Every named character's code and name."""
+    for code in range(sys.maxunicode + 1):
+        name = unicodedata.name(chr(code), "")
+        if name:
+            yield f"{UNICODE}{code:06X}", name
+
+
+def source_files(folder: str = "") -> Iterator[tuple[str, str]]:
+    """Every module of the standard library, or of one folder of it: its path within, and its text."""
+    root = Path(sysconfig.get_path("stdlib"))
+    for path in sorted((root / folder).rglob("*.py")):
+        inner = path.relative_to(root)
+        if NOT_LIBRARY.isdisjoint(inner.parts):
+            yield inner.as_posix(), path.read_text("utf-8", "replace").replace("\0", "")
+
+
+def lines_of(name: str, text: str) -> Iterator[tuple[str, str]]:
+    """A module's lines that are not blank, under keys that sort in their order."""
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.strip():
+            yield f"{SOURCE}{name}:{number:06}", line
+
+
+def load(stage: Stage) -> Report:
+    """Load everything, count it, and read a sample back."""
+    stage.data = collect(stage.size.keys)
+    pairs = iter(stage.data.items())
+    batches = list(iter(lambda: list(islice(pairs, BATCH)), []))
+    size = sum(len(key.encode()) + len(value.encode()) for key, value in stage.data.items())
+    latencies: list[float] = []
+    with stage.bar("loading", len(stage.data)) as advance, ThreadPoolExecutor(LOADERS) as threads:
+
+        def write(batch: list[tuple[str, str]]) -> None:
+            started = time.perf_counter()
+            advance(stage.store.set_many(batch))
+            latencies.append(time.perf_counter() - started)
+
+        started = time.monotonic()
+        try:
+            list(threads.map(write, batches))
+        except BaseException:
+            threads.shutdown(cancel_futures=True)
+            raise
+        seconds = time.monotonic() - started
+    stage.store.vacuum()  # or autovacuum does it, while the next scene is timed
+    found = stage.store.count()
+    sample = random.sample(list(stage.data), min(SAMPLE, len(stage.data)))
+    back = stage.store.get_many(sample)
+    same = all(back.get(key) == stage.data[key].encode() for key in sample)
+    names = sum(key.startswith(UNICODE) for key in stage.data)
+    return Report(
+        [
+            f"{names:,} names of characters, {len(stage.data) - names:,} lines of Python's own "
+            f"library: {console.size(size)}",
+            f"{len(stage.data):,} keys in {console.duration(seconds)}: "
+            f"{len(stage.data) / seconds:,.0f} a second",
+        ],
+        [
+            Check(f"the store counts {found:,} keys, and {len(stage.data):,} were written",
+                  found == len(stage.data)),
+            Check(f"{len(sample):,} keys drawn at random hold what was written", same),
+        ],
+        [rate(f"set_many of {BATCH:,}", LOADERS, latencies, seconds)],
+    )  # fmt: skip
+
+
+def scan(stage: Stage) -> Report:
+    """Read one module back line by line, everything in order, and many short ranges."""
+    store = stage.store
+    checks: list[Check] = []
+    names = sorted({key[len(SOURCE) :].rpartition(":")[0]
+                    for key in stage.data if key.startswith(SOURCE)})  # fmt: skip
+    names = names[:-1]  # of the last one only a part may have been loaded
+    if names:
+        name = FAVOURITE if FAVOURITE in names else max(names[:50], key=len)
+        text = dict(source_files(name.rpartition("/")[0]))[name]
+        found = [(key, value.decode()) for key, value in store.scan(f"{SOURCE}{name}:")]
+        said = f"a scan puts {name} together again, {len(found):,} lines in order"
+        checks.append(Check(said, found == list(lines_of(name, text))))
+    kept = sorted(stage.data, key=str.encode)
+    started = time.monotonic()
+    keys: list[str] = []
+    with stage.bar("scanning", len(kept)) as advance:
+        for prefix in (SOURCE, UNICODE):
+            for key in store.iter_keys(prefix, page_size=5000):
+                keys.append(key)
+                if len(keys) % 5000 == 0:
+                    advance(5000)
+    seconds = time.monotonic() - started
+    checks.append(Check("all keys came once, in the order of their bytes", keys == kept))
+    latencies: list[float] = []
+    for key in random.sample(kept, min(SHORT_SCANS, len(kept))):
+        begun = perf_counter()
+        store.scan(key[:-2], limit=20)
+        latencies.append(perf_counter() - begun)
+    return Report(
+        [f"{len(keys):,} keys in order in {console.duration(seconds)}: "
+         f"{len(keys) / seconds:,.0f} a second"],
+        checks,
+        [rate("scan of 20 rows", 1, latencies)],
+    )  # fmt: skip
+
+
+LOADING = Scene("Loading", "Loading real data in batches; every key must arrive.", load)
+SCANNING = Scene("Scanning", "A prefix or a range comes in the order of its bytes, complete.", scan)
