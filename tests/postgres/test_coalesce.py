@@ -121,19 +121,18 @@ async def test_a_blocked_write_delays_only_itself(coalescing: MakeStore, dsn: st
     await store.set_many({"hot": "0", "cold": "1"})
     with psycopg.connect(dsn) as conn:
         conn.execute("SELECT 1 FROM kv_store WHERE key = 'hot' FOR UPDATE")
-        blocked = asyncio.create_task(store.set("hot", "1"))
-        answers = await asyncio.wait_for(
-            together(
-                store.get("cold"),
-                store.exists("cold"),
-                store.get("hot"),
-                store.set("new", "2"),
-                store.increment("n"),
-                store.set_nx("cold", "3"),
-                store.count(),
-            ),
-            10,
+        calls = (
+            store.set("hot", "1"),
+            store.get("cold"),
+            store.exists("cold"),
+            store.get("hot"),
+            store.set("new", "2"),
+            store.increment("n"),
+            store.set_nx("cold", "3"),
+            store.count(),
         )
+        blocked, *others = [asyncio.create_task(call) for call in calls]
+        answers = await asyncio.wait_for(asyncio.gather(*others), 10)
         assert answers[:3] == [b"1", True, b"0"]
         assert answers[4:6] == [1, False]
         assert not blocked.done()
@@ -149,10 +148,9 @@ async def test_a_task_does_not_wait_for_itself(coalescing: MakeStore, dsn: str) 
     await store.set_many({"mine": "0", "other": "1"})
     async with store.transaction() as tx:
         await tx.set("mine", "1")
-        blocked = asyncio.create_task(store.set("mine", "2"))
-        answers = await asyncio.wait_for(
-            together(store.get("other"), store.set("third", "3"), store.set("fourth", "4")), 10
-        )
+        calls = (store.set("mine", "2"), store.get("other"), store.set("third", "3"))
+        blocked, *others = [asyncio.create_task(call) for call in calls]
+        answers = await asyncio.wait_for(asyncio.gather(*others), 10)
         assert answers[0] == b"1"
         assert not blocked.done()
     await asyncio.wait_for(blocked, 10)
