@@ -71,7 +71,7 @@ class Attempts:
         return not self.running and pool.get_stats()["pool_size"] > len(self.made)
 
 
-class Place:
+class PoolPlace:
     """One of ``pool_max_size`` places: of a connection, or of an attempt to open one."""
 
     __slots__ = ("__weakref__", "connected")

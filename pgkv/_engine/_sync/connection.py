@@ -23,7 +23,7 @@ from psycopg import pq
 
 from ..._ops.op import BINARY, Op, Result, Statement
 from ...errors import PgkvError, from_result
-from ..pooling import Place
+from ..pooling import PoolPlace
 from ..results import OK, PIPELINE, PipelineReader, failed, is_outdated, past_deadline, refusal
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ class PgConnection:
         self.pgconn: PGconn = conn.pgconn
         self.prepares = prepares
         self.retire_at = math.inf
-        self.place = Place()
+        self.place = PoolPlace()
         self._lost: deque[Any] | None = None
         self._prepared = set() if prepared is None else prepared
         pgconn = self.pgconn
@@ -94,7 +94,7 @@ class PgConnection:
 
     # -- whose it is
 
-    def keep_place(self, place: Place, lost: deque[Any]) -> None:
+    def keep_place(self, place: PoolPlace, lost: deque[Any]) -> None:
         """Occupy a place in a pool until `release`. Dropped before that, it enters `lost`."""
         self.place = place
         place.connected = True

@@ -17,7 +17,7 @@ from psycopg import pq
 
 from ..._ops.op import BINARY, Op, Result, Statement
 from ...errors import PgkvError
-from ..pooling import Place
+from ..pooling import PoolPlace
 from ..results import OK, PIPELINE_ABORTED, failed, past_deadline, refusal
 from .connection import CANCEL_TIMEOUT, HAS_POLL, IDLE, PgConnection, poller
 
@@ -45,7 +45,7 @@ class CursorConnection(PgConnection):
         self.pgconn = conn.pgconn
         self.prepares = prepares
         self.retire_at = math.inf
-        self.place = Place()
+        self.place = PoolPlace()
         self._lost = None
         self.poll = poller(self.pgconn.socket)
         self._resets_autocommit = False

@@ -7,7 +7,7 @@ it back, two atomic deque operations.
 An exception from a signal handler may interrupt any line here, so no line is relied on to undo
 another:
 
-* A connection's place in the pool is a `Place`, counted by weak references: where the connection
+* A connection's place in the pool is a `PoolPlace`, counted by weak references: where the connection
   is lost between two lines, the place is free again.
 * A lost `PgConnection` puts its psycopg connection into `_lost`, and the next caller closes it.
 * A waiter registers before it looks a second time, and who gives pushes and then looks for
@@ -48,7 +48,7 @@ from ..pooling import (
     SEARCH_AGAIN,
     Attempts,
     OwnConnection,
-    Place,
+    PoolPlace,
     busy,
     closed,
     no_connection,
@@ -86,7 +86,7 @@ class StorePool:
         self.waiters: deque[_Turn] = deque()
         # Reentrant, for signal handlers. A forked child calls this method and so has a new one.
         self._lock = threading.RLock()
-        self._places: weakref.WeakSet[Place] = weakref.WeakSet()
+        self._places: weakref.WeakSet[PoolPlace] = weakref.WeakSet()
         self._lost: deque[psycopg.Connection[Any]] = deque()
         self._closed = False
         self._connected = False
@@ -174,7 +174,7 @@ class StorePool:
                 else:
                     self.check_in(conn)
 
-    def _new_place(self, action: str) -> Place | None:
+    def _new_place(self, action: str) -> PoolPlace | None:
         """Take a place for one more connection; None while there is none."""
         self._close_lost()
         with self._lock:
@@ -184,7 +184,7 @@ class StorePool:
                 monotonic() < self._grow_at and self._has_others()
             ):
                 return None
-            place = Place()
+            place = PoolPlace()
             self._places.add(place)
             if len(self._places) > self._config.pool_max_size:
                 self._places.discard(place)  # a signal handler took the last one
@@ -290,7 +290,7 @@ class StorePool:
 
     # -- opening
 
-    def _open(self, place: Place, deadline: float, action: str) -> PgConnection | None:
+    def _open(self, place: PoolPlace, deadline: float, action: str) -> PgConnection | None:
         """Open a connection; None where another one came back meanwhile."""
         inner = self._connect(deadline, action)
         if inner is None:
@@ -446,7 +446,7 @@ class CallerPool:
             else:
                 prepared = self._prepared.setdefault(conn, set())
                 link = connection_class(conn, prepares=self._prepares, prepared=prepared)
-                link.keep_place(Place(), self._lost)
+                link.keep_place(PoolPlace(), self._lost)
                 if not link.is_stale():
                     return self._checked(link, action)
                 self.discard(link)
