@@ -367,9 +367,12 @@ class LockStatements:
 
     def _make_release(self, notify: bool) -> Statement[int]:
         told = "pg_notify($3, $4 || key)" if notify else "key"
+        relaxing, source = f"n AS MATERIALIZED (SELECT {self.relaxed}), ", "FROM n "
+        if self.relaxed == "NULL":
+            relaxing = source = ""
         sql = (
-            f"WITH n AS MATERIALIZED (SELECT {self.relaxed}), r AS (UPDATE {self.t} "
-            f"SET expires_at = {EPOCH} FROM n WHERE key = $1 AND version = $2 AND {LIVE} "
+            f"WITH {relaxing}r AS (UPDATE {self.t} "
+            f"SET expires_at = {EPOCH} {source}WHERE key = $1 AND version = $2 AND {LIVE} "
             f"RETURNING key), told AS MATERIALIZED (SELECT {told} FROM r) "
             f"SELECT CASE WHEN (SELECT count(*) FROM told) > 0 THEN {RENEWED} "
             f"WHEN version <> $2 THEN {REPLACED} WHEN expires_at = {EPOCH} THEN {RELEASED} "
