@@ -104,7 +104,7 @@ def _scheduled(monkeypatch: pytest.MonkeyPatch) -> None:
     """The pool's locks and clock are the scheduler's, its connections are none."""
 
     class Threading:
-        Lock = threads.Lock
+        RLock = threads.Lock  # which would notice a thread that takes it twice
 
     class Time:
         @staticmethod
