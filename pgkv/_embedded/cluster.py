@@ -109,7 +109,7 @@ def ping(server: _Postmaster) -> Ping:
             conn.sendall((len(_STARTUP) + 4).to_bytes(4) + _STARTUP)
             while not answer.startswith(b"R") and (part := conn.recv(4096)):
                 answer += part
-    except (OSError, ValueError):  # nobody listens; not yet written
+    except (OSError, ValueError):  # no server listens there; not yet written
         pass
     if not answer:
         return Ping.NO_RESPONSE
@@ -288,7 +288,7 @@ class Cluster:
     def _disarm_stale_locks(self) -> None:
         """PostgreSQL does not start while lock files that a crash left name a living process.
 
-        That may be any process by now, or the dead server, where nobody has reaped it.
+        That may be any process by now, or the dead server, if it was not reaped.
         """
         with self._socket_directory() as sockets, contextlib.suppress(FileNotFoundError):
             os.unlink(".s.PGSQL.5432.lock", dir_fd=sockets)
