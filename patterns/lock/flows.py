@@ -304,6 +304,12 @@ class Acquisition(Generic[L]):
                     self._ask_afresh()
                     continue
                 return None, reply
+            repeated: int = getattr(self.last, "retries", 0)
+            others = [key for key in options.keys if key != reply.key] if repeated else []
+            if others:
+                # The sending whose answer was lost may be granted another slot.
+                for op in options.sql.take_back(others, self.asking):
+                    yield from self._quietly(op)
             if clock() < sent_at + options.ttl - margin_of(options.ttl):
                 if self.queued:
                     self.queued = False

@@ -287,6 +287,8 @@ def test_pairs(pairs: LockPairs, subject: LockSubject, part: int) -> None:
     wrong = [
         each
         for a, b in itertools.product(list(subject.operations)[part::4], subject.operations)
+        # Two sendings of one grant may take two slots: who sent it again gives the other one back.
+        if not (isinstance(subject, Slots) and a == b and "grant" in a)
         for each in pairs.wrong(a, b)
     ]
     assert not wrong, f"{len(wrong)}:\n" + "\n".join(wrong)

@@ -133,3 +133,29 @@ def test_a_denial_of_a_statement_that_was_sent_again_is_taken_back(store: pgkv.S
     port: Any = RepeatingPort()
     assert drive(flows.acquire(port, pgkv.Lock(store, "n")._options, 0.0)) is None
     assert sent == ["lock_grant", "lock_take_back"]
+
+
+def test_a_slot_granted_to_a_statement_that_was_sent_again_is_the_only_one(
+    store: pgkv.Store,
+) -> None:
+    """The answer to the first sending was lost: the slot that it may be granted is given back, and
+    not the one that the second was granted."""
+    sent: list[tuple[str, bytes]] = []
+
+    class RepeatingPort(BusyPort):
+        def execute(self, op: Op[Any], timeout: float | None = None) -> Any:
+            sent.append((op.statement.name, bytes(op.params[0] or b"")))
+            op.retries = 1
+            return Granted(7, b"n\x1f1") if op.statement.name == "semaphore_grant" else True
+
+        def lease(self, *args: Any) -> Any:
+            return RepeatingPort()
+
+    port: Any = RepeatingPort()
+    assert drive(flows.acquire(port, pgkv.Semaphore(store, "n", 3)._options, 0.0)) is not None
+    assert [name for name, _ in sent] == [
+        "semaphore_grant", "semaphore_close", "semaphore_take_back",
+    ]  # fmt: skip
+    assert b"n\x1f1" not in sent[2][1]
+    assert b"n\x1f0" in sent[2][1]
+    assert b"n\x1f2" in sent[2][1]
