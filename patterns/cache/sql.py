@@ -167,8 +167,9 @@ class CacheStatements(TableStatements):
             "WHERE t.expires_at <= EXCLUDED.updated_at OR t.version = $4 OR t.value = EXCLUDED.value "
             "RETURNING version) "
             "SELECT version, NULL::bytea, NULL::float8 FROM g UNION ALL "
-            "SELECT NULL, value, "
-            "(extract(epoch from expires_at) - extract(epoch from statement_timestamp()))::float8 "
+            # Of the version to be replaced, and still not free: another transaction holds the row.
+            "SELECT NULL, value, CASE WHEN version = $4 THEN 0 ELSE "
+            "(extract(epoch from expires_at) - extract(epoch from statement_timestamp()))::float8 END "
             f"FROM {self.t} WHERE key = $1 AND NOT EXISTS (SELECT 1 FROM g)",
             (TEXT, BINARY, BINARY, BINARY),
             _read_lease,

@@ -161,6 +161,23 @@ async def test_miss_during_on_an_expired_row(world: World, peer: Peer, end: str)
     assert await world.load(1) == expected(end)
 
 
+@both_ends
+async def test_miss_during_on_a_row_of_an_old_generation(
+    world: World, end: str, operations: list[tuple[str, str, int]]
+) -> None:
+    """The same where an entry stands that its tag has made a miss: the call does not ask again and
+    again, and does not wait for the transaction."""
+    await world.load(1)
+    await invalidate_tag(world.colour, "data:1", world.store)
+    async with world.transaction("data first", end):
+        operations.clear()
+        assert await asyncio.wait_for(world.load(1), 20) == "old"
+        assert len(operations) < 100  # one in 10 ms, for 150 ms; room for another call's
+    assert world.load.cache_info().fills == 1
+    assert await world.load(1) == expected(end)
+    assert world.load.cache_info().fills == 2
+
+
 async def test_filler_begins_during_with_a_tag(world: World) -> None:
     """A filler that begins while the tag's new generation is uncommitted reads the old data under
     the old generation: nobody accepts its entry after the commit."""
