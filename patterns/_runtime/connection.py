@@ -58,7 +58,10 @@ class DedicatedConnection:
             raise
         else:
             return op.decode(result)  # type: ignore[return-value]  # no statement here can race
-        raise failure from failure.__cause__
+        try:
+            raise failure from failure.__cause__
+        finally:
+            del failure  # its traceback holds this frame
 
     async def open(self, seconds: float) -> None:
         """Open it before it is needed. A failure is left to the operation that needs it."""

@@ -50,27 +50,30 @@ def recover(
         deadline: the monotonic time at which the whole call ends.
         create_missing_table: creates a missing table.
     """
-    if policy is None:
-        return (yield from _settle(step, outcome, create_missing_table))
-    state = _start(step, policy, deadline)
-    retrying = state.retry_object
-    assert isinstance(retrying, Retrying)
     pending: BaseException | Raced | None = outcome
-    while True:
-        try:
-            answer = yield from _settle(step, pending, create_missing_table)
-        except PgkvError as error:
-            state.set_exception((type(error), error, error.__traceback__))
-        else:
-            return answer
+    del outcome
+    state = None if policy is None else _start(step, policy, deadline)
+    try:
+        while True:
+            try:
+                return (yield from _settle(step, pending, create_missing_table))
+            except PgkvError as error:
+                if state is None:
+                    raise
+                state.set_exception((type(error), error, error.__traceback__))
+            pending = None
+            action = state.retry_object.iter(retry_state=state)
+            while isinstance(action, DoSleep):
+                state.prepare_for_next_attempt()
+                step.retries = state.attempt_number - 1
+                yield Sleep(float(action))
+                action = state.retry_object.iter(retry_state=state)
+            assert isinstance(action, DoAttempt)
+    finally:
+        # What goes out holds this frame by its traceback: a cycle would keep the callers' frames.
         pending = None
-        action = retrying.iter(retry_state=state)
-        while isinstance(action, DoSleep):
-            state.prepare_for_next_attempt()
-            step.retries = state.attempt_number - 1
-            yield Sleep(float(action))
-            action = retrying.iter(retry_state=state)
-        assert isinstance(action, DoAttempt)
+        if state is not None:
+            state.outcome = None
 
 
 def about(step: Repeatable) -> Statement[Any] | Transaction[Any] | Pipelined:
@@ -137,32 +140,35 @@ def _settle(
     what = about(step)
     raced = 0
     created = 0
-    while True:
-        if isinstance(outcome, Raced):
-            if raced >= what.repeats:
-                if outcome.fallback is not None:
-                    return outcome.fallback
-                raise ConflictError(
-                    f"{what.name}: {raced} attempts in a row met concurrent changes; "
-                    "nothing was changed"
-                )
-            raced += 1
-        elif isinstance(outcome, TableNotFoundError):
-            table = what.table
-            if created == CREATIONS_MAX or table is None or not table.auto_create:
+    try:
+        while True:
+            if isinstance(outcome, Raced):
+                if raced >= what.repeats:
+                    if outcome.fallback is not None:
+                        return outcome.fallback
+                    raise ConflictError(
+                        f"{what.name}: {raced} attempts in a row met concurrent changes; "
+                        "nothing was changed"
+                    )
+                raced += 1
+            elif isinstance(outcome, TableNotFoundError):
+                table = what.table
+                if created == CREATIONS_MAX or table is None or not table.auto_create:
+                    raise outcome
+                created += 1
+                yield Call(create_missing_table, table)
+            elif outcome is not None:
                 raise outcome
-            created += 1
-            yield Call(create_missing_table, table)
-        elif outcome is not None:
-            raise outcome
-        try:
-            answer = yield step
-        except TableNotFoundError as error:
-            outcome = error
-            continue
-        if not isinstance(answer, Raced):
-            return answer
-        outcome = answer
+            try:
+                answer = yield step
+            except TableNotFoundError as error:
+                outcome = error
+                continue
+            if not isinstance(answer, Raced):
+                return answer
+            outcome = answer
+    finally:
+        outcome = None  # as in `recover`
 
 
 def retrying_transaction(policy: RetryPolicy | None) -> Retrying:

@@ -140,6 +140,8 @@ class AsyncPoolChannel(PooledOperations):
                 name, retries = op.statement.name, getattr(op, "retries", 0)
                 _observe.notify(name, started, type(error).__name__, retries)
             raise
+        finally:
+            del outcome  # an error's traceback holds this frame
         return await self._aftermath(op, answer, started, timeout)
 
     async def _settle(

@@ -325,7 +325,10 @@ class AsyncPgConnection:
             failure = refusal(result, statement)
         except psycopg.Error as error:
             failure = failed(error, statement, sent=sent)
-        raise failure
+        try:
+            raise failure
+        finally:
+            del failure  # its traceback holds this frame, and the callers'
 
     async def execute_all(
         self, ops: Sequence[Op[Any]], seconds: float, *, sync_each: bool
@@ -360,7 +363,10 @@ class AsyncPgConnection:
             failure = failed(error, about, sent=True)
         else:
             return answers
-        raise failure
+        try:
+            raise failure
+        finally:
+            del failure  # its traceback holds this frame, and the callers'
 
     # -- callbacks of the loop
 
@@ -456,11 +462,9 @@ class AsyncPgConnection:
         except PgkvError as failure:
             failure.outcome_unknown = False  # preparing changes nothing
             raise
-        if result.status not in OK:
-            error = from_result(result)
-            # The name is a hash of the text: one that exists is the one we want.
-            if error.sqlstate != "42P05":
-                raise error
+        # The name is a hash of the text: one that exists is the one we want.
+        if result.status not in OK and from_result(result).sqlstate != "42P05":
+            raise from_result(result)
         self._prepared.add(statement.prepared_name)
 
     async def _forget(self, statement: Statement[Any], result: PGresult) -> bool:

@@ -166,7 +166,10 @@ class AsyncStorePool:
                 raise
             if answer is TOO_LATE:
                 if refusal is not None:
-                    raise refusal
+                    try:
+                        raise refusal
+                    finally:
+                        del refusal  # its traceback holds this frame
                 raise busy(self._config, action, by_pool=patience <= deadline)
             given = waiter.link
             if answer is not None:
@@ -487,7 +490,10 @@ class AsyncCallerPool:
                 return AsyncPgConnection(
                     conn, self._watchdog, prepares=self._prepares, prepared=prepared
                 )
-            raise failure from failure.__cause__
+            try:
+                raise failure from failure.__cause__
+            finally:
+                del failure  # its traceback holds this frame
 
     async def execute(self, op: Op[Any], deadline: float) -> PGresult:
         """Perform one operation on a connection of its own."""

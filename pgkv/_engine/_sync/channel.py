@@ -157,6 +157,8 @@ class PoolChannel(PooledOperations):
                 name, retries = op.statement.name, getattr(op, "retries", 0)
                 _observe.notify(name, started, type(error).__name__, retries)
             raise
+        finally:
+            del outcome  # an error's traceback holds this frame
         return self._aftermath(op, answer, started, timeout)
 
     def _settle(

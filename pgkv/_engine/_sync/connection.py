@@ -175,7 +175,10 @@ class PgConnection:
             if self._forget(statement, result) and again:
                 return self.execute(op, max(0.0, deadline - monotonic()), again=False)
             failure = refusal(result, statement)
-        raise failure  # outside the except: no context that quotes data
+        try:
+            raise failure  # outside the except: no context that quotes data
+        finally:
+            del failure  # its traceback holds this frame, and the callers'
 
     def _receive(self, statement: Statement[Any], seconds: float, deadline: float) -> PGresult:
         """Wait for the whole answer; the first error in it, else its last result."""
@@ -214,7 +217,10 @@ class PgConnection:
         else:
             assert answer is not None
             return answer
-        raise failure
+        try:
+            raise failure
+        finally:
+            del failure  # its traceback holds this frame, and the callers'
 
     def execute_all(
         self, ops: Sequence[Op[Any]], seconds: float, *, sync_each: bool
@@ -272,7 +278,10 @@ class PgConnection:
             raise
         else:
             return reader.answers
-        raise failure
+        try:
+            raise failure
+        finally:
+            del failure  # its traceback holds this frame, and the callers'
 
     def _wait(self, deadline: float) -> None:
         """Read until libpq holds the next result."""
@@ -330,11 +339,9 @@ class PgConnection:
         except PgkvError as failure:
             failure.outcome_unknown = False  # preparing changes nothing
             raise
-        if result.status not in OK:
-            error = from_result(result)
-            # The name is a hash of the text: one that exists is the one we want.
-            if error.sqlstate != "42P05":
-                raise error
+        # The name is a hash of the text: one that exists is the one we want.
+        if result.status not in OK and from_result(result).sqlstate != "42P05":
+            raise from_result(result)
         self._prepared.add(statement.prepared_name)
 
     def _forget(self, statement: Statement[Any], result: PGresult) -> bool:

@@ -115,7 +115,10 @@ class CursorConnection(PgConnection):
             self._resets_autocommit = False
             self.conn.autocommit = False
         if result is None:
-            raise failure
+            try:
+                raise failure
+            finally:
+                del failure  # its traceback holds this frame, and the callers'
         return result
 
     def _begin_nothing(self) -> None:

@@ -143,7 +143,10 @@ class StorePool:
                 left = until - monotonic()
                 if left <= 0:
                     if refusal is not None:
-                        raise refusal
+                        try:
+                            raise refusal
+                        finally:
+                            del refusal  # its traceback holds this frame
                     raise busy(self._config, action, by_pool=give_up <= deadline)
                 try:
                     conn = turn.get(timeout=min(left, LOOK_AGAIN))
@@ -451,7 +454,10 @@ class CallerPool:
                     return self._checked(link, action)
                 self.discard(link)
                 continue
-            raise failure from failure.__cause__
+            try:
+                raise failure from failure.__cause__
+            finally:
+                del failure  # its traceback holds this frame
 
     def _checked(self, link: PgConnection, action: str) -> PgConnection:
         try:
