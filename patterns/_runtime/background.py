@@ -58,7 +58,7 @@ class Background:
         self, loop: asyncio.AbstractEventLoop | None, conninfo: str, pooler: Pooler
     ) -> None:
         self.loop: asyncio.AbstractEventLoop = loop or asyncio.SelectorEventLoop()
-        self.ended = False
+        self.ended: bool = False
         self.users: set[int] = set()
         direct = pooler is Pooler.NONE
         # Timers keep the context they were made in: not that of the call which came first.

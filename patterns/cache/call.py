@@ -76,9 +76,9 @@ class StoreContext:
 
     @property
     def store(self) -> Any:
-        """The store, in whichever colour."""
+        """The store, sync or async."""
         store = self._store()
-        assert store is not None  # whoever uses the context holds the store
+        assert store is not None  # each user of the context holds the store
         return store
 
 

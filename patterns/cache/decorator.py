@@ -134,16 +134,16 @@ def cached(
             task in the background (few of them, with the arguments of the call that met it)
             computes a new one.
         beta: how eagerly a value is refreshed before its end (XFetch: Vattani et al., VLDB 2015);
-            larger is earlier, 0 never. The caller whom the dice choose computes, the others are
-            served; with `stale` it happens in the background.
+            larger is earlier, 0 never. One caller, chosen at random, computes while the
+            others are served; with `stale` it happens in the background.
         jitter: shorten each ttl by a random part of at most this share (0 to 1), so that entries
             made together do not end together.
         lock: let other processes wait for the one that computes. False: each of them computes, and
             only the first stores.
         compute_timeout: seconds after which another caller replaces a process that died while it
             computed. Extended for as long as the function runs.
-        max_wait: seconds that a call waits for somebody else's result; then it computes itself, and
-            does not store.
+        max_wait: seconds that a call waits for another caller's result; then it computes itself,
+            and does not store.
         condition: gets the result; a false answer means "do not store this one".
         on_error: ``"call"``: when the store cannot be reached, call the function (and after repeated
             failures leave the store alone for a while); ``"raise"``: raise.

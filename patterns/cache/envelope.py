@@ -1,8 +1,8 @@
 """The bytes of a cache entry: what a later call must know of the value, and the value's own bytes.
 
-An entry begins with a mark that no other fill shares, so that a row's version and mark together
-name one state of it; so does the placeholder of somebody who computes. What does not read back
-completely is nobody's entry: `read` answers None, never an exception.
+An entry, and the placeholder of a caller who computes one, begin with a mark that no other fill
+shares. A row's version and mark together identify one state of it. For bytes that do not read back
+completely, `read` returns None, never an exception.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _CHECKSUM = Struct("!I")
 
 
 def new_mark(kind: bytes) -> bytes:
-    """Return a mark that nobody had before."""
+    """Return a mark that no fill has used before."""
     return kind + os.urandom(MARK_LENGTH - 1)
 
 
@@ -41,7 +41,7 @@ def mark_of(raw: bytes) -> bytes:
 
 
 def is_placeholder(raw: bytes) -> bool:
-    """Whether these are the bytes of somebody who computes."""
+    """Whether these are the bytes of a placeholder."""
     return raw[:1] == PLACEHOLDER and len(raw) == MARK_LENGTH
 
 

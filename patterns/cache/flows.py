@@ -66,7 +66,7 @@ from .sql import (
 # its role lacks), and not the store away: raised, whatever `on_error` says.
 PROGRAM_ERRORS = (ConfigError, InvalidKeyError, InvalidValueError, TransactionError)
 
-PAUSE_FIRST, PAUSE_MAX = 0.002, 0.1  # seconds between looks at somebody's placeholder
+PAUSE_FIRST, PAUSE_MAX = 0.002, 0.1  # seconds between looks at another caller's placeholder
 PATIENCE = LOCK_TIMEOUT_MS / 1000  # with a row that an open transaction holds
 COMPUTE_MAX = 3600.0  # seconds; a tag's row outlives the entries of older fills by no more
 TAGGED_MAX = TAG_DAYS * 86400.0
@@ -172,8 +172,8 @@ class FunctionCache:
         return found.value
 
     def _is_early(self, found: Found) -> bool:
-        """XFetch: each hit throws the dice; the nearer the end and the dearer the function, the
-        likelier it is that one caller refreshes before all of them miss."""
+        """XFetch: each hit draws a random number. A caller is more likely to refresh before all of
+        them miss the closer the entry is to its end and the more expensive the function is."""
         beta, compute = self.options.beta, found.envelope.compute
         if not beta or math.isinf(found.fresh):
             return False
@@ -292,8 +292,8 @@ class FunctionCache:
         try:
             while True:
                 mark = new_mark(PLACEHOLDER)
-                # What the look found to be no valid entry may be replaced, unless somebody
-                # computes it already.
+                # A row without a valid entry may be replaced, unless another caller computes
+                # it already.
                 row = read.row
                 replace = 0 if row is None or is_placeholder(row.value) else row.version
                 lease: ComputeLease = yield from self.ask(
@@ -304,7 +304,7 @@ class FunctionCache:
                 now = monotonic()
                 remaining = math.inf if lease.remaining is None else lease.remaining
                 if lease.held and remaining <= 0:
-                    # Counted from the first such answer: a takeover by somebody else takes
+                    # Counted from the first such answer: a takeover by another caller takes
                     # no longer, an open transaction may take for ever.
                     locked_since = now if locked_since is None else locked_since
                     if now - locked_since > PATIENCE:
@@ -459,7 +459,7 @@ class FunctionCache:
             self.counts.add("stale_hits" if stale else "hits")
             self._refresh_later(call)
             return found.value
-        # Without `stale` nothing runs behind the caller's back: whom the dice chose pays.
+        # Without `stale` nothing runs in the background: the chosen caller computes.
         refreshed = MISSING
         try:
             refreshed = yield from self._refresh(call)
@@ -481,7 +481,7 @@ class FunctionCache:
                 yield from self._refresh(call)
             except (Busy, Unreachable):
                 pass
-            except Exception as error:  # noqa: BLE001  # nobody waits for it
+            except Exception as error:  # noqa: BLE001  # no caller waits for it
                 self._refresh_failed(error)
 
         def done() -> None:
@@ -497,7 +497,7 @@ class FunctionCache:
         )
 
     def _refresh(self, call: CachedCall) -> Flow[Any]:
-        """Compute anew while the old value is served; MISSING when somebody else does, or did."""
+        """Compute again while the old value is served; MISSING when another caller does, or did."""
         sql = call.context.sql
         name = self.flights.name(call.context.store, call.key)
         key = sql.cache_key(REFRESH, f"{self.name}:{call.digest}")
@@ -522,8 +522,8 @@ class FunctionCache:
             yield from quietly(sql.give_up(key, lease.version, mark))
 
     def _is_due(self, found: Found) -> bool:
-        # Not a throw of the dice again: whoever refreshed meanwhile left an entry of less age than
-        # the function takes.
+        # No second random draw: a refresh in the meantime left an entry that is younger than the
+        # time the function takes.
         return found.fresh <= 0 or found.age > found.envelope.compute
 
     def renew(self, call: CachedCall) -> Flow[Any]:

@@ -47,7 +47,7 @@ class CachedValue(Generic[R]):
     Attributes:
         value: the cached value.
         age: seconds since it was stored, by the server's clock.
-        stale: its ttl has passed; it is still served while it is computed anew.
+        stale: its ttl has passed; it is still served while a new one is computed.
     """
 
     value: R
@@ -66,7 +66,7 @@ class CacheInfo:
         hits: a fresh value was served, from the store or the first level.
         misses: the call ran the function.
         stale_hits: a value past its ttl was served.
-        waits: calls that waited for somebody else's computation.
+        waits: calls that waited for another caller's computation.
         errors: the store failed and the call went on without it, or a refresh failed.
         fills: values stored.
         discarded_fills: values not stored, because an invalidation came first or held the row.

@@ -264,7 +264,7 @@ def _encode_other(value: Any, depth: int) -> bytes:
     if base is None:
         raise Unencodable(f"a {_name(kind)} has no stable encoding")
     # A subclass of a plain type (a str with extra methods, a named tuple) counts by its class too,
-    # and by what its objects have beside the plain value.
+    # and by the attributes its objects have besides the plain value.
     whole = _named(b"Y", kind) + _BASES[base](value, depth)
     return whole + encode(_attributes(value, kind, base), depth)
 

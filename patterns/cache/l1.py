@@ -34,7 +34,7 @@ class L1:
     functions and threads.
 
     Args:
-        max_entries: at most so many entries.
+        max_entries: the most entries it keeps.
         ttl: seconds.
 
     Raises:

@@ -29,8 +29,8 @@ class Computation:
     __slots__ = ("name", "running")
 
     def __init__(self, name: object) -> None:
-        self.name = name
-        self.running = True
+        self.name: object = name
+        self.running: bool = True
 
 
 _computations: ContextVar[tuple[Computation, ...]] = ContextVar("pgkv_computations", default=())
@@ -55,7 +55,7 @@ def is_inside(name: object) -> bool:
 
 
 class Flight(Protocol):
-    """Somebody's computation of one key.
+    """A running computation of one key.
 
     Attributes:
         alone: it ended without anything for the others: they compute, each for itself.
@@ -192,6 +192,6 @@ class Flights:
         flight.land()
 
     def after_fork(self) -> None:
-        """Forget the parent's flights: nobody in this process will end them."""
+        """Forget the parent's flights: nothing in this process will end them."""
         self._flying = {}
         self.refreshing = set()

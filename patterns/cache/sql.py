@@ -1,9 +1,9 @@
 """The statements of `pgkv.patterns.cache.decorator`: entries, leases on them, and generations.
 
-All rows live in the store's own table under one reserved prefix. A row of a cached call holds, by
-its first bytes, either an entry or the placeholder of somebody who computes one; a mark of
-`MARK_LENGTH` bytes at the front and the row's version together name one state of it, and a fill
-replaces only the state it began from. Generation rows hold nothing but their version.
+All rows live in the store's own table under one reserved prefix. The row of a cached call holds
+either an entry or the placeholder of a caller who computes one; its first bytes tell which. A mark
+of `MARK_LENGTH` bytes at the front and the row's version together identify one state of it, and a
+fill replaces only the state it began from. Generation rows hold nothing but their version.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ ENTRY, FUNCTION, TAG, REFRESH = (f"{PREFIX}{kind}:" for kind in "eftr")
 DIGEST_LENGTH = 40  # hexadecimal digits at the end of an entry's key, after a colon
 MARK_LENGTH = 17
 
-# A server that changes one generation has them all in its cache; a longer IN list is planned anew
+# A server that changes one generation has them all in its cache; a longer IN list is planned
 # no more often than an array, but a text per length is kept for each.
 KEYS_NAMED_MAX = 8
 TAG_DAYS = 30  # a tagged entry lives no longer; its tags' rows an hour more
 
-# Waiting for a row lock ends after this: the holder is somebody's open transaction.
+# Waiting for a row lock ends after this: an open transaction holds it.
 LOCK_TIMEOUT_MS = 150
 _LOCK_TIMEOUT = f"set_config('lock_timeout', '{LOCK_TIMEOUT_MS}', true)"
 _MARK = f"substring(value from 1 for {MARK_LENGTH})"
@@ -125,7 +125,7 @@ class CacheStatements(TableStatements):
         )
 
     def _make_read(self, count: int) -> Statement[CacheRead]:
-        # IN with few keys keeps its plan; `= ANY` of a small array is planned anew at every call.
+        # IN with few keys keeps its plan; `= ANY` of a small array is planned at every call.
         names = ", ".join(f"${n}" for n in range(1, count + 1))
         where = f"key IN ({names})" if count else "key = ANY($1::text[])"
         return self.statement(
@@ -141,7 +141,7 @@ class CacheStatements(TableStatements):
 
     def lease(self, key: bytes, mark: bytes, seconds: float, replace: int = 0) -> Op[ComputeLease]:
         """Put a placeholder where no live row stands, or where the row still has the version
-        `replace`. A denial writes nothing and waits for nobody."""
+        `replace`. A denial writes nothing and waits for no one."""
         params = (key, mark, _codec.encode_ttl(seconds), _codec.encode_int8(replace))
         return Op(self._lease, params)
 
@@ -240,7 +240,7 @@ class CacheStatements(TableStatements):
         )
 
     def give_up(self, key: bytes, version: int, mark: bytes) -> Op[bool]:
-        """Remove a placeholder, so that whoever waits may compute."""
+        """Remove a placeholder, so that a waiting caller may compute."""
         return Op(self._give_up, (key, _codec.encode_int8(version), mark))
 
     @cached_property
@@ -347,7 +347,7 @@ class ReadDecoder:
     __slots__ = ("keys",)
 
     def __init__(self, keys: Sequence[bytes]) -> None:
-        self.keys = keys
+        self.keys: Sequence[bytes] = keys
 
     def __call__(self, result: Result) -> CacheRead:
         keys = self.keys
@@ -378,7 +378,7 @@ _RACED = Raced(ComputeLease(None))
 
 def _read_lease(result: Result) -> ComputeLease | Signal:
     if not result.ntuples:
-        return _RACED  # somebody's insert, which this statement's snapshot does not show
+        return _RACED  # another caller's insert, which this statement's snapshot does not show
     version = result.get_value(0, 0)
     if version is not None:
         return ComputeLease(_codec.decode_int(version))

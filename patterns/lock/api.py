@@ -377,7 +377,7 @@ def granted(lease: L | None, acquisition: flows.Acquisition[L], timeout: float |
     options = acquisition.options
     what = "lock" if options.slots is None else f"semaphore of {options.slots}"
     waited = "at once" if not timeout else f"within {timeout:g} s"
-    why = "it is held; holder() and `pgkv locks` show by whom"
+    why = "it is held; holder() and `pgkv locks` show the holder"
     if acquisition.is_held_here():
         why = "this process holds it already, and a second acquire waits like any other"
     raise LockTimeoutError(f"the {what} {options.name!r} was not granted {waited}: {why}")

@@ -46,6 +46,7 @@ from .sql import (
     LOCKED,
     RELEASED,
     RENEWED,
+    Asking,
     Denied,
     Granted,
     Place,
@@ -177,16 +178,18 @@ class Acquisition(Generic[L]):
 
     # Of the class until they change: a try that is granted at once changes few of them.
     waiter: Wakeable | None = None
-    wait = 0.0
-    place = -1, 0.0  # in the queue, and since when
-    turn = 0.0  # seconds in which the queue moves by one
-    created = False
+    wait: float = 0.0
+    place: tuple[int, float] = -1, 0.0  # in the queue, and since when
+    turn: float = 0.0  # seconds in which the queue moves by one
+    created: bool = False
     last: Op[Any] | None = None  # what was sent last
-    was_denied = hurried = False
+    was_denied: bool = False
+    hurried: bool = False
     denied_by: bytes | None = None
     granted: weakref.ref[L] | None = None  # weak: a traceback may keep this object
-    in_doubt = overtook = False  # what was asked for may have been granted
-    queued = False
+    in_doubt: bool = False  # what was asked for may have been granted
+    overtook: bool = False
+    queued: bool = False
 
     def __init__(
         self,
@@ -202,8 +205,8 @@ class Acquisition(Generic[L]):
         if timeout == 0:
             # One try has the time of any operation, for connecting too.
             self.deadline, self.stop = None, _at_once
-        self.pid = os.getpid()
-        self.asking = new_asking(options.metadata)
+        self.pid: int = os.getpid()
+        self.asking: Asking = new_asking(options.metadata)
 
     def _ask_afresh(self) -> None:
         """Ask as another: by a new nonce."""

@@ -488,7 +488,9 @@ class ReservationView:
     """What both reservations tell about themselves."""
 
     def __init__(self, limiter: Any, reserved: Reserved) -> None:
-        self.decision, self.delay, self._receipt = reserved
+        self.decision: Decision = reserved[0]
+        self.delay: float = reserved[1]
+        self._receipt = reserved[2]
         self._limiter = limiter
 
     @shown

@@ -106,11 +106,11 @@ class LimiterFlows:
         self.rates: tuple[Rate, ...] = rates_of(rates)
         self.on_error: OnError = check_mode(on_error)
         self.timeout: float = require_seconds("timeout", timeout)
-        self.policy = Policy(name, self.rates)
-        self.prefetch = _check_prefetch(prefetch, self.policy.burst)
-        self.denied = DenyCache() if local_deny else None
-        self.prepaid = PrepaidTokens() if prefetch > 1 else None
-        self.counter = Counter()
+        self.policy: Policy = Policy(name, self.rates)
+        self.prefetch: int = _check_prefetch(prefetch, self.policy.burst)
+        self.denied: DenyCache | None = DenyCache() if local_deny else None
+        self.prepaid: PrepaidTokens | None = PrepaidTokens() if prefetch > 1 else None
+        self.counter: Counter = Counter()
         self._policies: dict[tuple[Rate, ...], Policy] = {self.rates: self.policy}
         # Escaped, so that no name and key make the row of another name and key.
         safe = "".join(f"%{ord(c):02x}" if c in "%:~#" else c for c in name)
@@ -119,11 +119,11 @@ class LimiterFlows:
 
     def _attach(self, store: Any) -> None:
         channel = store._channel
-        self.sql = LimiterStatements(store._config, store._sql.prefix)
+        self.sql: LimiterStatements = LimiterStatements(store._config, store._sql.prefix)
         self._execute = store._execute
         # Limiters with the same home can be charged by one statement.
         self._home = getattr(channel, "_conn", channel)
-        self.is_bound = isinstance(channel, BoundChannel | AsyncBoundChannel)
+        self.is_bound: bool = isinstance(channel, BoundChannel | AsyncBoundChannel)
         if self.is_bound:
             # What a transaction sees may be rolled back, so nothing local may be learnt from it;
             # and a failed statement has failed the transaction, so that it cannot admit.

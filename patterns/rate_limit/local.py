@@ -88,7 +88,9 @@ class Counter:
     def after_fork(self) -> None:
         """Begin at zero."""
         self._allowed, self._denied, self._degraded = Tally(), Tally(), Tally()
-        self.outages, self.steps_back, self.shadows = EventLimit(), EventLimit(), EventLimit()
+        self.outages: EventLimit = EventLimit()
+        self.steps_back: EventLimit = EventLimit()
+        self.shadows: EventLimit = EventLimit()
         self._reported = monotonic()
 
     def add(self, decision: Decision) -> None:

@@ -107,12 +107,12 @@ class Gauge:
     __slots__ = ("burst", "cap", "count", "name", "period", "rate")
 
     def __init__(self, rate: Rate, name: str) -> None:
-        self.rate = rate
-        self.name = name
-        self.count = rate.count
-        self.burst = rate.burst
-        self.period = round(float(rate.period) * NS)  # type: ignore[arg-type]  # made float
-        self.cap = self.burst * self.period // self.count
+        self.rate: Rate = rate
+        self.name: str = name
+        self.count: int = rate.count
+        self.burst: int = rate.burst
+        self.period: int = round(float(rate.period) * NS)  # type: ignore[arg-type]  # made float
+        self.cap: int = self.burst * self.period // self.count
 
     def inc(self, cost: int) -> int:
         """How far a hit moves the arrival time."""
@@ -146,16 +146,16 @@ class Policy:
     """
 
     def __init__(self, name: str, rates: tuple[Rate, ...]) -> None:
-        self.rates = rates
+        self.rates: tuple[Rate, ...] = rates
         names = [name] if len(rates) == 1 else [f"{name} {rate}" for rate in rates]
-        self.gauges = [Gauge(*pair) for pair in zip(rates, names, strict=True)]
-        self.burst = min(rate.burst for rate in rates)
-        self.header = ",".join(gauge.header() for gauge in self.gauges)
+        self.gauges: list[Gauge] = [Gauge(*pair) for pair in zip(rates, names, strict=True)]
+        self.burst: int = min(rate.burst for rate in rates)
+        self.header: str = ",".join(gauge.header() for gauge in self.gauges)
         # With one rate an arrival time keeps its meaning when the rate changes, so that a new plan
         # takes effect at once. Several share a row by position: other rates, another row.
         text = ";".join(f"{rate.count},{rate.period!r},{rate.burst}" for rate in rates)
         digest = blake2b(text.encode(), digest_size=6).hexdigest()
-        self.fingerprint = "" if len(rates) == 1 else f"~{digest}"
+        self.fingerprint: str = "" if len(rates) == 1 else f"~{digest}"
         self._one = self._charge(1, 0)
 
     def charge(self, cost: int, wait: int = 0) -> Charge:

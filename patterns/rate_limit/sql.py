@@ -50,11 +50,11 @@ class Arrival:
         stamp: bytes | None = None,
         version: bytes | None = None,
     ) -> None:
-        self.charged = charged
-        self.now = now
-        self.tats = tats
-        self.stamp = stamp
-        self.version = version
+        self.charged: bool = charged
+        self.now: int = now
+        self.tats: Sequence[int] = tats
+        self.stamp: bytes | None = stamp
+        self.version: bytes | None = version
 
     def stepped_back(self) -> bool:
         """Whether this denial is due to the server's clock having been set back."""
@@ -77,10 +77,12 @@ class Charge:
     __slots__ = ("caps", "incs", "params", "read")
 
     def __init__(self, incs: Sequence[int], caps: Sequence[int]) -> None:
-        self.incs = incs
-        self.caps = caps
+        self.incs: Sequence[int] = incs
+        self.caps: Sequence[int] = caps
         pairs = zip(incs, caps, strict=True)
-        self.params = tuple(_codec.encode_int8(n) for pair in pairs for n in pair)
+        self.params: tuple[bytes, ...] = tuple(
+            _codec.encode_int8(n) for pair in pairs for n in pair
+        )
         self.read: Callable[[Result], Arrival | Signal] = (
             OneHitReader(incs[0], caps[0]) if len(incs) == 1 else HitReader(incs, caps)
         )
@@ -380,8 +382,8 @@ class HitReader:
     __slots__ = ("caps", "incs")
 
     def __init__(self, incs: Sequence[int], caps: Sequence[int]) -> None:
-        self.incs = incs
-        self.caps = caps
+        self.incs: Sequence[int] = incs
+        self.caps: Sequence[int] = caps
 
     def __call__(self, result: Result) -> Arrival | Signal:
         arrival = _read_arrival(result, 0, len(self.incs))
@@ -400,8 +402,8 @@ class OneHitReader:
     __slots__ = ("cap", "inc")
 
     def __init__(self, inc: int, cap: int) -> None:
-        self.inc = inc
-        self.cap = cap
+        self.inc: int = inc
+        self.cap: int = cap
 
     def __call__(self, result: Result) -> Arrival | Signal:
         column = result.get_value
@@ -420,7 +422,7 @@ class ManyReader:
     __slots__ = ("rates",)
 
     def __init__(self, rates: dict[bytes, int]) -> None:
-        self.rates = rates
+        self.rates: dict[bytes, int] = rates
 
     def __call__(self, result: Result) -> dict[bytes, Arrival]:
         arrivals = {}

@@ -27,7 +27,7 @@ class HttpRequest(Mapping[str, Any]):
     __slots__ = ("_headers", "client", "method", "path", "scope")
 
     def __init__(self, scope: Mapping[str, Any]) -> None:
-        self.scope = scope
+        self.scope: Mapping[str, Any] = scope
         self._headers: dict[str, str] | None = None
         self.path: str = path_of(scope)
         if "wsgi.version" in scope:

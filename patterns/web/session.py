@@ -8,7 +8,7 @@ what changed is saved, and the cookie to send is known.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Final, Literal, TypeAlias
 
 from ... import _observe
@@ -95,7 +95,7 @@ class SessionSettings:
         given: dict[str, Any] = {"timeout": TIMEOUT, "on_error": "503", "exempt": None, **options}
         self.sessions = sessions
         self.flows: SessionFlows = sessions._flows
-        self.is_exempt = exemption(given.pop("exempt"))
+        self.is_exempt: Callable[[Any, str], bool] = exemption(given.pop("exempt"))
         timeout = given.pop("timeout")
         longest = self.flows.config.operation_timeout
         self.timeout: float = (
@@ -106,7 +106,7 @@ class SessionSettings:
             raise ConfigError(
                 f"on_error must be '503', 'anonymous' or 'raise', not {self.on_error!r}"
             )
-        self.cookie = Cookie(**given)
+        self.cookie: Cookie = Cookie(**given)
 
     def facts(self) -> str:
         """What a repr says of an adapter."""

@@ -104,6 +104,31 @@ def test_a_module_says_what_it_is_for(path: Path) -> None:
     assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
 
 
+def test_no_two_classes_share_a_name() -> None:
+    """A class is found by its name, a private or nested one too."""
+    places: dict[str, list[str]] = {}
+    for path in CORE + PATTERNS:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef):
+                places.setdefault(node.name, []).append(f"{name_of(path)}:{node.lineno}")
+    assert {name: found for name, found in places.items() if len(found) > 1} == {}
+
+
+ARCHAIC = re.compile(
+    r"\b(whoever|somebody|nobody|whom|beside|anew|so\s+many|so\s+long|in\s+vain|dearer|shall"
+    r"|of\s+which\s+one)\b",
+    re.IGNORECASE,
+)
+ACCOUNT = "`nobody`"  # of the operating system
+
+
+@pytest.mark.parametrize("path", CORE + PATTERNS, ids=name_of)
+def test_plain_words(path: Path) -> None:
+    """Docstrings, comments and messages are in plain, present-day English."""
+    text = path.read_text(encoding="utf-8").replace(ACCOUNT, "").replace('"nobody"', "")
+    assert [each.group() for each in ARCHAIC.finditer(text)] == []
+
+
 def test_patterns_is_one_package() -> None:
     """pgkv.patterns is the folder patterns/, by the link in a checkout."""
     assert (ROOT / "pgkv" / "patterns").resolve() == ROOT / "patterns"
