@@ -137,7 +137,7 @@ def test_the_tables_are_as_listed(make_server: Callable[..., Server]) -> None:
 
 
 def test_connections_are_as_many_as_the_page_counts(dsn: str) -> None:
-    """A pool's worth; one for the locks of all stores; one for their wake-ups; one per store for first
+    """A pool's worth; one for the locks of all stores; one that listens, for their wake-ups and for first
     levels; none for sweeps."""
     name = str(conninfo_to_dict(dsn)["application_name"])
     query = "SELECT count(*) FROM pg_stat_activity WHERE application_name = %s"
@@ -170,7 +170,7 @@ def test_connections_are_as_many_as_the_page_counts(dsn: str) -> None:
                 return number
 
             load(1)
-            there_are(2 + 1 + 1 + 1 + 1)
+            there_are(2 + 1 + 1 + 1)
         there_are(0)
 
 
