@@ -1,6 +1,6 @@
-"""The default store of decorators: named once per program, made when first needed.
+"""The default store of decorators: one per program, created when it is first needed.
 
-`configure` says which; without it ``PGKV_DSN`` or ``DATABASE_URL`` does. Nothing is resolved or
+`configure` chooses it; without `configure`, ``PGKV_DSN`` or ``DATABASE_URL`` does. Nothing is resolved or
 connected before the first call that needs it, so decorated functions can be imported anywhere.
 """
 
@@ -36,7 +36,7 @@ _made_async: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, AsyncStore] = 
 
 
 def configure(target: Store | AsyncStore | str | None = None, **config: Unpack[Options]) -> None:
-    """Name the store that decorators use where they were given none.
+    """Set the store that decorators use when they are given none.
 
     A `Store` serves sync functions, an `AsyncStore` async ones: call it once for each. A DSN serves
     both; the store is made when a function first needs it, and async functions get one `AsyncStore`
@@ -79,7 +79,7 @@ def configure(target: Store | AsyncStore | str | None = None, **config: Unpack[O
 
 
 def default_store() -> Store:
-    """Return the default store for blocking functions, made if need be.
+    """Return the default store for sync functions, created on first use.
 
     Raises:
         ConfigError: none was configured; says how.
@@ -95,7 +95,7 @@ def default_store() -> Store:
 
 
 def default_async_store() -> AsyncStore:
-    """Return the running loop's default store for async functions, made if need be.
+    """Return the running loop's default store for async functions, created on first use.
 
     Raises:
         ConfigError: none was configured; says how.
@@ -129,7 +129,7 @@ def _config(need: str, other: object) -> Config:
 
 def _close_with_loop(store: AsyncStore, loop: asyncio.AbstractEventLoop) -> None:
     # A loop that ends in order (asyncio.run, asyncio.Runner) closes the asynchronous generators
-    # that were begun on it: the one hook that asyncio offers.
+    # that were started on it: the only hook that asyncio offers.
     async def keep() -> AsyncGenerator[None, None]:
         try:
             yield

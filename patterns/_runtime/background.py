@@ -1,11 +1,11 @@
-"""The background of a database: everything that patterns do behind their callers.
+"""The background of a database: the work that patterns do outside their callers.
 
 There is one for each process and database (for stores of threads: an event loop in a thread), and
 one for each event loop and database. It renews (`renewer`), listens (`listener`), and runs work
-that nothing waits for (`run_later`). It is made when a store first needs it, and ends with the last
-store that uses it, closed or dropped. A forked child starts its own.
+that nothing waits for (`run_later`). It starts when a store first needs it, and ends when the last
+store that uses it is closed or dropped. A forked child starts its own.
 
-A pattern keeps what it needs here for a database in a `part`.
+A pattern keeps its own state for a database in a `part`.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Background:
         self.ended: bool = False
         self.users: set[int] = set()
         direct = pooler is Pooler.NONE
-        # Timers keep the context they were made in: not that of the call which came first.
+        # Timers keep the context they were created in, which must not be the first caller's.
         context = Context()
         connection = DedicatedConnection(conninfo, prepares=direct)
         self.renewer: Renewer = Renewer(self.loop, connection, context)
@@ -75,22 +75,22 @@ class Background:
             self._thread.start()
 
     def part(self, kind: Callable[[Background], T]) -> T:
-        """Return what `kind` made for this background, made at the first call."""
+        """Return this background's object of that kind, created at the first call."""
         part = self._parts.get(kind)
         if part is None:
             part = self._parts.setdefault(kind, kind(self))
         return part  # type: ignore[no-any-return]  # what `kind` makes
 
     def run_later(self, work: Callable[[], Any], done: Callable[[], object] | None = None) -> bool:
-        """Run work that nothing waits for, in a copy of the caller's context: a function in a
-        thread; in the background of an event loop, one that returns a coroutine as a task.
+        """Run work that nothing waits for, in a copy of the caller's context: in the background of an
+        event loop as a task (`work` returns a coroutine), otherwise in a thread.
 
         Args:
             work: what to run.
-            done: called when it has ended in any way, also where it never began.
+            done: called when the work has ended in any way, even if it never started.
 
         Returns:
-            False where too much waits already; then `done` is not called.
+            False if too much work is waiting already; then `done` is not called.
         """
         if self._thread is not None:
             return workers.submit(work, done)
@@ -135,7 +135,7 @@ class Background:
             stopped.set()
 
     def close(self, *, wait: bool) -> None:
-        """End it, from any thread; `wait` for that, where the caller is not its own thread."""
+        """End it, from any thread. With `wait`, return when it has ended, unless called in its own thread."""
         if self.loop.is_closed():
             self.ended = True
             return
@@ -174,7 +174,7 @@ def pool_channel(store: Store | AsyncStore) -> PoolChannel | AsyncPoolChannel | 
 
 
 class _Backgrounds:
-    """All of this process."""
+    """All backgrounds of this process."""
 
     def __init__(self) -> None:
         self._lock = new_lock(self)
@@ -191,7 +191,7 @@ class _Backgrounds:
         self._of_channels: weakref.WeakKeyDictionary[Any, Background] = weakref.WeakKeyDictionary()
 
     def after_fork(self) -> None:
-        # Kept: a destructor would say goodbye on the parent's sockets.
+        # Kept: a destructor would send a goodbye on the parent's sockets.
         for background in self._of_channels.values():
             background.ended = True
         self._inherited.append((self._of_process, self._of_loops, self._of_channels))
@@ -269,7 +269,7 @@ class Workers:
         self._closed = False
 
     def submit(self, work: Callable[[], object], done: Callable[[], object] | None = None) -> bool:
-        """Run `work` soon; see `Background.run_later`. False when too much waits already, or the
+        """Run `work` soon; see `Background.run_later`. False when too much work is waiting already, or the
         interpreter ends."""
         with self._lock:
             if self._closed or self._queue.qsize() >= QUEUE_MAX:
@@ -298,10 +298,10 @@ class Workers:
                     return
             if job is not None:
                 job.run()
-                job = None  # while it waits, the thread keeps nothing of what it ran
+                job = None  # a waiting thread must not keep finished work alive
 
     def close(self, seconds: float = STOP_TIME) -> None:
-        """Drop what waits, and wait that long for what runs."""
+        """Drop waiting work, and wait that long for running work."""
         with self._lock:
             self._closed = True
             threads = tuple(self._threads)

@@ -1,4 +1,4 @@
-"""Checks of what a pattern is given: a store for sync or async code, a callback that can be called."""
+"""Checks of a pattern's arguments: the kind of store, and callbacks."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""A connection of the background's own, outside every pool: an application that uses up its pool
-must not lose its leases by that."""
+"""The background's own connection, outside every pool: an application that uses up its pool must not
+lose its leases."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 class DedicatedConnection:
-    """Opened at first use, and again when it breaks. It carries one operation at a time.
+    """A connection that opens at first use and again when it breaks, for one operation at a time.
 
     Args:
         conninfo: for libpq.
@@ -33,7 +33,7 @@ class DedicatedConnection:
         """Perform one operation within that time, connecting included.
 
         Raises:
-            PgkvError: it failed; the next call connects again if need be.
+            PgkvError: it failed; the next call reconnects if necessary.
         """
         name = op.statement.name
         until = monotonic() + seconds
@@ -64,7 +64,7 @@ class DedicatedConnection:
             del failure  # its traceback holds this frame
 
     async def open(self, seconds: float) -> None:
-        """Open it before it is needed. A failure is left to the operation that needs it."""
+        """Open it before it is needed. The operation that needs it reports a failure."""
         try:
             async with asyncio.timeout(seconds):
                 await self._open()
@@ -73,7 +73,7 @@ class DedicatedConnection:
 
     @property
     def is_ready(self) -> bool:
-        """Whether it is open, as far as one can know without asking."""
+        """Whether it is open, as far as the client can know without a query."""
         return self._link is not None and not self._link.is_stale()
 
     async def _open(self) -> AsyncPgConnection:

@@ -1,8 +1,8 @@
 """LISTEN: one connection for each process (or event loop) and database, for all patterns.
 
-A pattern subscribes a function to a channel's name. Notifications are an acceleration and no
-guarantee: what is missed must cost time only. So nothing ever waits for the connection, and a
-subscriber is told when notifications may have been missed.
+A pattern subscribes a function to a channel's name. Notifications only speed
+things up: a missed one must cost nothing but time. So nothing ever waits for the connection, and
+the handler is called with None when notifications may have been missed.
 
 The connection is read by a callback and not by a task: a program that cancels all tasks of its
 loop does not end it.
@@ -37,17 +37,17 @@ Handler: TypeAlias = Callable[[str | None], None]
 class Listener:
     """The LISTEN connection of a loop, opened when something is subscribed.
 
-    Behind a pooler in transaction mode notifications do not arrive. Where that was not declared, a
-    trial over another connection finds it out.
+    Behind a pooler in transaction mode notifications do not arrive. If the
+    pooler was not declared, a trial over another connection detects it.
 
     Args:
-        loop: where it listens and where handlers are called.
+        loop: the event loop that reads the connection and calls the handlers.
         conninfo: for libpq.
-        context: in which it works.
-        unavailable: why it never listens; empty where it may.
+        context: the context that callbacks run in.
+        unavailable: why it never listens; empty if it may.
 
     Attributes:
-        unavailable: why notifications do not arrive here; empty as long as that is not known.
+        unavailable: why notifications do not arrive; empty while no reason is known.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class Listener:
 
     def subscribe(self, channel: str, handler: Handler) -> None:
         """Call `handler` in the loop with each payload of that channel, and with None whenever
-        notifications may have been missed. Returns at once; of equal subscriptions one counts."""
+        notifications may have been missed. Returns at once; equal subscriptions count as one."""
         with self._lock:
             handlers = self._handlers.setdefault(channel, [])
             if handler in handlers:
@@ -91,7 +91,7 @@ class Listener:
     # -- in the loop
 
     def _start(self) -> None:
-        """Connect, or listen to channels that came since, unless that is under way."""
+        """Connect, or listen to new channels, unless that is already in progress."""
         if self._ended or self._task is not None or self._retrying is not None:
             return
         if self._conn is None:
@@ -109,7 +109,7 @@ class Listener:
         if self._ended:
             return
         if failure is None and not task.cancelled():
-            self._start()  # a channel may have come meanwhile
+            self._start()  # a channel may have been added meanwhile
         elif failure is None or isinstance(failure, psycopg.Error | OSError | PgkvError):
             self._lost(failure)
         else:
@@ -143,7 +143,7 @@ class Listener:
         async with asyncio.timeout(CONNECT_TIME):
             await conn.execute(listen_sql(sorted(channels)))
         self._loop.add_reader(self._fd, self._readable, conn)
-        self._readable(conn)  # what came meanwhile may lie in libpq's buffer
+        self._readable(conn)  # notifications may already be in libpq's buffer
         if conn is not self._conn:
             return  # it broke
         added, self._listening = channels - self._listening, channels
@@ -181,7 +181,7 @@ class Listener:
         self._tell_missed(listened)
 
     def _lost(self, error: BaseException | None) -> None:
-        """The connection broke, or could not be made: try again, after a growing pause."""
+        """Handle a connection that broke or failed: try again after a growing pause."""
         listened = self._listening
         self._close()
         if not self._failing and error is not None:
@@ -226,7 +226,7 @@ class Listener:
             conn.pgconn.finish()
 
     def stop(self) -> None:
-        """Listen no more."""
+        """Stop listening."""
         self._ended = True
         listened = self._listening
         self._close()

@@ -1,11 +1,12 @@
-"""Renewal of what ends unless it is renewed: leases of locks, computations of cached functions.
+"""Renewal of leases: those of locks, and those of computations of cached functions.
 
 One `Renewer` serves all of them in one event loop, for one database, over one connection. It
-watches every end by the local clock, and never waits for a statement to do so. It knows no
-pattern: a pattern gives it objects (`Renewable`) and says how they are renewed (`Renewal`).
+watches every end by the local clock, and never waits for a statement to do so. It is
+independent of the patterns, which give it objects (`Renewable`) and the way to renew them
+(`Renewal`).
 
-The watch is a timer and no task. A program that cancels all tasks of its loop cancels a statement
-under way at most, and that is repeated.
+The watch is a timer, not a task. A program that cancels all tasks of its loop can only cancel a
+running statement, which is repeated.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from .connection import DedicatedConnection
 
 LOOK_MAX = 1.0  # seconds between looks at the clock: a suspended machine's timers are late
 BATCH_MAX = 1000  # objects in one statement
-SEND_MAX = 10.0  # seconds for one renewal, should the objects allow that much
+SEND_MAX = 10.0  # seconds for one renewal, if the objects allow that much
 SEND_MIN = 0.3  # seconds for one, if the objects have that much left
 OPEN_AHEAD = 2.0  # seconds before a renewal in which its connection is made
 OPEN_PAUSE = 1.0  # seconds between attempts at that
@@ -35,24 +36,24 @@ _BOOTTIME = getattr(time, "CLOCK_BOOTTIME", None)
 
 
 def clock() -> float:
-    """Seconds on a clock that cannot be set and that no suspend stops, where there is one."""
+    """Seconds on a clock that cannot be set and, where available, that runs during a suspend."""
     return time.monotonic() if _BOOTTIME is None else time.clock_gettime(_BOOTTIME)
 
 
 class Renewable(Protocol):
-    """What ends unless it is renewed. Its times are by `clock()`."""
+    """An object that ends unless it is renewed. Its times are by `clock()`."""
 
     _due: float  # when to renew it
     _until: float  # when it ends
 
     @property
     def name(self) -> str:
-        """What messages call it."""
+        """The name in messages."""
         ...
 
     @property
     def is_lost(self) -> bool:
-        """Whether it has ended. Looking tells its user of the loss."""
+        """Whether it has ended. The check reports a loss to its user."""
         ...
 
 
@@ -81,7 +82,7 @@ class Renewal(Protocol):
 
 
 class _Entry(NamedTuple):
-    # Weak: what was dropped cannot be given back any more, and ends by its ttl.
+    # Weak: a dropped object can no longer be released; its ttl ends it.
     ref: weakref.ref[Any]
     name: str
     renewal: Renewal
@@ -92,9 +93,9 @@ class Renewer:
     """Renews and watches. The loop does the work; `add` and `discard` are for any thread.
 
     Args:
-        loop: whose timers and tasks these are.
-        connection: its own.
-        context: in which timers run.
+        loop: the event loop for its timers and tasks.
+        connection: used for renewals only.
+        context: the context that timers run in.
     """
 
     def __init__(
@@ -116,7 +117,7 @@ class Renewer:
     # -- from any thread
 
     def add(self, each: Renewable, renewal: Renewal) -> None:
-        """Renew and watch it from now on. It is referred to weakly."""
+        """Renew and watch it from now on. Holds a weak reference."""
         entry = _Entry(weakref.ref(each), each.name, renewal, copy_context())
         first = min(each._due, each._until)
         with self._lock:
@@ -128,21 +129,21 @@ class Renewer:
             self._loop.call_soon_threadsafe(self._look, context=self._context)
 
     def discard(self, each: Renewable) -> None:
-        """Leave it alone."""
+        """Stop renewing and watching it."""
         with self._lock:
             self._entries.pop(id(each), None)
 
     # -- in the loop
 
     def _look(self) -> None:
-        """Look after everything, and set the timer for the next look."""
+        """Check every object, and set the timer for the next check."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
         if self._closed:
             return
         with self._lock:
-            # While we look, whatever is added has to wake us: it may be too late to be seen.
+            # An object added during the check has to set the timer again: the check may miss it.
             self._next_look = NEVER
         soonest = clock() + LOOK_MAX
         try:
@@ -158,7 +159,7 @@ class Renewer:
                 )
 
     def _look_after(self, now: float) -> float:
-        """Tell of losses, start what is due; when to look again."""
+        """Report losses and start due renewals; return the time of the next check."""
         soonest = next_due = NEVER
         due: list[tuple[Renewal, Any]] = []
         for each, entry in self._living():
@@ -188,7 +189,7 @@ class Renewer:
             and now >= self._open_from
             and not self._connection.is_ready
         ):
-            # Connecting takes several round trips: not out of a lease's time, if that can be.
+            # Connecting takes several round trips, which should not use up a lease's time.
             self._open_from = now + OPEN_PAUSE
             self._send(self._connection.open(SEND_MAX), NEVER)
         return soonest
@@ -264,11 +265,11 @@ def _is_lost(each: Renewable) -> bool:
 
 
 def _share(left: float) -> float:
-    """Seconds for one try: half of what is left, so that there is time for another, but not so
-    little that a slow network never gets through."""
+    """Seconds for one try: half of the time left, so that another try is possible, but long enough
+    for a slow network."""
     return min(max(left / 2, min(left, SEND_MIN)), SEND_MAX)
 
 
 def broken(error: BaseException) -> None:
-    """Log a defect of ours: it must neither end the background, nor pass in silence."""
+    """Log a defect of pgkv, which must not end the background or go unnoticed."""
     _observe.warning("pgkv.background.broken", error=type(error).__name__)

@@ -1,7 +1,7 @@
 """`RateLimiter` and `AsyncRateLimiter`: a token bucket per key that all processes share.
 
-Both run the flows of `flows`, one blocking, the other awaiting. Middleware and framework adapters
-call nothing here but `hit`.
+Both run the flows of `flows`; one blocks, the other awaits. Middleware and framework adapters call
+only `hit`.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ ABANDON_SECONDS = 1.0  # for the statement of a cancelled caller; then the serve
 
 
 class LimiterView:
-    """What does not wait, and is the same for both limiters."""
+    """What both limiters have in common; nothing here waits."""
 
     def _bind(self, store: Any, flows: LimiterFlows) -> None:
         self._store = store
@@ -83,9 +83,9 @@ class LimiterView:
 class RateLimiter(LimiterView):
     """A rate limit shared by every process that uses the same store: a token bucket per key.
 
-    One statement per hit, whatever the number of rates, judged by the server's clock. Over any
-    span ``t`` at most ``burst + rate x t`` tokens per key are handed out (plus what was refunded),
-    by any number of processes; a refused hit costs nothing. The algorithm is GCRA (ITU-T I.371),
+    Each hit is one statement, for any number of rates, and the server's clock decides. Over any
+    span ``t`` at most ``burst + rate x t`` tokens per key are handed out (plus refunded tokens), by
+    any number of processes; a refused hit costs nothing. The algorithm is GCRA (ITU-T I.371),
     in integers of nanoseconds: no token is lost to rounding but 1 ns per hit.
 
     Limits of that promise: the store's table is UNLOGGED by default, so a crash of the server
@@ -136,7 +136,7 @@ class RateLimiter(LimiterView):
             key: the client to charge; beyond 256 characters it is hashed.
             cost: tokens, 1 or more.
             limits: rates for this call instead of the limiter's own: a user's plan. With one rate
-                a new plan takes effect on the bucket as it stands.
+                a new plan takes effect on the bucket's present level.
 
         Returns:
             A :class:`Decision`, true when allowed.
@@ -155,7 +155,7 @@ class RateLimiter(LimiterView):
         *,
         limits: Rates | None = None,
     ) -> Decision:
-        """Wait for the turn of this call: first come, first served, one statement and one sleep.
+        """Wait until it is this call's turn, in order of arrival, with one statement and one sleep.
 
         An exception or cancellation while it sleeps gives the place back.
 
@@ -250,7 +250,7 @@ class RateLimiter(LimiterView):
             charges: ``(limiter, key, cost)``; the limiters are on one store and table.
 
         Returns:
-            A :class:`Decision` about the tightest of them; of a denial, the longest wait.
+            A :class:`Decision` about the tightest of them; for a denial, the one with the longest wait.
 
         Raises:
             ConfigError: they cannot be charged by one statement; says why.
@@ -262,7 +262,7 @@ class RateLimiter(LimiterView):
     def using(self, conn: Any) -> Self:
         """Return this limiter inside the caller's own connection and transaction.
 
-        What it charges comes back when the transaction rolls back. The key's row stays locked until
+        Charged tokens come back when the transaction rolls back. The key's row stays locked until
         the transaction ends, and other hits on it wait: charge last. Failures always raise, and a
         call is bounded by the store's ``operation_timeout``.
 
@@ -440,7 +440,7 @@ class AsyncRateLimiter(LimiterView):
                 raise ConfigError(
                     f"AsyncRateLimiter.limit cannot decorate {_name(fn)}: "
                     + (
-                        "an async generator is not called once but many times; call hit() inside"
+                        "an async generator is resumed many times, so one call is not one hit; call hit() inside"
                         if inspect.isasyncgenfunction(fn)
                         else "a function that is not async cannot await; it needs a RateLimiter"
                     )
@@ -485,7 +485,7 @@ def _name(fn: Any) -> str:
 
 
 class ReservationView:
-    """What both reservations tell about themselves."""
+    """What both kinds of reservation have in common."""
 
     def __init__(self, limiter: Any, reserved: Reserved) -> None:
         self.decision: Decision = reserved[0]
@@ -513,8 +513,8 @@ class Reservation(ReservationView):
     """
 
     def cancel(self) -> bool:
-        """Give the place back, except for what was reserved after it, so that no place is ever
-        held twice.
+        """Give the place back, except the part that later reservations rely on, so that no place is
+        ever held twice.
 
         The last place in the queue is given back whole; one in the middle by as much as its cost
         exceeds the later ones'. Idempotent.
@@ -535,7 +535,7 @@ class AsyncReservation(ReservationView):
     """
 
     async def cancel(self) -> bool:
-        """Give the place back, except for what was reserved after it; see
+        """Give the place back, except the part that later reservations rely on; see
         :meth:`Reservation.cancel`."""
         receipt = self._take()
         return receipt is not None and await self._limiter._cancel(receipt)

@@ -1,7 +1,6 @@
 """The rate limiter's operations, each written once as a flow for sync and async.
 
-`LimiterFlows` holds what one limiter is configured with and what it remembers; `api` runs its
-flows. Statements are in `sql`, arithmetic in `policy`, the memory of one process in `local`.
+`LimiterFlows` holds the settings and the memory of one limiter; `api` runs its flows. Statements are in `sql`, arithmetic in `policy`, the memory of one process in `local`.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ OnError: TypeAlias = Literal["raise", "open", "closed"]
 MODES: tuple[OnError, ...] = ("raise", "closed", "open")  # the strictest first
 
 KEY_CHARACTERS_MAX = 256  # a longer key is hashed: a client may choose it
-POLICIES_MAX = 1024  # per-call limits remembered with what is computed for them
+POLICIES_MAX = 1024  # per-call limits that are kept, each with its policy
 CLOSED_RETRY_SECONDS = 1.0  # the retry_after of a refusal by on_error="closed"
 WAIT_SECONDS_MAX = 10 * 366 * 86400.0  # acquire(timeout=None)
 ROUND_TRIP_SECONDS = 0.05  # of an answer, which acquire's timeout does not include
@@ -205,7 +204,7 @@ class LimiterFlows:
         return self._settled(key, decision)
 
     def _again(self, op: Op[Any], started: float) -> Flow[Any]:
-        """Perform a further statement of a call, in what is left of the call's time."""
+        """Perform another statement of a call, within the time the call has left."""
         left = started + self.timeout - monotonic()
         return (yield from call(self._execute, op, max(left, STATEMENT_SECONDS_MIN)))
 
@@ -218,8 +217,8 @@ class LimiterFlows:
     def _rebased(
         self, row: bytes, arrival: Arrival, charge: Charge, started: float
     ) -> Flow[Arrival]:
-        """The server's clock was set back, and the debt is dated in its future: let it count from
-        now, and ask again. Inside the hit this cannot be done, for a denial writes nothing."""
+        """Handle a server clock that was set back, so that the debt lies in its future: let the debt
+        count from now, and ask again. The hit itself cannot do this, because a denial writes nothing."""
         self._report_step_back()
         op = self.sql.rebase(row, arrival.version or b"", len(charge.incs))
         yield from self._again(op, started)
@@ -324,7 +323,7 @@ class LimiterFlows:
         """Reserve, and sleep until the turn has come.
 
         Args:
-            key: as of `reserve`, like the others.
+            key: the client to charge.
             cost: tokens.
             timeout: seconds.
             limits: rates for this call.
@@ -338,7 +337,7 @@ class LimiterFlows:
             return decision
         try:
             if monotonic() + delay > until + ROUND_TRIP_SECONDS:
-                # The answer came late, and with it the turn.
+                # The answer came so late that it is already this call's turn.
                 late = msgspec.structs.replace(decision, allowed=False, retry_after=delay)
                 raise self.refusal(late)
             yield from pause(delay)
@@ -410,7 +409,7 @@ class KeyCharge(NamedTuple):
 def charges_of(
     items: Iterable[tuple[Any, ...]], wanted: type[L]
 ) -> tuple[L, dict[bytes, KeyCharge]]:
-    """Return a limiter to run `hit_many`, and what it charges, by row, in the order of keys.
+    """Return a limiter to run `hit_many`, and the charge of each row, in key order.
 
     Args:
         items: ``(limiter, key, cost)``.

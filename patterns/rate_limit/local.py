@@ -3,8 +3,8 @@
 Both are bounded, both forget by the local monotonic clock, and neither talks to the store.
 docs/rate-limiter.md states how far this may differ from the exact bucket; tests hold it to that.
 
-A signal handler may hit the limiter that it interrupts, and a thread may fork while another is in
-here: counts and denials consist of single operations on containers, which are atomic, and the lock
+A signal handler may hit the limiter that it interrupts, and a thread may fork while another runs
+code of this module: counts and denials consist of single operations on containers, which are atomic, and the lock
 of the tokens is reentrant and renewed after a fork.
 """
 
@@ -30,12 +30,12 @@ WARN_SECONDS = 10.0  # between two log lines of one kind
 
 @dataclass(frozen=True, slots=True)
 class LimiterCounts:
-    """How often a limiter decided what, in this process, since it was made.
+    """The decisions of a limiter in this process since it was created.
 
     Attributes:
-        allowed: admitted, also when only because ``on_error="open"``.
-        denied: refused, also locally, and when only because ``on_error="closed"``.
-        degraded: decided by `on_error`, because the store could not be asked.
+        allowed: hits admitted, including those that ``on_error="open"`` admitted.
+        denied: hits refused, including local refusals and those of ``on_error="closed"``.
+        degraded: hits decided by `on_error`, because the store did not answer.
     """
 
     allowed: int = 0
@@ -79,14 +79,14 @@ class EventLimit:
 
 
 class Counter:
-    """Counts a limiter's decisions, and says when to log. A forked child begins at zero."""
+    """Counts a limiter's decisions, and says when to log. A forked child starts at zero."""
 
     def __init__(self) -> None:
         self.after_fork()
         survives_fork(self)
 
     def after_fork(self) -> None:
-        """Begin at zero."""
+        """Start at zero."""
         self._allowed, self._denied, self._degraded = Tally(), Tally(), Tally()
         self.outages: EventLimit = EventLimit()
         self.steps_back: EventLimit = EventLimit()
@@ -127,7 +127,7 @@ class DenyCache:
         self._entries: OrderedDict[bytes, tuple[Policy, int, float, Decision]] = OrderedDict()
 
     def find(self, row: bytes, policy: Policy, cost: int) -> Decision | None:
-        """The denial that still holds for such a hit, its times moved on; None without one."""
+        """The denial that still applies to such a hit, with its times updated; None without one."""
         entry = self._entries.get(row)
         if entry is None:
             return None
@@ -148,7 +148,7 @@ class DenyCache:
         self, row: bytes, policy: Policy, cost: int, sent: float, decision: Decision
     ) -> None:
         """Note a denial by the server."""
-        self._entries.pop(row, None)  # put in again, it is the youngest
+        self._entries.pop(row, None)  # inserted again, it is the newest
         self._entries[row] = (policy, cost, sent, decision)
         _drop_oldest(self._entries)
 
@@ -160,9 +160,9 @@ class DenyCache:
 class PrepaidTokens:
     """Tokens charged in advance (``prefetch=N``), spent without a query.
 
-    They end when the bucket would be full again: from then on they are worth nothing, because the
-    bucket has them. While one caller fetches tokens for a key, others of this process hit one by
-    one, so that a process never holds more than N - 1 unspent. A forked child has none.
+    They expire when the bucket would be full again, because the bucket then has them back. While
+    one caller fetches tokens for a key, other callers in this process hit one by one, so a process
+    never holds more than N - 1 unspent. A forked child has none.
     """
 
     def __init__(self, clock: Callable[[], float] = monotonic) -> None:
@@ -173,7 +173,7 @@ class PrepaidTokens:
         survives_fork(self)
 
     def after_fork(self) -> None:
-        """Leave the tokens to the parent, and the fetches."""
+        """Leave the tokens and the fetches to the parent."""
         self._entries.clear()
         self._fetching.clear()
 
@@ -214,7 +214,7 @@ class PrepaidTokens:
     def fill(
         self, row: bytes, policy: Policy, tokens: int, sent: float, decision: Decision
     ) -> None:
-        """Keep fetched tokens. Counted from sending, they end no later than the row."""
+        """Keep fetched tokens. Their time counts from sending, so they end no later than the row."""
         with self._lock:
             self._entries[row] = (policy, tokens, sent + decision.reset_after, decision)
             _drop_oldest(self._entries)

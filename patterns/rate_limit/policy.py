@@ -34,7 +34,7 @@ class Decision(msgspec.Struct, frozen=True, gc=False):
         remaining: tokens left in that bucket.
         retry_after: seconds until the same hit would be allowed; 0.0 when it was.
         reset_after: seconds until the bucket is full.
-        rate: which rate that is.
+        rate: the rate that the fields above describe.
         degraded: the store could not be asked; `on_error` decided.
         policy: the name of `rate` in the headers.
         policies: all rates, as the header ``RateLimit-Policy`` lists them.
@@ -54,7 +54,7 @@ class Decision(msgspec.Struct, frozen=True, gc=False):
         return self.allowed
 
     def __repr__(self) -> str:
-        # Without the texts of the headers.
+        # Without the header texts.
         return (
             f"Decision(allowed={self.allowed}, limit={self.limit}, remaining={self.remaining}, "
             f"retry_after={self.retry_after:.6g}, reset_after={self.reset_after:.6g}, "
@@ -82,7 +82,7 @@ class Decision(msgspec.Struct, frozen=True, gc=False):
         elif style == "draft":
             found = {
                 "RateLimit-Policy": self.policies,
-                # Of a denial `t` is when to come again: Retry-After must not be earlier than it.
+                # For a denial `t` is the time to retry: Retry-After must not be earlier.
                 "RateLimit": f'"{self.policy}";r={self.remaining};t={wait}',
             }
         else:
@@ -97,7 +97,7 @@ class Decision(msgspec.Struct, frozen=True, gc=False):
 
 
 def _whole_seconds(seconds: float) -> int:
-    # Up, but not for the dust of a float.
+    # Rounds up, but ignores the rounding error of a float.
     return -int(-(seconds - 1e-7) // 1) if seconds > 0 else 0
 
 
@@ -138,10 +138,10 @@ class Gauge:
 
 
 class Policy:
-    """The rates under which one hit is judged, with what is computed once for them.
+    """The rates that apply to a hit, with the values that are computed once for them.
 
     Args:
-        name: the limiter's.
+        name: the name of the limiter.
         rates: sorted, as `rates_of` returns them.
     """
 
@@ -152,7 +152,7 @@ class Policy:
         self.burst: int = min(rate.burst for rate in rates)
         self.header: str = ",".join(gauge.header() for gauge in self.gauges)
         # With one rate an arrival time keeps its meaning when the rate changes, so that a new plan
-        # takes effect at once. Several share a row by position: other rates, another row.
+        # takes effect at once. Several share a row by position, so other rates need another row.
         text = ";".join(f"{rate.count},{rate.period!r},{rate.burst}" for rate in rates)
         digest = blake2b(text.encode(), digest_size=6).hexdigest()
         self.fingerprint: str = "" if len(rates) == 1 else f"~{digest}"
@@ -189,7 +189,7 @@ class Policy:
         return Charge(incs, caps)
 
     def refund(self, cost: int) -> list[int]:
-        """Return what a refund takes off each arrival time."""
+        """Return the nanoseconds that a refund takes off each arrival time."""
         require_cost(cost)
         return [min(gauge.amount(cost), DEBT_MAX) for gauge in self.gauges]
 
@@ -210,7 +210,7 @@ class Policy:
         Args:
             arrival: what the server said.
             cost: tokens of the hit.
-            allowed: instead of whether the hit was charged.
+            allowed: overrides whether the hit was charged.
         """
         if allowed is None:
             allowed = arrival.charged
@@ -229,7 +229,7 @@ class Policy:
             place = longest[0] if len(longest) == 1 else self._tightest(now, tats, longest)
         gauge = gauges[place]
         if not allowed and not wait:
-            wait = gauge.inc(1)  # it only lost races: there was a token, so wait for one more
+            wait = gauge.inc(1)  # it lost races, although there was a token: wait for one more
         used = tats[place] - now
         return Decision(
             allowed,

@@ -1,4 +1,4 @@
-"""Rates: how they are written, and which are refused."""
+"""Rates: parsing and validation."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _RATE = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Rate:
-    """Tokens per period, and how many at once.
+    """Tokens per period, and the most that can be used at once.
 
     A bucket holds at most `burst` tokens and fills evenly, `count` of them per `period`. Over any
     time span ``t`` at most ``burst + t x count / period`` are handed out. **Without `burst` it is

@@ -34,7 +34,7 @@ class Arrival:
 
     Attributes:
         charged: whether the hit was admitted.
-        now: the server's clock, by which it decided, in nanoseconds since 1970.
+        now: the server's clock, which decided, in nanoseconds since 1970.
         tats: the arrival times, one per rate, never before `now`.
         stamp: the row's ``created_at`` if charged, else its ``updated_at``, as it came.
         version: the row's, if the hit was denied.
@@ -89,7 +89,7 @@ class Charge:
 
 
 class LimiterStatements(TableStatements):
-    """Hits, and what undoes them, on rows of any number of rates."""
+    """Hits, and the statements that undo them, on rows of any number of rates."""
 
     # -- one key
 
@@ -173,8 +173,8 @@ class LimiterStatements(TableStatements):
         )
 
     def _seen(self, change: str) -> str:
-        """A change of one row that also says whether there was one. A change that waits for a row
-        which another transaction replaces finds none: it has to be asked again."""
+        """A change of one row that also says whether the row existed. A change that waits for a row
+        finds none when another transaction replaces it, and has to be repeated."""
         return (
             f"WITH seen AS MATERIALIZED (SELECT 1 FROM {self.t} WHERE key = $1 AND {LIVE}), "
             f"changed AS ({change} RETURNING 1) "
@@ -201,12 +201,12 @@ class LimiterStatements(TableStatements):
     def cancel(
         self, row: bytes, created_at: bytes, incs: Sequence[int], tats: Sequence[int]
     ) -> Op[bool]:
-        """Give a reservation back, except for what was reserved after it.
+        """Give a reservation back, except the part that later reservations rely on.
 
         Args:
             row: the encoded key.
             created_at: of the row that was charged; a row made after a reset does not contain it.
-            incs: what the reservation was charged.
+            incs: the reservation's charge, one per rate.
             tats: the arrival times that it made.
         """
         rates = len(incs)
@@ -247,7 +247,7 @@ class LimiterStatements(TableStatements):
     def _change(
         self, name: str, tats: list[str], formats: tuple[int, ...], where: str
     ) -> Statement[bool]:
-        """Move the arrival times of one certain row. If another took its place, it is gone."""
+        """Move the arrival times of one version of a row; nothing changes if another row replaced it."""
         return self.statement(
             name, self._moved(tats, where), formats, read_changed, refused=FOREIGN
         )
@@ -295,7 +295,7 @@ class LimiterStatements(TableStatements):
             return f"greatest(nullif({field}, '')::bigint, us * 1000)"
 
         # Read first, so that a denial that the snapshot shows locks nothing; then lock in key
-        # order and judge again by what is locked.
+        # order and decide again on the locked rows.
         # `ins` has no ON CONFLICT on purpose: a row that was inserted meanwhile is error 23505,
         # which undoes the whole statement, and the flow repeats it.
         return self.statement(
@@ -458,5 +458,5 @@ def _read_arrival(result: Result, n: int, rates: int) -> Arrival:
 
 
 def _in_each_call(result: Result) -> NoReturn:
-    """Stands for the decoder, which each call brings: it depends on the rates and the cost."""
+    """Placeholder: each call has a decoder of its own, which depends on the rates and the cost."""
     raise AssertionError(f"undecoded: {result!r}")
