@@ -1,7 +1,8 @@
 """The default store of decorators: one per program, created when it is first needed.
 
-`configure` chooses it; without `configure`, ``PGKV_DSN`` or ``DATABASE_URL`` does. Nothing is resolved or
-connected before the first call that needs it, so decorated functions can be imported anywhere.
+`configure` chooses it; without `configure`, ``PGKV_DSN`` or ``DATABASE_URL`` does. Nothing is
+resolved or connected before the first call that needs it, so decorated functions can be imported
+anywhere.
 """
 
 from __future__ import annotations

@@ -72,11 +72,11 @@ T = TypeVar("T")
 class Opening(Unawaited[T]):
     """An object to await or enter: ``x = await store.transaction()`` or ``async with``.
 
-    What was awaited can also be entered; it then ends with the ``async with``.
+    The awaited object can also be entered; it then ends with the ``async with``.
 
     Args:
         manager: opens and closes it.
-        call: what made this, for messages.
+        call: the call that created it, for messages.
     """
 
     def __init__(self, manager: contextlib.AbstractAsyncContextManager[T], call: str) -> None:
@@ -148,7 +148,7 @@ class AsyncStore:
         sql: Statements | None = None,
         channel: AsyncChannel | None = None,
     ) -> Self:
-        """Return a store that shares what is not given; it does not own the connections."""
+        """Return a store that shares everything not given here; it does not own the connections."""
         view = type(self).__new__(type(self))
         view._bind(
             config or self._config,

@@ -158,7 +158,7 @@ class Store:
         sql: Statements | None = None,
         channel: Channel | None = None,
     ) -> Self:
-        """Return a store that shares what is not given; it does not own the connections."""
+        """Return a store that shares everything not given here; it does not own the connections."""
         view = type(self).__new__(type(self))
         view._bind(
             config or self._config,
@@ -207,7 +207,7 @@ class Store:
 
         Args:
             pool: a ``psycopg_pool.ConnectionPool``.
-            dsn: for what cannot share a pool (lease renewal, LISTEN); without one, the pool's.
+            dsn: for connections outside the pool (lease renewal, LISTEN); by default the pool's.
             **config: the fields of `Config`; those that size a pool have no effect.
 
         Raises:
@@ -408,7 +408,7 @@ class Store:
         return self.iter_keys()
 
     def __bool__(self) -> bool:
-        # A store is true, whatever else might define its truth.
+        # A store is always true, even when it is empty.
         return True
 
     # -- batch
@@ -787,8 +787,8 @@ class Store:
             What `fn` returned when it was committed.
 
         Raises:
-            InvalidValueError: `fn` is not a function, or `isolation` not such a level.
-            TypeError: `fn` is async, or (of an `AsyncStore`) is not; nothing was committed.
+            InvalidValueError: `fn` is not a function, or `isolation` is not such a level.
+            TypeError: `fn` is async, or (for an `AsyncStore`) is not; nothing was committed.
         """
         check_transaction(fn, isolation)
 
@@ -801,7 +801,7 @@ class Store:
     def using(self, conn: Any) -> Self:
         """Return this store inside the caller's own connection and transaction.
 
-        What it does commits or rolls back with the caller's statements. Nothing is prepared on the
+        Its operations commit or roll back with the caller's statements. Nothing is prepared on the
         connection, retried or collected.
 
         Args:
@@ -837,7 +837,7 @@ class Store:
         Args:
             name: the table's name.
             **options: ``schema``, ``table_type``, ``auto_create_table``, ``ttl_cleanup_strategy``,
-                ``max_key_length``, ``max_value_size``; what is not given is as here.
+                ``max_key_length``, ``max_value_size``; the others are this store's.
 
         Raises:
             ConfigError: the name cannot be a table name, or there is no such option.

@@ -82,8 +82,8 @@ class Background:
         return part  # type: ignore[no-any-return]  # what `kind` makes
 
     def run_later(self, work: Callable[[], Any], done: Callable[[], object] | None = None) -> bool:
-        """Run work that nothing waits for, in a copy of the caller's context: in the background of an
-        event loop as a task (`work` returns a coroutine), otherwise in a thread.
+        """Run work that nothing waits for, in a copy of the caller's context: in the background of
+        an event loop as a task (`work` returns a coroutine), otherwise in a thread.
 
         Args:
             work: what to run.
@@ -135,7 +135,8 @@ class Background:
             stopped.set()
 
     def close(self, *, wait: bool) -> None:
-        """End it, from any thread. With `wait`, return when it has ended, unless called in its own thread."""
+        """End it, from any thread. With `wait`, return when it has ended, unless called in its own
+        thread."""
         if self.loop.is_closed():
             self.ended = True
             return
@@ -269,8 +270,8 @@ class Workers:
         self._closed = False
 
     def submit(self, work: Callable[[], object], done: Callable[[], object] | None = None) -> bool:
-        """Run `work` soon; see `Background.run_later`. False when too much work is waiting already, or the
-        interpreter ends."""
+        """Run `work` soon; see `Background.run_later`. False when too much work is waiting already,
+        or the interpreter ends."""
         with self._lock:
             if self._closed or self._queue.qsize() >= QUEUE_MAX:
                 return False

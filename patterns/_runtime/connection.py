@@ -1,5 +1,5 @@
-"""The background's own connection, outside every pool: an application that uses up its pool must not
-lose its leases."""
+"""The background's own connection, outside every pool: an application that uses up its pool must
+not lose its leases."""
 
 from __future__ import annotations
 

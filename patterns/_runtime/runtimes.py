@@ -1,4 +1,4 @@
-"""What patterns are given of a store: its channel, its background, and how to wait. One class for
+"""What patterns use of a store: its channel, its background, and a way to wait. One class is for
 threads, one for event loops."""
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ T = TypeVar("T")
 
 
 class _Runtime:
-    """What both have.
+    """What both runtimes have in common.
 
     Args:
-        store: any view of a store, but none of a transaction.
+        store: a store or a view of one, but not of a transaction.
         refusal: the message of the error, for a view of a transaction.
 
     Raises:
-        TransactionError: the store is one.
+        TransactionError: the store is a view of a transaction.
     """
 
     channel: Any
@@ -77,8 +77,8 @@ class SyncRuntime(_Runtime):
     def clean_up(
         self, make: Callable[[], Flow[Any]], timeout: float | None, longest: float
     ) -> None:
-        """Run a flow that ends what its caller began."""
-        del longest  # nothing cuts it short here
+        """Run a clean-up flow of its caller."""
+        del longest  # nothing interrupts it here
         self.channel.run(make(), timeout)
 
     def wait(self, waiter: Any, seconds: float) -> None:
@@ -103,7 +103,7 @@ class AsyncRuntime(_Runtime):
     async def clean_up(
         self, make: Callable[[], Flow[Any]], timeout: float | None, longest: float
     ) -> Any:
-        """Run a flow that ends what its caller began; cancellations do not cut it short."""
+        """Run a clean-up flow of its caller; cancellations do not interrupt it."""
         return await shielded(self.channel.run(make(), timeout), longest)
 
     async def wait(self, waiter: Any, seconds: float) -> None:

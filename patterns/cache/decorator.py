@@ -58,7 +58,7 @@ PARENTHESES = "write @pgkv.cached(ttl=...) with the parentheses"
 
 
 class Decorator:
-    """What ``cached(...)`` returns: decorates one function, in its own colour."""
+    """What ``cached(...)`` returns: decorates one function, sync or async."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
         self._settings = settings

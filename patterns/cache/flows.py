@@ -1,4 +1,4 @@
-"""The algorithm of `cached`, as flows: what a call does beyond a plain hit, for both colours.
+"""The algorithm of `cached`, as flows: what a call does beyond a plain hit, for sync and async.
 
 A miss takes a lease (a placeholder row), calls the function, and fills the row if it still is in
 the state that the lease made: whatever invalidates it meanwhile makes another state, and the fill

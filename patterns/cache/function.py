@@ -82,7 +82,7 @@ class CacheInfo:
 
 
 class _Base(Generic[P, R]):
-    """What both colours share."""
+    """What the sync and async classes share."""
 
     __wrapped__: Callable[..., Any]
     __name__: str

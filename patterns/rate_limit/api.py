@@ -250,7 +250,8 @@ class RateLimiter(LimiterView):
             charges: ``(limiter, key, cost)``; the limiters are on one store and table.
 
         Returns:
-            A :class:`Decision` about the tightest of them; for a denial, the one with the longest wait.
+            A :class:`Decision` about the tightest of them; for a denial, the one with the longest
+            wait.
 
         Raises:
             ConfigError: they cannot be charged by one statement; says why.
@@ -440,7 +441,7 @@ class AsyncRateLimiter(LimiterView):
                 raise ConfigError(
                     f"AsyncRateLimiter.limit cannot decorate {_name(fn)}: "
                     + (
-                        "an async generator is resumed many times, so one call is not one hit; call hit() inside"
+                        "an async generator is resumed many times in one call; call hit() inside"
                         if inspect.isasyncgenfunction(fn)
                         else "a function that is not async cannot await; it needs a RateLimiter"
                     )

@@ -1,6 +1,7 @@
 """The rate limiter's operations, each written once as a flow for sync and async.
 
-`LimiterFlows` holds the settings and the memory of one limiter; `api` runs its flows. Statements are in `sql`, arithmetic in `policy`, the memory of one process in `local`.
+`LimiterFlows` holds the settings and the memory of one limiter; `api` runs its flows. Statements
+are in `sql`, arithmetic in `policy`, the memory of one process in `local`.
 """
 
 from __future__ import annotations
@@ -217,8 +218,9 @@ class LimiterFlows:
     def _rebased(
         self, row: bytes, arrival: Arrival, charge: Charge, started: float
     ) -> Flow[Arrival]:
-        """Handle a server clock that was set back, so that the debt lies in its future: let the debt
-        count from now, and ask again. The hit itself cannot do this, because a denial writes nothing."""
+        """Handle a server clock that was set back, so that the debt lies in its future: let the
+        debt count from now, and ask again. The hit itself cannot do this, because a denial writes
+        nothing."""
         self._report_step_back()
         op = self.sql.rebase(row, arrival.version or b"", len(charge.incs))
         yield from self._again(op, started)

@@ -4,8 +4,8 @@ Both are bounded, both forget by the local monotonic clock, and neither talks to
 docs/rate-limiter.md states how far this may differ from the exact bucket; tests hold it to that.
 
 A signal handler may hit the limiter that it interrupts, and a thread may fork while another runs
-code of this module: counts and denials consist of single operations on containers, which are atomic, and the lock
-of the tokens is reentrant and renewed after a fork.
+code of this module: counts and denials consist of single operations on containers, which are
+atomic, and the lock of the tokens is reentrant and renewed after a fork.
 """
 
 from __future__ import annotations
@@ -214,7 +214,8 @@ class PrepaidTokens:
     def fill(
         self, row: bytes, policy: Policy, tokens: int, sent: float, decision: Decision
     ) -> None:
-        """Keep fetched tokens. Their time counts from sending, so they end no later than the row."""
+        """Keep fetched tokens. Their time counts from sending, so they end no later than the
+        row."""
         with self._lock:
             self._entries[row] = (policy, tokens, sent + decision.reset_after, decision)
             _drop_oldest(self._entries)

@@ -247,7 +247,8 @@ class LimiterStatements(TableStatements):
     def _change(
         self, name: str, tats: list[str], formats: tuple[int, ...], where: str
     ) -> Statement[bool]:
-        """Move the arrival times of one version of a row; nothing changes if another row replaced it."""
+        """Move the arrival times of one version of a row; nothing changes if another row replaced
+        it."""
         return self.statement(
             name, self._moved(tats, where), formats, read_changed, refused=FOREIGN
         )

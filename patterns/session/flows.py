@@ -1,4 +1,4 @@
-"""What each operation on sessions does, written once: flows that either colour of store runs.
+"""What each operation on sessions does: flows that a sync or an async store runs.
 
 The statements are in `pgkv.patterns.session.sql`; here is what surrounds them: tokens, checks, what is sent
 of a changed session, and which error an outcome means.

@@ -1,1 +1,1 @@
-"""Middleware of the patterns, for ASGI and WSGI; what framework it stands in it does not know."""
+"""Middleware of the patterns for ASGI and WSGI, independent of any framework."""

@@ -40,14 +40,14 @@ App: TypeAlias = "Callable[[Any, Receive, Send], Awaitable[None]]"
 
 # The messages that carry a response's head.
 _HEADS = ("http.response.start", "websocket.accept", "websocket.http.response.start")
-POLICY_VIOLATION = 1008  # how a WebSocket says no; before accept() servers answer 403
+POLICY_VIOLATION = 1008  # the refusal of a WebSocket; before accept() servers answer 403
 
 
 class RateLimitMiddleware:
     """Refuse requests beyond a rate: ``app.add_middleware(RateLimitMiddleware, limiter=...)``.
 
     A refused request gets 429 with ``Retry-After`` and a problem+json body, and never reaches the
-    application. So does the handshake of a WebSocket; what passes over one is not counted.
+    application. The handshake of a WebSocket counts as a request; its messages do not.
 
     Functions may be sync or async. They get a mapping, the ASGI scope, that also has ``headers``,
     ``path``, ``method`` and ``client``.
@@ -150,20 +150,20 @@ class SessionMiddleware:
     """Sessions on the server for any ASGI application, in place of Starlette's own middleware.
 
     ``app.add_middleware(pgkv.SessionMiddleware, sessions=sessions)``; then ``request.session`` is a
-    dict that is saved by itself: changed keys only, merged with those of parallel requests, before
-    the head of the response is sent. What streaming responses and background tasks change later
-    is saved when they have ended.
+    dict that is saved automatically before the head of the response is sent: only changed keys,
+    merged with those of parallel requests. Later changes, by streaming responses and background
+    tasks, are saved when these have ended.
 
-    A request without a session cookie, or on an exempt path, costs no query; one with a cookie
-    exactly one, and one more if it changes something. An empty session is not stored and sets no
-    cookie.
+    A request without a session cookie, or on an exempt path, costs no query; a request with a
+    cookie costs exactly one, and one more if it changes something. An empty session is not stored
+    and sets no cookie.
 
     At a login call ``await sessions.rotate(request.session, user_id=...)``; at a logout
     ``await sessions.destroy(request.session)`` or ``request.session.clear()``.
 
-    When the application raises, so that no response of its own is sent, nothing is saved. When the
+    When the application raises before it sends a response, nothing is saved. When the
     database does not answer, the request is answered with 503: see `on_error`. A WebSocket's session
-    is that of the moment it connected.
+    is loaded once, when it connects.
 
     Args:
         app: the application.
@@ -232,7 +232,7 @@ class SessionMiddleware:
                 await settings.run(handler.open())
             await self.app(scope, receive, send_settled)
         except OUTAGES as error:
-            # That of load_session() comes back out of the application.
+            # The error of load_session() is raised out of the application.
             if error is not handler.failure:
                 raise
             if handler.is_closed or not settings.answers(error):
@@ -252,12 +252,12 @@ class SessionMiddleware:
 
 
 async def _settle(handler: SessionHandler) -> None:
-    """Save what the program changed, also where cancellations would cut that short."""
+    """Save the program's changes; cancellations do not interrupt this."""
     settings = handler.settings
     try:
         await settings.run(handler.settle())
     except asyncio.CancelledError:
-        handler.close()  # the response will not be sent: what is new is not stored
+        handler.close()  # the response will not be sent: a new session is not stored
         with contextlib.suppress(PgkvError, TimeoutError):
             await shielded(settings.run(handler.settle()), settings.timeout)
         raise
@@ -268,7 +268,7 @@ async def _answer_unavailable(scope: Scope, send: Send) -> None:
 
 
 def _amend(head: Message, handler: SessionHandler) -> None:
-    """Put the cookie into the response's head, and what keeps it out of shared caches."""
+    """Add the cookie to the response's head, and the headers that keep it out of shared caches."""
     headers = [(name, value) for name, value in head.get("headers") or ()]
     headers += [(name.lower().encode(), text.encode()) for name, text in handler.headers()]
     if handler.is_private and head["type"] != "websocket.accept":
@@ -297,8 +297,8 @@ def _refuse_exempt() -> None:
 async def load_session(request: Any) -> Session:
     """Load the session of a request, and return it; a second call costs nothing.
 
-    Afterwards ``request.session`` can be used. Without a live session it is a new one, which is
-    stored when something was put into it.
+    Afterwards ``request.session`` can be used. Without a live session a new one is
+    returned, which is stored once it holds data.
 
     Args:
         request: Starlette's or FastAPI's Request or WebSocket, or an ASGI scope.

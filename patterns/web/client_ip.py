@@ -16,7 +16,7 @@ from .request import scope_of
 
 __all__ = ["client_ip"]
 
-HOPS_MAX = 50  # entries of X-Forwarded-For that are looked at, from the right
+HOPS_MAX = 50  # entries of X-Forwarded-For that are read, from the right
 UNIX = "unix"
 
 _Address: TypeAlias = "ipaddress.IPv4Address | ipaddress.IPv6Address"
@@ -24,19 +24,20 @@ _Network: TypeAlias = "ipaddress.IPv4Network | ipaddress.IPv6Network"
 
 
 def client_ip(trusted_proxies: Iterable[str] = (), ipv6_prefix: int = 64) -> Callable[[Any], str]:
-    """Return a function that tells the client's address of a request.
+    """Return a function that returns the client's address of a request.
 
     Without `trusted_proxies` that is the peer of the connection, and headers are ignored: any client
     can send an X-Forwarded-For. From a trusted peer the header's addresses are read from the
-    right, each appended by the hop after it; the first that is no trusted proxy is the client. Empty
-    entries are skipped, and one that is no address ends the walk at the hop that sent it.
+    right, each appended by the hop after it; the first that is not a trusted proxy is the client.
+    Empty entries are skipped. An entry that is not an address ends the search at the hop that sent
+    it.
 
     An IPv6 client usually owns a whole /64, so that is the key; an IPv4-mapped address
     (``::ffff:192.0.2.1``) is the IPv4 address.
 
-    **If you run behind a proxy, list it here**, or all its clients share one bucket. A server that replaces the
-    peer's address by itself (uvicorn's ``proxy_headers``, on by default for peers on the same host;
-    werkzeug's ``ProxyFix``) has already made that choice; then leave this empty.
+    **If you run behind a proxy, list it here**, or all its clients share one bucket. A server that
+    replaces the peer's address by itself (uvicorn's ``proxy_headers``, on by default for peers on
+    the same host; werkzeug's ``ProxyFix``) has already made that choice; then leave this empty.
 
     Args:
         trusted_proxies: addresses or networks, such as ``"10.0.0.0/8"``; ``"unix"`` for a proxy
@@ -47,7 +48,7 @@ def client_ip(trusted_proxies: Iterable[str] = (), ipv6_prefix: int = 64) -> Cal
         A function of an ASGI scope, a WSGI environ, or a request of Starlette, FastAPI or Flask.
 
     Raises:
-        ConfigError: something is no network; or (of the function) the peer has no address and
+        ConfigError: an entry is not a network; or (of the function) the peer has no address and
             ``"unix"`` is not trusted.
     """
     if isinstance(trusted_proxies, str):
@@ -78,7 +79,7 @@ def client_ip(trusted_proxies: Iterable[str] = (), ipv6_prefix: int = 64) -> Cal
         if address is None and not trusts_unix:
             raise ConfigError(
                 "the peer of this request has no address, so that all clients would share one "
-                "bucket; behind a proxy on a Unix socket say trusted_proxies=['unix']"
+                "bucket; behind a proxy on a Unix socket set trusted_proxies=['unix']"
             )
         if address is None or is_trusted(address):
             entries = [entry for entry in forwarded.split(",") if entry.strip()]
@@ -118,8 +119,8 @@ def _address(text: str) -> _Address | None:
 
 
 def _is_unix(peer: str) -> bool:
-    """Whether that is how a server names the peer of a Unix socket: waitress, werkzeug, or by the
-    path of the socket."""
+    """Whether this is a server's name for the peer of a Unix socket: that of waitress, of werkzeug,
+    or the path of the socket."""
     return peer in ("localhost", "<local>") or peer.startswith(("unix:", "/", "@"))
 
 

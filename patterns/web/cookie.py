@@ -1,8 +1,8 @@
-"""The session cookie: what it is called, which flags it carries, how it is found in a request.
+"""The session cookie: its name, its flags, and how to find it in a request.
 
-Safe unless told otherwise: ``__Host-`` (no sibling domain can set it), Secure, HttpOnly,
-SameSite=Lax, and no Max-Age, so it ends with the browser. Nothing is signed: the token is random,
-and what it is worth is decided by the database.
+Safe by default: ``__Host-`` (no sibling domain can set it), Secure, HttpOnly, SameSite=Lax, and no
+Max-Age, so it ends with the browser. Nothing is signed: the token is random, and the database
+decides whether it is valid.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ...config import Seconds, require_seconds
 from ...errors import ConfigError
 from ..session.data import is_token
 
-TOKENS_MAX = 4  # cookies of one name in a request that are looked up
+TOKENS_MAX = 4  # the most cookies of one name that are looked up for a request
 
 SameSite: TypeAlias = Literal["lax", "strict", "none"]
 
@@ -38,7 +38,7 @@ class CookieOptions(TypedDict, total=False):
             logged once.
         same_site: ``"lax"`` (the default), ``"strict"`` or ``"none"``.
         path: the path below which browsers send it; default ``"/"``.
-        domain: also its subdomains get it; None (the default): this host alone.
+        domain: subdomains of this domain get it too; None (the default): only this host does.
         max_age: seconds for which the browser keeps it, rounded up; None (the default): until it
             closes. While the session is used the cookie is sent again, at the latest when a third of
             this time has passed.

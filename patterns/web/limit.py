@@ -1,5 +1,5 @@
-"""What all rate limiting middleware and framework adapters share: which key to charge, and what to
-answer.
+"""The common part of rate limiting middleware and framework adapters: the key to charge, and the
+response.
 
 `Guard.check` is a flow, so that functions given by the user may be sync or, in the async adapters,
 async. Nothing here knows a framework.
@@ -35,7 +35,7 @@ DECISIONS = "pgkv.rate_limit"  # in scope or environ: what the limits of a reque
 
 
 class LimitOptions(TypedDict, total=False):
-    """What a rate limit in front of an application or a route can be told, besides its limiter.
+    """The options of a rate limit in front of an application or a route, besides its limiter.
 
     The functions get the request: a mapping with ``headers``, ``path``, ``method`` and ``client``
     in middleware, the framework's own object in the adapters of FastAPI and Flask. In the async
@@ -45,7 +45,8 @@ class LimitOptions(TypedDict, total=False):
         key: a function of the request that returns its key, or None to let it pass; a string for
             one bucket for all. Without one: :func:`client_ip` with no trusted proxy.
         cost: tokens, or a function of the request; 0 lets it pass. Default 1.
-        limits: rates instead of the limiter's, or a function of the request: a user's plan.
+        limits: rates that replace the limiter's, or a function of the request, such as a user's
+            plan.
         exempt: paths within the application (each with all below it), or a function that is true
             for requests to let pass.
         headers: ``"draft"`` (the default), ``"x"`` or None; see :meth:`Decision.headers`. Where
@@ -66,14 +67,14 @@ class LimitOptions(TypedDict, total=False):
 
 
 class Verdict(NamedTuple):
-    """What is to be done with a request: the decision, and whether to refuse."""
+    """The result of judging a request: the decision, and whether to refuse."""
 
     decision: Decision
     refuse: bool
 
 
 class Guard:
-    """A limiter and the options of an adapter, checked once, and how requests are judged by them.
+    """Judges requests by a limiter and an adapter's options, which are checked once.
 
     Args:
         limiter_class: the class of limiter that the adapter can run.
@@ -173,12 +174,12 @@ class Guard:
         return Verdict(decision, not decision.allowed and not self._shadow)
 
     def is_shown(self, verdict: Verdict | None) -> bool:
-        """Whether a response has headers. In shadow mode nothing tells the client."""
+        """Whether a response has headers. In shadow mode it has none."""
         return verdict is not None and not self._shadow and self._headers is not None
 
     def headers(self, request: Any) -> dict[str, str]:
-        """What the response to a request shows, of all limits that have judged it so far: to be set
-        in place of headers of the same names."""
+        """The headers of the response to a request, by all limits that have judged it so far. They
+        replace headers of the same names."""
         if self._shadow or self._headers is None:
             return {}
         return strictest(scope_of(request)[DECISIONS]).headers(self._headers)
@@ -187,7 +188,7 @@ class Guard:
         """Headers and body of the 429."""
         decision = verdict.decision
         found = self.headers(request)
-        # Also without the other headers: a client that is told nothing tries again at once.
+        # Also without the other headers: a client without Retry-After tries again at once.
         found["Retry-After"] = decision.headers("x")["Retry-After"]
         found["Content-Type"] = PROBLEM_TYPE
         body = json.dumps(problem(decision)).encode()
@@ -196,8 +197,8 @@ class Guard:
 
 
 def strictest(decisions: Sequence[Decision]) -> Decision:
-    """Return the decision that a response shows, with the policies of all of them: a denial, else
-    the one with the least share of tokens left."""
+    """Return the decision that a response shows: a denial, else the one with the smallest share of
+    tokens left. It lists the policies of all of them."""
     known = [each for each in decisions if not each.degraded] or decisions
     shown = min(known, key=lambda each: (each.allowed, each.remaining / each.limit))
     policies = ",".join(dict.fromkeys(each.policies for each in known))
@@ -206,11 +207,11 @@ def strictest(decisions: Sequence[Decision]) -> Decision:
 
 @contextlib.contextmanager
 def heard_by_servers(failed: str = "the rate limit could not be checked") -> Iterator[None]:
-    """Let a failure of the store reach the HTTP server as one of the application's.
+    """Let a failure of the store reach the HTTP server as an error of the application.
 
     Raises:
-        PgkvError: instead of those that are also a ConnectionError or TimeoutError: servers take
-            these for a client that went away, and answer nothing.
+        PgkvError: replaces errors that are also a ConnectionError or TimeoutError: servers treat
+            these as a client that disconnected, and send no response.
     """
     try:
         yield

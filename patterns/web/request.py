@@ -15,12 +15,12 @@ Exempt: TypeAlias = "Collection[str] | Callable[[Any], Any] | None"
 class HttpRequest(Mapping[str, Any]):
     """A request as key functions see it, the same for ASGI and WSGI.
 
-    It is the scope or environ itself (``request["path"]``), with names for what is asked most.
+    It is the scope or environ itself (``request["path"]``), with attributes for common values.
 
     Attributes:
         scope: the ASGI scope or WSGI environ.
         method: such as ``"GET"``; ``"WEBSOCKET"`` for a handshake.
-        path: within the application, decoded, without the query.
+        path: the decoded path within the application, without the query.
         client: the peer's address as the server gives it, or None. See `client_ip`.
     """
 
@@ -102,7 +102,7 @@ def exemption(exempt: Exempt) -> Callable[[Any, str], bool]:
         exempt: a function of the request; or paths, each with all below it; or None.
 
     Raises:
-        ConfigError: neither of these. (A single string would be a collection of letters.)
+        ConfigError: it is none of these. (A single string would be a collection of letters.)
     """
     if exempt is None:
         return lambda _request, _path: False

@@ -1,8 +1,8 @@
-"""What one request does with its session, apart from ASGI, WSGI or Flask.
+"""The session of one request, independent of ASGI, WSGI and Flask.
 
-`SessionSettings` are an adapter's options. A `SessionHandler` knows the tokens that the request
-brought and the session that the program sees. Before the head of the response is sent it settles:
-what changed is saved, and the cookie to send is known.
+`SessionSettings` are an adapter's options. A `SessionHandler` holds the tokens of the request and
+the session that the program sees. Before the head of the response is sent it settles: it saves the
+changes and determines the cookie to send.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ OnSessionError: TypeAlias = Literal["503", "anonymous", "raise"]
 
 TIMEOUT = 5.0
 FAILED = "the session could not be loaded or saved"
-# What `on_error` is about. A wrong argument or a missing right is no outage.
+# The errors `on_error` handles. A wrong argument or a missing right is no outage.
 OUTAGES: Final = (StoreUnavailableError, OperationTimeoutError, QueryError, ConflictError)
 
 UNAVAILABLE: Final = 503
@@ -51,7 +51,7 @@ UNAVAILABLE_HEADERS: Final = {
 
 
 class SessionOptions(CookieOptions, total=False):
-    """The options of session middleware: those of `CookieOptions`, and how it uses the database.
+    """The options of session middleware: those of `CookieOptions`, and its use of the database.
 
     Attributes:
         exempt: paths within the application that have no session (each with all below it), or a
@@ -109,15 +109,15 @@ class SessionSettings:
         self.cookie: Cookie = Cookie(**given)
 
     def facts(self) -> str:
-        """What a repr says of an adapter."""
+        """The adapter's settings, for its repr."""
         return f"cookie={self.cookie.name!r} sessions={self.sessions!r}"
 
     def run(self, flow: Flow[Any]) -> Any:
-        """Run a flow within the timeout; of an async store, return the coroutine that does."""
+        """Run a flow within the timeout; for an async store, return the coroutine that does."""
         return self.sessions._run(flow, self.timeout)
 
     def answers(self, error: PgkvError) -> bool:
-        """Whether a request that failed so is answered with 503."""
+        """Whether a request with this failure is answered with 503."""
         return self.on_error != "raise" and isinstance(error, OUTAGES)
 
 
@@ -125,12 +125,12 @@ class SessionHandler:
     """The session of one request.
 
     Args:
-        settings: the adapter's.
+        settings: the settings of the adapter.
         cookies: the request's Cookie headers.
-        data: what the program will see.
+        data: the session object that the program sees.
 
     Attributes:
-        failure: the error by which the session could not be loaded or saved.
+        failure: the error that prevented loading or saving the session.
     """
 
     def __init__(
@@ -142,12 +142,13 @@ class SessionHandler:
         self._tokens = settings.cookie.find(cookies)
         # The token that the browser has, and the one that it will have.
         self._had = self._browser = self._tokens[0] if self._tokens else ""
-        self._dropped = False  # a save was refused: whatever else this request changes is late too
+        self._dropped = False  # a save was refused: later changes of this request are refused too
         self._closed = False  # the head of the response is on its way
         self._sets_cookie = False
 
     def open(self) -> Flow[Session]:
-        """Load the session, once; without a live one it is a new one that was never stored."""
+        """Load the session, once. Without a live session, return a new one that is not stored
+        yet."""
         if not self.data.is_loaded:
             found = None
             if self._tokens:
@@ -165,7 +166,8 @@ class SessionHandler:
         return session
 
     def _find(self) -> Flow[Session | None]:
-        """The first session that is alive; one that a rotation has replaced counts least."""
+        """The first live session; one that a rotation has replaced is used only if there is no
+        other."""
         moved = None
         timed = self.settings.cookie.max_age is not None
         for token in self._tokens:
@@ -184,11 +186,11 @@ class SessionHandler:
         _observe.warning("pgkv.session.unavailable", error=type(error).__name__)
 
     def settle(self) -> Flow[None]:
-        """Save what the program changed. A session that ended meanwhile stays ended."""
+        """Save the program's changes. A session that ended meanwhile stays ended."""
         session = self.data._session
         accessed = self.data.accessed
         if session is None or not accessed:
-            return  # what was not touched did not change, deep inside neither
+            return  # an untouched session has not changed, not even in nested values
         try:
             if self.data.cleared:
                 yield from self._begin_again(session)
@@ -227,10 +229,10 @@ class SessionHandler:
             self._browser = session.id
 
     def _begin_again(self, session: Session) -> Flow[None]:
-        """After clear() or destroy(): that session is over, what is there now begins another.
+        """After clear() or destroy(): end that session, and store the present data as a new one.
 
-        So are the sessions of all tokens that the browser sent, also where none was found: they may
-        be replaced tokens, or could not be read.
+        This also ends the sessions of all tokens that the browser sent, even if none was found: the
+        tokens may have been replaced, or their sessions could not be read.
         """
         tokens = {*self._tokens, session.id}
         if session._ended:
@@ -244,14 +246,14 @@ class SessionHandler:
         yield from self._store_new(fresh)
 
     def drop(self, reason: str) -> None:
-        """Give up what the program changed, and say so."""
+        """Drop the program's changes, and log that."""
         self._dropped = True
         _observe.warning("pgkv.session.dropped", reason=reason)
 
     # -- the response's head
 
     def headers(self) -> list[tuple[str, str]]:
-        """Return the Set-Cookie header if one is due. To be called once, after `settle`."""
+        """Return the Set-Cookie header if one is due. Call it once, after `settle`."""
         self._closed = True
         if self._browser == self._had and not self._renews():
             return []
@@ -259,7 +261,7 @@ class SessionHandler:
         return [("Set-Cookie", self.settings.cookie.set(self._browser))]
 
     def _renews(self) -> bool:
-        """Whether the browser's cookie is to be sent again, before it ends in a session in use."""
+        """Whether to send the cookie again, so that it does not end while the session is used."""
         age, session = self.settings.cookie.max_age, self.data._session
         if age is None or session is None or session.id != self._browser or session._moved:
             return False

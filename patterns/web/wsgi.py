@@ -39,7 +39,7 @@ class WSGIRateLimitMiddleware:
     """:class:`RateLimitMiddleware` for WSGI: ``app.wsgi_app = WSGIRateLimitMiddleware(app.wsgi_app,
     limiter=...)``.
 
-    The same options; functions are sync and get the environ, with the same names on it.
+    It takes the same options. Functions are sync; they get the environ, with the same attributes.
 
     Args:
         app: the WSGI application.
@@ -96,10 +96,10 @@ _SESSION = "pgkv.session"
 class WSGISessionMiddleware:
     """Sessions on the server for any WSGI application: ``environ["pgkv.session"]`` is a dict.
 
-    It loads itself at first touch, so a request that does not use it costs no query, and neither
-    does one without a session cookie. What changed is saved, merged key by key with parallel
-    requests, when the application calls ``start_response``; what changes later, when the response
-    has been sent.
+    The session loads when it is first used, so a request that does not use it costs no query, and
+    neither does a request without a session cookie. Changes are saved when the application calls
+    ``start_response``, merged key by key with parallel requests. Later changes are saved when the
+    response has been sent.
 
     At a login call ``sessions.rotate(environ["pgkv.session"], user_id=...)``; at a logout
     ``sessions.destroy(environ["pgkv.session"])``.
@@ -147,8 +147,8 @@ class _SettledResponse:
         self.body: Iterable[bytes] = ()
         self._handler = handler
         self._start_response = start_response
-        self._cookies: HeaderList | None = None  # what the first head carried
-        self._replaced = False  # by the 503 from here
+        self._cookies: HeaderList | None = None  # the cookies of the first head
+        self._replaced = False  # by this middleware's 503
 
     def start(self, status: str, headers: HeaderList, exc_info: Any = None) -> Any:
         """What the application calls as ``start_response``. A second head replaces the first."""
@@ -157,7 +157,7 @@ class _SettledResponse:
             return _write_nothing
         if self._cookies is None:
             failure = handler.failure
-            # An application that turned the failed loading into an error page of its own.
+            # The application turned the failed loading into an error page of its own.
             if failure is not None and settings.answers(failure) and status.startswith("500"):
                 return self._answer_unavailable()
             try:
@@ -174,7 +174,7 @@ class _SettledResponse:
 
     @contextlib.contextmanager
     def answering(self) -> Iterator[None]:
-        """Answer 503 instead of letting the failure of the session out, where that is possible."""
+        """Answer 503 instead of raising the failure of the session, where that is possible."""
         try:
             yield
         except OUTAGES as error:
@@ -222,7 +222,7 @@ def _write_nothing(_data: bytes) -> None:
 def lazy_handler(
     settings: SessionSettings, environ: Environ, kind: type[RequestSession]
 ) -> SessionHandler:
-    """Return a request's handler, whose session loads itself at first touch."""
+    """Return a request's handler, whose session loads when it is first used."""
 
     def load() -> None:
         settings.run(handler.open())
@@ -233,7 +233,7 @@ def lazy_handler(
 
 
 def made_private(headers: HeaderList) -> HeaderList:
-    """Return a response's headers with what keeps it out of shared caches."""
+    """Return a response's headers, with those that keep it out of shared caches."""
     for name, revise in (("Vary", varying), ("Cache-Control", private)):
         found = [value for each, value in headers if each.lower() == name.lower()]
         headers = [header for header in headers if header[0].lower() != name.lower()]

@@ -1,5 +1,5 @@
-"""`command.py` is the frame of ``pgkv``'s commands: the options that all of them take, how one is
-registered, and what its failures become.
+"""`command.py` is the frame of ``pgkv``'s commands: the options that all of them take, their
+registration, and the messages and exit codes of failures.
 
 A command is a function whose first parameter is an `Invocation` and which returns its exit code. `register`
 adds the common options, which can stand before or after the command's name.
@@ -81,7 +81,7 @@ def duration(text: str) -> float:
 _PANEL = "Store and output"
 Seconds: TypeAlias = "float | None"
 
-# Options of every command. What stands after the command's name wins over what stands before.
+# Options of every command. One after the command's name overrides one before it.
 COMMON: dict[str, Any] = {
     "dsn": Annotated[
         str | None,
@@ -128,7 +128,7 @@ COMMON: dict[str, Any] = {
 
 @dataclass(frozen=True, slots=True)
 class Invocation:
-    """The common options: which store, and how to answer."""
+    """The common options: the store, and the output format."""
 
     dsn: str | None = None
     table: str | None = None
@@ -139,7 +139,7 @@ class Invocation:
     json: bool = False
 
     def config(self, **options: Any) -> Config:
-        """Return the settings that were asked for; the default DSN is the environment's."""
+        """Return the requested settings; the default DSN comes from the environment."""
         wanted = {
             "table_name": self.table,
             "schema": self.schema,
@@ -268,7 +268,7 @@ def main(argv: list[str] | None = None) -> int:
     except console.InputOutputError as error:
         console.fail(type(error).__name__, str(error), as_json)
         return INPUT_OUTPUT
-    except SystemExit as error:  # typer and rich answer a closed pipe so
+    except SystemExit as error:  # how typer and rich end on a closed pipe
         if not isinstance(error.__context__, BrokenPipeError):
             raise
         return _output_failed(error.__context__, as_json)
@@ -288,7 +288,7 @@ def main(argv: list[str] | None = None) -> int:
 def _output_failed(error: OSError, as_json: bool) -> int:
     console.discard_output()
     if isinstance(error, BrokenPipeError):
-        return DONE  # the reader (head, say) has what it wanted
+        return DONE  # the reader (such as head) has read enough
     console.fail("OSError", f"cannot write to standard output: {error.strerror}", as_json)
     return INPUT_OUTPUT
 
@@ -306,7 +306,7 @@ def _advice(error: PgkvError) -> str:
 def _exit_code(error: PgkvError) -> int:
     if isinstance(error, NotFoundError | TableNotFoundError):
         return NOT_FOUND
-    # What the server refused is not wrong usage: the store cannot be used.
+    # A refusal by the server is not wrong usage: the store cannot be used.
     if isinstance(error, ConfigError | InvalidKeyError | InvalidValueError) and not error._sqlstate:
         return USAGE
     return UNAVAILABLE

@@ -1,8 +1,8 @@
 """How the command reads and writes: tables for people, plain lines for pipes, JSON for machines.
 
 Keys and values may hold any character, so they are escaped before they reach a terminal or a line of
-text; only ``pgkv get`` writes bytes unchanged. rich is imported where something is drawn: most
-commands in a script draw nothing.
+text; only ``pgkv get`` writes bytes unchanged. rich is imported only where something is
+drawn: most commands in a script draw nothing.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class InputOutputError(Exception):
 
 
 class _Closed(io.TextIOBase):
-    """Stands for a standard output that was closed before the program began: a write fails."""
+    """Replaces a standard output that was closed before the program started: a write fails."""
 
     encoding = "utf-8"
 
@@ -66,7 +66,7 @@ def prepare() -> None:
 
 
 def discard_output() -> None:
-    """Let nothing more reach standard output: Python complains about what it cannot flush at exit."""
+    """Discard further standard output: at exit Python reports output that it cannot flush."""
     with contextlib.suppress(OSError, ValueError):
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, sys.stdout.fileno())
@@ -111,7 +111,7 @@ def out() -> Console:
 
 
 def err() -> Console:
-    """Return standard error, likewise."""
+    """Return standard error, on which rich interprets nothing."""
     from rich.console import Console
 
     return Console(stderr=True, markup=False, highlight=False, emoji=False)
@@ -143,7 +143,7 @@ def fail(error: str, message: str, as_json: bool) -> None:
 
 
 def without_secrets(text: str) -> str:
-    """Return the text with what looks like a password in a DSN replaced."""
+    """Return the text with possible passwords in a DSN replaced."""
     for pattern, replacement in _SECRETS:
         text = pattern.sub(replacement, text)
     return text

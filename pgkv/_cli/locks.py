@@ -1,4 +1,4 @@
-"""The commands about locks: who holds which, and running a program under one."""
+"""The commands about locks: their holders, and running a program under one."""
 
 from __future__ import annotations
 
@@ -252,7 +252,7 @@ def _guarded(call: Invocation, program: list[str], lease: Lease, signals: _Signa
 
 
 def _free(call: Invocation, lease: Lease) -> None:
-    """Free the lock. The command's exit code counts, whatever becomes of this."""
+    """Free the lock. A failure does not change the exit code, which is the command's."""
     error = _within(END_WITHIN, lease.release)
     if error is not None:
         why = f"the lock {lease.name!r} was not freed, it ends with its ttl of {lease.ttl:g} s"
@@ -261,7 +261,7 @@ def _free(call: Invocation, lease: Lease) -> None:
 
 def _within(seconds: float, fn: Callable[[], object]) -> Exception | None:
     """Call it in a thread; return its error, or a TimeoutError after that many seconds. A server that
-    does not answer must not keep the command from its end."""
+    does not answer must not keep the command from ending."""
     found: list[Exception | None] = [TimeoutError(f"no answer within {seconds:g} s")]
 
     def run() -> None:
@@ -314,7 +314,7 @@ class _Signals:
             return
         for name in names:
             number = getattr(signal, name, None)
-            # What is ignored (nohup) stays ignored, here and in the command.
+            # An ignored signal (nohup) stays ignored, here and in the command.
             if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
                 self._before.setdefault(number, signal.signal(number, handler))
 
@@ -327,7 +327,7 @@ class _Signals:
         self._handle(self.PASSED_ON, self._pass_on)
 
     def aim(self, group: int) -> None:
-        """The command runs in that process group: pass on what came before."""
+        """The command runs in that process group: pass on earlier signals."""
         self._group = group
         for number in self._early:
             self.send(number)
@@ -375,7 +375,7 @@ class _Guardian:
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         try:
-            self._process = subprocess.Popen(  # noqa: S603  # what the user asked for
+            self._process = subprocess.Popen(  # noqa: S603  # the user's own command
                 program,
                 env={**os.environ, "PGKV_LOCK_TOKEN": str(lease.token)},
                 start_new_session=True,
@@ -413,7 +413,7 @@ class _Guardian:
             self._signals.send(signal.SIGTERM)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(self._patience)
-        # Children that the command left behind must not work under this lock either.
+        # Children that the command left running must not work under this lock either.
         self._signals.send(signal.SIGKILL)
 
     def _tell_keeper(self, line: str) -> None:
@@ -430,7 +430,7 @@ class _Guardian:
 
 
 def _die_with(parent: int) -> Callable[[], None] | None:
-    """Return what a child of `parent` calls so that the kernel kills it when `parent` dies (Linux)."""
+    """Return a function for a child of `parent`: the kernel kills it when `parent` dies (Linux)."""
     if sys.platform != "linux":
         return None
     prctl = ctypes.CDLL(None).prctl  # found before the fork: the child only calls it

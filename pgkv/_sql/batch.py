@@ -1,7 +1,7 @@
 """Statements that touch many keys, given as arrays: one round trip per few thousand keys.
 
 Keys are made distinct and sorted over the whole batch before it is cut into chunks, so that two
-batches lock rows in the same order, whatever order their callers used.
+batches lock rows in the same order, in whatever order they were given.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class BatchStatements(TableStatements):
         return _pairs_of(result, self.read_key)
 
     def get_raw(self, keys: Iterable[bytes]) -> Op[dict[bytes, bytes]]:
-        """The values of keys that were encoded before, for reads that are merged."""
+        """The values of keys that are encoded already, for merged reads."""
         raw = sorted(keys)
         few = len(raw) if len(raw) <= IN_LIST_MAX else 0
         statement = self.made(("get_many", few), lambda: self._make_get_many(few))

@@ -41,18 +41,18 @@ def savepoint(depth: int) -> Op[None]:
 
 
 def release(depth: int) -> Op[None]:
-    """Forget the mark, keep what was done since."""
+    """Remove the mark and keep the changes made since."""
     return Op(_command("release", f"RELEASE SAVEPOINT pgkv_{depth}"))
 
 
 def rollback_to(depth: int) -> Op[None]:
-    """Undo what was done since the mark, and forget it."""
+    """Undo the changes made since the mark, and remove it."""
     sql = f"ROLLBACK TO SAVEPOINT pgkv_{depth}; RELEASE SAVEPOINT pgkv_{depth}"
     return Op(_command("rollback_to", sql))
 
 
 @cache
 def lock_timeout(milliseconds: int) -> Op[None]:
-    """Wait no longer for any lock, until the transaction ends."""
+    """Limit the wait for each lock until the transaction ends."""
     sql = f"SELECT set_config('lock_timeout', '{milliseconds}', true)"
     return Op(Statement("lock_timeout", sql, (), read_nothing, retry_safe=True, writes=False))

@@ -278,11 +278,11 @@ class PointStatements(TableStatements):
         )
 
     def get_and_delete(self, key: str) -> Op[bytes | None]:
-        """Remove the key and return what it held."""
+        """Remove the key and return its value."""
         return Op(self._get_and_delete, (self.key(key),))
 
     def get_and_set(self, key: str, value: Value, ttl: Seconds | None = None) -> Op[bytes | None]:
-        """Write and return what was there before."""
+        """Write and return the previous value."""
         expiry, extra = choose_expiry(ttl, None, False)
         statement = self.made(("get_and_set", expiry), lambda: self._make_get_and_set(expiry))
         return Op(statement, (self.key(key), self.value(value), *extra))
@@ -498,7 +498,7 @@ def _read_value_or_raced(result: Result) -> bytes | Signal | None:
 
 
 def _in_each_call(result: Result) -> NoReturn:
-    """Placeholder: each call has a decoder of its own, because the answer contains what was asked."""
+    """Placeholder: each call has a decoder of its own, which depends on its arguments."""
     raise AssertionError(f"undecoded: {result!r}")
 
 
@@ -515,7 +515,7 @@ def _read_sum(result: Result) -> int | Signal:
 
 
 class CasReader:
-    """Reads a compare-and-swap: a success carries the new value, which is not sent back."""
+    """Reads the answer of a compare-and-swap. The server does not send the new value back."""
 
     __slots__ = ("new", "without_row")
 

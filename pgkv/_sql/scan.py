@@ -62,7 +62,7 @@ class ScanStatements(Sweep):
 
     def _range(self, options: ScanOptions, first: int = 3) -> tuple[str, list[bytes]]:
         """The WHERE of a selection, its parameters counted from `first`. Bounds are merged here,
-        so that there is one text per shape, whatever the mix of bounds."""
+        so that there is one text per shape, for any mix of bounds."""
         prefix = self.prefix_bytes + _codec.encode_bound(options.prefix, "prefix")
         lower, inclusive = prefix, True
         if options.start is not None:

@@ -16,7 +16,7 @@ class Sweep(TableStatements):
     """Sweeps of any table with a column ``expires_at``."""
 
     def collect(self, keys: Iterable[bytes]) -> Op[int]:
-        """Delete those of the rows whose time has passed."""
+        """Delete those rows that have expired."""
         raise NotImplementedError  # the name of the key column differs from table to table
 
     @cached_property
@@ -59,7 +59,7 @@ class Sweep(TableStatements):
         )
 
     def sweep(self, page: int, limit: int | None = None) -> Op[tuple[int, int, int]]:
-        """Collect one chunk that begins at that page: rows deleted, rows seen, pages in all."""
+        """Collect the chunk that starts at that page; rows deleted, rows seen, total pages."""
         return Op(self._sweep, _tids(page, limit))
 
     @cached_property

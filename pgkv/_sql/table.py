@@ -1,4 +1,4 @@
-"""The pieces statements are made of: identifiers, clauses, and the reading of rows."""
+"""The parts of statements: identifiers, clauses, and the decoding of rows."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 # The version of a row is a hybrid logical clock in microseconds: an insert takes the server's
-# clock, an update whichever is greater, that clock or the old version and one.
+# clock, an update the greater of that clock and the old version plus one.
 CLOCK_US = "(extract(epoch from clock_timestamp()) * 1000000)::bigint"
 STATEMENT_US = "(extract(epoch from statement_timestamp()) * 1000000)::bigint"
 LIVE = "(expires_at IS NULL OR expires_at > statement_timestamp())"
@@ -78,7 +78,7 @@ def choose_expiry(
 
 
 class TableStatements:
-    """The statements of one table, made at first use and kept; see `made`.
+    """The statements of one table, created at first use and kept; see `made`.
 
     Args:
         config: the table, its limits and its cleanup strategy.
@@ -94,7 +94,7 @@ class TableStatements:
         self.key_length_max: int = config.max_key_length
         self.value_size_max: int = config.max_value_size
         strategy = config.ttl_cleanup_strategy
-        # Under which condition reads (not writes) treat a row as live.
+        # The condition under which reads (not writes) treat a row as live.
         self.readable = "TRUE" if strategy is TtlCleanupStrategy.DISABLED else LIVE
         # Under ON_READ a read also reports expired rows, so that they can be collected.
         self.collects: bool = strategy is TtlCleanupStrategy.ON_READ
@@ -204,7 +204,7 @@ def formats(count: int, expiry: Expiry = NEVER, *more: int) -> tuple[int, ...]:
 
 
 def read_nothing(result: Result) -> None:
-    """The answer of a command that returns none."""
+    """The result of a command that returns nothing."""
 
 
 def read_changed(result: Result) -> bool:

@@ -213,7 +213,7 @@ def methods_of(kind: type) -> dict[str, Callable[..., Any]]:
 
 
 def public_things() -> dict[str, Any]:
-    """What pgkv and its adapters export, but for exceptions; of two colours the blocking one."""
+    """What pgkv and its adapters export, but for exceptions; of a sync and an async one the sync one."""
     found = {name: getattr(pgkv, name) for name in pgkv.__all__}
     for module in ADAPTERS:
         adapter = importlib.import_module(module)

@@ -1,4 +1,4 @@
-"""What a check receives, and what it returns."""
+"""The input and the result of a check."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ Status: TypeAlias = Literal["ok", "warn", "fail"]
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What one check found.
+    """The result of one check.
 
     Attributes:
         check: the name of the check.
         status: "ok", "warn" (works, but needs attention) or "fail" (pgkv cannot work).
-        detail: what was found.
+        detail: the result, in words.
         advice: how to fix it; empty if there is nothing to fix.
     """
 
@@ -32,12 +32,12 @@ class Finding:
 
 @dataclass(slots=True)
 class Context:
-    """What the checks examine.
+    """The input of the checks.
 
     Args:
         conn: a connection to the server.
         config: the store's settings.
-        conninfo: what `conn` was made with.
+        conninfo: the conninfo of `conn`.
         refuses_settings: a pooler refused the settings of a session.
         named: the table or its schema was asked for by name, so it must exist.
         table: what pg_class has about the table.

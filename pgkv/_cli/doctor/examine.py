@@ -3,7 +3,7 @@
 Each check is a small function that examines one thing and returns a `Finding`, with advice. None of
 them changes anything. Each runs in a transaction of its own with a time limit, so checks work behind
 a pooler and on a standby, and one that fails hides no other. The connection is made in the same way
-as the store's, because that is part of what is examined.
+as the store's, because that is checked too.
 """
 
 from __future__ import annotations
