@@ -26,7 +26,7 @@ LOCKS, CONNECTIONS, THREADS = range(3)
 
 
 class Forkable(Protocol):
-    """Something that does not survive a fork as it is."""
+    """An object whose state must be renewed in a forked child."""
 
     def after_fork(self) -> None:
         """Start again in the child. Must not wait for anything."""

@@ -86,8 +86,8 @@ def info(event: str, **context: object) -> None:
     _log(logging.INFO, event, context)
 
 
-# Warnings of which an outage makes one or more for each call: of these only the first BURST in each
-# WINDOW seconds are logged. The rest is counted; the first of a later window tells their number.
+# Warnings that an outage causes at every call. Only the first BURST in each WINDOW seconds are
+# logged. The rest is counted; the first warning of a later window has their number.
 REPEATED = frozenset(
     (
         "pgkv.retry",

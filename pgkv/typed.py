@@ -94,10 +94,10 @@ class _Typed(Generic[T]):
 class TypedStore(_Typed[T]):
     """A store of values of one type; made by `Store.typed`.
 
-    What is written reads back as the same value, of the same types: a value of which a part would
-    change is refused with a `SerializationError`, before anything is sent. So is, when it is read,
-    a stored value that does not fit the type: never a half-built object. Messages name the key and
-    the path inside the value, not the data. Everything else is as in `Store`.
+    A written value reads back as the same value, of the same types. A value that would change in
+    part is refused with a `SerializationError` before anything is sent. Reading a stored value that
+    does not fit the type raises the same error, and never returns a half-built object. Messages
+    name the key and the path inside the value, not the data. Everything else is as in `Store`.
     """
 
     _channel: Channel

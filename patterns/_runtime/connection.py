@@ -27,7 +27,7 @@ class DedicatedConnection:
     def __init__(self, conninfo: str, *, prepares: bool) -> None:
         self._conninfo = conninfo
         self._prepares = prepares
-        self._link: AsyncPgConnection | None = None
+        self._connection: AsyncPgConnection | None = None
 
     async def execute(self, op: Op[T], seconds: float) -> T:
         """Perform one operation within that time, connecting included.
@@ -39,8 +39,8 @@ class DedicatedConnection:
         until = monotonic() + seconds
         try:
             async with asyncio.timeout(seconds):
-                link = await self._open()
-            result = await link.execute(op, max(0.001, until - monotonic()))
+                connection = await self._open()
+            result = await connection.execute(op, max(0.001, until - monotonic()))
         except TimeoutError as error:
             self.close()
             if isinstance(error, PgkvError):
@@ -50,7 +50,7 @@ class DedicatedConnection:
             self.close()
             failure = translate(error, action=name)
         except PgkvError:
-            if self._link is None or not self._link.is_usable():
+            if self._connection is None or not self._connection.is_usable():
                 self.close()
             raise
         except BaseException:
@@ -74,22 +74,22 @@ class DedicatedConnection:
     @property
     def is_ready(self) -> bool:
         """Whether it is open, as far as the client can know without a query."""
-        return self._link is not None and not self._link.is_stale()
+        return self._connection is not None and not self._connection.is_stale()
 
     async def _open(self) -> AsyncPgConnection:
-        if self._link is not None and self._link.is_stale():
+        if self._connection is not None and self._connection.is_stale():
             self.close()
-        if self._link is None:
+        if self._connection is None:
             conn = await psycopg.AsyncConnection.connect(
                 self._conninfo, autocommit=True, prepare_threshold=None
             )
             watchdog = Watchdog(asyncio.get_running_loop())
-            self._link = AsyncPgConnection(conn, watchdog, prepares=self._prepares)
-        return self._link
+            self._connection = AsyncPgConnection(conn, watchdog, prepares=self._prepares)
+        return self._connection
 
     def close(self) -> None:
         """Close it at once, without a cancel request, which could take a second of a lease's time:
         a renewal that goes on without us does no harm."""
-        link, self._link = self._link, None
-        if link is not None:
-            link.close()
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.close()

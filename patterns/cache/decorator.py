@@ -368,8 +368,8 @@ def invalidate_tag(tag: str, *, store: Any = None, conn: Any = None) -> Awaitabl
         conn: the caller's connection: then it commits or rolls back with the caller's transaction.
 
     Raises:
-        ConfigError: there is no default store, or `conn` is no psycopg 3 connection of the store's
-            colour.
+        ConfigError: there is no default store, or `conn` is no psycopg 3 connection, or is
+            async where the store is sync, or the reverse.
         InvalidKeyError: `tag` is no str.
     """
     if isinstance(store, AsyncStore) or (store is None and _is_async_connection(conn)):

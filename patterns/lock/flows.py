@@ -59,7 +59,7 @@ NOTIFIED_FIRST, NOTIFIED_MAX = 0.5, 5.0  # the same where a release is notified
 # Seconds between the looks of the head of a queue, from its last move on.
 HEAD_FIRST, HEAD_GROWTH, HEAD_MAX = 0.005, 1.3, 0.1
 TICKET_TTL = 2.0  # seconds that a dead waiter can stall its queue
-QUEUE_MAX = 0.9  # seconds, at most, between looks in a queue, each of which renews the ticket
+QUEUE_MAX = 0.9  # the most seconds between looks in a queue; each look renews the ticket
 CLEAN_UP_TIME = 1.0  # seconds for each statement that takes back what a failed acquire has left
 CLEAN_UP = CLEAN_UP_TIME, 3 * CLEAN_UP_TIME  # for `Runtime.clean_up`
 BEYOND_EXPIRY = 0.02  # seconds, at most, after a lease's end at which waiters look

@@ -121,7 +121,7 @@ class _Candidate:
             raise failure
 
     def _step_down(self, election: Any, lease: LeaseState) -> Flow[None]:
-        # The work is told first, then waited for, and only then may another leader begin.
+        # First notify the work, then wait for it; only then may another leader start.
         yield from call(election.tell, self._on_lost, lease)
         ended = yield from call(election.end, lease)
         if not ended:

@@ -328,7 +328,7 @@ class LeaseState:
         """Note the loss once, and tell the user."""
         with self._state:
             if self._reason or self._ending:
-                # A holder that lets go is told nothing; but it must not trust for ever either.
+                # A holder that is releasing gets no notice, but must not trust the lease for ever.
                 if self._ending and not self._reason and clock() >= self._until:
                     self._reason = reason
                 return

@@ -1,7 +1,7 @@
 """How leases are renewed: all of one table by one statement, each at a third of its own ttl.
 
-A failure is repeated until the trust in a lease ends; then its holder is told, whether or not the
-network has said anything. Who watches the time is `_runtime/renewal.py`.
+A failed renewal is repeated until the lease can no longer be trusted. Then its holder is notified,
+whether or not an answer has arrived. `_runtime/renewal.py` watches the time.
 """
 
 from __future__ import annotations

@@ -56,8 +56,8 @@ CHANNEL = b"pgkv_locks"  # one for a database; its payloads name table and key
 LISTEN = b"LISTEN pgkv_locks"
 SEPARATOR = "\x1f"  # between a name and its slot or ticket; no name may hold it
 REPEATS = 3  # of a try that met a row in flight, before it counts as denied
-KEEP_DAYS = 7  # for which an unused name's token is remembered
-MARK_US = 3_600_000_000  # for which an asking that was taken back is
+KEEP_DAYS = 7  # days that an unused name's token is remembered
+MARK_US = 3_600_000_000  # the same for a request that was taken back, in microseconds
 CLEAN_PAGES = 128
 
 NOW = "statement_timestamp()"

@@ -93,7 +93,7 @@ class TaskWaiter(Waiter):
 
 
 class Waiters:
-    """Who waits for which name in one background."""
+    """The waiters of one background, by name."""
 
     def __init__(self, background: Background) -> None:
         self._loop = background.loop

@@ -6,9 +6,9 @@ the rotation's grace, while its session lives under the successor's id; after th
 `destroy` to the session.
 
 Every statement judges whether a session is alive by ``expires_at`` alone, which is kept at the
-earlier of the idle and the absolute end. Writes whose loss in a crash costs a second of data say so
-(``synchronous_commit = off``, for their own transaction); those whose loss would revive a session
-demand the disk. Neither is said inside a caller's transaction, where it would reach its commit.
+earlier of the idle and the absolute end. Writes whose loss in a crash costs a second of data set
+``synchronous_commit = off`` for their own transaction; writes whose loss would revive a session
+wait for the disk. Inside a caller's transaction neither is set, because it would affect its commit.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ RACED_OR_ROTATED = "CASE WHEN successor IS NULL THEN 'raced' ELSE 'rotated' END"
 # How often a statement that met a concurrent change is asked again. A save and a rotation know
 # their outcome the second time; a destroy can meet another rotation each time.
 REPEATS = 50
-# Seconds for which a stub stays at least: a destroy that waited for the rotation finds the session
-# by it, however late the rotation is committed.
+# The least seconds that a stub is kept: a destroy that waited for the rotation finds the session
+# through it, however late the rotation commits.
 STUB_KEPT = 600
 
 Mode = Literal["merge", "error", "last_wins"]
@@ -425,8 +425,9 @@ class SessionStatements(Sweep):
 
     @cached_property
     def _destroy_user(self) -> Statement[tuple[int, bool]]:
-        # A rotation for which this waits has moved a row: it is deleted under its new id, and its
-        # stub is only visible to another statement. Or it has given the row to another user.
+        # A rotation that this statement waits for has moved a row: the row is deleted under its new
+        # id, and its stub is only visible to another statement. Or it has given the row to another
+        # user.
         kept = "ARRAY(SELECT id FROM chain)"
         return self.statement(
             "session_destroy_user",

@@ -1,6 +1,6 @@
-"""What libpq is told: what the user says, with what pgkv needs where the user says nothing.
+"""The parameters for libpq: the user's, with pgkv's own where the user gives none.
 
-The user says it in the DSN, in the service file that the DSN or PGSERVICE names, or in libpq's
+The user gives them in the DSN, in the service file that the DSN or PGSERVICE names, or in libpq's
 environment variables, in this order of precedence, which is libpq's own.
 """
 

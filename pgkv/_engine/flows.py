@@ -45,7 +45,7 @@ class Engine(Protocol):
 
 
 class RefusedError(Exception):
-    """Ends the transaction or savepoint around a batch of which something was refused."""
+    """Ends the transaction or savepoint around a batch with a refused operation."""
 
     def __init__(self, answers: list[Any]) -> None:
         super().__init__("refused")
@@ -121,7 +121,7 @@ def update(
 
 
 def maintain(sql: Statements, op: Op[None]) -> Flow[None]:
-    """Vacuum or analyze. A role without the right is told: the server would only warn, and skip."""
+    """Vacuum or analyze. Without the right raise an error: the server would only warn, and skip."""
     if not (yield from do(sql.may_maintain(op.statement.name))):
         raise ConfigError(
             f"{op.statement.name}: the database role lacks a right: it does not own {sql.t}. "

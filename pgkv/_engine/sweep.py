@@ -169,7 +169,7 @@ def sweep_all(
 ) -> Flow[int]:
     """Sweep the whole table once, chunk by chunk, or until `limit` rows are gone.
 
-    `progress` is told the pages done and the pages in all, after each chunk.
+    `progress` gets the pages done and the total pages after each chunk.
     """
     limit = None if limit is None else whole("limit", limit, 0)
     pages = yield from do(sql.pages())

@@ -15,11 +15,11 @@ T = TypeVar("T")
 
 
 class Unopened:
-    """Something to be entered.
+    """An object that must be entered before it is used.
 
     Args:
-        call: what made it.
-        write: what to write instead of using it as it is.
+        call: the call that created it.
+        write: the code to write instead, for the message.
         how: it is opened.
     """
 

@@ -32,7 +32,7 @@ def drive(
     Args:
         flow: yields the steps.
         execute: performs an `Op`; called with the operation and `timeout`.
-        timeout: passed on as it is.
+        timeout: passed on unchanged.
         together: performs a `Transaction` or a `Pipelined`; called like `execute`.
         sleep: performs a `Sleep`; called with the seconds.
     """

@@ -356,7 +356,7 @@ def _of_class(declared: Any, value: Any) -> Any:
 
 
 def _path_and_reason(error: Exception, names: Callable[[], set[str]]) -> str:
-    """Where, and of which types, without a word of the data."""
+    """The path and the types of an error, without any of the data."""
     if hasattr(error, "errors") and callable(error.errors):  # pydantic
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         path = "".join(_part(part, names) for part in first["loc"])

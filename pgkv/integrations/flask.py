@@ -154,8 +154,8 @@ class PgkvSessionInterface(SessionInterface):
             :class:`~pgkv.patterns.web.cookie.CookieOptions`; `exempt` (there ``flask.session`` cannot
             be used), `timeout` and `on_error`: see
             :class:`~pgkv.patterns.web.session.SessionOptions`. The 503 is Flask's
-            `ServiceUnavailable`, for which the application may have an error handler; raised where
-            the session is first used.
+            `ServiceUnavailable`, raised where the session is first used; the application may have
+            an error handler for it.
 
     Raises:
         ConfigError: the settings make no cookie that browsers take, or `sessions` is async.

@@ -106,7 +106,7 @@ class AsyncPgConnection:
         prepared: the names prepared on it already, kept up to date.
 
     Attributes:
-        on_free: is told when what the connection carried has arrived.
+        on_free: called when the answer to the connection's operation has arrived.
     """
 
     __slots__ = (
