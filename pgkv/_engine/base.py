@@ -85,7 +85,7 @@ class InTransaction:
         deadline: the monotonic time at which the whole must end; None for no such time.
     """
 
-    _link: Any
+    _connection: Any
 
     def __init__(self, timeout: float, deadline: float | None = None) -> None:
         self._timeout = timeout
@@ -107,7 +107,7 @@ class InTransaction:
         return "" if channel is None else channel._ended
 
     def _in_transaction(self) -> bool:
-        return bool(self._link.pgconn.transaction_status == pq.TransactionStatus.INTRANS)
+        return bool(self._connection.pgconn.transaction_status == pq.TransactionStatus.INTRANS)
 
     def watch(self, sql: Sweep) -> None:
         """Nothing is collected inside a transaction."""

@@ -75,7 +75,7 @@ async def whole(store: AsyncStore, peer: Peer, size: int) -> None:
 
 
 def psycopg_pid(tx: Any) -> int:
-    pid: int = tx._channel._link.pgconn.backend_pid
+    pid: int = tx._channel._connection.pgconn.backend_pid
     return pid
 
 

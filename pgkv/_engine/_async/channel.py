@@ -92,19 +92,19 @@ class AsyncPoolChannel(PooledOperations):
         seconds = self._timeout if timeout is None else timeout
         pool = self._pool
         if pool.idle and pool.loop is asyncio.get_running_loop():
-            link = pool.idle.pop()
-            if link.is_stale():
-                pool.discard(link)
+            connection = pool.idle.pop()
+            if connection.is_stale():
+                pool.discard(connection)
                 return await self._recover(op, started, timeout, None)
             try:
-                result = await link.execute(op, seconds)
+                result = await connection.execute(op, seconds)
             except PgkvError as error:
-                pool.check_in(link)
+                pool.check_in(connection)
                 return await self._recover(op, started, timeout, error)
             except BaseException:
-                pool.discard(link)
+                pool.discard(connection)
                 raise
-            pool.put_idle(link)
+            pool.put_idle(connection)
         else:
             # With more tasks than connections this is the usual way, so it is short as well.
             self._start_patrols()
@@ -182,12 +182,12 @@ class AsyncPoolChannel(PooledOperations):
         return step.decode(await self._pool.execute(step, deadline))
 
     async def _attempt_batch(self, batch: Pipelined, deadline: float) -> list[Any]:
-        link = await self._pool.check_out(deadline, batch.name)
+        connection = await self._pool.check_out(deadline, batch.name)
         try:
             seconds = deadline - monotonic()
-            results = await link.execute_all(batch.ops, seconds, sync_each=batch.sync_each)
+            results = await connection.execute_all(batch.ops, seconds, sync_each=batch.sync_each)
         finally:
-            self._pool.check_in(link)
+            self._pool.check_in(connection)
         return [self._collected(*each) for each in outcomes(batch, results)]
 
     # -- flows
@@ -222,17 +222,17 @@ class AsyncPoolChannel(PooledOperations):
         until = monotonic() + self._timeout if deadline is None else deadline
         # Said each time: behind a pooler the connection's own default is the server's.
         level = isolation or IsolationLevel.READ_COMMITTED
-        link = await self._pool.check_out(until, "transaction")
+        connection = await self._pool.check_out(until, "transaction")
         if isinstance(self._pool, AsyncCallerPool):
-            link.prepares = False  # as in `_sync/channel`
-        bound = AsyncBoundChannel(link, self._timeout, deadline)
+            connection.prepares = False  # as in `_sync/channel`
+        bound = AsyncBoundChannel(connection, self._timeout, deadline)
         try:
             async with bound.span(control.begin(level), control.commit(), control.rollback()):
                 yield bound
                 await bound._free("transaction")
         finally:
             bound.end()
-            self._pool.check_in(link)
+            self._pool.check_in(connection)
 
     async def create_missing_table(self, table: Table, deadline: float | None = None) -> None:
         """Create a table that the server says is missing."""

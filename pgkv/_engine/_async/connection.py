@@ -53,7 +53,7 @@ class PendingRequest(Protocol):
     """An operation that the next free connection sends, while its task waits for the answer."""
 
     turn: asyncio.Future[Any]
-    link: AsyncPgConnection | None
+    connection: AsyncPgConnection | None
 
 
 class Watchdog:
@@ -415,7 +415,7 @@ class AsyncPgConnection:
         if pending is not None:
             self._pending = None
             if answer.status in OK and self.on_free is not None:
-                pending.link = None
+                pending.connection = None
                 self.on_free(self)
 
     def _break(self, error: psycopg.Error) -> None:

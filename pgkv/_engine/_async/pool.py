@@ -110,20 +110,20 @@ class AsyncStorePool:
     async def execute(self, op: Op[Any], deadline: float) -> PGresult:
         """Perform one operation. While all connections are busy it waits in the queue of `check_out`; the
         connection whose turn it is carries it at once, and its task wakes up only with the answer."""
-        link, result = await self._check_out(deadline, op.statement.name, op)
-        if link is None:
+        connection, result = await self._check_out(deadline, op.statement.name, op)
+        if connection is None:
             assert result is not None
             return result
         try:
-            return await link.execute(op, deadline - monotonic(), result)
+            return await connection.execute(op, deadline - monotonic(), result)
         finally:
-            self.check_in(link)
+            self.check_in(connection)
 
     async def check_out(self, deadline: float, action: str) -> AsyncPgConnection:
         """Return a live connection, waiting in order while all are busy; see `_sync.pool.StorePool.check_out`."""
-        link, _ = await self._check_out(deadline, action)
-        assert link is not None
-        return link
+        connection, _ = await self._check_out(deadline, action)
+        assert connection is not None
+        return connection
 
     async def _check_out(
         self, deadline: float, action: str, op: Op[Any] | None = None
@@ -134,10 +134,10 @@ class AsyncStorePool:
         refusal: PgkvError | None = None  # why there are not more of them
         while True:
             while self.idle:
-                link = self.idle.pop()
-                if not link.is_stale():
-                    return link, None
-                self.discard(link)
+                connection = self.idle.pop()
+                if not connection.is_stale():
+                    return connection, None
+                self.discard(connection)
             if self._closed:
                 raise closed(action)
             if self._size < self._config.pool_max_size and (
@@ -171,7 +171,7 @@ class AsyncStorePool:
                     finally:
                         del refusal  # its traceback holds this frame
                 raise busy(self._config, action, by_pool=patience <= deadline)
-            given = waiter.link
+            given = waiter.connection
             if answer is not None:
                 return given, answer
             if given is not None:
@@ -184,8 +184,8 @@ class AsyncStorePool:
         """Its task was cancelled, or its operation failed."""
         waiter.op = None  # who was cancelled stays in the queue; the value need not
         waiter.turn.cancel()  # unless it was, or is done: a coroutine can be closed as well
-        if waiter.link is not None:
-            self.check_in(waiter.link)
+        if waiter.connection is not None:
+            self.check_in(waiter.connection)
         elif not waiter.turn.cancelled() and waiter.turn.result() is None:
             self._wake()  # told to look again in the very turn in which it went away
 
@@ -197,59 +197,59 @@ class AsyncStorePool:
                 waiter.turn.set_result(None)
                 return
 
-    def put_idle(self, link: AsyncPgConnection) -> None:
+    def put_idle(self, connection: AsyncPgConnection) -> None:
         """Take a connection back from an operation; the first who waits has it next."""
         now = monotonic()
-        if self._closed or link.retire_at < now:
-            self._retire(link)
+        if self._closed or connection.retire_at < now:
+            self._retire(connection)
             return
         # The next task sends at once: what a terminated backend said after its last answer
         # would be lost with the connection, and the outcome unknown.
-        if self.waiters and link.is_stale():
-            self.discard(link)
+        if self.waiters and connection.is_stale():
+            self.discard(connection)
             return
         while self.waiters:
-            if self.waiters.popleft().takes(link, now):
+            if self.waiters.popleft().takes(connection, now):
                 return
-        self.idle.append(link)
+        self.idle.append(connection)
 
-    def check_in(self, link: AsyncPgConnection) -> None:
+    def check_in(self, connection: AsyncPgConnection) -> None:
         """Take a connection back from an operation that failed: keep it if it still works."""
-        if link.is_usable():
-            self.put_idle(link)
+        if connection.is_usable():
+            self.put_idle(connection)
         else:
-            self.discard(link)
+            self.discard(connection)
 
-    def discard(self, link: AsyncPgConnection) -> None:
+    def discard(self, connection: AsyncPgConnection) -> None:
         """Close a connection; what still runs on it is cancelled first, in the background."""
-        if link.is_running():
-            link.detach()  # an answer that comes before the task starts must not free it
-            self._spawn(self._cancel(link))
+        if connection.is_running():
+            connection.detach()  # an answer that comes before the task starts must not free it
+            self._spawn(self._cancel(connection))
             return
-        link.close()
-        self._return(link)
+        connection.close()
+        self._return(connection)
 
-    async def _cancel(self, link: AsyncPgConnection) -> None:
+    async def _cancel(self, connection: AsyncPgConnection) -> None:
         try:
-            await link.cancel_and_close()
+            await connection.cancel_and_close()
         finally:
-            self._return(link)
+            self._return(connection)
 
-    def _retire(self, link: AsyncPgConnection) -> None:
-        link.detach()
-        self._return(link)
+    def _retire(self, connection: AsyncPgConnection) -> None:
+        connection.detach()
+        self._return(connection)
         while self.idle and self.idle[0].retire_at < monotonic():
             oldest = self.idle.popleft()
             oldest.detach()
             self._return(oldest)
 
-    def _return(self, link: AsyncPgConnection) -> None:
+    def _return(self, connection: AsyncPgConnection) -> None:
         self._size -= 1
         self._drop_dead_pool()
-        if self._pool is None or link.conn._pool is not self._pool:
-            link.close()
+        if self._pool is None or connection.conn._pool is not self._pool:
+            connection.close()
         else:
-            self._spawn(self._pool.putconn(link.conn))
+            self._spawn(self._pool.putconn(connection.conn))
         self._wake()
 
     def _drop_dead_pool(self) -> None:
@@ -300,12 +300,12 @@ class AsyncStorePool:
         finally:
             self._connecting -= 1
         prepared = self._prepared.setdefault(conn, set())
-        link = AsyncPgConnection(
+        connection = AsyncPgConnection(
             conn, self.enter_loop(), prepares=self._prepares, prepared=prepared
         )
-        link.retire_at = monotonic() + KEEP_TIME
-        link.on_free = self.put_idle
-        return link
+        connection.retire_at = monotonic() + KEEP_TIME
+        connection.on_free = self.put_idle
+        return connection
 
     async def _connect(self, deadline: float, action: str) -> psycopg.AsyncConnection[Any]:
         started = monotonic()
@@ -373,9 +373,9 @@ class AsyncStorePool:
         if self._watchdog is not None:
             self._watchdog.forget(self)
         while self.idle:
-            link = self.idle.popleft()
+            connection = self.idle.popleft()
             self._size -= 1
-            link.close()
+            connection.close()
         if self._tasks:
             await asyncio.wait(self._tasks)
         pool, self._pool = self._pool, None
@@ -407,10 +407,10 @@ class TaskInQueue:
         until: the deadline of the answer.
 
     Attributes:
-        link: what the task has to give back, if anything.
+        connection: what the task has to give back, if anything.
     """
 
-    __slots__ = ("deadline", "link", "op", "turn", "until")
+    __slots__ = ("connection", "deadline", "op", "turn", "until")
 
     def __init__(
         self, turn: asyncio.Future[Any], op: Op[Any] | None, deadline: float, until: float
@@ -419,16 +419,16 @@ class TaskInQueue:
         self.op = op
         self.deadline = deadline
         self.until = until
-        self.link: AsyncPgConnection | None = None
+        self.connection: AsyncPgConnection | None = None
 
-    def takes(self, link: AsyncPgConnection, now: float) -> bool:
+    def takes(self, connection: AsyncPgConnection, now: float) -> bool:
         """Whether it still wants a connection; it has this one then."""
         if self.deadline <= now:
             self.time_out()
         if self.turn.done():
             return False
-        self.link = link
-        if self.op is None or not link.send_pending(self.op, self, self.until - now):
+        self.connection = connection
+        if self.op is None or not connection.send_pending(self.op, self, self.until - now):
             self.turn.set_result(None)
         return True
 
@@ -497,28 +497,28 @@ class AsyncCallerPool:
 
     async def execute(self, op: Op[Any], deadline: float) -> PGresult:
         """Perform one operation on a connection of its own."""
-        link = await self.check_out(deadline, op.statement.name)
+        connection = await self.check_out(deadline, op.statement.name)
         try:
-            return await link.execute(op, deadline - monotonic())
+            return await connection.execute(op, deadline - monotonic())
         finally:
-            self.check_in(link)
+            self.check_in(connection)
 
-    def check_in(self, link: AsyncPgConnection) -> None:
+    def check_in(self, connection: AsyncPgConnection) -> None:
         """Check it in, whatever became of it."""
-        task = asyncio.get_running_loop().create_task(self._check_in(link))
+        task = asyncio.get_running_loop().create_task(self._check_in(connection))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
     put_idle = discard = check_in
 
-    async def _check_in(self, link: AsyncPgConnection) -> None:
-        if link.is_running():
-            await link.cancel_and_close()
-        elif link.is_usable():
-            link.detach()
+    async def _check_in(self, connection: AsyncPgConnection) -> None:
+        if connection.is_running():
+            await connection.cancel_and_close()
+        elif connection.is_usable():
+            connection.detach()
         else:
-            link.close()
-        await self._caller_pool.putconn(link.conn)
+            connection.close()
+        await self._caller_pool.putconn(connection.conn)
 
     async def close(self) -> None:
         """The pool is the caller's to close; what is on its way back to it arrives first."""

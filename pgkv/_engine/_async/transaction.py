@@ -41,13 +41,13 @@ class AsyncBoundChannel(InTransaction):
         deadline: the monotonic time at which the whole must end; None for no such time.
     """
 
-    _link: AsyncPgConnection
+    _connection: AsyncPgConnection
 
     def __init__(
         self, connection: AsyncPgConnection, timeout: float, deadline: float | None = None
     ) -> None:
         super().__init__(timeout, deadline)
-        self._link = connection
+        self._connection = connection
         self._lock = AsyncReentrant(asyncio.Lock())
 
     async def execute(self, op: Op[T], timeout: float | None = None) -> T:
@@ -84,7 +84,7 @@ class AsyncBoundChannel(InTransaction):
     async def _send(self, op: Op[T], timeout: float | None = None) -> T:
         answer: Any = None
         for _ in range(op.statement.repeats + 1):
-            answer = op.decode(await self._link.execute(op, self._seconds(timeout)))
+            answer = op.decode(await self._connection.execute(op, self._seconds(timeout)))
             if not isinstance(answer, Raced):
                 break
         if isinstance(answer, Raced):
@@ -125,7 +125,9 @@ class AsyncBoundChannel(InTransaction):
                 await self._check(batch.name)
                 async with self._shielded():
                     seconds = self._seconds(timeout)
-                    results = await self._link.execute_all(batch.ops, seconds, sync_each=False)
+                    results = await self._connection.execute_all(
+                        batch.ops, seconds, sync_each=False
+                    )
                     answers = [answer_of(answer) for _, answer in outcomes(batch, results)]
                     if any(isinstance(answer, PgkvError) for answer in answers):
                         raise RefusedError(answers)
@@ -159,7 +161,7 @@ class AsyncBoundChannel(InTransaction):
         self._nesting.enter(asyncio.current_task())
         try:
             async with self._savepoint():
-                inner = AsyncBoundChannel(self._link, self._timeout, self._deadline)
+                inner = AsyncBoundChannel(self._connection, self._timeout, self._deadline)
                 inner._lock, inner._depth, inner._outer = self._lock, self._depth, self
                 try:
                     yield inner
@@ -197,16 +199,16 @@ class AsyncBoundChannel(InTransaction):
             yield
             if ended := self._over():  # the connection may be another caller's by now
                 raise TransactionError(f"the transaction around it was {ended}")
-            if self._link.pgconn.transaction_status == pq.TransactionStatus.INERROR:
+            if self._connection.pgconn.transaction_status == pq.TransactionStatus.INERROR:
                 # COMMIT would answer ROLLBACK without an error, and the caller believe it.
                 raise TransactionError(
                     "a statement failed inside the transaction, so it was rolled back"
                 )
         except BaseException as error:
-            if not self._over() and self._link.is_idle():
+            if not self._over() and self._connection.is_idle():
                 with contextlib.suppress(PgkvError):
                     async with self._using():
-                        await self._link.execute(rollback, self._timeout)
+                        await self._connection.execute(rollback, self._timeout)
             if isinstance(error, PgkvError) and not isinstance(error, TransactionError):
                 # Nothing was committed, whatever became of the statement that failed.
                 error.outcome_unknown = False
@@ -214,7 +216,7 @@ class AsyncBoundChannel(InTransaction):
         if begin.statement.name == "begin":
             self._ended = "committed"
         async with self._using():
-            await self._link.execute(commit, self._seconds(None))
+            await self._connection.execute(commit, self._seconds(None))
 
 
 class AsyncCallerChannel(AsyncBoundChannel):
@@ -252,14 +254,14 @@ class AsyncCallerChannel(AsyncBoundChannel):
             await conn.execute("")
         async with self._lock:
             watchdog = Watchdog(asyncio.get_running_loop())
-            self._link = link = AsyncPgConnection(conn, watchdog, prepares=False)
+            self._connection = connection = AsyncPgConnection(conn, watchdog, prepares=False)
             try:
                 yield
             finally:
-                if link.is_running():
-                    await link.cancel_and_close()
+                if connection.is_running():
+                    await connection.cancel_and_close()
                 else:
-                    link.detach()
+                    connection.detach()
 
     @contextlib.asynccontextmanager
     async def transaction(

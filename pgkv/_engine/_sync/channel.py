@@ -107,26 +107,26 @@ class PoolChannel(PooledOperations):
         started = monotonic()
         pool = self._pool
         try:
-            link = pool.idle.pop()
+            connection = pool.idle.pop()
         except IndexError:
             return self._recover(op, started, timeout, None)
-        if link.is_stale():
-            pool.discard(link)
+        if connection.is_stale():
+            pool.discard(connection)
             return self._recover(op, started, timeout, None)
         try:
-            result = link.execute(op, self._timeout if timeout is None else timeout)
+            result = connection.execute(op, self._timeout if timeout is None else timeout)
         except PgkvError as error:
-            pool.check_in(link)
+            pool.check_in(connection)
             return self._recover(op, started, timeout, error)
         except BaseException:
-            pool.check_in(link)
+            pool.check_in(connection)
             raise
-        if link.retire_at > started:
-            pool.idle.append(link)
+        if connection.retire_at > started:
+            pool.idle.append(connection)
             if pool.waiters:
                 pool.serve_waiters()
         else:
-            pool.put_idle(link)
+            pool.put_idle(connection)
         answer = op.decode(result)
         if op.statement.writes and random() < SWEEP_CHANCE:  # noqa: S311  # a sample, no secret
             self._sweep(op.statement.table)
@@ -194,20 +194,20 @@ class PoolChannel(PooledOperations):
                 return bound.run(step.flow())
         if isinstance(step, Pipelined):
             return self._attempt_batch(step, deadline)
-        link = self._pool.check_out(deadline, step.statement.name)
+        connection = self._pool.check_out(deadline, step.statement.name)
         try:
-            result = link.execute(step, deadline - monotonic())
+            result = connection.execute(step, deadline - monotonic())
         finally:
-            self._pool.check_in(link)
+            self._pool.check_in(connection)
         return step.decode(result)
 
     def _attempt_batch(self, batch: Pipelined, deadline: float) -> list[Any]:
-        link = self._pool.check_out(deadline, batch.name)
+        connection = self._pool.check_out(deadline, batch.name)
         try:
             seconds = deadline - monotonic()
-            results = link.execute_all(batch.ops, seconds, sync_each=batch.sync_each)
+            results = connection.execute_all(batch.ops, seconds, sync_each=batch.sync_each)
         finally:
-            self._pool.check_in(link)
+            self._pool.check_in(connection)
         return [self._collected(*each) for each in outcomes(batch, results)]
 
     # -- flows
@@ -242,11 +242,11 @@ class PoolChannel(PooledOperations):
         until = monotonic() + self._timeout if deadline is None else deadline
         # Said each time: behind a pooler the connection's own default is the server's.
         level = isolation or IsolationLevel.READ_COMMITTED
-        link = self._pool.check_out(until, "transaction")
+        connection = self._pool.check_out(until, "transaction")
         if isinstance(self._pool, CallerPool):
             # Its `reset` may forget our statements, which a transaction would not survive.
-            link.prepares = False
-        bound = BoundChannel(link, self._timeout, deadline)
+            connection.prepares = False
+        bound = BoundChannel(connection, self._timeout, deadline)
         try:
             with bound.span(control.begin(level), control.commit(), control.rollback()):
                 yield bound
@@ -254,9 +254,9 @@ class PoolChannel(PooledOperations):
         finally:
             bound.end()
             if bound.is_inherited():
-                disown(link)
+                disown(connection)
             else:
-                self._pool.check_in(link)
+                self._pool.check_in(connection)
 
     def create_missing_table(self, table: Table, deadline: float | None = None) -> None:
         """Create a table that the server says is missing."""

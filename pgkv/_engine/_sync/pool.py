@@ -448,35 +448,35 @@ class CallerPool:
                 failure = translate(error, action=action)
             else:
                 prepared = self._prepared.setdefault(conn, set())
-                link = connection_class(conn, prepares=self._prepares, prepared=prepared)
-                link.keep_place(PoolPlace(), self._lost)
-                if not link.is_stale():
-                    return self._checked(link, action)
-                self.discard(link)
+                connection = connection_class(conn, prepares=self._prepares, prepared=prepared)
+                connection.keep_place(PoolPlace(), self._lost)
+                if not connection.is_stale():
+                    return self._checked(connection, action)
+                self.discard(connection)
                 continue
             try:
                 raise failure from failure.__cause__
             finally:
                 del failure  # its traceback holds this frame
 
-    def _checked(self, link: PgConnection, action: str) -> PgConnection:
+    def _checked(self, connection: PgConnection, action: str) -> PgConnection:
         try:
-            check_connection(link.conn, action)
+            check_connection(connection.conn, action)
         except PgkvError:
-            self._caller_pool.putconn(link.release())
+            self._caller_pool.putconn(connection.release())
             raise
-        return link
+        return connection
 
-    def check_in(self, link: PgConnection) -> None:
+    def check_in(self, connection: PgConnection) -> None:
         """Check it in, whatever became of it."""
-        self._caller_pool.putconn(link.release())
+        self._caller_pool.putconn(connection.release())
 
     put_idle = check_in
 
-    def discard(self, link: PgConnection) -> None:
+    def discard(self, connection: PgConnection) -> None:
         """Close it and check it in: the pool makes another."""
-        link.pgconn.finish()  # close() may mean "give it back" to a caller's pool
-        self._caller_pool.putconn(link.release())
+        connection.pgconn.finish()  # close() may mean "give it back" to a caller's pool
+        self._caller_pool.putconn(connection.release())
 
     def serve_waiters(self) -> None:
         """Nothing waits here: the caller's pool has its own queue."""
@@ -492,9 +492,9 @@ class CallerPool:
 _inherited: list[object] = []
 
 
-def disown(link: PgConnection) -> None:
+def disown(connection: PgConnection) -> None:
     """Leave a connection to the parent process it was inherited from."""
-    _inherited.append(link)
+    _inherited.append(connection)
 
 
 class ClosedQueue(deque[_Turn]):

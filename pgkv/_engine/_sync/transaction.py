@@ -48,13 +48,13 @@ class BoundChannel(InTransaction):
         deadline: the monotonic time at which the whole must end; None for no such time.
     """
 
-    _link: PgConnection
+    _connection: PgConnection
 
     def __init__(
         self, connection: PgConnection, timeout: float, deadline: float | None = None
     ) -> None:
         super().__init__(timeout, deadline)
-        self._link = connection
+        self._connection = connection
         self._pid = os.getpid()
         self._lock: contextlib.AbstractContextManager[Any] = threading.RLock()
 
@@ -95,7 +95,7 @@ class BoundChannel(InTransaction):
     def _send(self, op: Op[T], timeout: float | None = None) -> T:
         answer: Any = None
         for _ in range(op.statement.repeats + 1):
-            answer = op.decode(self._link.execute(op, self._seconds(timeout)))
+            answer = op.decode(self._connection.execute(op, self._seconds(timeout)))
             if not isinstance(answer, Raced):
                 break
         if isinstance(answer, Raced):
@@ -140,7 +140,7 @@ class BoundChannel(InTransaction):
         try:
             with self._using(batch.name), self._shielded():
                 seconds = self._seconds(timeout)
-                results = self._link.execute_all(batch.ops, seconds, sync_each=False)
+                results = self._connection.execute_all(batch.ops, seconds, sync_each=False)
                 answers = [answer_of(answer) for _, answer in outcomes(batch, results)]
                 if any(isinstance(answer, PgkvError) for answer in answers):
                     raise RefusedError(answers)
@@ -169,7 +169,7 @@ class BoundChannel(InTransaction):
             self._nesting.enter(threading.get_ident())
         try:
             with self._savepoint():
-                inner = BoundChannel(self._link, self._timeout, self._deadline)
+                inner = BoundChannel(self._connection, self._timeout, self._deadline)
                 inner._lock, inner._depth, inner._outer = self._lock, self._depth, self
                 try:
                     yield inner
@@ -211,7 +211,7 @@ class BoundChannel(InTransaction):
             yield
             if ended := self._over():  # the connection may be another caller's by now
                 raise TransactionError(f"the transaction around it was {ended}")
-            if self._link.pgconn.transaction_status == pq.TransactionStatus.INERROR:
+            if self._connection.pgconn.transaction_status == pq.TransactionStatus.INERROR:
                 # COMMIT would answer ROLLBACK without an error, and the caller believe it.
                 raise TransactionError(
                     "a statement failed inside the transaction, so it was rolled back"
@@ -226,7 +226,7 @@ class BoundChannel(InTransaction):
             self._ended = "committed"
         with self._lock:
             self._check_process()
-            self._link.execute(commit, self._seconds(None))
+            self._connection.execute(commit, self._seconds(None))
 
     def _check_process(self) -> None:
         if self.is_inherited():
@@ -237,10 +237,10 @@ class BoundChannel(InTransaction):
         if (
             not self._over()
             and not self.is_inherited()
-            and self._link.pgconn.status == pq.ConnStatus.OK
+            and self._connection.pgconn.status == pq.ConnStatus.OK
         ):
             with self._lock, contextlib.suppress(PgkvError):
-                self._link.execute(rollback, self._timeout)
+                self._connection.execute(rollback, self._timeout)
 
 
 class CallerChannel(BoundChannel):
@@ -254,7 +254,7 @@ class CallerChannel(BoundChannel):
     def __init__(self, conn: psycopg.Connection[Any], timeout: float) -> None:
         super().__init__(connection_class(conn, prepares=False), timeout)
         self._conn = conn
-        self._lock = threading.RLock() if self._link.takes_lock else Reentrant(conn.lock)
+        self._lock = threading.RLock() if self._connection.takes_lock else Reentrant(conn.lock)
 
     @property
     def state(self) -> str:
@@ -278,7 +278,7 @@ class CallerChannel(BoundChannel):
             with super().transaction(isolation) as inner:
                 yield inner
             return
-        inner = BoundChannel(self._link, self._timeout)
+        inner = BoundChannel(self._connection, self._timeout)
         inner._lock = self._lock
         try:
             with inner.span(control.begin(isolation), control.commit(), control.rollback()):
