@@ -25,12 +25,13 @@ def demo(
 
     **Example:** `pgkv demo --dsn postgresql://user@host/db`
     """
-    from . import play
+    from . import show
+    from .stage import Size
 
     given = {"--table": call.table, "--namespace": call.namespace, "--timeout": call.timeout}
     for option, value in given.items():
         if value is not None:
             raise typer.BadParameter(f"the demo uses its own tables: it takes no {option}")
     options: dict[str, Any] = {"schema": call.schema, "pooler": call.pooler or Pooler.NONE}
-    held = play.run(call.dsn, options, play.Size(keys, seconds), as_json=call.json)
+    held = show.run(call.dsn, options, Size(keys, seconds), as_json=call.json)
     return DONE if held else NOT_FOUND

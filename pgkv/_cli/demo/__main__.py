@@ -8,7 +8,7 @@ import signal
 from importlib import import_module
 
 from ...store import Store
-from .setting import config_of
+from .show import config_of
 from .workers import Orders, answer
 
 CONNECTIONS = 20  # of one process: a scene has at most this many threads
@@ -23,7 +23,7 @@ def main() -> None:
     first = orders.next()
     if first is None:
         return
-    scene = import_module(f".{first['part']}", __package__)
+    scene = import_module(f".{first['scene']}", __package__)
     with (
         contextlib.suppress(BrokenPipeError),  # the demo has ended
         Store(config_of(first["settings"], CONNECTIONS)) as store,

@@ -14,17 +14,15 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, islice
 from pathlib import Path
-from time import perf_counter
 
 from .. import console
-from .stage import Check, Report, Scene, Stage, rate
+from .stage import Check, Report, Scene, Stage
 
 UNICODE, SOURCE = "unicode/", "py/"
 NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__"}
 BATCH = 1000
 LOADERS = 2
 SAMPLE = 2000
-SHORT_SCANS = 500
 FAVOURITE = "asyncio/tasks.py"
 
 
@@ -67,17 +65,10 @@ def load(stage: Stage) -> Report:
     pairs = iter(stage.data.items())
     batches = list(iter(lambda: list(islice(pairs, BATCH)), []))
     size = sum(len(key.encode()) + len(value.encode()) for key, value in stage.data.items())
-    latencies: list[float] = []
     with stage.bar("loading", len(stage.data)) as advance, ThreadPoolExecutor(LOADERS) as threads:
-
-        def write(batch: list[tuple[str, str]]) -> None:
-            started = time.perf_counter()
-            advance(stage.store.set_many(batch))
-            latencies.append(time.perf_counter() - started)
-
         started = time.monotonic()
         try:
-            list(threads.map(write, batches))
+            list(threads.map(lambda batch: advance(stage.store.set_many(batch)), batches))
         except BaseException:
             threads.shutdown(cancel_futures=True)
             raise
@@ -100,12 +91,11 @@ def load(stage: Stage) -> Report:
                   found == len(stage.data)),
             Check(f"{len(sample):,} keys drawn at random hold what was written", same),
         ],
-        [rate(f"set_many of {BATCH:,}", LOADERS, latencies, seconds)],
     )  # fmt: skip
 
 
 def scan(stage: Stage) -> Report:
-    """Read one module back line by line, everything in order, and many short ranges."""
+    """Read one module back line by line, and everything in order."""
     store = stage.store
     checks: list[Check] = []
     names = sorted({key[len(SOURCE) :].rpartition(":")[0]
@@ -128,16 +118,10 @@ def scan(stage: Stage) -> Report:
                     advance(5000)
     seconds = time.monotonic() - started
     checks.append(Check("all keys came once, in the order of their bytes", keys == kept))
-    latencies: list[float] = []
-    for key in random.sample(kept, min(SHORT_SCANS, len(kept))):
-        begun = perf_counter()
-        store.scan(key[:-2], limit=20)
-        latencies.append(perf_counter() - begun)
     return Report(
         [f"{len(keys):,} keys in order in {console.duration(seconds)}: "
          f"{len(keys) / seconds:,.0f} a second"],
         checks,
-        [rate("scan of 20 rows", 1, latencies)],
     )  # fmt: skip
 
 

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from itertools import pairwise
 from time import monotonic
-from typing import Any
+from typing import Any, NamedTuple
 
 import psycopg
 
@@ -31,81 +30,52 @@ TIMEOUT = 100.0  # seconds for the whole scene
 GUARD_MAX = 30.0  # seconds that a process stopped in its transaction could block the others
 
 
-@dataclass(frozen=True, slots=True)
-class Turn:
-    """A grant, as its process reported it.
-
-    Args:
-        token: the fencing token.
-        at: when it was granted, by the server's clock, in seconds since 1970; None: it had ended
-            before that could be read.
-        stays: the process waits for an order before it continues.
-        worker: the process.
-        heard: when the demo got the report, by its own clock.
-    """
+class Turn(NamedTuple):
+    """A grant, as its process reported it: when by the server's clock, where that could still be
+    read; and whether the process waits for an order before it continues."""
 
     token: int
     at: float | None
     stays: bool
     worker: Worker
-    heard: float
 
 
-@dataclass(frozen=True, slots=True)
-class Takeover:
-    """What followed when a holder was killed or paused.
-
-    Args:
-        lost: its turn.
-        found: the next one.
-        seconds: from the signal to that.
-        beyond: seconds between the end of the lost lease and the next grant, by the server's clock.
-    """
-
-    lost: Turn
-    found: Turn
-    seconds: float
-    beyond: float | None
-
-
-@dataclass(slots=True)
 class Log:
-    """What the processes have reported. `until` ends a scene in which no process gets a turn."""
+    """What the processes have reported."""
 
-    workers: WorkerGroup
-    until: float
-    turns: list[Turn] = field(default_factory=list)
-    done: list[int] = field(default_factory=list)  # tokens
-    refused: list[int] = field(default_factory=list)
-    ended: int = 0
+    def __init__(self, workers: WorkerGroup) -> None:
+        self._workers = workers
+        self._until = monotonic() + TIMEOUT
+        self.turns: list[Turn] = []
+        self.ended: dict[str, list[int]] = {"done": [], "refused": [], "ended": []}  # tokens
 
-    def read(self) -> None:
-        """Wait for the next report."""
-        if monotonic() > self.until:
-            raise TimeoutError(f"the processes made no progress in {TIMEOUT:g} s")
-        worker, told = self.workers.answer()
-        if told["what"] == "ended":
-            self.ended += 1
-        elif told["what"] == "granted":
-            turn = Turn(told["token"], told["at"], told["stays"], worker, monotonic())
-            self.turns.append(turn)
-        else:
-            (self.done if told["what"] == "done" else self.refused).append(told["token"])
+    def read_until(self, enough: Callable[[], Any]) -> Any:
+        """Read reports until there is enough; what `enough` returned."""
+        while not (found := enough()):
+            if monotonic() > self._until:
+                raise TimeoutError(f"the processes made no progress in {TIMEOUT:g} s")
+            worker, (what, token, at, stays) = self._workers.answer()
+            if what == "granted":
+                self.turns.append(Turn(token, at, stays, worker))
+            else:
+                self.ended[what].append(token)
+        return found
 
-    def finish(self, count: int) -> None:
-        """Wait until that many more turns were finished."""
-        wanted = len(self.done) + count
-        while len(self.done) < wanted:
-            self.read()
+    def has_finished(self, token: int) -> bool:
+        """Whether the turn with that token has ended, one way or the other."""
+        return token in self.ended["done"] or token in self.ended["refused"]
 
-    def next_turn(self, wanted: Callable[[Turn], bool], *, after: Turn | None = None) -> Turn:
-        """Wait for such a turn, later than the other."""
-        place = 0 if after is None else self.turns.index(after) + 1
-        while True:
-            for each in self.turns[place:]:
-                if wanted(each):
-                    return each
-            self.read()
+    def everybody_works(self) -> None:
+        """Wait for as many finished turns as there are processes."""
+        wanted = len(self.ended["done"]) + PROCESSES
+        self.read_until(lambda: len(self.ended["done"]) >= wanted)
+
+    def turn(self, wanted: Callable[[Turn], bool], *, after: int = 0) -> Turn:
+        """Wait for such a turn, with a higher token than the other."""
+        found: Turn = self.read_until(
+            lambda: next((each for each in self.turns if each.token > after and wanted(each)), None)
+        )
+        return found
 
 
 def lock_of(store: Store, ttl: float) -> Lock:
@@ -119,71 +89,64 @@ def play(stage: Stage) -> Report:
     lock = lock_of(stage.store, ttl)
     fates = ["killed", "paused"] if hasattr(signal, "SIGSTOP") else ["killed"]
     pause = min(WORK, stage.size.seconds / 10)
+    said: list[str] = []
+    beyond: list[float] = []
+    paused = 0
     with stage.workers("fleet", PROCESSES, ttl=ttl, pause=pause) as workers:
-        log = Log(workers, monotonic() + TIMEOUT)
+        log = Log(workers)
         workers.tell("go")
-        takeovers: dict[str, Takeover] = {}
         with stage.bar("working under one lock", len(fates)) as advance:
             for victim, fate in zip(workers.members, fates, strict=False):
-                log.finish(PROCESSES)
-                takeovers[fate] = _strike(log, lock, victim, fate)
+                log.everybody_works()
+                victim.tell("stay")
+                lost = log.turn(lambda turn, it=victim: turn.worker is it and turn.stays)  # type: ignore[misc]  # bound now
+                struck = monotonic()
+                if fate == "killed":
+                    victim.kill()
+                else:
+                    victim.process.send_signal(signal.SIGSTOP)
+                info = lock.holder()  # its lease is no longer renewed
+                found = log.turn(lambda turn, it=victim: turn.worker is not it, after=lost.token)  # type: ignore[misc]  # as above
+                said.append(
+                    f"{victim} was {fate} while it held the lock with token {lost.token}; "
+                    f"{found.worker} got it {monotonic() - struck:.2f} s later (ttl {ttl:g} s) "
+                    f"with token {found.token}"
+                )
+                if info is not None and info.token == lost.token and found.at is not None:
+                    beyond.append(found.at - info.expires_at.timestamp())
+                if fate == "paused":
+                    paused = lost.token
+                    victim.process.send_signal(signal.SIGCONT)
+                    victim.tell("go on")
+                    log.read_until(lambda token=paused: log.has_finished(token))  # type: ignore[misc]  # as above
                 advance(1)
-        log.finish(PROCESSES)
+        log.everybody_works()
         workers.stop()
-        while log.ended < PROCESSES - 1:  # one is dead
-            log.read()
-    return _report(stage, log, takeovers, ttl)
+        log.read_until(lambda: len(log.ended["ended"]) == PROCESSES - 1)  # one is dead
+    return Report(said, _checks(stage.store, log, beyond, paused))
 
 
-def _strike(log: Log, lock: Lock, victim: Worker, fate: str) -> Takeover:
-    """Kill or pause a process while it holds the lock, and wait until another one does."""
-    victim.tell("stay")
-    lost = log.next_turn(lambda each: each.worker is victim and each.stays)
-    struck = monotonic()
-    if fate == "killed":
-        victim.kill()
-    else:
-        victim.signal(signal.SIGSTOP)
-    info = lock.holder()  # its lease is no longer renewed
-    found = log.next_turn(lambda each: each.worker is not victim, after=lost)
-    beyond = None
-    if info is not None and info.token == lost.token and found.at is not None:
-        beyond = found.at - info.expires_at.timestamp()
-    if fate == "paused":
-        victim.signal(signal.SIGCONT)
-        victim.tell("go on")
-        while lost.token not in log.done + log.refused:
-            log.read()
-    return Takeover(lost, found, found.heard - struck, beyond)
-
-
-def _report(stage: Stage, log: Log, takeovers: dict[str, Takeover], ttl: float) -> Report:
-    said = [
-        f"{each.lost.worker} was {fate} while it held the lock with token {each.lost.token}; "
-        f"{each.found.worker} got it {each.seconds:.2f} s later (ttl {ttl:g} s) with token "
-        f"{each.found.token}"
-        for fate, each in takeovers.items()
-    ]
+def _checks(store: Store, log: Log, beyond: list[float], paused: int) -> list[Check]:
     # The server's clock gives the order; the tokens have to agree with it.
     tokens = [token for _, token in sorted((each.at, each.token) for each in log.turns if each.at)]
-    ledger = int(stage.store.get(LEDGER) or 0)
-    receipts = [int(value) for _, value in stage.store.scan(RECEIPT)]
+    ledger = int(store.get(LEDGER) or 0)
+    receipts = [int(value) for _, value in store.scan(RECEIPT)]
+    done = len(log.ended["done"])
     checks = [
         Check(f"{len(tokens)} grants to {PROCESSES} processes, each with a higher token than the last",
               all(one < other for one, other in pairwise(tokens))),
-        Check(f"never two holders: the ledger counts {ledger}, after {len(log.done)} turns with "
+        Check(f"never two holders: the ledger counts {ledger}, after {done} turns with "
               f"{len(receipts)} receipts, in the order of their tokens",
-              receipts == list(range(1, ledger + 1)) and ledger == len(log.done)),
+              receipts == list(range(1, ledger + 1)) and ledger == done),
     ]  # fmt: skip
-    beyond = [each.beyond for each in takeovers.values() if each.beyond is not None]
     if beyond:
         later = " and ".join(map(console.duration, beyond))
         text = f"every lease was kept until its end: the next grant came {later} later"
         checks.append(Check(f"{text}, by the server's clock", min(beyond) >= 0))
-    if "paused" in takeovers:
+    if paused:
         text = "the paused process continued after the takeover, and its write was refused"
-        checks.append(Check(text, takeovers["paused"].lost.token in log.refused))
-    return Report(said, checks)
+        checks.append(Check(text, paused in log.ended["refused"]))
+    return checks
 
 
 # -- in the processes ----------------------------------------------------------------------
@@ -200,7 +163,7 @@ def work(store: Store, orders: Orders, *, ttl: float, pause: float) -> None:
             except LockTimeoutError:
                 continue
             _take_turn(store, orders, lock, lease, conn, pause)
-    answer({"what": "ended"})
+    answer(["ended", 0, None, False])
 
 
 def _take_turn(
@@ -210,8 +173,8 @@ def _take_turn(
     info = lock.holder()
     mine = info is not None and info.token == lease.token
     at = info.acquired_at.timestamp() if info is not None and mine else None
-    stays = orders.next(wait=False) is not None
-    answer({"what": "granted", "token": lease.token, "at": at, "stays": stays})
+    stays = orders.one_waits()
+    answer(["granted", lease.token, at, stays])
     if stays:
         orders.next()
     else:
@@ -226,7 +189,7 @@ def _take_turn(
         what = "refused"
     finally:
         lease.release()
-    answer({"what": what, "token": lease.token})
+    answer([what, lease.token, None, False])
 
 
 SCENE = Scene(

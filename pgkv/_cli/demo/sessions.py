@@ -2,45 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from time import monotonic, perf_counter, sleep
-from typing import TypeVar
+from collections.abc import Iterable
+from time import monotonic
 
 from ...errors import SessionGoneError
 from ...patterns.session.api import Session, SessionStore
-from .stage import Check, Report, Scene, Stage, rate
+from .stage import Check, Report, Scene, Stage
 
 VISITORS = 100
 GRACE = 1.0  # seconds in which an old token still reads
-LATEST = 30.0  # seconds after which one that still does is a failure
-T = TypeVar("T")
 
 
 def play(stage: Stage) -> Report:
     """Follow the sessions of all visitors through login, grace and logout."""
     sessions = SessionStore(stage.store)
     sessions.create_table()
-    latencies: dict[str, list[float]] = {name: [] for name in ("create", "load", "rotate")}
-
-    def timed(name: str, call: Callable[..., T], *arguments: object, **options: object) -> T:
-        started = perf_counter()
-        answer = call(*arguments, **options)
-        latencies[name].append(perf_counter() - started)
-        return answer
 
     def load(tokens: Iterable[str]) -> list[Session | None]:
-        return [timed("load", sessions.load, token) for token in tokens]
+        return [sessions.load(token) for token in tokens]
 
     users = [f"user:{number}" for number in range(VISITORS)]
     carts = [{"cart": [number, number + 1]} for number in range(VISITORS)]
     # A thief may know these: the tokens that the visitors had before they logged in.
-    old = [timed("create", sessions.create, cart).id for cart in carts]
+    old = [sessions.create(cart).id for cart in carts]
     rotated = monotonic()
     current: list[Session] = []
     for session, user in zip(load(old), users, strict=True):
         assert session is not None
         session.data["greeting"] = f"hello {user}"
-        timed("rotate", sessions.rotate, session, user_id=user, grace=GRACE)
+        sessions.rotate(session, user_id=user, grace=GRACE)
         current.append(session)
     found = load(session.id for session in current)
     survived = sum(
@@ -56,10 +46,7 @@ def play(stage: Stage) -> Report:
     )
     refused = sum(_is_refused(sessions, session) for session in late if session is not None)
     in_time = monotonic() - rotated < GRACE
-    with stage.bar("waiting for the old tokens to end", round(GRACE * 10)) as advance:
-        while any(load(old[-1:])) and monotonic() < rotated + LATEST:
-            sleep(0.1)
-            advance(1)
+    stage.wait("waiting for the old tokens to end", GRACE, lambda: not any(load(old[-1:])))
     dead = sum(session is None for session in load(old))
     ended = sum(map(sessions.destroy_user, users))
     revived = sum(not _is_refused(sessions, session) for session in current)
@@ -77,11 +64,7 @@ def play(stage: Stage) -> Report:
             f"there before the login, without the user; {refused} of {VISITORS} writes were refused"
         )
         checks.insert(1, Check(text, as_before == refused == VISITORS))
-    return Report(
-        [],
-        checks,
-        [rate(f"session {name}", 1, each) for name, each in latencies.items()],
-    )
+    return Report([], checks)
 
 
 def _is_refused(sessions: SessionStore, session: Session) -> bool:

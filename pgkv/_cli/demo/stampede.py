@@ -6,20 +6,19 @@ import re
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
-from time import monotonic, perf_counter
+from time import monotonic
 
 from ...patterns.cache.decorator import cached
 from ...store import Store
 from .. import console
 from . import dataset
-from .stage import Check, Report, Scene, Stage, rate
+from .stage import Check, Report, Scene, Stage
 from .workers import Orders, answer
 
 PROCESSES, THREADS = 4, 16
 CALLERS = PROCESSES * THREADS
 LIBRARY = ("asyncio", "email", "multiprocessing")  # whose words are counted: some 50 ms of work
 COMPUTED = "demo:computed"
-HITS = 200  # calls of each process once the result is there
 TIMEOUT = 60.0  # seconds: the result must not depend on a busy machine
 
 
@@ -28,7 +27,7 @@ def play(stage: Stage) -> Report:
     share = min(1.0, stage.size.seconds / 3)
     with (
         stage.workers("stampede", PROCESSES, share=share) as workers,
-        stage.bar("calling", 3) as advance,
+        stage.bar("calling", 2) as advance,
     ):
         seconds, computed, results = [], [], []
         for how in ("uncached", "cached"):
@@ -40,9 +39,6 @@ def play(stage: Stage) -> Report:
             computed.append(stage.store.increment(COMPUTED, 0) - before)
             results.append([each for answer in answers for each in answer])
             advance(1)
-        workers.tell("again")
-        again = [each for answer in workers.answer_of_each() for each in answer]
-        advance(1)
     alike = sum(result == results[0][0] for result in results[1])
     return Report(
         [
@@ -56,7 +52,6 @@ def play(stage: Stage) -> Report:
             Check(f"{alike} of {CALLERS} callers got the right result",
                   alike == len(results[1]) == CALLERS),
         ],
-        [rate("cached call, a hit", PROCESSES, again, sum(again) / PROCESSES)],
     )  # fmt: skip
 
 
@@ -79,15 +74,7 @@ def work(store: Store, orders: Orders, *, share: float) -> None:
 
     with ThreadPoolExecutor(THREADS) as threads:
         while (how := orders.next()) is not None:
-            if how == "again":
-                latencies = []
-                for _ in range(HITS):
-                    started = perf_counter()
-                    most_used()
-                    latencies.append(perf_counter() - started)
-                answer(latencies)
-            else:
-                answer(list(threads.map(call_at_once, [how] * THREADS)))
+            answer(list(threads.map(call_at_once, [how] * THREADS)))
 
 
 SCENE = Scene(

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import cycle
-from time import perf_counter
+from collections.abc import Callable
+from time import monotonic
 from typing import Any
 
-from ...store import Store
-from .stage import WORKERS, Check, Report, Scene, Speed, Stage, rate
+from .stage import WORKERS, Check, Report, Scene, Stage
 
 KEYS = 10_000
 BATCH = 100
@@ -18,115 +15,83 @@ COUNTERS = 100
 WRITTEN, COUNTED = "demo:written:", "demo:counted:"  # the data set itself is not changed
 
 
-@dataclass(frozen=True, slots=True)
-class Operation:
-    """One line of the table.
-
-    Args:
-        name: its name there.
-        items: its arguments, one after the other.
-        call: calls the store.
-        is_right: whether the answer for an item is right.
-        increments: how many increments one call makes.
-    """
-
-    name: str
-    items: Sequence[Any]
-    call: Callable[[Any], Any]
-    is_right: Callable[[Any, Any], bool]
-    increments: int = 0
-
-
 def play(stage: Stage) -> Report:
     """Time each operation by one caller, then `get` by many."""
+    store = stage.store
     drawn = random.sample(list(stage.data), min(KEYS, len(stage.data)))
     data = {key: stage.data[key].encode() for key in drawn}
-    rates: list[Speed] = []
-    answers = wrong = counted = 0
-    operations = list(_operations(stage.store, data))
+    batches = [drawn[at : at + BATCH] for at in range(0, len(drawn) - BATCH + 1, BATCH)]
+    counters = {key: f"{COUNTED}{number % COUNTERS}" for number, key in enumerate(drawn)}
+    counted = 0
+
+    def increment(key: str) -> bool:
+        nonlocal counted
+        counted += 1
+        return store.increment(counters[key]) > 0
+
+    def pipeline(batch: list[str]) -> bool:
+        nonlocal counted
+        with store.pipeline() as queue:
+            found = [queue.get(key) for key in batch[: BATCH // 2]]
+            for number in range(BATCH // 2):
+                queue.increment(f"{COUNTED}{number}")
+        counted += BATCH // 2
+        return [each.result() for each in found] == [data[key] for key in batch[: BATCH // 2]]
+
+    operations: dict[str, tuple[Callable[[Any], bool], list[Any]]] = {
+        "get": (lambda key: store.get(key) == data[key], drawn),
+        "set": (lambda key: bool(store.set(WRITTEN + key, data[key])), drawn),
+        "increment": (increment, drawn),
+        "get_many": (
+            lambda batch: store.get_many(batch) == {key: data[key] for key in batch},
+            batches,
+        ),
+        "set_many": (
+            lambda batch: store.set_many({WRITTEN + key: data[key] for key in batch}) == BATCH,
+            batches,
+        ),
+        "pipeline": (pipeline, batches),
+    }
+    figures: list[str] = []
+    answers = wrong = 0
     with stage.bar("one caller", len(operations)) as advance:
-        for operation in operations:
-            latencies: list[float] = []
-            items = cycle(operation.items)
-            until = perf_counter() + stage.size.seconds / 2 / len(operations)
-            while not latencies or perf_counter() < until:
-                item = next(items)
-                started = perf_counter()
-                answer = operation.call(item)
-                latencies.append(perf_counter() - started)
-                wrong += not operation.is_right(item, answer)
-            answers += len(latencies)
-            counted += len(latencies) * operation.increments
-            rates.append(rate(operation.name, 1, latencies))
+        for name, (call, items) in operations.items():
+            began, calls = monotonic(), 0
+            while not calls or monotonic() < began + stage.size.seconds / 12:
+                wrong += not call(items[calls % len(items)])
+                calls += 1
+            answers += calls
+            figures.append(f"{name} {calls / (monotonic() - began):,.0f} a second")
             advance(1)
-    many, misread = _many_callers(stage, data)
-    answers += len(many)
-    total = sum(int(value) for _, value in stage.store.scan(COUNTED))
-    figures = (f"{each.operation} {each.per_second:,.0f} a second" for each in rates[:3])
-    seconds = stage.size.seconds / 4
+    read, misread = _many_callers(stage, data)
+    total = sum(int(value) for _, value in store.scan(COUNTED))
     return Report(
-        [f"one caller: {', '.join(figures)}"],
         [
-            Check(f"all {answers:,} answers are right: what is read is what was written",
+            f"one caller: {', '.join(figures[:3])}",
+            f"{WORKERS} callers: get {read / (stage.size.seconds / 4):,.0f} a second",
+        ],
+        [
+            Check(f"all {answers + read:,} answers are right: what is read is what was written",
                   wrong + misread == 0),
             Check(f"the counters add up to {total:,} after {counted:,} increments",
                   total == counted),
         ],
-        [*rates, rate("get", WORKERS, many, seconds)],
     )  # fmt: skip
 
 
-def _many_callers(stage: Stage, data: dict[str, bytes]) -> tuple[list[float], int]:
+def _many_callers(stage: Stage, data: dict[str, bytes]) -> tuple[int, int]:
+    """How many values were read, and how many of them were wrong."""
     keys = list(data)
-    latencies: list[float] = []
-    wrong: list[str] = []
+    read, wrong = [0] * WORKERS, [0] * WORKERS
 
     def work(number: int, go_on: Callable[[], bool]) -> None:
-        chosen = cycle(keys[number::WORKERS])
         while go_on():
-            key = next(chosen)
-            started = perf_counter()
-            value = stage.store.get(key)
-            latencies.append(perf_counter() - started)
-            if value != data[key]:
-                wrong.append(key)
+            key = keys[(number + WORKERS * read[number]) % len(keys)]
+            wrong[number] += stage.store.get(key) != data[key]
+            read[number] += 1
 
     stage.together(f"{WORKERS} callers", work, seconds=stage.size.seconds / 4)
-    return latencies, len(wrong)
-
-
-def _operations(store: Store, data: dict[str, bytes]) -> Iterator[Operation]:
-    keys = list(data)
-    batches = [keys[at : at + BATCH] for at in range(0, len(keys) - BATCH + 1, BATCH)]
-    counters = [f"{COUNTED}{number}" for number in range(COUNTERS)]
-
-    def write(pair: tuple[str, bytes]) -> int | None:
-        return store.set(*pair)
-
-    def pipeline(batch: list[str]) -> list[bytes | None]:
-        with store.pipeline() as queue:
-            found = [queue.get(key) for key in batch]
-            for counter in random.sample(counters, BATCH // 2):
-                queue.increment(counter)
-        return [each.result() for each in found]
-
-    pairs = [(WRITTEN + key, value) for key, value in data.items()]
-    written = [{WRITTEN + key: data[key] for key in batch} for batch in batches]
-    halves = [batch[: BATCH // 2] for batch in batches]
-    yield Operation("get", keys, store.get, lambda key, value: bool(value == data[key]))
-    yield Operation("set", pairs, write, lambda _, version: bool(version))
-    yield Operation("increment", counters, store.increment, lambda _, count: count > 0, 1)
-    yield Operation(
-        f"get_many of {BATCH}", batches, store.get_many,
-        lambda batch, values: bool(values == {key: data[key] for key in batch}),
-    )  # fmt: skip
-    yield Operation(
-        f"set_many of {BATCH}", written, store.set_many, lambda batch, count: count == len(batch)
-    )
-    yield Operation(
-        f"pipeline of {BATCH}", halves, pipeline,
-        lambda batch, values: bool(values == [data[key] for key in batch]), BATCH // 2,
-    )  # fmt: skip
+    return sum(read), sum(wrong)
 
 
 SCENE = Scene(

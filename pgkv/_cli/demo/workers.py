@@ -1,4 +1,4 @@
-"""Processes that work in a scene: `Worker` and `WorkerGroup` in the demo, `Orders` in the process itself.
+"""Processes that work in a scene, and the orders that one of them gets.
 
 A worker runs the `work` function of a scene's module. Orders and answers are lines of JSON on its
 standard input and output. It ends when its input ends, so none outlives the demo.
@@ -22,16 +22,11 @@ END_TIMEOUT = 10.0  # seconds in which a worker ends by itself
 
 
 class Worker:
-    """One process.
-
-    Args:
-        number: from 1.
-        answers: receives its answers, as ``(worker, answer)``.
-    """
+    """One process; its answers go into a queue, as ``(worker, answer)``."""
 
     def __init__(self, number: int, answers: queue.SimpleQueue[tuple[Worker, Any]]) -> None:
         self.number = number
-        self._process = subprocess.Popen(  # noqa: S603  # this Python, and a module of ours
+        self.process: subprocess.Popen[str] = subprocess.Popen(  # noqa: S603  # this Python, and a module of ours
             # -P: a user's module in the working directory must not replace one of ours.
             [sys.executable, "-P", "-m", __package__],
             env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
@@ -50,46 +45,42 @@ class Worker:
 
     def tell(self, order: Any) -> None:
         """Send it an order. A dead worker gets none."""
-        assert self._process.stdin is not None
+        assert self.process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.write(json.dumps(order) + "\n")
-            self._process.stdin.flush()
+            self.process.stdin.write(json.dumps(order) + "\n")
+            self.process.stdin.flush()
 
     def stop(self) -> None:
         """Tell it to end."""
         self._dismissed = True
-        assert self._process.stdin is not None
+        assert self.process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.close()
-
-    def signal(self, number: int) -> None:
-        """Send it a signal."""
-        self._process.send_signal(number)
+            self.process.stdin.close()
 
     def kill(self) -> None:
         """Kill it, and wait until it is dead."""
         self._dismissed = True
-        self._process.kill()
-        self._process.wait()
+        self.process.kill()
+        self.process.wait()
 
     def leave(self) -> None:
         """Wait until it has ended, or end it."""
         self.stop()
         try:
-            self._process.wait(END_TIMEOUT)
+            self.process.wait(END_TIMEOUT)
         except subprocess.TimeoutExpired:
             self.kill()
         self._reader.join()
-        for pipe in (self._process.stdout, self._process.stderr):
+        for pipe in (self.process.stdout, self.process.stderr):
             assert pipe is not None
             pipe.close()
 
     def _read(self, answers: queue.SimpleQueue[tuple[Worker, Any]]) -> None:
-        assert self._process.stdout is not None
-        assert self._process.stderr is not None
-        for line in self._process.stdout:
+        assert self.process.stdout is not None
+        assert self.process.stderr is not None
+        for line in self.process.stdout:
             answers.put((self, json.loads(line)))
-        complaint = self._process.stderr.read().strip()
+        complaint = self.process.stderr.read().strip()
         if not self._dismissed:
             last = complaint.rpartition("\n")[2] or "it ended"
             answers.put((self, RuntimeError(f"{self} of the demo failed: {last}")))
@@ -98,15 +89,9 @@ class Worker:
 class WorkerGroup:
     """Some processes, and their answers."""
 
-    def __init__(self) -> None:
+    def __init__(self, size: int) -> None:
         self._answers: queue.SimpleQueue[tuple[Worker, Any]] = queue.SimpleQueue()
-        self.members: list[Worker] = []
-
-    def start(self, first: Any) -> None:
-        """Start one more, with this as its first order."""
-        worker = Worker(len(self.members) + 1, self._answers)
-        self.members.append(worker)
-        worker.tell(first)
+        self.members = [Worker(number, self._answers) for number in range(1, size + 1)]
 
     def tell(self, order: Any) -> None:
         """Send this to each."""
@@ -134,18 +119,16 @@ class WorkerGroup:
         return worker, answer
 
     def answer_of_each(self) -> list[Any]:
-        """Return one answer of each, in their order."""
-        found = dict(self.answer() for _ in self.members)
-        return [found[worker] for worker in self.members]
+        """Return one answer of each."""
+        return list(dict(self.answer() for _ in self.members).values())
 
 
 @contextlib.contextmanager
-def running(part: str, size: int, first: dict[str, Any]) -> Iterator[WorkerGroup]:
+def running(scene: str, size: int, first: dict[str, Any]) -> Iterator[WorkerGroup]:
     """Start that many workers and wait until they are ready; all have ended afterwards."""
-    workers = WorkerGroup()
+    workers = WorkerGroup(size)
     try:
-        for _ in range(size):
-            workers.start({"part": part, **first})
+        workers.tell({"scene": scene, **first})
         workers.answer_of_each()
         yield workers
     except BaseException:
@@ -171,20 +154,23 @@ class Orders:
         for line in FileIO(sys.stdin.fileno(), closefd=False):
             self._orders.put(json.loads(line))
         self._ended.set()
+        self._orders.put(None)
 
     @property
     def ended(self) -> bool:
         """Whether it is time to end."""
         return self._ended.is_set()
 
-    def next(self, *, wait: bool = True) -> Any:
-        """Return the next order; None if there are no more, or none is waiting."""
-        while not self.ended or not self._orders.empty():
-            with contextlib.suppress(queue.Empty):
-                return self._orders.get(timeout=0.02) if wait else self._orders.get_nowait()
-            if not wait:
-                break
-        return None
+    def next(self) -> Any:
+        """Wait for the next order; None if there are no more."""
+        return self._orders.get()
+
+    def one_waits(self) -> bool:
+        """Take an order that is there; False where there is none."""
+        try:
+            return self._orders.get_nowait() is not None
+        except queue.Empty:
+            return False
 
     def pause(self, seconds: float) -> None:
         """Let time pass, less if it is time to end."""
