@@ -96,6 +96,16 @@ def at_most(number: int) -> Callable[[World], None]:
     return invariant
 
 
+def one_holder(world: World) -> None:
+    """At most one client trusts its lease, and what it trusts is what the server says."""
+    at_most(1)(world)
+    for lease in world.held.values():
+        if not lease.is_lost:
+            found = pgkv.Lock(world.sync, "a").holder()
+            token = None if found is None else found.token
+            assert token == lease.token, "a lease that its holder trusts has ended on the server"
+
+
 def free(world: World, results: dict[str, Any]) -> None:
     """Nobody holds a lock, and nobody queues for it, when all clients have ended."""
     assert not failed_by_itself(results), results
@@ -269,7 +279,7 @@ SCENARIOS: dict[str, Scenario] = {
         Scenario(
             "lock",
             {"A": holding(), "B": holding()},
-            invariant=at_most(1),
+            invariant=one_holder,
             check=free,
             prepare=lambda world: truncate(world, "_locks", "_locks_tickets"),
             jumps=(TTL + 5,),
@@ -277,15 +287,17 @@ SCENARIOS: dict[str, Scenario] = {
         Scenario(
             "lock, three clients",
             {"A": holding(), "B": holding(), "C": extending},
-            invariant=at_most(1),
+            invariant=one_holder,
             check=free,
             prepare=lambda world: truncate(world, "_locks"),
             kinds=("die",),
+            jumps=(TTL + 5,),
+            faults=2,
         ),
         Scenario(
             "fair lock",
             {"A": holding(fair=True), "B": holding(fair=True), "C": holding(fair=True)},
-            invariant=at_most(1),
+            invariant=one_holder,
             check=free,
             prepare=lambda world: truncate(world, "_locks", "_tickets"),
             preemptions=1,

@@ -43,6 +43,7 @@ from pgkv.testing import ServerClock
 
 DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
 STEPS_MAX = 400  # of one schedule: a client that polls for ever is a fault of the scenario
+GO_ON = 0.7  # the share of a random schedule's points at which nothing special happens
 EPOCH = 1_000_000.0  # where the clock of each schedule begins
 
 
@@ -162,14 +163,17 @@ class World:
         clock: ServerClock | None,
         stack: list[Node],
         kind: str = "async",
+        dice: random.Random | None = None,
     ) -> None:
+        self._dice = dice
         self.kind = kind
         self.scenario = scenario
         self._sync = sync
         self._clock = clock
         self.memory: dict[str, Any] = {}
         self.held: dict[str, Any] = {}
-        self.now = EPOCH
+        self.passed = 0.0
+        self._began = time.monotonic()
         self._stack = stack
         self._depth = 0
         self._steps: list[Step] = []
@@ -186,6 +190,11 @@ class World:
         self._stores: dict[str, Any] = {}
 
     # -- what clients do
+
+    @property
+    def now(self) -> float:
+        """The clients' clock. It goes as fast as the server's, which is moved with it."""
+        return EPOCH + self.passed + (time.monotonic() - self._began)
 
     @property
     def sync(self) -> pgkv.Store:
@@ -389,7 +398,7 @@ class World:
     def idle(self, timeout: float | None) -> None:
         """Every task waits: something has to happen."""
         if self._over or self._ended.is_set():
-            self.now += 1.0 if timeout is None else timeout
+            self.passed += 1.0 if timeout is None else timeout
             return
         if self._depth >= STEPS_MAX:
             self._fail(StuckError(f"no end after {STEPS_MAX} steps"))
@@ -416,9 +425,9 @@ class World:
 
     def pass_time(self, seconds: float) -> None:
         """Let every clock go on, the server's too."""
-        self.now += seconds
+        self.passed += seconds
         if self._clock is not None:
-            self._clock.set_offset(self.now - EPOCH)
+            self._clock.set_offset(self.passed)
 
     def _choices(self) -> list[Choice]:
         """What can happen now: first, that the client which went last goes on."""
@@ -456,6 +465,12 @@ class World:
                 self._fail(StuckError("the schedule is not the same when it is run again"))
                 return None
             return choices[node.chosen]
+        if self._dice is not None:
+            # Mostly on, now and then elsewhere: so that switches and faults come early and late.
+            goes_on = self._dice.random() < GO_ON
+            number = 0 if goes_on else self._dice.randrange(len(choices))
+            self._stack.append(Node(choices, set(), number))
+            return choices[number]
         sleeping: set[Choice] = set()
         if depth:
             before = self._stack[depth - 1]
@@ -843,10 +858,20 @@ def explore(
     at_most: int | None = None,
     until: float = math.inf,
 ) -> Outcome:
-    """Run every schedule of a scenario within its bounds, or the first `at_most`, or until that
-    monotonic time."""
+    """Run every schedule of a scenario within its bounds, or what is done until that monotonic time;
+    or `at_most` random ones, the same each time."""
     stack: list[Node] = []
     schedules = steps = 0
+    if at_most is not None:
+        dice = random.Random(at_most)
+        for schedules in range(1, at_most + 1):
+            stack = []
+            world = World(scenario, sync, clock, stack, kind, dice)
+            world.run()
+            steps += len(world.history)
+            if world.failure is not None:
+                return Outcome(schedules, steps, False, shrunk(stack, world))
+        return Outcome(schedules, steps, False)
     while True:
         world = World(scenario, sync, clock, stack, kind)
         world.run()
@@ -865,7 +890,7 @@ def explore(
             stack.pop()
         if not stack:
             return Outcome(schedules, steps, True)
-        if time.monotonic() >= until or (at_most is not None and schedules >= at_most):
+        if time.monotonic() >= until:
             return Outcome(schedules, steps, False)
 
 
