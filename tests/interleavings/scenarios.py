@@ -70,6 +70,14 @@ async def extending(world: World) -> None:
     note_token(world, lease)
 
 
+async def revoking(world: World) -> None:
+    """End a holder's token, but not its lease: the next one waits for the lease's end."""
+    lock = world.make("Lock", "a", ttl=TTL, renew=False)
+    holder = await lock.holder()
+    if holder is not None:
+        await lock.revoke(holder.token)
+
+
 def of_semaphore(slots: int) -> Client:
     async def client(world: World) -> None:
         name = world.client()
@@ -166,12 +174,12 @@ def reading(**options: Any) -> Client:
     return client
 
 
-def writing(**options: Any) -> Client:
+def writing(*, clears: bool = False, **options: Any) -> Client:
     async def client(world: World) -> None:
         function = cached_version(world, **options)
         await world.step("writes", lambda: change(world))
         version = world.memory["version"]
-        await function.invalidate()
+        await (function.cache_clear() if clears else function.invalidate())
         world.memory["visible"] = max(world.memory["visible"], version)
 
     return client
@@ -259,6 +267,12 @@ async def destroying(world: World) -> bool:
     return bool(await sessions.destroy(session))
 
 
+async def ending_all(world: World) -> bool:
+    """End every session of the user."""
+    await world.make("SessionStore").destroy_user("u")
+    return True
+
+
 def logged_out(world: World, results: dict[str, Any]) -> None:
     assert not failed_by_itself(results), results
     if isinstance(results["destroyer"], bool):
@@ -295,6 +309,15 @@ SCENARIOS: dict[str, Scenario] = {
             faults=2,
         ),
         Scenario(
+            "lock: revoked",
+            {"A": holding(), "B": holding(), "revoker": revoking},
+            invariant=at_most(1),
+            check=no_errors,
+            prepare=lambda world: truncate(world, "_locks"),
+            preemptions=2,
+            kinds=("lose", "die"),
+        ),
+        Scenario(
             "fair lock",
             {"A": holding(fair=True), "B": holding(fair=True), "C": holding(fair=True)},
             invariant=one_holder,
@@ -325,6 +348,12 @@ SCENARIOS: dict[str, Scenario] = {
             prepare=new_source,
         ),
         Scenario(
+            "cached: clear",
+            {"reader": reading(), "writer": writing(clears=True)},
+            check=no_errors,
+            prepare=new_source,
+        ),
+        Scenario(
             "limiter: acquire and cancel",
             {"A": acquiring, "B": acquiring, "C": cancelling},
             check=evenly,
@@ -333,6 +362,12 @@ SCENARIOS: dict[str, Scenario] = {
         Scenario(
             "session: save, rotate, destroy",
             {"saver": saving, "rotator": rotating, "destroyer": destroying},
+            check=logged_out,
+            prepare=log_in,
+        ),
+        Scenario(
+            "session: save, rotate, end all of the user",
+            {"saver": saving, "rotator": rotating, "destroyer": ending_all},
             check=logged_out,
             prepare=log_in,
         ),

@@ -17,7 +17,8 @@ import dis
 import sys
 import threading
 from collections.abc import Callable
-from types import FrameType
+from functools import cache
+from types import CodeType, FrameType
 from typing import Any
 
 # Opcodes that cannot touch what threads share: a switch before them changes nothing.
@@ -33,10 +34,30 @@ LOCAL = frozenset(
     )
     if name in dis.opmap
 )  # fmt: skip
+# Opcodes after which the interpreter looks for signals.
+CHECKING = frozenset(
+    dis.opmap[name]
+    for name in ("CALL", "CALL_FUNCTION_EX", "JUMP_BACKWARD", "RESUME", "CALL_KW")
+    if name in dis.opmap
+)
 POINTS_MAX = 20_000  # of one schedule: a thread that spins is stuck
 REAL_SECONDS = (
     60.0  # a thread that does not come back has met something that the scheduler cannot see
 )
+
+
+@cache
+def is_checked(code: CodeType, before: int, at: int) -> bool:
+    """Whether an interrupt can strike between two opcodes of a frame: the interpreter has looked for
+    signals, and what it raised is handled as what the second opcode raises."""
+    if before < 0 or code.co_code[before] not in CHECKING:
+        return False
+    handlers = [
+        [(entry.start, entry.target) for entry in entries if entry.start <= place < entry.end]
+        for entries in [dis.Bytecode(code).exception_entries]  # type: ignore[attr-defined]  # no stub
+        for place in (before, at)
+    ]
+    return handlers[0] == handlers[1]
 
 
 class Ended(BaseException):
@@ -82,7 +103,8 @@ class Schedule:
         decisions: what differs from "each runs until it waits".
 
     Attributes:
-        points: for each switch point the thread that was at it, and who else could have gone on.
+        points: for each switch point the thread that was at it, who else could have gone on, and
+            whether an interrupt can strike there.
     """
 
     current: Schedule | None = None
@@ -95,7 +117,8 @@ class Schedule:
     ) -> None:
         self.now = 1000.0
         self.threads = {name: Thread(name, fn) for name, fn in functions.items()}
-        self.points: list[tuple[str, tuple[str, ...]]] = []
+        self.points: list[tuple[str, tuple[str, ...], bool]] = []
+        self._before: dict[FrameType, int] = {}  # where each frame was at its last opcode
         self.places: list[str] = []
         self.failure: BaseException | None = None
         self._files = files
@@ -132,6 +155,9 @@ class Schedule:
         sys.settrace(self._trace)
         try:
             thread.result = thread.run()
+        except Interrupt as error:
+            # Its traceback would hold what the thread held.
+            thread.result = error.with_traceback(None)
         except BaseException as error:  # what it raised is its result
             thread.result = error
         finally:
@@ -148,11 +174,18 @@ class Schedule:
 
     def _trace_frame(self, frame: FrameType, event: str, _: Any) -> Any:
         if event == "opcode":
-            self._point(frame, is_local=frame.f_code.co_code[frame.f_lasti] in LOCAL)
+            before, self._before[frame] = self._before.get(frame, -1), frame.f_lasti
+            self._point(
+                frame,
+                is_local=frame.f_code.co_code[frame.f_lasti] in LOCAL,
+                is_checked=is_checked(frame.f_code, before, frame.f_lasti),
+            )
+        elif event == "return":
+            self._before.pop(frame, None)
         return self._trace_frame
 
-    def _point(self, frame: FrameType, *, is_local: bool) -> None:
-        """A switch point: go on, or do what the schedule says. Interrupts strike anywhere."""
+    def _point(self, frame: FrameType, *, is_local: bool, is_checked: bool) -> None:
+        """A switch point: go on, or do what the schedule says."""
         thread = self._by_id[threading.get_ident()]
         if self.failure is not None:
             raise Ended
@@ -161,12 +194,13 @@ class Schedule:
             self._fail(StuckError("a thread spins"), thread)
             raise Ended
         others = () if is_local else tuple(t.name for t in self._ready() if t is not thread)
-        self.points.append((thread.name, others))
+        self.points.append((thread.name, others, is_checked))
         self.places.append(f"{thread.name} {frame.f_code.co_name}:{frame.f_lineno}")
         decision = self._decisions.get(number)
         if decision is None:
             return
         if decision.interrupts:
+            self._before.clear()  # a function that raises is not called again: frames would stay
             raise Interrupt
         self._hand(thread, self.threads[decision.thread])
 
@@ -308,10 +342,10 @@ def explore(
         switches = len(decisions) - strikes
         # Each schedule with one decision more, after those that it has.
         for point in range(decisions[-1].point + 1 if decisions else 0, len(run.points)):
-            name, others = run.points[point]
+            name, others, is_checked = run.points[point]
             if switches < preemptions:
                 pending += [(*decisions, Decision(point, other)) for other in others]
-            if strikes < interrupts:
+            if strikes < interrupts and is_checked:
                 pending.append((*decisions, Decision(point, name, interrupts=True)))
     return number
 

@@ -179,7 +179,6 @@ class StorePool:
 
     def _new_place(self, action: str) -> PoolPlace | None:
         """Take a place for one more connection; None while there is none."""
-        self._close_lost()
         with self._lock:
             if self._closed:
                 raise closed(action)
@@ -295,6 +294,7 @@ class StorePool:
 
     def _open(self, place: PoolPlace, deadline: float, action: str) -> PgConnection | None:
         """Open a connection; None where another one came back meanwhile."""
+        self._close_lost()  # also the one whose place this is
         inner = self._connect(deadline, action)
         if inner is None:
             self._places.discard(place)
