@@ -187,10 +187,16 @@ async def test_a_denied_try_takes_no_transaction_id(store: Any, colour: Colour, 
     """Waiting for a slot writes nothing."""
     gpu = semaphore(colour, store, 1)
     async with gpu.acquire():
-        before = peer.one("SELECT pg_snapshot_xmax(pg_current_snapshot())::text")
-        for _ in range(10):
-            assert await gpu.try_acquire() is None
-        assert peer.one("SELECT pg_snapshot_xmax(pg_current_snapshot())::text") == before
+        taken: list[int] = []
+        while (
+            len(taken) < 20 and 0 not in taken
+        ):  # the server's own vacuum takes some, now and then
+            before = int(peer.one("SELECT pg_snapshot_xmax(pg_current_snapshot())::text"))
+            for _ in range(10):
+                assert await gpu.try_acquire() is None
+            now = int(peer.one("SELECT pg_snapshot_xmax(pg_current_snapshot())::text"))
+            taken.append(now - before)
+        assert 0 in taken
 
 
 @pytest.mark.parametrize("slots", [0, -1, 1.5, True, 10_001])
