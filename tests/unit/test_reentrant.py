@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from pgkv import Config, Decision, Rate
+from pgkv._engine._sync.connection import PgConnection
 from pgkv._engine._sync.pool import StorePool
 from pgkv._engine.sweep import Collector
 from pgkv.patterns.cache.breaker import Breaker
@@ -157,3 +158,13 @@ def test_prepaid_tokens_are_spent_once() -> None:
         while prepaid.spend(b"k", policy, 1) is not None:
             spent.append(1)
         assert len(spent) == tokens
+
+
+def test_a_connection_whose_making_was_interrupted_is_dropped_in_silence(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    failures: list[object] = []
+    monkeypatch.setattr(sys, "unraisablehook", failures.append)
+    del_me = PgConnection.__new__(PgConnection)  # an interrupt before the first line of __init__
+    del del_me
+    assert failures == []

@@ -106,8 +106,9 @@ class PgConnection:
         return self.conn
 
     def __del__(self) -> None:
-        if self._lost is not None:
-            self._lost.append(self.conn)
+        lost = getattr(self, "_lost", None)  # an interrupt may have come before it was set
+        if lost is not None:
+            lost.append(self.conn)
 
     # -- its state
 
