@@ -320,7 +320,11 @@ def test_what_is_kept(type_: Any, value: Any, codec: CodecName) -> None:
     serializer: Serializer[Any] = Serializer(type_, codec)
     found = serializer.decode("k", serializer.encode("k", value))
     assert changed(value, found) is None
-    assert (repr(found), type(found)) == (repr(value), type(value))
+    assert type(found) is type(value)
+    # A set has no order; of all else the text shows it, and tells -0.0 and nan.
+    assert (found if isinstance(value, frozenset | set) else repr(found)) == (
+        value if isinstance(value, frozenset | set) else repr(value)
+    )
 
 
 # The types that change, and where; None where that codec keeps the value.
