@@ -27,8 +27,8 @@ from ._engine import flows as _flows
 from ._engine import retry as _retry
 from ._engine import schema as _schema
 from ._engine import sweep as _sweep
-from ._engine._async.channel import AsyncChannel, AsyncPoolChannel
-from ._engine._async.coalesce import CoalescingChannel
+from ._engine._async.channel import AsyncPoolChannel
+from ._engine._async.coalesce import AsyncChannel, CoalescingChannel
 from ._engine._async.pool import AsyncCallerPool, AsyncStorePool
 from ._engine._async.transaction import AsyncCallerChannel
 from ._engine.caller import unwrap

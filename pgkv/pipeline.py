@@ -21,7 +21,7 @@ from .errors import NotFoundError, PgkvError, TransactionError
 from .types import CasResult, Entry, KeyValue, ScanOptions
 
 if TYPE_CHECKING:
-    from ._engine._async.channel import AsyncChannel
+    from ._engine._async.coalesce import AsyncChannel
     from ._engine._sync.channel import Channel
     from ._ops.codec import Value
     from .config import Seconds

@@ -20,7 +20,7 @@ from .errors import ConflictError
 from .types import TypedCasResult
 
 if TYPE_CHECKING:
-    from ._engine._async.channel import AsyncChannel
+    from ._engine._async.coalesce import AsyncChannel
     from ._engine._sync.channel import Channel
     from .config import Seconds
 

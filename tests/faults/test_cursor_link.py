@@ -41,7 +41,7 @@ def _cursors(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def cursor_store(dsn: str) -> Iterator[Store]:
     with Store.connect(dsn) as store:
-        assert isinstance(store._channel._pool.idle[0], CursorConnection)  # type: ignore[attr-defined]  # PoolChannel's
+        assert isinstance(store._channel._pool.idle[0], CursorConnection)  # type: ignore[union-attr]  # PoolChannel's
         yield store
 
 

@@ -83,7 +83,7 @@ def test_environment_and_service_file_hold(
     def settings(dsn: str, **config: Any) -> tuple[str, ...]:
         with Store.connect(dsn, **config) as store:
             store.set("k", b"v")
-            with psycopg.connect(store._channel.conninfo()) as conn:  # type: ignore[attr-defined]  # PoolChannel's
+            with psycopg.connect(store._channel.conninfo()) as conn:  # type: ignore[union-attr]  # PoolChannel's
                 row = conn.execute(asked).fetchone()
                 assert row is not None
                 return row

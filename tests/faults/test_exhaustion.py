@@ -208,7 +208,7 @@ def test_no_wake_up_is_lost(dsn: str, moment: str, monkeypatch: pytest.MonkeyPat
     or at once after, or that another caller snatches and returns meanwhile, reaches the caller."""
     monkeypatch.setattr("pgkv._engine._sync.pool.LOOK_AGAIN", 60.0)  # nothing finds it later
     with Store.connect(dsn, pool_max_size=1, pool_timeout=30) as store:
-        pool = store._channel._pool  # type: ignore[attr-defined]  # a PoolChannel's
+        pool = store._channel._pool  # type: ignore[union-attr]  # a PoolChannel's
         held = pool.check_out(time.monotonic() + 5, "test")
         queue, pool.idle = Moments(), Moments()
         pool.waiters = queue
@@ -232,7 +232,7 @@ def test_a_stale_connection_wakes_who_waits(dsn: str, witness: Witness) -> None:
     """A connection found dead, while another thread finds the stack empty for a waiter, leaves
     room; the waiter opens a new one."""
     with Store.connect(dsn, pool_max_size=1, pool_timeout=30) as store:
-        pool = store._channel._pool  # type: ignore[attr-defined]  # a PoolChannel's
+        pool = store._channel._pool  # type: ignore[union-attr]  # a PoolChannel's
         held = pool.check_out(time.monotonic() + 5, "test")
         pool.waiters = queue = Moments()
 
@@ -307,7 +307,7 @@ def _interrupted(call: Callable[[], Any], line: int) -> bool:
 def test_a_waiter_finds_a_place_that_was_lost(dsn: str) -> None:
     """A connection dropped without a word is found by who waits already."""
     with Store.connect(dsn, pool_max_size=1, pool_timeout=30) as store:
-        pool = store._channel._pool  # type: ignore[attr-defined]  # a PoolChannel's
+        pool = store._channel._pool  # type: ignore[union-attr]  # a PoolChannel's
         held = [pool.check_out(time.monotonic() + 5, "test")]
         started = time.monotonic()
         with ThreadPoolExecutor(1) as threads:

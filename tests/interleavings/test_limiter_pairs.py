@@ -91,7 +91,7 @@ class LimiterSubject:
         self.store = Store.connect(
             dsn, ttl_cleanup_strategy=TtlCleanupStrategy.MANUAL, pool_max_size=1
         )
-        self._pid: int = self.store._channel._pool.idle[-1].pgconn.backend_pid  # type: ignore[attr-defined]  # a PoolChannel
+        self._pid: int = self.store._channel._pool.idle[-1].pgconn.backend_pid  # type: ignore[union-attr]  # a PoolChannel
         self._conn = psycopg.connect(dsn, autocommit=True)
         self.limiter = RateLimiter(self.store, rates, name="l", timeout=20)
 

@@ -39,7 +39,7 @@ def colour(request: pytest.FixtureRequest) -> Colour:
 
 def sizes(store: AsyncStore) -> tuple[int, int]:
     """How many connections the store counts as its own, and how many tasks wait for one."""
-    leases: Any = store._channel._pool  # type: ignore[attr-defined]  # a pool's channel
+    leases: Any = store._channel._pool  # type: ignore[union-attr]  # a pool's channel
     return leases._size, sum(not each.turn.done() for each in leases.waiters)
 
 
@@ -247,7 +247,7 @@ async def test_cancel_at_every_await(make_store: MakeStore, peer: Peer, *, warm:
     ):
         if not warm:
             # Every lease returned: the next operation goes through the pool's own awaits.
-            leases: Any = store._channel._pool  # type: ignore[attr-defined]
+            leases: Any = store._channel._pool  # type: ignore[union-attr]
             for link in leases.idle:
                 link.retire_at = 0.0
         waits = await cancelled_everywhere(work)
@@ -473,7 +473,7 @@ async def test_a_cancelled_waiter_hands_on(make_store: MakeStore) -> None:
 
 def leases_of(store: AsyncStore) -> Any:
     """Where the store's connections come from."""
-    return store._channel._pool  # type: ignore[attr-defined]  # a pool's channel
+    return store._channel._pool  # type: ignore[union-attr]  # a pool's channel
 
 
 async def held(store: AsyncStore) -> AsyncPgConnection:

@@ -9,7 +9,7 @@ import weakref
 from collections.abc import AsyncIterator, Callable
 from random import random
 from time import monotonic
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from psycopg import IsolationLevel
 
@@ -29,45 +29,6 @@ from .pool import AsyncCallerPool, AsyncStorePool
 from .transaction import AsyncBoundChannel
 
 T = TypeVar("T")
-
-
-class AsyncChannel(Protocol):
-    """What an AsyncStore needs of what performs its operations."""
-
-    @property
-    def state(self) -> str:
-        """What a store's repr says of it; empty for one in working order."""
-        ...
-
-    async def execute(self, op: Op[T], timeout: float | None = None) -> T:
-        """Perform one operation."""
-        ...
-
-    async def run(self, flow: Flow[T], timeout: float | None = None) -> T:
-        """Run a flow, each of its operations within that time (None: the config's)."""
-        ...
-
-    def transaction(
-        self, isolation: IsolationLevel | None = None
-    ) -> contextlib.AbstractAsyncContextManager[AsyncBoundChannel]:
-        """Open a transaction, or a savepoint in one."""
-        ...
-
-    async def create_missing_table(self, table: Table) -> None:
-        """Create a missing table, where that is this channel's business."""
-        ...
-
-    def may_repeat(self, op: Op[Any], error: PgkvError, /) -> bool:
-        """Whether an operation that failed together with others may be repeated alone."""
-        ...
-
-    def watch(self, sql: Sweep) -> None:
-        """Collect that table's expired rows, if this channel does such things."""
-        ...
-
-    async def close(self) -> None:
-        """End it."""
-        ...
 
 
 class AsyncPoolChannel(PooledOperations):

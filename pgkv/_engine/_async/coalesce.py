@@ -15,7 +15,7 @@ import asyncio
 import contextlib
 from collections.abc import Coroutine, Sequence
 from time import monotonic
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from ... import _observe
 from ..._ops.op import Op, Pipelined, Raced, send
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from ..._sql.sweep import Sweep
     from ...config import Table
     from .channel import AsyncPoolChannel
+    from .transaction import AsyncBoundChannel
 
 T = TypeVar("T")
 
@@ -188,6 +189,9 @@ class CoalescingChannel:
             return turn
         _settle(turn[refused][1], ALONE)
         return turn[:refused] + turn[refused + 1 :]
+
+
+AsyncChannel: TypeAlias = "AsyncPoolChannel | CoalescingChannel | AsyncBoundChannel"
 
 
 def _observe_outcome(op: Op[Any], started: float, error: BaseException | None, again: bool) -> None:

@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from random import random
 from time import monotonic
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from psycopg import IsolationLevel
 
@@ -33,45 +33,6 @@ from .pool import CallerPool, StorePool, disown
 from .transaction import BoundChannel
 
 T = TypeVar("T")
-
-
-class Channel(Protocol):
-    """What a store needs of what performs its operations."""
-
-    @property
-    def state(self) -> str:
-        """What a store's repr says of it; empty for one in working order."""
-        ...
-
-    def execute(self, op: Op[T], timeout: float | None = None) -> T:
-        """Perform one operation."""
-        ...
-
-    def run(self, flow: Flow[T], timeout: float | None = None) -> T:
-        """Run a flow, each of its operations within that time (None: the config's)."""
-        ...
-
-    def transaction(
-        self, isolation: IsolationLevel | None = None
-    ) -> contextlib.AbstractContextManager[BoundChannel]:
-        """Open a transaction, or a savepoint in one."""
-        ...
-
-    def create_missing_table(self, table: Table) -> None:
-        """Create a missing table, where that is this channel's business."""
-        ...
-
-    def may_repeat(self, op: Op[Any], error: PgkvError, /) -> bool:
-        """Whether an operation that failed together with others may be repeated alone."""
-        ...
-
-    def watch(self, sql: Sweep) -> None:
-        """Collect that table's expired rows, if this channel does such things."""
-        ...
-
-    def close(self) -> None:
-        """End it."""
-        ...
 
 
 class PoolChannel(PooledOperations):
@@ -291,6 +252,9 @@ class PoolChannel(PooledOperations):
         self._pool.close()
         while self._on_close:
             self._on_close.pop()()
+
+
+Channel: TypeAlias = PoolChannel | BoundChannel
 
 
 def _run_quietly(
