@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Sequence
 from time import monotonic
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from psycopg import pq
 
-from .._ops.op import Expired, Op
+from .._ops.drivers import answer_of
+from .._ops.op import Expired, Op, Pipelined, Raced
 from .._sql.sweep import Sweep
 from ..config import Config, Table
-from ..errors import PgkvError
+from ..errors import ConflictError, PgkvError, TransactionError
+from .flows import RefusedError
 from .nesting import Nesting
+from .results import outcomes
 from .retry import may_repeat
 from .sweep import Collector
+
+if TYPE_CHECKING:
+    from psycopg.pq.abc import PGresult
 
 
 class PooledOperations:
@@ -86,6 +93,7 @@ class InTransaction:
     """
 
     _connection: Any
+    _savepoint: Callable[[], Any]
 
     def __init__(self, timeout: float, deadline: float | None = None) -> None:
         self._timeout = timeout
@@ -109,6 +117,23 @@ class InTransaction:
     def _in_transaction(self) -> bool:
         return bool(self._connection.pgconn.transaction_status == pq.TransactionStatus.INTRANS)
 
+    def _check(self, action: str) -> None:
+        if (self._ended or self._outer is not None) and (ended := self._over()):
+            raise TransactionError(f"{action}: the transaction was {ended}")
+
+    def _check_commit(self) -> None:
+        if ended := self._over():  # the connection may be another caller's by now
+            raise TransactionError(f"the transaction around it was {ended}")
+        if self._connection.pgconn.transaction_status == pq.TransactionStatus.INERROR:
+            # COMMIT would answer ROLLBACK without an error, and the caller believe it.
+            raise TransactionError(
+                "a statement failed inside the transaction, so it was rolled back"
+            )
+
+    def _shielded(self) -> Any:
+        """Keep what is refused from aborting what the caller did before, if there is such."""
+        return self._savepoint() if self._in_transaction() else contextlib.nullcontext()
+
     def watch(self, sql: Sweep) -> None:
         """Nothing is collected inside a transaction."""
 
@@ -124,3 +149,24 @@ class InTransaction:
     def may_repeat(self, _op: Op[Any], _error: PgkvError, /) -> bool:
         """Nothing is repeated inside a transaction."""
         return False
+
+
+def settled(op: Op[Any], answer: Any) -> Any:
+    """The caller's part of the last answer inside a transaction."""
+    if isinstance(answer, Raced):
+        if answer.fallback is None:
+            raise ConflictError(f"{op.statement.name}: every attempt met concurrent changes")
+        answer = answer.fallback
+    return answer_of(answer)
+
+
+def accepted(batch: Pipelined, results: Sequence[PGresult]) -> list[Any]:
+    """The answers of a batch that is one transaction or savepoint.
+
+    Raises:
+        RefusedError: one of its operations was refused.
+    """
+    answers = [answer_of(answer) for _, answer in outcomes(batch, results)]
+    if any(isinstance(answer, PgkvError) for answer in answers):
+        raise RefusedError(answers)
+    return answers

@@ -11,6 +11,8 @@ from typing import Any
 
 from ..errors import TransactionError
 
+NESTED_NAP = 0.002  # seconds between two looks whether another's nested part has ended
+
 
 class Nesting:
     """The nested transaction of a thread (or task) that is open on a channel, if one is."""

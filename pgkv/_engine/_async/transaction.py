@@ -12,24 +12,21 @@ import psycopg
 from psycopg import pq
 
 from ... import _observe
-from ..._ops.drivers import answer_of, drive_async
+from ..._ops.drivers import drive_async
 from ..._ops.op import Flow, Op, Pipelined, Raced, Transaction
 from ..._sql import control
 from ...config import Table
-from ...errors import ConflictError, PgkvError, TransactionError
-from ..base import InTransaction
+from ...errors import PgkvError, TransactionError
+from ..base import InTransaction, accepted, settled
 from ..caller import check_connection
 from ..flows import RefusedError
-from ..nesting import never_free
-from ..results import outcomes
+from ..nesting import NESTED_NAP, never_free
 from .connection import AsyncPgConnection, Watchdog
 
 if TYPE_CHECKING:
     from psycopg import IsolationLevel
 
 T = TypeVar("T")
-
-NESTED_NAP = 0.002  # seconds between two looks whether another task's nested part has ended
 
 
 class AsyncBoundChannel(InTransaction):
@@ -61,7 +58,7 @@ class AsyncBoundChannel(InTransaction):
         if self._nesting.owner is not None:
             await self._free(op.statement.name)
         async with self._using():
-            await self._check(op.statement.name)
+            self._check(op.statement.name)
             if not op.statement.savepoint or not self._in_transaction():
                 return await self._send(op, timeout)
             # A refused value is an expected outcome: it must not abort what the caller did.
@@ -87,18 +84,7 @@ class AsyncBoundChannel(InTransaction):
             answer = op.decode(await self._connection.execute(op, self._seconds(timeout)))
             if not isinstance(answer, Raced):
                 break
-        if isinstance(answer, Raced):
-            if answer.fallback is None:
-                raise ConflictError(f"{op.statement.name}: every attempt met concurrent changes")
-            answer = answer.fallback
-        return answer_of(answer)  # type: ignore[no-any-return]  # decoded by op
-
-    async def _check(self, action: str) -> None:
-        self._check_open(action)
-
-    def _check_open(self, action: str) -> None:
-        if (self._ended or self._outer is not None) and (ended := self._over()):
-            raise TransactionError(f"{action}: the transaction was {ended}")
+        return settled(op, answer)  # type: ignore[no-any-return]  # decoded by op
 
     async def create_missing_table(self, table: Table) -> None:
         """Nothing is created inside a transaction."""
@@ -120,34 +106,28 @@ class AsyncBoundChannel(InTransaction):
         if batch.sync_each:
             return [await self._outcome(op, timeout) for op in batch.ops]
         try:
-            await self._free(batch.name)
-            async with self._using():
-                await self._check(batch.name)
-                async with self._shielded():
-                    seconds = self._seconds(timeout)
-                    results = await self._connection.execute_all(
-                        batch.ops, seconds, sync_each=False
-                    )
-                    answers = [answer_of(answer) for _, answer in outcomes(batch, results)]
-                    if any(isinstance(answer, PgkvError) for answer in answers):
-                        raise RefusedError(answers)
+            async with self._aside(batch.name):
+                seconds = self._seconds(timeout)
+                results = await self._connection.execute_all(batch.ops, seconds, sync_each=False)
+                return accepted(batch, results)
         except RefusedError as refused:
             return refused.answers
-        return answers
 
     async def _outcome(self, op: Op[Any], timeout: float | None) -> Any:
         try:
-            await self._free(op.statement.name)
-            async with self._using():
-                await self._check(op.statement.name)
-                async with self._shielded():
-                    return await self._send(op, timeout)
+            async with self._aside(op.statement.name):
+                return await self._send(op, timeout)
         except PgkvError as error:
             return error
 
-    def _shielded(self) -> contextlib.AbstractAsyncContextManager[None]:
-        """Keep what is refused from aborting what the caller did before, if there is such."""
-        return self._savepoint() if self._in_transaction() else contextlib.nullcontext()
+    @contextlib.asynccontextmanager
+    async def _aside(self, action: str) -> AsyncIterator[None]:
+        """Hold the connection for what may be refused without harm to what the caller did."""
+        await self._free(action)
+        async with self._using():
+            self._check(action)
+            async with self._shielded():
+                yield
 
     @contextlib.asynccontextmanager
     async def transaction(
@@ -156,7 +136,7 @@ class AsyncBoundChannel(InTransaction):
         """Open a savepoint."""
         if isolation is not None:
             raise TransactionError("the isolation level belongs to the outermost transaction")
-        await self._check("transaction")
+        self._check("transaction")
         await self._free("transaction")
         self._nesting.enter(asyncio.current_task())
         try:
@@ -197,19 +177,13 @@ class AsyncBoundChannel(InTransaction):
             raise
         try:
             yield
-            if ended := self._over():  # the connection may be another caller's by now
-                raise TransactionError(f"the transaction around it was {ended}")
-            if self._connection.pgconn.transaction_status == pq.TransactionStatus.INERROR:
-                # COMMIT would answer ROLLBACK without an error, and the caller believe it.
-                raise TransactionError(
-                    "a statement failed inside the transaction, so it was rolled back"
-                )
+            self._check_commit()
         except BaseException as error:
             if not self._over() and self._connection.is_idle():
                 with contextlib.suppress(PgkvError):
                     async with self._using():
                         await self._connection.execute(rollback, self._timeout)
-            if isinstance(error, PgkvError) and not isinstance(error, TransactionError):
+            if isinstance(error, PgkvError):
                 # Nothing was committed, whatever became of the statement that failed.
                 error.outcome_unknown = False
             raise
@@ -269,7 +243,7 @@ class AsyncCallerChannel(AsyncBoundChannel):
     ) -> AsyncIterator[AsyncBoundChannel]:
         """Open a savepoint, or a transaction on a connection in autocommit."""
         async with self._using():
-            await self._check("transaction")
+            self._check("transaction")
             inside = self._in_transaction()
         if inside and isolation is not None:
             raise TransactionError("the isolation level belongs to the outermost transaction")

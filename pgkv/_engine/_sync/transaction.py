@@ -18,16 +18,15 @@ import psycopg
 from psycopg import pq
 
 from ... import _observe
-from ..._ops.drivers import answer_of, drive
+from ..._ops.drivers import drive
 from ..._ops.op import Flow, Op, Pipelined, Raced, Transaction
 from ..._sql import control
 from ...config import Table
-from ...errors import ConflictError, PgkvError, TransactionError
-from ..base import InTransaction
+from ...errors import PgkvError, TransactionError
+from ..base import InTransaction, accepted, settled
 from ..caller import Reentrant, check_connection
 from ..flows import RefusedError
-from ..nesting import never_free
-from ..results import outcomes
+from ..nesting import NESTED_NAP, never_free
 from .connection import PgConnection
 from .cursor_connection import connection_class
 
@@ -35,8 +34,6 @@ if TYPE_CHECKING:
     from psycopg import IsolationLevel
 
 T = TypeVar("T")
-
-NESTED_NAP = 0.002  # seconds between two looks whether another thread's nested part has ended
 
 
 class BoundChannel(InTransaction):
@@ -98,24 +95,16 @@ class BoundChannel(InTransaction):
             answer = op.decode(self._connection.execute(op, self._seconds(timeout)))
             if not isinstance(answer, Raced):
                 break
-        if isinstance(answer, Raced):
-            if answer.fallback is None:
-                raise ConflictError(f"{op.statement.name}: every attempt met concurrent changes")
-            answer = answer.fallback
-        return answer_of(answer)  # type: ignore[no-any-return]  # decoded by op
+        return settled(op, answer)  # type: ignore[no-any-return]  # decoded by op
 
     def is_inherited(self) -> bool:
         """Whether this is a forked child, and the transaction its parent's."""
         return os.getpid() != self._pid
 
     def _check(self, action: str) -> None:
-        self._check_open(action)
+        super()._check(action)
         if self.is_inherited():
             raise TransactionError(f"{action}: the transaction belongs to the parent process")
-
-    def _check_open(self, action: str) -> None:
-        if (self._ended or self._outer is not None) and (ended := self._over()):
-            raise TransactionError(f"{action}: the transaction was {ended}")
 
     def create_missing_table(self, table: Table) -> None:
         """Nothing is created inside a transaction."""
@@ -136,28 +125,27 @@ class BoundChannel(InTransaction):
     def _perform_batch(self, batch: Pipelined, timeout: float | None) -> list[Any]:
         if batch.sync_each:
             return [self._outcome(op, timeout) for op in batch.ops]
-        self._check(batch.name)
         try:
-            with self._using(batch.name), self._shielded():
+            with self._aside(batch.name):
                 seconds = self._seconds(timeout)
                 results = self._connection.execute_all(batch.ops, seconds, sync_each=False)
-                answers = [answer_of(answer) for _, answer in outcomes(batch, results)]
-                if any(isinstance(answer, PgkvError) for answer in answers):
-                    raise RefusedError(answers)
+                return accepted(batch, results)
         except RefusedError as refused:
             return refused.answers
-        return answers
 
     def _outcome(self, op: Op[Any], timeout: float | None) -> Any:
         try:
-            with self._using(op.statement.name), self._shielded():
+            with self._aside(op.statement.name):
                 return self._send(op, timeout)
         except PgkvError as error:
             return error
 
-    def _shielded(self) -> contextlib.AbstractContextManager[None]:
-        """Keep what is refused from aborting what the caller did before, if there is such."""
-        return self._savepoint() if self._in_transaction() else contextlib.nullcontext()
+    @contextlib.contextmanager
+    def _aside(self, action: str) -> Iterator[None]:
+        """Hold the connection for what may be refused without harm to what the caller did."""
+        self._check(action)
+        with self._using(action), self._shielded():
+            yield
 
     @contextlib.contextmanager
     def transaction(self, isolation: IsolationLevel | None = None) -> Iterator[BoundChannel]:
@@ -200,7 +188,6 @@ class BoundChannel(InTransaction):
     @contextlib.contextmanager
     def span(self, begin: Op[None], commit: Op[None], rollback: Op[None]) -> Iterator[None]:
         """Open and close a transaction or savepoint around a body."""
-        outermost = begin.statement.name == "begin"
         try:
             with self._lock:
                 self._send(begin)
@@ -209,20 +196,14 @@ class BoundChannel(InTransaction):
             raise
         try:
             yield
-            if ended := self._over():  # the connection may be another caller's by now
-                raise TransactionError(f"the transaction around it was {ended}")
-            if self._connection.pgconn.transaction_status == pq.TransactionStatus.INERROR:
-                # COMMIT would answer ROLLBACK without an error, and the caller believe it.
-                raise TransactionError(
-                    "a statement failed inside the transaction, so it was rolled back"
-                )
+            self._check_commit()
         except BaseException as error:
             self._undo(rollback)
-            if isinstance(error, PgkvError) and not isinstance(error, TransactionError):
+            if isinstance(error, PgkvError):
                 # Nothing was committed, whatever became of the statement that failed.
                 error.outcome_unknown = False
             raise
-        if outermost:
+        if begin.statement.name == "begin":
             self._ended = "committed"
         with self._lock:
             self._check_process()
