@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from ..._engine._async.channel import AsyncPoolChannel
 from ..._engine._sync.channel import PoolChannel
 from ..._ops.drivers import shielded
 from ...errors import TransactionError
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-class _Runtime:
+class Runtime:
     """What both runtimes have in common.
 
     Args:
@@ -34,6 +35,8 @@ class _Runtime:
     """
 
     channel: Any
+    clean_up: Callable[..., Any]
+    wait: Callable[..., Any]
     _background: Background | None = None
 
     def __init__(self, store: Store | AsyncStore, refusal: str) -> None:
@@ -64,8 +67,10 @@ class _Runtime:
         return self.background().run_later(work, done)
 
 
-class SyncRuntime(_Runtime):
+class SyncRuntime(Runtime):
     """For a `Store`."""
+
+    channel: PoolChannel
 
     def background(self) -> Background:
         """Return the background of this process."""
@@ -89,8 +94,10 @@ class SyncRuntime(_Runtime):
             waiter.wait(seconds)
 
 
-class AsyncRuntime(_Runtime):
+class AsyncRuntime(Runtime):
     """For an `AsyncStore`."""
+
+    channel: AsyncPoolChannel
 
     def background(self) -> Background:
         """Return the background of the running event loop."""
@@ -101,8 +108,8 @@ class AsyncRuntime(_Runtime):
         return known
 
     async def clean_up(
-        self, make: Callable[[], Flow[Any]], timeout: float | None, longest: float
-    ) -> Any:
+        self, make: Callable[[], Flow[T]], timeout: float | None, longest: float
+    ) -> T:
         """Run a clean-up flow of its caller; cancellations do not interrupt it."""
         return await shielded(self.channel.run(make(), timeout), longest)
 

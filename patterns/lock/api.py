@@ -17,7 +17,7 @@ import threading
 from collections.abc import Awaitable, Callable, Hashable
 from functools import lru_cache, partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self, TypeAlias, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, Literal, NoReturn, Self, TypeAlias, TypeVar, cast
 
 import psycopg
 
@@ -52,7 +52,8 @@ if TYPE_CHECKING:
     from ...config import Seconds, Table
 
 L = TypeVar("L", bound=LeaseState)
-S = TypeVar("S", bound=LockStatements)
+Q = TypeVar("Q", bound=LockStatements)
+S = TypeVar("S", Store, AsyncStore)
 T = TypeVar("T")
 Wakeup: TypeAlias = Literal["poll", "notify"]
 SLOTS_MAX = 10_000
@@ -74,17 +75,7 @@ class Lease(LeaseState):
     database.
     """
 
-    def __init__(
-        self,
-        runtime: LockRuntime[Lease],
-        options: LockOptions,
-        key: bytes,
-        token: int,
-        owner: str,
-        sent_at: float,
-    ) -> None:
-        super().__init__(options, key, token, owner, sent_at)
-        self._runtime = runtime
+    _runtime: LockRuntime[Lease]
 
     def extend(self, ttl: Seconds) -> None:
         """Let the remaining time become `ttl` seconds, counted from now, and later renewals give
@@ -147,7 +138,7 @@ class Lease(LeaseState):
 
     def _to_the_end(self, end: Callable[[], Flow[T]]) -> T:
         try:
-            return cast("T", self._runtime.channel.run(end()))
+            return self._runtime.channel.run(end())
         except Exception:
             raise
         except BaseException:  # an interrupt, or a time limit: ending it again does no harm
@@ -176,21 +167,10 @@ class AsyncLease(LeaseState):
     for longer than the ttl loses its leases.
     """
 
-    def __init__(
-        self,
-        runtime: AsyncLockRuntime[AsyncLease],
-        options: LockOptions,
-        key: bytes,
-        token: int,
-        owner: str,
-        sent_at: float,
-    ) -> None:
-        super().__init__(options, key, token, owner, sent_at)
-        self._runtime = runtime
-        self._body: asyncio.Task[Any] | None = None
-        self._cancelling = 0
-        self._cancelled = False
-        self._tasks: set[asyncio.Task[None]] = set()
+    _runtime: AsyncLockRuntime[AsyncLease]
+    _body: asyncio.Task[Any] | None = None
+    _cancelling = 0
+    _cancelled = False
 
     async def extend(self, ttl: Seconds) -> None:
         """As `Lease.extend`."""
@@ -239,12 +219,12 @@ class AsyncLease(LeaseState):
 
     async def _to_the_end(self, end: Callable[[], Flow[T]], *, swallow: bool = False) -> T:
         try:
-            return cast("T", await self._runtime.channel.run(end()))
+            return await self._runtime.channel.run(end())
         except asyncio.CancelledError:
             # The statement may not have been sent, or not be answered; ending it again is safe.
             again = self._runtime.clean_up(end, *flows.CLEAN_UP)
             if swallow:
-                return cast("T", await again)
+                return await again
             with contextlib.suppress(Exception):
                 await again
             raise
@@ -257,8 +237,8 @@ class AsyncLease(LeaseState):
         if self._options.on_lost is not None:
             with contextlib.suppress(RuntimeError):  # no loop runs any more
                 task = asyncio.get_running_loop().create_task(self._report(self._options.on_lost))
-                self._tasks.add(task)
-                task.add_done_callback(self._tasks.discard)
+                _reports.add(task)
+                task.add_done_callback(_reports.discard)
 
     async def _report(self, fn: Callable[..., Any]) -> None:
         try:
@@ -267,6 +247,9 @@ class AsyncLease(LeaseState):
                 await answer
         except Exception as error:  # noqa: BLE001  # the user's code
             failed_callback(self.name, error)
+
+
+_reports: set[asyncio.Task[None]] = set()  # the loop keeps only weak references to tasks
 
 
 def _current_task() -> asyncio.Task[Any] | None:
@@ -320,12 +303,12 @@ def _statements(kind: Hashable, table: Table, tickets: Table, prefix: bytes) -> 
     return kind(table, tickets, prefix)
 
 
-def statements_of(store: Store | AsyncStore, kind: type[S], *, durable: bool) -> S:
+def statements_of(store: Store | AsyncStore, kind: type[Q], *, durable: bool) -> Q:
     """Return the statements of a store's lock table."""
     config: Config = store._config
     table = _schema.companion(config, LOCKS if durable else LOCKS_UNLOGGED, durable=durable)
     tickets = _schema.companion(config, TICKETS, durable=False)
-    return cast("S", _statements(cast("Hashable", kind), table, tickets, store._sql.prefix_bytes))
+    return cast("Q", _statements(cast("Hashable", kind), table, tickets, store._sql.prefix_bytes))
 
 
 def make_options(
@@ -334,12 +317,12 @@ def make_options(
     *,
     who: str,
     ttl: Seconds,
-    renew: bool,
     durable: bool,
-    wakeup: str,
-    fair: bool,
-    on_lost: Callable[..., Any] | None,
     metadata: Any,
+    renew: bool = True,
+    wakeup: str = "poll",
+    fair: bool = False,
+    on_lost: Callable[..., Any] | None = None,
 ) -> LockOptions:
     """Check what a lock is made with; `who` is the class that is made, in its sync form.
 
@@ -383,20 +366,42 @@ def granted(lease: L | None, acquisition: flows.Acquisition[L], timeout: float |
     raise LockTimeoutError(f"the {what} {options.name!r} was not granted {waited}: {why}")
 
 
-class Acquirer:
-    """What Lock and Semaphore share."""
+class _Leasable(Generic[S]):
+    """What locks and semaphores share, for threads and for asyncio."""
 
+    # The class of store that is needed, the name of the class, and that of its twin.
+    _needs: tuple[type[Any], str, str]
+    _runtime_of: Callable[[Any], Any]
     _options: LockOptions
-    _runtime: LockRuntime[Lease]
+    _runtime: Any
 
-    def _begin(self, store: Store, options: LockOptions) -> None:
-        self._options = options
-        self._runtime = LockRuntime(store, Lease)
+    def _begin(self, store: S, **options: Any) -> LockOptions:
+        require(store, *self._needs)
+        who = self._needs[1].removeprefix("Async")
+        self._options = made = make_options(store, who=who, **options)
+        self._runtime = type(self)._runtime_of(store)
+        return made
 
     @property
     def name(self) -> str:
         """The name that was given."""
         return self._options.name
+
+    @shown
+    def __repr__(self) -> str:
+        return self._options.facts()
+
+    __reduce__ = refuse_pickle
+
+
+class Acquirer(_Leasable[Store]):
+    """A `Lock` or a `Semaphore`."""
+
+    _runtime: LockRuntime[Lease]
+
+    @staticmethod
+    def _runtime_of(store: Store) -> LockRuntime[Lease]:
+        return LockRuntime(store, Lease)
 
     def acquire(self, timeout: Seconds | None = None) -> Lease:
         """Wait until it is granted.
@@ -450,27 +455,15 @@ class Acquirer:
         def __exit__(self, *_: object) -> None:
             pass  # `with` looks for it before it calls __enter__
 
-    @shown
-    def __repr__(self) -> str:
-        return self._options.facts()
 
-    __reduce__ = refuse_pickle
+class AsyncAcquirer(_Leasable[AsyncStore]):
+    """An `AsyncLock` or an `AsyncSemaphore`."""
 
-
-class AsyncAcquirer:
-    """What AsyncLock and AsyncSemaphore share."""
-
-    _options: LockOptions
     _runtime: AsyncLockRuntime[AsyncLease]
 
-    def _begin(self, store: AsyncStore, options: LockOptions) -> None:
-        self._options = options
-        self._runtime = AsyncLockRuntime(store, AsyncLease)
-
-    @property
-    def name(self) -> str:
-        """The name that was given."""
-        return self._options.name
+    @staticmethod
+    def _runtime_of(store: AsyncStore) -> AsyncLockRuntime[AsyncLease]:
+        return AsyncLockRuntime(store, AsyncLease)
 
     def acquire(self, timeout: Seconds | None = None) -> AsyncGrant:
         """As `Lock.acquire`; the result is awaited, or entered with ``async with``. A cancelled
@@ -511,12 +504,6 @@ class AsyncAcquirer:
         async def __aexit__(self, *_: object) -> None:
             pass
 
-    @shown
-    def __repr__(self) -> str:
-        return self._options.facts()
-
-    __reduce__ = refuse_pickle
-
 
 def _enter_a_lease(options: LockOptions, how: str) -> str:
     kind = "lock" if options.slots is None else "semaphore"
@@ -526,7 +513,29 @@ def _enter_a_lease(options: LockOptions, how: str) -> str:
     )
 
 
-class Lock(Acquirer):
+class _Locking(_Leasable[S]):
+    """What both classes of lock are made with."""
+
+    def __init__(
+        self,
+        store: S,
+        name: str,
+        ttl: Seconds = 30.0,
+        *,
+        renew: bool = True,
+        durable: bool = True,
+        wakeup: Wakeup = "poll",
+        fair: bool = False,
+        on_lost: Callable[..., Any] | None = None,
+        metadata: Any = None,
+    ) -> None:
+        self._begin(
+            store, name=name, ttl=ttl, renew=renew, durable=durable, wakeup=wakeup, fair=fair,
+            on_lost=on_lost, metadata=metadata,
+        )  # fmt: skip
+
+
+class Lock(_Locking[Store], Acquirer):
     """A lock that processes on many machines share, by its name, with leases and fencing tokens.
 
     ::
@@ -565,29 +574,11 @@ class Lock(Acquirer):
         InvalidValueError: `ttl` is not a duration, or `metadata` is not JSON.
     """
 
-    def __init__(
-        self,
-        store: Store,
-        name: str,
-        ttl: Seconds = 30.0,
-        *,
-        renew: bool = True,
-        durable: bool = True,
-        wakeup: Wakeup = "poll",
-        fair: bool = False,
-        on_lost: Callable[..., Any] | None = None,
-        metadata: Any = None,
-    ) -> None:
-        require(store, Store, "Lock", "AsyncLock")
-        options = make_options(
-            store, name, who="Lock", ttl=ttl, renew=renew, durable=durable, wakeup=wakeup,
-            fair=fair, on_lost=on_lost, metadata=metadata,
-        )  # fmt: skip
-        self._begin(store, options)
+    _needs = Store, "Lock", "AsyncLock"
 
     def holder(self) -> LockInfo | None:
         """Return who holds it, or None."""
-        return cast("LockInfo | None", self._runtime.channel.run(flows.holder(self._options)))
+        return self._runtime.channel.run(flows.holder(self._options))
 
     def force_release(self, token: int) -> bool:
         """Free the name at once if it is held by that token; True if it was.
@@ -602,10 +593,7 @@ class Lock(Acquirer):
         Raises:
             InvalidValueError: `token` is no integer.
         """
-        return cast(
-            "bool",
-            self._runtime.channel.run(flows.force_release(self._options, _token(token))),
-        )
+        return self._runtime.channel.run(flows.force_release(self._options, _token(token)))
 
     def revoke(self, token: int) -> bool:
         """End that token but not its lease: the name is free at the lease's old expiry, so there
@@ -618,13 +606,10 @@ class Lock(Acquirer):
         Raises:
             InvalidValueError: `token` is no integer.
         """
-        return cast(
-            "bool",
-            self._runtime.channel.run(flows.revoke(self._options, _token(token))),
-        )
+        return self._runtime.channel.run(flows.revoke(self._options, _token(token)))
 
 
-class AsyncLock(AsyncAcquirer):
+class AsyncLock(_Locking[AsyncStore], AsyncAcquirer):
     """A lock that processes on many machines share, for asyncio: :class:`Lock`, awaited.
 
     ::
@@ -636,42 +621,19 @@ class AsyncLock(AsyncAcquirer):
     it runs as a task.
     """
 
-    def __init__(
-        self,
-        store: AsyncStore,
-        name: str,
-        ttl: Seconds = 30.0,
-        *,
-        renew: bool = True,
-        durable: bool = True,
-        wakeup: Wakeup = "poll",
-        fair: bool = False,
-        on_lost: Callable[..., Any] | None = None,
-        metadata: Any = None,
-    ) -> None:
-        require(store, AsyncStore, "AsyncLock", "Lock")
-        options = make_options(
-            store, name, who="Lock", ttl=ttl, renew=renew, durable=durable, wakeup=wakeup,
-            fair=fair, on_lost=on_lost, metadata=metadata,
-        )  # fmt: skip
-        self._begin(store, options)
+    _needs = AsyncStore, "AsyncLock", "Lock"
 
     async def holder(self) -> LockInfo | None:
         """As `Lock.holder`."""
-        return cast(
-            "LockInfo | None",
-            await self._runtime.channel.run(flows.holder(self._options)),
-        )
+        return await self._runtime.channel.run(flows.holder(self._options))
 
     async def force_release(self, token: int) -> bool:
         """As `Lock.force_release`."""
-        flow = flows.force_release(self._options, _token(token))
-        return cast("bool", await self._runtime.channel.run(flow))
+        return await self._runtime.channel.run(flows.force_release(self._options, _token(token)))
 
     async def revoke(self, token: int) -> bool:
         """As `Lock.revoke`."""
-        flow = flows.revoke(self._options, _token(token))
-        return cast("bool", await self._runtime.channel.run(flow))
+        return await self._runtime.channel.run(flows.revoke(self._options, _token(token)))
 
 
 def _token(token: object) -> int:
@@ -680,7 +642,38 @@ def _token(token: object) -> int:
     return integer(token, "token")
 
 
-class Semaphore(Acquirer):
+class _Slotted(_Leasable[S]):
+    """What both classes of semaphore are made with."""
+
+    def __init__(
+        self,
+        store: S,
+        name: str,
+        slots: int,
+        ttl: Seconds = 30.0,
+        *,
+        resize: bool = False,
+        renew: bool = True,
+        durable: bool = True,
+        on_lost: Callable[..., Any] | None = None,
+        metadata: Any = None,
+    ) -> None:
+        require_int("slots", slots, 1, SLOTS_MAX)
+        options = self._begin(
+            store, name=name, ttl=ttl, renew=renew, durable=durable, on_lost=on_lost,
+            metadata=metadata,
+        )  # fmt: skip
+        options.sql = statements_of(store, SemaphoreStatements, durable=durable)
+        options.keys = slot_keys(options.keys[0], slots)
+        options.slots, options.resize = slots, resize
+
+    @property
+    def slots(self) -> int:
+        """How many may hold it at a time."""
+        return self._options.slots or 0
+
+
+class Semaphore(_Slotted[Store], Acquirer):
     """At most `slots` holders of a name at a time, on however many machines.
 
     Each slot is a lock of its own, with the same lease, renewal and guard as `Lock`'s; a grant takes
@@ -704,79 +697,13 @@ class Semaphore(Acquirer):
         ConfigError: (of `acquire` and `try_acquire`) the name has another number of slots.
     """
 
-    def __init__(
-        self,
-        store: Store,
-        name: str,
-        slots: int,
-        ttl: Seconds = 30.0,
-        *,
-        resize: bool = False,
-        renew: bool = True,
-        durable: bool = True,
-        on_lost: Callable[..., Any] | None = None,
-        metadata: Any = None,
-    ) -> None:
-        require(store, Store, "Semaphore", "AsyncSemaphore")
-        self._begin(
-            store,
-            _semaphore_options(store, name, slots, ttl, resize, renew, durable, on_lost, metadata),
-        )
-
-    @property
-    def slots(self) -> int:
-        """How many may hold it at a time."""
-        return self._options.slots or 0
+    _needs = Store, "Semaphore", "AsyncSemaphore"
 
 
-class AsyncSemaphore(AsyncAcquirer):
+class AsyncSemaphore(_Slotted[AsyncStore], AsyncAcquirer):
     """At most `slots` holders of a name at a time, for asyncio: :class:`Semaphore`, awaited."""
 
-    def __init__(
-        self,
-        store: AsyncStore,
-        name: str,
-        slots: int,
-        ttl: Seconds = 30.0,
-        *,
-        resize: bool = False,
-        renew: bool = True,
-        durable: bool = True,
-        on_lost: Callable[..., Any] | None = None,
-        metadata: Any = None,
-    ) -> None:
-        require(store, AsyncStore, "AsyncSemaphore", "Semaphore")
-        self._begin(
-            store,
-            _semaphore_options(store, name, slots, ttl, resize, renew, durable, on_lost, metadata),
-        )
-
-    @property
-    def slots(self) -> int:
-        """How many may hold it at a time."""
-        return self._options.slots or 0
-
-
-def _semaphore_options(
-    store: Store | AsyncStore,
-    name: str,
-    slots: int,
-    ttl: Seconds,
-    resize: bool,
-    renew: bool,
-    durable: bool,
-    on_lost: Callable[..., Any] | None,
-    metadata: Any,
-) -> LockOptions:
-    require_int("slots", slots, 1, SLOTS_MAX)
-    options = make_options(
-        store, name, who="Semaphore", ttl=ttl, renew=renew, durable=durable, wakeup="poll",
-        fair=False, on_lost=on_lost, metadata=metadata,
-    )  # fmt: skip
-    options.sql = statements_of(store, SemaphoreStatements, durable=durable)
-    options.keys = slot_keys(options.keys[0], slots)
-    options.slots, options.resize = slots, resize
-    return options
+    _needs = AsyncStore, "AsyncSemaphore", "Semaphore"
 
 
 __all__ = ["AsyncLease", "AsyncLock", "AsyncSemaphore", "Lease", "Lock", "LockInfo", "Semaphore"]

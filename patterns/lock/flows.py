@@ -1,6 +1,6 @@
 """The algorithms of locks, each written once for sync and async: acquire, extend, release, guard.
 
-What differs between threads and asyncio (how to wait, how to make a lease) is behind a `Runtime`.
+What differs between threads and asyncio (how to wait, how to make a lease) is behind a `LeasingRuntime`.
 The statements are in `sql`, the state of a lease in `lease`.
 
 The protocol is a compare-and-swap with a lease, fenced by the token (Kleppmann, "How to do
@@ -12,16 +12,15 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from random import random, randrange, uniform
-from typing import Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import psycopg
 from psycopg import pq
 
 from ... import _observe
 from ..._ops.op import Flow, Op, call, do, pause
-from ...config import Table
 from ...errors import (
     ConfigError,
     ConflictError,
@@ -34,6 +33,7 @@ from .lease import (
     MARGIN_MIN,
     REASON_OF,
     LeaseState,
+    LockInfo,
     LockOptions,
     info_of,
     margin_of,
@@ -54,6 +54,10 @@ from .sql import (
     Undefined,
 )
 
+if TYPE_CHECKING:
+    from .runtime import LeasingRuntime
+    from .wakeup import Waiter
+
 POLL_FIRST, POLL_GROWTH, POLL_MAX = 0.005, 1.6, 0.5  # seconds; jittered down by half
 NOTIFIED_FIRST, NOTIFIED_MAX = 0.5, 5.0  # the same where a release is notified
 # Seconds between the looks of the head of a queue, from its last move on.
@@ -61,7 +65,7 @@ HEAD_FIRST, HEAD_GROWTH, HEAD_MAX = 0.005, 1.3, 0.1
 TICKET_TTL = 2.0  # seconds that a dead waiter can stall its queue
 QUEUE_MAX = 0.9  # the most seconds between looks in a queue; each look renews the ticket
 CLEAN_UP_TIME = 1.0  # seconds for each statement that takes back what a failed acquire has left
-CLEAN_UP = CLEAN_UP_TIME, 3 * CLEAN_UP_TIME  # for `Runtime.clean_up`
+CLEAN_UP = CLEAN_UP_TIME, 3 * CLEAN_UP_TIME  # for `LeasingRuntime.clean_up`
 BEYOND_EXPIRY = 0.02  # seconds, at most, after a lease's end at which waiters look
 CLEAN_CHANCE = 1 / 256  # of a grant being followed by the removal of a chunk of old names
 CLEAN_TIME = 5.0  # seconds for each of its statements
@@ -71,72 +75,10 @@ ANSWER_TIME = 1.0  # seconds that a statement is given at least, to connect and 
 ROUND_TRIP = 0.05  # the same while all connections are in use
 
 L = TypeVar("L", bound=LeaseState)
-L_co = TypeVar("L_co", bound=LeaseState, covariant=True)
 T = TypeVar("T")
 
 
-class Wakeable(Protocol):
-    """One local caller who waits for a name to become free."""
-
-    @property
-    def is_listening(self) -> bool:
-        """Whether a notification of a release would arrive now."""
-        ...
-
-
-class Runtime(Protocol[L_co]):
-    """What the flows need of threads or asyncio. What may return an awaitable does so in asyncio."""
-
-    @property
-    def timeout(self) -> float:
-        """Seconds for one operation."""
-        ...
-
-    def execute(self, op: Op[T], timeout: float | None = None) -> T | Awaitable[T]:
-        """Perform one operation over the store's pool."""
-        ...
-
-    def is_exhausted(self) -> bool:
-        """Whether all connections of the pool are in use."""
-        ...
-
-    def create_missing_table(self, table: Table) -> Awaitable[None] | None:
-        """Create a missing table."""
-        ...
-
-    def clean_up(self, make: Callable[[], Flow[Any]], timeout: float | None, longest: float) -> Any:
-        """Run a flow to its end within that time, whatever cancels its caller meanwhile; `timeout`
-        is that of each operation."""
-        ...
-
-    def lease(
-        self, options: LockOptions, key: bytes, token: int, owner: str, sent_at: float
-    ) -> L_co:
-        """Make the lease and start its renewal."""
-        ...
-
-    def forget(self, lease: LeaseState) -> None:
-        """Renew it no more."""
-        ...
-
-    def clean_later(self, options: LockOptions) -> None:
-        """Run `clean` in the background."""
-        ...
-
-    def subscribe(self, options: LockOptions) -> Any:
-        """Start to listen for releases. Waits for nothing."""
-        ...
-
-    def unsubscribe(self, waiter: Any, *, granted: bool) -> None:
-        """Stop listening."""
-        ...
-
-    def wait(self, waiter: Any, seconds: float) -> Any:
-        """Let time pass, less if the waiter is woken."""
-        ...
-
-
-def do_within(runtime: Runtime[Any], op: Op[T], seconds: float) -> Flow[T]:
+def do_within(runtime: LeasingRuntime[Any], op: Op[T], seconds: float) -> Flow[T]:
     """Perform one operation of a flow within a time of its own."""
     answer: T = yield from call(runtime.execute, op, seconds)
     return answer
@@ -146,7 +88,7 @@ def do_within(runtime: Runtime[Any], op: Op[T], seconds: float) -> Flow[T]:
 
 
 def acquire(
-    runtime: Runtime[L],
+    runtime: LeasingRuntime[L],
     options: LockOptions,
     timeout: float | None,
     stop: Callable[[], bool] | None = None,
@@ -177,7 +119,7 @@ class Acquisition(Generic[L]):
     """
 
     # Of the class until they change: a try that is granted at once changes few of them.
-    waiter: Wakeable | None = None
+    waiter: Waiter | None = None
     wait: float = 0.0
     place: tuple[int, float] = -1, 0.0  # in the queue, and since when
     turn: float = 0.0  # seconds in which the queue moves by one
@@ -193,7 +135,7 @@ class Acquisition(Generic[L]):
 
     def __init__(
         self,
-        runtime: Runtime[L],
+        runtime: LeasingRuntime[L],
         options: LockOptions,
         timeout: float | None,
         stop: Callable[[], bool] | None = None,
@@ -428,7 +370,7 @@ _IN_FLIGHT = Denied(None, 0.0)
 # -- holding -------------------------------------------------------------------------------
 
 
-def extend(runtime: Runtime[Any], lease: LeaseState, ttl: float) -> Flow[None]:
+def extend(runtime: LeasingRuntime[Any], lease: LeaseState, ttl: float) -> Flow[None]:
     """Let the remaining time become `ttl`, and later renewals give that much."""
     lease.check()
     while not lease._turn.acquire(blocking=False):
@@ -459,7 +401,7 @@ def extend(runtime: Runtime[Any], lease: LeaseState, ttl: float) -> Flow[None]:
         lease._turn.release()
 
 
-def release(runtime: Runtime[Any], lease: LeaseState) -> Flow[bool]:
+def release(runtime: LeasingRuntime[Any], lease: LeaseState) -> Flow[bool]:
     """End the lease; whether it was still held. After a failure it may be called again."""
     if lease._reason == "released" or lease._is_inherited():
         return False
@@ -477,7 +419,7 @@ def release(runtime: Runtime[Any], lease: LeaseState) -> Flow[bool]:
     return trusted and getattr(op, "retries", 0) > 0
 
 
-def leave(runtime: Runtime[Any], lease: LeaseState, *, failed: bool) -> Flow[None]:
+def leave(runtime: LeasingRuntime[Any], lease: LeaseState, *, failed: bool) -> Flow[None]:
     """The end of a ``with`` block: release, and say so if the lease did not last.
 
     Args:
@@ -509,7 +451,7 @@ def leave(runtime: Runtime[Any], lease: LeaseState, *, failed: bool) -> Flow[Non
         raise lease._lost_error()
 
 
-def holder(options: LockOptions) -> Flow[Any]:
+def holder(options: LockOptions) -> Flow[LockInfo | None]:
     """Who holds the name, or None."""
     rows = yield from do(options.sql.holder(options.keys[0]))
     return info_of(rows[0]) if rows else None

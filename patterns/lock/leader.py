@@ -11,7 +11,7 @@ import asyncio
 import inspect
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from ... import _observe
 from ..._observe import shown
@@ -29,29 +29,35 @@ from .runtime import AsyncLockRuntime, LockRuntime
 if TYPE_CHECKING:
     from ...config import Seconds
 
+S = TypeVar("S", Store, AsyncStore)
+
 LOOK = 0.2  # seconds, at most, between looks at the lease while leading
 RETRY_FIRST, RETRY_MAX = 0.1, 2.0  # seconds, while the database cannot be reached
 
 
-class _Candidate:
+class _Candidate(Generic[S]):
     """What Leader and AsyncLeader share."""
 
-    def _begin(
+    _needs: tuple[type[Any], str, str]  # as of locks
+
+    def __init__(
         self,
-        store: Store | AsyncStore,
+        store: S,
         name: str,
-        ttl: Seconds,
-        on_elected: Callable[..., Any] | None,
-        on_lost: Callable[..., Any] | None,
-        durable: bool,
-        metadata: Any,
+        ttl: Seconds = 15.0,
+        *,
+        on_elected: Callable[..., Any] | None = None,
+        on_lost: Callable[..., Any] | None = None,
+        durable: bool = True,
+        metadata: Any = None,
     ) -> None:
+        require(store, *self._needs)
         for fn, what in ((on_elected, "on_elected"), (on_lost, "on_lost")):
             require_callback(fn, what, "Leader", blocking=isinstance(store, Store))
         self._options = make_options(
-            store, name, who="Leader", ttl=ttl, renew=True, durable=durable, wakeup="poll",
-            fair=False, on_lost=None, metadata=metadata,
-        )  # fmt: skip
+            store, name, who="Leader", ttl=ttl, durable=durable, metadata=metadata
+        )
+        self._store: S = store
         self._on_elected = on_elected
         self._on_lost = on_lost
         self._lease: LeaseState | None = None
@@ -232,7 +238,7 @@ class _TaskElection(AsyncLockRuntime[AsyncLease]):
         return work.done()
 
 
-class Leader(_Candidate):
+class Leader(_Candidate[Store]):
     """A candidate for the leadership of a name: one process of a fleet leads at a time.
 
     `run` campaigns until it is elected, leads until its lease is lost, and campaigns again. A leader
@@ -253,20 +259,7 @@ class Leader(_Candidate):
         metadata: as of `Lock`.
     """
 
-    def __init__(
-        self,
-        store: Store,
-        name: str,
-        ttl: Seconds = 15.0,
-        *,
-        on_elected: Callable[..., Any] | None = None,
-        on_lost: Callable[..., Any] | None = None,
-        durable: bool = True,
-        metadata: Any = None,
-    ) -> None:
-        require(store, Store, "Leader", "AsyncLeader")
-        self._begin(store, name, ttl, on_elected, on_lost, durable, metadata)
-        self._store = store
+    _needs = Store, "Leader", "AsyncLeader"
 
     def run(self, stop: threading.Event | None = None) -> None:
         """Campaign and lead until `stop` is set, then resign.
@@ -285,26 +278,13 @@ class Leader(_Candidate):
         election.channel.run(self._campaign(election))
 
 
-class AsyncLeader(_Candidate):
+class AsyncLeader(_Candidate[AsyncStore]):
     """A candidate for the leadership of a name, for asyncio: :class:`Leader`, awaited.
 
     `on_elected` may be ``async``: it runs as a task, which is cancelled when leading is over.
     """
 
-    def __init__(
-        self,
-        store: AsyncStore,
-        name: str,
-        ttl: Seconds = 15.0,
-        *,
-        on_elected: Callable[..., Any] | None = None,
-        on_lost: Callable[..., Any] | None = None,
-        durable: bool = True,
-        metadata: Any = None,
-    ) -> None:
-        require(store, AsyncStore, "AsyncLeader", "Leader")
-        self._begin(store, name, ttl, on_elected, on_lost, durable, metadata)
-        self._store = store
+    _needs = AsyncStore, "AsyncLeader", "Leader"
 
     async def run(self, stop: asyncio.Event | None = None) -> None:
         """As `Leader.run`; cancelling it resigns too."""

@@ -209,6 +209,7 @@ class LeaseState:
     """What `Lease` and `AsyncLease` share. Safe to use from any thread.
 
     Args:
+        runtime: of threads or asyncio.
         options: its lock's.
         key: the row.
         token: the grant's.
@@ -216,9 +217,18 @@ class LeaseState:
         sent_at: `clock()` before the grant was sent.
     """
 
+    _runtime: Any
+
     def __init__(
-        self, options: LockOptions, key: bytes, token: int, owner: str, sent_at: float
+        self,
+        runtime: Any,
+        options: LockOptions,
+        key: bytes,
+        token: int,
+        owner: str,
+        sent_at: float,
     ) -> None:
+        self._runtime = runtime
         self._options = options
         self._key = key
         self._token = token

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from .._runtime.runtimes import AsyncRuntime, SyncRuntime
+from .._runtime.runtimes import AsyncRuntime, Runtime, SyncRuntime
 from . import flows
 from .renewal import LeaseRenewals
 from .wakeup import TaskWaiter, ThreadWaiter, Waiter, Waiters
@@ -14,7 +14,6 @@ from .wakeup import TaskWaiter, ThreadWaiter, Waiter, Waiters
 if TYPE_CHECKING:
     from ...aio import AsyncStore
     from ...store import Store
-    from .._runtime.background import Background
     from .lease import LeaseState, LockOptions
 
 L = TypeVar("L", bound="LeaseState")
@@ -25,12 +24,9 @@ REFUSAL = (
 )
 
 
-class _Leasing(Generic[L]):
+class LeasingRuntime(Runtime, Generic[L]):
     """What both runtimes of locks add."""
 
-    channel: Any
-    background: Callable[[], Background]
-    run_later: Callable[..., bool]
     _make: Callable[..., L]
     _waiter: type[Waiter]
 
@@ -60,7 +56,7 @@ class _Leasing(Generic[L]):
         waiter._waiters.remove(waiter, granted=granted)
 
 
-class LockRuntime(_Leasing[L], SyncRuntime):
+class LockRuntime(LeasingRuntime[L], SyncRuntime):
     """For threads.
 
     Args:
@@ -75,7 +71,7 @@ class LockRuntime(_Leasing[L], SyncRuntime):
         self._make = make
 
 
-class AsyncLockRuntime(_Leasing[L], AsyncRuntime):
+class AsyncLockRuntime(LeasingRuntime[L], AsyncRuntime):
     """For asyncio; see `LockRuntime`."""
 
     _waiter = TaskWaiter

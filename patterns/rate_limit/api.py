@@ -11,7 +11,7 @@ import contextlib
 import functools
 import inspect
 from collections.abc import Awaitable, Callable, Iterable
-from typing import Any, ParamSpec, Self, TypeVar
+from typing import Any, Generic, ParamSpec, Self, TypeVar
 
 from ..._observe import shown
 from ..._ops.drivers import shielded
@@ -39,13 +39,33 @@ __all__ = [
 
 P = ParamSpec("P")
 R = TypeVar("R")
+S = TypeVar("S", Store, AsyncStore)
 T = TypeVar("T")
 
 ABANDON_SECONDS = 1.0  # for the statement of a cancelled caller; then the server cancels it
 
 
-class LimiterView:
+class LimiterView(Generic[S]):
     """What both limiters have in common; nothing here waits."""
+
+    _needs: tuple[
+        type[Any], str, str
+    ]  # the class of store, and the names of this class and its twin
+
+    def __init__(
+        self,
+        store: S,
+        rates: Rates,
+        *,
+        name: str,
+        on_error: OnError = "raise",
+        timeout: Seconds = 0.25,
+        local_deny: bool = False,
+        prefetch: int = 1,
+    ) -> None:
+        require(store, *self._needs)
+        flows = LimiterFlows(store, rates, name, on_error, timeout, local_deny, prefetch)
+        self._bind(store, flows)
 
     def _bind(self, store: Any, flows: LimiterFlows) -> None:
         self._store = store
@@ -80,7 +100,7 @@ class LimiterView:
     __reduce__ = refuse_pickle
 
 
-class RateLimiter(LimiterView):
+class RateLimiter(LimiterView[Store]):
     """A rate limit shared by every process that uses the same store: a token bucket per key.
 
     Each hit is one statement, for any number of rates, and the server's clock decides. Over any
@@ -111,20 +131,7 @@ class RateLimiter(LimiterView):
         ConfigError: a setting is wrong; says which and why.
     """
 
-    def __init__(
-        self,
-        store: Store,
-        rates: Rates,
-        *,
-        name: str,
-        on_error: OnError = "raise",
-        timeout: Seconds = 0.25,
-        local_deny: bool = False,
-        prefetch: int = 1,
-    ) -> None:
-        require(store, Store, "RateLimiter", "AsyncRateLimiter")
-        flows = LimiterFlows(store, rates, name, on_error, timeout, local_deny, prefetch)
-        self._bind(store, flows)
+    _needs = (Store, "RateLimiter", "AsyncRateLimiter")
 
     def _run(self, flow: Flow[T]) -> T:
         return self._store_run(flow, self._flows.timeout)  # type: ignore[no-any-return]  # of either store
@@ -320,23 +327,10 @@ class RateLimiter(LimiterView):
         return self._run(self._flows.hit(key, cost, limits, on_error))
 
 
-class AsyncRateLimiter(LimiterView):
+class AsyncRateLimiter(LimiterView[AsyncStore]):
     """:class:`RateLimiter` for asyncio, over an :class:`AsyncStore`: the same methods awaited."""
 
-    def __init__(
-        self,
-        store: AsyncStore,
-        rates: Rates,
-        *,
-        name: str,
-        on_error: OnError = "raise",
-        timeout: Seconds = 0.25,
-        local_deny: bool = False,
-        prefetch: int = 1,
-    ) -> None:
-        require(store, AsyncStore, "AsyncRateLimiter", "RateLimiter")
-        flows = LimiterFlows(store, rates, name, on_error, timeout, local_deny, prefetch)
-        self._bind(store, flows)
+    _needs = (AsyncStore, "AsyncRateLimiter", "RateLimiter")
 
     async def _run(self, flow: Flow[T]) -> T:
         return await self._store_run(flow, self._flows.timeout)  # type: ignore[no-any-return]  # of either store
@@ -426,12 +420,7 @@ class AsyncRateLimiter(LimiterView):
     def limit(
         self, key: str | Callable[..., str], cost: int | Callable[..., int] = 1
     ) -> Callable[[Callable[P, Awaitable[R]]], Callable[P, Awaitable[R]]]:
-        """Decorate an async function: each call is a hit; see :meth:`RateLimiter.limit`.
-
-        Args:
-            key: the key, or a function that gets the call's arguments and returns it.
-            cost: tokens, or a function of the arguments.
-        """
+        """Decorate an async function: each call is a hit; see :meth:`RateLimiter.limit`."""
         check_limit(key, cost)
 
         def decorate(fn: Callable[P, Awaitable[R]]) -> Callable[P, Awaitable[R]]:
@@ -528,12 +517,7 @@ class Reservation(ReservationView):
 
 
 class AsyncReservation(ReservationView):
-    """:class:`Reservation` of an :class:`AsyncRateLimiter`: `cancel` is awaited.
-
-    Attributes:
-        delay: seconds after which to act; 0.0 for now.
-        decision: the :class:`Decision`, with what remains after it.
-    """
+    """:class:`Reservation` of an :class:`AsyncRateLimiter`: `cancel` is awaited."""
 
     async def cancel(self) -> bool:
         """Give the place back, except the part that later reservations rely on; see
