@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import fields, replace
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from psycopg import IsolationLevel, pq
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
-from . import embedded
 from ._engine import conninfo as _conninfo
 from ._engine.pooling import closed
 from ._fork import new_lock
@@ -18,6 +17,9 @@ from ._sql import Statements
 from .config import EMBEDDED_SCHEME, Config, TableOptions, dsn_from_environment
 from .errors import ConfigError, InvalidValueError, SerializationError
 from .types import ScanOptions
+
+if TYPE_CHECKING:
+    from .embedded import EmbeddedServer
 
 _TABLE_OPTIONS = tuple(TableOptions.__annotations__)
 _CONFIG_OPTIONS = tuple(field.name for field in fields(Config) if field.name != "dsn")
@@ -78,7 +80,7 @@ class Target:
     def __init__(self, config: Config, dsn: str | None = None) -> None:
         self._config = config
         self._given = dsn or config.dsn
-        self._server: embedded.EmbeddedServer | None = None
+        self._server: EmbeddedServer | None = None
         self._pid = 0
         self._closed = False
         self._lock = new_lock(self)
@@ -87,6 +89,8 @@ class Target:
         """The DSN that libpq understands, password included."""
         if not self._given.startswith(EMBEDDED_SCHEME):
             return self._given
+        from . import embedded
+
         with self._lock:
             if self._closed:  # or asking for the DSN would start a server that is never stopped
                 raise closed("dsn")

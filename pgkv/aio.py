@@ -21,7 +21,6 @@ from urllib.parse import quote
 
 import psycopg
 from psycopg_pool import AsyncConnectionPool
-from tenacity import AsyncRetrying
 
 from ._engine import flows as _flows
 from ._engine import retry as _retry
@@ -55,8 +54,6 @@ from ._sql.point import negated
 from ._sql.scan import namespace_prefix
 from .config import EMBEDDED_SCHEME, Config, require_config
 from .errors import NotFoundError
-from .pipeline import AsyncPipeline
-from .typed import AsyncTypedStore
 from .types import CasResult, Entry, KeyValue, ScanOptions, Stats
 
 if TYPE_CHECKING:
@@ -65,6 +62,8 @@ if TYPE_CHECKING:
     from ._ops.codec import Value
     from ._ops.serialize import CodecName
     from .config import Options, Seconds, TableOptions
+    from .pipeline import AsyncPipeline
+    from .typed import AsyncTypedStore
 
 T = TypeVar("T")
 
@@ -583,6 +582,8 @@ class AsyncStore:
     def pipeline(self, *, atomic: bool = False) -> AsyncPipeline:
         """Queue operations and send them together at the end of a ``with`` block. See
         `Store.pipeline`."""
+        from .pipeline import AsyncPipeline
+
         return AsyncPipeline(self._sql, self._channel, atomic=atomic)
 
     @overload
@@ -591,6 +592,8 @@ class AsyncStore:
     def typed(self, type_: Any, codec: CodecName = "json") -> AsyncTypedStore[Any]: ...
     def typed(self, type_: Any, codec: CodecName = "json") -> AsyncTypedStore[Any]:
         """Return this store for values of one type; see `Store.typed`."""
+        from .typed import AsyncTypedStore
+
         return AsyncTypedStore(self, type_, codec)
 
     async def run_transaction(
@@ -601,6 +604,8 @@ class AsyncStore:
     ) -> T:
         """Call ``fn(tx)`` in a transaction; repeated after a serialization failure or a deadlock.
         See `Store.run_transaction`."""
+        from tenacity import AsyncRetrying
+
         check_transaction(fn, isolation)
 
         async def once() -> T:

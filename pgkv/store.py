@@ -53,8 +53,6 @@ from ._sql.point import negated
 from ._sql.scan import namespace_prefix
 from .config import EMBEDDED_SCHEME, Config, require_config
 from .errors import NotFoundError
-from .pipeline import Pipeline
-from .typed import TypedStore
 from .types import CasResult, Entry, KeyValue, ScanOptions, Stats
 
 if TYPE_CHECKING:
@@ -63,6 +61,8 @@ if TYPE_CHECKING:
     from ._ops.codec import Value
     from ._ops.serialize import CodecName
     from .config import Options, Seconds, TableOptions
+    from .pipeline import Pipeline
+    from .typed import TypedStore
 
 T = TypeVar("T")
 
@@ -752,6 +752,8 @@ class Store:
         Returns:
             A `Pipeline`, which has the names of a store's operations.
         """
+        from .pipeline import Pipeline
+
         return Pipeline(self._sql, self._channel, atomic=atomic)
 
     @overload
@@ -772,6 +774,8 @@ class Store:
         Raises:
             ConfigError: values of that type cannot be written and read back.
         """
+        from .typed import TypedStore
+
         return TypedStore(self, type_, codec)
 
     def run_transaction(

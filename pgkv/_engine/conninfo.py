@@ -6,7 +6,6 @@ environment variables, in this order of precedence, which is libpq's own.
 
 from __future__ import annotations
 
-import configparser
 import contextlib
 import os
 from collections.abc import Mapping
@@ -86,6 +85,8 @@ def _service(params: Mapping[str, object]) -> dict[str, str]:
     name = str(params.get("service") or os.environ.get("PGSERVICE") or "")
     if not name:
         return {}
+    import configparser
+
     system = os.environ.get("PGSYSCONFDIR")
     files = [
         params.get("servicefile") or os.environ.get("PGSERVICEFILE") or "~/.pg_service.conf",

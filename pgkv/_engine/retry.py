@@ -1,6 +1,7 @@
 """What follows a first attempt that did not end in an answer.
 
-Entered only then, so that tenacity costs a healthy operation nothing. One flow for sync and async:
+Entered only then, and tenacity is imported by the first failure: a healthy program pays nothing for
+it. One flow for sync and async:
 it repeats raced statements at once, creates a missing table and repeats, and repeats failures by
 the store's `RetryPolicy` where that is safe. It never looks at a connection.
 """
@@ -9,25 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from time import monotonic
-from typing import Any, TypeAlias
-
-from tenacity import (
-    DoAttempt,
-    DoSleep,
-    RetryCallState,
-    Retrying,
-    retry_if_exception,
-    stop_after_attempt,
-    stop_any,
-    stop_before_delay,
-    wait_random_exponential,
-)
-from tenacity.stop import stop_base
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from .. import _observe
 from .._ops.op import Call, Flow, Op, Pipelined, Raced, Sleep, Statement, Transaction
 from ..config import RetryPolicy, Table
 from ..errors import ConflictError, PgkvError, PoolTimeoutError, TableNotFoundError
+
+if TYPE_CHECKING:
+    from tenacity import RetryCallState, Retrying
 
 CREATIONS_MAX = 3  # of one call, whose table keeps being dropped
 
@@ -52,23 +43,24 @@ def recover(
     """
     pending: BaseException | Raced | None = outcome
     del outcome
-    state = None if policy is None else _start(step, policy, deadline)
+    state: RetryCallState | None = None
     try:
         while True:
             try:
                 return (yield from _settle(step, pending, create_missing_table))
             except PgkvError as error:
-                if state is None:
+                if policy is None:
                     raise
+                if state is None:
+                    state = _start(step, policy, deadline)
                 state.set_exception((type(error), error, error.__traceback__))
             pending = None
             action = state.retry_object.iter(retry_state=state)
-            while isinstance(action, DoSleep):
+            while isinstance(action, float):  # tenacity's DoSleep; else its DoAttempt
                 state.prepare_for_next_attempt()
                 step.retries = state.attempt_number - 1
-                yield Sleep(float(action))
+                yield Sleep(action)
                 action = state.retry_object.iter(retry_state=state)
-            assert isinstance(action, DoAttempt)
     finally:
         # What goes out holds this frame by its traceback: a cycle would keep the callers' frames.
         pending = None
@@ -81,15 +73,8 @@ def about(step: Repeatable) -> Statement[Any] | Transaction[Any] | Pipelined:
     return step.statement if isinstance(step, Op) else step
 
 
-class _OutOfTime(stop_base):
-    def __init__(self, deadline: float) -> None:
-        self._deadline = deadline
-
-    def __call__(self, retry_state: RetryCallState) -> bool:
-        return monotonic() + retry_state.upcoming_sleep >= self._deadline
-
-
 def _start(step: Repeatable, policy: RetryPolicy, deadline: float) -> RetryCallState:
+    from tenacity import RetryCallState, Retrying
 
     def log(state: RetryCallState) -> None:
         error = state.outcome.exception() if state.outcome else None
@@ -101,17 +86,11 @@ def _start(step: Repeatable, policy: RetryPolicy, deadline: float) -> RetryCallS
             error=type(error).__name__,
         )
 
-    retrying = Retrying(
-        stop=stop_any(
-            stop_after_attempt(policy.attempts),
-            stop_before_delay(policy.deadline),
-            _OutOfTime(deadline),
-        ),
-        wait=wait_random_exponential(multiplier=policy.wait_initial, max=policy.wait_max),
-        retry=retry_if_exception(lambda error: may_repeat(step, error, policy)),
-        before_sleep=log,
-        reraise=True,
-    )
+    def stop(state: RetryCallState) -> bool:
+        return monotonic() + state.upcoming_sleep >= deadline or options["stop"](state)
+
+    options = _options(policy, lambda error: may_repeat(step, error, policy))
+    retrying = Retrying(**options | {"before_sleep": log, "stop": stop})
     retrying.begin()
     return RetryCallState(retrying, None, (), {})
 
@@ -173,16 +152,25 @@ def _settle(
 
 def retrying_transaction(policy: RetryPolicy | None) -> Retrying:
     """What calls a whole transaction again when it certainly left nothing behind."""
+    from tenacity import Retrying
+
     return Retrying(**transaction_options(policy))
 
 
 def transaction_options(policy: RetryPolicy | None) -> dict[str, Any]:
     """The same as tenacity's options, for sync and async."""
-    policy = policy or RetryPolicy(attempts=1)
+    return _options(policy or RetryPolicy(attempts=1), _left_nothing)
+
+
+def _options(policy: RetryPolicy, may: Callable[[BaseException], bool]) -> dict[str, Any]:
+    import tenacity as t
+
     return {
-        "stop": stop_any(stop_after_attempt(policy.attempts), stop_before_delay(policy.deadline)),
-        "wait": wait_random_exponential(multiplier=policy.wait_initial, max=policy.wait_max),
-        "retry": retry_if_exception(_left_nothing),
+        "stop": t.stop_any(
+            t.stop_after_attempt(policy.attempts), t.stop_before_delay(policy.deadline)
+        ),
+        "wait": t.wait_random_exponential(multiplier=policy.wait_initial, max=policy.wait_max),
+        "retry": t.retry_if_exception(may),
         "reraise": True,
     }
 

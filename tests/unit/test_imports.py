@@ -42,10 +42,18 @@ def test_importing_pgkv_loads_nothing_of_it() -> None:
 
 
 def test_a_store_loads_no_pattern() -> None:
-    """Who uses a store pays for neither the patterns nor the other kind of store."""
-    loaded = loaded_by("import pgkv; pgkv.Store")
-    assert {name for name in loaded if name.startswith(("pgkv.patterns", "pgkv.aio"))} == set()
-    assert not loaded & set(HEAVY)
+    """Who uses a store pays for neither the patterns nor the other kind of store, and for what is
+    used rarely when it is used. Beyond psycopg, its pool and pgkv there is little left."""
+    drivers = loaded_by("import psycopg, psycopg_pool")
+    loaded = loaded_by("import pgkv; pgkv.Store") - drivers
+    own = {name for name in loaded if name.partition(".")[0] == "pgkv"}
+    rare = ("patterns", "aio", "pipeline", "typed", "embedded", "_embedded", "_ops.serialize")
+    assert {
+        name for name in own if name.startswith(tuple(f"pgkv.{name}" for name in rare))
+    } == set()
+    assert len(own) <= 42, sorted(own)
+    assert not loaded & {"tenacity", "msgspec", *HEAVY}
+    assert len(loaded - own) <= 6, sorted(loaded - own)
 
 
 def test_all_names_load_nothing_heavy() -> None:
