@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, TypeVar
 from ..._ops import codec as _codec
 from ..._ops.lazy import cached_property
 from ..._ops.op import BINARY, TEXT, Op, Raced, Result, Signal, Statement
-from ..._sql.table import STATEMENT_US, read_changed, read_int
+from ..._sql.table import STATEMENT_US, read_changed, read_found, read_int
 from ...config import Table, TableShape, quote_identifier
 from ...errors import InvalidValueError
 
@@ -138,13 +138,7 @@ class Guarding(NamedTuple):
 
 
 class LockStatements:
-    """All statements of one lock table, for names under one prefix.
-
-    Args:
-        table: the lock table.
-        tickets: the table of those who wait in order.
-        prefix: the namespace that every name carries.
-    """
+    """All statements of one lock table, and of its queues' tickets, for names under one prefix."""
 
     def __init__(self, table: Table, tickets: Table, prefix: bytes = b"") -> None:
         self.table = table
@@ -165,7 +159,14 @@ class LockStatements:
     def _statement(
         self, name: str, sql: str, formats: tuple[int, ...], decode: Any, **options: Any
     ) -> Statement[Any]:
-        return Statement(name, sql, formats, decode, table=self.table, **options)
+        options = {"table": self.table, "retry_safe": True, **options}
+        return Statement(name, sql, formats, decode, **options)
+
+    def _inserted(self, key: str, value: str, expires: str, version: str = US) -> str:
+        """The beginning of what inserts a row, from something that has a clock ``n``."""
+        return (
+            f"{self.t} AS t {COLUMNS} SELECT {key}, {value}, {expires}, n.ts, n.ts, {version} FROM"
+        )
 
     def name_of(self, key: bytes) -> str:
         """A key as users see it: without the namespace's prefix."""
@@ -174,19 +175,12 @@ class LockStatements:
     # -- granting
 
     def granting(self, key: str, source: str, where: str, revoked: str) -> str:
-        """The upsert of every grant. Where the row holds this very grant already, its first reply
-        was lost: same token, new time.
-
-        Args:
-            key: what is inserted.
-            source: what it is selected from.
-            where: the condition on the snapshot.
-            revoked: the key of the mark that `take_back` leaves for this asking.
-        """
+        """The upsert of every grant, from `source`, under a condition on the snapshot. Where the row
+        holds this very grant already, its first reply was lost: same token, new time. `revoked` is
+        the key of the mark that `take_back` leaves for this asking."""
+        row = self._inserted(key, "$2", "n.ts + $3::float8 * interval '1 second'")
         return (
-            f"g AS (INSERT INTO {self.t} AS t "
-            f"{COLUMNS} SELECT {key}, $2, n.ts + $3::float8 * interval '1 second', n.ts, n.ts, "
-            f"{US} FROM {source} WHERE ({where}) "
+            f"g AS (INSERT INTO {row} {source} WHERE ({where}) "
             f"AND NOT EXISTS (SELECT 1 FROM {self.t} WHERE key = {revoked}) "
             "ON CONFLICT (key) DO UPDATE SET "
             f"version = CASE WHEN {STILL_MINE} THEN t.version "
@@ -213,26 +207,14 @@ class LockStatements:
             f"SELECT NULL, NULL, value, extract(epoch from expires_at - {NOW})::float8 "
             f"FROM {self.t} WHERE key = $1 AND NOT EXISTS (SELECT 1 FROM g)"
         )
-        return self._statement(
-            "lock_grant",
-            sql,
-            (TEXT, BINARY, BINARY, TEXT, TEXT),
-            _read_grant,
-            retry_safe=True,
-            repeats=REPEATS,
-        )
+        formats = (TEXT, BINARY, BINARY, TEXT, TEXT)
+        return self._statement("lock_grant", sql, formats, _read_grant, repeats=REPEATS)
 
     def grant(
         self, key: bytes, asking: Asking, ttl: float, lock_timeout: float
     ) -> Op[Granted | Denied]:
-        """Take the name if it is free.
-
-        Args:
-            key: the name.
-            asking: who asks; a repeat of the same asking gets the same grant.
-            ttl: seconds.
-            lock_timeout: seconds for a row lock, should one be in the way.
-        """
+        """Take the name if it is free, for `ttl` seconds; a row lock in the way is waited for that long.
+        A repeat of the same asking gets the same grant."""
         params = (
             key, asking.row, _codec.encode_float8(ttl), milliseconds(lock_timeout), asking.mark,
         )  # fmt: skip
@@ -272,27 +254,13 @@ class LockStatements:
             f"FROM ahead LEFT JOIN {self.t} l ON l.key = $1 WHERE NOT EXISTS (SELECT 1 FROM g)"
         )
         formats = (TEXT, BINARY, BINARY, TEXT, TEXT, TEXT, TEXT, BINARY, TEXT)
-        return self._statement(
-            "lock_grant_fair", sql, formats, _read_grant_fair, retry_safe=True, repeats=REPEATS
-        )
+        return self._statement("lock_grant_fair", sql, formats, _read_grant_fair, repeats=REPEATS)
 
     def grant_fair(
-        self,
-        key: bytes,
-        asking: Asking,
-        ttl: float,
-        lock_timeout: float,
-        ticket_ttl: float,
+        self, key: bytes, asking: Asking, ttl: float, lock_timeout: float, ticket_ttl: float
     ) -> Op[Granted | Denied]:
-        """Take the name if it is free and no other has waited longer; else keep a place in the queue.
-
-        Args:
-            key: the name.
-            asking: as of `grant`.
-            ttl: seconds.
-            lock_timeout: as of `grant`.
-            ticket_ttl: seconds after which a waiter that no longer asks loses its place.
-        """
+        """Take the name if it is free and no other has waited longer; else keep a place in the queue,
+        which is lost `ticket_ttl` seconds after the last asking."""
         params = (
             key, asking.row, _codec.encode_float8(ttl), milliseconds(lock_timeout),
             key + asking.mark, key + b"\x1f", key + b"\x20", _codec.encode_float8(ticket_ttl),
@@ -302,14 +270,8 @@ class LockStatements:
 
     @cached_property
     def _leave(self) -> Statement[bool]:
-        return Statement(
-            "lock_leave",
-            f"DELETE FROM {self.q} WHERE key = $1",
-            (TEXT,),
-            read_changed,
-            table=self.tickets,
-            retry_safe=True,
-        )
+        sql = f"DELETE FROM {self.q} WHERE key = $1"
+        return self._statement("lock_leave", sql, (TEXT,), read_changed, table=self.tickets)
 
     def leave(self, key: bytes, asking: Asking) -> Op[bool]:
         """Give up a place in the queue of a name."""
@@ -317,15 +279,11 @@ class LockStatements:
 
     @cached_property
     def _end_ticket(self) -> Statement[bool]:
-        return Statement(
-            "lock_leave",
+        sql = (
             f"INSERT INTO {self.q} AS t (key, version, expires_at) VALUES ($1, 0, {EPOCH}) "
-            f"ON CONFLICT (key) DO UPDATE SET expires_at = {EPOCH}",
-            (TEXT,),
-            read_changed,
-            table=self.tickets,
-            retry_safe=True,
+            f"ON CONFLICT (key) DO UPDATE SET expires_at = {EPOCH}"
         )
+        return self._statement("lock_leave", sql, (TEXT,), read_changed, table=self.tickets)
 
     def leave_in_doubt(self, key: bytes, asking: Asking) -> list[Op[bool]]:
         """`leave` where the statement that draws the ticket may still be under way: the first one
@@ -352,17 +310,14 @@ class LockStatements:
             f"ELSE {EXPIRED} END FROM u LEFT JOIN r ON r.key = u.key "
             f"LEFT JOIN {self.t} t ON t.key = u.key"
         )
-        return self._statement(
-            "lock_renew", sql, (BINARY, BINARY, BINARY), _read_renewed, retry_safe=True
-        )
+        return self._statement("lock_renew", sql, (BINARY, BINARY, BINARY), _read_renewed)
 
     def renew(self, leases: Sequence[tuple[bytes, int, float]]) -> Op[dict[bytes, int]]:
         """Extend many leases: (key, token, seconds from now). For each key, what became of it."""
-        keys = _codec.encode_array([key for key, _, _ in leases])
-        tokens = _codec.encode_array(
-            [_codec.encode_int8(token) for _, token, _ in leases], INT8_OID
-        )
-        ttls = _codec.encode_array([_codec.encode_float8(ttl) for _, _, ttl in leases], FLOAT8_OID)
+        int8, float8, array = _codec.encode_int8, _codec.encode_float8, _codec.encode_array
+        keys = array([key for key, _, _ in leases])
+        tokens = array([int8(token) for _, token, _ in leases], INT8_OID)
+        ttls = array([float8(ttl) for _, _, ttl in leases], FLOAT8_OID)
         return Op(self._renew, (keys, tokens, ttls))
 
     def _make_release(self, notify: bool) -> Statement[int]:
@@ -380,9 +335,7 @@ class LockStatements:
             f"WHEN {LIVE} THEN {LOCKED} ELSE {EXPIRED} END FROM {self.t} WHERE key = $1"
         )
         formats = (TEXT, BINARY, TEXT, TEXT) if notify else (TEXT, BINARY)
-        return self._statement(
-            "lock_release", sql, formats, _read_released, retry_safe=True, repeats=REPEATS
-        )
+        return self._statement("lock_release", sql, formats, _read_released, repeats=REPEATS)
 
     @cached_property
     def _release(self) -> Statement[int]:
@@ -406,8 +359,10 @@ class LockStatements:
     def notify(self, payload: bytes) -> Op[bool]:
         """Say something on the channel: to learn whether it is heard."""
         sql = "SELECT pg_notify($1, $2)"
-        statement = Statement("lock_notify", sql, (TEXT, TEXT), _read_found, writes=False)
-        return Op(statement, (CHANNEL, payload))
+        return Op(
+            Statement("lock_notify", sql, (TEXT, TEXT), read_found, writes=False),
+            (CHANNEL, payload),
+        )
 
     # -- taking back
     #
@@ -417,23 +372,19 @@ class LockStatements:
 
     def _mark(self, param: str) -> str:
         # Old enough for the cleaning to remove it in an hour.
-        week = KEEP_DAYS * 86_400_000_000
-        return (
-            f"mark AS (INSERT INTO {self.t} {COLUMNS} SELECT {param}, ''::bytea, {EPOCH}, n.ts, n.ts, "
-            f"{US} - {week - MARK_US} FROM n ON CONFLICT (key) DO NOTHING)"
-        )
+        version = f"{US} - {KEEP_DAYS * 86_400_000_000 - MARK_US}"
+        row = self._inserted(param, "''::bytea", EPOCH, version).replace(" AS t", "")
+        return f"mark AS (INSERT INTO {row} n ON CONFLICT (key) DO NOTHING)"
 
     @cached_property
     def _take_back(self) -> Statement[bool]:
         sql = (
             f"WITH n AS MATERIALIZED (SELECT clock_timestamp() ts, {self.relaxed}), {self._mark('$3')} "
-            f"INSERT INTO {self.t} AS t {COLUMNS} SELECT $1, $2, {EPOCH}, n.ts, n.ts, {US} FROM n "
+            f"INSERT INTO {self._inserted('$1', '$2', EPOCH)} n "
             f"ON CONFLICT (key) DO UPDATE SET value = EXCLUDED.value, expires_at = {EPOCH} "
             "WHERE t.value = EXCLUDED.value OR t.expires_at <= EXCLUDED.updated_at"
         )
-        return self._statement(
-            "lock_take_back", sql, (TEXT, BINARY, TEXT), read_changed, retry_safe=True
-        )
+        return self._statement("lock_take_back", sql, (TEXT, BINARY, TEXT), read_changed)
 
     def take_back(self, keys: Sequence[bytes], asking: Asking) -> list[Op[Any]]:
         """The statements, in order, after which an asking holds nothing and is granted nothing."""
@@ -441,14 +392,12 @@ class LockStatements:
 
     @cached_property
     def _revoke(self) -> Statement[bool]:
-        return self._statement(
-            "lock_revoke",
+        sql = (
             f"WITH n AS MATERIALIZED (SELECT {self.durable}, set_config('lock_timeout', '250', true)) "
             f"UPDATE {self.t} SET version = greatest(version + 1, {STATEMENT_US}) FROM n "
-            f"WHERE key = $1 AND version = $2 AND {LIVE}",
-            (TEXT, BINARY),
-            read_changed,
+            f"WHERE key = $1 AND version = $2 AND {LIVE}"
         )
+        return self._statement("lock_revoke", sql, (TEXT, BINARY), read_changed, retry_safe=False)
 
     def revoke(self, key: bytes, token: int) -> Op[bool]:
         """End a token but not its lease: the name is not granted before its old expiry."""
@@ -473,7 +422,10 @@ class LockStatements:
             f"{setting}SELECT t.version FROM {source} t WHERE t.key = $1 AND t.version = $2 "
             f"AND t.{LIVE} FOR KEY SHARE OF t"
         )
-        return Op(self._statement("lock_guard", sql, formats, _read_found, writes=False), params)
+        made = self._statement(
+            "lock_guard", sql, formats, read_found, writes=False, retry_safe=False
+        )
+        return Op(made, params)
 
     def place(self, quoted: str | None = None) -> Op[Place | None]:
         """Where the table is, as this connection sees it; None where it is not."""
@@ -483,10 +435,8 @@ class LockStatements:
             "c.oid, extract(epoch from pg_postmaster_start_time())) FROM pg_class c "
             "JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = to_regclass($1)"
         )
-        statement = Statement(
-            "lock_place", sql, (TEXT,), _read_place, retry_safe=True, writes=False
-        )
-        return Op(statement, ((quoted or self.t).encode(),))
+        made = Statement("lock_place", sql, (TEXT,), _read_place, retry_safe=True, writes=False)
+        return Op(made, ((quoted or self.t).encode(),))
 
     def isolation(self) -> Op[str]:
         """The isolation level of the transaction."""
@@ -495,17 +445,17 @@ class LockStatements:
 
     # -- looking
 
+    def _make_holders(
+        self, name: str, where: str, formats: tuple[int, ...]
+    ) -> Statement[list[Holder]]:
+        sql = (
+            f"SELECT key, value, version, updated_at, expires_at, {NOW} FROM {self.t} WHERE {where}"
+        )
+        return self._statement(name, sql, formats, self._read_holders, writes=False)
+
     @cached_property
     def _holder(self) -> Statement[list[Holder]]:
-        return self._statement(
-            "lock_holder",
-            f"SELECT key, value, version, updated_at, expires_at, {NOW} FROM {self.t} "
-            f"WHERE key = $1 AND {LIVE}",
-            (TEXT,),
-            self._read_holders,
-            retry_safe=True,
-            writes=False,
-        )
+        return self._make_holders("lock_holder", f"key = $1 AND {LIVE}", (TEXT,))
 
     def holder(self, key: bytes) -> Op[list[Holder]]:
         """The live lease of a name, if there is one."""
@@ -513,30 +463,14 @@ class LockStatements:
 
     def holders(self) -> Op[list[Holder]]:
         """Every live lease, slots of semaphores among them."""
-        statement = self._statement(
-            "lock_holders",
-            f"SELECT key, value, version, updated_at, expires_at, {NOW} FROM {self.t} "
-            f"WHERE {LIVE} AND expires_at < 'infinity' ORDER BY key COLLATE \"C\"",
-            (),
-            self._read_holders,
-            retry_safe=True,
-            writes=False,
-        )
-        return Op(statement)
+        where = f"{LIVE} AND expires_at < 'infinity' ORDER BY key COLLATE \"C\""
+        return Op(self._make_holders("lock_holders", where, ()))
 
     def queue(self) -> Op[dict[str, int]]:
         """How many wait in order, by name."""
         sql = f"SELECT split_part(key, E'\\x1f', 1), count(*) FROM {self.q} WHERE {LIVE} GROUP BY 1"
-        statement = Statement(
-            "lock_queue",
-            sql,
-            (),
-            self._read_queue,
-            table=self.tickets,
-            retry_safe=True,
-            writes=False,
-        )
-        return Op(statement)
+        options: dict[str, Any] = {"table": self.tickets, "writes": False}
+        return Op(self._statement("lock_queue", sql, (), self._read_queue, **options))
 
     def guards(self) -> Op[list[Guarding]]:
         """Open transactions that have locked rows here: guards, as a rule. The name is known
@@ -550,10 +484,8 @@ class LockStatements:
             "AND k.mode = 'RowShareLock' AND k.granted AND a.pid <> pg_backend_pid() "
             "AND a.xact_start IS NOT NULL ORDER BY a.xact_start"
         )
-        statement = self._statement(
-            "lock_guards", sql, (TEXT,), self._read_guards, retry_safe=True, writes=False
-        )
-        return Op(statement, (self.t.encode(),))
+        made = self._statement("lock_guards", sql, (TEXT,), self._read_guards, writes=False)
+        return Op(made, (self.t.encode(),))
 
     # -- cleaning
 
@@ -567,7 +499,7 @@ class LockStatements:
             "SELECT pg_relation_size(" + regclass + ") "
             "/ current_setting('block_size')::bigint, (SELECT count(*) FROM gone)"
         )
-        return Statement("lock_clean", sql, (TEXT, TEXT), read_int, table=table, retry_safe=True)
+        return self._statement("lock_clean", sql, (TEXT, TEXT), read_int, table=table)
 
     @cached_property
     def _clean(self) -> Statement[int]:
@@ -577,8 +509,7 @@ class LockStatements:
 
     def clean(self, page: int) -> Op[int]:
         """Forget free names not granted for a week, in one chunk; the table's pages."""
-        tids = f"({page},0)".encode(), f"({page + CLEAN_PAGES},0)".encode()
-        return Op(self._clean, tids)
+        return Op(self._clean, _pages(page))
 
     @cached_property
     def _clean_tickets(self) -> Statement[int]:
@@ -586,8 +517,7 @@ class LockStatements:
 
     def clean_tickets(self, page: int) -> Op[int]:
         """Drop tickets of the dead, in one chunk; the table's pages."""
-        tids = f"({page},0)".encode(), f"({page + CLEAN_PAGES},0)".encode()
-        return Op(self._clean_tickets, tids)
+        return Op(self._clean_tickets, _pages(page))
 
     # -- reading
 
@@ -606,28 +536,24 @@ class LockStatements:
         ]
 
     def _read_queue(self, result: Result) -> dict[str, int]:
+        column = result.get_value
         return {
-            self.name_of(result.get_value(row, 0) or b""): _codec.decode_int(
-                result.get_value(row, 1)
-            )
+            self.name_of(column(row, 0) or b""): _codec.decode_int(column(row, 1))
             for row in range(result.ntuples)
         }
 
     def _read_guards(self, result: Result) -> list[Guarding]:
         column = result.get_value
-        found = []
-        for row in range(result.ntuples):
-            key = column(row, 4)
-            found.append(
-                Guarding(
-                    _codec.decode_int(column(row, 0)),
-                    (column(row, 1) or b"").decode(),
-                    (column(row, 2) or b"").decode(),
-                    _codec.decode_float8(column(row, 3)),
-                    None if key is None else self.name_of(key),
-                )
+        return [
+            Guarding(
+                _codec.decode_int(column(row, 0)),
+                (column(row, 1) or b"").decode(),
+                (column(row, 2) or b"").decode(),
+                _codec.decode_float8(column(row, 3)),
+                None if (key := column(row, 4)) is None else self.name_of(key),
             )
-        return found
+            for row in range(result.ntuples)
+        ]
 
 
 INT8_OID, FLOAT8_OID = 20, 701
@@ -636,6 +562,10 @@ INT8_OID, FLOAT8_OID = 20, 701
 def milliseconds(seconds: float) -> bytes:
     """A setting's text for a duration; never 0, which would mean "without end"."""
     return str(max(1, round(seconds * 1000))).encode()
+
+
+def _pages(first: int) -> tuple[bytes, bytes]:
+    return f"({first},0)".encode(), f"({first + CLEAN_PAGES},0)".encode()
 
 
 def _read_grant(result: Result) -> Granted | Denied | Signal:
@@ -670,10 +600,6 @@ def _read_renewed(result: Result) -> dict[bytes, int]:
 def _read_released(result: Result) -> int | Signal:
     code = _codec.decode_int(result.get_value(0, 0)) if result.ntuples else GONE
     return Raced(EXPIRED) if code == LOCKED else code
-
-
-def _read_found(result: Result) -> bool:
-    return result.ntuples > 0
 
 
 def _read_place(result: Result) -> Place | None:
@@ -735,9 +661,7 @@ class SemaphoreStatements(LockStatements):
             "(SELECT count(*) FROM taken) WHERE NOT EXISTS (SELECT 1 FROM g)"
         )
         formats = (BINARY, BINARY, BINARY, TEXT, TEXT, BINARY, BINARY, TEXT)
-        return self._statement(
-            "semaphore_grant", sql, formats, lambda result: result, retry_safe=True, repeats=REPEATS
-        )
+        return self._statement("semaphore_grant", sql, formats, None, repeats=REPEATS)
 
     def grant_slot(
         self, keys: Sequence[bytes], asking: Asking, ttl: float, lock_timeout: float
@@ -766,18 +690,14 @@ class SemaphoreStatements(LockStatements):
 
     @cached_property
     def _define(self) -> Statement[int]:
-        return self._statement(
-            "semaphore_define",
-            f"WITH i AS (INSERT INTO {self.t} AS t {COLUMNS} SELECT $1, $2, "
-            f"'infinity'::timestamptz, n.ts, n.ts, {US} "
-            "FROM (SELECT clock_timestamp() ts) n ON CONFLICT (key) DO UPDATE SET "
-            "version = t.version + $3::bool::int, "
+        row = self._inserted("$1", "$2", "'infinity'::timestamptz")
+        sql = (
+            f"WITH i AS (INSERT INTO {row} (SELECT clock_timestamp() ts) n "
+            "ON CONFLICT (key) DO UPDATE SET version = t.version + $3::bool::int, "
             "value = CASE WHEN $3::bool THEN EXCLUDED.value ELSE t.value END RETURNING value) "
-            "SELECT value FROM i",
-            (TEXT, BINARY, BINARY),
-            _read_slots,
-            retry_safe=True,
+            "SELECT value FROM i"
         )
+        return self._statement("semaphore_define", sql, (TEXT, BINARY, BINARY), _read_slots)
 
     def define(self, keys: Sequence[bytes], *, resize: bool) -> Op[int]:
         """Store the number of slots, unless there is one already, or replace it; return the number."""
@@ -785,25 +705,19 @@ class SemaphoreStatements(LockStatements):
 
     @cached_property
     def _close_slots(self) -> Statement[bool]:
-        return self._statement(
-            "semaphore_close",
+        sql = (
             f"WITH n AS MATERIALIZED (SELECT clock_timestamp() ts, {self.relaxed}), {self._mark('$2')} "
-            f"UPDATE {self.t} SET version = version + 1 FROM n WHERE key = $1",
-            (TEXT, TEXT),
-            read_changed,
-            retry_safe=True,
+            f"UPDATE {self.t} SET version = version + 1 FROM n WHERE key = $1"
         )
+        return self._statement("semaphore_close", sql, (TEXT, TEXT), read_changed)
 
     @cached_property
     def _free_slot(self) -> Statement[bool]:
-        return self._statement(
-            "semaphore_take_back",
+        sql = (
             f"WITH n AS MATERIALIZED (SELECT {self.relaxed}) UPDATE {self.t} SET expires_at = {EPOCH} "
-            f"FROM n WHERE key = ANY($1::text[]) AND value = $2 AND {LIVE}",
-            (BINARY, BINARY),
-            read_changed,
-            retry_safe=True,
+            f"FROM n WHERE key = ANY($1::text[]) AND value = $2 AND {LIVE}"
         )
+        return self._statement("semaphore_take_back", sql, (BINARY, BINARY), read_changed)
 
     def take_back(self, keys: Sequence[bytes], asking: Asking) -> list[Op[Any]]:
         """As of `LockStatements`. What the first one waited for only the second one sees."""
