@@ -46,13 +46,8 @@ T = TypeVar("T")
 
 
 class Background:
-    """Renewal, notifications and later work of one database, in one event loop.
-
-    Args:
-        loop: where it runs; None for one in a thread of its own.
-        conninfo: for libpq.
-        pooler: whether statements may be prepared, and notifications arrive.
-    """
+    """Renewal, notifications and later work of one database, in one event loop: that one, or one in a
+    thread of its own."""
 
     def __init__(
         self, loop: asyncio.AbstractEventLoop | None, conninfo: str, pooler: Pooler
@@ -83,15 +78,9 @@ class Background:
 
     def run_later(self, work: Callable[[], Any], done: Callable[[], object] | None = None) -> bool:
         """Run work that nothing waits for, in a copy of the caller's context: in the background of
-        an event loop as a task (`work` returns a coroutine), otherwise in a thread.
-
-        Args:
-            work: what to run.
-            done: called when the work has ended in any way, even if it never started.
-
-        Returns:
-            False if too much work is waiting already; then `done` is not called.
-        """
+        an event loop as a task (`work` returns a coroutine), otherwise in a thread. `done` is
+        called when it has ended in any way, even if it never started. Returns False, and does not
+        call `done`, if too much work is waiting already."""
         if self._thread is not None:
             return workers.submit(work, done)
         if len(self._tasks) >= TASKS_MAX:

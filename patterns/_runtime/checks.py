@@ -14,17 +14,8 @@ def named(kind: str) -> str:
 
 
 def require(given: object, wanted: type[Any], who: str, twin: str) -> None:
-    """Refuse an object that is not of that class.
-
-    Args:
-        given: what the caller passed.
-        wanted: the class.
-        who: what needs it.
-        twin: what takes the class's sync or async counterpart.
-
-    Raises:
-        ConfigError: it is of another class; for the counterpart the message names `twin`.
-    """
+    """Refuse what is not of the `wanted` class, which `who` needs. `twin` takes its sync or async
+    counterpart: for that the message names it."""
     if isinstance(given, wanted):
         return
     is_async = wanted.__name__.startswith("Async")
@@ -37,11 +28,7 @@ def require(given: object, wanted: type[Any], who: str, twin: str) -> None:
 
 
 def require_callback(fn: object, name: str, who: str, *, blocking: bool) -> None:
-    """Refuse a callback that cannot be called.
-
-    Raises:
-        ConfigError: it is not callable, or async where it would not be awaited.
-    """
+    """Refuse a callback that cannot be called, or that is async where it would not be awaited."""
     if fn is None:
         return
     if not callable(fn):

@@ -17,12 +17,7 @@ T = TypeVar("T")
 
 
 class DedicatedConnection:
-    """A connection that opens at first use and again when it breaks, for one operation at a time.
-
-    Args:
-        conninfo: for libpq.
-        prepares: keep prepared statements on it.
-    """
+    """A connection that opens at first use and again when it breaks, for one operation at a time."""
 
     def __init__(self, conninfo: str, *, prepares: bool) -> None:
         self._conninfo = conninfo
@@ -30,11 +25,8 @@ class DedicatedConnection:
         self._connection: AsyncPgConnection | None = None
 
     async def execute(self, op: Op[T], seconds: float) -> T:
-        """Perform one operation within that time, connecting included.
-
-        Raises:
-            PgkvError: it failed; the next call reconnects if necessary.
-        """
+        """Perform one operation within that time, connecting included. After a failure the next call
+        reconnects if necessary."""
         name = op.statement.name
         until = monotonic() + seconds
         try:

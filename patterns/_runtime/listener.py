@@ -40,12 +40,6 @@ class Listener:
     Behind a pooler in transaction mode notifications do not arrive. If the
     pooler was not declared, a trial over another connection detects it.
 
-    Args:
-        loop: the event loop that reads the connection and calls the handlers.
-        conninfo: for libpq.
-        context: the context that callbacks run in.
-        unavailable: why it never listens; empty if it may.
-
     Attributes:
         unavailable: why notifications do not arrive; empty while no reason is known.
     """

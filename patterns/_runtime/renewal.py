@@ -90,13 +90,7 @@ class _Entry(NamedTuple):
 
 
 class Renewer:
-    """Renews and watches. The loop does the work; `add` and `discard` are for any thread.
-
-    Args:
-        loop: the event loop for its timers and tasks.
-        connection: used for renewals only.
-        context: the context that timers run in.
-    """
+    """Renews and watches. The loop does the work; `add` and `discard` are for any thread."""
 
     def __init__(
         self, loop: asyncio.AbstractEventLoop, connection: DedicatedConnection, context: Context

@@ -24,15 +24,8 @@ T = TypeVar("T")
 
 
 class Runtime:
-    """What both runtimes have in common.
-
-    Args:
-        store: a store or a view of one, but not of a transaction.
-        refusal: the message of the error, for a view of a transaction.
-
-    Raises:
-        TransactionError: the store is a view of a transaction.
-    """
+    """What both runtimes have in common. `refusal` is the message of the TransactionError for a view of
+    a transaction."""
 
     channel: Any
     clean_up: Callable[..., Any]

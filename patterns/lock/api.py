@@ -324,11 +324,7 @@ def make_options(
     fair: bool = False,
     on_lost: Callable[..., Any] | None = None,
 ) -> LockOptions:
-    """Check what a lock is made with; `who` is the class that is made, in its sync form.
-
-    Raises:
-        ConfigError, InvalidKeyError, InvalidValueError: names what is wrong.
-    """
+    """Check what a lock is made with; `who` is the class that is made, in its sync form."""
     if wakeup not in ("poll", "notify"):
         raise ConfigError(f"wakeup must be 'poll' or 'notify', not {wakeup!r}")
     require_callback(on_lost, "on_lost", who, blocking=isinstance(store, Store))
@@ -347,14 +343,10 @@ def make_options(
 
 
 def granted(lease: L | None, acquisition: flows.Acquisition[L], timeout: float | None) -> L:
-    """Return the lease that acquire() waited for.
+    """Return the lease that acquire() waited for, or raise LockTimeoutError.
 
     A function of its own: an error met on the way keeps the frames it passed through until the
-    collector comes, and a lease that they hold would not be noticed as abandoned.
-
-    Raises:
-        LockTimeoutError: there is none.
-    """
+    collector comes, and a lease that they hold would not be noticed as abandoned."""
     if lease is not None:
         return lease
     options = acquisition.options

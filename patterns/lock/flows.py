@@ -109,14 +109,8 @@ def _at_once() -> bool:
 
 
 class Acquisition(Generic[L]):
-    """One call of acquire(): its nonce, its ticket, and what it may have left on the server.
-
-    Args:
-        runtime: of threads or asyncio.
-        options: of the lock.
-        timeout: seconds; None waits without end, 0 tries once.
-        stop: ends the wait when it returns True.
-    """
+    """One call of acquire(): its nonce, its ticket, and what it may have left on the server. It ends
+    after `timeout` seconds (None: never; 0: one try), or when `stop` returns True."""
 
     # Of the class until they change: a try that is granted at once changes few of them.
     waiter: Waiter | None = None
@@ -420,13 +414,8 @@ def release(runtime: LeasingRuntime[Any], lease: LeaseState) -> Flow[bool]:
 
 
 def leave(runtime: LeasingRuntime[Any], lease: LeaseState, *, failed: bool) -> Flow[None]:
-    """The end of a ``with`` block: release, and say so if the lease did not last.
-
-    Args:
-        runtime: of the lease.
-        lease: what ends.
-        failed: the block raised: that must not be masked.
-    """
+    """The end of a ``with`` block: release, and say so if the lease did not last, unless the block
+    itself `failed`: its error must not be masked."""
     if lease._reason == "released":
         return
     was_lost = lease.is_lost
@@ -500,11 +489,7 @@ def clean(options: LockOptions) -> Flow[None]:
 
 
 def check_guarded(conn: psycopg.Connection[Any] | psycopg.AsyncConnection[Any]) -> None:
-    """Refuse a connection on which a guard would protect nothing.
-
-    Raises:
-        TransactionError: it is in autocommit and no transaction is open.
-    """
+    """Refuse a connection on which a guard would protect nothing."""
     idle = conn.pgconn.transaction_status == pq.TransactionStatus.IDLE
     if conn.autocommit and idle:
         raise TransactionError(
@@ -516,13 +501,7 @@ def check_guarded(conn: psycopg.Connection[Any] | psycopg.AsyncConnection[Any]) 
 def guard(
     lease: LeaseState, theirs: Callable[[Op[Any]], Any], max_hold: float | None
 ) -> Flow[None]:
-    """Protect the caller's transaction.
-
-    Args:
-        lease: the lease.
-        theirs: performs an operation in the caller's transaction.
-        max_hold: seconds.
-    """
+    """Protect the caller's transaction, in which `theirs` performs an operation."""
     lease.check()
     options = lease._options
     if options.place is None:

@@ -62,11 +62,7 @@ def retry_pause(ttl: float) -> float:
 
 
 def key_of(name: str, prefix: bytes, length_max: int) -> bytes:
-    """Return a lock's key.
-
-    Raises:
-        InvalidKeyError: not a str, empty, too long, holds NUL, U+001F or a lone surrogate.
-    """
+    """Check a lock's name and return its key."""
     from ..._ops.codec import encode_key
 
     key = encode_key(name, prefix, length_max, "lock's name")
@@ -127,11 +123,7 @@ def info_of(holder: Holder) -> LockInfo:
 
 
 def encode_metadata(metadata: Any) -> bytes:
-    """Return the metadata as JSON.
-
-    Raises:
-        InvalidValueError: it is not JSON.
-    """
+    """Return the metadata as JSON, or raise InvalidValueError."""
     try:
         return msgspec.json.encode(metadata)
     except (TypeError, ValueError, RecursionError):

@@ -86,8 +86,22 @@ def locked(
         is_async = any(map(inspect.iscoroutinefunction, called))
         if not is_async and isinstance(store or lock_or_name, AsyncStore | AsyncAcquirer):
             is_async = inspect.iscoroutinefunction(inspect.unwrap(fn))
-        make = _locked_async if is_async else _locked
-        return cast("F", make(fn, lock_or_name, store, ttl, longest, on_busy))
+        wanted, kind = (AsyncAcquirer, AsyncLock) if is_async else (Acquirer, Lock)
+        if not isinstance(lock_or_name, str | wanted):
+            what = "an async function" if is_async else "a plain function"
+            raise ConfigError(
+                f"locked() on {what} needs {named(kind.__name__)}, or the name of one, "
+                f"not {_what(lock_or_name)}"
+            )
+        lock_of = functools.cache(lambda: _lock_of(lock_or_name, store, ttl, kind))
+        # The default store of async functions is one of each event loop.
+        changes = is_async and not store and isinstance(lock_or_name, str)
+        now: Callable[[], Any] = lock_of.__wrapped__ if changes else lock_of
+
+        def take() -> Any:
+            return now().try_acquire() if on_busy == "skip" else now().acquire(longest)
+
+        return cast("F", (_locked_async if is_async else _locked)(fn, take))
 
     return decorate
 
@@ -95,21 +109,10 @@ def locked(
 _GENERATOR = "locked() cannot decorate a generator: its body runs after the call"
 
 
-def _locked(
-    fn: Callable[..., Any],
-    given: object,
-    store: object,
-    ttl: Seconds,
-    timeout: float | None,
-    on_busy: str,
-) -> Callable[..., Any]:
-    _check_lock(given, Acquirer, "a plain function", "Lock")
-    made = functools.cache(lambda: _lock_of(given, store, ttl, Lock))
-
+def _locked(fn: Callable[..., Any], take: Callable[[], Any]) -> Callable[..., Any]:
     @functools.wraps(fn)
     def run(*args: Any, **kwargs: Any) -> Any:
-        lock = made()
-        lease = lock.try_acquire() if on_busy == "skip" else lock.acquire(timeout)
+        lease = take()
         if lease is None:
             return None
         with lease:
@@ -132,23 +135,10 @@ def _checked(answer: Any) -> Any:
     return answer
 
 
-def _locked_async(
-    fn: Callable[..., Any],
-    given: object,
-    store: object,
-    ttl: Seconds,
-    timeout: float | None,
-    on_busy: str,
-) -> Callable[..., Any]:
-    _check_lock(given, AsyncAcquirer, "an async function", "AsyncLock")
-    made = functools.cache(lambda: _lock_of(given, store, ttl, AsyncLock))
-    # The default store of async functions is one of each event loop.
-    lock_now = made if store or not isinstance(given, str) else made.__wrapped__
-
+def _locked_async(fn: Callable[..., Any], take: Callable[[], Any]) -> Callable[..., Any]:
     @functools.wraps(fn)
     async def run(*args: Any, **kwargs: Any) -> Any:
-        lock = lock_now()
-        lease = await (lock.try_acquire() if on_busy == "skip" else lock.acquire(timeout))
+        lease = await take()
         if lease is None:
             return None
         async with lease:
@@ -156,13 +146,6 @@ def _locked_async(
             return _checked(await answer if inspect.isawaitable(answer) else answer)
 
     return run
-
-
-def _check_lock(given: object, wanted: type[Any], what: str, right: str) -> None:
-    if not isinstance(given, str | wanted):
-        raise ConfigError(
-            f"locked() on {what} needs {named(right)}, or the name of one, not {_what(given)}"
-        )
 
 
 def _what(given: object) -> str:

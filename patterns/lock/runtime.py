@@ -27,8 +27,11 @@ REFUSAL = (
 class LeasingRuntime(Runtime, Generic[L]):
     """What both runtimes of locks add."""
 
-    _make: Callable[..., L]
     _waiter: type[Waiter]
+
+    def __init__(self, store: Store | AsyncStore, make: Callable[..., L]) -> None:
+        super().__init__(store, REFUSAL)
+        self._make = make  # the class of lease
 
     def lease(self, options: LockOptions, key: bytes, token: int, owner: str, sent_at: float) -> L:
         """Make a lease, and have it renewed."""
@@ -57,25 +60,12 @@ class LeasingRuntime(Runtime, Generic[L]):
 
 
 class LockRuntime(LeasingRuntime[L], SyncRuntime):
-    """For threads.
-
-    Args:
-        store: any view of a store, but none of a transaction.
-        make: the class of lease.
-    """
+    """For threads."""
 
     _waiter = ThreadWaiter
 
-    def __init__(self, store: Store, make: Callable[..., L]) -> None:
-        super().__init__(store, REFUSAL)
-        self._make = make
-
 
 class AsyncLockRuntime(LeasingRuntime[L], AsyncRuntime):
-    """For asyncio; see `LockRuntime`."""
+    """For asyncio."""
 
     _waiter = TaskWaiter
-
-    def __init__(self, store: AsyncStore, make: Callable[..., L]) -> None:
-        super().__init__(store, REFUSAL)
-        self._make = make

@@ -24,16 +24,13 @@ _CHANNEL = CHANNEL.decode()
 
 
 class Waiter:
-    """One caller who waits for one name.
+    """One caller who waits for one name; `payload` is what a release of the name says."""
 
-    Args:
-        waiters: those of its background.
-        payload: what a release of the name says.
-    """
+    _event: threading.Event | asyncio.Event
 
     def __init__(self, waiters: Waiters, payload: bytes) -> None:
         self.payload = payload
-        self.trying = False  # woken, and its try has not ended yet
+        self.trying: bool = False  # woken, and its try has not ended yet
         self._waiters = waiters
 
     @property
@@ -43,22 +40,16 @@ class Waiter:
 
     def wake(self) -> None:
         """Let it try. Called in the background's loop."""
-        raise NotImplementedError
+        self.trying = True
+        self._event.set()
 
 
 class ThreadWaiter(Waiter):
     """A thread that waits."""
 
-    trying: bool
-
     def __init__(self, waiters: Waiters, payload: bytes) -> None:
         super().__init__(waiters, payload)
-        self._event = threading.Event()
-
-    def wake(self) -> None:
-        """Let it try."""
-        self.trying = True
-        self._event.set()
+        self._event: threading.Event = threading.Event()
 
     def wait(self, seconds: float) -> None:
         """Sleep until woken, at most that long."""
@@ -71,16 +62,9 @@ class ThreadWaiter(Waiter):
 class TaskWaiter(Waiter):
     """A task that waits."""
 
-    trying: bool
-
     def __init__(self, waiters: Waiters, payload: bytes) -> None:
         super().__init__(waiters, payload)
-        self._event = asyncio.Event()
-
-    def wake(self) -> None:
-        """Let it try."""
-        self.trying = True
-        self._event.set()
+        self._event: asyncio.Event = asyncio.Event()
 
     async def wait(self, seconds: float) -> None:
         """Sleep until woken, at most that long."""

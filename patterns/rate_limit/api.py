@@ -37,6 +37,7 @@ __all__ = [
     "Reservation",
 ]
 
+F = TypeVar("F", bound=Callable[..., Any])
 P = ParamSpec("P")
 R = TypeVar("R")
 S = TypeVar("S", Store, AsyncStore)
@@ -48,9 +49,8 @@ ABANDON_SECONDS = 1.0  # for the statement of a cancelled caller; then the serve
 class LimiterView(Generic[S]):
     """What both limiters have in common; nothing here waits."""
 
-    _needs: tuple[
-        type[Any], str, str
-    ]  # the class of store, and the names of this class and its twin
+    # The class of store that is needed, the name of the class, and that of its twin.
+    _needs: tuple[type[Any], str, str]
 
     def __init__(
         self,
@@ -298,11 +298,8 @@ class RateLimiter(LimiterView[Store]):
             ConfigError: the function is async, or `key` is neither a str nor a function.
             TypeError: it decorates no function.
         """
-        check_limit(key, cost)
 
-        def decorate(fn: Callable[P, R]) -> Callable[P, R]:
-            if isinstance(fn, staticmethod | classmethod):
-                return type(fn)(decorate(fn.__func__))
+        def wrap(fn: Callable[P, R]) -> Callable[P, R]:
             if is_async(fn):
                 raise ConfigError(
                     f"RateLimiter.limit cannot decorate {_name(fn)}: an async function needs "
@@ -320,7 +317,7 @@ class RateLimiter(LimiterView[Store]):
 
             return limited
 
-        return decorate
+        return _decorating(key, cost, wrap)
 
     def _judge(self, key: str, cost: int, limits: Rates | None, on_error: OnError) -> Decision:
         """`hit` with another `on_error`: for middleware."""
@@ -421,11 +418,8 @@ class AsyncRateLimiter(LimiterView[AsyncStore]):
         self, key: str | Callable[..., str], cost: int | Callable[..., int] = 1
     ) -> Callable[[Callable[P, Awaitable[R]]], Callable[P, Awaitable[R]]]:
         """Decorate an async function: each call is a hit; see :meth:`RateLimiter.limit`."""
-        check_limit(key, cost)
 
-        def decorate(fn: Callable[P, Awaitable[R]]) -> Callable[P, Awaitable[R]]:
-            if isinstance(fn, staticmethod | classmethod):
-                return type(fn)(decorate(fn.__func__))
+        def wrap(fn: Callable[P, Awaitable[R]]) -> Callable[P, Awaitable[R]]:
             if not is_async(fn) or inspect.isasyncgenfunction(fn):
                 raise ConfigError(
                     f"AsyncRateLimiter.limit cannot decorate {_name(fn)}: "
@@ -447,7 +441,7 @@ class AsyncRateLimiter(LimiterView[AsyncStore]):
 
             return limited
 
-        return decorate
+        return _decorating(key, cost, wrap)
 
     async def _judge(
         self, key: str, cost: int, limits: Rates | None, on_error: OnError
@@ -455,12 +449,20 @@ class AsyncRateLimiter(LimiterView[AsyncStore]):
         return await self._run(self._flows.hit(key, cost, limits, on_error))
 
 
-def is_async(fn: Any) -> bool:
-    """Whether calling a function gives something to await, or to iterate with ``async for``.
+def _decorating(key: object, cost: object, wrap: Callable[[F], F]) -> Callable[[F], F]:
+    """The decorator of both classes; a static or class method stays one."""
+    check_limit(key, cost)
 
-    Raises:
-        TypeError: it is no function.
-    """
+    def decorate(fn: Any) -> Any:
+        if isinstance(fn, staticmethod | classmethod):
+            return type(fn)(decorate(fn.__func__))
+        return wrap(fn)
+
+    return decorate
+
+
+def is_async(fn: Any) -> bool:
+    """Whether calling a function gives something to await, or to iterate with ``async for``."""
     if not callable(fn):
         raise TypeError(
             f"limit() decorates a function, not {type(fn).__name__}; write "

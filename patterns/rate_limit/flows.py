@@ -80,17 +80,7 @@ class Reserved(NamedTuple):
 
 
 class LimiterFlows:
-    """The settings and the memory of one limiter, and its operations as flows.
-
-    Args:
-        store: a `Store` or an `AsyncStore`.
-        rates: see `RateLimiter`, like the others.
-        name: part of every key.
-        on_error: what to do in an outage.
-        timeout: seconds for the statements of one call.
-        local_deny: remember denials.
-        prefetch: tokens charged at once.
-    """
+    """The settings and the memory of one limiter (see `RateLimiter`), and its operations as flows."""
 
     def __init__(
         self,
@@ -158,11 +148,7 @@ class LimiterFlows:
         return policy
 
     def row(self, key: str, policy: Policy) -> bytes:
-        """Return the encoded key of the bucket's row.
-
-        Raises:
-            InvalidKeyError: the key is not a str, empty, or not storable.
-        """
+        """Check a key, and return the encoded key of the bucket's row."""
         if not isinstance(key, str):
             raise InvalidKeyError(f"a key must be a str, not {type(key).__name__}")
         if not key:
@@ -218,9 +204,8 @@ class LimiterFlows:
     def _rebased(
         self, row: bytes, arrival: Arrival, charge: Charge, started: float
     ) -> Flow[Arrival]:
-        """Handle a server clock that was set back, so that the debt lies in its future: let the
-        debt count from now, and ask again. The hit itself cannot do this, because a denial writes
-        nothing."""
+        """The server's clock was set back, so that the debt lies in its future: let it count from
+        now, and ask again. The hit itself cannot do this: a denial writes nothing."""
         self._report_step_back()
         op = self.sql.rebase(row, arrival.version or b"", len(charge.incs))
         yield from self._again(op, started)
@@ -322,15 +307,8 @@ class LimiterFlows:
     def acquire(
         self, key: str, cost: int, timeout: Seconds | None, limits: Rates | None, waiter: Any
     ) -> Flow[Decision]:
-        """Reserve, and sleep until the turn has come.
-
-        Args:
-            key: the client to charge.
-            cost: tokens.
-            timeout: seconds.
-            limits: rates for this call.
-            waiter: a limiter: `_take_place` runs a reservation, `_give_back` takes its receipt.
-        """
+        """Reserve, and sleep until the turn has come. `waiter` is the limiter: `_take_place` runs a
+        reservation, `_give_back` takes its receipt."""
         until = monotonic() + _wait_seconds(timeout, "timeout")
         flow = self.reserve(key, cost, timeout, limits, "timeout")
         reserved: Reserved = yield from call(waiter._take_place, flow)
@@ -411,17 +389,7 @@ class KeyCharge(NamedTuple):
 def charges_of(
     items: Iterable[tuple[Any, ...]], wanted: type[L]
 ) -> tuple[L, dict[bytes, KeyCharge]]:
-    """Return a limiter to run `hit_many`, and the charge of each row, in key order.
-
-    Args:
-        items: ``(limiter, key, cost)``.
-        wanted: the class of the limiters.
-
-    Raises:
-        ConfigError: a limiter is of another class or on another table, or two with one name have
-            different rates.
-        InvalidValueError: a cost that no bucket can hold.
-    """
+    """Check what `hit_many` is given; return a limiter to run it, and the charge of each row, in key order."""
     charges: dict[bytes, KeyCharge] = {}
     runner: L | None = None
     first: LimiterFlows | None = None
@@ -529,11 +497,7 @@ def _decide_many(charges: dict[bytes, KeyCharge], arrivals: dict[bytes, Arrival]
 
 
 def check_mode(mode: object) -> OnError:
-    """Return a mode of `on_error`.
-
-    Raises:
-        ConfigError: there is no such mode.
-    """
+    """Return a mode of `on_error`."""
     for known in MODES:
         if mode == known:
             return known
@@ -541,11 +505,7 @@ def check_mode(mode: object) -> OnError:
 
 
 def check_name(name: object) -> str:
-    """Return a limiter's name.
-
-    Raises:
-        ConfigError: a response header could not contain it.
-    """
+    """Return a limiter's name, which response headers must be able to contain."""
     if not isinstance(name, str) or not name or not name.isascii() or not name.isprintable():
         raise ConfigError(
             "name must be a non-empty string of printable ASCII characters, because response "
@@ -557,12 +517,7 @@ def check_name(name: object) -> str:
 
 
 def check_limit(key: object, cost: object) -> None:
-    """Check what the decorator `limit` is given.
-
-    Raises:
-        ConfigError: `key` is neither a str nor a function.
-        InvalidValueError: `cost` is neither a number of tokens nor a function.
-    """
+    """Check what the decorator `limit` is given."""
     if not isinstance(key, str) and not callable(key):
         raise ConfigError(
             "limit() needs a key: a str, or a function of the call's arguments, not "

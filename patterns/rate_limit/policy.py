@@ -138,12 +138,7 @@ class Gauge:
 
 
 class Policy:
-    """The rates that apply to a hit, with the values that are computed once for them.
-
-    Args:
-        name: the name of the limiter.
-        rates: sorted, as `rates_of` returns them.
-    """
+    """The rates that apply to a hit, sorted, with the values that are computed once for them."""
 
     def __init__(self, name: str, rates: tuple[Rate, ...]) -> None:
         self.rates: tuple[Rate, ...] = rates
@@ -159,15 +154,8 @@ class Policy:
         self._one = self._charge(1, 0)
 
     def charge(self, cost: int, wait: int = 0) -> Charge:
-        """Return what a hit adds to each arrival time, and how far ahead of now each may be.
-
-        Args:
-            cost: tokens.
-            wait: nanoseconds that the caller is ready to wait.
-
-        Raises:
-            InvalidValueError: a cost that no bucket can ever hold, or no cost at all.
-        """
+        """Return what a hit adds to each arrival time, and how far ahead of now each may be, for a
+        caller that is ready to wait that many nanoseconds."""
         if cost == 1 and type(cost) is int and not wait:
             return self._one
         return self._charge(cost, wait)
@@ -205,13 +193,7 @@ class Policy:
         ]
 
     def decide(self, arrival: Arrival, cost: int, *, allowed: bool | None = None) -> Decision:
-        """Return the decision that the server's answer means.
-
-        Args:
-            arrival: what the server said.
-            cost: tokens of the hit.
-            allowed: overrides whether the hit was charged.
-        """
+        """Return the decision that the server's answer means; `allowed` overrides whether it charged."""
         if allowed is None:
             allowed = arrival.charged
         now, tats = arrival.now, arrival.tats
@@ -266,10 +248,6 @@ class Policy:
 
 
 def require_cost(cost: object) -> None:
-    """Refuse a cost that is not a number of tokens.
-
-    Raises:
-        InvalidValueError: not an integer of 1 or more.
-    """
+    """Refuse a cost that is not an integer of 1 or more."""
     if not isinstance(cost, int) or isinstance(cost, bool) or cost < 1:
         raise InvalidValueError(f"cost must be an integer of 1 or more, not {cost!r}")

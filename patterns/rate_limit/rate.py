@@ -127,11 +127,7 @@ Rates: TypeAlias = str | Rate | Iterable[Rate | str]
 
 
 def rates_of(given: Rates) -> tuple[Rate, ...]:
-    """Return the given rates, sorted by (period, count, burst).
-
-    Raises:
-        ConfigError: there are none, too many, or one of them twice.
-    """
+    """Return the given rates, sorted by (period, count, burst)."""
     if isinstance(given, str):
         return _parse_all(given)
     if isinstance(given, Rate):

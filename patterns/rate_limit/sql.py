@@ -65,14 +65,10 @@ class Arrival:
 
 
 class Charge:
-    """What a hit adds to each arrival time, and how far ahead of now each may then be.
+    """What a hit adds to each arrival time, and how far ahead of now each may then be (further for a
+    place in the queue), in nanoseconds.
 
-    Made once and used for many hits: it carries its encoded parameters, and reads the answer.
-
-    Args:
-        incs: nanoseconds, one per rate.
-        caps: nanoseconds, one per rate; a longer one reserves a place in the queue.
-    """
+    Made once and used for many hits: it carries its encoded parameters, and reads the answer."""
 
     __slots__ = ("caps", "incs", "params", "read")
 
@@ -203,12 +199,8 @@ class LimiterStatements(TableStatements):
     ) -> Op[bool]:
         """Give a reservation back, except the part that later reservations rely on.
 
-        Args:
-            row: the encoded key.
-            created_at: of the row that was charged; a row made after a reset does not contain it.
-            incs: the reservation's charge, one per rate.
-            tats: the arrival times that it made.
-        """
+        `created_at` is that of the row that was charged, since a row made after a reset does not
+        contain it; `tats` are the arrival times that the charge made."""
         rates = len(incs)
         statement = self.made(("cancel", rates), lambda: self._make_cancel(rates))
         pairs = [_codec.encode_int8(n) for pair in zip(incs, tats, strict=True) for n in pair]
@@ -263,11 +255,7 @@ class LimiterStatements(TableStatements):
     # -- several keys
 
     def hit_many(self, charges: Sequence[tuple[bytes, Charge]]) -> Op[dict[bytes, Arrival]]:
-        """Charge all rows or none.
-
-        Args:
-            charges: each row once, in key order.
-        """
+        """Charge all rows or none; each row once, in key order."""
         places = [
             (index, place, inc, cap)
             for index, (_, charge) in enumerate(charges, 1)

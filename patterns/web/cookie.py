@@ -53,11 +53,7 @@ class CookieOptions(TypedDict, total=False):
 
 
 class Cookie:
-    """The session cookie of one application. It takes `CookieOptions`.
-
-    Raises:
-        ConfigError: browsers would refuse such a cookie.
-    """
+    """The session cookie of one application. It takes `CookieOptions`, and refuses what browsers would."""
 
     def __init__(
         self,

@@ -74,16 +74,8 @@ class Verdict(NamedTuple):
 
 
 class Guard:
-    """Judges requests by a limiter and an adapter's options, which are checked once.
-
-    Args:
-        limiter_class: the class of limiter that the adapter can run.
-        adapter: its name.
-        twin: the name of the adapter for limiters of the other class.
-        limiter: one of that class, or a function of the request that returns one, or None to let
-            the request pass.
-        options: `LimitOptions`.
-    """
+    """Judges requests by a limiter (or a function that returns one) and an adapter's options, which are
+    checked once. `twin` is the adapter for limiters of the other class."""
 
     def __init__(
         self,
@@ -207,12 +199,8 @@ def strictest(decisions: Sequence[Decision]) -> Decision:
 
 @contextlib.contextmanager
 def heard_by_servers(failed: str = "the rate limit could not be checked") -> Iterator[None]:
-    """Let a failure of the store reach the HTTP server as an error of the application.
-
-    Raises:
-        PgkvError: replaces errors that are also a ConnectionError or TimeoutError: servers treat
-            these as a client that disconnected, and send no response.
-    """
+    """Let a failure of the store reach the HTTP server as an error of the application. Servers treat
+    a ConnectionError or TimeoutError as a client that disconnected, and send no response."""
     try:
         yield
     except PgkvError as error:

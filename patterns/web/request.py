@@ -80,11 +80,7 @@ def scope_of(request: Any) -> Any:
 
 def path_of(scope: Mapping[str, Any]) -> str:
     """Return the path of a request within its application, decoded: without the prefix at which a
-    proxy or another application mounts it.
-
-    Args:
-        scope: the ASGI scope or WSGI environ.
-    """
+    proxy or another application mounts it."""
     if "wsgi.version" in scope:
         path: str = scope.get("PATH_INFO", "").encode("latin-1").decode("utf-8", "replace")
         return path or "/"
@@ -96,14 +92,7 @@ def path_of(scope: Mapping[str, Any]) -> str:
 
 
 def exemption(exempt: Exempt) -> Callable[[Any, str], bool]:
-    """Return the question "is this request exempt?", of a request and its path.
-
-    Args:
-        exempt: a function of the request; or paths, each with all below it; or None.
-
-    Raises:
-        ConfigError: it is none of these. (A single string would be a collection of letters.)
-    """
+    """Return the question "is this request exempt?", of a request and its path."""
     if exempt is None:
         return lambda _request, _path: False
     if callable(exempt):

@@ -70,18 +70,8 @@ class SessionOptions(CookieOptions, total=False):
 
 
 class SessionSettings:
-    """A session store and the options of an adapter, checked once.
-
-    Args:
-        store_class: the class of session store that the adapter can run.
-        adapter: its name.
-        twin: the name of the adapter for stores of the other class.
-        sessions: the session store.
-        options: `SessionOptions`.
-
-    Raises:
-        ConfigError: an option is wrong, or `sessions` is of the other class.
-    """
+    """A session store and the options of an adapter, checked once. `twin` is the adapter for stores of
+    the other class."""
 
     def __init__(
         self,
@@ -122,12 +112,7 @@ class SessionSettings:
 
 
 class SessionHandler:
-    """The session of one request.
-
-    Args:
-        settings: the settings of the adapter.
-        cookies: the request's Cookie headers.
-        data: the session object that the program sees.
+    """The session of one request: `data` is what the program sees.
 
     Attributes:
         failure: the error that prevented loading or saving the session.
