@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from psycopg import pq
 
 from .._ops.drivers import answer_of
-from .._ops.op import Expired, Op, Pipelined, Raced
+from .._ops.op import Expired, Op, Pipelined, Raced, Transaction
 from .._sql.sweep import Sweep
 from ..config import Config, Table
 from ..errors import ConflictError, PgkvError, TransactionError
@@ -58,7 +58,15 @@ class PooledOperations:
         """What a connection outside the pool is opened with: for renewal and LISTEN."""
         return str(self._pool.conninfo())
 
-    def may_repeat(self, op: Op[Any], error: PgkvError, /) -> bool:
+    def until(
+        self, step: Transaction[Any] | Pipelined | None = None, timeout: float | None = None
+    ) -> float:
+        """The monotonic time at which a call ends that begins now, or the one of that step."""
+        if step is not None and step.deadline is not None:
+            return step.deadline
+        return monotonic() + (self._timeout if timeout is None else timeout)
+
+    def may_repeat(self, op: Op[Any] | Pipelined, error: PgkvError, /) -> bool:
         """Whether an operation that failed together with others may be repeated alone."""
         policy = self._config.retry
         return policy is not None and may_repeat(op, error, policy)
@@ -146,7 +154,11 @@ class InTransaction:
         """Refuse what comes after."""
         self._ended = self._ended or "rolled back"
 
-    def may_repeat(self, _op: Op[Any], _error: PgkvError, /) -> bool:
+    def until(self) -> float:
+        """The monotonic time at which a call ends that begins now."""
+        return monotonic() + self._seconds(None)
+
+    def may_repeat(self, _op: Op[Any] | Pipelined, _error: PgkvError, /) -> bool:
         """Nothing is repeated inside a transaction."""
         return False
 

@@ -39,7 +39,11 @@ class Engine(Protocol):
         """Create a missing table, where that is this channel's business."""
         ...
 
-    def may_repeat(self, op: Op[Any], error: PgkvError, /) -> bool:
+    def until(self) -> float:
+        """The monotonic time at which a call ends that begins now."""
+        ...
+
+    def may_repeat(self, op: Op[Any] | Pipelined, error: PgkvError, /) -> bool:
         """Whether an operation that failed together with others may be repeated alone."""
         ...
 
@@ -141,13 +145,14 @@ def pipeline(ops: list[Op[Any]], *, atomic: bool, engine: Engine) -> Flow[list[A
         For each its answer, or the PgkvError that its handle raises.
     """
     started = monotonic()
+    deadline = engine.until()
     outcomes: list[Any] = []
     alone: list[Op[Any]] = []  # the hooks have heard of these already
     if atomic and ops:
-        outcomes = yield from _atomic(ops, engine)
+        outcomes = yield from _atomic(ops, engine, deadline)
     elif ops:
         for chunk in chunks(ops):
-            answers = yield from _independent(chunk, engine, alone)
+            answers = yield from _independent(chunk, engine, deadline, alone)
             outcomes += answers
     if _observe.hooks:
         for op, outcome in zip(ops, outcomes, strict=True):
@@ -170,21 +175,31 @@ def chunks(ops: list[Op[Any]]) -> list[list[Op[Any]]]:
     return [ops[cut] for cut in _codec.chunks(ops, sizes, PIPELINE_MAX, PIPELINE_BYTES)]
 
 
-def _independent(ops: list[Op[Any]], engine: Engine, alone: list[Op[Any]]) -> Flow[list[Any]]:
+def _independent(
+    ops: list[Op[Any]], engine: Engine, deadline: float, alone: list[Op[Any]]
+) -> Flow[list[Any]]:
     """One synchronization point for all. Where one is refused, all are known to be undone, and
     each is sent again with a point of its own."""
+    if monotonic() >= deadline:
+        return [_late(op) for op in ops]
+    batch = Pipelined(ops, sync_each=False, deadline=deadline)
     try:
-        answers = yield from send(Pipelined(ops, sync_each=False))
+        answers = yield from send(batch)
         if _refused(answers) and not _unknown(answers):
             yield from _create_tables(answers, ops, engine)
-            answers = yield from send(Pipelined(ops, sync_each=True))
+            answers = yield from send(Pipelined(ops, sync_each=True, deadline=deadline))
     except PgkvError as error:
         answers = [error] * len(ops)
+        if engine.may_repeat(batch, error):
+            return answers  # it was repeated already
     for index, op in enumerate(ops):
         answer = answers[index]
         if isinstance(answer, Raced) or (
             isinstance(answer, PgkvError) and engine.may_repeat(op, answer)
         ):
+            if monotonic() >= deadline:
+                answers[index] = _late(op) if isinstance(answer, Raced) else answer
+                continue
             alone.append(op)
             try:
                 answers[index] = yield from do(op)
@@ -193,7 +208,15 @@ def _independent(ops: list[Op[Any]], engine: Engine, alone: list[Op[Any]]) -> Fl
     return answers
 
 
-def _atomic(ops: list[Op[Any]], engine: Engine) -> Flow[list[Any]]:
+def _late(op: Op[Any]) -> PgkvError:
+    error = OperationTimeoutError(
+        f"{op.statement.name}: not executed, because the time for the whole pipeline had passed"
+    )
+    error.outcome_unknown = False
+    return error
+
+
+def _atomic(ops: list[Op[Any]], engine: Engine, deadline: float) -> Flow[list[Any]]:
     """All or nothing. One round trip, unless there are very many or one that can race: asking
     that one again must happen before the commit."""
     table = ops[0].statement.table
@@ -201,9 +224,9 @@ def _atomic(ops: list[Op[Any]], engine: Engine) -> Flow[list[Any]]:
 
     def attempt() -> Flow[list[Any]]:
         if together:
-            return (yield from send(Pipelined(ops, sync_each=False)))
+            return (yield from send(Pipelined(ops, sync_each=False, deadline=deadline)))
         try:
-            return (yield from transaction(lambda: _inside(ops), table=table))
+            return (yield from transaction(lambda: _inside(ops), table=table, deadline=deadline))
         except RefusedError as refused:
             return refused.answers
 

@@ -161,7 +161,7 @@ class Transaction(Generic[T]):
     What a `Statement` says of an operation, it says of itself.
     """
 
-    __slots__ = ("flow", "retries", "retry_safe", "table")
+    __slots__ = ("deadline", "flow", "retries", "retry_safe", "table")
 
     name = "transaction"
     writes = True
@@ -169,9 +169,15 @@ class Transaction(Generic[T]):
     retried = True
 
     def __init__(
-        self, flow: Callable[[], Flow[T]], *, table: Table | None, retry_safe: bool
+        self,
+        flow: Callable[[], Flow[T]],
+        *,
+        table: Table | None,
+        retry_safe: bool,
+        deadline: float | None = None,
     ) -> None:
         self.flow = flow  # a factory: a repeated transaction starts its flow again
+        self.deadline = deadline
         self.table = table
         self.retry_safe = retry_safe
         self.retries = 0
@@ -184,16 +190,21 @@ class Pipelined:
     Args:
         ops: none of them a script.
         sync_each: each stands for itself. Otherwise one refusal undoes all of them.
+        deadline: the monotonic time at which the call ends that it is a part of; None where it is
+            all of it.
     """
 
-    __slots__ = ("ops", "retries", "retry_safe", "sync_each", "table", "writes")
+    __slots__ = ("deadline", "ops", "retries", "retry_safe", "sync_each", "table", "writes")
 
     name = "pipeline"
     repeats = 0
     retried = True
 
-    def __init__(self, ops: Sequence[Op[Any]], *, sync_each: bool) -> None:
+    def __init__(
+        self, ops: Sequence[Op[Any]], *, sync_each: bool, deadline: float | None = None
+    ) -> None:
         self.ops = ops
+        self.deadline = deadline
         self.sync_each = sync_each
         self.retries = 0
         self.table = ops[-1].statement.table
@@ -226,7 +237,11 @@ def send(batch: Pipelined) -> Flow[list[Any]]:
 
 
 def transaction(
-    flow: Callable[[], Flow[T]], *, table: Table | None, retry_safe: bool = False
+    flow: Callable[[], Flow[T]],
+    *,
+    table: Table | None,
+    retry_safe: bool = False,
+    deadline: float | None = None,
 ) -> Flow[T]:
     """Run another flow in one transaction."""
-    return (yield Transaction(flow, table=table, retry_safe=retry_safe))  # type: ignore[no-any-return]  # as above
+    return (yield Transaction(flow, table=table, retry_safe=retry_safe, deadline=deadline))  # type: ignore[no-any-return]  # as above

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -119,3 +120,26 @@ async def test_what_stays_wrong_is_not_retried(
     ):
         await make_store(dsn=make_conninfo(proxy.dsn, **wrong))
     assert not caught.value.retryable
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["while sending", "while connecting"])
+async def test_a_pipeline_ends_at_its_deadline(dsn: str, make_store: MakeStore, kept: bool) -> None:
+    """However many parts it is sent in, over a link that takes no more of them, or is not there:
+    all of it is one call, and so is each operation of it."""
+    with Proxy(dsn) as proxy:
+        store = await make_store(dsn=proxy.dsn, operation_timeout=1, pool_max_size=1)
+        await store.set("k", b"v")
+        proxy.hold()
+        if not kept:
+            with pytest.raises(OperationTimeoutError):
+                await store.get("k")
+        started = time.monotonic()
+        with pytest.raises((OperationTimeoutError, StoreUnavailableError)):
+            async with store.pipeline() as pipe:
+                for i in range(12):
+                    pipe.set(f"k{i}", b"x" * (3 * 1024 * 1024) if kept else b"x")
+        # A second for the call, one for a request to cancel it that nothing takes, and a few for a
+        # busy machine; each operation by itself would have taken a second.
+        assert time.monotonic() - started < 6
+        proxy.release()
+        await store.close()

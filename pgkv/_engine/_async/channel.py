@@ -158,8 +158,7 @@ class AsyncPoolChannel(PooledOperations):
         return await drive_async(flow, self.execute, timeout, self._together)
 
     async def _together(self, step: Transaction[Any] | Pipelined, timeout: float | None) -> Any:
-        seconds = self._timeout if timeout is None else timeout
-        return await self._settle(step, monotonic() + seconds)
+        return await self._settle(step, self.until(step, timeout))
 
     def transaction(
         self, isolation: IsolationLevel | None = None

@@ -50,11 +50,13 @@ class CoalescingChannel:
     def __init__(self, inner: AsyncPoolChannel) -> None:
         self._inner = inner
         self._turn: list[Waiting] = []
+        self._deadline = 0.0  # of the turn
         self._sql: dict[Table, Statements] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self.run = inner.run
         self.transaction = inner.transaction
         self.create_missing_table = inner.create_missing_table
+        self.until = inner.until
         self.may_repeat = inner.may_repeat
 
     @property
@@ -86,12 +88,16 @@ class CoalescingChannel:
         future: asyncio.Future[Any] = loop.create_future()
         if not self._turn:
             loop.call_soon(self._send)
+            self._deadline = self.until()
+        deadline = self._deadline
         self._turn.append((op, future))
         answer = await future
-        return await self._inner.execute(op) if answer is ALONE else answer
+        if answer is ALONE:
+            return await self._inner.execute(op, max(0.001, deadline - monotonic()))
+        return answer  # type: ignore[no-any-return]  # decoded by op
 
     def _send(self) -> None:
-        turn, self._turn = self._turn, []
+        turn, self._turn, deadline = self._turn, [], self._deadline
         tables: dict[Table | None, list[Waiting]] = {}
         for op, future in turn:
             # A caller that was cancelled before anything was sent wants nothing sent.
@@ -103,13 +109,13 @@ class CoalescingChannel:
                 continue
             reads, others = _split(waiting)
             if _overlap(reads, others):
-                self._start(self._one_after_another(table, reads, others))
+                self._start(self._one_after_another(table, reads, others, deadline))
                 continue
             for each, work in ((reads, self._reads), (others, self._writes)):
                 if len(each) == 1:
                     each[0][1].set_result(ALONE)
                 elif each:
-                    self._start(work(table, each))
+                    self._start(work(table, each, deadline))
 
     def _start(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
@@ -117,27 +123,27 @@ class CoalescingChannel:
         task.add_done_callback(self._tasks.discard)
 
     async def _one_after_another(
-        self, table: Table | None, reads: list[Waiting], others: list[Waiting]
+        self, table: Table | None, reads: list[Waiting], others: list[Waiting], deadline: float
     ) -> None:
-        await self._reads(table, reads)
-        await self._writes(table, others)
+        await self._reads(table, reads, deadline)
+        await self._writes(table, others, deadline)
 
-    async def _reads(self, table: Table | None, turn: list[Waiting]) -> None:
+    async def _reads(self, table: Table | None, turn: list[Waiting], deadline: float) -> None:
         gets = [each for each in turn if each[0].statement.name == "get"]
         if table is None or len(gets) < 2:
-            await self._together(table, turn)
+            await self._together(table, turn, deadline)
             return
         found: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         merged = self._sql[table].get_raw({key for op, _ in gets if (key := op.params[0])})
         rest = [each for each in turn if each[0].statement.name != "get"]
         if rest:
-            await self._together(table, [(merged, found), *rest])
+            await self._together(table, [(merged, found), *rest], deadline)
         else:
             found.set_result(ALONE)
         try:
             values = await found
             if values is ALONE:
-                values = await self._inner.execute(merged)
+                values = await self._inner.execute(merged, max(0.001, deadline - monotonic()))
         except BaseException as error:  # noqa: BLE001  # it belongs to the callers who wait
             for _, future in gets:
                 _settle(future, error)
@@ -145,12 +151,16 @@ class CoalescingChannel:
             for op, future in gets:
                 _settle(future, values.get(op.params[0]))
 
-    async def _writes(self, table: Table | None, turn: list[Waiting]) -> None:
+    async def _writes(self, table: Table | None, turn: list[Waiting], deadline: float) -> None:
         for piece in _without_deadlocks(turn):
-            await self._together(table, piece, [_LIMIT])
+            await self._together(table, piece, deadline, [_LIMIT])
 
     async def _together(
-        self, table: Table | None, turn: list[Waiting], before: Sequence[Op[Any]] = ()
+        self,
+        table: Table | None,
+        turn: list[Waiting],
+        deadline: float,
+        before: Sequence[Op[Any]] = (),
     ) -> None:
         """Send operations in one transaction. Who is refused or blocked is sent alone."""
         for chunk in _flows.chunks([op for op, _ in turn]):
@@ -158,16 +168,21 @@ class CoalescingChannel:
             for attempt in range(ROUNDS):
                 if len(piece) < 1 + (attempt > 0):
                     break
-                piece = await self._round(table, piece, before)
+                piece = await self._round(table, piece, deadline, before)
             for _, future in piece:
                 _settle(future, ALONE)
 
     async def _round(
-        self, table: Table | None, turn: list[Waiting], before: Sequence[Op[Any]]
+        self,
+        table: Table | None,
+        turn: list[Waiting],
+        deadline: float,
+        before: Sequence[Op[Any]],
     ) -> list[Waiting]:
         """Send them once; those that are to be sent again."""
         started = monotonic()
-        batch = Pipelined([*before, *(op for op, _ in turn)], sync_each=False)
+        ops = [*before, *(op for op, _ in turn)]
+        batch = Pipelined(ops, sync_each=False, deadline=deadline)
         try:
             answers = (await self._inner.run(send(batch)))[len(before) :]
         except BaseException as error:  # noqa: BLE001  # it belongs to the callers who wait

@@ -103,6 +103,8 @@ class AsyncBoundChannel(InTransaction):
             return await inner.run(step.flow(), timeout)
 
     async def _perform_batch(self, batch: Pipelined, timeout: float | None) -> list[Any]:
+        if batch.deadline is not None:
+            timeout = batch.deadline - monotonic()
         if batch.sync_each:
             return [await self._outcome(op, timeout) for op in batch.ops]
         try:

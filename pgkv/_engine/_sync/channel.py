@@ -178,8 +178,7 @@ class PoolChannel(PooledOperations):
         return drive(flow, self.execute, timeout, self._together)
 
     def _together(self, step: Transaction[Any] | Pipelined, timeout: float | None) -> Any:
-        seconds = self._timeout if timeout is None else timeout
-        return self._settle(step, monotonic() + seconds)
+        return self._settle(step, self.until(step, timeout))
 
     def transaction(
         self, isolation: IsolationLevel | None = None

@@ -123,6 +123,8 @@ class BoundChannel(InTransaction):
             return inner.run(step.flow(), timeout)
 
     def _perform_batch(self, batch: Pipelined, timeout: float | None) -> list[Any]:
+        if batch.deadline is not None:
+            timeout = batch.deadline - monotonic()
         if batch.sync_each:
             return [self._outcome(op, timeout) for op in batch.ops]
         try:
