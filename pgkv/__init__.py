@@ -75,7 +75,16 @@ if TYPE_CHECKING:
     from .pipeline import AsyncPipeline, Handle, Pipeline
     from .store import Store
     from .typed import AsyncTypedStore, TypedStore
-    from .types import CasResult, CasStatus, Entry, KeyValue, ScanOptions, Stats, TypedCasResult
+    from .types import (
+        CasResult,
+        CasStatus,
+        Entry,
+        IncrementResult,
+        KeyValue,
+        ScanOptions,
+        Stats,
+        TypedCasResult,
+    )
 
 __all__ = [  # noqa: RUF022  # plain order: ruff would put L1 before the classes
     "AsyncCachedFunction",
@@ -100,6 +109,7 @@ __all__ = [  # noqa: RUF022  # plain order: ruff would put L1 before the classes
     "Decision",
     "Entry",
     "Handle",
+    "IncrementResult",
     "InvalidKeyError",
     "InvalidValueError",
     "KeyValue",
@@ -179,7 +189,7 @@ _NAMES_OF = {
     ".pipeline": "AsyncPipeline Handle Pipeline",
     ".store": "Store",
     ".typed": "AsyncTypedStore TypedStore",
-    ".types": "CasResult CasStatus Entry KeyValue ScanOptions Stats TypedCasResult",
+    ".types": "CasResult CasStatus Entry IncrementResult KeyValue ScanOptions Stats TypedCasResult",
 }
 _MODULE_OF = {name: module for module, names in _NAMES_OF.items() for name in names.split()}
 _MODULES = (

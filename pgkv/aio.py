@@ -16,7 +16,7 @@ from operator import attrgetter
 from pathlib import Path
 from time import monotonic
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack, overload
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, Unpack, overload
 from urllib.parse import quote
 
 import psycopg
@@ -54,7 +54,7 @@ from ._sql.point import negated
 from ._sql.scan import namespace_prefix
 from .config import EMBEDDED_SCHEME, Config, require_config
 from .errors import NotFoundError
-from .types import CasResult, Entry, KeyValue, ScanOptions, Stats
+from .types import CasResult, Entry, IncrementResult, KeyValue, ScanOptions, Stats
 
 if TYPE_CHECKING:
     from psycopg import IsolationLevel
@@ -385,14 +385,58 @@ class AsyncStore:
 
     # -- atomic
 
-    async def increment(self, key: str, delta: int = 1, *, ttl: Seconds | None = None) -> int:
+    @overload
+    async def increment(self, key: str, delta: int = 1, *, ttl: Seconds | None = None) -> int: ...
+    @overload
+    async def increment(
+        self, key: str, delta: int = 1, *, only_if_exists: Literal[True]
+    ) -> int | None: ...
+    @overload
+    async def increment(
+        self,
+        key: str,
+        delta: int = 1,
+        *,
+        ttl: Seconds | None = None,
+        only_if_exists: bool = False,
+        minimum: int,
+        maximum: int | None = None,
+    ) -> IncrementResult: ...
+    @overload
+    async def increment(
+        self,
+        key: str,
+        delta: int = 1,
+        *,
+        ttl: Seconds | None = None,
+        only_if_exists: bool = False,
+        minimum: int | None = None,
+        maximum: int,
+    ) -> IncrementResult: ...
+    async def increment(
+        self,
+        key: str,
+        delta: int = 1,
+        *,
+        ttl: Seconds | None = None,
+        only_if_exists: bool = False,
+        minimum: int | None = None,
+        maximum: int | None = None,
+    ) -> Any:
         """Add to an integer and return the sum. An absent key counts as 0. See
         `Store.increment`."""
-        return await self._channel.execute(self._sql.increment(key, delta, ttl))
+        return await self._channel.execute(
+            self._sql.increment(key, delta, ttl, only_if_exists, minimum, maximum)
+        )
 
     async def decrement(self, key: str, delta: int = 1, *, ttl: Seconds | None = None) -> int:
         """Subtract from an integer and return the difference; see `increment`."""
-        return await self._channel.execute(self._sql.increment(key, negated(delta), ttl))
+        left: int = await self._channel.execute(self._sql.increment(key, negated(delta), ttl))
+        return left
+
+    async def append(self, key: str, value: Value, *, ttl: Seconds | None = None) -> int:
+        """Add bytes to the end of the value and return its new length. See `Store.append`."""
+        return await self._channel.execute(self._sql.append(key, value, ttl))
 
     async def compare_and_swap(
         self,

@@ -257,13 +257,39 @@ class _Queue:
         """Queue `Store.expire_many`; see `set_many`."""
         return self._queue_all(self._sql.expire_many(keys, ttl), "expire_many", sum)
 
-    def increment(self, key: str, delta: int = 1, *, ttl: Seconds | None = None) -> Handle[int]:
-        """Queue `Store.increment`."""
-        return self._queue(self._sql.increment(key, delta, ttl))
+    @overload
+    def increment(self, key: str, delta: int = 1, *, ttl: Seconds | None = None) -> Handle[int]: ...
+    @overload
+    def increment(
+        self,
+        key: str,
+        delta: int = 1,
+        *,
+        ttl: Seconds | None = None,
+        only_if_exists: bool = False,
+        minimum: int | None = None,
+        maximum: int | None = None,
+    ) -> Handle[Any]: ...
+    def increment(
+        self,
+        key: str,
+        delta: int = 1,
+        *,
+        ttl: Seconds | None = None,
+        only_if_exists: bool = False,
+        minimum: int | None = None,
+        maximum: int | None = None,
+    ) -> Any:
+        """Queue `Store.increment`; the handle returns what that does."""
+        return self._queue(self._sql.increment(key, delta, ttl, only_if_exists, minimum, maximum))
 
     def decrement(self, key: str, delta: int = 1, *, ttl: Seconds | None = None) -> Handle[int]:
         """Queue `Store.decrement`."""
         return self._queue(self._sql.increment(key, negated(delta), ttl))
+
+    def append(self, key: str, value: Value, *, ttl: Seconds | None = None) -> Handle[int]:
+        """Queue `Store.append`."""
+        return self._queue(self._sql.append(key, value, ttl))
 
     def compare_and_swap(
         self,

@@ -15,7 +15,7 @@ from operator import attrgetter
 from pathlib import Path
 from time import monotonic
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, Unpack, overload
+from typing import TYPE_CHECKING, Any, Generic, Literal, Self, TypeVar, Unpack, overload
 from urllib.parse import quote
 
 import psycopg
@@ -53,7 +53,7 @@ from ._sql.point import negated
 from ._sql.scan import namespace_prefix
 from .config import EMBEDDED_SCHEME, Config, require_config
 from .errors import NotFoundError
-from .types import CasResult, Entry, KeyValue, ScanOptions, Stats
+from .types import CasResult, Entry, IncrementResult, KeyValue, ScanOptions, Stats
 
 if TYPE_CHECKING:
     from psycopg import IsolationLevel
@@ -110,7 +110,8 @@ class Store:
     - `value`, `new` and `expected` are bytes, bytearray, memoryview, or a str that is kept as UTF-8;
       `items` is a mapping of keys to values, or an iterable of pairs.
     - `ttl` is seconds from now, a number or a timedelta, more than 0; `expires_at` and `moment` are
-      aware datetimes, and one in the past ends the key at once.
+      aware datetimes, and one in the past ends the key at once: the call counts as done. A ttl of 0
+      is an error; to end a key now, `delete` it.
     - `if_version`: act only if the key has that version.
     - `delta` is a signed 64-bit int; `deltas` maps keys to deltas.
 
@@ -456,21 +457,81 @@ class Store:
 
     # -- atomic
 
-    def increment(self, key: str, delta: int = 1, *, ttl: Seconds | None = None) -> int:
+    @overload
+    def increment(self, key: str, delta: int = 1, *, ttl: Seconds | None = None) -> int: ...
+    @overload
+    def increment(
+        self, key: str, delta: int = 1, *, only_if_exists: Literal[True]
+    ) -> int | None: ...
+    @overload
+    def increment(
+        self,
+        key: str,
+        delta: int = 1,
+        *,
+        ttl: Seconds | None = None,
+        only_if_exists: bool = False,
+        minimum: int,
+        maximum: int | None = None,
+    ) -> IncrementResult: ...
+    @overload
+    def increment(
+        self,
+        key: str,
+        delta: int = 1,
+        *,
+        ttl: Seconds | None = None,
+        only_if_exists: bool = False,
+        minimum: int | None = None,
+        maximum: int,
+    ) -> IncrementResult: ...
+    def increment(
+        self,
+        key: str,
+        delta: int = 1,
+        *,
+        ttl: Seconds | None = None,
+        only_if_exists: bool = False,
+        minimum: int | None = None,
+        maximum: int | None = None,
+    ) -> Any:
         """Add to an integer and return the sum. An absent key counts as 0.
 
         The value is decimal text within the signed 64-bit range. A live key keeps its expiry; `ttl`
         applies only when this call creates the key, so ``increment(k, ttl=60)`` counts in a fixed
         window. Never repeated after a lost answer: no increment counts twice.
 
+        Args:
+            key: the key.
+            delta: what to add; it may be negative.
+            ttl: seconds, for a key that this call creates.
+            only_if_exists: create no key; the answer is then None.
+            minimum: refuse a sum below this, and change nothing.
+            maximum: refuse a sum above this, and change nothing.
+
+        Returns:
+            The sum; with `minimum` or `maximum` an `IncrementResult`, true when it was applied.
+
         Raises:
-            InvalidValueError: the stored value is not an integer, or the sum does not fit.
+            InvalidValueError: the stored value is not an integer, or the sum does not fit 64 bits.
         """
-        return self._channel.execute(self._sql.increment(key, delta, ttl))
+        return self._channel.execute(
+            self._sql.increment(key, delta, ttl, only_if_exists, minimum, maximum)
+        )
 
     def decrement(self, key: str, delta: int = 1, *, ttl: Seconds | None = None) -> int:
         """Subtract from an integer and return the difference; see `increment`."""
-        return self._channel.execute(self._sql.increment(key, negated(delta), ttl))
+        left: int = self._channel.execute(self._sql.increment(key, negated(delta), ttl))
+        return left
+
+    def append(self, key: str, value: Value, *, ttl: Seconds | None = None) -> int:
+        """Add bytes to the end of the value and return its new length. An absent key counts as
+        empty; expiry, and what is repeated, are as for `increment`.
+
+        Raises:
+            InvalidValueError: the result would exceed ``max_value_size``; nothing was changed.
+        """
+        return self._channel.execute(self._sql.append(key, value, ttl))
 
     def compare_and_swap(
         self,

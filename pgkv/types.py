@@ -77,6 +77,23 @@ class KeyValue(NamedTuple):
         return f"KeyValue(key={self.key!r}, value={shown_value(self.value)})"
 
 
+@dataclass(frozen=True, slots=True)
+class IncrementResult:
+    """The outcome of an `increment` with bounds; true when it was applied.
+
+    Attributes:
+        value: the number now stored: the sum, or, of a refused increment, the unchanged value.
+            Of an absent key 0, or with ``only_if_exists`` None.
+        applied: whether the sum was written.
+    """
+
+    value: int | None
+    applied: bool
+
+    def __bool__(self) -> bool:
+        return self.applied
+
+
 class CasStatus(enum.Enum):
     """How a compare-and-swap ended."""
 

@@ -186,7 +186,8 @@ def seconds(
             raise InvalidValueError(f"{name} is beyond 1,000 years{advice}")
         if zero:
             raise InvalidValueError(f"{name} must be 0 seconds or more, not {value!r}{advice}")
-        raise InvalidValueError(f"{name} must be more than 0 seconds, not {value!r}")
+        end = "; to end a key now, delete it" if (name, endless) == ("ttl", KEY_ENDLESS) else ""
+        raise InvalidValueError(f"{name} must be more than 0 seconds, not {value!r}{end}")
     return float(value)
 
 

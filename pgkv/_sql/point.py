@@ -11,7 +11,7 @@ from .._ops import codec as _codec
 from .._ops.lazy import cached_property
 from .._ops.op import BINARY, TEXT, Expired, Op, Raced, Result, Signal, Statement
 from ..errors import InvalidValueError
-from ..types import CasResult, CasStatus, Entry
+from ..types import CasResult, CasStatus, Entry, IncrementResult
 from .table import (
     AFTER,
     AT,
@@ -318,8 +318,18 @@ class PointStatements(TableStatements):
 
     # -- atomic
 
-    def increment(self, key: str, delta: int = 1, ttl: Seconds | None = None) -> Op[int]:
-        """Add to an integer; the sum."""
+    def increment(
+        self,
+        key: str,
+        delta: int = 1,
+        ttl: Seconds | None = None,
+        only_if_exists: bool = False,
+        minimum: int | None = None,
+        maximum: int | None = None,
+    ) -> Op[Any]:
+        """Add to an integer; the sum, or an `IncrementResult` where there are bounds."""
+        if only_if_exists or minimum is not None or maximum is not None:
+            return self._conditional(key, delta, ttl, only_if_exists, minimum, maximum)
         if ttl is None:
             return Op(self._increment, (self.key(key), _decimal(delta)))
         expiry, extra = choose_expiry(ttl, None, False)
@@ -343,6 +353,110 @@ class PointStatements(TableStatements):
             _read_sum,
             savepoint=True,
             refused=REFUSED_INCREMENT,
+            repeats=1,
+        )
+
+    def _conditional(
+        self,
+        key: str,
+        delta: int,
+        ttl: Seconds | None,
+        only_if_exists: bool,
+        minimum: int | None,
+        maximum: int | None,
+    ) -> Op[Any]:
+        if not isinstance(only_if_exists, bool):
+            raise InvalidValueError("only_if_exists must be True or False")
+        if only_if_exists and ttl is not None:
+            raise InvalidValueError(
+                "give ttl or only_if_exists, not both: an increment sets a ttl only on a key that "
+                "it creates"
+            )
+        low = None if minimum is None else _codec.integer(minimum, "minimum")
+        high = None if maximum is None else _codec.integer(maximum, "maximum")
+        if low is not None and high is not None and low > high:
+            raise InvalidValueError("minimum must not be greater than maximum")
+        added = _decimal(delta)
+        # An absent key counts as 0, and its sum is the delta: known here.
+        creates = (
+            not only_if_exists and (low is None or low <= delta) and (high is None or delta <= high)
+        )
+        expiry, extra = choose_expiry(ttl, None, False)
+        if not creates:
+            expiry, extra = NEVER, ()
+        statement = self.made(
+            ("increment", creates, expiry), lambda: self._make_conditional(expiry, creates)
+        )
+        bounds = (
+            b"-Infinity" if low is None else b"%d" % low,
+            b"Infinity" if high is None else b"%d" % high,
+        )
+        decode = SumReader(
+            absent=None if only_if_exists else 0,
+            creates=creates,
+            bounded=low is not None or high is not None,
+        )
+        return Op(statement, (self.key(key), added, *extra, *bounds), decode)
+
+    def _make_conditional(self, expiry: Expiry, creates: bool) -> Statement[Any]:
+        n = 3 if expiry.format is None else 4
+        delta = "encode($2::bytea, 'escape')::numeric"
+
+        def within(value: str) -> str:
+            # A value that is no integer gives NULL, which passes, and is refused as above.
+            total = f"{INTEGER.format(value=value)}::numeric + {delta}"
+            return f"({total} BETWEEN ${n}::numeric AND ${n + 1}::numeric) IS NOT FALSE"
+
+        if creates:
+            change = self.upsert(
+                expiry,
+                value=ADDED,
+                expires_at=WINDOW,
+                where=f"({DEAD} OR {within('t.value')})",
+                returning="value, expires_at",
+            )
+        else:
+            change = (
+                f"UPDATE {self.t} SET value = ({INTEGER.format(value='value')} + "
+                f"{delta}::bigint)::text::bytea, {UPDATED} "
+                f"WHERE key = $1 AND {LIVE} AND {within('value')} RETURNING value, expires_at"
+            )
+        # As in `_make_cas`: a refusal by a value that would have passed is a stale snapshot (2).
+        return self._of_one_key(
+            "increment",
+            f"WITH up AS ({change}) "
+            "SELECT 0, value, coalesce(expires_at <= clock_timestamp(), false) FROM up UNION ALL "
+            f"SELECT CASE WHEN {within('value')} THEN 2 ELSE 1 END, value, false "
+            f"FROM {self.t} WHERE key = $1 AND {LIVE} AND NOT EXISTS (SELECT 1 FROM up)",
+            formats(2, expiry, TEXT, TEXT),
+            _in_each_call,
+            savepoint=True,
+            refused=REFUSED_INCREMENT,
+            repeats=REPEATS,
+        )
+
+    def append(self, key: str, value: Value, ttl: Seconds | None = None) -> Op[int]:
+        """Add bytes to the end of a value; how long it is then."""
+        expiry, extra = choose_expiry(ttl, None, False)
+        statement = self.made(("append", expiry), lambda: self._make_append(expiry))
+        return Op(statement, (self.key(key), self.value(value), *extra))
+
+    def _make_append(self, expiry: Expiry) -> Statement[int]:
+        # A value that would be too long becomes NULL, which the column refuses.
+        longer = (
+            f"CASE WHEN {DEAD} THEN EXCLUDED.value WHEN octet_length(t.value) "
+            f"+ octet_length(EXCLUDED.value) <= {self.value_size_max} "
+            "THEN t.value || EXCLUDED.value END"
+        )
+        upsert = self.upsert(expiry, value=longer, expires_at=WINDOW, returning="value, expires_at")
+        return self._of_one_key(
+            "append",
+            f"WITH up AS ({upsert}) SELECT octet_length(value), "
+            "coalesce(expires_at <= clock_timestamp(), false) FROM up",
+            formats(2, expiry),
+            _read_length,
+            savepoint=True,
+            refused={"23502": "the value would exceed max_value_size; nothing was changed"},
             repeats=1,
         )
 
@@ -512,6 +626,40 @@ def _read_seconds(result: Result) -> float | None:
 def _read_sum(result: Result) -> int | Signal:
     total = int(result.get_value(0, 0) or b"")
     return total if result.get_value(0, 1) == b"\0" else Raced(total)
+
+
+def _read_length(result: Result) -> int | Signal:
+    length = _codec.decode_int(result.get_value(0, 0))
+    return length if result.get_value(0, 1) == b"\0" else Raced(length)
+
+
+class SumReader:
+    """Reads the answer of a conditional increment.
+
+    Args:
+        absent: the value of a key that is not there.
+        creates: the statement inserts an absent key, so that an empty answer is a race.
+        bounded: answer with an `IncrementResult`.
+    """
+
+    __slots__ = ("absent", "bounded", "creates")
+
+    def __init__(self, *, absent: int | None, creates: bool, bounded: bool) -> None:
+        self.absent = absent
+        self.creates = creates
+        self.bounded = bounded
+
+    def __call__(self, result: Result) -> Any:
+        if not result.ntuples:
+            return _RACED if self.creates else self._answer(self.absent, applied=False)
+        status = _codec.decode_int(result.get_value(0, 0))
+        if status == 2:
+            return _RACED
+        answer = self._answer(int(result.get_value(0, 1) or b""), applied=status == 0)
+        return answer if result.get_value(0, 2) == b"\0" else Raced(answer)
+
+    def _answer(self, value: int | None, *, applied: bool) -> Any:
+        return IncrementResult(value, applied) if self.bounded else value
 
 
 class CasReader:

@@ -84,6 +84,11 @@ VARIANTS: dict[str, Operation[Store]] = {
     "set_nx with ttl": lambda s, x: s.set_nx("k", VALUE[x], ttl=TTL[x]),
     "set_xx with ttl": lambda s, x: s.set_xx("k", VALUE[x], ttl=TTL[x]),
     "increment with ttl": lambda s, x: s.increment("k", DELTA[x], ttl=TTL[x]),
+    "increment if it exists": lambda s, x: s.increment("k", DELTA[x], only_if_exists=True),
+    "increment within": lambda s, x: s.increment("k", DELTA[x], maximum=1050),
+    "append": lambda s, x: s.append("k", VALUE[x]),
+    "increment within with ttl": lambda s, x: s.increment("k", DELTA[x], ttl=TTL[x], maximum=1050),
+    "append with ttl": lambda s, x: s.append("k", VALUE[x], ttl=TTL[x]),
     "get_and_set with ttl": lambda s, x: s.get_and_set("k", VALUE[x], ttl=TTL[x]),
     "compare_and_swap with ttl": lambda s, x: outcome(
         s.compare_and_swap("k", "1", VALUE[x], ttl=TTL[x])

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+from dataclasses import replace
 from typing import Any
+from unittest.mock import ANY
 
 import pytest
 
 import pgkv
 from pgkv.testing import ServerClock
-from pgkv.types import CasStatus
+from pgkv.types import CasStatus, IncrementResult
 from tests.peers import Peer
 
 MAX, MIN = 2**63 - 1, -(2**63)
@@ -80,6 +83,98 @@ async def test_what_is_an_integer(store: Any, value: bytes, total: int) -> None:
     await store.set("k", value)
     assert await store.increment("k") == total
     assert await store.get("k") == b"%d" % total
+
+
+async def test_bounds(store: Any) -> None:
+    """A sum beyond a bound is refused, unchanged; an absent key counts as 0."""
+    within = {"minimum": 0, "maximum": 10}
+    assert await store.increment("k", 4, **within) == IncrementResult(4, applied=True)
+    before = await store.get_entry("k")
+    for delta in (7, -5, MAX, MIN):
+        assert await store.increment("k", delta, **within) == IncrementResult(4, applied=False)
+    assert await store.get_entry("k") == replace(before, read_at=ANY)
+    assert await store.increment("k", 6, **within) == IncrementResult(10, applied=True)
+    assert await store.increment("new", 11, **within) == IncrementResult(0, applied=False)
+    assert await store.exists("new") is False
+    assert await store.increment("k", -30, maximum=10) == IncrementResult(-20, applied=True)
+    assert await store.increment("new", ttl=60, **within) == IncrementResult(1, applied=True)
+    assert 50 < await store.ttl("new") <= 60
+
+
+async def test_a_sum_that_returns_within_bounds(store: Any) -> None:
+    """A delta that is itself beyond a bound is added where the sum is within."""
+    await store.set("k", "-50", ttl=60)
+    assert await store.increment("k", 60, maximum=20) == IncrementResult(10, applied=True)
+    assert 50 < await store.ttl("k") <= 60
+
+
+async def test_increment_if_it_exists(store: Any) -> None:
+    """With only_if_exists no key is created; a live one is counted, and keeps its expiry."""
+    assert await store.increment("k", only_if_exists=True) is None
+    bounded = await store.increment("k", only_if_exists=True, maximum=5)
+    assert bounded == IncrementResult(None, applied=False)
+    assert await store.exists("k") is False
+    await store.set("k", "41", ttl=60)
+    assert await store.increment("k", only_if_exists=True) == 42
+    assert 50 < await store.ttl("k") <= 60
+    bounded = await store.increment("k", only_if_exists=True, maximum=42)
+    assert bounded == IncrementResult(42, applied=False)
+
+
+@pytest.mark.parametrize("options", [{"only_if_exists": True}, {"minimum": 0}, {"maximum": 0}])
+async def test_bounds_of_what_is_no_integer(store: Any, options: Any) -> None:
+    """Overflow without a bound on that side, and what is no integer, raise and change nothing."""
+    await store.set("k", b"word")
+    with pytest.raises(pgkv.InvalidValueError, match="not a signed 64-bit integer"):
+        await store.increment("k", **options)
+    assert await store.get("k") == b"word"
+    await store.set("k", str(MIN if "maximum" in options else MAX))
+    with pytest.raises(pgkv.InvalidValueError, match="64-bit range; nothing was changed"):
+        await store.increment("k", -1 if "maximum" in options else 1, **options)
+
+
+async def test_bounds_in_a_pipeline(store: Any) -> None:
+    """Bounded increments and appends travel in a pipeline, also in an atomic one."""
+    for atomic in (False, True):
+        async with store.pipeline(atomic=atomic) as p:
+            handles = [p.increment("k", maximum=3) for _ in range(3)]
+            absent = p.increment("none", only_if_exists=True)
+            text = p.append("text", b"ab")
+        assert [h.result().value for h in handles] == ([3] * 3 if atomic else [1, 2, 3])
+        assert absent.result() is None
+        assert text.result() == (4 if atomic else 2)
+
+
+async def test_bounds_hold_against_many(store: Any) -> None:
+    """Of 30 concurrent sales of a stock of 10 ten are sold, and the stock ends at 0."""
+    await store.set("k", "10")
+    sales = await asyncio.gather(*(store.increment("k", -1, minimum=0) for _ in range(30)))
+    assert sorted(sale.value for sale in sales if sale) == list(range(10))
+    assert {sale.value for sale in sales if not sale} == {0}
+    assert await store.get("k") == b"0"
+
+
+async def test_append(store: Any, make_store: Any) -> None:
+    """append adds bytes and tells the length; a ttl applies to a key that it creates."""
+    assert await store.append("k", b"ab", ttl=60) == 2
+    assert await store.append("k", "\u00e7", ttl=900) == 4
+    assert await store.get("k") == "ab\u00e7".encode()
+    assert 50 < await store.ttl("k") <= 60
+    small = await make_store(max_value_size=5)
+    version = (await store.get_entry("k")).version
+    with pytest.raises(pgkv.InvalidValueError, match=r"exceed max_value_size; nothing was changed"):
+        await small.append("k", b"12")
+    assert (await store.get_entry("k")).version == version
+    assert await small.append("k", b"1") == 5
+
+
+async def test_appends_lose_nothing(store: Any) -> None:
+    """Concurrent appends are all in the value, each in one piece."""
+    pieces = [b"<%d>" % n for n in range(30)]
+    lengths = await asyncio.gather(*(store.append("k", piece) for piece in pieces))
+    value = await store.get("k")
+    assert max(lengths) == len(value)
+    assert all(value[:at].endswith(piece) for at, piece in zip(lengths, pieces, strict=True))
 
 
 # -- compare and swap ------------------------------------------------------------------------

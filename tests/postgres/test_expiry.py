@@ -12,7 +12,7 @@ import pytest
 
 import pgkv
 from pgkv.testing import ServerClock
-from pgkv.types import CasStatus
+from pgkv.types import CasStatus, IncrementResult
 from tests.colours import in_thread
 from tests.peers import Peer
 
@@ -47,6 +47,11 @@ CHANGES: dict[str, tuple[Callable[[Any], Any], Any]] = {
     "get_and_delete": (lambda s: s.get_and_delete("k"), None),
     "compare_and_delete": (lambda s: s.compare_and_delete("k", b"5"), False),
     "set_xx": (lambda s: s.set_xx("k", b"6"), False),
+    "increment if it exists": (lambda s: s.increment("k", only_if_exists=True), None),
+    "increment beyond a bound": (
+        lambda s: s.increment("k", 4, maximum=3),
+        IncrementResult(0, applied=False),
+    ),
 }
 # ... and what it holds afterwards, where the call writes.
 WRITES: dict[str, tuple[Callable[[Any], Any], Any, bytes]] = {
@@ -54,6 +59,12 @@ WRITES: dict[str, tuple[Callable[[Any], Any], Any, bytes]] = {
     "get_and_set": (lambda s: s.get_and_set("k", b"6"), None, b"6"),
     "increment": (lambda s: s.increment("k", 2), 2, b"2"),
     "decrement": (lambda s: s.decrement("k", 2), -2, b"-2"),
+    "increment within": (
+        lambda s: s.increment("k", 2, maximum=3),
+        IncrementResult(2, applied=True),
+        b"2",
+    ),
+    "append": (lambda s: s.append("k", b"6"), 1, b"6"),
     "increment_many": (lambda s: s.increment_many({"k": 2}), {"k": 2}, b"2"),
     "set_many": (lambda s: s.set_many({"k": b"6"}), 1, b"6"),
     "update": (
@@ -353,9 +364,10 @@ async def test_moments_beyond_python(store: Any, peer: Peer) -> None:
     ("call", "answer"),
     [
         (lambda s: s.increment("k", 2), 2),
+        (lambda s: s.increment("k", 2, maximum=3), IncrementResult(2, applied=True)),
         (lambda s: s.increment_many({"k": 2}), {"k": 2}),
     ],
-    ids=["increment", "increment_many"],
+    ids=["increment", "increment within", "increment_many"],
 )
 async def test_increment_that_waited_past_the_expiry(
     make_store: Any, clock: ServerClock, peer: Peer, witness: Peer, call: Any, answer: Any

@@ -11,7 +11,7 @@ import pytest
 
 import pgkv
 from pgkv._ops.op import Op, Raced
-from pgkv.types import CasStatus
+from pgkv.types import CasStatus, IncrementResult
 from tests.colours import Colour
 from tests.peers import Peer
 
@@ -124,6 +124,39 @@ async def test_increment_that_meets_a_change(race: Any, store: Any) -> None:
         )
         == 42
     )
+
+
+async def test_bounds_that_meet_a_change(race: Any, store: Any) -> None:
+    """A bounded increment judges the newest value, and a refusal shows one at which it was due."""
+    await store.set("k", b"9")
+    change = "UPDATE kv_store SET value = '10' WHERE key = 'k'"
+    refused = await race(change, lambda s: s.increment("k", maximum=10))
+    assert (refused.value, refused.applied) == (10, False)
+    assert not refused
+    change = "UPDATE kv_store SET value = '4' WHERE key = 'k'"
+    applied = await race(change, lambda s: s.increment("k", 5, maximum=10))
+    assert (applied.value, bool(applied)) == (9, True)
+
+
+async def test_bounds_that_meet_an_insert(race: Any) -> None:
+    """A bounded increment of a key inserted meanwhile is refused by the value it then has."""
+    insert = "INSERT INTO kv_store (key, value) VALUES ('k', '10')"
+    assert await race(insert, lambda s: s.increment("k", maximum=10)) == IncrementResult(10, False)
+
+
+async def test_bounds_that_meet_a_delete(race: Any, store: Any) -> None:
+    """A bounded increment whose key is deleted meanwhile begins at 0; with only_if_exists, not."""
+    await store.set("k", b"9")
+    assert await race(DELETE, lambda s: s.increment("k", 2, maximum=10)) == IncrementResult(2, True)
+    assert await race(DELETE, lambda s: s.increment("k", only_if_exists=True)) is None
+    assert await store.exists("k") is False
+
+
+async def test_append_that_meets_a_change(race: Any, store: Any) -> None:
+    """append adds to the newest value."""
+    await store.set("k", b"1")
+    assert await race(UPDATE, lambda s: s.append("k", b"+")) == 7
+    assert await store.get("k") == b"theirs+"
 
 
 async def test_delete_if_version_that_meets_a_change(race: Any, store: Any) -> None:

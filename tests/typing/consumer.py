@@ -61,6 +61,8 @@ def the_rest(store: Store) -> None:
     assert_type(store.set_many({"k": b"v", "l": b"w"}), int)
     assert_type(store.set_many([("k", "v")]), int)
     assert_type(store.increment("k"), int)
+    assert_type(store.increment("k", only_if_exists=True), int | None)
+    assert_type(store.increment("k", maximum=3), pgkv.IncrementResult)
     assert_type(store.increment_many({"k": 1}), dict[str, int])
     assert_type(store.exists_many(["k"]), set[str])
     assert_type(store.compare_and_swap("k", None, "v"), CasResult)
@@ -171,7 +173,7 @@ def wrong(store: Store, users: TypedStore[User]) -> None:
     store.set("k", 5)  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType]
     store.set("k", "v", 60)  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue]
     store.set_many({"k": 5})  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
-    store.increment("k", "1")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    store.increment("k", "1")  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType]
     store.typed(User, "pickle")  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue, reportArgumentType]
     users.set("u", {"id": 1})  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     users.update("u", lambda user: "text")  # type: ignore[arg-type, return-value]  # pyright: ignore[reportArgumentType]

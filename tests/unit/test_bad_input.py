@@ -79,7 +79,9 @@ POINT: dict[str, Callable[[Any, Any], Any]] = {
     "delitem": lambda s, k: s.__delitem__(k),
     "contains": lambda s, k: k in s,
     "increment": lambda s, k: s.increment(k),
+    "increment within": lambda s, k: s.increment(k, maximum=9),
     "decrement": lambda s, k: s.decrement(k),
+    "append": lambda s, k: s.append(k, b""),
     "compare_and_swap": lambda s, k: s.compare_and_swap(k, b"", b""),
     "compare_and_swap of none": lambda s, k: s.compare_and_swap(k, None, b""),
     "compare_and_delete": lambda s, k: s.compare_and_delete(k, b""),
@@ -225,7 +227,9 @@ TTLS: dict[str, Callable[[Any, Any], Any]] = {
     "set_xx": lambda s, t: s.set_xx("k", b"", ttl=t),
     "set_many": lambda s, t: s.set_many({"k": b""}, ttl=t),
     "increment": lambda s, t: s.increment("k", ttl=t),
+    "increment within": lambda s, t: s.increment("k", ttl=t, maximum=9),
     "decrement": lambda s, t: s.decrement("k", ttl=t),
+    "append": lambda s, t: s.append("k", b"", ttl=t),
     "increment_many": lambda s, t: s.increment_many({"k": 1}, ttl=t),
     "compare_and_swap": lambda s, t: s.compare_and_swap("k", b"", b"", ttl=t),
     "compare_and_swap of none": lambda s, t: s.compare_and_swap("k", None, b"", ttl=t),
@@ -327,9 +331,25 @@ def test_bad_ping_timeout(store: Any) -> None:
 )
 def test_bad_deltas(store: Any, delta: Any, why: str) -> None:
     """A delta is an integer of 64 bits."""
-    for call in (store.increment, store.decrement):
+    for call in (store.increment, store.decrement, partial(store.increment, maximum=1)):
         refused(pgkv.InvalidValueError, why, partial(call, "k", delta))
     refused(pgkv.InvalidValueError, why, lambda: store.increment_many({"k": delta}))
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"minimum": 1.0}, "minimum must be an int, not float"),
+        ({"maximum": True}, "maximum must be an int, not bool"),
+        ({"maximum": 2**63}, "maximum is outside"),
+        ({"minimum": 2, "maximum": 1}, "minimum must not be greater"),
+        ({"only_if_exists": True, "ttl": 1}, "ttl or only_if_exists, not both"),
+        ({"only_if_exists": 1}, "only_if_exists must be True or False"),
+    ],
+)
+def test_bad_bounds_of_counting(store: Any, options: Any, why: str) -> None:
+    """Bounds are integers of 64 bits in order, and a ttl needs a key that may be created."""
+    refused(pgkv.InvalidValueError, why, partial(store.increment, "k", **options))
 
 
 def test_what_cannot_be_subtracted(store: Any) -> None:
