@@ -39,6 +39,9 @@ def cached_in(
     options = {"store": store, **PATIENT, **options}
 
     def decorate(fn: Callable[..., Any]) -> Any:
+        # Each parametrization of a test defines its function again, closing over lists of its own.
+        suffix = "" if colour.name == "async" else ".blocking"
+        options.setdefault("name", f"{fn.__module__}.{fn.__qualname__}{suffix}")
         if colour.name == "async":
             return pgkv.cached(ttl, **options)(fn)
         if isinstance(options["store"], Threaded):
@@ -49,8 +52,7 @@ def cached_in(
         def blocking(*args: Any, **kwargs: Any) -> Any:
             return asyncio.run_coroutine_threadsafe(fn(*args, **kwargs), loop).result()
 
-        # One test defines its function in both ways, and two functions need two names.
-        blocking.__qualname__ += ".blocking"
+        blocking.__qualname__ += ".blocking"  # as its name
         return Awaited(pgkv.cached(ttl, **options)(blocking))
 
     return decorate

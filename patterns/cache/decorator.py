@@ -39,7 +39,7 @@ from .function import (
     ensure_table_async,
     forget,
 )
-from .identity import claim, closed_over
+from .identity import Definition, claim
 from .invalidations import message, publish
 from .key import Binder, signature_of
 from .l1 import L1
@@ -243,9 +243,11 @@ def _decorate(fn: Any, given: dict[str, Any], frame: FrameType) -> Any:
     if given["store"] is not None:
         _check_store(given["store"], f"cached {fn.__qualname__}()", is_async=is_async)
     name = _name_of(fn, given)
-    closure = closed_over(fn) if given["name"] is None else b""
-    binder = Binder(fn, name, given["ignore"], given["key"], given["tags"], closure)
-    claim(name, (fn, given["key"], given["ignore"]), fn, frame)
+    definition = Definition(fn, given["key"], given["ignore"], frame)
+    named = given["name"] is not None
+    captured = b"" if named else definition.captured
+    binder = Binder(fn, name, given["ignore"], given["key"], given["tags"], captured)
+    claim(name, definition, fn.__qualname__, named=named)
     core = FunctionCache(
         fn,
         name,

@@ -347,7 +347,7 @@ def _claim(kind: type) -> bytes:
     """Give a class its name, unless another one has it."""
     name = _full_name(kind)
     with _lock:
-        if _named_classes.get(name, kind) is not kind and not _is_importable(kind):
+        if _named_classes.get(name, kind) is not kind and not is_importable(kind):
             gc.collect()  # the other one may be garbage
             if _named_classes.get(name, kind) is not kind:
                 raise Unencodable(
@@ -364,7 +364,7 @@ def _full_name(thing: Any) -> bytes:
     return _text(str(module)) + _text(thing.__qualname__)
 
 
-def _is_importable(thing: Any) -> bool:
+def is_importable(thing: Any) -> bool:
     """Whether a class or function is found under its own name."""
     found: Any = sys.modules.get(thing.__module__ or "")
     for part in thing.__qualname__.split("."):
@@ -373,7 +373,7 @@ def _is_importable(thing: Any) -> bool:
 
 
 def _function(value: Any) -> bytes:
-    if not _is_importable(value):
+    if not is_importable(value):
         raise Unencodable(f"the function {value.__qualname__} cannot be imported by its name")
     return b"L" + _full_name(value)
 

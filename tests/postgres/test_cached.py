@@ -125,12 +125,13 @@ async def test_a_result_that_does_not_fit_is_refused_at_once(store: Any, colour:
 @pytest.mark.parametrize("codec", ["json", "msgpack", pgkv.SignedPickle(b"k" * 16)])
 async def test_codecs(store: Any, colour: Colour, codec: Any) -> None:
     """JSON, msgpack and signed pickle keep a value; each takes the others' entries for misses."""
+    calls: list[int] = []
     for each in (codec, "json"):
-        calls: list[int] = []
+        calls.clear()
 
         @cached_in(colour, store, codec=each)
         async def f(n: int) -> User:
-            calls.append(n)  # noqa: B023  # called before the next turn
+            calls.append(n)
             return User(n, "x")
 
         assert [await f(1), await f(1)] == [User(1, "x")] * 2
@@ -393,11 +394,12 @@ async def test_a_leader_that_raises(store: Any, colour: Colour) -> None:
 async def test_two_stores_compute_once(make_store: Any, colour: Colour) -> None:
     """Callers with different stores, as different processes have, wait for the lease's holder; with
     lock=False each computes, and one stores."""
+    calls: list[int] = []
     for lock, expected in [(True, 1), (False, 2)]:
-        calls: list[int] = []
+        calls.clear()
 
         async def f(n: bool) -> int:
-            calls.append(1)  # noqa: B023  # called within this turn
+            calls.append(1)
             await asyncio.sleep(0.1)
             return 7
 
@@ -436,24 +438,24 @@ async def test_reentrant_calls_do_not_wait_for_themselves(store: Any, colour: Co
     options: dict[str, Any] = {"store": plain, "store_timeout": 20, "max_wait": 60}
     if colour.name == "async":
 
-        @pgkv.cached(60, **options)
+        @pgkv.cached(60, name="f", **options)
         async def f() -> int:
             depth.append(1)
             return 1 if len(depth) > 2 else await g()
 
-        @pgkv.cached(60, **options)
+        @pgkv.cached(60, name="g", **options)
         async def g() -> int:
             return await f()
 
         answer = await asyncio.wait_for(f(), 20)
     else:
 
-        @pgkv.cached(60, **options)
+        @pgkv.cached(60, name="h", **options)
         def h() -> int:
             depth.append(1)
             return 1 if len(depth) > 2 else k()
 
-        @pgkv.cached(60, **options)
+        @pgkv.cached(60, name="k", **options)
         def k() -> int:
             return h()
 
@@ -510,7 +512,7 @@ async def test_the_mark_against_recursion_ends_with_the_computation(
     load: Any
     if colour.name == "async":
 
-        @pgkv.cached(60, **options)
+        @pgkv.cached(60, **options, name="left behind, in a task")
         async def load() -> int:
             leave_a_task()
             await asyncio.sleep(0.02)
@@ -717,7 +719,7 @@ async def test_methods(store: Any, colour: Colour) -> None:
         def __init__(self, tenant: str) -> None:
             self.tenant = tenant
 
-        @pgkv.cached(60, store=plain, store_timeout=20)
+        @pgkv.cached(60, name="Repo.load", store=plain, store_timeout=20)
         def load(self, n: int) -> str:
             calls.append(n)
             return f"{self.tenant}{n}"

@@ -109,7 +109,7 @@ async def test_a_refresh_runs_in_the_context_of_its_call(
     load: Any
     if colour.name == "async":
 
-        @pgkv.cached(ttl, **options)
+        @pgkv.cached(ttl, **options, name="invoices, in a task")
         async def load(month: str) -> list[str]:
             return [tenant.get(), month]
 

@@ -41,7 +41,8 @@ def test_a_cached_flask_view_keeps_its_status(store: pgkv.Store, codec: Any) -> 
         return ["a", 1]
 
     for view in (gone, typed, listed):
-        cached = pgkv.cached(ttl=60, store=store, codec=codec, store_timeout=20)(view)
+        name = f"{view.__name__} as {codec}"
+        cached = pgkv.cached(ttl=60, name=name, store=store, codec=codec, store_timeout=20)(view)
         app.add_url_rule(f"/{view.__name__}", view.__name__, cached)
     client = app.test_client()
     for _ in range(2):
