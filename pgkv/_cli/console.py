@@ -219,7 +219,7 @@ def duration(seconds: float) -> str:
     if seconds < 0.001:
         return f"{seconds * 1e6:.0f} {symbol('µs', 'us')}"
     if seconds < 1:
-        return f"{seconds * 1000:.2f} ms"
+        return f"{seconds * 1000:.{0 if seconds >= 0.01 else 1}f} ms"
     if seconds < 120:
         return f"{seconds:.1f} s"
     if seconds < 7200:

@@ -16,7 +16,7 @@ from itertools import chain, islice
 from pathlib import Path
 
 from .. import console
-from .stage import Check, Report, Scene, Stage
+from .stage import Check, Stage, scene
 
 UNICODE, SOURCE = "unicode/", "py/"
 NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__"}
@@ -59,13 +59,14 @@ def lines_of(name: str, text: str) -> Iterator[tuple[str, str]]:
             yield f"{SOURCE}{name}:{number:06}", line
 
 
-def load(stage: Stage) -> Report:
+@scene("Loading", "Loading real data in batches; every key must arrive.")
+def loading(stage: Stage) -> Iterator[str | Check]:
     """Load everything, count it, and read a sample back."""
-    stage.data = collect(stage.size.keys)
-    pairs = iter(stage.data.items())
+    stage.data = data = collect(stage.size.keys)
+    pairs = iter(data.items())
     batches = list(iter(lambda: list(islice(pairs, BATCH)), []))
-    size = sum(len(key.encode()) + len(value.encode()) for key, value in stage.data.items())
-    with stage.bar("loading", len(stage.data)) as advance, ThreadPoolExecutor(LOADERS) as threads:
+    size = sum(len(key.encode()) + len(value.encode()) for key, value in data.items())
+    with stage.bar("loading", len(data)) as advance, ThreadPoolExecutor(LOADERS) as threads:
         started = time.monotonic()
         try:
             list(threads.map(lambda batch: advance(stage.store.set_many(batch)), batches))
@@ -75,38 +76,28 @@ def load(stage: Stage) -> Report:
         seconds = time.monotonic() - started
     stage.store.vacuum()  # or autovacuum does it, while the next scene is timed
     found = stage.store.count()
-    sample = random.sample(list(stage.data), min(SAMPLE, len(stage.data)))
+    sample = random.sample(list(data), min(SAMPLE, len(data)))
     back = stage.store.get_many(sample)
-    same = all(back.get(key) == stage.data[key].encode() for key in sample)
-    names = sum(key.startswith(UNICODE) for key in stage.data)
-    return Report(
-        [
-            f"{names:,} names of characters, {len(stage.data) - names:,} lines of Python's own "
-            f"library: {console.size(size)}",
-            f"{len(stage.data):,} keys in {console.duration(seconds)}: "
-            f"{len(stage.data) / seconds:,.0f} a second",
-        ],
-        [
-            Check(f"the store counts {found:,} keys, and {len(stage.data):,} were written",
-                  found == len(stage.data)),
-            Check(f"{len(sample):,} keys drawn at random hold what was written", same),
-        ],
-    )  # fmt: skip
+    names = sum(key.startswith(UNICODE) for key in data)
+    yield (
+        f"{names:,} names of characters, {len(data) - names:,} lines of Python's own library: "
+        f"{console.size(size)}"
+    )
+    yield (
+        f"{len(data):,} keys in {console.duration(seconds)}: {len(data) / seconds:,.0f} a second"
+    )
+    text = f"the store counts {found:,} keys, and {len(data):,} were written"
+    yield Check(text, found == len(data))
+    text = f"{len(sample):,} keys drawn at random hold what was written"
+    yield Check(text, back == {key: data[key].encode() for key in sample})
 
 
-def scan(stage: Stage) -> Report:
+@scene("Scanning", "A prefix or a range comes in the order of its bytes, complete.")
+def scanning(stage: Stage) -> Iterator[str | Check]:
     """Read one module back line by line, and everything in order."""
     store = stage.store
-    checks: list[Check] = []
     names = sorted({key[len(SOURCE) :].rpartition(":")[0]
                     for key in stage.data if key.startswith(SOURCE)})  # fmt: skip
-    names = names[:-1]  # of the last one only a part may have been loaded
-    if names:
-        name = FAVOURITE if FAVOURITE in names else max(names[:50], key=len)
-        text = dict(source_files(name.rpartition("/")[0]))[name]
-        found = [(key, value.decode()) for key, value in store.scan(f"{SOURCE}{name}:")]
-        said = f"a scan puts {name} together again, {len(found):,} lines in order"
-        checks.append(Check(said, found == list(lines_of(name, text))))
     kept = sorted(stage.data, key=str.encode)
     started = time.monotonic()
     keys: list[str] = []
@@ -117,13 +108,14 @@ def scan(stage: Stage) -> Report:
                 if len(keys) % 5000 == 0:
                     advance(5000)
     seconds = time.monotonic() - started
-    checks.append(Check("all keys came once, in the order of their bytes", keys == kept))
-    return Report(
-        [f"{len(keys):,} keys in order in {console.duration(seconds)}: "
-         f"{len(keys) / seconds:,.0f} a second"],
-        checks,
-    )  # fmt: skip
-
-
-LOADING = Scene("Loading", "Loading real data in batches; every key must arrive.", load)
-SCANNING = Scene("Scanning", "A prefix or a range comes in the order of its bytes, complete.", scan)
+    yield (
+        f"{len(keys):,} keys in order in {console.duration(seconds)}: "
+        f"{len(keys) / seconds:,.0f} a second"
+    )
+    if names := names[:-1]:  # of the last one only a part may have been loaded
+        name = FAVOURITE if FAVOURITE in names else max(names[:50], key=len)
+        text = dict(source_files(name.rpartition("/")[0]))[name]
+        found = [(key, value.decode()) for key, value in store.scan(f"{SOURCE}{name}:")]
+        said = f"a scan puts {name} together again, {len(found):,} lines in order"
+        yield Check(said, found == list(lines_of(name, text)))
+    yield Check("all keys came once, in the order of their bytes", keys == kept)

@@ -1,4 +1,4 @@
-"""What scenes work with (a store, threads, processes), and what they report."""
+"""A scene, and what it works with: a store, threads, processes."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 from ...store import Store
 from .. import console
@@ -19,69 +18,53 @@ from .workers import WorkerGroup, running
 WORKERS = 8
 
 
-@dataclass(frozen=True, slots=True)
-class Size:
+class Size(NamedTuple):
     """How much a demo does: entries of the data set at most, and seconds of a timed scene."""
 
     keys: int = 400_000
     seconds: float = 3.0
 
 
-@dataclass(frozen=True, slots=True)
-class Check:
+class Check(NamedTuple):
     """A sentence about what was just done, and whether it holds."""
 
     text: str
     held: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Report:
-    """What a scene did and found."""
-
-    said: list[str]
-    checks: list[Check]
+Play: TypeAlias = "Callable[[Stage], Iterator[str | Check]]"
 
 
-@dataclass(frozen=True, slots=True)
-class Scene:
-    """One part of the demo: its heading, a sentence about what is at stake, and what runs it."""
+class Scene(NamedTuple):
+    """One part of the demo: its heading, what is at stake, and what yields its lines and checks."""
 
     title: str
     stake: str
-    play: Callable[[Stage], Report]
+    play: Play
+
+
+def scene(title: str, stake: str) -> Callable[[Play], Scene]:
+    """Make a scene of the decorated function."""
+    return lambda play: Scene(title, stake, play)
 
 
 @dataclass(slots=True)
 class Stage:
-    """A store on an empty table, and what scenes leave for later ones.
-
-    Args:
-        store: the store.
-        settings: what another process needs to open it too: fields of `Config`, as JSON has them.
-        size: how much to do.
-        quiet: show no progress.
-    """
+    """A store on an empty table, and what scenes leave for later ones."""
 
     store: Store
-    settings: dict[str, Any]
+    settings: dict[str, Any]  # for other processes: fields of `Config`, as JSON has them
     size: Size
-    quiet: bool
+    quiet: bool  # show no progress
     data: dict[str, str] = field(default_factory=dict)
-
-    def clock(self) -> datetime:
-        """Return the server's clock at some time during this call."""
-        self.store.set("demo:clock", b"")
-        entry = self.store.get_entry("demo:clock")
-        assert entry is not None
-        return entry.updated_at
 
     @contextlib.contextmanager
     def bar(self, what: str, total: float) -> Iterator[Callable[[float], None]]:
-        """Show a progress bar; give a function that advances it."""
+        """Show a progress bar; give a function that advances it. It is full at the end."""
         with console.progress(quiet=self.quiet) as progress:
             task = progress.add_task(what, total=total)
             yield lambda step: progress.advance(task, step)
+            progress.update(task, completed=total)
 
     def wait(self, what: str, seconds: float, is_over: Callable[[], bool] = lambda: True) -> None:
         """Show a progress bar for that long, and longer while it is not over."""
@@ -91,9 +74,12 @@ class Stage:
                 time.sleep(0.1)
                 advance(1)
 
-    def workers(self, scene: str, size: int, **terms: Any) -> AbstractContextManager[WorkerGroup]:
-        """Start processes that run `work` of that scene's module, until the block ends."""
-        return running(scene, size, {"settings": self.settings, "terms": terms})
+    def workers(
+        self, work: Callable[..., None], size: int, **terms: Any
+    ) -> AbstractContextManager[WorkerGroup]:
+        """Start processes that run ``work(store, orders, **terms)``, until the block ends."""
+        name = f"{work.__module__}:{work.__name__}"
+        return running(name, size, {"settings": self.settings, "terms": terms})
 
     def together(
         self, what: str, work: Callable[[int, Callable[[], bool]], None], *, seconds: float
@@ -110,14 +96,12 @@ class Stage:
             return not stop.is_set() and time.monotonic() < until
 
         with ThreadPoolExecutor(WORKERS) as pool, self.bar(what, round(seconds * 10)) as advance:
-            futures = [pool.submit(work, number, go_on) for number in range(WORKERS)]
+            rest = {pool.submit(work, number, go_on) for number in range(WORKERS)}
             try:
-                while True:
-                    done, rest = wait(futures, timeout=0.05, return_when=FIRST_EXCEPTION)
-                    if not rest or any(each.exception() for each in done):
-                        break
+                while rest:
+                    done, rest = wait(rest, timeout=0.05, return_when=FIRST_EXCEPTION)
+                    for future in done:
+                        future.result()
                     advance(0.5)
             finally:
                 stop.set()
-        for future in futures:
-            future.result()

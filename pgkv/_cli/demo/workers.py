@@ -1,34 +1,54 @@
-"""Processes that work in a scene, and the orders that one of them gets.
+"""Processes that work in a scene: `running` starts them, and each of them runs this module.
 
-A worker runs the `work` function of a scene's module. Orders and answers are lines of JSON on its
-standard input and output. It ends when its input ends, so none outlives the demo.
+A worker calls the function that its first order names. Orders and answers are lines of JSON on its standard input and output. It ends when its input ends, so none
+outlives the demo.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import queue
+import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from io import FileIO
+from pkgutil import resolve_name
 from typing import Any
+
+from ...config import Config, Pooler, TtlCleanupStrategy
+from ...store import Store
 
 ANSWER_TIMEOUT = 60.0  # seconds without any answer
 END_TIMEOUT = 10.0  # seconds in which a worker ends by itself
+CONNECTIONS = 20  # of one process: a scene has at most this many threads
 
 
-class Worker:
-    """One process; its answers go into a queue, as ``(worker, answer)``."""
+def config_of(settings: dict[str, Any], connections: int) -> Config:
+    """Return the `Config` of `Stage.settings`, for a process with that many connections."""
+    return Config(
+        **{**settings, "pooler": Pooler(settings["pooler"])},
+        application_name="pgkv demo",
+        pool_max_size=connections,
+        # Scenes collect expired rows themselves, and count them.
+        ttl_cleanup_strategy=TtlCleanupStrategy.MANUAL,
+    )
+
+
+# -- in the demo ---------------------------------------------------------------------------
+
+
+class Worker(subprocess.Popen[str]):
+    """One process. Its answers go into a queue, as ``(worker, answer)``."""
 
     def __init__(self, number: int, answers: queue.SimpleQueue[tuple[Worker, Any]]) -> None:
-        self.number = number
-        self.process: subprocess.Popen[str] = subprocess.Popen(  # noqa: S603  # this Python, and a module of ours
+        super().__init__(
             # -P: a user's module in the working directory must not replace one of ours.
-            [sys.executable, "-P", "-m", __package__],
+            [sys.executable, "-P", "-m", __name__],
             env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -36,6 +56,7 @@ class Worker:
             encoding="utf-8",
             process_group=0,  # Ctrl-C is for the demo, which ends its workers itself
         )
+        self.number = number
         self._dismissed = False
         self._reader = threading.Thread(target=self._read, args=(answers,), daemon=True)
         self._reader.start()
@@ -45,44 +66,40 @@ class Worker:
 
     def tell(self, order: Any) -> None:
         """Send it an order. A dead worker gets none."""
-        assert self.process.stdin is not None
+        assert self.stdin is not None
         with contextlib.suppress(BrokenPipeError):
-            self.process.stdin.write(json.dumps(order) + "\n")
-            self.process.stdin.flush()
+            self.stdin.write(json.dumps(order) + "\n")
+            self.stdin.flush()
 
     def stop(self) -> None:
         """Tell it to end."""
+        assert self.stdin is not None
         self._dismissed = True
-        assert self.process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
-            self.process.stdin.close()
+            self.stdin.close()
 
     def kill(self) -> None:
         """Kill it, and wait until it is dead."""
         self._dismissed = True
-        self.process.kill()
-        self.process.wait()
+        super().kill()
+        self.wait()
 
     def leave(self) -> None:
-        """Wait until it has ended, or end it."""
-        self.stop()
-        try:
-            self.process.wait(END_TIMEOUT)
-        except subprocess.TimeoutExpired:
-            self.kill()
-        self._reader.join()
-        for pipe in (self.process.stdout, self.process.stderr):
-            assert pipe is not None
-            pipe.close()
+        """Wait until it has ended, or kill it."""
+        with self:  # closes the pipes
+            try:
+                self.wait(END_TIMEOUT)
+            except subprocess.TimeoutExpired:
+                self.kill()
+            self._reader.join()
 
     def _read(self, answers: queue.SimpleQueue[tuple[Worker, Any]]) -> None:
-        assert self.process.stdout is not None
-        assert self.process.stderr is not None
-        for line in self.process.stdout:
+        assert self.stdout is not None
+        assert self.stderr is not None
+        for line in self.stdout:
             answers.put((self, json.loads(line)))
-        complaint = self.process.stderr.read().strip()
+        last = self.stderr.read().strip().rpartition("\n")[2] or "it ended"
         if not self._dismissed:
-            last = complaint.rpartition("\n")[2] or "it ended"
             answers.put((self, RuntimeError(f"{self} of the demo failed: {last}")))
 
 
@@ -104,12 +121,7 @@ class WorkerGroup:
             worker.stop()
 
     def answer(self, timeout: float = ANSWER_TIMEOUT) -> tuple[Worker, Any]:
-        """Return the next answer with its worker.
-
-        Raises:
-            TimeoutError: there was none in that many seconds.
-            RuntimeError: a worker has failed.
-        """
+        """Return the next answer with its worker; raise what a worker has failed with."""
         try:
             worker, answer = self._answers.get(timeout=timeout)
         except queue.Empty:
@@ -124,11 +136,11 @@ class WorkerGroup:
 
 
 @contextlib.contextmanager
-def running(scene: str, size: int, first: dict[str, Any]) -> Iterator[WorkerGroup]:
+def running(work: str, size: int, first: dict[str, Any]) -> Iterator[WorkerGroup]:
     """Start that many workers and wait until they are ready; all have ended afterwards."""
     workers = WorkerGroup(size)
     try:
-        workers.tell({"scene": scene, **first})
+        workers.tell({"work": work, **first})
         workers.answer_of_each()
         yield workers
     except BaseException:
@@ -141,25 +153,23 @@ def running(scene: str, size: int, first: dict[str, Any]) -> Iterator[WorkerGrou
             worker.leave()
 
 
+# -- in a worker ---------------------------------------------------------------------------
+
+
 class Orders:
-    """The orders that a worker gets."""
+    """The orders that a worker gets. `ended` is set when it is time to end."""
 
     def __init__(self) -> None:
+        self.ended = threading.Event()
         self._orders: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._ended = threading.Event()
         threading.Thread(target=self._read, daemon=True).start()
 
     def _read(self) -> None:
         # Not sys.stdin: Python aborts if a thread reads from that when the program ends.
         for line in FileIO(sys.stdin.fileno(), closefd=False):
             self._orders.put(json.loads(line))
-        self._ended.set()
+        self.ended.set()
         self._orders.put(None)
-
-    @property
-    def ended(self) -> bool:
-        """Whether it is time to end."""
-        return self._ended.is_set()
 
     def next(self) -> Any:
         """Wait for the next order; None if there are no more."""
@@ -167,17 +177,33 @@ class Orders:
 
     def one_waits(self) -> bool:
         """Take an order that is there; False where there is none."""
-        try:
-            return self._orders.get_nowait() is not None
-        except queue.Empty:
-            return False
-
-    def pause(self, seconds: float) -> None:
-        """Let time pass, less if it is time to end."""
-        self._ended.wait(seconds)
+        return not self._orders.empty() and self.next() is not None
 
 
 def answer(value: Any) -> None:
-    """Send an answer, in a worker."""
+    """Send an answer."""
     sys.stdout.write(json.dumps(value) + "\n")
     sys.stdout.flush()
+
+
+def main() -> None:
+    """Work in a scene."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for name in ("pgkv", "psycopg"):  # the answers have what matters
+        logging.getLogger(name).addHandler(logging.NullHandler())
+    orders = Orders()
+    first = orders.next()
+    if first is None:
+        return
+    work = resolve_name(first["work"])
+    with (
+        contextlib.suppress(BrokenPipeError),  # the demo has ended
+        Store(config_of(first["settings"], CONNECTIONS)) as store,
+    ):
+        store.ping()
+        answer("ready")
+        work(store, orders, **first["terms"])
+
+
+if __name__ == "__main__":
+    main()

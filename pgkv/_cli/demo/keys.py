@@ -1,0 +1,157 @@
+"""Scenes about single keys: how fast calls are, how threads change the same keys, and expiry."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from time import monotonic
+
+from .. import console
+from .stage import WORKERS, Check, Stage, scene
+
+KEYS = 10_000
+WRITTEN, COUNTED = "demo:written:", "demo:counted:"  # the data set itself is not changed
+SHARED, OPENING, CLAIMS = 4, 1_000_000, 300
+SHORT, SHORT_KEYS, TTL = "demo:short:", 20_000, 1.0
+
+
+def _count(stage: Stage, what: str, call: Callable[[int], object], seconds: float) -> int:
+    """Call it with growing numbers from all threads until the time is up; how often that was."""
+    calls = [0] * WORKERS
+
+    def work(number: int, go_on: Callable[[], bool]) -> None:
+        while go_on():
+            call(number + calls[number])
+            calls[number] += 1
+
+    stage.together(what, work, seconds=seconds)
+    return sum(calls)
+
+
+@scene("Throughput", "One caller, one call after the other; then many callers at a time.")
+def throughput(stage: Stage) -> Iterator[str | Check]:
+    """Time each operation by one caller, then `get` by many."""
+    store, seconds = stage.store, stage.size.seconds / 4
+    drawn = random.sample(list(stage.data), min(KEYS, len(stage.data)))
+    data = {key: stage.data[key].encode() for key in drawn}
+
+    def pipeline(key: str) -> bool:
+        with store.pipeline() as queue:
+            found = queue.get(key)
+            queue.increment(COUNTED + key)
+        return found.result() == data[key]
+
+    operations: dict[str, Callable[[str], bool]] = {
+        "get": lambda key: store.get(key) == data[key],
+        "set": lambda key: bool(store.set(WRITTEN + key, data[key])),
+        "increment": lambda key: store.increment(COUNTED + key) > 0,
+        "pipeline": pipeline,
+    }
+    calls: Counter[str] = Counter()
+    wrong: list[str] = []
+    with stage.bar("one caller", len(operations)) as advance:
+        for name, call in operations.items():
+            until = monotonic() + seconds / 3
+            for key in itertools.cycle(drawn):
+                calls[name] += 1
+                wrong += [] if call(key) else [key]
+                if monotonic() > until:
+                    break
+            advance(1)
+
+    def get_one(number: int) -> None:
+        if store.get(key := drawn[number % len(drawn)]) != data[key]:
+            wrong.append(key)
+
+    many = _count(stage, f"{WORKERS} callers", get_one, seconds)
+    rates = [f"{name} {3 * calls[name] / seconds:,.0f} a second" for name in operations]
+    counted = calls["increment"] + calls["pipeline"]
+    total = sum(int(value) for _, value in store.scan(COUNTED))
+    yield f"one caller: {', '.join(rates[:3])}"
+    yield f"{WORKERS} callers: get {many / seconds:,.0f} a second"
+    answers = calls.total() + many
+    text = f"all {answers:,} answers are right: what is read is what was written"
+    yield Check(text, not wrong)
+    yield Check(f"the counters add up to {total:,} after {counted:,} increments", total == counted)
+
+
+@scene("Races", "Threads change the same keys: reading, adding and writing back would lose counts.")
+def races(stage: Stage) -> Iterator[str | Check]:
+    """Count, draw money, and race for names; the totals must be exact."""
+    store, seconds = stage.store, stage.size.seconds
+    counters = [f"demo:counter:{number}" for number in range(SHARED)]
+    accounts = [f"demo:account:{number}" for number in range(SHARED)]
+    store.set_many(dict.fromkeys(accounts, str(OPENING)))
+    booked: list[str] = []  # one entry for each successful swap
+    won: list[int] = []  # the names that a thread won
+    gate = threading.Barrier(WORKERS)
+
+    def draw(number: int) -> None:
+        name = accounts[number % SHARED]
+        seen = store.get(name) or b""
+        if store.compare_and_swap(name, seen, str(int(seen) - 1)):
+            booked.append(name)
+
+    def claim(number: int, _: Callable[[], bool]) -> None:
+        gate.wait(timeout=30)
+        won.extend(n for n in range(CLAIMS) if store.set_nx(f"demo:claim:{n}", str(number)))
+
+    counting = _count(
+        stage, "increment", lambda number: store.increment(counters[number % SHARED]), seconds / 3
+    )
+    swapping = _count(stage, "get, compare_and_swap", draw, seconds / 3)
+    stage.together("racing", claim, seconds=seconds)
+    total = sum(map(int, store.get_many(counters).values()))
+    debited = SHARED * OPENING - sum(map(int, store.get_many(accounts).values()))
+    yield (
+        f"{swapping - len(booked):,} of {swapping:,} swaps met another thread's change and were "
+        "repeated"
+    )
+    yield Check(
+        f"{WORKERS} threads on {SHARED} counters: they add up to {total:,} after {counting:,} "
+        "increments",
+        total == counting,
+    )
+    yield Check(
+        f"{SHARED} accounts were debited {debited:,} in total by {len(booked):,} successful swaps "
+        "of 1",
+        debited == len(booked),
+    )
+    yield Check(
+        f"{WORKERS} threads raced for each of {CLAIMS} names by set_nx, and one won each: "
+        f"{len(won)} winners",
+        sorted(won) == list(range(CLAIMS)),
+    )
+
+
+@scene("Expiry", "An expired key must be gone for every reader at once, and then from the disk.")
+def expiry(stage: Stage) -> Iterator[str | Check]:
+    """Write keys that end soon, wait for it, and collect them."""
+    store = stage.store
+    keys = [f"{SHORT}{number:06}" for number in range(min(SHORT_KEYS, stage.size.keys))]
+    # The first batch's time runs while the last is written: all count from one statement's clock.
+    before = monotonic()
+    store.set_many(dict.fromkeys(keys, "soon gone"), ttl=TTL)
+    there = store.count(SHORT)
+    early = monotonic() - before < TTL
+    stage.wait("waiting for expiry", TTL, lambda: not store.exists(keys[-1]))
+    visible = store.count(SHORT) + len(store.get_many(keys[:1000]))
+    rows = store.count(SHORT, include_expired=True)
+    started = monotonic()
+    removed = store.cleanup_expired()
+    seconds = monotonic() - started
+    left = store.count(SHORT, include_expired=True)
+    yield (
+        f"{len(keys):,} keys with a ttl of {TTL:g} s; their rows collected in "
+        f"{console.duration(seconds)}: {removed / seconds:,.0f} a second"
+    )
+    if early:
+        yield Check(f"all {there:,} keys were readable before expiry", there == len(keys))
+    yield Check(f"{visible or 'none'} readable after expiry", visible == 0)
+    yield Check(
+        f"collecting removed {removed:,} of {rows:,} rows, {left or 'none'} left",
+        removed == rows == len(keys) and left == 0,
+    )

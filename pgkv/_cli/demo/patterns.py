@@ -1,0 +1,223 @@
+"""Scenes about what is built on the store: cached functions, rate limits, sessions."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime, timedelta
+from threading import Barrier
+from time import monotonic
+
+from ...errors import SessionGoneError
+from ...patterns.cache.decorator import cached
+from ...patterns.rate_limit.api import Decision, RateLimiter
+from ...patterns.session.api import Session, SessionStore
+from ...store import Store
+from .. import console
+from . import dataset
+from .stage import Check, Stage, scene
+from .workers import Orders, answer
+
+PROCESSES, THREADS = 4, 16
+CALLERS = PROCESSES * THREADS
+TIMEOUT = 60.0  # seconds of one call: no result depends on a busy machine
+
+# -- a cached function ---------------------------------------------------------------------
+
+LIBRARY = ("asyncio", "email", "multiprocessing")  # whose words are counted: some 50 ms of work
+COMPUTED = "demo:computed"
+
+
+@scene(
+    "Stampede",
+    f"{PROCESSES} processes of {THREADS} threads need the same new result at once. Each of them "
+    "computes it, unless one does and the others wait.",
+)
+def stampede(stage: Stage) -> Iterator[str | Check]:
+    """Let all threads call a function at once, without and with `cached`."""
+    seconds, computed, results = [], [], []
+    share = min(1.0, stage.size.seconds / 3)
+    with stage.workers(call, PROCESSES, share=share) as workers, stage.bar("calling", 2) as advance:
+        for how in ("uncached", "cached"):
+            before = stage.store.increment(COMPUTED, 0)
+            started = monotonic()
+            workers.tell(how)
+            answers = workers.answer_of_each()
+            seconds.append(monotonic() - started)
+            computed.append(stage.store.increment(COMPUTED, 0) - before)
+            results.append([each for answer in answers for each in answer])
+            advance(1)
+    alike = sum(result == results[0][0] for result in results[1])
+    yield (
+        f"without a cache: computed {computed[0]} times; all callers have the result after "
+        f"{console.duration(seconds[0])}"
+    )
+    yield f"with @pgkv.cached: all have it after {console.duration(seconds[1])}"
+    times = "once" if computed[1] == 1 else f"{computed[1]} times"
+    yield Check(f"{CALLERS} cold calls at once computed it {times}", computed[1] == 1)
+    yield Check(
+        f"{alike} of {CALLERS} callers got the right result", alike == len(results[1]) == CALLERS
+    )
+
+
+def call(store: Store, orders: Orders, *, share: float) -> None:
+    """In a worker: call the function from all threads at once, as each order says."""
+    text = "".join(text for folder in LIBRARY for _, text in dataset.source_files(folder))
+    text = text[: round(len(text) * share)]
+
+    @cached(ttl=60, store=store, store_timeout=TIMEOUT, max_wait=TIMEOUT, on_error="raise")
+    def most_used() -> str:
+        store.increment(COMPUTED)
+        words = Counter(re.findall(r"[^\W\d_]{5,}", text))
+        return " ".join(f"{word} {count}" for word, count in words.most_common(10))
+
+    gate = Barrier(THREADS)
+
+    def call_at_once(how: str) -> str:
+        gate.wait(TIMEOUT)
+        return most_used() if how == "cached" else most_used.__wrapped__()
+
+    with ThreadPoolExecutor(THREADS) as threads:
+        while (how := orders.next()) is not None:
+            answer(list(threads.map(call_at_once, [how] * THREADS)))
+
+
+# -- a rate limit --------------------------------------------------------------------------
+#
+# What must come out is known exactly. From the first hit, which finds the bucket full, to a refusal,
+# which finds less than one token in it, ``burst + flow`` tokens were to be had, `flow` being what the
+# rate gives in that time by the server's clock, and all but less than one were handed out: admitted
+# are ``floor(burst + flow)``. The clock is read right before and right after both hits, so that time
+# is known but for a millisecond or so, and `flow` but for a fraction of a token.
+
+COUNT, BURST = 100, 200  # per second, and at once: two seconds without any hit fill the bucket
+KEY = "one for all"
+
+
+def limiter_of(store: Store) -> RateLimiter:
+    """Return the limiter that all processes share, by its name."""
+    return RateLimiter(store, f"{COUNT}/s burst {BURST}", name="demo", timeout=TIMEOUT)
+
+
+@scene(
+    "Rate limit",
+    f"{PROCESSES} processes hammer one key. One token too many is a limit broken, one too few is a "
+    "customer turned away.",
+)
+def rate_limit(stage: Stage) -> Iterator[str | Check]:
+    """Let them hammer for a while; count what was admitted, and what should have been."""
+    limiter = limiter_of(stage.store)
+
+    def clock() -> datetime:
+        stage.store.set("demo:clock", b"")
+        entry = stage.store.get_entry("demo:clock")
+        assert entry is not None
+        return entry.updated_at
+
+    def timed_hit() -> tuple[Decision, datetime, datetime]:
+        before = clock()
+        return limiter.hit(KEY), before, clock()
+
+    with stage.workers(hammer, PROCESSES) as workers:
+        decision, *opened = timed_hit()
+        own = int(decision.allowed)
+        workers.tell("go")
+        stage.wait("hammering", stage.size.seconds * 2 / 3)
+        workers.stop()
+        answers: list[int] = []
+        while len(answers) < PROCESSES:  # the demo takes what flows in meanwhile
+            while limiter.hit(KEY):
+                own += 1
+            with contextlib.suppress(TimeoutError):
+                answers.append(workers.answer(0.01)[1])
+        decision, *closed = timed_hit()
+        while decision:
+            own += 1
+            decision, *closed = timed_hit()
+    shortest, longest = closed[0] - opened[1], closed[1] - opened[0]
+    least, most = (BURST + COUNT * time // timedelta(seconds=1) for time in (shortest, longest))
+    admitted = sum(answers) + own
+    shares = ", ".join(map(str, answers))
+    yield f"admitted to the {PROCESSES} processes: {shares}, and {own} to the demo itself"
+    due = str(least) if least == most else f"{least} to {most}"
+    yield Check(
+        f"{admitted} admitted in {longest.total_seconds():.3f} s of the server's clock: {BURST} at "
+        f"once and {COUNT} a second make {due}",
+        least <= admitted <= most,
+    )
+
+
+def hammer(store: Store, orders: Orders) -> None:
+    """In a worker: hit until told to end; answer how many were admitted."""
+    limiter = limiter_of(store)
+    admitted = 0
+    orders.next()
+    while not orders.ended.is_set():
+        admitted += limiter.hit(KEY).allowed
+    answer(admitted)
+
+
+# -- sessions ------------------------------------------------------------------------------
+
+VISITORS = 100
+GRACE = 1.0  # seconds in which an old token still reads
+
+
+@scene(
+    "Sessions",
+    "A login gives a session a new token. The cart must survive it, and the old token must be "
+    "worthless to a thief.",
+)
+def visitors(stage: Stage) -> Iterator[str | Check]:
+    """Follow the sessions of all visitors through login, grace and logout."""
+    sessions = SessionStore(stage.store)
+    sessions.create_table()
+
+    def load(tokens: Iterable[str]) -> list[Session]:
+        return [found for token in tokens if (found := sessions.load(token)) is not None]
+
+    def is_refused(session: Session) -> bool:
+        session.data["late"] = True
+        try:
+            sessions.save(session)
+        except SessionGoneError:
+            return True
+        return False
+
+    carts = {f"user:{number}": {"cart": [number, number + 1]} for number in range(VISITORS)}
+    # A thief may know these: the tokens that the visitors had before they logged in.
+    old = [sessions.create(cart).id for cart in carts.values()]
+    rotated = monotonic()
+    current = load(old)
+    for session, user in zip(current, carts, strict=True):
+        sessions.rotate(session, user_id=user, grace=GRACE)
+    kept = {each.user_id: each.data for each in load(session.id for session in current)}
+    survived = sum(kept.get(user) == cart for user, cart in carts.items())
+    late = load(old)
+    as_before = [each.data for each in late if each.user_id is None] == list(carts.values())
+    refused = sum(map(is_refused, late))
+    in_time = monotonic() - rotated < GRACE
+    stage.wait("waiting for the old tokens to end", GRACE, lambda: not load(old[-1:]))
+    dead = VISITORS - len(load(old))
+    ended = sum(map(sessions.destroy_user, carts))
+    revived = sum(not is_refused(session) for session in current)
+    alive = len(load(session.id for session in current))
+    yield Check(
+        f"{survived} of {VISITORS} sessions kept their data, under a new token and with their user",
+        survived == VISITORS,
+    )
+    if in_time:
+        yield Check(
+            f"within the grace of {GRACE:g} s the old tokens read what was there before the login, "
+            f"without the user; {refused} of {VISITORS} can write nothing",
+            as_before and refused == VISITORS,
+        )
+    yield Check(f"after the grace {dead} of {VISITORS} old tokens are worthless", dead == VISITORS)
+    yield Check(
+        f"destroy_user ended {ended} of {VISITORS} sessions; {alive or 'none'} is left, "
+        f"{revived or 'none'} came back by a late save",
+        (ended, alive, revived) == (VISITORS, 0, 0),
+    )
