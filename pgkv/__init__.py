@@ -81,6 +81,7 @@ if TYPE_CHECKING:
         Entry,
         IncrementResult,
         KeyValue,
+        PoolStats,
         ScanOptions,
         Stats,
         TypedCasResult,
@@ -126,6 +127,7 @@ __all__ = [  # noqa: RUF022  # plain order: ruff would put L1 before the classes
     "OperationTimeoutError",
     "PgkvError",
     "Pipeline",
+    "PoolStats",
     "PoolTimeoutError",
     "Pooler",
     "QueryError",
@@ -189,7 +191,7 @@ _NAMES_OF = {
     ".pipeline": "AsyncPipeline Handle Pipeline",
     ".store": "Store",
     ".typed": "AsyncTypedStore TypedStore",
-    ".types": "CasResult CasStatus Entry IncrementResult KeyValue ScanOptions Stats TypedCasResult",
+    ".types": "CasResult CasStatus Entry IncrementResult KeyValue PoolStats ScanOptions Stats TypedCasResult",
 }
 _MODULE_OF = {name: module for module, names in _NAMES_OF.items() for name in names.split()}
 _MODULES = (

@@ -54,7 +54,7 @@ from ._sql.point import negated
 from ._sql.scan import namespace_prefix
 from .config import EMBEDDED_SCHEME, Config, require_config
 from .errors import NotFoundError
-from .types import CasResult, Entry, IncrementResult, KeyValue, ScanOptions, Stats
+from .types import CasResult, Entry, IncrementResult, KeyValue, PoolStats, ScanOptions, Stats
 
 if TYPE_CHECKING:
     from psycopg import IsolationLevel
@@ -610,6 +610,15 @@ class AsyncStore:
             self._sql.ping(), None if timeout is None else seconds(timeout, "timeout")
         )
         return monotonic() - started
+
+    async def now(self) -> datetime:
+        """Return what the server's clock says (UTC): the clock that decides every expiry."""
+        return await self._channel.execute(self._sql.now())
+
+    def pool_stats(self) -> PoolStats:
+        """Return how many connections this process has, and how many tasks wait for one. Sends
+        nothing. See `Store.pool_stats`."""
+        return self._channel.pool_stats()
 
     # -- scope
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 import enum
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from datetime import timedelta
-from typing import Any, TypeAlias, TypedDict
+from typing import Any, Self, TypeAlias, TypedDict, Unpack
 from urllib.parse import unquote_to_bytes
 
 import psycopg
+from psycopg import pq
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from .errors import ConfigError
@@ -209,6 +211,34 @@ class Config:
                 f"{type(self.retry).__name__}"
             )
 
+    @classmethod
+    def from_parameters(cls, parameters: Mapping[str, Any], **config: Unpack[Options]) -> Self:
+        """Return the settings for a server named by connection parameters, as frameworks keep them:
+        Django's ``connection.get_connection_params()``.
+
+        Args:
+            parameters: libpq's, such as ``host``, ``dbname``, ``user`` and ``password``. None counts as
+                not given, and what is psycopg's own (such as ``cursor_factory``) has no effect.
+            **config: the fields of `Config`.
+
+        Raises:
+            ConfigError: a parameter is unknown or has another type; names it.
+        """
+        known = {option.keyword.decode() for option in pq.Conninfo.get_defaults()}
+        given: dict[str, str | int] = {}
+        for name, value in parameters.items():
+            if name in _PSYCOPG_PARAMETERS or value is None:
+                continue
+            if name not in known:
+                raise ConfigError(f"there is no connection parameter {name!r}")
+            if not isinstance(value, str | int):
+                kind = type(value).__name__
+                raise ConfigError(f"the connection parameter {name!r} must be a str, not {kind}")
+            given[name] = value
+        # An empty conninfo is no DSN, although libpq then has its defaults.
+        settings: Any = config  # timedeltas are converted when the Config is made
+        return cls(make_conninfo("", **given) or "postgresql://", **settings)
+
     @property
     def table(self) -> Table:
         """The key-value table these settings name."""
@@ -278,6 +308,10 @@ def dsn_from_environment() -> str:
     )
 
 
+_PSYCOPG_PARAMETERS = (
+    *("autocommit", "context", "cursor_factory", "prepare_threshold", "row_factory"),
+    "server_side_binding",
+)
 _SECRETS = ("password", "sslpassword", "oauth_client_secret", "passfile", "sslkey")
 
 

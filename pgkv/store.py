@@ -53,7 +53,7 @@ from ._sql.point import negated
 from ._sql.scan import namespace_prefix
 from .config import EMBEDDED_SCHEME, Config, require_config
 from .errors import NotFoundError
-from .types import CasResult, Entry, IncrementResult, KeyValue, ScanOptions, Stats
+from .types import CasResult, Entry, IncrementResult, KeyValue, PoolStats, ScanOptions, Stats
 
 if TYPE_CHECKING:
     from psycopg import IsolationLevel
@@ -776,6 +776,19 @@ class Store:
             self._sql.ping(), None if timeout is None else seconds(timeout, "timeout")
         )
         return monotonic() - started
+
+    def now(self) -> datetime:
+        """Return what the server's clock says (UTC): the clock that decides every expiry."""
+        return self._channel.execute(self._sql.now())
+
+    def pool_stats(self) -> PoolStats:
+        """Return how many connections this process has, and how many callers wait for one. Sends
+        nothing.
+
+        Raises:
+            TransactionError: this store is inside a transaction, which has one connection.
+        """
+        return self._channel.pool_stats()
 
     # -- scope
 

@@ -1,5 +1,5 @@
 """What users need to test their own code that uses pgkv: a server clock that a test can move, and a
-switch that turns the decorators off.
+switch that turns cached functions and limiters off. `_pytest` makes fixtures of it.
 
 Nothing in pgkv imports this module, and nothing here is meant for production.
 """
@@ -144,10 +144,12 @@ class ServerClock:
 
 @contextlib.contextmanager
 def disabled() -> Iterator[None]:
-    """Turn `pgkv.cached` off, in the whole process, for a ``with`` block (or as a decorator).
+    """Turn `pgkv.cached` and rate limiters off, in the whole process, for a ``with`` block (or as a
+    decorator). Blocks nest, and no store is needed.
 
-    Cached functions are then the functions themselves: nothing is stored, no store is needed,
-    ``invalidate`` and ``cache_clear`` do nothing and ``peek`` finds nothing. Blocks nest.
+    Cached functions are then the functions themselves: nothing is stored, ``invalidate`` and
+    ``cache_clear`` do nothing and ``peek`` finds nothing. A limiter admits every call at once and
+    counts none; its decisions are `degraded`. Bad arguments are still refused.
     """
     _switch.add(1)
     try:

@@ -94,6 +94,23 @@ class IncrementResult:
         return self.applied
 
 
+@dataclass(frozen=True, slots=True)
+class PoolStats:
+    """The connections of one store in this process, at one moment.
+
+    Attributes:
+        size: connections open or being opened.
+        idle: those that no operation uses.
+        waiting: callers that wait for one.
+        max_size: how many there may be.
+    """
+
+    size: int
+    idle: int
+    waiting: int
+    max_size: int
+
+
 class CasStatus(enum.Enum):
     """How a compare-and-swap ended."""
 

@@ -20,7 +20,7 @@ from typing import Any
 
 # Names that differ from "a call to await": in both colours these return at once ...
 VIEWS = {"namespace", "table", "typed", "using"}
-PLAIN = {"check", "remaining", "headers", "cache_key", "limit"}
+PLAIN = {"check", "pool_stats", "remaining", "headers", "cache_key", "limit"}
 # ... these return (async) iterators ...
 ITERATORS = {"iter_keys", "iter_items"}
 # ... and these something to be awaited or entered.

@@ -32,6 +32,7 @@ from ...errors import (
     StoreUnavailableError,
     TableNotFoundError,
 )
+from .._runtime import switch as _switch
 from .local import Counter, DenyCache, PrepaidTokens
 from .policy import Decision, Policy, require_cost
 from .rate import NS, Rate, Rates, rates_of
@@ -168,6 +169,8 @@ class LimiterFlows:
         policy = self.policy if limits is None else self.policy_of(limits)
         row = self.row(key, policy)
         charge = policy.charge(cost)
+        if _switch.off:
+            return policy.degraded(allowed=True, retry_after=0.0)
         known = None
         if self.denied is not None:
             known = self.denied.find(row, policy, cost)
@@ -243,6 +246,8 @@ class LimiterFlows:
         policy = self.policy_of(limits)
         op = self.sql.peek(self.row(key, policy), len(policy.rates))
         policy.charge(cost)
+        if _switch.off:
+            return policy.degraded(allowed=True, retry_after=0.0)
         try:
             arrival = yield from do(op)
         except OUTAGES as error:
@@ -265,6 +270,8 @@ class LimiterFlows:
         return (yield from self._undo(row, self.sql.refund(row, policy.refund(cost))))
 
     def _undo(self, row: bytes, op: Op[bool]) -> Flow[bool]:
+        if _switch.off:
+            return False
         try:
             return (yield from do(op))
         finally:
@@ -280,6 +287,8 @@ class LimiterFlows:
         policy = self.policy_of(limits)
         row = self.row(key, policy)
         charge = policy.charge(cost, round(_wait_seconds(max_wait, name) * NS))
+        if _switch.off:
+            return Reserved(policy.degraded(allowed=True, retry_after=0.0), 0.0, None)
         try:
             arrival = yield from self._charge(row, charge, monotonic())
         except OUTAGES as error:
@@ -443,6 +452,8 @@ def hit_many(charges: dict[bytes, KeyCharge]) -> Flow[Decision]:
     limiters = [charge.limiter for charge in charges.values()]
     first = limiters[0]
     asked = [(row, charge.policy.charge(charge.cost)) for row, charge in charges.items()]
+    if _switch.off:
+        return charges[asked[0][0]].policy.degraded(allowed=True, retry_after=0.0)
     started = monotonic()
     try:
         arrivals = yield from _charge_many(first, asked, started)

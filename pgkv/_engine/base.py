@@ -14,6 +14,7 @@ from .._ops.op import Expired, Op, Pipelined, Raced, Transaction
 from .._sql.sweep import Sweep
 from ..config import Config, Table
 from ..errors import ConflictError, PgkvError, TransactionError
+from ..types import PoolStats
 from .flows import RefusedError
 from .nesting import Nesting
 from .results import outcomes
@@ -53,6 +54,10 @@ class PooledOperations:
     def is_exhausted(self) -> bool:
         """Whether all connections are in use, so that the next operation waits for one."""
         return bool(self._pool.is_exhausted())
+
+    def pool_stats(self) -> PoolStats:
+        """The pool's connections and waiters."""
+        return PoolStats(*self._pool.counts())
 
     def conninfo(self) -> str:
         """What a connection outside the pool is opened with: for renewal and LISTEN."""
@@ -144,6 +149,10 @@ class InTransaction:
 
     def watch(self, sql: Sweep) -> None:
         """Nothing is collected inside a transaction."""
+
+    def pool_stats(self) -> PoolStats:
+        """A transaction has one connection."""
+        raise TransactionError("pool_stats: a transaction has no pool; ask the store it came from")
 
     @property
     def state(self) -> str:

@@ -113,6 +113,16 @@ def no_connection(config: Config, action: str, seconds: float) -> StoreUnavailab
     )
 
 
+def counts_of(
+    pool: psycopg_pool.ConnectionPool[Any] | psycopg_pool.AsyncConnectionPool[Any],
+) -> tuple[int, int, int, int]:
+    """What `PoolStats` tells of a caller's pool."""
+    found = pool.get_stats()
+    names = ("pool_size", "pool_available", "requests_waiting", "pool_max")
+    size, idle, waiting, most = (found.get(name, 0) for name in names)
+    return size, idle, waiting, most
+
+
 def still_opening(
     pool: psycopg_pool.ConnectionPool[Any] | psycopg_pool.AsyncConnectionPool[Any],
     attempts: Attempts,

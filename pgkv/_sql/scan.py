@@ -6,6 +6,7 @@ COLLATE "C" (LIKE would not, and would give '%' and '_' in a prefix a meaning).
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import TYPE_CHECKING, TypeVar
 
 from .._ops import codec as _codec
@@ -204,6 +205,16 @@ class ScanStatements(Sweep):
         return Op(self._ping)
 
     @cached_property
+    def _now(self) -> Statement[datetime]:
+        return Statement(
+            "now", "SELECT statement_timestamp()", (), _read_now, retry_safe=True, writes=False
+        )
+
+    def now(self) -> Op[datetime]:
+        """What the server's clock says."""
+        return Op(self._now)
+
+    @cached_property
     def _reach(self) -> Statement[None]:
         return Statement("connect", "SELECT 1", (), read_nothing, retry_safe=True, writes=False)
 
@@ -222,6 +233,10 @@ def namespace_prefix(outer: str, prefix: object) -> str:
         raise InvalidKeyError("a namespace's prefix must be a non-empty str")
     _codec.encode_bound(prefix, "the namespace's prefix")
     return outer + prefix
+
+
+def _read_now(result: Result) -> datetime:
+    return _codec.decode_moment(result.get_value(0, 0))
 
 
 def _read_stats(result: Result) -> Stats:

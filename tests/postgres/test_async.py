@@ -921,6 +921,7 @@ async def test_from_pool(dsn: str, peer: Peer) -> None:
         await store.create_table()
         await asyncio.gather(*(store.increment("n") for _ in range(100)))
         assert await store.get("n") == b"100"
+        assert (store.pool_stats().max_size, store.pool_stats().waiting) == (2, 0)
 
         async def work() -> None:
             await store.increment("n", 0)

@@ -10,6 +10,7 @@ import pytest
 
 import pgkv
 from pgkv.testing import ServerClock
+from pgkv.types import PoolStats
 from tests.peers import Peer
 
 BYTES = bytes(range(256))
@@ -295,6 +296,25 @@ async def test_ping(store: Any) -> None:
     """ping returns the seconds of a round trip."""
     assert 0 < await store.ping() < 5
     assert 0 < await store.ping(timeout=5) < 5
+
+
+async def test_now(store: Any, clock: ServerClock) -> None:
+    """now is the server's clock."""
+    clock.advance(3600)
+    assert abs((await store.now() - clock.now()).total_seconds()) < 60
+
+
+async def test_pool_stats(make_store: Any) -> None:
+    """pool_stats counts connections, and sends nothing."""
+    store = await make_store(pool_max_size=3)
+    await store.set("k", b"v")
+    assert store.pool_stats() == PoolStats(1, 1, 0, 3)
+    async with store.transaction() as tx:
+        await tx.get("k")
+        busy = store.pool_stats()
+        with pytest.raises(pgkv.TransactionError, match="ask the store it came from"):
+            tx.pool_stats()
+    assert (busy.size, busy.idle) == (1, 0)
 
 
 async def test_version_is_what_the_row_has(store: Any, peer: Peer) -> None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import psycopg
 import pytest
@@ -97,3 +101,36 @@ def test_a_server_to_break(make_server: Callable[..., Server]) -> None:
     server.start()
     with server.connect() as conn:
         assert conn.execute(count).fetchone() == (1, 0)
+
+
+USER_TESTS = """
+import sys
+
+def test_nothing_is_imported():
+    assert "psycopg" not in sys.modules and "pgkv.store" not in sys.modules
+
+def test_expiry(pgkv_store, pgkv_clock):
+    pgkv_store.set("k", "v", ttl=60)
+    pgkv_clock.advance(61)
+    assert pgkv_store.get("k") is None
+    pgkv_store.set("left", "v")
+
+def test_another(pgkv_store):
+    assert pgkv_store.keys() == []
+"""
+
+
+def test_fixtures_for_users(dsn: str, tmp_path: Path) -> None:
+    """The fixtures that pgkv brings give each test an empty store and a clock; a suite that uses
+    none of them imports nothing."""
+    (tmp_path / "test_user.py").write_text(USER_TESTS)
+    options = ["-q", "-p", "no:cacheprovider", "-p", "pgkv._pytest", "-c", os.devnull]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, "--rootdir", ".", "test_user.py"],
+        cwd=tmp_path,
+        env=os.environ | {"PGKV_TEST_DSN": dsn, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "3 passed" in done.stdout, done.stdout + done.stderr

@@ -15,7 +15,7 @@ import pgkv
 from pgkv.patterns.rate_limit import local
 from pgkv.patterns.rate_limit.policy import Policy
 from pgkv.patterns.rate_limit.rate import rates_of
-from pgkv.testing import ServerClock
+from pgkv.testing import ServerClock, disabled
 from tests.colours import Colour
 from tests.peers import Peer, fetch
 
@@ -415,3 +415,21 @@ async def test_a_charge_comes_back_with_the_rollback(make: Make, connect: Any) -
     await conn.commit()
     assert (await limiter.peek("u")).remaining == 2
     assert (await limiter.peek("v")).remaining == 2
+
+
+async def test_disabled(make: Make, operations: Any) -> None:
+    """Inside pgkv.testing.disabled() every call of a limiter is admitted at once and none counts;
+    bad arguments are refused."""
+    limiter = make("1/h")
+    with disabled():
+        assert await attempts(limiter, 3) == 3
+        assert (await limiter.acquire("u", timeout=0)).degraded
+        assert (await limiter.reserve("u")).delay == 0
+        assert await limiter.hit_many([(limiter, "u", 1)])
+        assert await limiter.peek("u")
+        assert await limiter.refund("u") is await limiter.reset("u") is False
+        with pytest.raises(pgkv.InvalidValueError):
+            await limiter.hit("u", cost=2)
+    assert operations == []
+    assert limiter.counts.allowed == 0
+    assert await attempts(limiter, 3) == 1

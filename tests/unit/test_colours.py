@@ -24,7 +24,16 @@ TWINS = [
 BLOCKING_ONLY = {"__getitem__", "__setitem__", "__delitem__", "__contains__", "__iter__"}
 # Calls that return at once, in both colours: what is awaited or entered, views, iterators.
 TO_AWAIT_OR_ENTER = {"connect", "embedded", "transaction", "pipeline"}
-PLAIN = {"from_pool", "using", "namespace", "table", "typed", "iter_keys", "iter_items"}
+PLAIN = {
+    "from_pool",
+    "pool_stats",
+    "using",
+    "namespace",
+    "table",
+    "typed",
+    "iter_keys",
+    "iter_items",
+}
 # How each colour is opened and closed.
 COLOURED = {"__enter__", "__exit__", "__aenter__", "__aexit__", "__await__"}
 
@@ -162,6 +171,7 @@ def test_what_a_pipeline_does_not_offer() -> None:
     assert absent == {
         # several round trips by nature
         *("update", "increment_many", "iter_keys", "iter_items", "cleanup_expired"),
+        *("now", "pool_stats"),
         # upkeep, and what opens or closes
         *("truncate", "stats", "vacuum", "analyze", "create_table", "recreate_table", "ping"),
         *("connect", "from_pool", "embedded", "close", "transaction", "run_transaction"),

@@ -7,9 +7,10 @@ from datetime import timedelta
 from typing import Any, get_type_hints
 
 import pytest
+from psycopg.conninfo import conninfo_to_dict
 
 import pgkv
-from pgkv import Config, RetryPolicy
+from pgkv import Config, ConfigError, RetryPolicy
 from pgkv.config import Options
 
 DSN = "postgresql://user:PASSWORD@host:5433/db?sslpassword=SSLSECRET"
@@ -212,3 +213,38 @@ def test_unknown_options() -> None:
     """A misspelled option is a ConfigError that lists what there is."""
     with pytest.raises(pgkv.ConfigError, match=r"no option 'pool_size'.*pool_max_size"):
         pgkv.Store.connect("postgresql://", pool_size=3)  # type: ignore[call-arg]  # that is the test
+
+
+# -- connection parameters -------------------------------------------------------------------
+
+
+def test_from_parameters() -> None:
+    """A mapping of libpq's parameters is a DSN; psycopg's own and what is None have no effect."""
+    given = {
+        "host": "db",
+        "port": 5433,
+        "dbname": "my app",
+        "password": "it's/@",
+        "user": None,
+        "cursor_factory": object,
+    }
+    config = Config.from_parameters(given, table_name="t", pool_timeout=timedelta(seconds=3))
+    assert conninfo_to_dict(config.dsn) == {
+        "host": "db",
+        "port": "5433",
+        "dbname": "my app",
+        "password": "it's/@",
+    }
+    assert (config.table_name, config.pool_timeout) == ("t", 3.0)
+    assert "it's" not in repr(config)
+    assert Config.from_parameters({}).dsn == "postgresql://"
+
+
+@pytest.mark.parametrize(
+    ("parameters", "why"),
+    [({"hots": "db"}, "no connection parameter 'hots'"), ({"host": b"db"}, "'host' must be a str")],
+)
+def test_bad_parameters(parameters: Any, why: str) -> None:
+    """An unknown parameter, or one of another type, is named."""
+    with pytest.raises(ConfigError, match=why):
+        Config.from_parameters(parameters)

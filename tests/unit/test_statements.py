@@ -37,6 +37,7 @@ SAFE: dict[str, Call] = {
     "count of all": lambda s: s.count("", True),
     "stats": lambda s: s.stats(),
     "ping": lambda s: s.ping(),
+    "now": lambda s: s.now(),
     "reach": lambda s: s.reach(),
     "may_maintain": lambda s: s.may_maintain("vacuum"),
     "pages": lambda s: s.pages(),
@@ -175,7 +176,7 @@ def test_reads_do_not_count_as_writes() -> None:
     """Reads and collecting are no writes; all else is. `repeat_writes=False` goes by this."""
     reads = {
         "get", "get_entry", "exists", "ttl", "get_many", "exists_many", "keys", "scan", "count",
-        "stats", "ping", "connect", "collect", "cleanup",
+        "stats", "ping", "now", "connect", "collect", "cleanup",
     }  # fmt: skip
     commands = {"truncate", "vacuum", "analyze"}
     for name, call in ALL.items():

@@ -58,6 +58,7 @@ class CoalescingChannel:
         self.create_missing_table = inner.create_missing_table
         self.until = inner.until
         self.may_repeat = inner.may_repeat
+        self.pool_stats = inner.pool_stats
 
     @property
     def state(self) -> str:

@@ -34,6 +34,7 @@ from ..pooling import (
     OwnConnection,
     busy,
     closed,
+    counts_of,
     no_connection,
     still_opening,
     unreachable,
@@ -104,6 +105,11 @@ class AsyncStorePool:
     def is_exhausted(self) -> bool:
         """Whether all connections are in use."""
         return not self.idle and self._size >= self._config.pool_max_size
+
+    def counts(self) -> tuple[int, int, int, int]:
+        """What `PoolStats` tells."""
+        waiting = sum(not each.turn.done() for each in self.waiters)
+        return self._size, len(self.idle), waiting, self._config.pool_max_size
 
     # -- taking and giving back
 
@@ -461,6 +467,10 @@ class AsyncCallerPool:
         """Whether all connections are in use."""
         stats = self._caller_pool.get_stats()
         return not stats.get("pool_available") and stats["pool_size"] >= stats["pool_max"]
+
+    def counts(self) -> tuple[int, int, int, int]:
+        """What `PoolStats` tells."""
+        return counts_of(self._caller_pool)
 
     def conninfo(self) -> str:
         """What reaches the same database without the caller's pool."""

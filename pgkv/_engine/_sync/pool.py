@@ -51,6 +51,7 @@ from ..pooling import (
     PoolPlace,
     busy,
     closed,
+    counts_of,
     no_connection,
     still_opening,
     unreachable,
@@ -101,6 +102,11 @@ class StorePool:
     def is_exhausted(self) -> bool:
         """Whether all connections are in use."""
         return not self.idle and len(self._places) >= self._config.pool_max_size
+
+    def counts(self) -> tuple[int, int, int, int]:
+        """What `PoolStats` tells."""
+        size = self._config.pool_max_size
+        return len(self._places), len(self.idle), len(self.waiters), size
 
     # -- checking out and in
 
@@ -428,6 +434,10 @@ class CallerPool:
         """Whether all connections are in use."""
         stats = self._caller_pool.get_stats()
         return not stats.get("pool_available") and stats["pool_size"] >= stats["pool_max"]
+
+    def counts(self) -> tuple[int, int, int, int]:
+        """What `PoolStats` tells."""
+        return counts_of(self._caller_pool)
 
     def conninfo(self) -> str:
         """What reaches the same database without the caller's pool."""
