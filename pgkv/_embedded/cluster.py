@@ -65,12 +65,14 @@ _OWN_PARAMETERS: Final[Mapping[str, str]] = {
     "sslmode": "disable",
     "sslrootcert": "",
     "sslnegotiation": "postgres",
+    "sslcertmode": "allow",
     "channel_binding": "disable",
     "gssencmode": "disable",
     "requirepeer": "",
     "require_auth": "",
     "target_session_attrs": "any",
     "load_balance_hosts": "disable",
+    "min_protocol_version": "3.0",
 }
 _PING_TIMEOUT: Final = 5.0  # seconds
 _STARTUP: Final = b"\0\x03\0\0user\0postgres\0database\0postgres\0\0"  # protocol 3.0

@@ -775,6 +775,7 @@ OTHERS = {
     "PGHOSTADDR": "192.0.2.1",
     "PGSSLMODE": "verify-full",
     "PGSSLROOTCERT": "/nowhere/root.crt",
+    "PGSSLCERTMODE": "require",
     "PGREQUIREPEER": "stranger",
     "PGCHANNELBINDING": "require",
     "PGTARGETSESSIONATTRS": "standby",
