@@ -50,7 +50,7 @@ from ._settings import (
     text_of,
 )
 from ._sql import Statements
-from ._sql.point import negated
+from ._sql.point import decimal, negated
 from ._sql.scan import namespace_prefix
 from .config import EMBEDDED_SCHEME, Config, require_config
 from .errors import NotFoundError
@@ -256,19 +256,22 @@ class AsyncStore:
     async def get(self, key: str, default: T) -> bytes | T: ...
     async def get(self, key: str, default: Any = None) -> Any:
         """Return the value, or `default` when there is no such key."""
-        value = await self._channel.execute(self._sql.get(key))
+        sql = self._sql
+        value = await self._channel.call(sql.get_statement, (sql.key(key),))
         return default if value is None else value
 
     async def get_or_raise(self, key: str) -> bytes:
         """Return the value; see `Store.get_or_raise`."""
-        value = await self._channel.execute(self._sql.get(key))
+        sql = self._sql
+        value = await self._channel.call(sql.get_statement, (sql.key(key),))
         if value is None:
             raise NotFoundError(f"no such key: {key!r}")
         return value
 
     async def get_string(self, key: str) -> str | None:
         """Return the value as text, or None when there is no such key. See `Store.get_string`."""
-        value = await self._channel.execute(self._sql.get(key))
+        sql = self._sql
+        value = await self._channel.call(sql.get_statement, (sql.key(key),))
         return None if value is None else text_of(key, value)
 
     async def get_entry(self, key: str) -> Entry | None:
@@ -307,8 +310,11 @@ class AsyncStore:
         if_version: int | None = None,
     ) -> int | None:
         """Write the value. Without a ttl an earlier one is cleared; see `Store.set`."""
+        sql = self._sql
+        if ttl is None and expires_at is None and not keep_ttl and if_version is None:
+            return await self._channel.call(sql.set_statement, (sql.key(key), sql.value(value)))
         return await self._channel.execute(
-            self._sql.set(key, value, ttl, expires_at, keep_ttl, if_version)
+            sql.set(key, value, ttl, expires_at, keep_ttl, if_version)
         )
 
     async def set_ex(self, key: str, value: Value, ttl: Seconds) -> int:
@@ -334,11 +340,15 @@ class AsyncStore:
 
     async def delete(self, key: str, *, if_version: int | None = None) -> bool:
         """Remove the key; with `if_version` only that version of it. True if it was there."""
+        if if_version is None:
+            sql = self._sql
+            return await self._channel.call(sql.delete_statement, (sql.key(key),))
         return await self._channel.execute(self._sql.delete(key, if_version))
 
     async def exists(self, key: str) -> bool:
         """Tell whether the key exists."""
-        return await self._channel.execute(self._sql.exists(key))
+        sql = self._sql
+        return await self._channel.call(sql.exists_statement, (sql.key(key),))
 
     async def get_and_touch(self, key: str, ttl: Seconds) -> bytes | None:
         """Return the value and give it a new ttl in seconds, in one step; None when there is no
@@ -425,6 +435,9 @@ class AsyncStore:
     ) -> Any:
         """Add to an integer and return the sum. An absent key counts as 0. See
         `Store.increment`."""
+        if ttl is None and minimum is None and maximum is None and only_if_exists is False:
+            sql = self._sql
+            return await self._channel.call(sql.increment_statement, (sql.key(key), decimal(delta)))
         return await self._channel.execute(
             self._sql.increment(key, delta, ttl, only_if_exists, minimum, maximum)
         )

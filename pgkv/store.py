@@ -49,7 +49,7 @@ from ._settings import (
     text_of,
 )
 from ._sql import Statements
-from ._sql.point import negated
+from ._sql.point import decimal, negated
 from ._sql.scan import namespace_prefix
 from .config import EMBEDDED_SCHEME, Config, require_config
 from .errors import NotFoundError
@@ -281,7 +281,8 @@ class Store:
     def get(self, key: str, default: T) -> bytes | T: ...
     def get(self, key: str, default: Any = None) -> Any:
         """Return the value, or `default` when there is no such key."""
-        value = self._channel.execute(self._sql.get(key))
+        sql = self._sql
+        value = self._channel.call(sql.get_statement, (sql.key(key),))
         return default if value is None else value
 
     def get_or_raise(self, key: str) -> bytes:
@@ -290,7 +291,8 @@ class Store:
         Raises:
             NotFoundError: there is no such key.
         """
-        value = self._channel.execute(self._sql.get(key))
+        sql = self._sql
+        value = self._channel.call(sql.get_statement, (sql.key(key),))
         if value is None:
             raise NotFoundError(f"no such key: {key!r}")
         return value
@@ -301,7 +303,8 @@ class Store:
         Raises:
             SerializationError: the value is not UTF-8.
         """
-        value = self._channel.execute(self._sql.get(key))
+        sql = self._sql
+        value = self._channel.call(sql.get_statement, (sql.key(key),))
         return None if value is None else text_of(key, value)
 
     def get_entry(self, key: str) -> Entry | None:
@@ -352,9 +355,10 @@ class Store:
         Returns:
             The new version; None only where `if_version` did not match.
         """
-        return self._channel.execute(
-            self._sql.set(key, value, ttl, expires_at, keep_ttl, if_version)
-        )
+        sql = self._sql
+        if ttl is None and expires_at is None and not keep_ttl and if_version is None:
+            return self._channel.call(sql.set_statement, (sql.key(key), sql.value(value)))
+        return self._channel.execute(sql.set(key, value, ttl, expires_at, keep_ttl, if_version))
 
     def set_ex(self, key: str, value: Value, ttl: Seconds) -> int:
         """Write the value with a ttl in seconds; return the new version."""
@@ -379,11 +383,15 @@ class Store:
 
     def delete(self, key: str, *, if_version: int | None = None) -> bool:
         """Remove the key; with `if_version` only that version of it. True if it was there."""
+        if if_version is None:
+            sql = self._sql
+            return self._channel.call(sql.delete_statement, (sql.key(key),))
         return self._channel.execute(self._sql.delete(key, if_version))
 
     def exists(self, key: str) -> bool:
         """Tell whether the key exists."""
-        return self._channel.execute(self._sql.exists(key))
+        sql = self._sql
+        return self._channel.call(sql.exists_statement, (sql.key(key),))
 
     def get_and_touch(self, key: str, ttl: Seconds) -> bytes | None:
         """Return the value and give it a new ttl in seconds, in one step; None when there is no such
@@ -515,6 +523,9 @@ class Store:
         Raises:
             InvalidValueError: the stored value is not an integer, or the sum does not fit 64 bits.
         """
+        if ttl is None and minimum is None and maximum is None and only_if_exists is False:
+            sql = self._sql
+            return self._channel.call(sql.increment_statement, (sql.key(key), decimal(delta)))
         return self._channel.execute(
             self._sql.increment(key, delta, ttl, only_if_exists, minimum, maximum)
         )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from psycopg import pq
 
 from .._ops.drivers import answer_of
-from .._ops.op import Expired, Op, Pipelined, Raced, Transaction
+from .._ops.op import Expired, Op, Param, Pipelined, Raced, Statement, Transaction
 from .._sql.sweep import Sweep
 from ..config import Config, Table
 from ..errors import ConflictError, PgkvError, TransactionError
@@ -107,6 +107,7 @@ class InTransaction:
 
     _connection: Any
     _savepoint: Callable[[], Any]
+    execute: Callable[[Op[Any]], Any]
 
     def __init__(self, timeout: float, deadline: float | None = None) -> None:
         self._timeout = timeout
@@ -158,6 +159,10 @@ class InTransaction:
     def state(self) -> str:
         """Whose transaction it is in, or how that ended."""
         return f"its transaction was {self._ended}" if self._ended else "in a transaction"
+
+    def call(self, statement: Statement[Any], params: Sequence[Param]) -> Any:
+        """Perform one statement."""
+        return self.execute(Op(statement, params))
 
     def end(self) -> None:
         """Refuse what comes after."""

@@ -75,7 +75,7 @@ class PointStatements(TableStatements):
     # -- reading
 
     @cached_property
-    def _get(self) -> Statement[bytes | None]:
+    def get_statement(self) -> Statement[bytes | None]:
         if self.collects:
             # value is NOT NULL, so a NULL can only mean "expired".
             return self._of_one_key(
@@ -98,7 +98,7 @@ class PointStatements(TableStatements):
 
     def get(self, key: str) -> Op[bytes | None]:
         """The value, or None."""
-        return Op(self._get, (self.key(key),))
+        return Op(self.get_statement, (self.key(key),))
 
     @cached_property
     def _get_entry(self) -> Statement[Entry | None]:
@@ -135,7 +135,7 @@ class PointStatements(TableStatements):
         return Op(self._get_entry, (self.key(key),), decode)
 
     @cached_property
-    def _exists(self) -> Statement[bool]:
+    def exists_statement(self) -> Statement[bool]:
         return self._of_one_key(
             "exists",
             f"SELECT 1 FROM {self.t} WHERE key = $1 AND {self.readable}",
@@ -147,7 +147,7 @@ class PointStatements(TableStatements):
 
     def exists(self, key: str) -> Op[bool]:
         """Whether the key exists."""
-        return Op(self._exists, (self.key(key),))
+        return Op(self.exists_statement, (self.key(key),))
 
     @cached_property
     def _ttl(self) -> Statement[float | None]:
@@ -180,7 +180,7 @@ class PointStatements(TableStatements):
     ) -> Op[int | None]:
         """Write; the new version, or None where `if_version` did not match."""
         if ttl is None and expires_at is None and not keep_ttl and if_version is None:
-            return Op(self._set, (self.key(key), self.value(value)))
+            return Op(self.set_statement, (self.key(key), self.value(value)))
         expiry, extra = choose_expiry(ttl, expires_at, keep_ttl)
         params = (self.key(key), self.value(value), *extra)
         if if_version is None:
@@ -191,7 +191,7 @@ class PointStatements(TableStatements):
         return Op(statement, (*params, _codec.encode_int8(if_version)))
 
     @cached_property
-    def _set(self) -> Statement[int | None]:
+    def set_statement(self) -> Statement[int | None]:
         return self._make_set(NEVER)
 
     def _make_set(self, expiry: Expiry) -> Statement[int | None]:
@@ -243,7 +243,7 @@ class PointStatements(TableStatements):
         )
 
     @cached_property
-    def _delete(self) -> Statement[bool]:
+    def delete_statement(self) -> Statement[bool]:
         return self._of_one_key(
             "delete",
             f"DELETE FROM {self.t} WHERE key = $1 AND {LIVE}",
@@ -264,7 +264,7 @@ class PointStatements(TableStatements):
     def delete(self, key: str, if_version: int | None = None) -> Op[bool]:
         """Remove the key."""
         if if_version is None:
-            return Op(self._delete, (self.key(key),))
+            return Op(self.delete_statement, (self.key(key),))
         version = _codec.encode_int8(_codec.integer(if_version, "if_version"))
         return Op(self._delete_if, (self.key(key), version))
 
@@ -331,13 +331,13 @@ class PointStatements(TableStatements):
         if only_if_exists or minimum is not None or maximum is not None:
             return self._conditional(key, delta, ttl, only_if_exists, minimum, maximum)
         if ttl is None:
-            return Op(self._increment, (self.key(key), _decimal(delta)))
+            return Op(self.increment_statement, (self.key(key), decimal(delta)))
         expiry, extra = choose_expiry(ttl, None, False)
         statement = self.made(("increment", expiry), lambda: self._make_increment(expiry))
-        return Op(statement, (self.key(key), _decimal(delta), *extra))
+        return Op(statement, (self.key(key), decimal(delta), *extra))
 
     @cached_property
-    def _increment(self) -> Statement[int]:
+    def increment_statement(self) -> Statement[int]:
         return self._make_increment(NEVER)
 
     def _make_increment(self, expiry: Expiry) -> Statement[int]:
@@ -376,7 +376,7 @@ class PointStatements(TableStatements):
         high = None if maximum is None else _codec.integer(maximum, "maximum")
         if low is not None and high is not None and low > high:
             raise InvalidValueError("minimum must not be greater than maximum")
-        added = _decimal(delta)
+        added = decimal(delta)
         # An absent key counts as 0, and its sum is the delta: known here.
         creates = (
             not only_if_exists and (low is None or low <= delta) and (high is None or delta <= high)
@@ -582,7 +582,7 @@ _RACED = Raced()
 NOT_FOUND = CasResult(CasStatus.NOT_FOUND, None, None)
 
 
-def _decimal(delta: int) -> bytes:
+def decimal(delta: int) -> bytes:
     # `type is int` first: it settles the usual call at once.
     if type(delta) is int and -(2**62) < delta < 2**62:
         return b"%d" % delta

@@ -6,23 +6,35 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import weakref
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from random import random
 from time import monotonic
 from typing import Any, TypeVar
 
+import psycopg
 from psycopg import IsolationLevel
 
 from ... import _observe
 from ..._ops.drivers import drive_async
-from ..._ops.op import Flow, Op, Pipelined, Raced, Signal, Transaction
+from ..._ops.op import (
+    BINARY,
+    Flow,
+    Op,
+    Param,
+    Pipelined,
+    Raced,
+    Result,
+    Signal,
+    Statement,
+    Transaction,
+)
 from ..._sql import control
 from ..._sql.sweep import Sweep
 from ...config import Config, Table
 from ...errors import PgkvError
 from .. import schema as _schema
 from ..base import PooledOperations
-from ..results import outcomes
+from ..results import OK, failed, outcomes
 from ..retry import recover
 from ..sweep import PATROL_PAUSE, SWEEP_CHANCE, Collector, warn_dropped, weakly
 from .pool import AsyncCallerPool, AsyncStorePool
@@ -48,7 +60,17 @@ class AsyncPoolChannel(PooledOperations):
     # -- one operation
 
     async def execute(self, op: Op[T], timeout: float | None = None) -> T:
-        """Perform one operation. Anything unusual is left to `_recover` and `_aftermath`."""
+        """Perform one operation."""
+        return await self.call(op.statement, op.params, op.decode, timeout)
+
+    async def call(
+        self,
+        statement: Statement[T],
+        params: Sequence[Param],
+        decode: Callable[[Result], T | Signal] | None = None,
+        timeout: float | None = None,
+    ) -> T:
+        """Perform one statement, with all that is usual in one coroutine; see `_sync/channel`."""
         started = monotonic()
         seconds = self._timeout if timeout is None else timeout
         pool = self._pool
@@ -56,12 +78,31 @@ class AsyncPoolChannel(PooledOperations):
             connection = pool.idle.pop()
             if connection.is_stale():
                 pool.discard(connection)
-                return await self._recover(op, started, timeout, None)
+                return await self._recover(Op(statement, params, decode), started, timeout, None)
+            sent = False
             try:
-                result = await connection.execute(op, seconds)
+                result = None
+                if statement.prepared_name in connection.ready:
+                    connection.send_prepared(
+                        statement.prepared_name, params, statement.formats, BINARY
+                    )
+                    sent = True
+                    result = await connection.expect(statement, seconds, started + seconds)
+                if result is None or result.status not in OK:
+                    left = started + seconds - monotonic()
+                    result = await connection.execute(Op(statement, params), left, result)
             except PgkvError as error:
                 pool.check_in(connection)
-                return await self._recover(op, started, timeout, error)
+                return await self._recover(Op(statement, params, decode), started, timeout, error)
+            except psycopg.Error as error:
+                pool.check_in(connection)
+                failure = failed(error, statement, sent=sent)
+                try:
+                    return await self._recover(
+                        Op(statement, params, decode), started, timeout, failure
+                    )
+                finally:
+                    del failure  # its traceback holds this frame
             except BaseException:
                 pool.discard(connection)
                 raise
@@ -70,14 +111,14 @@ class AsyncPoolChannel(PooledOperations):
             # With more tasks than connections this is the usual way, so it is short as well.
             self._start_patrols()
             try:
-                result = await pool.execute(op, started + seconds)
+                result = await pool.execute(Op(statement, params, decode), started + seconds)
             except PgkvError as error:
-                return await self._recover(op, started, timeout, error)
-        answer = op.decode(result)
-        if op.statement.writes and random() < SWEEP_CHANCE:  # noqa: S311  # a sample, no secret
-            self._sweep(op.statement.table)
+                return await self._recover(Op(statement, params, decode), started, timeout, error)
+        answer = (decode or statement.decode)(result)
+        if statement.writes and random() < SWEEP_CHANCE:  # noqa: S311  # a sample, no secret
+            self._sweep(statement.table)
         if isinstance(answer, Signal) or _observe.hooks:
-            return await self._aftermath(op, answer, started, timeout)
+            return await self._aftermath(Op(statement, params, decode), answer, started, timeout)
         return answer
 
     async def _aftermath(self, op: Op[T], answer: Any, started: float, timeout: float | None) -> T:

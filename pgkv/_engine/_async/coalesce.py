@@ -18,7 +18,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from ... import _observe
-from ..._ops.op import Op, Pipelined, Raced, send
+from ..._ops.op import Op, Param, Pipelined, Raced, Statement, send
 from ..._sql import Statements, control
 from ...errors import PgkvError, TableNotFoundError
 from .. import flows as _flows
@@ -80,6 +80,10 @@ class CoalescingChannel:
             await asyncio.wait(self._tasks)
             await asyncio.sleep(0)
         await self._inner.close()
+
+    async def call(self, statement: Statement[T], params: Sequence[Param]) -> T:
+        """Perform one statement, together with the operations of this turn."""
+        return await self.execute(Op(statement, params))
 
     async def execute(self, op: Op[T], timeout: float | None = None) -> T:
         """Perform one operation, together with the others of this turn."""

@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import math
 from collections.abc import Callable, Sequence
+from collections.abc import Set as AbstractSet
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -106,6 +107,7 @@ class AsyncPgConnection:
         prepared: the names prepared on it already, kept up to date.
 
     Attributes:
+        ready: the names that `AsyncPoolChannel.call` may send by itself, without `execute`.
         on_free: called when the answer to the connection's operation has arrived.
     """
 
@@ -121,7 +123,6 @@ class AsyncPgConnection:
         "_prepared",
         "_result",
         "_seconds",
-        "_send_prepared",
         "_socket",
         "_statement",
         "_tls",
@@ -134,7 +135,9 @@ class AsyncPgConnection:
         "on_free",
         "pgconn",
         "prepares",
+        "ready",
         "retire_at",
+        "send_prepared",
     )
 
     def __init__(
@@ -153,6 +156,7 @@ class AsyncPgConnection:
         self.lost = False
         self.on_free: Callable[[AsyncPgConnection], None] | None = None
         self._prepared = set() if prepared is None else prepared
+        self.ready: AbstractSet[bytes] = self._prepared if prepares else frozenset()
         self._watchdog = watchdog
         self._loop = asyncio.get_running_loop()
         self._waiter: asyncio.Future[Any] | None = None
@@ -165,7 +169,7 @@ class AsyncPgConnection:
         pgconn = self.pgconn
         self._socket = pgconn.socket
         self._poll = poller(self._socket)
-        self._send_prepared = pgconn.send_query_prepared
+        self.send_prepared = pgconn.send_query_prepared
         self._flush = pgconn.flush
         self._consume = pgconn.consume_input
         self._is_busy = pgconn.is_busy
@@ -251,10 +255,10 @@ class AsyncPgConnection:
         if self.prepares and not statement.script:
             if statement.prepared_name not in self._prepared:
                 return None
-            self._send_prepared(statement.prepared_name, op.params, statement.formats, BINARY)
+            self.send_prepared(statement.prepared_name, op.params, statement.formats, BINARY)
         else:
             self._send_unprepared(op)
-        return self._expect(statement, seconds, deadline, waiter)
+        return self.expect(statement, seconds, deadline, waiter)
 
     def send_pending(self, op: Op[Any], pending: PendingRequest, seconds: float) -> bool:
         """Send a pending's operation; False if its task has to.
@@ -270,13 +274,14 @@ class AsyncPgConnection:
         self._pending = pending
         return True
 
-    def _expect(
+    def expect(
         self,
         statement: Statement[Any],
         seconds: float,
         deadline: float,
         waiter: asyncio.Future[Any] | None = None,
     ) -> asyncio.Future[Any]:
+        """Send what is queued; the future of the answer."""
         self._statement = statement
         self._seconds = seconds
         if waiter is None:
@@ -347,7 +352,7 @@ class AsyncPgConnection:
             self.pgconn.enter_pipeline_mode()
             for op in ops:
                 if self.prepares:
-                    self._send_prepared(
+                    self.send_prepared(
                         op.statement.prepared_name, op.params, op.statement.formats, BINARY
                     )
                 else:
@@ -356,7 +361,7 @@ class AsyncPgConnection:
                     self.pgconn.pipeline_sync()
             if not sync_each:
                 self.pgconn.pipeline_sync()
-            answers: list[PGresult] = await self._expect(PIPELINE, seconds, deadline)
+            answers: list[PGresult] = await self.expect(PIPELINE, seconds, deadline)
             if forgotten(answers):
                 self._prepared.clear()
         except psycopg.Error as error:
@@ -458,7 +463,7 @@ class AsyncPgConnection:
             statement.prepared_name, statement.text(self.pgconn.server_version)
         )
         try:
-            result = await self._expect(statement, seconds, deadline)
+            result = await self.expect(statement, seconds, deadline)
         except PgkvError as failure:
             failure.outcome_unknown = False  # preparing changes nothing
             raise
@@ -476,6 +481,6 @@ class AsyncPgConnection:
         if not is_outdated(error) or not self.is_usable():
             return False
         self.pgconn.send_query(b"DEALLOCATE " + statement.prepared_name)
-        await self._expect(statement, self._seconds, monotonic() + self._seconds)
+        await self.expect(statement, self._seconds, monotonic() + self._seconds)
         self._prepared.discard(statement.prepared_name)
         return True

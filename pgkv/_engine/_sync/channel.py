@@ -9,30 +9,44 @@ from __future__ import annotations
 import contextlib
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from random import random
 from time import monotonic
 from typing import Any, TypeAlias, TypeVar
 
+import psycopg
 from psycopg import IsolationLevel
 
 from ... import _observe
 from ..._fork import CONNECTIONS, survives_fork
 from ..._ops.drivers import drive
-from ..._ops.op import Flow, Op, Pipelined, Raced, Signal, Transaction
+from ..._ops.op import (
+    BINARY,
+    Flow,
+    Op,
+    Param,
+    Pipelined,
+    Raced,
+    Result,
+    Signal,
+    Statement,
+    Transaction,
+)
 from ..._sql import control
 from ..._sql.sweep import Sweep
 from ...config import Config, Table
 from ...errors import PgkvError
 from .. import schema as _schema
 from ..base import PooledOperations
-from ..results import outcomes
+from ..results import OK, failed, outcomes
 from ..retry import recover
 from ..sweep import SWEEP_CHANCE, Collector, warn_dropped, weakly
 from .pool import CallerPool, StorePool, disown
 from .transaction import BoundChannel
 
 T = TypeVar("T")
+
+POLL_MAX = 1e6  # seconds; poll() refuses what does not fit a C int
 
 
 class PoolChannel(PooledOperations):
@@ -64,22 +78,70 @@ class PoolChannel(PooledOperations):
     # -- one operation
 
     def execute(self, op: Op[T], timeout: float | None = None) -> T:
-        """Perform one operation. Anything unusual is left to `_recover` and `_aftermath`."""
+        """Perform one operation."""
+        return self.call(op.statement, op.params, op.decode, timeout)  # type: ignore[no-any-return]  # decoded by op
+
+    def call(
+        self,
+        statement: Statement[T],
+        params: Sequence[Param],
+        decode: Callable[[Result], T | Signal] | None = None,
+        timeout: float | None = None,
+    ) -> T:
+        """Perform one statement, with all that is usual in one frame. The rest is left to `execute`
+        and `receive` of the connection, which call libpq in the same order, and to `_recover` and
+        `_aftermath`."""
         started = monotonic()
         pool = self._pool
         try:
             connection = pool.idle.pop()
         except IndexError:
-            return self._recover(op, started, timeout, None)
+            return self._recover(Op(statement, params, decode), started, timeout, None)
         if connection.is_stale():
             pool.discard(connection)
-            return self._recover(op, started, timeout, None)
+            return self._recover(Op(statement, params, decode), started, timeout, None)
+        seconds = self._timeout if timeout is None else timeout
+        sent = False
         try:
-            result = connection.execute(op, self._timeout if timeout is None else timeout)
+            if statement.prepared_name in connection.ready:
+                connection.send_prepared(statement.prepared_name, params, statement.formats, BINARY)
+                sent = True
+                result: Any = None
+                is_whole = False
+                if (
+                    not connection.flush()
+                    and 0 < seconds < POLL_MAX
+                    and connection.poll(seconds * 1000.0)
+                ):
+                    connection.consume()
+                    if not connection.is_busy():
+                        result = connection.get_result()
+                        # Never two results for one is_busy: the second might block.
+                        if not connection.is_busy():
+                            more = connection.get_result()
+                            is_whole = more is None
+                            if more is not None and result.status in OK:
+                                result = more
+                if not is_whole:
+                    until = started + seconds
+                    result = connection.receive(statement, seconds, until, result, begun=True)
+                if result.status not in OK:
+                    left = started + seconds - monotonic()
+                    result = connection.execute(Op(statement, params), left, result)
+            else:
+                result = connection.execute(Op(statement, params), seconds)
         except PgkvError as error:
             pool.check_in(connection)
-            return self._recover(op, started, timeout, error)
+            return self._recover(Op(statement, params, decode), started, timeout, error)
+        except psycopg.Error as error:
+            pool.check_in(connection)
+            failure = failed(error, statement, sent=sent)
+            try:
+                return self._recover(Op(statement, params, decode), started, timeout, failure)
+            finally:
+                del failure  # its traceback holds this frame
         except BaseException:
+            connection.abandon()
             pool.check_in(connection)
             raise
         if connection.retire_at > started:
@@ -88,11 +150,11 @@ class PoolChannel(PooledOperations):
                 pool.serve_waiters()
         else:
             pool.put_idle(connection)
-        answer = op.decode(result)
-        if op.statement.writes and random() < SWEEP_CHANCE:  # noqa: S311  # a sample, no secret
-            self._sweep(op.statement.table)
+        answer = (decode or statement.decode)(result)
+        if statement.writes and random() < SWEEP_CHANCE:  # noqa: S311  # a sample, no secret
+            self._sweep(statement.table)
         if isinstance(answer, Signal) or _observe.hooks:
-            return self._aftermath(op, answer, started, timeout)
+            return self._aftermath(Op(statement, params, decode), answer, started, timeout)
         return answer
 
     def _aftermath(self, op: Op[T], answer: Any, started: float, timeout: float | None) -> T:

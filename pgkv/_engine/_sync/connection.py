@@ -28,6 +28,7 @@ from ..results import OK, PIPELINE, PipelineReader, failed, is_outdated, past_de
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from collections.abc import Set as AbstractSet
 
     from psycopg.pq.abc import PGconn, PGresult
 
@@ -48,23 +49,27 @@ class PgConnection:
         prepares: keep prepared statements on it. Not behind a transaction pooler, and not on a
             connection that belongs to the caller.
         prepared: the names prepared on it already, kept up to date.
+
+    Attributes:
+        ready: the names that `PoolChannel.call` may send by itself, without `execute`.
     """
 
     __slots__ = (
-        "_consume",
-        "_flush",
-        "_get_result",
-        "_is_busy",
         "_lost",
         "_nap_ms",
         "_prepared",
-        "_send_prepared",
         "conn",
+        "consume",
+        "flush",
+        "get_result",
+        "is_busy",
         "pgconn",
         "place",
         "poll",
         "prepares",
+        "ready",
         "retire_at",
+        "send_prepared",
     )
     takes_lock = False  # psycopg's, of the connection
 
@@ -85,12 +90,15 @@ class PgConnection:
         pgconn = self.pgconn
         # One poller for the connection's life; bound methods spare a look-up for each of some ten calls.
         self.poll = poller(pgconn.socket)
-        self._send_prepared = pgconn.send_query_prepared
-        self._flush = pgconn.flush
-        self._consume = pgconn.consume_input
-        self._is_busy = pgconn.is_busy
-        self._get_result = pgconn.get_result
+        self.send_prepared = pgconn.send_query_prepared
+        self.flush = pgconn.flush
+        self.consume = pgconn.consume_input
+        self.is_busy = pgconn.is_busy
+        self.get_result = pgconn.get_result
         self._nap_ms = TLS_NAP_MS if pgconn.ssl_in_use else LONGEST_NAP_MS
+        self.ready: AbstractSet[bytes] = (
+            self._prepared if prepares and not pgconn.ssl_in_use else frozenset()
+        )
 
     # -- whose it is
 
@@ -140,12 +148,15 @@ class PgConnection:
 
     # -- one operation
 
-    def execute(self, op: Op[Any], seconds: float, *, again: bool = True) -> Result:
+    def execute(
+        self, op: Op[Any], seconds: float, result: PGresult | None = None, *, again: bool = True
+    ) -> Result:
         """Send one operation and return its result, within that time.
 
         Args:
             op: the operation.
             seconds: for preparing, sending and the answer together.
+            result: of an operation that was sent already.
             again: send it once more if the server has forgotten the prepared statement.
 
         Raises:
@@ -155,13 +166,15 @@ class PgConnection:
         deadline = monotonic() + seconds
         statement = op.statement
         try:
-            if not self.prepares or statement.script:
+            if result is not None:
+                pass
+            elif not self.prepares or statement.script:
                 self._send_unprepared(op)
             else:
                 if statement.prepared_name not in self._prepared:
                     self._prepare(statement, seconds, deadline)
                     seconds = deadline - monotonic()
-                self._send_prepared(statement.prepared_name, op.params, statement.formats, BINARY)
+                self.send_prepared(statement.prepared_name, op.params, statement.formats, BINARY)
         except psycopg.Error as error:
             failure = failed(error, statement, sent=False)
         except PgkvError:
@@ -170,7 +183,8 @@ class PgConnection:
             self.abandon()
             raise
         else:
-            result = self._receive(statement, seconds, deadline)
+            if result is None:
+                result = self.receive(statement, seconds, deadline)
             if result.status in OK:
                 return result
             if self._forget(statement, result) and again:
@@ -181,27 +195,37 @@ class PgConnection:
         finally:
             del failure  # its traceback holds this frame, and the callers'
 
-    def _receive(self, statement: Statement[Any], seconds: float, deadline: float) -> PGresult:
-        """Wait for the whole answer; the first error in it, else its last result."""
-        answer: PGresult | None = None
+    def receive(
+        self,
+        statement: Statement[Any],
+        seconds: float,
+        deadline: float,
+        answer: PGresult | None = None,
+        *,
+        begun: bool = False,
+    ) -> PGresult:
+        """Wait for the whole answer; the first error in it, else its last result.
+
+        Waiting may have `begun` before, and `answer` be a part of it.
+        """
         try:
             milliseconds = seconds * 1000.0
-            if self._flush():
+            if self.flush():
                 self._finish_sending(deadline)
                 milliseconds = (deadline - monotonic()) * 1000.0
-            if milliseconds <= self._nap_ms:
+            if begun or milliseconds > self._nap_ms:
+                self._wait(deadline)
+            else:
                 if not self.poll(max(0.0, milliseconds)):
                     raise _PastDeadlineError
-                self._consume()
-                if self._is_busy():
+                self.consume()
+                if self.is_busy():
                     self._wait(deadline)
-            else:
-                self._wait(deadline)
-            while (result := self._get_result()) is not None:
+            while (result := self.get_result()) is not None:
                 if answer is None or answer.status in OK:
                     answer = result
                 # Never two results for one is_busy: the second might block beyond the deadline.
-                if self._is_busy():
+                if self.is_busy():
                     self._wait(deadline)
         except psycopg.Error as error:
             # After a FATAL message the server hangs up: the message is the answer.
@@ -254,7 +278,7 @@ class PgConnection:
                     self.pgconn.pipeline_sync()
             if not sync_each:
                 self.pgconn.pipeline_sync()
-            if self._flush():
+            if self.flush():
                 self._finish_sending(deadline)
             while not reader.advance():
                 left = (deadline - monotonic()) * 1000.0
@@ -262,7 +286,7 @@ class PgConnection:
                     raise _PastDeadlineError
                 # Under TLS a silent socket proves nothing: see TLS_NAP_MS.
                 if self.poll(min(left, self._nap_ms)) or self._nap_ms < LONGEST_NAP_MS:
-                    self._consume()
+                    self.consume()
             self.pgconn.exit_pipeline_mode()
             for op, answer in zip(ops, reader.answers, strict=False):
                 if answer.status not in OK:
@@ -287,29 +311,29 @@ class PgConnection:
     def _wait(self, deadline: float) -> None:
         """Read until libpq holds the next result."""
         nap, poll = self._nap_ms, self.poll
-        while self._is_busy():
+        while self.is_busy():
             if nap < LONGEST_NAP_MS:
-                self._consume()
-                if not self._is_busy():
+                self.consume()
+                if not self.is_busy():
                     return
             left = (deadline - monotonic()) * 1000.0
             if left <= 0:
                 raise _PastDeadlineError
             if poll(min(left, nap)):
-                self._consume()
+                self.consume()
 
     def _finish_sending(self, deadline: float) -> None:
         """Push out what the socket did not take at once, reading meanwhile: a server whose
         answers are not read stops reading questions."""
         both = select.poll()
         both.register(self.pgconn.socket, select.POLLIN | select.POLLOUT)
-        while self._flush():
+        while self.flush():
             left = (deadline - monotonic()) * 1000.0
             if left <= 0:
                 raise _PastDeadlineError
             for _, events in both.poll(min(left, LONGEST_NAP_MS)):
                 if events & ~select.POLLOUT:
-                    self._consume()
+                    self.consume()
 
     # -- statements on the server
 
@@ -317,7 +341,7 @@ class PgConnection:
         """Send one operation of a pipeline."""
         statement = op.statement
         if self.prepares:
-            self._send_prepared(statement.prepared_name, op.params, statement.formats, BINARY)
+            self.send_prepared(statement.prepared_name, op.params, statement.formats, BINARY)
         else:
             self._send_unprepared(op)
 
@@ -336,7 +360,7 @@ class PgConnection:
             statement.prepared_name, statement.text(self.pgconn.server_version)
         )
         try:
-            result = self._receive(statement, seconds, deadline)
+            result = self.receive(statement, seconds, deadline)
         except PgkvError as failure:
             failure.outcome_unknown = False  # preparing changes nothing
             raise

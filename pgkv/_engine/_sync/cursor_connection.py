@@ -33,6 +33,7 @@ class CursorConnection(PgConnection):
 
     __slots__ = ("_cursor", "_resets_autocommit")
     takes_lock = True
+    ready: frozenset[bytes] = frozenset()  # nothing is sent past `execute`
 
     def __init__(
         self,
@@ -53,7 +54,14 @@ class CursorConnection(PgConnection):
         self._cursor.adapters.register_dumper(_Text, _TextDumper)
         self._cursor.adapters.register_dumper(_Binary, _BinaryDumper)
 
-    def execute(self, op: Op[Any], seconds: float, *, again: bool = True) -> Result:  # noqa: ARG002  # psycopg's statements are its own
+    def execute(
+        self,
+        op: Op[Any],
+        seconds: float,
+        _sent: Any = None,
+        *,
+        again: bool = True,  # noqa: ARG002  # psycopg's statements are its own
+    ) -> Result:
         """Send one operation through a cursor."""
         result = self._ask(op, seconds)
         if result.status in OK:
