@@ -351,7 +351,7 @@ def test_sqlalchemy(dsn: str, own_store: Store) -> None:
 def test_django(dsn: str, own_store: Store) -> None:
     """Django's connection is unwrapped; what the store does belongs to its atomic()."""
     pytest.importorskip("django")
-    from django.conf import settings  # type: ignore[import-untyped]  # has no types
+    from django.conf import settings
 
     if not settings.configured:
         params = conninfo_to_dict(dsn)
@@ -368,7 +368,7 @@ def test_django(dsn: str, own_store: Store) -> None:
                 }
             }
         )
-    from django.db import connection, transaction  # type: ignore[import-untyped]  # has no types
+    from django.db import connection, transaction
 
     with pytest.raises(ZeroDivisionError), transaction.atomic():
         own_store.using(connection).set("k", b"v")

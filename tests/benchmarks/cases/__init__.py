@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from tests.benchmarks.case import CASES, Case, FactCase
 from tests.benchmarks.cases import (
+    adapters,
     batch,
     cached,
     counter,
@@ -77,6 +78,12 @@ TOPICS = (
         "Each library through the calls that its middleware makes. Django keeps its sessions in"
         " the same PostgreSQL.",
         (session,),
+    ),
+    Topic(
+        "Adapters",
+        "The interfaces of Django and limits, over pgkv and over what they bring themselves."
+        " *limits* and the sliding counter read before they write here; on Redis a script does both.",
+        (adapters,),
     ),
     Topic(
         "Locks",

@@ -1,0 +1,296 @@
+"""Adapters whose projects ship no tests for others: each contract, method by method."""
+
+import asyncio
+import os
+import threading
+
+import pytest
+from psycopg.conninfo import conninfo_to_dict
+
+from pgkv import AsyncStore, Config, ConfigError, Store
+
+DSN = os.environ["PGKV_SUITE_DSN"]
+told = conninfo_to_dict(DSN)
+URL = f":///{told['dbname']}?host={told['host']}&port={told['port']}&user={told['user']}"
+
+
+@pytest.fixture
+def store():
+    with Store.connect(DSN) as made:
+        made.clear()
+        yield made
+
+
+@pytest.fixture
+async def astore():
+    async with AsyncStore.connect(DSN) as made:
+        await made.clear()
+        yield made
+
+
+# -- Litestar
+
+
+async def test_litestar(astore):
+    from pgkv.integrations.litestar import LitestarStore
+
+    root = LitestarStore(astore)
+    await root.set("k", "text", expires_in=60)
+    await root.set("forever", b"bytes")
+    assert await root.get("k") == b"text"
+    assert 55 <= await root.expires_in("k") <= 60
+    assert await root.expires_in("forever") is None
+    assert await root.expires_in("none") is None
+    assert await root.get("k", renew_for=600) == b"text"
+    assert await root.expires_in("k") > 500
+    assert await root.get("forever", renew_for=600) == b"bytes"
+    assert await root.expires_in("forever") is None  # nothing to renew
+    assert await root.get("none", renew_for=600) is None
+    child = root.with_namespace("child")
+    grandchild = child.with_namespace("grand")
+    await child.set("k", "c")
+    await grandchild.set("k", "g")
+    await child.delete_all()
+    assert await root.exists("k")
+    assert not await child.exists("k")
+    assert not await grandchild.exists("k")
+    await root.delete("k")
+    await root.delete("k")
+    assert not await root.exists("k")
+
+
+async def test_litestar_serves_cached_responses_and_sessions():
+    from litestar import Litestar, Request, get
+    from litestar.middleware.session.server_side import ServerSideSessionConfig
+    from litestar.testing import AsyncTestClient
+
+    from pgkv.integrations.litestar import LitestarStore
+
+    calls = []
+
+    @get("/cached", cache=60)
+    async def cached() -> str:
+        calls.append(1)
+        return "once"
+
+    @get("/count")
+    async def count(request: Request) -> int:
+        request.session["n"] = request.session.get("n", 0) + 1
+        return request.session["n"]
+
+    astore = AsyncStore(Config(DSN))  # belongs to the loop of its first operation, the client's
+    root = LitestarStore(astore)
+    app = Litestar(
+        [cached, count],
+        stores={
+            "response_cache": root.with_namespace("responses"),
+            "sessions": root.with_namespace("sessions"),
+        },
+        middleware=[ServerSideSessionConfig().middleware],
+        on_shutdown=[astore.close],
+    )
+    async with AsyncTestClient(app) as client:
+        assert [(await client.get("/cached")).text for _ in range(2)] == ["once", "once"]
+        assert [(await client.get("/count")).json() for _ in range(3)] == [1, 2, 3]
+    assert calls == [1]
+
+
+# -- LangGraph
+
+
+def test_langgraph(store):
+    from pgkv.integrations.langgraph import LangGraphCache
+
+    cache = LangGraphCache(store)
+    a, ab, other = (("a",), "k"), (("a", "b"), "k"), (("a:", "b"), "k")
+    cache.set({a: ({"x": [1]}, None), ab: ("two", 60), other: ("three", 60)})
+    assert cache.get([a, ab, other, (("none",), "k")]) == {a: {"x": [1]}, ab: "two", other: "three"}
+    cache.clear([("a",)])
+    assert cache.get([a, ab, other]) == {ab: "two", other: "three"}
+    store.set("mine", b"stays")
+    cache.clear()
+    assert cache.get([ab, other]) == {}
+    assert store.exists("mine")
+    with pytest.raises(ConfigError, match="astore"):
+        asyncio.run(cache.aget([a]))
+
+
+async def test_langgraph_async(astore):
+    from pgkv.integrations.langgraph import LangGraphCache
+
+    cache = LangGraphCache(astore=astore)
+    key = (("a",), "k")
+    await cache.aset({key: ("v", 60)})
+    assert await cache.aget([key]) == {key: "v"}
+    await cache.aclear([("a",)])
+    assert await cache.aget([key]) == {}
+    with pytest.raises(ConfigError, match="blocking"):
+        cache.get([key])
+
+
+# -- Celery
+
+
+def celery_app(url):
+    from celery import Celery
+
+    app = Celery("app", broker="memory://", backend=url)
+    app.conf.update(task_always_eager=True, task_store_eager_result=True, result_expires=60)
+    return app
+
+
+def test_celery_keeps_results_and_counts_chords():
+    from pgkv.integrations.celery import CeleryBackend
+
+    app = celery_app("pgkv+postgresql" + URL)
+    assert isinstance(app.backend, CeleryBackend)  # found by its entry point
+
+    @app.task
+    def add(x, y):
+        return x + y
+
+    result = add.delay(2, 3)
+    assert result.get() == 5
+    assert app.AsyncResult(result.id).get() == 5
+    backend = app.backend
+    backend.set("k", "v")
+    assert backend.mget(["k", "none"]) == [b"v", None]
+    assert 50 < backend._store.ttl("k") <= 60
+    assert [backend.incr("chord"), backend.incr("chord")] == [1, 2]
+    backend.expire("chord", 100)
+    assert 90 < backend._store.ttl("chord") <= 100
+    backend.delete("k")
+    assert backend.get("k") is None
+    backend.cleanup()
+    backend._store.close()
+
+
+# -- dramatiq
+
+
+def test_dramatiqs_limiters(store):
+    from dramatiq.rate_limits import (
+        Barrier,
+        BucketRateLimiter,
+        ConcurrentRateLimiter,
+        WindowRateLimiter,
+    )
+
+    from pgkv.integrations.dramatiq import DramatiqBackend
+
+    backend = DramatiqBackend(store)
+    mutex = ConcurrentRateLimiter(backend, "mutex", limit=1)
+    with (
+        mutex.acquire(raise_on_failure=False) as first,
+        mutex.acquire(raise_on_failure=False) as second,
+    ):
+        assert (first, second) == (True, False)
+    with mutex.acquire(raise_on_failure=False) as again:
+        assert again
+    bucket = BucketRateLimiter(backend, "bucket", limit=2, bucket=60_000)
+    assert [bucket._acquire() for _ in range(3)] == [True, True, False]
+    window = WindowRateLimiter(backend, "window", limit=2, window=10)
+    assert [window._acquire() for _ in range(3)] == [True, True, False]
+    barrier = Barrier(backend, "barrier", ttl=60_000)
+    assert barrier.create(parties=2)
+    assert not barrier.create(parties=2)
+    assert not barrier.wait(block=False)
+    waiter = threading.Thread(target=lambda: barrier.wait(timeout=20_000))
+    waiter.start()
+    assert barrier.wait(block=False)
+    waiter.join(10)
+    assert not waiter.is_alive()
+
+
+def test_dramatiqs_window_is_never_passed_by_many(store):
+    from dramatiq.rate_limits import WindowRateLimiter
+
+    from pgkv.integrations.dramatiq import DramatiqBackend
+
+    window = WindowRateLimiter(DramatiqBackend(store), "storm", limit=5, window=60)
+    granted = []
+
+    def work():
+        for _ in range(5):
+            try:
+                granted.append(window._acquire())
+            except Exception:
+                granted.append(False)
+
+    threads = [threading.Thread(target=work) for _ in range(6)]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join()
+    assert sum(granted) == 5
+
+
+# -- Flask-Caching, Flask-Limiter
+
+
+def test_flask_caching(store):
+    from flask import Flask
+    from flask_caching import Cache
+
+    app = Flask("app")
+    app.config.update(
+        CACHE_TYPE="pgkv.integrations.cachelib.CachelibCache",
+        CACHE_ARGS=[store],
+        CACHE_DEFAULT_TIMEOUT=60,
+    )
+    cache = Cache(app)
+    calls = []
+
+    @app.get("/")
+    @cache.cached()
+    def index():
+        calls.append(1)
+        return "once"
+
+    client = app.test_client()
+    assert [client.get("/").text for _ in range(2)] == ["once", "once"]
+    assert calls == [1]
+    assert len(store.keys()) == 1
+
+
+def test_flask_limiter():
+    from flask import Flask
+    from flask_limiter import Limiter
+
+    import pgkv.integrations.limits  # noqa: F401  # registers pgkv://
+
+    app = Flask("app")
+    limiter = Limiter(
+        lambda: "all",
+        app=app,
+        storage_uri="pgkv" + URL,
+        strategy="moving-window",
+        default_limits=["2/day"],
+    )
+
+    @app.get("/")
+    def index():
+        return "ok"
+
+    client = app.test_client()
+    assert [client.get("/").status_code for _ in range(3)] == [200, 200, 429]
+    limiter.storage._store.close()
+
+
+@pytest.mark.parametrize("kind", ["acquire_entry", "acquire_sliding_window_entry"])
+def test_a_window_of_limits_is_never_passed_by_many(kind):
+    from pgkv.integrations.limits import PgkvStorage
+
+    storage = PgkvStorage("pgkv" + URL)
+    acquire = getattr(storage, kind)
+    granted = []
+    threads = [
+        threading.Thread(target=lambda: granted.extend(acquire(kind, 20, 3600) for _ in range(10)))
+        for _ in range(6)
+    ]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join()
+    assert sum(granted) == 20
+    storage._store.close()

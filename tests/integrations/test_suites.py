@@ -1,0 +1,137 @@
+"""Adapters pass the tests of the projects they adapt to.
+
+Each suite of `suites/` runs in a process of its own, with pytest settings of its own. Those of Django
+come with its source distribution, those of dogpile.cache and LangChain with what is installed. Of
+cachelib, py-key-value and limits they stand in the repository only: they run where PGKV_UPSTREAM
+names a folder with checkouts of these.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import shutil
+import subprocess
+import sys
+import tarfile
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+
+import psycopg
+import pytest
+from psycopg import sql
+from psycopg.conninfo import make_conninfo
+
+from tests.servers import Server, UserServer, installed
+
+SUITES = Path(__file__).with_name("suites")
+ROOT = SUITES.parents[2]
+UPSTREAM = os.environ.get("PGKV_UPSTREAM", "")
+NEWEST = "dsn" if os.environ.get("PGKV_TEST_DSN") else max(installed(), default=None)
+pytestmark = [
+    pytest.mark.parametrize("server", [pytest.param(NEWEST, id=f"{NEWEST}")], indirect=True),
+    pytest.mark.skipif(NEWEST is None, reason="no PostgreSQL here; set PGKV_TEST_DSN"),
+]
+needs_checkouts = pytest.mark.skipif(
+    not UPSTREAM,
+    reason="PGKV_UPSTREAM names no folder with checkouts of the projects' repositories",
+)
+
+
+@pytest.fixture
+def suite_dsn(server: Server | UserServer) -> Iterator[str]:
+    """A database of the suite's own."""
+    name = f"suite_{secrets.token_hex(6)}"
+    with psycopg.connect(server.dsn, autocommit=True) as conn:
+        conn.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
+        yield make_conninfo(server.dsn, dbname=name)
+        conn.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))
+
+
+def run(dsn: str, *command: str | Path, cwd: Path = ROOT, path: str = "") -> str:
+    """Run a suite in its own process; return what it printed."""
+    done = subprocess.run(
+        [sys.executable, *command],
+        cwd=cwd,
+        env={**os.environ, "PGKV_SUITE_DSN": dsn, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    output = done.stdout + done.stderr
+    assert done.returncode == 0, output[-8000:]
+    return output
+
+
+def passed(dsn: str, *arguments: str | Path, cwd: Path = ROOT, path: str = "") -> int:
+    """Run a suite of pytest; return how many tests passed."""
+    options = ("-P", "-m", "pytest", "-c", SUITES / "pytest.ini")
+    [count] = re.findall(r"(\d+) passed", run(dsn, *options, *arguments, cwd=cwd, path=path))
+    return int(count)
+
+
+def test_pgkv_in_a_django_project(suite_dsn: str) -> None:
+    assert passed(suite_dsn, SUITES / "django_suite.py") >= 21
+
+
+def test_dogpiles_backend_serializer_and_mutex(suite_dsn: str) -> None:
+    assert passed(suite_dsn, SUITES / "dogpile_suite.py") == 32
+
+
+def test_langchains_byte_stores(suite_dsn: str) -> None:
+    assert passed(suite_dsn, SUITES / "langchain_suite.py") == 24
+
+
+def test_other_adapters(suite_dsn: str) -> None:
+    assert passed(suite_dsn, SUITES / "adapters_suite.py") >= 8
+
+
+@pytest.fixture(scope="session")
+def django_tests(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder `tests` of the source distribution of the Django that is installed."""
+    where = tmp_path_factory.mktemp("django")
+    command = ["download", "--quiet", "--no-deps", "--no-binary=:all:", "--no-build-isolation"]
+    subprocess.run(
+        [sys.executable, "-m", "pip", *command, "--dest", where, f"django=={version('django')}"],
+        check=True,
+        timeout=100,
+    )
+    [packed] = where.glob("*.tar.gz")
+    with tarfile.open(packed) as tar:
+        tar.extractall(where, filter="data")
+    [tests] = where.glob("*/tests")
+    return tests
+
+
+@pytest.mark.packaging
+@pytest.mark.parametrize(
+    ("app", "name", "count"),
+    [("cache", "django_cache.py", 55), ("sessions_tests", "django_sessions.py", 65)],
+)
+def test_djangos_own(suite_dsn: str, django_tests: Path, app: str, name: str, count: int) -> None:
+    shutil.copy(SUITES / name, django_tests / app / "test_pgkv.py")
+    output = run(suite_dsn, "runtests.py", "--parallel=1", f"{app}.test_pgkv", cwd=django_tests)
+    assert f"Ran {count} tests" in output
+
+
+@needs_checkouts
+def test_cachelibs_own(suite_dsn: str) -> None:
+    assert passed(suite_dsn, SUITES / "cachelib_suite.py") >= 13
+
+
+@needs_checkouts
+def test_py_key_values_own(suite_dsn: str) -> None:
+    assert passed(suite_dsn, SUITES / "keyvalue_suite.py") >= 132
+
+
+@needs_checkouts
+def test_limits_own(suite_dsn: str) -> None:
+    """All of its strategies, blocking and async."""
+    modules = ("tests/test_strategy.py", "tests/aio/test_strategy.py")
+    options = ("-p", "limits_plugin", "-o", "python_files=test_*.py", "--rootdir=.")
+    assert (
+        passed(suite_dsn, *options, *modules, cwd=Path(UPSTREAM, "limits"), path=str(SUITES)) >= 37
+    )
