@@ -294,3 +294,63 @@ def test_a_window_of_limits_is_never_passed_by_many(kind):
         each.join()
     assert sum(granted) == 20
     storage._store.close()
+
+
+# -- Alembic
+
+
+def test_alembic_leaves_pgkvs_tables_alone_and_makes_them(store):
+    import sqlalchemy
+    from alembic.autogenerate import compare_metadata
+    from alembic.migration import MigrationContext
+    from alembic.operations import Operations
+
+    from pgkv.integrations.alembic import include_object
+
+    engine = sqlalchemy.create_engine("postgresql+psycopg" + URL)
+    metadata = sqlalchemy.MetaData()
+    mine = sqlalchemy.Table("mine", metadata, sqlalchemy.Column("id", sqlalchemy.Integer))
+    with engine.begin() as conn:
+        op = Operations(MigrationContext.configure(conn))
+        op.create_pgkv_tables("app_cache")
+        names = set(sqlalchemy.inspect(conn).get_table_names())
+        assert {"app_cache", "app_cache_locks", "app_cache_sessions"} <= names
+
+        def differences(**options):
+            context = MigrationContext.configure(conn, opts=options)
+            return [(each[0], each[1].name) for each in compare_metadata(context, metadata)]
+
+        assert ("remove_table", "app_cache_sessions") in differences()
+        judged = include_object("kv_store", "app_cache", "celery_results", "limits")
+        assert differences(include_object=judged) == [("add_table", "mine")]
+        only_pgkv = include_object(
+            "kv_store", "app_cache", "celery_results", "limits", then=lambda *_: False
+        )
+        assert differences(include_object=only_pgkv) == []
+        assert mine.name == "mine"
+        op.drop_pgkv_tables("app_cache")
+        assert "app_cache" not in sqlalchemy.inspect(conn).get_table_names()
+        assert "kv_store" in sqlalchemy.inspect(conn).get_table_names()
+    engine.dispose()
+
+
+def test_alembics_operation_is_undone_and_printed():
+    from alembic.migration import MigrationContext
+    from alembic.operations import Operations
+
+    from pgkv.integrations.alembic import PgkvTablesOp
+
+    made = PgkvTablesOp("app", "cache", False, {"locks": False})
+    assert "CREATE UNLOGGED TABLE" in made.sql()
+    assert "_locks" not in made.sql()
+    assert made.reverse().sql().startswith('DROP TABLE IF EXISTS "cache"."app", ')
+    lines = []
+    context = MigrationContext.configure(
+        dialect_name="postgresql",
+        opts={
+            "as_sql": True,
+            "output_buffer": type("Out", (), {"write": lines.append, "flush": lambda: None}),
+        },
+    )
+    Operations(context).create_pgkv_tables("app")  # alembic upgrade --sql
+    assert "CREATE UNLOGGED TABLE" in "".join(lines)
