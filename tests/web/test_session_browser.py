@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests.browser import chromium
 from tests.faults.proxy import certificate
 from tests.faults.support import newest
 from tests.web.running import asgi, client
@@ -22,35 +22,12 @@ pytest.importorskip("cryptography", reason="cryptography is not installed: no ce
 from selenium import webdriver
 from selenium.webdriver.common.by import By
 
-FLAGS = [
-    "headless",
-    "no-sandbox",
-    "disable-gpu",
-    "disable-quic",
-    "no-first-run",
-    "disable-background-networking",
-    "disable-component-update",
-    "disable-sync",
-    "ignore-certificate-errors",
-    "disable-dev-shm-usage",
-]
-
 
 @pytest.fixture
 def laptop(tmp_path: Path) -> Iterator[webdriver.Chrome]:
     """A browser with an empty profile."""
-    programs = [shutil.which("chromium"), shutil.which("chromedriver")]
-    if None in programs:
-        pytest.skip("no chromium and chromedriver here (Debian: chromium, chromium-driver)")
-    options = webdriver.ChromeOptions()
-    options.binary_location = programs[0] or ""
-    for flag in (*FLAGS, f"user-data-dir={tmp_path / 'profile'}"):
-        options.add_argument(f"--{flag}")
-    browser = webdriver.Chrome(
-        options=options, service=webdriver.ChromeService(executable_path=programs[1])
-    )
-    yield browser
-    browser.quit()
+    with chromium(tmp_path / "profile") as browser:
+        yield browser
 
 
 def data_of(browser: webdriver.Chrome, address: str) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, Unpack
+from typing import Any, TypeVar, Unpack, cast
 
 from asgiref.sync import iscoroutinefunction
 from django.http import HttpResponse
@@ -16,7 +16,7 @@ from ...patterns.web.limit import STATUS, Guard, LimitOptions, Verdict
 __all__ = ["ratelimit"]
 
 _NAME = "pgkv.integrations.django.ratelimit.ratelimit"
-View = Callable[..., Any]
+View = TypeVar("View", bound=Callable[..., Any])
 
 
 def ratelimit(limiter: Any, **options: Unpack[LimitOptions]) -> Callable[[View], View]:
@@ -76,6 +76,6 @@ def ratelimit(limiter: Any, **options: Unpack[LimitOptions]) -> Callable[[View],
                     request, view(request, *args, **kwargs), verdict
                 )
 
-        return limited
+        return cast("View", limited)
 
     return decorate
