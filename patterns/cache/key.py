@@ -27,7 +27,7 @@ from pathlib import PosixPath, PurePath, PurePosixPath, PureWindowsPath, Windows
 from string import Formatter
 from struct import pack
 from types import BuiltinFunctionType, FunctionType, MethodType
-from typing import Any
+from typing import Any, TypeAlias
 from uuid import UUID
 from zoneinfo import ZoneInfo
 
@@ -50,12 +50,14 @@ def encode(value: Any, depth: int = DEPTH_MAX) -> bytes:
     Raises:
         Unencodable: its type (or that of something in it) has no stable encoding.
     """
-    fast = _EXACT.get(type(value))
+    kind = type(value)
+    fast = _EXACT.get(kind)
     if fast is not None:
         return fast(value)
     if depth <= 0:
         raise Unencodable(f"it is nested deeper than {DEPTH_MAX} levels, or contains itself")
-    return _encode_other(value, depth - 1)
+    encoder = _CONTAINERS.get(kind) or _encoders.get(kind) or _encoder_of(kind)
+    return encoder(value, depth - 1)
 
 
 def _sized(tag: bytes, raw: bytes) -> bytes:
@@ -172,23 +174,20 @@ PLAIN_TYPES = frozenset(_EXACT)  # values without parts, all of them immutable b
 
 # -- containers, objects, classes ----------------------------------------------------------
 
-
-def _members_of(tag: bytes, parts: Iterable[Any], depth: int, *, ordered: bool) -> bytes:
-    encoded = [encode(each, depth) for each in parts]
-    return _joined(tag, encoded if ordered else sorted(encoded))
+Encoder: TypeAlias = Callable[[Any, int], bytes]  # of a value and the depth that is left
 
 
-def _pairs(tag: bytes, pairs: Iterable[tuple[Any, Any]], depth: int, *, ordered: bool) -> bytes:
-    encoded = [encode(key, depth) + encode(item, depth) for key, item in pairs]
-    return _joined(tag, encoded if ordered else sorted(encoded))
+def _items(tag: bytes, items: Iterable[Any], depth: int) -> bytes:
+    return _joined(tag, [encode(each, depth) for each in items])
+
+
+def _members(tag: bytes, items: Iterable[Any], depth: int) -> bytes:
+    return _joined(tag, sorted([encode(each, depth) for each in items]))
 
 
 def _dict(value: dict[Any, Any], depth: int) -> bytes:
-    return _pairs(b"M", dict.items(value), depth, ordered=False)
-
-
-def _defaultdict(value: defaultdict[Any, Any], depth: int) -> bytes:
-    return b"G" + encode(value.default_factory, depth) + _dict(value, depth)
+    pairs = dict.items(value)
+    return _joined(b"M", sorted([encode(key, depth) + encode(item, depth) for key, item in pairs]))
 
 
 def _partial(value: functools.partial[Any], depth: int) -> bytes:
@@ -196,27 +195,25 @@ def _partial(value: functools.partial[Any], depth: int) -> bytes:
     return b"P" + b"".join(encode(each, depth) for each in parts)
 
 
-def _method(value: MethodType, depth: int) -> bytes:
-    return b"W" + encode(value.__self__, depth) + encode(value.__func__, depth)
-
-
-_CONTAINERS: dict[type, Callable[[Any, int], bytes]] = {
-    tuple: lambda value, depth: _members_of(b"t", tuple.__iter__(value), depth, ordered=True),
-    list: lambda value, depth: _members_of(b"l", list.__iter__(value), depth, ordered=True),
-    set: lambda value, depth: _members_of(b"S", set.__iter__(value), depth, ordered=False),
-    frozenset: lambda value, depth: _members_of(
-        b"Z", frozenset.__iter__(value), depth, ordered=False
+_CONTAINERS: dict[type, Encoder] = {
+    tuple: lambda value, depth: _items(b"t", tuple.__iter__(value), depth),
+    list: lambda value, depth: _items(b"l", list.__iter__(value), depth),
+    set: lambda value, depth: _members(b"S", set.__iter__(value), depth),
+    frozenset: lambda value, depth: _members(b"Z", frozenset.__iter__(value), depth),
+    # Unlike two dicts, two of them with another order are not equal.
+    OrderedDict: lambda value, depth: _items(b"Q", OrderedDict.items(value), depth),
+    defaultdict: lambda value, depth: (
+        b"G" + encode(value.default_factory, depth) + _dict(value, depth)
     ),
-    # Two of them with another order are not equal, as two dicts are.
-    OrderedDict: lambda value, depth: _pairs(b"Q", OrderedDict.items(value), depth, ordered=True),
-    defaultdict: _defaultdict,
     dict: _dict,
     functools.partial: _partial,
-    MethodType: _method,
+    MethodType: lambda value, depth: (
+        b"W" + encode(value.__self__, depth) + encode(value.__func__, depth)
+    ),
 }
 
 # What a subclass may be built on; the narrower class first.
-_BASES: dict[type, Callable[[Any, int], bytes]] = {
+_BASES: dict[type, Encoder] = {
     int: lambda value, _depth: _int(value),
     str: lambda value, _depth: _text(str.__str__(value)),
     float: lambda value, _depth: _float(value),
@@ -236,37 +233,57 @@ _BASES: dict[type, Callable[[Any, int], bytes]] = {
 }
 
 
-def _encode_other(value: Any, depth: int) -> bytes:
-    kind = type(value)
-    container = _CONTAINERS.get(kind)
-    if container is not None:
-        return container(value, depth)
-    own = getattr(kind, "__cache_key__", None)
-    if own is not None:
-        return _named(b"K", kind) + encode(own(value), depth)
-    if isinstance(value, Flag):
-        return _named(b"E", kind) + _int(value.value)
-    if isinstance(value, Enum):
-        return _named(b"E", kind) + _text(value.name)
-    if isinstance(value, type):
-        return _named(b"C", value)
-    if isinstance(value, FunctionType | BuiltinFunctionType):
-        return _function(value)
-    scalar = _numpy_scalar(value)
-    if scalar is not None:
-        return scalar
-    base = next((each for each in _BASES if isinstance(value, each)), None)
-    members = _members(value, kind)
-    if members is not None:
-        parts = [_text(name) + encode(item, depth) for name, item in members]
-        whole = _named(b"O", kind) + _joined(b"o", parts)
-        return whole if base is None else whole + _BASES[base](value, depth)
+_encoders: weakref.WeakKeyDictionary[type, Encoder] = weakref.WeakKeyDictionary()
+
+
+def _encoder_of(kind: type) -> Encoder:
+    """Return what encodes the objects of a class, found at the first of them."""
+    encoder = _encoders[kind] = _make_encoder(kind)
+    return encoder
+
+
+def _make_encoder(kind: type) -> Encoder:
+    # What is returned must not hold the class, or the class would never be collected.
+    if hasattr(kind, "__cache_key__"):
+        head = _named(b"K", kind)
+        return lambda value, depth: head + encode(type(value).__cache_key__(value), depth)
+    if issubclass(kind, Enum):
+        head = _named(b"E", kind)
+        if issubclass(kind, Flag):
+            return lambda value, _depth: head + _int(value.value)
+        return lambda value, _depth: head + _text(value.name)
+    if issubclass(kind, type):
+        return lambda value, _depth: _named(b"C", value)
+    if issubclass(kind, FunctionType | BuiltinFunctionType):
+        return lambda value, _depth: _function(value)
+    numpy = sys.modules.get("numpy")
+    if numpy is not None and issubclass(kind, numpy.generic):
+        return lambda value, _depth: _numpy_scalar(value)
+    base = next((each for each in _BASES if issubclass(kind, each)), None)
+    names = _fields_of(kind)
+    if names is not None:
+        return _of_fields(_named(b"O", kind), names, _BASES.get(base or object))
     if base is None:
         raise Unencodable(f"a {_name(kind)} has no stable encoding")
     # A subclass of a plain type (a str with extra methods, a named tuple) counts by its class too,
     # and by the attributes its objects have besides the plain value.
-    whole = _named(b"Y", kind) + _BASES[base](value, depth)
-    return whole + encode(_attributes(value, kind, base), depth)
+    head, plain, built_on = _named(b"Y", kind), _BASES[base], base
+    return lambda value, depth: (
+        head + plain(value, depth) + encode(_attributes(value, type(value), built_on), depth)
+    )
+
+
+def _of_fields(head: bytes, names: list[str], plain: Encoder | None) -> Encoder:
+    labels = [(name, _text(name)) for name in names]
+
+    def encoder(value: Any, depth: int) -> bytes:
+        parts = [label + encode(getattr(value, name), depth) for name, label in labels]
+        if extra := getattr(value, "__pydantic_extra__", None):
+            parts += [_text(name) + encode(item, depth) for name, item in sorted(extra.items())]
+        whole = head + _joined(b"o", parts)
+        return whole if plain is None else whole + plain(value, depth)
+
+    return encoder
 
 
 def _attributes(value: Any, kind: type, base: type) -> tuple[dict[str, Any], ...]:
@@ -290,29 +307,20 @@ def _attributes(value: Any, kind: type, base: type) -> tuple[dict[str, Any], ...
 _HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: made by a class statement
 
 
-def _members(value: Any, kind: type) -> list[tuple[str, Any]] | None:
-    """Names and values of what makes up a dataclass, msgspec struct or pydantic model."""
-    if is_dataclass(value):
-        return [(each.name, getattr(value, each.name)) for each in fields(value) if _compares(each)]
-    if isinstance(value, msgspec.Struct):
-        return [(name, getattr(value, name)) for name in kind.__struct_fields__]  # type: ignore[attr-defined]  # every Struct has it
+def _fields_of(kind: Any) -> list[str] | None:
+    """The names of what makes up a dataclass, msgspec struct or pydantic model."""
+    if is_dataclass(kind):
+        # field(compare=False) says of itself that it is no part of the value.
+        return [each.name for each in fields(kind) if each.compare]
+    if issubclass(kind, msgspec.Struct):
+        return list(kind.__struct_fields__)
     pydantic = sys.modules.get("pydantic")  # imported by the module of any model
-    if pydantic is not None and isinstance(value, pydantic.BaseModel):
-        extra = value.__pydantic_extra__ or {}
-        named = [(name, getattr(value, name)) for name in kind.model_fields]  # type: ignore[attr-defined]  # every model has it
-        return named + sorted(extra.items())
+    if pydantic is not None and issubclass(kind, pydantic.BaseModel):
+        return list(kind.model_fields)
     return None
 
 
-def _compares(each: Any) -> bool:
-    # field(compare=False) says of itself that it is no part of the value.
-    return bool(each.compare)
-
-
-def _numpy_scalar(value: Any) -> bytes | None:
-    numpy = sys.modules.get("numpy")
-    if numpy is None or not isinstance(value, numpy.generic):
-        return None
+def _numpy_scalar(value: Any) -> bytes:
     kind = value.dtype
     if isinstance(value, str):
         return _sized(b"n", b"U") + _text(str.__str__(value))
@@ -390,6 +398,10 @@ def signature_of(fn: Callable[..., Any]) -> inspect.Signature:
     return inspect.signature(fn)
 
 
+_SPREAD = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+_BY_POSITION = {inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD}
+
+
 class Binder:
     """Makes keys of the calls of one function.
 
@@ -429,24 +441,20 @@ class Binder:
             if each not in parameters:
                 raise TypeError(f"{self._what}: ignore names {each!r}, which is no parameter of it")
         self._check_tags(parameters.keys() - self._ignore)
-        # The part of the signature that helpers such as invalidate() need: ignored parameters may
-        # be left out.
+        every = parameters.values()
+        # Of helpers such as invalidate(): ignored parameters may be left out.
         self._lenient = self.signature.replace(
             parameters=[
-                each.replace(default=None)
-                if each.name in self._ignore and each.default is each.empty and _has_default(each)
-                else each
-                for each in _defaults_last(list(parameters.values()), self._ignore)
+                each for each in every if each.name not in self._ignore or each.kind in _SPREAD
             ]
         )
-        self._plain = self._plain_names()
+        # The parameters' names, where a call by position alone needs no binding.
+        self._plain = tuple(parameters) if {each.kind for each in every} <= _BY_POSITION else None
         self._default_of = {
-            each.name: each.default
-            for each in parameters.values()
-            if each.default is not each.empty
+            each.name: each.default for each in every if each.default is not each.empty
         }
         self._defaults = tuple(self._default_of.values())
-        self._labels = {each: _text(each) for each in parameters}
+        self._labels = {each: _text(each) for each in parameters} | {"key=": b""}
 
     def _check_tags(self, known: set[str]) -> None:
         for template in self._tags:
@@ -467,17 +475,6 @@ class Binder:
                         + (", ".join(sorted(known)) or "none")
                     )
 
-    def _plain_names(self) -> tuple[str, ...] | None:
-        """The parameters' names, where a call by position alone needs no binding."""
-        parameters = self.signature.parameters.values()
-        kinds = {each.kind for each in parameters}
-        if kinds <= {
-            inspect.Parameter.POSITIONAL_ONLY,
-            inspect.Parameter.POSITIONAL_OR_KEYWORD,
-        }:
-            return tuple(each.name for each in parameters)
-        return None
-
     def bind(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], *, lenient: bool = False
     ) -> dict[str, Any]:
@@ -496,8 +493,9 @@ class Binder:
                 return dict(zip(plain, args + self._defaults[-missing:], strict=True))
         if lenient and self._ignore:
             # First as if the ignored parameters did not exist, then as the function is called.
+            counted = {name: kwargs[name] for name in kwargs if name not in self._ignore}
             try:
-                bound = self._lenient.bind(*args, **kwargs)
+                bound = self._lenient.bind(*args, **counted)
             except TypeError:
                 bound = self.signature.bind(*args, **kwargs)
         else:
@@ -512,15 +510,17 @@ class Binder:
             TypeError: one has no stable encoding; names the parameter and the ways out.
         """
         if self._key is not None:
-            counted = self._closed_over + self._encode("key=", self._key_value(arguments))
-        else:
-            parts = [self._closed_over]
-            for name, value in arguments.items():
-                if name not in self._ignore:
-                    parts.append(self._labels[name])
-                    parts.append(self._encode(name, value))
-            counted = b"".join(parts)
-        return blake2b(counted, digest_size=20).hexdigest()
+            arguments = {"key=": self._key_value(arguments)}
+        parts = [self._closed_over]
+        for name, value in arguments.items():
+            if name not in self._ignore:
+                fast = _EXACT.get(type(value))
+                parts.append(self._labels[name])
+                try:
+                    parts.append(encode(value) if fast is None else fast(value))
+                except Unencodable as why:
+                    parts.append(self._in_place_of(name, value, str(why)))
+        return blake2b(b"".join(parts), digest_size=20).hexdigest()
 
     def _key_value(self, arguments: dict[str, Any]) -> Any:
         assert self._key is not None
@@ -530,48 +530,20 @@ class Binder:
         )
         return self._key(*bound.args, **bound.kwargs)
 
-    def _encode(self, name: str, value: Any) -> bytes:
-        fast = _EXACT.get(type(value))
-        try:
-            return encode(value) if fast is None else fast(value)
-        except Unencodable as why:
-            reason = str(why)
+    def _in_place_of(self, name: str, value: Any, reason: str) -> bytes:
         if name == "key=":
             raise TypeError(
                 f"{self._what}: what key= returned cannot be part of a key: {reason}. Return plain "
                 "values, such as a tuple of ids"
-            )
+            ) from None
         if name in self._default_of and self._default_of[name] is value:
             return b"?"  # a sentinel: this parameter was not passed
         raise TypeError(
             f"{self._what}: the parameter {name!r} cannot be part of the key: {reason}. "
             f"Leave it out with ignore=({name!r},), say what counts with key=, or give its class "
             "a __cache_key__() method"
-        )
+        ) from None
 
     def tags(self, arguments: dict[str, Any]) -> tuple[str, ...]:
         """Return the call's tags."""
         return tuple(template.format_map(arguments) for template in self._tags)
-
-
-def _has_default(each: inspect.Parameter) -> bool:
-    return each.kind not in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-
-
-def _defaults_last(
-    parameters: list[inspect.Parameter], ignored: frozenset[str]
-) -> list[inspect.Parameter]:
-    """Ignored parameters go behind the others of their kind, where a default may stand."""
-    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    first = [each for each in parameters if each.kind in positional]
-    rest = [each for each in parameters if each.kind not in positional]
-    late = [
-        each.replace(kind=inspect.Parameter.KEYWORD_ONLY)
-        for each in first
-        if each.name in ignored and each.kind is not inspect.Parameter.POSITIONAL_ONLY
-    ]
-    kept = [each for each in first if each.name not in ignored]
-    spread = [each for each in rest if each.kind is inspect.Parameter.VAR_POSITIONAL]
-    after = [each for each in rest if each.kind is inspect.Parameter.KEYWORD_ONLY]
-    last = [each for each in rest if each.kind is inspect.Parameter.VAR_KEYWORD]
-    return [*kept, *spread, *late, *after, *last]

@@ -17,9 +17,11 @@ import marshal
 import math
 import re
 import sys
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal
+from operator import attrgetter
 from typing import Any, Generic, Literal, TypeAlias, TypeVar, get_args, get_origin
 from uuid import UUID
 
@@ -51,6 +53,7 @@ _LEAVES = frozenset(
     (str, int, float, bool, type(None), bytes, datetime, date, time, timedelta, Decimal, UUID)
 )
 
+_BUILTINS = JSON_TYPES | {bytes, set, frozenset}  # marshal writes them
 _BY_IDENTITY: Any = object.__eq__
 
 
@@ -203,7 +206,7 @@ def changed(value: object, back: object) -> str | None:
     The text names types and the path, never the data. A tuple may have become a list, and an int a
     float.
     """
-    if _are_plain_and_same(value, back):
+    if type(value) in _BUILTINS and _are_plain_and_same(value, back):
         return None
     found = _difference(value, back)
     return None if found is None else f"{found[1]} - at `${found[0]}`"
@@ -234,16 +237,36 @@ def _difference(value: Any, back: Any) -> tuple[str, str] | None:
     if kind is set or kind is frozenset:
         kept = {(type(each), each) for each in value} == {(type(each), each) for each in back}
         return None if kept else _other_value(kind)
-    names = _fields_of(kind)
-    for name in names or ():
-        part = getattr(value, name, None)
-        found = _difference(part, getattr(back, name, None))
-        if found is not None:
-            return f".{name}{found[0]}", found[1]
-    compares = names is None or hasattr(kind, "model_fields")  # pydantic's have more than fields
+    names, parts_of, compares = _shapes.get(kind) or _shape_of(kind)
+    if not _have_the_same_plain_parts(value, back, parts_of):
+        for name in names:
+            part = getattr(value, name, None)
+            found = _difference(part, getattr(back, name, None))
+            if found is not None:
+                return f".{name}{found[0]}", found[1]
     if compares and kind.__eq__ is not _BY_IDENTITY and value != back:
         return _other_value(kind)
     return None
+
+
+def _have_the_same_plain_parts(value: Any, back: Any, parts_of: Any) -> bool:
+    try:
+        return _are_plain_and_same(parts_of(value), parts_of(back))
+    except AttributeError:
+        return False
+
+
+# What objects of a class consist of: the names, what gets all of them, and whether they have more
+# that only their own comparison tells.
+_Shape: TypeAlias = tuple[Sequence[str], Callable[[Any], object], bool]
+_shapes: weakref.WeakKeyDictionary[type, _Shape] = weakref.WeakKeyDictionary()
+
+
+def _shape_of(kind: type) -> _Shape:
+    names = _fields_of(kind)
+    get: Callable[[Any], object] = attrgetter(*names) if names else lambda _: ()
+    shape = _shapes[kind] = (names or (), get, names is None or hasattr(kind, "model_fields"))
+    return shape
 
 
 def _items_difference(value: Any, back: list[Any]) -> tuple[str, str] | None:
