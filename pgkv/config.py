@@ -73,13 +73,14 @@ class TableShape:
         columns: for CREATE TABLE.
         fillfactor: percent. The rest of a page is room for the next versions of its rows, so
             that updates stay heap-only.
-        indexed: a column with an index, or "".
+        indexes: of each the end of its name and the rest of its definition; a first word UNIQUE
+            goes before INDEX.
     """
 
     suffix: str
     columns: str
     fillfactor: int
-    indexed: str = ""
+    indexes: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

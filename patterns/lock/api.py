@@ -34,6 +34,7 @@ from ...config import Config, require_int
 from ...errors import ConfigError, InvalidValueError, LockTimeoutError, PgkvError
 from ...store import Store
 from .._runtime.checks import require, require_callback
+from .._runtime.lease import extend
 from . import flows
 from .lease import (
     LeaseState,
@@ -89,7 +90,7 @@ class Lease(LeaseState):
             LeaseLostError: it is lost.
             StoreUnavailableError: the server does not answer; the lease holds as long as it did.
         """
-        self._runtime.channel.run(flows.extend(self._runtime, self, seconds(ttl, endless="")))
+        self._runtime.channel.run(extend(self._runtime, self, seconds(ttl, endless="")))
 
     def guard(self, conn: Any, *, max_hold: Seconds | None = None) -> None:
         """Protect the caller's transaction: if this returns, no other is granted the lock until
@@ -146,7 +147,8 @@ class Lease(LeaseState):
                 self._runtime.clean_up(end, *flows.CLEAN_UP)
             raise
 
-    def _signal(self) -> None:
+    def _signal(self, context: dict[str, Any]) -> None:
+        super()._signal(context)
         if (fn := self._options.on_lost) is None:
             return
         # Not in the renewal's thread: a slow callback must not cost other leases.
@@ -174,7 +176,7 @@ class AsyncLease(LeaseState):
 
     async def extend(self, ttl: Seconds) -> None:
         """As `Lease.extend`."""
-        await self._runtime.channel.run(flows.extend(self._runtime, self, seconds(ttl, endless="")))
+        await self._runtime.channel.run(extend(self._runtime, self, seconds(ttl, endless="")))
 
     async def guard(self, conn: Any, *, max_hold: Seconds | None = None) -> None:
         """As `Lease.guard`, with a psycopg AsyncConnection."""
@@ -229,7 +231,8 @@ class AsyncLease(LeaseState):
                 await again
             raise
 
-    def _signal(self) -> None:
+    def _signal(self, context: dict[str, Any]) -> None:
+        super()._signal(context)
         body = self._body
         if body is not None and body is not _current_task():
             self._cancelled = True

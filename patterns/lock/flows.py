@@ -20,7 +20,7 @@ import psycopg
 from psycopg import pq
 
 from ... import _observe
-from ..._ops.op import Flow, Op, call, do, pause
+from ..._ops.op import Flow, Op, call, do
 from ...errors import (
     ConfigError,
     ConflictError,
@@ -28,24 +28,11 @@ from ...errors import (
     TableNotFoundError,
     TransactionError,
 )
+from .._runtime.lease import MARGIN_MIN, RELEASED, RENEWED, do_within, margin_of
 from .._runtime.renewal import clock
-from .lease import (
-    MARGIN_MIN,
-    REASON_OF,
-    LeaseState,
-    LockInfo,
-    LockOptions,
-    info_of,
-    margin_of,
-    new_asking,
-    read_owner,
-    retry_pause,
-)
+from .lease import LeaseState, LockInfo, LockOptions, info_of, new_asking, read_owner
 from .sql import (
     CLEAN_PAGES,
-    LOCKED,
-    RELEASED,
-    RENEWED,
     Asking,
     Denied,
     Granted,
@@ -55,8 +42,8 @@ from .sql import (
 )
 
 if TYPE_CHECKING:
+    from .._runtime.wakeup import Waiter
     from .runtime import LeasingRuntime
-    from .wakeup import Waiter
 
 POLL_FIRST, POLL_GROWTH, POLL_MAX = 0.005, 1.6, 0.5  # seconds; jittered down by half
 NOTIFIED_FIRST, NOTIFIED_MAX = 0.5, 5.0  # the same where a release is notified
@@ -76,12 +63,6 @@ ROUND_TRIP = 0.05  # the same while all connections are in use
 
 L = TypeVar("L", bound=LeaseState)
 T = TypeVar("T")
-
-
-def do_within(runtime: LeasingRuntime[Any], op: Op[T], seconds: float) -> Flow[T]:
-    """Perform one operation of a flow within a time of its own."""
-    answer: T = yield from call(runtime.execute, op, seconds)
-    return answer
 
 
 # -- acquiring -----------------------------------------------------------------------------
@@ -362,37 +343,6 @@ _IN_FLIGHT = Denied(None, 0.0)
 
 
 # -- holding -------------------------------------------------------------------------------
-
-
-def extend(runtime: LeasingRuntime[Any], lease: LeaseState, ttl: float) -> Flow[None]:
-    """Let the remaining time become `ttl`, and later renewals give that much."""
-    lease.check()
-    while not lease._turn.acquire(blocking=False):
-        yield from pause(POLL_FIRST)
-    try:
-        # If it is to be shorter, the server may have made it so from now on, whatever answer we
-        # get: trust less first, and let an extension that arrives late shorten no renewal.
-        lease._ttl = min(lease._ttl, ttl)
-        while True:
-            lease.check()
-            sent_at = clock()
-            lease._until = min(lease._until, sent_at + ttl - margin_of(ttl))
-            op = lease._options.sql.renew([(lease._key, lease._token, ttl)])
-            seconds = min(runtime.timeout, lease.remaining())
-            codes = yield from do_within(runtime, op, seconds)
-            code = codes[lease._key]
-            if code == RENEWED:
-                lease._ttl = ttl
-                lease._trust(sent_at, ttl)
-                lease.check()
-                return
-            if code != LOCKED:
-                lease._lose(REASON_OF[code])
-                lease.check()
-            # A stranger's transaction has the row: it may let go before our time is over.
-            yield from pause(retry_pause(ttl) / 4)
-    finally:
-        lease._turn.release()
 
 
 def release(runtime: LeasingRuntime[Any], lease: LeaseState) -> Flow[bool]:

@@ -1,11 +1,7 @@
-"""A lease as its holder sees it: what it is on, and until when it may be trusted.
+"""A lock's lease as its holder sees it: what it is on, and who holds it.
 
-A holder never asks the server whether it still holds the lease. It counts by its own clock, from
-BEFORE the request was sent, and stops trusting the lease a margin before the server would grant it
-to another. The rule is River's and Chubby's. What no clock can promise (a process may be paused
-between `check()` and its next line) needs the fencing token, or `guard()`.
-
-This module keeps the state. `renewal` renews leases, `flows` sends what their holders ask for.
+This module has what a lease of a lock adds to `Held`, which keeps its time and renews it. `flows`
+sends what holders ask for.
 """
 
 from __future__ import annotations
@@ -14,7 +10,6 @@ import contextlib
 import os
 import secrets
 import socket
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -25,19 +20,13 @@ import msgspec
 
 from ... import _observe
 from ..._observe import shown
-from ..._settings import refuse_pickle
-from ...errors import InvalidKeyError, InvalidValueError, LeaseLostError
+from ...errors import InvalidKeyError, InvalidValueError
+from .._runtime.lease import Held
 from .._runtime.renewal import clock
-from .sql import EXPIRED, GONE, RELEASED, REPLACED, SEPARATOR, Asking, LockStatements
+from .sql import SEPARATOR, Asking, LockStatements
 
 if TYPE_CHECKING:
     from .sql import Holder, Place
-
-MARGIN_MIN = 1.0  # seconds, the assumed largest jump forward of the server's clock
-MARGIN_SHARE = 0.1  # of the ttl
-MARGIN_MAX_SHARE = 1 / 3  # of the ttl: short leases must be of some use
-RENEW_SHARE = 1 / 3  # of the ttl, after which a lease is renewed
-RETRY_SHARE, RETRY_MAX = 0.1, 1.0  # of the ttl, and seconds, before a failed renewal is repeated
 
 LOST_BECAUSE = {
     "expired": "its time passed before a renewal got through",
@@ -48,17 +37,6 @@ LOST_BECAUSE = {
     "closed": "its store was closed",
     "released": "it was released",
 }
-REASON_OF = {EXPIRED: "expired", REPLACED: "replaced", RELEASED: "broken", GONE: "gone"}
-
-
-def margin_of(ttl: float) -> float:
-    """How long before a lease's end its holder stops trusting it, in seconds."""
-    return min(max(MARGIN_MIN, ttl * MARGIN_SHARE), ttl * MARGIN_MAX_SHARE)
-
-
-def retry_pause(ttl: float) -> float:
-    """Seconds before a renewal that failed is tried again."""
-    return min(ttl * RETRY_SHARE, RETRY_MAX)
 
 
 def key_of(name: str, prefix: bytes, length_max: int) -> bytes:
@@ -197,7 +175,7 @@ class LockOptions:
         return f"{self.name!r}{slots} ttl={self.ttl:g}"
 
 
-class LeaseState:
+class LeaseState(Held):
     """What `Lease` and `AsyncLease` share. Safe to use from any thread.
 
     Args:
@@ -209,7 +187,9 @@ class LeaseState:
         sent_at: `clock()` before the grant was sent.
     """
 
-    _runtime: Any
+    _lost_because = LOST_BECAUSE
+    _noun = "the lease on"
+    _way_out = "; stop the work, and acquire the lock again"
 
     def __init__(
         self,
@@ -220,24 +200,11 @@ class LeaseState:
         owner: str,
         sent_at: float,
     ) -> None:
-        self._runtime = runtime
+        super().__init__(
+            runtime, options.sql, key, token, options.ttl, sent_at, renew=options.renew
+        )
         self._options = options
-        self._key = key
-        self._token = token
         self._owner = owner
-        self._pid = os.getpid()
-        self._ttl = options.ttl
-        self._until = 0.0  # the end of trust
-        self._due = 0.0  # when to renew
-        self._reason = ""  # why it ended
-        self._cause: BaseException | None = None  # of the last failed renewal
-        self._ending = False  # release() was called: what the server says now is no loss
-        # Reentrant, for signal handlers. A forked child takes neither lock: see `_is_inherited`.
-        self._state = threading.RLock()
-        # One statement about the lease at a time: of a renewal and an extension that overlap,
-        # it would not be known which the server did last.
-        self._turn = threading.Lock()
-        self._trust(sent_at, options.ttl)
 
     # -- what users read
 
@@ -270,29 +237,6 @@ class LeaseState:
         """Seconds that each renewal gives it."""
         return self._ttl
 
-    @property
-    def is_lost(self) -> bool:
-        """Whether the lease can no longer be trusted, or was released. It never becomes False
-        again. Costs no round trip."""
-        return bool(self._why())
-
-    def remaining(self) -> float:
-        """Return for how many seconds it may still be trusted if no renewal got through; 0 when
-        lost. It ends before the server's own expiry, by the margin."""
-        return 0.0 if self._why() else max(0.0, self._until - clock())
-
-    def check(self) -> None:
-        """Return if the lease may be trusted at this moment. Costs no round trip.
-
-        The next moment is not covered: a process can be paused right after. What must not be
-        written by a paused holder needs `guard()` or a check of `token` where it is written.
-
-        Raises:
-            LeaseLostError: it is lost or was released; `reason` says how.
-        """
-        if self._why():
-            raise self._lost_error()
-
     @shown
     def __repr__(self) -> str:
         # Not by `_why`, which would tell the user of a loss: looking changes nothing.
@@ -303,64 +247,16 @@ class LeaseState:
         slot = "" if self.slot is None else f" slot={self.slot}"
         return f"{self.name!r}{slot} token={self._token}, {state}"
 
-    __reduce__ = refuse_pickle
+    def _signal(self, context: dict[str, Any]) -> None:
+        _observe.warning("pgkv.lock.lost", lock=self.name, owner=self._owner, **context)
 
-    # -- what pgkv does with it
+    @classmethod
+    def _renewal_failed(cls, count: int, context: dict[str, Any]) -> None:
+        _observe.warning("pgkv.lock.renewal_failed", leases=count, **context)
 
-    def _trust(self, sent_at: float, ttl: float) -> None:
-        """The server has granted `ttl` seconds at some time after `sent_at`."""
-        self._until = sent_at + ttl - margin_of(ttl)
-        self._due = sent_at + ttl * RENEW_SHARE if self._options.renew else float("inf")
-        self._cause = None
-
-    def _is_inherited(self) -> bool:
-        """Whether this is a forked child's copy: the lease belongs to the parent."""
-        if os.getpid() == self._pid:
-            return False
-        self._reason = "forked"
-        return True
-
-    def _why(self) -> str:
-        """Why it is lost; empty while it is not."""
-        if not self._reason and not self._is_inherited() and clock() >= self._until:
-            self._lose("expired")
-        return self._reason
-
-    def _lose(self, reason: str) -> None:
-        """Note the loss once, and tell the user."""
-        with self._state:
-            if self._reason or self._ending:
-                # A holder that is releasing gets no notice, but must not trust the lease for ever.
-                if self._ending and not self._reason and clock() >= self._until:
-                    self._reason = reason
-                return
-            self._reason = reason
-        context: dict[str, Any] = {"lock": self.name, "reason": reason, "owner": self._owner}
-        if self._cause is not None:
-            context |= {"cause": type(self._cause).__name__, "detail": str(self._cause)}
-        _observe.warning("pgkv.lock.lost", **context)
-        self._signal()
-
-    def _signal(self) -> None:
-        """Tell the user."""
-        raise NotImplementedError
-
-    def _end(self) -> None:
-        """It was released."""
-        with self._state:
-            self._reason = self._reason or "released"
-
-    def _lost_error(self) -> LeaseLostError:
-        reason = self._reason
-        text = f"the lease on {self.name!r} is no longer held: {LOST_BECAUSE.get(reason, reason)}"
-        if self._cause is not None and reason == "expired":
-            text += f" (the last renewal failed: {type(self._cause).__name__})"
-        if reason != "released":
-            text += "; stop the work, and acquire the lock again"
-        error = LeaseLostError(text)
-        error.reason = reason
-        error.__cause__ = self._cause
-        return error
+    @classmethod
+    def _abandoned(cls, name: str) -> None:
+        _observe.warning("pgkv.lock.abandoned", lock=name)
 
 
 def report(fn: Callable[..., Any], lease: Any) -> Any:

@@ -6,10 +6,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+from .._runtime.lease import LeaseRenewals
 from .._runtime.runtimes import AsyncRuntime, Runtime, SyncRuntime
+from .._runtime.wakeup import TaskWaiter, ThreadWaiter, Waiter, Waiters
 from . import flows
-from .renewal import LeaseRenewals
-from .wakeup import TaskWaiter, ThreadWaiter, Waiter, Waiters
+from .sql import CHANNEL
 
 if TYPE_CHECKING:
     from ...aio import AsyncStore
@@ -22,6 +23,12 @@ REFUSAL = (
     "a lock cannot be taken inside transaction() or through using(conn): a grant that is rolled "
     "back would give its token twice; take it with the store itself, then guard() the transaction"
 )
+
+
+class LockWaiters(Waiters):
+    """Those who wait for locks: a release lets one of each process try."""
+
+    channel = CHANNEL.decode()
 
 
 class LeasingRuntime(Runtime, Generic[L]):
@@ -49,7 +56,7 @@ class LeasingRuntime(Runtime, Generic[L]):
 
     def subscribe(self, options: LockOptions) -> Waiter:
         """Begin to hear of releases."""
-        waiters = self.background().part(Waiters)
+        waiters = self.background().part(LockWaiters)
         waiter = self._waiter(waiters, options.sql.payload(options.keys[0]))
         waiters.add(waiter)
         return waiter

@@ -24,6 +24,7 @@ from ..._ops.op import BINARY, TEXT, Op, Raced, Result, Signal, Statement
 from ..._sql.table import STATEMENT_US, read_changed, read_found, read_int
 from ...config import Table, TableShape, quote_identifier
 from ...errors import InvalidValueError
+from .._runtime.lease import EXPIRED, GONE, LOCKED, RELEASED, RENEWED, REPLACED
 
 T = TypeVar("T")
 
@@ -74,9 +75,6 @@ ENDED = f"t.value = EXCLUDED.value AND t.expires_at = {EPOCH}"
 FREE = f"(expires_at <= {NOW} OR value = $2) AND NOT (value = $2 AND expires_at = {EPOCH})"
 US = "(extract(epoch from n.ts) * 1000000)::bigint"
 COLUMNS = "(key, value, expires_at, created_at, updated_at, version)"
-
-# What became of a lease that a renewal names.
-RENEWED, LOCKED, RELEASED, EXPIRED, REPLACED, GONE = range(6)
 
 
 class Asking(NamedTuple):

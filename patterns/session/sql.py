@@ -39,7 +39,7 @@ SESSIONS = TableShape(
     successor  BYTEA,
     meta       JSONB""",
     fillfactor=70,
-    indexed="user_id",
+    indexes=(("user", "(user_id)"),),
 )
 
 NOW = "statement_timestamp()"

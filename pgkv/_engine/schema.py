@@ -55,9 +55,12 @@ def create_sql(table: Table) -> str:
         f"CREATE {unlogged}TABLE IF NOT EXISTS {table.quoted} (\n{shape.columns}\n) "
         f"WITH (fillfactor = {shape.fillfactor}, {_AUTOVACUUM});"
     )
-    if shape.indexed:
-        index = quote_identifier(f"{table.name}_{shape.indexed.removesuffix('_id')}")
-        sql += f"\nCREATE INDEX IF NOT EXISTS {index} ON {table.quoted} ({shape.indexed});"
+    for name, definition in shape.indexes:
+        unique = "UNIQUE " if definition.startswith("UNIQUE ") else ""
+        sql += (
+            f"\nCREATE {unique}INDEX IF NOT EXISTS {quote_identifier(f'{table.name}_{name}')} "
+            f"ON {table.quoted} {definition.removeprefix('UNIQUE ')};"
+        )
     return sql
 
 

@@ -17,9 +17,9 @@ import pytest
 
 from pgkv import PgkvError, Store
 from pgkv._ops.op import Op
+from pgkv.patterns._runtime.lease import LOCKED
 from pgkv.patterns.lock.api import statements_of
 from pgkv.patterns.lock.sql import (
-    LOCKED,
     Asking,
     Denied,
     Granted,

@@ -63,10 +63,11 @@ async def test_a_release_wakes_a_waiter(store: Any, colour: Colour, peer: Peer) 
 async def test_a_waiter_that_gives_up_passes_its_chance_on(store: Any, colour: Colour) -> None:
     """A waiter that was woken and did not try leaves the chance to the next one."""
     from pgkv.patterns._runtime.background import Background
-    from pgkv.patterns.lock.wakeup import TaskWaiter, Waiters
+    from pgkv.patterns._runtime.wakeup import TaskWaiter
+    from pgkv.patterns.lock.runtime import LockWaiters
 
     background = Background(asyncio.get_running_loop(), "", pgkv.Pooler.TRANSACTION)
-    waiters = Waiters(background)  # never listens here
+    waiters = LockWaiters(background)  # never listens here
     first, second = TaskWaiter(waiters, b"n"), TaskWaiter(waiters, b"n")
     waiters.add(first)
     waiters.add(second)
@@ -81,7 +82,7 @@ async def test_behind_a_transaction_pooler_waiters_poll(
     make_store: Any, colour: Colour, peer: Peer, caplog: pytest.LogCaptureFixture
 ) -> None:
     """pooler=TRANSACTION: no LISTEN, said once, and the lock is handed over all the same."""
-    from pgkv.patterns.lock import wakeup as _wakeup
+    from pgkv.patterns._runtime import wakeup as _wakeup
 
     _wakeup._said.clear()
     store = await make_store(pooler=pgkv.Pooler.TRANSACTION)
@@ -95,7 +96,7 @@ async def test_behind_a_transaction_pooler_waiters_poll(
         done, pending = await asyncio.wait(waiting, timeout=5, return_when="FIRST_COMPLETED")
         lease, waiting = done.pop().result(), list(pending)
     await lease.release()
-    assert caplog.text.count("pgkv.lock.polling") == 1
+    assert caplog.text.count("pgkv.listener.polling") == 1
 
 
 async def test_where_nothing_is_heard_waiters_poll(
@@ -103,14 +104,14 @@ async def test_where_nothing_is_heard_waiters_poll(
 ) -> None:
     """A trial notification that does not arrive (an undeclared pooler) means polling."""
     from pgkv.patterns._runtime import listener as _listener
-    from pgkv.patterns.lock import wakeup as _wakeup
+    from pgkv.patterns._runtime import wakeup as _wakeup
 
     _wakeup._said.clear()
     monkeypatch.setattr(_listener, "TRIAL_TIME", 0.2)
     monkeypatch.setattr(_listener, "listen_sql", lambda channels: sql.SQL("LISTEN pgkv_elsewhere"))
     lease = await lock_of(colour, store).acquire()
     waiting = asyncio.ensure_future(_acquired(lock_of(colour, store, wakeup="notify")))
-    await until(lambda: "pgkv.lock.polling" in caplog.text, "it is said", 3)
+    await until(lambda: "pgkv.listener.polling" in caplog.text, "it is said", 3)
     await lease.release()
     await (await asyncio.wait_for(waiting, 3)).release()
 

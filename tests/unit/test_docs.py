@@ -127,12 +127,12 @@ def test_no_field_is_one_of_the_standard_librarys() -> None:
 
 
 def test_the_events_of_lost_leases_have_the_fields_listed() -> None:
-    """The one event whose fields are put together elsewhere."""
+    """The events whose fields are put together elsewhere."""
     found = re.search(
-        r"context: .*? = \{(.*?)\}", (ROOT / "patterns" / "lock" / "lease.py").read_text()
+        r"context: .*? = \{(.*?)\}", (ROOT / "patterns" / "_runtime" / "lease.py").read_text()
     )
     assert found is not None
-    assert re.findall(r'"(\w+)":', found[1]) == ["lock", "reason", "owner"]
+    assert re.findall(r'"(\w+)":', found[1]) == ["reason"]
     assert "| `pgkv.lock.lost` | warning | `lock`, `reason`, `owner`, `cause`, `detail` |" in page(
         "monitoring.md"
     )

@@ -149,7 +149,7 @@ PLAIN_LOCKS = {
     "pgkv/_engine/_sync/cursor_connection.py",  # within one statement, which a child does not go on with
     "pgkv/_engine/_sync/pool.py",  # renewed with the pool
     "pgkv/_engine/_sync/transaction.py",  # a child is refused before it gets there
-    "patterns/lock/lease.py",  # of the turn: only tried, never waited for
+    "patterns/_runtime/lease.py",  # of the turn: only tried, never waited for
 }
 
 

@@ -1,5 +1,5 @@
-"""Waking those who wait for a lock: a release says on one channel which name is free, and each
-process (or event loop) lets one of its waiters try.
+"""Waking those who wait for a lock or a job: a notification on one channel says what is there, and
+each process (or event loop) lets its waiters try.
 
 What is missed costs time, never correctness: every waiter also looks by itself, if seldom. Where
 nothing is heard, waiters poll as if no notification had been asked for.
@@ -11,20 +11,17 @@ import asyncio
 import contextlib
 import threading
 from collections import deque
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from ... import _observe
 from ..._fork import new_lock
-from .sql import CHANNEL
 
 if TYPE_CHECKING:
-    from .._runtime.background import Background
-
-_CHANNEL = CHANNEL.decode()
+    from .background import Background
 
 
 class Waiter:
-    """One caller who waits for one name; `payload` is what a release of the name says."""
+    """One caller who waits; `payload` is what the notification says that wakes it."""
 
     _event: threading.Event | asyncio.Event
 
@@ -35,7 +32,7 @@ class Waiter:
 
     @property
     def is_listening(self) -> bool:
-        """Whether a release would be heard of now."""
+        """Whether a notification would be heard of now."""
         return self._waiters.is_listening
 
     def wake(self) -> None:
@@ -77,7 +74,10 @@ class TaskWaiter(Waiter):
 
 
 class Waiters:
-    """The waiters of one background, by name."""
+    """The waiters of one background and channel, by the payload that wakes them."""
+
+    channel: ClassVar[str]
+    wakes_all: ClassVar[bool] = False  # or one, and the next when that one is served
 
     def __init__(self, background: Background) -> None:
         self._loop = background.loop
@@ -87,14 +87,14 @@ class Waiters:
 
     @property
     def is_listening(self) -> bool:
-        """Whether a release would be heard of now."""
-        return self._listener.is_listening(_CHANNEL)
+        """Whether a notification would be heard of now."""
+        return self._listener.is_listening(self.channel)
 
     def add(self, waiter: Waiter) -> None:
         """Wake it when its turn comes. From any thread; waits for nothing."""
         with self._lock:
             self._lines.setdefault(waiter.payload, deque()).append(waiter)
-        self._listener.subscribe(_CHANNEL, self._receive)
+        self._listener.subscribe(self.channel, self._receive)
         if self._listener.unavailable:
             say_polling(self._listener.unavailable)
 
@@ -109,15 +109,15 @@ class Waiters:
                     self._lines.pop(waiter.payload, None)
         if waiter.trying and not granted:
             with contextlib.suppress(RuntimeError):  # the loop is closed: no one waits there
-                self._loop.call_soon_threadsafe(self._wake_one, waiter.payload)
+                self._loop.call_soon_threadsafe(self._wake, waiter.payload)
 
     # -- in the loop
 
     def _receive(self, payload: str | None) -> None:
         if payload is not None:
-            self._wake_one(payload.encode())
+            self._wake(payload.encode())
             return
-        # Releases may have been missed.
+        # Notifications may have been missed.
         if self._listener.unavailable:
             say_polling(self._listener.unavailable)
         with self._lock:
@@ -125,12 +125,13 @@ class Waiters:
         for waiter in waiters:
             waiter.wake()
 
-    def _wake_one(self, payload: bytes) -> None:
+    def _wake(self, payload: bytes) -> None:
         with self._lock:
             for waiter in tuple(self._lines.get(payload, ())):
                 if not waiter.trying:
                     waiter.wake()
-                    return
+                    if not self.wakes_all:
+                        return
 
 
 _said: set[str] = set()
@@ -140,4 +141,4 @@ def say_polling(reason: str) -> None:
     """Log once that waiters poll although they were to be notified."""
     if not _said:
         _said.add(reason)
-        _observe.warning("pgkv.lock.polling", reason=reason)
+        _observe.warning("pgkv.listener.polling", reason=reason)
