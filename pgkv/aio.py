@@ -371,8 +371,7 @@ class AsyncStore:
         """Write all pairs or none, any number of them. Of a repeated key the last pair counts. See
         `Store.set_many`."""
         count, ops = self._sql.set_many(items, ttl)
-        await self._channel.run(_flows.all_of(ops))
-        return count
+        return await self._channel.run(_flows.written(count, ops))
 
     async def delete_many(self, keys: Iterable[str]) -> int:
         """Remove all the keys or none; return how many were there."""

@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from datetime import timedelta
-from typing import Any, Self, TypeAlias, TypedDict, Unpack
+from typing import Any, Literal, Self, TypeAlias, TypedDict, Unpack
 from urllib.parse import unquote_to_bytes
 
 import psycopg
@@ -22,6 +22,7 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from .errors import ConfigError
 
 Seconds: TypeAlias = float | int | timedelta
+OnAway: TypeAlias = Literal["raise", "miss"]
 
 EMBEDDED_SCHEME = "embedded://"
 KEY_LENGTH_MAX = 2600  # bytes; a btree entry must fit a third of an 8 kB page (2,704)
@@ -161,6 +162,8 @@ class Config:
         pooler: TRANSACTION behind PgBouncer in transaction mode.
         retry: a :class:`RetryPolicy`, or None for a single attempt.
         coalesce: (async) send the operations of one turn of the event loop together.
+        on_error: ``"miss"`` for a cache: while the server is away, reads of keys find nothing and
+            plain writes are dropped. Conditions, counters, scans and pipelines raise as ever.
 
     Raises:
         ConfigError: names the field and what it accepts.
@@ -183,6 +186,7 @@ class Config:
     pooler: Pooler = Pooler.NONE
     retry: RetryPolicy | None = field(default_factory=RetryPolicy)
     coalesce: bool = False
+    on_error: OnAway = "raise"
 
     def __post_init__(self) -> None:
         _require_dsn(self.dsn)
@@ -197,6 +201,8 @@ class Config:
         for name in ("auto_create_table", "coalesce"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False")
+        if self.on_error not in ("raise", "miss"):
+            raise ConfigError(f"on_error must be 'raise' or 'miss', not {self.on_error!r}")
         require_int("max_key_length", self.max_key_length, 1, KEY_LENGTH_MAX)
         require_int("max_value_size", self.max_value_size, 1, VALUE_SIZE_MAX)
         require_int("pool_max_size", self.pool_max_size, 1, 10_000)
@@ -270,6 +276,7 @@ class TableOptions(TypedDict, total=False):
     ttl_cleanup_strategy: TtlCleanupStrategy
     max_key_length: int
     max_value_size: int
+    on_error: OnAway
 
 
 class Options(TableOptions, total=False):

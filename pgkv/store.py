@@ -441,8 +441,7 @@ class Store:
             How many distinct keys were written.
         """
         count, ops = self._sql.set_many(items, ttl)
-        self._channel.run(_flows.all_of(ops))
-        return count
+        return self._channel.run(_flows.written(count, ops))
 
     def delete_many(self, keys: Iterable[str]) -> int:
         """Remove all the keys or none; return how many were there."""
@@ -926,7 +925,7 @@ class Store:
         Args:
             name: the table's name.
             **options: ``schema``, ``table_type``, ``auto_create_table``, ``ttl_cleanup_strategy``,
-                ``max_key_length``, ``max_value_size``; the others are this store's.
+                ``max_key_length``, ``max_value_size``, ``on_error``; the others are this store's.
 
         Raises:
             ConfigError: the name cannot be a table name, or there is no such option.

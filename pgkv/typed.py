@@ -140,8 +140,7 @@ class TypedStore(_Typed[T]):
     ) -> int:
         """Write all pairs or none; return how many distinct keys."""
         count, ops = self._sql.set_many(self._encode_all(items), ttl)
-        self._channel.run(_flows.all_of(ops))
-        return count
+        return self._channel.run(_flows.written(count, ops))
 
     def delete(self, key: str, *, if_version: int | None = None) -> bool:
         """Remove the key. True if it was there."""
@@ -233,8 +232,7 @@ class AsyncTypedStore(_Typed[T]):
     ) -> int:
         """Write all pairs or none; return how many distinct keys."""
         count, ops = self._sql.set_many(self._encode_all(items), ttl)
-        await self._channel.run(_flows.all_of(ops))
-        return count
+        return await self._channel.run(_flows.written(count, ops))
 
     async def delete(self, key: str, *, if_version: int | None = None) -> bool:
         """Remove the key. True if it was there."""

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
+from ..._engine.breaker import Breaker
 from ..._fork import new_lock
 from ..._ops.op import Flow, Op, do
 from ...errors import PgkvError, StoreUnavailableError
 from .._runtime.runtimes import AsyncRuntime, SyncRuntime, runtime_of
-from .breaker import Breaker
 from .envelope import Envelope
 from .sql import CacheStatements
 

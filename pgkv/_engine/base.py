@@ -15,6 +15,7 @@ from .._sql.sweep import Sweep
 from ..config import Config, Table
 from ..errors import ConflictError, PgkvError, TransactionError
 from ..types import PoolStats
+from .breaker import Misses
 from .flows import RefusedError
 from .nesting import Nesting
 from .results import outcomes
@@ -41,6 +42,7 @@ class PooledOperations:
         self._collectors: dict[Table, Collector] = {}
         self._known: set[Table] = set()
         self._patrolling = False
+        self.misses = Misses()
 
     def on_close(self, fn: Callable[[], object]) -> None:
         """Call `fn` when the channel has been closed; an async one calls it in a thread."""

@@ -65,6 +65,12 @@ def all_of(ops: list[Op[T]]) -> Flow[list[T]]:
     return (yield from transaction(lambda: _each(ops), table=table, retry_safe=retry_safe))
 
 
+def written(count: int, ops: list[Op[Any]]) -> Flow[int]:
+    """Write all of a batch or nothing; how many keys."""
+    answers = yield from all_of(ops)
+    return count if all(answer is None for answer in answers) else 0  # dropped: `MISSED`
+
+
 def _each(ops: list[Op[T]]) -> Flow[list[T]]:
     answers: list[T] = []
     for op in ops:
@@ -105,7 +111,7 @@ def update(
             f"update: fn must be a function of the current value, not {type(fn).__name__}"
         )
     _codec.whole("attempts", attempts)
-    entry = yield from do(sql.get_entry(key))
+    entry = yield from do(sql.strict(sql.get_entry(key)))
     current = None if entry is None else entry.value
     version = None if entry is None else entry.version
     for _ in range(attempts):

@@ -52,6 +52,7 @@ class Statement(Generic[T_co]):
         repeats: how often a `Raced` answer is asked again; 0 for one that cannot race.
         one_key: concerns its first parameter, a key, and no other row.
         retried: False where a failure is not worth a second attempt: the work comes again.
+        missed: makes the answer while the server is away, under ``on_error="miss"``; None: raise.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Statement(Generic[T_co]):
     repeats: int = 0
     one_key: bool = False
     retried: bool = True
+    missed: Callable[[], Any] | None = None
     prepared_name: bytes = field(init=False)
 
     def __post_init__(self) -> None:

@@ -24,3 +24,5 @@ __all__ = ["Statements"]
 
 class Statements(PointStatements, BatchStatements, ScanStatements):
     """All statements of one key-value table, for keys under one prefix."""
+
+    may_miss = True

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from .._ops import codec as _codec
 from .._ops.lazy import cached_property
-from .._ops.op import BINARY, TEXT, Result, Signal, Statement
+from .._ops.op import BINARY, TEXT, Op, Result, Signal, Statement
 from ..config import Config, Table, TtlCleanupStrategy
 from ..errors import InvalidValueError
 
@@ -77,6 +78,21 @@ def choose_expiry(
     return KEEP, ()
 
 
+def _nothing() -> None:
+    """No answer."""
+
+
+# What `on_error="miss"` answers while the server is away: to reads that there is no such key, to
+# writes that nothing was written. An answer of 0 is no version. No condition, no count, no scan.
+MISSED: dict[str, Callable[[], Any]] = {
+    **dict.fromkeys(("get", "get_entry", "ttl"), _nothing),
+    **dict.fromkeys(("exists", "delete", "expire", "expire_at", "persist"), bool),
+    **dict.fromkeys(("set", "set_many", "delete_many", "expire_many"), int),
+    "get_many": dict,
+    "exists_many": set,
+}
+
+
 class TableStatements:
     """The statements of one table, created at first use and kept; see `made`.
 
@@ -84,6 +100,8 @@ class TableStatements:
         config: the table, its limits and its cleanup strategy.
         prefix: the namespace that every key carries.
     """
+
+    may_miss = False  # no pattern's statement, whatever `on_error` says
 
     def __init__(self, config: Config, prefix: str = "") -> None:
         self.config = config
@@ -98,6 +116,7 @@ class TableStatements:
         self.readable = "TRUE" if strategy is TtlCleanupStrategy.DISABLED else LIVE
         # Under ON_READ a read also reports expired rows, so that they can be collected.
         self.collects: bool = strategy is TtlCleanupStrategy.ON_READ
+        self.lenient = self.may_miss and config.on_error == "miss"
         self._made: dict[object, Statement[Any]] = {}
 
     def made(self, shape: object, make: Callable[[], Statement[T]]) -> Statement[T]:
@@ -116,7 +135,16 @@ class TableStatements:
         **options: Any,
     ) -> Statement[T]:
         """Make a statement of this table."""
+        if self.lenient and options.get("retry_safe"):
+            options["missed"] = MISSED.get(name)
         return Statement(name, sql, formats, decode, table=self.table, **options)
+
+    def strict(self, op: Op[T]) -> Op[T]:
+        """An operation that raises while the server is away, whatever `on_error` says."""
+        if op.statement.missed is None:
+            return op
+        statement = self.made(("strict", op.statement), lambda: replace(op.statement, missed=None))
+        return Op(statement, op.params, op.decode)
 
     # -- parameters
 

@@ -17,7 +17,7 @@ import psycopg
 import pytest
 
 import pgkv
-from pgkv.patterns.cache import breaker as _breaker
+from pgkv._engine import breaker as _breaker
 from tests.cached import cached_in
 from tests.colours import Colour
 from tests.faults.support import Witness, exit_code, newest

@@ -248,3 +248,10 @@ def test_bad_parameters(parameters: Any, why: str) -> None:
     """An unknown parameter, or one of another type, is named."""
     with pytest.raises(ConfigError, match=why):
         Config.from_parameters(parameters)
+
+
+@pytest.mark.parametrize("value", ["open", None, True])
+def test_bad_on_error(value: Any) -> None:
+    """on_error is one of two words."""
+    with pytest.raises(ConfigError, match="on_error must be 'raise' or 'miss'"):
+        Config("postgresql://", on_error=value)

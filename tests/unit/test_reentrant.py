@@ -16,8 +16,8 @@ import pytest
 from pgkv import Config, Decision, Rate
 from pgkv._engine._sync.connection import PgConnection
 from pgkv._engine._sync.pool import StorePool
+from pgkv._engine.breaker import Breaker
 from pgkv._engine.sweep import Collector
-from pgkv.patterns.cache.breaker import Breaker
 from pgkv.patterns.cache.call import Counts
 from pgkv.patterns.cache.l1 import L1
 from pgkv.patterns.cache.single_flight import Flights, ThreadFlight

@@ -150,6 +150,7 @@ def test_no_statement_is_left_out() -> None:
     for call in ALL.values():
         call(Watched(Config("postgresql://")))
     helpers = {"upsert", "locked", "statement", "made", "key", "value", "read_key", "distinct"}
+    helpers.add("strict")
     factories = (
         {
             name

@@ -134,6 +134,9 @@ class AsyncPoolChannel(PooledOperations):
         self, op: Op[T], started: float, timeout: float | None, outcome: PgkvError | Raced | None
     ) -> T:
         """Bring an operation to its end that the fast path could not."""
+        misses, missed = self.misses, op.statement.missed
+        if missed is not None and misses.hold(op.statement):
+            return missed()  # type: ignore[no-any-return]  # as the operation's own
         deadline = started + (self._timeout if timeout is None else timeout)
         try:
             answer = await self._settle(op, deadline, outcome)
@@ -141,9 +144,13 @@ class AsyncPoolChannel(PooledOperations):
             if _observe.hooks:
                 name, retries = op.statement.name, getattr(op, "retries", 0)
                 _observe.notify(name, started, type(error).__name__, retries)
+            if missed is not None and misses.excuse(op.statement, error):
+                return missed()  # type: ignore[no-any-return]  # as above
             raise
         finally:
             del outcome  # an error's traceback holds this frame
+        if missed is not None:
+            misses.breaker.succeeded()
         return await self._aftermath(op, answer, started, timeout)
 
     async def _settle(

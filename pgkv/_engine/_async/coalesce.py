@@ -87,8 +87,11 @@ class CoalescingChannel:
 
     async def execute(self, op: Op[T], timeout: float | None = None) -> T:
         """Perform one operation, together with the others of this turn."""
+        missed = op.statement.missed
         if op.statement.script or timeout is not None:
             return await self._inner.execute(op, timeout)
+        if missed is not None and self._inner.misses.hold(op.statement, probes=False):
+            return missed()  # type: ignore[no-any-return]  # as the operation's own
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Any] = loop.create_future()
         if not self._turn:
@@ -96,7 +99,14 @@ class CoalescingChannel:
             self._deadline = self.until()
         deadline = self._deadline
         self._turn.append((op, future))
-        answer = await future
+        try:
+            answer = await future
+        except PgkvError as error:
+            if missed is not None and self._inner.misses.excuse(op.statement, error):
+                return missed()  # type: ignore[no-any-return]  # as above
+            raise
+        if missed is not None and answer is not ALONE:
+            self._inner.misses.breaker.succeeded()
         if answer is ALONE:
             return await self._inner.execute(op, max(0.001, deadline - monotonic()))
         return answer  # type: ignore[no-any-return]  # decoded by op
