@@ -484,9 +484,15 @@ def _charge_many(
         try:
             return (yield from limiter._again(limiter.sql.hit_many(asked), started))  # type: ignore[no-any-return]  # by row
         except InvalidValueError as error:
-            # Another caller inserted one of the rows meanwhile: it exists now.
-            if error._sqlstate != "23505" or attempt == RACES_MAX - 1:
+            # Another caller inserted one of the rows meanwhile: it exists now, if not in the snapshot
+            # of a caller's REPEATABLE READ transaction.
+            if error._sqlstate != "23505":
                 raise
+            if attempt == RACES_MAX - 1:
+                raise ConflictError(
+                    "hit_many: another transaction made one of the buckets meanwhile, and this one's "
+                    "snapshot does not show it; repeat the transaction"
+                ) from error
     raise AssertionError("unreachable")
 
 

@@ -11,7 +11,7 @@ import time
 import pgkv
 from pgkv.testing import ServerClock
 from tests import servers
-from tests.interleavings.scenarios import SCENARIOS
+from tests.interleavings.declarations import SCENARIOS
 from tests.interleavings.schedule import explore, replay
 from tests.servers import Server
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 
 from tests import servers
-
-FULL = os.environ.get("PGKV_INTERLEAVINGS") == "full"
+from tests.interleavings.pairs import FULL
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -28,11 +25,4 @@ def _is_for(item: pytest.Item, versions: tuple[str, ...]) -> bool:
     return name.startswith(PARTS) and any(f"[{each}" in name for each in versions)
 
 
-PARTS = (
-    "statement_pairs",
-    "session_pairs",
-    "limiter_pairs",
-    "lock_pairs",
-    "cache_pairs",
-    "schedules",
-)
+PARTS = ("pairs", "schedules")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 import weakref
 from collections import deque
 from collections.abc import Callable
@@ -17,11 +16,11 @@ from pgkv._engine._async import pool as async_pool
 from pgkv._engine._sync import pool as pool_module
 from pgkv._engine._sync.connection import PgConnection
 from tests.interleavings import threads
+from tests.interleavings.pairs import FULL
 from tests.interleavings.schedule import Cancelled, Scenario, World, explore
 from tests.interleavings.threads import Decision, Interrupt, Schedule
 
 FILES = frozenset((pool_module.__file__,))
-FULL = int(os.environ.get("PGKV_INTERLEAVINGS") == "full")  # preemptions more
 POOL_TIMEOUT = 50.0  # of the scheduler's seconds
 
 Made = tuple[Schedule, Callable[[], None]]
@@ -202,7 +201,7 @@ def test_every_order(size: int, number: int, turns: int, breaks: bool, preemptio
 def test_an_interrupt_at_any_bytecode(breaks: bool) -> None:
     """So does a Ctrl-C: the thread that it strikes ends, the others go on."""
     make = users(1, 2, 1 + breaks, breaks=breaks)
-    print(threads.explore(make, preemptions=FULL, interrupts=1), "schedules")
+    print(threads.explore(make, preemptions=int(FULL), interrupts=1), "schedules")
 
 
 # -- tasks ---------------------------------------------------------------------------------

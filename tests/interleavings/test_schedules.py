@@ -8,7 +8,7 @@ import pytest
 
 import pgkv
 from pgkv.testing import ServerClock
-from tests.interleavings.scenarios import SCENARIOS
+from tests.interleavings.declarations import SCENARIOS
 from tests.interleavings.schedule import explore
 
 AT_MOST = 120  # schedules of each scenario; `make interleavings` runs all

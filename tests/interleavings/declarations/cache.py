@@ -1,22 +1,23 @@
-"""Every two operations on the rows of cached functions, overlapping: see `pairs`."""
+"""Cached functions: entries, and the generations of functions and tags."""
 
 from __future__ import annotations
 
-import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import psycopg
-import pytest
-from psycopg.conninfo import make_conninfo
 
-from pgkv import Store, TtlCleanupStrategy
-from pgkv._ops.lazy import cached_property
-from pgkv._ops.op import Op, Statement
+import pgkv
+from pgkv import Store
+from pgkv._ops.op import Op
 from pgkv.patterns.cache import sql as cache_sql
 from pgkv.patterns.cache.sql import CacheStatements, ComputeLease
-from tests.interleavings.pairs import Operation, Pairs, pairs_of
+from tests.interleavings.pairs import Operation, Subject
+from tests.interleavings.scenarios import Client, no_errors, truncate
+from tests.interleavings.schedule import Call, Inline, Scenario, World, ended
 
+STATEMENTS = ("pgkv.patterns.cache.sql",)
+READS = frozenset(("usage", "notify"))
 VERSION = 7
 ENTRY_KEY, TAG_KEY, FUNCTION_KEY = b"entry", b"tag", b"function"
 PLACEHOLDER = b"~" * 17
@@ -93,62 +94,47 @@ LOCKED = "nothing, the row being locked"
 STATES = ("absent", "placeholder", "entry", "expired", "expired placeholder")
 
 
-class CacheSubject:
+class Cache(Subject[Rows]):
     """An entry's row and two generations, in one of the states that a call may meet."""
 
-    operations: Mapping[str, Operation[Rows]] = (
-        OPERATIONS
-        | {"read": lambda r, x: seen(r)}
-        # A lease waits for nobody: of a row that is about to change it says so, and is asked again.
-        | {LOCKED: lambda r, x: "locked"}
-    )
-    states: tuple[str, ...] = STATES
-    transactions: Mapping[str, tuple[str, ...]] = TRANSACTIONS
-    on_existing: Mapping[tuple[str, str], str] = {  # a Protocol's attribute
+    operations = OPERATIONS
+    only_second: Mapping[str, Operation[Rows]] = {"read": lambda r, x: seen(r)}
+    states = STATES
+    transactions = TRANSACTIONS
+    # A lease waits for nobody: of a row that is about to change it says so, and is asked again.
+    explained: Mapping[tuple[str, str], str] = {
         (name, state): LOCKED for name in ("lease", "lease in its place") for state in STATES
     }
+    repeatable = frozenset(("invalidate", "bump_tag", "bump_function"))
 
     def __init__(self, dsn: str) -> None:
-        name = f"pairs_{secrets.token_hex(6)}"
-        self.store = Store.connect(
-            make_conninfo(dsn, application_name=name),
-            ttl_cleanup_strategy=TtlCleanupStrategy.MANUAL,
-            pool_max_size=1,
-        )
+        super().__init__(dsn)
+        # Waits for as long as the arrangement takes: their end by the timeout has tests of its own.
+        timeout = "set_config('lock_timeout', '60000', true)"
+        self.patch.setattr(cache_sql, "_LOCK_TIMEOUT", timeout)
         self.sql = CacheStatements(self.store._config, self.store._sql.prefix)
-        self._conn = psycopg.connect(dsn, autocommit=True)
-        query = "SELECT pid FROM pg_stat_activity WHERE application_name = %s"
-        ((pid,),) = self._conn.execute(query, [name]).fetchall()
-        self._pid: int = pid
 
-    def close(self) -> None:
-        self._conn.close()
-        self.store.close()
+    def all(self) -> Mapping[str, Operation[Rows]]:
+        return {**super().all(), LOCKED: lambda r, x: "locked"}
 
     def reset(self, state: str) -> None:
-        self._conn.execute("DELETE FROM kv_store")
+        self.conn.execute("DELETE FROM kv_store")
         content = PLACEHOLDER if state.endswith("placeholder") else ENTRY
         expiry = -5_000 if state.startswith("expired") else 5_000
         keys = [] if state == "absent" else ["entry"]
-        self._conn.execute(
+        self.conn.execute(
             "INSERT INTO kv_store SELECT k, %s, now() + make_interval(secs => %s),"
             " '2020-01-01', '2020-01-01', %s FROM unnest(%s::text[]) k",
             [content, expiry, VERSION, keys],
         )
 
-    def using(self, conn: psycopg.Connection) -> Rows:
-        return Rows(self.store.using(conn), self.sql)
-
-    def alone(self) -> Rows:
-        return Rows(self.store, self.sql)
-
-    def alone_pid(self) -> int:
-        return self._pid
+    def on(self, conn: psycopg.Connection | None) -> Rows:
+        return Rows(self.store if conn is None else self.store.using(conn), self.sql)
 
     def observe(self) -> Any:
         # What stands in each row, for how many thousands of seconds, and whether under a version of
         # its own; a tombstone is written expired and may be gone at any time.
-        return self._conn.execute(
+        return self.conn.execute(
             "SELECT key, value, round(extract(epoch FROM expires_at - now()) / 1000)::int,"
             " version = %s FROM kv_store WHERE expires_at IS NULL OR expires_at > now()"
             " ORDER BY key",
@@ -156,37 +142,89 @@ class CacheSubject:
         ).fetchall()
 
 
-@pytest.fixture
-def subject(dsn: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[CacheSubject]:
-    # Waits for as long as the arrangement takes: their end by the timeout has tests of its own.
-    monkeypatch.setattr(cache_sql, "_LOCK_TIMEOUT", "set_config('lock_timeout', '60000', true)")
-    made = CacheSubject(dsn)
-    yield made
-    made.close()
+# -- schedules
+
+TTL = 10.0
 
 
-@pytest.fixture
-def pairs(subject: CacheSubject, dsn: str) -> Iterator[Pairs[Rows]]:
-    with pairs_of(subject, dsn) as made:
-        yield made
+async def version() -> int:
+    """The scenario's source, which is read at one moment and returned at a later one."""
+    world = World.current
+    assert world is not None
+    value = int(world.memory["version"])
+    await world.step("computes")
+    return value
 
 
-@pytest.mark.parametrize("a", [*OPERATIONS, *TRANSACTIONS])
-def test_pairs(pairs: Pairs[Rows], a: str) -> None:
-    """A open while B runs, for every B, from every state: as one after the other."""
-    wrong = [each for b in (*OPERATIONS, "read") for each in pairs.wrong(a, b)]
-    assert not wrong, "\n".join(wrong)
+def version_sync() -> int:
+    """The same for threads."""
+    return int(ended(version()))
 
 
-def test_every_writing_statement_of_the_cache_has_its_part(subject: CacheSubject) -> None:
-    """A statement that none of the operations sends is left out of the pairs."""
-    for name in (*OPERATIONS, "read"):
-        subject.reset("placeholder")
-        subject.operations[name](subject.alone(), "a")
-    named = {
-        name
-        for name, each in vars(CacheStatements).items()
-        if isinstance(each, cached_property) and name.startswith("_")
-    }
-    made = {name for name, each in vars(subject.sql).items() if isinstance(each, Statement)}
-    assert named - made == {"_usage"}  # it only reads
+def cached_version(world: World, **options: Any) -> Any:
+    """The source, cached in a process of the client's own."""
+    cached = pgkv.cached(ttl=TTL * 10, beta=0, compute_timeout=1, store=world.store, **options)
+    return InlineFunction(cached(version_sync)) if world.is_sync else cached(version)
+
+
+class InlineFunction(Inline):
+    """A cached function of threads, to be awaited."""
+
+    def __call__(self) -> Call:
+        return Call(self._target)
+
+
+def reading(**options: Any) -> Client:
+    async def client(world: World) -> None:
+        function = cached_version(world, **options)
+        for _ in range(2):
+            before = world.memory["visible"]
+            value = await function()
+            assert value >= before, f"read {value} after {before} had been invalidated"
+
+    return client
+
+
+def writing(*, clears: bool = False, **options: Any) -> Client:
+    async def client(world: World) -> None:
+        function = cached_version(world, **options)
+        await world.step("writes", lambda: change(world))
+        version = world.memory["version"]
+        await (function.cache_clear() if clears else function.invalidate())
+        world.memory["visible"] = max(world.memory["visible"], version)
+
+    return client
+
+
+def change(world: World) -> None:
+    world.memory["version"] += 1
+
+
+def new_source(world: World) -> None:
+    world.memory.update(version=1, visible=1)
+    truncate(world, "")
+
+
+SUBJECTS = (Cache,)
+SCENARIOS = (
+    Scenario(
+        "cached: invalidate against fill",
+        {"reader": reading(), "writer": writing(), "other": reading()},
+        check=no_errors,
+        prepare=new_source,
+        preemptions=2,
+        kinds=("die",),
+    ),
+    Scenario(
+        "cached: every fault",
+        {"reader": reading(), "writer": writing()},
+        check=no_errors,
+        prepare=new_source,
+    ),
+    Scenario(
+        "cached: clear",
+        {"reader": reading(), "writer": writing(clears=True)},
+        check=no_errors,
+        prepare=new_source,
+    ),
+)

@@ -1,24 +1,22 @@
-"""Every two writing operations of the store, overlapping: see `pairs`."""
+"""The store: one operation each, and those on many keys."""
 
 from __future__ import annotations
 
-import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
-from functools import cached_property
-from types import MappingProxyType
 from typing import Any
 
 import psycopg
-import pytest
-from psycopg.conninfo import make_conninfo
 
-from pgkv import CasResult, Config, Store, TtlCleanupStrategy
-from pgkv._ops.op import Statement
-from pgkv._sql import Statements
-from tests.interleavings.pairs import Operation, Pairs, pairs_of
-from tests.unit.test_statements import ALL, statement
+from pgkv import CasResult, Store
+from tests.interleavings.pairs import Operation, Subject
+from tests.interleavings.schedule import Scenario
 
+STATEMENTS = ("pgkv._sql.point", "pgkv._sql.batch", "pgkv._sql.scan", "pgkv._sql.sweep")
+READS = frozenset((
+    "get", "get_entry", "exists", "ttl", "get_many", "get_raw", "exists_many", "keys", "scan", "count", "stats",
+    "ping", "reach", "may_maintain", "pages", "vacuum", "analyze", "Sweep.collect",
+))  # fmt: skip
 KEYS = ["a", "k", "z"]
 # What a side writes: integers, so that all of it can be added to.
 VALUE = {"a": "10", "b": "20"}
@@ -70,6 +68,7 @@ OPERATIONS: dict[str, Operation[Store]] = {
     "collect": lambda s, x: upkeep(s._execute(s._sql.collect([b"a", b"k"]))),
     "sweep_alone": lambda s, x: upkeep(s._execute(s._sql.sweep_alone(0))),
 }
+UPKEEP = frozenset(("cleanup_expired", "collect", "sweep_alone"))
 # The same statements with another expiry: only as B, the one that waits.
 VARIANTS: dict[str, Operation[Store]] = {
     "set with ttl": lambda s, x: s.set("k", VALUE[x], ttl=TTL[x]) > 0,
@@ -117,103 +116,43 @@ TRANSACTIONS = {
 }
 
 
-class StoreSubject:
+class StoreSubject(Subject[Store]):
     """A store's table, with the keys a, k and z in it or not."""
 
-    operations: Mapping[str, Operation[Store]] = (
-        OPERATIONS
-        | VARIANTS
+    operations = OPERATIONS
+    only_second = (
+        VARIANTS
         | {f"{name} of existing": operation for name, operation in ON_EXISTING.items()}
         | {"set the same": lambda s, x: s.set("k", "1") > 0}
     )
-    states: tuple[str, ...] = ("absent", "live", "expired", "part")
-    transactions: Mapping[str, tuple[str, ...]] = TRANSACTIONS
-    on_existing: Mapping[tuple[str, str], str] = MappingProxyType(
-        {(name, "part"): f"{name} of existing" for name in ON_EXISTING}
-    )
-
-    def __init__(self, dsn: str) -> None:
-        name = f"pairs_{secrets.token_hex(6)}"
-        self.store = Store.connect(
-            make_conninfo(dsn, application_name=name),
-            ttl_cleanup_strategy=TtlCleanupStrategy.MANUAL,
-            pool_max_size=1,
-        )
-        self._conn = psycopg.connect(dsn, autocommit=True)
-        query = "SELECT pid FROM pg_stat_activity WHERE application_name = %s"
-        ((pid,),) = self._conn.execute(query, [name]).fetchall()
-        self._pid: int = pid
-
-    def close(self) -> None:
-        self._conn.close()
-        self.store.close()
+    states = ("absent", "live", "expired", "part")
+    transactions = TRANSACTIONS
+    explained: Mapping[tuple[str, str], str] = {
+        (name, "part"): f"{name} of existing" for name in ON_EXISTING
+    }
+    repeatable = (OPERATIONS | VARIANTS).keys() - UPKEEP
 
     def reset(self, state: str) -> None:
         keys = {"absent": [], "live": KEYS, "expired": KEYS, "part": ["k"]}[state]
         expiry = {"expired": -OLD_TTL, "part": OLD_TTL}.get(state)
-        self._conn.execute("DELETE FROM kv_store")
-        self._conn.execute(
+        self.conn.execute("DELETE FROM kv_store")
+        self.conn.execute(
             "INSERT INTO kv_store SELECT k, '1', now() + make_interval(secs => %s),"
             " '2020-01-01', '2020-01-01', %s FROM unnest(%s::text[]) k",
             [expiry, VERSION, keys],
         )
 
-    def using(self, conn: psycopg.Connection) -> Store:
-        return self.store.using(conn)
-
-    def alone(self) -> Store:
-        return self.store
-
-    def alone_pid(self) -> int:
-        return self._pid
+    def on(self, conn: psycopg.Connection | None) -> Store:
+        return self.store if conn is None else self.store.using(conn)
 
     def observe(self) -> Any:
         # How long a key still lives, in thousands of seconds; and whether it is the one of old.
-        return self._conn.execute(
+        return self.conn.execute(
             "SELECT key, convert_from(value, 'UTF8'),"
             " round(extract(epoch FROM expires_at - now()) / 1000)::int, created_at < '2021-01-01'"
             " FROM kv_store WHERE expires_at IS NULL OR expires_at > now() ORDER BY key"
         ).fetchall()
 
 
-@pytest.fixture
-def subject(dsn: str) -> Iterator[StoreSubject]:
-    made = StoreSubject(dsn)
-    yield made
-    made.close()
-
-
-@pytest.fixture
-def pairs(subject: StoreSubject, dsn: str) -> Iterator[Pairs[Store]]:
-    with pairs_of(subject, dsn) as made:
-        yield made
-
-
-@pytest.mark.parametrize("a", [*OPERATIONS, *TRANSACTIONS])
-def test_pairs(pairs: Pairs[Store], a: str) -> None:
-    """A open while B runs, for every B, from every state: as one after the other."""
-    wrong = [each for b in OPERATIONS | VARIANTS for each in pairs.wrong(a, b)]
-    assert not wrong, "\n".join(wrong)
-
-
-def test_every_writing_statement_has_its_part(subject: StoreSubject) -> None:
-    """A statement that writes and that none of the operations above sends is left out of the pairs."""
-    for name in OPERATIONS | VARIANTS:
-        subject.reset("live")
-        if name == "increment with ttl":
-            subject.store.delete("k")
-        subject.operations[name](subject.store, "a")
-    sql = subject.store._sql
-    made: list[Any] = [*sql._made.values(), *vars(sql).values()]
-    sent = {each.sql for each in made if isinstance(each, Statement)}
-    kinds = {"truncate", "collect", "cleanup"}
-    table = Statements(Config("postgresql://", ttl_cleanup_strategy=TtlCleanupStrategy.MANUAL))
-    assert table.t == sql.t
-    left_out = {
-        name
-        for name, call in ALL.items()
-        if (found := statement(call, TtlCleanupStrategy.MANUAL)).writes or found.name in kinds
-        if found.sql not in sent
-    }
-    assert left_out == set()
-    assert not any(isinstance(each, cached_property) for each in made)
+SUBJECTS = (StoreSubject,)
+SCENARIOS: tuple[Scenario, ...] = ()

@@ -1,20 +1,24 @@
-"""Every two operations on a limiter's rows, overlapping: see `pairs`."""
+"""The rate limiter: buckets that are rows."""
 
 from __future__ import annotations
 
+import itertools
 import os
 import struct
-from collections.abc import Iterator, Mapping
 from typing import Any
 
 import psycopg
-import pytest
 
-from pgkv import Decision, RateLimitedError, RateLimiter, Store, TtlCleanupStrategy
+import pgkv
+from pgkv import Decision, RateLimitedError, RateLimiter
 from pgkv._ops.op import Op
 from pgkv.patterns.rate_limit.flows import Receipt
-from tests.interleavings.pairs import Operation, Pairs, pairs_of
+from tests.interleavings.pairs import Operation, Subject
+from tests.interleavings.scenarios import failed_by_itself, truncate
+from tests.interleavings.schedule import Scenario, World
 
+STATEMENTS = ("pgkv.patterns.rate_limit.sql",)
+READS = frozenset[str]()
 BURST = 5
 TOKEN = 86_400 / BURST  # seconds: that many times slower than the test
 NS = 10**9
@@ -68,7 +72,7 @@ OPERATIONS: dict[str, Operation[RateLimiter]] = {
     "peek": lambda it, x: told(it.peek("k", COST[x])),
     "reset": lambda it, x: it.reset("k"),
     "refund": lambda it, x: it.refund("k", COST[x]),
-    "cancel": lambda it, x: it._run(it._flows.cancel(LimiterSubject.receipt)),
+    "cancel": lambda it, x: it._run(it._flows.cancel(OneRate.receipt)),
     "rebase": lambda it, x: op(it, "rebase"),
     "collect": lambda it, x: op(it, "collect"),
 }
@@ -76,59 +80,45 @@ OPERATIONS: dict[str, Operation[RateLimiter]] = {
 TRANSACTIONS: dict[str, Operation[RateLimiter]] = {"rewrite": rewrite, "rewrite both": rewrite_both}
 
 
-class LimiterSubject:
+class OneRate(Subject[RateLimiter]):
     """Two buckets, k and z: absent, partly used, with nothing left, overdrawn by reservations, or
     full again."""
 
-    operations: Mapping[str, Operation[RateLimiter]] = OPERATIONS | TRANSACTIONS
-    states: tuple[str, ...] = ("absent", "used", "spent", "queued", "full")
-    # Nothing weaker: a transaction is one step.
-    transactions: Mapping[str, tuple[str, ...]] = {}
-    on_existing: Mapping[tuple[str, str], str] = {}
+    rates = "5/d"
+    operations = OPERATIONS
+    only_first = TRANSACTIONS
+    states = ("absent", "used", "spent", "queued", "full")
+    repeatable = (OPERATIONS | TRANSACTIONS).keys() - {"collect"}
     receipt: Receipt  # of the last token charged to k
 
-    def __init__(self, dsn: str, rates: str) -> None:
-        self.store = Store.connect(
-            dsn, ttl_cleanup_strategy=TtlCleanupStrategy.MANUAL, pool_max_size=1
-        )
-        self._pid: int = self.store._channel._pool.idle[-1].pgconn.backend_pid  # type: ignore[union-attr]  # a PoolChannel
-        self._conn = psycopg.connect(dsn, autocommit=True)
-        self.limiter = RateLimiter(self.store, rates, name="l", timeout=20)
-
-    def close(self) -> None:
-        self._conn.close()
-        self.store.close()
+    def __init__(self, dsn: str) -> None:
+        super().__init__(dsn)
+        self.limiter = RateLimiter(self.store, self.rates, name="l", timeout=20)
 
     def reset(self, state: str) -> None:
         flows = self.limiter._flows
         tokens = {"used": 2, "spent": BURST, "queued": BURST + 2, "full": -1}.get(state)
-        self._conn.execute("DELETE FROM kv_store")
-        now: Any = self._conn.execute(
+        self.conn.execute("DELETE FROM kv_store")
+        now: Any = self.conn.execute(
             "SELECT (extract(epoch FROM statement_timestamp()) * 1000000)::bigint * 1000"
         ).fetchone()
         tat = now[0] + round((tokens or 0) * TOKEN * NS)
         rows = [flows.row(key, flows.policy) for key in "kz"]
         incs = flows.policy.charge(1).incs
-        type(self).receipt = Receipt(os.getpid(), rows[0], CREATED, incs, [tat] * len(incs))
+        OneRate.receipt = Receipt(os.getpid(), rows[0], CREATED, incs, [tat] * len(incs))
         if tokens is not None:
-            self._conn.execute(
+            self.conn.execute(
                 "INSERT INTO kv_store SELECT k, %s::text::bytea, to_timestamp(%s / 1e9),"
                 " '2000-01-01 00:00:00+00', now(), %s FROM unnest(%s::text[]) k",
                 [" ".join([str(tat)] * len(incs)), tat, VERSION, [row.decode() for row in rows]],
             )
 
-    def using(self, conn: psycopg.Connection) -> RateLimiter:
-        return self.limiter.using(conn)
-
-    def alone(self) -> RateLimiter:
-        return self.limiter
-
-    def alone_pid(self) -> int:
-        return self._pid
+    def on(self, conn: psycopg.Connection | None) -> RateLimiter:
+        return self.limiter if conn is None else self.limiter.using(conn)
 
     def observe(self) -> Any:
         # The debt of each bucket in tokens; and whether the row is the one of the beginning.
-        return self._conn.execute(
+        return self.conn.execute(
             "SELECT right(key, 1), array(SELECT round((greatest(0, tat::bigint -"
             " extract(epoch FROM now()) * 1e9) / %s)::numeric, 1)::float"
             " FROM unnest(string_to_array(encode(value, 'escape'), ' ')) tat),"
@@ -138,32 +128,49 @@ class LimiterSubject:
         ).fetchall()
 
 
-@pytest.fixture(params=["5/d", "5/d; 50/1000d burst 5"], ids=["one rate", "two rates"])
-def subject(dsn: str, request: pytest.FixtureRequest) -> Iterator[LimiterSubject]:
-    made = LimiterSubject(dsn, request.param)
-    yield made
-    made.close()
+class TwoRates(OneRate):
+    """The same under two rates."""
+
+    rates = "5/d; 50/1000d burst 5"
 
 
-@pytest.fixture
-def pairs(subject: LimiterSubject, dsn: str) -> Iterator[Pairs[RateLimiter]]:
-    with pairs_of(subject, dsn) as made:
-        yield made
+# -- schedules
+
+INTERVAL = 10.0
 
 
-@pytest.mark.parametrize("a", OPERATIONS | TRANSACTIONS)
-def test_pairs(pairs: Pairs[RateLimiter], a: str) -> None:
-    """A open while B runs, for every B, from every state: as one after the other."""
-    wrong = [each for b in OPERATIONS for each in pairs.wrong(a, b)]
-    assert not wrong, "\n".join(wrong)
+async def acquiring(world: World) -> None:
+    """Wait for a token of a bucket that holds one."""
+    rate = pgkv.Rate(1, INTERVAL, burst=1)
+    limiter = world.make("RateLimiter", rate, name="r", timeout=5)
+    decision = await limiter.acquire("k", timeout=1000)
+    assert decision.allowed
+    world.memory.setdefault("admitted", []).append(world.now)
 
 
-def test_every_statement_has_its_part(subject: LimiterSubject) -> None:
-    """The operations above send every statement that the limiter has."""
-    for name in OPERATIONS:
-        subject.reset("used")
-        subject.operations[name](subject.limiter, "a")
-    sql = subject.limiter._flows.sql
-    made = {each.name for each in sql._made.values()}
-    names = ("hit", "hit_many", "peek", "reset", "refund", "cancel", "rebase")
-    assert made == {f"limit_{name}" for name in names}
+async def cancelling(world: World) -> None:
+    """Reserve a token, and give it back."""
+    rate = pgkv.Rate(1, INTERVAL, burst=1)
+    limiter = world.make("RateLimiter", rate, name="r", timeout=5)
+    reservation = await limiter.reserve("k", max_wait=1000)
+    await world.step("thinks")
+    await reservation.cancel()
+
+
+def evenly(world: World, results: dict[str, Any]) -> None:
+    """Never more than the bucket's bound: with a burst of 1, one in each interval."""
+    assert not failed_by_itself(results), results
+    admitted = sorted(world.memory.get("admitted", []))
+    gaps = [b - a for a, b in itertools.pairwise(admitted)]
+    assert all(gap >= INTERVAL - 0.5 for gap in gaps), f"admitted at {admitted}"
+
+
+SUBJECTS = (OneRate, TwoRates)
+SCENARIOS = (
+    Scenario(
+        "limiter: acquire and cancel",
+        {"A": acquiring, "B": acquiring, "C": cancelling},
+        check=evenly,
+        prepare=lambda world: truncate(world, ""),
+    ),
+)

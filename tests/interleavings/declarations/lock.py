@@ -1,0 +1,384 @@
+"""Locks and semaphores: one name's row, the rows of its slots, and the queue.
+
+A grant that meets a row in flight is denied and asks again, a renewal is sent again, a revocation
+gives up for the moment: such an answer is asked for again when the other statement has ended.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import psycopg
+
+import pgkv
+from pgkv import PgkvError
+from pgkv._ops.op import Op
+from pgkv.patterns._runtime.lease import LOCKED
+from pgkv.patterns.lock import api
+from pgkv.patterns.lock.sql import (
+    Asking,
+    Denied,
+    Granted,
+    LockStatements,
+    SemaphoreStatements,
+    size_key,
+    slot_keys,
+)
+from tests.interleavings.pairs import Operation, Subject
+from tests.interleavings.scenarios import (
+    Client,
+    at_most,
+    died,
+    failed_by_itself,
+    no_errors,
+    truncate,
+)
+from tests.interleavings.schedule import Scenario, World
+
+STATEMENTS = ("pgkv.patterns.lock.sql",)
+READS = frozenset(["holders", "queue", "guards", "place", "isolation", "notify"])
+BUSY = "busy"  # ask again
+TOKEN = 100  # of the lease that a state begins with: older than a week
+TTL, PATIENCE, TICKET_TTL = 30.0, 1.0, 20.0
+
+
+def asking(name: str) -> Asking:
+    return Asking("host:1", name.encode(), b"\x1f" + name.encode())
+
+
+ASKINGS = {name: asking(name) for name in "abx"}
+
+
+def said(answer: Any) -> Any:
+    """What of an answer can be compared: no times, no new tokens."""
+    if isinstance(answer, Granted):
+        return "granted", answer.token == TOKEN
+    if isinstance(answer, Denied):
+        return "denied"
+    if isinstance(answer, dict):  # of a renewal
+        return [BUSY if code == LOCKED else code for code in answer.values()]
+    return answer
+
+
+class Bound(NamedTuple):
+    """A subject, and what performs its operations."""
+
+    subject: Any
+    store: Any
+
+
+class LockSubject(Subject[Bound]):
+    """One lock, or one semaphore, in a table of its own.
+
+    Attributes:
+        sql: the statements.
+        keys: the lock's row, or the rows of the semaphore's slots.
+    """
+
+    kind: type[LockStatements]
+    keys: tuple[bytes, ...]
+    repeatable = frozenset(("guard",))
+
+    def __init__(self, dsn: str) -> None:
+        super().__init__(dsn)
+        api._statements.cache_clear()  # made again, so that it is seen which are made
+        self.sql: Any = api.statements_of(self.store, self.kind, durable=True)
+        creating: list[Op[Any]] = [self.sql.holder(b"n"), self.sql.queue()]
+        for op in creating:
+            self.store._execute(op)
+
+    def on(self, conn: psycopg.Connection | None) -> Bound:
+        return Bound(self, self.store if conn is None else self.store.using(conn))
+
+    def asks_again(self, answer: Any) -> bool:
+        return answer in ([BUSY], "denied")
+
+    def plain(self, answer: Any) -> Any:
+        return "denied" if answer == BUSY else answer
+
+    def reset(self, state: str) -> None:
+        for table in (self.sql.t, self.sql.q):
+            self.conn.execute(f"TRUNCATE {table}".encode())
+        for key, holder, expires in self.rows(state):
+            self.conn.execute(
+                f"INSERT INTO {self.sql.t} (key, value, expires_at, created_at, updated_at, version)"
+                f" VALUES (%s, %s, {expires}, now(), now(), {TOKEN})".encode(),
+                [key.decode(), holder],
+            )
+
+    def rows(self, state: str) -> list[tuple[bytes, bytes, str]]:
+        raise NotImplementedError
+
+    def late(self, name: str) -> Op[Any]:
+        """A copy of a grant's statement that the server gets to last."""
+        raise NotImplementedError
+
+    def observe(self) -> Any:
+        """Who holds what by which token, who queues, and what late copies of both grants get."""
+        live = self.conn.execute(
+            f"SELECT key, convert_from(value, 'UTF8'), version = {TOKEN} FROM {self.sql.t}"
+            " WHERE expires_at > clock_timestamp() ORDER BY key".encode()
+        ).fetchall()
+        # A ticket drawn while its asking was taken back ends by itself.
+        queue = self.conn.execute(
+            f"SELECT key FROM {self.sql.q} WHERE expires_at > clock_timestamp() AND NOT EXISTS"
+            f" (SELECT 1 FROM {self.sql.t} l WHERE l.key = substr({self.sql.q}.key, 2))"
+            " ORDER BY key".encode()
+        ).fetchall()
+        late = {}
+        for name in "ab":
+            with self.conn.transaction(force_rollback=True):
+                late[name] = perform(self.store.using(self.conn), self.late(name))
+        return live, queue, late
+
+
+def perform(store: Any, *ops: Op[Any]) -> Any:
+    answer: Any = None
+    for op in ops:
+        try:
+            answer = store._channel.execute(op)
+            if isinstance(answer, Denied) and answer.holder in op.params:
+                answer = BUSY  # its own, and locked: a repeat of it is granted
+            answer = said(answer)
+        except PgkvError as error:
+            if error._sqlstate != "55P03":
+                raise
+            answer = BUSY
+    return answer
+
+
+def sent(make: Callable[[Any], Any], *, answers: bool = True) -> Operation[Bound]:
+    """An operation: what is sent is made for the subject at hand."""
+
+    def run(bound: Bound, side: str) -> Any:
+        ops = make(bound.subject)
+        answer = perform(bound.store, *(ops if isinstance(ops, list) else [ops]))
+        return answer if answers else None
+
+    return run
+
+
+class NamedLock(LockSubject):
+    """A lock: without a row, free, held, expired, ended by force, and held by one who asks again."""
+
+    kind = LockStatements
+    keys = (b"n",)
+    states = ("absent", "free", "held", "expired", "held by a", "a ended")
+
+    def rows(self, state: str) -> list[tuple[bytes, bytes, str]]:
+        soon, past, never = "now() + interval '1 minute'", "now() - interval '1 s'", "'epoch'"
+        holder, expires = {
+            "free": (b"x", never), "held": (b"x", soon), "expired": (b"x", past),
+            "held by a": (b"a", soon), "a ended": (b"a", never),
+        }.get(state, (b"", ""))  # fmt: skip
+        return [(b"n", holder, expires)] if expires else []
+
+    def late(self, name: str) -> Op[Any]:
+        return self.sql.grant(b"n", ASKINGS[name], TTL, PATIENCE)  # type: ignore[no-any-return]  # an Op
+
+    def fair(self, name: str) -> Op[Any]:
+        return self.sql.grant_fair(b"n", ASKINGS[name], TTL, PATIENCE, TICKET_TTL)  # type: ignore[no-any-return]  # as above
+
+    operations: Mapping[str, Operation[Bound]] = {
+        "grant a": sent(lambda s: s.late("a")),
+        "grant b": sent(lambda s: s.late("b")),
+        "grant fair a": sent(lambda s: s.fair("a")),
+        "grant fair b": sent(lambda s: s.fair("b")),
+        "take back a": sent(lambda s: s.sql.take_back(s.keys, ASKINGS["a"]), answers=False),
+        "leave": sent(lambda s: s.sql.leave(b"n", ASKINGS["a"]), answers=False),
+        "leave in doubt": sent(lambda s: s.sql.leave_in_doubt(b"n", ASKINGS["a"]), answers=False),
+        "renew": sent(lambda s: s.sql.renew([(b"n", TOKEN, TTL)])),
+        "release": sent(lambda s: s.sql.release(b"n", TOKEN, False)),
+        "release and notify": sent(lambda s: s.sql.release(b"n", TOKEN, True)),
+        "revoke": sent(lambda s: s.sql.revoke(b"n", TOKEN)),
+        "guard": sent(lambda s: s.sql.guard(s.sql.t, b"n", TOKEN, None)),
+        "holder": sent(lambda s: [s.sql.holder(b"n")], answers=False),
+        "clean": sent(lambda s: s.sql.clean(0), answers=False),
+        "clean tickets": sent(lambda s: s.sql.clean_tickets(0), answers=False),
+    }
+
+
+class Slots(LockSubject):
+    """A semaphore of two slots: free, with one and two leases, with one beyond them, and without a
+    number."""
+
+    kind = SemaphoreStatements
+    keys = tuple(slot_keys(b"n", 2))
+    states = ("undefined", "free", "one", "two", "beyond", "a has one")
+
+    def rows(self, state: str) -> list[tuple[bytes, bytes, str]]:
+        soon = "now() + interval '1 minute'"
+        keys = slot_keys(b"n", 3)
+        if state == "undefined":
+            return []
+        held = {
+            "one": [(keys[0], b"x")], "two": [(keys[0], b"x"), (keys[1], b"y")],
+            "beyond": [(keys[2], b"x")], "a has one": [(keys[1], b"a")],
+        }.get(state, [])  # fmt: skip
+        return [(size_key(keys), b"2", "'infinity'"), *((key, who, soon) for key, who in held)]
+
+    def late(self, name: str) -> Op[Any]:
+        return self.sql.grant_slot(self.keys, ASKINGS[name], TTL, PATIENCE)  # type: ignore[no-any-return]  # as above
+
+    def meet(self, a: str, b: str) -> bool:
+        # Two sendings of one grant may take two slots: who sent it again gives the other one back.
+        return not (a == b and "grant" in a)
+
+    def observe(self) -> Any:
+        live, _, late = super().observe()
+        # Which free slot is taken does not matter, how many are does, and the number.
+        return sorted((who, old) for _, who, old in live), late
+
+    operations: Mapping[str, Operation[Bound]] = {
+        "grant a": sent(lambda s: s.late("a")),
+        "grant b": sent(lambda s: s.late("b")),
+        "take back a": sent(lambda s: s.sql.take_back(s.keys, ASKINGS["a"]), answers=False),
+        "define": sent(lambda s: s.sql.define(s.keys, resize=False)),
+        "lower": sent(lambda s: s.sql.define(s.keys[:1], resize=True)),
+        "raise": sent(lambda s: s.sql.define(slot_keys(b"n", 3), resize=True)),
+        "release": sent(lambda s: s.sql.release(s.keys[0], TOKEN, False)),
+        "renew": sent(lambda s: s.sql.renew([(s.keys[0], TOKEN, TTL)])),
+        "revoke": sent(lambda s: s.sql.revoke(s.keys[0], TOKEN)),
+        "clean": sent(lambda s: s.sql.clean(0), answers=False),
+    }
+
+
+# -- schedules
+
+TTL = 10.0
+
+
+def holding(**options: Any) -> Client:
+    """Acquire, be inside for a while, release."""
+
+    async def client(world: World) -> int:
+        name = world.client()
+        lock = world.make("Lock", "a", ttl=TTL, renew=False, **options)
+        async with lock.acquire(timeout=60) as lease:
+            world.held[name] = lease
+            try:
+                await world.step("inside")
+            finally:
+                del world.held[name]
+        note_token(world, lease)
+        return int(lease.token)
+
+    return client
+
+
+async def extending(world: World) -> None:
+    """Acquire, and extend the lease while inside."""
+    name = world.client()
+    lock = world.make("Lock", "a", ttl=TTL, renew=False)
+    async with lock.acquire(timeout=60) as lease:
+        world.held[name] = lease
+        try:
+            await lease.extend(2 * TTL)
+            await world.step("inside")
+        finally:
+            del world.held[name]
+    note_token(world, lease)
+
+
+async def revoking(world: World) -> None:
+    """End a holder's token, but not its lease: the next one waits for the lease's end."""
+    lock = world.make("Lock", "a", ttl=TTL, renew=False)
+    holder = await lock.holder()
+    if holder is not None:
+        await lock.revoke(holder.token)
+
+
+def of_semaphore(slots: int) -> Client:
+    async def client(world: World) -> None:
+        name = world.client()
+        semaphore = world.make("Semaphore", "s", slots, ttl=TTL, renew=False)
+        async with semaphore.acquire(timeout=60) as lease:
+            world.held[name] = lease
+            try:
+                await world.step("inside")
+            finally:
+                del world.held[name]
+
+    return client
+
+
+def note_token(world: World, lease: Any) -> None:
+    world.memory.setdefault("tokens", []).append(lease.token)
+
+
+def one_holder(world: World) -> None:
+    """At most one client trusts its lease, and what it trusts is what the server says."""
+    at_most(1)(world)
+    for lease in world.held.values():
+        if not lease.is_lost:
+            found = pgkv.Lock(world.sync, "a").holder()
+            token = None if found is None else found.token
+            assert token == lease.token, "a lease that its holder trusts has ended on the server"
+
+
+def free(world: World, results: dict[str, Any]) -> None:
+    """Nobody holds a lock, and nobody queues for it, when all clients have ended."""
+    assert not failed_by_itself(results), results
+    tokens = world.memory.get("tokens", [])
+    assert len(set(tokens)) == len(tokens), "a token was given twice"
+    if not died(results):
+        lock = pgkv.Lock(world.sync, "a")
+        assert lock.holder() is None, f"still held, after {results}"
+
+
+SUBJECTS = (NamedLock, Slots)
+SCENARIOS = (
+    Scenario(
+        "lock",
+        {"A": holding(), "B": holding()},
+        invariant=one_holder,
+        check=free,
+        prepare=lambda world: truncate(world, "_locks", "_locks_tickets"),
+        jumps=(TTL + 5,),
+    ),
+    Scenario(
+        "lock, three clients",
+        {"A": holding(), "B": holding(), "C": extending},
+        invariant=one_holder,
+        check=free,
+        prepare=lambda world: truncate(world, "_locks"),
+        kinds=("die",),
+        jumps=(TTL + 5,),
+        faults=2,
+    ),
+    Scenario(
+        "lock: past its ttl",
+        {"A": holding(), "B": holding()},
+        invariant=one_holder,
+        check=free,
+        prepare=lambda world: truncate(world, "_locks"),
+        kinds=(),
+        jumps=(TTL + 5,),
+    ),
+    Scenario(
+        "lock: revoked",
+        {"A": holding(), "B": holding(), "revoker": revoking},
+        invariant=at_most(1),
+        check=no_errors,
+        prepare=lambda world: truncate(world, "_locks"),
+        preemptions=2,
+        kinds=("lose", "die"),
+    ),
+    Scenario(
+        "fair lock",
+        {"A": holding(fair=True), "B": holding(fair=True), "C": holding(fair=True)},
+        invariant=one_holder,
+        check=free,
+        prepare=lambda world: truncate(world, "_locks", "_tickets"),
+        preemptions=1,
+    ),
+    Scenario(
+        "semaphore",
+        {"A": of_semaphore(2), "B": of_semaphore(2), "C": of_semaphore(2)},
+        invariant=at_most(2),
+        check=no_errors,
+        prepare=lambda world: truncate(world, "_locks"),
+        preemptions=1,
+    ),
+)
