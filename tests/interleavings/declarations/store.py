@@ -15,7 +15,7 @@ from tests.interleavings.schedule import Scenario
 STATEMENTS = ("pgkv._sql.point", "pgkv._sql.batch", "pgkv._sql.scan", "pgkv._sql.sweep")
 READS = frozenset((
     "get", "get_entry", "exists", "ttl", "get_many", "get_raw", "exists_many", "keys", "scan", "count", "stats",
-    "ping", "reach", "may_maintain", "pages", "vacuum", "analyze", "Sweep.collect",
+    "now", "get_statement", "exists_statement", "ping", "reach", "may_maintain", "pages", "vacuum", "analyze", "Sweep.collect",
 ))  # fmt: skip
 KEYS = ["a", "k", "z"]
 # What a side writes: integers, so that all of it can be added to.
