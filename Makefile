@@ -12,15 +12,17 @@ MINUTES ?= 10
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL: # one check after the other: the first failure is the last thing on the screen
-.PHONY: help demo test lint types imports tests interleavings soak bench docs fmt clean
+.PHONY: help demo test test-all lint types imports tests interleavings soak bench docs package fmt clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-15s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.demo ## see pgkv at work; starts its own database
 	@$(BIN)/python -m pgkv demo
 
 test: lint types imports tests ## all checks and all tests: what CI runs
+
+test-all: test interleavings soak ## make test, all interleavings, ten minutes of soak; PGKV_UPSTREAM=DIR adds the suites of other projects
 
 lint: $(VENV)/.dev ## style and likely mistakes
 	@$(BIN)/ruff check --quiet .
@@ -51,6 +53,13 @@ bench: $(VENV)/.dev ## the benchmarks; ARGS are passed on
 docs: $(VENV)/.dev ## the documentation, into docs/_build/html
 	@$(BIN)/sphinx-build -q -W --keep-going -b html docs docs/_build/html
 	@echo "docs/_build/html/index.html"
+
+package: $(VENV)/.dev ## the wheel and the sdist, into dist/, checked as PyPI will
+	@rm -rf dist
+	@$(BIN)/python -m build --quiet
+	@$(BIN)/twine check --strict dist/*
+	@$(BIN)/check-wheel-contents dist/*.whl
+	@$(BIN)/pyroma --min 8 dist/*.tar.gz # 10 needs the address of a project page
 
 fmt: $(VENV)/.dev ## format the code, fix what can be fixed
 	@$(BIN)/ruff check --quiet --fix-only .
