@@ -189,7 +189,7 @@ class Held:
 
     @classmethod
     def _renewal_failed(cls, count: int, context: dict[str, Any]) -> None:
-        """Log that the renewal of so many failed, the first time in a row."""
+        """Log a failed renewal, the first of a row."""
         raise NotImplementedError
 
     @classmethod
