@@ -11,8 +11,10 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, Self
 
@@ -34,6 +36,11 @@ if TYPE_CHECKING:
 
 BUSY = 75  # sysexits' EX_TEMPFAIL: try again later
 LOST = 76  # the lease was lost, and the command killed
+ENDING = {getattr(signal, name, None) for name in ("SIGTERM", "SIGHUP", "SIGQUIT", "SIGINT")}
+REST_WITHIN = (
+    2.0  # seconds in which children of a command that a signal has ended end by themselves
+)
+TICK = 1.0  # seconds between looks for signals
 KILL_AFTER = 0.5  # of the time between the loss and the lease's end, from TERM to KILL
 END_WITHIN = 5.0  # seconds to free the lock, and to close the store; after that its ttl frees it
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
@@ -63,49 +70,19 @@ def locks(
     """
     if break_ is not None and revoke is not None:
         raise typer.BadParameter("give --break or --revoke, not both")
-    from ..patterns.lock.api import statements_of
-    from ..patterns.lock.sql import LockStatements
-
     token = revoke if break_ is None else break_
     with call.store() as store:
-        tables = [
-            statements_of(store, LockStatements, durable=durable) for durable in (True, False)
-        ]
         if token is not None:
-            ended = _end(store, tables, token, safely=break_ is None)
+            ended = _end(store, token, safely=break_ is None)
             if call.json:
                 console.say_json({**ended, "ended": "broken" if revoke is None else "revoked"})
             return DONE
-        leases: list[dict[str, Any]] = []
-        guards: list[Guarding] = []
-        for sql in tables:
-            with contextlib.suppress(TableNotFoundError):
-                leases += [_shown(each) for each in store._execute(sql.holders())]
-                open_now: list[Guarding] = store._execute(sql.guards())
-                guards += open_now
-        waiting: dict[str, int] = {}
-        with contextlib.suppress(TableNotFoundError):
-            waiting = store._execute(tables[0].queue())
-    for lease in leases:
-        lease["waiters"] = waiting.pop(lease["name"], 0)
+        leases, guards = held(store)
     if call.json:
         console.say_json({"locks": leases, "guards": [each._asdict() for each in guards]})
         return DONE
-    columns = ("name", "holder", "token", "age", "remaining", "waiters", "metadata")
+    console.show_table(COLUMNS, map(cells, leases), title="Locks")
     rows = [
-        (
-            console.one_line(lease["name"])
-            + ("" if lease["slot"] is None else f" [{lease['slot']}]"),
-            console.one_line(lease["owner"]),
-            str(lease["token"]),
-            console.duration(lease["age"]),
-            console.duration(lease["remaining"]),
-            str(lease["waiters"]),
-            "" if lease["metadata"] is None else _in_json(lease["metadata"]),
-        )
-        for lease in leases
-    ]
-    held = [
         (
             console.one_line(each.key or "?"),
             str(each.pid),
@@ -115,13 +92,54 @@ def locks(
         )
         for each in guards
     ]
-    console.show_table(columns, rows, title="Locks")
-    if held and console.on_terminal():
+    if rows and console.on_terminal():
         names = ("name", "pid", "application", "state", "open for")
-        console.show_table(names, held, title="Open guards")
-    elif held:
-        console.show_table((), [("guard", *guard) for guard in held])
+        console.show_table(names, rows, title="Open guards")
+    elif rows:
+        console.show_table((), [("guard", *row) for row in rows])
     return DONE
+
+
+def _tables(store: Store) -> list[LockStatements]:
+    from ..patterns.lock.api import statements_of
+    from ..patterns.lock.sql import LockStatements
+
+    return [statements_of(store, LockStatements, durable=durable) for durable in (True, False)]
+
+
+def held(store: Store) -> tuple[list[dict[str, Any]], list[Guarding]]:
+    """Return the leases, each with how many wait for it, and the open guards."""
+    leases: list[dict[str, Any]] = []
+    guards: list[Guarding] = []
+    waiting: dict[str, int] = {}
+    tables = _tables(store)
+    for sql in tables:
+        with contextlib.suppress(TableNotFoundError):
+            leases += [_shown(each) for each in store._execute(sql.holders())]
+            open_now: list[Guarding] = store._execute(sql.guards())
+            guards += open_now
+    with contextlib.suppress(TableNotFoundError):
+        waiting = store._execute(tables[0].queue())
+    for lease in leases:
+        lease["waiters"] = waiting.pop(lease["name"], 0)
+    return leases, guards
+
+
+COLUMNS = ("name", "holder", "token", "age", "remaining", "waiters", "metadata")
+
+
+def cells(lease: dict[str, Any]) -> tuple[str, ...]:
+    """Return a row of a table about a lease, for `COLUMNS`."""
+    metadata = lease["metadata"]
+    return (
+        console.one_line(lease["name"]) + ("" if lease["slot"] is None else f" [{lease['slot']}]"),
+        console.one_line(lease["owner"]),
+        str(lease["token"]),
+        console.duration(lease["age"]),
+        console.duration(lease["remaining"]),
+        str(lease["waiters"]),
+        "" if metadata is None else console.printable(json.dumps(metadata, ensure_ascii=False)),
+    )
 
 
 def _shown(holder: Holder) -> dict[str, Any]:
@@ -143,13 +161,9 @@ def _shown(holder: Holder) -> dict[str, Any]:
     }
 
 
-def _in_json(metadata: Any) -> str:
-    return console.printable(json.dumps(metadata, ensure_ascii=False))
-
-
-def _end(store: Store, tables: list[LockStatements], token: int, *, safely: bool) -> dict[str, Any]:
+def _end(store: Store, token: int, *, safely: bool) -> dict[str, Any]:
     """End the lease of that token; return who held it."""
-    for sql in tables:
+    for sql in _tables(store):
         with contextlib.suppress(TableNotFoundError):
             for holder in store._execute(sql.holders()):
                 if holder.token != token:
@@ -205,11 +219,11 @@ def lock(
     from ..patterns.lock.api import Lock
 
     cleanup = contextlib.ExitStack()
-    with _Signals() as signals:
+    with _Guardian() as guardian:
         try:
             store = cleanup.enter_context(call.store(create=True))
             metadata = {"command": program[0]}
-            made = Lock(store, name, ttl=ttl, on_lost=signals.note_lost, metadata=metadata)
+            made = Lock(store, name, ttl=ttl, on_lost=guardian.note_lost, metadata=metadata)
             try:
                 lease = made.try_acquire() if skip else made.acquire(wait)
             except LockTimeoutError:
@@ -218,26 +232,24 @@ def lock(
                 text = f"the lock {name!r} is held"
                 console.fail(LockTimeoutError.__name__, text, as_json=call.json)
                 return BUSY
-            signals.hold()
-            return _guarded(call, program, lease, signals)
+            return _guarded(call, program, lease, guardian)
         except _Stopped as stop:
             return 128 + stop.number
         finally:
             _within(END_WITHIN, cleanup.close)
 
 
-def _guarded(call: Invocation, program: list[str], lease: Lease, signals: _Signals) -> int:
+def _guarded(call: Invocation, program: list[str], lease: Lease, guardian: _Guardian) -> int:
     """Run the command, free the lock, and report a loss."""
-    margin = lease.ttl - lease.remaining()
     try:
-        guardian = _Guardian(program, lease, signals, margin * KILL_AFTER)
+        # This process may have been stopped since the grant.
+        code = None if lease.is_lost else guardian.run(program, lease)
     except OSError as error:
         _free(call, lease)
         why = f"cannot run {program[0]}: {error.strerror}"
         console.fail(type(error).__name__, why, as_json=call.json)
         return 127 if isinstance(error, FileNotFoundError) else 126
-    code = guardian.wait()
-    if guardian.lost_at is None:
+    if code is not None and guardian.lost_at is None:
         _free(call, lease)
         return code if code >= 0 else 128 - code
     try:
@@ -246,9 +258,14 @@ def _guarded(call: Invocation, program: list[str], lease: Lease, signals: _Signa
     except LeaseLostError as error:
         why = str(error).partition("; stop the work")[0]
     ended = "was killed" if guardian.killed else f"had ended with exit code {code}"
-    at = guardian.lost_at.isoformat(timespec="seconds")
-    console.fail(LeaseLostError.__name__, f"{at}: {why}; {program[0]} {ended}", as_json=call.json)
+    at = (guardian.lost_at or _now()).isoformat(timespec="seconds")
+    text = f"{at}: {why}; {program[0]} {'was not started' if code is None else ended}"
+    console.fail(LeaseLostError.__name__, text, as_json=call.json)
     return LOST
+
+
+def _now() -> datetime:
+    return datetime.now(UTC).astimezone()
 
 
 def _free(call: Invocation, lease: Lease) -> None:
@@ -285,10 +302,19 @@ class _Stopped(BaseException):
         self.number = number
 
 
-class _Signals:
-    """Passes signals on to the command. Before the lock is held they end the wait.
+# Kills the session of its first line when its input ends without a second one.
+_KEEPER = """read -r s && { read -r line || {
+    kill -s KILL -- "-$s"; kill -s KILL $(ps -A -o sess= -o pid= | sed -n "s/^ *$s  *//p"); }; }"""
 
-    A handler may run between any two steps of the program, so it takes no lock: `news` is a
+
+class _Guardian:
+    """Runs the command in a session of its own, and ends it with the lease or with this process.
+
+    Signals are passed on to the command; before the lock is held they end the wait. If this process
+    dies, the kernel kills the command (Linux), and a shell that reads from a pipe, whose other end
+    closes then, kills its session.
+
+    A handler may run between any two steps of the program, so it takes no lock: `_news` is a
     SimpleQueue because its `put` is reentrant.
     """
 
@@ -296,9 +322,12 @@ class _Signals:
     PASSED_ON = (*STOPPING, "SIGINT", "SIGUSR1", "SIGUSR2", "SIGALRM", "SIGWINCH", "SIGTSTP")
 
     def __init__(self) -> None:
-        self.news: queue.SimpleQueue[str] = queue.SimpleQueue()
-        self._group = 0
+        self.lost_at: datetime | None = None
+        self.killed = False
+        self._news: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._session = 0  # of the command; its process group has the same number
         self._early: list[int] = []
+        self._told_to_end = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
@@ -308,6 +337,36 @@ class _Signals:
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    def run(self, program: list[str], lease: Lease) -> int:
+        """Run the command; return its exit code as `subprocess` has it."""
+        self._handle(self.PASSED_ON, self._pass_on)
+        patience = (lease.ttl - lease.remaining()) * KILL_AFTER
+        with _keeper() as tell:
+            process = subprocess.Popen(  # noqa: S603  # the user's own command
+                program,
+                env={**os.environ, "PGKV_LOCK_TOKEN": str(lease.token)},
+                start_new_session=True,
+                preexec_fn=_die_with(os.getpid()),  # noqa: PLW1509  # one system call
+            )
+            tell(f"{process.pid}\n")
+            self._session = process.pid
+            for number in self._early:
+                self._pass_on(number)
+
+            def wait() -> None:
+                process.wait()
+                self._news.put("ended")
+
+            threading.Thread(target=wait, name="pgkv-lock", daemon=True).start()
+            self._watch(process, lease, patience)
+            code = process.wait()
+            tell("ended\n")
+        return code
+
+    def note_lost(self) -> None:
+        """The lease was lost."""
+        self._news.put("lost")
 
     def _handle(self, names: Iterable[str], handler: Callable[[int, Any], None]) -> None:
         if threading.current_thread() is not threading.main_thread():
@@ -322,111 +381,104 @@ class _Signals:
     def _stop(number: int, _: FrameType | None) -> None:
         raise _Stopped(number)
 
-    def hold(self) -> None:
-        """The lock is held: from here on signals are for the command."""
-        self._handle(self.PASSED_ON, self._pass_on)
-
-    def aim(self, group: int) -> None:
-        """The command runs in that process group: pass on earlier signals."""
-        self._group = group
-        for number in self._early:
-            self.send(number)
-
-    def _pass_on(self, number: int, _: FrameType | None) -> None:
-        if not self._group:
+    def _pass_on(self, number: int, _: FrameType | None = None) -> None:
+        if not self._session:
             self._early.append(number)
         elif number == signal.SIGTSTP:
             # Without this process the lease is not renewed: the command stops as well.
-            self.send(signal.SIGSTOP)
+            self._send_all(signal.SIGSTOP)
             os.kill(os.getpid(), signal.SIGSTOP)
-            self.news.put("resumed")
+            self._news.put("resumed")
         else:
-            self.send(number)
+            self._told_to_end |= number in ENDING
+            self._send(number)
 
-    def send(self, number: int) -> None:
-        """Send a signal to the command and its children."""
+    def _send(self, number: int) -> None:
         with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._group, number)
+            os.killpg(self._session, number)
 
-    def note_lost(self) -> None:
-        """The lease was lost."""
-        self.news.put("lost")
+    def _send_all(self, number: int) -> None:
+        """Send a signal to the whole session: a job of a shell leads a process group of its own."""
+        self._send(number)
+        reached: set[int] = set()
+        while others := _members(self._session, but_group=True) - reached:
+            reached |= others  # a process that is not yet stopped may start another
+            for pid in others:
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.kill(pid, number)
 
-
-# Kills the process group of its first line when its input ends without a second one.
-_KEEPER = 'read -r group && { read -r line || kill -s KILL -- "-$group"; }'
-
-
-class _Guardian:
-    """Runs the command in a session of its own and ends it with the lease, or with this process.
-
-    If this process dies, the kernel kills the command (Linux), and a shell that reads from a pipe,
-    whose other end closes then, kills its process group (every system).
-    """
-
-    def __init__(
-        self, program: list[str], lease: Lease, signals: _Signals, patience: float
-    ) -> None:
-        self.lost_at: datetime | None = None
-        self.killed = False
-        self._lease, self._signals, self._patience = lease, signals, patience
-        self._keeper = subprocess.Popen(  # noqa: S603  # a constant
-            ["/bin/sh", "-c", _KEEPER], stdin=subprocess.PIPE, start_new_session=True, cwd="/",
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
-        try:
-            self._process = subprocess.Popen(  # noqa: S603  # the user's own command
-                program,
-                env={**os.environ, "PGKV_LOCK_TOKEN": str(lease.token)},
-                start_new_session=True,
-                preexec_fn=_die_with(os.getpid()),  # noqa: PLW1509  # one system call
-            )
-        except BaseException:
-            self._dismiss_keeper()
-            raise
-        self._tell_keeper(f"{self._process.pid}\n")
-        signals.aim(self._process.pid)
-        self._watcher = threading.Thread(target=self._watch, name="pgkv-lock", daemon=True)
-        self._watcher.start()
-
-    def wait(self) -> int:
-        """Wait for the end of the command; return its exit code as `subprocess` has it."""
-        code = self._process.wait()
-        self._signals.news.put("ended")
-        self._watcher.join()
-        self._tell_keeper("ended\n")
-        self._dismiss_keeper()
-        return code
-
-    def _watch(self) -> None:
-        while not self._lease.is_lost:
+    def _watch(self, process: subprocess.Popen[bytes], lease: Lease, patience: float) -> None:
+        """Return when the command has ended; at the loss of the lease end it."""
+        while not lease.is_lost:
             news = ""
             with contextlib.suppress(queue.Empty):
-                news = self._signals.news.get(timeout=self._lease.remaining())
-            if news == "ended":
+                # The tick: where the system gives a signal to another thread, this one, which has to
+                # run the handler, is not woken up.
+                news = self._news.get(timeout=min(lease.remaining(), TICK))
+            if news == "ended" and (not self._told_to_end or self._end_rest(lease)):
                 return
-            if news == "resumed" and not self._lease.is_lost:
-                self._signals.send(signal.SIGCONT)
-        self.lost_at = datetime.now(UTC).astimezone()
-        if self._process.poll() is None:
+            if news == "resumed" and not lease.is_lost:
+                self._send_all(signal.SIGCONT)
+        self.lost_at = _now()
+        if process.poll() is None:
             self.killed = True
-            self._signals.send(signal.SIGTERM)
+            self._send_all(signal.SIGTERM)
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(self._patience)
+                process.wait(patience)
         # Children that the command left running must not work under this lock either.
-        self._signals.send(signal.SIGKILL)
+        self._send_all(signal.SIGKILL)
 
-    def _tell_keeper(self, line: str) -> None:
-        assert self._keeper.stdin is not None
-        with contextlib.suppress(OSError):  # it was killed
-            self._keeper.stdin.write(line.encode())
-            self._keeper.stdin.flush()
+    def _end_rest(self, lease: Lease) -> bool:
+        """Wait until what the signalled command left running has ended; kill it after a while.
+        Returns whether the lease is still held."""
+        until = time.monotonic() + REST_WITHIN
+        while not lease.is_lost and time.monotonic() < until and _members(self._session):
+            time.sleep(0.02)
+        self._send_all(signal.SIGKILL)
+        return not lease.is_lost
 
-    def _dismiss_keeper(self) -> None:
-        assert self._keeper.stdin is not None
+
+def _members(session: int, *, but_group: bool = False) -> set[int]:
+    """Return the living processes of a session, or those outside its first process group.
+
+    Without Linux's /proc only the group is known: it stands for its members.
+    """
+    found: set[int] = set()
+    if sys.platform != "linux":
         with contextlib.suppress(OSError):
-            self._keeper.stdin.close()
-        self._keeper.wait()
+            os.killpg(session, 0)
+            found = set() if but_group else {session}
+        return found
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it ended
+            # After the name in brackets: state, parent, process group, session.
+            state, _, group, its = stat.read_bytes().rpartition(b")")[2].split()[:4]
+            if int(its) == session and state != b"Z" and not (but_group and int(group) == session):
+                found.add(int(stat.parent.name))
+    return found
+
+
+@contextlib.contextmanager
+def _keeper() -> Iterator[Callable[[str], None]]:
+    """Start the shell of `_KEEPER`; give what writes to it."""
+    keeper = subprocess.Popen(  # noqa: S603  # a constant
+        ["/bin/sh", "-c", _KEEPER], stdin=subprocess.PIPE, start_new_session=True, cwd="/",
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    stdin = keeper.stdin
+    assert stdin is not None
+
+    def tell(line: str) -> None:
+        with contextlib.suppress(OSError):  # it was killed
+            stdin.write(line.encode())
+            stdin.flush()
+
+    try:
+        yield tell
+    finally:
+        with contextlib.suppress(OSError):
+            stdin.close()
+        keeper.wait()
 
 
 def _die_with(parent: int) -> Callable[[], None] | None:

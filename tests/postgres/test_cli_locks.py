@@ -22,6 +22,8 @@ pytest.importorskip("typer")
 pytest.importorskip("rich")
 
 import pgkv
+from pgkv._cli import locks as _locks
+from pgkv._cli.command import Invocation
 from pgkv._embedded.binaries import exists
 from tests.faults.support import newest
 from tests.servers import Server, wait_until
@@ -292,18 +294,103 @@ def test_a_lock_that_cannot_be_freed(
     assert error.count("\n") == 1
 
 
+def states(guarded: Guarded) -> set[str]:
+    """The states of pgkv, the command and its child, as /proc has them."""
+    pids = [guarded.process.pid, *guarded.pids]
+    return {Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] for pid in pids}
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="process states of /proc")
 def test_a_guardian_that_is_suspended(dsn: str, guarded: Callable[..., Guarded]) -> None:
     """Ctrl-Z stops the command as well, whose lease is not renewed meanwhile; both go on together."""
 
-    def states() -> set[str]:
-        pids = [first.process.pid, *first.pids]
-        return {Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] for pid in pids}
-
     first = guarded(dsn)
     first.process.send_signal(signal.SIGTSTP)
-    wait_until(lambda: states() == {"T"}, "all are stopped", 10)
+    wait_until(lambda: states(first) == {"T"}, "all are stopped", 10)
     first.process.send_signal(signal.SIGCONT)
-    wait_until(lambda: "T" not in states(), "all go on", 10)
+    wait_until(lambda: "T" not in states(first), "all go on", 10)
     first.process.send_signal(signal.SIGTERM)
     assert first.ends()[0] == 128 + signal.SIGTERM
+
+
+def test_a_suspended_guardian_is_overtaken(
+    dsn: str, guarded: Callable[..., Guarded], tmp_path: Path
+) -> None:
+    """The lease ends while Ctrl-Z keeps the command stopped, and another process gets the lock. The
+    command does not run again: it is killed, exit code 76."""
+    log = tmp_path / "log"
+    command = f"(while :; do echo >>{log}; sleep 0.01; done) & echo $$ $! >{{file}}.new; mv {{file}}.new {{file}}; wait"
+    first = guarded(dsn, "--ttl", "1", command=command)
+    wait_until(log.exists, "it works", 10)
+    first.process.send_signal(signal.SIGTSTP)
+    with pgkv.Store.connect(dsn) as store, pgkv.Lock(store, "job").acquire(timeout=20) as lease:
+        written = log.stat().st_size
+        first.process.send_signal(signal.SIGCONT)
+        code, error = first.ends()
+        assert (code, log.stat().st_size) == (76, written), error
+        assert LOST.fullmatch(error), error
+        assert first.is_dead()
+        lease.check()
+
+
+# The child leads a process group of its own, as each job of a shell with job control does.
+JOB = (
+    f"{shlex.quote(sys.executable)} -c 'import os, time; os.setpgid(0, 0); time.sleep(300)' "
+    ">/dev/null 2>&1 & while [ $(ps -o pgid= $!) != $! ]; do :; done; "
+    "echo $$ $! >{file}.new; mv {file}.new {file}; wait"
+)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the processes of a session in /proc")
+@pytest.mark.parametrize("how", ["lost", "killed", "suspended"])
+def test_a_job_in_a_process_group_of_its_own(
+    dsn: str, guarded: Callable[..., Guarded], how: str
+) -> None:
+    """Such a child is killed and stopped with the command."""
+    first = guarded(dsn, "--ttl", "2", command=JOB)
+    if how == "killed":
+        first.process.kill()
+    elif how == "lost":
+        with pgkv.Store.connect(dsn) as store:
+            lock = pgkv.Lock(store, "job")
+            info = lock.holder()
+            assert info is not None
+            assert lock.force_release(info.token)
+        code, error = first.ends()
+        assert code == 76, error
+    else:
+        first.process.send_signal(signal.SIGTSTP)
+        wait_until(lambda: states(first) == {"T"}, "all are stopped", 10)
+        first.process.send_signal(signal.SIGCONT)
+        wait_until(lambda: "T" not in states(first), "all go on", 10)
+        return
+    wait_until(first.is_dead, "the command and its job are dead", 10)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_a_child_that_ignores_signals(
+    dsn: str, guarded: Callable[..., Guarded], number: signal.Signals
+) -> None:
+    """The signal ends the command, and its child ignores it. The child is killed before the lock is
+    free."""
+    child = "(trap '' INT QUIT HUP TERM; exec sleep 300) >/dev/null 2>&1 &"
+    first = guarded(
+        dsn, command=f"{child} echo $$ $! >{{file}}.new; mv {{file}}.new {{file}}; wait"
+    )
+    first.process.send_signal(number)
+    assert first.ends() == (128 + number, "")
+    assert first.is_dead()
+    assert listed(dsn)["locks"] == []
+
+
+def test_a_lease_lost_before_the_command_starts(
+    dsn: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """pgkv was stopped between the grant and the start: the command does not run."""
+    with pgkv.Store.connect(dsn) as store, _locks._Guardian() as guardian:
+        lease = pgkv.Lock(store, "job").acquire()
+        lease.release()
+        program = ["touch", str(tmp_path / "ran")]
+        assert _locks._guarded(Invocation(), program, lease, guardian) == 76
+    assert not (tmp_path / "ran").exists()
+    assert "touch was not started" in capfd.readouterr().err
