@@ -35,6 +35,7 @@ _FLOAT8 = Struct("!d")
 _INTERVAL = Struct("!qii")  # microseconds, days, months
 _ARRAY = Struct("!iiiii")  # dimensions, has nulls, element type, length, lower bound
 TEXT_OID, BYTEA_OID = 25, 17
+_LENGTHS = [_INT4.pack(length) for length in range(512)]  # of most keys
 
 
 # -- checks -----------------------------------------------------------------------
@@ -262,11 +263,13 @@ encode_float8 = _FLOAT8.pack
 
 def encode_array(items: Sequence[bytes], oid: int = TEXT_OID) -> bytes:
     """Return byte strings as one binary array of that element type."""
-    pack = _INT4.pack
-    parts = [_ARRAY.pack(1, 0, oid, len(items), 1)]
-    for item in items:
-        parts.append(pack(len(item)))
-        parts.append(item)
+    parts = [b""] * (2 * len(items) + 1)
+    parts[0] = _ARRAY.pack(1, 0, oid, len(items), 1)
+    try:
+        parts[1::2] = map(_LENGTHS.__getitem__, map(len, items))
+    except IndexError:
+        parts[1::2] = map(_INT4.pack, map(len, items))
+    parts[2::2] = items
     return b"".join(parts)
 
 

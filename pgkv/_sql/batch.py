@@ -43,17 +43,20 @@ class BatchStatements(TableStatements):
     """Reads and writes of many keys."""
 
     def distinct(self, keys: Iterable[str]) -> list[bytes]:
-        """Check the keys and return them distinct, in the order of their bytes."""
+        """Check the keys and return them distinct, in the order of their bytes: that of locks."""
+        return sorted(dict.fromkeys(self._listed(keys)))
+
+    def _listed(self, keys: Iterable[str]) -> list[bytes]:
         if isinstance(keys, str | bytes):
             raise InvalidKeyError("give several keys as a list; a single string is one key")
-        return sorted(dict.fromkeys(self.many_keys(keys)))
+        return self.many_keys(keys)
 
     # -- reading
 
     def get_many(self, keys: Iterable[str]) -> Op[dict[str, bytes]] | None:
         """The values of those keys that exist: one statement, so one snapshot, of any size.
         None when no key was given."""
-        raw = self.distinct(keys)
+        raw = self._listed(keys)
         if not raw:
             return None
         few = len(raw) if len(raw) <= IN_LIST_MAX else 0
@@ -84,7 +87,7 @@ class BatchStatements(TableStatements):
 
     def exists_many(self, keys: Iterable[str]) -> Op[set[str]] | None:
         """Those of the keys that exist; None when no key was given."""
-        raw = self.distinct(keys)
+        raw = self._listed(keys)
         return Op(self._exists_many, (_codec.encode_array(raw),)) if raw else None
 
     @cached_property
