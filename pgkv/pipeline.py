@@ -110,7 +110,7 @@ class _Queue:
         self._over = True
         try:
             answers = yield from _flows.pipeline(
-                self._ops, atomic=self._atomic, engine=self._channel
+                self._ops, atomic=self._atomic, engine=self._channel, sql=self._sql
             )
         except BaseException as error:
             if not isinstance(error, PgkvError) or self._atomic:

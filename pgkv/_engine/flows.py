@@ -22,6 +22,7 @@ from ..errors import (
     TransactionError,
 )
 from ..types import CasResult
+from .merging import Merged, merge, parted
 
 if TYPE_CHECKING:
     from ..config import Seconds, Table
@@ -144,8 +145,10 @@ def maintain(sql: Statements, op: Op[None]) -> Flow[None]:
 # -- pipelines -----------------------------------------------------------------------------
 
 
-def pipeline(ops: list[Op[Any]], *, atomic: bool, engine: Engine) -> Flow[list[Any]]:
-    """Send many operations in as few round trips as possible.
+def pipeline(
+    ops: list[Op[Any]], *, atomic: bool, engine: Engine, sql: Statements
+) -> Flow[list[Any]]:
+    """Send many operations in as few round trips and statements as possible.
 
     Returns:
         For each its answer, or the PgkvError that its handle raises.
@@ -155,10 +158,10 @@ def pipeline(ops: list[Op[Any]], *, atomic: bool, engine: Engine) -> Flow[list[A
     outcomes: list[Any] = []
     alone: list[Op[Any]] = []  # the hooks have heard of these already
     if atomic and ops:
-        outcomes = yield from _atomic(ops, engine, deadline)
+        outcomes = yield from _atomic(ops, engine, sql, deadline)
     elif ops:
         for chunk in chunks(ops):
-            answers = yield from _independent(chunk, engine, deadline, alone)
+            answers = yield from _independent(chunk, engine, sql, deadline, alone)
             outcomes += answers
     if _observe.hooks:
         for op, outcome in zip(ops, outcomes, strict=True):
@@ -182,15 +185,16 @@ def chunks(ops: list[Op[Any]]) -> list[list[Op[Any]]]:
 
 
 def _independent(
-    ops: list[Op[Any]], engine: Engine, deadline: float, alone: list[Op[Any]]
+    ops: list[Op[Any]], engine: Engine, sql: Statements, deadline: float, alone: list[Op[Any]]
 ) -> Flow[list[Any]]:
     """One synchronization point for all. Where one is refused, all are known to be undone, and
     each is sent again with a point of its own."""
     if monotonic() >= deadline:
         return [_late(op) for op in ops]
-    batch = Pipelined(ops, sync_each=False, deadline=deadline)
+    plan = merge(sql, ops)
+    batch = Pipelined([op for op, _ in plan], sync_each=False, deadline=deadline)
     try:
-        answers = yield from send(batch)
+        answers = parted(plan, ops, (yield from send(batch)))
         if _refused(answers) and not _unknown(answers):
             yield from _create_tables(answers, ops, engine)
             answers = yield from send(Pipelined(ops, sync_each=True, deadline=deadline))
@@ -222,25 +226,32 @@ def _late(op: Op[Any]) -> PgkvError:
     return error
 
 
-def _atomic(ops: list[Op[Any]], engine: Engine, deadline: float) -> Flow[list[Any]]:
+def _atomic(
+    ops: list[Op[Any]], engine: Engine, sql: Statements, deadline: float
+) -> Flow[list[Any]]:
     """All or nothing. One round trip, unless there are very many or one that can race: asking
     that one again must happen before the commit."""
     table = ops[0].statement.table
     together = len(chunks(ops)) == 1 and not any(op.statement.repeats for op in ops)
 
-    def attempt() -> Flow[list[Any]]:
+    def attempt(sql: Statements | None) -> Flow[list[Any]]:
         if together:
-            return (yield from send(Pipelined(ops, sync_each=False, deadline=deadline)))
+            return (yield from _whole(ops, sql, deadline))
         try:
-            return (yield from transaction(lambda: _inside(ops), table=table, deadline=deadline))
+            return (
+                yield from transaction(lambda: _inside(ops, sql), table=table, deadline=deadline)
+            )
         except RefusedError as refused:
             return refused.answers
 
-    answers = yield from attempt()
+    answers = yield from attempt(sql)
     if _refused(answers) and (
-        _unprepared(answers) or (yield from _create_tables(answers, ops, engine))
+        _unprepared(answers)
+        or (yield from _create_tables(answers, ops, engine))
+        # Of a merged batch each operation has the error: which one is refused, they tell singly.
+        or not (_unknown(answers) or sql.mergeable.keys().isdisjoint(op.statement for op in ops))
     ):
-        answers = yield from attempt()
+        answers = yield from attempt(None)
     if not _refused(answers):
         return answers
     undone = "rolled back, because another operation of the pipeline was refused"
@@ -252,10 +263,19 @@ def _atomic(ops: list[Op[Any]], engine: Engine, deadline: float) -> Flow[list[An
     ]
 
 
-def _inside(ops: list[Op[Any]]) -> Flow[list[Any]]:
+def _whole(
+    ops: list[Op[Any]], sql: Statements | None, deadline: float | None = None
+) -> Flow[list[Any]]:
+    """Send operations as one transaction (or a part of one), merged where `sql` is given."""
+    plan = merge(sql, ops) if sql is not None else [Merged(op, [at]) for at, op in enumerate(ops)]
+    batch = Pipelined([op for op, _ in plan], sync_each=False, deadline=deadline)
+    return parted(plan, ops, (yield from send(batch)))
+
+
+def _inside(ops: list[Op[Any]], sql: Statements | None) -> Flow[list[Any]]:
     outcomes: list[Any] = []
     for chunk in chunks(ops):
-        answers = yield from send(Pipelined(chunk, sync_each=False))
+        answers = yield from _whole(chunk, sql)
         outcomes += answers
         if _refused(answers):
             raise RefusedError(outcomes + [None] * (len(ops) - len(outcomes)))

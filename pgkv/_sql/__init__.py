@@ -15,14 +15,40 @@ their own statements, in their `sql` modules. The rules that keep one text runni
 * Several rows are locked in key order before they are changed; otherwise two batches deadlock.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
+from .._ops.lazy import cached_property
+from .._ops.op import Op, Param, Statement
 from .batch import BatchStatements
 from .point import PointStatements
 from .scan import ScanStatements
+from .table import AFTER, NEVER
 
 __all__ = ["Statements"]
+
+GETS, SETS, INCREMENTS = range(3)
 
 
 class Statements(PointStatements, BatchStatements, ScanStatements):
     """All statements of one key-value table, for keys under one prefix."""
 
     may_miss = True
+
+    @cached_property
+    def mergeable(self) -> dict[Statement[Any], int]:
+        """The statements of one key of which several can be one of many, in the order of those."""
+        return {
+            self.get_statement: GETS,
+            self.set_statement: SETS,
+            self.made(("set", AFTER), lambda: self._make_set(AFTER)): SETS,
+            self.increment_statement: INCREMENTS,
+        }
+
+    def merged(self, kind: int, params: Sequence[Sequence[Param]]) -> Op[dict[bytes, Any]]:
+        """Operations of one of these kinds as one; its answer has theirs by key, but for None."""
+        if kind == GETS:
+            return self.get_raw({key for (key,) in params if key is not None})
+        if kind == SETS:
+            return self.merged_set(NEVER if len(params[0]) == 2 else AFTER, params)
+        return self.merged_increment(params)

@@ -6,13 +6,13 @@ batches lock rows in the same order, in whatever order they were given.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import add
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from .._ops import codec as _codec
 from .._ops.lazy import cached_property
-from .._ops.op import BINARY, TEXT, Expired, Op, Result, Signal, Statement
+from .._ops.op import BINARY, TEXT, Expired, Op, Param, Raced, Result, Signal, Statement
 from ..errors import InvalidKeyError, InvalidValueError
 from .point import ADDED, REFUSED_INCREMENT, WINDOW
 from .table import (
@@ -126,14 +126,15 @@ class BatchStatements(TableStatements):
             for cut in cuts
         ]
 
-    def _make_set_many(self, expiry: Expiry) -> Statement[None]:
-        return self.statement(
-            "set_many",
-            self.upsert(expiry, source="unnest($1::text[], $2::bytea[]) u(k, v)"),
-            _array_formats(expiry),
-            read_nothing,
-            retry_safe=True,
-        )
+    def _make_set_many(
+        self,
+        expiry: Expiry,
+        returning: str = "",
+        decode: Callable[[Result], Any] = read_nothing,
+    ) -> Statement[Any]:
+        source = "unnest($1::text[], $2::bytea[]) u(k, v)"
+        sql = self.upsert(expiry, source=source, returning=returning)
+        return self.statement("set_many", sql, _array_formats(expiry), decode, retry_safe=True)
 
     def increment_many(
         self, deltas: Mapping[str, int], ttl: Seconds | None = None
@@ -175,13 +176,27 @@ class BatchStatements(TableStatements):
     def _read_sums(self, result: Result) -> tuple[dict[str, int], list[str]]:
         sums: dict[str, int] = {}
         expired: list[str] = []
-        column, read_key = result.get_value, self.read_key
-        for row in range(result.ntuples):
-            key = read_key(column(row, 0) or b"")
-            sums[key] = int(column(row, 1) or b"")
-            if column(row, 2) == b"\1":
+        for raw, total in _read_raw_sums(result).items():
+            key = self.read_key(raw)
+            if isinstance(total, Raced):
                 expired.append(key)
+            sums[key] = total.fallback if isinstance(total, Raced) else total
         return sums, expired
+
+    # -- single operations as one
+
+    def merged_set(self, expiry: Expiry, params: Sequence[Sequence[Param]]) -> Op[Any]:
+        """Writes of different keys, sorted by key; their versions by key."""
+        statement = self.made(
+            ("set_many", expiry, "versions"),
+            lambda: self._make_set_many(expiry, "key, version", _read_raw_versions),
+        )
+        return Op(statement, _merged_columns(params))
+
+    def merged_increment(self, params: Sequence[Sequence[Param]]) -> Op[Any]:
+        """Increments of different keys; the sums by key, `Raced` where one had expired."""
+        statement = self.made(("increment_many", NEVER), lambda: self._make_increment_many(NEVER))
+        return Op(statement, _merged_columns(params), _read_raw_sums)
 
     def delete_many(self, keys: Iterable[str]) -> list[Op[int]]:
         """Remove the keys."""
@@ -254,6 +269,30 @@ def _pairs_of(result: Result, read_key: Callable[[bytes], K]) -> dict[K, bytes] 
         else:
             found[read_key(key)] = value
     return Expired(found, expired) if expired else found
+
+
+def _merged_columns(params: Sequence[Sequence[Param]]) -> tuple[bytes, ...]:
+    rows = sorted((key or b"", value or b"") for key, value, *_ in params)
+    keys = _codec.encode_array([key for key, _ in rows])
+    values = _codec.encode_array([value for _, value in rows], _codec.BYTEA_OID)
+    return (keys, values, *params[0][2:])  # type: ignore[arg-type]  # a ttl is never None
+
+
+def _read_raw_versions(result: Result) -> dict[bytes, int]:
+    column = result.get_value
+    return {
+        column(row, 0) or b"": _codec.decode_int(column(row, 1)) for row in range(result.ntuples)
+    }
+
+
+def _read_raw_sums(result: Result) -> dict[bytes, int | Raced]:
+    """A sum that had expired when it was written counts as `Raced`: no reader can see it."""
+    sums: dict[bytes, int | Raced] = {}
+    column = result.get_value
+    for row in range(result.ntuples):
+        total = int(column(row, 1) or b"")
+        sums[column(row, 0) or b""] = Raced(total) if column(row, 2) == b"\1" else total
+    return sums
 
 
 def _read_raw_pairs(result: Result) -> dict[bytes, bytes] | Signal:

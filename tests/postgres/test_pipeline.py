@@ -5,6 +5,8 @@ nothing."""
 from __future__ import annotations
 
 import asyncio
+import math
+import random
 import struct
 import time
 from collections.abc import Awaitable, Callable, Iterator
@@ -83,6 +85,84 @@ def tape(dsn: str) -> Iterator[Tape]:
 
 
 # -- what it is
+
+
+@pytest.mark.parametrize("atomic", [False, True])
+@pytest.mark.parametrize("seed", range(4))
+async def test_merged_as_one_by_one(
+    store: Any, clock: ServerClock, seed: int, *, atomic: bool
+) -> None:
+    """Operations on few keys, in any order, return in a pipeline, where many are performed as one,
+    what they return one by one."""
+    calls: list[Callable[[Any, str], Any]] = [
+        lambda s, k: s.get(k),
+        lambda s, k: s.get(k, b"none"),
+        lambda s, k: s.set(k, b"7"),
+        lambda s, k: s.set(k, "8", ttl=5),
+        lambda s, k: s.set(k, "9", ttl=60),
+        lambda s, k: s.increment(k),
+        lambda s, k: s.increment(k, -3),
+        lambda s, k: s.set_nx(k, b"1"),
+        lambda s, k: s.delete(k),
+        lambda s, k: s.exists(k),
+    ]
+    draw = random.Random(seed)
+    single, piped = store.namespace("single:"), store.namespace("piped:")
+    for _ in range(12):
+        chosen = [(draw.choice(calls), draw.choice("abcdefgh")) for _ in range(draw.randrange(30))]
+        expected = [await call(single, key) for call, key in chosen]
+        async with piped.pipeline(atomic=atomic) as pipe:
+            handles = [call(pipe, key) for call, key in chosen]
+        for (call, key), handle, wanted in zip(chosen, handles, expected, strict=True):
+            if call in calls[2:5]:  # a version: the clock's
+                assert handle.result() > 0
+            else:
+                assert handle.result() == wanted, key
+        last = {key: handle for (call, key), handle in zip(chosen, handles, strict=True)
+                if call in calls[2:8]}  # fmt: skip
+        writes = {key: call for call, key in chosen if call in calls[2:9]}
+        for key, call in writes.items():
+            if call in calls[2:5]:
+                entry = await piped.get_entry(key)
+                assert entry.version == last[key].result()
+        for key in "abcdefgh":
+            assert await piped.get(key) == await single.get(key)
+            assert (await piped.ttl(key) == math.inf) == (await single.ttl(key) == math.inf)
+        clock.advance(draw.choice([0.0, 6.0]))
+
+
+async def test_merged_into_few_statements(make_store: MakeStore, tape: Tape) -> None:
+    """Gets, sets and increments of different keys are three statements, however many there are."""
+    store = await make_store(dsn=tape.dsn)
+    for _ in range(2):  # the second time all is prepared
+        tape.rewind()
+        async with store.pipeline() as pipe:
+            for i in range(20):
+                pipe.set(f"s{i}", b"v")
+                pipe.get(f"g{i}")
+                pipe.increment(f"i{i}")
+    assert tape.kinds.count("B") == 3
+    tape.rewind()
+    async with store.pipeline() as pipe:
+        handles = [pipe.increment("i0"), pipe.increment("i1"), pipe.get("i0"), pipe.get("i1")]
+    assert [handle.result() for handle in handles] == [3, 3, b"3", b"3"]
+    assert tape.kinds.count("B") == 2
+
+
+@pytest.mark.parametrize("atomic", [False, True])
+async def test_a_refused_one_of_a_merged_batch(store: Any, *, atomic: bool) -> None:
+    """Only the operation that is refused says why; without `atomic` the others are done."""
+    await store.set("word", b"word")
+    async with store.pipeline(atomic=atomic) as pipe:
+        handles = [pipe.increment(key) for key in ("a", "word", "b")]
+        read = pipe.get("word")
+    done = [outcome(handle) for handle in (*handles, read)]
+    assert isinstance(done[1], InvalidValueError)
+    if atomic:
+        assert [type(done[i]) for i in (0, 2, 3)] == [TransactionError] * 3
+        assert await store.get_many(["a", "b"]) == {}
+    else:
+        assert [done[0], done[2], done[3]] == [1, 1, b"word"]
 
 
 async def test_in_order(store: Any) -> None:

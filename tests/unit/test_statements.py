@@ -11,7 +11,7 @@ import pytest
 
 from pgkv import Config, ScanOptions, Store, TtlCleanupStrategy
 from pgkv._ops.op import Op, Statement
-from pgkv._sql import Statements
+from pgkv._sql import INCREMENTS, SETS, Statements
 from pgkv._sql.point import PointStatements
 
 LATER = datetime(2999, 1, 1, tzinfo=UTC)
@@ -47,6 +47,8 @@ SAFE: dict[str, Call] = {
     "set keep_ttl": lambda s: s.set("k", b"v", None, None, True),
     "set_many": lambda s: s.set_many({"k": b"v"}),
     "set_many with ttl": lambda s: s.set_many({"k": b"v"}, 60),
+    "sets merged": lambda s: s.merged(SETS, [(b"a", b"v"), (b"b", b"v")]),
+    "sets with ttl merged": lambda s: s.merged(SETS, [(b"a", b"v", b"t"), (b"b", b"v", b"t")]),
     "delete": lambda s: s.delete("k"),
     "delete_many": lambda s: s.delete_many(KEYS),
     "expire": lambda s: s.expire("k", 60),
@@ -77,6 +79,7 @@ UNSAFE: dict[str, Call] = {
     "append with ttl": lambda s: s.append("k", b"v", 60),
     "increment_many": lambda s: s.increment_many({"k": 1}),
     "increment_many with ttl": lambda s: s.increment_many({"k": 1}, 60),
+    "increments merged": lambda s: s.merged(INCREMENTS, [(b"a", b"1"), (b"b", b"1")]),
     "get_and_set": lambda s: s.get_and_set("k", b"v"),
     "get_and_set with ttl": lambda s: s.get_and_set("k", b"v", 60),
     "get_and_delete": lambda s: s.get_and_delete("k"),
@@ -149,7 +152,17 @@ def test_no_statement_is_left_out() -> None:
 
     for call in ALL.values():
         call(Watched(Config("postgresql://")))
-    helpers = {"upsert", "locked", "statement", "made", "key", "value", "read_key", "distinct"}
+    helpers = {
+        "upsert",
+        "locked",
+        "statement",
+        "made",
+        "key",
+        "value",
+        "read_key",
+        "distinct",
+        "mergeable",
+    }
     helpers.add("strict")
     factories = (
         {

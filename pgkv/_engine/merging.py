@@ -1,0 +1,64 @@
+"""Single operations of a pipeline that the server performs together.
+
+Reads become one `get_many`, writes of different keys one `set_many` or `increment_many`: a statement
+costs the server more than a row. They are one transaction either way. What operations on one key return
+depends on their order: one on a key that was written before begins a new group, as does any other
+kind of operation. A batch that is refused says nothing of its parts, so they are sent singly then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from .._ops.op import Op, Param
+from .._sql import Statements
+from ..errors import PgkvError
+
+
+class Merged(NamedTuple):
+    """An operation, and the places in the pipeline of those that it performs."""
+
+    op: Op[Any]
+    places: list[int]
+
+
+def merge(sql: Statements, ops: Sequence[Op[Any]]) -> list[Merged]:
+    """Return what to send for those operations."""
+    plan: list[Merged] = []
+    groups: dict[tuple[int, Sequence[Param]], list[int]] = {}
+    written: set[bytes | None] = set()
+
+    def end_group() -> None:
+        # Reads first: of no key that the group wrote before them.
+        for (kind, _), places in sorted(groups.items(), key=lambda group: group[0][0]):
+            op = ops[places[0]]
+            if len(places) > 1:
+                op = sql.merged(kind, [ops[place].params for place in places])
+            plan.append(Merged(op, places))
+        groups.clear()
+        written.clear()
+
+    for place, op in enumerate(ops):
+        kind = sql.mergeable.get(op.statement)
+        if kind is None or op.params[0] in written:
+            end_group()
+        if kind is None:
+            plan.append(Merged(op, [place]))
+            continue
+        # Parameters beyond key and value are a ttl: one for the whole batch.
+        groups.setdefault((kind, op.params[2:]), []).append(place)
+        if op.statement.writes:
+            written.add(op.params[0])
+    end_group()
+    return plan
+
+
+def parted(plan: Sequence[Merged], ops: Sequence[Op[Any]], answers: Sequence[Any]) -> list[Any]:
+    """Return each operation's own answer."""
+    own: list[Any] = [None] * len(ops)
+    for (_, places), answer in zip(plan, answers, strict=True):
+        for place in places:
+            alone = len(places) == 1 or isinstance(answer, PgkvError)
+            own[place] = answer if alone else answer.get(ops[place].params[0])
+    return own
