@@ -77,7 +77,7 @@ def test_no_module_reads_the_wall_clock(path: Path) -> None:
 
 def test_figures_quoted_elsewhere_are_those_of_the_benchmark() -> None:
     """docs/why.md rounds what the benchmark measured, and is a sixth off at most."""
-    named = {"as it is": PGKV, "`durable=False`": f"{PGKV}, durable=False"}
+    named = {"defaults": PGKV, "`durable=False`": f"{PGKV}, durable=False"}
     measured = {
         (result.case, pair.ours, pair.against): pair.ratio.median
         for result in read(ROOT / "docs" / "benchmarks.json").results
