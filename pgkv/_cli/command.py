@@ -52,12 +52,10 @@ class _HelpIsAFlag:
         return option
 
 
-class _Command(_HelpIsAFlag, TyperCommand):
-    pass
+class _Command(_HelpIsAFlag, TyperCommand): ...
 
 
-class _Group(_HelpIsAFlag, TyperGroup):
-    pass
+class _Group(_HelpIsAFlag, TyperGroup): ...
 
 
 app: typer.Typer = typer.Typer(
@@ -78,51 +76,30 @@ def duration(text: str) -> float:
         raise typer.BadParameter(str(error)) from None
 
 
-_PANEL = "Store and output"
 Seconds: TypeAlias = "float | None"
+
+
+def _common(kind: Any, *names: str, **more: Any) -> Any:
+    return Annotated[kind, typer.Option(*names, rich_help_panel="Store and output", **more)]
+
 
 # Options of every command. One after the command's name overrides one before it.
 COMMON: dict[str, Any] = {
-    "dsn": Annotated[
-        str | None,
-        typer.Option(
-            "--dsn",
-            metavar="DSN",
-            rich_help_panel=_PANEL,
-            help="postgresql://user@host/db, or embedded:///path. Default: PGKV_DSN, else "
-            "DATABASE_URL. Keep passwords out of it: use PGPASSWORD or ~/.pgpass.",
-        ),
-    ],
-    "table": Annotated[
-        str | None,
-        typer.Option("--table", "-t", metavar="NAME", rich_help_panel=_PANEL,
+    "dsn": _common(
+        str | None, "--dsn", metavar="DSN",
+        help="postgresql://user@host/db, or embedded:///path. Default: PGKV_DSN, else "
+        "DATABASE_URL. Keep passwords out of it: use PGPASSWORD or ~/.pgpass."),
+    "table": _common(str | None, "--table", "-t", metavar="NAME",
                      help="The store's table. Default: kv_store."),
-    ],
-    "schema": Annotated[
-        str | None,
-        typer.Option("--schema", metavar="NAME", rich_help_panel=_PANEL,
-                     help="The table's schema. Default: as search_path has it."),
-    ],
-    "namespace": Annotated[
-        str | None,
-        typer.Option("--namespace", "-n", metavar="PREFIX", rich_help_panel=_PANEL,
-                     help="Prefix of every key, left out where keys are shown."),
-    ],
-    "pooler": Annotated[
-        Pooler | None,
-        typer.Option("--pooler", rich_help_panel=_PANEL,
-                     help="transaction: behind PgBouncer in transaction mode. Default: none."),
-    ],
-    "timeout": Annotated[
-        Seconds,
-        typer.Option("--timeout", metavar="TIME", parser=duration, rich_help_panel=_PANEL,
-                     help="The time limit of one operation. Default: 30s."),
-    ],
-    "json": Annotated[
-        bool,
-        typer.Option("--json", metavar="", rich_help_panel=_PANEL,
-                     help="Print JSON, one document a line."),
-    ],
+    "schema": _common(str | None, "--schema", metavar="NAME",
+                      help="The table's schema. Default: as search_path has it."),
+    "namespace": _common(str | None, "--namespace", "-n", metavar="PREFIX",
+                         help="Prefix of every key, left out where keys are shown."),
+    "pooler": _common(Pooler | None, "--pooler",
+                      help="transaction: behind PgBouncer in transaction mode. Default: none."),
+    "timeout": _common(Seconds, "--timeout", metavar="TIME", parser=duration,
+                       help="The time limit of one operation. Default: 30s."),
+    "json": _common(bool, "--json", metavar="", help="Print JSON, one document a line."),
 }  # fmt: skip
 
 
@@ -163,11 +140,7 @@ class Invocation:
 
 
 def require_database(config: Config) -> None:
-    """Refuse an embedded database that does not exist yet: opening it would create it.
-
-    Raises:
-        NotFoundError: there is none.
-    """
+    """Refuse an embedded database that does not exist yet: opening it would create it."""
     if not config.dsn.startswith(EMBEDDED_SCHEME):
         return
     path = Path(embedded.parse(config.dsn) or embedded.default_path())
@@ -195,16 +168,18 @@ def register(name: str, fn: Callable[..., int]) -> None:
     app.command(name, cls=_Command, help=inspect.getdoc(fn))(run)
 
 
+def _parameter(
+    name: str, annotation: Any, default: Any = inspect.Parameter.empty
+) -> inspect.Parameter:
+    kind = inspect.Parameter.KEYWORD_ONLY
+    return inspect.Parameter(name, kind, annotation=annotation, default=default)
+
+
 def _sign(fn: Any, own: list[inspect.Parameter]) -> None:
     """Give `fn` a context, those parameters and the common options: typer reads the signature."""
-    first = inspect.Parameter("ctx", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
+    first = _parameter("ctx", typer.Context)
     common = [
-        inspect.Parameter(
-            name,
-            inspect.Parameter.KEYWORD_ONLY,
-            annotation=annotation,
-            default=False if name == "json" else None,
-        )
+        _parameter(name, annotation, False if name == "json" else None)
         for name, annotation in COMMON.items()
     ]
     parameters = [first, *own, *common]
@@ -222,31 +197,13 @@ def _root(ctx: typer.Context, **given: Any) -> None:
         raise typer.Exit(USAGE)
 
 
-_sign(
-    _root,
-    [
-        inspect.Parameter(
-            "version",
-            inspect.Parameter.KEYWORD_ONLY,
-            annotation=Annotated[
-                bool, typer.Option("--version", metavar="", help="Show the version.")
-            ],
-            default=False,
-        )
-    ],
-)
+_VERSION = Annotated[bool, typer.Option("--version", metavar="", help="Show the version.")]
+_sign(_root, [_parameter("version", _VERSION, False)])
 app.callback(invoke_without_command=True)(_root)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line.
-
-    Args:
-        argv: the arguments; None for the process's own.
-
-    Returns:
-        The exit code.
-    """
+    """Run the command line, with this process's arguments by default; return the exit code."""
     console.prepare()
     # Retries and reconnects are not reported here: the line of an error has what matters.
     for name in ("pgkv", "psycopg"):

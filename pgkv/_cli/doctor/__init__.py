@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from .. import console
@@ -29,7 +28,7 @@ def doctor(call: Invocation) -> int:
     findings = examine(config, named=call.table is not None or call.schema is not None)
     healthy = all(finding.status != "fail" for finding in findings)
     if call.json:
-        console.say_json({"healthy": healthy, "findings": [asdict(each) for each in findings]})
+        console.say_json({"healthy": healthy, "findings": [each._asdict() for each in findings]})
     else:
         show(findings)
     return DONE if healthy else NOT_FOUND

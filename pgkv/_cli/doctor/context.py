@@ -4,25 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import psycopg
 
 from ...config import Config
 
 Status: TypeAlias = Literal["ok", "warn", "fail"]
+Result: TypeAlias = tuple[Status, str, str]  # status, detail, advice
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """The result of one check.
-
-    Attributes:
-        check: the name of the check.
-        status: "ok", "warn" (works, but needs attention) or "fail" (pgkv cannot work).
-        detail: the result, in words.
-        advice: how to fix it; empty if there is nothing to fix.
-    """
+class Finding(NamedTuple):
+    """The result of one check, by its name. "warn" works, but needs attention; with "fail" pgkv
+    cannot work. `advice` says how to fix it; it is empty if there is nothing to fix."""
 
     check: str
     status: Status
@@ -30,34 +24,42 @@ class Finding:
     advice: str = ""
 
 
+def ok(detail: str) -> Result:
+    return "ok", detail, ""
+
+
+def warn(detail: str, advice: str) -> Result:
+    return "warn", detail, advice
+
+
+def fail(detail: str, advice: str) -> Result:
+    return "fail", detail, advice
+
+
 @dataclass(slots=True)
 class Context:
-    """The input of the checks.
-
-    Args:
-        conn: a connection to the server.
-        config: the store's settings.
-        conninfo: the conninfo of `conn`.
-        refuses_settings: a pooler refused the settings of a session.
-        named: the table or its schema was asked for by name, so it must exist.
-        table: what pg_class has about the table.
-    """
+    """The input of the checks."""
 
     conn: psycopg.Connection[dict[str, Any]]
     config: Config
-    conninfo: str
-    refuses_settings: bool = False
-    named: bool = False
-    table: dict[str, Any] | None = None
+    conninfo: str  # of `conn`
+    refuses_settings: bool = False  # a pooler refused the settings of a session
+    named: bool = False  # the table or its schema was asked for by name, so it must exist
+    table: dict[str, Any] | None = None  # what pg_class has about the table
 
     def row(self, query: str, *params: Any) -> dict[str, Any]:
         """Return the first row of a query; empty without one."""
-        rows = self.rows(query, *params)
-        return rows[0] if rows else {}
+        return next(iter(self.rows(query, *params)), {})
 
     def rows(self, query: str, *params: Any) -> list[dict[str, Any]]:
         """Return the rows of a query. A literal percent sign is written twice."""
         return self.conn.execute(query.encode(), params).fetchall()
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """`table`, which exists."""
+        assert self.table is not None
+        return self.table
 
     @property
     def version(self) -> int:
@@ -70,4 +72,4 @@ class Context:
         return self.config.table.quoted
 
 
-Check: TypeAlias = Callable[[Context], "Finding | None"]
+Check: TypeAlias = Callable[[Context], Result | None]

@@ -21,21 +21,14 @@ from ..._settings import Target
 from ...config import Config, Pooler
 from ...errors import translate
 from . import server, table
-from .context import Check, Context, Finding
+from .context import Check, Context, Finding, Result
 
 CHECK_TIMEOUT = "5s"  # for one check
 
 
 def examine(config: Config, *, named: bool = False) -> list[Finding]:
-    """Connect and run every check that applies.
-
-    Args:
-        config: the store's settings.
-        named: the table or its schema was asked for by name, so it must exist.
-
-    Raises:
-        StoreUnavailableError: there is no connection.
-    """
+    """Connect and run every check that applies. With `named` the table or its schema was asked for
+    by name, so it must exist."""
     with contextlib.closing(Target(config)) as target:
         where = target.conninfo()
         try:
@@ -65,18 +58,16 @@ def _connect(config: Config, conninfo: str) -> tuple[psycopg.Connection[dict[str
 
 
 def _findings(context: Context) -> Iterator[Finding]:
-    for check in server.CHECKS:
-        yield from _made(check, context)
+    for name, check in server.CHECKS.items():
+        yield from _made(name, check, context)
     context.table = table.describe(context)
-    if context.table is None or context.table["relkind"] not in ("r", "p"):
-        yield from _made(table.missing, context)
-        return
-    for check in table.CHECKS:
-        yield from _made(check, context)
+    there = context.table is not None and context.table["relkind"] in ("r", "p")
+    for name, check in (table.CHECKS if there else {"table": table.missing}).items():
+        yield from _made(name, check, context)
 
 
-def _made(check: Check, context: Context) -> Iterator[Finding]:
-    found: Finding | None
+def _made(name: str, check: Check, context: Context) -> Iterator[Finding]:
+    found: Result | None
     try:
         if check is server.pooler:
             found = check(context)  # it examines what happens between transactions
@@ -84,18 +75,11 @@ def _made(check: Check, context: Context) -> Iterator[Finding]:
             with context.conn.transaction():
                 context.conn.execute(f"SET LOCAL statement_timeout = '{CHECK_TIMEOUT}'")
                 found = check(context)
-    except psycopg.OperationalError as error:
-        if context.conn.closed:
+    except psycopg.Error as error:
+        if isinstance(error, psycopg.OperationalError) and context.conn.closed:
             failure = translate(error, action="doctor")
             raise failure from failure.__cause__
-        yield _unknown(check, error)
-    except psycopg.Error as error:
-        yield _unknown(check, error)
-    else:
-        if found is not None:
-            yield found
-
-
-def _unknown(check: Check, error: psycopg.Error) -> Finding:
-    why = error.diag.message_primary or type(error).__name__
-    return Finding(check.__name__.replace("_", " "), "warn", f"could not be checked: {why}")
+        why = error.diag.message_primary or type(error).__name__
+        found = "warn", f"could not be checked: {why}", ""
+    if found is not None:
+        yield Finding(name, *found)

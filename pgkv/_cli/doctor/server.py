@@ -13,7 +13,7 @@ from psycopg.rows import dict_row
 
 from ...config import Pooler
 from .. import console
-from .context import Check, Context, Finding
+from .context import Check, Context, Result, fail, ok, warn
 
 OLDEST_MAJOR = 14
 MINUTES_OPEN = 5  # a transaction older than this keeps dead rows from being reclaimed
@@ -22,7 +22,7 @@ CLOCK_SECONDS = 1.0
 ANSWER_TIMEOUT = 3  # seconds for the answer of a second session
 
 
-def server(context: Context) -> Finding:
+def server(context: Context) -> Result:
     """The server's version, and the database's encoding."""
     seen = context.row(
         "SELECT current_setting('server_version') AS v, current_database() AS d, "
@@ -31,15 +31,15 @@ def server(context: Context) -> Finding:
     detail = f"PostgreSQL {seen['v']}, database {seen['d']}"
     if context.version < OLDEST_MAJOR * 10_000:
         advice = f"upgrade: pgkv needs PostgreSQL {OLDEST_MAJOR} or newer"
-        return Finding("server", "fail", detail, advice)
+        return fail(detail, advice)
     if seen["encoding"] != "UTF8":
         detail += f", encoding {seen['encoding']}"
         advice = "keys with characters outside that encoding are refused: use a database in UTF8"
-        return Finding("server", "warn", detail, advice)
-    return Finding("server", "ok", detail)
+        return warn(detail, advice)
+    return ok(detail)
 
 
-def read_only(context: Context) -> Finding:
+def read_only(context: Context) -> Result:
     """Whether the server accepts writes."""
     seen = context.row(
         "SELECT pg_is_in_recovery() AS standby, "
@@ -48,45 +48,40 @@ def read_only(context: Context) -> Finding:
     if seen["standby"]:
         advice = "give the primary's DSN (several hosts: target_session_attrs=read-write)"
         detail = "this is a standby: it accepts no writes, and UNLOGGED tables cannot be read on it"
-        return Finding("writes", "fail", detail, advice)
+        return fail(detail, advice)
     if seen["read_only"]:
         advice = (
             "find where default_transaction_read_only is set: ALTER ROLE, ALTER DATABASE, the "
             "DSN's options, or a provider's reaction to a full disk"
         )
-        return Finding("writes", "fail", "transactions are read-only", advice)
-    return Finding("writes", "ok", "the server accepts writes")
+        return fail("transactions are read-only", advice)
+    return ok("the server accepts writes")
 
 
-def pooler(context: Context) -> Finding:
+def pooler(context: Context) -> Result:
     """Whether the connection goes through a pooler such as PgBouncer, and in which mode."""
     told = context.config.pooler is Pooler.TRANSACTION
     advice = "set pooler=pgkv.Pooler.TRANSACTION (on the command line --pooler transaction)"
     if context.refuses_settings:
         detail = "a pooler is in between and refuses the settings of a session"
-        return Finding("pooler", "fail", detail, advice)
+        return fail(detail, advice)
     announced = context.conn.info.backend_pid
     pids = [_backend(context.conn) for _ in range(3)]
     if len(set(pids)) > 1 or _is_shared(context, pids[-1]):
         detail = "a pooler in transaction mode is in between: sessions share server processes"
         if not told:
-            return Finding("pooler", "fail", detail, advice)
-        return Finding("pooler", "ok", detail + ", as configured")
+            return fail(detail, advice)
+        return ok(detail + ", as configured")
     if announced not in pids:
         # A pooler invents the process id (and key) with which its client can cancel.
         detail = "a pooler is in between; it was not seen to share server processes"
         if told:
-            return Finding("pooler", "ok", detail + "; configured for transaction mode")
-        return Finding(
-            "pooler",
-            "warn",
-            detail,
-            "in session mode there is nothing to do; in transaction mode " + advice,
-        )
+            return ok(detail + "; configured for transaction mode")
+        return warn(detail, "in session mode there is nothing to do; in transaction mode " + advice)
     if told:
         advice = "leave pooler at Pooler.NONE here: prepared statements are faster"
-        return Finding("pooler", "warn", "a pooler is configured, but none was found", advice)
-    return Finding("pooler", "ok", "a direct connection")
+        return warn("a pooler is configured, but none was found", advice)
+    return ok("a direct connection")
 
 
 def _backend(conn: psycopg.Connection[dict[str, Any]]) -> int:
@@ -126,7 +121,7 @@ def _soon(conn: psycopg.Connection[dict[str, Any]]) -> int | None:
     return None
 
 
-def pool(context: Context) -> Finding:
+def pool(context: Context) -> Result:
     """Whether the server has room for the store's connections."""
     seen = context.row(
         "SELECT current_setting('max_connections')::int"
@@ -148,20 +143,20 @@ def pool(context: Context) -> Finding:
         advice = (
             f"lower pool_max_size below {ceiling}, or raise max_connections (or the role's limit)"
         )
-        return Finding("pool", "fail", detail, advice)
+        return fail(detail, advice)
     if most > free:
         advice = (
             "processes x pool_max_size must stay below the server's limit: lower pool_max_size "
             "(two per server core serve most loads), or put a pooler in front"
         )
-        return Finding("pool", "warn", detail, advice)
+        return warn(detail, advice)
     if seen["idle"] != "0":
         advice = "ALTER ROLE ... SET idle_session_timeout = 0, so that the store need not reconnect"
-        return Finding("pool", "warn", f"{detail}; idle sessions end after {seen['idle']}", advice)
-    return Finding("pool", "ok", detail)
+        return warn(f"{detail}; idle sessions end after {seen['idle']}", advice)
+    return ok(detail)
 
 
-def clock(context: Context) -> Finding:
+def clock(context: Context) -> Result:
     """The difference between this machine's clock and the server's. Only the server's decides expiry."""
     best, offset = float("inf"), 0.0
     for _ in range(3):
@@ -177,11 +172,11 @@ def clock(context: Context) -> Finding:
             "run NTP on both. A ttl is not affected (only the server's clock counts); times "
             "computed here for expire_at() or expires_at= are wrong by this difference"
         )
-        return Finding("clock", "warn", detail, advice)
-    return Finding("clock", "ok", detail)
+        return warn(detail, advice)
+    return ok(detail)
 
 
-def transactions(context: Context) -> Finding:
+def transactions(context: Context) -> Result:
     """The oldest snapshot. Rows that died after it cannot be reclaimed."""
     oldest = context.row(
         "SELECT pid, state, extract(epoch FROM clock_timestamp() - xact_start)::float8 AS age "
@@ -205,12 +200,7 @@ def transactions(context: Context) -> Finding:
     age = oldest.get("age") or 0.0
     if others["prepared"] is not None and others["prepared"] > max(age, MINUTES_OPEN * 60):
         detail = f"a prepared transaction is {console.duration(others['prepared'])} old"
-        return Finding(
-            "oldest transaction",
-            "warn",
-            detail,
-            "COMMIT PREPARED or ROLLBACK PREPARED it (pg_prepared_xacts)",
-        )
+        return warn(detail, "COMMIT PREPARED or ROLLBACK PREPARED it (pg_prepared_xacts)")
     if age > MINUTES_OPEN * 60:
         detail = f"process {oldest['pid']} ({oldest['state']}) has a transaction open for {console.duration(age)}"
         advice = (
@@ -218,13 +208,20 @@ def transactions(context: Context) -> Finding:
             f"SELECT pg_terminate_backend({oldest['pid']}); to prevent it: "
             "idle_in_transaction_session_timeout"
         )
-        return Finding("oldest transaction", "warn", detail + limit, advice)
+        return warn(detail + limit, advice)
     if (others["slot_age"] or 0) > SLOT_AGE:
         detail = f"a replication slot holds back {others['slot_age']:,} transactions"
         advice = "drop the slot if its standby is gone (pg_replication_slots)"
-        return Finding("oldest transaction", "warn", detail, advice)
+        return warn(detail, advice)
     detail = f"the oldest is {console.duration(age)} old" if oldest else "none is open"
-    return Finding("oldest transaction", "ok", detail + limit)
+    return ok(detail + limit)
 
 
-CHECKS: tuple[Check, ...] = (server, read_only, pooler, pool, clock, transactions)
+CHECKS: dict[str, Check] = {
+    "server": server,
+    "writes": read_only,
+    "pooler": pooler,
+    "pool": pool,
+    "clock": clock,
+    "oldest transaction": transactions,
+}

@@ -9,7 +9,7 @@ import psycopg
 from ..._engine.schema import _EXPECTED
 from ...config import TableType, quote_identifier
 from .. import console
-from .context import Check, Context, Finding, Status
+from .context import Check, Context, Result, fail, ok, warn
 
 SAMPLE_PAGES = 2000  # 16 MB
 DEAD_SHARE, DEAD_ROWS = 0.2, 10_000
@@ -32,13 +32,13 @@ def describe(context: Context) -> dict[str, Any] | None:
         return None  # to_regclass refuses a schema that the role may not use: `missing` says so
 
 
-def missing(context: Context) -> Finding:
+def missing(context: Context) -> Result:
     """What to do about a table that does not exist."""
     if context.table is not None:
         kinds = {"v": "a view", "m": "a materialized view", "f": "a foreign table", "S": "a sequence",
                  "i": "an index", "c": "a type"}  # fmt: skip
-        what = kinds.get(context.table["relkind"], "something else")
-        return Finding("table", "fail", f"{context.name} is {what}", "choose another table name")
+        what = kinds.get(context.facts["relkind"], "something else")
+        return fail(f"{context.name} is {what}", "choose another table name")
     wanted = context.config.schema
     seen = context.row(
         "SELECT coalesce(%s::text, current_schema()) AS schema, "
@@ -51,13 +51,13 @@ def missing(context: Context) -> Finding:
     ddl = "create it as another role with the DDL of `pgkv schema`"
     if not name:
         advice = "name a schema that exists (schema=..., --schema), or correct search_path"
-        return Finding("table", "fail", "search_path names no schema that exists", advice)
+        return fail("search_path names no schema that exists", advice)
     if not there:
         detail = f"the schema {name} does not exist"
         if seen["may_schema"]:
             advice = "the first write creates it, with the table"
-            return Finding("table", *_unless_named(context, detail, advice))
-        return Finding("table", "fail", detail, f"{ddl}, and GRANT USAGE on the schema to {role}")
+            return _unless_named(context, detail, advice)
+        return fail(detail, f"{ddl}, and GRANT USAGE on the schema to {role}")
     rights = context.row(
         "SELECT has_schema_privilege(%s, 'USAGE') AS usage, has_schema_privilege(%s, 'CREATE') AS make",
         name,
@@ -66,35 +66,34 @@ def missing(context: Context) -> Finding:
     quoted = quote_identifier(name)
     if not rights["usage"]:
         advice = f"as its owner: GRANT USAGE ON SCHEMA {quoted} TO {role}"
-        return Finding("table", "fail", f"the role cannot use the schema {name}", advice)
+        return fail(f"the role cannot use the schema {name}", advice)
     detail = f"{context.name} does not exist in {name}"
     if rights["make"]:
         advice = "the first write creates it; or run the DDL of `pgkv schema`"
-        return Finding("table", *_unless_named(context, detail, advice))
+        return _unless_named(context, detail, advice)
     advice = f"as the schema's owner: GRANT CREATE ON SCHEMA {quoted} TO {role}; or {ddl}"
-    return Finding("table", "fail", f"{detail}, and the role cannot create it", advice)
+    return fail(f"{detail}, and the role cannot create it", advice)
 
 
-def _unless_named(context: Context, detail: str, advice: str) -> tuple[Status, str, str]:
+def _unless_named(context: Context, detail: str, advice: str) -> Result:
     """A warning, but a failure if the user named what does not exist: it may be mistyped."""
     if context.named:
-        return "fail", detail, f"check the name; if it is right, {advice}"
-    return "warn", detail, advice
+        return fail(detail, f"check the name; if it is right, {advice}")
+    return warn(detail, advice)
 
 
-def table(context: Context) -> Finding:
+def table(context: Context) -> Result:
     """The table, and whether its rows survive a crash of the server."""
-    facts = context.table
-    assert facts is not None
+    facts = context.facts
     name = f"{facts['schema']}.{context.name}" if context.config.schema is None else context.name
     unlogged = facts["relpersistence"] == "u"
     if facts["relkind"] == "p":
-        return Finding("table", "warn", f"{name} is partitioned", "pgkv does not sweep partitions")
+        return warn(f"{name} is partitioned", "pgkv does not sweep partitions")
     if unlogged:
-        return Finding("table", "ok", f"{name}, UNLOGGED: fast, emptied by a crash of the server")
+        return ok(f"{name}, UNLOGGED: fast, emptied by a crash of the server")
     if context.config.table_type is TableType.UNLOGGED:
-        return Finding("table", "ok", f"{name}, logged: survives a crash (writes cost more)")
-    return Finding("table", "ok", f"{name}, logged: survives a crash")
+        return ok(f"{name}, logged: survives a crash (writes cost more)")
+    return ok(f"{name}, logged: survives a crash")
 
 
 def _columns_of(context: Context) -> dict[str, str]:
@@ -106,7 +105,7 @@ def _columns_of(context: Context) -> dict[str, str]:
     return {row["name"]: row["type"] for row in rows}
 
 
-def columns(context: Context) -> Finding:
+def columns(context: Context) -> Result:
     """Whether the columns are those of pgkv."""
     found = _columns_of(context)
     wrong = [
@@ -116,23 +115,20 @@ def columns(context: Context) -> Finding:
     ]
     if wrong:
         advice = "this is not a table of pgkv: choose another table name"
-        return Finding("columns", "fail", "; ".join(wrong), advice)
+        return fail("; ".join(wrong), advice)
     if "version" not in found:
-        assert context.table is not None
         detail = "no column version: the table was made by another client (the Rust crate pgkv)"
-        if context.table["owned"]:
-            return Finding(
-                "columns", "warn", detail, "store.create_table() adds it, without a rewrite"
-            )
+        if context.facts["owned"]:
+            return warn(detail, "store.create_table() adds it, without a rewrite")
         advice = (
-            f"as the owner ({context.table['owner']}): ALTER TABLE {context.name} "
+            f"as the owner ({context.facts['owner']}): ALTER TABLE {context.name} "
             "ADD COLUMN version BIGINT NOT NULL DEFAULT 1"
         )
-        return Finding("columns", "fail", detail, advice)
-    return Finding("columns", "ok", f"{len(_EXPECTED)} as expected")
+        return fail(detail, advice)
+    return ok(f"{len(_EXPECTED)} as expected")
 
 
-def key_index(context: Context) -> Finding:
+def key_index(context: Context) -> Result:
     """Whether keys are unique: ON CONFLICT (key) needs that."""
     seen = context.row(
         "SELECT count(*)::int AS n FROM pg_index i JOIN pg_attribute a "
@@ -142,14 +138,14 @@ def key_index(context: Context) -> Finding:
         context.name,
     )
     if not seen["n"]:
-        return Finding(
-            "unique key", "fail", "no unique index on key: no write can work",
+        return fail(
+            "no unique index on key: no write can work",
             f"ALTER TABLE {context.name} ADD PRIMARY KEY (key)",
-        )  # fmt: skip
-    return Finding("unique key", "ok", "the key is unique")
+        )
+    return ok("the key is unique")
 
 
-def collation(context: Context) -> Finding:
+def collation(context: Context) -> Result:
     """Whether scans by prefix can use the key's index."""
     seen = context.row(
         "SELECT c.collname::text AS name, c.collprovider::text AS provider FROM pg_attribute a "
@@ -158,7 +154,7 @@ def collation(context: Context) -> Finding:
         context.name,
     )
     if seen.get("name") == "C":
-        return Finding("key's collation", "ok", '"C": scans use the index')
+        return ok('"C": scans use the index')
     name = "the database's" if seen.get("name") == "default" else f'"{seen.get("name")}"'
     advice = (
         "at a quiet time (it locks the table and rebuilds its index): "
@@ -176,11 +172,11 @@ def collation(context: Context) -> Finding:
                 f"at once: REINDEX TABLE {context.name} (an index in an old order misses keys); "
                 + advice
             )
-            return Finding("key's collation", "fail", detail, advice)
-    return Finding("key's collation", "warn", detail, advice)
+            return fail(detail, advice)
+    return warn(detail, advice)
 
 
-def rights(context: Context) -> Finding:
+def rights(context: Context) -> Result:
     """The role's rights on the table."""
     needed = ("SELECT", "INSERT", "UPDATE", "DELETE")
     asked = ", ".join(
@@ -193,26 +189,25 @@ def rights(context: Context) -> Finding:
     lacking = [right for right in needed if not seen[right.lower()]]
     if lacking:
         role = quote_identifier(seen["role"])
-        return Finding(
-            "rights", "fail", f"the role {seen['role']} lacks {', '.join(lacking)}",
+        return fail(
+            f"the role {seen['role']} lacks {', '.join(lacking)}",
             f"as the table's owner: GRANT {', '.join(lacking)} ON {context.name} TO {role}",
-        )  # fmt: skip
+        )
     if seen["filtered"]:
         detail = (
             f"row-level security applies to the role {seen['role']}: policies hide and refuse rows"
         )
         advice = f"as the table's owner: ALTER TABLE {context.name} DISABLE ROW LEVEL SECURITY"
-        return Finding("rights", "warn", detail, advice)
-    assert context.table is not None
-    if not context.table["owned"]:
+        return warn(detail, advice)
+    if not context.facts["owned"]:
         detail = (
             "reads and writes; truncate(), vacuum() and recreate_table() need the table's owner"
         )
-        return Finding("rights", "ok", detail)
-    return Finding("rights", "ok", "all: the role owns the table")
+        return ok(detail)
+    return ok("all: the role owns the table")
 
 
-def owner_and_triggers(context: Context) -> Finding:
+def owner_and_triggers(context: Context) -> Result:
     """Whether other roles can run code here: a trigger runs with the rights of the role that writes,
     and a table found through search_path may have been created by any role."""
     seen = context.row(
@@ -223,13 +218,12 @@ def owner_and_triggers(context: Context) -> Finding:
         "WHERE c.oid = to_regclass(%s) AND d.datname = current_database()",
         context.name,
     )
-    assert context.table is not None
-    owner, schema = context.table["owner"], context.table["schema"]
+    owner, schema = context.facts["owner"], context.facts["schema"]
     if seen["triggers"]:
         names = ", ".join(seen["triggers"])
         drop = "; ".join(f"DROP TRIGGER {name} ON {context.name}" for name in seen["triggers"])
         detail = f"the table has triggers, which run with your rights: {names} (owner: {owner})"
-        return Finding("owner and triggers", "warn", detail, f"if they are not yours: {drop}")
+        return warn(detail, f"if they are not yours: {drop}")
     if context.config.schema is None and not seen["known"]:
         detail = (
             f"the table was found through search_path; its owner {owner} is not one of your roles"
@@ -238,11 +232,11 @@ def owner_and_triggers(context: Context) -> Finding:
             "if you trust that role, name the schema (schema=..., --schema); if not, it may have "
             f"created the table there: REVOKE CREATE ON SCHEMA {schema} FROM it, or from PUBLIC"
         )
-        return Finding("owner and triggers", "warn", detail, advice)
-    return Finding("owner and triggers", "ok", f"owned by {owner}; no triggers")
+        return warn(detail, advice)
+    return ok(f"owned by {owner}; no triggers")
 
 
-def indexes(context: Context) -> Finding:
+def indexes(context: Context) -> Result:
     """Indexes on other columns than the key: each update has to write to them."""
     found = context.rows(
         "SELECT DISTINCT i.indexrelid::regclass::text AS index, "
@@ -258,13 +252,11 @@ def indexes(context: Context) -> Finding:
         names = "; ".join(f"{row['index']} on {', '.join(row['columns'])}" for row in found)
         drop = "; ".join(f"DROP INDEX CONCURRENTLY {row['index']}" for row in found)
         advice = f"pgkv does not need it: {drop} (a Rust client creates it again)"
-        return Finding(
-            "index on expires_at", "warn", f"{names}: no update can be heap-only", advice
-        )
-    return Finding("index on expires_at", "ok", "none, nor on another column that updates change")
+        return warn(f"{names}: no update can be heap-only", advice)
+    return ok("none, nor on another column that updates change")
 
 
-def hot_updates(context: Context) -> Finding:
+def hot_updates(context: Context) -> Result:
     """The share of updates that wrote to no index."""
     seen = context.row(
         "SELECT coalesce(n_tup_upd, 0) AS n, coalesce(n_tup_hot_upd, 0) AS hot "
@@ -273,24 +265,21 @@ def hot_updates(context: Context) -> Finding:
     )
     count = seen.get("n", 0)
     if count < HOT_UPDATES:
-        return Finding(
-            "heap-only updates", "ok", f"{console.count(count, 'update')}: too few to judge"
-        )
+        return ok(f"{console.count(count, 'update')}: too few to judge")
     ratio = seen["hot"] / count
     detail = f"{ratio:.1%} of {console.count(count, 'update')}"
     if ratio < HOT_RATIO:
-        assert context.table is not None
-        fill = int(_option(context.table, "fillfactor", "100"))
+        fill = int(_option(context.facts, "fillfactor", "100"))
         advice = (
             "if an index or an old transaction is reported above, that is the cause; else leave more "
             f"room on the pages (fillfactor is {fill}): ALTER TABLE {context.name} SET (fillfactor = "
             f"{max(fill - 20, 40)}), then VACUUM FULL {context.name}"
         )
-        return Finding("heap-only updates", "warn", detail, advice)
-    return Finding("heap-only updates", "ok", detail)
+        return warn(detail, advice)
+    return ok(detail)
 
 
-def dead_rows(context: Context) -> Finding:
+def dead_rows(context: Context) -> Result:
     """Dead row versions that vacuum has not removed yet."""
     seen = context.row(
         "SELECT n_dead_tup AS dead, n_live_tup AS live, current_setting('autovacuum') AS auto, "
@@ -298,24 +287,23 @@ def dead_rows(context: Context) -> Finding:
         "AS since FROM pg_stat_all_tables WHERE relid = to_regclass(%s)",
         context.name,
     )
-    assert context.table is not None
     dead, live = seen.get("dead") or 0, seen.get("live") or 0
     since = seen.get("since")
     when = "never vacuumed" if since is None else f"vacuumed {console.duration(since)} ago"
     detail = f"{dead:,} dead, {live:,} live (estimates); {when}"
-    own = _option(context.table, "autovacuum_enabled", "true")
+    own = _option(context.facts, "autovacuum_enabled", "true")
     if seen.get("auto") == "off" or own in ("false", "off"):
         advice = f"turn autovacuum on again: ALTER TABLE {context.name} RESET (autovacuum_enabled), autovacuum = on"
-        return Finding("dead rows", "warn", f"{detail}; autovacuum is off", advice)
+        return warn(f"{detail}; autovacuum is off", advice)
     # A new table waits for autovacuum's first round: until then much can be dead.
     enough = 10 * DEAD_ROWS if since is None else DEAD_ROWS
     if dead > enough and dead > DEAD_SHARE * (dead + live):
         advice = f"VACUUM {context.name}; if they return, look for old transactions (see above)"
-        return Finding("dead rows", "warn", detail, advice)
-    return Finding("dead rows", "ok", detail)
+        return warn(detail, advice)
+    return ok(detail)
 
 
-def expired_rows(context: Context) -> Finding:
+def expired_rows(context: Context) -> Result:
     """Expired rows that have not been collected."""
     size = context.row(
         "SELECT pg_relation_size(to_regclass(%s)) / current_setting('block_size')::int8 AS pages",
@@ -335,19 +323,18 @@ def expired_rows(context: Context) -> Finding:
             "run `pgkv sweep`; if they return: ttl_cleanup_strategy=BACKGROUND, or `pgkv sweep` "
             "from cron"
         )
-        return Finding("expired rows", "warn", detail, advice)
-    return Finding("expired rows", "ok", detail)
+        return warn(detail, advice)
+    return ok(detail)
 
 
-def emptied(context: Context) -> Finding | None:
+def emptied(context: Context) -> Result | None:
     """Whether a crash of the server emptied the UNLOGGED table.
 
     The server keeps no record of that. But a crash empties the file and leaves the catalogue as the
     last vacuum or analyze wrote it; everything else that shrinks a table (vacuum, TRUNCATE) corrects
     both.
     """
-    facts = context.table
-    assert facts is not None
+    facts = context.facts
     if facts["relpersistence"] != "u":
         return None
     pages = context.row(
@@ -364,11 +351,11 @@ def emptied(context: Context) -> Finding | None:
             "load the data again; data that must survive a crash belongs in a table of "
             "table_type=TableType.REGULAR. The server's log has the time and cause of the crash"
         )
-        return Finding("emptied by a crash", "warn", detail, advice)
+        return warn(detail, advice)
     if facts["relpages"] == 0 or facts["reltuples"] < 0:
         detail = "no sign of it; a table that was never vacuumed or analyzed shows none"
-        return Finding("emptied by a crash", "ok", detail)
-    return Finding("emptied by a crash", "ok", "no sign of it since the last vacuum or analyze")
+        return ok(detail)
+    return ok("no sign of it since the last vacuum or analyze")
 
 
 def _option(facts: dict[str, Any], name: str, default: str) -> str:
@@ -379,16 +366,16 @@ def _option(facts: dict[str, Any], name: str, default: str) -> str:
     return default
 
 
-CHECKS: tuple[Check, ...] = (
-    table,
-    columns,
-    key_index,
-    collation,
-    rights,
-    owner_and_triggers,
-    indexes,
-    hot_updates,
-    dead_rows,
-    expired_rows,
-    emptied,
-)
+CHECKS: dict[str, Check] = {
+    "table": table,
+    "columns": columns,
+    "unique key": key_index,
+    "key's collation": collation,
+    "rights": rights,
+    "owner and triggers": owner_and_triggers,
+    "index on expires_at": indexes,
+    "heap-only updates": hot_updates,
+    "dead rows": dead_rows,
+    "expired rows": expired_rows,
+    "emptied by a crash": emptied,
+}
