@@ -6,6 +6,7 @@ The command reads the table, not the programs: each program counts its own hits 
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -59,14 +60,7 @@ def cache(
             return _clear(call, store, sql, clear, usages)
     if call.json:
         for each in usages:
-            console.say_json(
-                {
-                    "function": each.function,
-                    "entries": each.entries,
-                    "computing": each.computing,
-                    "value_bytes": each.value_bytes,
-                }
-            )
+            console.say_json(asdict(each))
     elif not usages:
         console.note("No cached function has entries in this table.")
     else:

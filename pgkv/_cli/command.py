@@ -83,6 +83,11 @@ def _common(kind: Any, *names: str, **more: Any) -> Any:
     return Annotated[kind, typer.Option(*names, rich_help_panel="Store and output", **more)]
 
 
+def flag(*names: str, help: str) -> Any:  # as typer calls it
+    """Return the option of a flag, which `--help` lists without a value."""
+    return typer.Option(*names, metavar="", help=help)
+
+
 # Options of every command. One after the command's name overrides one before it.
 COMMON: dict[str, Any] = {
     "dsn": _common(

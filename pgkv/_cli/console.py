@@ -84,11 +84,7 @@ def can_ask() -> bool:
 
 
 def read() -> bytes:
-    """Return all of standard input.
-
-    Raises:
-        InputOutputError: it is closed, or cannot be read.
-    """
+    """Return all of standard input."""
     if sys.stdin is None:
         raise InputOutputError("cannot read standard input: it is closed")
     try:
@@ -103,18 +99,11 @@ def write(data: bytes) -> None:
     sys.stdout.buffer.write(data)
 
 
-def out() -> Console:
-    """Return standard output, on which rich interprets nothing."""
+def out(*, stderr: bool = False) -> Console:
+    """Return standard output, or standard error. rich interprets nothing on it."""
     from rich.console import Console
 
-    return Console(markup=False, highlight=False, emoji=False)
-
-
-def err() -> Console:
-    """Return standard error, on which rich interprets nothing."""
-    from rich.console import Console
-
-    return Console(stderr=True, markup=False, highlight=False, emoji=False)
+    return Console(stderr=stderr, markup=False, highlight=False, emoji=False)
 
 
 def say(text: str) -> None:
@@ -166,30 +155,25 @@ def printable(text: str) -> str:
 def one_line(value: str | bytes) -> str:
     r"""Return a key or value as one line without control characters: ``\n``, ``\t``, ``\\``, and
     ``\xHH`` for bytes that are not text."""
-    text = value if isinstance(value, str) else value.decode(errors="backslashreplace")
-    if isinstance(value, str) or _is_text(value):
-        text = text.translate(_ESCAPES)
-    return _CONTROLS.sub(lambda found: _escape(found[0]), text)
 
+    def escape(found: re.Match[str]) -> str:
+        number = ord(found[0])
+        return f"\\x{number:02x}" if number < 256 else f"\\u{number:04x}"
 
-def _escape(character: str) -> str:
-    number = ord(character)
-    return f"\\x{number:02x}" if number < 256 else f"\\u{number:04x}"
-
-
-def _is_text(value: bytes) -> bool:
+    data = value.encode() if isinstance(value, str) else value
     try:
-        value.decode()
+        text = data.decode().translate(_ESCAPES)
     except UnicodeDecodeError:
-        return False
-    return True
+        text = data.decode(errors="backslashreplace")
+    return _CONTROLS.sub(escape, text)
 
 
 def json_value(value: bytes) -> dict[str, str]:
     """Return a value for JSON: as text if it is UTF-8, else in base64."""
-    if _is_text(value):
+    try:
         return {"value": value.decode(), "encoding": "utf-8"}
-    return {"value": base64.b64encode(value).decode(), "encoding": "base64"}
+    except UnicodeDecodeError:
+        return {"value": base64.b64encode(value).decode(), "encoding": "base64"}
 
 
 def preview(value: bytes) -> str:
@@ -224,17 +208,12 @@ def duration(seconds: float) -> str:
         return f"{seconds:.1f} s"
     if seconds < 7200:
         return f"{seconds / 60:.0f} min"
-    if seconds < 172_800:
-        return f"{seconds / 3600:.1f} h"
-    return f"{seconds / 86400:.1f} days"
+    hours = seconds / 3600
+    return f"{hours:.1f} h" if hours < 48 else f"{hours / 24:.1f} days"
 
 
 def parse_duration(text: str) -> float:
-    """Return the seconds in ``90``, ``1.5h`` or ``1h30m``.
-
-    Raises:
-        ValueError: it is anything else, or not more than zero.
-    """
+    """Return the seconds in ``90``, ``1.5h`` or ``1h30m``; a ValueError for anything else."""
     compact = text.strip().replace(" ", "")
     try:
         found = float(compact)
@@ -291,7 +270,7 @@ def progress(*, quiet: bool = False) -> Progress:
         TimeRemainingColumn,
     )
 
-    console = err()
+    console = out(stderr=True)
     return Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(),

@@ -12,7 +12,7 @@ import typer
 from ..errors import NotFoundError
 from ..store import Store
 from . import console
-from .command import DONE, NOT_FOUND, Invocation, Seconds, duration
+from .command import DONE, NOT_FOUND, Invocation, Seconds, duration, flag
 
 TERMINAL_LIMIT = 100  # rows of a scan on a terminal, unless --limit says otherwise
 PAGE_KEYS, PAGE_ITEMS = 5000, 500  # rows fetched at a time: values may be large
@@ -64,13 +64,9 @@ def set_(
         typer.Option("--ttl", metavar="TIME", parser=duration,
                      help="Expire after this time: 90 (seconds), 15m, 1h30m, 7d."),
     ] = None,
-    keep_ttl: Annotated[
-        bool, typer.Option("--keep-ttl", metavar="", help="Keep the expiry that the key has.")
-    ] = False,
-    nx: Annotated[
-        bool, typer.Option("--nx", metavar="", help="Only if the key does not exist.")
-    ] = False,
-    xx: Annotated[bool, typer.Option("--xx", metavar="", help="Only if the key exists.")] = False,
+    keep_ttl: Annotated[bool, flag("--keep-ttl", help="Keep the expiry that the key has.")] = False,
+    nx: Annotated[bool, flag("--nx", help="Only if the key does not exist.")] = False,
+    xx: Annotated[bool, flag("--xx", help="Only if the key exists.")] = False,
     if_version: Annotated[
         int | None,
         typer.Option("--if-version", metavar="N", min=0,
@@ -123,7 +119,7 @@ def delete(
         str | None,
         typer.Option("--prefix", "-p", metavar="TEXT", help="Every key that begins with this."),
     ] = None,
-    yes: Annotated[bool, typer.Option("--yes", "-y", metavar="", help="Do not ask.")] = False,
+    yes: Annotated[bool, flag("--yes", "-y", help="Do not ask.")] = False,
 ) -> int:
     """Remove one key, several, or all with a prefix.
 
@@ -176,9 +172,7 @@ def scan(
         typer.Option("--limit", "-l", metavar="N", min=0,
                      help=f"At most N rows; 0: all. Default: all, on a terminal {TERMINAL_LIMIT}."),
     ] = None,
-    values: Annotated[
-        bool, typer.Option("--values/--keys", metavar="", help="Keys and values, or keys alone.")
-    ] = True,
+    values: Annotated[bool, flag("--values/--keys", help="Keys and values, or keys alone.")] = True,
 ) -> int:  # fmt: skip
     r"""List keys and values in the order of the keys' bytes.
 

@@ -27,7 +27,7 @@ from ..errors import (
     TableNotFoundError,
 )
 from . import console
-from .command import DONE, Invocation, Seconds, duration
+from .command import DONE, Invocation, Seconds, duration, flag
 
 if TYPE_CHECKING:
     from ..patterns.lock.api import Lease
@@ -199,10 +199,7 @@ def lock(
         typer.Option("--wait", metavar="TIME", parser=duration,
                      help="Wait at most this long. Default: without limit."),
     ] = None,
-    skip: Annotated[
-        bool,
-        typer.Option("--skip", metavar="", help="Do not wait: exit with 75 if the lock is held."),
-    ] = False,
+    skip: Annotated[bool, flag("--skip", help="Do not wait: exit with 75 if the lock is held.")] = False,
 ) -> int:  # fmt: skip
     """Run a command while holding a lock: for cron jobs on many machines.
 

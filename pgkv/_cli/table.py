@@ -10,7 +10,7 @@ import typer
 from .._engine.sweep import sweep_all
 from ..config import TableType
 from . import console
-from .command import DONE, Invocation
+from .command import DONE, Invocation, flag
 
 
 def stats(call: Invocation) -> int:
@@ -74,17 +74,11 @@ def sweep(
 def schema(
     call: Invocation,
     regular: Annotated[
-        bool,
-        typer.Option(
-            "--regular", metavar="", help="A logged table, which survives a server crash."
-        ),
+        bool, flag("--regular", help="A logged table, which survives a server crash.")
     ] = False,
-    locks: Annotated[
-        bool, typer.Option("--locks/--no-locks", metavar="", help="With the tables of locks.")
-    ] = True,
+    locks: Annotated[bool, flag("--locks/--no-locks", help="With the tables of locks.")] = True,
     sessions: Annotated[
-        bool,
-        typer.Option("--sessions/--no-sessions", metavar="", help="With the table of sessions."),
+        bool, flag("--sessions/--no-sessions", help="With the table of sessions.")
     ] = True,
 ) -> int:
     """Print the DDL of the tables, for a migration tool. Needs no server.
