@@ -299,3 +299,18 @@ async def test_a_wrapper_of_another_driver(store: Any) -> None:
     other = type("connection", (), {"__module__": "psycopg2.extensions"})()
     with pytest.raises(pgkv.ConfigError, match=r"not psycopg2\.connection; switch that engine"):
         store.using(wrapped_like_sqlalchemy(other))
+
+
+async def test_a_statement_that_fails_in_a_nested_transaction(
+    store: Any, connect: Any, peer: Peer
+) -> None:
+    """A nested transaction on the caller's connection is rolled back to its savepoint: what the caller
+    did before stays usable."""
+    conn = await connect(autocommit=True)
+    async with conn.transaction():
+        await store.using(conn).set("before", "1")
+        with pytest.raises(psycopg.errors.DivisionByZero):
+            async with store.using(conn).transaction():
+                await conn.execute("SELECT 1 / 0")
+        await store.using(conn).set("after", "1")
+    assert peer.keys() == {"before", "after"}

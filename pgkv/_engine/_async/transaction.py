@@ -65,8 +65,9 @@ class AsyncBoundChannel(InTransaction):
             async with self._savepoint():
                 return await self._send(op, timeout)
 
-    def _using(self) -> contextlib.AbstractAsyncContextManager[Any]:
-        """Hold the connection for one operation: tasks may share a transaction."""
+    def _using(self, *, failed: bool = False) -> contextlib.AbstractAsyncContextManager[Any]:  # noqa: ARG002  # a caller's connection differs
+        """Hold the connection for one operation: tasks may share a transaction, which may have
+        `failed` where it is rolled back to a savepoint."""
         return self._lock
 
     async def _free(self, action: str) -> None:
@@ -183,7 +184,7 @@ class AsyncBoundChannel(InTransaction):
         except BaseException as error:
             if not self._over() and self._connection.is_idle():
                 with contextlib.suppress(PgkvError):
-                    async with self._using():
+                    async with self._using(failed=True):
                         await self._connection.execute(rollback, self._timeout)
             if isinstance(error, PgkvError):
                 # Nothing was committed, whatever became of the statement that failed.
@@ -213,17 +214,18 @@ class AsyncCallerChannel(AsyncBoundChannel):
         """That its connection is the caller's, or how its own transaction ended."""
         return super().state if self._ended else "on a caller's connection"
 
-    def _using(self) -> contextlib.AbstractAsyncContextManager[Any]:
-        return self._attached()
+    def _using(self, *, failed: bool = False) -> contextlib.AbstractAsyncContextManager[Any]:
+        return self._attached(failed)
 
     @contextlib.asynccontextmanager
-    async def _attached(self) -> AsyncIterator[None]:
+    async def _attached(self, failed: bool) -> AsyncIterator[None]:
         """Listen on the caller's socket for as long as an operation takes, and no longer."""
         if self._lock.is_mine():
             yield
             return
         conn = self._conn
-        check_connection(conn, "using")
+        if not failed:
+            check_connection(conn, "using")
         if not conn.autocommit and conn.pgconn.transaction_status == pq.TransactionStatus.IDLE:
             # psycopg opens the transaction, with the caller's isolation level, as it would
             # for the caller's own first statement.
