@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from .._engine.schema import companion, create_schema_sql, create_sql
 from ..config import Config, Table, require_config
+from .idempotency.sql import IDEMPOTENCY
 from .lock.sql import LOCKS, LOCKS_UNLOGGED, TICKETS
 from .session.sql import SESSIONS
 
 
-def tables(config: Config, *, locks: bool = True, sessions: bool = True) -> list[Table]:
+def tables(
+    config: Config, *, locks: bool = True, sessions: bool = True, idempotency: bool = True
+) -> list[Table]:
     """Return the store's table and those of the patterns that are wanted."""
     found = [config.table]
     if locks:
@@ -19,10 +22,14 @@ def tables(config: Config, *, locks: bool = True, sessions: bool = True) -> list
         )
     if sessions:
         found.append(companion(config, SESSIONS))
+    if idempotency:
+        found.append(companion(config, IDEMPOTENCY))
     return found
 
 
-def schema_sql(config: Config, *, locks: bool = True, sessions: bool = True) -> str:
+def schema_sql(
+    config: Config, *, locks: bool = True, sessions: bool = True, idempotency: bool = True
+) -> str:
     """Return the DDL of everything a store uses, for a migration tool.
 
     With ``auto_create_table=False`` nothing else is needed. The text is idempotent.
@@ -32,12 +39,14 @@ def schema_sql(config: Config, *, locks: bool = True, sessions: bool = True) -> 
         locks: also the tables of `Lock`, `Semaphore` and `Leader`: of durable and other grants,
             and of the tickets of those who wait in order.
         sessions: also the table of `SessionStore`.
+        idempotency: also the table of `Idempotency`.
 
     Raises:
         ConfigError: `config` is no `Config`.
     """
     require_config(config, "schema_sql()")
-    parts = [create_sql(table) for table in tables(config, locks=locks, sessions=sessions)]
+    wanted = tables(config, locks=locks, sessions=sessions, idempotency=idempotency)
+    parts = [create_sql(table) for table in wanted]
     if config.schema is not None:
         parts.insert(0, create_schema_sql(config.schema))
     return "\n\n".join(parts) + "\n"

@@ -16,8 +16,11 @@ if TYPE_CHECKING:
     from .errors import (
         ConfigError,
         ConflictError,
+        IdempotencyError,
+        InProgressError,
         InvalidKeyError,
         InvalidValueError,
+        KeyReusedError,
         LeaseLostError,
         LockError,
         LockTimeoutError,
@@ -47,6 +50,14 @@ if TYPE_CHECKING:
         invalidate_tag,
     )
     from .patterns.defaults import configure
+    from .patterns.idempotency.api import (
+        AsyncAttempt,
+        AsyncIdempotency,
+        Attempt,
+        Idempotency,
+        IdempotencyRecord,
+        idempotent,
+    )
     from .patterns.lock.api import (
         AsyncLease,
         AsyncLock,
@@ -88,7 +99,9 @@ if TYPE_CHECKING:
     )
 
 __all__ = [  # noqa: RUF022  # plain order: ruff would put L1 before the classes
+    "AsyncAttempt",
     "AsyncCachedFunction",
+    "AsyncIdempotency",
     "AsyncLeader",
     "AsyncLease",
     "AsyncLock",
@@ -99,6 +112,7 @@ __all__ = [  # noqa: RUF022  # plain order: ruff would put L1 before the classes
     "AsyncSessionStore",
     "AsyncStore",
     "AsyncTypedStore",
+    "Attempt",
     "CacheInfo",
     "CachedFunction",
     "CachedValue",
@@ -110,9 +124,14 @@ __all__ = [  # noqa: RUF022  # plain order: ruff would put L1 before the classes
     "Decision",
     "Entry",
     "Handle",
+    "Idempotency",
+    "IdempotencyError",
+    "IdempotencyRecord",
+    "InProgressError",
     "IncrementResult",
     "InvalidKeyError",
     "InvalidValueError",
+    "KeyReusedError",
     "KeyValue",
     "L1",
     "Leader",
@@ -164,6 +183,7 @@ __all__ = [  # noqa: RUF022  # plain order: ruff would put L1 before the classes
     "client_ip",
     "configure",
     "fence_sql",
+    "idempotent",
     "invalidate_tag",
     "load_session",
     "locked",
@@ -176,9 +196,10 @@ _NAMES_OF = {
     "._observe": "on_operation",
     ".aio": "AsyncStore",
     ".config": "Config Pooler RetryPolicy TableType TtlCleanupStrategy",
-    ".errors": "ConfigError ConflictError InvalidKeyError InvalidValueError LeaseLostError LockError LockTimeoutError NotFoundError OperationTimeoutError PgkvError PoolTimeoutError QueryError RateLimitedError SerializationError SessionConflictError SessionError SessionGoneError StoreUnavailableError TableNotFoundError TransactionError",
+    ".errors": "ConfigError ConflictError IdempotencyError InProgressError InvalidKeyError InvalidValueError KeyReusedError LeaseLostError LockError LockTimeoutError NotFoundError OperationTimeoutError PgkvError PoolTimeoutError QueryError RateLimitedError SerializationError SessionConflictError SessionError SessionGoneError StoreUnavailableError TableNotFoundError TransactionError",
     ".patterns.cache.decorator": "L1 AsyncCachedFunction CachedFunction CachedValue CacheInfo SignedPickle cached cached_functions invalidate_tag",
     ".patterns.defaults": "configure",
+    ".patterns.idempotency.api": "AsyncAttempt AsyncIdempotency Attempt Idempotency IdempotencyRecord idempotent",
     ".patterns.lock.api": "AsyncLease AsyncLock AsyncSemaphore Lease Lock LockInfo Semaphore",
     ".patterns.lock.leader": "AsyncLeader Leader",
     ".patterns.lock.locked": "fence_sql locked",

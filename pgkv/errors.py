@@ -20,6 +20,9 @@
     │   ├── LockTimeoutError (TimeoutError)
     │   └── LeaseLostError                      .reason
     ├── RateLimitedError                        .decision
+    ├── IdempotencyError
+    │   ├── InProgressError                     .retry_after
+    │   └── KeyReusedError
     └── SessionError
         ├── SessionGoneError                    .reason: "gone" or "rotated"
         └── SessionConflictError
@@ -40,8 +43,11 @@ from psycopg_pool import PoolTimeout
 __all__ = [
     "ConfigError",
     "ConflictError",
+    "IdempotencyError",
+    "InProgressError",
     "InvalidKeyError",
     "InvalidValueError",
+    "KeyReusedError",
     "LeaseLostError",
     "LockError",
     "LockTimeoutError",
@@ -165,6 +171,24 @@ class RateLimitedError(PgkvError):
     """
 
     decision: Any = None
+
+
+class IdempotencyError(PgkvError):
+    """Base of the errors of idempotency keys."""
+
+
+class InProgressError(IdempotencyError):
+    """Another attempt of the same key is under way.
+
+    Attributes:
+        retry_after: seconds: the rest of that attempt's lease. It may end sooner.
+    """
+
+    retry_after: float = 1.0
+
+
+class KeyReusedError(IdempotencyError):
+    """The key was used before, with another fingerprint."""
 
 
 class SessionError(PgkvError):

@@ -24,7 +24,7 @@ PLAIN = {"check", "pool_stats", "remaining", "headers", "cache_key", "limit"}
 # ... these return (async) iterators ...
 ITERATORS = {"iter_keys", "iter_items"}
 # ... and these something to be awaited or entered.
-MANAGERS = {"transaction", "acquire", "pipeline"}
+MANAGERS = {"transaction", "acquire", "pipeline", "once"}
 # Results that have blocking methods of their own.
 WRAPPED = {
     "Store",
@@ -36,6 +36,8 @@ WRAPPED = {
     "RateLimiter",
     "Reservation",
     "SessionStore",
+    "Idempotency",
+    "Attempt",
 }
 
 # One thread per racing call: with fewer, a caller that waits could keep the one it waits for from
@@ -56,6 +58,12 @@ class Threaded:
 
     def __init__(self, target: Any) -> None:
         self._target = target
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name.startswith("_"):
+            object.__setattr__(self, name, value)
+        else:
+            setattr(self._target, name, value)
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self._target, name)

@@ -188,10 +188,10 @@ def test_options_after_the_command_win(capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_schema_prints_ddl_without_a_server(capsys: pytest.CaptureFixture[str]) -> None:
-    """The DDL of all three tables, in the schema and of the type asked for; with --json in an object."""
+    """The DDL of all tables that follow the type, in the schema and of the type asked for; with --json in an object."""
     assert main(["schema", "--schema", "app", "--regular"]) == 0
     said = capsys.readouterr().out
-    assert said.count("CREATE TABLE IF NOT EXISTS") == 3
+    assert said.count("CREATE TABLE IF NOT EXISTS") == 4
     assert 'CREATE SCHEMA IF NOT EXISTS "app"' in said
     assert main(["schema", "--json"]) == 0
     assert "UNLOGGED" in json.loads(capsys.readouterr().out)["sql"]

@@ -1,0 +1,601 @@
+"""Idempotency keys: both modes, each fault and race arranged, for threads and for asyncio."""
+
+# ruff: noqa: PT012  # a transaction or an attempt is open where the error is raised
+
+from __future__ import annotations
+
+import asyncio
+import datetime as dt
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import psycopg
+import pytest
+
+import pgkv
+from pgkv.patterns._runtime.lease import RENEWED
+from pgkv.testing import ServerClock
+from tests.colours import Colour, Threaded
+from tests.peers import Peer, fetch, gather, until
+
+Make = Callable[..., Coroutine[Any, Any, Any]]
+TABLE = "kv_store_idempotency"
+
+
+@pytest.fixture
+def idem(store: Any, colour: Colour, event_loop_runner: asyncio.Runner, peer: Peer) -> Any:
+    """Keys that are remembered for an hour, and a table for effects."""
+
+    async def make() -> Any:
+        made = colour.make("Idempotency", store, ttl=3600, lease=30)
+        await made.create_table()
+        return made
+
+    peer.run("CREATE TABLE effects (key text)")
+    return event_loop_runner.run(make())
+
+
+async def effect(conn: Any, key: str) -> None:
+    """Do the work of a key on the caller's connection."""
+    await conn.execute("INSERT INTO effects VALUES (%s)", (key,))
+
+
+def effects(peer: Peer) -> int:
+    """How often work was done."""
+    count: int = peer.one("SELECT count(*) FROM effects")
+    return count
+
+
+async def pay(idem: Any, conn: Any, key: str = "k", **options: Any) -> tuple[bool, bytes]:
+    """One request in a transaction of its own: whether it was a replay, and its result."""
+    async with conn.transaction(), idem.using(conn).once(key, **options) as attempt:
+        if not attempt.is_replay:
+            await effect(conn, key)
+            attempt.result = b"paid"
+        return attempt.is_replay, attempt.result
+
+
+async def run(idem: Any, key: str = "k", **options: Any) -> tuple[bool, bytes]:
+    """One request by a lease."""
+    async with idem.once(key, **options) as attempt:
+        if not attempt.is_replay:
+            attempt.result = b"done"
+        return attempt.is_replay, attempt.result
+
+
+# -- what they do --------------------------------------------------------------------------
+
+
+async def test_a_retry_gets_the_first_outcome(idem: Any, connect: Make, peer: Peer) -> None:
+    """The work of a key is done once, by a lease and in a transaction; a retry gets its result."""
+    conn = await connect(autocommit=True)
+    assert await pay(idem, conn) == (False, b"paid")
+    assert await pay(idem, conn) == (True, b"paid")
+    assert effects(peer) == 1
+    assert await run(idem, "other") == (False, b"done")
+    assert await run(idem, "other") == (True, b"done")
+    # Both modes share the keys.
+    assert await run(idem, "k") == (True, b"paid")
+    assert await pay(idem, conn, "other") == (True, b"done")
+
+
+async def test_a_block_without_a_result_stores_an_empty_one(idem: Any) -> None:
+    """A block that ends without a result is done, too."""
+    async with idem.once("k") as attempt:
+        assert not attempt.is_replay
+    async with idem.once("k") as attempt:
+        assert attempt.is_replay
+        assert attempt.result == b""
+
+
+async def test_a_block_that_raises_lets_the_next_run_at_once(
+    idem: Any, connect: Make, peer: Peer
+) -> None:
+    """An exception takes the claim back, with any payload, and its token still rises."""
+    with pytest.raises(ZeroDivisionError):
+        async with idem.once("k", fingerprint=b"a") as attempt:
+            first = attempt.token
+            raise ZeroDivisionError
+    async with idem.once("k", fingerprint=b"b") as attempt:
+        assert not attempt.is_replay
+        assert attempt.token > first
+    conn = await connect(autocommit=True)
+    with pytest.raises(ZeroDivisionError):
+        async with conn.transaction(), idem.using(conn).once("t"):
+            await effect(conn, "t")
+            raise ZeroDivisionError
+    assert effects(peer) == 0
+    assert await pay(idem, conn, "t") == (False, b"paid")
+
+
+async def test_a_swallowed_exception_takes_the_effects_of_the_block_back(
+    idem: Any, connect: Make, peer: Peer
+) -> None:
+    """Block and claim are a savepoint: what the caller did before stays, the effect and its record go."""
+    conn = await connect(autocommit=True)
+    async with conn.transaction():
+        await effect(conn, "before")
+        try:
+            async with idem.using(conn).once("k"):
+                await effect(conn, "k")
+                raise ZeroDivisionError
+        except ZeroDivisionError:
+            pass
+    assert peer.run("SELECT key FROM effects") == [("before",)]
+    assert await pay(idem, conn) == (False, b"paid")
+
+
+async def test_completed_in_the_transaction_of_the_effects(
+    idem: Any, connect: Make, peer: Peer
+) -> None:
+    """complete(result, conn) commits with the caller's transaction, or not at all."""
+    conn = await connect(autocommit=True)
+    with pytest.raises(ZeroDivisionError):
+        async with idem.once("k") as attempt, conn.transaction():
+            await effect(conn, "k")
+            await attempt.complete(b"lost", conn)
+            raise ZeroDivisionError
+    assert effects(peer) == 0
+    async with idem.once("k") as attempt:
+        assert not attempt.is_replay
+        async with conn.transaction():
+            await effect(conn, "k")
+            await attempt.complete(b"paid", conn)
+        attempt.check()
+    assert await run(idem) == (True, b"paid")
+    assert effects(peer) == 1
+
+
+async def test_an_exception_after_the_commit_does_not_release(idem: Any, connect: Make) -> None:
+    """What was completed stays done, whatever the block raises afterwards."""
+    conn = await connect(autocommit=True)
+    with pytest.raises(ZeroDivisionError):
+        async with idem.once("k") as attempt:
+            async with conn.transaction():
+                await attempt.complete(b"paid", conn)
+            raise ZeroDivisionError
+    assert await run(idem) == (True, b"paid")
+
+
+async def test_inside_the_stores_own_transaction(store: Any, idem: Any, colour: Colour) -> None:
+    """A store of store.transaction() gives the first mode: the record commits with its writes."""
+    with pytest.raises(ZeroDivisionError):
+        async with store.transaction() as tx:
+            await tx.set("effect", "1")
+            async with colour.make("Idempotency", tx).once("k") as attempt:
+                attempt.result = b"r"
+            raise ZeroDivisionError
+    assert await idem.get("k") is None
+    async with store.transaction() as tx:
+        await tx.set("effect", "1")
+        async with colour.make("Idempotency", tx).once("k") as attempt:
+            attempt.result = b"r"
+    assert await run(idem) == (True, b"r")
+
+
+async def test_typed_results(idem: Any) -> None:
+    """Results of a typed view come back as values of its type."""
+    typed = idem.typed(dict[str, int])
+    async with typed.once("k") as attempt:
+        attempt.result = {"paid": 3}
+    async with typed.once("k") as attempt:
+        assert attempt.result == {"paid": 3}
+    assert (await typed.get("k")).result == {"paid": 3}
+    async with typed.once("empty"):
+        pass
+    async with typed.once("empty") as attempt:
+        assert attempt.is_replay
+        assert attempt.result is None
+
+
+async def test_get_and_forget(idem: Any, clock: ServerClock) -> None:
+    """get() tells running, done and abandoned; a forgotten key is new, and its attempt cannot end."""
+    assert await idem.get("k", scope="u") is None
+    async with idem.once("k", scope="u") as attempt:
+        found = await idem.get("k", scope="u")
+        assert (found.status, found.result, found.token) == ("running", None, attempt.token)
+        clock.advance(31)
+        assert (await idem.get("k", scope="u")).status == "abandoned"
+        attempt.result = b"r"
+    found = await idem.get("k", scope="u")
+    assert (found.status, found.result) == ("done", b"r")
+    assert found.expires_at - found.created_at > dt.timedelta(minutes=59)
+    assert await idem.get("k") is None
+    assert await idem.forget("k", scope="u") is True
+    assert await idem.forget("k", scope="u") is False
+    assert await idem.get("k", scope="u") is None
+    with pytest.raises(pgkv.LeaseLostError):
+        async with idem.once("k", scope="u"):
+            assert await idem.forget("k", scope="u") is True
+
+
+async def test_scopes_are_apart(idem: Any, make_store: Make, colour: Colour) -> None:
+    """One key of two users, and of two namespaces, is two keys."""
+    assert await run(idem, scope="ann") == (False, b"done")
+    assert await run(idem, scope="bob") == (False, b"done")
+    assert await run(idem, scope="ann") == (True, b"done")
+    other = colour.make("Idempotency", (await make_store()).namespace("app:"))
+    assert await run(other, scope="ann") == (False, b"done")
+
+
+async def test_bad_input_sends_nothing(
+    idem: Any, store: Any, colour: Colour, connect: Make, operations: list[Any]
+) -> None:
+    """What cannot be kept is refused before anything is sent, and names no value."""
+    operations.clear()
+    for key in ("", "a\0", "a\x1fb", "x" * 513, b"bytes", None):
+        with pytest.raises(pgkv.InvalidKeyError):
+            async with idem.once(key):
+                pass
+    for wrong in ({"ttl": 1, "lease": 2}, {"lease": 0.5}, {"ttl": 0}, {"ttl": -1}):
+        with pytest.raises(pgkv.InvalidValueError):
+            colour.make("Idempotency", store, **wrong)
+    with pytest.raises(pgkv.InvalidValueError, match="wait"):
+        async with idem.once("k", wait=-1):
+            pass
+    conn = await connect(autocommit=True)
+    with pytest.raises(pgkv.TransactionError, match="autocommit"):
+        async with idem.using(conn).once("k"):
+            pass
+    assert operations == []
+
+
+async def test_completed_once(idem: Any, make_store: Make, colour: Colour, connect: Make) -> None:
+    """A second complete(), one of a replay, and one outside a transaction are refused; so is a
+    result that the store cannot hold."""
+    conn = await connect(autocommit=True)
+    async with idem.once("k") as attempt:
+        with pytest.raises(pgkv.TransactionError, match="autocommit"):
+            await attempt.complete(b"r", conn)
+        await attempt.complete(b"r")
+        with pytest.raises(pgkv.TransactionError, match="already"):
+            await attempt.complete(b"s")
+    async with idem.once("k") as attempt:
+        with pytest.raises(pgkv.TransactionError, match="replay"):
+            await attempt.complete(b"s")
+    small = colour.make("Idempotency", await make_store(max_value_size=10))
+    with pytest.raises(pgkv.InvalidValueError, match="max_value_size"):
+        async with small.once("large") as attempt:
+            attempt.result = b"x" * 11
+
+
+# -- races, arranged -----------------------------------------------------------------------
+
+
+async def test_two_at_once_in_transactions(idem: Any, connect: Make, peer: Peer) -> None:
+    """The second waits for the first one's end, then replays."""
+    one, two = await connect(autocommit=True), await connect(autocommit=True)
+    async with one.transaction():
+        async with idem.using(one).once("k") as attempt:
+            await effect(one, "k")
+            attempt.result = b"paid"
+        second = asyncio.ensure_future(pay(idem, two, wait=30))
+        await peer.until_waiting()
+    assert await second == (True, b"paid")
+    assert effects(peer) == 1
+
+
+async def test_the_wait_is_over(idem: Any, connect: Make, peer: Peer) -> None:
+    """Busy after `wait`: the transaction stays usable, and its lock_timeout is the caller's."""
+    one, two = await connect(autocommit=True), await connect(autocommit=True)
+    await two.execute("SET lock_timeout = '12345ms'")
+    async with one.transaction(), idem.using(one).once("k"):
+        async with two.transaction():
+            await effect(two, "before")
+            with pytest.raises(pgkv.InProgressError) as busy:
+                async with idem.using(two).once("k", wait=0.01):
+                    pass
+            assert busy.value.retry_after > 0
+            assert await fetch(two, "SHOW lock_timeout") == [("12345ms",)]
+            async with idem.using(two).once("other"):
+                assert await fetch(two, "SHOW lock_timeout") == [("12345ms",)]
+        # The other mode is told as well.
+        with pytest.raises(pgkv.InProgressError):
+            await run(idem)
+    assert effects(peer) == 1
+
+
+async def test_two_at_once_by_leases(idem: Any) -> None:
+    """Of many claims at once one gets the key; the others are told that it is busy."""
+    entered = asyncio.Event()
+
+    async def claim() -> str:
+        try:
+            async with idem.once("k"):
+                await entered.wait()
+                return "mine"
+        except pgkv.InProgressError:
+            return "busy"
+
+    claims = [asyncio.ensure_future(claim()) for _ in range(12)]
+    await until(lambda: sum(each.done() for each in claims) == 11, "eleven are told")
+    entered.set()
+    assert sorted(await gather(*claims)) == ["busy"] * 11 + ["mine"]
+
+
+async def test_a_lease_that_is_waited_for(idem: Any, connect: Make) -> None:
+    """With `wait` the second polls, in either mode, and replays what the first has left."""
+    conn = await connect(autocommit=True)
+    async with idem.once("k") as attempt:
+        seconds = [asyncio.ensure_future(run(idem, wait=30))]
+        seconds.append(asyncio.ensure_future(pay(idem, conn, wait=30)))
+        await asyncio.sleep(0.05)
+        assert not any(each.done() for each in seconds)
+        attempt.result = b"first"
+    assert await gather(*seconds) == [(True, b"first")] * 2
+
+
+@pytest.mark.parametrize("dies", [False, True])
+async def test_the_first_rolls_back_or_dies(
+    idem: Any, connect: Make, peer: Peer, witness: Peer, dies: bool
+) -> None:
+    """The second, which waited, runs: of the first one nothing is left."""
+    one, two = await connect(), await connect(autocommit=True)
+    async with idem.using(one).once("k"):
+        await effect(one, "k")
+    pid = one.info.backend_pid
+    second = asyncio.ensure_future(pay(idem, two, wait=30))
+    await peer.until_waiting()
+    if dies:
+        witness.run("SELECT pg_terminate_backend(%s)", pid)
+    else:
+        await one.rollback()
+    assert await second == (False, b"paid")
+    assert effects(peer) == 1
+
+
+async def test_the_first_dies_with_its_lease(idem: Any, clock: ServerClock, peer: Peer) -> None:
+    """After the lease's end the next one runs, with a larger token; what comes late matches nothing."""
+    with pytest.raises(pgkv.LeaseLostError) as lost:
+        async with idem.once("k") as late:
+            late.result = b"late"
+            clock.advance(29)
+            with pytest.raises(pgkv.InProgressError) as busy:
+                await run(idem)
+            assert 0 < busy.value.retry_after <= 1.5
+            clock.advance(2)
+            async with idem.once("k") as attempt:
+                assert not attempt.is_replay
+                assert attempt.token > late.token
+                attempt.result = b"second"
+    assert lost.value.reason == "replaced"
+    assert await run(idem) == (True, b"second")
+
+
+@pytest.mark.parametrize("commits", [True, False])
+async def test_a_commit_delayed_past_the_lease(
+    idem: Any, connect: Make, clock: ServerClock, peer: Peer, commits: bool
+) -> None:
+    """While the completing transaction is open, the key is busy, without a wait; then it is done, or
+    taken over after a rollback."""
+    conn = await connect()
+    async with idem.once("k") as attempt:
+        await effect(conn, "k")
+        await attempt.complete(b"paid", conn)
+        token = attempt.token
+        clock.advance(31)
+        with pytest.raises(pgkv.InProgressError):
+            await run(idem)
+        assert peer.waiting() == 0
+        await (conn.commit() if commits else conn.rollback())
+    if commits:
+        assert await run(idem) == (True, b"paid")
+    else:
+        async with idem.once("k") as second:
+            assert not second.is_replay
+            assert second.token > token
+    assert effects(peer) == commits
+
+
+@pytest.mark.parametrize("inside", [False, True])
+async def test_another_payload(idem: Any, connect: Make, clock: ServerClock, inside: bool) -> None:
+    """Another payload is refused while the first runs, after it is done, and after a crash."""
+    conn = await connect(autocommit=True)
+
+    async def other() -> None:
+        with pytest.raises(pgkv.KeyReusedError):
+            await (pay(idem, conn, fingerprint="b") if inside else run(idem, fingerprint="b"))
+
+    with pytest.raises(pgkv.LeaseLostError):
+        async with idem.once("k", fingerprint="a"):
+            await other()
+            clock.advance(31)  # its process is dead, as far as others can tell
+            await other()
+            assert await run(idem, fingerprint="a") == (False, b"done")
+    await other()
+    assert await run(idem, fingerprint="a") == (True, b"done")
+
+
+async def test_a_stale_snapshot(idem: Any, connect: Make, peer: Peer, clock: ServerClock) -> None:
+    """At REPEATABLE READ a claim, and a completion after a mere renewal, meet 40001: repeat it."""
+    one = await connect()
+    await one.set_isolation_level(psycopg.IsolationLevel.REPEATABLE_READ)
+    await fetch(one, "SELECT 1")
+    assert await run(idem) == (False, b"done")
+    with pytest.raises(pgkv.QueryError) as raised:
+        async with idem.using(one).once("k"):
+            pass
+    assert raised.value.sqlstate == "40001"
+    assert raised.value.retryable
+    await one.rollback()
+    async with idem.using(one).once("k") as attempt:
+        assert attempt.is_replay
+    await one.rollback()
+    async with idem.once("r") as attempt:
+        await fetch(one, "SELECT 1")
+        peer.run(f"UPDATE {TABLE} SET leased_until = leased_until + '1 s' WHERE result IS NULL")
+        with pytest.raises(pgkv.QueryError) as raised:
+            await attempt.complete(b"x", one)
+        assert raised.value.sqlstate == "40001"
+        await one.rollback()
+        await attempt.complete(b"x", one)
+        await one.commit()
+    assert await run(idem, "r") == (True, b"x")
+
+
+async def test_two_keys_crossed(idem: Any, connect: Make, peer: Peer) -> None:
+    """Two transactions that take two keys crosswise: one of them is rolled back, and can be repeated."""
+    conns = [await connect(autocommit=True), await connect(autocommit=True)]
+    holding = asyncio.Barrier(2)
+
+    async def both(conn: Any, *keys: str) -> None:
+        async with conn.transaction():
+            async with idem.using(conn).once(keys[0]):
+                pass
+            await holding.wait()
+            async with idem.using(conn).once(keys[1], wait=30):
+                pass
+
+    outcomes = await gather(both(conns[0], "a", "b"), both(conns[1], "b", "a"))
+    failures = [each for each in outcomes if each is not None]
+    assert [each.sqlstate for each in failures] == ["40P01"]
+    assert failures[0].retryable
+
+
+@pytest.mark.parametrize("inside", [False, True])
+async def test_the_ttl_is_over(idem: Any, connect: Make, clock: ServerClock, inside: bool) -> None:
+    """When its ttl has passed, since its completion, the key is new, with any payload."""
+    conn = await connect(autocommit=True)
+
+    async def ask(fingerprint: str) -> tuple[bool, bytes]:
+        if inside:
+            return await pay(idem, conn, fingerprint=fingerprint)
+        return await run(idem, fingerprint=fingerprint)
+
+    assert (await ask("a"))[0] is False
+    clock.advance(3599)
+    assert (await ask("a"))[0] is True
+    clock.advance(2)
+    assert (await ask("b"))[0] is False
+
+
+async def test_work_longer_than_the_ttl(store: Any, idem: Any, clock: ServerClock) -> None:
+    """A renewal moves the end of the key as well: a second attempt does not begin while one runs."""
+    async with idem.once("k") as attempt:
+        for _ in range(130):  # longer than the ttl of an hour
+            clock.advance(28)
+            renewed = await store._execute(idem._flows.sql.renew([(b"\x1fk", attempt.token, 30.0)]))
+            assert renewed == {b"\x1fk": RENEWED}
+        with pytest.raises(pgkv.InProgressError):
+            await run(idem)
+    assert await run(idem) == (True, b"")
+
+
+async def test_renewed_while_it_runs(store: Any, colour: Colour, idem: Any, peer: Peer) -> None:
+    """An attempt is renewed in the background, at a third of its lease."""
+    short = colour.make("Idempotency", store, lease=3)
+    async with short.once("k") as attempt:
+        first = peer.one(f"SELECT leased_until FROM {TABLE}")
+        await until(lambda: peer.one(f"SELECT leased_until FROM {TABLE}") > first, "a renewal")
+        attempt.check()
+
+
+async def test_a_lost_lease_is_noticed(store: Any, colour: Colour, idem: Any, peer: Peer) -> None:
+    """When another took the key over, the next renewal tells: check() raises."""
+    short = colour.make("Idempotency", store, lease=1)
+    with pytest.raises(pgkv.LeaseLostError):
+        async with short.once("k") as attempt:
+            peer.run(f"UPDATE {TABLE} SET token = token + 1")
+            await until(lambda: attempt.is_lost, "the loss is noticed")
+            attempt.check()
+
+
+async def test_a_replay_and_a_refusal_take_no_xid(idem: Any, connect: Make, peer: Peer) -> None:
+    """Busy, done and mismatch are read-only, by a lease and in a transaction."""
+    await run(idem, "done", fingerprint="a")
+    conn = await connect()
+    assigned = "SELECT pg_current_xact_id_if_assigned()::text"
+    async with idem.using(conn).once("done", fingerprint="a") as attempt:
+        assert attempt.is_replay
+    for fingerprint in ("b", "c"):
+        with pytest.raises(pgkv.KeyReusedError):
+            async with idem.using(conn).once("done", fingerprint=fingerprint):
+                pass
+    assert await fetch(conn, assigned) == [(None,)]
+    await conn.rollback()
+    async with idem.once("busy"):
+        before = int(peer.one("SELECT pg_snapshot_xmax(pg_current_snapshot())::text"))
+        for _ in range(20):
+            assert await run(idem, "done", fingerprint="a") == (True, b"done")
+            for key, error in (("busy", pgkv.InProgressError), ("done", pgkv.KeyReusedError)):
+                with pytest.raises(error):
+                    await run(idem, key)
+        after = int(peer.one("SELECT pg_snapshot_xmax(pg_current_snapshot())::text"))
+    assert after - before < 20  # 60 calls; autovacuum may take some
+
+
+async def test_swept_when_their_time_has_passed(
+    make_store: Make, colour: Colour, clock: ServerClock, peer: Peer
+) -> None:
+    """The store's own sweeps collect expired keys, done and abandoned; those under way stay."""
+    background = await make_store(ttl_cleanup_strategy=pgkv.TtlCleanupStrategy.BACKGROUND)
+    idem = colour.make("Idempotency", background, ttl=60)
+    for n in range(50):
+        await run(idem, f"k{n}")
+    clock.advance(61)
+    async with idem.once("running"):
+        await until(lambda: peer.keys(TABLE) == {"\x1frunning"}, "the expired are swept")
+    manual = await make_store(ttl_cleanup_strategy=pgkv.TtlCleanupStrategy.MANUAL)
+    mine = colour.make("Idempotency", manual)
+    clock.advance(100)
+    assert await mine.purge() == 1
+
+
+async def test_a_sweep_and_a_claim_of_an_expired_key(
+    idem: Any, peer: Peer, witness: Peer, clock: ServerClock
+) -> None:
+    """A claim that meets the row in a sweep's open transaction waits for nothing, and then has it."""
+    await run(idem)
+    clock.advance(3601)
+    with peer.conn.transaction():
+        peer.run(f"DELETE FROM {TABLE} WHERE expires_at < statement_timestamp()")
+        with pytest.raises(pgkv.InProgressError):
+            await run(idem)
+        assert witness.waiting() == 0
+    assert await run(idem) == (False, b"done")
+
+
+# -- the decorator -------------------------------------------------------------------------
+
+
+async def test_the_decorator(
+    store: Any, idem: Any, colour: Colour, connect: Make, peer: Peer
+) -> None:
+    """A decorated function runs once for a key: by a lease, and in the caller's transaction."""
+    calls: list[int] = []
+    given = store._target if isinstance(store, Threaded) else store
+    conn = await connect(autocommit=True)
+    options: dict[str, Any] = {"store": given, "fingerprint": lambda n, *_: str(n)}
+
+    def work(n: int, key: str, conn: Any = None) -> dict[str, int]:
+        calls.append(n)
+        return {"paid": n}
+
+    async def async_work(n: int, key: str, conn: Any = None) -> dict[str, int]:
+        return work(n, key)
+
+    fn: Any = work if colour.name == "sync" else async_work
+    by_lease = pgkv.idempotent(lambda _n, key, conn=None: key, **options)(fn)
+    inside = pgkv.idempotent(
+        lambda _n, key, conn=None: key, conn=lambda _n, _key, conn: conn, scope="t", **options
+    )(fn)
+
+    async def ask(function: Any, *args: Any) -> Any:
+        if colour.name == "async":
+            return await function(*args)
+        return await asyncio.to_thread(function, *args)
+
+    assert await ask(by_lease, 1, "k") == {"paid": 1}
+    assert await ask(by_lease, 1, "k") == {"paid": 1}
+    with pytest.raises(pgkv.KeyReusedError):
+        await ask(by_lease, 2, "k")
+    raw = conn._target if isinstance(conn, Threaded) else conn
+    async with conn.transaction():
+        assert await ask(inside, 1, "k", raw) == {"paid": 1}
+    async with conn.transaction():
+        assert await ask(inside, 1, "k", raw) == {"paid": 1}
+    assert calls == [1, 1]
+    keys = {row[0] for row in peer.run(f"SELECT key FROM {TABLE}")}
+    assert keys == {f"{fn.__module__}.{fn.__qualname__}\x1fk", "t\x1fk"}
+    with pytest.raises(pgkv.ConfigError):
+        pgkv.idempotent("k")  # type: ignore[arg-type]  # no function
