@@ -146,6 +146,16 @@ def config_of_pool(pool: Any, dsn: str | None, given: Mapping[str, Any]) -> Conf
     return Config(dsn or own or "postgresql://", **given)
 
 
+def require_bound(config: Config) -> None:
+    """Refuse to evict from a table without a bound.
+
+    Raises:
+        ConfigError: says how to give it one.
+    """
+    if not config.bounded:
+        raise ConfigError("evict: the table has no bound; set max_entries or max_bytes")
+
+
 def require_whole_table(sql: Statements, action: str) -> None:
     """Refuse, on a namespace, what would touch other namespaces' keys.
 

@@ -22,6 +22,7 @@ from urllib.parse import quote
 import psycopg
 from psycopg_pool import AsyncConnectionPool
 
+from ._engine import evict as _evict
 from ._engine import flows as _flows
 from ._engine import retry as _retry
 from ._engine import schema as _schema
@@ -44,6 +45,7 @@ from ._settings import (
     options_of,
     reach_timeout,
     refuse_pickle,
+    require_bound,
     require_whole_table,
     scan_options,
     table_config,
@@ -582,6 +584,11 @@ class AsyncStore:
         """Delete rows whose time has passed, in short chunks that block no other client. See
         `Store.cleanup_expired`."""
         return await self._channel.run(_sweep.sweep_all(self._sql, limit))
+
+    async def evict(self) -> int:
+        """Evict keys until the bound of the table holds; return how many. See `Store.evict`."""
+        require_bound(self._config)
+        return await self._channel.run(_evict.evict_all(self._sql))
 
     async def clear(self) -> int:
         """Remove every key (of the namespace); return how many were live."""

@@ -14,7 +14,7 @@ from ._cli.demo import demo
 from ._cli.doctor import doctor
 from ._cli.keys import delete, get, scan, set_
 from ._cli.locks import lock, locks
-from ._cli.table import schema, stats, sweep
+from ._cli.table import evict, schema, stats, sweep
 
 # The help shows them in this order.
 COMMANDS: dict[str, Callable[..., int]] = {
@@ -24,6 +24,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "scan": scan,
     "stats": stats,
     "sweep": sweep,
+    "evict": evict,
     "doctor": doctor,
     "schema": schema,
     "locks": locks,

@@ -127,6 +127,7 @@ class Table:
     type: TableType = TableType.UNLOGGED
     shape: TableShape | None = None  # None: the store's own
     auto_create: bool = True
+    bounded: bool = False  # has a column for eviction
     quoted: str = field(init=False)
 
     def __post_init__(self) -> None:
@@ -164,6 +165,9 @@ class Config:
         coalesce: (async) send the operations of one turn of the event loop together.
         on_error: ``"miss"`` for a cache: while the server is away, reads of keys find nothing and
             plain writes are dropped. Conditions, counters, scans and pipelines raise as ever.
+        max_entries: evict the oldest keys of a cache beyond about this number; at least 100.
+        max_bytes: the same for keys, values and 80 bytes a row; at least 1 MiB. A value may have an
+            eighth of it.
 
     Raises:
         ConfigError: names the field and what it accepts.
@@ -187,6 +191,8 @@ class Config:
     retry: RetryPolicy | None = field(default_factory=RetryPolicy)
     coalesce: bool = False
     on_error: OnAway = "raise"
+    max_entries: int | None = None
+    max_bytes: int | None = None
 
     def __post_init__(self) -> None:
         _require_dsn(self.dsn)
@@ -203,6 +209,11 @@ class Config:
                 raise ConfigError(f"{name} must be True or False")
         if self.on_error not in ("raise", "miss"):
             raise ConfigError(f"on_error must be 'raise' or 'miss', not {self.on_error!r}")
+        for name, least in (("max_entries", 100), ("max_bytes", 1 << 20)):
+            if getattr(self, name) is not None:
+                require_int(name, getattr(self, name), least, 1 << 60)
+                if self.ttl_cleanup_strategy is TtlCleanupStrategy.DISABLED:
+                    raise ConfigError(f"{name} needs a cleanup strategy other than DISABLED")
         require_int("max_key_length", self.max_key_length, 1, KEY_LENGTH_MAX)
         require_int("max_value_size", self.max_value_size, 1, VALUE_SIZE_MAX)
         require_int("pool_max_size", self.pool_max_size, 1, 10_000)
@@ -250,8 +261,17 @@ class Config:
     def table(self) -> Table:
         """The key-value table these settings name."""
         return Table(
-            self.table_name, self.schema, self.table_type, auto_create=self.auto_create_table
+            self.table_name,
+            self.schema,
+            self.table_type,
+            auto_create=self.auto_create_table,
+            bounded=self.bounded,
         )
+
+    @property
+    def bounded(self) -> bool:
+        """Whether rows are evicted."""
+        return self.max_entries is not None or self.max_bytes is not None
 
     @property
     def safe_dsn(self) -> str:
@@ -277,6 +297,8 @@ class TableOptions(TypedDict, total=False):
     max_key_length: int
     max_value_size: int
     on_error: OnAway
+    max_entries: int | None
+    max_bytes: int | None
 
 
 class Options(TableOptions, total=False):

@@ -21,6 +21,7 @@ from urllib.parse import quote
 import psycopg
 from psycopg_pool import ConnectionPool
 
+from ._engine import evict as _evict
 from ._engine import flows as _flows
 from ._engine import retry as _retry
 from ._engine import schema as _schema
@@ -43,6 +44,7 @@ from ._settings import (
     options_of,
     reach_timeout,
     refuse_pickle,
+    require_bound,
     require_whole_table,
     scan_options,
     table_config,
@@ -731,6 +733,16 @@ class Store:
         """
         return self._channel.run(_sweep.sweep_all(self._sql, limit))
 
+    def evict(self) -> int:
+        """Evict keys until the bound of the table (`max_entries`, `max_bytes`) holds; return how
+        many. Otherwise it is kept in the background.
+
+        Raises:
+            ConfigError: the table has no bound.
+        """
+        require_bound(self._config)
+        return self._channel.run(_evict.evict_all(self._sql))
+
     def clear(self) -> int:
         """Remove every key (of the namespace); return how many were live."""
         return self._channel.execute(self._sql.delete_prefix(""))
@@ -925,7 +937,8 @@ class Store:
         Args:
             name: the table's name.
             **options: ``schema``, ``table_type``, ``auto_create_table``, ``ttl_cleanup_strategy``,
-                ``max_key_length``, ``max_value_size``, ``on_error``; the others are this store's.
+                ``max_key_length``, ``max_value_size``, ``on_error``, ``max_entries``, ``max_bytes``; the others
+                are this store's.
 
         Raises:
             ConfigError: the name cannot be a table name, or there is no such option.

@@ -134,10 +134,10 @@ class Invocation:
         return Config(dsn, pool_min_size=0, application_name="pgkv cli", **given)
 
     @contextlib.contextmanager
-    def store(self, *, create: bool = False) -> Iterator[Store]:
+    def store(self, *, create: bool = False, **options: Any) -> Iterator[Store]:
         """Open the store. Only a command that writes creates a missing table or embedded database: a
         mistyped name leaves nothing behind."""
-        config = self.config(auto_create_table=create)
+        config = self.config(auto_create_table=create, **options)
         if not create:
             require_database(config)
         with Store(config) as store:

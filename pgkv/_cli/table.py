@@ -71,6 +71,35 @@ def sweep(
     return DONE
 
 
+def evict(
+    call: Invocation,
+    max_entries: Annotated[
+        int | None,
+        typer.Option("--max-entries", metavar="N", min=100, help="Keep about N keys."),
+    ] = None,
+    max_bytes: Annotated[
+        int | None,
+        typer.Option("--max-bytes", metavar="N", min=1 << 20, help="Keep about N bytes."),
+    ] = None,
+) -> int:
+    """Delete the oldest keys of a cache until it is within a bound.
+
+    Rows that rate limiters and cached functions need are kept. It processes the whole table, also
+    with --namespace.
+
+    **Example:** `pgkv evict --table cache --max-entries 100000`
+    """
+    if max_entries is None and max_bytes is None:
+        raise typer.BadParameter("give --max-entries or --max-bytes")
+    with call.store(max_entries=max_entries, max_bytes=max_bytes) as store:
+        removed = store.evict()
+    if call.json:
+        console.say_json({"deleted": removed})
+    else:
+        console.say(f"evicted {console.count(removed, 'key')}")
+    return DONE
+
+
 def schema(
     call: Invocation,
     regular: Annotated[

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from psycopg import pq
 
 from .._ops.drivers import answer_of
-from .._ops.op import Expired, Op, Param, Pipelined, Raced, Statement, Transaction
+from .._ops.op import Expired, Noted, Op, Param, Pipelined, Raced, Statement, Transaction
 from .._sql.sweep import Sweep
 from ..config import Config, Table
 from ..errors import ConflictError, PgkvError, TransactionError
@@ -24,6 +24,9 @@ from .sweep import Collector
 
 if TYPE_CHECKING:
     from psycopg.pq.abc import PGresult
+
+
+MANY = 1_000_000  # rows, at most, that a batch lets evict; it ends where the bound holds
 
 
 class PooledOperations:
@@ -89,13 +92,22 @@ class PooledOperations:
         if collector is not None:
             collector.sweep()
 
+    def _evict_after(self, step: Transaction[Any] | Pipelined) -> None:
+        """Many rows may have been written, of which no answer told."""
+        table = step.table
+        if table is not None and table.bounded and step.writes and table in self._collectors:
+            self._collectors[table].note(Noted(None, MANY), b"")
+
     def _collected(self, op: Op[Any], answer: Any) -> Any:
         """The caller's part of an answer; the expired keys in it are queued for deletion."""
         if not isinstance(answer, Expired):
             return answer
         collector = self._collectors.get(op.statement.table)  # type: ignore[arg-type]  # never None: it has rows
         if collector is not None:
-            collector.collect(answer.keys_of(op))
+            if isinstance(answer, Noted):
+                collector.note(answer, answer.keys_of(op)[0])
+            else:
+                collector.collect(answer.keys_of(op))
         return answer.answer
 
 

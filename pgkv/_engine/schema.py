@@ -36,6 +36,8 @@ STORE = TableShape(
     fillfactor=80,
 )
 
+USED_AT = "used_at    TIMESTAMPTZ"  # of a bounded table: when a read marked the row
+
 # What a column of a store must be; the Rust crate's tables lack only the version.
 _EXPECTED = {
     "key": ("text", "character varying"),
@@ -50,9 +52,10 @@ _EXPECTED = {
 def create_sql(table: Table) -> str:
     """Return the commands that create the table where it is missing."""
     shape = table.shape or STORE
+    columns = shape.columns + (f",\n    {USED_AT}" if table.bounded else "")
     unlogged = "UNLOGGED " if table.type is TableType.UNLOGGED else ""
     sql = (
-        f"CREATE {unlogged}TABLE IF NOT EXISTS {table.quoted} (\n{shape.columns}\n) "
+        f"CREATE {unlogged}TABLE IF NOT EXISTS {table.quoted} (\n{columns}\n) "
         f"WITH (fillfactor = {shape.fillfactor}, {_AUTOVACUUM});"
     )
     for name, definition in shape.indexes:
@@ -158,12 +161,14 @@ def _missing(table: Table, columns: dict[str, str]) -> str:
                 f"the table {table.quoted} exists but is not a pgkv table: its column {name} "
                 f"is {found}, not {types[0]}; choose another table_name"
             )
+    add = f"ALTER TABLE {table.quoted} ADD COLUMN IF NOT EXISTS"
+    used_at = f"{add} {USED_AT}; " if table.bounded and "used_at" not in columns else ""
     if "version" in columns:
-        return ""
+        return used_at
     # A constant default rewrites no row; 0 would mean "absent" to if_version. New rows, also
     # those of clients that know no version, then start at the clock.
     return (
-        f"ALTER TABLE {table.quoted} ADD COLUMN IF NOT EXISTS version BIGINT NOT NULL DEFAULT 1; "
+        f"{used_at}{add} version BIGINT NOT NULL DEFAULT 1; "
         f"ALTER TABLE {table.quoted} ALTER COLUMN version SET DEFAULT {_VERSION_DEFAULT};"
     )
 

@@ -18,10 +18,12 @@ from typing import Any
 from .. import _observe
 from .._fork import new_lock
 from .._ops.codec import whole
-from .._ops.op import Flow, do, pause
+from .._ops.op import Flow, Noted, do, pause
+from .._sql.evict import EvictStatements
 from .._sql.sweep import SWEEP_PAGES, Sweep
 from ..config import TtlCleanupStrategy
 from ..errors import PgkvError
+from .evict import Evictor
 
 SWEEP_CHANCE = 1 / 256  # of a write being followed by a sweep of one chunk
 QUEUE_MAX = 10_000  # keys remembered for deletion; beyond them the oldest are left to sweeps
@@ -32,6 +34,7 @@ PATROL_PAUSE = 1.0  # seconds between chunks while few rows are expired
 PATROL_HURRY = 0.01  # seconds between chunks while more than a quarter are
 PATROL_RETRY = 10.0  # seconds after a failure
 EXPIRED_SHARE = 0.25
+PATROL_EVICTS = 1_000  # rows after each chunk, where the table exceeds its bound
 
 
 class Collector:
@@ -49,6 +52,9 @@ class Collector:
         self._sql = sql
         self._background = background
         self._lock = new_lock(self)
+        self.evictor: Evictor | None = None
+        if isinstance(sql, EvictStatements) and sql.config.bounded:
+            self.evictor = Evictor(sql)
         self.reset()
 
     def reset(self) -> None:
@@ -59,6 +65,17 @@ class Collector:
         self._quiet_until = 0.0
         self._working: object | None = None
         self._patrolling = False
+        if self.evictor is not None:
+            self.evictor.reset()
+
+    def note(self, noted: Noted, key: bytes) -> None:
+        """Hear of what was read or written in a bounded table."""
+        strategy = self._sql.config.ttl_cleanup_strategy
+        if self.evictor is None or strategy is TtlCleanupStrategy.MANUAL:
+            return
+        self.evictor.note(noted, key)
+        if self.evictor.is_due:
+            self._start()
 
     def collect(self, keys: Sequence[bytes]) -> None:
         """Have those keys deleted soon, if they are still expired then."""
@@ -99,15 +116,18 @@ class Collector:
 
     def _work(self) -> Flow[None]:
         try:
-            yield from pause(BATCH_DELAY)
+            if self.evictor is None or not self.evictor.is_due:
+                yield from pause(BATCH_DELAY)
             while True:
                 while self._keys:
                     yield from do(self._sql.collect(self._take()))
                 if self._sweeps:
                     self._sweeps = 0
                     yield from self._chunk(alone=False)
+                while self.evictor is not None and self.evictor.is_due:
+                    yield from self.evictor.work()
                 with self._lock:
-                    if not self._keys and not self._sweeps:
+                    if not (self._keys or self._sweeps or (self.evictor and self.evictor.is_due)):
                         self._working = None
                         return
         except PgkvError as error:
@@ -136,6 +156,8 @@ class Collector:
         while True:
             try:
                 share = yield from self._chunk(alone=True)
+                if self.evictor is not None:
+                    yield from self.evictor.evict(PATROL_EVICTS)
             except PgkvError as error:
                 _observe.debug("pgkv.sweep.failed", table=self._sql.t, error=type(error).__name__)
                 yield from pause(PATROL_RETRY)

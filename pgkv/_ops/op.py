@@ -138,6 +138,17 @@ class Expired(Signal):
         return self.keys or op.params[:1]  # type: ignore[return-value]  # a key is never None
 
 
+class Noted(Expired):
+    """An answer that the collector of a bounded table hears of: of `rows` that were written, or
+    with 0 that the key was read."""
+
+    __slots__ = ("rows",)
+
+    def __init__(self, answer: Any, rows: int) -> None:
+        super().__init__(answer)
+        self.rows = rows
+
+
 class Sleep:
     """Step: let time pass."""
 

@@ -1,7 +1,8 @@
 """The store's statements, as factories that return operations. Nothing is sent from here.
 
 `table` holds the pieces that statements share, `point` those of one key, `batch` those of many, `scan`
-those of a range or the whole table, `sweep` those that collect expired rows of any table. Patterns have
+those of a range or the whole table, `sweep` those that collect expired rows of any table, `evict`
+those that keep a table within its bound. Patterns have
 their own statements, in their `sql` modules. The rules that keep one text running on PostgreSQL 14 to
 18, managed PostgreSQL and Citus:
 
@@ -21,6 +22,7 @@ from typing import Any
 from .._ops.lazy import cached_property
 from .._ops.op import Op, Param, Statement
 from .batch import BatchStatements
+from .evict import EvictStatements
 from .point import PointStatements
 from .scan import ScanStatements
 from .table import AFTER, NEVER
@@ -30,7 +32,7 @@ __all__ = ["Statements"]
 GETS, SETS, INCREMENTS = range(3)
 
 
-class Statements(PointStatements, BatchStatements, ScanStatements):
+class Statements(PointStatements, BatchStatements, ScanStatements, EvictStatements):
     """All statements of one key-value table, for keys under one prefix."""
 
     may_miss = True

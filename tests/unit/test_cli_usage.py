@@ -18,7 +18,7 @@ from pgkv.cli import main
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = (
-    *("get", "set", "delete", "scan", "stats", "sweep", "doctor", "schema"),
+    *("get", "set", "delete", "scan", "stats", "sweep", "evict", "doctor", "schema"),
     *("locks", "lock", "cache", "demo"),
 )
 NOWHERE = "postgresql://somebody:hunter2@127.0.0.1:1/db"
@@ -282,6 +282,7 @@ def test_as_a_process() -> None:
         ["scan"],
         ["stats"],
         ["sweep"],
+        ["evict", "--max-entries", "100"],
         ["delete", "k"],
         ["locks"],
         ["cache"],

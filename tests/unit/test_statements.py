@@ -56,6 +56,7 @@ SAFE: dict[str, Call] = {
     "expire_many": lambda s: s.expire_many(KEYS, 60),
     "persist": lambda s: s.persist("k"),
     "collect": lambda s: s.collect([b"k"]),
+    "mark": lambda s: s.mark([b"k"]),
     "sweep": lambda s: s.sweep(0),
     "sweep_alone": lambda s: s.sweep_alone(0),
 }
@@ -96,6 +97,8 @@ UNSAFE: dict[str, Call] = {
     "truncate": lambda s: s.truncate(),
     "vacuum": lambda s: s.vacuum(),
     "analyze": lambda s: s.analyze(),
+    "evict": lambda s: s.evict(1000, 4, 100, 1.0, 1.0),
+    "vacuum of what was evicted": lambda s: s.vacuum_idle(),
 }
 ALL = SAFE | UNSAFE
 
@@ -180,7 +183,7 @@ def test_no_statement_is_left_out() -> None:
 
 def test_statements_are_named_as_their_callers_know_them() -> None:
     """Messages and metrics name what was called, not how it is done; but for what pgkv does itself."""
-    own = {"collect", "cleanup"}
+    own = {"collect", "cleanup", "mark"}
     for name, call in ALL.items():
         found = statement(call).name
         assert found in own or hasattr(Store, found), name
@@ -191,6 +194,7 @@ def test_reads_do_not_count_as_writes() -> None:
     reads = {
         "get", "get_entry", "exists", "ttl", "get_many", "exists_many", "keys", "scan", "count",
         "stats", "ping", "now", "connect", "collect", "cleanup",
+        "mark", "evict",
     }  # fmt: skip
     commands = {"truncate", "vacuum", "analyze"}
     for name, call in ALL.items():

@@ -206,7 +206,9 @@ class AsyncPoolChannel(PooledOperations):
         return await drive_async(flow, self.execute, timeout, self._together)
 
     async def _together(self, step: Transaction[Any] | Pipelined, timeout: float | None) -> Any:
-        return await self._settle(step, self.until(step, timeout))
+        answer = await self._settle(step, self.until(step, timeout))
+        self._evict_after(step)
+        return answer
 
     def transaction(
         self, isolation: IsolationLevel | None = None

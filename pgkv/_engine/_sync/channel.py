@@ -247,7 +247,9 @@ class PoolChannel(PooledOperations):
         return drive(flow, self.execute, timeout, self._together)
 
     def _together(self, step: Transaction[Any] | Pipelined, timeout: float | None) -> Any:
-        return self._settle(step, self.until(step, timeout))
+        answer = self._settle(step, self.until(step, timeout))
+        self._evict_after(step)
+        return answer
 
     def transaction(
         self, isolation: IsolationLevel | None = None

@@ -1,0 +1,179 @@
+"""A bound on a table's size: what is evicted, what never is, and that nothing waits for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import pytest
+
+import pgkv
+from pgkv._engine.evict import Evictor
+from pgkv._ops.op import Noted
+from pgkv.testing import ServerClock
+from tests.colours import Colour
+from tests.peers import Peer, until
+
+MakeStore = Callable[..., Coroutine[Any, Any, Any]]
+MANUAL = pgkv.TtlCleanupStrategy.MANUAL
+
+
+def names(prefix: str, count: int) -> dict[str, str]:
+    return {f"{prefix}{n}": "v" for n in range(count)}
+
+
+async def test_the_oldest_go(make_store: MakeStore, clock: ServerClock) -> None:
+    """evict deletes the oldest keys beyond the bound, expired ones first, and says how many."""
+    store = await make_store(max_entries=100, ttl_cleanup_strategy=MANUAL)
+    await store.set_many(names("expired", 10), ttl=1)
+    await store.set_many(names("old", 60))
+    clock.advance(60)
+    await store.set_many(names("new", 90))
+    assert await store.evict() == 60
+    assert await store.count(include_expired=True) == 100
+    assert await store.count("new") == 90
+    assert await store.count("old") == 10
+    assert await store.evict() == 0
+
+
+async def test_marked_rows_count_as_younger(make_store: MakeStore, clock: ServerClock) -> None:
+    """A row that was read since it came stays where an unread one of the same age goes."""
+    store = await make_store(max_entries=100, ttl_cleanup_strategy=MANUAL)
+    await store.set_many(names("read", 50) | names("unread", 50))
+    clock.advance(60)
+    assert await store._execute(store._sql.mark([f"read{n}".encode() for n in range(50)])) == 50
+    assert await store._execute(store._sql.mark([b"read0"])) == 0  # once in a row's life
+    await store.set_many(names("new", 50))
+    clock.advance(60)
+    assert await store.evict() == 50
+    assert await store.count("unread") == 0
+
+
+async def test_reads_mark_and_writes_evict(make_store: MakeStore, peer: Peer) -> None:
+    """In the background a table stays within its bound, and what is read is marked."""
+    store = await make_store(max_entries=100)
+    for n in range(600):
+        await store.set(f"k{n}", "v")
+        await store.get(f"k{n}")
+    await until(lambda: peer.one("SELECT count(*) FROM kv_store") <= 120, "the bound holds")
+    for key in list(peer.keys()) * 5:
+        await store.get(key)
+    await until(lambda: peer.one("SELECT count(used_at) FROM kv_store") > 0, "a row is marked")
+    await store.set_many(names("many", 12_000))
+    await until(lambda: peer.one("SELECT count(*) FROM kv_store") <= 120, "the bound holds again")
+
+
+async def test_transactions_are_left_alone(make_store: MakeStore, peer: Peer) -> None:
+    """Inside a transaction, and with MANUAL, nothing is marked or evicted by itself."""
+    bounded = await make_store(max_entries=100)
+    manual = await make_store(max_entries=100, ttl_cleanup_strategy=MANUAL, table_name="manual")
+    async with bounded.transaction() as tx:
+        for store in (tx, manual):
+            for n in range(300):
+                await store.set(f"k{n}", "v")
+                await store.get(f"k{n}")
+    for table in ("kv_store", "manual"):
+        assert peer.run(f"SELECT count(*), count(used_at) FROM {table}") == [(300, 0)]
+
+
+async def test_what_patterns_need_is_kept(
+    make_store: MakeStore, colour: Colour, peer: Peer, clock: ServerClock
+) -> None:
+    """Limiters keep their count and invalidated values stay away, also in a namespace; a user's
+    own key that only looks like theirs is evicted."""
+    store = await make_store(max_entries=100, ttl_cleanup_strategy=MANUAL)
+    stores = (store, store.namespace("app:"))
+    limiters = [
+        colour.make("RateLimiter", each, "3/day", name="api", timeout=20) for each in stores
+    ]
+    for limiter in limiters:
+        assert await limiter.hit("u", cost=3)
+    for key, value in (
+        ("pgkv:cache:f:x", ""),
+        ("app:pgkv:cache:g", ""),
+        ("pgkv:cache:p", b"~" * 17),
+    ):
+        await store.set(key, value)
+    kept = peer.keys()
+    await store.set_many({"page:pgkv:rate:x": "text", "mine:pgkv:cache:y": "value"})
+    clock.advance(60)
+    await store.set_many(names("k", 300))
+    assert await store.evict() == 207
+    assert kept <= peer.keys()
+    assert not {"page:pgkv:rate:x", "mine:pgkv:cache:y"} & peer.keys()
+    for limiter in limiters:
+        assert not await limiter.hit("u", cost=3)
+
+
+async def test_eviction_waits_for_nobody(make_store: MakeStore, peer: Peer) -> None:
+    """Rows that a transaction holds are skipped; the others go."""
+    store = await make_store(max_entries=100, ttl_cleanup_strategy=MANUAL, operation_timeout=10)
+    await store.set_many(names("k", 300))
+    peer.conn.autocommit = False
+    peer.run("SELECT FROM kv_store WHERE key < 'k2' FOR UPDATE")
+    held = peer.keys()
+    await store.evict()
+    peer.conn.rollback()
+    peer.conn.autocommit = True
+    assert {key for key in held if key < "k2"} <= peer.keys()
+    assert await store.evict() > 0
+    assert await store.count() == 100
+
+
+async def test_a_bound_of_bytes(make_store: MakeStore) -> None:
+    """max_bytes counts keys, values as they are stored, and 80 bytes a row."""
+    store = await make_store(max_bytes=1 << 20, ttl_cleanup_strategy=MANUAL)
+    await store.set_many({f"{n:04}": bytes([n % 256]) * 1000 for n in range(3000)})
+    assert await store.evict() > 0
+    left = await store.count()
+    assert 0.9 < left * (1000 + 4 + 80) / (1 << 20) < 1.1 or left > 967  # compressed ones are small
+    with pytest.raises(pgkv.InvalidValueError, match=r"131,?072"):
+        await store.set("large", bytes(131_073))
+
+
+async def test_a_table_from_before(make_store: MakeStore, peer: Peer) -> None:
+    """A table that was made without a bound gets the column that eviction needs, when it is met."""
+    plain = await make_store()
+    await plain.set_many(names("k", 300))
+    bounded = plain.table("kv_store", max_entries=100, auto_create_table=False)
+    assert await bounded.evict() == 200
+    columns = "SELECT count(*) FROM pg_attribute WHERE attrelid = 'kv_store'::regclass"
+    assert peer.one(f"{columns} AND attname = 'used_at'") == 1
+    assert await plain.count() == 100
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"max_entries": 99}, "max_entries must be an integer from 100"),
+        ({"max_bytes": 1000}, "max_bytes must be an integer from 1,048,576"),
+        ({"max_entries": 100.0}, "max_entries must be an integer"),
+        (
+            {"max_entries": 100, "ttl_cleanup_strategy": pgkv.TtlCleanupStrategy.DISABLED},
+            "max_entries needs a cleanup strategy",
+        ),
+    ],
+)
+def test_bad_bounds(options: Any, why: str) -> None:
+    """A bound is an integer of at least 100 keys or 1 MiB, of a table that is collected."""
+    with pytest.raises(pgkv.ConfigError, match=why):
+        pgkv.Config("postgresql://", **options)
+
+
+async def test_no_bound(store: Any) -> None:
+    """evict of a table without a bound is an error that names the way out."""
+    with pytest.raises(pgkv.ConfigError, match="set max_entries or max_bytes"):
+        await store.evict()
+
+
+def test_a_key_read_often_is_noted_once() -> None:
+    """Keys that this process noted lately are not noted again, and the queue has a limit."""
+    config = pgkv.Config("postgresql://", max_entries=10_000)
+    evictor = Evictor(pgkv.Store(config)._sql)
+    for n in range(5_000):
+        evictor.note(Noted(b"", 0), b"%d" % (n % 300))
+    assert len(evictor._used) == 300
+    for n in range(5_000):
+        evictor.note(Noted(b"", 0), b"%d" % n)
+    assert len(evictor._used) == 1_000
+    assert len(evictor._recent) == 512
