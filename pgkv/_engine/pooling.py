@@ -28,6 +28,7 @@ from ..errors import (
 KEEP_TIME = 60.0  # seconds
 POOL_NAME = "pgkv-"
 LOOK_AGAIN = 0.25  # seconds; a waiter whose wake-up was lost finds out by itself
+PATIENCE = 0.002  # seconds; a thread that waits longer is given a connection, and need not be fast
 SEARCH_AFTER = 1.0  # seconds; longer waits look for connections that an interrupt lost
 SEARCH_AGAIN = 10.0  # seconds between two searches
 GROW_AGAIN = 1.0  # seconds after a failure to connect, while the other connections work

@@ -241,7 +241,7 @@ def test_a_stale_connection_wakes_who_waits(dsn: str, witness: Witness) -> None:
             witness.terminate()
             pool.idle.append(held)
             pool.idle.pop()
-            turn = queue.popleft()
+            turn, _ = queue.popleft()
             pool.discard(held)  # no waiter is there to be woken
             turn.put(None)
 

@@ -191,8 +191,19 @@ def users(
     ("size", "number", "turns", "breaks", "preemptions"),
     [(1, 2, 1, False, 2), (1, 2, 2, True, 1), (1, 3, 1, False, 1), (2, 3, 1, False, 1)],
 )
-def test_every_order(size: int, number: int, turns: int, breaks: bool, preemptions: int) -> None:
-    """No connection is lost or given twice, and no thread is forgotten in the queue."""
+@pytest.mark.parametrize("patience", [0.002, -1.0], ids=["told", "given"])
+def test_every_order(
+    monkeypatch: pytest.MonkeyPatch,
+    size: int,
+    number: int,
+    turns: int,
+    breaks: bool,
+    preemptions: int,
+    patience: float,
+) -> None:
+    """No connection is lost or given twice, and no thread is forgotten in the queue: whether who
+    waits is told to look, or is given a connection."""
+    monkeypatch.setattr(pool_module, "PATIENCE", patience)
     make = users(size, number, turns, breaks=breaks)
     print(threads.explore(make, preemptions=preemptions, interrupts=0), "schedules")
 

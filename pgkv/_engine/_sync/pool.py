@@ -43,6 +43,7 @@ from ..pooling import (
     KEEP_TIME,
     LOOK_AGAIN,
     OPENING_NAP,
+    PATIENCE,
     POOL_NAME,
     SEARCH_AFTER,
     SEARCH_AGAIN,
@@ -61,6 +62,7 @@ from .cursor_connection import connection_class
 
 # What a waiter gets: a connection, or None, which means "look again".
 _Turn = SimpleQueue["PgConnection | None"]
+_Waiter = tuple[_Turn, float]  # and since when it waits
 
 
 class StorePool:
@@ -84,7 +86,8 @@ class StorePool:
 
     def _begin(self) -> None:
         self.idle: deque[PgConnection] = deque()
-        self.waiters: deque[_Turn] = deque()
+        self.waiters: deque[_Waiter] = deque()
+        self._told: _Waiter | None = None  # who is to look again and has not yet; since when
         # Reentrant, for signal handlers. A forked child calls this method and so has a new one.
         self._lock = threading.RLock()
         self._places: weakref.WeakSet[PoolPlace] = weakref.WeakSet()
@@ -121,12 +124,14 @@ class StorePool:
         started = monotonic()
         give_up = started + self._config.pool_timeout
         until = min(deadline, give_up)
-        turn: _Turn | None = None
+        waiter: _Waiter | None = None
         refusal: PgkvError | None = None  # why there are not more of them
         try:
             while True:
                 conn = self._pop_live()
                 if conn is not None:
+                    if self.waiters and self.idle:
+                        self.serve_waiters()  # whoever gave a connection left that to this one
                     return conn
                 place = self._new_place(action)
                 if place is not None:
@@ -142,9 +147,9 @@ class StorePool:
                         refusal = error.with_traceback(None)
                     if conn is not None:
                         return conn
-                if turn is None:
-                    turn = SimpleQueue()
-                    self.waiters.append(turn)
+                if waiter is None:
+                    waiter = SimpleQueue(), monotonic()
+                    self.waiters.append(waiter)
                     continue  # look again, registered
                 left = until - monotonic()
                 if left <= 0:
@@ -154,32 +159,44 @@ class StorePool:
                         finally:
                             del refusal  # its traceback holds this frame
                     raise busy(self._config, action, by_pool=give_up <= deadline)
+                turn = waiter[0]
                 try:
                     conn = turn.get(timeout=min(left, LOOK_AGAIN))
                 except Empty:
                     self._search(started)
                     continue
+                finally:
+                    self._looks(turn)
                 if conn is None:
-                    self.waiters.appendleft(turn)  # who said "look again" took it off
+                    self.waiters.appendleft(waiter)  # who said "look again" took it off
                 elif conn.is_stale():
-                    turn = None
+                    waiter = None
                     self.discard(conn)
                 else:
-                    turn = None
+                    waiter = None
                     return conn
         finally:
-            if turn is not None:
-                self._leave(turn)
+            if waiter is not None:
+                self._leave(waiter)
 
-    def _leave(self, turn: _Turn) -> None:
+    def _looks(self, turn: _Turn) -> None:
+        """A waiter looks again from here: a connection that comes later is not left to it."""
+        told = self._told
+        if told is not None and told[0] is turn:
+            self._told = None
+
+    def _leave(self, waiter: _Waiter) -> None:
         """Leave the queue, and pass on what was given meanwhile."""
+        turn, _ = waiter
         try:
-            self.waiters.remove(turn)
-        except ValueError:
+            self.waiters.remove(waiter)
+        except ValueError:  # who took it off gives to it, now or in a moment
             with contextlib.suppress(Empty):
-                conn = turn.get_nowait()
+                conn = turn.get(timeout=LOOK_AGAIN)
+                self._looks(turn)
                 if conn is None:
                     self._wake()
+                    self.serve_waiters()
                 else:
                     self.check_in(conn)
 
@@ -235,23 +252,38 @@ class StorePool:
             self.serve_waiters()
 
     def serve_waiters(self) -> None:
-        """Give idle connections to waiters, in order."""
+        """Give idle connections to waiters, in order.
+
+        A thread that is given one has to wake up first, and until then the connection is idle. So
+        one that has come just now is told to look, one at a time, and others may be faster; what it
+        leaves it passes on. After `PATIENCE` it is given one. To take a waiter from the queue is
+        the right to give to it, once.
+        """
         if self._closed:
             self._close_idle()
         while self.idle:
+            now, told = monotonic(), self._told
             try:
-                turn = self.waiters.popleft()
+                gives = self.waiters[0][1] + PATIENCE < now
+                if not gives and told is not None and now < told[1] + LOOK_AGAIN:
+                    return
+                turn, _ = self.waiters.popleft()
             except IndexError:
                 return
             conn = None  # another caller may have taken it: then the waiter looks by itself
-            with contextlib.suppress(IndexError):
-                conn = self.idle.pop()
+            if gives:
+                with contextlib.suppress(IndexError):
+                    conn = self.idle.pop()
+            else:
+                self._told = turn, now
             turn.put(conn)
+            if not gives:
+                return
 
     def _wake(self) -> None:
         """Tell the first waiter that there may be room to open a connection."""
         with contextlib.suppress(IndexError):
-            self.waiters.popleft().put(None)
+            self.waiters.popleft()[0].put(None)
 
     def check_in(self, conn: PgConnection) -> None:
         """Take a connection back, whatever became of it: kept if it still works."""
@@ -401,7 +433,7 @@ class StorePool:
             pool.close(timeout=CLOSE_TIMEOUT)
         while len(waiters):
             with contextlib.suppress(IndexError):
-                waiters.popleft().put(None)
+                waiters.popleft()[0].put(None)
 
     def _close_idle(self) -> None:
         while self.idle:
@@ -425,7 +457,7 @@ class CallerPool:
         self._caller_pool = pool
         self._prepares = config.pooler is Pooler.NONE
         self.idle: deque[PgConnection] = deque()
-        self.waiters: deque[_Turn] = deque()
+        self.waiters: deque[_Waiter] = deque()
         # What is prepared where: it dies with the connection.
         self._prepared: weakref.WeakKeyDictionary[Any, set[bytes]] = weakref.WeakKeyDictionary()
         self._lost: deque[psycopg.Connection[Any]] = deque()
@@ -507,7 +539,7 @@ def disown(connection: PgConnection) -> None:
     _inherited.append(connection)
 
 
-class ClosedQueue(deque[_Turn]):
+class ClosedQueue(deque[_Waiter]):
     """The queue of a closed store. It looks occupied, so that a caller who pushes a connection
     calls `serve_waiters`, which closes it; the fast path need not ask."""
 
