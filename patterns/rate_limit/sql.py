@@ -215,12 +215,13 @@ class LimiterStatements(TableStatements):
 
         numbers = range(1, rates + 1)
         lowered = [f"({_field('t', n, rates)} - greatest(0, {back(n)}))" for n in numbers]
-        return self._change(
-            "limit_cancel",
-            lowered,
-            (TEXT, BINARY, *(BINARY,) * (2 * rates)),
+        where = (
             " AND created_at = $2::timestamptz "
-            f"AND greatest({', '.join(back(n) for n in numbers)}) > 0 AND {LIVE}",
+            f"AND greatest({', '.join(back(n) for n in numbers)}) > 0 AND {LIVE}"
+        )
+        formats = (TEXT, BINARY, *(BINARY,) * (2 * rates))
+        return self.statement(
+            "limit_cancel", self._moved(lowered, where), formats, read_changed, refused=FOREIGN
         )
 
     def rebase(self, row: bytes, version: bytes, rates: int) -> Op[bool]:
@@ -234,22 +235,21 @@ class LimiterStatements(TableStatements):
             f"({STATEMENT_US} * 1000 + greatest(0, {_field('t', n, rates)} - {written}))"
             for n in range(1, rates + 1)
         ]
-        return self._change("limit_rebase", moved, (TEXT, BINARY), " AND version = $2::bigint")
+        sql = self._moved(moved, " AND version = $2::bigint", "statement_timestamp()")
+        return self.statement("limit_rebase", sql, (TEXT, BINARY), read_changed, refused=FOREIGN)
 
-    def _change(
-        self, name: str, tats: list[str], formats: tuple[int, ...], where: str
-    ) -> Statement[bool]:
+    def _moved(
+        self,
+        tats: list[str],
+        where: str,
+        # Before a step back of the clock: what lowers a debt must not hide the step from later hits.
+        updated_at: str = "greatest(updated_at, statement_timestamp())",
+    ) -> str:
         """Move the arrival times of one version of a row; nothing changes if another row replaced
         it."""
-        return self.statement(
-            name, self._moved(tats, where), formats, read_changed, refused=FOREIGN
-        )
-
-    def _moved(self, tats: list[str], where: str) -> str:
         return (
             f"UPDATE {self.t} AS t SET value = {_joined(tats)}, expires_at = {_full_at(tats)}, "
-            f"updated_at = statement_timestamp(), "
-            f"version = greatest(version + 1, {STATEMENT_US}) WHERE key = $1{where}"
+            f"updated_at = {updated_at}, version = greatest(version + 1, {STATEMENT_US}) WHERE key = $1{where}"
         )
 
     # -- several keys

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-import psycopg
-
 import pgkv
+from pgkv._ops.op import Op, Statement
+from pgkv._sql.table import read_nothing
 from tests.interleavings.schedule import Died, World
 
 Client = Callable[[World], Coroutine[Any, Any, Any]]
@@ -42,8 +42,9 @@ def no_errors(world: World, results: dict[str, Any]) -> None:
 
 def truncate(world: World, *suffixes: str) -> None:
     """Empty tables of the scenario, where they exist."""
-    with psycopg.connect(world.clock.dsn, autocommit=True) as conn:
-        for suffix in suffixes:
-            name = f"kv_store{suffix}"
-            if conn.execute("SELECT to_regclass(%s)", [name]).fetchone() != (None,):
-                conn.execute(f"DELETE FROM {name}")
+    names = [f"kv_store{suffix}" for suffix in suffixes]
+    commands = " ".join(
+        f"IF to_regclass('{name}') IS NOT NULL THEN DELETE FROM {name}; END IF;" for name in names
+    )
+    sql = f"DO $$ BEGIN {commands} END $$"
+    world.sync._execute(Op(Statement("empty", sql, (), read_nothing, writes=False, script=True)))

@@ -39,6 +39,7 @@ from pgkv._ops.op import Op
 from pgkv._sql import Statements
 from pgkv.errors import OperationTimeoutError
 from pgkv.patterns._runtime import runtimes
+from pgkv.patterns.cache.call import context_of
 from pgkv.testing import ServerClock
 
 DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
@@ -83,7 +84,7 @@ class Step:
 class Choice:
     """One of the things that can happen next."""
 
-    kind: str  # perform, lose, cancel, die, drop, jump
+    kind: str  # perform, lose, cancel, die, drop, jump, server
     client: str
     label: str
     step: Step | None = dataclasses.field(compare=False, hash=False, default=None)
@@ -131,6 +132,8 @@ class Scenario:
         kinds: the faults that may strike: ``lose`` an answer after the commit, ``cancel``, ``die``,
             ``jump``.
         jumps: seconds by which all clocks jump.
+        server_jumps: seconds by which only the server's clock jumps; below 0: back.
+        around: is entered for each schedule.
     """
 
     name: str
@@ -142,6 +145,8 @@ class Scenario:
     faults: int = 1
     kinds: tuple[str, ...] = ("lose", "cancel", "die")
     jumps: tuple[float, ...] = ()
+    server_jumps: tuple[float, ...] = ()
+    around: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
 
 
 class World:
@@ -173,12 +178,14 @@ class World:
         self.memory: dict[str, Any] = {}
         self.held: dict[str, Any] = {}
         self.passed = 0.0
+        self._ahead = 0.0  # of the server's clock before the clients'
         self._began = time.monotonic()
         self._stack = stack
         self._depth = 0
         self._steps: list[Step] = []
         self._tasks: dict[str, asyncio.Task[Any]] = {}
         self._threads: dict[str, ClientThread] = {}
+        self._begun: list[ClientThread] = []  # and not resumed yet
         self._dead: set[str] = set()
         self._over = False
         self._last = ""
@@ -276,6 +283,31 @@ class World:
         thread.wakes_at = self.now + seconds
         thread.pause()
 
+    def later(self, work: Callable[[], Any], done: Callable[[], object] | None) -> bool:
+        """What a client's process does in its background is done by a client more: ``A'``."""
+        name = self.client() + "'"
+        while name in self._tasks or name in self._threads:
+            name += "'"
+
+        async def client(_: World) -> None:
+            try:
+                answer = work()
+                if not self.is_sync:
+                    await answer
+            finally:
+                if done is not None:
+                    done()
+
+        if self.is_sync:
+            self._threads[name] = thread = ClientThread(self, name, client)
+            self._begun.append(thread)
+        else:
+            context = contextvars.copy_context()
+            context.run(_client.set, name)
+            loop = asyncio.get_running_loop()
+            self._tasks[name] = loop.create_task(client(self), name=name, context=context)
+        return True
+
     # -- the schedule
 
     def run(self) -> None:
@@ -286,7 +318,7 @@ class World:
         random.seed(scenario.name)
         World.current = self
         try:
-            with _clock_of(self), _quiet():
+            with scenario.around(), _clock_of(self), _quiet():
                 if self.is_sync:
                     self._run_threads()
                 else:
@@ -301,9 +333,11 @@ class World:
         self._threads = {
             name: ClientThread(self, name, client) for name, client in self.scenario.clients.items()
         }
-        for thread in self._threads.values():
+        for thread in tuple(self._threads.values()):
             thread.resume()
         while self.failure is None and not self.is_redundant:
+            while self._begun:
+                self._begun.pop().resume()
             if self._depth >= STEPS_MAX:
                 self._fail(StuckError(f"no end after {STEPS_MAX} steps"))
             elif choices := self._choices():
@@ -314,7 +348,7 @@ class World:
                 break
             else:
                 sleeping = [
-                    t for n, t in self._threads.items() if t.wakes_at and n not in self._dead
+                    t for n, t in self._threads.items() if t.wakes_at and not self._is_dead(n)
                 ]
                 first = min(sleeping, key=lambda t: t.wakes_at or 0.0)
                 self.pass_time(max(0.0, (first.wakes_at or 0.0) - self.now))
@@ -371,7 +405,11 @@ class World:
         return task.exception() or task.result()
 
     def _all_ended(self) -> bool:
-        return all(name in self._dead or self._has_ended(name) for name in self.scenario.clients)
+        names = (*self._tasks, *self._threads)
+        return all(self._is_dead(name) or self._has_ended(name) for name in names)
+
+    def _is_dead(self, name: str) -> bool:
+        return name.rstrip("'") in self._dead
 
     def _has_ended(self, name: str) -> bool:
         return self._threads[name].has_ended if self.is_sync else self._tasks[name].done()
@@ -427,11 +465,11 @@ class World:
         """Let every clock go on, the server's too."""
         self.passed += seconds
         if self._clock is not None:
-            self._clock.set_offset(self.passed)
+            self._clock.set_offset(self.passed + self._ahead)
 
     def _choices(self) -> list[Choice]:
         """What can happen now: first, that the client which went last goes on."""
-        live = [step for step in self._steps if step.client not in self._dead]
+        live = [step for step in self._steps if not self._is_dead(step.client)]
         live.sort(key=lambda step: (step.client != self._last or step.orphan, step.client))
         if not live:
             return []
@@ -444,15 +482,18 @@ class World:
         found += [Choice("drop", s.client, s.name, s) for s in live if s.orphan]
         if self._faults:
             kinds = self.scenario.kinds
-            mine = [step for step in live if not step.orphan][:1] or []
-            for step in mine:
+            for step in [each for each in live if not each.orphan][:1]:
                 for kind in ("lose", "cancel", "die"):
                     if kind not in kinds or (kind == "lose" and not step.writes):
                         continue
-                    if kind == "cancel" and self._has_ended(step.client):
+                    is_later = step.client not in self.scenario.clients
+                    if kind == "cancel" and (is_later or self._has_ended(step.client)):
                         continue
                     found.append(Choice(kind, step.client, step.name, step))
             found += [Choice("jump", "", f"{s:+g} s", seconds=s) for s in self.scenario.jumps]
+            found += [
+                Choice("server", "", f"{s:+g} s", seconds=s) for s in self.scenario.server_jumps
+            ]
         return found
 
     def _choose(self, choices: list[Choice]) -> Choice | None:
@@ -493,8 +534,9 @@ class World:
             self._preemptions -= 1
         if choice.is_fault and choice.kind != "drop":
             self._faults -= 1
-        if choice.kind == "jump":
-            self.pass_time(choice.seconds)
+        if choice.kind in ("jump", "server"):
+            self._ahead += choice.seconds if choice.kind == "server" else 0.0
+            self.pass_time(choice.seconds if choice.kind == "jump" else 0.0)
             return
         assert step is not None
         if choice.kind == "cancel":
@@ -509,8 +551,8 @@ class World:
         if choice.kind == "drop":
             return
         if choice.kind == "die":
-            self._dead.add(choice.client)
-            self._steps = [each for each in self._steps if each.client != choice.client]
+            self._dead.add(choice.client.rstrip("'"))
+            self._steps = [each for each in self._steps if not self._is_dead(each.client)]
             return
         self._last = choice.client
         answer: Any = None
@@ -779,6 +821,24 @@ class ScheduledThreadChannel(PoolChannel):
         """Nothing is collected: that has tests of its own."""
 
 
+class Later:
+    """In place of a pattern's runtime, where only its background is used: no lease is extended there,
+    no notification arrives, and what is run later is a client more."""
+
+    def __init__(self, world: World) -> None:
+        self.run_later = world.later
+
+    def background(self) -> Later:
+        return self
+
+    renewer = listener = property(background)
+
+    def add(self, *_: Any) -> None:
+        """Nothing is renewed, nothing is heard."""
+
+    discard = subscribe = add
+
+
 class Nowhere:
     """In place of a pool."""
 
@@ -808,6 +868,8 @@ def _store(world: World) -> Any:
     channel = ScheduledThreadChannel if world.is_sync else ScheduledChannel
     store = kind.__new__(kind)
     store._bind(config, world.sync._target, Statements(config), channel(world, config))
+    context: Any = context_of(store)
+    context.runtime = Later(world)
     return store
 
 

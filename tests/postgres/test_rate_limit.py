@@ -187,6 +187,21 @@ async def test_the_clock_steps(make: Make, clock: ServerClock) -> None:
     assert 10 <= await attempts(limiter, 15) <= 12
 
 
+@pytest.mark.parametrize("undoes", ["cancel", "refund"])
+async def test_what_is_given_back_hides_no_step_of_the_clock(
+    make: Make, clock: ServerClock, undoes: str
+) -> None:
+    """Of two tokens one is given back after the clock was set back an hour: the other one's debt
+    counts from the new time all the same."""
+    limiter = make("1/10s burst 2")
+    await limiter.hit("u")
+    reservation = await limiter.reserve("u", max_wait=0)
+    clock.advance(-3600)
+    assert await (reservation.cancel() if undoes == "cancel" else limiter.refund("u"))
+    assert await limiter.hit("u")
+    assert not await limiter.hit("u")
+
+
 async def test_a_step_back_is_logged_once(
     make: Make, clock: ServerClock, caplog: pytest.LogCaptureFixture
 ) -> None:

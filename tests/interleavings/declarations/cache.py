@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import psycopg
+import pytest
 
 import pgkv
 from pgkv import Store
@@ -162,8 +164,11 @@ def version_sync() -> int:
 
 
 def cached_version(world: World, **options: Any) -> Any:
-    """The source, cached in a process of the client's own."""
-    cached = pgkv.cached(ttl=TTL * 10, beta=0, compute_timeout=1, store=world.store, **options)
+    """The source, cached in a process of the client's own; with `l1`, in one process of all clients."""
+    settings: dict[str, Any] = {"ttl": TTL * 10, "beta": 0, "compute_timeout": 1, **options}
+    if settings.get("l1"):
+        settings["l1"] = world.memory.setdefault("l1", pgkv.L1(ttl=TTL))
+    cached = pgkv.cached(store=world.store, **settings)
     return InlineFunction(cached(version_sync)) if world.is_sync else cached(version)
 
 
@@ -174,30 +179,66 @@ class InlineFunction(Inline):
         return Call(self._target)
 
 
-def reading(**options: Any) -> Client:
+def reading(method: str = "__call__", **options: Any) -> Client:
+    """Call it twice, or `method`: no value is older than what was invalidated before."""
+
     async def client(world: World) -> None:
         function = cached_version(world, **options)
         for _ in range(2):
             before = world.memory["visible"]
-            value = await function()
+            value = await getattr(function, method)()
             assert value >= before, f"read {value} after {before} had been invalidated"
 
     return client
 
 
-def writing(*, clears: bool = False, **options: Any) -> Client:
+def writing(method: str = "invalidate", **options: Any) -> Client:
+    """Change the source, and then what is cached of it."""
+
     async def client(world: World) -> None:
         function = cached_version(world, **options)
         await world.step("writes", lambda: change(world))
         version = world.memory["version"]
-        await (function.cache_clear() if clears else function.invalidate())
+        if method == "tag":
+            done = pgkv.invalidate_tag("t", store=world.store)
+            await (done or world.step("has invalidated"))  # threads have done it
+        else:
+            await getattr(function, method)()
         world.memory["visible"] = max(world.memory["visible"], version)
 
     return client
 
 
+async def writing_in_transaction(world: World) -> None:
+    """Invalidate first, change the source, and commit both."""
+    function = cached_version(world)
+    key = getattr(function, "_target", function).cache_key()
+    with psycopg.connect(world.clock.dsn) as conn:
+        rows = Rows(world.sync.using(conn), CacheStatements(world.sync._config, ""))
+        await world.step("invalidates", lambda: rows.run(rows.sql.invalidate(key.encode())))
+
+        def commit() -> None:
+            conn.commit()
+            change(world)
+            world.memory["visible"] = world.memory["version"]
+
+        await world.step("commits", commit)
+
+
 def change(world: World) -> None:
     world.memory["version"] += 1
+
+
+def impatient() -> contextlib.AbstractContextManager[None]:
+    """Who meets the row of an open transaction gives up at once: it would wait for the scheduler."""
+
+    @contextlib.contextmanager
+    def patched() -> Iterator[None]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(cache_sql, "_LOCK_TIMEOUT", "set_config('lock_timeout', '1', true)")
+            yield
+
+    return patched()
 
 
 def new_source(world: World) -> None:
@@ -205,26 +246,57 @@ def new_source(world: World) -> None:
     truncate(world, "")
 
 
+def of_cache(name: str, clients: dict[str, Client], **options: Any) -> Scenario:
+    return Scenario(name, clients, **{"check": no_errors, "prepare": new_source, **options})
+
+
+STALE: dict[str, Any] = {"ttl": TTL, "stale": TTL * 10}
+
 SUBJECTS = (Cache,)
 SCENARIOS = (
-    Scenario(
+    of_cache(
         "cached: invalidate against fill",
         {"reader": reading(), "writer": writing(), "other": reading()},
-        check=no_errors,
-        prepare=new_source,
         preemptions=2,
         kinds=("die",),
     ),
-    Scenario(
-        "cached: every fault",
-        {"reader": reading(), "writer": writing()},
-        check=no_errors,
-        prepare=new_source,
+    of_cache("cached: every fault", {"reader": reading(), "writer": writing()}),
+    of_cache("cached: clear", {"reader": reading(), "writer": writing("cache_clear")}),
+    of_cache(
+        "cached: tags",
+        {"reader": reading(tags=("t",)), "writer": writing("tag", tags=("t",))},
     ),
-    Scenario(
-        "cached: clear",
-        {"reader": reading(), "writer": writing(clears=True)},
-        check=no_errors,
-        prepare=new_source,
+    of_cache(
+        "cached: refresh",
+        {"reader": reading(), "writer": writing(), "refresher": reading("refresh")},
+        preemptions=2,
+        kinds=("die", "lose"),
+    ),
+    of_cache(
+        "cached: stale",
+        {"reader": reading(**STALE), "writer": writing(**STALE), "other": reading(**STALE)},
+        preemptions=2,
+        kinds=("die",),
+        jumps=(TTL + 1,),
+        faults=2,
+    ),
+    of_cache(
+        "cached: the server's clock jumps",
+        {"reader": reading(**STALE), "writer": writing(**STALE)},
+        kinds=(),
+        server_jumps=(TTL + 1, -TTL * 20),
+        faults=2,
+    ),
+    of_cache(
+        "cached: a first level",
+        {"reader": reading(l1=True), "writer": writing(l1=True), "other": reading(l1=True)},
+        preemptions=2,
+        jumps=(TTL + 1,),
+    ),
+    of_cache(
+        "cached: invalidated in a transaction",
+        {"reader": reading(), "writer": writing_in_transaction},
+        around=impatient,
+        kinds=("lose", "cancel"),
     ),
 )

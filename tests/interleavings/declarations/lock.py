@@ -13,7 +13,8 @@ import psycopg
 
 import pgkv
 from pgkv import PgkvError
-from pgkv._ops.op import Op
+from pgkv._ops.op import Op, Statement
+from pgkv._sql.table import read_int
 from pgkv.patterns._runtime.lease import LOCKED
 from pgkv.patterns.lock import api
 from pgkv.patterns.lock.sql import (
@@ -31,7 +32,6 @@ from tests.interleavings.scenarios import (
     at_most,
     died,
     failed_by_itself,
-    no_errors,
     truncate,
 )
 from tests.interleavings.schedule import Scenario, World
@@ -249,36 +249,43 @@ class Slots(LockSubject):
 TTL = 10.0
 
 
-def holding(**options: Any) -> Client:
-    """Acquire, be inside for a while, release."""
+async def hold(world: World, held: Any) -> None:
+    """Be inside for a while, with what was acquired."""
+    name = world.client()
+    async with held as lease:
+        world.memory.setdefault("tokens", []).append((lease.slot, lease.token))
+        world.held[name] = lease
+        try:
+            if name.startswith("extends"):
+                await lease.extend(2 * TTL)
+                # The server has just said so, whatever the holder's clock believes.
+                holder = pgkv.Lock(world.sync, "a").holder()
+                assert holder is not None
+                assert holder.token == lease.token, "an ended lease was extended"
+            await world.step("inside")
+        finally:
+            del world.held[name]
 
-    async def client(world: World) -> int:
-        name = world.client()
+
+def holding(**options: Any) -> Client:
+    """Acquire the lock, be inside, release."""
+
+    async def client(world: World) -> None:
         lock = world.make("Lock", "a", ttl=TTL, renew=False, **options)
-        async with lock.acquire(timeout=60) as lease:
-            world.held[name] = lease
-            try:
-                await world.step("inside")
-            finally:
-                del world.held[name]
-        note_token(world, lease)
-        return int(lease.token)
+        await hold(world, lock.acquire(timeout=100))
 
     return client
 
 
-async def extending(world: World) -> None:
-    """Acquire, and extend the lease while inside."""
-    name = world.client()
-    lock = world.make("Lock", "a", ttl=TTL, renew=False)
-    async with lock.acquire(timeout=60) as lease:
-        world.held[name] = lease
+def of_semaphore(slots: int, **options: Any) -> Client:
+    async def client(world: World) -> None:
+        semaphore = world.make("Semaphore", "s", slots, ttl=TTL, renew=False, **options)
         try:
-            await lease.extend(2 * TTL)
-            await world.step("inside")
-        finally:
-            del world.held[name]
-    note_token(world, lease)
+            await hold(world, semaphore.acquire(timeout=100))
+        except pgkv.ConfigError:  # it has another number of slots by now
+            world.memory["resized"] = True
+
+    return client
 
 
 async def revoking(world: World) -> None:
@@ -286,25 +293,23 @@ async def revoking(world: World) -> None:
     lock = world.make("Lock", "a", ttl=TTL, renew=False)
     holder = await lock.holder()
     if holder is not None:
+        world.memory["revoked"] = True  # its lease goes on to its end
         await lock.revoke(holder.token)
 
 
-def of_semaphore(slots: int) -> Client:
-    async def client(world: World) -> None:
-        name = world.client()
-        semaphore = world.make("Semaphore", "s", slots, ttl=TTL, renew=False)
-        async with semaphore.acquire(timeout=60) as lease:
-            world.held[name] = lease
-            try:
-                await world.step("inside")
-            finally:
-                del world.held[name]
-
-    return client
+async def freeing(world: World) -> None:
+    """Free the name at once, whoever holds it."""
+    lock = world.make("Lock", "a", ttl=TTL, renew=False)
+    holder = await lock.holder()
+    if holder is not None:
+        world.memory["freed"] = holder.token
+        await lock.force_release(holder.token)
 
 
-def note_token(world: World, lease: Any) -> None:
-    world.memory.setdefault("tokens", []).append(lease.token)
+def holds_on_server(world: World, lease: Any) -> None:
+    found = pgkv.Lock(world.sync, "a").holder()
+    token = None if found is None else found.token
+    assert token == lease.token, "a lease that its holder trusts has ended on the server"
 
 
 def one_holder(world: World) -> None:
@@ -312,73 +317,119 @@ def one_holder(world: World) -> None:
     at_most(1)(world)
     for lease in world.held.values():
         if not lease.is_lost:
-            found = pgkv.Lock(world.sync, "a").holder()
-            token = None if found is None else found.token
-            assert token == lease.token, "a lease that its holder trusts has ended on the server"
+            holds_on_server(world, lease)
+
+
+def newest_holds(world: World) -> None:
+    """What frees a name frees that token only: the lease that was granted last is on the server."""
+    trusted = [lease for lease in world.held.values() if not lease.is_lost]
+    newest = max(trusted, key=lambda lease: lease.token, default=None)
+    if newest is not None and newest.token != world.memory.get("freed"):
+        holds_on_server(world, newest)
+
+
+def one_beside_the_lowered(world: World) -> None:
+    """Never more than two, and none next to the one that has lowered the number to 1."""
+    at_most(1 if "lowers" in world.held else 2)(world)
+
+
+def one_of_the_old(world: World) -> None:
+    """Those that know of one slot never hold two."""
+    at_most(2)(world)
+    assert not {"A", "B"} <= {n for n, lease in world.held.items() if not lease.is_lost}
 
 
 def free(world: World, results: dict[str, Any]) -> None:
-    """Nobody holds a lock, and nobody queues for it, when all clients have ended."""
+    """Tokens have risen, no client waits, and nothing outlives its ttl."""
     assert not failed_by_itself(results), results
-    tokens = world.memory.get("tokens", [])
-    assert len(set(tokens)) == len(tokens), "a token was given twice"
-    if not died(results):
-        lock = pgkv.Lock(world.sync, "a")
-        assert lock.holder() is None, f"still held, after {results}"
+    tokens: dict[Any, list[int]] = {}
+    for slot, token in world.memory.get("tokens", []):
+        tokens.setdefault(slot, []).append(token)
+    assert all(each == sorted(set(each)) for each in tokens.values()), f"tokens: {tokens}"
+    if died(results) or "revoked" in world.memory:
+        world.pass_time(3 * TTL)
+    left = world.sync._execute(LEFT)
+    assert not left, f"{left} rows are live, after {results}"
 
+
+LEFT: Op[int] = Op(
+    Statement(
+        "left",
+        "SELECT count(*) FROM kv_store_locks WHERE clock_timestamp() < expires_at"
+        " AND expires_at < 'infinity'",
+        (),
+        read_int,
+        writes=False,
+    )
+)
+
+
+def of_locks(name: str, clients: dict[str, Client], **options: Any) -> Scenario:
+    return Scenario(
+        name, clients, **{"invariant": one_holder, "check": free, "prepare": clean, **options}
+    )
+
+
+def clean(world: World) -> None:
+    truncate(world, "_locks", "_tickets")
+
+
+LATER, BACK = TTL + 5, -20.0
 
 SUBJECTS = (NamedLock, Slots)
 SCENARIOS = (
-    Scenario(
-        "lock",
-        {"A": holding(), "B": holding()},
-        invariant=one_holder,
-        check=free,
-        prepare=lambda world: truncate(world, "_locks", "_locks_tickets"),
-        jumps=(TTL + 5,),
-    ),
-    Scenario(
+    of_locks("lock", {"A": holding(), "B": holding()}, jumps=(LATER,)),
+    of_locks(
         "lock, three clients",
-        {"A": holding(), "B": holding(), "C": extending},
-        invariant=one_holder,
-        check=free,
-        prepare=lambda world: truncate(world, "_locks"),
+        {"A": holding(), "B": holding(), "extends": holding()},
         kinds=("die",),
-        jumps=(TTL + 5,),
+        jumps=(LATER,),
         faults=2,
     ),
-    Scenario(
-        "lock: past its ttl",
-        {"A": holding(), "B": holding()},
-        invariant=one_holder,
-        check=free,
-        prepare=lambda world: truncate(world, "_locks"),
-        kinds=(),
-        jumps=(TTL + 5,),
+    of_locks("lock: past its ttl", {"A": holding(), "B": holding()}, kinds=(), jumps=(LATER,)),
+    of_locks(
+        "lock: the server's clock jumps",
+        {"extends": holding(), "B": holding()},
+        invariant=None,
+        kinds=("lose",),
+        server_jumps=(LATER, BACK),
+        faults=2,
     ),
-    Scenario(
+    of_locks(
         "lock: revoked",
         {"A": holding(), "B": holding(), "revoker": revoking},
         invariant=at_most(1),
-        check=no_errors,
-        prepare=lambda world: truncate(world, "_locks"),
         preemptions=2,
         kinds=("lose", "die"),
     ),
-    Scenario(
+    of_locks(
+        "lock: freed by force",
+        {"A": holding(), "extends": holding(), "freer": freeing},
+        invariant=newest_holds,
+        preemptions=2,
+    ),
+    of_locks(
         "fair lock",
-        {"A": holding(fair=True), "B": holding(fair=True), "C": holding(fair=True)},
-        invariant=one_holder,
-        check=free,
-        prepare=lambda world: truncate(world, "_locks", "_tickets"),
+        {name: holding(fair=True) for name in "ABC"},
         preemptions=1,
     ),
-    Scenario(
+    of_locks(
         "semaphore",
-        {"A": of_semaphore(2), "B": of_semaphore(2), "C": of_semaphore(2)},
+        {name: of_semaphore(2) for name in "ABC"},
         invariant=at_most(2),
-        check=no_errors,
-        prepare=lambda world: truncate(world, "_locks"),
         preemptions=1,
+        jumps=(LATER,),
+    ),
+    of_locks(
+        "semaphore: lowered",
+        {"A": of_semaphore(2), "B": of_semaphore(2), "lowers": of_semaphore(1, resize=True)},
+        invariant=one_beside_the_lowered,
+        preemptions=2,
+    ),
+    of_locks(
+        "semaphore: raised",
+        {"A": of_semaphore(1), "B": of_semaphore(1), "raises": of_semaphore(2, resize=True)},
+        invariant=one_of_the_old,
+        preemptions=2,
     ),
 )

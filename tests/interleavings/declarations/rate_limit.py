@@ -14,7 +14,7 @@ from pgkv import Decision, RateLimitedError, RateLimiter
 from pgkv._ops.op import Op
 from pgkv.patterns.rate_limit.flows import Receipt
 from tests.interleavings.pairs import Operation, Subject
-from tests.interleavings.scenarios import failed_by_itself, truncate
+from tests.interleavings.scenarios import Client, failed_by_itself, truncate
 from tests.interleavings.schedule import Scenario, World
 
 STATEMENTS = ("pgkv.patterns.rate_limit.sql",)
@@ -139,22 +139,49 @@ class TwoRates(OneRate):
 INTERVAL = 10.0
 
 
+def limiter(world: World, burst: int) -> Any:
+    return world.make("RateLimiter", pgkv.Rate(burst, burst * INTERVAL), name="r", timeout=5)
+
+
 async def acquiring(world: World) -> None:
     """Wait for a token of a bucket that holds one."""
-    rate = pgkv.Rate(1, INTERVAL, burst=1)
-    limiter = world.make("RateLimiter", rate, name="r", timeout=5)
-    decision = await limiter.acquire("k", timeout=1000)
+    decision = await limiter(world, 1).acquire("k", timeout=1000)
     assert decision.allowed
     world.memory.setdefault("admitted", []).append(world.now)
 
 
 async def cancelling(world: World) -> None:
     """Reserve a token, and give it back."""
-    rate = pgkv.Rate(1, INTERVAL, burst=1)
-    limiter = world.make("RateLimiter", rate, name="r", timeout=5)
-    reservation = await limiter.reserve("k", max_wait=1000)
+    reservation = await limiter(world, 1).reserve("k", max_wait=1000)
     await world.step("thinks")
     await reservation.cancel()
+
+
+def hitting(*, refunds: bool = False, resets: bool = False) -> Client:
+    """Take tokens of a bucket that holds two, and perhaps give them back."""
+
+    async def client(world: World) -> None:
+        it = limiter(world, 2)
+        for _ in range(2):
+            decision = await it.hit("k")
+            world.memory["spent"] = world.memory.get("spent", 0) + decision.allowed
+            if refunds and decision.allowed:
+                world.memory["spent"] -= 1
+                await it.refund("k")
+            elif resets:
+                world.memory["spent"] -= 2
+                await it.reset("k")
+
+    return client
+
+
+async def hitting_both(world: World) -> None:
+    """Take one of each of two buckets, or none."""
+    it = limiter(world, 2)
+    target = getattr(it, "_target", it)
+    decision = await it.hit_many([(target, "k", 1), (target, "z", 1)])
+    world.memory["spent"] = world.memory.get("spent", 0) + decision.allowed
+    world.memory["both"] = world.memory.get("both", 0) + decision.allowed
 
 
 def evenly(world: World, results: dict[str, Any]) -> None:
@@ -165,12 +192,63 @@ def evenly(world: World, results: dict[str, Any]) -> None:
     assert all(gap >= INTERVAL - 0.5 for gap in gaps), f"admitted at {admitted}"
 
 
+def bounded(world: World) -> None:
+    """What is spent and not given back is in the bucket, or has flowed back since."""
+    since = world.now - world.memory.setdefault("began", world.now)
+    spent = world.memory.get("spent", 0)
+    assert spent <= 2 + since / INTERVAL + 0.1, f"{spent} were spent in {since:.0f} s"
+
+
+def none_lost(world: World, results: dict[str, Any]) -> None:
+    """No token is charged for nothing, and nothing outlives the time in which it flows back."""
+    assert not failed_by_itself(results), results
+    for key in "kz":
+        flows = pgkv.RateLimiter(world.sync, pgkv.Rate(2, 2 * INTERVAL), name="r")
+        left = flows.peek(key).remaining
+        if key == "z" and all(not isinstance(each, type) for each in results.values()):
+            assert left >= 2 - world.memory.get("both", 0), "one of two buckets was charged"
+        world.pass_time(3 * INTERVAL)
+        assert flows.peek(key).remaining == 2, "a bucket does not fill"
+
+
+def of_limiter(name: str, clients: dict[str, Client], **options: Any) -> Scenario:
+    return Scenario(name, clients, prepare=lambda world: truncate(world, ""), **options)
+
+
 SUBJECTS = (OneRate, TwoRates)
 SCENARIOS = (
-    Scenario(
+    of_limiter(
         "limiter: acquire and cancel",
         {"A": acquiring, "B": acquiring, "C": cancelling},
         check=evenly,
-        prepare=lambda world: truncate(world, ""),
+    ),
+    of_limiter(
+        "limiter: cancel in the middle",
+        {"A": acquiring, "C": cancelling, "D": cancelling, "E": acquiring},
+        check=evenly,
+        preemptions=2,
+        kinds=("die",),
+    ),
+    of_limiter(
+        "limiter: the server's clock goes back",
+        {"A": acquiring, "B": acquiring, "C": cancelling},
+        check=evenly,
+        kinds=(),
+        server_jumps=(-3600.0,),
+        preemptions=2,
+    ),
+    of_limiter(
+        "limiter: refund",
+        {"A": hitting(), "B": hitting(refunds=True), "C": hitting(refunds=True)},
+        invariant=bounded,
+        check=none_lost,
+        preemptions=2,
+    ),
+    of_limiter(
+        "limiter: several keys",
+        {"A": hitting(), "B": hitting_both, "C": hitting_both, "D": hitting(resets=True)},
+        invariant=bounded,
+        check=none_lost,
+        preemptions=2,
     ),
 )

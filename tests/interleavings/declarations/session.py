@@ -13,7 +13,7 @@ from pgkv import Session, SessionStore
 from pgkv.patterns.session.data import id_of
 from tests.interleavings import pairs
 from tests.interleavings.pairs import Subject
-from tests.interleavings.scenarios import failed_by_itself
+from tests.interleavings.scenarios import failed_by_itself, truncate
 from tests.interleavings.schedule import Scenario, World
 
 STATEMENTS = ("pgkv.patterns.session.sql",)
@@ -164,8 +164,11 @@ class Sessions(Subject[Bound]):
 # -- schedules
 
 
+IDLE = 100.0
+
+
 async def a_session(world: World) -> Any:
-    sessions = world.make("SessionStore")
+    sessions = world.make("SessionStore", idle_timeout=IDLE, touch_interval=0)
     session = await sessions.load(world.memory["token"])
     return sessions, session
 
@@ -192,10 +195,10 @@ async def rotating(world: World) -> None:
     world.memory["tokens"].append(session.id)
 
 
-async def destroying(world: World) -> bool:
+async def destroying(world: World) -> bool | None:
     sessions, session = await a_session(world)
     if session is None:
-        return False
+        return None
     return bool(await sessions.destroy(session))
 
 
@@ -205,32 +208,59 @@ async def ending_all(world: World) -> bool:
     return True
 
 
+async def touching(world: World) -> None:
+    """Use the session, again and again: where it has ended, it stays ended."""
+    sessions = world.make("SessionStore", idle_timeout=IDLE, touch_interval=0)
+    for _ in range(3):
+        ended = world.memory.get("ended")
+        session = await sessions.load(world.memory["token"])
+        assert session is None or not ended, "a session came back"
+        world.memory["ended"] = ended or session is None
+
+
 def logged_out(world: World, results: dict[str, Any]) -> None:
     assert not failed_by_itself(results), results
-    if isinstance(results["destroyer"], bool):
-        sessions = pgkv.SessionStore(world.sync)
+    sessions = pgkv.SessionStore(world.sync, idle_timeout=IDLE)
+    if isinstance(results.get("destroyer"), bool):
         alive = [token for token in world.memory["tokens"] if sessions.load(token) is not None]
         assert not alive, "alive after the logout was answered"
+    world.pass_time(IDLE + 1)
+    assert not sessions.list_user("u"), "a session outlives its idle timeout"
 
 
 def log_in(world: World) -> None:
-    sessions = pgkv.SessionStore(world.sync)
+    truncate(world, "_sessions")
+    sessions = pgkv.SessionStore(world.sync, idle_timeout=IDLE)
     world.memory["token"] = sessions.create({"n": 0}, user_id="u").id
     world.memory["tokens"] = [world.memory["token"]]
 
 
+def of_sessions(name: str, clients: dict[str, Any], **options: Any) -> Scenario:
+    return Scenario(name, clients, **{"check": logged_out, "prepare": log_in, **options})
+
+
 SUBJECTS = (Sessions,)
 SCENARIOS = (
-    Scenario(
+    of_sessions(
         "session: save, rotate, destroy",
         {"saver": saving, "rotator": rotating, "destroyer": destroying},
-        check=logged_out,
-        prepare=log_in,
     ),
-    Scenario(
+    of_sessions(
         "session: save, rotate, end all of the user",
         {"saver": saving, "rotator": rotating, "destroyer": ending_all},
-        check=logged_out,
-        prepare=log_in,
+    ),
+    of_sessions(
+        "session: touch, save, destroy",
+        {"toucher": touching, "saver": saving, "destroyer": destroying},
+        preemptions=2,
+        jumps=(IDLE + 1,),
+    ),
+    of_sessions(
+        "session: the server's clock jumps",
+        {"saver": saving, "rotator": rotating, "destroyer": destroying},
+        kinds=(),
+        server_jumps=(IDLE + 1, -IDLE),
+        faults=2,
+        preemptions=2,
     ),
 )
