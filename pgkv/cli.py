@@ -13,7 +13,9 @@ from ._cli.command import app, main, register
 from ._cli.demo import demo
 from ._cli.doctor import doctor
 from ._cli.keys import delete, get, scan, set_
+from ._cli.limits import limits
 from ._cli.locks import lock, locks
+from ._cli.sessions import sessions
 from ._cli.table import evict, schema, stats, sweep
 
 # The help shows them in this order.
@@ -30,6 +32,8 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "locks": locks,
     "lock": lock,
     "cache": cache,
+    "limits": limits,
+    "sessions": sessions,
     "demo": demo,
 }
 for _name, _function in COMMANDS.items():

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from hashlib import blake2b
 from time import monotonic
 from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 
@@ -36,14 +35,13 @@ from .._runtime import switch as _switch
 from .local import Counter, DenyCache, PrepaidTokens
 from .policy import Decision, Policy, require_cost
 from .rate import NS, Rate, Rates, rates_of
-from .sql import Arrival, Charge, LimiterStatements
+from .sql import KEY_CHARACTERS_MAX, ROWS, Arrival, Charge, LimiterStatements, hashed
 
 L = TypeVar("L")
 
 OnError: TypeAlias = Literal["raise", "open", "closed"]
 MODES: tuple[OnError, ...] = ("raise", "closed", "open")  # the strictest first
 
-KEY_CHARACTERS_MAX = 256  # a longer key is hashed: a client may choose it
 POLICIES_MAX = 1024  # per-call limits that are kept, each with its policy
 CLOSED_RETRY_SECONDS = 1.0  # the retry_after of a refusal by on_error="closed"
 WAIT_SECONDS_MAX = 10 * 366 * 86400.0  # acquire(timeout=None)
@@ -105,7 +103,7 @@ class LimiterFlows:
         self._policies: dict[tuple[Rate, ...], Policy] = {self.rates: self.policy}
         # Escaped, so that no name and key make the row of another name and key.
         safe = "".join(f"%{ord(c):02x}" if c in "%:~#" else c for c in name)
-        self._prefix = f"pgkv:rate:{safe}"
+        self._prefix = ROWS + safe
         self._attach(store)
 
     def _attach(self, store: Any) -> None:
@@ -154,11 +152,8 @@ class LimiterFlows:
             raise InvalidKeyError(f"a key must be a str, not {type(key).__name__}")
         if not key:
             raise InvalidKeyError("the key is empty")
-        mark = ":"
-        if len(key) > KEY_CHARACTERS_MAX:
-            key = blake2b(key.encode(errors="surrogatepass"), digest_size=24).hexdigest()
-            mark = "#:"  # so that no short key equals a hashed one
-        return self.sql.key(f"{self._prefix}{policy.fingerprint}{mark}{key}")
+        part = f":{key}" if len(key) <= KEY_CHARACTERS_MAX else hashed(key)
+        return self.sql.key(f"{self._prefix}{policy.fingerprint}{part}")
 
     # -- one key
 

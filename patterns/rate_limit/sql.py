@@ -12,12 +12,17 @@ The server's clock decides. `policy` works out what the numbers mean to a caller
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
 from typing import NoReturn
+from urllib.parse import unquote
 
 from ..._ops import codec as _codec
 from ..._ops.op import BINARY, TEXT, Op, Raced, Result, Signal, Statement
 from ..._sql.table import CLOCK_US, LIVE, STATEMENT_US, TableStatements, read_changed
 
+ROWS = "pgkv:rate:"
+KEY_CHARACTERS_MAX = 256  # a longer key is hashed: a client may choose it
 RACES_MAX = 3  # repeats of a statement that lost a race; after the last a hit counts as denied
 INT4_OID, INT8_OID = 23, 20
 EPOCH_2000_US = 946_684_800_000_000  # a timestamptz on the wire counts from 2000
@@ -82,6 +87,17 @@ class Charge:
         self.read: Callable[[Result], Arrival | Signal] = (
             OneHitReader(incs[0], caps[0]) if len(incs) == 1 else HitReader(incs, caps)
         )
+
+
+@dataclass(frozen=True, slots=True)
+class BucketUsage:
+    """What one limiter keeps in the table: buckets that are not full."""
+
+    limiter: str
+    buckets: int
+    idle: float  # seconds since the last was charged
+    full_in: float  # seconds until the last is full
+    row: bytes  # the encoded key of one of them
 
 
 class LimiterStatements(TableStatements):
@@ -166,6 +182,36 @@ class LimiterStatements(TableStatements):
             _read_changed_or_raced,
             retry_safe=True,
             repeats=RACES_MAX,
+        )
+
+    def usage(self, key: str | None) -> Op[list[BucketUsage]]:
+        """What each limiter keeps, or keeps for one key. Reads every bucket: linear."""
+        start = self.key(ROWS)
+        part = b""
+        if key is not None:
+            text = f":{key}" if len(key) <= KEY_CHARACTERS_MAX else hashed(key)
+            part = _codec.encode_key(text, b"", self.key_length_max)
+        params = (start, _codec.successor(start), part)
+        return Op(self.made("usage", self._make_usage), params)
+
+    def _make_usage(self) -> Statement[list[BucketUsage]]:
+        # A limiter's name has no ":", "#" or "~": they are escaped. Limiters of several rates have
+        # "~" and a digest of these behind the name.
+        rest = f"substr(key, {len(self.prefix) + len(ROWS) + 1})"
+        return self.statement(
+            "limit_usage",
+            "SELECT name, count(*), "
+            "extract(epoch from statement_timestamp() - max(updated_at))::float8, "
+            "extract(epoch from max(expires_at) - statement_timestamp())::float8, min(key) "
+            f"FROM (SELECT regexp_replace({rest}, '[:#~].*', '') AS name, "
+            f"regexp_replace({rest}, '^[^:#]*', '') AS part, key, updated_at, expires_at "
+            f'FROM {self.t} WHERE key COLLATE "C" >= $1 AND key COLLATE "C" < $2 AND {LIVE}) b '
+            "WHERE $3 IN ('', part) "
+            "GROUP BY name, CASE WHEN $3 = '' THEN '' ELSE key END ORDER BY 1, 5",
+            (TEXT, TEXT, TEXT),
+            _read_usage,
+            retry_safe=True,
+            writes=False,
         )
 
     def _seen(self, change: str) -> str:
@@ -419,6 +465,25 @@ class ManyReader:
             row = result.get_value(n, 5) or b""
             arrivals[row] = _read_arrival(result, n, self.rates[row])
         return arrivals
+
+
+def hashed(key: str) -> str:
+    """What stands for a long key in a row's: "#:", so that no short one equals it, and a hash."""
+    return f"#:{blake2b(key.encode(errors='surrogatepass'), digest_size=24).hexdigest()}"
+
+
+def _read_usage(result: Result) -> list[BucketUsage]:
+    column = result.get_value
+    return [
+        BucketUsage(
+            unquote((column(n, 0) or b"").decode()),
+            _codec.decode_int(column(n, 1)),
+            max(0.0, _codec.decode_float8(column(n, 2))),
+            _codec.decode_float8(column(n, 3)),
+            column(n, 4) or b"",
+        )
+        for n in range(result.ntuples)
+    ]
 
 
 def _read_changed_or_raced(result: Result) -> bool | Signal:

@@ -19,7 +19,7 @@ from pgkv.cli import main
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = (
     *("get", "set", "delete", "scan", "stats", "sweep", "evict", "doctor", "schema"),
-    *("locks", "lock", "cache", "demo"),
+    *("locks", "lock", "cache", "limits", "sessions", "demo"),
 )
 NOWHERE = "postgresql://somebody:hunter2@127.0.0.1:1/db"
 
@@ -101,6 +101,9 @@ def test_the_version_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
         ["get", "a", "--dsn", "postgresql://h/d", "--table", "t" * 60],
         ["get", "a", "--dsn", "postgresql://h/d", "--pooler", "sometimes"],
         ["--dsn", "postgresql://h/d", "--namespace", "", "get", "a"],
+        ["limits", "--reset"],
+        ["sessions"],
+        ["sessions", "user:1", "--end", "ab", "--end-all"],
         ["demo", "--keys", "1"],
         ["demo", "--table", "t"],
         ["--namespace", "n:", "demo"],

@@ -1,0 +1,69 @@
+"""``pgkv limits``: the buckets of rate limiters in the table, and resetting them."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from ..errors import NotFoundError
+from . import console
+from .command import DONE, Invocation, flag
+
+
+def limits(
+    call: Invocation,
+    key: Annotated[
+        str | None, typer.Argument(metavar="[KEY]", help="The buckets of this key.")
+    ] = None,
+    limiter: Annotated[
+        str | None, typer.Option("--limiter", metavar="NAME", help="Of this limiter only.")
+    ] = None,
+    reset: Annotated[bool, flag("--reset", help="Fill the buckets of KEY.")] = False,
+) -> int:
+    """List rate limiters with their buckets, or those of one key, or fill them again.
+
+    Only buckets that are not full have a row. The rates are in the programs: the table has when a
+    bucket was last charged, and when it is full again. Processes that deny locally or have
+    prefetched tokens notice a reset within a second. Exit code 1: the key has no bucket to reset.
+
+    **Example:** `pgkv limits`
+
+    **Example:** `pgkv limits 203.0.113.7 --limiter login --reset`
+    """
+    if reset and key is None:
+        raise typer.BadParameter("--reset needs a KEY")
+    from ..patterns.rate_limit.sql import LimiterStatements
+
+    with call.store() as store:
+        sql = LimiterStatements(store._config, store._sql.prefix)
+        found = [each for each in store._execute(sql.usage(key)) if limiter in (None, each.limiter)]
+        if reset:
+            filled = sum(store._execute(sql.reset(each.row)) for each in found)
+            if not filled:
+                raise NotFoundError(f"the key {key!r} has no bucket that is not full")
+            if call.json:
+                console.say_json({"reset": filled})
+            else:
+                console.say(f"filled {console.count(filled, 'bucket')}")
+            return DONE
+    if call.json:
+        for each in found:
+            shown = asdict(each)
+            del shown["row"]
+            console.say_json(shown)
+    elif not found:
+        console.note("No rate limiter has a bucket here that is not full.")
+    else:
+        rows = [
+            (
+                console.one_line(each.limiter),
+                f"{each.buckets:,}",
+                console.duration(each.idle),
+                console.duration(each.full_in),
+            )
+            for each in found
+        ]
+        console.show_table(("limiter", "buckets", "last charged", "full in"), rows)
+    return DONE
