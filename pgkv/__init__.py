@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ._observe import on_operation
+    from ._observe import OperationEvent, StateEvent, on_event, on_operation
     from .aio import AsyncStore
     from .config import Config, Pooler, RetryPolicy, TableType, TtlCleanupStrategy
     from .errors import (
@@ -143,6 +143,7 @@ __all__ = [  # noqa: RUF022  # plain order: ruff would put L1 before the classes
     "LockInfo",
     "LockTimeoutError",
     "NotFoundError",
+    "OperationEvent",
     "OperationTimeoutError",
     "PgkvError",
     "Pipeline",
@@ -167,6 +168,7 @@ __all__ = [  # noqa: RUF022  # plain order: ruff would put L1 before the classes
     "SessionMiddleware",
     "SessionStore",
     "SignedPickle",
+    "StateEvent",
     "Stats",
     "Store",
     "StoreUnavailableError",
@@ -187,13 +189,14 @@ __all__ = [  # noqa: RUF022  # plain order: ruff would put L1 before the classes
     "invalidate_tag",
     "load_session",
     "locked",
+    "on_event",
     "on_operation",
     "schema_sql",
 ]
 
 # The modules of the names above, as type checkers read them from the imports.
 _NAMES_OF = {
-    "._observe": "on_operation",
+    "._observe": "OperationEvent StateEvent on_event on_operation",
     ".aio": "AsyncStore",
     ".config": "Config Pooler RetryPolicy TableType TtlCleanupStrategy",
     ".errors": "ConfigError ConflictError IdempotencyError InProgressError InvalidKeyError InvalidValueError KeyReusedError LeaseLostError LockError LockTimeoutError NotFoundError OperationTimeoutError PgkvError PoolTimeoutError QueryError RateLimitedError SerializationError SessionConflictError SessionError SessionGoneError StoreUnavailableError TableNotFoundError TransactionError",

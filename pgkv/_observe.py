@@ -8,30 +8,167 @@ standard output, which a library must not). Values, tokens and passwords are nev
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Mapping
 from time import monotonic
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from .errors import ConfigError
+
+if TYPE_CHECKING:
+    from ._ops.op import Op
 
 OperationHook: TypeAlias = Callable[[str, float, str, int], object]
 
 _standard = logging.getLogger("pgkv")
 
+
+class OperationEvent:
+    """An operation that has ended. It holds no key, value or SQL parameter: everything is worked out
+    when it is read, so a listener pays for what it uses.
+
+    Attributes:
+        seconds: how long it took, its repeats included.
+        error: the exception that it raised, or None.
+    """
+
+    __slots__ = ("_answer", "_op", "error", "seconds")
+
+    kind = "operation"
+
+    def __init__(
+        self, _op: Op[Any], seconds: float, _answer: Any, error: BaseException | None
+    ) -> None:
+        self._op = _op
+        self._answer = _answer
+        self.seconds: float = seconds
+        self.error: BaseException | None = error
+
+    @property
+    def name(self) -> str:
+        """Such as ``get``, ``set_many``, ``limit_hit``."""
+        return self._op.statement.name
+
+    @property
+    def table(self) -> str | None:
+        """The table's name; None for what concerns no table."""
+        table = self._op.statement.table
+        return None if table is None else table.name
+
+    @property
+    def outcome(self) -> str:
+        """``ok``, or the name of the exception's class."""
+        return "ok" if self.error is None else type(self.error).__name__
+
+    @property
+    def sqlstate(self) -> str | None:
+        """The server's code for its refusal, if it refused."""
+        return getattr(self.error, "_sqlstate", None) or None
+
+    @property
+    def retries(self) -> int:
+        """How often it was repeated."""
+        return getattr(self._op, "retries", 0)
+
+    @property
+    def batch_size(self) -> int | None:
+        """How many keys the call named; None for what names none, such as a scan."""
+        return self._op.keys
+
+    @property
+    def hits(self) -> int | None:
+        """Of a read by key: how many keys it found. None otherwise."""
+        keys = self._op.keys
+        if keys is None or self._op.statement.writes or self.error is not None:
+            return None
+        if isinstance(self._answer, dict | set):
+            return len(self._answer)
+        return int(self._answer is not None and self._answer is not False)
+
+    @property
+    def misses(self) -> int | None:
+        """Of a read by key: how many keys it did not find. None otherwise."""
+        hits, keys = self.hits, self._op.keys
+        return None if hits is None or keys is None else keys - hits
+
+    def __repr__(self) -> str:
+        return f"<OperationEvent {self.name} {self.outcome}>"
+
+
+class StateEvent:
+    """A change of state that pgkv also logs, such as ``pgkv.lock.lost``.
+
+    Attributes:
+        name: the log event's name.
+        kind: its second part: ``lock``, ``session``, ``limit``, ``cached``, ``listener``, ...
+        fields: what the log line has; names written in code, counts and times.
+    """
+
+    __slots__ = ("fields", "kind", "name")
+
+    def __init__(self, name: str, fields: Mapping[str, object]) -> None:
+        self.name: str = name
+        self.kind: str = name.split(".")[1]
+        self.fields: Mapping[str, object] = fields
+
+
+Event: TypeAlias = "OperationEvent | StateEvent"
+EventHook: TypeAlias = Callable[[Any], object]
+
 # Read once per operation: empty, it costs one truth test.
-hooks: list[OperationHook] = []
+hooks: list[EventHook] = []
+_listeners: list[tuple[EventHook, frozenset[str]]] = []  # of changes of state
+
+
+def on_event(hook: EventHook, *, kinds: Iterable[str] = ("operation",)) -> Callable[[], None]:
+    """Call ``hook(event)`` after every event of the given kinds, in every store of the process.
+
+    Meant for metrics and traces. It runs in the caller's thread (or event loop) before the caller
+    has the answer, so keep it fast; an exception in it is logged and goes no further. Without a hook
+    this costs nothing.
+
+    Args:
+        hook: receives an `OperationEvent`, or for other kinds a `StateEvent`.
+        kinds: ``"operation"``, and kinds of changes of state: the second part of an event's name in
+            the log (``"lock"`` for ``pgkv.lock.lost``). Events that are logged at level debug are
+            not told: they may hold keys.
+
+    Returns:
+        A function that takes the hook away again.
+
+    Raises:
+        ConfigError: `hook` is no function, or `kinds` is a str.
+    """
+    return _listen(hook, kinds, "on_event()")
+
+
+def _listen(hook: EventHook, kinds: Iterable[str], caller: str) -> Callable[[], None]:
+    if not callable(hook):
+        raise ConfigError(f"{caller} takes a function, not {type(hook).__name__}")
+    if isinstance(kinds, str):
+        raise ConfigError(f"kinds of {caller} is a list of names: [{kinds!r}]")
+    wanted = frozenset(kinds)
+    entry = hook, wanted - {"operation"}
+    if "operation" in wanted:
+        hooks.append(hook)
+    if entry[1]:
+        _listeners.append(entry)
+
+    def remove() -> None:
+        if hook in hooks:
+            hooks.remove(hook)
+        if entry in _listeners:
+            _listeners.remove(entry)
+
+    return remove
 
 
 def on_operation(hook: OperationHook) -> Callable[[], None]:
-    """Call `hook(name, seconds, outcome, retries)` after every operation of every store.
-
-    Meant for metrics. It runs in the caller's thread (or event loop) before the caller has the
-    answer, so it must be quick; an exception in it is logged and goes no further.
+    """Call `hook(name, seconds, outcome, retries)` after every operation of every store: `on_event`
+    in its simplest form.
 
     Args:
         hook: receives the operation's name (``"get"``), the seconds it took, its outcome
@@ -45,35 +182,27 @@ def on_operation(hook: OperationHook) -> Callable[[], None]:
     """
     if not callable(hook):
         raise ConfigError(f"on_operation() takes a function, not {type(hook).__name__}")
-    hooks.append(hook)
 
-    def remove() -> None:
-        if hook in hooks:
-            hooks.remove(hook)
+    def tell(event: OperationEvent) -> None:
+        hook(event.name, event.seconds, event.outcome, event.retries)
 
-    return remove
+    return _listen(tell, ("operation",), "on_operation()")
 
 
-def notify(name: str, started: float, outcome: str, retries: int) -> None:
+def notify(
+    op: Op[Any], started: float, answer: Any = None, error: BaseException | None = None
+) -> None:
     """Tell the hooks of an operation that began at that monotonic time."""
-    seconds = monotonic() - started
-    for hook in tuple(hooks):
+    _tell(tuple(hooks), OperationEvent(op, monotonic() - started, answer, error))
+
+
+def _tell(told: Iterable[EventHook], event: Event) -> None:
+    for hook in told:
         try:
-            hook(name, seconds, outcome, retries)
+            hook(event)
         except Exception as error:  # noqa: BLE001  # metrics must not fail what they measure
-            warning("pgkv.hook.failed", error=type(error).__name__)
-
-
-@contextlib.contextmanager
-def operation(name: str) -> Iterator[None]:
-    """Tell the hooks of the operation in the body."""
-    started = monotonic()
-    try:
-        yield
-    except BaseException as error:
-        notify(name, started, type(error).__name__, 0)
-        raise
-    notify(name, started, "ok", 0)
+            failure: dict[str, object] = {"error": type(error).__name__}
+            _write(logging.WARNING, "pgkv.hook.failed", failure)  # told to no hook
 
 
 def debug(event: str, **context: object) -> None:
@@ -131,6 +260,13 @@ def warning(event: str, **context: object) -> None:
 
 
 def _log(level: int, event: str, context: dict[str, object]) -> None:
+    if _listeners and level > logging.DEBUG:
+        happened = StateEvent(event, context)
+        _tell([hook for hook, kinds in _listeners if happened.kind in kinds], happened)
+    _write(level, event, context)
+
+
+def _write(level: int, event: str, context: dict[str, object]) -> None:
     # Not imported here: that costs as much as psycopg, and who configured it has imported it.
     structlog = sys.modules.get("structlog")
     if structlog is not None and structlog.is_configured():

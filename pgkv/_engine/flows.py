@@ -166,8 +166,8 @@ def pipeline(
     if _observe.hooks:
         for op, outcome in zip(ops, outcomes, strict=True):
             if op not in alone:
-                ended = type(outcome).__name__ if isinstance(outcome, PgkvError) else "ok"
-                _observe.notify(op.statement.name, started, ended, 0)
+                error = outcome if isinstance(outcome, PgkvError) else None
+                _observe.notify(op, started, outcome, error)
     return outcomes
 
 

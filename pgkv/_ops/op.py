@@ -101,6 +101,19 @@ class Op(Generic[T]):
         self.params: Sequence[Param] = params
         self.decode: Callable[[Result], T | Signal] = decode or statement.decode
 
+    @property
+    def keys(self) -> int | None:
+        """How many keys the call named; None for what names none."""
+        statement = self.statement
+        if statement.one_key:
+            return 1
+        if not statement.name.endswith("_many"):
+            return None
+        if statement.formats[0] == TEXT:
+            return len(self.params)
+        array = self.params[0] or b""
+        return int.from_bytes(array[12:16])  # of its header: rank, nulls, type, length
+
     def __repr__(self) -> str:
         return f"<Op {self.statement.name}>"
 

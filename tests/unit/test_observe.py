@@ -13,6 +13,8 @@ import structlog
 
 import pgkv
 from pgkv import _observe
+from pgkv._ops.op import Op
+from pgkv._sql import Statements
 
 
 @pytest.fixture
@@ -127,10 +129,12 @@ def test_hooks_are_told_and_taken_away() -> None:
     """A hook gets name, seconds, outcome and retries, until it is taken away; twice is harmless."""
     seen: list[tuple[object, ...]] = []
     remove = pgkv.on_operation(lambda *told: seen.append(told))
-    _observe.notify("get", 0.0, "ok", 2)
+    op: Op[object] = Op(Statements(pgkv.Config("postgresql:///app")).get("k").statement, (b"k",))
+    op.retries = 2
+    _observe.notify(op, 0.0)
     remove()
     remove()
-    _observe.notify("get", 0.0, "ok", 0)
+    _observe.notify(op, 0.0)
     ((name, seconds, outcome, retries),) = seen
     assert (name, outcome, retries) == ("get", "ok", 2)
     assert isinstance(seconds, float)
@@ -143,7 +147,7 @@ def test_a_failing_hook_harms_nobody(caplog: pytest.LogCaptureFixture) -> None:
         pgkv.on_operation(lambda *_: 1 / 0),
         pgkv.on_operation(lambda name, *_: seen.append(name)),
     ]
-    _observe.notify("get", 0.0, "ok", 0)
+    _observe.notify(Statements(pgkv.Config("postgresql:///app")).get("k"), 0.0)
     for remove in removes:
         remove()
     assert seen == ["get"]
@@ -164,3 +168,89 @@ def test_a_failed_operation_is_told() -> None:
         remove()
         store.close()
     assert seen == [("get", "StoreUnavailableError")]
+
+
+# -- events ----------------------------------------------------------------------------------
+
+
+def test_an_event_is_worked_out_when_it_is_read() -> None:
+    """What an event says of one key, of many, of a scan and of a failure; never a key or a value."""
+    sql = Statements(pgkv.Config("postgresql:///app", table_name="cache"))
+    few, many = sql.get_many(["a", "b", "c"]), sql.get_many([f"secret{n}" for n in range(100)])
+    assert few is not None
+    assert many is not None
+    _, (written, *_) = sql.set_many({f"secret{n}": b"v" for n in range(50)})
+    error = pgkv.StoreUnavailableError("gone")
+    error._sqlstate = "57P01"
+    told: list[tuple[object, ...]] = []
+
+    def read(event: pgkv.OperationEvent) -> None:
+        told.append(
+            (event.name, event.batch_size, event.hits, event.misses, event.outcome, event.sqlstate)
+        )
+        assert event.table == "cache"
+        assert event.retries == 0
+        assert "secret" not in repr(event)
+
+    remove = pgkv.on_event(read)
+    for op, answer, failure in (
+        (sql.get("secret"), b"value", None),
+        (sql.get("secret"), None, None),
+        (sql.exists("secret"), False, None),
+        (few, {"a": b"1"}, None),
+        (many, {}, None),
+        (written, None, None),
+        (sql.delete("secret", None), True, None),
+        (sql.count("secret", False), 7, None),
+        (sql.get("secret"), None, error),
+    ):
+        _observe.notify(op, 0.0, answer, failure)
+    remove()
+    assert told == [
+        ("get", 1, 1, 0, "ok", None),
+        ("get", 1, 0, 1, "ok", None),
+        ("exists", 1, 0, 1, "ok", None),
+        ("get_many", 3, 1, 2, "ok", None),
+        ("get_many", 100, 0, 100, "ok", None),
+        ("set_many", 50, None, None, "ok", None),
+        ("delete", 1, None, None, "ok", None),
+        ("count", None, None, None, "ok", None),
+        ("get", 1, None, None, "StoreUnavailableError", "57P01"),
+    ]
+
+
+def test_changes_of_state_are_told_by_kind() -> None:
+    """A listener of a kind hears what is logged at info and above; of other kinds, and of what is
+    logged for debugging, which may hold keys, nothing."""
+    heard: list[tuple[str, str, object]] = []
+
+    def hear(event: pgkv.StateEvent) -> None:
+        heard.append((event.kind, event.name, dict(event.fields)))
+
+    remove = pgkv.on_event(hear, kinds=["lock"])
+    _observe.warning("pgkv.lock.lost", lock="billing")
+    _observe.info("pgkv.limit.counts", limiter="api")
+    _observe.debug("pgkv.lock.debugged", key="secret")
+    remove()
+    _observe.warning("pgkv.lock.lost", lock="billing")
+    assert heard == [("lock", "pgkv.lock.lost", {"lock": "billing"})]
+
+
+def test_a_listener_that_fails_does_not_hear_of_itself_for_ever() -> None:
+    heard: list[str] = []
+
+    def fail(event: pgkv.StateEvent) -> None:
+        heard.append(event.name)
+        raise ValueError
+
+    remove = pgkv.on_event(fail, kinds=["hook", "lock"])
+    _observe.warning("pgkv.lock.lost", lock="billing")
+    remove()
+    assert heard == ["pgkv.lock.lost"]
+
+
+def test_a_wrong_hook_is_refused() -> None:
+    with pytest.raises(pgkv.ConfigError, match=r"on_event\(\) takes a function"):
+        pgkv.on_event(None)  # type: ignore[arg-type]
+    with pytest.raises(pgkv.ConfigError, match="list of names"):
+        pgkv.on_event(print, kinds="lock")

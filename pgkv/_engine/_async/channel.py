@@ -127,7 +127,7 @@ class AsyncPoolChannel(PooledOperations):
             return await self._recover(op, started, timeout, answer)
         answer = self._collected(op, answer)
         if _observe.hooks:
-            _observe.notify(op.statement.name, started, "ok", getattr(op, "retries", 0))
+            _observe.notify(op, started, answer)
         return answer  # type: ignore[no-any-return]  # decoded by op
 
     async def _recover(
@@ -142,8 +142,7 @@ class AsyncPoolChannel(PooledOperations):
             answer = await self._settle(op, deadline, outcome)
         except BaseException as error:
             if _observe.hooks:
-                name, retries = op.statement.name, getattr(op, "retries", 0)
-                _observe.notify(name, started, type(error).__name__, retries)
+                _observe.notify(op, started, error=error)
             if missed is not None and misses.excuse(op.statement, error):
                 return missed()  # type: ignore[no-any-return]  # as above
             raise

@@ -204,14 +204,16 @@ class CoalescingChannel:
             for op, future in turn:
                 again = isinstance(error, PgkvError) and self._inner.may_repeat(op, error)
                 _settle(future, ALONE if again else error)
-                _observe_outcome(op, started, error, again)
+                if _observe.hooks and not again:
+                    _observe.notify(op, started, error=error)
             return []
         refused = next((i for i, each in enumerate(answers) if isinstance(each, PgkvError)), None)
         if refused is None:
             for (op, future), answer in zip(turn, answers, strict=True):
                 again = isinstance(answer, Raced)
                 _settle(future, ALONE if again else answer)
-                _observe_outcome(op, started, None, again)
+                if _observe.hooks and not again:
+                    _observe.notify(op, started, answer)
             return []
         if isinstance(answers[refused], TableNotFoundError) and table and table.auto_create:
             with contextlib.suppress(PgkvError):  # the next round says so
@@ -222,12 +224,6 @@ class CoalescingChannel:
 
 
 AsyncChannel: TypeAlias = "AsyncPoolChannel | CoalescingChannel | AsyncBoundChannel"
-
-
-def _observe_outcome(op: Op[Any], started: float, error: BaseException | None, again: bool) -> None:
-    if _observe.hooks and not again:
-        outcome = "ok" if error is None else type(error).__name__
-        _observe.notify(op.statement.name, started, outcome, 0)
 
 
 def _split(turn: list[Waiting]) -> tuple[list[Waiting], list[Waiting]]:

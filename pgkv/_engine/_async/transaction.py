@@ -51,8 +51,14 @@ class AsyncBoundChannel(InTransaction):
         """Perform one operation of the transaction."""
         if not _observe.hooks:
             return await self._execute(op, timeout)
-        with _observe.operation(op.statement.name):
-            return await self._execute(op, timeout)
+        started = monotonic()
+        try:
+            answer = await self._execute(op, timeout)
+        except BaseException as error:
+            _observe.notify(op, started, error=error)
+            raise
+        _observe.notify(op, started, answer)
+        return answer
 
     async def _execute(self, op: Op[T], timeout: float | None) -> T:
         if self._nesting.owner is not None:

@@ -163,7 +163,7 @@ class PoolChannel(PooledOperations):
             return self._recover(op, started, timeout, answer)
         answer = self._collected(op, answer)
         if _observe.hooks:
-            _observe.notify(op.statement.name, started, "ok", getattr(op, "retries", 0))
+            _observe.notify(op, started, answer)
         return answer  # type: ignore[no-any-return]  # decoded by op
 
     def _recover(
@@ -180,8 +180,7 @@ class PoolChannel(PooledOperations):
             # Its context would be that no connection was idle, which concerns no caller.
             error.__suppress_context__ = True
             if _observe.hooks:
-                name, retries = op.statement.name, getattr(op, "retries", 0)
-                _observe.notify(name, started, type(error).__name__, retries)
+                _observe.notify(op, started, error=error)
             if missed is not None and misses.excuse(op.statement, error):
                 return missed()  # type: ignore[no-any-return]  # as above
             raise

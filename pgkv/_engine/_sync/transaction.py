@@ -59,8 +59,14 @@ class BoundChannel(InTransaction):
         """Perform one operation of the transaction."""
         if not _observe.hooks:
             return self._execute(op, timeout)
-        with _observe.operation(op.statement.name):
-            return self._execute(op, timeout)
+        started = monotonic()
+        try:
+            answer = self._execute(op, timeout)
+        except BaseException as error:
+            _observe.notify(op, started, error=error)
+            raise
+        _observe.notify(op, started, answer)
+        return answer
 
     def _execute(self, op: Op[T], timeout: float | None) -> T:
         self._check(op.statement.name)
