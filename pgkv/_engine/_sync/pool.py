@@ -131,7 +131,7 @@ class StorePool:
                 conn = self._pop_live()
                 if conn is not None:
                     if self.waiters and self.idle:
-                        self.serve_waiters()  # whoever gave a connection left that to this one
+                        self.serve_waiters()  # the thread that gave a connection left that to this one
                     return conn
                 place = self._new_place(action)
                 if place is not None:
