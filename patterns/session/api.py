@@ -17,8 +17,8 @@ from ..._settings import refuse_pickle
 from ...aio import AsyncStore
 from ...store import Store
 from .._runtime.checks import require
-from .data import Session, SessionInfo
-from .flows import KEEP, Keep, SessionFlows
+from .data import KEEP, Keep, Session, SessionInfo
+from .flows import SessionFlows
 
 if TYPE_CHECKING:
     from ..._ops.op import Flow
@@ -104,6 +104,9 @@ class SessionStore:
         data: Mapping[str, Any] | None = None,
         user_id: str | int | None = None,
         metadata: Mapping[str, Any] | None = None,
+        *,
+        idle_timeout: Seconds | None = None,
+        absolute_timeout: Seconds | None = None,
     ) -> Session:
         """Make a session and store it.
 
@@ -112,6 +115,9 @@ class SessionStore:
             user_id: the user, for `list_user` and `destroy_user`; an int comes back as text.
             metadata: what a list of devices shows: a user agent, a truncated address. pgkv does
                 not read it.
+            idle_timeout: this session's own, kept in its row ("remember me"); None: the store's. The
+                cookie of such a session lives as long.
+            absolute_timeout: likewise; to be given with an `idle_timeout` beyond the store's.
 
         Returns:
             The `Session`; its `id` is the token for the cookie.
@@ -119,7 +125,9 @@ class SessionStore:
         Raises:
             InvalidValueError: something is not JSON (says where), or too large.
         """
-        return self._run(self._flows.create(data, user_id, metadata))
+        return self._run(
+            self._flows.create(data, user_id, metadata, idle_timeout, absolute_timeout)
+        )
 
     def load(self, token: str) -> Session | None:
         """Return the live session of that token, or None: unknown, ended, expired, malformed.
@@ -136,10 +144,21 @@ class SessionStore:
         """
         return self._run(self._flows.load(token))
 
+    def exists(self, token: str) -> bool:
+        """Tell whether `load` would find a session, without noting a use.
+
+        Args:
+            token: what the cookie held; any value is accepted.
+        """
+        return self._run(self._flows.exists(token))
+
     def save(
         self,
         session: Session | Mapping[str, Any],
         on_conflict: Literal["merge", "error", "last_wins"] = "merge",
+        *,
+        idle_timeout: Seconds | Keep | None = KEEP,
+        absolute_timeout: Seconds | Keep | None = KEEP,
     ) -> None:
         """Store what changed since the session was loaded or saved. An unchanged session costs no
         query.
@@ -151,6 +170,8 @@ class SessionStore:
             on_conflict: ``"merge"`` sends changed and removed top-level keys only: of each key the
                 last writer's value stays. ``"error"`` sends the whole document and is refused if
                 another request saved in between. ``"last_wins"`` overwrites.
+            idle_timeout: of this session from now on; None: the store's again. By default it stays.
+            absolute_timeout: likewise, counted from now.
 
         Raises:
             SessionGoneError: it has ended (``reason="gone"``), or was rotated while this request
@@ -158,7 +179,7 @@ class SessionStore:
             SessionConflictError: (``"error"``) another request saved it; load it again.
             InvalidValueError: something is not JSON (says where), or too large.
         """
-        self._run(self._flows.save(session, on_conflict))
+        self._run(self._flows.save(session, on_conflict, idle_timeout, absolute_timeout))
 
     def rotate(
         self,
@@ -166,6 +187,8 @@ class SessionStore:
         *,
         user_id: str | int | Keep | None = KEEP,
         grace: Seconds = 10,
+        idle_timeout: Seconds | Keep | None = KEEP,
+        absolute_timeout: Seconds | Keep | None = KEEP,
     ) -> None:
         """Give the session a new token: at every login and change of privilege.
 
@@ -178,12 +201,14 @@ class SessionStore:
             user_id: the user from now on; None for no user. By default the user stays. A change
                 starts the absolute timeout again.
             grace: seconds; 0 ends the old token at once, for example after a suspected theft.
+            idle_timeout: see `save`.
+            absolute_timeout: see `save`; a change of the user starts it again in any case.
 
         Raises:
             SessionConflictError: another request rotated it at the same time, and won.
             SessionGoneError: it has ended.
         """
-        self._run(self._flows.rotate(session, user_id, grace))
+        self._run(self._flows.rotate(session, user_id, grace, idle_timeout, absolute_timeout))
 
     def destroy(self, token: str | Session | Mapping[str, Any]) -> bool:
         """End a session for good; True when it was alive. It is on disk when this returns.
@@ -328,21 +353,33 @@ class AsyncSessionStore:
         data: Mapping[str, Any] | None = None,
         user_id: str | int | None = None,
         metadata: Mapping[str, Any] | None = None,
+        *,
+        idle_timeout: Seconds | None = None,
+        absolute_timeout: Seconds | None = None,
     ) -> Session:
         """Make a session and store it; see `SessionStore.create`."""
-        return await self._run(self._flows.create(data, user_id, metadata))
+        return await self._run(
+            self._flows.create(data, user_id, metadata, idle_timeout, absolute_timeout)
+        )
 
     async def load(self, token: str) -> Session | None:
         """Return the live session of that token, or None; see `SessionStore.load`."""
         return await self._run(self._flows.load(token))
 
+    async def exists(self, token: str) -> bool:
+        """Tell whether `load` would find a session, without noting a use."""
+        return await self._run(self._flows.exists(token))
+
     async def save(
         self,
         session: Session | Mapping[str, Any],
         on_conflict: Literal["merge", "error", "last_wins"] = "merge",
+        *,
+        idle_timeout: Seconds | Keep | None = KEEP,
+        absolute_timeout: Seconds | Keep | None = KEEP,
     ) -> None:
         """Store what changed since the session was loaded or saved; see `SessionStore.save`."""
-        await self._run(self._flows.save(session, on_conflict))
+        await self._run(self._flows.save(session, on_conflict, idle_timeout, absolute_timeout))
 
     async def rotate(
         self,
@@ -350,9 +387,11 @@ class AsyncSessionStore:
         *,
         user_id: str | int | Keep | None = KEEP,
         grace: Seconds = 10,
+        idle_timeout: Seconds | Keep | None = KEEP,
+        absolute_timeout: Seconds | Keep | None = KEEP,
     ) -> None:
         """Give the session a new token; see `SessionStore.rotate`."""
-        await self._run(self._flows.rotate(session, user_id, grace))
+        await self._run(self._flows.rotate(session, user_id, grace, idle_timeout, absolute_timeout))
 
     async def destroy(self, token: str | Session | Mapping[str, Any]) -> bool:
         """End a session for good; True when it was alive. See `SessionStore.destroy`."""

@@ -17,7 +17,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
@@ -218,6 +218,16 @@ def _short(key: str) -> str:
 # -- what a program holds -----------------------------------------------------------------
 
 
+class Keep:
+    """The default of what a session keeps: its user, its lifetimes."""
+
+    def __repr__(self) -> str:
+        return "<unchanged>"
+
+
+KEEP: Final = Keep()
+
+
 class Session:
     """One session, as it was when it was loaded or made, and what you changed since.
 
@@ -233,11 +243,13 @@ class Session:
         created_at: when it began, by the server's clock (UTC). None while never stored.
         expires_at: when it ends if it is not used again. None while never stored.
         is_new: it was made here and not loaded.
+        idle_timeout: seconds of its own; None where the store's hold.
     """
 
     __slots__ = (
         "_before",
         "_ended",
+        "_has_new_life",
         "_meta",
         "_moved",
         "_times",
@@ -246,6 +258,7 @@ class Session:
         "data",
         "expires_at",
         "id",
+        "idle_timeout",
         "is_new",
         "user_id",
     )
@@ -263,19 +276,22 @@ class Session:
         self.created_at: datetime | None = None
         self.expires_at: datetime | None = None
         self.is_new: bool = True
+        self.idle_timeout: float | None = None
+        self._has_new_life = False  # its lifetimes were changed by this program
         self._before: dict[str, str] = {}  # the JSON text of each key as the database has it
         self._version = 0
         self._meta: bytes | None = None
         self._moved = False  # loaded under an id that a rotation has replaced
         self._ended = False  # destroyed by this program
-        self._times: tuple[datetime, datetime] | None = None  # of its last use, and of the loading
+        self._times: tuple[float, float] | None = None  # of its last use, and of the loading
 
     def _enters_period(self, seconds: float) -> bool:
         """Whether this loading is its first use in one of the periods of that length into which its
         life is cut, by the server's clock."""
         if self._times is None or self.created_at is None:
             return False
-        last, now = ((each - self.created_at).total_seconds() // seconds for each in self._times)
+        began = self.created_at.timestamp()
+        last, now = ((each - began) // seconds for each in self._times)
         return last < now
 
     @property

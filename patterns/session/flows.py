@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Mapping
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -29,6 +29,8 @@ from ...errors import (
     SessionGoneError,
 )
 from .data import (
+    KEEP,
+    Keep,
     Session,
     SessionInfo,
     difference,
@@ -43,23 +45,22 @@ from .data import (
     values_of,
 )
 from .request import RequestSession
-from .sql import REPEATS, SESSIONS, Lifetimes, Loaded, Mode, SessionStatements
+from .sql import (
+    REPEATS,
+    SESSIONS,
+    UNCHANGED,
+    Lifetimes,
+    Loaded,
+    Mode,
+    NewLifetimes,
+    SessionStatements,
+)
 
 if TYPE_CHECKING:
     from ...config import Seconds
 
 _HANDLE = re.compile("[0-9a-f]{64}")
 MODES = ("merge", "error", "last_wins")
-
-
-class Keep:
-    """The default of rotate's user_id: the user there is."""
-
-    def __repr__(self) -> str:
-        return "<unchanged>"
-
-
-KEEP: Final = Keep()
 
 
 class SessionFlows:
@@ -118,7 +119,12 @@ class SessionFlows:
     # -- one session
 
     def create(
-        self, data: Mapping[str, Any] | None, user_id: object, metadata: Mapping[str, Any] | None
+        self,
+        data: Mapping[str, Any] | None,
+        user_id: object,
+        metadata: Mapping[str, Any] | None,
+        idle: Seconds | None = None,
+        absolute: Seconds | None = None,
     ) -> Flow[Session]:
         """Make a session and store it."""
         user = None if user_id is None else user_of(user_id)
@@ -126,22 +132,47 @@ class SessionFlows:
         require_mapping(data, "data")
         session = Session(dict(data), user_id=user)
         session._meta = None if not metadata else self._metadata(metadata)
-        yield from self._store(session)
+        own = self._own(
+            session, KEEP if idle is None else idle, KEEP if absolute is None else absolute
+        )
+        yield from self._store(session, own)
         return session
+
+    def _own(self, session: Session, idle: Any, absolute: Any) -> NewLifetimes:
+        """The lifetimes that a session is given, by the call or by what it is in a request."""
+        if isinstance(session.data, RequestSession):
+            asked = session.data.lifetimes
+            idle, absolute = (
+                there if isinstance(each, Keep) else each
+                for each, there in zip((idle, absolute), asked, strict=True)
+            )
+        own = NewLifetimes(_own("idle_timeout", idle), _own("absolute_timeout", absolute))
+        if own.idle and own.idle <= self.lifetimes.touch:
+            raise InvalidValueError(
+                "idle_timeout must be longer than the store's touch_interval of "
+                f"{self.lifetimes.touch:g} seconds: a session in use would end"
+            )
+        if own.idle and not own.absolute and own.idle > self.lifetimes.absolute:
+            raise InvalidValueError(
+                "idle_timeout is longer than the store's absolute_timeout of "
+                f"{self.lifetimes.absolute:g} seconds; give absolute_timeout as well"
+            )
+        return own
 
     def _metadata(self, metadata: Mapping[str, Any]) -> bytes:
         return document(texts_of(metadata, self.size_max, "metadata"))
 
-    def _store(self, session: Session) -> Flow[None]:
+    def _store(self, session: Session, own: NewLifetimes) -> Flow[None]:
         """Insert a session that was never stored, under a token of its own."""
         texts = self._texts(session)
         token = new_token()
-        op = self.sql.create(id_of(token), session.user_id, document(texts), session._meta)
+        op = self.sql.create(id_of(token), session.user_id, document(texts), session._meta, own)
         created = yield from do(op)
         if created is None:  # another row has this hash: a broken source of randomness
             raise SessionError("a new session's token exists already; nothing was stored")
         session._version, session.expires_at, session.created_at = created
         session.id, session._before = token, texts
+        _note(session, own)
 
     def _texts(self, session: Session) -> dict[str, str]:
         data = session.data
@@ -155,19 +186,28 @@ class SessionFlows:
         loaded = yield from do(self.sql.load(id_of(token), timed=timed))
         return None if loaded is None else _session_of(token, loaded)
 
-    def save(self, given: object, on_conflict: str) -> Flow[None]:
+    def exists(self, token: object) -> Flow[bool]:
+        """Whether a load would find a session."""
+        if not isinstance(token, str) or not is_token(token):
+            return False
+        return (yield from do(self.sql.exists(id_of(token))))
+
+    def save(
+        self, given: object, on_conflict: str, idle: Any = KEEP, absolute: Any = KEEP
+    ) -> Flow[None]:
         """Send what changed, if anything did."""
         session = session_of(given)
+        own = self._own(session, idle, absolute)
         if on_conflict not in MODES:
             raise InvalidValueError(
                 f"on_conflict must be one of {', '.join(MODES)}, not {on_conflict!r}"
             )
         if not session.id:
-            yield from self._store(session)
+            yield from self._store(session, own)
             return
         now = self._texts(session)
         changed, removed = difference(session._before, now)
-        if not changed and not removed:
+        if not changed and not removed and own == UNCHANGED:
             return
         if session._ended:
             raise gone("gone")
@@ -182,6 +222,7 @@ class SessionFlows:
                 session._version,
                 document(changed if merging else now),
                 [key.encode() for key in removed] if merging else [],
+                own,
             )
         )
         if outcome.status == "conflict":
@@ -193,6 +234,7 @@ class SessionFlows:
             raise gone(outcome.status)
         session._before = now
         session.expires_at = outcome.expires_at
+        _note(session, own)
         if merging and outcome.before != session._version:
             # Others' keys are in the database and not here: a later save of the whole document
             # would erase them, so it must meet a conflict.
@@ -200,9 +242,17 @@ class SessionFlows:
         else:
             session._version = outcome.version
 
-    def rotate(self, given: object, user_id: object, grace: Seconds) -> Flow[None]:
+    def rotate(
+        self,
+        given: object,
+        user_id: object,
+        grace: Seconds,
+        idle: Any = KEEP,
+        absolute: Any = KEEP,
+    ) -> Flow[None]:
         """Move the session to a new token, its unsaved changes with it."""
         session = session_of(given)
+        own = self._own(session, idle, absolute)
         seconds = _grace(grace)
         user: tuple[str | None] | None = None
         if not isinstance(user_id, Keep):
@@ -212,7 +262,7 @@ class SessionFlows:
         if not session.id:
             if user is not None:
                 session.user_id = user[0]
-            yield from self._store(session)
+            yield from self._store(session, own)
             _begun(session)
             return
         if session._moved:
@@ -228,6 +278,7 @@ class SessionFlows:
                 [key.encode() for key in removed],
                 grace=seconds,
                 user=user,
+                own=own,
             )
         )
         if outcome.status == "gone":
@@ -236,6 +287,7 @@ class SessionFlows:
             raise _rotated_by_another()
         session._version = outcome.version if outcome.before == session._version else -1
         session.id, session._before, session.expires_at = token, now, outcome.expires_at
+        _note(session, own)
         if user is not None:
             session.user_id = user[0]
         _begun(session)
@@ -320,6 +372,25 @@ def session_of(given: object) -> Session:
     return given
 
 
+def _own(name: str, value: Any) -> float | None:
+    if isinstance(value, Keep):
+        return None
+    if value is None:
+        return 0.0
+    try:
+        return _duration(name, value)
+    except ConfigError as error:
+        raise InvalidValueError(str(error)) from None
+
+
+def _note(session: Session, own: NewLifetimes) -> None:
+    if own.idle is not None:
+        session.idle_timeout = own.idle or None
+    session._has_new_life |= own != UNCHANGED
+    if isinstance(session.data, RequestSession):
+        session.data.lifetimes = (KEEP, KEEP)
+
+
 def _begun(session: Session) -> None:
     """A rotation is a new beginning: what was cleared before it needs no other one."""
     if isinstance(session.data, RequestSession):
@@ -358,7 +429,7 @@ def _session_of(token: str, loaded: Loaded) -> Session:
     session.created_at, session.expires_at = loaded.created_at, loaded.expires_at
     session.is_new = False
     session._before, session._version, session._moved = texts, loaded.version, loaded.moved
-    session._times = loaded.times
+    session._times, session.idle_timeout = loaded.times, loaded.idle
     return session
 
 

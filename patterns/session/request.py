@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from ...errors import SessionError
-from .data import Session
+from .data import KEEP, Session
 
 
 class RequestSession(dict[str, Any]):
@@ -29,6 +29,7 @@ class RequestSession(dict[str, Any]):
         self.accessed: bool = False  # the response depends on the session
         self.modified: bool = False  # something was put in or taken out
         self.cleared: bool = False
+        self.lifetimes: tuple[Any, Any] = (KEEP, KEEP)  # idle and absolute, for the next save
 
     def fill(self, session: Session) -> None:
         """Become the data of that session."""
@@ -170,4 +171,5 @@ class RequestSession(dict[str, Any]):
         """End the session. What is put in afterwards begins a new one."""
         self.mark_modified()
         self.cleared = True
+        self.lifetimes = (KEEP, KEEP)
         super().clear()

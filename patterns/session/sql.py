@@ -9,11 +9,14 @@ Every statement judges whether a session is alive by ``expires_at`` alone, which
 earlier of the idle and the absolute end. Writes whose loss in a crash costs a second of data set
 ``synchronous_commit = off`` for their own transaction; writes whose loss would revive a session
 wait for the disk. Inside a caller's transaction neither is set, because it would affect its commit.
+
+A session with lifetimes of its own has them in ``meta``, in seconds: ``[metadata, idle, absolute]``,
+null where the store's holds. The ``meta`` of any other session is its metadata alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal, NamedTuple
@@ -22,7 +25,7 @@ from ..._ops import codec as _codec
 from ..._ops.lazy import cached_property
 from ..._ops.op import BINARY, TEXT, Expired, Op, Raced, Result, Signal, Statement
 from ..._sql.sweep import Sweep
-from ..._sql.table import STATEMENT_US, read_count
+from ..._sql.table import STATEMENT_US, read_count, read_found
 from ...config import Config, Table, TableShape
 
 SESSIONS = TableShape(
@@ -51,6 +54,9 @@ DURABLE = (
     "coalesce(nullif(current_setting('synchronous_commit'), 'off'), 'on'), true)"
 )
 
+METADATA = "CASE jsonb_typeof(s.meta) WHEN 'array' THEN nullif(s.meta->0, 'null') ELSE s.meta END"
+OWN_IDLE, OWN_ABSOLUTE = "(s.meta->>1)::float8", "(s.meta->>2)::float8"
+
 RACED_OR_ROTATED = "CASE WHEN successor IS NULL THEN 'raced' ELSE 'rotated' END"
 # How often a statement that met a concurrent change is asked again. A save and a rotation know
 # their outcome the second time; a destroy can meet another rotation each time.
@@ -71,7 +77,8 @@ class Loaded(NamedTuple):
     created_at: datetime
     expires_at: datetime
     moved: bool  # it is a stub
-    times: tuple[datetime, datetime] | None = None  # (of the use before this one, now)
+    idle: float | None = None  # its own idle timeout
+    times: tuple[float, float] | None = None  # (of the use before this one, now), since 1970
 
 
 class Outcome(NamedTuple):
@@ -97,6 +104,21 @@ class Listed(NamedTuple):
     ends_at: datetime
     meta: bytes | None
     read_at: datetime
+
+
+class NewLifetimes(NamedTuple):
+    """What a session is given in seconds: None leaves it, and 0 makes it the store's."""
+
+    idle: float | None
+    absolute: float | None
+
+    def encoded(self) -> tuple[bytes | None, bytes | None]:
+        """The parameters of a statement."""
+        idle, absolute = (None if each is None else _codec.encode_interval(each) for each in self)
+        return idle, absolute
+
+
+UNCHANGED = NewLifetimes(None, None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,51 +171,85 @@ class SessionStatements(Sweep):
         )
 
     def create(
-        self, id: bytes, user_id: str | None, data: bytes, meta: bytes | None
+        self,
+        id: bytes,
+        user_id: str | None,
+        data: bytes,
+        meta: bytes | None,
+        own: NewLifetimes = UNCHANGED,
     ) -> Op[tuple[int, datetime, datetime] | None]:
         """Insert: version, expiry, creation; None if there is such an id."""
         user = None if user_id is None else user_id.encode()
-        return Op(self._create, (id, user, data, meta, self._idle, self._absolute))
+        idle = _codec.encode_interval(own.idle) if own.idle else self._idle
+        absolute = _codec.encode_interval(own.absolute) if own.absolute else self._absolute
+        if own.idle or own.absolute:
+            kept = ",".join(f"{each:.6f}" if each else "null" for each in own)
+            meta = b"[%b,%b]" % (meta or b"null", kept.encode())
+        return Op(self._create, (id, user, data, meta, idle, absolute))
 
     @cached_property
     def _load(self) -> Statement[Loaded | None]:
-        return self._make_load("", self._read_loaded)
+        return self._make_load("s.meta->>1 IS NOT NULL")
 
     @cached_property
     def _load_timed(self) -> Statement[Loaded | None]:
-        return self._make_load(f", seen_at, {NOW}", self._read_timed)
+        return self._make_load("true")
 
-    def _make_load(
-        self, more: str, read: Callable[[Result], Loaded | Signal | None]
-    ) -> Statement[Loaded | None]:
+    def _make_load(self, timed: str) -> Statement[Loaded | None]:
+        # One column for what few sessions have: another one would cost each load.
+        state = (
+            f"CASE WHEN successor IS NOT NULL THEN 'moved' WHEN {timed} THEN concat_ws(' ', "
+            f"extract(epoch from seen_at), extract(epoch from {NOW}), s.meta->>1) END"
+        )
         # The touch locks nothing that is locked, so a load never waits; and it locks nothing at
         # all within touch_interval, so a load then takes no transaction id.
         return self.statement(
             "session_load",
             "WITH c AS MATERIALIZED ("
             "SELECT user_id, data, version, created_at, least(expires_at, ends_at) AS expires_at, "
-            "seen_at, successor IS NOT NULL AS moved,"
-            f" expires_at > {NOW} AS live FROM {self.t} s WHERE id = $1 AND (successor IS NULL "
-            f"OR ends_at > {NOW} AND EXISTS (SELECT 1 FROM {self.t} h WHERE h.id = s.successor "
-            f"AND h.successor IS NULL AND h.expires_at > {NOW}))), "
+            f"{state} AS state, expires_at > {NOW} AS live FROM {self.t} s WHERE id = $1 AND {self._readable}), "
             f"k AS MATERIALIZED (SELECT id FROM {self.t} WHERE id = $1 AND successor IS NULL "
             f"AND expires_at > {NOW} AND seen_at <= {NOW} - $3::interval "
             "FOR NO KEY UPDATE SKIP LOCKED), "
             f"u AS (UPDATE {self.t} s SET seen_at = {NOW}, "
-            f"expires_at = least({NOW} + $2::interval, s.ends_at) FROM k, {self._lazily} "
+            f"expires_at = {self._expiry('$2')} FROM k, {self._lazily} "
             "WHERE s.id = k.id RETURNING s.expires_at) "
-            "SELECT live, moved, user_id, CASE WHEN live THEN data::text END, version, created_at, "
-            f"coalesce((SELECT expires_at FROM u), expires_at){more} FROM c",
+            "SELECT live, state, user_id, CASE WHEN live THEN data::text END, version, created_at, "
+            "coalesce((SELECT expires_at FROM u), expires_at) FROM c",
             (BINARY, BINARY, BINARY),
-            read,
+            self._read_loaded,
             retry_safe=True,
             # A touch changes no answer: a load is repeated, and counted, as a read.
             writes=False,
         )
 
     def load(self, id: bytes, *, timed: bool = False) -> Op[Loaded | None]:
-        """Read a live session, and note its use once per touch_interval; `timed`: with `times`."""
+        """Read a live session, and note its use once per touch_interval; `timed`: with `times`,
+        which a session with an idle timeout of its own has in any case."""
         return Op(self._load_timed if timed else self._load, (id, self._idle, self._touch))
+
+    @property
+    def _readable(self) -> str:
+        """Of a row s that has not expired: no stub, or one in its grace whose session is alive."""
+        return (
+            f"(successor IS NULL OR ends_at > {NOW} AND EXISTS (SELECT 1 FROM {self.t} h "
+            f"WHERE h.id = s.successor AND h.successor IS NULL AND h.expires_at > {NOW}))"
+        )
+
+    @cached_property
+    def _exists(self) -> Statement[bool]:
+        return self.statement(
+            "session_exists",
+            f"SELECT 1 FROM {self.t} s WHERE id = $1 AND expires_at > {NOW} AND {self._readable}",
+            (BINARY,),
+            read_found,
+            retry_safe=True,
+            writes=False,
+        )
+
+    def exists(self, id: bytes) -> Op[bool]:
+        """Whether a load would find a session; notes no use."""
+        return Op(self._exists, (id,))
 
     def _read_loaded(self, result: Result) -> Loaded | Signal | None:
         if not result.ntuples:
@@ -201,25 +257,28 @@ class SessionStatements(Sweep):
         column = result.get_value
         if column(0, 0) != b"\1":
             return Expired(None) if self.collects else None
-        user = column(0, 2)
-        return Loaded(
+        user, state = column(0, 2), column(0, 1)
+        loaded = Loaded(
             None if user is None else user.decode(),
             column(0, 3) or b"{}",
             _codec.decode_int(column(0, 4)),
             _codec.decode_moment(column(0, 5)),
             _codec.decode_moment(column(0, 6)),
-            column(0, 1) == b"\1",
+            state == b"moved",
         )
-
-    def _read_timed(self, result: Result) -> Loaded | Signal | None:
-        loaded = self._read_loaded(result)
-        if not isinstance(loaded, Loaded):
+        if state is None or loaded.moved:
             return loaded
-        seen, now = (_codec.decode_moment(result.get_value(0, column)) for column in (7, 8))
-        return loaded._replace(times=(seen, now))
+        seen, now, *idle = map(float, state.split())
+        return loaded._replace(times=(seen, now), idle=idle[0] if idle else None)
 
     def save(
-        self, id: bytes, mode: Mode, version: int, changed: bytes, removed: list[bytes]
+        self,
+        id: bytes,
+        mode: Mode,
+        version: int,
+        changed: bytes,
+        removed: list[bytes],
+        own: NewLifetimes = UNCHANGED,
     ) -> Op[Outcome]:
         """Update, never insert: a session that ended stays ended.
 
@@ -229,72 +288,104 @@ class SessionStatements(Sweep):
             version: what ``"error"`` requires.
             changed: the changed keys with their values, or the document.
             removed: (merge) the keys to take away.
+            own: lifetimes.
         """
+        params: tuple[bytes | None, ...] = (id, changed, self._idle)
         if mode == "merge":
-            keys = _codec.encode_array(removed)
-            return Op(self._merge, (id, changed, self._idle, keys))
-        if mode == "error":
-            expected = _codec.encode_int8(version)
-            return Op(self._replace_if, (id, changed, self._idle, expected))
-        return Op(self._replace, (id, changed, self._idle))
+            params += (_codec.encode_array(removed),)
+        elif mode == "error":
+            params += (_codec.encode_int8(version),)
+        timed = own != UNCHANGED
+        if timed:
+            params += (*own.encoded(), self._absolute)
+        return Op(
+            self.made(
+                ("session_save", mode, timed),
+                lambda: (
+                    self._make_merge(timed) if mode == "merge" else self._make_replace(mode, timed)
+                ),
+            ),
+            params,
+        )
 
-    @cached_property
-    def _merge(self) -> Statement[Outcome]:
-        data = "(s.data - $4::text[]) || $2::jsonb"
+    def _make_merge(self, timed: bool) -> Statement[Outcome]:
+        sets = "data = (s.data - $4::text[]) || $2::jsonb, " + self._used(5 if timed else None)
         # Which version the merge found tells whether the caller still knows the whole document.
         # Before 18 RETURNING has no old row; there the row is locked first, which also reads it.
         live = f"id = $1 AND successor IS NULL AND expires_at > {NOW}"
         found = f"SELECT id, version FROM {self.t} WHERE {live} FOR NO KEY UPDATE"
         before_18 = (
             f"WITH o AS MATERIALIZED ({found}), "
-            f"u AS (UPDATE {self.t} s SET data = {data}, {self._used} FROM o, {self._lazily} "
+            f"u AS (UPDATE {self.t} s SET {sets} FROM o, {self._lazily} "
             "WHERE s.id = o.id RETURNING s.version, s.expires_at, o.version AS before)"
         )
         since_18 = (
-            f"WITH u AS (UPDATE {self.t} s SET data = {data}, {self._used} FROM {self._lazily} "
+            f"WITH u AS (UPDATE {self.t} s SET {sets} FROM {self._lazily} "
             f"WHERE {live} RETURNING new.version, new.expires_at, old.version AS before)"
         )
-        otherwise = self._why_not(RACED_OR_ROTATED)
-        return self.statement(
-            "session_save",
-            before_18 + otherwise,
-            (BINARY, TEXT, BINARY, BINARY),
-            _read_outcome,
-            repeats=REPEATS,
-            sql_18=since_18 + otherwise,
-        )
+        return self._save(before_18, RACED_OR_ROTATED, 4 + 3 * timed, since_18)
 
-    @cached_property
-    def _replace(self) -> Statement[Outcome]:
-        return self._make_replace("", RACED_OR_ROTATED, ())
-
-    @cached_property
-    def _replace_if(self) -> Statement[Outcome]:
-        status = (
-            "CASE WHEN successor IS NOT NULL THEN 'rotated' "
-            "WHEN version <> $4::bigint THEN 'conflict' ELSE 'raced' END"
-        )
-        return self._make_replace(" AND s.version = $4::bigint", status, (BINARY,))
-
-    def _make_replace(
-        self, condition: str, status: str, more: tuple[int, ...]
-    ) -> Statement[Outcome]:
-        return self.statement(
-            "session_save",
-            f"WITH u AS (UPDATE {self.t} s SET data = $2::jsonb, {self._used} FROM {self._lazily} "
+    def _make_replace(self, mode: Mode, timed: bool) -> Statement[Outcome]:
+        condition, status, count = "", RACED_OR_ROTATED, 3
+        if mode == "error":
+            condition, count = " AND s.version = $4::bigint", 4
+            status = (
+                "CASE WHEN successor IS NOT NULL THEN 'rotated' "
+                "WHEN version <> $4::bigint THEN 'conflict' ELSE 'raced' END"
+            )
+        sets = "data = $2::jsonb, " + self._used(count + 1 if timed else None)
+        update = (
+            f"WITH u AS (UPDATE {self.t} s SET {sets} FROM {self._lazily} "
             f"WHERE id = $1 AND successor IS NULL AND expires_at > {NOW}{condition} "
-            "RETURNING s.version, s.expires_at, s.version AS before)" + self._why_not(status),
-            (BINARY, TEXT, BINARY, *more),
+            "RETURNING s.version, s.expires_at, s.version AS before)"
+        )
+        return self._save(update, status, count + 3 * timed)
+
+    def _save(
+        self, update: str, status: str, count: int, since_18: str | None = None
+    ) -> Statement[Outcome]:
+        otherwise = self._why_not(status)
+        return self.statement(
+            "session_save",
+            update + otherwise,
+            (BINARY, TEXT, *(BINARY,) * (count - 2)),
             _read_outcome,
             repeats=REPEATS,
+            sql_18=None if since_18 is None else since_18 + otherwise,
         )
 
-    @property
-    def _used(self) -> str:
-        """What every save notes in addition to the data."""
+    def _used(self, first: int | None) -> str:
+        """What every save notes in addition to the data; with lifetimes from that parameter on."""
+        noted = f"version = greatest(s.version + 1, {STATEMENT_US}), seen_at = {NOW}, "
+        if first is None:
+            return noted + f"expires_at = {self._expiry('$3')}"
+        return noted + self._given(f"${first}", f"${first + 1}", "$3", f"${first + 2}", "false")
+
+    def _expiry(self, idle: str) -> str:
+        return f"least({NOW} + {_own(OWN_IDLE, idle)}, s.ends_at)"
+
+    def _given(
+        self, idle: str, absolute: str, idle_of_store: str, of_store: str, restarts: str
+    ) -> str:
+        """What sets lifetimes, and the ends that follow.
+
+        Args:
+            idle: the parameter of `NewLifetimes`.
+            absolute: likewise.
+            idle_of_store: the parameter of the store's idle timeout.
+            of_store: of its absolute timeout.
+            restarts: a condition under which the absolute timeout starts again.
+        """
+        new_idle = _changed(idle, OWN_IDLE)
+        new_absolute = _changed(absolute, OWN_ABSOLUTE)
+        ends = (
+            f"CASE WHEN {absolute}::interval IS NOT NULL OR ({restarts}) "
+            f"THEN {NOW} + {_own(new_absolute, of_store)} ELSE s.ends_at END"
+        )
         return (
-            f"version = greatest(s.version + 1, {STATEMENT_US}), seen_at = {NOW}, "
-            f"expires_at = least({NOW} + $3::interval, s.ends_at)"
+            f"meta = CASE WHEN {idle}::interval IS NULL AND {absolute}::interval IS NULL THEN s.meta "
+            f"ELSE jsonb_build_array({METADATA}, {new_idle}, {new_absolute}) END, "
+            f"ends_at = {ends}, expires_at = least({NOW} + {_own(new_idle, idle_of_store)}, {ends})"
         )
 
     def _why_not(self, status: str) -> str:
@@ -315,6 +406,7 @@ class SessionStatements(Sweep):
         *,
         grace: float,
         user: tuple[str | None] | None,
+        own: NewLifetimes = UNCHANGED,
     ) -> Op[Outcome]:
         """Move the row to a new id and leave a stub under the old one.
 
@@ -325,6 +417,7 @@ class SessionStatements(Sweep):
             removed: keys to take away.
             grace: seconds for which the stub can be read.
             user: the new user in a tuple; None keeps the one there is.
+            own: lifetimes.
         """
         user_id = None if user is None or user[0] is None else user[0].encode()
         return Op(
@@ -339,6 +432,7 @@ class SessionStatements(Sweep):
                 b"\0" if user is None else b"\1",
                 user_id,
                 _codec.encode_interval(grace),
+                *own.encoded(),
             ),
         )
 
@@ -346,10 +440,7 @@ class SessionStatements(Sweep):
     def _rotate(self) -> Statement[Outcome]:
         # The row itself moves: a statement that waits for the row of a user still finds it.
         user = "CASE WHEN $7::boolean THEN $8 ELSE s.user_id END"
-        ends = (
-            "CASE WHEN $7::boolean AND s.user_id IS DISTINCT FROM $8 "
-            f"THEN {NOW} + $6::interval ELSE s.ends_at END"
-        )
+        restarts = "$7::boolean AND s.user_id IS DISTINCT FROM $8"
         # The stub tells a repeated rotation that it had happened, when its first answer was lost,
         # and leads a destroy to the session, also one that waited for this statement.
         stub = (
@@ -366,7 +457,7 @@ class SessionStatements(Sweep):
             f"u AS (UPDATE {self.t} s SET id = $2, user_id = {user}, "
             "data = (s.data - $4::text[]) || $3::jsonb, "
             f"version = greatest(s.version + 1, {STATEMENT_US}), seen_at = {NOW}, "
-            f"ends_at = {ends}, expires_at = least({NOW} + $5::interval, {ends}) "
+            f"{self._given('$10', '$11', '$5', '$6', restarts)} "
             f"FROM o, {self._strictly} WHERE s.id = o.id "
             f"RETURNING s.version, s.expires_at, o.version AS before), st AS ({stub}) "
             "SELECT 'done', version, expires_at, before FROM u UNION ALL "
@@ -375,7 +466,7 @@ class SessionStatements(Sweep):
             f"SELECT {RACED_OR_ROTATED}, version, "
             f"expires_at, version FROM {self.t} WHERE id = $1 AND successor IS DISTINCT FROM $2 "
             f"AND expires_at > {NOW} AND NOT EXISTS (SELECT 1 FROM u)",
-            (BINARY, BINARY, TEXT, BINARY, BINARY, BINARY, BINARY, TEXT, BINARY),
+            (BINARY, BINARY, TEXT, *(BINARY,) * 4, TEXT, *(BINARY,) * 3),
             _read_outcome,
             retry_safe=True,
             repeats=REPEATS,
@@ -451,8 +542,8 @@ class SessionStatements(Sweep):
     def _list_user(self) -> Statement[list[Listed]]:
         return self.statement(
             "session_list",
-            "SELECT id, created_at, seen_at, expires_at, ends_at, meta::text, "
-            f"{NOW} FROM {self.t} WHERE user_id = $1 AND successor IS NULL AND expires_at > {NOW} "
+            f"SELECT id, created_at, seen_at, expires_at, ends_at, ({METADATA})::text, "
+            f"{NOW} FROM {self.t} s WHERE user_id = $1 AND successor IS NULL AND expires_at > {NOW} "
             f"ORDER BY seen_at DESC, id LIMIT {LIST_MAX}",
             (TEXT,),
             _read_listed,
@@ -482,6 +573,17 @@ class SessionStatements(Sweep):
     def collect(self, keys: Iterable[bytes]) -> Op[int]:
         """Delete those of the rows whose time has passed."""
         return Op(self._collect, (_codec.encode_array(sorted(set(keys)), _codec.BYTEA_OID),))
+
+
+def _own(seconds: str, of_store: str) -> str:
+    return f"coalesce({seconds} * interval '1 s', {of_store}::interval)"
+
+
+def _changed(given: str, before: str) -> str:
+    return (
+        f"CASE WHEN {given}::interval IS NULL THEN {before} "
+        f"ELSE nullif(extract(epoch from {given}::interval), 0)::float8 END"
+    )
 
 
 _RACED = Raced()

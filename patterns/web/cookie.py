@@ -41,7 +41,9 @@ class CookieOptions(TypedDict, total=False):
         domain: subdomains of this domain get it too; None (the default): only this host does.
         max_age: seconds for which the browser keeps it, rounded up; None (the default): until it
             closes. While the session is used the cookie is sent again, at the latest when a third of
-            this time has passed.
+            this time has passed. A session with an `idle_timeout` of its own has that instead.
+        partitioned: give each embedding site a cookie of its own (CHIPS), for an application in a
+            frame of other sites, with ``same_site="none"``.
     """
 
     cookie: str
@@ -50,6 +52,7 @@ class CookieOptions(TypedDict, total=False):
     path: str
     domain: str | None
     max_age: Seconds | None
+    partitioned: bool
 
 
 class Cookie:
@@ -64,6 +67,7 @@ class Cookie:
         path: str = "/",
         domain: str | None = None,
         max_age: Seconds | None = None,
+        partitioned: bool = False,
     ) -> None:
         name = cookie
         if not _is_text(name, _NAME):
@@ -74,6 +78,8 @@ class Cookie:
             raise ConfigError(f"same_site must be 'lax', 'strict' or 'none', not {same_site!r}")
         if same_site == "none" and not secure:
             raise ConfigError("browsers refuse same_site='none' without secure=True")
+        if partitioned and not secure:
+            raise ConfigError("browsers refuse partitioned=True without secure=True")
         if not _is_text(path, _PATH):
             raise ConfigError(f"path must begin with / and hold no ';', not {path!r}")
         if domain is not None and not _is_text(domain, _DOMAIN):
@@ -90,15 +96,22 @@ class Cookie:
         self.name = name
         self._attributes = f"; Path={path}" + ("" if domain is None else f"; Domain={domain}")
         self.max_age = age
-        self._age = "" if age is None else f"; Max-Age={age}"
         self._flags = f"{'; Secure' if secure else ''}; HttpOnly; SameSite={same_site.capitalize()}"
+        self._flags += "; Partitioned" if partitioned else ""
 
-    def set(self, token: str) -> str:
-        """Return the Set-Cookie header that hands out a token, or takes it back if empty."""
+    def set(self, token: str, max_age: float | None = None) -> str:
+        """Return the Set-Cookie header that hands out a token, or takes it back if empty.
+
+        Args:
+            token: the session's.
+            max_age: of this session's cookie; None for the application's.
+        """
         if not token:
             age = "; Max-Age=0; Expires=Thu, 01 Jan 1970 00:00:00 GMT"
             return f'{self.name}=""{self._attributes}{age}{self._flags}'
-        return f"{self.name}={token}{self._attributes}{self._age}{self._flags}"
+        seconds = self.max_age if max_age is None else math.ceil(max_age)
+        life = "" if seconds is None else f"; Max-Age={seconds}"
+        return f"{self.name}={token}{self._attributes}{life}{self._flags}"
 
     def find(self, headers: Iterable[str]) -> list[str]:
         """Return the tokens in a request's Cookie headers, in their order, each once.

@@ -243,14 +243,18 @@ class SessionHandler:
         if self._browser == self._had and not self._renews():
             return []
         self._sets_cookie = True
-        return [("Set-Cookie", self.settings.cookie.set(self._browser))]
+        session = self.data._session
+        own = session.idle_timeout if session is not None and session.id == self._browser else None
+        return [("Set-Cookie", self.settings.cookie.set(self._browser, own))]
 
     def _renews(self) -> bool:
-        """Whether to send the cookie again, so that it does not end while the session is used."""
-        age, session = self.settings.cookie.max_age, self.data._session
-        if age is None or session is None or session.id != self._browser or session._moved:
+        """Whether to send the cookie again: it does not end while the session is used, and lives as
+        long as the session may go unused where that was changed."""
+        session = self.data._session
+        if session is None or session.id != self._browser or session._moved or not session.id:
             return False
-        return session._enters_period(age / 3)
+        age = session.idle_timeout or self.settings.cookie.max_age
+        return session._has_new_life or (age is not None and session._enters_period(age / 3))
 
     def close(self) -> None:
         """Take the head of the response as sent."""

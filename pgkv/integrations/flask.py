@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, ParamSpec, TypeVar, Unpack
 
 import flask
@@ -16,7 +17,7 @@ from .._ops.drivers import drive
 from ..errors import SessionError
 from ..patterns.rate_limit.api import RateLimiter
 from ..patterns.session.api import SessionStore
-from ..patterns.session.data import Session
+from ..patterns.session.data import KEEP, Session
 from ..patterns.session.request import RequestSession
 from ..patterns.web.limit import STATUS, Guard, LimitOptions
 from ..patterns.web.session import (
@@ -110,6 +111,24 @@ class FlaskSession(RequestSession, SessionMixin):  # the dict's methods come fir
         """Whether the session was begun by this request."""
         return self.session.is_new
 
+    @property
+    def permanent(self) -> bool:
+        """Whether the session has lifetimes of its own, and its cookie outlives the browser. Setting
+        it gives it ``PERMANENT_SESSION_LIFETIME`` as its idle timeout, and as its absolute timeout
+        where the store's is shorter."""
+        idle = self.lifetimes[0]
+        if idle is KEEP:
+            idle = None if self.cleared else self.session.idle_timeout
+        return idle is not None
+
+    @permanent.setter
+    def permanent(self, value: bool) -> None:
+        if bool(value) != self.permanent:
+            self.mark_modified()
+            life = flask.current_app.permanent_session_lifetime
+            longest = timedelta(seconds=self.handler.settings.flows.lifetimes.absolute)
+            self.lifetimes = (life, max(life, longest)) if value else (None, None)
+
     def mark_accessed(self) -> None:
         try:
             super().mark_accessed()
@@ -144,13 +163,13 @@ class PgkvSessionInterface(SessionInterface):
     At a login call ``sessions.rotate(flask.session, user_id=...)``; at a logout
     ``sessions.destroy(flask.session)`` or ``flask.session.clear()``.
 
-    Flask's own ``SESSION_COOKIE_*`` settings are not read, because their defaults are not safe;
-    nor are ``session.permanent`` and ``PERMANENT_SESSION_LIFETIME``: the `SessionStore` has the
-    timeouts of a session.
+    Flask's own ``SESSION_COOKIE_*`` settings are not read, because their defaults are not safe.
+    ``session.permanent = True`` gives a session ``PERMANENT_SESSION_LIFETIME``; the others have the
+    timeouts of the `SessionStore`.
 
     Args:
         sessions: a `SessionStore`.
-        options: `cookie`, `secure`, `same_site`, `path`, `domain` and `max_age`: see
+        options: `cookie`, `secure`, `same_site`, `path`, `domain`, `max_age` and `partitioned`: see
             :class:`~pgkv.patterns.web.cookie.CookieOptions`; `exempt` (there ``flask.session`` cannot
             be used), `timeout` and `on_error`: see
             :class:`~pgkv.patterns.web.session.SessionOptions`. The 503 is Flask's

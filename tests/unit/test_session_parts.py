@@ -133,6 +133,18 @@ def test_cookie_options() -> None:
     )
 
 
+def test_cookies_of_single_sessions_and_of_frames() -> None:
+    """A session's own life counts before the application's; Partitioned stands on the cookie that
+    is taken back as well."""
+    cookie = Cookie("s", same_site="none", max_age=60, partitioned=True)
+    flags = "Secure; HttpOnly; SameSite=None; Partitioned"
+    assert cookie.set(A) == f"s={A}; Path=/; Max-Age=60; {flags}"
+    assert cookie.set(A, 6.5) == f"s={A}; Path=/; Max-Age=7; {flags}"
+    assert cookie.set("", 6.5).endswith(
+        f"Max-Age=0; Expires=Thu, 01 Jan 1970 00:00:00 GMT; {flags}"
+    )
+
+
 def test_plain_http(caplog: pytest.LogCaptureFixture) -> None:
     """secure=False drops prefix and flag, and says so once."""
     cookie = Cookie("__Host-session", secure=False)
@@ -155,6 +167,7 @@ def test_plain_http(caplog: pytest.LogCaptureFixture) -> None:
         {"cookie": "a", "path": "/;x"},
         {"cookie": "a", "domain": "a;b"},
         {"cookie": "a", "max_age": 0},
+        {"cookie": "a", "partitioned": True, "secure": False},
     ],
 )
 def test_cookies_that_browsers_would_refuse(options: Any) -> None:

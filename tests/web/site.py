@@ -7,6 +7,7 @@ import contextlib
 import json
 import threading
 from collections.abc import AsyncIterator
+from datetime import timedelta
 from typing import Any
 
 from fastapi import FastAPI
@@ -81,7 +82,11 @@ class Site:
         return PlainTextResponse("ok")
 
     async def login(self, request: Request) -> Response:
-        await self.sessions.rotate(request.session, user_id=request.query_params["user"])
+        own: Any = {}
+        if "days" in request.query_params:
+            days = timedelta(days=int(request.query_params["days"]))
+            own = {"idle_timeout": days, "absolute_timeout": 10 * days}
+        await self.sessions.rotate(request.session, user_id=request.query_params["user"], **own)
         request.session["role"] = "member"
         return PlainTextResponse("ok")
 

@@ -377,6 +377,29 @@ def test_the_cookie_of_an_active_user_is_sent_again(serve: Any, clock: ServerClo
     }
 
 
+@pytest.mark.parametrize("max_age", [None, 3000])
+def test_the_cookie_lives_as_long_as_its_session(
+    serve: Any, clock: ServerClock, max_age: float | None
+) -> None:
+    """A session that is remembered for 30 days has a cookie of 30 days, which is sent again when a
+    third of them has gone; without lifetimes of its own it has the application's cookie."""
+    _, browser = serve(max_age=max_age)
+    usual = "" if max_age is None else "; Max-Age=3000"
+    assert f"; Path=/{usual}; HttpOnly" in browser.get("/put?a=1").headers["set-cookie"]
+    assert "; Max-Age=2592000; " in browser.get("/login?user=ada&days=30").headers["set-cookie"]
+    sent = []
+    for _ in range(30):
+        clock.advance(4 * 86400)
+        response = browser.get("/read")
+        assert response.json()["a"] == "1"
+        sent.append(response.headers.get("set-cookie"))
+        assert "set-cookie" not in browser.get("/read").headers
+    assert [sum(each is not None for each in sent[n : n + 10]) for n in (0, 10, 20)] == [4, 4, 4]
+    assert {each for each in sent if each} == {
+        f"session={token_of(browser)}; Path=/; Max-Age=2592000; HttpOnly; SameSite=Lax"
+    }
+
+
 @pytest.mark.parametrize("when", ["head", "body"])
 async def test_cancelled_by_a_scope(dsn: str, when: str) -> None:
     """What the program changed is saved although a cancel scope cancels each await of the middleware."""

@@ -8,7 +8,7 @@ import sys
 import threading
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -270,6 +270,39 @@ def test_the_cookie_of_an_active_user_is_sent_again(
         clock.advance(200)
         assert browser.get("/read").headers["set-cookie"] == first
         assert "set-cookie" not in browser.get("/read").headers
+
+
+def test_permanent_sessions_of_flask(sessions: pgkv.SessionStore, clock: ServerClock) -> None:
+    """`session.permanent` gives session and cookie PERMANENT_SESSION_LIFETIME, also to one that is
+    begun by clear() and to one that is not stored yet; False takes it back."""
+    app = flask_app(sessions)
+    app.permanent_session_lifetime = timedelta(days=31)
+
+    @app.get("/permanent/<value>")
+    def permanent(value: str) -> Any:
+        if value == "clear":
+            flask.session.clear()
+        flask.session.permanent = value != "no"
+        flask.session.setdefault("n", 1)
+        return [flask.session.permanent, flask.session.new]
+
+    with wsgi(app) as address, client(address) as browser:
+        response = browser.get("/permanent/yes")
+        assert response.json() == [True, True]
+        assert "; Max-Age=2678400; " in response.headers["set-cookie"]
+        again = browser.get("/permanent/yes")
+        assert (again.json(), again.headers.get("set-cookie")) == ([True, False], None)
+        clock.advance(20 * 86400)
+        assert "; Max-Age=2678400; " in browser.get("/permanent/yes").headers["set-cookie"]
+        old = token_of(browser)
+        response = browser.get("/permanent/clear")
+        assert "; Max-Age=2678400; " in response.headers["set-cookie"]
+        assert token_of(browser) != old
+        response = browser.get("/permanent/no")
+        assert response.json() == [False, False]
+        assert "Max-Age" not in response.headers["set-cookie"]
+        clock.advance(1860)
+        assert sessions.load(token_of(browser)) is None
 
 
 def test_an_error_handler_answers_an_outage(dsn: str) -> None:
