@@ -6,6 +6,7 @@ import gc
 import weakref
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from queue import Empty
 from typing import Any
 
@@ -15,10 +16,11 @@ import pgkv
 from pgkv._engine._async import pool as async_pool
 from pgkv._engine._sync import pool as pool_module
 from pgkv._engine._sync.connection import PgConnection
+from pgkv._engine.pooling import LOOK_AGAIN, PATIENCE
 from tests.interleavings import threads
 from tests.interleavings.pairs import FULL
 from tests.interleavings.schedule import Cancelled, Scenario, World, explore
-from tests.interleavings.threads import Decision, Interrupt, Schedule
+from tests.interleavings.threads import AT_ONCE, Decision, Interrupt, Schedule
 
 FILES = frozenset((pool_module.__file__,))
 POOL_TIMEOUT = 50.0  # of the scheduler's seconds
@@ -128,7 +130,7 @@ def _scheduled(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def users(
-    size: int, number: int, turns: int = 1, *, breaks: bool = False
+    size: int, number: int, turns: int = 1, *, breaks: bool = False, holds: float = 0.0
 ) -> Callable[[tuple[Decision, ...]], Made]:
     """Threads that check a connection out and in, `turns` times each.
 
@@ -137,6 +139,7 @@ def users(
         number: of threads.
         turns: of each.
         breaks: the first connection that each thread uses does not survive it.
+        holds: the seconds for which the first thread uses one; the second gives up at that moment.
     """
 
     def make(decisions: tuple[Decision, ...]) -> Made:
@@ -147,9 +150,12 @@ def users(
         pool._pool = fake  # type: ignore[assignment]  # a fake
         twice: list[str] = []
 
-        def use(*, last: bool) -> None:
-            link: Any = pool.check_out(now() + 2 * POOL_TIMEOUT, "test")
+        def use(name: str, *, last: bool) -> None:
+            patience = holds - AT_ONCE / 2 if holds and name == "T1" else 2 * POOL_TIMEOUT
+            link: Any = pool.check_out(now() + patience, "test")
             try:
+                if holds and name == "T0":
+                    run.sleep(holds)
                 link.users += 1
                 if link.users > 1:
                     twice.append("one connection was given to two threads")
@@ -158,24 +164,29 @@ def users(
             finally:
                 pool.check_in(link)
 
-        def user() -> None:
+        def user(name: str) -> None:
             for turn in range(turns):
-                use(last=turn == turns - 1)
+                use(name, last=turn == turns - 1)
 
-        run = Schedule({f"T{n}": user for n in range(number)}, FILES, decisions)
+        names = [f"T{n}" for n in range(number)]
+        run = Schedule({name: partial(user, name) for name in names}, FILES, decisions)
 
         def check() -> None:
             assert not twice, twice
             expected = any(decision.interrupts for decision in decisions)
             for name, thread in run.threads.items():
-                if not (thread.result is None or (expected and type(thread.result) is Interrupt)):
+                gave_up = (
+                    holds and name == "T1" and isinstance(thread.result, pgkv.OperationTimeoutError)
+                )
+                interrupted = expected and type(thread.result) is Interrupt
+                if not (thread.result is None or gave_up or interrupted):
                     raise AssertionError(f"{name}: {thread.result!r}") from thread.result
             if expected:
                 gc.collect()
             # A waiter looks again now and then; but only an interrupt makes it need to.
-            waited = run.now - 1000.0
+            waited = run.now - 1000.0 - holds
             assert waited < POOL_TIMEOUT, "a thread waited to the end of its time"
-            assert expected or not waited, "a thread was not woken"
+            assert expected or waited < AT_ONCE, "a thread was not woken"
             assert not len(pool.waiters), "a thread is left in the queue"
             # What was lost on the way is found again, at the latest when it is needed.
             again = [pool.check_out(POOL_TIMEOUT, "again") for _ in range(size)]
@@ -206,6 +217,13 @@ def test_every_order(
     monkeypatch.setattr(pool_module, "PATIENCE", patience)
     make = users(size, number, turns, breaks=breaks)
     print(threads.explore(make, preemptions=preemptions, interrupts=0), "schedules")
+
+
+@pytest.mark.parametrize("holds", [PATIENCE / 2, LOOK_AGAIN / 2])
+def test_a_waiter_that_gives_up(holds: float) -> None:
+    """What it was given as its time was over goes to the next one."""
+    make = users(1, 3, holds=holds)
+    print(threads.explore(make, preemptions=1 + FULL, interrupts=0), "schedules")
 
 
 @pytest.mark.parametrize("breaks", [False, True])

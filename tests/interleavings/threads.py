@@ -40,6 +40,7 @@ CHECKING = frozenset(
     for name in ("CALL", "CALL_FUNCTION_EX", "JUMP_BACKWARD", "RESUME", "CALL_KW")
     if name in dis.opmap
 )
+AT_ONCE = 1e-6  # seconds: waits that end that close to each other end in either order
 POINTS_MAX = 20_000  # of one schedule: a thread that spins is stuck
 REAL_SECONDS = (
     60.0  # a thread that does not come back has met something that the scheduler cannot see
@@ -210,7 +211,12 @@ class Schedule:
         return [
             t
             for t in self.threads.values()
-            if not t.has_ended and (t.waits_for is None or not t.waits_for.is_locked)
+            if not t.has_ended
+            and (
+                t.waits_for is None
+                or not t.waits_for.is_locked
+                or (t.until is not None and t.until <= self.now + AT_ONCE)
+            )
         ]
 
     def _hand(self, thread: Thread, other: Thread) -> None:
@@ -257,7 +263,7 @@ class Schedule:
         thread.waits_for = lock
         thread.until = None if timeout < 0 else self.now + timeout
         while lock.is_locked:
-            if thread.until is not None and self.now >= thread.until:
+            if thread.until is not None and self.now + AT_ONCE >= thread.until:
                 break
             self._go_on(thread)
             thread.baton.acquire()

@@ -8,6 +8,7 @@ import re
 import signal
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -25,12 +26,25 @@ forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork() here")
 
 
 def in_child(check: Callable[[], bool]) -> bool:
-    """What `check` says in a forked child; False too where it hangs."""
+    """What `check` says in a forked child; False too where it hangs, if only while it is forked."""
     pid = os.fork()
     if not pid:
-        signal.alarm(10)  # its default ends the process
         os._exit(0 if check() else 1)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    return said_yes(pid)
+
+
+def said_yes(pid: int) -> bool:
+    """Whether a child ended well; one that does not end is killed."""
+    deadline = time.monotonic() + 30
+    while True:
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status) == 0
+        if time.monotonic() > deadline:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            return False
+        time.sleep(0.005)
 
 
 def test_one_module_knows_of_fork() -> None:
@@ -81,10 +95,12 @@ def test_a_lock_that_another_thread_holds() -> None:
     thread = threading.Thread(target=hold)
     thread.start()
     inside.wait(30)
-    assert in_child(lambda: owner._lock.acquire(blocking=False) and owner.seen == ["renewed"])
-    assert not owner._lock.acquire(blocking=False)
-    leave.set()
-    thread.join()
+    try:
+        assert in_child(lambda: owner._lock.acquire(blocking=False) and owner.seen == ["renewed"])
+        assert not owner._lock.acquire(blocking=False)
+    finally:
+        leave.set()
+        thread.join()
 
 
 @forks
@@ -99,7 +115,7 @@ def test_the_forking_thread_holds_the_lock_itself() -> None:
         pid = os.fork()
     if not pid:
         os._exit(0 if work() else 1)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert said_yes(pid)
     assert work()
 
 
