@@ -22,7 +22,7 @@ from ..errors import (
     TransactionError,
 )
 from ..types import CasResult
-from .merging import Merged, merge, parted
+from .merging import merge, parted, singly
 
 if TYPE_CHECKING:
     from ..config import Seconds, Table
@@ -249,7 +249,10 @@ def _atomic(
         _unprepared(answers)
         or (yield from _create_tables(answers, ops, engine))
         # Of a merged batch each operation has the error: which one is refused, they tell singly.
-        or not (_unknown(answers) or sql.mergeable.keys().isdisjoint(op.statement for op in ops))
+        or not (
+            _unknown(answers)
+            or sql.mergeable.keys().isdisjoint(op.statement.prepared_name for op in ops)
+        )
     ):
         answers = yield from attempt(None)
     if not _refused(answers):
@@ -267,7 +270,7 @@ def _whole(
     ops: list[Op[Any]], sql: Statements | None, deadline: float | None = None
 ) -> Flow[list[Any]]:
     """Send operations as one transaction (or a part of one), merged where `sql` is given."""
-    plan = merge(sql, ops) if sql is not None else [Merged(op, [at]) for at, op in enumerate(ops)]
+    plan = singly(ops) if sql is None else merge(sql, ops)
     batch = Pipelined([op for op, _ in plan], sync_each=False, deadline=deadline)
     return parted(plan, ops, (yield from send(batch)))
 

@@ -40,7 +40,7 @@ def merge(sql: Statements, ops: Sequence[Op[Any]]) -> list[Merged]:
         written.clear()
 
     for place, op in enumerate(ops):
-        kind = sql.mergeable.get(op.statement)
+        kind = sql.mergeable.get(op.statement.prepared_name)
         if kind is None or op.params[0] in written:
             end_group()
         if kind is None:
@@ -52,6 +52,11 @@ def merge(sql: Statements, ops: Sequence[Op[Any]]) -> list[Merged]:
             written.add(op.params[0])
     end_group()
     return plan
+
+
+def singly(ops: Sequence[Op[Any]]) -> list[Merged]:
+    """Return those operations as they are."""
+    return [Merged(op, [place]) for place, op in enumerate(ops)]
 
 
 def parted(plan: Sequence[Merged], ops: Sequence[Op[Any]], answers: Sequence[Any]) -> list[Any]:

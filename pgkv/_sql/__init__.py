@@ -38,14 +38,16 @@ class Statements(PointStatements, BatchStatements, ScanStatements, EvictStatemen
     may_miss = True
 
     @cached_property
-    def mergeable(self) -> dict[Statement[Any], int]:
-        """The statements of one key of which several can be one of many, in the order of those."""
-        return {
+    def mergeable(self) -> dict[bytes, int]:
+        """The statements of one key of which several can be one of many, by their prepared names,
+        which are also those of other views of the table; in the order of what they become."""
+        kinds: dict[Statement[Any], int] = {
             self.get_statement: GETS,
             self.set_statement: SETS,
             self.made(("set", AFTER), lambda: self._make_set(AFTER)): SETS,
             self.increment_statement: INCREMENTS,
         }
+        return {statement.prepared_name: kind for statement, kind in kinds.items()}
 
     def merged(self, kind: int, params: Sequence[Sequence[Param]]) -> Op[dict[bytes, Any]]:
         """Operations of one of these kinds as one; its answer has theirs by key, but for None."""

@@ -12,7 +12,7 @@ import pytest
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 import pgkv
-from pgkv import AsyncStore
+from pgkv import AsyncStore, InvalidValueError
 from pgkv.testing import ServerClock
 from tests.colours import Colour
 from tests.peers import Peer, gather, until
@@ -92,6 +92,27 @@ async def test_everything_else_of_a_turn(coalescing: MakeStore, tape: Tape) -> N
     assert answers[30:] == [True] * 10
     # One get for all; the limit for waiting, and what comes after it.
     assert tape.kinds.count("E") == 1 + 31
+
+
+async def test_writes_of_one_kind(coalescing: MakeStore, tape: Tape) -> None:
+    """A turn's sets, or increments, of different keys are one statement; where one is refused the
+    others are done, also from another namespace."""
+    store = await coalescing(dsn=tape.dsn)
+    await store.set("word", "word")
+    kinds: tuple[Callable[[int], Any], ...] = (
+        lambda i: store.set(f"s{i}", "v"),
+        lambda i: store.increment(f"i{i}"),
+    )
+    for kind in kinds:
+        await together(*(kind(i) for i in range(10)))
+        tape.rewind()
+        await together(*(kind(i) for i in range(10)))
+        assert tape.kinds.count("E") == 2  # with the limit for waiting
+    part = store.namespace("part:")
+    asked = (store.increment("i0"), store.increment("word"), part.increment("i0"))
+    sums = await asyncio.gather(*asked, return_exceptions=True)
+    assert isinstance(sums[1], InvalidValueError)
+    assert (sums[0], sums[2]) == (3, 1)
 
 
 async def test_one_alone(coalescing: MakeStore, tape: Tape) -> None:

@@ -22,6 +22,7 @@ from ..._ops.op import Op, Param, Pipelined, Raced, Statement, send
 from ..._sql import Statements, control
 from ...errors import PgkvError, TableNotFoundError
 from .. import flows as _flows
+from ..merging import merge, parted, singly
 
 if TYPE_CHECKING:
     from ..._sql.sweep import Sweep
@@ -183,23 +184,30 @@ class CoalescingChannel:
             for attempt in range(ROUNDS):
                 if len(piece) < 1 + (attempt > 0):
                     break
-                piece = await self._round(table, piece, deadline, before)
+                sql = None if attempt else self._sql.get(table)  # type: ignore[arg-type]  # None: no table
+                piece = await self._round(table, sql, piece, deadline, before)
             for _, future in piece:
                 _settle(future, ALONE)
 
     async def _round(
         self,
         table: Table | None,
+        sql: Statements | None,
         turn: list[Waiting],
         deadline: float,
         before: Sequence[Op[Any]],
     ) -> list[Waiting]:
-        """Send them once; those that are to be sent again."""
+        """Send them once, merged where `sql` is given; those that are to be sent again."""
         started = monotonic()
-        ops = [*before, *(op for op, _ in turn)]
-        batch = Pipelined(ops, sync_each=False, deadline=deadline)
+        ops = [op for op, _ in turn]
+        plan = singly(ops) if sql is None else merge(sql, ops)
+        # Two batches of writes would not lock their rows in the order of the keys.
+        if sum(op.statement.writes for op, _ in plan) > 1:
+            plan = singly(ops)
+        batch = Pipelined([*before, *(op for op, _ in plan)], sync_each=False, deadline=deadline)
         try:
             answers = (await self._inner.run(send(batch)))[len(before) :]
+            answers = parted(plan, ops, answers)
         except BaseException as error:  # noqa: BLE001  # it belongs to the callers who wait
             for op, future in turn:
                 again = isinstance(error, PgkvError) and self._inner.may_repeat(op, error)
@@ -219,6 +227,8 @@ class CoalescingChannel:
             with contextlib.suppress(PgkvError):  # the next round says so
                 await self._inner.create_missing_table(table)
             return turn
+        if len(plan) < len(ops):
+            return turn  # singly they tell which one it is
         _settle(turn[refused][1], ALONE)
         return turn[:refused] + turn[refused + 1 :]
 
