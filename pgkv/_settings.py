@@ -11,6 +11,7 @@ from psycopg import IsolationLevel, pq
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from ._engine import conninfo as _conninfo
+from ._engine.base import InTransaction
 from ._engine.pooling import closed
 from ._fork import new_lock
 from ._sql import Statements
@@ -144,6 +145,18 @@ def config_of_pool(pool: Any, dsn: str | None, given: Mapping[str, Any]) -> Conf
         known = {option.keyword.decode() for option in pq.Conninfo.get_defaults()}
         own = make_conninfo(own, **{k: v for k, v in pool.kwargs.items() if k in known})
     return Config(dsn or own or "postgresql://", **given)
+
+
+def conninfo_of(store: Any) -> str:
+    """Return what a connection outside the pool is opened with.
+
+    Raises:
+        ConfigError: the store is inside a transaction.
+    """
+    channel = store._channel
+    if isinstance(channel, InTransaction):
+        raise ConfigError("load: it has a transaction of its own; call it on the store itself")
+    return str(getattr(channel, "_inner", channel).conninfo())
 
 
 def require_bound(config: Config) -> None:

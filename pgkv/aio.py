@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mappin
 from datetime import datetime
 from operator import attrgetter
 from pathlib import Path
+from threading import Event
 from time import monotonic
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, Unpack, overload
@@ -41,6 +42,7 @@ from ._settings import (
     check_transaction,
     config_of,
     config_of_pool,
+    conninfo_of,
     facts_of,
     options_of,
     reach_timeout,
@@ -374,6 +376,25 @@ class AsyncStore:
         `Store.set_many`."""
         count, ops = self._sql.set_many(items, ttl)
         return await self._channel.run(_flows.written(count, ops))
+
+    async def load(
+        self,
+        items: Iterable[tuple[str, Value] | tuple[str, Value, Seconds | None]],
+        *,
+        progress: Callable[[int], object] | None = None,
+    ) -> int:
+        """Write many keys by COPY, in transactions of 20,000, over a connection of its own. See
+        `Store.load`. A thread reads `items` and calls `progress`; cancelled, it stops after the
+        transaction under way."""
+        from ._engine.load import load
+
+        conninfo, stop = conninfo_of(self), Event()
+        if self._config.auto_create_table:
+            await self.create_table()
+        try:
+            return await asyncio.to_thread(load, self._sql, conninfo, items, progress, stop)
+        finally:
+            stop.set()
 
     async def delete_many(self, keys: Iterable[str]) -> int:
         """Remove all the keys or none; return how many were there."""

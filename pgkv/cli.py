@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from ._cli.bulk import dump, load
 from ._cli.cache import cache
 from ._cli.command import app, main, register
 from ._cli.demo import demo
@@ -24,6 +25,8 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "set": set_,
     "delete": delete,
     "scan": scan,
+    "load": load,
+    "dump": dump,
     "stats": stats,
     "sweep": sweep,
     "evict": evict,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import add
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from .._ops import codec as _codec
 from .._ops.lazy import cached_property
@@ -37,6 +37,17 @@ CHUNK_ROWS = 5_000
 CHUNK_BYTES = 8 * 1024 * 1024
 # A small array is planned at every call; one parameter per key keeps the plan.
 IN_LIST_MAX = 8
+
+
+class LoadTexts(NamedTuple):
+    """The commands of a `load`: the clock in microseconds since 2000, as a timestamptz is sent; COPY
+    into the table itself; or into a temporary table, and from there."""
+
+    now: bytes
+    insert: bytes
+    stage: bytes
+    fill: bytes
+    merge: bytes
 
 
 class BatchStatements(TableStatements):
@@ -135,6 +146,23 @@ class BatchStatements(TableStatements):
         source = "unnest($1::text[], $2::bytea[]) u(k, v)"
         sql = self.upsert(expiry, source=source, returning=returning)
         return self.statement("set_many", sql, _array_formats(expiry), decode, retry_safe=True)
+
+    @cached_property
+    def load_sql(self) -> LoadTexts:
+        """What `load` sends."""
+        copy = "COPY {} FROM STDIN (FORMAT BINARY)"
+        return LoadTexts(
+            now=b"SELECT extract(epoch FROM clock_timestamp()) * 1000000 - 946684800000000",
+            insert=copy.format(
+                f"{self.t} (key, value, expires_at, created_at, updated_at, version)"
+            ).encode(),
+            stage=b"CREATE TEMP TABLE pgkv_load (k TEXT, v BYTEA, e TIMESTAMPTZ, "
+            b"c TIMESTAMPTZ, u TIMESTAMPTZ, n BIGINT) ON COMMIT DROP",
+            fill=copy.format("pg_temp.pgkv_load").encode(),
+            merge=self.upsert(
+                Expiry("load", "u.e", "", None), source="pg_temp.pgkv_load u"
+            ).encode(),
+        )
 
     def increment_many(
         self, deltas: Mapping[str, int], ttl: Seconds | None = None

@@ -36,6 +36,19 @@ class ScanStatements(Sweep):
         """The rows selected, in the order of their keys' bytes."""
         return self._scan("scan", "key, value", self._read_rows, options)
 
+    def dump(self, options: ScanOptions) -> Op[list[tuple[str, bytes, float | None]]]:
+        """The rows selected, each with the seconds it has left; None for no expiry."""
+        left = "extract(epoch from expires_at) - extract(epoch from statement_timestamp())"
+        columns = f"key, value, nullif(({left})::float8, 'Infinity')"
+        return self._scan("scan", columns, self._read_dump, options)
+
+    def _read_dump(self, result: Result) -> list[tuple[str, bytes, float | None]]:
+        left = [result.get_value(row, 2) for row in range(result.ntuples)]
+        return [
+            (key, value, None if raw is None else _codec.decode_float8(raw))
+            for (key, value), raw in zip(self._read_rows(result), left, strict=True)
+        ]
+
     def _scan(
         self,
         name: str,
@@ -47,7 +60,7 @@ class ScanStatements(Sweep):
         offset = _codec.whole("offset", options.offset, 0)
         where, params = self._range(options)
         statement: Statement[T] = self.made(
-            (name, where),
+            (name, columns, where),
             lambda: self.statement(
                 name,
                 f"SELECT {columns} FROM {self.t} WHERE {where} "

@@ -170,7 +170,15 @@ def test_what_a_pipeline_does_not_offer() -> None:
     absent = set(public(pgkv.Store)) - offered - BLOCKING_ONLY
     assert absent == {
         # several round trips by nature
-        *("update", "increment_many", "iter_keys", "iter_items", "cleanup_expired", "evict"),
+        *(
+            "update",
+            "increment_many",
+            "iter_keys",
+            "iter_items",
+            "cleanup_expired",
+            "evict",
+            "load",
+        ),
         *("now", "pool_stats"),
         # upkeep, and what opens or closes
         *("truncate", "stats", "vacuum", "analyze", "create_table", "recreate_table", "ping"),

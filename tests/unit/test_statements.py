@@ -32,6 +32,7 @@ SAFE: dict[str, Call] = {
     "keys with a prefix": lambda s: s.keys(ScanOptions(prefix="a", after="ab", limit=1)),
     "keys with bounds": lambda s: s.keys(ScanOptions(start="a", end="b", include_expired=True)),
     "keys after": lambda s: s.keys(ScanOptions(after="a")),
+    "dump": lambda s: s.dump(ScanOptions()),
     "scan": lambda s: s.scan(ScanOptions(prefix="a", end="b")),
     "count": lambda s: s.count("a", False),
     "count of all": lambda s: s.count("", True),
@@ -166,7 +167,7 @@ def test_no_statement_is_left_out() -> None:
         "distinct",
         "mergeable",
     }
-    helpers.add("strict")
+    helpers |= {"strict", "load_sql"}
     factories = (
         {
             name
