@@ -54,26 +54,18 @@ def cache(
         sql = CacheStatements(store._config, store._sql.prefix)
         if tag is not None:
             store._execute(sql.bump_tag(sql.cache_key(TAG, tag)))
-            return _cleared(call, "tag", tag)
+            call.answer({"cleared": tag, "kind": "tag"}, f"cleared tag {tag}")
+            return DONE
         usages = store._execute(sql.usage())
         if clear is not None:
             return _clear(call, store, sql, clear, usages)
-    if call.json:
-        for each in usages:
-            console.say_json(asdict(each))
-    elif not usages:
-        console.note("No cached function has entries in this table.")
-    else:
-        rows = [
-            (
-                console.one_line(each.function),
-                f"{each.entries:,}",
-                f"{each.computing:,}",
-                console.size(each.value_bytes),
-            )
-            for each in usages
-        ]
-        console.show_table(("function", "entries", "computing", "values"), rows)
+    columns: console.Columns = {
+        "function": ("function", console.one_line),
+        "entries": ("entries", console.number),
+        "computing": ("computing", console.number),
+        "values": ("value_bytes", console.size),
+    }
+    call.show(list(map(asdict, usages)), columns, "No cached function has entries in this table.")
     return DONE
 
 
@@ -91,12 +83,5 @@ def _clear(
     if len(found) > 1:
         raise typer.BadParameter(f"{wanted!r} is ambiguous: {', '.join(found)}; give the full name")
     store._execute(sql.bump_function(sql.cache_key(FUNCTION, found[0])))
-    return _cleared(call, "function", found[0])
-
-
-def _cleared(call: Invocation, kind: str, name: str) -> int:
-    if call.json:
-        console.say_json({"cleared": name, "kind": kind})
-    else:
-        console.say(f"cleared {kind} {name}")
+    call.answer({"cleared": found[0], "kind": "function"}, f"cleared function {found[0]}")
     return DONE

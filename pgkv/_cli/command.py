@@ -143,6 +143,23 @@ class Invocation:
         with Store(config) as store:
             yield store if self.namespace is None else store.namespace(self.namespace)
 
+    def answer(self, document: dict[str, Any], text: str) -> None:
+        """Print the document with --json, else the text."""
+        if self.json:
+            console.say_json(document)
+        elif text:
+            console.say(text)
+
+    def show(self, documents: list[dict[str, Any]], columns: console.Columns, nothing: str) -> None:
+        """Print one document a line with --json, else a table, or a note that there is nothing."""
+        if self.json:
+            for document in documents:
+                console.say_json(document)
+        elif documents:
+            console.show_documents(documents, columns)
+        else:
+            console.note(nothing)
+
 
 def require_database(config: Config) -> None:
     """Refuse an embedded database that does not exist yet: opening it would create it."""

@@ -16,15 +16,17 @@ import math
 import os
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
     from rich.table import Table
     from rich.text import Text
+
+Columns: TypeAlias = dict[str, tuple[str, Callable[[Any], str]]]
 
 PREVIEW = 100  # characters of a value in a table
 
@@ -258,6 +260,24 @@ def show_table(
         return
     for row in rows:
         say("\t".join(row))
+
+
+def show_documents(
+    documents: Iterable[dict[str, Any]], columns: Columns, *, title: str | None = None
+) -> None:
+    """Show documents as rows: for each column a field, and what makes a text of it."""
+    cells = ([text(each[field]) for field, text in columns.values()] for each in documents)
+    show_table(list(columns), cells, title=title)
+
+
+def number(value: int) -> str:
+    """Return a number with separators."""
+    return f"{value:,}"
+
+
+def as_json(value: Any) -> str:
+    """Return JSON for a cell; nothing for None."""
+    return "" if value is None else printable(json.dumps(value, ensure_ascii=False))
 
 
 def progress(*, quiet: bool = False) -> Progress:

@@ -95,9 +95,8 @@ def set_(
         else:
             wanted = 0 if nx else if_version  # version 0: the key is absent
             new = store.set(key, data, ttl=ttl, keep_ttl=keep_ttl, if_version=wanted)
-    if call.json:
-        console.say_json({"key": key, "written": new is not None, "version": new})
-    elif new is None:
+    call.answer({"key": key, "written": new is not None, "version": new}, "")
+    if new is None and not call.json:
         why = "exists" if nx else "does not exist" if xx else "has another version"
         console.fail("", f"not written: the key {key!r} {why}", as_json=False)
     return NOT_FOUND if new is None else DONE
@@ -141,11 +140,9 @@ def delete(
         else:
             _confirm(yes or len(many) == 1, lambda: f"Remove {len(many)} keys?")
             removed = store.delete_many(many)
-    if call.json:
-        console.say_json({"deleted": removed})
-    elif prefix is not None or len(many) > 1:
-        console.say(f"deleted {removed:,}")
-    elif not removed:
+    several = prefix is not None or len(many) > 1
+    call.answer({"deleted": removed}, f"deleted {removed:,}" if several else "")
+    if not (removed or several or call.json):
         console.fail("", f"no such key: {many[0]!r}", as_json=False)
     return DONE if removed else NOT_FOUND
 

@@ -43,27 +43,14 @@ def limits(
             filled = sum(store._execute(sql.reset(each.row)) for each in found)
             if not filled:
                 raise NotFoundError(f"the key {key!r} has no bucket that is not full")
-            if call.json:
-                console.say_json({"reset": filled})
-            else:
-                console.say(f"filled {console.count(filled, 'bucket')}")
+            call.answer({"reset": filled}, f"filled {console.count(filled, 'bucket')}")
             return DONE
-    if call.json:
-        for each in found:
-            shown = asdict(each)
-            del shown["row"]
-            console.say_json(shown)
-    elif not found:
-        console.note("No rate limiter has a bucket here that is not full.")
-    else:
-        rows = [
-            (
-                console.one_line(each.limiter),
-                f"{each.buckets:,}",
-                console.duration(each.idle),
-                console.duration(each.full_in),
-            )
-            for each in found
-        ]
-        console.show_table(("limiter", "buckets", "last charged", "full in"), rows)
+    columns: console.Columns = {
+        "limiter": ("limiter", console.one_line),
+        "buckets": ("buckets", console.number),
+        "last charged": ("idle", console.duration),
+        "full in": ("full_in", console.duration),
+    }
+    shown = [{k: v for k, v in asdict(each).items() if k != "row"} for each in found]
+    call.show(shown, columns, "No rate limiter has a bucket here that is not full.")
     return DONE

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import json
 import os
 import queue
 import signal
@@ -37,9 +36,7 @@ if TYPE_CHECKING:
 BUSY = 75  # sysexits' EX_TEMPFAIL: try again later
 LOST = 76  # the lease was lost, and the command killed
 ENDING = {getattr(signal, name, None) for name in ("SIGTERM", "SIGHUP", "SIGQUIT", "SIGINT")}
-REST_WITHIN = (
-    2.0  # seconds in which children of a command that a signal has ended end by themselves
-)
+REST_WITHIN = 2.0  # seconds for what a command that a signal ended has left running
 TICK = 1.0  # seconds between looks for signals
 KILL_AFTER = 0.5  # of the time between the loss and the lease's end, from TERM to KILL
 END_WITHIN = 5.0  # seconds to free the lock, and to close the store; after that its ttl frees it
@@ -74,29 +71,39 @@ def locks(
     with call.store() as store:
         if token is not None:
             ended = _end(store, token, safely=break_ is None)
-            if call.json:
-                console.say_json({**ended, "ended": "broken" if revoke is None else "revoked"})
+            call.answer({**ended, "ended": "broken" if revoke is None else "revoked"}, "")
             return DONE
         leases, guards = held(store)
     if call.json:
         console.say_json({"locks": leases, "guards": [each._asdict() for each in guards]})
         return DONE
-    console.show_table(COLUMNS, map(cells, leases), title="Locks")
-    rows = [
-        (
-            console.one_line(each.key or "?"),
-            str(each.pid),
-            console.one_line(each.application),
-            each.state,
-            console.duration(each.seconds),
-        )
-        for each in guards
-    ]
+    for lease in leases:
+        lease["name"] += "" if lease["slot"] is None else f" [{lease['slot']}]"
+    console.show_documents(
+        leases,
+        {
+            "name": ("name", console.one_line),
+            "holder": ("owner", console.one_line),
+            "token": ("token", str),
+            "age": ("age", console.duration),
+            "remaining": ("remaining", console.duration),
+            "waiters": ("waiters", str),
+            "metadata": ("metadata", console.as_json),
+        },
+        title="Locks",
+    )
+    columns: console.Columns = {
+        "name": ("key", lambda key: console.one_line(key or "?")),
+        "pid": ("pid", str),
+        "application": ("application", console.one_line),
+        "state": ("state", str),
+        "open for": ("seconds", console.duration),
+    }
+    rows = [{**each._asdict(), "what": "guard"} for each in guards]
     if rows and console.on_terminal():
-        names = ("name", "pid", "application", "state", "open for")
-        console.show_table(names, rows, title="Open guards")
+        console.show_documents(rows, columns, title="Open guards")
     elif rows:
-        console.show_table((), [("guard", *row) for row in rows])
+        console.show_documents(rows, {"": ("what", str), **columns})
     return DONE
 
 
@@ -123,23 +130,6 @@ def held(store: Store) -> tuple[list[dict[str, Any]], list[Guarding]]:
     for lease in leases:
         lease["waiters"] = waiting.pop(lease["name"], 0)
     return leases, guards
-
-
-COLUMNS = ("name", "holder", "token", "age", "remaining", "waiters", "metadata")
-
-
-def cells(lease: dict[str, Any]) -> tuple[str, ...]:
-    """Return a row of a table about a lease, for `COLUMNS`."""
-    metadata = lease["metadata"]
-    return (
-        console.one_line(lease["name"]) + ("" if lease["slot"] is None else f" [{lease['slot']}]"),
-        console.one_line(lease["owner"]),
-        str(lease["token"]),
-        console.duration(lease["age"]),
-        console.duration(lease["remaining"]),
-        str(lease["waiters"]),
-        "" if metadata is None else console.printable(json.dumps(metadata, ensure_ascii=False)),
-    )
 
 
 def _shown(holder: Holder) -> dict[str, Any]:

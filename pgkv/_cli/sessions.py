@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import json
-from typing import Annotated, Any
+import contextlib
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..errors import NotFoundError, TableNotFoundError
 from . import console
 from .command import DONE, Invocation, flag
+
+if TYPE_CHECKING:
+    from ..patterns.session.data import SessionInfo
 
 
 def sessions(
@@ -34,50 +37,35 @@ def sessions(
         raise typer.BadParameter("give --end or --end-all, not both")
     from ..patterns.session.api import SessionStore
 
+    found: list[SessionInfo] = []
     with call.store() as store:
         kept = SessionStore(store)
-        try:
-            if end is not None or end_all:
-                ended = kept.destroy_user(user) if end is None else kept.destroy_handle(end, user)
-                if not ended:
-                    raise NotFoundError(f"the user {user!r} has no such session")
-                if call.json:
-                    console.say_json({"ended": int(ended)})
-                else:
-                    console.say(f"ended {console.count(int(ended), 'session')}")
-                return DONE
+        if end is not None or end_all:
+            ended = kept.destroy_user(user) if end is None else kept.destroy_handle(end, user)
+            if not ended:
+                raise NotFoundError(f"the user {user!r} has no such session")
+            call.answer({"ended": int(ended)}, f"ended {console.count(int(ended), 'session')}")
+            return DONE
+        with contextlib.suppress(TableNotFoundError):
             found = kept.list_user(user)
-        except TableNotFoundError:
-            if end is not None or end_all:
-                raise
-            found = []
-    shown: list[dict[str, Any]] = [
+    documents = [
         {
             "handle": each.handle,
-            "idle": round(each.idle(), 3),
-            **{name: getattr(each, name).isoformat() for name in _TIMES},
+            "age": (each.read_at - each.created_at).total_seconds(),
+            "idle": each.idle(),
+            "remaining": (each.expires_at - each.read_at).total_seconds(),
+            "created_at": each.created_at.isoformat(),
+            "ends_at": each.ends_at.isoformat(),
             "metadata": dict(each.metadata),
         }
         for each in found
     ]
-    if call.json:
-        for document in shown:
-            console.say_json(document)
-    elif not found:
-        console.note(f"The user {user!r} has no live session.")
-    else:
-        rows = [
-            (
-                each.handle,
-                console.duration((each.read_at - each.created_at).total_seconds()),
-                console.duration(each.idle()),
-                console.duration((each.expires_at - each.read_at).total_seconds()),
-                console.printable(json.dumps(dict(each.metadata), ensure_ascii=False)),
-            )
-            for each in found
-        ]
-        console.show_table(("handle", "age", "idle", "ends in", "metadata"), rows)
+    columns: console.Columns = {
+        "handle": ("handle", str),
+        "age": ("age", console.duration),
+        "idle": ("idle", console.duration),
+        "remaining": ("remaining", console.duration),
+        "metadata": ("metadata", console.as_json),
+    }
+    call.show(documents, columns, f"The user {user!r} has no live session.")
     return DONE
-
-
-_TIMES = ("created_at", "seen_at", "expires_at", "ends_at")

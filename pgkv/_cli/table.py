@@ -64,10 +64,7 @@ def sweep(
                 store._sql, limit, lambda done, total: bar.update(task, completed=done, total=total)
             )
         )
-    if call.json:
-        console.say_json({"deleted": removed})
-    else:
-        console.say(f"deleted {console.count(removed, 'expired row')}")
+    call.answer({"deleted": removed}, f"deleted {console.count(removed, 'expired row')}")
     return DONE
 
 
@@ -93,10 +90,7 @@ def evict(
         raise typer.BadParameter("give --max-entries or --max-bytes")
     with call.store(max_entries=max_entries, max_bytes=max_bytes) as store:
         removed = store.evict()
-    if call.json:
-        console.say_json({"deleted": removed})
-    else:
-        console.say(f"evicted {console.count(removed, 'key')}")
+    call.answer({"deleted": removed}, f"evicted {console.count(removed, 'key')}")
     return DONE
 
 
@@ -109,6 +103,9 @@ def schema(
     sessions: Annotated[
         bool, flag("--sessions/--no-sessions", help="With the table of sessions.")
     ] = True,
+    idempotency: Annotated[
+        bool, flag("--idempotency/--no-idempotency", help="With the table of idempotency keys.")
+    ] = True,
 ) -> int:
     """Print the DDL of the tables, for a migration tool. Needs no server.
 
@@ -120,7 +117,8 @@ def schema(
 
     named = Invocation(dsn=call.dsn or "postgresql://", table=call.table, schema=call.schema)
     kind = TableType.REGULAR if regular else TableType.UNLOGGED
-    sql = schema_sql(named.config(table_type=kind), locks=locks, sessions=sessions)
+    with_tables = {"locks": locks, "sessions": sessions, "idempotency": idempotency}
+    sql = schema_sql(named.config(table_type=kind), **with_tables)
     if call.json:
         console.say_json({"sql": sql})
     else:

@@ -79,7 +79,7 @@ def test_sessions_are_listed_and_ended(dsn: str, capsys: pytest.CaptureFixture[s
         assert not any(session.id in text for session in (phone, laptop, other))
         found = [json.loads(line) for line in text.splitlines()]
         assert {each["metadata"].get("device") for each in found} == {"phone", None}
-        assert {"handle", "idle", "created_at", "seen_at", "expires_at", "ends_at"} < set(found[0])
+        assert {"age", "idle", "remaining", "created_at", "ends_at"} < set(found[0])
         (handle,) = (each["handle"] for each in found if each["metadata"])
         assert main([*common, "user:1"]) == 0
         assert sum(line.startswith(handle) for line in capsys.readouterr().out.splitlines()) == 1
