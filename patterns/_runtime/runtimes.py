@@ -13,12 +13,15 @@ from ..._engine._sync.channel import PoolChannel
 from ..._ops.drivers import shielded
 from ...errors import TransactionError
 from .background import Background, backgrounds, pool_channel
+from .lease import LeaseRenewals
+from .wakeup import TaskWaiter, ThreadWaiter, Waiter, Waiters
 
 if TYPE_CHECKING:
     from ..._ops.op import Flow, Op
     from ...aio import AsyncStore
     from ...config import Table
     from ...store import Store
+    from .lease import Held
 
 T = TypeVar("T")
 
@@ -31,6 +34,7 @@ class Runtime:
     clean_up: Callable[..., Any]
     wait: Callable[..., Any]
     _background: Background | None = None
+    _waiter: type[Waiter]
 
     def __init__(self, store: Store | AsyncStore, refusal: str) -> None:
         channel = pool_channel(store)
@@ -55,6 +59,25 @@ class Runtime:
         """Return the background of the store's database."""
         raise NotImplementedError
 
+    def watch(self, held: Held) -> None:
+        """Renew it until it is forgotten, and tell its holder of its end."""
+        self.background().part(LeaseRenewals).watch(held)
+
+    def forget(self, held: Held) -> None:
+        """Renew it no more."""
+        self.background().part(LeaseRenewals).forget(held)
+
+    def subscribe(self, kind: type[Waiters], payload: bytes) -> Waiter:
+        """Begin to hear of notifications with that payload."""
+        waiters = self.background().part(kind)
+        waiter = self._waiter(waiters, payload)
+        waiters.add(waiter)
+        return waiter
+
+    def unsubscribe(self, waiter: Any, *, granted: bool) -> None:
+        """Hear no more of them."""
+        waiter._waiters.remove(waiter, granted=granted)
+
     def run_later(self, work: Callable[[], Any], done: Callable[[], object] | None = None) -> bool:
         """Run work that nothing waits for; see `Background.run_later`."""
         return self.background().run_later(work, done)
@@ -64,6 +87,7 @@ class SyncRuntime(Runtime):
     """For a `Store`."""
 
     channel: PoolChannel
+    _waiter = ThreadWaiter
 
     def background(self) -> Background:
         """Return the background of this process."""
@@ -91,6 +115,7 @@ class AsyncRuntime(Runtime):
     """For an `AsyncStore`."""
 
     channel: AsyncPoolChannel
+    _waiter = TaskWaiter
 
     def background(self) -> Background:
         """Return the background of the running event loop."""

@@ -30,8 +30,10 @@ from ...errors import (
 )
 from .._runtime.lease import MARGIN_MIN, RELEASED, RENEWED, do_within, margin_of
 from .._runtime.renewal import clock
+from .._runtime.wakeup import Waiter, Waiters
 from .lease import LeaseState, LockInfo, LockOptions, info_of, new_asking, read_owner
 from .sql import (
+    CHANNEL,
     CLEAN_PAGES,
     Asking,
     Denied,
@@ -42,7 +44,6 @@ from .sql import (
 )
 
 if TYPE_CHECKING:
-    from .._runtime.wakeup import Waiter
     from .runtime import LeasingRuntime
 
 POLL_FIRST, POLL_GROWTH, POLL_MAX = 0.005, 1.6, 0.5  # seconds; jittered down by half
@@ -63,6 +64,12 @@ ROUND_TRIP = 0.05  # the same while all connections are in use
 
 L = TypeVar("L", bound=LeaseState)
 T = TypeVar("T")
+
+
+class LockWaiters(Waiters):
+    """Those who wait for locks: a release lets one of each process try."""
+
+    channel = CHANNEL.decode()
 
 
 # -- acquiring -----------------------------------------------------------------------------
@@ -151,7 +158,8 @@ class Acquisition(Generic[L]):
                 if self._is_over():
                     break
                 if options.notify and self.waiter is None:
-                    self.waiter = yield from call(runtime.subscribe, options)
+                    payload = options.sql.payload(options.keys[0])
+                    self.waiter = yield from call(runtime.subscribe, LockWaiters, payload)
                     continue  # it may have been freed before we listened
                 yield from call(runtime.wait, self.waiter, self.pause(reply))
                 if self.stop is not None and self.stop():

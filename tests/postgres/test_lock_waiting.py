@@ -64,7 +64,7 @@ async def test_a_waiter_that_gives_up_passes_its_chance_on(store: Any, colour: C
     """A waiter that was woken and did not try leaves the chance to the next one."""
     from pgkv.patterns._runtime.background import Background
     from pgkv.patterns._runtime.wakeup import TaskWaiter
-    from pgkv.patterns.lock.runtime import LockWaiters
+    from pgkv.patterns.lock.flows import LockWaiters
 
     background = Background(asyncio.get_running_loop(), "", pgkv.Pooler.TRANSACTION)
     waiters = LockWaiters(background)  # never listens here
