@@ -6,11 +6,17 @@ from .._engine.schema import companion, create_schema_sql, create_sql
 from ..config import Config, Table, require_config
 from .idempotency.sql import IDEMPOTENCY
 from .lock.sql import LOCKS, LOCKS_UNLOGGED, TICKETS
+from .queue.sql import JOBS, JOBS_UNLOGGED
 from .session.sql import SESSIONS
 
 
 def tables(
-    config: Config, *, locks: bool = True, sessions: bool = True, idempotency: bool = True
+    config: Config,
+    *,
+    locks: bool = True,
+    sessions: bool = True,
+    idempotency: bool = True,
+    queues: bool = True,
 ) -> list[Table]:
     """Return the store's table and those of the patterns that are wanted."""
     found = [config.table]
@@ -24,11 +30,18 @@ def tables(
         found.append(companion(config, SESSIONS))
     if idempotency:
         found.append(companion(config, IDEMPOTENCY))
+    if queues:
+        found += companion(config, JOBS), companion(config, JOBS_UNLOGGED, durable=False)
     return found
 
 
 def schema_sql(
-    config: Config, *, locks: bool = True, sessions: bool = True, idempotency: bool = True
+    config: Config,
+    *,
+    locks: bool = True,
+    sessions: bool = True,
+    idempotency: bool = True,
+    queues: bool = True,
 ) -> str:
     """Return the DDL of everything a store uses, for a migration tool.
 
@@ -40,12 +53,13 @@ def schema_sql(
             and of the tickets of those who wait in order.
         sessions: also the table of `SessionStore`.
         idempotency: also the table of `Idempotency`.
+        queues: also the tables of `Queue`: of durable jobs, and of others.
 
     Raises:
         ConfigError: `config` is no `Config`.
     """
     require_config(config, "schema_sql()")
-    wanted = tables(config, locks=locks, sessions=sessions, idempotency=idempotency)
+    wanted = tables(config, locks=locks, sessions=sessions, idempotency=idempotency, queues=queues)
     parts = [create_sql(table) for table in wanted]
     if config.schema is not None:
         parts.insert(0, create_schema_sql(config.schema))

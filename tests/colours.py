@@ -33,6 +33,9 @@ WRAPPED = {
     "Lease",
     "Semaphore",
     "Leader",
+    "Queue",
+    "Job",
+    "Worker",
     "RateLimiter",
     "Reservation",
     "SessionStore",
@@ -139,6 +142,8 @@ async def _iterate(
 
 
 def _inward(value: Any) -> Any:
+    if type(value) is list:  # take_many's jobs
+        return [_inward(each) for each in value]
     return Threaded(value) if type(value).__name__ in WRAPPED else value
 
 

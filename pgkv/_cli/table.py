@@ -106,6 +106,7 @@ def schema(
     idempotency: Annotated[
         bool, flag("--idempotency/--no-idempotency", help="With the table of idempotency keys.")
     ] = True,
+    queues: Annotated[bool, flag("--queues/--no-queues", help="With the tables of queues.")] = True,
 ) -> int:
     """Print the DDL of the tables, for a migration tool. Needs no server.
 
@@ -117,8 +118,10 @@ def schema(
 
     named = Invocation(dsn=call.dsn or "postgresql://", table=call.table, schema=call.schema)
     kind = TableType.REGULAR if regular else TableType.UNLOGGED
-    with_tables = {"locks": locks, "sessions": sessions, "idempotency": idempotency}
-    sql = schema_sql(named.config(table_type=kind), **with_tables)
+    sql = schema_sql(
+        named.config(table_type=kind), locks=locks, sessions=sessions, idempotency=idempotency,
+        queues=queues,
+    )  # fmt: skip
     if call.json:
         console.say_json({"sql": sql})
     else:

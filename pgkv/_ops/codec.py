@@ -214,17 +214,17 @@ def encode_interval(seconds: float) -> bytes:
     return _INTERVAL.pack(math.ceil(seconds * 1_000_000), 0, 0)
 
 
-def encode_moment(moment: datetime) -> bytes:
+def encode_moment(moment: datetime, name: str = "expires_at") -> bytes:
     """Return an aware datetime as a binary timestamptz.
 
     Raises:
         InvalidValueError: not a datetime, or a naive one.
     """
     if not isinstance(moment, datetime):
-        raise InvalidValueError(f"expires_at must be a datetime, not {type(moment).__name__}")
+        raise InvalidValueError(f"{name} must be a datetime, not {type(moment).__name__}")
     if moment.utcoffset() is None:
         raise InvalidValueError(
-            "expires_at is naive: give it a time zone, such as datetime.now(timezone.utc)"
+            f"{name} is naive: give it a time zone, such as datetime.now(timezone.utc)"
         )
     return _INT8.pack((moment - _EPOCH) // _MICROSECOND)
 

@@ -150,14 +150,16 @@ async def test_no_index_depends_on_the_servers_libraries(peer: Peer) -> None:
         " CROSS JOIN unnest(indcollation) AS used JOIN pg_collation c ON c.oid = used"
         " WHERE t.relnamespace = current_schema()::regnamespace ORDER BY 1"
     )
-    names = ("", "_locks", "_locks_u", "_sessions", "_tickets")
+    names = (
+        "", "_idempotency", "_jobs", "_jobs_u", "_locks", "_locks_u", "_sessions", "_tickets",
+    )  # fmt: skip
     assert indexed == [(f"kv_store{name}", "C") for name in names]
 
 
 async def test_schema_sql_with_a_schema(peer: Peer) -> None:
     """schema_sql makes the schema, and leaves out what is not wanted."""
     config = pgkv.Config("postgresql://", schema="s", table_type=pgkv.TableType.REGULAR)
-    script = pgkv.schema_sql(config, locks=False, sessions=False)
+    script = pgkv.schema_sql(config, locks=False, sessions=False, queues=False)
     assert 'CREATE SCHEMA IF NOT EXISTS "s"' in script.partition("\n")[0]
     assert 'CREATE TABLE IF NOT EXISTS "s"."kv_store"' in script
     assert "_locks" not in script

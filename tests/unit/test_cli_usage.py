@@ -194,7 +194,7 @@ def test_schema_prints_ddl_without_a_server(capsys: pytest.CaptureFixture[str]) 
     """The DDL of all tables that follow the type, in the schema and of the type asked for; with --json in an object."""
     assert main(["schema", "--schema", "app", "--regular"]) == 0
     said = capsys.readouterr().out
-    assert said.count("CREATE TABLE IF NOT EXISTS") == 4
+    assert said.count("CREATE TABLE IF NOT EXISTS") == 5
     assert 'CREATE SCHEMA IF NOT EXISTS "app"' in said
     assert main(["schema", "--json"]) == 0
     assert "UNLOGGED" in json.loads(capsys.readouterr().out)["sql"]

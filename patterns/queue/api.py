@@ -1,0 +1,599 @@
+"""`Queue` and `AsyncQueue`: jobs that are put in the application's transaction and done by workers.
+
+The algorithms are in `flows`, the loop of a worker in `worker`; this module has the sync and async
+classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from datetime import datetime
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Generic, Literal, Self, TypeVar, cast
+
+import psycopg
+
+from ..._engine.caller import unwrap
+from ..._engine.schema import companion, ensure
+from ..._observe import shown
+from ..._ops import codec as _codec
+from ..._ops.drivers import shielded
+from ..._ops.serialize import CodecName, Serializer
+from ..._settings import refuse_pickle
+from ...aio import AsyncStore
+from ...config import require_int
+from ...errors import ConfigError, InvalidValueError, TransactionError
+from ...store import Store
+from .._runtime.checks import require
+from .._runtime.lease import extend
+from .._runtime.runtimes import AsyncRuntime, SyncRuntime
+from . import flows
+from .flows import Backoff, HeldJob, Notifier, Put, QueueOptions
+from .sql import JOBS, JOBS_UNLOGGED, JobInfo, JobStatements, QueueStats, Taken
+
+if TYPE_CHECKING:
+    from ...config import Seconds
+
+T = TypeVar("T")
+U = TypeVar("U")
+
+CLEAN_UP = 3.0  # seconds for a cancelled task to put its job back
+
+
+class Job(HeldJob[T]):
+    """A job that was taken; made by `Queue.take`.
+
+    It is leased, and renewed in the background until it ends. Enter it with ``with``: it is
+    acknowledged at the end of the block, and put back if that raises. A job that is dropped is no
+    longer renewed, and is given to another worker when its lease ends; so is that of a killed or
+    paused process. So effects outside of this database may happen twice; `token` tells the attempts
+    apart, and ``queue.using(conn).ack(job)`` makes effects inside of it happen once.
+    """
+
+    def ack(self) -> None:
+        """The job is done: delete it. If its key was put meanwhile it waits again instead.
+
+        Raises:
+            LeaseLostError: it was given to another worker, or ended already.
+        """
+        self._runtime.channel.run(flows.ack(self._runtime, self, self._options.sql))
+
+    def nack(self, delay: Seconds | None = None, error: object = None) -> bool:
+        """The attempt failed: let the job wait for its next one. After its last one it is dead.
+
+        Args:
+            delay: seconds; by default as the queue's `backoff` has it.
+            error: kept with the job, up to 1,000 characters of it.
+
+        Returns:
+            Whether it was still held.
+
+        Raises:
+            LeaseLostError: it was acknowledged or put back already.
+        """
+        return bool(self._runtime.channel.run(flows.put_back(self._runtime, self, error, delay)))
+
+    def release(self, delay: Seconds = 0) -> bool:
+        """Put the job back as if it had not been taken: the attempt does not count.
+
+        Args:
+            delay: seconds until it is due.
+
+        Returns:
+            Whether it was still held.
+        """
+        back = flows.put_back(self._runtime, self, None, delay, free=True)
+        return bool(self._runtime.channel.run(back))
+
+    def bury(self, error: object = None) -> bool:
+        """Give the job up: it is dead, and kept until `Queue.retry` or `Queue.purge`. If its key was
+        put meanwhile it waits again instead.
+
+        Args:
+            error: kept with it.
+
+        Returns:
+            Whether it was still held.
+        """
+        back = flows.put_back(self._runtime, self, error, 0, dead=True)
+        return bool(self._runtime.channel.run(back))
+
+    def extend(self, lease: Seconds) -> None:
+        """Let the remaining time become `lease` seconds, and later renewals give that much.
+
+        Args:
+            lease: seconds.
+
+        Raises:
+            LeaseLostError: it is lost.
+        """
+        ttl = _codec.seconds(lease, "lease", endless="")
+        self._runtime.channel.run(extend(self._runtime, self, ttl))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._runtime.channel.run(flows.leave(self._runtime, self, error))
+
+
+class AsyncJob(HeldJob[T]):
+    """A job that was taken, for asyncio: `Job`, awaited."""
+
+    async def ack(self) -> None:
+        """The job is done; see `Job.ack`."""
+        await self._runtime.channel.run(flows.ack(self._runtime, self, self._options.sql))
+
+    async def nack(self, delay: Seconds | None = None, error: object = None) -> bool:
+        """The attempt failed; see `Job.nack`."""
+        back = flows.put_back(self._runtime, self, error, delay)
+        return bool(await self._runtime.channel.run(back))
+
+    async def release(self, delay: Seconds = 0) -> bool:
+        """Put the job back as if it had not been taken; see `Job.release`."""
+        back = flows.put_back(self._runtime, self, None, delay, free=True)
+        return bool(await self._runtime.channel.run(back))
+
+    async def bury(self, error: object = None) -> bool:
+        """Give the job up; see `Job.bury`."""
+        back = flows.put_back(self._runtime, self, error, 0, dead=True)
+        return bool(await self._runtime.channel.run(back))
+
+    async def extend(self, lease: Seconds) -> None:
+        """Let the remaining time become `lease` seconds; see `Job.extend`."""
+        ttl = _codec.seconds(lease, "lease", endless="")
+        await self._runtime.channel.run(extend(self._runtime, self, ttl))
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """As of `Job`; a cancelled block puts the job back without counting the attempt."""
+        end = self._runtime.channel.run(flows.leave(self._runtime, self, error))
+        await (shielded(end, CLEAN_UP) if error is not None else end)
+
+
+class JobRuntime(SyncRuntime):
+    """For a `Queue`."""
+
+    def job(self, options: QueueOptions, taken: Taken, sent_at: float) -> Job[Any]:
+        """Make a job that was taken, and have it renewed."""
+        job: Job[Any] = Job(self, options, taken, sent_at)
+        self.watch(job)
+        return job
+
+
+class AsyncJobRuntime(AsyncRuntime):
+    """For an `AsyncQueue`."""
+
+    def job(self, options: QueueOptions, taken: Taken, sent_at: float) -> AsyncJob[Any]:
+        """Make a job that was taken, and have it renewed."""
+        job: AsyncJob[Any] = AsyncJob(self, options, taken, sent_at)
+        self.watch(job)
+        return job
+
+
+class _Jobs(Generic[T]):
+    """What `Queue` and `AsyncQueue` share."""
+
+    # The class of store that is needed, the name of the class, and that of its twin.
+    _needs: tuple[type[Any], str, str]
+    _runtime_of: type[Any]
+    _wanted: type[Any]  # psycopg's class of connection
+    _bound: Any = None  # the channel of a caller's transaction
+
+    def __init__(
+        self,
+        store: Any,
+        name: str,
+        *,
+        lease: Seconds = 60,
+        max_attempts: int = 20,
+        backoff: Backoff = Backoff(),  # noqa: B008  # it cannot change
+        wakeup: Literal["poll", "notify"] = "poll",
+        durable: bool = True,
+    ) -> None:
+        require(store, *self._needs)
+        if wakeup not in ("poll", "notify"):
+            raise ConfigError(f"wakeup must be 'poll' or 'notify', not {wakeup!r}")
+        if not isinstance(backoff, Backoff):
+            raise ConfigError(f"backoff must be a Backoff, not {type(backoff).__name__}")
+        require_int("max_attempts", max_attempts, 1, 10_000)
+        ttl = _codec.seconds(lease, "lease", endless="")
+        if ttl < 1:
+            raise InvalidValueError(f"lease must be 1 second or more, not {lease!r}")
+        config = store._config
+        table = companion(config, JOBS if durable else JOBS_UNLOGGED, durable=durable)
+        notify = wakeup == "notify"
+        self._options = QueueOptions(
+            name,
+            _codec.encode_key(name, store._sql.prefix_bytes, config.max_key_length, "queue's name"),
+            JobStatements(table),
+            JobStatements(table, inside=True, notify=notify),
+            ttl,
+            max_attempts,
+            backoff,
+            notify,
+            config.max_value_size,
+            config.max_key_length,
+        )
+        self._store = store
+        self._runtime: Any = self._runtime_of(store, flows.REFUSAL)
+        self._notifier = Notifier(self._runtime, self._options) if notify else None
+
+    @property
+    def name(self) -> str:
+        """The queue's name."""
+        return self._options.name
+
+    @shown
+    def __repr__(self) -> str:
+        return (
+            f"{self.name!r} lease={self._options.lease:g} max_attempts={self._options.max_attempts}"
+        )
+
+    __reduce__ = refuse_pickle
+
+    def using(self, conn: Any) -> Self:
+        """Return this queue inside the caller's own connection and transaction: `put`, `put_many` and
+        `ack` then take effect with its commit, or not at all.
+
+        Args:
+            conn: a psycopg connection, Django's or SQLAlchemy's wrapper of one, or the store of
+                ``store.transaction()``.
+        """
+        view = self._view()
+        inside = isinstance(conn, type(self._store))
+        view._bound = (conn if inside else self._store.using(conn))._channel
+        if not inside:
+            view._caller = unwrap(conn, self._wanted)
+        return view
+
+    _caller: Any = None  # the caller's connection
+
+    def _typed(self, type_: Any, codec: CodecName) -> Any:
+        view: Any = self._view()
+        view._options = replace(self._options, serializer=Serializer(type_, codec))
+        return view
+
+    def _view(self) -> Self:
+        view = object.__new__(type(self))
+        view.__dict__.update(self.__dict__)
+        return view
+
+    @property
+    def _channel(self) -> Any:
+        return self._bound or self._runtime.channel
+
+    @property
+    def _pool(self) -> Any:
+        """The channel of what cannot be done inside a transaction."""
+        if self._bound is not None:
+            raise TransactionError(flows.REFUSAL)
+        return self._runtime.channel
+
+    def _put(self, payload: Any, dedupe: str | None, *due: Any) -> Any:
+        sql, told = self._putting()
+        return self._channel.run(flows.put(self._options, sql, told, payload, dedupe, due))
+
+    def _put_many(self, payloads: Any, *due: Any) -> Any:
+        sql, told = self._putting()
+        return self._channel.run(flows.put_many(self._options, sql, told, payloads, due))
+
+    def _putting(self) -> tuple[JobStatements, Notifier | None]:
+        if self._bound is None:
+            return self._options.sql, self._notifier
+        return self._options.inside, None
+
+    def _ack(self, job: HeldJob[Any]) -> Any:
+        if self._bound is None:
+            return self._channel.run(flows.ack(self._runtime, job, self._options.sql))
+        conn = self._caller
+        idle = psycopg.pq.TransactionStatus.IDLE
+        if conn is not None and conn.autocommit and conn.pgconn.transaction_status == idle:
+            raise TransactionError(
+                "ack() through using() needs an open transaction: in autocommit it would not be one "
+                "with the job's effects; write `with conn.transaction(): ...`"
+            )
+        return self._channel.run(flows.ack(self._runtime, job, self._options.inside))
+
+
+class Queue(_Jobs[T]):
+    """A queue of jobs that processes on many machines share, by its name.
+
+    ::
+
+        emails = pgkv.Queue(store, "emails")
+        emails.put(b"17")
+        with emails.take(timeout=10) as job:
+            send(job.payload)
+
+    **Guaranteed:** a job whose put was committed is done at least once, unless it is cancelled or
+    dies after `max_attempts`; no crash loses it. If its effects are in this database, and
+    ``using(conn).ack(job)`` is in their transaction, it is done exactly once. A job is with one worker
+    at a time, as long as each stops at the end of its lease. **Not guaranteed:** that effects outside of
+    this database happen once.
+
+    Jobs are taken by priority, and within one by the time they are due. Its table is
+    ``<table_name>_jobs``, shared by all queues of the store and created when first needed.
+
+    Args:
+        store: a `Store` (or a namespace of one: names then carry its prefix). Not a view of a
+            transaction: see `using`.
+        name: the queue.
+        lease: seconds after which the job of a dead worker is given to another.
+        max_attempts: of each job put with this object, after which it is dead. Each take counts.
+        backoff: seconds that a failed job waits.
+        wakeup: ``"poll"``: who waits looks every second. ``"notify"``: a put wakes who waits, through
+            one LISTEN connection (not behind a transaction pooler: there it polls).
+        durable: a logged table. False makes it UNLOGGED, faster, and a **crash of the server** loses
+            all jobs. All users of a name must say the same.
+
+    Raises:
+        ConfigError: a setting is wrong, or `store` is not a `Store`.
+        InvalidKeyError: the name cannot be a key.
+        InvalidValueError: `lease` is shorter than a second.
+        TransactionError: `store` is a view of a transaction.
+    """
+
+    _needs = Store, "Queue", "AsyncQueue"
+    _runtime_of = JobRuntime
+    _wanted = psycopg.Connection
+
+    if TYPE_CHECKING:  # a new queue is one of bytes
+
+        def __new__(cls, *args: Any, **kwargs: Any) -> Queue[bytes]: ...
+
+    def typed(self, type_: type[U], codec: CodecName = "json") -> Queue[U]:
+        """Return this queue with payloads of a type.
+
+        Args:
+            type_: as of `Store.typed`.
+            codec: ``"json"`` or ``"msgpack"``.
+
+        Raises:
+            ConfigError: values of that type cannot be kept.
+        """
+        return cast("Queue[U]", self._typed(type_, codec))
+
+    def put(
+        self,
+        payload: T | str,
+        *,
+        delay: Seconds = 0,
+        at: datetime | None = None,
+        priority: int = 0,
+        dedupe: str | None = None,
+    ) -> Put:
+        """Put a job. Not repeated when the answer is lost: it may have been put, or done already.
+
+        Args:
+            payload: bytes or str, or a value of the queue's type.
+            delay: seconds until it is due.
+            at: the moment at which it is due, instead.
+            priority: 0 to 9; 9 is taken first. Low ones wait for as long as there are higher ones.
+            dedupe: a key. If a job of this key waits, nothing is put: it runs after this call, at its
+                own time and with its own payload. If one runs, it runs again when it has ended, with
+                this payload, at once.
+
+        Returns:
+            The job's id, and what became of the put.
+
+        Raises:
+            InvalidValueError: the payload is too large or of another type; a bad `delay`, `at` or
+                `priority`.
+        """
+        return cast("Put", self._put(payload, dedupe, delay, at, priority))
+
+    def put_many(
+        self,
+        payloads: Iterable[T | str],
+        *,
+        delay: Seconds = 0,
+        at: datetime | None = None,
+        priority: int = 0,
+    ) -> list[int]:
+        """Put many jobs, all or none, to be taken in this order; return their ids.
+
+        Args:
+            payloads: any number.
+            delay: as of `put`, like the others.
+            at: a moment.
+            priority: 0 to 9.
+        """
+        return cast("list[int]", self._put_many(payloads, delay, at, priority))
+
+    def take(self, timeout: Seconds | None = 0) -> Job[T] | None:
+        """Take the next job; None if there is none.
+
+        Args:
+            timeout: seconds to wait for one; None waits without end.
+        """
+        longest = _codec.waiting(timeout)
+        found = self._pool.run(flows.take(self._runtime, self._options, 1, longest))
+        return found[0] if found else None
+
+    def take_many(self, n: int, timeout: Seconds | None = 0) -> list[Job[T]]:
+        """Take up to `n` jobs in one statement, and return them. Each is leased from now on.
+
+        Args:
+            n: 1 to 10,000.
+            timeout: seconds to wait for the first.
+        """
+        require_int("n", n, 1, 10_000)
+        longest = _codec.waiting(timeout)
+        return cast(
+            "list[Job[T]]", self._pool.run(flows.take(self._runtime, self._options, n, longest))
+        )
+
+    def ack(self, job: Job[Any]) -> None:
+        """As `Job.ack`; of ``using(conn)`` in that transaction: if it commits, the job is done, and
+        no other worker was given it meanwhile, also past its lease.
+
+        Args:
+            job: one of this queue.
+
+        Raises:
+            LeaseLostError: it was given to another: roll back.
+            TransactionError: no transaction is open.
+        """
+        self._ack(job)
+
+    def ack_many(self, jobs: Sequence[Job[Any]]) -> list[Job[Any]]:
+        """Acknowledge many jobs; return those that were no longer held.
+
+        Args:
+            jobs: of this queue.
+        """
+        return cast("list[Job[Any]]", self._pool.run(flows.ack_many(self._runtime, list(jobs))))
+
+    def stats(self) -> QueueStats:
+        """Return how many jobs there are in each state. Reads all of them."""
+        return cast("QueueStats", self._pool.run(flows.stats(self._options)))
+
+    def jobs(self, state: str | None = None, *, limit: int = 100) -> list[JobInfo]:
+        """List jobs in the order in which they would be taken.
+
+        Args:
+            state: ``"waiting"``, ``"delayed"``, ``"running"`` or ``"dead"``; None for all.
+            limit: how many at most.
+        """
+        return cast("list[JobInfo]", self._pool.run(flows.jobs(self._options, state, limit)))
+
+    def cancel(self, id: int) -> bool:
+        """Delete a job that does not run; True if there was one.
+
+        Args:
+            id: the job's.
+        """
+        op = self._options.sql.cancel(self._options.key, _codec.integer(id, "id"))
+        return bool(self._pool.execute(op))
+
+    def retry(self, id: int) -> bool:
+        """Let a dead job wait again, with all its attempts; True if there was one.
+
+        Args:
+            id: the job's.
+
+        Raises:
+            ConflictError: another job of its dedupe key is there.
+        """
+        return bool(self._pool.run(flows.retry(self._options, id)))
+
+    def purge(self, limit: int = 1000) -> int:
+        """Delete up to `limit` dead jobs; return how many."""
+        op = self._options.sql.purge(self._options.key, _codec.whole("limit", limit))
+        return int(self._pool.execute(op))
+
+    def create_table(self) -> None:
+        """Create the table if it is missing. Operations do that too, but not inside a caller's
+        transaction."""
+        self._pool.run(ensure(self._options.sql.table))
+
+
+class AsyncQueue(_Jobs[T]):
+    """A queue of jobs that processes on many machines share, for asyncio: `Queue`, awaited.
+
+    ::
+
+        async with await emails.take(timeout=10) as job:
+            await send(job.payload)
+    """
+
+    _needs = AsyncStore, "AsyncQueue", "Queue"
+    _runtime_of = AsyncJobRuntime
+    _wanted = psycopg.AsyncConnection
+
+    if TYPE_CHECKING:  # as of Queue
+
+        def __new__(cls, *args: Any, **kwargs: Any) -> AsyncQueue[bytes]: ...
+
+    def typed(self, type_: type[U], codec: CodecName = "json") -> AsyncQueue[U]:
+        """Return this queue with payloads of a type; see `Queue.typed`."""
+        return cast("AsyncQueue[U]", self._typed(type_, codec))
+
+    async def put(
+        self,
+        payload: T | str,
+        *,
+        delay: Seconds = 0,
+        at: datetime | None = None,
+        priority: int = 0,
+        dedupe: str | None = None,
+    ) -> Put:
+        """Put a job; see `Queue.put`."""
+        return cast("Put", await self._put(payload, dedupe, delay, at, priority))
+
+    async def put_many(
+        self,
+        payloads: Iterable[T | str],
+        *,
+        delay: Seconds = 0,
+        at: datetime | None = None,
+        priority: int = 0,
+    ) -> list[int]:
+        """Put many jobs, all or none; see `Queue.put_many`."""
+        return cast("list[int]", await self._put_many(payloads, delay, at, priority))
+
+    async def take(self, timeout: Seconds | None = 0) -> AsyncJob[T] | None:
+        """Take the next job; None if there is none. A cancelled call may leave one leased, which is
+        given out again at its lease's end."""
+        longest = _codec.waiting(timeout)
+        found = await self._pool.run(flows.take(self._runtime, self._options, 1, longest))
+        return found[0] if found else None
+
+    async def take_many(self, n: int, timeout: Seconds | None = 0) -> list[AsyncJob[T]]:
+        """Take up to `n` jobs in one statement; see `Queue.take_many`."""
+        require_int("n", n, 1, 10_000)
+        longest = _codec.waiting(timeout)
+        found = await self._pool.run(flows.take(self._runtime, self._options, n, longest))
+        return cast("list[AsyncJob[T]]", found)
+
+    async def ack(self, job: AsyncJob[Any]) -> None:
+        """As `AsyncJob.ack`, also inside a transaction; see `Queue.ack`."""
+        await self._ack(job)
+
+    async def ack_many(self, jobs: Sequence[AsyncJob[Any]]) -> list[AsyncJob[Any]]:
+        """Acknowledge many jobs; return those that were no longer held."""
+        found = await self._pool.run(flows.ack_many(self._runtime, list(jobs)))
+        return cast("list[AsyncJob[Any]]", found)
+
+    async def stats(self) -> QueueStats:
+        """Count its jobs by state; see `Queue.stats`."""
+        return cast("QueueStats", await self._pool.run(flows.stats(self._options)))
+
+    async def jobs(self, state: str | None = None, *, limit: int = 100) -> list[JobInfo]:
+        """List jobs in the order in which they would be taken; see `Queue.jobs`."""
+        return cast("list[JobInfo]", await self._pool.run(flows.jobs(self._options, state, limit)))
+
+    async def cancel(self, id: int) -> bool:
+        """Delete a job that does not run; True if there was one."""
+        op = self._options.sql.cancel(self._options.key, _codec.integer(id, "id"))
+        return bool(await self._pool.execute(op))
+
+    async def retry(self, id: int) -> bool:
+        """Let a dead job wait again, with all its attempts; see `Queue.retry`."""
+        return bool(await self._pool.run(flows.retry(self._options, id)))
+
+    async def purge(self, limit: int = 1000) -> int:
+        """Delete up to `limit` dead jobs; return how many."""
+        op = self._options.sql.purge(self._options.key, _codec.whole("limit", limit))
+        return int(await self._pool.execute(op))
+
+    async def create_table(self) -> None:
+        """Create the table if it is missing; see `Queue.create_table`."""
+        await self._pool.run(ensure(self._options.sql.table))
+
+
+__all__ = ["AsyncJob", "AsyncQueue", "Backoff", "Job", "JobInfo", "Put", "Queue", "QueueStats"]
