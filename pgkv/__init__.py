@@ -92,6 +92,11 @@ if TYPE_CHECKING:
     from .patterns.session.api import AsyncSessionStore, Session, SessionInfo, SessionStore
     from .patterns.web.asgi import RateLimitMiddleware, SessionMiddleware, load_session
     from .patterns.web.client_ip import client_ip
+    from .patterns.web.idempotency import (
+        IdempotencyMiddleware,
+        WSGIIdempotencyMiddleware,
+        idempotent_attempt,
+    )
     from .patterns.web.wsgi import WSGIRateLimitMiddleware, WSGISessionMiddleware
     from .pipeline import AsyncPipeline, Handle, Pipeline
     from .store import Store
@@ -139,6 +144,7 @@ __all__ = [  # noqa: RUF022  # plain order: ruff would put L1 before the classes
     "Handle",
     "Idempotency",
     "IdempotencyError",
+    "IdempotencyMiddleware",
     "IdempotencyRecord",
     "InProgressError",
     "IncrementResult",
@@ -196,6 +202,7 @@ __all__ = [  # noqa: RUF022  # plain order: ruff would put L1 before the classes
     "TtlCleanupStrategy",
     "TypedCasResult",
     "TypedStore",
+    "WSGIIdempotencyMiddleware",
     "WSGIRateLimitMiddleware",
     "WSGISessionMiddleware",
     "cached",
@@ -204,6 +211,7 @@ __all__ = [  # noqa: RUF022  # plain order: ruff would put L1 before the classes
     "configure",
     "fence_sql",
     "idempotent",
+    "idempotent_attempt",
     "invalidate_tag",
     "load_session",
     "locked",
@@ -230,6 +238,7 @@ _NAMES_OF = {
     ".patterns.session.api": "AsyncSessionStore Session SessionInfo SessionStore",
     ".patterns.web.asgi": "RateLimitMiddleware SessionMiddleware load_session",
     ".patterns.web.client_ip": "client_ip",
+    ".patterns.web.idempotency": "IdempotencyMiddleware WSGIIdempotencyMiddleware idempotent_attempt",
     ".patterns.web.wsgi": "WSGIRateLimitMiddleware WSGISessionMiddleware",
     ".pipeline": "AsyncPipeline Handle Pipeline",
     ".store": "Store",

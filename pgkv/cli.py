@@ -13,6 +13,7 @@ from ._cli.cache import cache
 from ._cli.command import app, main, register
 from ._cli.demo import demo
 from ._cli.doctor import doctor
+from ._cli.idempotency import idempotency
 from ._cli.keys import delete, get, scan, set_
 from ._cli.limits import limits
 from ._cli.locks import lock, locks
@@ -37,6 +38,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "cache": cache,
     "limits": limits,
     "sessions": sessions,
+    "idempotency": idempotency,
     "demo": demo,
 }
 for _name, _function in COMMANDS.items():

@@ -1,4 +1,4 @@
-"""For Flask: `rate_limit`, a decorator of views, and `PgkvSessionInterface`, its session on the server."""
+"""For Flask: `rate_limit` and `idempotent`, decorators of views, and `PgkvSessionInterface`, its session on the server."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ from werkzeug.exceptions import ServiceUnavailable
 from .._observe import shown
 from .._ops.drivers import drive
 from ..errors import SessionError
+from ..patterns.idempotency.api import Idempotency
 from ..patterns.rate_limit.api import RateLimiter
 from ..patterns.session.api import SessionStore
 from ..patterns.session.data import KEEP, Session
 from ..patterns.session.request import RequestSession
+from ..patterns.web.idempotency import IdempotencyOptions, IdempotentRequests
 from ..patterns.web.limit import STATUS, Guard, LimitOptions
 from ..patterns.web.session import (
     OUTAGES,
@@ -95,6 +97,45 @@ def rate_limit(
 
 # What Flask's own sessions hold in addition to JSON: tuples, bytes, Markup, datetimes, UUIDs.
 _TAGS = TaggedJSONSerializer()
+
+
+def idempotent(
+    idempotency: Idempotency[Any],
+    *,
+    scope: Callable[[Any], Any] | str,
+    **options: Unpack[IdempotencyOptions],
+) -> Callable[[Callable[P, R]], Callable[P, Any]]:
+    """Run the decorated view once for an ``Idempotency-Key``: ``@app.post("/pay")``, then ``@idempotent(keys,
+    scope=...)``.
+
+    A retry gets the stored response; see `WSGIIdempotencyMiddleware`. A view that raises is not recorded.
+    ``idempotent_attempt(flask.request).complete(response, conn)`` records it in the effect's transaction.
+
+    Args:
+        idempotency: an `Idempotency`.
+        scope: a function of Flask's request that returns whose key it is, or ``""``.
+        options: `methods`, `required`, `wait`, `max_request` and `max_body`: see
+            :class:`~pgkv.patterns.web.idempotency.IdempotencyOptions`.
+    """
+    names = ("pgkv.integrations.flask.idempotent", "pgkv.integrations.fastapi.Idempotent")
+    requests = IdempotentRequests(Idempotency, *names, idempotency, scope, options)
+
+    def decorate(view: Callable[P, R]) -> Callable[P, Any]:
+        @functools.wraps(view)
+        def run(*args: P.args, **kwargs: P.kwargs) -> Any:
+            request = flask.request
+            answer = functools.partial(flask.current_app.ensure_sync(view), *args, **kwargs)
+            return requests.run(
+                request.environ,
+                request.get_data,
+                request,
+                lambda: flask.make_response(answer()),
+                flask.Response,
+            )
+
+        return run
+
+    return decorate
 
 
 class FlaskSession(RequestSession, SessionMixin):  # the dict's methods come first

@@ -1,4 +1,4 @@
-"""`pgkv cache` against a real server."""
+"""`pgkv cache` and `pgkv idempotency` against a real server."""
 
 from __future__ import annotations
 
@@ -45,3 +45,25 @@ def test_cache_lists_and_clears(dsn: str, capsys: pytest.CaptureFixture[str]) ->
         assert main(["cache", "--dsn", dsn, "--clear", short, "--json"]) == 0
         assert load.peek(2) is None
         assert main(["cache", "--dsn", dsn, "--clear", "a", "--tag", "b"]) == 2
+
+
+def test_idempotency_shows_and_forgets(dsn: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is known of a key, without its result; a forgotten key is new; exit code 1 where it is not
+    known."""
+    command = ["idempotency", "show", "k", "--dsn", dsn, "--scope", "ann"]
+    assert main(command) == 1
+    with pgkv.Store.connect(dsn) as store:
+        keys = pgkv.Idempotency(store)
+        with keys.once("k", scope="ann") as attempt:
+            assert main([*command, "--json"]) == 0
+            assert json.loads(capsys.readouterr().out)["status"] == "running"
+            attempt.result = b"secret"
+        assert main(["idempotency", "show", "k", "--dsn", dsn]) == 1
+        assert main(command) == 0
+        shown = capsys.readouterr().out
+        assert "status\tdone\n" in shown
+        assert "result_bytes\t6\n" in shown
+        assert "secret" not in shown
+        assert main(["idempotency", "forget", "k", "--dsn", dsn, "--scope", "ann"]) == 0
+        assert keys.get("k", scope="ann") is None
+        assert main(["idempotency", "forget", "k", "--dsn", dsn, "--scope", "ann"]) == 1

@@ -19,7 +19,7 @@ from pgkv.cli import main
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = (
     *("get", "set", "delete", "scan", "load", "dump", "stats", "sweep", "evict"),
-    *("doctor", "schema", "locks", "lock", "cache", "limits", "sessions", "demo"),
+    *("doctor", "schema", "locks", "lock", "cache", "limits", "sessions", "idempotency", "demo"),
 )
 NOWHERE = "postgresql://somebody:hunter2@127.0.0.1:1/db"
 
@@ -289,6 +289,7 @@ def test_as_a_process() -> None:
         ["delete", "k"],
         ["locks"],
         ["cache"],
+        ["idempotency", "show", "k"],
     ],
     ids=" ".join,
 )
