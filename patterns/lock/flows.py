@@ -28,7 +28,7 @@ from ...errors import (
     TableNotFoundError,
     TransactionError,
 )
-from .._runtime.lease import MARGIN_MIN, RELEASED, RENEWED, do_within, margin_of
+from .._runtime.lease import MARGIN_MIN, do_within, margin_of
 from .._runtime.renewal import clock
 from .._runtime.wakeup import Waiter, Waiters
 from .lease import LeaseState, LockInfo, LockOptions, info_of, new_asking, read_owner
@@ -220,12 +220,13 @@ class Acquisition(Generic[L]):
                 self._ask_afresh()  # a forked child: what was asked for is its parent's
             sent_at = clock()
             self.in_doubt = True
-            reply = yield from self.ask(self.seconds())
+            reply = yield from self.ask(sent_at, self.seconds())
             if isinstance(reply, Denied):
                 # A statement that was sent again may have overtaken the one whose answer was lost.
                 self.overtook = self.overtook or getattr(self.last, "retries", 0) > 0
                 self.in_doubt = self.overtook
                 self.was_denied, self.denied_by = True, reply.holder or self.denied_by
+                options.contended = True
                 if reply.holder == self.asking.row and reply.remaining <= 0:
                     # Granted, and ended by force before we heard of it.
                     yield from self._leave_queue()
@@ -245,6 +246,7 @@ class Acquisition(Generic[L]):
                     options, reply.key, reply.token, self.asking.owner, sent_at
                 )
                 self.granted = weakref.ref(lease)
+                options.contended = False
                 if random() < CLEAN_CHANCE:  # noqa: S311  # a sample, no secret
                     self.runtime.clean_later(options)
                 return lease, _IN_FLIGHT
@@ -263,8 +265,8 @@ class Acquisition(Generic[L]):
         self.hurried = self.runtime.is_exhausted()
         return min(seconds, max(left, ROUND_TRIP if self.hurried else ANSWER_TIME))
 
-    def ask(self, seconds: float) -> Flow[Granted | Denied]:
-        """Send the statement that grants."""
+    def ask(self, sent_at: float, seconds: float) -> Flow[Granted | Denied]:
+        """Send the statements that grant, the likeliest to answer first."""
         options, sql = self.options, self.options.sql
         lock_timeout = min(margin_of(options.ttl) / 2, MARGIN_MIN)
         key = options.keys[0]
@@ -275,6 +277,16 @@ class Acquisition(Generic[L]):
                 self.queued = True
                 op = sql.grant_fair(key, self.asking, options.ttl, lock_timeout, TICKET_TTL)
             else:
+                for make in (sql.look,) * options.contended + (sql.take, sql.look):
+                    step = make(key, self.asking, options.ttl)
+                    self.last = step
+                    reply: Granted | Denied | None = yield from do_within(
+                        self.runtime, step, seconds
+                    )
+                    if reply is not None:
+                        return reply
+                    self.overtook = self.overtook or getattr(step, "retries", 0) > 0
+                    seconds = max(seconds - (clock() - sent_at), ROUND_TRIP)
                 op = sql.grant(key, self.asking, options.ttl, lock_timeout)
             self.last = op
             return (yield from do_within(self.runtime, op, seconds))
@@ -284,12 +296,12 @@ class Acquisition(Generic[L]):
                 raise
             self.created = True
             yield from call(self.runtime.create_missing_table, sql.tickets)
-            return (yield from self.ask(seconds))
+            return (yield from self.ask(sent_at, seconds))
         except PgkvError as error:
             if error._sqlstate == "55P03":  # its row was locked for all of that time
                 return _IN_FLIGHT
             if not error.outcome_unknown and not getattr(self.last, "retries", 0):
-                self.in_doubt = False  # nothing was sent, or it was refused
+                self.in_doubt = self.overtook  # nothing was sent, or it was refused
             raise
 
     def _ask_slot(
@@ -363,12 +375,10 @@ def release(runtime: LeasingRuntime[Any], lease: LeaseState) -> Flow[bool]:
     # First, or a renewal would outlive its lease.
     runtime.forget(lease)
     op = lease._options.sql.release(lease._key, lease._token, lease._options.notify)
-    code = yield from do(op)
+    released = yield from do(op)
     lease._end()
-    if code == RENEWED:
-        return True
     # Asked twice because the first answer was lost: then that was the one that ended it.
-    return trusted and getattr(op, "retries", 0) > 0
+    return released or (trusted and getattr(op, "retries", 0) > 0)
 
 
 def leave(runtime: LeasingRuntime[Any], lease: LeaseState, *, failed: bool) -> Flow[None]:
@@ -407,8 +417,10 @@ def holder(options: LockOptions) -> Flow[LockInfo | None]:
 def force_release(options: LockOptions, token: int) -> Flow[bool]:
     """Free the name of that token."""
     op = options.sql.release(options.keys[0], token, options.notify)
-    code = yield from do(op)
-    return bool(code == RENEWED or (code == RELEASED and getattr(op, "retries", 0) > 0))
+    if (yield from do(op)):
+        return True
+    repeated: int = getattr(op, "retries", 0)
+    return repeated > 0 and (yield from do(options.sql.ended(options.keys[0], token)))
 
 
 def revoke(options: LockOptions, token: int) -> Flow[bool]:
@@ -442,8 +454,8 @@ def clean(options: LockOptions) -> Flow[None]:
 
 # -- guarding ------------------------------------------------------------------------------
 #
-# guard() locks the lease's row FOR KEY SHARE in the caller's transaction. UNIQUE (key, version)
-# makes a renewal pass and a takeover, which changes the version, wait.
+# guard() locks the lease's row FOR KEY SHARE in the caller's transaction. A renewal passes that; a
+# takeover, which locks the row FOR UPDATE, does not.
 
 
 def check_guarded(conn: psycopg.Connection[Any] | psycopg.AsyncConnection[Any]) -> None:

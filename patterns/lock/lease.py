@@ -154,6 +154,7 @@ class LockOptions:
         metadata: JSON.
         slots: of a semaphore; None for a lock.
         place: where the table is, once known.
+        contended: the last try was denied: the next one may as well be.
     """
 
     name: str
@@ -168,6 +169,7 @@ class LockOptions:
     slots: int | None = None
     resize: bool = False
     place: Place | None = None
+    contended: bool = False
 
     def facts(self) -> str:
         """What a repr says of a lock."""

@@ -6,6 +6,9 @@ grant (`version`, the fencing token). The row stays when the lease ends, so the 
 * A grant reads before it writes, and takes the row with SKIP LOCKED: a denied try takes no row
   lock, no xid and writes no WAL, and no try waits behind a guard to be granted a lease that
   is over (an upsert's clock is read before it waits).
+* Whatever changes a lease's version locks its row FOR UPDATE first: a guard's FOR KEY SHARE stops
+  that, and lets renewals and releases pass, which change no key. No index needs the version, so
+  that grants are HOT updates.
 * Grants and renewals say ``synchronous_commit`` themselves: a grant that a crash takes back would
   be given twice. A release says the opposite: lost in a crash, it leaves the name held to its ttl.
 * A release writes the epoch, not the clock's time: a clock that steps back must not lock again.
@@ -28,7 +31,6 @@ from .._runtime.lease import EXPIRED, GONE, LOCKED, RELEASED, RENEWED, REPLACED
 
 T = TypeVar("T")
 
-# UNIQUE (key, version) is what lets a renewal pass a guard's FOR KEY SHARE and a takeover not.
 LOCKS = TableShape(
     "_locks",
     """\
@@ -37,8 +39,7 @@ LOCKS = TableShape(
     expires_at TIMESTAMPTZ NOT NULL,
     created_at TIMESTAMPTZ NOT NULL,
     updated_at TIMESTAMPTZ NOT NULL,
-    version    BIGINT NOT NULL,
-    UNIQUE (key, version)""",
+    version    BIGINT NOT NULL""",
     fillfactor=50,
 )
 # A table of its own: a process that forgets durable=False must not share one that a crash empties.
@@ -73,6 +74,7 @@ STILL_MINE = "t.value = EXCLUDED.value AND t.expires_at > EXCLUDED.updated_at"
 # An asking whose own grant was ended is granted nothing more: a copy of it may still be under way.
 ENDED = f"t.value = EXCLUDED.value AND t.expires_at = {EPOCH}"
 FREE = f"(expires_at <= {NOW} OR value = $2) AND NOT (value = $2 AND expires_at = {EPOCH})"
+FOUND = "EXISTS (SELECT 1 FROM free)"
 US = "(extract(epoch from n.ts) * 1000000)::bigint"
 COLUMNS = "(key, value, expires_at, created_at, updated_at, version)"
 
@@ -148,6 +150,7 @@ class LockStatements:
         logged = table.shape != LOCKS_UNLOGGED
         self.durable = DURABLE if logged else "NULL"
         self.relaxed = RELAXED if logged else "NULL"
+        self.logged: bool = logged
         # MATERIALIZED and referenced: otherwise the settings in it would never be made.
         self.clock = (
             f"n AS MATERIALIZED (SELECT clock_timestamp() ts, {self.durable}, "
@@ -172,10 +175,11 @@ class LockStatements:
 
     # -- granting
 
-    def granting(self, key: str, source: str, where: str, revoked: str) -> str:
-        """The upsert of every grant, from `source`, under a condition on the snapshot. Where the row
-        holds this very grant already, its first reply was lost: same token, new time. `revoked` is
-        the key of the mark that `take_back` leaves for this asking."""
+    def granting(self, key: str, source: str, where: str, locked: str, revoked: str) -> str:
+        """The upsert of every grant, from `source`, under a condition on the snapshot; where a row
+        exists, under `locked`: it was locked FOR UPDATE. Where the row holds this very grant
+        already, its first reply was lost: same token, new time. `revoked` is the key of the mark
+        that `take_back` leaves for this asking."""
         row = self._inserted(key, "$2", "n.ts + $3::float8 * interval '1 second'")
         return (
             f"g AS (INSERT INTO {row} {source} WHERE ({where}) "
@@ -186,21 +190,55 @@ class LockStatements:
             f"updated_at = CASE WHEN {STILL_MINE} THEN t.updated_at ELSE EXCLUDED.updated_at END, "
             "value = EXCLUDED.value, expires_at = EXCLUDED.expires_at "
             "WHERE (t.expires_at <= EXCLUDED.updated_at OR t.value = EXCLUDED.value) "
-            f"AND NOT ({ENDED}) RETURNING version, key)"
+            f"AND NOT ({ENDED}) AND {locked} RETURNING version, key)"
         )
+
+    # `take` and `look` are what mostly answers. Each costs half as much as `grant`, and says nothing
+    # (None) where it does not apply: then `grant` knows.
+
+    @cached_property
+    def _take(self) -> Statement[Granted | None]:
+        settings, source = self._settings(self.durable)
+        sql = (
+            f"{settings}UPDATE {self.t} SET value = $2, expires_at = {NOW} + $3::float8 * interval "
+            f"'1 second', updated_at = {NOW}, version = greatest(version + 1, {STATEMENT_US}) {source}"
+            f"WHERE key = (SELECT key FROM {self.t} WHERE key = $1 AND expires_at <= {NOW} "
+            f"AND value <> $2 AND NOT EXISTS (SELECT 1 FROM {self.t} WHERE key = $4) "
+            "FOR UPDATE SKIP LOCKED) RETURNING version, key"
+        )
+        return self._statement("lock_take", sql, (TEXT, BINARY, BINARY, TEXT), _read_taken)
+
+    def take(self, key: bytes, asking: Asking, ttl: float) -> Op[Granted | Denied | None]:
+        """Take a name that exists and is free. May be repeated: where the first sending took it,
+        the second one says nothing."""
+        return Op(self._take, (key, asking.row, _codec.encode_float8(ttl), asking.mark))
+
+    @cached_property
+    def _look(self) -> Statement[Denied | None]:
+        sql = (
+            f"SELECT value, extract(epoch from expires_at - {NOW})::float8 FROM {self.t} "
+            f"WHERE key = $1 AND {LIVE} AND value <> $2"
+        )
+        return self._statement("lock_look", sql, (TEXT, BINARY), _read_held, writes=False)
+
+    def look(self, key: bytes, asking: Asking, ttl: float) -> Op[Granted | Denied | None]:
+        """See that another holds the name."""
+        del ttl
+        return Op(self._look, (key, asking.row))
+
+    def _settings(self, setting: str) -> tuple[str, str]:
+        """The beginning of a statement that makes a setting, and what its command has to read from."""
+        if not self.logged:
+            return "", ""
+        return f"WITH n AS MATERIALIZED (SELECT {setting}) ", "FROM n "
 
     @cached_property
     def _grant(self) -> Statement[Granted | Denied]:
+        free, absent = FOUND, f"NOT EXISTS (SELECT 1 FROM {self.t} WHERE key = $1)"
         sql = (
             f"WITH {self.clock}, free AS MATERIALIZED (SELECT key FROM {self.t} WHERE key = $1 "
             f"AND {FREE} FOR UPDATE SKIP LOCKED), "
-            + self.granting(
-                "$1",
-                "n",
-                "EXISTS (SELECT 1 FROM free) "
-                f"OR NOT EXISTS (SELECT 1 FROM {self.t} WHERE key = $1)",
-                "$5",
-            )
+            + self.granting("$1", "n", f"{free} OR {absent}", free, "$5")
             + " SELECT version, key, NULL::bytea, NULL::float8 FROM g UNION ALL "
             f"SELECT NULL, NULL, value, extract(epoch from expires_at - {NOW})::float8 "
             f"FROM {self.t} WHERE key = $1 AND NOT EXISTS (SELECT 1 FROM g)"
@@ -220,6 +258,7 @@ class LockStatements:
 
     @cached_property
     def _grant_fair(self) -> Statement[Granted | Denied]:
+        free, absent = FOUND, f"NOT EXISTS (SELECT 1 FROM {self.t} WHERE key = $1)"
         first = "(SELECT c FROM ahead) = 0"
         sql = (
             f"WITH {self.clock}, "
@@ -229,13 +268,7 @@ class LockStatements:
             "(version, key) < (SELECT version, key FROM tick WHERE mine), true)), "
             f"free AS MATERIALIZED (SELECT key FROM {self.t} WHERE key = $1 "
             f"AND {FREE} AND ({first} OR value = $2 AND {LIVE}) FOR UPDATE SKIP LOCKED), "
-            + self.granting(
-                "$1",
-                "n",
-                "EXISTS (SELECT 1 FROM free) "
-                f"OR {first} AND NOT EXISTS (SELECT 1 FROM {self.t} WHERE key = $1)",
-                "$9",
-            )
+            + self.granting("$1", "n", f"{free} OR {first} AND {absent}", free, "$9")
             # Refreshed when a quarter of its life has passed, or every look would write.
             + f", q AS (INSERT INTO {self.q} AS t (key, version, expires_at) "
             f"SELECT $5, {US}, "
@@ -318,37 +351,38 @@ class LockStatements:
         ttls = array([float8(ttl) for _, _, ttl in leases], FLOAT8_OID)
         return Op(self._renew, (keys, tokens, ttls))
 
-    def _make_release(self, notify: bool) -> Statement[int]:
-        told = "pg_notify($3, $4 || key)" if notify else "key"
-        relaxing, source = f"n AS MATERIALIZED (SELECT {self.relaxed}), ", "FROM n "
-        if self.relaxed == "NULL":
-            relaxing = source = ""
+    def _make_release(self, notify: bool) -> Statement[bool]:
+        settings, source = self._settings(self.relaxed)
         sql = (
-            f"WITH {relaxing}r AS (UPDATE {self.t} "
-            f"SET expires_at = {EPOCH} {source}WHERE key = $1 AND version = $2 AND {LIVE} "
-            f"RETURNING key), told AS MATERIALIZED (SELECT {told} FROM r) "
-            f"SELECT CASE WHEN (SELECT count(*) FROM told) > 0 THEN {RENEWED} "
-            f"WHEN version <> $2 THEN {REPLACED} WHEN expires_at = {EPOCH} THEN {RELEASED} "
-            # Live in the snapshot, and not ended here: it changed while this waited for the row.
-            f"WHEN {LIVE} THEN {LOCKED} ELSE {EXPIRED} END FROM {self.t} WHERE key = $1"
+            f"UPDATE {self.t} SET expires_at = {EPOCH} {source}"
+            f"WHERE key = $1 AND version = $2 AND {LIVE}"
         )
+        if notify:
+            settings = f"{settings}, " if settings else "WITH "
+            sql = f"r AS ({sql} RETURNING key) SELECT pg_notify($3, $4 || key) FROM r"
         formats = (TEXT, BINARY, TEXT, TEXT) if notify else (TEXT, BINARY)
-        return self._statement("lock_release", sql, formats, _read_released, repeats=REPEATS)
+        return self._statement("lock_release", settings + sql, formats, read_changed)
 
     @cached_property
-    def _release(self) -> Statement[int]:
+    def _release(self) -> Statement[bool]:
         return self._make_release(notify=False)
 
     @cached_property
-    def _release_notify(self) -> Statement[int]:
+    def _release_notify(self) -> Statement[bool]:
         return self._make_release(notify=True)
 
-    def release(self, key: bytes, token: int, notify: bool) -> Op[int]:
-        """End a lease; RENEWED means done. With `notify` waiting processes are told."""
+    def release(self, key: bytes, token: int, notify: bool) -> Op[bool]:
+        """End a lease; whether it was held. With `notify` waiting processes are told."""
         params = (key, _codec.encode_int8(token))
         if notify:
             return Op(self._release_notify, (*params, CHANNEL, self.payload(b"")))
         return Op(self._release, params)
+
+    def ended(self, key: bytes, token: int) -> Op[bool]:
+        """Whether that token was the last one, and was released."""
+        sql = f"SELECT FROM {self.t} WHERE key = $1 AND version = $2 AND expires_at = {EPOCH}"
+        made = self._statement("lock_ended", sql, (TEXT, BINARY), read_found, writes=False)
+        return Op(made, (key, _codec.encode_int8(token)))
 
     def payload(self, key: bytes) -> bytes:
         """What a release tells on the channel."""
@@ -391,9 +425,11 @@ class LockStatements:
     @cached_property
     def _revoke(self) -> Statement[bool]:
         sql = (
-            f"WITH n AS MATERIALIZED (SELECT {self.durable}, set_config('lock_timeout', '250', true)) "
-            f"UPDATE {self.t} SET version = greatest(version + 1, {STATEMENT_US}) FROM n "
-            f"WHERE key = $1 AND version = $2 AND {LIVE}"
+            f"WITH n AS MATERIALIZED (SELECT {self.durable}, set_config('lock_timeout', '250', true)), "
+            f"l AS MATERIALIZED (SELECT key FROM {self.t} t, n WHERE key = $1 AND version = $2 "
+            f"AND {LIVE} FOR UPDATE OF t) "
+            f"UPDATE {self.t} t SET version = greatest(version + 1, {STATEMENT_US}) FROM l "
+            "WHERE t.key = l.key"
         )
         return self._statement("lock_revoke", sql, (TEXT, BINARY), read_changed, retry_safe=False)
 
@@ -404,10 +440,7 @@ class LockStatements:
     # -- guarding
 
     def guard(self, quoted: str, key: bytes, token: int, max_hold: float | None) -> Op[bool]:
-        """Lock the lease's row against takeover to the end of the caller's transaction.
-
-        UNIQUE (key, version) makes that pass renewals and stop whatever changes the token.
-        """
+        """Lock the lease's row against takeover to the end of the caller's transaction."""
         params: tuple[bytes, ...] = (key, _codec.encode_int8(token))
         setting, source = "", quoted
         formats: tuple[int, ...] = (TEXT, BINARY)
@@ -595,9 +628,15 @@ def _read_renewed(result: Result) -> dict[bytes, int]:
     }
 
 
-def _read_released(result: Result) -> int | Signal:
-    code = _codec.decode_int(result.get_value(0, 0)) if result.ntuples else GONE
-    return Raced(EXPIRED) if code == LOCKED else code
+def _read_taken(result: Result) -> Granted | None:
+    if not result.ntuples:
+        return None
+    return Granted(_codec.decode_int(result.get_value(0, 0)), result.get_value(0, 1) or b"")
+
+
+def _read_held(result: Result) -> Denied | None:
+    column = result.get_value
+    return Denied(column(0, 0), _codec.decode_float8(column(0, 1))) if result.ntuples else None
 
 
 def _read_place(result: Result) -> Place | None:
@@ -629,6 +668,7 @@ class SemaphoreStatements(LockStatements):
         # granted: `room` is the number of the lowest slots that may be. Two grants that count the
         # same leases then still take different slots below it. The size's row is locked against
         # a change, and against `take_back`, which both change its version.
+        found = f"({FOUND} OR {STILL_MINE})"  # the version of one's own stays
         sql = (
             f"WITH {self.clock}, size AS MATERIALIZED (SELECT value, version FROM {self.t} "
             "WHERE key = $5), "
@@ -651,8 +691,8 @@ class SemaphoreStatements(LockStatements):
             "AND NOT EXISTS (SELECT 1 FROM free) "
             "AND NOT EXISTS (SELECT 1 FROM cur WHERE cur.key = k) ORDER BY random() LIMIT 1)), "
             f"agreed AS MATERIALIZED (SELECT 1 FROM {self.t} WHERE key = $5 AND value = $6 "
-            "AND version = (SELECT version FROM size) AND EXISTS (SELECT 1 FROM pick) FOR KEY SHARE), "
-            + self.granting("pick.key", "n, pick", "EXISTS (SELECT 1 FROM agreed)", "$8")
+            "AND version = (SELECT version FROM size) AND EXISTS (SELECT 1 FROM pick) FOR SHARE), "
+            + self.granting("pick.key", "n, pick", "EXISTS (SELECT 1 FROM agreed)", found, "$8")
             + " SELECT version, key, NULL::bytea, NULL::float8, 0::bigint FROM g UNION ALL "
             "SELECT NULL, NULL, (SELECT value FROM size), (SELECT min(extract(epoch from "
             f"expires_at - {NOW})) FROM cur WHERE expires_at > {NOW})::float8, "

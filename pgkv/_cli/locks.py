@@ -162,7 +162,7 @@ def _end(store: Store, token: int, *, safely: bool) -> dict[str, Any]:
                 if safely:
                     done = store._execute(sql.revoke(key, token))
                 else:
-                    done = store._execute(sql.release(key, token, notify=True)) == 0
+                    done = store._execute(sql.release(key, token, notify=True))
                 if done:
                     shown = _shown(holder)
                     return {name: shown[name] for name in ("name", "slot", "owner", "token")}

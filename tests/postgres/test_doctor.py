@@ -139,6 +139,19 @@ def test_an_index_in_disguise(dsn: str) -> None:
     assert "partial on version" in found.detail
 
 
+def test_a_lock_table_of_an_early_version(dsn: str) -> None:
+    """The index that it does not need is named, with what removes it."""
+    with psycopg.connect(dsn, autocommit=True) as conn:
+        conn.execute("CREATE TABLE kv_store_locks (key text PRIMARY KEY, version bigint)")
+        with Store.connect(dsn):
+            assert "lock tables" not in examine(dsn)
+        conn.execute("ALTER TABLE kv_store_locks ADD UNIQUE (key, version)")
+        found = examine(dsn)["lock tables"]
+        assert (found.status, "kv_store_locks:" in found.detail) == ("warn", True)
+        conn.execute(found.advice.encode())
+    assert "lock tables" not in examine(dsn)
+
+
 def test_a_missing_table(dsn: str) -> None:
     """No table is no illness where the role may create one."""
     found = examine(dsn)

@@ -103,6 +103,23 @@ async def test_a_denied_try_leaves_no_trace(store: Any, colour: Colour, peer: Pe
         pytest.fail(f"{before} became {after}")
 
 
+async def test_a_usual_pair_is_two_statements_that_move_no_index(
+    store: Any, colour: Colour, peer: Peer, operations: list[tuple[str, str, int]]
+) -> None:
+    """Taking and releasing a free lock are one UPDATE each, heap-only: neither the table nor its
+    index grows with the grants."""
+    lock = lock_of(colour, store)
+    await (await lock.acquire()).release()
+    operations.clear()
+    for _ in range(20):
+        await (await lock.acquire()).release()
+    assert [name for name, _, _ in operations] == ["lock_take", "lock_release"] * 20
+    counts = "SELECT n_tup_upd, n_tup_hot_upd FROM pg_stat_all_tables WHERE relid = %s::regclass"
+    await until(lambda: peer.run(counts, TABLE)[0][0] >= 41, "the updates are counted", 15)
+    updates, heap_only = peer.run(counts, TABLE)[0]
+    assert updates == heap_only
+
+
 async def test_a_repeated_grant_is_the_same_grant(store: Any, colour: Colour) -> None:
     """A grant sent twice by the same acquire() (its first reply was lost) has one token."""
     from pgkv.patterns.lock.api import statements_of
@@ -117,6 +134,11 @@ async def test_a_repeated_grant_is_the_same_grant(store: Any, colour: Colour) ->
     assert isinstance(first, Granted)
     assert again == first
     assert isinstance(await store._execute(sql.grant(b"n", stranger, 30.0, 1.0)), Denied)
+    assert await store._execute(sql.release(b"n", first.token, False))
+    taken = await store._execute(sql.take(b"n", stranger, 30.0))
+    assert isinstance(taken, Granted)
+    assert await store._execute(sql.take(b"n", stranger, 30.0)) is None
+    assert await store._execute(sql.grant(b"n", stranger, 30.0, 1.0)) == taken
 
 
 async def test_racing_first_grants_have_one_winner(store: Any, colour: Colour) -> None:

@@ -53,6 +53,27 @@ async def test_a_guard_keeps_everybody_out(
     await second.release()
 
 
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [("Lock", {}), ("Lock", {"fair": True}), ("Semaphore", {"slots": 1})],
+    ids=["lock", "fair", "semaphore"],
+)
+async def test_a_guard_stops_every_kind_of_grant(
+    store: Any, colour: Colour, connect: Any, clock: ServerClock, kind: str, options: Any
+) -> None:
+    """First tries, tries after a denied one, fair ones and those of semaphores: none changes the
+    token of a lease that has expired while its guard is open."""
+    lease = await colour.make(kind, store, "guarded", renew=False, **options).acquire()
+    conn = await connect()
+    await lease.guard(conn)
+    clock.advance(31)
+    other = colour.make(kind, store, "guarded", **options)
+    for _ in range(3):
+        assert await asyncio.wait_for(other.try_acquire(), 1) is None
+    await conn.commit()
+    await (await asyncio.wait_for(other.acquire(), 3)).release()
+
+
 @pytest.mark.parametrize("level", LEVELS)
 async def test_renewals_pass_a_guard(
     store: Any, colour: Colour, connect: Any, level: IsolationLevel

@@ -128,11 +128,12 @@ def test_a_denial_of_a_statement_that_was_sent_again_is_taken_back(store: pgkv.S
         def execute(self, op: Op[Any], timeout: float | None = None) -> Any:
             sent.append(op.statement.name)
             op.retries = 1
-            return Denied(None, 5.0) if "grant" in op.statement.name else True
+            answers = {"lock_take": None, "lock_look": None, "lock_grant": Denied(None, 5.0)}
+            return answers.get(op.statement.name, True)
 
     port: Any = RepeatingPort()
     assert drive(flows.acquire(port, pgkv.Lock(store, "n")._options, 0.0)) is None
-    assert sent == ["lock_grant", "lock_take_back"]
+    assert sent == ["lock_take", "lock_look", "lock_grant", "lock_take_back"]
 
 
 def test_a_slot_granted_to_a_statement_that_was_sent_again_is_the_only_one(

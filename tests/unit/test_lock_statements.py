@@ -25,6 +25,8 @@ SLOTS = slot_keys(b"n", 2)
 ASKING = Asking("host:1", b"{}", b"\x1f12")
 
 SAFE: dict[str, Op[Any]] = {
+    "take": SQL.take(b"n", ASKING, 30.0),
+    "look": SQL.look(b"n", ASKING, 30.0),
     "grant": SQL.grant(b"n", ASKING, 30.0, 1.0),
     "grant_fair": SQL.grant_fair(b"n", ASKING, 30.0, 1.0, 2.0),
     "grant_slot": SQL.grant_slot(SLOTS, ASKING, 30.0, 1.0),
@@ -37,6 +39,7 @@ SAFE: dict[str, Op[Any]] = {
     "take back": LockStatements.take_back(SQL, [b"n"], ASKING)[0],
     "take back a slot, first": SQL.take_back(SLOTS, ASKING)[0],
     "take back a slot, then": SQL.take_back(SLOTS, ASKING)[1],
+    "ended": SQL.ended(b"n", 1),
     "place": SQL.place(),
     "isolation": SQL.isolation(),
     "holder": SQL.holder(b"n"),
@@ -82,7 +85,7 @@ def test_clocks_stand_where_they_may(name: str) -> None:
 
 def test_grants_and_renewals_are_durable_whatever_the_role_says() -> None:
     """synchronous_commit travels in the statement; releases do not wait for the disk."""
-    for name in ("grant", "grant_fair", "grant_slot", "renew"):
+    for name in ("take", "grant", "grant_fair", "grant_slot", "renew"):
         assert "'synchronous_commit', CASE" in ALL[name].statement.sql
     assert "'synchronous_commit', CASE" in UNSAFE["revoke"].statement.sql
     for name in ("release", "release and notify", *(name for name in ALL if "take back" in name)):

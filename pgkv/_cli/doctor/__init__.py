@@ -16,8 +16,8 @@ _STYLES: dict[Status, str] = {"ok": "green", "warn": "yellow", "fail": "bold red
 def doctor(call: Invocation) -> int:
     """Check the server, the table and the connection, and suggest fixes.
 
-    Changes nothing. Checks the store's own table, not those of locks and sessions. Exit code 1: a
-    check failed. A table or schema that is named and does not exist is a failure.
+    Changes nothing. Checks the store's own table; of those of locks and sessions only what an early
+    version left behind. Exit code 1: a check failed. A table or schema that is named and does not exist is a failure.
 
     **Example:** `pgkv doctor --table cache --json`
     """

@@ -6,8 +6,9 @@ from typing import Any
 
 import psycopg
 
-from ..._engine.schema import _EXPECTED
+from ..._engine.schema import _EXPECTED, companion
 from ...config import TableType, quote_identifier
+from ...patterns.lock.sql import LOCKS, LOCKS_UNLOGGED
 from .. import console
 from .context import Check, Context, Result, fail, ok, warn
 
@@ -143,6 +144,20 @@ def key_index(context: Context) -> Result:
             f"ALTER TABLE {context.name} ADD PRIMARY KEY (key)",
         )
     return ok("the key is unique")
+
+
+def lock_tables(context: Context) -> Result | None:
+    """Lock tables of an early version have an index that makes them grow with every grant."""
+    found = context.rows(
+        "SELECT conrelid::regclass::text AS table, quote_ident(conname) AS name FROM pg_constraint "
+        "WHERE contype = 'u' AND conrelid IN (to_regclass(%s), to_regclass(%s)) ORDER BY 1",
+        *(companion(context.config, shape).quoted for shape in (LOCKS, LOCKS_UNLOGGED)),
+    )
+    if not found:
+        return None
+    drops = "; ".join(f"ALTER TABLE {row['table']} DROP CONSTRAINT {row['name']}" for row in found)
+    detail = f"{', '.join(row['table'] for row in found)}: UNIQUE (key, version) is not needed"
+    return warn(f"{detail}, and every grant writes to its index", drops)
 
 
 def collation(context: Context) -> Result:
@@ -370,6 +385,7 @@ CHECKS: dict[str, Check] = {
     "table": table,
     "columns": columns,
     "unique key": key_index,
+    "lock tables": lock_tables,
     "key's collation": collation,
     "rights": rights,
     "owner and triggers": owner_and_triggers,

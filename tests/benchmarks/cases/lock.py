@@ -156,7 +156,7 @@ def idle_statements(store: pgkv.Store, seconds: float) -> float:
     lock = pgkv.Lock(store, "idle", ttl=TTL, durable=False)
 
     def count(name: str, _seconds: float, _outcome: str, _retries: int) -> None:
-        seen[0] += name == "lock_grant"
+        seen[0] += name in ("lock_look", "lock_take", "lock_grant")
 
     def wait() -> None:
         try:

@@ -37,7 +37,7 @@ from tests.interleavings.scenarios import (
 from tests.interleavings.schedule import Scenario, World
 
 STATEMENTS = ("pgkv.patterns.lock.sql",)
-READS = frozenset(["holders", "queue", "guards", "place", "isolation", "notify"])
+READS = frozenset(["ended", "holders", "queue", "guards", "place", "isolation", "notify"])
 BUSY = "busy"  # ask again
 TOKEN = 100  # of the lease that a state begins with: older than a week
 TTL, PATIENCE, TICKET_TTL = 30.0, 1.0, 20.0
@@ -110,8 +110,8 @@ class LockSubject(Subject[Bound]):
     def rows(self, state: str) -> list[tuple[bytes, bytes, str]]:
         raise NotImplementedError
 
-    def late(self, name: str) -> Op[Any]:
-        """A copy of a grant's statement that the server gets to last."""
+    def late(self, name: str) -> list[Op[Any]]:
+        """Copies of the statements that grant, which the server gets to last."""
         raise NotImplementedError
 
     def observe(self) -> Any:
@@ -126,10 +126,11 @@ class LockSubject(Subject[Bound]):
             f" (SELECT 1 FROM {self.sql.t} l WHERE l.key = substr({self.sql.q}.key, 2))"
             " ORDER BY key".encode()
         ).fetchall()
-        late = {}
+        late: dict[str, list[Any]] = {}
         for name in "ab":
-            with self.conn.transaction(force_rollback=True):
-                late[name] = perform(self.store.using(self.conn), self.late(name))
+            for op in self.late(name):
+                with self.conn.transaction(force_rollback=True):
+                    late.setdefault(name, []).append(perform(self.store.using(self.conn), op))
         return live, queue, late
 
 
@@ -174,15 +175,25 @@ class NamedLock(LockSubject):
         }.get(state, (b"", ""))  # fmt: skip
         return [(b"n", holder, expires)] if expires else []
 
-    def late(self, name: str) -> Op[Any]:
-        return self.sql.grant(b"n", ASKINGS[name], TTL, PATIENCE)  # type: ignore[no-any-return]  # an Op
+    def late(self, name: str) -> list[Op[Any]]:
+        return [self.take(name), self.grant(name)]
+
+    def take(self, name: str) -> Op[Any]:
+        return self.sql.take(b"n", ASKINGS[name], TTL)  # type: ignore[no-any-return]  # an Op
+
+    def grant(self, name: str) -> Op[Any]:
+        return self.sql.grant(b"n", ASKINGS[name], TTL, PATIENCE)  # type: ignore[no-any-return]  # as above
 
     def fair(self, name: str) -> Op[Any]:
         return self.sql.grant_fair(b"n", ASKINGS[name], TTL, PATIENCE, TICKET_TTL)  # type: ignore[no-any-return]  # as above
 
     operations: Mapping[str, Operation[Bound]] = {
-        "grant a": sent(lambda s: s.late("a")),
-        "grant b": sent(lambda s: s.late("b")),
+        # What answers first, and the statement that knows where it says nothing.
+        "take a": sent(lambda s: s.late("a")),
+        "take b": sent(lambda s: s.late("b")),
+        "look": sent(lambda s: s.sql.look(b"n", ASKINGS["b"], TTL), answers=False),
+        "grant a": sent(lambda s: s.grant("a")),
+        "grant b": sent(lambda s: s.grant("b")),
         "grant fair a": sent(lambda s: s.fair("a")),
         "grant fair b": sent(lambda s: s.fair("b")),
         "take back a": sent(lambda s: s.sql.take_back(s.keys, ASKINGS["a"]), answers=False),
@@ -218,8 +229,8 @@ class Slots(LockSubject):
         }.get(state, [])  # fmt: skip
         return [(size_key(keys), b"2", "'infinity'"), *((key, who, soon) for key, who in held)]
 
-    def late(self, name: str) -> Op[Any]:
-        return self.sql.grant_slot(self.keys, ASKINGS[name], TTL, PATIENCE)  # type: ignore[no-any-return]  # as above
+    def late(self, name: str) -> list[Op[Any]]:
+        return [self.sql.grant_slot(self.keys, ASKINGS[name], TTL, PATIENCE)]
 
     def meet(self, a: str, b: str) -> bool:
         # Two sendings of one grant may take two slots: who sent it again gives the other one back.
