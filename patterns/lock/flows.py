@@ -48,9 +48,12 @@ if TYPE_CHECKING:
 
 POLL_FIRST, POLL_GROWTH, POLL_MAX = 0.005, 1.6, 0.5  # seconds; jittered down by half
 NOTIFIED_FIRST, NOTIFIED_MAX = 0.5, 5.0  # the same where a release is notified
-# Seconds between the looks of the head of a queue, from its last move on.
-HEAD_FIRST, HEAD_GROWTH, HEAD_MAX = 0.005, 1.3, 0.1
+LOOKS = 2.5  # of a waiter, in the time in which the queue moves up to it
+# Seconds in which a queue moves by one, before its speed is known; seconds between two looks.
+TURN_FIRST, LOOK_MIN = 0.005, 0.0005
+STALL_SHARE, STALL_MAX = 1 / 8, 0.1  # of the time without a move, and seconds, between two looks
 TICKET_TTL = 2.0  # seconds that a dead waiter can stall its queue
+TICKET_FRESH = 0.25  # seconds in which a ticket needs no renewal
 QUEUE_MAX = 0.9  # the most seconds between looks in a queue; each look renews the ticket
 CLEAN_UP_TIME = 1.0  # seconds for each statement that takes back what a failed acquire has left
 CLEAN_UP = CLEAN_UP_TIME, 3 * CLEAN_UP_TIME  # for `LeasingRuntime.clean_up`
@@ -103,8 +106,10 @@ class Acquisition(Generic[L]):
     # Of the class until they change: a try that is granted at once changes few of them.
     waiter: Waiter | None = None
     wait: float = 0.0
-    place: tuple[int, float] = -1, 0.0  # in the queue, and since when
-    turn: float = 0.0  # seconds in which the queue moves by one
+    place: int = -1  # how many waiters stand before this one
+    moved: float = 0.0  # when that was seen to change
+    joined: tuple[int, float] = 0, 0.0  # the first place in the queue, and when
+    fresh_until: float = 0.0  # until then its ticket needs no renewal
     created: bool = False
     last: Op[Any] | None = None  # what was sent last
     was_denied: bool = False
@@ -202,15 +207,18 @@ class Acquisition(Generic[L]):
         return seconds if left is None else min(seconds, left)
 
     def _pause_in_queue(self, ahead: int) -> float:
-        """The head of the queue looks often, and who stands behind it about twice while the queue
-        moves up to it."""
-        now, (place, since) = clock(), self.place
-        self.wait = min(self.wait * HEAD_GROWTH, HEAD_MAX)
-        if ahead != place:
-            if ahead < place:
-                self.turn = (now - since) / (place - ahead)
-            self.place, self.wait = (ahead, now), HEAD_FIRST
-        return min(max(self.wait * (1 + ahead), self.turn * ahead / 2), QUEUE_MAX)
+        """A part of the time in which the queue reaches this waiter, at the speed that it had so far.
+        While it stands still its waiters look ever more seldom, whatever their place: it may go on
+        as fast as before."""
+        now = clock()
+        if ahead != self.place:
+            if not ahead < self.place:
+                self.joined = ahead, now
+            self.place, self.moved = ahead, now
+        first, since = self.joined
+        turn = (self.moved - since) / (first - ahead) if ahead < first else TURN_FIRST
+        stalled = min((now - self.moved) * STALL_SHARE, STALL_MAX)
+        return min(max(turn * max(ahead, 0.5) / LOOKS, stalled, LOOK_MIN), QUEUE_MAX)
 
     def once(self) -> Flow[tuple[L | None, Denied]]:
         """Ask. A grant that leaves no time to trust it is asked for again, by the same nonce."""
@@ -274,7 +282,15 @@ class Acquisition(Generic[L]):
             if isinstance(sql, SemaphoreStatements):
                 return (yield from self._ask_slot(sql, seconds, lock_timeout))
             if options.fair:
+                if self.queued and sent_at < self.fresh_until:
+                    turn = self.last = sql.turn(key, self.asking, options.ttl)
+                    found = yield from do_within(self.runtime, turn, seconds)
+                    if found is not None:
+                        return found
+                    self.overtook = self.overtook or getattr(turn, "retries", 0) > 0
+                    seconds = max(seconds - (clock() - sent_at), ROUND_TRIP)
                 self.queued = True
+                self.fresh_until = sent_at + TICKET_FRESH
                 op = sql.grant_fair(key, self.asking, options.ttl, lock_timeout, TICKET_TTL)
             else:
                 for make in (sql.look,) * options.contended + (sql.take, sql.look):

@@ -196,16 +196,20 @@ class LockStatements:
     # `take` and `look` are what mostly answers. Each costs half as much as `grant`, and says nothing
     # (None) where it does not apply: then `grant` knows.
 
-    @cached_property
-    def _take(self) -> Statement[Granted | None]:
-        settings, source = self._settings(self.durable)
-        sql = (
-            f"{settings}UPDATE {self.t} SET value = $2, expires_at = {NOW} + $3::float8 * interval "
+    def _taking(self, revoked: str, where: str = "") -> str:
+        """The update of a row that is there, free, and not this asking's."""
+        source = "FROM n " if self.logged else ""
+        return (
+            f"UPDATE {self.t} SET value = $2, expires_at = {NOW} + $3::float8 * interval "
             f"'1 second', updated_at = {NOW}, version = greatest(version + 1, {STATEMENT_US}) {source}"
             f"WHERE key = (SELECT key FROM {self.t} WHERE key = $1 AND expires_at <= {NOW} "
-            f"AND value <> $2 AND NOT EXISTS (SELECT 1 FROM {self.t} WHERE key = $4) "
+            f"AND value <> $2 AND NOT EXISTS (SELECT 1 FROM {self.t} WHERE key = {revoked}){where} "
             "FOR UPDATE SKIP LOCKED) RETURNING version, key"
         )
+
+    @cached_property
+    def _take(self) -> Statement[Granted | None]:
+        sql = self._settings(self.durable)[0] + self._taking("$4")
         return self._statement("lock_take", sql, (TEXT, BINARY, BINARY, TEXT), _read_taken)
 
     def take(self, key: bytes, asking: Asking, ttl: float) -> Op[Granted | Denied | None]:
@@ -298,6 +302,31 @@ class LockStatements:
             asking.mark,
         )  # fmt: skip
         return Op(self._grant_fair, params)
+
+    @cached_property
+    def _turn(self) -> Statement[Granted | Denied | None]:
+        settings = self._settings(self.durable)[0].removeprefix("WITH ")
+        sql = (
+            f"WITH {settings and settings + ', '}m AS MATERIALIZED (SELECT (SELECT count(*) "
+            f'FROM {self.q} WHERE key COLLATE "C" > $5 AND key COLLATE "C" < $6 AND {LIVE} '
+            f"AND (version, key) < (o.version, o.key)) c FROM {self.q} o WHERE key = $4 AND {LIVE}), "
+            f"g AS ({self._taking('$7', ' AND (SELECT c FROM m) = 0')}), "
+            f"d AS (DELETE FROM {self.q} WHERE key = $4 AND EXISTS (SELECT 1 FROM g)) "
+            "SELECT version, key, NULL::bytea, NULL::float8, 0::bigint FROM g UNION ALL "
+            f"SELECT NULL, NULL, l.value, extract(epoch from l.expires_at - {NOW})::float8, m.c "
+            f"FROM m LEFT JOIN {self.t} l ON l.key = $1 WHERE NOT EXISTS (SELECT 1 FROM g)"
+        )
+        formats = (TEXT, BINARY, BINARY, TEXT, TEXT, TEXT, TEXT)
+        return self._statement("lock_turn", sql, formats, _read_turn)
+
+    def turn(self, key: bytes, asking: Asking, ttl: float) -> Op[Granted | Denied | None]:
+        """Take the name if it is free and this asking's ticket is the first; otherwise see how many
+        are before it. `grant_fair` for half the price or less; None where that knows more."""
+        params = (
+            key, asking.row, _codec.encode_float8(ttl), key + asking.mark, key + b"\x1f",
+            key + b"\x20", asking.mark,
+        )  # fmt: skip
+        return Op(self._turn, params)
 
     @cached_property
     def _leave(self) -> Statement[bool]:
@@ -637,6 +666,11 @@ def _read_taken(result: Result) -> Granted | None:
 def _read_held(result: Result) -> Denied | None:
     column = result.get_value
     return Denied(column(0, 0), _codec.decode_float8(column(0, 1))) if result.ntuples else None
+
+
+def _read_turn(result: Result) -> Granted | Denied | None:
+    reply = _read_grant_fair(result) if result.ntuples else None
+    return None if isinstance(reply, Signal) else reply
 
 
 def _read_place(result: Result) -> Place | None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import heapq
+import itertools
+from collections.abc import Callable
+from random import Random
 from typing import Any
 
 import pytest
@@ -9,8 +13,8 @@ import pytest
 import pgkv
 from pgkv._ops.drivers import drive
 from pgkv._ops.op import Op
-from pgkv.patterns._runtime.renewal import clock
 from pgkv.patterns.lock import flows
+from pgkv.patterns.lock.lease import LockOptions
 from pgkv.patterns.lock.sql import Denied, Granted
 
 
@@ -61,24 +65,108 @@ def test_who_waits_has_his_time_and_a_second_at_least(store: pgkv.Store) -> None
     assert set(port.asked) == {1.0}
 
 
-def test_the_head_of_a_queue_looks_often_and_others_by_their_place(store: pgkv.Store) -> None:
-    """The head looks within 5 ms of a move, and within a tenth of a second while nothing moves; who
-    stands behind it sleeps for about half the time that the queue needs, and never so long that its
-    ticket could end."""
+class Queue:
+    """A lock and its waiters on a clock of their own: each look takes a round trip, and so does
+    being granted and releasing. Whoever has released it asks again a moment later.
+
+    Attributes:
+        grants: how many there were.
+        looks: how many statements asked for the lock.
+        idle: looks at a lock that was free which did not take it.
+    """
+
+    def __init__(self, waiters: int, round_trip: float, hold: Callable[[], float]) -> None:
+        self.grants = self.looks = self.idle = 0
+        self._now = 0.0
+        self._random = Random(waiters)
+        self._round_trip = round_trip
+        self._hold = hold
+        self._events: list[tuple[float, int, Callable[..., None], Any]] = []
+        self._numbers = itertools.count()
+        self._queue: list[Any] = []
+        self._held = False
+        for _ in range(waiters):
+            self._later(self._random.uniform(0, 0.5), self._ask, None)
+
+    def run(self, options: LockOptions, seconds: float) -> Queue:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(flows, "clock", lambda: self._now)
+            patch.setattr(flows, "uniform", self._random.uniform)
+            self._options = options
+            while self._now < seconds:
+                self._now, _, step, waiting = heapq.heappop(self._events)
+                step(waiting)
+        return self
+
+    def _later(self, seconds: float, step: Callable[..., None], waiting: Any) -> None:
+        heapq.heappush(self._events, (self._now + seconds, next(self._numbers), step, waiting))
+
+    def _half(self) -> float:
+        return self._round_trip / 2 * self._random.uniform(0.7, 1.3)
+
+    def _ask(self, waiting: Any) -> None:
+        if waiting is None:
+            runtime: Any = BusyPort()
+            waiting = flows.Acquisition(runtime, self._options, None)
+        self._later(self._half(), self._look, waiting)
+
+    def _look(self, waiting: Any) -> None:
+        self.looks += 1
+        if waiting not in self._queue:
+            self._queue.append(waiting)
+        ahead = self._queue.index(waiting) if self._options.fair else 0
+        if ahead or self._held:
+            self.idle += not self._held
+            pause = waiting.pause(Denied(None, 0.0, ahead))
+            self._later(self._half() + pause, self._ask, waiting)
+            return
+        self._queue.remove(waiting)
+        self._held = True
+        self.grants += 1
+        self._later(self._half() + self._hold() + self._half(), self._release, None)
+
+    def _release(self, _: None) -> None:
+        self._held = False
+        self._later(self._half() + 0.02, self._ask, None)
+
+
+@pytest.mark.parametrize("round_trip", [0.001, 0.004, 0.02])
+@pytest.mark.parametrize("hold", ["none", "short", "sometimes long"])
+def test_a_fair_lock_by_polling_keeps_up_with_one_that_is_not(
+    store: pgkv.Store, round_trip: float, hold: str
+) -> None:
+    """200 waiters that take turns get at least half as many grants as those that do not, by at most
+    30 looks a grant, of which few find it free and not theirs."""
+    counts = itertools.count()
+    holds = {
+        "none": lambda: 0.0,
+        "short": lambda: 0.02,
+        "sometimes long": lambda: 0.002 if next(counts) % 20 else 0.3,
+    }
+    fair, unfair = (
+        Queue(200, round_trip, holds[hold]).run(pgkv.Lock(store, "n", fair=fair)._options, 10)
+        for fair in (True, False)
+    )
+    assert fair.grants > unfair.grants / 2
+    assert fair.looks / fair.grants < 30
+    assert fair.idle / fair.grants < 10
+
+
+def test_a_waiter_in_a_queue_never_loses_its_ticket_by_sleeping(store: pgkv.Store) -> None:
+    """However slow the queue is, a waiter asks long before its ticket ends; the head of one that
+    stands still looks ten times a second."""
     runtime: Any = BusyPort()
     waiting: flows.Acquisition[Any] = flows.Acquisition(
         runtime, pgkv.Lock(store, "n", fair=True)._options, None
     )
-    assert waiting._pause_in_queue(0) == pytest.approx(flows.HEAD_FIRST)
-    pauses = [waiting._pause_in_queue(0) for _ in range(30)]
-    assert pauses == sorted(pauses)
-    assert pauses[-1] == pytest.approx(flows.HEAD_MAX)
-    waiting.place, waiting.turn = (101, clock() - 1.0), 0.0
-    assert waiting._pause_in_queue(100) == flows.QUEUE_MAX < flows.TICKET_TTL / 2
-    assert waiting.turn == pytest.approx(1.0, rel=0.5)
-    waiting.turn = 0.04
-    waiting.place = (10, clock())
-    assert waiting._pause_in_queue(10) == pytest.approx(0.2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flows, "clock", lambda: 0.0)
+        assert waiting._pause_in_queue(5000) == flows.QUEUE_MAX
+        assert flows.QUEUE_MAX + flows.TICKET_FRESH < flows.TICKET_TTL * 3 / 4
+        patch.setattr(flows, "clock", lambda: 5.0)
+        assert waiting._pause_in_queue(0) == pytest.approx(flows.LOOK_MIN, abs=0.001)
+        patch.setattr(flows, "clock", lambda: 60.0)
+        assert waiting._pause_in_queue(0) == flows.STALL_MAX
 
 
 def test_old_names_are_removed_by_who_is_granted_a_lock(

@@ -31,6 +31,7 @@ SAFE: dict[str, Op[Any]] = {
     "grant_fair": SQL.grant_fair(b"n", ASKING, 30.0, 1.0, 2.0),
     "grant_slot": SQL.grant_slot(SLOTS, ASKING, 30.0, 1.0),
     "define": SQL.define(SLOTS, resize=False),
+    "turn": SQL.turn(b"n", ASKING, 30.0),
     "leave": SQL.leave(b"n", ASKING),
     "leave in doubt": SQL.leave_in_doubt(b"n", ASKING)[0],
     "renew": SQL.renew([(b"n", 1, 30.0)]),
@@ -85,7 +86,7 @@ def test_clocks_stand_where_they_may(name: str) -> None:
 
 def test_grants_and_renewals_are_durable_whatever_the_role_says() -> None:
     """synchronous_commit travels in the statement; releases do not wait for the disk."""
-    for name in ("take", "grant", "grant_fair", "grant_slot", "renew"):
+    for name in ("take", "turn", "grant", "grant_fair", "grant_slot", "renew"):
         assert "'synchronous_commit', CASE" in ALL[name].statement.sql
     assert "'synchronous_commit', CASE" in UNSAFE["revoke"].statement.sql
     for name in ("release", "release and notify", *(name for name in ALL if "take back" in name)):

@@ -184,6 +184,9 @@ class NamedLock(LockSubject):
     def grant(self, name: str) -> Op[Any]:
         return self.sql.grant(b"n", ASKINGS[name], TTL, PATIENCE)  # type: ignore[no-any-return]  # as above
 
+    def turn(self, name: str) -> Op[Any]:
+        return self.sql.turn(b"n", ASKINGS[name], TTL)  # type: ignore[no-any-return]  # as above
+
     def fair(self, name: str) -> Op[Any]:
         return self.sql.grant_fair(b"n", ASKINGS[name], TTL, PATIENCE, TICKET_TTL)  # type: ignore[no-any-return]  # as above
 
@@ -196,6 +199,8 @@ class NamedLock(LockSubject):
         "grant b": sent(lambda s: s.grant("b")),
         "grant fair a": sent(lambda s: s.fair("a")),
         "grant fair b": sent(lambda s: s.fair("b")),
+        # With its ticket, the short statement and the one that knows where it says nothing.
+        "turn b": sent(lambda s: [s.fair("b"), s.turn("b"), s.fair("b")]),
         "take back a": sent(lambda s: s.sql.take_back(s.keys, ASKINGS["a"]), answers=False),
         "leave": sent(lambda s: s.sql.leave(b"n", ASKINGS["a"]), answers=False),
         "leave in doubt": sent(lambda s: s.sql.leave_in_doubt(b"n", ASKINGS["a"]), answers=False),
