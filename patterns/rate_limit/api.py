@@ -103,7 +103,8 @@ class LimiterView(Generic[S]):
 class RateLimiter(LimiterView[Store]):
     """A rate limit shared by every process that uses the same store: a token bucket per key.
 
-    Each hit is one statement, for any number of rates, and the server's clock decides. Over any
+    Each hit is one statement, for any number of rates (two, when a key's hits begin or cease to be
+    refused), and the server's clock decides. Over any
     span ``t`` at most ``burst + rate x t`` tokens per key are handed out (plus refunded tokens), by
     any number of processes; a refused hit costs nothing. The algorithm is GCRA (ITU-T I.371),
     in integers of nanoseconds: no token is lost to rounding but 1 ns per hit.

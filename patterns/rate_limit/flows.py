@@ -7,7 +7,7 @@ are in `sql`, arithmetic in `policy`, the memory of one process in `local`.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from time import monotonic
 from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 
@@ -32,7 +32,7 @@ from ...errors import (
     TableNotFoundError,
 )
 from .._runtime import switch as _switch
-from .local import Counter, DenyCache, PrepaidTokens
+from .local import ENTRIES_MAX, Counter, DenyCache, PrepaidTokens
 from .policy import Decision, Policy, require_cost
 from .rate import NS, Rate, Rates, rates_of
 from .sql import KEY_CHARACTERS_MAX, ROWS, Arrival, Charge, LimiterStatements, hashed
@@ -100,6 +100,8 @@ class LimiterFlows:
         self.denied: DenyCache | None = DenyCache() if local_deny else None
         self.prepaid: PrepaidTokens | None = PrepaidTokens() if prefetch > 1 else None
         self.counter: Counter = Counter()
+        # A mere hint: whether the last hit of a key was refused. Keys that are new are not in it.
+        self._lately: dict[bytes, bool] = {}
         self._policies: dict[tuple[Rate, ...], Policy] = {self.rates: self.policy}
         # Escaped, so that no name and key make the row of another name and key.
         safe = "".join(f"%{ord(c):02x}" if c in "%:~#" else c for c in name)
@@ -178,9 +180,10 @@ class LimiterFlows:
             if self.prepaid is not None:
                 decision = yield from self._hit_prefetching(row, policy, cost, sent)
             else:
-                arrival: Arrival = yield self.sql.hit(row, charge)
-                if not arrival.charged and arrival.stepped_back():
-                    arrival = yield from self._rebased(row, arrival, charge, sent)
+                refused = self._lately.get(row)
+                arrival: Arrival | None = yield self._likely(refused)(row, charge)
+                if arrival is None or refused is not False:
+                    arrival = yield from self._decided(row, arrival, charge, sent)
                 decision = policy.decide(arrival, cost)
         except OUTAGES as error:
             return self._settled(key, self._degraded(policy, error, on_error))
@@ -194,9 +197,27 @@ class LimiterFlows:
         return (yield from call(self._execute, op, max(left, STATEMENT_SECONDS_MIN)))
 
     def _charge(self, row: bytes, charge: Charge, started: float) -> Flow[Arrival]:
-        arrival = yield from do(self.sql.hit(row, charge))
+        arrival = yield from do(self._likely(self._lately.get(row))(row, charge))
+        return (yield from self._decided(row, arrival, charge, started))
+
+    def _likely(self, refused: bool | None) -> Callable[[bytes, Charge], Op[Any]]:
+        """The statement that probably decides a hit, from what became of the last one of its key."""
+        sql = self.sql
+        return sql.hit if refused is None else sql.refusal if refused else sql.charge
+
+    def _decided(
+        self, row: bytes, arrival: Arrival | None, charge: Charge, started: float
+    ) -> Flow[Arrival]:
+        """Decide a hit of which the first statement said nothing, and remember what became of it."""
+        if arrival is None and self._lately.get(row):
+            arrival = yield from self._again(self.sql.charge(row, charge), started)
+        if arrival is None:
+            arrival = yield from self._again(self.sql.hit(row, charge), started)
         if arrival.stepped_back():
             arrival = yield from self._rebased(row, arrival, charge, started)
+        if len(self._lately) >= ENTRIES_MAX:
+            self._lately.clear()
+        self._lately[row] = not arrival.charged
         return arrival
 
     def _rebased(

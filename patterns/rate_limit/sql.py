@@ -104,6 +104,57 @@ class LimiterStatements(TableStatements):
     """Hits, and the statements that undo them, on rows of any number of rates."""
 
     # -- one key
+    #
+    # `charge` and `refusal` are what mostly answers a hit, for half as much as `hit`. Each says
+    # nothing (None) where it does not apply. None of the three may be repeated.
+
+    def charge(self, row: bytes, charge: Charge) -> Op[Arrival | None]:
+        """Charge a row that exists, if no arrival time is then more than its cap ahead of now."""
+        rates = len(charge.incs)
+        try:
+            statement = self._made[-rates]
+        except KeyError:
+            statement = self.made(-rates, lambda: self._make_charge(rates))
+        return Op(statement, (row, *charge.params))
+
+    def _make_charge(self, rates: int) -> Statement[Arrival | None]:
+        numbers = range(1, rates + 1)
+        moved = [f"({_tat('t', _US, n, rates)} + {_inc(n)})" for n in numbers]
+        admitted = " AND ".join(
+            f"{tat} - {_US} * 1000 <= {_cap(n)}" for n, tat in enumerate(moved, 1)
+        )
+        # The clock is read from updated_at: Citus takes no function that changes in RETURNING.
+        return self.statement(
+            "limit_hit",
+            f"UPDATE {self.t} AS t SET value = {_joined(moved)}, "
+            f"expires_at = {_full_at(moved, '1e6::float8')}, updated_at = statement_timestamp(), "
+            f"version = greatest(t.version + 1, {_US}) WHERE key = $1 AND {admitted} "
+            "RETURNING value, updated_at, created_at",
+            (TEXT, *(BINARY,) * (2 * rates)),
+            _read_charged,
+            refused=FOREIGN,
+        )
+
+    def refusal(self, row: bytes, charge: Charge) -> Op[Arrival | None]:
+        """See that `charge` would be refused. It reads a snapshot, and takes no transaction id."""
+        rates = len(charge.incs)
+        statement = self.made(("refusal", rates), lambda: self._make_refusal(rates))
+        return Op(statement, (row, *charge.params))
+
+    def _make_refusal(self, rates: int) -> Statement[Arrival | None]:
+        refused = " OR ".join(
+            f"{_tat('t', _US, n, rates)} + {_inc(n)} - {_US} * 1000 > {_cap(n)}"
+            for n in range(1, rates + 1)
+        )
+        return self.statement(
+            "limit_hit",
+            f"SELECT FALSE, t.value, {_US}, t.updated_at, t.version FROM {self.t} t "
+            f"WHERE key = $1 AND ({refused})",
+            (TEXT, *(BINARY,) * (2 * rates)),
+            lambda result: _read_arrival(result, 0, rates) if result.ntuples else None,
+            refused=FOREIGN,
+            writes=False,
+        )
 
     def hit(self, row: bytes, charge: Charge) -> Op[Arrival]:
         """Charge the row, if no arrival time is then more than its cap ahead of now."""
@@ -374,6 +425,8 @@ class LimiterStatements(TableStatements):
 
 # -- clauses -------------------------------------------------------------------------------
 
+# In float8, which holds microseconds exactly and costs less than the numeric of extract().
+_US = "(date_part('epoch', statement_timestamp()) * 1000000)::bigint"
 _CLOCK = (
     f"SELECT ts, {CLOCK_US.replace('clock_timestamp()', 'ts')} AS us "
     "FROM (SELECT clock_timestamp() AS ts) c"
@@ -402,13 +455,21 @@ def _joined(tats: Sequence[str]) -> str:
     return "(" + " || ' ' || ".join(f"{tat}::text" for tat in tats) + ")::bytea"
 
 
-def _full_at(tats: Sequence[str]) -> str:
+def _full_at(tats: Sequence[str], million: str = "1e6") -> str:
     """The moment at which every bucket of the row is full, rounded up."""
     last = tats[0] if len(tats) == 1 else f"greatest({', '.join(tats)})"
-    return f"to_timestamp(({last} / 1000 + 1) / 1e6)"
+    return f"to_timestamp(({last} / 1000 + 1) / {million})"
 
 
 # -- reading results -----------------------------------------------------------------------
+
+
+def _read_charged(result: Result) -> Arrival | None:
+    if not result.ntuples:
+        return None
+    column = result.get_value
+    now = (int.from_bytes(column(0, 1) or b"", "big") + EPOCH_2000_US) * 1000
+    return Arrival(True, now, tuple(map(int, (column(0, 0) or b"").split())), column(0, 2))
 
 
 class HitReader:

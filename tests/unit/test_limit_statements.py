@@ -14,6 +14,8 @@ from pgkv.patterns.rate_limit.sql import Charge, LimiterStatements
 
 Call = Callable[[LimiterStatements, int], Op[Any]]
 STATEMENTS: dict[str, Call] = {
+    "charge": lambda s, k: s.charge(b"r", Charge([1] * k, [1] * k)),
+    "refusal": lambda s, k: s.refusal(b"r", Charge([1] * k, [1] * k)),
     "hit": lambda s, k: s.hit(b"r", Charge([1] * k, [1] * k)),
     "hit_many": lambda s, k: s.hit_many([(b"r", Charge([1] * k, [1] * k))] * 2),
     "peek": lambda s, k: s.peek(b"r", k),

@@ -40,6 +40,15 @@ def reserved(limiter: RateLimiter, cost: int) -> Any:
         return told(error.decision)
 
 
+def hinted(limiter: RateLimiter, side: str, refused: bool | None) -> Any:
+    """A hit of a key whose last one was refused, or was not."""
+    flows = limiter._flows
+    flows._lately.clear()
+    if refused is not None:
+        flows._lately[flows.row("k", flows.policy)] = refused
+    return told(limiter.hit("k", COST[side]))
+
+
 def rewrite(limiter: RateLimiter, side: str) -> Any:
     """A row that is removed and made again in one transaction is another row."""
     return limiter.reset("k"), told(limiter.hit("k", COST[side]))
@@ -65,6 +74,10 @@ def op(limiter: RateLimiter, name: str) -> None:
 
 OPERATIONS: dict[str, Operation[RateLimiter]] = {
     "hit": lambda it, x: told(it.hit("k", COST[x])),
+    # As one that nothing is known of, as one that was charged, as one that was refused.
+    "hit anew": lambda it, x: hinted(it, x, None),
+    "hit once more": lambda it, x: hinted(it, x, False),
+    "hit in spite": lambda it, x: hinted(it, x, True),
     "hit all": lambda it, x: told(it.hit("k", BURST)),
     "hit_many": lambda it, x: told(it.hit_many([(it, "k", COST[x]), (it, "z", 1)])),
     "hit_many alone": lambda it, x: told(it.hit_many([(it, "k", BURST - 1)])),
