@@ -110,7 +110,7 @@ class LockSubject(Subject[Bound]):
     def rows(self, state: str) -> list[tuple[bytes, bytes, str]]:
         raise NotImplementedError
 
-    def late(self, name: str) -> list[Op[Any]]:
+    def late(self, name: str) -> list[list[Op[Any]]]:
         """Copies of the statements that grant, which the server gets to last."""
         raise NotImplementedError
 
@@ -128,9 +128,9 @@ class LockSubject(Subject[Bound]):
         ).fetchall()
         late: dict[str, list[Any]] = {}
         for name in "ab":
-            for op in self.late(name):
+            for ops in self.late(name):
                 with self.conn.transaction(force_rollback=True):
-                    late.setdefault(name, []).append(perform(self.store.using(self.conn), op))
+                    late.setdefault(name, []).append(perform(self.store.using(self.conn), *ops))
         return live, queue, late
 
 
@@ -175,7 +175,11 @@ class NamedLock(LockSubject):
         }.get(state, (b"", ""))  # fmt: skip
         return [(b"n", holder, expires)] if expires else []
 
-    def late(self, name: str) -> list[Op[Any]]:
+    def late(self, name: str) -> list[list[Op[Any]]]:
+        return [self.taking(name), [self.grant(name)]]
+
+    def taking(self, name: str) -> list[Op[Any]]:
+        """What answers first, and the statement that knows where it says nothing."""
         return [self.take(name), self.grant(name)]
 
     def take(self, name: str) -> Op[Any]:
@@ -191,9 +195,8 @@ class NamedLock(LockSubject):
         return self.sql.grant_fair(b"n", ASKINGS[name], TTL, PATIENCE, TICKET_TTL)  # type: ignore[no-any-return]  # as above
 
     operations: Mapping[str, Operation[Bound]] = {
-        # What answers first, and the statement that knows where it says nothing.
-        "take a": sent(lambda s: s.late("a")),
-        "take b": sent(lambda s: s.late("b")),
+        "take a": sent(lambda s: s.taking("a")),
+        "take b": sent(lambda s: s.taking("b")),
         "look": sent(lambda s: s.sql.look(b"n", ASKINGS["b"], TTL), answers=False),
         "grant a": sent(lambda s: s.grant("a")),
         "grant b": sent(lambda s: s.grant("b")),
@@ -234,8 +237,11 @@ class Slots(LockSubject):
         }.get(state, [])  # fmt: skip
         return [(size_key(keys), b"2", "'infinity'"), *((key, who, soon) for key, who in held)]
 
-    def late(self, name: str) -> list[Op[Any]]:
-        return [self.sql.grant_slot(self.keys, ASKINGS[name], TTL, PATIENCE)]
+    def late(self, name: str) -> list[list[Op[Any]]]:
+        return [[self.slot(name)]]
+
+    def slot(self, name: str) -> Op[Any]:
+        return self.sql.grant_slot(self.keys, ASKINGS[name], TTL, PATIENCE)  # type: ignore[no-any-return]  # as above
 
     def meet(self, a: str, b: str) -> bool:
         # Two sendings of one grant may take two slots: who sent it again gives the other one back.
@@ -247,8 +253,8 @@ class Slots(LockSubject):
         return sorted((who, old) for _, who, old in live), late
 
     operations: Mapping[str, Operation[Bound]] = {
-        "grant a": sent(lambda s: s.late("a")),
-        "grant b": sent(lambda s: s.late("b")),
+        "grant a": sent(lambda s: s.slot("a")),
+        "grant b": sent(lambda s: s.slot("b")),
         "take back a": sent(lambda s: s.sql.take_back(s.keys, ASKINGS["a"]), answers=False),
         "define": sent(lambda s: s.sql.define(s.keys, resize=False)),
         "lower": sent(lambda s: s.sql.define(s.keys[:1], resize=True)),
