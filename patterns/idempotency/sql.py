@@ -250,13 +250,13 @@ class IdempotencyStatements(Sweep):
 
     @cached_property
     def _forget(self) -> Statement[bool]:
+        # Not repeated: an attempt that began meanwhile would be ended.
         return self.statement(
             "idempotency_forget",
             f"UPDATE {self.t} SET leased_until = {EPOCH}, expires_at = {EPOCH}, result = NULL, "
             f"token = token + 1 WHERE key = $1 AND expires_at > {NOW}",
             (TEXT,),
             read_changed,
-            retry_safe=True,
         )
 
     def forget(self, key: bytes) -> Op[bool]:

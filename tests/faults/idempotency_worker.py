@@ -1,0 +1,69 @@
+"""A process that does work once for keys, for tests that kill it:
+``python -m tests.faults.idempotency_worker``."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import sys
+import time
+
+import psycopg
+
+import pgkv
+
+LEASE = 1.0
+KEYS = 300
+
+
+def inside(store: pgkv.Store, conn: psycopg.Connection, key: str, rng: random.Random) -> None:
+    """The work in the transaction of its record."""
+    with pgkv.Idempotency(store).using(conn).once(key, wait=5) as attempt:
+        if not attempt.is_replay:
+            conn.execute("INSERT INTO effects VALUES (%s)", [key])
+            time.sleep(rng.uniform(0, 0.02))
+            if rng.random() < 0.1:
+                raise ZeroDivisionError
+            attempt.result = b"done"
+
+
+def lease(store: pgkv.Store, conn: psycopg.Connection, key: str, rng: random.Random) -> None:
+    """The work by a lease, completed in its transaction, of which some commit past the lease."""
+    with pgkv.Idempotency(store, lease=LEASE).once(key) as attempt:
+        if not attempt.is_replay:
+            conn.execute("INSERT INTO effects VALUES (%s)", [key])
+            time.sleep(rng.uniform(0, 0.02))
+            if rng.random() < 0.1:
+                raise ZeroDivisionError
+            attempt.complete(b"done", conn)
+            time.sleep(LEASE * 1.3 if rng.random() < 0.02 else 0)
+            conn.commit()
+
+
+def storm(mode: str, dsn: str, seed: str) -> None:
+    """Work on random keys until killed."""
+    rng = random.Random(int(seed))
+    with pgkv.Store.connect(dsn) as store:
+        while True:
+            expected = (pgkv.PgkvError, psycopg.Error, ZeroDivisionError)
+            with contextlib.suppress(*expected), psycopg.connect(dsn) as conn:
+                if rng.random() < 1 / 3:
+                    conn.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
+                {"inside": inside, "lease": lease}[mode](store, conn, str(rng.randrange(KEYS)), rng)
+
+
+def control(mode: str, dsn: str) -> None:
+    """Do the work, and wait where its process will be killed: before the record, or with it."""
+    connections = pgkv.Store.connect(dsn), psycopg.connect(dsn)
+    with connections[0] as store, connections[1] as conn, contextlib.ExitStack() as stack:
+        attempt = stack.enter_context(pgkv.Idempotency(store, lease=LEASE).once("k"))
+        conn.execute("INSERT INTO effects VALUES ('k')")
+        if mode == "together":
+            attempt.complete(b"done", conn)
+        conn.commit()
+        print("done", flush=True)
+        sys.stdin.read()
+
+
+if __name__ == "__main__":
+    (storm if sys.argv[1] == "storm" else control)(*sys.argv[2:])
