@@ -13,7 +13,7 @@ import secrets
 import signal
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,7 @@ def run(
     checks: list[Check] = []
     played: list[dict[str, Any]] = []
     say("Starting a temporary PostgreSQL ..." if dsn is None else "Connecting ...")
-    with contextlib.ExitStack() as cleanup:
+    with contextlib.ExitStack() as cleanup, _interrupted(say):
         stage = _open_stage(cleanup, dsn, options, size, quiet=as_json)
         took = console.duration(time.monotonic() - started)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -74,18 +74,14 @@ def run(
             say(title, "bold cyan")
             say(stake, "dim", mark="")
             seen: list[str | Check] = []
-            try:
-                for each in play(stage):
-                    seen.append(each)
-                    if not as_json:
-                        show(each)
-            except KeyboardInterrupt:
-                say("Interrupted: cleaning up ...")
-                raise
+            for each in play(stage):
+                seen.append(each)
+                if not as_json:
+                    show(each)
             say("")
             found = [each for each in seen if isinstance(each, Check)]
-            said = [each for each in seen if not isinstance(each, Check)]
-            played.append({"title": title, "stake": stake, "said": said,
+            played.append({"title": title, "stake": stake,
+                           "said": [each for each in seen if not isinstance(each, Check)],
                            "checks": [each._asdict() for each in found]})  # fmt: skip
             checks += found
     held = sum(check.held for check in checks)
@@ -102,6 +98,15 @@ def run(
     else:
         say("Continue with pgkv --help, and help(pgkv) in Python.")
     return held == len(checks)
+
+
+@contextlib.contextmanager
+def _interrupted(say: Callable[..., None]) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        say("Interrupted: cleaning up ...")
+        raise
 
 
 # -- on the screen -------------------------------------------------------------------------

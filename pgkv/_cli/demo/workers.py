@@ -56,8 +56,7 @@ class Worker(subprocess.Popen[str]):
             encoding="utf-8",
             process_group=0,  # Ctrl-C is for the demo, which ends its workers itself
         )
-        self.number = number
-        self._dismissed = False
+        self.number, self._dismissed = number, False
         self._reader = threading.Thread(target=self._read, args=(answers,), daemon=True)
         self._reader.start()
 
@@ -72,7 +71,6 @@ class Worker(subprocess.Popen[str]):
             self.stdin.flush()
 
     def stop(self) -> None:
-        """Tell it to end."""
         assert self.stdin is not None
         self._dismissed = True
         with contextlib.suppress(BrokenPipeError):
@@ -111,12 +109,10 @@ class WorkerGroup:
         self.members = [Worker(number, self._answers) for number in range(1, size + 1)]
 
     def tell(self, order: Any) -> None:
-        """Send this to each."""
         for worker in self.members:
             worker.tell(order)
 
     def stop(self) -> None:
-        """Tell all to end."""
         for worker in self.members:
             worker.stop()
 
@@ -131,7 +127,6 @@ class WorkerGroup:
         return worker, answer
 
     def answer_of_each(self) -> list[Any]:
-        """Return one answer of each."""
         return list(dict(self.answer() for _ in self.members).values())
 
 
@@ -181,13 +176,11 @@ class Orders:
 
 
 def answer(value: Any) -> None:
-    """Send an answer."""
     sys.stdout.write(json.dumps(value) + "\n")
     sys.stdout.flush()
 
 
 def main() -> None:
-    """Work in a scene."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for name in ("pgkv", "psycopg"):  # the answers have what matters
         logging.getLogger(name).addHandler(logging.NullHandler())
