@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from psycopg import pq
 
+from .. import _observe
 from .._ops.drivers import answer_of
-from .._ops.op import Expired, Noted, Op, Param, Pipelined, Raced, Statement, Transaction
+from .._ops.op import Expired, Flow, Noted, Op, Param, Pipelined, Raced, Statement, Transaction
 from .._sql.sweep import Sweep
 from ..config import Config, Table
 from ..errors import ConflictError, PgkvError, TransactionError
@@ -19,7 +20,7 @@ from .breaker import Misses
 from .flows import RefusedError
 from .nesting import Nesting
 from .results import outcomes
-from .retry import may_repeat
+from .retry import may_repeat, recover
 from .sweep import Collector
 
 if TYPE_CHECKING:
@@ -36,6 +37,8 @@ class PooledOperations:
         config: timeouts and the retry policy.
         pool: where connections come from.
     """
+
+    create_missing_table: Callable[..., Any]
 
     def __init__(self, config: Config, pool: Any) -> None:
         self._config = config
@@ -97,6 +100,61 @@ class PooledOperations:
         table = step.table
         if table is not None and table.bounded and step.writes and table in self._collectors:
             self._collectors[table].note(Noted(None, MANY), b"")
+
+    def _recovering(
+        self, op: Op[Any], started: float, deadline: float, outcome: PgkvError | Raced | None
+    ) -> Flow[Any]:
+        """Bring an operation to its end that the fast path could not."""
+        missed = op.statement.missed
+        if missed is not None and self.misses.hold(op.statement):
+            return missed()  # as the operation's own
+        try:
+            answer = yield from self._settling(op, deadline, outcome)
+        except BaseException as error:
+            # Its context would be that no connection was idle, which concerns no caller.
+            error.__suppress_context__ = True
+            if _observe.hooks:
+                _observe.notify(op, started, error=error)
+            if missed is not None and self.misses.excuse(op.statement, error):
+                return missed()  # as above
+            raise
+        finally:
+            del outcome  # an error's traceback holds this frame
+        if missed is not None:
+            self.misses.breaker.succeeded()
+        return self._finished(op, answer, started)
+
+    def _settling(
+        self,
+        step: Op[Any] | Transaction[Any] | Pipelined,
+        deadline: float,
+        outcome: PgkvError | Raced | None = None,
+    ) -> Flow[Any]:
+        """Attempt a step until it has an answer, or may not be repeated."""
+        if outcome is None:
+            self._start_patrols()
+            try:
+                answer = yield step
+            except PgkvError as error:
+                outcome = error
+            else:
+                if not isinstance(answer, Raced):
+                    return answer
+                outcome = answer
+
+        def create(table: Table) -> Any:
+            return self.create_missing_table(table, deadline)
+
+        flow = recover(step, outcome, self._config.retry, deadline, create)
+        del outcome  # an error's traceback holds this frame
+        return (yield from flow)
+
+    def _finished(self, op: Op[Any], answer: Any, started: float) -> Any:
+        """What a few answers bring with them: expired rows, metrics."""
+        answer = self._collected(op, answer)
+        if _observe.hooks:
+            _observe.notify(op, started, answer)
+        return answer
 
     def _collected(self, op: Op[Any], answer: Any) -> Any:
         """The caller's part of an answer; the expired keys in it are queued for deletion."""

@@ -35,7 +35,6 @@ from ...errors import PgkvError
 from .. import schema as _schema
 from ..base import PooledOperations
 from ..results import OK, failed, outcomes
-from ..retry import recover
 from ..sweep import PATROL_PAUSE, SWEEP_CHANCE, Collector, warn_dropped, weakly
 from .pool import AsyncCallerPool, AsyncStorePool
 from .transaction import AsyncBoundChannel
@@ -118,64 +117,19 @@ class AsyncPoolChannel(PooledOperations):
         if statement.writes and random() < SWEEP_CHANCE:  # noqa: S311  # a sample, no secret
             self._sweep(statement.table)
         if isinstance(answer, Signal) or _observe.hooks:
-            return await self._aftermath(Op(statement, params, decode), answer, started, timeout)
+            op = Op(statement, params, decode)
+            if isinstance(answer, Raced):
+                return await self._recover(op, started, timeout, answer)
+            return self._finished(op, answer, started)  # type: ignore[no-any-return]  # decoded by op
         return answer
-
-    async def _aftermath(self, op: Op[T], answer: Any, started: float, timeout: float | None) -> T:
-        """What a few answers bring with them: races, expired rows, metrics."""
-        if isinstance(answer, Raced):
-            return await self._recover(op, started, timeout, answer)
-        answer = self._collected(op, answer)
-        if _observe.hooks:
-            _observe.notify(op, started, answer)
-        return answer  # type: ignore[no-any-return]  # decoded by op
 
     async def _recover(
         self, op: Op[T], started: float, timeout: float | None, outcome: PgkvError | Raced | None
     ) -> T:
-        """Bring an operation to its end that the fast path could not."""
-        misses, missed = self.misses, op.statement.missed
-        if missed is not None and misses.hold(op.statement):
-            return missed()  # type: ignore[no-any-return]  # as the operation's own
+        """Bring an operation to its end that `call` could not."""
         deadline = started + (self._timeout if timeout is None else timeout)
-        try:
-            answer = await self._settle(op, deadline, outcome)
-        except BaseException as error:
-            if _observe.hooks:
-                _observe.notify(op, started, error=error)
-            if missed is not None and misses.excuse(op.statement, error):
-                return missed()  # type: ignore[no-any-return]  # as above
-            raise
-        finally:
-            del outcome  # an error's traceback holds this frame
-        if missed is not None:
-            misses.breaker.succeeded()
-        return await self._aftermath(op, answer, started, timeout)
-
-    async def _settle(
-        self,
-        step: Op[Any] | Transaction[Any] | Pipelined,
-        deadline: float,
-        outcome: PgkvError | Raced | None = None,
-    ) -> Any:
-        """Attempt a step until it has an answer, or may not be repeated."""
-        answer: Any = None
-        if outcome is None:
-            self._start_patrols()
-            try:
-                answer = await self._attempt(step, deadline)
-            except PgkvError as error:
-                answer = error
-            if not isinstance(answer, PgkvError | Raced):
-                return answer
-            outcome = answer
-
-        def create(table: Table) -> Any:
-            return self.create_missing_table(table, deadline)
-
-        flow = recover(step, outcome, self._config.retry, deadline, create)
-        # An error's traceback holds this frame: a cycle that would keep the callers' frames.
-        del answer, outcome
+        flow = self._recovering(op, started, deadline, outcome)
+        del outcome  # an error's traceback holds this frame
         return await drive_async(flow, self._attempt, deadline, self._attempt)
 
     async def _attempt(
@@ -205,7 +159,9 @@ class AsyncPoolChannel(PooledOperations):
         return await drive_async(flow, self.execute, timeout, self._together)
 
     async def _together(self, step: Transaction[Any] | Pipelined, timeout: float | None) -> Any:
-        answer = await self._settle(step, self.until(step, timeout))
+        until = self.until(step, timeout)
+        flow = self._settling(step, until)
+        answer = await drive_async(flow, self._attempt, until, self._attempt)
         self._evict_after(step)
         return answer
 

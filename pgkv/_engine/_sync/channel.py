@@ -39,7 +39,6 @@ from ...errors import PgkvError
 from .. import schema as _schema
 from ..base import PooledOperations
 from ..results import OK, failed, outcomes
-from ..retry import recover
 from ..sweep import SWEEP_CHANCE, Collector, warn_dropped, weakly
 from .pool import CallerPool, StorePool, disown
 from .transaction import BoundChannel
@@ -89,8 +88,7 @@ class PoolChannel(PooledOperations):
         timeout: float | None = None,
     ) -> T:
         """Perform one statement, with all that is usual in one frame. The rest is left to `execute`
-        and `receive` of the connection, which call libpq in the same order, and to `_recover` and
-        `_aftermath`."""
+        and `receive` of the connection, which call libpq in the same order, and to `_recover`."""
         started = monotonic()
         pool = self._pool
         try:
@@ -154,67 +152,20 @@ class PoolChannel(PooledOperations):
         if statement.writes and random() < SWEEP_CHANCE:  # noqa: S311  # a sample, no secret
             self._sweep(statement.table)
         if isinstance(answer, Signal) or _observe.hooks:
-            return self._aftermath(Op(statement, params, decode), answer, started, timeout)
+            op = Op(statement, params, decode)
+            if isinstance(answer, Raced):
+                return self._recover(op, started, timeout, answer)
+            return self._finished(op, answer, started)  # type: ignore[no-any-return]  # decoded by op
         return answer
-
-    def _aftermath(self, op: Op[T], answer: Any, started: float, timeout: float | None) -> T:
-        """What a few answers bring with them: races, expired rows, metrics."""
-        if isinstance(answer, Raced):
-            return self._recover(op, started, timeout, answer)
-        answer = self._collected(op, answer)
-        if _observe.hooks:
-            _observe.notify(op, started, answer)
-        return answer  # type: ignore[no-any-return]  # decoded by op
 
     def _recover(
         self, op: Op[T], started: float, timeout: float | None, outcome: PgkvError | Raced | None
     ) -> T:
-        """Bring an operation to its end that the fast path could not."""
-        misses, missed = self.misses, op.statement.missed
-        if missed is not None and misses.hold(op.statement):
-            return missed()  # type: ignore[no-any-return]  # as the operation's own
+        """Bring an operation to its end that `call` could not."""
         deadline = started + (self._timeout if timeout is None else timeout)
-        try:
-            answer = self._settle(op, deadline, outcome)
-        except BaseException as error:
-            # Its context would be that no connection was idle, which concerns no caller.
-            error.__suppress_context__ = True
-            if _observe.hooks:
-                _observe.notify(op, started, error=error)
-            if missed is not None and misses.excuse(op.statement, error):
-                return missed()  # type: ignore[no-any-return]  # as above
-            raise
-        finally:
-            del outcome  # an error's traceback holds this frame
-        if missed is not None:
-            misses.breaker.succeeded()
-        return self._aftermath(op, answer, started, timeout)
-
-    def _settle(
-        self,
-        step: Op[Any] | Transaction[Any] | Pipelined,
-        deadline: float,
-        outcome: PgkvError | Raced | None = None,
-    ) -> Any:
-        """Attempt a step until it has an answer, or may not be repeated."""
-        answer: Any = None
-        if outcome is None:
-            self._start_patrols()
-            try:
-                answer = self._attempt(step, deadline)
-            except PgkvError as error:
-                answer = error
-            if not isinstance(answer, PgkvError | Raced):
-                return answer
-            outcome = answer
-
-        def create(table: Table) -> Any:
-            return self.create_missing_table(table, deadline)
-
-        flow = recover(step, outcome, self._config.retry, deadline, create)
-        # An error's traceback holds this frame: a cycle that would keep the callers' frames.
-        del answer, outcome
-        return drive(flow, self._attempt, deadline, self._attempt)
+        flow = self._recovering(op, started, deadline, outcome)
+        del outcome  # an error's traceback holds this frame
+        return drive(flow, self._attempt, deadline, self._attempt)  # type: ignore[no-any-return]  # decoded by op
 
     def _attempt(self, step: Op[Any] | Transaction[Any] | Pipelined, deadline: float | None) -> Any:
         assert deadline is not None
@@ -246,7 +197,9 @@ class PoolChannel(PooledOperations):
         return drive(flow, self.execute, timeout, self._together)
 
     def _together(self, step: Transaction[Any] | Pipelined, timeout: float | None) -> Any:
-        answer = self._settle(step, self.until(step, timeout))
+        until = self.until(step, timeout)
+        flow = self._settling(step, until)
+        answer = drive(flow, self._attempt, until, self._attempt)
         self._evict_after(step)
         return answer
 
