@@ -84,9 +84,7 @@ class Charge:
         self.params: tuple[bytes, ...] = tuple(
             _codec.encode_int8(n) for pair in pairs for n in pair
         )
-        self.read: Callable[[Result], Arrival | Signal] = (
-            OneHitReader(incs[0], caps[0]) if len(incs) == 1 else HitReader(incs, caps)
-        )
+        self.read: Callable[[Result], Arrival | Signal] = HitReader(incs, caps)
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,14 +156,9 @@ class LimiterStatements(TableStatements):
 
     def hit(self, row: bytes, charge: Charge) -> Op[Arrival]:
         """Charge the row, if no arrival time is then more than its cap ahead of now."""
-        params = (row, *charge.params)
-        return Op(self._hit(len(charge.incs)), params, charge.read)
-
-    def _hit(self, rates: int) -> Statement[Arrival]:
-        try:
-            return self._made[rates]  # in the one statement that is hot, without a lambda
-        except KeyError:
-            return self.made(rates, lambda: self._make_hit(rates))
+        rates = len(charge.incs)
+        statement = self.made(rates, lambda: self._make_hit(rates))
+        return Op(statement, (row, *charge.params), charge.read)
 
     def _make_hit(self, rates: int) -> Statement[Arrival]:
         numbers = range(1, rates + 1)
@@ -490,26 +483,6 @@ class HitReader:
             if tat + inc - now > cap:
                 return arrival
         return Raced(arrival)
-
-
-class OneHitReader:
-    """`HitReader` for one rate, the usual case, without its loops."""
-
-    __slots__ = ("cap", "inc")
-
-    def __init__(self, inc: int, cap: int) -> None:
-        self.inc: int = inc
-        self.cap: int = cap
-
-    def __call__(self, result: Result) -> Arrival | Signal:
-        column = result.get_value
-        now = int.from_bytes(column(0, 2) or b"", "big") * 1000
-        value = column(0, 1)
-        tat = now if value is None else max(int(value), now)
-        if column(0, 0) == b"\1":
-            return Arrival(True, now, (tat,), column(0, 3))
-        arrival = Arrival(False, now, (tat,), column(0, 3), column(0, 4))
-        return arrival if tat + self.inc - now > self.cap else Raced(arrival)
 
 
 class ManyReader:
