@@ -7,7 +7,6 @@ import sys
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from time import monotonic
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from ..._engine.breaker import Breaker
@@ -30,8 +29,17 @@ Ttl: TypeAlias = "Seconds | Callable[..., Seconds | None] | None"
 
 @dataclass(frozen=True, slots=True)
 class CacheOptions:
-    """The settings of one cached function; see `cached`."""
+    """The arguments of `cached`, checked."""
 
+    key: Callable[..., Any] | None
+    ignore: tuple[str, ...]
+    name: str | None
+    version: int | str
+    namespace: str | None
+    tags: tuple[str, ...]
+    codec: Any
+    l1: Any
+    store: Any
     ttl: Ttl
     stale: float
     beta: float
@@ -93,6 +101,7 @@ def context_of(store: Store | AsyncStore) -> StoreContext:
     return context
 
 
+@dataclass(slots=True)
 class CachedCall:
     """One call of a cached function.
 
@@ -104,23 +113,13 @@ class CachedCall:
         counted: already among the calls that waited.
     """
 
-    __slots__ = ("context", "counted", "digest", "epoch", "keys", "positional", "sent")
-
-    def __init__(
-        self,
-        context: StoreContext,
-        keys: tuple[bytes, ...],
-        digest: str,
-        positional: tuple[tuple[Any, ...], dict[str, Any]],
-        epoch: int,
-    ) -> None:
-        self.context: StoreContext = context
-        self.keys: tuple[bytes, ...] = keys
-        self.digest: str = digest
-        self.positional: tuple[tuple[Any, ...], dict[str, Any]] = positional
-        self.epoch: int = epoch
-        self.sent: float = monotonic()
-        self.counted: bool = False
+    context: StoreContext
+    keys: tuple[bytes, ...]
+    digest: str
+    positional: tuple[tuple[Any, ...], dict[str, Any]]
+    epoch: int
+    sent: float
+    counted: bool = False
 
     @property
     def key(self) -> bytes:
@@ -130,8 +129,7 @@ class CachedCall:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A valid entry: its value, its age, and the seconds for which it is still fresh (0 or less:
-    it is stale)."""
+    """A valid entry; it is stale when `fresh`, the seconds that are left, is 0 or less."""
 
     value: Any
     age: float

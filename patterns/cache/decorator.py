@@ -25,7 +25,7 @@ from ...store import Store
 from .._runtime import switch as _switch
 from .._runtime.checks import require
 from ..defaults import default_async_store, default_store
-from .call import CacheOptions, StoreContext, context_of
+from .call import CacheOptions, context_of
 from .envelope import Codec, SignedPickle, TypedCodec
 from .flows import FunctionCache
 from .function import (
@@ -35,15 +35,11 @@ from .function import (
     CachedValue,
     CacheInfo,
     cached_functions,
-    ensure_table,
-    ensure_table_async,
-    forget,
+    steps_inside,
 )
 from .identity import Definition, claim
-from .invalidations import message, publish
 from .key import Binder, signature_of
 from .l1 import L1
-from .single_flight import Flights, TaskFlight, ThreadFlight
 from .sql import TAG
 
 if TYPE_CHECKING:
@@ -60,12 +56,12 @@ PARENTHESES = "write @pgkv.cached(ttl=...) with the parentheses"
 class Decorator:
     """What ``cached(...)`` returns: decorates one function, sync or async."""
 
-    def __init__(self, settings: dict[str, Any]) -> None:
-        self._settings = settings
+    def __init__(self, options: CacheOptions) -> None:
+        self._options = options
 
     @shown
     def __repr__(self) -> str:
-        return f"of cached({self._settings['options'].facts()}), to be put before a function"
+        return f"of cached({self._options.facts()}), to be put before a function"
 
     @overload
     def __call__(  # type: ignore[overload-overlap]  # where both fit, the first is meant
@@ -77,7 +73,7 @@ class Decorator:
         # More, or nothing, is a call of what a bare @cached was put before.
         if args or kwargs or fn is None:
             raise TypeError("cached() has decorated nothing yet: " + PARENTHESES)
-        return _decorate(fn, self._settings, sys._getframe(1))
+        return _decorate(fn, self._options, sys._getframe(1))
 
 
 def cached(
@@ -184,6 +180,8 @@ def cached(
     if l1 is not None and not isinstance(l1, L1):
         raise ConfigError(f"cached: l1 must be an L1, not {type(l1).__name__}")
     options = CacheOptions(
+        key=key, ignore=ignore, name=name, version=version, namespace=namespace, tags=tags,
+        codec=codec, l1=l1, store=store,
         ttl=ttl if ttl is None or callable(ttl) else _codec.seconds(ttl, endless=UNTIL),
         stale=_codec.seconds(stale, "stale", zero=True),
         beta=float(beta),
@@ -194,20 +192,8 @@ def cached(
         condition=condition,
         on_error=on_error,
         store_timeout=_codec.seconds(store_timeout, "store_timeout"),
-    )
-    settings = {
-        "key": key,
-        "ignore": ignore,
-        "name": name,
-        "version": version,
-        "namespace": namespace,
-        "tags": tags,
-        "codec": codec,
-        "l1": l1,
-        "store": store,
-        "options": options,
-    }
-    return Decorator(settings)
+    )  # fmt: skip
+    return Decorator(options)
 
 
 def _is_number(given: object, below: float) -> bool:
@@ -222,7 +208,7 @@ def _names(what: str, given: object) -> tuple[str, ...]:
     raise ConfigError(f"cached: {what} must be a tuple of strings, such as ('name',)")
 
 
-def _decorate(fn: Any, given: dict[str, Any], frame: FrameType) -> Any:
+def _decorate(fn: Any, given: CacheOptions, frame: FrameType) -> Any:
     binds: Binds = "instance"
     if isinstance(fn, staticmethod | classmethod):
         binds = "nothing" if isinstance(fn, staticmethod) else "class"
@@ -240,26 +226,18 @@ def _decorate(fn: Any, given: dict[str, Any], frame: FrameType) -> Any:
     is_async = inspect.iscoroutinefunction(fn)
     if binds == "instance":
         _check_self(fn, given, frame)
-    if given["store"] is not None:
-        _check_store(given["store"], f"cached {fn.__qualname__}()", is_async=is_async)
+    if given.store is not None:
+        _check_store(given.store, f"cached {fn.__qualname__}()", is_async=is_async)
     name = _name_of(fn, given)
-    definition = Definition(fn, given["key"], given["ignore"], frame)
-    named = given["name"] is not None
+    definition = Definition(fn, given.key, given.ignore, frame)
+    named = given.name is not None
     captured = b"" if named else definition.captured
-    binder = Binder(fn, name, given["ignore"], given["key"], given["tags"], captured)
+    binder = Binder(fn, name, given.ignore, given.key, given.tags, captured)
     claim(name, definition, fn.__qualname__, named=named)
-    core = FunctionCache(
-        fn,
-        name,
-        binder,
-        lambda: _codec_for(fn, given["codec"]),
-        given["options"],
-        given["l1"],
-        Flights(TaskFlight if is_async else ThreadFlight),
-        is_async=is_async,
-    )
+    make_codec = lambda: _codec_for(fn, given.codec)  # noqa: E731  # named for its line
+    core = FunctionCache(fn, name, binder, make_codec, given, is_async=is_async)
     kind: Any = AsyncCachedFunction if is_async else CachedFunction
-    return kind(core, given["store"], binds)
+    return kind(core, given.store, binds)
 
 
 def _check_store(store: object, who: str, *, is_async: bool) -> None:
@@ -269,12 +247,12 @@ def _check_store(store: object, who: str, *, is_async: bool) -> None:
         require(store, Store, f"{who}, a plain function,", "async def")
 
 
-def _name_of(fn: Any, given: dict[str, Any]) -> str:
+def _name_of(fn: Any, given: CacheOptions) -> str:
     # What multiprocessing's spawn calls a program's own module, in the children.
     module = "__main__" if fn.__module__ == "__mp_main__" else fn.__module__
-    name = f"{given['name'] or f'{module}.{fn.__qualname__}'}:{given['version']}"
-    if given["namespace"] is not None:
-        name = f"{given['namespace']}:{name}"
+    name = f"{given.name or f'{module}.{fn.__qualname__}'}:{given.version}"
+    if given.namespace is not None:
+        name = f"{given.namespace}:{name}"
     if len(name.encode()) > NAME_MAX:
         raise ConfigError(
             f"cached {fn.__qualname__}(): its name with module, namespace and version is longer than "
@@ -283,10 +261,10 @@ def _name_of(fn: Any, given: dict[str, Any]) -> str:
     return name
 
 
-def _check_self(fn: Any, given: dict[str, Any], frame: FrameType) -> None:
+def _check_self(fn: Any, given: CacheOptions, frame: FrameType) -> None:
     """A method's object counts only where it says by what."""
     first = next(iter(signature_of(fn).parameters), None)
-    if first != "self" or "self" in given["ignore"] or given["key"] is not None:
+    if first != "self" or "self" in given.ignore or given.key is not None:
         return
     # The class does not exist yet; the names that its body binds are known all the same.
     body = frame.f_code
@@ -381,19 +359,9 @@ def invalidate_tag(tag: str, *, store: Any = None, conn: Any = None) -> Awaitabl
     if store is None:
         store = default_store()
     require(store, Store, "invalidate_tag()", "awaiting it")
-    context = context_of(store)
-    key = _tag_key(context, tag)
-    if conn is None:
-        store._execute(context.sql.bump_tag(key))
-        if forget(context, key):
-            publish(context, key)
-    else:
-        inner = unwrap(conn, psycopg.Connection, "invalidate_tag()")
-        bound = store.using(inner)
-        ensure_table(context)
-        bound._execute(context.sql.bump_tag(key))
-        if forget(context, key, conn=inner):
-            bound._execute(message(context, key))
+    inner = None if conn is None else unwrap(conn, psycopg.Connection, "invalidate_tag()")
+    for each, flow in _steps(store, tag, inner):
+        each._run(flow)
     return None
 
 
@@ -402,25 +370,16 @@ async def _invalidate_tag(tag: str, store: AsyncStore | None, conn: Any) -> None
         return
     if store is None:
         store = default_async_store()
-    context = context_of(store)
-    key = _tag_key(context, tag)
-    if conn is None:
-        await store._execute(context.sql.bump_tag(key))
-        if forget(context, key):
-            publish(context, key)
-    else:
-        inner = unwrap(conn, psycopg.AsyncConnection, "invalidate_tag()")
-        bound = store.using(inner)
-        await ensure_table_async(context)
-        await bound._execute(context.sql.bump_tag(key))
-        if forget(context, key, conn=inner):
-            await bound._execute(message(context, key))
+    inner = None if conn is None else unwrap(conn, psycopg.AsyncConnection, "invalidate_tag()")
+    for each, flow in _steps(store, tag, inner):
+        await each._run(flow)
 
 
-def _tag_key(context: StoreContext, tag: object) -> bytes:
+def _steps(store: Store | AsyncStore, tag: object, conn: Any) -> list[tuple[Any, Any]]:
     if not isinstance(tag, str):
         raise InvalidKeyError(f"a tag must be a str, not {type(tag).__name__}")
-    return context.sql.cache_key(TAG, tag)
+    context = context_of(store)
+    return steps_inside(context, context.sql.cache_key(TAG, tag), "bump_tag", None, conn)
 
 
 def _is_async_connection(conn: object) -> bool:

@@ -49,7 +49,7 @@ from .call import (
 from .envelope import PLACEHOLDER, Codec, Envelope, is_placeholder, mark_of, new_mark
 from .key import Binder
 from .l1 import L1
-from .single_flight import Extended, Flight, Flights, computing, is_inside
+from .single_flight import Extended, Flights, TaskFlight, ThreadFlight, computing, is_inside
 from .sql import (
     DIGEST_LENGTH,
     ENTRY,
@@ -82,8 +82,6 @@ class FunctionCache:
         binder: Binder,
         make_codec: Callable[[], Codec],
         options: CacheOptions,
-        l1: L1 | None,
-        flights: Flights,
         *,
         is_async: bool,
     ) -> None:
@@ -91,9 +89,9 @@ class FunctionCache:
         self.name = name
         self.binder = binder
         self.options = options
-        self.l1 = l1
+        self.l1: L1 | None = options.l1
         self.is_async = is_async
-        self.flights = flights
+        self.flights: Flights = Flights(TaskFlight if is_async else ThreadFlight)
         self.counts: Counts = Counts()
         self._make_codec = make_codec
 
@@ -121,7 +119,7 @@ class FunctionCache:
         if binder.has_tags:
             keys += tuple(context.sql.cache_key(TAG, tag) for tag in binder.tags(arguments))
         epoch = 0 if self.l1 is None else self.l1.epoch
-        return CachedCall(context, keys, digest, (args, kwargs), epoch)
+        return CachedCall(context, keys, digest, (args, kwargs), epoch, monotonic())
 
     def _names(self, context: StoreContext) -> tuple[bytes, bytes]:
         """What the function's entries' keys begin with, and its generation's key."""
@@ -188,14 +186,20 @@ class FunctionCache:
 
     def answer(self, call: CachedCall, read: CacheRead | PgkvError) -> Flow[Any]:
         """From a first look that was no plain hit to the call's value."""
+        return (yield from self._or_alone(call, self._answer(call, read)))
+
+    def _answer(self, call: CachedCall, read: CacheRead | PgkvError) -> Flow[Any]:
+        if isinstance(read, PgkvError):
+            raise self._failure(call, read)
+        found = self.interpret(call, read)
+        if found is None:
+            return (yield from self._miss(call, read))
+        return (yield from self._serve(call, found))
+
+    def _or_alone(self, call: CachedCall, flow: Flow[Any]) -> Flow[Any]:
         unreachable: PgkvError | None = None
         try:
-            if isinstance(read, PgkvError):
-                raise self._failure(call, read)
-            found = self.interpret(call, read)
-            if found is None:
-                return (yield from self._miss(call, read))
-            return (yield from self._serve(call, found))
+            return (yield from flow)
         except Unreachable as down:
             unreachable = down.error
         except Busy:
@@ -271,7 +275,7 @@ class FunctionCache:
             flight, leads = self.flights.join(name)
             if leads:
                 try:
-                    return (yield from self._lead(call, read, deadline, name, flight))
+                    return (yield from self._lead(call, read, deadline, flight))
                 finally:
                     self.flights.end(name, flight)
             self._count_wait(call)
@@ -284,7 +288,7 @@ class FunctionCache:
                 return value
 
     def _lead(
-        self, call: CachedCall, read: CacheRead, deadline: float, name: object, flight: Flight
+        self, call: CachedCall, read: CacheRead, deadline: float, flight: ThreadFlight
     ) -> Flow[Any]:
         sql = call.context.sql
         wait = PAUSE_FIRST
@@ -328,18 +332,26 @@ class FunctionCache:
             flight.alone = True
             raise
         state = State(call.key, lease.version, mark)
-        beat = sql.extend(call.key, lease.version, mark, self.options.compute_timeout)
-        settled = False
+        value, outcome = yield from self._compute_and_fill(call, state, read, lease.version)
+        flight.alone = outcome in ("unwanted", "failed")
+        return value
+
+    def _compute_and_fill(
+        self, call: CachedCall, state: State, read: CacheRead, lease: int | None
+    ) -> Flow[tuple[Any, str]]:
+        """Compute for a caller, and store; with a lease in the entry's row, give it up where no fill
+        has ended it."""
+        sql, timeout = call.context.sql, self.options.compute_timeout
+        beat = None if lease is None else sql.extend(call.key, lease, state.mark, timeout)
+        outcome = ""
         try:
             self.counts.add("misses")
-            value, took = yield from self._compute(call, name, beat)
+            value, took = yield from self._compute(call, beat)
             value, outcome = yield from self._fill(call, state, read.generations, value, took)
-            settled = outcome in ("stored", "refused")
-            flight.alone = outcome in ("unwanted", "failed")
-            return value
+            return value, outcome
         finally:
-            if not settled:
-                yield from quietly(sql.give_up(call.key, lease.version, mark))
+            if lease is not None and outcome not in ("stored", "refused"):
+                yield from quietly(sql.give_up(call.key, lease, state.mark))
 
     def _read(self, call: CachedCall) -> Flow[CacheRead]:
         if self.l1 is not None:
@@ -363,10 +375,9 @@ class FunctionCache:
             call.counted = True
             self.counts.add("waits")
 
-    def _compute(
-        self, call: CachedCall, name: object, beat: Op[bool] | None
-    ) -> Flow[tuple[Any, float]]:
+    def _compute(self, call: CachedCall, beat: Op[bool] | None) -> Flow[tuple[Any, float]]:
         """Call the function, its lease kept up; return what it returned and its seconds."""
+        name = self.flights.name(call.context.store, call.key)
         stop = _nothing if beat is None else self._keep_extending(call, beat)
         began = monotonic()
         try:
@@ -499,7 +510,6 @@ class FunctionCache:
     def _refresh(self, call: CachedCall) -> Flow[Any]:
         """Compute again while the old value is served; MISSING when another caller does, or did."""
         sql = call.context.sql
-        name = self.flights.name(call.context.store, call.key)
         key = sql.cache_key(REFRESH, f"{self.name}:{call.digest}")
         mark = new_mark(PLACEHOLDER)
         lease: ComputeLease = yield from self.ask(
@@ -515,7 +525,7 @@ class FunctionCache:
                 return MISSING
             state = State(call.key, read.row.version, mark_of(read.row.value))
             beat = sql.extend(key, lease.version, mark, self.options.compute_timeout)
-            value, took = yield from self._compute(call, name, beat)
+            value, took = yield from self._compute(call, beat)
             value, _ = yield from self._fill(call, state, read.generations, value, took)
             return value
         finally:
@@ -528,51 +538,28 @@ class FunctionCache:
 
     def renew(self, call: CachedCall) -> Flow[Any]:
         """Compute and store whatever stands there: `refresh()`. The latest one to begin wins."""
+        return (yield from self._or_alone(call, self._renew(call)))
+
+    def _renew(self, call: CachedCall) -> Flow[Any]:
         sql = call.context.sql
-        name = self.flights.name(call.context.store, call.key)
-        state: State | None = None
-        read = CacheRead(None, ())
-        beat: Op[bool] | None = None
-        unreachable: PgkvError | None = None
-        try:
-            for _ in range(3):
-                read = yield from self._read(call)
-                row = read.row
-                if row is not None and not is_placeholder(row.value):
-                    version = yield from self.ask(call, sql.claim(call.key, row.version))
-                    if version is not None:
-                        state = State(call.key, version, mark_of(row.value))
-                        break
-                else:
-                    mark = new_mark(PLACEHOLDER)
-                    replace = 0 if row is None else row.version
-                    lease = yield from self.ask(
-                        call, sql.lease(call.key, mark, self.options.compute_timeout, replace)
-                    )
-                    if lease.version is not None:
-                        state = State(call.key, lease.version, mark)
-                        beat = sql.extend(
-                            call.key, lease.version, mark, self.options.compute_timeout
-                        )
-                        break
-        except Unreachable as down:
-            unreachable = down.error
-        except Busy:
-            pass
-        if unreachable is not None and self.options.on_error == "raise":
-            raise unreachable
-        if state is None:
-            return (yield from self._alone(call))
-        settled = beat is None
-        try:
-            self.counts.add("misses")
-            value, took = yield from self._compute(call, name, beat)
-            value, outcome = yield from self._fill(call, state, read.generations, value, took)
-            settled = settled or outcome in ("stored", "refused")
-            return value
-        finally:
-            if not settled:
-                yield from quietly(sql.give_up(call.key, state.version, state.mark))
+        for _ in range(3):
+            read = yield from self._read(call)
+            row = read.row
+            lease = None
+            if row is not None and not is_placeholder(row.value):
+                mark = mark_of(row.value)
+                version = yield from self.ask(call, sql.claim(call.key, row.version))
+            else:
+                mark = new_mark(PLACEHOLDER)
+                replace = 0 if row is None else row.version
+                granted: ComputeLease = yield from self.ask(
+                    call, sql.lease(call.key, mark, self.options.compute_timeout, replace)
+                )
+                version = lease = granted.version
+            if version is not None:
+                state = State(call.key, version, mark)
+                return (yield from self._compute_and_fill(call, state, read, lease))[0]
+        raise Busy
 
 
 def _nothing() -> None:

@@ -13,7 +13,7 @@ import itertools
 import sys
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Concatenate, Generic, Literal, ParamSpec, Self, TypeAlias, TypeVar, overload
 
 import psycopg
@@ -22,12 +22,13 @@ from psycopg.pq import TransactionStatus
 from ..._engine import schema as _schema
 from ..._engine.caller import unwrap
 from ..._observe import shown
+from ..._ops.op import Flow, do
 from ...aio import AsyncStore
 from ...errors import PgkvError
 from ...store import Store
 from .._runtime import switch as _switch
 from ..defaults import default_async_store, default_store
-from .call import MISSING, CachedCall, Found, StoreContext, breaker_open, context_of
+from .call import MISSING, StoreContext, breaker_open, context_of
 from .flows import FunctionCache
 from .invalidations import message, publish, subscribe
 from .sql import ENTRY, FUNCTION
@@ -84,6 +85,7 @@ class CacheInfo:
 class _Base(Generic[P, R]):
     """What the sync and async classes share."""
 
+    _default_store: Callable[[], Any]
     __wrapped__: Callable[..., Any]
     __name__: str
     __qualname__: str
@@ -128,11 +130,17 @@ class _Base(Generic[P, R]):
         and version."""
         return self._core.name
 
-    def _call_of(
-        self, context: StoreContext, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> CachedCall:
-        """For helpers: ignored parameters may be left out."""
-        return self._core.bind(context, self._head + args, kwargs, lenient=True)
+    def _context(self) -> StoreContext:
+        store = self._store
+        if store is None:
+            store = self._default_store()
+        context = context_of(store)
+        if self._core.l1 is not None:
+            subscribe(context, self._core.l1)
+        return context
+
+    def _key_of(self, context: StoreContext, args: Any, kwargs: Any) -> bytes:
+        return self._core.bind(context, self._head + args, kwargs, lenient=True).key
 
     def cache_key(self, *args: Any, **kwargs: Any) -> str:
         """Return the key of one call's entry, as it stands in the store (below the store's own
@@ -148,26 +156,33 @@ class _Base(Generic[P, R]):
     def cache_info(self) -> CacheInfo:
         """Return how the calls in this process ended. No query."""
         counts = self._core.counts
-        return CacheInfo(
-            counts.hits,
-            counts.misses,
-            counts.stale_hits,
-            counts.waits,
-            counts.errors,
-            counts.fills,
-            counts.discarded_fills,
-        )
+        return CacheInfo(**{each.name: getattr(counts, each.name) for each in fields(CacheInfo)})
 
-    def _clear_key(self, context: StoreContext) -> bytes:
-        return context.sql.cache_key(FUNCTION, self._core.name)
+    # -- what helpers do, for sync and async
 
-    def _tell(self, context: StoreContext, key: bytes) -> None:
-        """Forget an entry, or all of the function, in this process and then in others."""
-        if forget(context, key, self._core.name):
-            publish(context, key)
+    def _refreshing(self, context: StoreContext, args: Any, kwargs: Any) -> Flow[R]:
+        call = self._core.bind(context, self._head + args, kwargs)
+        try:
+            value: R = yield from self._core.renew(call)
+            return value
+        finally:
+            if forget(context, call.key, self._core.name):
+                publish(context, call.key)
 
-    def _seen(self, found: Found | None) -> CachedValue[Any] | None:
+    def _invalidating(self, context: StoreContext, args: Any, kwargs: Any) -> Flow[None]:
+        key = self._key_of(context, args, kwargs)
+        return invalidating(context, key, "invalidate", self._core.name)
+
+    def _peeking(
+        self, context: StoreContext, args: Any, kwargs: Any
+    ) -> Flow[CachedValue[R] | None]:
+        call = self._core.bind(context, self._head + args, kwargs, lenient=True)
+        found = self._core.interpret(call, (yield from do(context.sql.read(call.keys))))
         return None if found is None else CachedValue(found.value, found.age, found.fresh <= 0)
+
+    def _clearing(self, context: StoreContext) -> Flow[None]:
+        key = context.sql.cache_key(FUNCTION, self._core.name)
+        return invalidating(context, key, "bump_function", self._core.name)
 
 
 class CachedFunction(_Base[P, R]):
@@ -178,14 +193,7 @@ class CachedFunction(_Base[P, R]):
     whatever ``on_error`` says of calls. ``__wrapped__`` is the function itself.
     """
 
-    def _context(self) -> StoreContext:
-        store = self._store
-        if store is None:
-            store = default_store()
-        context = context_of(store)
-        if self._core.l1 is not None:
-            subscribe(context, self._core.l1)
-        return context
+    _default_store = staticmethod(default_store)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         core = self._core
@@ -220,22 +228,15 @@ class CachedFunction(_Base[P, R]):
         if _switch.off:
             return self._core.fn(*self._head, *args, **kwargs)  # type: ignore[no-any-return]  # what the function returns
         context = self._context()
-        call = self._core.bind(context, self._head + args, kwargs)
-        flow = self._core.renew(call)
-        try:
-            return context.store._run(flow, self._core.options.store_timeout)  # type: ignore[no-any-return]  # as above
-        finally:
-            self._tell(context, call.key)
+        flow = self._refreshing(context, args, kwargs)
+        return context.store._run(flow, self._core.options.store_timeout)  # type: ignore[no-any-return]  # as above
 
     def invalidate(self, *args: Any, **kwargs: Any) -> None:
         """Remove one call's entry. When it returns, no later call sees an older value, and a
         computation that began before is discarded."""
-        if _switch.off:
-            return
-        context = self._context()
-        key = self._call_of(context, args, kwargs).key
-        context.store._execute(context.sql.invalidate(key))
-        self._tell(context, key)
+        if not _switch.off:
+            context = self._context()
+            context.store._run(self._invalidating(context, args, kwargs))
 
     def peek(self, *args: Any, **kwargs: Any) -> CachedValue[R] | None:
         """Return what is stored for one call, or None. Calls nothing, counts nothing, and asks the
@@ -243,19 +244,14 @@ class CachedFunction(_Base[P, R]):
         if _switch.off:
             return None
         context = self._context()
-        call = self._call_of(context, args, kwargs)
-        read = context.store._execute(context.sql.read(call.keys))
-        return self._seen(self._core.interpret(call, read))
+        return context.store._run(self._peeking(context, args, kwargs))  # type: ignore[no-any-return]  # as above
 
     def cache_clear(self) -> None:
         """Make every entry of the function a miss, at once and in constant time: its generation is
         raised, the rows themselves end by their ttl."""
-        if _switch.off:
-            return
-        context = self._context()
-        key = self._clear_key(context)
-        context.store._execute(context.sql.bump_function(key))
-        self._tell(context, key)
+        if not _switch.off:
+            context = self._context()
+            context.store._run(self._clearing(context))
 
     def using(self, conn: Any) -> Invalidator:
         """Return an object whose ``invalidate`` belongs to the caller's transaction.
@@ -266,9 +262,7 @@ class CachedFunction(_Base[P, R]):
         Raises:
             ConfigError: it is no psycopg 3 connection, or an async one.
         """
-        context = self._context()
-        inner = unwrap(conn, psycopg.Connection)
-        return Invalidator(self, context, inner)
+        return Invalidator(self, unwrap(conn, psycopg.Connection))
 
     @overload
     def __get__(self, instance: None, owner: type) -> Self: ...
@@ -286,6 +280,8 @@ class AsyncCachedFunction(_Base[P, R]):
     As `CachedFunction`, with ``refresh``, ``invalidate``, ``peek`` and ``cache_clear`` awaited.
     """
 
+    _default_store = staticmethod(default_async_store)
+
     def __init__(
         self, core: FunctionCache, store: Store | AsyncStore | None, binds: Binds = "instance"
     ) -> None:
@@ -295,15 +291,6 @@ class AsyncCachedFunction(_Base[P, R]):
             inspect.markcoroutinefunction(self)
         else:
             self._is_coroutine = asyncio.coroutines._is_coroutine  # type: ignore[attr-defined]  # gone in 3.12's stubs
-
-    def _context(self) -> StoreContext:
-        store = self._store
-        if store is None:
-            store = default_async_store()
-        context = context_of(store)
-        if self._core.l1 is not None:
-            subscribe(context, self._core.l1)
-        return context
 
     async def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         core = self._core
@@ -333,52 +320,32 @@ class AsyncCachedFunction(_Base[P, R]):
         if _switch.off:
             return await self._core.fn(*self._head, *args, **kwargs)  # type: ignore[no-any-return]  # what the function returns
         context = self._context()
-        call = self._core.bind(context, self._head + args, kwargs)
-        flow = self._core.renew(call)
-        try:
-            return await context.store._run(flow, self._core.options.store_timeout)  # type: ignore[no-any-return]  # as above
-        finally:
-            self._tell(context, call.key)
+        flow = self._refreshing(context, args, kwargs)
+        return await context.store._run(flow, self._core.options.store_timeout)  # type: ignore[no-any-return]  # as above
 
     async def invalidate(self, *args: Any, **kwargs: Any) -> None:
         """Remove one call's entry; see `CachedFunction.invalidate`."""
-        if _switch.off:
-            return
-        context = self._context()
-        key = self._call_of(context, args, kwargs).key
-        await context.store._execute(context.sql.invalidate(key))
-        self._tell(context, key)
+        if not _switch.off:
+            context = self._context()
+            await context.store._run(self._invalidating(context, args, kwargs))
 
     async def peek(self, *args: Any, **kwargs: Any) -> CachedValue[R] | None:
         """Return what is stored for one call, or None; see `CachedFunction.peek`."""
         if _switch.off:
             return None
         context = self._context()
-        call = self._call_of(context, args, kwargs)
-        read = await context.store._execute(context.sql.read(call.keys))
-        return self._seen(self._core.interpret(call, read))
+        return await context.store._run(self._peeking(context, args, kwargs))  # type: ignore[no-any-return]  # as above
 
     async def cache_clear(self) -> None:
         """Make every entry of the function a miss; see `CachedFunction.cache_clear`."""
-        if _switch.off:
-            return
-        context = self._context()
-        key = self._clear_key(context)
-        await context.store._execute(context.sql.bump_function(key))
-        self._tell(context, key)
+        if not _switch.off:
+            context = self._context()
+            await context.store._run(self._clearing(context))
 
     def using(self, conn: Any) -> AsyncInvalidator:
-        """Return an object whose ``invalidate`` belongs to the caller's transaction.
-
-        Args:
-            conn: a ``psycopg.AsyncConnection``, or SQLAlchemy's wrapper of one.
-
-        Raises:
-            ConfigError: it is no psycopg 3 connection, or a blocking one.
-        """
-        context = self._context()
-        inner = unwrap(conn, psycopg.AsyncConnection)
-        return AsyncInvalidator(self, context, inner)
+        """Return an object whose ``invalidate`` belongs to the caller's transaction: see
+        `CachedFunction.using`; `conn` is async."""
+        return AsyncInvalidator(self, unwrap(conn, psycopg.AsyncConnection))
 
     @overload
     def __get__(self, instance: None, owner: type) -> Self: ...
@@ -395,7 +362,25 @@ class AsyncCachedFunction(_Base[P, R]):
 # -- inside the caller's transaction ---------------------------------------------------------
 
 
-class Invalidator:
+class _Inside:
+    """What `Invalidator` and `AsyncInvalidator` share."""
+
+    def __init__(self, function: _Base[..., Any], conn: Any) -> None:
+        self._function = function
+        self._context = function._context()
+        self._conn = conn
+        self._context.store.using(conn)  # checks it
+
+    @shown
+    def __repr__(self) -> str:
+        return f"of {self._function.name}"
+
+    def _steps(self, args: Any, kwargs: Any) -> list[tuple[Any, Flow[None]]]:
+        key = self._function._key_of(self._context, args, kwargs)
+        return steps_inside(self._context, key, "invalidate", self._function.name, self._conn)
+
+
+class Invalidator(_Inside):
     """``load.using(conn)``: invalidates inside the caller's transaction.
 
     Committed with the data or rolled back with it. From this moment to the end of the transaction
@@ -404,64 +389,49 @@ class Invalidator:
     order: these are row locks, and two transactions that take them crosswise deadlock.
     """
 
-    def __init__(self, function: Any, context: StoreContext, conn: Any) -> None:
-        self._function = function
-        self._context = context
-        self._conn = conn
-        self._bound = context.store.using(conn)
-
-    @shown
-    def __repr__(self) -> str:
-        return f"of {self._function.name}"
-
     def invalidate(self, *args: Any, **kwargs: Any) -> None:
         """Remove one call's entry when the transaction commits."""
-        if _switch.off:
-            return
-        function, context = self._function, self._context
-        key = function._call_of(context, args, kwargs).key
-        ensure_table(context)
-        self._bound._execute(context.sql.invalidate(key))
-        if forget(context, key, function.name, self._conn):
-            self._bound._execute(message(context, key))
+        for store, flow in () if _switch.off else self._steps(args, kwargs):
+            store._run(flow)
 
 
-class AsyncInvalidator:
+class AsyncInvalidator(_Inside):
     """`Invalidator`, awaited."""
-
-    def __init__(self, function: Any, context: StoreContext, conn: Any) -> None:
-        self._function = function
-        self._context = context
-        self._conn = conn
-        self._bound = context.store.using(conn)
-
-    @shown
-    def __repr__(self) -> str:
-        return f"of {self._function.name}"
 
     async def invalidate(self, *args: Any, **kwargs: Any) -> None:
         """Remove one call's entry when the transaction commits."""
-        if _switch.off:
-            return
-        function, context = self._function, self._context
-        key = function._call_of(context, args, kwargs).key
-        await ensure_table_async(context)
-        await self._bound._execute(context.sql.invalidate(key))
-        if forget(context, key, function.name, self._conn):
-            await self._bound._execute(message(context, key))
+        for store, flow in () if _switch.off else self._steps(args, kwargs):
+            await store._run(flow)
 
 
-def ensure_table(context: StoreContext) -> None:
+def invalidating(
+    context: StoreContext, key: bytes, how: str, name: str | None, conn: Any = None
+) -> Flow[None]:
+    """Invalidate an entry or raise a generation by the statement called `how`, and have the first
+    levels of that function, or of all, forget what depends on it. `conn` has the caller's
+    transaction in which this runs, if it does."""
+    yield from do(getattr(context.sql, how)(key))
+    if forget(context, key, name, conn):
+        if conn is None:
+            publish(context, key)
+        else:
+            yield from do(message(context, key))
+
+
+def steps_inside(
+    context: StoreContext, key: bytes, how: str, name: str | None, conn: Any
+) -> list[tuple[Any, Flow[None]]]:
+    """What `invalidating` takes, on which store: in the caller's transaction where `conn` has one."""
+    flow = invalidating(context, key, how, name, conn)
+    if conn is None:
+        return [(context.store, flow)]
+    return [(context.store, _ensuring_table(context)), (context.store.using(conn), flow)]
+
+
+def _ensuring_table(context: StoreContext) -> Flow[None]:
     """Make the table before the caller's transaction needs it: a missing one would fail that."""
     if not context.table_known and context.sql.table.auto_create:
-        context.store._run(_schema.ensure(context.sql.table))
-    context.table_known = True
-
-
-async def ensure_table_async(context: StoreContext) -> None:
-    """`ensure_table`, awaited."""
-    if not context.table_known and context.sql.table.auto_create:
-        await context.store._run(_schema.ensure(context.sql.table))
+        yield from _schema.ensure(context.sql.table)
     context.table_known = True
 
 
@@ -477,17 +447,8 @@ def cached_functions() -> list[CachedFunction[..., Any] | AsyncCachedFunction[..
 
 
 def forget(context: StoreContext, key: bytes, name: str | None = None, conn: Any = None) -> bool:
-    """Forget what depends on a key in the first levels of this process.
-
-    Args:
-        context: whose key it is.
-        key: of an entry or a generation.
-        name: the function's; None for all functions.
-        conn: the connection whose transaction invalidates it. Nothing is kept before it has ended.
-
-    Returns:
-        Whether there is any first level.
-    """
+    """Forget what depends on a key in the first levels of this process, and tell whether there are
+    any. Before the transaction of `conn` has ended, nothing of that is kept again."""
     levels = {
         each._core.l1
         for each in tuple(_functions.values())
@@ -497,28 +458,15 @@ def forget(context: StoreContext, key: bytes, name: str | None = None, conn: Any
         if conn is None:
             level.drop(context.scope, key)
         else:
-            level.hold(context.scope, key, _Transaction(conn))
+            level.hold(context.scope, key, functools.partial(_may_be_open, weakref.ref(conn)))
     return bool(levels)
 
 
-class _Transaction:
-    """Tells whether a connection's transaction may still be open. It does not tell one transaction
-    from the next; then a first level does without the entry for longer."""
-
-    def __init__(self, conn: Any) -> None:
-        self._conn = weakref.ref(conn)
-
-    def __call__(self) -> bool:
-        conn = self._conn()
-        return conn is not None and conn.pgconn.transaction_status in _OPEN
+def _may_be_open(ref: Callable[[], Any]) -> bool:
+    """Whether a connection's transaction may still be open. One transaction is not told from the
+    next; then a first level does without the entry for longer."""
+    conn = ref()
+    return conn is not None and conn.pgconn.transaction_status in _OPEN
 
 
 _OPEN = (TransactionStatus.ACTIVE, TransactionStatus.INTRANS, TransactionStatus.INERROR)
-
-__all__ = [
-    "AsyncCachedFunction",
-    "CacheInfo",
-    "CachedFunction",
-    "CachedValue",
-    "cached_functions",
-]

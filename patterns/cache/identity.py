@@ -30,17 +30,8 @@ _lock = new_lock(sys.modules[__name__])
 
 
 class Definition:
-    """What tells a function from another one; nothing of it keeps the function alive.
-
-    Args:
-        fn: the function.
-        key: what makes its keys of the arguments, if anything does.
-        ignore: parameters that do not count.
-        frame: where it is decorated.
-
-    Attributes:
-        captured: what it closes over, encoded as far as that cannot change: a part of its keys.
-    """
+    """What tells a function from another one; nothing of it keeps the function alive. `captured` is
+    what it closes over, encoded as far as that cannot change: a part of its keys."""
 
     def __init__(
         self,
@@ -50,7 +41,7 @@ class Definition:
         frame: FrameType,
     ) -> None:
         self.fns: list[Any] = [_reference(each) for each in (fn, key) if each is not None]
-        self.origin = _origin(fn, frame)
+        self.origin: CodeType = _origin(fn, frame)
         self.codes: list[CodeType] = []
         self.objects: list[tuple[str, Any]] = []  # what keys cannot hold: variable, reference
         self._met: list[Any] = []
@@ -61,7 +52,7 @@ class Definition:
         self.captured: bytes = self._cells(fn)
         if key is not None:
             self.captured += self._cells(key)
-        self.made_with = self.captured + repr(ignore).encode()
+        self.made_with: bytes = self.captured + repr(ignore).encode()
         for each in signature_of(fn).parameters.values():
             if each.default is not each.empty:
                 encoded = _encoded(each.default)
@@ -137,17 +128,8 @@ class Definition:
 
 
 def claim(name: str, new: Definition, who: str, *, named: bool) -> None:
-    """Give a name to a function.
-
-    Args:
-        name: what its entries are kept under.
-        new: the function.
-        who: its own name.
-        named: `name` is the program's choice.
-
-    Raises:
-        TypeError: another function has the name.
-    """
+    """Give a name to a function, or raise TypeError where another one has it. `named`: it is the
+    program's choice."""
     with _lock:
         old = _definitions.get(name)
         if old is not None and not new.may_follow(old, named=named):

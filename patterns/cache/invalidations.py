@@ -88,19 +88,15 @@ def _send(context: StoreContext) -> Flow[None]:
 
 
 def _messages(context: StoreContext, keys: list[bytes]) -> list[Op[None]]:
-    ops: list[Op[None]] = []
-    length_first = len(context.scope.encode())
-    batch: list[bytes] = []
-    length = length_first
+    batches: list[list[bytes]] = []
+    left = 0
     for key in keys:
-        if batch and length + len(key) + 1 > PAYLOAD_MAX:
-            ops.append(message(context, *batch))
-            batch, length = [], length_first
-        batch.append(key)
-        length += len(key) + 1
-    if batch:
-        ops.append(message(context, *batch))
-    return ops
+        if left < len(key) + 1:
+            batches.append([])
+            left = PAYLOAD_MAX - len(context.scope.encode())
+        batches[-1].append(key)
+        left -= len(key) + 1
+    return [message(context, *batch) for batch in batches]
 
 
 def after_fork() -> None:
@@ -110,5 +106,3 @@ def after_fork() -> None:
 
 
 survives_fork(cast("Forkable", sys.modules[__name__]))
-
-__all__ = ["CHANNEL", "message", "publish", "receive", "subscribe"]

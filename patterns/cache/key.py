@@ -177,10 +177,6 @@ PLAIN_TYPES = frozenset(_EXACT)  # values without parts, all of them immutable b
 Encoder: TypeAlias = Callable[[Any, int], bytes]  # of a value and the depth that is left
 
 
-def _items(tag: bytes, items: Iterable[Any], depth: int) -> bytes:
-    return _joined(tag, [encode(each, depth) for each in items])
-
-
 def _members(tag: bytes, items: Iterable[Any], depth: int) -> bytes:
     return _joined(tag, sorted([encode(each, depth) for each in items]))
 
@@ -196,12 +192,18 @@ def _partial(value: functools.partial[Any], depth: int) -> bytes:
 
 
 _CONTAINERS: dict[type, Encoder] = {
-    tuple: lambda value, depth: _items(b"t", tuple.__iter__(value), depth),
-    list: lambda value, depth: _items(b"l", list.__iter__(value), depth),
+    tuple: lambda value, depth: _joined(
+        b"t", [encode(each, depth) for each in tuple.__iter__(value)]
+    ),
+    list: lambda value, depth: _joined(
+        b"l", [encode(each, depth) for each in list.__iter__(value)]
+    ),
     set: lambda value, depth: _members(b"S", set.__iter__(value), depth),
     frozenset: lambda value, depth: _members(b"Z", frozenset.__iter__(value), depth),
     # Unlike two dicts, two of them with another order are not equal.
-    OrderedDict: lambda value, depth: _items(b"Q", OrderedDict.items(value), depth),
+    OrderedDict: lambda value, depth: _joined(
+        b"Q", [encode(each, depth) for each in OrderedDict.items(value)]
+    ),
     defaultdict: lambda value, depth: (
         b"G" + encode(value.default_factory, depth) + _dict(value, depth)
     ),
@@ -403,21 +405,8 @@ _BY_POSITION = {inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_
 
 
 class Binder:
-    """Makes keys of the calls of one function.
-
-    ``f(1)``, ``f(a=1)`` and ``f()`` with the default 1 are the same call.
-
-    Args:
-        fn: the function.
-        name: distinguishes it from every other function; part of each key.
-        ignore: parameters that do not count.
-        key: maps what `ignore` leaves of the arguments to what is encoded in their place.
-        tags: templates, such as ``"user:{user_id}"``, filled in with the arguments.
-        closed_over: what the function closes over, encoded; part of each key.
-
-    Raises:
-        TypeError: `ignore` or a template names a parameter that does not exist (or is ignored).
-    """
+    """Makes keys of the calls of one function, by the arguments of `cached` and what the function
+    closes over. ``f(1)``, ``f(a=1)`` and ``f()`` with the default 1 are the same call."""
 
     def __init__(
         self,
@@ -459,15 +448,13 @@ class Binder:
     def _check_tags(self, known: set[str]) -> None:
         for template in self._tags:
             try:
-                parts = list(Formatter().parse(template))
+                names = [each[1] for each in Formatter().parse(template) if each[1] is not None]
             except ValueError as error:
                 raise TypeError(
                     f"{self._what}: the tag {template!r} is no template: {error}"
                 ) from None
-            for _, field, _, _ in parts:
-                if field is None:
-                    continue
-                first = field.split(".")[0].split("[")[0]
+            for name in names:
+                first = name.split(".")[0].split("[")[0]
                 if first not in known:
                     raise TypeError(
                         f"{self._what}: the tag {template!r} names {first or '{}'!r}; it can name "
@@ -478,11 +465,8 @@ class Binder:
     def bind(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], *, lenient: bool = False
     ) -> dict[str, Any]:
-        """Return the arguments by parameter, defaults filled in.
-
-        Raises:
-            TypeError: they do not fit the function.
-        """
+        """Return the arguments by parameter, defaults filled in; `lenient`: those that do not count
+        may be left out."""
         plain = self._plain
         if plain is not None and not kwargs:
             # The usual call: inspect's own binding costs ten times as much.
@@ -504,11 +488,7 @@ class Binder:
         return bound.arguments
 
     def digest(self, arguments: dict[str, Any]) -> str:
-        """Return the 160-bit digest of what counts of the arguments.
-
-        Raises:
-            TypeError: one has no stable encoding; names the parameter and the ways out.
-        """
+        """Return the 160-bit digest of what counts of the arguments."""
         if self._key is not None:
             arguments = {"key=": self._key_value(arguments)}
         parts = [self._closed_over]

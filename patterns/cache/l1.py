@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable
 from time import monotonic
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..._fork import new_lock, survives_fork
 from ..._observe import shown
@@ -67,7 +67,7 @@ class L1:
 
     @property
     def epoch(self) -> int:
-        """Changes with every invalidation: what was read before one must not be kept after it."""
+        """Changes with every invalidation."""
         return self._epoch
 
     def get(self, scope: object, key: bytes) -> bytes | None:
@@ -88,15 +88,9 @@ class L1:
     def put(
         self, scope: object, keys: tuple[bytes, ...], payload: bytes, ends: float, epoch: int
     ) -> None:
-        """Keep an entry until a monotonic time, unless something was invalidated since `epoch`.
-
-        Args:
-            scope: whose key it is.
-            keys: the entry's key, then those of the generations it depends on.
-            payload: the codec's bytes.
-            ends: by ``time.monotonic()``.
-            epoch: as it was before the store was asked.
-        """
+        """Keep an entry unless something was invalidated since `epoch`, which is that of before the
+        store was asked: its `payload` in that `scope`, until the monotonic time `ends`. `keys` are
+        the entry's and those of the generations that it depends on."""
         with self._lock:
             if (self._held and self._is_held(scope, keys)) or epoch != self._epoch:
                 return
@@ -119,13 +113,8 @@ class L1:
 
     def hold(self, scope: object, key: bytes, is_open: Callable[[], bool]) -> None:
         """Forget like `drop`, and keep nothing that depends on `key` while a transaction is open:
-        what is read before its commit is old after it.
-
-        Args:
-            scope: whose key it is.
-            key: of an entry or a generation.
-            is_open: tells whether the transaction may still be open.
-        """
+        what is read before its commit is old after it. `is_open` tells whether it may still be
+        open, and `scope` whose key it is."""
         with self._lock:
             self._drop(scope, key)
             if len(self._held) >= self._held_max:
@@ -161,10 +150,7 @@ class L1:
         self.clear()
 
 
-class _Kept:
-    __slots__ = ("ends", "keys", "payload")
-
-    def __init__(self, ends: float, payload: bytes, keys: tuple[bytes, ...]) -> None:
-        self.ends = ends
-        self.payload = payload
-        self.keys = keys
+class _Kept(NamedTuple):
+    ends: float
+    payload: bytes
+    keys: tuple[bytes, ...]

@@ -12,7 +12,8 @@ import contextlib
 import threading
 from collections.abc import Iterator
 from contextvars import ContextVar
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 
 from ... import _observe
 from ..._fork import new_lock, survives_fork
@@ -22,15 +23,13 @@ from .._runtime.connection import DedicatedConnection
 from .._runtime.renewal import clock
 
 
+@dataclass(eq=False, slots=True)
 class Computation:
     """A running call of a function, by which a call made inside it knows that it would wait for
     itself. Tasks and threads that the function starts inherit the mark; it ends with the call."""
 
-    __slots__ = ("name", "running")
-
-    def __init__(self, name: object) -> None:
-        self.name: object = name
-        self.running: bool = True
+    name: object
+    running: bool = True
 
 
 _computations: ContextVar[tuple[Computation, ...]] = ContextVar("pgkv_computations", default=())
@@ -54,59 +53,45 @@ def is_inside(name: object) -> bool:
     return any(each.running and each.name == name for each in _computations.get())
 
 
-class Flight(Protocol):
-    """A running computation of one key.
+class ThreadFlight:
+    """A running computation of one key, for which threads wait.
 
     Attributes:
         alone: it ended without anything for the others: they compute, each for itself.
     """
 
-    alone: bool
-
-    def wait(self, seconds: float) -> Any:
-        """Wait for its end (awaited by tasks); False when that took longer."""
-        ...
-
-    def land(self) -> None:
-        """End it."""
-        ...
-
-
-class ThreadFlight:
-    """A `Flight` of threads."""
-
     __slots__ = ("_done", "alone")
 
     def __init__(self) -> None:
         self.alone: bool = False
-        self._done = threading.Event()
+        self._done: Any = threading.Event()
 
-    def wait(self, seconds: float) -> bool:
+    def wait(self, seconds: float) -> Any:
+        """Wait for its end; False when that took longer."""
         return self._done.wait(seconds)
 
-    def land(self) -> None:
+    def end(self) -> None:
+        """Let the others go on."""
         self._done.set()
 
 
-class TaskFlight:
-    """A `Flight` of the tasks of one event loop."""
+class TaskFlight(ThreadFlight):
+    """A computation for which the tasks of one event loop wait."""
 
-    __slots__ = ("_done", "alone")
+    __slots__ = ()
 
     def __init__(self) -> None:
-        self.alone: bool = False
+        super().__init__()
         self._done = asyncio.Event()
 
     async def wait(self, seconds: float) -> bool:
+        """Wait for its end; False when that took longer."""
         try:
             async with asyncio.timeout(seconds):
                 await self._done.wait()
         except TimeoutError:
             return False
         return True
-
-    def land(self) -> None:
-        self._done.set()
 
 
 class Extended:
@@ -163,9 +148,9 @@ class Flights:
         kind: `ThreadFlight` or `TaskFlight`.
     """
 
-    def __init__(self, kind: type[ThreadFlight | TaskFlight]) -> None:
+    def __init__(self, kind: type[ThreadFlight]) -> None:
         self._kind = kind
-        self._flying: dict[object, Flight] = {}
+        self._flying: dict[object, ThreadFlight] = {}
         self._lock = new_lock(self)
         self.refreshing: set[object] = set()  # the keys whose refresh runs behind the callers
         survives_fork(self)
@@ -175,7 +160,7 @@ class Flights:
         loop = asyncio.get_running_loop() if self._kind is TaskFlight else None
         return (id(store), id(loop), key)
 
-    def join(self, name: object) -> tuple[Flight, bool]:
+    def join(self, name: object) -> tuple[ThreadFlight, bool]:
         """Return the flight of that name, and whether the caller leads it (and has to `end` it)."""
         with self._lock:
             flight = self._flying.get(name)
@@ -184,12 +169,12 @@ class Flights:
             flight = self._flying[name] = self._kind()
             return flight, True
 
-    def end(self, name: object, flight: Flight) -> None:
+    def end(self, name: object, flight: ThreadFlight) -> None:
         """End a flight that the caller led."""
         with self._lock:
             if self._flying.get(name) is flight:
                 del self._flying[name]
-        flight.land()
+        flight.end()
 
     def after_fork(self) -> None:
         """Forget the parent's flights: nothing in this process will end them."""

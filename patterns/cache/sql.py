@@ -9,8 +9,7 @@ fill replaces only the state it began from. Generation rows hold nothing but the
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..._ops import codec as _codec
 from ..._ops.lazy import cached_property
@@ -46,23 +45,16 @@ _MARK = f"substring(value from 1 for {MARK_LENGTH})"
 _AGE = "extract(epoch from statement_timestamp() - updated_at)::float8"
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """What a look found of an entry.
-
-    Attributes:
-        value: the row's bytes: an entry, a placeholder, or anything.
-        version: the row's.
-        age: seconds since it was written, by the server's clock.
-    """
+class Row(NamedTuple):
+    """What a look found of an entry: the row's bytes, its version, and the seconds since it was
+    written, by the server's clock."""
 
     value: bytes
     version: int
     age: float
 
 
-@dataclass(frozen=True, slots=True)
-class CacheRead:
+class CacheRead(NamedTuple):
     """One look at an entry (None: there is none) and the generations that it depends on, in the
     order of their keys; 0 stands for one that was never bumped."""
 
@@ -70,24 +62,18 @@ class CacheRead:
     generations: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class ComputeLease:
-    """The answer to a request for the right to compute.
-
-    Attributes:
-        version: of the placeholder; None when it was denied.
-        held: (of a denial) the bytes that stand there; empty when the row vanished meanwhile.
-        remaining: (of a denial) seconds until that row expires; None for never. 0 or less means
-            that the row is locked: an open transaction is about to change it.
-    """
+class ComputeLease(NamedTuple):
+    """The answer to a request for the right to compute: the placeholder's version, or None. Of a
+    denial also the bytes that stand there (none when the row vanished meanwhile) and the seconds
+    until that row expires (None for never). 0 or less means that the row is locked: an open
+    transaction is about to change it."""
 
     version: int | None
     held: bytes = b""
     remaining: float | None = 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class Usage:
+class Usage(NamedTuple):
     """What one cached function keeps in the table."""
 
     function: str
@@ -261,31 +247,22 @@ class CacheStatements(TableStatements):
         """Put a tombstone in an entry's place, also where none is: an upsert, so that inside a
         transaction it holds the lock that fills wait for. It is written expired and may be
         collected at once: it matters only while it is uncommitted."""
-        return Op(self._invalidate, (key,))
-
-    @cached_property
-    def _invalidate(self) -> Statement[bool]:
-        return self._bump_of("cache_invalidate", "to_timestamp(0)")
+        return self._bump("cache_invalidate", "to_timestamp(0)", key)
 
     def bump_tag(self, key: bytes) -> Op[bool]:
         """Begin a new generation of a tag: entries that carry the old one are misses from now."""
-        return Op(self._bump_tag, (key,))
-
-    @cached_property
-    def _bump_tag(self) -> Statement[bool]:
         # An hour longer than any entry with the tag: a row that dies earlier revives old values.
         hours = TAG_DAYS * 24 + 1
-        return self._bump_of("cache_bump_tag", f"clock_timestamp() + interval '{hours} hours'")
+        return self._bump("cache_bump_tag", f"clock_timestamp() + interval '{hours} hours'", key)
 
     def bump_function(self, key: bytes) -> Op[bool]:
         """Begin a new generation of a function: all of its entries are misses from now."""
-        return Op(self._bump_function, (key,))
+        return self._bump("cache_bump_function", "NULL", key)
 
-    @cached_property
-    def _bump_function(self) -> Statement[bool]:
-        return self._bump_of("cache_bump_function", "NULL")
+    def _bump(self, name: str, expires_at: str, key: bytes) -> Op[bool]:
+        return Op(self.made(name, lambda: self._make_bump(name, expires_at)), (key,))
 
-    def _bump_of(self, name: str, expires_at: str) -> Statement[bool]:
+    def _make_bump(self, name: str, expires_at: str) -> Statement[bool]:
         return self.statement(
             name,
             f"INSERT INTO {self.t} AS t (key, value, expires_at, created_at, updated_at, version) "
@@ -396,21 +373,3 @@ def _read_usage(result: Result) -> list[Usage]:
         )
         for n in range(result.ntuples)
     ]
-
-
-__all__ = [
-    "DIGEST_LENGTH",
-    "ENTRY",
-    "FUNCTION",
-    "LOCK_TIMEOUT_MS",
-    "MARK_LENGTH",
-    "PREFIX",
-    "REFRESH",
-    "TAG",
-    "TAG_DAYS",
-    "CacheRead",
-    "CacheStatements",
-    "ComputeLease",
-    "Row",
-    "Usage",
-]

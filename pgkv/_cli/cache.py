@@ -6,7 +6,6 @@ The command reads the table, not the programs: each program counts its own hits 
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -65,7 +64,11 @@ def cache(
         "computing": ("computing", console.number),
         "values": ("value_bytes", console.size),
     }
-    call.show(list(map(asdict, usages)), columns, "No cached function has entries in this table.")
+    call.show(
+        [each._asdict() for each in usages],
+        columns,
+        "No cached function has entries in this table.",
+    )
     return DONE
 
 

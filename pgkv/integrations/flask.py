@@ -168,7 +168,7 @@ class FlaskSession(RequestSession, SessionMixin):  # the dict's methods come fir
             self.mark_modified()
             life = flask.current_app.permanent_session_lifetime
             longest = timedelta(seconds=self.handler.settings.flows.lifetimes.absolute)
-            self.lifetimes = (life, max(life, longest)) if value else (None, None)
+            self.lifetimes: tuple[Any, Any] = (life, max(life, longest)) if value else (None, None)
 
     def mark_accessed(self) -> None:
         try:
