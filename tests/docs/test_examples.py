@@ -137,6 +137,14 @@ def test_memoize(run: Run) -> None:
 
 
 @newest
+def test_payments(run: Run) -> None:
+    """Each kill doubles a payment that is recorded apart, and none that is recorded with it."""
+    apart, together = run("payments")
+    assert numbers(apart) == [6, 2, 8, 2]
+    assert numbers(together) == [6, 2, 6, 0]
+
+
+@newest
 def test_transactional_invalidation(run: Run) -> None:
     """A rollback keeps the cached price, a commit ends it; a cache by hand falls behind the table,
     this one does not."""

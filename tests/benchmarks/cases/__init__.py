@@ -12,6 +12,7 @@ from tests.benchmarks.cases import (
     batch,
     cached,
     counter,
+    idempotency,
     limiter,
     lock,
     memory,
@@ -84,6 +85,12 @@ TOPICS = (
         "The interfaces of Django and limits, over pgkv and over what they bring themselves."
         " *limits* and the sliding counter read before they write here; on Redis a script does both.",
         (adapters,),
+    ),
+    Topic(
+        "Idempotency keys",
+        "An insert in a transaction, done once for a key. On Redis the record is apart from the effect: a"
+        " process that dies between the two does the work again.",
+        (idempotency,),
     ),
     Topic(
         "Locks",
