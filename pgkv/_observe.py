@@ -201,8 +201,7 @@ def _tell(told: Iterable[EventHook], event: Event) -> None:
         try:
             hook(event)
         except Exception as error:  # noqa: BLE001  # metrics must not fail what they measure
-            failure: dict[str, object] = {"error": type(error).__name__}
-            _write(logging.WARNING, "pgkv.hook.failed", failure)  # told to no hook
+            warning("pgkv.hook.failed", error=type(error).__name__)
 
 
 def debug(event: str, **context: object) -> None:
@@ -260,13 +259,10 @@ def warning(event: str, **context: object) -> None:
 
 
 def _log(level: int, event: str, context: dict[str, object]) -> None:
-    if _listeners and level > logging.DEBUG:
+    # That a hook failed is told to no hook: it would fail again.
+    if _listeners and level > logging.DEBUG and event != "pgkv.hook.failed":
         happened = StateEvent(event, context)
         _tell([hook for hook, kinds in _listeners if happened.kind in kinds], happened)
-    _write(level, event, context)
-
-
-def _write(level: int, event: str, context: dict[str, object]) -> None:
     # Not imported here: that costs as much as psycopg, and who configured it has imported it.
     structlog = sys.modules.get("structlog")
     if structlog is not None and structlog.is_configured():
