@@ -26,8 +26,9 @@ CHOICES = ("wait", "skip", "raise")
 
 
 def locked(
-    lock_or_name: Lock | AsyncLock | Acquirer | AsyncAcquirer | str,
+    lock_or_name: Lock | AsyncLock | Acquirer | AsyncAcquirer | str | None = None,
     *,
+    name: Callable[..., str] | None = None,
     store: Store | AsyncStore | None = None,
     ttl: Seconds = 30.0,
     timeout: Seconds | None = None,
@@ -43,6 +44,8 @@ def locked(
 
     Args:
         lock_or_name: a lock (or semaphore), async for an async function, or the name of one to make.
+        name: instead of it, a function of the call's arguments that returns the name:
+            ``name=lambda account, amount: f"account:{account}"``.
         store: for a name: where the lock lives; without it, the default store (`configure`).
         ttl: for a name: as of `Lock`.
         timeout: with ``on_busy="wait"``: seconds to wait; None waits without end.
@@ -60,7 +63,9 @@ def locked(
             whose body runs after the call; (of the function) it returned a generator, or is plain
             and returned an awaitable.
     """
-    if not isinstance(lock_or_name, str | Acquirer | AsyncAcquirer):
+    if name is not None and (lock_or_name is not None or not callable(name)):
+        raise TypeError("locked() takes a lock, its name, or name= with a function: one of them")
+    if name is None and not isinstance(lock_or_name, str | Acquirer | AsyncAcquirer):
         raise TypeError(
             f"locked() needs a lock or the name of one, not {_what(lock_or_name)}; write "
             "@pgkv.locked('name') with the parentheses"
@@ -87,7 +92,7 @@ def locked(
         if not is_async and isinstance(store or lock_or_name, AsyncStore | AsyncAcquirer):
             is_async = inspect.iscoroutinefunction(inspect.unwrap(fn))
         wanted, kind = (AsyncAcquirer, AsyncLock) if is_async else (Acquirer, Lock)
-        if not isinstance(lock_or_name, str | wanted):
+        if name is None and not isinstance(lock_or_name, str | wanted):
             what = "an async function" if is_async else "a plain function"
             raise ConfigError(
                 f"locked() on {what} needs {named(kind.__name__)}, or the name of one, "
@@ -98,8 +103,9 @@ def locked(
         changes = is_async and not store and isinstance(lock_or_name, str)
         now: Callable[[], Any] = lock_of.__wrapped__ if changes else lock_of
 
-        def take() -> Any:
-            return now().try_acquire() if on_busy == "skip" else now().acquire(longest)
+        def take(*args: Any, **kwargs: Any) -> Any:
+            lock = _lock_of(name(*args, **kwargs), store, ttl, kind) if name else now()
+            return lock.try_acquire() if on_busy == "skip" else lock.acquire(longest)
 
         return cast("F", (_locked_async if is_async else _locked)(fn, take))
 
@@ -112,7 +118,7 @@ _GENERATOR = "locked() cannot decorate a generator: its body runs after the call
 def _locked(fn: Callable[..., Any], take: Callable[[], Any]) -> Callable[..., Any]:
     @functools.wraps(fn)
     def run(*args: Any, **kwargs: Any) -> Any:
-        lease = take()
+        lease = take(*args, **kwargs)
         if lease is None:
             return None
         with lease:
@@ -138,7 +144,7 @@ def _checked(answer: Any) -> Any:
 def _locked_async(fn: Callable[..., Any], take: Callable[[], Any]) -> Callable[..., Any]:
     @functools.wraps(fn)
     async def run(*args: Any, **kwargs: Any) -> Any:
-        lease = await take()
+        lease = await take(*args, **kwargs)
         if lease is None:
             return None
         async with lease:
@@ -154,7 +160,7 @@ def _what(given: object) -> str:
 
 
 def _lock_of(given: object, store: Any, ttl: Seconds, kind: type[Any]) -> Any:
-    if not isinstance(given, str):
+    if isinstance(given, Acquirer | AsyncAcquirer):
         return given
     if store is None:
         store = default_store() if kind is Lock else default_async_store()

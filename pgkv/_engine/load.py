@@ -105,10 +105,13 @@ def _copy(
     now = int((cursor.fetchone() or (0,))[0])
     tail = 2 * _MOMENT(8, now) + _MOMENT(8, now + EPOCH_2000)
     parts = [_HEADER]
-    for key in sorted(rows):  # as every batch: two of them do not deadlock
-        value, life = rows[key]
-        parts += (_FIELDS(6, len(key)), key, _SIZE(len(value)), value)
-        parts += (_NULL if life is None else _MOMENT(8, now + life), tail)
-    parts.append(_TRAILER)
     with cursor.copy(target) as copy:
+        for number, key in enumerate(sorted(rows)):  # as every batch: two of them do not deadlock
+            value, life = rows[key]
+            ends = _NULL if life is None else _MOMENT(8, now + life)
+            parts += (_FIELDS(6, len(key)), key, _SIZE(len(value)), value, ends, tail)
+            if number % BATCH_ROWS == 0:  # the server works meanwhile
+                copy.write(b"".join(parts))
+                parts = []
+        parts.append(_TRAILER)
         copy.write(b"".join(parts))

@@ -143,6 +143,45 @@ async def test_locked_functions_run_one_at_a_time(store: Any, colour: Colour) ->
     assert await slow == "done"
 
 
+async def test_locked_by_a_name_of_the_arguments(store: Any, colour: Colour) -> None:
+    """With name= the lock is that of the call's arguments: a busy one does not keep another out."""
+    inner = store._target if isinstance(store, Threaded) else store
+
+    def name(account: str, *, amount: int) -> str:
+        return f"account:{account}"
+
+    decorate = pgkv.locked(name=name, store=inner, on_busy="raise")
+    call: Any
+    if colour.name == "async":
+
+        @decorate
+        async def pay(account: str, *, amount: int) -> int:
+            return amount
+
+        call = pay
+    else:
+
+        @decorate
+        def blocking_pay(account: str, *, amount: int) -> int:
+            return amount
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return in_thread(blocking_pay, *args, **kwargs)
+
+    async with colour.make("Lock", store, "account:ada").acquire():
+        with pytest.raises(pgkv.LockTimeoutError):
+            await call("ada", amount=1)
+        assert await call("bob", amount=2) == 2
+    assert await call("ada", amount=3) == 3
+
+
+def test_locked_takes_one_name() -> None:
+    """A lock or its name, or a function that tells the name: not both, and not neither."""
+    for given in ({"name": "x"}, {"lock_or_name": "x", "name": str}, {"lock_or_name": None}, {}):
+        with pytest.raises(TypeError, match=r"locked\(\)"):
+            pgkv.locked(**given)
+
+
 async def test_locked_refuses_what_cannot_work(store: Any, colour: Colour) -> None:
     """A generator, an unknown on_busy, a lock of the other colour, a name without a store."""
     inner = store._target if isinstance(store, Threaded) else store
