@@ -18,7 +18,7 @@ from tests.interleavings.scenarios import Client, failed_by_itself, truncate
 from tests.interleavings.schedule import Scenario, World
 
 STATEMENTS = ("pgkv.patterns.rate_limit.sql",)
-READS = frozenset[str]()
+READS = frozenset(["usage", "_make_usage"])
 BURST = 5
 TOKEN = 86_400 / BURST  # seconds: that many times slower than the test
 NS = 10**9
