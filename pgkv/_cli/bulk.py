@@ -17,7 +17,7 @@ import typer
 from ..errors import InvalidValueError
 from ..types import ScanOptions
 from . import console
-from .command import DONE, Invocation
+from .command import DONE, Invocation, flag
 
 PAGE = 500  # rows fetched at a time: values may be large
 
@@ -25,9 +25,7 @@ PAGE = 500  # rows fetched at a time: values may be large
 def load(
     call: Invocation,
     file: Annotated[str, typer.Argument(metavar="FILE", help="The file; - reads standard input.")],
-    as_csv: Annotated[
-        bool, typer.Option("--csv", metavar="", help="Lines of key,value or key,value,ttl.")
-    ] = False,
+    as_csv: Annotated[bool, flag("--csv", help="Lines of key,value or key,value,ttl.")] = False,
 ) -> int:
     """Write many keys from a file, in transactions of 20,000.
 
@@ -53,10 +51,7 @@ def load(
         task = bar.add_task("keys", total=None)
         items = _csv(lines) if as_csv else _json(lines)
         written = store.load(items, progress=lambda done: bar.update(task, completed=done))
-    if call.json:
-        console.say_json({"written": written})
-    else:
-        console.say(f"wrote {console.count(written, 'key')}")
+    call.answer({"written": written}, f"wrote {console.count(written, 'key')}")
     return DONE
 
 
