@@ -29,7 +29,7 @@ from .._runtime.checks import require
 from .._runtime.lease import extend
 from .._runtime.runtimes import AsyncRuntime, SyncRuntime
 from . import flows
-from .flows import Backoff, HeldJob, Notifier, Put, QueueOptions
+from .flows import Backoff, Bury, HeldJob, Later, Notifier, Put, QueueOptions
 from .sql import JOBS, JOBS_UNLOGGED, JobInfo, JobStatements, QueueStats, Taken
 
 if TYPE_CHECKING:
@@ -120,6 +120,9 @@ class Job(HeldJob[T]):
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        self._leave(error)
+
+    def _leave(self, error: BaseException | None) -> None:
         self._runtime.channel.run(flows.leave(self._runtime, self, error))
 
 
@@ -160,6 +163,9 @@ class AsyncJob(HeldJob[T]):
         traceback: TracebackType | None,
     ) -> None:
         """As of `Job`; a cancelled block puts the job back without counting the attempt."""
+        await self._leave(error)
+
+    async def _leave(self, error: BaseException | None) -> None:
         end = self._runtime.channel.run(flows.leave(self._runtime, self, error))
         await (shielded(end, CLEAN_UP) if error is not None else end)
 
@@ -295,6 +301,10 @@ class _Jobs(Generic[T]):
         if self._bound is None:
             return self._options.sql, self._notifier
         return self._options.inside, None
+
+    def _look(self, n: int) -> Any:
+        """One look for jobs: they, and the seconds until the next look."""
+        return self._pool.run(flows.look(self._runtime, self._options, n))
 
     def _ack(self, job: HeldJob[Any]) -> Any:
         if self._bound is None:
@@ -596,4 +606,15 @@ class AsyncQueue(_Jobs[T]):
         await self._pool.run(ensure(self._options.sql.table))
 
 
-__all__ = ["AsyncJob", "AsyncQueue", "Backoff", "Job", "JobInfo", "Put", "Queue", "QueueStats"]
+__all__ = [
+    "AsyncJob",
+    "AsyncQueue",
+    "Backoff",
+    "Bury",
+    "Job",
+    "JobInfo",
+    "Later",
+    "Put",
+    "Queue",
+    "QueueStats",
+]

@@ -76,6 +76,22 @@ class Backoff:
         return uniform(wait / 2, wait)  # noqa: S311  # a pause, no secret
 
 
+class Later(Exception):  # noqa: N818  # no failure
+    """Raised by a worker's function: the job is put back, and the attempt does not count.
+
+    Args:
+        delay: seconds until it is due.
+    """
+
+    def __init__(self, delay: Seconds = 0) -> None:
+        super().__init__(delay)
+        self.delay: float = _codec.seconds(delay, "delay", zero=True, endless="")
+
+
+class Bury(Exception):  # noqa: N818  # as above
+    """Raised by a worker's function: the job is given up, and kept with this text."""
+
+
 class Put(NamedTuple):
     """What became of a put.
 
@@ -463,15 +479,13 @@ def leave(runtime: Any, job: HeldJob[Any], error: BaseException | None) -> Flow[
         except LeaseLostError:
             if not inside:
                 raise
-    elif isinstance(error, Exception):
-        yield from put_back(runtime, job, failure_of(error))
-    else:  # interrupted or cancelled: not the job's fault
-        yield from put_back(runtime, job, None, 0, free=True)
-
-
-def failure_of(error: BaseException) -> str:
-    """What is kept of a failure."""
-    return f"{type(error).__name__}: {error}"
+    elif isinstance(error, Bury):
+        yield from put_back(runtime, job, error, 0, dead=True)
+    elif isinstance(error, Later) or not isinstance(error, Exception):
+        # Those that are no Exception interrupt or cancel: not the job's fault.
+        yield from put_back(runtime, job, None, getattr(error, "delay", 0), free=True)
+    else:
+        yield from put_back(runtime, job, f"{type(error).__name__}: {error}")
 
 
 def ack_many(runtime: Any, jobs: list[Any]) -> Flow[list[Any]]:

@@ -21,7 +21,7 @@ from ...patterns.lock.api import Lock
 from ...store import Store
 from .. import console
 from .stage import Check, Stage, scene
-from .workers import Orders, Worker, answer
+from .workers import Orders, DemoWorker, answer
 
 T = TypeVar("T")
 PROCESSES = 4
@@ -49,7 +49,7 @@ def fleet(stage: Stage) -> Iterator[str | Check]:
     lock = lock_of(store, ttl)
     # Grants as (token, when by the server's clock, whether it waits for an order, whose), and how
     # the turn of each token ended.
-    grants: list[tuple[int, float | None, bool, Worker]] = []
+    grants: list[tuple[int, float | None, bool, DemoWorker]] = []
     ended: dict[int, str] = {}
     beyond: list[float] = []  # seconds from the end of a lost lease to the next grant
     until = monotonic() + TIMEOUT
@@ -69,7 +69,7 @@ def fleet(stage: Stage) -> Iterator[str | Check]:
         wanted = len(ended) + number
         read_until(lambda: len(ended) >= wanted)
 
-    def strike(victim: Worker, fate: str) -> tuple[str, int]:
+    def strike(victim: DemoWorker, fate: str) -> tuple[str, int]:
         """Kill or pause it while it holds the lock; return what happened, and its token."""
         turns(PROCESSES)
         victim.tell("stay")

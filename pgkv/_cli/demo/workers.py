@@ -42,10 +42,10 @@ def config_of(settings: dict[str, Any], connections: int) -> Config:
 # -- in the demo ---------------------------------------------------------------------------
 
 
-class Worker(subprocess.Popen[str]):
+class DemoWorker(subprocess.Popen[str]):
     """One process. Its answers go into a queue, as ``(worker, answer)``."""
 
-    def __init__(self, number: int, answers: queue.SimpleQueue[tuple[Worker, Any]]) -> None:
+    def __init__(self, number: int, answers: queue.SimpleQueue[tuple[DemoWorker, Any]]) -> None:
         super().__init__(
             # -P: a user's module in the working directory must not replace one of ours.
             [sys.executable, "-P", "-m", __name__],
@@ -91,7 +91,7 @@ class Worker(subprocess.Popen[str]):
                 self.kill()
             self._reader.join()
 
-    def _read(self, answers: queue.SimpleQueue[tuple[Worker, Any]]) -> None:
+    def _read(self, answers: queue.SimpleQueue[tuple[DemoWorker, Any]]) -> None:
         assert self.stdout is not None
         assert self.stderr is not None
         for line in self.stdout:
@@ -105,8 +105,8 @@ class WorkerGroup:
     """Some processes, and their answers."""
 
     def __init__(self, size: int) -> None:
-        self._answers: queue.SimpleQueue[tuple[Worker, Any]] = queue.SimpleQueue()
-        self.members = [Worker(number, self._answers) for number in range(1, size + 1)]
+        self._answers: queue.SimpleQueue[tuple[DemoWorker, Any]] = queue.SimpleQueue()
+        self.members = [DemoWorker(number, self._answers) for number in range(1, size + 1)]
 
     def tell(self, order: Any) -> None:
         for worker in self.members:
@@ -116,7 +116,7 @@ class WorkerGroup:
         for worker in self.members:
             worker.stop()
 
-    def answer(self, timeout: float = ANSWER_TIMEOUT) -> tuple[Worker, Any]:
+    def answer(self, timeout: float = ANSWER_TIMEOUT) -> tuple[DemoWorker, Any]:
         """Return the next answer with its worker; raise what a worker has failed with."""
         try:
             worker, answer = self._answers.get(timeout=timeout)
