@@ -17,8 +17,10 @@ from ._cli.idempotency import idempotency
 from ._cli.keys import delete, get, scan, set_
 from ._cli.limits import limits
 from ._cli.locks import lock, locks
+from ._cli.queue import queue
 from ._cli.sessions import sessions
 from ._cli.table import evict, schema, stats, sweep
+from ._cli.worker import worker
 
 # The help shows them in this order.
 COMMANDS: dict[str, Callable[..., int]] = {
@@ -39,6 +41,8 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "limits": limits,
     "sessions": sessions,
     "idempotency": idempotency,
+    "queue": queue,
+    "worker": worker,
     "demo": demo,
 }
 for _name, _function in COMMANDS.items():

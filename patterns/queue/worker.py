@@ -27,7 +27,7 @@ from ...errors import ConfigError, PgkvError
 from .._runtime.checks import named, require, require_callback
 from .._runtime.wakeup import Waiter
 from .api import CLEAN_UP, AsyncJob, AsyncQueue, Job, Queue
-from .flows import JobWaiters
+from .flows import Bury, JobWaiters, Later
 
 if TYPE_CHECKING:
     from ...config import Seconds
@@ -186,25 +186,25 @@ class _Labour:
 
     def _perform(self, job: Any, slot: Any) -> Flow[None]:
         """Call the function with a job, and end its run by what comes of it."""
-        error: BaseException | None = None
+        raised: BaseException | None = None
         try:
             try:
                 yield from call(self._fn, job)
-            except BaseException as raised:  # noqa: BLE001  # the job ends by it, and the worker goes on
-                error = raised
-                if isinstance(raised, Exception):
+            except BaseException as error:  # noqa: BLE001  # the job ends by it, and the worker goes on
+                raised = error
+                if isinstance(error, Exception) and not isinstance(error, Later | Bury):
                     _observe.warning(
                         "pgkv.queue.failed", queue=job.queue, job=job.id, attempt=job.attempt,
-                        error=type(raised).__name__,
+                        error=type(error).__name__,
                     )  # fmt: skip
-            yield from call(job._leave, error)
-        except PgkvError as failure:
+            yield from call(job._leave, raised)
+        except PgkvError as error:
             # It is given to another at its lease's end; if it was given already, that is why.
             _observe.warning(
-                "pgkv.queue.end_failed", queue=job.queue, job=job.id, error=type(failure).__name__
+                "pgkv.queue.end_failed", queue=job.queue, job=job.id, error=type(error).__name__
             )
         finally:
-            error = None  # its traceback holds this frame
+            raised = None  # its traceback holds this frame
             if slot is not None:
                 with contextlib.suppress(PgkvError):  # it ends by its ttl
                     yield from call(slot.release)

@@ -21,7 +21,7 @@ from ...patterns.lock.api import Lock
 from ...store import Store
 from .. import console
 from .stage import Check, Stage, scene
-from .workers import Orders, DemoWorker, answer
+from .workers import DemoWorker, Orders, answer
 
 T = TypeVar("T")
 PROCESSES = 4

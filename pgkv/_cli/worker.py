@@ -1,0 +1,102 @@
+"""``pgkv worker``: a program's function as a worker of queues."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import inspect
+import logging
+import sys
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+from . import console
+from .command import DONE, Invocation, duration, flag
+
+
+def worker(
+    call: Invocation,
+    function: Annotated[
+        str, typer.Argument(metavar="MODULE:FUNCTION", help="Called with each job. May be async.")
+    ],
+    queues: Annotated[
+        list[str],
+        typer.Option("--queue", "-q", metavar="NAME",
+                     help="A queue. Several: later ones when earlier ones are empty."),
+    ],
+    concurrency: Annotated[
+        int, typer.Option("--concurrency", metavar="N", min=1, max=1000, help="Jobs at a time.")
+    ] = 8,
+    lease: Annotated[
+        float,
+        typer.Option("--lease", metavar="TIME", parser=duration,
+                     help="After which the job of a dead worker is given to another."),
+    ] = "60s",  # type: ignore[assignment]  # typer parses it
+    grace: Annotated[
+        float,
+        typer.Option("--grace", metavar="TIME", parser=duration,
+                     help="For running jobs to end after SIGTERM or SIGINT."),
+    ] = "30s",  # type: ignore[assignment]  # as above
+    notify: Annotated[bool, flag("--notify", help='Be woken by puts with wakeup="notify".')] = False,
+    unlogged: Annotated[bool, flag("--unlogged", help="Queues with durable=False.")] = False,
+) -> int:  # fmt: skip
+    """Do the jobs of queues with a function of your program, until SIGTERM or SIGINT.
+
+    The module is found from the working directory. The function gets the job: when it returns, the
+    job is done; when it raises, the job waits for its next attempt.
+
+    **Example:** `pgkv worker app.jobs:send --queue emails`
+    """
+    fn = _find(function)
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
+    options = {
+        "lease": lease,
+        "wakeup": "notify" if notify else "poll",
+        "durable": not unlogged,
+    }
+    if inspect.iscoroutinefunction(fn):
+        asyncio.run(_run_async(call, fn, queues, options, concurrency=concurrency, grace=grace))
+        return DONE
+    from ..patterns.queue.api import Queue
+    from ..patterns.queue.worker import Worker
+
+    with call.store(create=True) as store:
+        of = [Queue(store, name, **options) for name in queues]
+        console.note(f"working on {', '.join(queues)}")
+        Worker(of, fn, concurrency=concurrency, grace=grace).run()
+    return DONE
+
+
+async def _run_async(
+    call: Invocation,
+    fn: Callable[..., Any],
+    queues: list[str],
+    options: dict[str, Any],
+    **more: Any,
+) -> None:
+    from ..aio import AsyncStore
+    from ..patterns.queue.api import AsyncQueue
+    from ..patterns.queue.worker import AsyncWorker
+
+    async with AsyncStore(call.config()) as store:
+        where = store if call.namespace is None else store.namespace(call.namespace)
+        console.note(f"working on {', '.join(queues)}")
+        await AsyncWorker([AsyncQueue(where, name, **options) for name in queues], fn, **more).run()
+
+
+def _find(text: str) -> Callable[..., Any]:
+    module, colon, name = text.partition(":")
+    if not colon or not module or not name:
+        raise typer.BadParameter(f"{text!r} is not MODULE:FUNCTION, such as app.jobs:send")
+    sys.path.insert(0, "")
+    try:
+        found: Any = importlib.import_module(module)
+        for part in name.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError) as error:
+        raise typer.BadParameter(f"cannot load {text}: {error}") from None
+    if not callable(found):
+        raise typer.BadParameter(f"{text} is not a function")
+    return found  # type: ignore[no-any-return]  # whatever the module has
