@@ -599,3 +599,51 @@ async def test_the_decorator(
     assert keys == {f"{fn.__module__}.{fn.__qualname__}\x1fk", "t\x1fk"}
     with pytest.raises(pgkv.ConfigError):
         pgkv.idempotent("k")  # type: ignore[arg-type]  # no function
+
+
+async def test_cancelled_anywhere(idem: Any, colour: Colour) -> None:
+    """A cancellation, whichever step it strikes, leaves the key done or free, never held."""
+    if colour.name == "sync":
+        pytest.skip("threads are not cancelled")
+    done = 0
+    for steps in range(40):
+        task = asyncio.ensure_future(run(idem, f"k{steps}"))
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.wait([task])
+        async with idem.once(f"k{steps}", wait=20) as attempt:
+            done += attempt.is_replay
+    assert done < 40
+
+
+@pytest.mark.parametrize("mode", ["force_generic_plan", "force_custom_plan"])
+async def test_no_statement_reads_the_table(store: Any, idem: Any, peer: Peer, mode: str) -> None:
+    """In a large table every statement about a key goes by the primary key, however it is planned."""
+    peer.run(
+        f"INSERT INTO {TABLE} SELECT 'k' || n, '', 1, 'epoch', now() + interval '1 hour', now(), 'r'"
+        " FROM generate_series(1, 20000) n"
+    )
+    peer.run(f"ANALYZE {TABLE}")
+    peer.run(f"SET plan_cache_mode = {mode}")
+    sql = idem._flows.sql
+    ops = [
+        sql.claim(b"k1", b"f", 60.0, 1.0, 30.0),
+        sql.claim_inside(b"k1", b"f", 60.0, 1.0),
+        sql.complete(b"k1", 1, b"r", 60.0, inside=False),
+        sql.complete(b"k1", 1, b"r", 60.0, inside=True),
+        sql.release(b"k1", 1),
+        sql.get(b"k1"),
+        sql.forget(b"k1"),
+    ]
+    values = {2: ["'k1'", "1"], 1: ["'k1'"]}
+    for number, op in enumerate(ops):
+        text = op.statement.text(peer.conn.info.server_version).decode()
+        peer.run(f"PREPARE p{number} AS {text}".replace("%", "%%"))
+        count = len(op.params)
+        given = {5: ["'k1'", "'f'", "60", "'1000'", "30"], 4: ["'k1'", "'f'", "60", "'1000'"]}
+        if op.statement.name == "idempotency_complete":
+            given[4] = ["'r'", "'k1'", "1", "60"]
+        arguments = ", ".join({**values, **given}[count])
+        plan = "\n".join(row[0] for row in peer.run(f"EXPLAIN EXECUTE p{number} ({arguments})"))
+        assert f"Seq Scan on {TABLE}" not in plan, plan
