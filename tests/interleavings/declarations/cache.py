@@ -294,9 +294,18 @@ SCENARIOS = (
         jumps=(TTL + 1,),
     ),
     of_cache(
+        "cached: a first level, read before and answered after",
+        {"filler": reading(), "reader": reading(l1=True), "writer": writing(l1=True)},
+        kinds=("late",),
+        preemptions=0,
+        is_small=True,
+    ),
+    of_cache(
         "cached: invalidated in a transaction",
         {"reader": reading(), "writer": writing_in_transaction},
         around=impatient,
-        kinds=("lose", "cancel"),
+        kinds=(),
+        preemptions=2,
+        is_small=True,
     ),
 )

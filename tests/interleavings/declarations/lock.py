@@ -271,14 +271,14 @@ class Slots(LockSubject):
 TTL = 10.0
 
 
-async def hold(world: World, held: Any) -> None:
+async def hold(world: World, held: Any, *, extends: bool = False) -> None:
     """Be inside for a while, with what was acquired."""
     name = world.client()
     async with held as lease:
         world.memory.setdefault("tokens", []).append((lease.slot, lease.token))
         world.held[name] = lease
         try:
-            if name.startswith("extends"):
+            if extends:
                 await lease.extend(2 * TTL)
                 # The server has just said so, whatever the holder's clock believes.
                 holder = pgkv.Lock(world.sync, "a").holder()
@@ -289,12 +289,12 @@ async def hold(world: World, held: Any) -> None:
             del world.held[name]
 
 
-def holding(**options: Any) -> Client:
+def holding(*, extends: bool = False, **options: Any) -> Client:
     """Acquire the lock, be inside, release."""
 
     async def client(world: World) -> None:
         lock = world.make("Lock", "a", ttl=TTL, renew=False, **options)
-        await hold(world, lock.acquire(timeout=100))
+        await hold(world, lock.acquire(timeout=100), extends=extends)
 
     return client
 
@@ -403,15 +403,31 @@ SCENARIOS = (
     of_locks("lock", {"A": holding(), "B": holding()}, jumps=(LATER,)),
     of_locks(
         "lock, three clients",
-        {"A": holding(), "B": holding(), "extends": holding()},
+        {"A": holding(extends=True), "B": holding(), "C": holding()},
         kinds=("die",),
         jumps=(LATER,),
         faults=2,
     ),
     of_locks("lock: past its ttl", {"A": holding(), "B": holding()}, kinds=(), jumps=(LATER,)),
     of_locks(
+        "lock: cancelled",
+        {"A": holding(), "B": holding()},
+        kinds=("cancel",),
+        preemptions=1,
+        is_small=True,
+    ),
+    of_locks(
+        "lock: extended past its end",
+        {"A": holding(extends=True), "B": holding()},
+        invariant=None,
+        kinds=(),
+        server_jumps=(LATER,),
+        preemptions=2,
+        is_small=True,
+    ),
+    of_locks(
         "lock: the server's clock jumps",
-        {"extends": holding(), "B": holding()},
+        {"A": holding(extends=True), "B": holding()},
         invariant=None,
         kinds=("lose",),
         server_jumps=(LATER, BACK),
@@ -426,7 +442,7 @@ SCENARIOS = (
     ),
     of_locks(
         "lock: freed by force",
-        {"A": holding(), "extends": holding(), "freer": freeing},
+        {"A": holding(extends=True), "B": holding(), "freer": freeing},
         invariant=newest_holds,
         preemptions=2,
     ),
