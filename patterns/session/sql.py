@@ -189,18 +189,17 @@ class SessionStatements(Sweep):
 
     @cached_property
     def _load(self) -> Statement[Loaded | None]:
-        return self._make_load("s.meta->>1 IS NOT NULL")
+        return self._make_load("s.meta->>1")
 
     @cached_property
     def _load_timed(self) -> Statement[Loaded | None]:
-        return self._make_load("true")
-
-    def _make_load(self, timed: str) -> Statement[Loaded | None]:
-        # One column for what few sessions have: another one would cost each load.
-        state = (
-            f"CASE WHEN successor IS NOT NULL THEN 'moved' WHEN {timed} THEN concat_ws(' ', "
-            f"extract(epoch from seen_at), extract(epoch from {NOW}), s.meta->>1) END"
+        return self._make_load(
+            f"concat_ws(' ', extract(epoch from seen_at), extract(epoch from {NOW}), s.meta->>1)"
         )
+
+    def _make_load(self, more: str) -> Statement[Loaded | None]:
+        # One column for what few sessions have: another one would cost each load.
+        state = f"CASE WHEN successor IS NOT NULL THEN 'moved' ELSE {more} END"
         # The touch locks nothing that is locked, so a load never waits; and it locks nothing at
         # all within touch_interval, so a load then takes no transaction id.
         return self.statement(
@@ -224,8 +223,7 @@ class SessionStatements(Sweep):
         )
 
     def load(self, id: bytes, *, timed: bool = False) -> Op[Loaded | None]:
-        """Read a live session, and note its use once per touch_interval; `timed`: with `times`,
-        which a session with an idle timeout of its own has in any case."""
+        """Read a live session, and note its use once per touch_interval; `timed`: with `times`."""
         return Op(self._load_timed if timed else self._load, (id, self._idle, self._touch))
 
     @property
@@ -268,8 +266,11 @@ class SessionStatements(Sweep):
         )
         if state is None or loaded.moved:
             return loaded
-        seen, now, *idle = map(float, state.split())
-        return loaded._replace(times=(seen, now), idle=idle[0] if idle else None)
+        known = [float(each) for each in state.split()]
+        return loaded._replace(
+            times=(known[0], known[1]) if len(known) > 1 else None,
+            idle=known[-1] if len(known) != 2 else None,
+        )
 
     def save(
         self,

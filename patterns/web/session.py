@@ -154,9 +154,8 @@ class SessionHandler:
         """The first live session; one that a rotation has replaced is used only if there is no
         other."""
         moved = None
-        timed = self.settings.cookie.max_age is not None
         for token in self._tokens:
-            session = yield from self.settings.flows.load(token, timed=timed)
+            session = yield from self.settings.flows.load(token, timed=True)
             if session is not None:
                 if not session._moved:
                     self._had = self._browser = token
