@@ -23,7 +23,7 @@ def main() -> None:
     parser.add_argument("--kind", choices=("sync", "async"), help="of clients; both without it")
     parser.add_argument("--preemptions", type=int, help="instead of the scenario's own bound")
     parser.add_argument("--faults", type=int, help="the same")
-    parser.add_argument("--minutes", type=float, default=10.0, help="for each scenario")
+    parser.add_argument("--minutes", type=float, default=0.5, help="for each scenario and kind")
     arguments = parser.parse_args()
     bounds = {
         name: value

@@ -44,6 +44,9 @@ from pgkv.testing import ServerClock
 
 DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
 STEPS_MAX = 400  # of one schedule: a client that polls for ever is a fault of the scenario
+ATTEMPTS = (
+    5  # at a schedule that is not the same again: the server's clock goes on, whatever is slow
+)
 GO_ON = 0.7  # the share of a random schedule's points at which nothing special happens
 EPOCH = 1_000_000.0  # where the clock of each schedule begins
 
@@ -196,7 +199,7 @@ class World:
         self._faults = scenario.faults
         self.history: list[str] = []
         self.failure: BaseException | None = None
-        self.is_redundant = False
+        self.is_redundant = self.has_diverged = False
         self._stores: dict[str, Any] = {}
 
     # -- what clients do
@@ -504,10 +507,11 @@ class World:
         self._depth += 1
         if depth < len(self._stack):
             node = self._stack[depth]
-            node.choices = choices
             if node.chosen >= len(choices):
+                self.has_diverged = True
                 self._fail(StuckError("the schedule is not the same when it is run again"))
                 return None
+            node.choices = choices
             return choices[node.chosen]
         if self._dice is not None:
             # Mostly on, now and then elsewhere: so that switches and faults come early and late.
@@ -958,8 +962,13 @@ def explore(
                 return Outcome(schedules, steps, False, shrunk(stack, world))
         return Outcome(schedules, steps, False)
     while True:
-        world = World(scenario, sync, clock, stack, kind)
-        world.run()
+        attempt = 0
+        while True:
+            world = World(scenario, sync, clock, stack, kind)
+            world.run()
+            attempt += 1
+            if not world.has_diverged or attempt == ATTEMPTS:
+                break
         if not world.is_redundant:
             schedules += 1
             steps += len(world.history)

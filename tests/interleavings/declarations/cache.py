@@ -165,7 +165,7 @@ def version_sync() -> int:
 
 def cached_version(world: World, **options: Any) -> Any:
     """The source, cached in a process of the client's own; with `l1`, in one process of all clients."""
-    settings: dict[str, Any] = {"ttl": TTL * 10, "beta": 0, "compute_timeout": 1, **options}
+    settings: dict[str, Any] = {"ttl": TTL * 10, "beta": 0, "compute_timeout": 2, **options}
     if settings.get("l1"):
         settings["l1"] = world.memory.setdefault("l1", pgkv.L1(ttl=TTL))
     cached = pgkv.cached(store=world.store, **settings)
