@@ -74,6 +74,7 @@ OPERATIONS: dict[str, Operation] = {
     "load": lambda s, p: s.load(NOW),
     "load timed": lambda s, p: s._run(s._flows.load(NOW, timed=True)),
     "load stub": lambda s, p: s.load(MID),
+    "exists": lambda s, p: s.exists(NOW),
     "merge": lambda s, p: s.save(p.changed(**{p.side: 1})),
     "merge same key": lambda s, p: s.save(p.changed(a=p.side)),
     "save or fail": lambda s, p: s.save(p.changed(a=p.side), on_conflict="error"),
