@@ -26,6 +26,24 @@ OperationHook: TypeAlias = Callable[[str, float, str, int], object]
 _standard = logging.getLogger("pgkv")
 
 
+def shown(facts: Callable[[Any], str]) -> Callable[[Any], str]:
+    """Make a `__repr__` of what says the facts about an object: ``<Lock 'billing' ttl=30>``.
+
+    The facts must hold no secret, ask no server and take no lock. Of an object half made, as the
+    locals in a traceback may hold one, only the class is shown: a repr never fails.
+    """
+
+    @functools.wraps(facts)
+    def show(self: Any) -> str:
+        try:
+            text = facts(self)
+        except Exception:  # noqa: BLE001  # whatever is missing, or a user's own repr
+            return f"<{type(self).__name__}>"
+        return f"<{type(self).__name__} {text}>"
+
+    return show
+
+
 class OperationEvent:
     """An operation that has ended. It holds no key, value or SQL parameter: everything is worked out
     when it is read, so a listener pays for what it uses.
@@ -94,8 +112,9 @@ class OperationEvent:
         hits, keys = self.hits, self._op.keys
         return None if hits is None or keys is None else keys - hits
 
+    @shown
     def __repr__(self) -> str:
-        return f"<OperationEvent {self.name} {self.outcome}>"
+        return f"{self.name} {self.outcome}"
 
 
 class StateEvent:
@@ -113,6 +132,10 @@ class StateEvent:
         self.name: str = name
         self.kind: str = name.split(".")[1]
         self.fields: Mapping[str, object] = fields
+
+    @shown
+    def __repr__(self) -> str:
+        return self.name
 
 
 Event: TypeAlias = "OperationEvent | StateEvent"
@@ -270,21 +293,3 @@ def _log(level: int, event: str, context: dict[str, object]) -> None:
     elif _standard.isEnabledFor(level):
         pairs = " ".join(f"{name}={value}" for name, value in context.items())
         _standard.log(level, "%s %s", event, pairs, extra={"pgkv": context})
-
-
-def shown(facts: Callable[[Any], str]) -> Callable[[Any], str]:
-    """Make a `__repr__` of what says the facts about an object: ``<Lock 'billing' ttl=30>``.
-
-    The facts must hold no secret, ask no server and take no lock. Of an object half made, as the
-    locals in a traceback may hold one, only the class is shown: a repr never fails.
-    """
-
-    @functools.wraps(facts)
-    def show(self: Any) -> str:
-        try:
-            text = facts(self)
-        except Exception:  # noqa: BLE001  # whatever is missing, or a user's own repr
-            return f"<{type(self).__name__}>"
-        return f"<{type(self).__name__} {text}>"
-
-    return show

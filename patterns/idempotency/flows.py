@@ -110,8 +110,8 @@ class IdempotencyFlows:
         self.size_max: int = config.max_value_size
         self.prefix = prefix
         self.table: Table = companion(config, IDEMPOTENCY)
-        self.sql = IdempotencyStatements(config, self.table)
-        self.ready = not config.auto_create_table  # the table was looked for
+        self.sql: IdempotencyStatements = IdempotencyStatements(config, self.table)
+        self.ready: bool = not config.auto_create_table  # the table was looked for
 
     def facts(self) -> str:
         """What a repr says."""

@@ -14,7 +14,7 @@ import os
 import weakref
 from collections.abc import Callable
 from random import random, randrange, uniform
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import psycopg
 from psycopg import pq
@@ -72,7 +72,7 @@ T = TypeVar("T")
 class LockWaiters(Waiters):
     """Those who wait for locks: a release lets one of each process try."""
 
-    channel = CHANNEL.decode()
+    channel: ClassVar[str] = CHANNEL.decode()
 
 
 # -- acquiring -----------------------------------------------------------------------------

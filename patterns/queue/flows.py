@@ -109,7 +109,7 @@ class Put(NamedTuple):
 class JobWaiters(Waiters):
     """Those who wait for jobs: a put wakes all of a process, for it may tell of many jobs."""
 
-    channel = CHANNEL.decode()
+    channel: ClassVar[str] = CHANNEL.decode()
     wakes_all = True
 
 

@@ -163,9 +163,9 @@ class JobStatements:
         self.relaxed = ASYNC if logged and not inside else "NULL"
         literal = self.t.replace("'", "''")
         notifying = f"pg_notify('{CHANNEL.decode()}', '{literal}' || $1)"
-        self.told = f", (SELECT {notifying})" if inside and notify else ""
+        self.told: str = f", (SELECT {notifying})" if inside and notify else ""
         self.notifying = notifying
-        self.sized = f"pg_relation_size('{literal}'::regclass)"
+        self.sized: str = f"pg_relation_size('{literal}'::regclass)"
 
     def _statement(
         self, name: str, sql: str, formats: tuple[int, ...], decode: Any, **options: Any
@@ -513,7 +513,7 @@ def _int8s(numbers: Iterable[int]) -> bytes:
 
 _int2 = Struct("!h").pack
 _PRIORITIES = _codec.encode_array([_int2(priority) for priority in PRIORITIES], INT2_OID)
-_int, float8, moment = _codec.decode_int, _codec.decode_float8, _codec.decode_moment
+_int, _float8, _moment = _codec.decode_int, _codec.decode_float8, _codec.decode_moment
 
 
 def _text(raw: bytes | None) -> str:
@@ -550,7 +550,7 @@ def _read_look(result: Result) -> Look:
         if key is not None
     ]  # fmt: skip
     jobs.sort(key=lambda job: (-job.priority, job.due_at, job.id))
-    return Look(jobs, _int(now), _int(size), None if left is None else float8(left))
+    return Look(jobs, _int(now), _int(size), None if left is None else _float8(left))
 
 
 def _read_acked(result: Result) -> str:
@@ -569,7 +569,7 @@ def _read_renewed(result: Result) -> dict[int, int]:
 def _read_stats(result: Result) -> list[QueueStats]:
     return [
         QueueStats(
-            _text(name), _int(waiting), _int(delayed), _int(running), _int(dead), float8(old)
+            _text(name), _int(waiting), _int(delayed), _int(running), _int(dead), _float8(old)
         )
         for name, waiting, delayed, running, dead, old in _rows(result, 6)
     ]
@@ -578,8 +578,8 @@ def _read_stats(result: Result) -> list[QueueStats]:
 def _read_jobs(result: Result) -> list[JobInfo]:
     return [
         JobInfo(
-            _int(key), _text(state), _int(priority), _int(attempt), _int(most), moment(created),
-            moment(due), _text_or_none(dedupe), _text_or_none(error), payload or b"",
+            _int(key), _text(state), _int(priority), _int(attempt), _int(most), _moment(created),
+            _moment(due), _text_or_none(dedupe), _text_or_none(error), payload or b"",
         )
         for key, state, priority, attempt, most, created, due, dedupe, error, payload in _rows(
             result, 10

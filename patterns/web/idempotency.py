@@ -142,8 +142,10 @@ class IdempotentRequests:
                 "the user's id"
             )
         self.scope = scope
-        self.methods = frozenset(map(str.upper, options.get("methods", ("POST", "PATCH"))))
-        self.required = options.get("required", False)
+        self.methods: frozenset[str] = frozenset(
+            map(str.upper, options.get("methods", ("POST", "PATCH")))
+        )
+        self.required: bool = options.get("required", False)
         self.wait: float = seconds(options.get("wait", 0), "wait", zero=True, endless="")
         self.max_request: int = options.get("max_request", BODY_MAX)
         self.max_body: int = options.get("max_body", BODY_MAX)

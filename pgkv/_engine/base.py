@@ -48,7 +48,7 @@ class PooledOperations:
         self._collectors: dict[Table, Collector] = {}
         self._known: set[Table] = set()
         self._patrolling = False
-        self.misses = Misses()
+        self.misses: Misses = Misses()
 
     def on_close(self, fn: Callable[[], object]) -> None:
         """Call `fn` when the channel has been closed; an async one calls it in a thread."""

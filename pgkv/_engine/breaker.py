@@ -79,7 +79,7 @@ class Misses:
     says what is `missed` then."""
 
     def __init__(self) -> None:
-        self.breaker = Breaker()
+        self.breaker: Breaker = Breaker()
         self._count = 0  # since the last warning; a lost update is harmless
         self._log_at = 0.0
 

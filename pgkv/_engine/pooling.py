@@ -78,7 +78,7 @@ class PoolPlace:
     __slots__ = ("__weakref__", "connected")
 
     def __init__(self) -> None:
-        self.connected = False
+        self.connected: bool = False
 
 
 def closed(action: str) -> StoreUnavailableError:

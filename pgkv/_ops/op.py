@@ -202,11 +202,13 @@ class Transaction(Generic[T]):
         retry_safe: bool,
         deadline: float | None = None,
     ) -> None:
-        self.flow = flow  # a factory: a repeated transaction starts its flow again
-        self.deadline = deadline
-        self.table = table
-        self.retry_safe = retry_safe
-        self.retries = 0
+        self.flow: Callable[[], Flow[T]] = (
+            flow  # a factory: a repeated transaction starts its flow again
+        )
+        self.deadline: float | None = deadline
+        self.table: Table | None = table
+        self.retry_safe: bool = retry_safe
+        self.retries: int = 0
 
 
 class Pipelined:
@@ -229,13 +231,13 @@ class Pipelined:
     def __init__(
         self, ops: Sequence[Op[Any]], *, sync_each: bool, deadline: float | None = None
     ) -> None:
-        self.ops = ops
-        self.deadline = deadline
-        self.sync_each = sync_each
-        self.retries = 0
-        self.table = ops[-1].statement.table
-        self.retry_safe = all(op.statement.retry_safe for op in ops)
-        self.writes = any(op.statement.writes for op in ops)
+        self.ops: Sequence[Op[Any]] = ops
+        self.deadline: float | None = deadline
+        self.sync_each: bool = sync_each
+        self.retries: int = 0
+        self.table: Table | None = ops[-1].statement.table
+        self.retry_safe: bool = all(op.statement.retry_safe for op in ops)
+        self.writes: bool = any(op.statement.writes for op in ops)
 
 
 Step: TypeAlias = "Op[Any] | Sleep | Call[Any] | Transaction[Any] | Pipelined"

@@ -75,7 +75,7 @@ class Serializer(Generic[T]):
         self.type = type_
         self.codec = codec
         # Of list[User] the class is list alone.
-        self.name = type_.__name__ if isinstance(type_, type) else str(type_)
+        self.name: str = type_.__name__ if isinstance(type_, type) else str(type_)
         module: Any = msgspec.json if codec == "json" else msgspec.msgpack
         self._encode: Callable[[Any], bytes] = module.Encoder(enc_hook=_plain_of).encode
         self._names: Callable[[], set[str]] = set  # what a pydantic path may say

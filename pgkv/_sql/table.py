@@ -150,7 +150,7 @@ class TableStatements:
         self.readable = "TRUE" if strategy is TtlCleanupStrategy.DISABLED else LIVE
         # Under ON_READ a read also reports expired rows, so that they can be collected.
         self.collects: bool = strategy is TtlCleanupStrategy.ON_READ
-        self.lenient = self.may_miss and config.on_error == "miss"
+        self.lenient: bool = self.may_miss and config.on_error == "miss"
         self._made: dict[object, Statement[Any]] = {}
 
     def made(self, shape: object, make: Callable[[], Statement[T]]) -> Statement[T]:

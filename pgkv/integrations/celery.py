@@ -33,7 +33,11 @@ class CeleryBackend(KeyValueStoreBackend):
 
     implements_incr = True  # so that a chord's end is counted, not polled
     supports_native_join = True
-    key_t = staticmethod(lambda key: key if isinstance(key, str) else bytes(key).decode())
+
+    @staticmethod
+    def key_t(key: str | bytes) -> str:
+        """Return a key as text; Celery's are bytes."""
+        return key if isinstance(key, str) else bytes(key).decode()
 
     def __init__(
         self,

@@ -64,7 +64,7 @@ class Watchdog:
         self.loop = loop
         self._watched: set[Watched] = set()
         self._timer: asyncio.TimerHandle | None = None
-        self.next_look = math.inf
+        self.next_look: float = math.inf
 
     def watch(self, one: Watched) -> None:
         """Mind its deadlines from now on."""
@@ -148,12 +148,12 @@ class AsyncPgConnection:
         prepares: bool,
         prepared: set[bytes] | None = None,
     ) -> None:
-        self.conn = conn
+        self.conn: psycopg.AsyncConnection[Any] = conn
         self.pgconn: PGconn = conn.pgconn
-        self.prepares = prepares
-        self.retire_at = math.inf
-        self.deadline = math.inf
-        self.lost = False
+        self.prepares: bool = prepares
+        self.retire_at: float = math.inf
+        self.deadline: float = math.inf
+        self.lost: bool = False
         self.on_free: Callable[[AsyncPgConnection], None] | None = None
         self._prepared = set() if prepared is None else prepared
         self.ready: AbstractSet[bytes] = self._prepared if prepares else frozenset()
@@ -169,7 +169,7 @@ class AsyncPgConnection:
         pgconn = self.pgconn
         self._socket = pgconn.socket
         self._poll = poller(self._socket)
-        self.send_prepared = pgconn.send_query_prepared
+        self.send_prepared: Callable[..., None] = pgconn.send_query_prepared
         self._flush = pgconn.flush
         self._consume = pgconn.consume_input
         self._is_busy = pgconn.is_busy

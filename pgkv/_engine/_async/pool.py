@@ -519,7 +519,8 @@ class AsyncCallerPool:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    put_idle = discard = check_in
+    put_idle = check_in
+    discard = check_in
 
     async def _check_in(self, connection: AsyncPgConnection) -> None:
         if connection.is_running():

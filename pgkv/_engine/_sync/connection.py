@@ -80,21 +80,21 @@ class PgConnection:
         prepares: bool,
         prepared: set[bytes] | None = None,
     ) -> None:
-        self.conn = conn
+        self.conn: psycopg.Connection[Any] = conn
         self.pgconn: PGconn = conn.pgconn
-        self.prepares = prepares
-        self.retire_at = math.inf
-        self.place = PoolPlace()
+        self.prepares: bool = prepares
+        self.retire_at: float = math.inf
+        self.place: PoolPlace = PoolPlace()
         self._lost: deque[Any] | None = None
         self._prepared = set() if prepared is None else prepared
         pgconn = self.pgconn
         # One poller for the connection's life; bound methods spare a look-up for each of some ten calls.
-        self.poll = poller(pgconn.socket)
-        self.send_prepared = pgconn.send_query_prepared
-        self.flush = pgconn.flush
-        self.consume = pgconn.consume_input
-        self.is_busy = pgconn.is_busy
-        self.get_result = pgconn.get_result
+        self.poll: Callable[[float], Sequence[Any]] = poller(pgconn.socket)
+        self.send_prepared: Callable[..., None] = pgconn.send_query_prepared
+        self.flush: Callable[[], int] = pgconn.flush
+        self.consume: Callable[[], None] = pgconn.consume_input
+        self.is_busy: Callable[[], int] = pgconn.is_busy
+        self.get_result: Callable[[], PGresult | None] = pgconn.get_result
         self._nap_ms = TLS_NAP_MS if pgconn.ssl_in_use else LONGEST_NAP_MS
         self.ready: AbstractSet[bytes] = (
             self._prepared if prepares and not pgconn.ssl_in_use else frozenset()

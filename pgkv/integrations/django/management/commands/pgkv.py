@@ -18,7 +18,7 @@ class Command(BaseCommand):
     """Runs a command of pgkv on the database and table of a cache."""
 
     help = "Run a command of pgkv on the database of a cache: manage.py pgkv doctor"
-    requires_system_checks = ()
+    requires_system_checks: tuple[()] = ()
 
     def add_arguments(self, parser: CommandParser) -> None:
         """Add the arguments."""
