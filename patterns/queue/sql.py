@@ -218,18 +218,19 @@ class JobStatements:
 
     @cached_property
     def _put_deduped(self) -> Statement[tuple[int, str]]:
-        # A job that waits runs after this put; one that runs must run again. Inside a transaction
-        # the waiting one is locked: taken before the commit, it would run on what was there before.
+        # A job that waits runs after this put; one that runs must run again, and so must one whose
+        # lease is over, for its ack would still count. Inside a transaction the waiting one is locked:
+        # taken before the commit, it would run on what was there before.
         # No row: the job was taken, or its run ended, between the two looks at it.
         lock = " FOR NO KEY UPDATE" if self.inside else ""
         insert = self._inserted("$2", _due("n.c"), "(SELECT clock_timestamp() c) n", "$7")
         sql = (
             f"WITH o AS MATERIALIZED (SELECT id FROM {self.t} WHERE queue = $1 AND dedupe = $7 "
-            f"AND {LIVES} AND (leased_until <= {NOW} OR again){lock}), "
+            f"AND {LIVES} AND (leased_until = {EPOCH} OR again){lock}), "
             f"i AS ({insert} WHERE NOT EXISTS (SELECT 1 FROM o) "
             f"ON CONFLICT (queue, dedupe) WHERE dedupe IS NOT NULL AND {LIVES} "
             "DO UPDATE SET again = TRUE, payload = EXCLUDED.payload "
-            "WHERE t.leased_until > EXCLUDED.created_at AND NOT t.again RETURNING id, again) "
+            f"WHERE t.leased_until > {EPOCH} AND NOT t.again RETURNING id, again) "
             f"SELECT id, CASE WHEN again THEN 'again' ELSE 'new' END{self.told} FROM i "
             f"UNION ALL SELECT id, 'waiting'{', NULL' if self.told else ''} FROM o"
         )

@@ -709,7 +709,7 @@ class Call:
 
 
 def _wrapped(value: Any) -> Any:
-    return Inline(value) if isinstance(value, pgkv.Lease | pgkv.Reservation) else value
+    return Inline(value) if isinstance(value, pgkv.Lease | pgkv.Reservation | pgkv.Job) else value
 
 
 # -- the event loop ------------------------------------------------------------------------

@@ -598,6 +598,18 @@ async def test_however_a_run_ends_a_key_put_meanwhile_runs(
     assert await counts(queue) == (0, 0, 0, 0)
 
 
+async def test_a_late_ack_does_not_lose_a_put(queue: Any, clock: ServerClock) -> None:
+    """A put after the end of a lease may be of what the old run has not seen: if that run is acknowledged
+    all the same, the job runs again."""
+    await queue.put("old", dedupe="k")
+    job = await taken(queue)
+    clock.advance(LEASE + 1)
+    assert (await queue.put("new", dedupe="k")).outcome == "again"
+    await job.ack()
+    await look_at_all(queue)
+    assert await payloads(queue) == ["new"]
+
+
 async def test_a_dead_job_does_not_keep_its_key(queue: Any) -> None:
     """A key whose job is dead can be put; the dead one is not retried beside it."""
     first = await queue.put("one", dedupe="k")
