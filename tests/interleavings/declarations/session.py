@@ -17,7 +17,7 @@ from tests.interleavings.scenarios import failed_by_itself, truncate
 from tests.interleavings.schedule import Scenario, World
 
 STATEMENTS = ("pgkv.patterns.session.sql",)
-READS = frozenset[str]()
+READS = frozenset(("exists",))
 TABLE = "kv_store_sessions"
 _issued = threading.local()
 

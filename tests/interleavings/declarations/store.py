@@ -9,13 +9,15 @@ from typing import Any
 import psycopg
 
 from pgkv import CasResult, Store
+from pgkv._ops.codec import encode_ttl
+from pgkv._sql import INCREMENTS, SETS
 from tests.interleavings.pairs import Operation, Subject
 from tests.interleavings.schedule import Scenario
 
 STATEMENTS = ("pgkv._sql.point", "pgkv._sql.batch", "pgkv._sql.scan", "pgkv._sql.sweep")
 READS = frozenset((
     "get", "get_entry", "exists", "ttl", "get_many", "get_raw", "exists_many", "keys", "scan", "count", "stats",
-    "now", "get_statement", "exists_statement", "ping", "reach", "may_maintain", "pages", "vacuum", "analyze", "Sweep.collect",
+    "now", "get_statement", "exists_statement", "ping", "reach", "may_maintain", "pages", "vacuum", "analyze", "Sweep.collect", "dump",
 ))  # fmt: skip
 KEYS = ["a", "k", "z"]
 # What a side writes: integers, so that all of it can be added to.
@@ -38,6 +40,13 @@ def outcome(result: CasResult) -> Any:
     return result.status, result.current
 
 
+def merged(store: Store, kind: int, *params: bytes) -> Any:
+    """Calls of several callers that travel as one statement: the keys that it answers."""
+    op = store._sql.merged(kind, [(key.encode(), *params) for key in KEYS])
+    answers = store._execute(op)
+    return sorted(answers)
+
+
 OPERATIONS: dict[str, Operation[Store]] = {
     "set": lambda s, x: s.set("k", VALUE[x]) > 0,
     "set keep_ttl": lambda s, x: s.set("k", VALUE[x], keep_ttl=True) > 0,
@@ -58,6 +67,8 @@ OPERATIONS: dict[str, Operation[Store]] = {
     "expire if_version": lambda s, x: s.expire("k", TTL[x], if_version=VERSION),
     "persist": lambda s, x: s.persist("k"),
     "set_many": lambda s, x: s.set_many(dict.fromkeys(KEYS, VALUE[x])),
+    "sets merged": lambda s, x: merged(s, SETS, VALUE[x].encode()),
+    "increments merged": lambda s, x: merged(s, INCREMENTS, b"%d" % DELTA[x]),
     "increment_many": lambda s, x: sorted(s.increment_many(dict.fromkeys(KEYS, DELTA[x])).items()),
     "delete_many": lambda s, x: s.delete_many(KEYS),
     "expire_many": lambda s, x: s.expire_many(KEYS, TTL[x]),
@@ -97,6 +108,7 @@ VARIANTS: dict[str, Operation[Store]] = {
     ),
     "update with ttl": lambda s, x: s.update("k", lambda _: VALUE[x], ttl=TTL[x]),
     "expire_at": lambda s, x: s.expire_at("k", later(x)),
+    "sets with ttl merged": lambda s, x: merged(s, SETS, VALUE[x].encode(), encode_ttl(TTL[x])),
     "set_many with ttl": lambda s, x: s.set_many(dict.fromkeys(KEYS, VALUE[x]), ttl=TTL[x]),
     "increment_many with ttl": lambda s, x: sorted(
         s.increment_many(dict.fromkeys(KEYS, DELTA[x]), ttl=TTL[x]).items()
