@@ -1,0 +1,85 @@
+"""A process that does jobs, for tests that kill it: ``python -m tests.faults.queue_worker``."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import sys
+import time
+
+import psycopg
+
+import pgkv
+
+LEASE = 1.0
+EXPECTED = (pgkv.PgkvError, psycopg.Error, ZeroDivisionError)
+
+
+def orders(store: pgkv.Store) -> pgkv.Queue[bytes]:
+    """The queue of the storms: failures are tried again at once, and never too often."""
+    return pgkv.Queue(
+        store, "orders", lease=LEASE, max_attempts=10_000, backoff=pgkv.Backoff(0), wakeup="notify"
+    )
+
+
+def ship(conn: psycopg.Connection, store: pgkv.Store, rng: random.Random) -> None:
+    """An order's effect and its ack in one transaction, of which some commit past the lease."""
+    queue = orders(store)
+    job = queue.take(timeout=1)
+    if job is None:
+        return
+    with job:
+        conn.execute("INSERT INTO effects VALUES (%s)", [job.payload.decode()])
+        time.sleep(rng.uniform(0, 0.02))
+        if rng.random() < 0.1:
+            raise ZeroDivisionError
+        queue.using(conn).ack(job)
+        time.sleep(LEASE * 1.3 if rng.random() < 0.02 else 0)
+        conn.commit()
+
+
+def index(conn: psycopg.Connection, store: pgkv.Store, rng: random.Random) -> None:
+    """Copy a document's version; note where two do that at once."""
+    job = orders(store).take(timeout=1)
+    if job is None:
+        return
+    with job:
+        conn.autocommit = True
+        key = int(job.dedupe or 0)
+        row = conn.execute("SELECT pg_try_advisory_lock(%s)", [key]).fetchone()
+        if row is None or not row[0]:
+            conn.execute("INSERT INTO meetings VALUES (%s)", [key])
+        read = "SELECT version FROM documents WHERE id = %s"
+        (version,) = conn.execute(read, [key]).fetchone() or (0,)
+        time.sleep(rng.uniform(0, 0.02))
+        write = "UPDATE documents SET indexed = greatest(indexed, %s) WHERE id = %s"
+        conn.execute(write, [version, key])
+        conn.execute("SELECT pg_advisory_unlock(%s)", [key])
+
+
+def storm(mode: str, dsn: str, seed: str) -> None:
+    """Work until killed."""
+    rng = random.Random(int(seed))
+    with pgkv.Store.connect(dsn) as store:
+        while True:
+            with contextlib.suppress(*EXPECTED), psycopg.connect(dsn) as conn:
+                while True:
+                    {"ship": ship, "index": index}[mode](conn, store, rng)
+
+
+def control(mode: str, dsn: str) -> None:
+    """Do a job, and wait where the process will be killed: between effect and ack, or after both."""
+    with pgkv.Store.connect(dsn) as store, psycopg.connect(dsn) as conn:
+        queue = orders(store)
+        job = queue.take(timeout=10)
+        assert job is not None
+        conn.execute("INSERT INTO effects VALUES (%s)", [job.payload.decode()])
+        if mode == "together":
+            queue.using(conn).ack(job)
+        conn.commit()
+        print("done", flush=True)
+        sys.stdin.read()
+
+
+if __name__ == "__main__":
+    (storm if sys.argv[1] == "storm" else control)(*sys.argv[2:])

@@ -1,0 +1,251 @@
+"""Queues under kills: storms with exact totals, the control that shows doubles, and single faults."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+
+import pgkv
+from tests.faults.proxy import Proxy
+from tests.faults.queue_worker import LEASE, orders
+from tests.faults.support import newest
+from tests.servers import Server, wait_until
+
+pytestmark = newest
+ROOT = Path(__file__).resolve().parents[2]
+# A storm goes on until that much was done, however slow the machine is.
+ORDERS = int(os.environ.get("PGKV_QUEUE_ORDERS", "60"))
+KILLS, WORKERS, DOCUMENTS = max(6, ORDERS // 20), 4, 6
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """start("storm", "ship", dsn, 1) starts a worker; none outlives the test."""
+    made: list[subprocess.Popen[str]] = []
+
+    def begin(*args: object) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "tests.faults.queue_worker", *map(str, args)]
+        pipe = subprocess.PIPE
+        made.append(subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, text=True))
+        return made[-1]
+
+    yield begin
+    for each in made:
+        each.kill()
+        each.communicate()
+
+
+@pytest.fixture
+def world(dsn: str) -> Iterator[psycopg.Connection]:
+    """What the workers work on, and a connection that counts it."""
+    with psycopg.connect(dsn, autocommit=True) as conn:
+        conn.execute("CREATE TABLE orders (id int)")
+        conn.execute("CREATE TABLE effects (id int)")
+        conn.execute("CREATE TABLE meetings (id int)")
+        conn.execute("CREATE TABLE documents (id int, version int, indexed int)")
+        yield conn
+
+
+def count(conn: psycopg.Connection, query: str) -> int:
+    """The only number of a query."""
+    row = conn.execute(query.encode()).fetchone()
+    assert row is not None
+    return int(row[0])
+
+
+class Storm:
+    """Workers of which some are killed, paused past their leases, or cut off."""
+
+    def __init__(
+        self, mode: str, dsn: str, conn: psycopg.Connection, start: Callable[..., Any], fates: str
+    ) -> None:
+        self.kills, self._rng, self._conn, self._fates = 0, random.Random(17), conn, fates.split()
+        self._seeds = iter(range(100_000))
+        self._start = lambda: start("storm", mode, dsn, next(self._seeds))
+        self._workers = [self._start() for _ in range(WORKERS)]
+        self._until = time.monotonic() + 100
+
+    def strike(self) -> None:
+        """Wait a little, then harm one of them."""
+        assert time.monotonic() < self._until, "the storm makes no progress"
+        time.sleep(self._rng.uniform(0.1, 0.4))
+        fate, number = self._rng.choice(self._fates), self._rng.randrange(WORKERS)
+        if fate == "cut":
+            self._conn.execute(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid()"
+                " AND backend_type = 'client backend' AND query ~ 'effects|kv_store_jobs'"
+                " ORDER BY random() LIMIT 1"
+            )
+        elif fate == "pause":
+            worker = self._workers[number]
+            worker.send_signal(signal.SIGSTOP)
+            time.sleep(LEASE * 1.2)
+            worker.send_signal(signal.SIGCONT)
+        else:
+            self._workers[number].kill()
+            self.kills += 1
+            self._workers[number] = self._start()
+
+    def calm(self, queue: pgkv.Queue[Any]) -> None:
+        """Let them do what is left, then end them."""
+        wait_until(lambda: sum(queue.stats()[1:4]) == 0, "all jobs are done", seconds=60)
+        for worker in self._workers:
+            worker.kill()
+            worker.wait()
+
+
+def test_a_storm_of_kills(dsn: str, world: psycopg.Connection, start: Callable[..., Any]) -> None:
+    """Workers are killed, paused past their leases and cut off; some work fails, some commits late, and
+    some orders are rolled back: every order has its effect, once."""
+    with pgkv.Store.connect(dsn) as store, psycopg.connect(dsn) as conn:
+        queue = orders(store)
+        queue.create_table()
+        storm = Storm("ship", dsn, world, start, "kill kill cut pause")
+        number = 0
+        while storm.kills < KILLS or number < ORDERS:
+            for _ in range(5):
+                number += 1
+                conn.execute("INSERT INTO orders VALUES (%s)", [number])
+                queue.using(conn).put(str(number))
+                conn.commit() if number % 10 else conn.rollback()
+            storm.strike()
+        storm.calm(queue)
+        placed = count(world, "SELECT count(*) FROM orders")
+        assert placed >= ORDERS * 9 // 10
+        assert count(world, "SELECT count(DISTINCT id) FROM effects") == placed
+        assert count(world, "SELECT count(*) FROM effects") == placed
+        assert queue.stats().dead == 0
+
+
+def test_a_storm_of_changes(dsn: str, world: psycopg.Connection, start: Callable[..., Any]) -> None:
+    """Documents change, and a job of each is put with a key, alone or in the change's transaction, while
+    workers are killed: in the end none is stale, and never do two work on one at once."""
+    with pgkv.Store.connect(dsn) as store, psycopg.connect(dsn) as conn:
+        queue = orders(store)
+        queue.create_table()
+        for key in range(DOCUMENTS):
+            world.execute("INSERT INTO documents VALUES (%s, 0, 0)", [key])
+        storm = Storm("index", dsn, world, start, "kill")
+        rng, changes = random.Random(4), 0
+        change = "UPDATE documents SET version = version + 1 WHERE id = %s"
+        while storm.kills < KILLS or changes < ORDERS * 2:
+            for _ in range(8):
+                key = rng.randrange(DOCUMENTS)
+                changes += 1
+                if changes % 2:
+                    world.execute(change, [key])
+                    queue.put(b"", dedupe=str(key))
+                else:
+                    conn.execute(change, [key])
+                    queue.using(conn).put(b"", dedupe=str(key))
+                    time.sleep(rng.uniform(0, 0.01))
+                    conn.commit()
+            storm.strike()
+        storm.calm(queue)
+        assert count(world, "SELECT sum(version) FROM documents") == changes
+        assert count(world, "SELECT count(*) FROM documents WHERE indexed <> version") == 0
+        assert count(world, "SELECT count(*) FROM meetings") == 0
+
+
+@pytest.mark.parametrize(("mode", "effects"), [("apart", 2), ("together", 1)])
+def test_killed_between_effect_and_ack(
+    dsn: str, world: psycopg.Connection, start: Callable[..., Any], mode: str, effects: int
+) -> None:
+    """The control: an ack apart from its effect lets the job of a killed worker be done twice. In the
+    effect's transaction it does not."""
+    with pgkv.Store.connect(dsn) as store:
+        queue = orders(store)
+        queue.put("1")
+        worker = start("control", mode, dsn)
+        assert worker.stdout.readline() == "done\n"
+        worker.kill()
+        worker.wait()
+        job = queue.take(timeout=LEASE * 10 if mode == "apart" else LEASE * 2)
+        assert (job is None) == (mode == "together")
+        if job is not None:
+            world.execute("INSERT INTO effects VALUES (1)")
+            job.ack()
+    assert count(world, "SELECT count(*) FROM effects") == effects
+
+
+def test_lost_answers(make_server: Callable[..., Server]) -> None:
+    """A put whose answer is lost is not repeated; an ack is, and counts; a take is, and the job that it
+    had been given comes back at its lease's end."""
+    server = make_server()
+    with Proxy(server.dsn) as proxy, pgkv.Store.connect(proxy.dsn) as store:
+        queue = pgkv.Queue(store, "the queue", lease=LEASE)
+        queue.put("warm")
+        job = queue.take()
+        assert job is not None
+        proxy.arm(b"DELETE FROM")
+        job.ack()
+        assert sum(queue.stats()[1:5]) == 0
+        proxy.arm(b"unheard")
+        with pytest.raises(pgkv.StoreUnavailableError) as lost:
+            queue.put("unheard")
+        assert lost.value.outcome_unknown
+        assert queue.stats().waiting == 1
+        queue.put("second")
+        proxy.arm(b"the queue")
+        first = queue.take()
+        assert first is not None
+        assert first.payload == b"second"
+        with queue.take(timeout=LEASE * 20) as again:  # type: ignore[union-attr]  # it comes
+            assert (again.payload, again.attempt) == (b"unheard", 2)
+        first.ack()
+
+
+def test_a_crash_of_the_server(make_server: Callable[..., Server]) -> None:
+    """A committed put survives; the lease of a moment before may not: then the job is given again, and the
+    first worker's ack is refused."""
+    server = make_server(durable=True)
+    with pgkv.Store.connect(server.dsn, retry=pgkv.RetryPolicy(attempts=100, deadline=20)) as store:
+        queue = pgkv.Queue(store, "q", lease=LEASE)
+        ids = queue.put_many(["a", "b"])
+        job = queue.take()
+        assert job is not None
+        server.kill()
+        server.start()
+        seen = {}
+        while len(seen) < 2:
+            found = queue.take(timeout=LEASE * 20)
+            assert found is not None
+            seen[found.id] = found
+        assert sorted(seen) == ids
+        assert seen[job.id].token > job.token
+        with pytest.raises(pgkv.LeaseLostError):
+            job.ack()
+        assert queue.ack_many(list(seen.values())) == []
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_in_a_forked_child(dsn: str) -> None:
+    """A child's copy of a job is lost, and ends nothing; the parent's goes on."""
+    with pgkv.Store.connect(dsn) as store:
+        queue = pgkv.Queue(store, "q")
+        queue.put("a")
+        job = queue.take()
+        assert job is not None
+        child = os.fork()
+        if child == 0:
+            code = 1
+            with contextlib.suppress(BaseException):
+                try:
+                    job.ack()
+                except pgkv.LeaseLostError as error:
+                    code = 0 if job.is_lost and error.reason == "forked" else 2
+            os._exit(code)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        job.check()
+        job.ack()
