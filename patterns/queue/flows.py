@@ -332,11 +332,17 @@ def put(
 ) -> Flow[Put]:
     """Put one job; `due` is delay, at and priority."""
     key = None if dedupe is None else _codec.encode_key(dedupe, b"", options.key_max, "dedupe key")
-    op = sql.put(options.key, options.encode(payload), dedupe=key, **_due(options, *due))
+    op = sql.put(
+        options.key, options.encode(payload), dedupe=key, size=options.marks.size,
+        **_due(options, *due),
+    )  # fmt: skip
     answer = yield from do(op)
     if told is not None:
         told.tell()
-    return Put(answer[0]) if key is None else Put(*answer)
+    if key is None:
+        return Put(answer[0])
+    options.marks.size = answer[2]
+    return Put(*answer[:2])
 
 
 def put_many(
@@ -421,7 +427,8 @@ def take(runtime: Any, options: QueueOptions, n: int, timeout: float | None) -> 
 
 def ack(runtime: Any, job: HeldJob[Any], sql: JobStatements) -> Flow[None]:
     """End a job for good; `sql` also inside a caller's transaction, which may yet undo it."""
-    op = sql.ack(job.id, job.token, deduped=job.dedupe is not None)
+    size = job._options.marks.size
+    op = sql.ack(job.id, job.token, deduped=job.dedupe is not None, size=size)
     outcome = yield from _end(runtime, job, op, is_final=not sql.inside)
     if outcome == "lost":
         job._reason = "replaced"
@@ -443,7 +450,10 @@ def put_back(
     else:
         wait = _codec.seconds(delay, "delay", zero=True, endless="")
     text = None if error is None else str(error)[:ERROR_MAX]
-    op = job._options.sql.put_back(job.id, job.token, text, delay=wait, free=free, dead=dead)
+    options = job._options
+    op = options.sql.put_back(
+        job.id, job.token, text, delay=wait, free=free, dead=dead, size=options.marks.size
+    )
     outcome = yield from _end(runtime, job, op, is_final=True)
     if outcome == "dead":
         _observe.warning("pgkv.queue.dead", queue=job.queue, job=job.id)

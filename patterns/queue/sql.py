@@ -6,7 +6,9 @@ worker comes back by itself, and a lease, which changes no indexed column, stays
 
 * A take skips what is locked and what is leased, in the order of the index, from the `marks` on: the
   index entries of finished jobs, which an old snapshot keeps, lie before these. It chooses rows by
-  ctid and joins nothing: no plan, made of however old statistics, can read the table.
+  ctid and joins nothing: no statistics make its plan read the table.
+* A plan made while the table was small, which may read all of it, stays with its connection. So what
+  finds a job has another text, and gets another plan, when the table has grown by a factor of eight.
 * A take and a renewal do not wait for the disk: lost in a crash they cost a second run, never a job.
 * ``again`` notes that a job was put while one of its key ran. Whatever ends that run then puts the job
   back for a run of its own.
@@ -14,7 +16,7 @@ worker comes back by itself, and a lease, which changes no indexed column, stays
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from datetime import datetime
 from struct import Struct
@@ -166,11 +168,27 @@ class JobStatements:
         self.told: str = f", (SELECT {notifying})" if inside and notify else ""
         self.notifying = notifying
         self.sized: str = f"pg_relation_size('{literal}'::regclass)"
+        self._made: dict[tuple[str, int], Statement[Any]] = {}
 
     def _statement(
         self, name: str, sql: str, formats: tuple[int, ...], decode: Any, **options: Any
     ) -> Statement[Any]:
         return Statement(name, sql, formats, decode, table=self.table, **options)
+
+    def _planned(
+        self, size: int, name: str, sql: Callable[[], str], formats: tuple[int, ...], decode: Any,
+        **options: Any,
+    ) -> Statement[Any]:  # fmt: skip
+        """The statement for a table of about that size, made once for each factor of eight."""
+        shape = max(0, size >> 16).bit_length() // 3
+        key = name, shape
+        statement = self._made.get(key)
+        if statement is None:
+            statement = self._statement(
+                name.partition(" ")[0], f"/* {shape} */ {sql()}", formats, decode, **options
+            )
+            statement = self._made.setdefault(key, statement)
+        return statement
 
     def payload(self, queue: bytes) -> bytes:
         """What a notification about a queue says."""
@@ -216,26 +234,23 @@ class JobStatements:
             sql = f"WITH i AS ({sql}) SELECT id{self.told} FROM i"
         return self._statement(name, sql, (TEXT, *(BINARY,) * 5), _read_ids)
 
-    @cached_property
-    def _put_deduped(self) -> Statement[tuple[int, str]]:
+    def _put_deduped(self) -> str:
         # A job that waits runs after this put; one that runs must run again, and so must one whose
         # lease is over, for its ack would still count. Inside a transaction the waiting one is locked:
         # taken before the commit, it would run on what was there before.
         # No row: the job was taken, or its run ended, between the two looks at it.
         lock = " FOR NO KEY UPDATE" if self.inside else ""
         insert = self._inserted("$2", _due("n.c"), "(SELECT clock_timestamp() c) n", "$7")
-        sql = (
+        return (
             f"WITH o AS MATERIALIZED (SELECT id FROM {self.t} WHERE queue = $1 AND dedupe = $7 "
             f"AND {LIVES} AND (leased_until = {EPOCH} OR again){lock}), "
             f"i AS ({insert} WHERE NOT EXISTS (SELECT 1 FROM o) "
             f"ON CONFLICT (queue, dedupe) WHERE dedupe IS NOT NULL AND {LIVES} "
             "DO UPDATE SET again = TRUE, payload = EXCLUDED.payload "
             f"WHERE t.leased_until > {EPOCH} AND NOT t.again RETURNING id, again) "
-            f"SELECT id, CASE WHEN again THEN 'again' ELSE 'new' END{self.told} FROM i "
-            f"UNION ALL SELECT id, 'waiting'{', NULL' if self.told else ''} FROM o"
+            f"SELECT id, CASE WHEN again THEN 'again' ELSE 'new' END, {self.sized}{self.told} FROM i "
+            f"UNION ALL SELECT id, 'waiting', {self.sized}{', NULL' if self.told else ''} FROM o"
         )
-        formats = (TEXT, *(BINARY,) * 5, TEXT)
-        return self._statement("queue_put", sql, formats, _read_put, repeats=REPEATS)
 
     def put(
         self,
@@ -247,15 +262,20 @@ class JobStatements:
         priority: int,
         max_attempts: int,
         dedupe: bytes | None,
+        size: int = 0,
     ) -> Op[Any]:
         """Insert a job, due after `delay` seconds or at that binary timestamp; its id, or with a key
-        its id and what became of the put."""
+        its id, what became of the put, and the table's size, of which `size` was the last known."""
         params = (
             queue, payload, _codec.encode_float8(delay), at, _int2(priority), _int2(max_attempts),
         )  # fmt: skip
         if dedupe is None:
             return Op(self._put, params)
-        return Op(self._put_deduped, (*params, dedupe))
+        formats = (TEXT, *(BINARY,) * 5, TEXT)
+        statement = self._planned(
+            size, "queue_put key", self._put_deduped, formats, _read_put, repeats=REPEATS
+        )
+        return Op(statement, (*params, dedupe))
 
     def put_many(
         self,
@@ -276,8 +296,7 @@ class JobStatements:
 
     # -- taking
 
-    def _make_take(self, shape: int) -> Statement[Look]:
-        # `shape` changes the text and nothing else: a connection then makes another plan.
+    def _take(self) -> str:
         ready = (
             f"SELECT ctid k FROM {self.t} WHERE queue = $1 AND priority = m.p AND due_at >= m.m "
             f"AND due_at <= {NOW} AND leased_until <= {NOW} ORDER BY due_at LIMIT $4 "
@@ -288,8 +307,8 @@ class JobStatements:
             f"AND due_at > {NOW} AND {LIVES} ORDER BY due_at LIMIT 1"
         )
         fresh = "NOT again AND attempt >= max_attempts"
-        sql = (
-            f"/* {shape} */ WITH n AS MATERIALIZED (SELECT {self.relaxed}), "
+        return (
+            f"WITH n AS MATERIALIZED (SELECT {self.relaxed}), "
             "k AS MATERIALIZED (SELECT x.k FROM unnest($2::smallint[], $3::timestamptz[]) m(p, m) "
             f"CROSS JOIN LATERAL ({ready}) x LIMIT $4), "
             f"u AS (UPDATE {self.t} SET leased_until = {NOW} + $5::float8 * interval '1 second', "
@@ -303,36 +322,25 @@ class JobStatements:
             f"FROM unnest($2::smallint[]) p(p) CROSS JOIN LATERAL ({due}) x)::float8, "
             "NULL, NULL, NULL, NULL, NULL, NULL, NULL WHERE NOT EXISTS (SELECT 1 FROM u)"
         )
-        formats = (TEXT, *(BINARY,) * 4)
-        return self._statement("queue_take", sql, formats, _read_look, retry_safe=True)
-
-    @cached_property
-    def _takes(self) -> dict[int, Statement[Look]]:
-        return {}
 
     def take(self, queue: bytes, marks: Sequence[int], n: int, lease: float, size: int) -> Op[Look]:
         """Lease up to `n` due jobs: the highest priority first, of each the earliest from its mark
         on. `size` is that of the table when it was last read."""
-        # A plan made while the table was small stays with its connection: each time that the table
-        # has grown by a factor of eight, another text gets another plan.
-        shape = max(0, size >> 16).bit_length() // 3
-        statement = self._takes.get(shape)
-        if statement is None:
-            statement = self._takes.setdefault(shape, self._make_take(shape))
+        formats = (TEXT, *(BINARY,) * 4)
+        statement = self._planned(
+            size, "queue_take", self._take, formats, _read_look, retry_safe=True
+        )
         at = _codec.encode_array([_codec.encode_int8(mark) for mark in marks], TIMESTAMPTZ_OID)
         params = (queue, _PRIORITIES, at, _codec.encode_int8(n), _codec.encode_float8(lease))
         return Op(statement, params)
 
     # -- ending a run
 
-    @cached_property
-    def _ack(self) -> Statement[str]:
-        sql = f"DELETE FROM {self.t} WHERE id = $1 AND token = $2"
-        return self._statement("queue_ack", sql, (BINARY, BINARY), _read_acked, retry_safe=True)
+    def _ack(self) -> str:
+        return f"DELETE FROM {self.t} WHERE id = $1 AND token = $2"
 
-    @cached_property
-    def _ack_deduped(self) -> Statement[str]:
-        sql = (
+    def _ack_deduped(self) -> str:
+        return (
             f"WITH d AS (DELETE FROM {self.t} WHERE id = $1 AND token = $2 AND NOT again RETURNING 1), "
             f"u AS (UPDATE {self.t} SET again = FALSE, attempt = 0, due_at = {NOW}, "
             f"leased_until = {EPOCH} WHERE id = $1 AND token = $2 AND again RETURNING 1) "
@@ -341,14 +349,20 @@ class JobStatements:
             f"WHEN EXISTS (SELECT 1 FROM {self.t} WHERE id = $1 AND token = $2) THEN 'raced' "
             "ELSE 'lost' END"
         )
-        return self._statement(
-            "queue_ack", sql, (BINARY, BINARY), _read_outcome, retry_safe=True, repeats=REPEATS
-        )
 
-    def ack(self, id: int, token: int, *, deduped: bool) -> Op[str]:
-        """End a job for good: ``"done"``; ``"again"`` (put meanwhile, it waits); ``"lost"``."""
-        params = _codec.encode_int8(id), _codec.encode_int8(token)
-        return Op(self._ack_deduped if deduped else self._ack, params)
+    def ack(self, id: int, token: int, *, deduped: bool, size: int = 0) -> Op[str]:
+        """End a job for good: ``"done"``; ``"again"`` (put meanwhile, it waits); ``"lost"``. `size` as
+        of `take`."""
+        if deduped:
+            statement = self._planned(
+                size, "queue_ack key", self._ack_deduped, (BINARY, BINARY), _read_outcome,
+                retry_safe=True, repeats=REPEATS,
+            )  # fmt: skip
+        else:
+            statement = self._planned(
+                size, "queue_ack", self._ack, (BINARY, BINARY), _read_acked, retry_safe=True
+            )
+        return Op(statement, (_codec.encode_int8(id), _codec.encode_int8(token)))
 
     @cached_property
     def _ack_many(self) -> Statement[list[int]]:
@@ -364,18 +378,15 @@ class JobStatements:
         """End jobs without a key for good: (id, token) of each; the ids of those that were held."""
         return Op(self._ack_many, tuple(_int8s(each[column] for each in jobs) for column in (0, 1)))
 
-    @cached_property
-    def _put_back(self) -> Statement[str]:
+    def _put_back(self) -> str:
         dead = "$5::bool OR ($4::smallint = 0 AND attempt >= max_attempts)"
-        sql = (
+        return (
             f"UPDATE {self.t} SET leased_until = {EPOCH}, error = coalesce($3, error), again = FALSE, "
             "attempt = CASE WHEN again THEN 0 ELSE greatest(attempt - $4::smallint, 0) END, "
             f"due_at = CASE WHEN again THEN {NOW} WHEN {dead} THEN 'infinity' "
             f"ELSE {NOW} + $6::float8 * interval '1 second' END "
             f"WHERE {MINE} RETURNING CASE WHEN due_at = 'infinity' THEN 'dead' ELSE 'waiting' END"
         )
-        formats = (BINARY, BINARY, TEXT, BINARY, BINARY, BINARY)
-        return self._statement("queue_put_back", sql, formats, _read_outcome, retry_safe=True)
 
     def put_back(
         self,
@@ -386,6 +397,7 @@ class JobStatements:
         delay: float,
         free: bool = False,
         dead: bool = False,
+        size: int = 0,
     ) -> Op[str]:
         """End a run without success. `free`: it does not count as an attempt. ``"waiting"``;
         ``"dead"`` (asked for, or its attempts are used up); ``"lost"``."""
@@ -394,7 +406,11 @@ class JobStatements:
         params = (
             int8(id), int8(token), text, _int2(free), bytes([dead]), _codec.encode_float8(delay),
         )  # fmt: skip
-        return Op(self._put_back, params)
+        formats = (BINARY, BINARY, TEXT, BINARY, BINARY, BINARY)
+        statement = self._planned(
+            size, "queue_put_back", self._put_back, formats, _read_outcome, retry_safe=True
+        )
+        return Op(statement, params)
 
     @cached_property
     def _renew(self) -> Statement[dict[int, int]]:
@@ -533,10 +549,10 @@ def _read_ids(result: Result) -> list[int]:
     return [_int(key) for key, *_ in _rows(result, 1)]
 
 
-def _read_put(result: Result) -> tuple[int, str] | Signal:
-    if not result.ntuples:
-        return Raced()
-    return _int(result.get_value(0, 0)), _text(result.get_value(0, 1))
+def _read_put(result: Result) -> tuple[int, str, int] | Signal:
+    for key, outcome, size in _rows(result, 3):
+        return _int(key), _text(outcome), _int(size)
+    return Raced()
 
 
 def _read_look(result: Result) -> Look:

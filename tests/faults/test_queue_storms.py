@@ -72,9 +72,13 @@ class Storm:
     ) -> None:
         self.kills, self._rng, self._conn, self._fates = 0, random.Random(17), conn, fates.split()
         self._seeds = iter(range(100_000))
-        self._start = lambda: start("storm", mode, dsn, next(self._seeds))
+        self._make, self._of = start, (mode, dsn)
         self._workers = [self._start() for _ in range(WORKERS)]
         self._until = time.monotonic() + 100
+
+    def _start(self) -> subprocess.Popen[str]:
+        made: subprocess.Popen[str] = self._make("storm", *self._of, next(self._seeds))
+        return made
 
     def strike(self) -> None:
         """Wait a little, then harm one of them."""
@@ -217,7 +221,7 @@ def test_a_crash_of_the_server(make_server: Callable[..., Server]) -> None:
         assert job is not None
         server.kill()
         server.start()
-        seen = {}
+        seen: dict[int, pgkv.Job[bytes]] = {}
         while len(seen) < 2:
             found = queue.take(timeout=LEASE * 20)
             assert found is not None
