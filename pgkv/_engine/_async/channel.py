@@ -23,7 +23,6 @@ from ..._ops.op import (
     Param,
     Pipelined,
     Raced,
-    Result,
     Signal,
     Statement,
     Transaction,
@@ -60,14 +59,14 @@ class AsyncPoolChannel(PooledOperations):
 
     async def execute(self, op: Op[T], timeout: float | None = None) -> T:
         """Perform one operation."""
-        return await self.call(op.statement, op.params, op.decode, timeout)
+        return await self.call(op.statement, op.params, timeout, op)
 
     async def call(
         self,
         statement: Statement[T],
         params: Sequence[Param],
-        decode: Callable[[Result], T | Signal] | None = None,
         timeout: float | None = None,
+        op: Op[T] | None = None,
     ) -> T:
         """Perform one statement, with all that is usual in one coroutine; see `_sync/channel`."""
         started = monotonic()
@@ -77,7 +76,7 @@ class AsyncPoolChannel(PooledOperations):
             connection = pool.idle.pop()
             if connection.is_stale():
                 pool.discard(connection)
-                return await self._recover(Op(statement, params, decode), started, timeout, None)
+                return await self._recover(op or Op(statement, params), started, timeout, None)
             sent = False
             try:
                 result = None
@@ -92,13 +91,13 @@ class AsyncPoolChannel(PooledOperations):
                     result = await connection.execute(Op(statement, params), left, result)
             except PgkvError as error:
                 pool.check_in(connection)
-                return await self._recover(Op(statement, params, decode), started, timeout, error)
+                return await self._recover(op or Op(statement, params), started, timeout, error)
             except psycopg.Error as error:
                 pool.check_in(connection)
                 failure = failed(error, statement, sent=sent)
                 try:
                     return await self._recover(
-                        Op(statement, params, decode), started, timeout, failure
+                        op or Op(statement, params), started, timeout, failure
                     )
                 finally:
                     del failure  # its traceback holds this frame
@@ -110,14 +109,14 @@ class AsyncPoolChannel(PooledOperations):
             # With more tasks than connections this is the usual way, so it is short as well.
             self._start_patrols()
             try:
-                result = await pool.execute(Op(statement, params, decode), started + seconds)
+                result = await pool.execute(op or Op(statement, params), started + seconds)
             except PgkvError as error:
-                return await self._recover(Op(statement, params, decode), started, timeout, error)
-        answer = (decode or statement.decode)(result)
+                return await self._recover(op or Op(statement, params), started, timeout, error)
+        answer = (op or statement).decode(result)
         if statement.writes and random() < SWEEP_CHANCE:  # noqa: S311  # a sample, no secret
             self._sweep(statement.table)
         if isinstance(answer, Signal) or _observe.hooks:
-            op = Op(statement, params, decode)
+            op = op or Op(statement, params)
             if isinstance(answer, Raced):
                 return await self._recover(op, started, timeout, answer)
             return self._finished(op, answer, started)  # type: ignore[no-any-return]  # decoded by op

@@ -27,7 +27,6 @@ from ..._ops.op import (
     Param,
     Pipelined,
     Raced,
-    Result,
     Signal,
     Statement,
     Transaction,
@@ -78,14 +77,14 @@ class PoolChannel(PooledOperations):
 
     def execute(self, op: Op[T], timeout: float | None = None) -> T:
         """Perform one operation."""
-        return self.call(op.statement, op.params, op.decode, timeout)  # type: ignore[no-any-return]  # decoded by op
+        return self.call(op.statement, op.params, timeout, op)  # type: ignore[no-any-return]  # decoded by op
 
     def call(
         self,
         statement: Statement[T],
         params: Sequence[Param],
-        decode: Callable[[Result], T | Signal] | None = None,
         timeout: float | None = None,
+        op: Op[T] | None = None,
     ) -> T:
         """Perform one statement, with all that is usual in one frame. The rest is left to `execute`
         and `receive` of the connection, which call libpq in the same order, and to `_recover`."""
@@ -94,10 +93,10 @@ class PoolChannel(PooledOperations):
         try:
             connection = pool.idle.pop()
         except IndexError:
-            return self._recover(Op(statement, params, decode), started, timeout, None)
+            return self._recover(op or Op(statement, params), started, timeout, None)
         if connection.is_stale():
             pool.discard(connection)
-            return self._recover(Op(statement, params, decode), started, timeout, None)
+            return self._recover(op or Op(statement, params), started, timeout, None)
         seconds = self._timeout if timeout is None else timeout
         sent = False
         try:
@@ -130,12 +129,12 @@ class PoolChannel(PooledOperations):
                 result = connection.execute(Op(statement, params), seconds)
         except PgkvError as error:
             pool.check_in(connection)
-            return self._recover(Op(statement, params, decode), started, timeout, error)
+            return self._recover(op or Op(statement, params), started, timeout, error)
         except psycopg.Error as error:
             pool.check_in(connection)
             failure = failed(error, statement, sent=sent)
             try:
-                return self._recover(Op(statement, params, decode), started, timeout, failure)
+                return self._recover(op or Op(statement, params), started, timeout, failure)
             finally:
                 del failure  # its traceback holds this frame
         except BaseException:
@@ -148,11 +147,11 @@ class PoolChannel(PooledOperations):
                 pool.serve_waiters()
         else:
             pool.put_idle(connection)
-        answer = (decode or statement.decode)(result)
+        answer = (op or statement).decode(result)
         if statement.writes and random() < SWEEP_CHANCE:  # noqa: S311  # a sample, no secret
             self._sweep(statement.table)
         if isinstance(answer, Signal) or _observe.hooks:
-            op = Op(statement, params, decode)
+            op = op or Op(statement, params)
             if isinstance(answer, Raced):
                 return self._recover(op, started, timeout, answer)
             return self._finished(op, answer, started)  # type: ignore[no-any-return]  # decoded by op
