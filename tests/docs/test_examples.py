@@ -107,6 +107,13 @@ def test_worker_fleet(run: Run) -> None:
 
 
 @newest
+def test_order_pipeline(run: Run) -> None:
+    """Three workers are killed, and each order is paid once and shipped once."""
+    lines = run("order_pipeline")
+    assert lines[3:5] == ["paid: 40 times, 40 orders", "shipped: 40 times, 40 orders"]
+
+
+@newest
 def test_leader_cron(run: Run) -> None:
     """Three leaders in turn, of rising terms: the second after the lease of the first, the third at
     once; no tick is doubled or lost."""
