@@ -35,7 +35,7 @@ T = TypeVar("T")
 POLL, POLL_NOTIFIED = 1.0, 5.0  # seconds between looks at an empty queue; jittered down by half
 NOTIFY_PAUSE = 0.05  # seconds between two notifications of a process about a queue
 LOOK_ALL_PAUSE, LOOK_ALL_SHARE = 1.0, 20  # seconds, and times its own length, between full looks
-LATE_US = 1_000_000  # within which puts may commit late and be found without a full look
+LATE_US = 250_000  # within which a put may commit late and is found without a full look
 CHUNK_ROWS, CHUNK_BYTES = 1000, 8 * 1024 * 1024  # of put_many's statements
 ERROR_MAX = 1000  # characters of a failure that are kept
 REFUSAL = (
@@ -141,13 +141,15 @@ class Marks:
         self.size = look.size
         # Of a priority that was looked through nothing is left before this moment; of one that
         # was not, the next job is at the last one's time or later, also where that lies behind.
+        # But a put that overtook another is seen first.
+        late = look.now - LATE_US
         through = -1 if len(look.jobs) < n else look.jobs[-1].priority
         for job in look.jobs:
             if job.due_at != NEVER:
-                self._at[job.priority] = job.due_at
+                self._at[job.priority] = min(job.due_at, late)
         for priority in PRIORITIES:
             if priority > through:
-                self._at[priority] = max(self._at[priority], look.now - LATE_US)
+                self._at[priority] = max(self._at[priority], late)
 
 
 class Notifier:

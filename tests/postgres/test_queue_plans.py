@@ -70,7 +70,8 @@ def test_old_plans_and_a_dead_tail(
     old_snapshot()
     peer.run(
         f"INSERT INTO {JOBS} (queue, priority, due_at, max_attempts, created_at, payload)"
-        f" SELECT 'q', 0, clock_timestamp(), 20, now(), 'x' FROM generate_series(1, {DEAD})"
+        " SELECT 'q', 0, clock_timestamp() - interval '1 minute', 20, now(), 'x'"
+        f" FROM generate_series(1, {DEAD})"
     )
     peer.run(f"DELETE FROM {JOBS}")
     work(queue, 1)  # learns the size, and sets the marks

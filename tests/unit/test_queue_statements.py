@@ -94,17 +94,19 @@ def taken(priority: int, due_at: int) -> Taken:
 
 
 def test_marks_move_with_what_was_taken() -> None:
-    """From the last job taken on; where nothing was left, from a second before now on."""
+    """From the last job taken on; where nothing was left, from a moment before now on."""
     marks = Marks()
     assert marks.ask() == (MARKS, True)
     assert marks.ask()[1] is False, "one full look at a time"
     marks.note(Look([taken(5, 7_000_000)], 9_000_000, 0, None), 1, True, 0.0)
     at = marks.ask()[0]
-    assert at == [8_000_000] * 4 + [7_000_000] + [FIRST] * 5, "9 to 6 were looked through"
+    assert at == [8_750_000] * 4 + [7_000_000] + [FIRST] * 5, "9 to 6 were looked through"
     marks.note(Look([], 20_000_000, 0, None), 1, False, 0.0)
-    assert marks.ask()[0] == [19_000_000] * 10
+    assert marks.ask()[0] == [19_750_000] * 10
+    marks.note(Look([taken(9, 29_900_000)], 30_000_000, 0, None), 1, False, 0.0)
+    assert marks.ask()[0][0] == 29_750_000, "a put that overtook another is seen first"
     marks.note(Look([], 1_000_000, 0, None), 1, False, 0.0)
-    assert marks.ask()[0] == [19_000_000] * 10, "a clock set back moves none back"
+    assert marks.ask()[0] == [29_750_000] + [19_750_000] * 9, "a clock set back moves none back"
 
 
 def test_a_full_look_that_finds_an_old_job_goes_back_to_it() -> None:

@@ -18,6 +18,7 @@ from tests.benchmarks.cases import (
     memory,
     pipeline,
     point,
+    queue,
     session,
     size,
     tasks,
@@ -91,6 +92,13 @@ TOPICS = (
         "An insert in a transaction, done once for a key. On Redis the record is apart from the effect: a"
         " process that dies between the two does the work again.",
         (idempotency,),
+    ),
+    Topic(
+        "Work queue",
+        "A job of 100 bytes through an empty queue. *pgmq* and *procrastinate* are their statements on the"
+        " same PostgreSQL, without their clients; *RQ* is without the bookkeeping of its worker. Redis"
+        " does not wait for its disk.",
+        (queue,),
     ),
     Topic(
         "Locks",

@@ -1,0 +1,276 @@
+"""Queues: a job put, taken and acknowledged, alone, by several workers and in batches, and beside a dead
+part that an old snapshot keeps; against pgmq's statements, procrastinate's, a list in Redis, and RQ."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import psycopg
+
+import pgkv
+from tests.benchmarks.case import PGKV, REDIS, Bench, Entrants, Run, case, facts
+from tests.benchmarks.figures import Fact
+
+# Redis keeps its list as safe as that: a crash may lose it.
+NOT_DURABLE = "pgkv, durable=False"
+PGMQ, PROCRASTINATE, RQ = "pgmq's statements", "procrastinate's statements", "RQ"
+PAYLOAD = b"p" * 100
+WORKERS, BATCH = 4, 100
+DEAD = 1_000_000
+
+# pgmq's table and texts, as `pgmq.send`, `read` and `delete` run them.
+PGMQ_TABLE = """
+DROP TABLE IF EXISTS bench_pgmq;
+CREATE TABLE bench_pgmq (msg_id bigint PRIMARY KEY GENERATED ALWAYS AS IDENTITY, read_ct int DEFAULT 0 NOT NULL,
+    enqueued_at timestamptz DEFAULT now() NOT NULL, vt timestamptz NOT NULL, message jsonb);
+CREATE INDEX ON bench_pgmq (vt ASC)
+"""
+PGMQ_SEND = "INSERT INTO bench_pgmq (vt, message) VALUES (clock_timestamp(), $1) RETURNING msg_id"
+PGMQ_READ = (
+    "WITH cte AS (SELECT msg_id FROM bench_pgmq WHERE vt <= clock_timestamp() ORDER BY msg_id ASC"
+    " LIMIT $1 FOR UPDATE SKIP LOCKED) UPDATE bench_pgmq m SET vt = clock_timestamp() +"
+    " interval '60 s', read_ct = read_ct + 1 FROM cte WHERE m.msg_id = cte.msg_id"
+    " RETURNING m.msg_id, m.message"
+)
+PGMQ_DELETE = "DELETE FROM bench_pgmq WHERE msg_id = $1"
+DOCUMENT = f'{{"payload": "{PAYLOAD.decode()}"}}'
+
+
+def prepared(bench: Bench) -> psycopg.Connection[Any]:
+    """A connection that prepares what it sends."""
+    conn = bench.psycopg()
+    conn.prepare_threshold = 0
+    return conn
+
+
+def queue(bench: Bench, **options: Any) -> pgkv.Queue[bytes]:
+    """An empty queue."""
+    made = pgkv.Queue(bench.store(), "bench", **options)
+    made.create_table()
+    with psycopg.connect(bench.dsn, autocommit=True) as conn:
+        conn.execute(f"TRUNCATE {made._options.sql.t}".encode())
+    return made
+
+
+def pgmq(bench: Bench, *, empty: bool = True) -> tuple[Callable[[], object], Callable[[], object]]:
+    """Its put, and its take with the ack."""
+    if empty:
+        with psycopg.connect(bench.dsn, autocommit=True) as plain:
+            plain.execute(PGMQ_TABLE.encode())
+    conn = prepared(bench)
+
+    def take() -> None:
+        while (row := conn.execute(PGMQ_READ, [1]).fetchone()) is None:
+            pass  # others have locked what there is
+        conn.execute(PGMQ_DELETE, [row[0]])
+
+    return lambda: conn.execute(PGMQ_SEND, [DOCUMENT]), take
+
+
+def procrastinate(bench: Bench) -> tuple[Callable[[], object], Callable[[], object]] | None:
+    """The same of procrastinate, where it is installed."""
+    spec = importlib.util.find_spec("procrastinate")
+    if spec is None or spec.origin is None:
+        return None
+    conn = prepared(bench)
+    if conn.execute("SELECT to_regclass('procrastinate_jobs')").fetchone() == (None,):
+        with psycopg.connect(bench.dsn, autocommit=True) as plain:
+            schema = Path(spec.origin).parent / "sql" / "schema.sql"
+            plain.execute(schema.read_text(encoding="utf-8").encode())
+    conn.execute("DELETE FROM procrastinate_jobs")
+    sql = "INSERT INTO procrastinate_workers DEFAULT VALUES RETURNING id"
+    (worker,) = conn.execute(sql).fetchone() or (0,)
+    put = (
+        "SELECT unnest(procrastinate_defer_jobs_v1(ARRAY[ROW('bench', 'task', 0, NULL, NULL,"
+        " $1::jsonb, NULL)::procrastinate_job_to_defer_v1]))"
+    )
+
+    def take() -> None:
+        fetch = "SELECT id, args FROM procrastinate_fetch_job_v2(NULL, $1)"
+        (job, _) = conn.execute(fetch, [worker]).fetchone() or (0, 0)
+        finish = "SELECT procrastinate_finish_job_v1($1, 'succeeded', true)"
+        conn.execute(finish, [job])
+
+    return lambda: conn.execute(put, [DOCUMENT]), take
+
+
+def redis_list(bench: Bench) -> tuple[Callable[[], object], Callable[[], object]] | None:
+    """A list that is moved to another one while its job is done."""
+    client = bench.redis()
+    if client is None:
+        return None
+    client.delete("jobs", "doing")
+
+    def take() -> None:
+        job = client.lmove("jobs", "doing")
+        client.lrem("doing", 1, job)  # type: ignore[arg-type]  # never None here
+
+    return lambda: client.rpush("jobs", PAYLOAD), take
+
+
+def rq(bench: Bench) -> tuple[Callable[[], object], Callable[[], object]] | None:
+    """RQ without the bookkeeping of its worker, where it is installed."""
+    client = bench.redis()
+    if client is None or importlib.util.find_spec("rq") is None:
+        return None
+    module: Any = importlib.import_module("rq")
+    jobs = module.Queue(connection=client)
+    jobs.empty()
+
+    def take() -> None:
+        job, _ = module.Queue.dequeue_any([jobs], None, connection=client)
+        job.delete()
+
+    return lambda: jobs.enqueue("time.time"), take
+
+
+def others(bench: Bench) -> Iterator[tuple[str, Callable[[], object], Callable[[], object]]]:
+    """The entrants beside pgkv: their put and their take."""
+    yield (PGMQ, *pgmq(bench))
+    for name, make in ((PROCRASTINATE, procrastinate), (REDIS, redis_list), (RQ, rq)):
+        if made := make(bench):
+            yield (name, *made)
+
+
+def repeated(call: Callable[[], object]) -> Run:
+    """Call it so many times."""
+
+    def run(calls: int) -> None:
+        for _ in range(calls):
+            call()
+
+    return run
+
+
+@case("queue: put", {PGMQ: 1.4, PROCRASTINATE: 1.1, REDIS: None, RQ: None})
+def put(bench: Bench) -> Entrants:
+    """One job in its own commit."""
+    jobs = queue(bench)
+    yield PGKV, repeated(lambda: jobs.put(PAYLOAD))
+    for name, add, _ in others(bench):
+        yield name, repeated(add)
+
+
+def doing(jobs: pgkv.Queue[bytes]) -> None:
+    """Take a job that is there, and acknowledge it."""
+    job = jobs.take(timeout=5)
+    assert job is not None
+    job.ack()
+
+
+@case(
+    "queue: put, take, ack",
+    {PGMQ: 1.0, PROCRASTINATE: 0.85, REDIS: None, RQ: None, (NOT_DURABLE, REDIS): 5},
+)
+def take(bench: Bench) -> Entrants:
+    """One job through an empty queue."""
+    jobs = queue(bench)
+
+    def through(add: Callable[[], object], get: Callable[[], object]) -> Run:
+        return repeated(lambda: (add(), get()))
+
+    yield PGKV, through(lambda: jobs.put(PAYLOAD), lambda: doing(jobs))
+    unlogged = queue(bench, durable=False)
+    yield NOT_DURABLE, through(lambda: unlogged.put(PAYLOAD), lambda: doing(unlogged))
+    for name, add, get in others(bench):
+        yield name, through(add, get)
+
+
+@case("queue: put_many, take_many, ack_many of 100", {"one by one": 0.2})
+def batches(bench: Bench) -> Entrants:
+    """A hundred jobs in three statements; the time is of one batch."""
+    jobs, single = queue(bench), queue(bench)
+
+    def batch() -> None:
+        jobs.put_many([PAYLOAD] * BATCH)
+        assert not jobs.ack_many(jobs.take_many(BATCH))
+
+    def one_by_one() -> None:
+        for _ in range(BATCH):
+            single.put(PAYLOAD)
+            doing(single)
+
+    yield PGKV, repeated(batch)
+    yield "one by one", repeated(one_by_one)
+
+
+@case("queue: put, take, ack, four threads", {PGMQ: 0.9}, workers=WORKERS)
+def threads(bench: Bench) -> Entrants:
+    """Four workers of one queue, each with a job of its own in it."""
+    pool = ThreadPoolExecutor(WORKERS)
+    bench.closing(pool.shutdown)
+
+    def shared(calls: list[Callable[[], object]]) -> Run:
+        def run(n: int) -> None:
+            for future in [pool.submit(repeated(call), n // WORKERS) for call in calls]:
+                future.result()
+
+        return run
+
+    jobs = queue(bench)
+
+    def one() -> None:
+        jobs.put(PAYLOAD)
+        doing(jobs)
+
+    yield PGKV, shared([one] * WORKERS)
+    pgmq(bench)
+    yield PGMQ, shared([pgmq_worker(bench) for _ in range(WORKERS)])
+
+
+def pgmq_worker(bench: Bench) -> Callable[[], object]:
+    """One of several, on a connection of its own."""
+    add, get = pgmq(bench, empty=False)
+    return lambda: (add(), get())
+
+
+@facts("queue: a put, take and ack beside dead rows under an old snapshot")
+def dead_rows(bench: Bench) -> Iterator[Fact]:
+    """The median beside rows of finished jobs that no vacuum may remove; pgmq's statements too."""
+    count = DEAD if bench.big else DEAD // 20
+    jobs = queue(bench)
+
+    def through() -> None:
+        jobs.put(PAYLOAD)
+        doing(jobs)
+
+    with (
+        psycopg.connect(bench.dsn) as old,
+        psycopg.connect(bench.dsn, autocommit=True) as conn,
+    ):
+        add, get = pgmq(bench)
+        old.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
+        yield Fact("queue: put, take, ack, empty", 1e3 * middle(through), "ms")
+        old.execute("SELECT 1 FROM pg_class LIMIT 1")
+        conn.execute(
+            f"INSERT INTO {jobs._options.sql.t} (queue, priority, due_at, max_attempts, created_at,"
+            " payload) SELECT 'bench', 0, clock_timestamp(), 20, now(), 'x'"
+            f" FROM generate_series(1, {count})".encode()
+        )
+        conn.execute(f"DELETE FROM {jobs._options.sql.t}".encode())
+        conn.execute(
+            "INSERT INTO bench_pgmq (vt, message) SELECT clock_timestamp(), '{}'"
+            f" FROM generate_series(1, {count})".encode()
+        )
+        conn.execute("DELETE FROM bench_pgmq")
+        through()  # sets the marks
+        name = f"queue: put, take, ack beside {count:,} dead rows"
+        yield Fact(name, 1e3 * middle(through), "ms")
+        yield Fact(f"{name}, {PGMQ}", 1e3 * middle(lambda: (add(), get()), 20), "ms")
+
+
+def middle(call: Callable[[], object], times: int = 200) -> float:
+    """The median of some calls, in seconds."""
+    found = []
+    for _ in range(times):
+        began = time.perf_counter()
+        call()
+        found.append(time.perf_counter() - began)
+    return median(found)
