@@ -28,6 +28,7 @@ from tests import servers
 from tests.colours import Colour, available
 from tests.servers import Server, UserServer
 
+HANG_UP = getattr(signal, "SIGHUP", None)  # Windows has none
 WANTED = (
     18,
     15,
@@ -35,11 +36,12 @@ WANTED = (
 
 
 def pytest_configure() -> None:
-    """A shell that starts the tests in the background lets them ignore Ctrl-C, which every process
-    of theirs would inherit: tests of interrupts need the default.
+    """A shell that starts the tests in the background lets them ignore Ctrl-C, and nohup a hang-up;
+    every process of theirs would inherit that: tests of signals need the defaults.
     """
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number, default in ((signal.SIGINT, signal.default_int_handler), (HANG_UP, signal.SIG_DFL)):
+        if number is not None and signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, default)
 
 
 def _server_params() -> list[Any]:
