@@ -68,7 +68,7 @@ class KeyValueStore(BaseDestroyCollectionStore, BaseContextManagerStore):
         managed_entries: Sequence[ManagedEntry],
         ttl: float | None,
         created_at: datetime,  # noqa: ARG002  # in the entries
-        expires_at: datetime | None,  # noqa: ARG002
+        expires_at: datetime | None,  # noqa: ARG002  # in the entries
     ) -> None:
         entries = zip(keys, managed_entries, strict=True)
         items = {key: self._dumps(entry, key, collection) for key, entry in entries}

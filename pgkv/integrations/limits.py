@@ -153,7 +153,7 @@ class PgkvStorage(
         """Enter a moving window; False, and nothing written, if it is full."""
         return self._acquire(key, _entered(limit, expiry, amount), expiry)
 
-    def get_moving_window(self, key: str, limit: int, expiry: int) -> tuple[float, int]:  # noqa: ARG002
+    def get_moving_window(self, key: str, limit: int, expiry: int) -> tuple[float, int]:  # noqa: ARG002  # limits' signature
         """Return when the oldest entry of the window came, and how many there are."""
         return _moving(self._store.get(key), expiry)
 
@@ -234,7 +234,7 @@ class AsyncPgkvStorage(
         """Enter a moving window; False, and nothing written, if it is full."""
         return await self._acquire(key, _entered(limit, expiry, amount), expiry)
 
-    async def get_moving_window(self, key: str, limit: int, expiry: int) -> tuple[float, int]:  # noqa: ARG002
+    async def get_moving_window(self, key: str, limit: int, expiry: int) -> tuple[float, int]:  # noqa: ARG002  # limits' signature
         """Return when the oldest entry of the window came, and how many there are."""
         return _moving(await self._store.get(key), expiry)
 

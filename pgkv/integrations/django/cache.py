@@ -174,7 +174,7 @@ class PgkvCache(BaseCache):
     ) -> bool:
         """Write the value if there is no such key; True if it was written. Of concurrent callers
         exactly one writes it."""
-        return self._add(key, value, timeout, version)(self._store)  # type: ignore[no-any-return]
+        return self._add(key, value, timeout, version)(self._store)  # type: ignore[no-any-return]  # of either store
 
     def get(self, key: Any, default: Any = None, version: int | None = None) -> Any:
         """Return the value, or `default`."""
@@ -188,7 +188,7 @@ class PgkvCache(BaseCache):
 
     def touch(self, key: Any, timeout: Any = DEFAULT_TIMEOUT, version: int | None = None) -> bool:
         """Give the key a new timeout in seconds; True if there is such a key."""
-        return self._touch(key, timeout, version)(self._store)  # type: ignore[no-any-return]
+        return self._touch(key, timeout, version)(self._store)  # type: ignore[no-any-return]  # of either store
 
     def delete(self, key: Any, version: int | None = None) -> bool:
         """Remove the key; True if it was there."""

@@ -71,7 +71,7 @@ class DjangoSession(SessionBase):
         if data is None:
             self._session_key = None
             return {}
-        return self.decode(data.decode())  # type: ignore[no-any-return]
+        return self.decode(data.decode())  # type: ignore[no-any-return]  # Django's
 
     def _queue(self, pipe: Any, data: dict[str, Any], age: float, must_create: bool) -> Any:
         """Queue the statements of a save; return the handle that tells whether it was written, or

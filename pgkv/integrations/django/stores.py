@@ -25,19 +25,13 @@ class Stores:
 
     def __init__(self) -> None:
         self._lock = new_lock(self)
-        self._configs: dict[Config, Config] = {}
         self._made: dict[int, Store] = {}
         self._of_loops: dict[
             tuple[asyncio.AbstractEventLoop, int], tuple[AsyncStore, AsyncGenerator[None]]
         ] = {}
 
-    def known(self, config: Config) -> Config:
-        """Return the first `Config` that was equal: from then on its identity tells it from others,
-        which is faster to look up than its fields."""
-        return self._configs.setdefault(config, config)
-
     def get(self, config: Config) -> Store:
-        """Return the store of a known `Config`."""
+        """Return the store of a `Config` of `config_for`, which is looked up by its identity."""
         found = self._made.get(id(config))
         if found is not None:
             return found
@@ -47,8 +41,8 @@ class Stores:
             return self._made[id(config)]
 
     async def get_async(self, config: Config) -> AsyncStore:
-        """Return the running event loop's store of a known `Config`; it is closed when the loop
-        ends."""
+        """Return the running event loop's store of a `Config` of `config_for`; it is closed when
+        the loop ends."""
         key = asyncio.get_running_loop(), id(config)
         if key not in self._of_loops:
             store = AsyncStore(config)
@@ -85,7 +79,15 @@ def config_for(location: str, options: Mapping[str, Any]) -> Config:
         ConfigError: there is no such alias, its database is not PostgreSQL, or an option is wrong.
     """
     dsn = location if is_dsn(location) else _dsn_of(location or DEFAULT_DB_ALIAS)
-    return STORES.known(Config(dsn, **options))
+    try:
+        return _config(dsn, tuple(sorted(options.items())))
+    except TypeError:  # no field is of an unhashable type: Config names the one that is
+        return Config(dsn, **options)
+
+
+@functools.cache  # checked once, not for each request; and equal settings are one object
+def _config(dsn: str, options: tuple[tuple[str, Any], ...]) -> Config:
+    return Config(dsn, **dict(options))
 
 
 def is_dsn(location: str) -> bool:

@@ -165,6 +165,7 @@ def test_checks_name_a_wrong_setting():
         ("", {"poll_size": 3}, "has no OPTIONS poll_size; there are"),
         ("postgresql://x", {"atomic": True}, "needs an alias of DATABASES"),
         ("", {"pool_max_size": -1}, "pool_max_size"),
+        ("", {"retry": {"attempts": 3}}, "retry"),
     ],
 )
 def test_wrong_settings_say_what_there_is(location, options, said):
