@@ -69,6 +69,7 @@ if TYPE_CHECKING:
     )
     from .patterns.lock.leader import AsyncLeader, Leader
     from .patterns.lock.locked import fence_sql, locked
+    from .patterns.lock.many import AsyncLeases, Leases
     from .patterns.queue.api import (
         AsyncJob,
         AsyncQueue,
@@ -123,6 +124,7 @@ __all__ = [  # noqa: RUF022  # plain order: ruff would put L1 before the classes
     "AsyncJob",
     "AsyncLeader",
     "AsyncLease",
+    "AsyncLeases",
     "AsyncLock",
     "AsyncPipeline",
     "AsyncQueue",
@@ -164,6 +166,7 @@ __all__ = [  # noqa: RUF022  # plain order: ruff would put L1 before the classes
     "Leader",
     "Lease",
     "LeaseLostError",
+    "Leases",
     "LimiterCounts",
     "Lock",
     "LockError",
@@ -239,6 +242,7 @@ _NAMES_OF = {
     ".patterns.lock.api": "AsyncLease AsyncLock AsyncSemaphore Lease Lock LockInfo Semaphore",
     ".patterns.lock.leader": "AsyncLeader Leader",
     ".patterns.lock.locked": "fence_sql locked",
+    ".patterns.lock.many": "AsyncLeases Leases",
     ".patterns.queue.api": "AsyncJob AsyncQueue Backoff Bury Job JobInfo Later Put Queue QueueStats",
     ".patterns.queue.worker": "AsyncWorker Worker",
     ".patterns.rate_limit.api": "AsyncRateLimiter AsyncReservation Decision LimiterCounts Rate RateLimiter Reservation",

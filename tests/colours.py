@@ -12,7 +12,7 @@ import asyncio
 import contextvars
 import importlib
 import inspect
-from collections.abc import AsyncIterator, Callable, Generator
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
@@ -24,13 +24,14 @@ PLAIN = {"check", "pool_stats", "remaining", "headers", "cache_key", "limit"}
 # ... these return (async) iterators ...
 ITERATORS = {"iter_keys", "iter_items"}
 # ... and these something to be awaited or entered.
-MANAGERS = {"transaction", "acquire", "pipeline", "once"}
+MANAGERS = {"transaction", "acquire", "acquire_many", "pipeline", "once"}
 # Results that have blocking methods of their own.
 WRAPPED = {
     "Store",
     "TypedStore",
     "Lock",
     "Lease",
+    "Leases",
     "Semaphore",
     "Leader",
     "Queue",
@@ -94,6 +95,9 @@ class Threaded:
         self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
     ) -> Any:
         return await in_thread(self._target.__exit__, kind, exc, tb)
+
+    def __iter__(self) -> Iterator[Any]:
+        return map(_inward, self._target)
 
     def __repr__(self) -> str:
         return f"Threaded({self._target!r})"

@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import Awaitable, Callable, Hashable
+from collections.abc import Awaitable, Callable, Hashable, Iterable
 from functools import lru_cache, partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, Literal, NoReturn, Self, TypeAlias, TypeVar, cast
@@ -45,6 +45,7 @@ from .lease import (
     key_of,
     report,
 )
+from .many import Acquisitions, AsyncLeases, Leases, in_order
 from .runtime import AsyncLockRuntime, LockRuntime
 from .sql import LOCKS, LOCKS_UNLOGGED, TICKETS, LockStatements, SemaphoreStatements, slot_keys
 
@@ -52,7 +53,7 @@ if TYPE_CHECKING:
     from ..._ops.op import Flow
     from ...config import Seconds, Table
 
-L = TypeVar("L", bound=LeaseState)
+A = TypeVar("A", "AsyncLease", AsyncLeases)
 Q = TypeVar("Q", bound=LockStatements)
 S = TypeVar("S", Store, AsyncStore)
 T = TypeVar("T")
@@ -262,26 +263,25 @@ def _current_task() -> asyncio.Task[Any] | None:
         return None
 
 
-class AsyncGrant(Unawaited["AsyncLease"]):
+class AsyncGrant(Unawaited[A]):
     """What ``lock.acquire()`` returns: to be awaited, or entered with ``async with``."""
 
-    def __init__(self, acquire: Callable[[], Awaitable[AsyncLease]], name: str) -> None:
-        super().__init__(
-            "lock.acquire(...)",
-            "`lease = await lock.acquire(...)` or `async with lock.acquire(...) as lease`",
-        )
-        self._acquire = acquire
+    def __init__(
+        self, acquire: Callable[[], Awaitable[A]], name: str, call: str = "lock.acquire(...)"
+    ) -> None:
+        super().__init__(call, f"`lease = await {call}` or `async with {call} as lease`")
+        self._acquire: Callable[[], Awaitable[A]] = acquire
         self._name = name
-        self._lease: AsyncLease | None = None
+        self._lease: A | None = None
 
     @shown
     def __repr__(self) -> str:
         return f"{self._name!r}, to be awaited or entered"
 
-    async def _open(self) -> AsyncLease:
+    async def _open(self) -> A:
         return await self._acquire()
 
-    async def __aenter__(self) -> AsyncLease:
+    async def __aenter__(self) -> A:
         self._use()
         self._lease = await self._acquire()
         return await self._lease.__aenter__()
@@ -345,22 +345,6 @@ def make_options(
     )
 
 
-def granted(lease: L | None, acquisition: flows.Acquisition[L], timeout: float | None) -> L:
-    """Return the lease that acquire() waited for, or raise LockTimeoutError.
-
-    A function of its own: an error met on the way keeps the frames it passed through until the
-    collector comes, and a lease that they hold would not be noticed as abandoned."""
-    if lease is not None:
-        return lease
-    options = acquisition.options
-    what = "lock" if options.slots is None else f"semaphore of {options.slots}"
-    waited = "at once" if not timeout else f"within {timeout:g} s"
-    why = "it is held; holder() and `pgkv locks` show the holder"
-    if acquisition.is_held_here():
-        why = "this process holds it already, and a second acquire waits like any other"
-    raise LockTimeoutError(f"the {what} {options.name!r} was not granted {waited}: {why}")
-
-
 class _Leasable(Generic[S]):
     """What locks and semaphores share, for threads and for asyncio."""
 
@@ -418,7 +402,7 @@ class Acquirer(_Leasable[Store]):
             StoreUnavailableError: the server does not answer. Nothing is left behind that outlives
                 the ttl.
         """
-        lease: Lease = self._acquire(waiting(timeout), granted)
+        lease: Lease = self._acquire(waiting(timeout), flows.granted)
         return lease
 
     def try_acquire(self) -> Lease | None:
@@ -460,13 +444,13 @@ class AsyncAcquirer(_Leasable[AsyncStore]):
     def _runtime_of(store: AsyncStore) -> AsyncLockRuntime[AsyncLease]:
         return AsyncLockRuntime(store, AsyncLease)
 
-    def acquire(self, timeout: Seconds | None = None) -> AsyncGrant:
+    def acquire(self, timeout: Seconds | None = None) -> AsyncGrant[AsyncLease]:
         """As `Lock.acquire`; the result is awaited, or entered with ``async with``. A cancelled
         call leaves nothing behind."""
         longest = waiting(timeout)
 
         async def acquired() -> AsyncLease:
-            lease = await self._acquire(longest, granted)
+            lease = await self._acquire(longest, flows.granted)
             assert lease is not None
             return lease
 
@@ -571,6 +555,40 @@ class Lock(_Locking[Store], Acquirer):
 
     _needs = Store, "Lock", "AsyncLock"
 
+    @staticmethod
+    def acquire_many(locks: Iterable[Acquirer], timeout: Seconds | None = None) -> Leases:
+        """Wait until all of the locks are granted; none is kept where one is not.
+
+        ::
+
+            accounts = [pgkv.Lock(store, f"account:{n}") for n in (7, 3)]
+            with pgkv.Lock.acquire_many(accounts, timeout=5) as (source, target):
+                transfer(fences=(source.token, target.token))
+
+        They are acquired in the order of their names, whatever the order given, so that such calls
+        never wait for each other in a circle; released in the reverse one. Each is a lease with a
+        token and renewals of its own.
+
+        Args:
+            locks: locks, or semaphores, of one store; each once.
+            timeout: seconds for all of them; None waits without end, 0 tries each once.
+
+        Returns:
+            The :class:`Leases`, a tuple in the order of `locks`.
+
+        Raises:
+            LockTimeoutError: one was held by others all that time; the message names it.
+            LeaseLostError: one was lost while the others were waited for.
+            ConfigError: one is no lock, is async, or is of another store.
+            InvalidValueError: there is none, or one of them twice; `timeout` is not a duration.
+        """
+        many = Acquisitions[Lease](in_order(locks, Acquirer), waiting(timeout))
+        try:
+            return Leases(many.runtime.channel.run(many.flow()))
+        except BaseException:
+            many.runtime.clean_up(many.take_back, *flows.CLEAN_UP)
+            raise
+
     def holder(self) -> LockInfo | None:
         """Return who holds it, or None."""
         return self._runtime.channel.run(flows.holder(self._options))
@@ -617,6 +635,26 @@ class AsyncLock(_Locking[AsyncStore], AsyncAcquirer):
     """
 
     _needs = AsyncStore, "AsyncLock", "Lock"
+
+    @staticmethod
+    def acquire_many(
+        locks: Iterable[AsyncAcquirer], timeout: Seconds | None = None
+    ) -> AsyncGrant[AsyncLeases]:
+        """As `Lock.acquire_many`; the result is awaited, or entered with ``async with``."""
+        ordered, longest = in_order(locks, AsyncAcquirer), waiting(timeout)
+
+        async def acquired() -> AsyncLeases:
+            many = Acquisitions[AsyncLease](ordered, longest)
+            try:
+                return AsyncLeases(await many.runtime.channel.run(many.flow()))
+            except GeneratorExit:  # nothing can be awaited
+                raise
+            except BaseException:
+                with contextlib.suppress(TimeoutError):
+                    await many.runtime.clean_up(many.take_back, *flows.CLEAN_UP)
+                raise
+
+        return AsyncGrant(acquired, "acquire_many", "AsyncLock.acquire_many(...)")
 
     async def holder(self) -> LockInfo | None:
         """As `Lock.holder`."""

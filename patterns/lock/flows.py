@@ -24,6 +24,7 @@ from ..._ops.op import Flow, Op, call, do
 from ...errors import (
     ConfigError,
     ConflictError,
+    LockTimeoutError,
     PgkvError,
     TableNotFoundError,
     TransactionError,
@@ -376,6 +377,22 @@ class Acquisition(Generic[L]):
 
 
 _IN_FLIGHT = Denied(None, 0.0)
+
+
+def granted(lease: L | None, acquisition: Acquisition[L], timeout: float | None) -> L:
+    """Return the lease that acquire() waited for, or raise LockTimeoutError.
+
+    A function of its own: an error met on the way keeps the frames it passed through until the
+    collector comes, and a lease that they hold would not be noticed as abandoned."""
+    if lease is not None:
+        return lease
+    options = acquisition.options
+    what = "lock" if options.slots is None else f"semaphore of {options.slots}"
+    waited = "at once" if not timeout else f"within {timeout:g} s"
+    why = "it is held; holder() and `pgkv locks` show the holder"
+    if acquisition.is_held_here():
+        why = "this process holds it already, and a second acquire waits like any other"
+    raise LockTimeoutError(f"the {what} {options.name!r} was not granted {waited}: {why}")
 
 
 # -- holding -------------------------------------------------------------------------------

@@ -688,6 +688,9 @@ class Inline:
             return value
         return lambda *args, **options: Call(lambda: value(*args, **options))
 
+    def __iter__(self) -> Iterator[Any]:
+        return map(_wrapped, self._target)
+
 
 class Call:
     """One call of an `Inline`: awaited, or entered."""

@@ -299,6 +299,31 @@ def holding(*, extends: bool = False, **options: Any) -> Client:
     return client
 
 
+def holding_both(names: str) -> Client:
+    """Acquire several locks at once, given in that order."""
+
+    async def client(world: World) -> None:
+        locks = [world.make("Lock", name, ttl=TTL, renew=False) for name in names]
+        given = [getattr(lock, "_target", lock) for lock in locks]
+        async with locks[0].acquire_many(given, timeout=100) as leases:
+            leases = list(leases)
+            for lease in leases:
+                world.held[f"{world.client()} {lease.name}"] = lease
+            try:
+                await world.step("inside")
+            finally:
+                for lease in leases:
+                    del world.held[f"{world.client()} {lease.name}"]
+
+    return client
+
+
+def one_of_each(world: World) -> None:
+    """At most one client trusts its lease of each name."""
+    names = [lease.name for lease in world.held.values() if not lease.is_lost]
+    assert len(names) == len(set(names)), f"{sorted(world.held)} at once"
+
+
 def of_semaphore(slots: int, **options: Any) -> Client:
     async def client(world: World) -> None:
         semaphore = world.make("Semaphore", "s", slots, ttl=TTL, renew=False, **options)
@@ -450,6 +475,14 @@ SCENARIOS = (
         "fair lock",
         {name: holding(fair=True) for name in "ABC"},
         preemptions=1,
+    ),
+    of_locks(
+        "several locks",
+        {"A": holding_both("ab"), "B": holding_both("ba"), "C": holding()},
+        invariant=one_of_each,
+        kinds=("die", "cancel"),
+        preemptions=1,
+        jumps=(LATER,),
     ),
     of_locks(
         "semaphore",
