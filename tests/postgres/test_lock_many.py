@@ -11,7 +11,7 @@ import pytest
 import pgkv
 from pgkv import ConfigError, InvalidValueError, LeaseLostError, LockTimeoutError
 from tests.colours import Colour
-from tests.peers import Peer, gather, until
+from tests.peers import Peer, until
 
 HELD = "SELECT key FROM kv_store_locks WHERE expires_at > clock_timestamp() ORDER BY version"
 
@@ -89,7 +89,7 @@ async def test_calls_do_not_wait_for_each_other_in_a_circle(store: Any, colour: 
             await asyncio.sleep(0.002)
             inside.clear()
 
-    await gather(*(caller(n) for n in range(12)))
+    await asyncio.gather(*(caller(n) for n in range(12)))
 
 
 async def test_the_first_is_renewed_while_the_second_is_waited_for(
@@ -178,7 +178,7 @@ def test_bad_input_names_the_argument(dsn: str) -> None:
             with pytest.raises(kind, match=message):
                 pgkv.Lock.acquire_many(locks)
             with pytest.raises((ConfigError, InvalidValueError), match="locks"):
-                pgkv.AsyncLock.acquire_many(locks)
+                asyncio.run(pgkv.AsyncLock.acquire_many(locks))
         with pytest.raises(InvalidValueError, match="timeout"):
             pgkv.Lock.acquire_many([a], timeout=-1)
         with pgkv.Lock.acquire_many([a, pgkv.Lock(store.namespace("n:"), "a")]) as leases:
