@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -258,16 +259,36 @@ def makers(module: ModuleType) -> dict[str, CodeType]:
     return found
 
 
+CHANGES = re.compile(
+    r"\b(INSERT|UPDATE|DELETE|TRUNCATE|MERGE|FOR (NO KEY )?UPDATE|FOR (KEY )?SHARE)\b"
+)
+
+
 def left_out(declaration: Any, dsn: str) -> set[str]:
-    """The functions of `STATEMENTS` that no operation of `SUBJECTS` calls, but for `READS`."""
+    """The functions of `STATEMENTS` that no operation of `SUBJECTS` calls, but for `READS`; and those of
+    `READS` whose statements change or lock rows."""
+    found: set[str] = set()
+    made: dict[CodeType, str] = {}
+    for module in map(importlib.import_module, declaration.STATEMENTS):
+        made |= {code: name for name, code in makers(module).items()}
+    reads = {
+        code
+        for code, name in made.items()
+        if {name, name.partition(".")[2].removeprefix("_").removeprefix("make_")}
+        & declaration.READS
+    }
     ever: set[CodeType] = set()
     by_operations: set[CodeType] = set()
     noting = [ever]
 
-    def note(frame: FrameType, event: str, _: object) -> None:
+    def note(frame: FrameType, event: str, answer: object) -> None:
         if event == "call":
             for each in noting:
                 each.add(frame.f_code)
+        elif event == "return" and frame.f_code in reads:
+            statement = getattr(answer, "statement", answer)
+            if isinstance(statement, Statement) and CHANGES.search(statement.sql):
+                found.add(f"{made[frame.f_code]} is no read")
 
     sys.setprofile(note)
     try:
@@ -282,13 +303,9 @@ def left_out(declaration: Any, dsn: str) -> set[str]:
             subject.close()
     finally:
         sys.setprofile(None)
-    found: set[str] = set()
-    for module in map(importlib.import_module, declaration.STATEMENTS):
-        for name, code in makers(module).items():
-            function = name.partition(".")[2]
-            # A statement is made once, perhaps when a state is arranged; it is sent by a function.
-            called = ever if function.startswith("_") else by_operations
-            read = {name, function.removeprefix("_").removeprefix("make_")} & declaration.READS
-            if code not in called and not read:
-                found.add(name)
+    for code, name in made.items():
+        # A statement is made once, perhaps when a state is arranged; it is sent by a function.
+        called = ever if name.partition(".")[2].startswith("_") else by_operations
+        if code not in called and code not in reads:
+            found.add(name)
     return found

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import psycopg
 
-from pgkv import CasResult, Store
+from pgkv import CasResult, Config, Store
 from pgkv._ops.codec import encode_ttl
-from pgkv._sql import INCREMENTS, SETS
+from pgkv._sql import INCREMENTS, SETS, Statements
 from tests.interleavings.pairs import Operation, Subject
 from tests.interleavings.schedule import Scenario
 
-STATEMENTS = ("pgkv._sql.point", "pgkv._sql.batch", "pgkv._sql.scan", "pgkv._sql.sweep")
+STATEMENTS = tuple(
+    f"pgkv._sql{each}" for each in ("", ".point", ".batch", ".scan", ".sweep", ".evict")
+)
 READS = frozenset((
     "get", "get_entry", "exists", "ttl", "get_many", "get_raw", "exists_many", "keys", "scan", "count", "stats",
-    "now", "get_statement", "exists_statement", "ping", "reach", "may_maintain", "pages", "vacuum", "analyze", "Sweep.collect", "dump",
+    "now", "get_statement", "exists_statement", "ping", "reach", "may_maintain", "pages", "vacuum", "analyze", "Sweep.collect", "dump", "vacuum_idle",
 ))  # fmt: skip
 KEYS = ["a", "k", "z"]
 # What a side writes: integers, so that all of it can be added to.
@@ -45,6 +48,20 @@ def merged(store: Store, kind: int, *params: bytes) -> Any:
     op = store._sql.merged(kind, [(key.encode(), *params) for key in KEYS])
     answers = store._execute(op)
     return sorted(answers)
+
+
+def bounded(config: Config, rows: float) -> Statements:
+    """The statements of a table with a bound below the least that a user can set."""
+    config = copy.copy(config)
+    object.__setattr__(config, "max_entries", rows)
+    return Statements(config)
+
+
+def evict(store: Store) -> None:
+    """Delete the oldest row of three."""
+    sql = StoreSubject.bounded
+    pages = max(1, store._execute(sql.pages()))
+    upkeep(store._execute(sql.evict(pages, 1, 1, None, None)))
 
 
 OPERATIONS: dict[str, Operation[Store]] = {
@@ -78,8 +95,12 @@ OPERATIONS: dict[str, Operation[Store]] = {
     "cleanup_expired": lambda s, x: upkeep(s.cleanup_expired()),
     "collect": lambda s, x: upkeep(s._execute(s._sql.collect([b"a", b"k"]))),
     "sweep_alone": lambda s, x: upkeep(s._execute(s._sql.sweep_alone(0))),
+    "evict": lambda s, x: evict(s),
+    "mark": lambda s, x: upkeep(s._execute(StoreSubject.bounded.mark([b"a", b"k"]))),
 }
-UPKEEP = frozenset(("cleanup_expired", "collect", "sweep_alone"))
+UPKEEP = frozenset(("cleanup_expired", "collect", "sweep_alone", "evict", "mark"))
+PASSED_OVER = "nothing, the row being locked"
+STATES = ("absent", "live", "expired", "part")
 # The same statements with another expiry: only as B, the one that waits.
 VARIANTS: dict[str, Operation[Store]] = {
     "set with ttl": lambda s, x: s.set("k", VALUE[x], ttl=TTL[x]) > 0,
@@ -129,7 +150,13 @@ TRANSACTIONS = {
 
 
 class StoreSubject(Subject[Store]):
-    """A store's table, with the keys a, k and z in it or not."""
+    """A store's table, with the keys a, k and z in it or not.
+
+    Attributes:
+        bounded: the statements that keep the table within two rows.
+    """
+
+    bounded: Statements
 
     operations = OPERATIONS
     only_second = (
@@ -137,12 +164,20 @@ class StoreSubject(Subject[Store]):
         | {f"{name} of existing": operation for name, operation in ON_EXISTING.items()}
         | {"set the same": lambda s, x: s.set("k", "1") > 0}
     )
-    states = ("absent", "live", "expired", "part")
+    states = STATES
     transactions = TRANSACTIONS
     explained: Mapping[tuple[str, str], str] = {
         (name, "part"): f"{name} of existing" for name in ON_EXISTING
-    }
+    } | {("evict", state): PASSED_OVER for state in STATES}
     repeatable = (OPERATIONS | VARIANTS).keys() - UPKEEP
+
+    def __init__(self, dsn: str) -> None:
+        super().__init__(dsn)
+        StoreSubject.bounded = bounded(self.store._config, 2)
+        self.conn.execute("ALTER TABLE kv_store ADD COLUMN used_at timestamptz")
+
+    def all(self) -> Mapping[str, Operation[Store]]:
+        return {**super().all(), PASSED_OVER: lambda s, x: None}
 
     def reset(self, state: str) -> None:
         keys = {"absent": [], "live": KEYS, "expired": KEYS, "part": ["k"]}[state]
@@ -150,7 +185,9 @@ class StoreSubject(Subject[Store]):
         self.conn.execute("DELETE FROM kv_store")
         self.conn.execute(
             "INSERT INTO kv_store SELECT k, '1', now() + make_interval(secs => %s),"
-            " '2020-01-01', '2020-01-01', %s FROM unnest(%s::text[]) k",
+            # k is the oldest
+            " '2020-01-01', '2020-01-01'::timestamptz + make_interval(days => ascii(k) * 7 %% 11), %s"
+            " FROM unnest(%s::text[]) k",
             [expiry, VERSION, keys],
         )
 
