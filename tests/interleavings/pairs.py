@@ -40,6 +40,7 @@ Operation = Callable[[S, str], Any]
 Operations = Mapping[str, Operation[S]]
 
 FULL = os.environ.get("PGKV_INTERLEAVINGS") == "full"
+PASSED_OVER = "nothing, the row being locked"  # what upkeep may do of a row in flight
 REFUSED = "refused"  # by the isolation level: the caller repeats its transaction
 NONE: Mapping[Any, Any] = MappingProxyType({})
 PID: Op[int] = Op(Statement("pid", "SELECT pg_backend_pid()::bigint", (), read_int, writes=False))
@@ -107,7 +108,8 @@ class Subject(Generic[S]):
 
     def all(self) -> Operations[S]:
         """Every operation there is."""
-        return {**self.operations, **self.only_first, **self.only_second}
+        nothing: Operations[S] = {PASSED_OVER: lambda _on, _side: None}
+        return {**self.operations, **self.only_first, **self.only_second, **nothing}
 
 
 class Pairs(Generic[S]):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Any
 
 import pgkv
 from pgkv._ops.op import Op, Statement
+from pgkv._sql import Statements
 from pgkv._sql.table import read_nothing
 from tests.interleavings.schedule import Died, World
 
@@ -48,3 +51,26 @@ def truncate(world: World, *suffixes: str) -> None:
     )
     sql = f"DO $$ BEGIN {commands} END $$"
     world.sync._execute(Op(Statement("empty", sql, (), read_nothing, writes=False, script=True)))
+
+
+def bounded(config: pgkv.Config, rows: float) -> Statements:
+    """The statements of a table with a bound below the least that a user can set."""
+    config = copy.copy(config)
+    object.__setattr__(config, "max_entries", rows)
+    return Statements(config)
+
+
+def with_marks(world: World) -> None:
+    """Give the store's table the column of a bounded one."""
+    world.sync.create_table()
+    sql = "ALTER TABLE kv_store ADD COLUMN IF NOT EXISTS used_at timestamptz"
+    world.sync._execute(Op(Statement("mark", sql, (), read_nothing, writes=False, script=True)))
+
+
+async def evicting(world: World) -> None:
+    """Evict whatever may be evicted, twice."""
+    sql, sync = bounded(world.sync._config, 0.5), world.sync
+    for _ in range(2):
+        pages = max(1, sync._execute(sql.pages()))
+        op = sql.evict(pages, pages, 1000, None, None)
+        await world.step("evicts", partial(sync._execute, op))

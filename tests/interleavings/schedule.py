@@ -162,6 +162,7 @@ class World:
         sync: a Store on the same table, for the scenario itself. Without one there is no server.
         memory: whatever the scenario wants to note.
         held: the leases that clients hold.
+        ahead: seconds of the server's clock before the clients'.
         current: the world whose schedule runs.
     """
 
@@ -184,7 +185,7 @@ class World:
         self.memory: dict[str, Any] = {}
         self.held: dict[str, Any] = {}
         self.passed = 0.0
-        self._ahead = 0.0  # of the server's clock before the clients'
+        self.ahead = 0.0
         self._began = time.monotonic()
         self._stack = stack
         self._depth = 0
@@ -471,7 +472,7 @@ class World:
         """Let every clock go on, the server's too."""
         self.passed += seconds
         if self._clock is not None:
-            self._clock.set_offset(self.passed + self._ahead)
+            self._clock.set_offset(self.passed + self.ahead)
 
     def _choices(self) -> list[Choice]:
         """What can happen now: first, that the client which went last goes on."""
@@ -542,7 +543,7 @@ class World:
         if choice.is_fault and choice.kind != "drop":
             self._faults -= 1
         if choice.kind in ("jump", "server"):
-            self._ahead += choice.seconds if choice.kind == "server" else 0.0
+            self.ahead += choice.seconds if choice.kind == "server" else 0.0
             self.pass_time(choice.seconds if choice.kind == "jump" else 0.0)
             return
         assert step is not None

@@ -15,7 +15,7 @@ from pgkv._ops.op import Op
 from pgkv.patterns.cache import sql as cache_sql
 from pgkv.patterns.cache.sql import CacheStatements, ComputeLease
 from tests.interleavings.pairs import Operation, Subject
-from tests.interleavings.scenarios import Client, no_errors, truncate
+from tests.interleavings.scenarios import Client, evicting, no_errors, truncate, with_marks
 from tests.interleavings.schedule import Call, Inline, Scenario, World, ended
 
 STATEMENTS = ("pgkv.patterns.cache.sql",)
@@ -244,6 +244,7 @@ def impatient() -> contextlib.AbstractContextManager[None]:
 def new_source(world: World) -> None:
     world.memory.update(version=1, visible=1)
     truncate(world, "")
+    with_marks(world)
 
 
 def of_cache(name: str, clients: dict[str, Client], **options: Any) -> Scenario:
@@ -261,10 +262,21 @@ SCENARIOS = (
         kinds=("die",),
     ),
     of_cache("cached: every fault", {"reader": reading(), "writer": writing()}),
-    of_cache("cached: clear", {"reader": reading(), "writer": writing("cache_clear")}),
+    of_cache(
+        "cached: clear",
+        {"reader": reading(), "writer": writing("cache_clear")},
+        jumps=(TTL * 10 + 1,),
+    ),
+    of_cache(
+        "cached: evicted",
+        {"reader": reading(), "writer": writing(), "evicter": evicting},
+        kinds=("die",),
+        preemptions=2,
+    ),
     of_cache(
         "cached: tags",
         {"reader": reading(tags=("t",)), "writer": writing("tag", tags=("t",))},
+        server_jumps=(TTL * 10 + 1,),
     ),
     of_cache(
         "cached: refresh",

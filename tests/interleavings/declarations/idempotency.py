@@ -165,7 +165,6 @@ SCENARIOS = (
         "idempotency: three attempts, two wait",
         {"first": attempting(), "second": attempting(wait=30), "third": attempting(wait=30)},
         jumps=(11.0,),
-        kinds=("lose", "cancel", "die", "jump"),
         preemptions=2,
     ),
     of_key(
@@ -173,5 +172,14 @@ SCENARIOS = (
         {"first": attempting(), "second": attempting(wait=30), "forgets": forgetting},
         preemptions=2,
         invariant=None,
+    ),
+    of_key(
+        "idempotency: the server's clock jumps",
+        {"first": attempting(), "second": attempting(wait=30)},
+        invariant=None,
+        kinds=("lose",),
+        server_jumps=(11.0, -100.0),
+        faults=2,
+        preemptions=2,
     ),
 )

@@ -143,22 +143,28 @@ def putting() -> Callable[[World], Any]:
     return client
 
 
-async def working(world: World) -> None:
-    """Take the job and work on what there is, as often as there is one."""
-    queue = world.make("Queue", "q", lease=10, backoff=pgkv.Backoff(0))
-    name = world.client()
-    for _ in range(3):
-        job = await queue.take()
-        if job is None:
-            return
-        world.held[name] = job
-        try:
-            await world.step("works", lambda: world.memory.update(seen=world.memory["changes"]))
-            await job.ack()
-        except pgkv.LeaseLostError:
-            pass
-        finally:
-            del world.held[name]
+def working(*ends: str) -> Callable[[World], Any]:
+    """Take a job, work on what there is, and end the run in each of these ways."""
+
+    async def client(world: World) -> None:
+        queue = world.make("Queue", "q", lease=10, backoff=pgkv.Backoff(0))
+        name = world.client()
+        for end in ends:
+            job = await queue.take()
+            if job is None:
+                return
+            world.held[name] = job
+            try:
+                await world.step("works", lambda: world.memory.update(seen=world.memory["changes"]))
+                await getattr(job, end)()
+                if end == "ack":
+                    world.memory["acked"].append(job.id)
+            except pgkv.LeaseLostError:
+                pass
+            finally:
+                del world.held[name]
+
+    return client
 
 
 def nothing_is_lost(world: World, results: dict[str, Any]) -> None:
@@ -170,29 +176,71 @@ def nothing_is_lost(world: World, results: dict[str, Any]) -> None:
     assert left or world.memory["seen"] >= world.memory["put"], world.memory
 
 
+def one_worker_each(world: World) -> None:
+    """No two workers trust their lease of the same job."""
+    held = [job.id for job in world.held.values() if not job.is_lost]
+    assert len(held) == len(set(held)), f"{world.held} hold it at once"
+
+
+def each_is_done_once(world: World, results: dict[str, Any]) -> None:
+    """No job is acknowledged twice; none is gone but by an ack, heard of or not."""
+    assert not failed_by_itself(results), results
+    acked, left = world.memory["acked"], {job.id for job in pgkv.Queue(world.sync, "q").jobs()}
+    assert len(acked) == len(set(acked)), f"acknowledged twice: {acked}"
+    assert not left & set(acked), "a job is there after its ack"
+    unheard = sum(result is not None for result in results.values())
+    assert len(left) + len(acked) + unheard >= 2, f"lost a job: {left} are left, {acked} are done"
+
+
 def of_jobs(name: str, clients: dict[str, Any], **options: Any) -> Scenario:
     def prepare(world: World) -> None:
-        pgkv.Queue(world.sync, "q").create_table()
+        queue = pgkv.Queue(world.sync, "q")
+        queue.create_table()
         truncate(world, "_jobs")
-        pgkv.Queue(world.sync, "q").put("first", dedupe="k")
-        world.memory.update(changes=0, put=0, seen=0)
+        queue.put("first", dedupe="k") if options.get("check") is None else queue.put_many("ab")
+        world.memory.update(changes=0, put=0, seen=0, acked=[])
 
     settings = {"check": nothing_is_lost, "prepare": prepare, "invariant": at_most(1), **options}
     return Scenario(name, clients, **settings)
 
 
+ACKS = ("ack",) * 3
+
 SUBJECTS = (Jobs, KeyedJobs)
 SCENARIOS = (
     of_jobs(
         "queue: two workers, one putter",
-        {"one": working, "two": working, "putter": putting()},
+        {"one": working(*ACKS), "two": working(*ACKS), "putter": putting()},
         jumps=(11.0,),
-        kinds=("lose", "cancel", "die", "jump"),
         preemptions=2,
     ),
     of_jobs(
         "queue: a worker, two putters",
-        {"one": working, "putter": putting(), "putter two": putting()},
+        {"one": working(*ACKS), "putter": putting(), "putter two": putting()},
+        preemptions=2,
+    ),
+    of_jobs(
+        "queue: put back",
+        {"one": working("nack", "ack"), "two": working("release", *ACKS), "putter": putting()},
+        jumps=(11.0,),
+        preemptions=2,
+    ),
+    of_jobs(
+        "queue: two jobs without a key",
+        {"one": working("nack", "ack"), "two": working("ack", "release"), "three": working(*ACKS)},
+        check=each_is_done_once,
+        invariant=one_worker_each,
+        jumps=(11.0,),
+        preemptions=2,
+    ),
+    of_jobs(
+        "queue: the server's clock jumps",
+        {"one": working("nack", "ack"), "two": working(*ACKS)},
+        check=each_is_done_once,
+        invariant=None,
+        kinds=("lose",),
+        server_jumps=(11.0, -100.0),
+        faults=2,
         preemptions=2,
     ),
 )

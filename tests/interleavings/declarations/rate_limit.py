@@ -14,7 +14,7 @@ from pgkv import Decision, RateLimitedError, RateLimiter
 from pgkv._ops.op import Op
 from pgkv.patterns.rate_limit.flows import Receipt
 from tests.interleavings.pairs import Operation, Subject
-from tests.interleavings.scenarios import Client, failed_by_itself, truncate
+from tests.interleavings.scenarios import Client, evicting, failed_by_itself, truncate, with_marks
 from tests.interleavings.schedule import Scenario, World
 
 STATEMENTS = ("pgkv.patterns.rate_limit.sql",)
@@ -207,7 +207,8 @@ def evenly(world: World, results: dict[str, Any]) -> None:
 
 def bounded(world: World) -> None:
     """What is spent and not given back is in the bucket, or has flowed back since."""
-    since = world.now - world.memory.setdefault("began", world.now)
+    now = world.now + max(0.0, world.ahead)
+    since = now - world.memory.setdefault("began", now)
     spent = world.memory.get("spent", 0)
     assert spent <= 2 + since / INTERVAL + 0.1, f"{spent} were spent in {since:.0f} s"
 
@@ -225,7 +226,12 @@ def none_lost(world: World, results: dict[str, Any]) -> None:
 
 
 def of_limiter(name: str, clients: dict[str, Client], **options: Any) -> Scenario:
-    return Scenario(name, clients, prepare=lambda world: truncate(world, ""), **options)
+    def prepare(world: World) -> None:
+        truncate(world, "")
+        if "evicter" in clients:
+            with_marks(world)
+
+    return Scenario(name, clients, prepare=prepare, **options)
 
 
 SUBJECTS = (OneRate, TwoRates)
@@ -262,6 +268,24 @@ SCENARIOS = (
         {"A": hitting(), "B": hitting_both, "C": hitting_both, "D": hitting(resets=True)},
         invariant=bounded,
         check=none_lost,
+        preemptions=2,
+    ),
+    of_limiter(
+        "limiter: clocks jump",
+        {"A": hitting(), "B": hitting(refunds=True), "C": hitting_both},
+        invariant=bounded,
+        check=none_lost,
+        kinds=("lose",),
+        jumps=(INTERVAL,),
+        server_jumps=(INTERVAL,),
+        preemptions=2,
+    ),
+    of_limiter(
+        "limiter: evicted",
+        {"A": hitting(), "B": hitting(), "evicter": evicting},
+        invariant=bounded,
+        check=none_lost,
+        kinds=(),
         preemptions=2,
     ),
 )

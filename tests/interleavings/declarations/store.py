@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import psycopg
 
-from pgkv import CasResult, Config, Store
+from pgkv import CasResult, Store
 from pgkv._ops.codec import encode_ttl
 from pgkv._sql import INCREMENTS, SETS, Statements
-from tests.interleavings.pairs import Operation, Subject
+from tests.interleavings.pairs import PASSED_OVER, Operation, Subject
+from tests.interleavings.scenarios import bounded
 from tests.interleavings.schedule import Scenario
 
 STATEMENTS = tuple(
@@ -48,13 +48,6 @@ def merged(store: Store, kind: int, *params: bytes) -> Any:
     op = store._sql.merged(kind, [(key.encode(), *params) for key in KEYS])
     answers = store._execute(op)
     return sorted(answers)
-
-
-def bounded(config: Config, rows: float) -> Statements:
-    """The statements of a table with a bound below the least that a user can set."""
-    config = copy.copy(config)
-    object.__setattr__(config, "max_entries", rows)
-    return Statements(config)
 
 
 def evict(store: Store) -> None:
@@ -99,7 +92,6 @@ OPERATIONS: dict[str, Operation[Store]] = {
     "mark": lambda s, x: upkeep(s._execute(StoreSubject.bounded.mark([b"a", b"k"]))),
 }
 UPKEEP = frozenset(("cleanup_expired", "collect", "sweep_alone", "evict", "mark"))
-PASSED_OVER = "nothing, the row being locked"
 STATES = ("absent", "live", "expired", "part")
 # The same statements with another expiry: only as B, the one that waits.
 VARIANTS: dict[str, Operation[Store]] = {
@@ -175,9 +167,6 @@ class StoreSubject(Subject[Store]):
         super().__init__(dsn)
         StoreSubject.bounded = bounded(self.store._config, 2)
         self.conn.execute("ALTER TABLE kv_store ADD COLUMN used_at timestamptz")
-
-    def all(self) -> Mapping[str, Operation[Store]]:
-        return {**super().all(), PASSED_OVER: lambda s, x: None}
 
     def reset(self, state: str) -> None:
         keys = {"absent": [], "live": KEYS, "expired": KEYS, "part": ["k"]}[state]
