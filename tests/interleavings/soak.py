@@ -24,7 +24,7 @@ import psycopg
 import pgkv
 from pgkv.testing import ServerClock
 from tests import servers
-from tests.interleavings.soak_worker import ACCOUNTS, BURST, COUNTERS, RATE, SLOTS
+from tests.interleavings.soak_worker import ACCOUNTS, BURST, COUNTERS, ENTRIES, RATE, SLOTS
 from tests.servers import Server
 
 SCHEMA = "soak"
@@ -42,6 +42,17 @@ CREATE TABLE slots (slot int PRIMARY KEY, token bigint NOT NULL);
 INSERT INTO slots SELECT i, 0 FROM generate_series(0, {SLOTS}) i;
 CREATE TABLE source (name text PRIMARY KEY, version bigint NOT NULL);
 INSERT INTO source VALUES ('x', 1), ('y', 1), ('z', 1);
+CREATE TABLE effects (key text);
+CREATE TABLE orders (id text);
+CREATE TABLE shipped (id text);
+"""
+# An order is shipped once, or its job is still there; and no key has two effects.
+RECKONING = """
+SELECT (SELECT n FROM guarded), (SELECT count(*) FROM effects), (SELECT count(DISTINCT key) FROM effects),
+(SELECT count(*) FROM orders), (SELECT count(*) FROM shipped),
+(SELECT count(*) FROM orders o WHERE 1 <> (SELECT count(*) FROM shipped s WHERE s.id = o.id)
++ (SELECT count(*) FROM kv_store_jobs j WHERE convert_from(j.payload, 'UTF8') = o.id)),
+(SELECT count(*) FROM bounded)
 """
 
 
@@ -214,7 +225,8 @@ class Soak:
             row = conn.execute(
                 "SELECT (SELECT count(*) FROM pg_stat_activity WHERE application_name = 'pgkv'), "
                 "(SELECT sum(pg_total_relation_size(oid)) FROM pg_class "
-                "WHERE relnamespace = %s::regnamespace AND relkind = 'r')",
+                "WHERE relnamespace = %s::regnamespace AND relkind = 'r' "
+                "AND relname NOT IN ('effects', 'orders', 'shipped'))",
                 [SCHEMA],
             ).fetchone()
         assert row is not None
@@ -235,7 +247,7 @@ class Soak:
             # Each actor may hold connections of its own at one moment and not at another.
             "files": middle.files + 16,
             "threads": middle.threads + 16,
-            "connections": PROCESSES * 12,
+            "connections": PROCESSES * 15,
         }
         return [
             f"{name} grew: {getattr(middle, name)} in the middle, {getattr(end, name)} at the end"
@@ -274,9 +286,16 @@ class Soak:
             if sum(map(int, accounts.values())):
                 problems.append(f"the accounts do not add up to 0: {accounts}")
         with self.connect() as conn:
-            row = conn.execute("SELECT n FROM guarded").fetchone()
-            assert row is not None
-            totals["guarded soak"] = row[0]
+            row = conn.execute(RECKONING).fetchone()
+        assert row is not None
+        totals["guarded soak"], totals["effects soak"], keys, *orders, wrong, entries = row
+        totals["orders soak"], totals["shipped soak"] = orders
+        if totals["effects soak"] != keys:
+            problems.append(f"{totals['effects soak']} effects of {keys} idempotency keys")
+        if wrong:
+            problems.append(f"{wrong} orders are lost or shipped twice")
+        if not ENTRIES / 2 < entries < ENTRIES * 2:
+            problems.append(f"{entries} entries in a table bounded to {ENTRIES}")
         for name, total in totals.items():
             if not done[name] <= total <= begun[name]:
                 problems.append(

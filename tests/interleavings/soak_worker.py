@@ -13,15 +13,17 @@ import itertools
 import os
 import random
 import sys
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 import psycopg
 
 import pgkv
-from tests.colours import Colour, in_thread
+from tests.colours import Colour, Threaded, in_thread
 
 COUNTERS = ("a", "b", "c")
+ENTRIES = 200  # of the bounded table
 ACCOUNTS = 4
 SLOTS = 3
 RATE, BURST = 40, 20  # of the limiter: tokens a second, and at once
@@ -53,6 +55,11 @@ class Ledger:
         self.write("done", number, what, name)
 
 
+def plain(value: Any) -> Any:
+    """What is awaited, or blocks."""
+    return value._target if isinstance(value, Threaded) else value
+
+
 class Soaked:
     """The actors of one process, in one of the two kinds of store."""
 
@@ -62,15 +69,47 @@ class Soaked:
         self.ledger = ledger
         self.random = random.Random(seed)
         self.store: Any = None
+        self.bounded: Any = None
 
     async def run(self) -> None:
         self.store = await self.kind.connect(
             self.dsn, table_type=pgkv.TableType.REGULAR, pool_max_size=8, operation_timeout=10
         )
+        self.bounded = await self.kind.connect(
+            self.dsn, table_name="bounded", max_entries=ENTRIES, pool_max_size=2
+        )
         # `load` of these reads the table itself, by a connection of the actor's own.
         self.source = self.make_source()
-        actors = (self.count, self.transfer, self.lock, self.semaphore, self.hit, self.read)
-        await asyncio.gather(*map(self.repeat, (*actors, self.write, self.sessions)))
+        self.queue = self.kind.make(
+            "Queue",
+            self.store,
+            "soak",
+            lease=FEW_SECONDS,
+            max_attempts=10_000,
+            backoff=pgkv.Backoff(0),
+        )
+        actors = (
+            self.count, self.transfer, self.cache, self.lock, self.semaphore, self.hit, self.read, self.write,
+            self.sessions, self.once, self.order, self.ship,
+        )  # fmt: skip
+        await asyncio.gather(*map(self.repeat, actors))
+
+    async def together(
+        self, conn: Any, query: Any, params: list[Any], then: Callable[[Any], Any]
+    ) -> None:
+        """Run a query, and then what takes its connection, in one transaction."""
+        if self.kind.name == "async":
+            async with conn.transaction():
+                await conn.execute(query, params)
+                await then(conn)
+            return
+
+        def blocking() -> None:
+            with psycopg.connect(self.dsn) as own:
+                own.execute(query, params)
+                then(own)
+
+        await in_thread(blocking)
 
     async def repeat(self, actor: Callable[[Any], Awaitable[None]]) -> None:
         conn: Any = None
@@ -102,6 +141,14 @@ class Soaked:
             await tx.increment_many({f"account:{one}": -1, f"account:{two}": 1})
 
         await self.store.run_transaction(move)
+
+    async def cache(self, _: Any) -> None:
+        """A table that evicts: what it still has of a key is that key's."""
+        key = str(self.random.randrange(ENTRIES * 10))
+        if self.random.random() < 0.5:
+            await self.bounded.set(key, key)
+        elif (found := await self.bounded.get(key)) not in (None, key.encode()):
+            self.ledger.write("violation", f"the cache has {found} of {key}")
 
     # -- locks
 
@@ -189,18 +236,10 @@ class Soaked:
         """Write the source and invalidate, in one transaction."""
         name = self.random.choice("xyz")
         query = "UPDATE source SET version = version + 1 WHERE name = %s"
-        if self.kind.name == "async":
-            async with conn.transaction():
-                await conn.execute(query, [name])
-                await self.source.using(conn).invalidate(name)
-        else:
-            await in_thread(self.write_blocking, query, name)
+        await self.together(
+            conn, query, [name], lambda own: self.source.using(own).invalidate(name)
+        )
         await asyncio.sleep(self.random.uniform(0.01, 0.1))
-
-    def write_blocking(self, query: Any, name: str) -> None:
-        with psycopg.connect(self.dsn) as conn:
-            conn.execute(query, [name])
-            self.source.using(conn).invalidate(name)
 
     # -- sessions
 
@@ -230,6 +269,56 @@ class Soaked:
         for token in tokens:
             if await sessions.load(token) is not None:
                 self.ledger.write("violation", "a session is alive after its logout")
+
+    # -- idempotency keys
+
+    async def once(self, conn: Any) -> None:
+        """All processes try the same few keys: each has one effect."""
+        key = f"{int(time.time() / FEW_SECONDS)} {self.random.randrange(50)}"
+        keys = self.kind.make("Idempotency", self.store, ttl=60, lease=FEW_SECONDS)
+        with contextlib.suppress(pgkv.InProgressError):
+            async with keys.once(key) as attempt:
+                if not attempt.is_replay:
+                    complete = plain(attempt).complete
+                    with self.ledger.attempt("effects", "soak"):
+                        await self.together(
+                            conn,
+                            "INSERT INTO effects VALUES (%s)",
+                            [key],
+                            lambda own: complete(b"done", own),
+                        )
+                elif attempt.result != b"done":
+                    self.ledger.write("violation", f"a replay has {attempt.result}")
+
+    # -- jobs
+
+    async def order(self, conn: Any) -> None:
+        """An order and its job, in one transaction."""
+        number = str(self.random.getrandbits(60))
+        queue = plain(self.queue)
+        with self.ledger.attempt("orders", "soak"):
+            await self.together(
+                conn,
+                "INSERT INTO orders VALUES (%s)",
+                [number],
+                lambda own: queue.using(own).put(number),
+            )
+        await asyncio.sleep(self.random.uniform(0.01, 0.05))
+
+    async def ship(self, conn: Any) -> None:
+        """An order's effect and the ack of its job, in one transaction."""
+        job = await self.queue.take(timeout=1)
+        if job is None:
+            return
+        queue, taken = plain(self.queue), plain(job)
+        async with job:
+            with self.ledger.attempt("shipped", "soak"):
+                await self.together(
+                    conn,
+                    "INSERT INTO shipped VALUES (%s)",
+                    [job.payload.decode()],
+                    lambda own: queue.using(own).ack(taken),
+                )
 
 
 def main(dsn: str, path: str, seed: str, kind: str) -> None:
