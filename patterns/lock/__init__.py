@@ -3,14 +3,17 @@
 from .api import AsyncLease, AsyncLock, AsyncSemaphore, Lease, Lock, LockInfo, Semaphore
 from .leader import AsyncLeader, Leader
 from .locked import fence_sql, locked
+from .many import AsyncLeases, Leases
 
 __all__ = [
     "AsyncLeader",
     "AsyncLease",
+    "AsyncLeases",
     "AsyncLock",
     "AsyncSemaphore",
     "Leader",
     "Lease",
+    "Leases",
     "Lock",
     "LockInfo",
     "Semaphore",

@@ -1,10 +1,11 @@
-"""Rate limits: a token bucket per key, shared by all processes."""
+"""Rate limits: a token bucket or calendar window per key, shared by all processes."""
 
 from .api import (
     AsyncRateLimiter,
     AsyncReservation,
     Decision,
     LimiterCounts,
+    Quota,
     Rate,
     RateLimiter,
     Reservation,
@@ -15,6 +16,7 @@ __all__ = [
     "AsyncReservation",
     "Decision",
     "LimiterCounts",
+    "Quota",
     "Rate",
     "RateLimiter",
     "Reservation",

@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, Generic, ParamSpec, Self, TypeVar
 
 from ..._observe import shown
+from ..._ops.codec import waiting
 from ..._ops.drivers import shielded
 from ..._ops.op import Flow
 from ..._settings import refuse_pickle
@@ -25,13 +26,14 @@ from .._runtime.checks import require
 from .flows import LimiterFlows, OnError, Receipt, Reserved, charges_of, check_limit, hit_many
 from .local import LimiterCounts
 from .policy import Decision
-from .rate import Rate, Rates
+from .rate import Quota, Rate, Rates
 
 __all__ = [
     "AsyncRateLimiter",
     "AsyncReservation",
     "Decision",
     "LimiterCounts",
+    "Quota",
     "Rate",
     "RateLimiter",
     "Reservation",
@@ -281,9 +283,13 @@ class RateLimiter(LimiterView[Store]):
         return self._inside(conn)
 
     def limit(
-        self, key: str | Callable[..., str], cost: int | Callable[..., int] = 1
+        self,
+        key: str | Callable[..., str],
+        cost: int | Callable[..., int] = 1,
+        *,
+        timeout: Seconds | None = 0,
     ) -> Callable[[Callable[P, R]], Callable[P, R]]:
-        """Decorate a function: each call is a hit.
+        """Decorate a function: each call is a hit, or waits for its turn.
 
         ::
 
@@ -293,12 +299,16 @@ class RateLimiter(LimiterView[Store]):
         Args:
             key: the key, or a function that gets the call's arguments and returns it.
             cost: tokens, or a function of the arguments.
+            timeout: seconds that a call waits for its turn, as of `acquire`; None without end, 0
+                not at all.
 
         Raises:
             RateLimitedError: (of the decorated function) the call is refused; it did not begin.
             ConfigError: the function is async, or `key` is neither a str nor a function.
+            InvalidValueError: `timeout` is not a duration.
             TypeError: it decorates no function.
         """
+        longest = waiting(timeout)
 
         def wrap(fn: Callable[P, R]) -> Callable[P, R]:
             if is_async(fn):
@@ -311,8 +321,9 @@ class RateLimiter(LimiterView[Store]):
             def limited(*args: P.args, **kwargs: P.kwargs) -> R:
                 charged = key(*args, **kwargs) if callable(key) else key
                 tokens = cost(*args, **kwargs) if callable(cost) else cost
-                decision = self.hit(charged, cost=tokens)
-                if not decision.allowed:
+                if longest != 0:
+                    self.acquire(charged, tokens, longest)
+                elif not (decision := self.hit(charged, tokens)).allowed:
                     raise self._flows.refusal(decision)
                 return fn(*args, **kwargs)
 
@@ -416,9 +427,15 @@ class AsyncRateLimiter(LimiterView[AsyncStore]):
         return self._inside(conn)
 
     def limit(
-        self, key: str | Callable[..., str], cost: int | Callable[..., int] = 1
+        self,
+        key: str | Callable[..., str],
+        cost: int | Callable[..., int] = 1,
+        *,
+        timeout: Seconds | None = 0,
     ) -> Callable[[Callable[P, Awaitable[R]]], Callable[P, Awaitable[R]]]:
-        """Decorate an async function: each call is a hit; see :meth:`RateLimiter.limit`."""
+        """Decorate an async function: each call is a hit, or waits for its turn; see
+        :meth:`RateLimiter.limit`."""
+        longest = waiting(timeout)
 
         def wrap(fn: Callable[P, Awaitable[R]]) -> Callable[P, Awaitable[R]]:
             if not is_async(fn) or inspect.isasyncgenfunction(fn):
@@ -435,8 +452,9 @@ class AsyncRateLimiter(LimiterView[AsyncStore]):
             async def limited(*args: P.args, **kwargs: P.kwargs) -> R:
                 charged = key(*args, **kwargs) if callable(key) else key
                 tokens = cost(*args, **kwargs) if callable(cost) else cost
-                decision = await self.hit(charged, cost=tokens)
-                if not decision.allowed:
+                if longest != 0:
+                    await self.acquire(charged, tokens, longest)
+                elif not (decision := await self.hit(charged, tokens)).allowed:
                     raise self._flows.refusal(decision)
                 return await fn(*args, **kwargs)
 

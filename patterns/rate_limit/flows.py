@@ -35,7 +35,7 @@ from .._runtime import switch as _switch
 from .local import ENTRIES_MAX, Counter, DenyCache, PrepaidTokens
 from .policy import Decision, Policy, require_cost
 from .rate import NS, Rate, Rates, rates_of
-from .sql import KEY_CHARACTERS_MAX, ROWS, Arrival, Charge, LimiterStatements, hashed
+from .sql import KEY_CHARACTERS_MAX, ROWS, Arrival, Charge, LimiterStatements, Shape, hashed
 
 L = TypeVar("L")
 
@@ -68,6 +68,7 @@ class Receipt(NamedTuple):
     created_at: bytes
     incs: Sequence[int]
     tats: Sequence[int]
+    shape: Shape
 
 
 class Reserved(NamedTuple):
@@ -217,7 +218,8 @@ class LimiterFlows:
             arrival = yield from self._rebased(row, arrival, charge, started)
         if len(self._lately) >= ENTRIES_MAX:
             self._lately.clear()
-        self._lately[row] = not arrival.charged
+        if not isinstance(charge.shape, tuple):  # windows have no short statements
+            self._lately[row] = not arrival.charged
         return arrival
 
     def _rebased(
@@ -226,7 +228,7 @@ class LimiterFlows:
         """The server's clock was set back, so that the debt lies in its future: let it count from
         now, and ask again. The hit itself cannot do this: a denial writes nothing."""
         self._report_step_back()
-        op = self.sql.rebase(row, arrival.version or b"", len(charge.incs))
+        op = self.sql.rebase(row, arrival.version or b"", charge.shape)
         yield from self._again(op, started)
         return (yield from self._again(self.sql.hit(row, charge), started))  # type: ignore[no-any-return]  # an Arrival
 
@@ -260,7 +262,7 @@ class LimiterFlows:
     def peek(self, key: str, cost: int, limits: Rates | None) -> Flow[Decision]:
         """Tell what `hit` would decide, without charging."""
         policy = self.policy_of(limits)
-        op = self.sql.peek(self.row(key, policy), len(policy.rates))
+        op = self.sql.peek(self.row(key, policy), policy.shape)
         policy.charge(cost)
         if _switch.off:
             return policy.degraded(allowed=True, retry_after=0.0)
@@ -283,7 +285,7 @@ class LimiterFlows:
         """Give tokens back."""
         policy = self.policy_of(limits)
         row = self.row(key, policy)
-        return (yield from self._undo(row, self.sql.refund(row, policy.refund(cost))))
+        return (yield from self._undo(row, self.sql.refund(row, policy.refund(cost), policy.shape)))
 
     def _undo(self, row: bytes, op: Op[bool]) -> Flow[bool]:
         if _switch.off:
@@ -319,15 +321,17 @@ class LimiterFlows:
         delay = max(
             0, *(tat - cap - arrival.now for tat, cap in zip(arrival.tats, caps, strict=True))
         )
-        receipt = Receipt(os.getpid(), row, arrival.stamp or b"", charge.incs, arrival.tats)
+        receipt = Receipt(
+            os.getpid(), row, arrival.stamp or b"", charge.incs, arrival.made, charge.shape
+        )
         return Reserved(decision, delay / NS, receipt)
 
     def cancel(self, receipt: Receipt) -> Flow[bool]:
         """Give a reservation back. In a forked child it belongs to the parent."""
-        pid, row, created_at, incs, tats = receipt
+        pid, row, created_at, incs, tats, shape = receipt
         if pid != os.getpid():
             return False
-        return (yield from self._undo(row, self.sql.cancel(row, created_at, incs, tats)))
+        return (yield from self._undo(row, self.sql.cancel(row, created_at, incs, tats, shape)))
 
     def acquire(
         self, key: str, cost: int, timeout: Seconds | None, limits: Rates | None, waiter: Any
@@ -335,8 +339,20 @@ class LimiterFlows:
         """Reserve, and sleep until the turn has come. `waiter` is the limiter: `_take_place` runs a
         reservation, `_give_back` takes its receipt."""
         until = monotonic() + _wait_seconds(timeout, "timeout")
-        flow = self.reserve(key, cost, timeout, limits, "timeout")
-        reserved: Reserved = yield from call(waiter._take_place, flow)
+        left = timeout
+        reserved: Reserved | None = None
+        while reserved is None:
+            flow = self.reserve(key, cost, left, limits, "timeout")
+            try:
+                reserved = yield from call(waiter._take_place, flow)
+            except RateLimitedError as error:
+                # A window has no places in advance: ask again when the next one begins.
+                wait = error.decision.retry_after
+                waits = self.policy_of(limits).has_quotas and not error.decision.degraded
+                if not waits or monotonic() + wait > until:
+                    raise
+                yield from pause(wait)
+                left = max(0.0, until - monotonic())
         decision, delay, receipt = reserved
         if receipt is None or delay <= 0:
             return decision
@@ -477,8 +493,8 @@ def hit_many(charges: dict[bytes, KeyCharge]) -> Flow[Decision]:
         if stale:
             first._report_step_back()
             for row, arrival in stale:
-                rates = len(charges[row].policy.rates)
-                op = first.sql.rebase(row, arrival.version or b"", rates)
+                shape = charges[row].policy.shape
+                op = first.sql.rebase(row, arrival.version or b"", shape)
                 yield from first._again(op, started)
             arrivals = yield from _charge_many(first, asked, started)
     except OUTAGES as error:

@@ -15,8 +15,8 @@ from typing import Literal, TypeAlias
 import msgspec
 
 from ...errors import ConfigError, InvalidValueError
-from .rate import DEBT_MAX, NS, Rate
-from .sql import Arrival, Charge
+from .rate import DEBT_MAX, NS, Quota, Rate
+from .sql import Arrival, Charge, Shape
 
 TICK = 999  # nanoseconds that the server's clock, read in microseconds, may lag behind
 HeaderStyle: TypeAlias = Literal["draft", "x"]
@@ -30,10 +30,10 @@ class Decision(msgspec.Struct, frozen=True, gc=False):
 
     Attributes:
         allowed: the hit was charged; a refused one costs nothing.
-        limit: the burst of `rate`: what a full bucket holds.
-        remaining: tokens left in that bucket.
+        limit: the burst of `rate`: what a full bucket holds; of a quota its count.
+        remaining: tokens left in that bucket or window.
         retry_after: seconds until the same hit would be allowed; 0.0 when it was.
-        reset_after: seconds until the bucket is full.
+        reset_after: seconds until the bucket is full, or the window ends.
         rate: the rate that the fields above describe.
         degraded: the store could not be asked; `on_error` decided.
         policy: the name of `rate` in the headers.
@@ -122,6 +122,12 @@ class Gauge:
         """How far a refund moves it back."""
         return cost * self.period // self.count
 
+    def limit(self, inc: int, wait: int) -> int:
+        """How far ahead of now the arrival time may be after a hit."""
+        # At cost = burst the rounded-up cost may be 1 ns above the rounded-down cap: such a hit
+        # needs a bucket that is entirely full, and then passes.
+        return min(max(self.cap, inc) + wait, DEBT_MAX)
+
     def remaining(self, used: int) -> int:
         """How many tokens are left `used` nanoseconds before the bucket is full."""
         if used <= 0:
@@ -137,20 +143,51 @@ class Gauge:
         return f'"{self.name}";q={self.burst};w={window}'
 
 
+class QuotaGauge(Gauge):
+    """One calendar window: a token is a nanosecond, counted from the window's beginning."""
+
+    __slots__ = ()
+
+    def inc(self, cost: int) -> int:
+        """As of `Gauge`."""
+        return cost
+
+    amount = inc
+
+    def limit(self, inc: int, wait: int) -> int:  # noqa: ARG002  # no place beyond the window's end
+        """As of `Gauge`."""
+        return self.count
+
+    def remaining(self, used: int) -> int:
+        """How many tokens are left."""
+        return max(0, self.count - used)
+
+
 class Policy:
     """The rates that apply to a hit, sorted, with the values that are computed once for them."""
 
     def __init__(self, name: str, rates: tuple[Rate, ...]) -> None:
         self.rates: tuple[Rate, ...] = rates
         names = [name] if len(rates) == 1 else [f"{name} {rate}" for rate in rates]
-        self.gauges: list[Gauge] = [Gauge(*pair) for pair in zip(rates, names, strict=True)]
+        self.gauges: list[Gauge] = [
+            (QuotaGauge if isinstance(rate, Quota) else Gauge)(rate, each)
+            for rate, each in zip(rates, names, strict=True)
+        ]
+        windows = tuple(
+            f"{rate.unit} {rate.timezone}" if isinstance(rate, Quota) else "" for rate in rates
+        )
+        self.has_quotas: bool = any(windows)
+        self.shape: Shape = windows if self.has_quotas else len(rates)
         self.burst: int = min(rate.burst for rate in rates)
         self.header: str = ",".join(gauge.header() for gauge in self.gauges)
-        # With one rate an arrival time keeps its meaning when the rate changes, so that a new plan
+        # With one rate a counter keeps its meaning when the count changes, so that a new plan
         # takes effect at once. Several share a row by position, so other rates need another row.
         text = ";".join(f"{rate.count},{rate.period!r},{rate.burst}" for rate in rates)
+        if self.has_quotas:
+            text = ";".join(windows) + text * (len(rates) > 1)
         digest = blake2b(text.encode(), digest_size=6).hexdigest()
-        self.fingerprint: str = "" if len(rates) == 1 else f"~{digest}"
+        plain = len(rates) == 1 and not self.has_quotas
+        self.fingerprint: str = "" if plain else f"~{digest}"
         self._one = self._charge(1, 0)
 
     def charge(self, cost: int, wait: int = 0) -> Charge:
@@ -168,13 +205,8 @@ class Policy:
                 "(the burst); raise the burst or split the work"
             )
         incs = [gauge.inc(cost) for gauge in self.gauges]
-        # At cost = burst the rounded-up cost may be 1 ns above the rounded-down cap: such a hit
-        # needs a bucket that is entirely full, and then passes.
-        caps = [
-            min(max(gauge.cap, inc) + wait, DEBT_MAX)
-            for gauge, inc in zip(self.gauges, incs, strict=True)
-        ]
-        return Charge(incs, caps)
+        limits = zip(self.gauges, incs, strict=True)
+        return Charge(incs, [gauge.limit(inc, wait) for gauge, inc in limits], self.shape)
 
     def refund(self, cost: int) -> list[int]:
         """Return the nanoseconds that a refund takes off each arrival time."""
@@ -184,13 +216,17 @@ class Policy:
     def waits(self, arrival: Arrival, cost: int) -> list[int]:
         """Return the nanoseconds until each rate would admit a hit, in whole ticks; 0 is now."""
         charge = self.charge(cost)
-        if len(charge.incs) == 1:
+        if len(charge.incs) == 1 and not self.has_quotas:
             over = arrival.tats[0] + charge.incs[0] - charge.caps[0] - arrival.now
             return [-(-over // 1000) * 1000] if over > 0 else [0]
-        return [
+        found = [
             max(0, -(-(tat + inc - cap - arrival.now) // 1000) * 1000)
             for tat, inc, cap in zip(arrival.tats, charge.incs, charge.caps, strict=True)
         ]
+        for n, end in enumerate(arrival.ends):
+            if end and found[n]:  # not before the window's end
+                found[n] = end - arrival.now
+        return found
 
     def decide(self, arrival: Arrival, cost: int, *, allowed: bool | None = None) -> Decision:
         """Return the decision that the server's answer means; `allowed` overrides whether it charged."""
@@ -213,12 +249,15 @@ class Policy:
         if not allowed and not wait:
             wait = gauge.inc(1)  # it lost races, although there was a token: wait for one more
         used = tats[place] - now
+        reset = used
+        if self.has_quotas and used and arrival.ends[place]:
+            reset = arrival.ends[place] - now
         return Decision(
             allowed,
             gauge.burst,
             gauge.remaining(used),
             wait / NS,
-            used / NS,
+            reset / NS,
             gauge.rate,
             False,
             gauge.name,

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import lru_cache
 from typing import TypeAlias
+from zoneinfo import ZoneInfo, available_timezones
 
 from ...config import Seconds  # at run time too: decoding a Rate reads its annotations
 from ...errors import ConfigError
@@ -29,6 +30,16 @@ _UNIT_NAMES = {
 _RATE = re.compile(
     r"(\d+) *(?:/|per) *(\d+(?:\.\d+)?)? *([a-z]+)(?:[ ,]+burst *=? *(\d+))?", re.IGNORECASE
 )
+# Calendar windows: a year is 365.2425 days, for what sorts and describes them.
+WINDOWS = {
+    "minute": 60.0, "hour": 3600.0, "day": 86400.0, "week": 604800.0,
+    "month": 2629746.0, "quarter": 7889238.0, "year": 31556952.0,
+}  # fmt: skip
+_ALWAYS_FIXED = ("month", "quarter", "year")  # no bucket has such a period
+_QUOTA = re.compile(
+    r"(\d+) *(?:/|per) *([a-z]+)(?: +(fixed))?(?: +(?!burst)([a-z][\w+/-]*))?", re.IGNORECASE
+)
+_ZONE = re.compile(r"[A-Za-z][A-Za-z0-9_+/-]{0,63}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,21 +84,28 @@ class Rate:
 
     @classmethod
     def parse(cls, text: str) -> Rate:
-        """Return the rate in ``"100/minute"``, ``"5 per 10 s"``, ``"10/s burst 20"``.
+        """Return the rate in ``"100/minute"``, ``"5 per 10 s"``, ``"10/s burst 20"``, or the `Quota`
+        in ``"1000/month"``, ``"100/day fixed Europe/Berlin"``.
 
         Args:
             text: count, unit and perhaps a burst; units are ms, s, m, h, d, w, and their usual names
-                in full.
+                in full. Of a quota: count, window, ``fixed`` (not needed with month, quarter, year),
+                and perhaps a time zone.
 
         Raises:
             ConfigError: the text is not a rate; shows examples.
         """
-        match = _match(text)
+        match = _match(_RATE, text)
         unit = _UNIT_NAMES.get(match[3].lower()) if match else None
         if match is None or unit is None:
+            if (quota := _match(_QUOTA, text)) is not None:
+                name = quota[2].lower().removesuffix("s")
+                if name in _ALWAYS_FIXED or (quota[3] and name in WINDOWS):
+                    return Quota(int(quota[1]), name, quota[4] or "UTC")
             raise ConfigError(
                 f"{text!r} is not a rate; write '100/minute', '5 per 10 seconds' or "
-                "'10/s burst 20' (units: ms, s, m, h, d, w); several are separated by ';'"
+                "'10/s burst 20' (units: ms, s, m, h, d, w), or a calendar window: '1000/month', "
+                "'100/day fixed Europe/Berlin'; several are separated by ';'"
             )
         period = float(match[2] or 1) * _UNITS[unit]
         count = int(match[1])
@@ -98,6 +116,57 @@ class Rate:
         unit = next((unit for unit, length in _UNITS.items() if length == self.period), None)
         per = unit or f"{self.period:.9g}s"
         return f"{self.count}/{per}" + ("" if self.burst == self.count else f" burst {self.burst}")
+
+
+@dataclass(frozen=True, slots=True)
+class Quota(Rate):
+    """Tokens per calendar window, as a contract counts them: all of them back when the next minute,
+    hour, day, week (from Monday), month, quarter or year begins, none before.
+
+    The server's clock and its time zone data decide when that is. **Around a boundary up to twice the
+    count are handed out in a short time**: where that matters, combine it with a rate
+    (``"10/s; 1000/month"``).
+
+    Args:
+        count: tokens per window, 1 or more.
+        unit: ``"minute"``, ``"hour"``, ``"day"``, ``"week"``, ``"month"``, ``"quarter"`` or
+            ``"year"``.
+        timezone: in which the window begins, an IANA name such as ``"Europe/Berlin"``.
+
+    Raises:
+        ConfigError: the count or the unit is out of range, or there is no such time zone.
+    """
+
+    period: Seconds = field(init=False, default=0.0)
+    burst: int = field(init=False, default=0)
+    unit: str = "month"
+    timezone: str = "UTC"
+
+    def __post_init__(self) -> None:
+        if self.unit not in WINDOWS:
+            raise ConfigError(f"unit must be one of {', '.join(WINDOWS)}, not {self.unit!r}")
+        _require_zone(self.timezone)
+        object.__setattr__(self, "period", WINDOWS[self.unit])
+        object.__setattr__(self, "burst", self.count)
+        Rate.__post_init__(self)
+
+    def __str__(self) -> str:
+        """The quota as `Rate.parse` reads it."""
+        fixed = "" if self.unit in _ALWAYS_FIXED else " fixed"
+        zone = "" if self.timezone == "UTC" else f" {self.timezone}"
+        return f"{self.count}/{self.unit}{fixed}{zone}"
+
+
+def _require_zone(name: object) -> None:
+    if isinstance(name, str) and _ZONE.fullmatch(name):
+        try:
+            ZoneInfo(name)
+        except (KeyError, ValueError, OSError):
+            if not available_timezones():
+                return  # this machine has no time zone data: the server judges
+        else:
+            return
+    raise ConfigError(f"timezone must be an IANA name such as 'Europe/Berlin', not {name!r}")
 
 
 def _default(rate: Rate, name: str, value: int) -> None:
@@ -114,8 +183,8 @@ def _period_seconds(period: object) -> float:
     return float(seconds)
 
 
-def _match(text: object) -> re.Match[str] | None:
-    return _RATE.fullmatch(text.strip()) if isinstance(text, str) else None
+def _match(pattern: re.Pattern[str], text: object) -> re.Match[str] | None:
+    return pattern.fullmatch(text.strip()) if isinstance(text, str) else None
 
 
 def _require_count(name: str, value: object) -> None:
@@ -152,4 +221,4 @@ def _sorted(rates: list[Rate]) -> tuple[Rate, ...]:
     if len(set(rates)) < len(rates):
         twice = next(rate for rate in rates if rates.count(rate) > 1)
         raise ConfigError(f"the rate {twice} is given twice")
-    return tuple(sorted(rates, key=lambda rate: (rate.period, rate.count, rate.burst)))
+    return tuple(sorted(rates, key=lambda rate: (rate.period, rate.count, rate.burst, str(rate))))

@@ -6,6 +6,10 @@ no further than `cap` ahead of now, and then moves it by `inc`. A row holds one 
 separated by spaces, as decimal text. A missing TAT, or one that has passed, is a full bucket, so
 the row expires at its last TAT, rounded up, and collecting it is always safe.
 
+A calendar window is counted by the same arithmetic: its beginning takes the place of now, a token is
+one nanosecond, and its counter is full again at the window's end. The shape of a row says which
+counters are windows; buckets have the short statements `charge` and `refusal` besides.
+
 The server's clock decides. `policy` works out what the numbers mean to a caller.
 """
 
@@ -14,21 +18,28 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import NoReturn
+from typing import NoReturn, TypeAlias
 from urllib.parse import unquote
 
 from ..._ops import codec as _codec
 from ..._ops.op import BINARY, TEXT, Op, Raced, Result, Signal, Statement
 from ..._sql.table import CLOCK_US, LIVE, STATEMENT_US, TableStatements, read_changed
+from .rate import WINDOWS
 
 ROWS = "pgkv:rate:"
 KEY_CHARACTERS_MAX = 256  # a longer key is hashed: a client may choose it
 RACES_MAX = 3  # repeats of a statement that lost a race; after the last a hit counts as denied
 INT4_OID, INT8_OID = 23, 20
+# How many buckets a row has; or, where there are windows among its counters, for each "" (a bucket)
+# or unit and time zone.
+Shape: TypeAlias = int | tuple[str, ...]
 EPOCH_2000_US = 946_684_800_000_000  # a timestamptz on the wire counts from 2000
 STEP_BACK_US = 1_000_000  # a row this far ahead of the clock was written before a step back
 
+LENGTHS = {unit: "3 months" if unit == "quarter" else f"1 {unit}" for unit in WINDOWS}
+
 FOREIGN = {
+    "22023": "the server's time zone data has no such zone: give the quota another timezone",
     "22P02": "the key holds no arrival times: another program wrote to the limiter's key; reset() it",
     "22003": "the key holds no arrival times: another program wrote to the limiter's key; reset() it",
 }
@@ -61,6 +72,16 @@ class Arrival:
         self.stamp: bytes | None = stamp
         self.version: bytes | None = version
 
+    @property
+    def made(self) -> Sequence[int]:
+        """The counters as the row has them."""
+        return self.tats
+
+    @property
+    def ends(self) -> Sequence[int]:
+        """When each counter's window ends; 0 for a bucket."""
+        return (0,) * len(self.tats)
+
     def stepped_back(self) -> bool:
         """Whether this denial is due to the server's clock having been set back."""
         if self.charged or self.stamp is None:
@@ -69,22 +90,34 @@ class Arrival:
         return written - self.now // 1000 > STEP_BACK_US
 
 
+class WindowArrival(Arrival):
+    """An answer about a row with windows: their `tats` are as far after `now` as tokens are used."""
+
+    __slots__ = ("ends", "made")
+
+    made: Sequence[int]
+    ends: Sequence[int]
+
+
 class Charge:
     """What a hit adds to each arrival time, and how far ahead of now each may then be (further for a
     place in the queue), in nanoseconds.
 
     Made once and used for many hits: it carries its encoded parameters, and reads the answer."""
 
-    __slots__ = ("caps", "incs", "params", "read")
+    __slots__ = ("caps", "incs", "params", "read", "shape")
 
-    def __init__(self, incs: Sequence[int], caps: Sequence[int]) -> None:
+    def __init__(
+        self, incs: Sequence[int], caps: Sequence[int], shape: Shape | None = None
+    ) -> None:
+        self.shape: Shape = shape or len(incs)
         self.incs: Sequence[int] = incs
         self.caps: Sequence[int] = caps
         pairs = zip(incs, caps, strict=True)
         self.params: tuple[bytes, ...] = tuple(
             _codec.encode_int8(n) for pair in pairs for n in pair
         )
-        self.read: Callable[[Result], Arrival | Signal] = HitReader(incs, caps)
+        self.read: Callable[[Result], Arrival | Signal] = HitReader(incs, caps, self.shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +150,7 @@ class LimiterStatements(TableStatements):
 
     def _make_charge(self, rates: int) -> Statement[Arrival | None]:
         numbers = range(1, rates + 1)
-        moved = [f"({_tat('t', _US, n, rates)} + {_inc(n)})" for n in numbers]
+        moved = [f"({_tat('t', f'{_US} * 1000', n, rates)} + {_inc(n)})" for n in numbers]
         admitted = " AND ".join(
             f"{tat} - {_US} * 1000 <= {_cap(n)}" for n, tat in enumerate(moved, 1)
         )
@@ -125,7 +158,7 @@ class LimiterStatements(TableStatements):
         return self.statement(
             "limit_hit",
             f"UPDATE {self.t} AS t SET value = {_joined(moved)}, "
-            f"expires_at = {_full_at(moved, '1e6::float8')}, updated_at = statement_timestamp(), "
+            f"expires_at = {_full_at(moved, million='1e6::float8')}, updated_at = statement_timestamp(), "
             f"version = greatest(t.version + 1, {_US}) WHERE key = $1 AND {admitted} "
             "RETURNING value, updated_at, created_at",
             (TEXT, *(BINARY,) * (2 * rates)),
@@ -141,7 +174,7 @@ class LimiterStatements(TableStatements):
 
     def _make_refusal(self, rates: int) -> Statement[Arrival | None]:
         refused = " OR ".join(
-            f"{_tat('t', _US, n, rates)} + {_inc(n)} - {_US} * 1000 > {_cap(n)}"
+            f"{_tat('t', f'{_US} * 1000', n, rates)} + {_inc(n)} - {_US} * 1000 > {_cap(n)}"
             for n in range(1, rates + 1)
         )
         return self.statement(
@@ -156,37 +189,45 @@ class LimiterStatements(TableStatements):
 
     def hit(self, row: bytes, charge: Charge) -> Op[Arrival]:
         """Charge the row, if no arrival time is then more than its cap ahead of now."""
-        rates = len(charge.incs)
-        statement = self.made(rates, lambda: self._make_hit(rates))
+        shape = charge.shape
+        statement = self.made(shape, lambda: self._make_hit(shape))
         return Op(statement, (row, *charge.params), charge.read)
 
-    def _make_hit(self, rates: int) -> Statement[Arrival]:
-        numbers = range(1, rates + 1)
+    def _make_hit(self, shape: Shape) -> Statement[Arrival]:
+        windows = _windows_of(shape)
+        rates = len(windows)
+        snapshot = [_origin(window, "ts", "us") for window in windows]
+        locked = [_origin(each, "EXCLUDED.updated_at", "EXCLUDED.version") for each in windows]
         # A denial that the snapshot shows is answered from it: no row lock, no xid, no WAL.
         # ON CONFLICT ... WHERE alone would take a lock and an xid for each denial.
         refused = " OR ".join(
-            f"{_tat('cur', 'us', n, rates)} + {_inc(n)} - us * 1000 > {_cap(n)}" for n in numbers
+            f"{_tat('cur', origin, n, rates)} + {_inc(n)} - {origin} > {_cap(n)}"
+            for n, origin in enumerate(snapshot, 1)
         )
         admitted = " AND ".join(
-            f"{_tat('t', 'EXCLUDED.version', n, rates)} + {_inc(n)} - EXCLUDED.version * 1000 "
-            f"<= {_cap(n)}"
-            for n in numbers
+            f"{_tat('t', origin, n, rates)} + {_inc(n)} - {origin} <= {_cap(n)}"
+            for n, origin in enumerate(locked, 1)
         )
-        first = [f"(us * 1000 + {_inc(n)})" for n in numbers]
-        moved = [f"({_tat('t', 'EXCLUDED.version', n, rates)} + {_inc(n)})" for n in numbers]
+        first = [f"({origin} + {_inc(n)})" for n, origin in enumerate(snapshot, 1)]
+        moved = [
+            f"({_tat('t', origin, n, rates)} + {_inc(n)})" for n, origin in enumerate(locked, 1)
+        ]
+        told = _told(shape)
         return self.statement(
             "limit_hit",
             f"WITH u AS MATERIALIZED ({_CLOCK}), cur AS MATERIALIZED ("
             f"SELECT value, updated_at, version FROM {self.t} WHERE key = $1), h AS ("
             f"INSERT INTO {self.t} AS t (key, value, expires_at, created_at, updated_at, version) "
-            f"SELECT $1::text, {_joined(first)}, {_full_at(first)}, ts, ts, us FROM u "
+            f"SELECT $1::text, {_joined(first)}, {_full_at(first, windows, 'ts')}, ts, ts, us FROM u "
             f"WHERE NOT EXISTS (SELECT 1 FROM cur WHERE {refused}) "
             f"ON CONFLICT (key) DO UPDATE SET value = {_joined(moved)}, "
-            f"expires_at = {_full_at(moved)}, updated_at = EXCLUDED.updated_at, "
+            f"expires_at = {_full_at(moved, windows, 'EXCLUDED.updated_at')}, "
+            "updated_at = EXCLUDED.updated_at, "
             f"version = greatest(t.version + 1, EXCLUDED.version) WHERE {admitted} "
             "RETURNING value, created_at) "
-            "SELECT TRUE, h.value, us, h.created_at, NULL::bigint FROM h, u UNION ALL "
-            "SELECT FALSE, cur.value, us, cur.updated_at, cur.version FROM u LEFT JOIN cur ON TRUE "
+            f"SELECT TRUE, h.value, us, h.created_at, NULL::bigint{told} FROM h, u UNION ALL "
+            f"SELECT FALSE, cur.value, us, cur.updated_at, cur.version{told} "
+            "FROM u LEFT JOIN cur ON TRUE "
             "WHERE NOT EXISTS (SELECT 1 FROM h)",
             (TEXT, *(BINARY,) * (2 * rates)),
             _in_each_call,
@@ -194,19 +235,17 @@ class LimiterStatements(TableStatements):
             repeats=RACES_MAX,
         )
 
-    def peek(self, row: bytes, rates: int) -> Op[Arrival]:
+    def peek(self, row: bytes, shape: Shape) -> Op[Arrival]:
         """Read the arrival times; charge nothing."""
-        return Op(self._peek, (row,), lambda result: _read_arrival(result, 0, rates))
+        told = _told(shape)
+        statement = self.made(("peek", told), lambda: self._make_peek(told))
+        return Op(statement, (row,), lambda result: _read_arrival(result, 0, shape))
 
-    @property
-    def _peek(self) -> Statement[Arrival]:
-        return self.made("peek", self._make_peek)
-
-    def _make_peek(self) -> Statement[Arrival]:
+    def _make_peek(self, told: str) -> Statement[Arrival]:
         return self.statement(
             "limit_peek",
-            f"SELECT FALSE, t.value, {STATEMENT_US}, t.updated_at, t.version "
-            f"FROM (SELECT 1) u LEFT JOIN {self.t} t ON t.key = $1",
+            f"SELECT FALSE, t.value, u.us, t.updated_at, t.version{told} "
+            f"FROM (SELECT statement_timestamp() AS ts, {STATEMENT_US} AS us) u LEFT JOIN {self.t} t ON t.key = $1",
             (TEXT,),
             _in_each_call,
             retry_safe=True,
@@ -267,17 +306,19 @@ class LimiterStatements(TableStatements):
             "SELECT EXISTS (SELECT 1 FROM changed), EXISTS (SELECT 1 FROM seen)"
         )
 
-    def refund(self, row: bytes, amounts: Sequence[int]) -> Op[bool]:
+    def refund(self, row: bytes, amounts: Sequence[int], shape: Shape | None = None) -> Op[bool]:
         """Take nanoseconds off the arrival times. A full bucket stays full."""
-        rates = len(amounts)
-        statement = self.made(("refund", rates), lambda: self._make_refund(rates))
+        shape = shape or len(amounts)
+        statement = self.made(("refund", shape), lambda: self._make_refund(shape))
         return Op(statement, (row, *map(_codec.encode_int8, amounts)))
 
-    def _make_refund(self, rates: int) -> Statement[bool]:
+    def _make_refund(self, shape: Shape) -> Statement[bool]:
+        windows = _windows_of(shape)
+        rates = len(windows)
         lowered = [f"({_field('t', n, rates)} - ${n + 1}::bigint)" for n in range(1, rates + 1)]
         return self.statement(
             "limit_refund",
-            self._seen(self._moved(lowered, f" AND {LIVE}")),
+            self._seen(self._moved(lowered, f" AND {LIVE}", windows)),
             (TEXT, *(BINARY,) * rates),
             _read_changed_or_raced,
             refused=FOREIGN,
@@ -285,20 +326,31 @@ class LimiterStatements(TableStatements):
         )
 
     def cancel(
-        self, row: bytes, created_at: bytes, incs: Sequence[int], tats: Sequence[int]
+        self,
+        row: bytes,
+        created_at: bytes,
+        incs: Sequence[int],
+        tats: Sequence[int],
+        shape: Shape | None = None,
     ) -> Op[bool]:
         """Give a reservation back, except the part that later reservations rely on.
 
         `created_at` is that of the row that was charged, since a row made after a reset does not
         contain it; `tats` are the arrival times that the charge made."""
-        rates = len(incs)
-        statement = self.made(("cancel", rates), lambda: self._make_cancel(rates))
+        shape = shape or len(incs)
+        statement = self.made(("cancel", shape), lambda: self._make_cancel(shape))
         pairs = [_codec.encode_int8(n) for pair in zip(incs, tats, strict=True) for n in pair]
         return Op(statement, (row, created_at, *pairs))
 
-    def _make_cancel(self, rates: int) -> Statement[bool]:
+    def _make_cancel(self, shape: Shape) -> Statement[bool]:
+        windows = _windows_of(shape)
+        rates = len(windows)
+
         def back(n: int) -> str:
             tat, inc, mine = _field("t", n, rates), f"${2 * n + 1}::bigint", f"${2 * n + 2}::bigint"
+            if window := windows[n - 1]:  # no place in a queue: all of it, while the window lasts
+                origin = _origin(window, "statement_timestamp()", "")
+                return f"CASE WHEN {mine} > {origin} THEN {inc} ELSE 0 END"
             # Moving later callers up would put two of them into one slot; and tokens that have
             # flowed back since cannot be given back again.
             return f"least({inc} - greatest(0, {tat} - {mine}), {mine} - {STATEMENT_US} * 1000)"
@@ -311,34 +363,42 @@ class LimiterStatements(TableStatements):
         )
         formats = (TEXT, BINARY, *(BINARY,) * (2 * rates))
         return self.statement(
-            "limit_cancel", self._moved(lowered, where), formats, read_changed, refused=FOREIGN
+            "limit_cancel",
+            self._moved(lowered, where, windows),
+            formats,
+            read_changed,
+            refused=FOREIGN,
         )
 
-    def rebase(self, row: bytes, version: bytes, rates: int) -> Op[bool]:
+    def rebase(self, row: bytes, version: bytes, shape: Shape) -> Op[bool]:
         """After the clock was set back: let the debt of that version of the row count from now."""
-        statement = self.made(("rebase", rates), lambda: self._make_rebase(rates))
+        statement = self.made(("rebase", shape), lambda: self._make_rebase(shape))
         return Op(statement, (row, version))
 
-    def _make_rebase(self, rates: int) -> Statement[bool]:
-        written = "(extract(epoch from updated_at) * 1000000)::bigint * 1000"
+    def _make_rebase(self, shape: Shape) -> Statement[bool]:
+        windows = _windows_of(shape)
+        written = "(extract(epoch from updated_at) * 1000000)::bigint"
         moved = [
-            f"({STATEMENT_US} * 1000 + greatest(0, {_field('t', n, rates)} - {written}))"
-            for n in range(1, rates + 1)
+            f"({_origin(window, 'statement_timestamp()', STATEMENT_US)} + greatest(0, "
+            f"{_field('t', n, len(windows))} - {_origin(window, 'updated_at', written)}))"
+            for n, window in enumerate(windows, 1)
         ]
-        sql = self._moved(moved, " AND version = $2::bigint", "statement_timestamp()")
+        sql = self._moved(moved, " AND version = $2::bigint", windows, "statement_timestamp()")
         return self.statement("limit_rebase", sql, (TEXT, BINARY), read_changed, refused=FOREIGN)
 
     def _moved(
         self,
         tats: list[str],
         where: str,
+        windows: Sequence[str],
         # Before a step back of the clock: what lowers a debt must not hide the step from later hits.
         updated_at: str = "greatest(updated_at, statement_timestamp())",
     ) -> str:
         """Move the arrival times of one version of a row; nothing changes if another row replaced
         it."""
         return (
-            f"UPDATE {self.t} AS t SET value = {_joined(tats)}, expires_at = {_full_at(tats)}, "
+            f"UPDATE {self.t} AS t SET value = {_joined(tats)}, "
+            f"expires_at = {_full_at(tats, windows, 'statement_timestamp()')}, "
             f"updated_at = {updated_at}, version = greatest(version + 1, {STATEMENT_US}) WHERE key = $1{where}"
         )
 
@@ -352,26 +412,44 @@ class LimiterStatements(TableStatements):
             for place, (inc, cap) in enumerate(zip(charge.incs, charge.caps, strict=True), 1)
         ]
         int4, int8 = _codec.encode_int4, _codec.encode_int8
+        windows = [window for _, charge in charges for window in _windows_of(charge.shape)]
+        fixed: tuple[bytes, ...] = ()
+        if any(windows):
+            parts = [window.partition(" ")[::2] for window in windows]
+            fixed = tuple(
+                _codec.encode_array([each.encode() for each in p]) for p in zip(*parts, strict=True)
+            )
         return Op(
-            self._hit_many,
+            self.made(("hit_many", bool(fixed)), lambda: self._make_hit_many(bool(fixed))),
             (
                 _codec.encode_array([row for row, _ in charges]),
                 _codec.encode_array([int4(place[0]) for place in places], INT4_OID),
                 _codec.encode_array([int4(place[1]) for place in places], INT4_OID),
                 _codec.encode_array([int8(place[2]) for place in places], INT8_OID),
                 _codec.encode_array([int8(place[3]) for place in places], INT8_OID),
+                *fixed,
             ),
-            ManyReader({row: len(charge.incs) for row, charge in charges}),
+            ManyReader({row: charge.shape for row, charge in charges}),
         )
 
-    @property
-    def _hit_many(self) -> Statement[dict[bytes, Arrival]]:
-        return self.made("hit_many", self._make_hit_many)
+    def _make_hit_many(self, fixed: bool) -> Statement[dict[bytes, Arrival]]:
+        """With `fixed` some counters are windows; their units and time zones are parameters."""
+        origin, until, told, columns, arrays, names = "us * 1000", "tat", "", "", "", ""
+        if fixed:
+            origin, until = "origin", "CASE ends WHEN 0 THEN tat ELSE ends END"
+            arrays, names = ", $6::text[], $7::text[]", ", unit, zone"
+            columns = (
+                f", CASE r.unit {_case('us', 0)} END * 1000 AS origin, "
+                f"CASE r.unit {_case('0', 1)} END * 1000 AS ends"
+            )
+            told = (
+                ", (SELECT string_agg(origin / 1000 || ' ' || ends / 1000, ' ' ORDER BY place) "
+                "FROM p WHERE p.key = k.key)"
+            )
 
-    def _make_hit_many(self) -> Statement[dict[bytes, Arrival]]:
         def tat(row: str) -> str:
             field = f"split_part(encode({row}.value, 'escape'), ' ', p.place)"
-            return f"greatest(nullif({field}, '')::bigint, us * 1000)"
+            return f"greatest(nullif({field}, '')::bigint, {origin})"
 
         # Read first, so that a denial that the snapshot shows locks nothing; then lock in key
         # order and decide again on the locked rows.
@@ -380,21 +458,23 @@ class LimiterStatements(TableStatements):
         return self.statement(
             "limit_hit_many",
             f"WITH u AS MATERIALIZED ({_CLOCK}), p AS MATERIALIZED ("
-            "SELECT k.key, r.place, r.inc, r.cap FROM unnest($1::text[]) WITH ORDINALITY k(key, i) "
-            "JOIN unnest($2::int[], $3::int[], $4::bigint[], $5::bigint[]) r(i, place, inc, cap) "
+            f"SELECT k.key, r.place, r.inc, r.cap{columns} "
+            "FROM u CROSS JOIN unnest($1::text[]) WITH ORDINALITY k(key, i) JOIN unnest("
+            f"$2::int[], $3::int[], $4::bigint[], $5::bigint[]{arrays}) r(i, place, inc, cap{names}) "
             "ON r.i = k.i), pre AS MATERIALIZED ("
             f"SELECT key, value, updated_at, version FROM {self.t} WHERE key = ANY($1::text[])), "
             "ok0 AS MATERIALIZED (SELECT coalesce(bool_and("
-            f"{tat('pre')} + p.inc - us * 1000 <= p.cap), TRUE) AS ok "
+            f"{tat('pre')} + p.inc - {origin} <= p.cap), TRUE) AS ok "
             "FROM u CROSS JOIN p LEFT JOIN pre USING (key)), cur AS MATERIALIZED ("
             f"SELECT key, value, updated_at, version FROM {self.t} WHERE key = ANY($1::text[]) "
             'AND (SELECT ok FROM ok0) ORDER BY key COLLATE "C" FOR UPDATE), '
             f"s AS MATERIALIZED (SELECT p.key, p.place, {tat('cur')} + p.inc AS tat, p.cap, "
-            "cur.key IS NULL AS absent FROM u CROSS JOIN p LEFT JOIN cur USING (key)), "
+            f"{'p.origin, p.ends, ' * fixed}cur.key IS NULL AS absent FROM u CROSS JOIN p LEFT JOIN cur USING (key)), "
             "ok AS MATERIALIZED (SELECT (SELECT ok FROM ok0) "
-            "AND bool_and(s.tat - us * 1000 <= s.cap) AS ok FROM s, u), "
+            f"AND bool_and(s.tat - {origin} <= s.cap) AS ok FROM s, u), "
             "x AS MATERIALIZED (SELECT key, absent, "
-            "string_agg(tat::text, ' ' ORDER BY place)::bytea AS value, max(tat) AS top FROM s "
+            "string_agg(tat::text, ' ' ORDER BY place)::bytea AS value, "
+            f"max({until}) AS top FROM s "
             "WHERE (SELECT ok FROM ok) GROUP BY key, absent), "
             f"up AS (UPDATE {self.t} t SET value = x.value, "
             "expires_at = to_timestamp((top / 1000 + 1) / 1e6), updated_at = ts, "
@@ -403,13 +483,13 @@ class LimiterStatements(TableStatements):
             "(key, value, expires_at, created_at, updated_at, version) "
             "SELECT key, x.value, to_timestamp((top / 1000 + 1) / 1e6), ts, ts, us FROM x, u "
             'WHERE absent ORDER BY key COLLATE "C" RETURNING 1) '
-            "SELECT (SELECT ok FROM ok), z.value, us, z.updated_at, z.version, k.key "
+            f"SELECT (SELECT ok FROM ok), z.value, us, z.updated_at, z.version, k.key{told} "
             "FROM u CROSS JOIN unnest($1::text[]) k(key) LEFT JOIN ("
             "SELECT key, value, NULL::timestamptz AS updated_at, NULL::bigint AS version FROM x "
             "UNION ALL SELECT key, value, updated_at, version FROM cur WHERE NOT (SELECT ok FROM ok) "
             "UNION ALL SELECT key, value, updated_at, version FROM pre "
             "WHERE NOT (SELECT ok FROM ok0)) z USING (key)",
-            (BINARY,) * 5,
+            (BINARY,) * (7 if fixed else 5),
             _in_each_call,
             savepoint=True,
             refused=FOREIGN,
@@ -440,18 +520,74 @@ def _field(row: str, n: int, rates: int) -> str:
     return f"{text}::bigint" if rates == 1 else f"nullif(split_part({text}, ' ', {n}), '')::bigint"
 
 
-def _tat(row: str, us: str, n: int, rates: int) -> str:
-    return f"greatest({_field(row, n, rates)}, {us} * 1000)"
+def _tat(row: str, origin: str, n: int, rates: int) -> str:
+    return f"greatest({_field(row, n, rates)}, {origin})"
+
+
+def _windows_of(shape: Shape) -> tuple[str, ...]:
+    return ("",) * shape if isinstance(shape, int) else shape
+
+
+# All of it immutable, as what is moved on a conflict has to be for Citus.
+
+
+def _in_us(moment: str) -> str:
+    return f"(extract(epoch from ({moment}) AT TIME ZONE 'UTC') * 1000000)::bigint"
+
+
+def _bounds(unit: str, ts: str, zone: str, length: str) -> tuple[str, str]:
+    """Beginning and end of the window around a moment. A day and more is counted on the zone's own
+    calendar: a day may have 23 hours, and an hour may come twice."""
+    local = f"({ts} AT TIME ZONE {zone})"
+    begins = f"date_trunc({unit}, {local})"
+    if unit in ("'minute'", "'hour'"):
+        begins = f"({ts} AT TIME ZONE 'UTC') - ({local} - {begins})"
+        zone = "'UTC'"
+    return f"({begins}) AT TIME ZONE {zone}", f"({begins} + {length}) AT TIME ZONE {zone}"
+
+
+def _window_bounds(window: str, ts: str) -> tuple[str, str]:
+    unit, zone = window.split(" ")
+    return _bounds(f"'{unit}'", ts, f"'{zone}'", f"interval '{LENGTHS[unit]}'")
+
+
+def _case(bucket: str, bound: int) -> str:
+    """A bound of each kind of window, in microseconds, for a row that has unit and zone."""
+    found = {
+        unit: _bounds(f"'{unit}'", "ts", "r.zone", f"interval '{length}'")[bound]
+        for unit, length in LENGTHS.items()
+    }
+    kinds = [f"WHEN '{unit}' THEN {_in_us(moment)}" for unit, moment in found.items()]
+    return f"WHEN '' THEN {bucket} {' '.join(kinds)}"
+
+
+def _origin(window: str, ts: str, us: str) -> str:
+    """What a counter counts from, in nanoseconds: now, or the beginning of its window."""
+    return f"{_in_us(_window_bounds(window, ts)[0])} * 1000" if window else f"{us} * 1000"
+
+
+def _told(shape: Shape) -> str:
+    """The column that tells beginning and end of each counter's window, in microseconds."""
+    if isinstance(shape, int):
+        return ""
+    bounds = [_window_bounds(window, "u.ts") if window else () for window in shape]
+    return f", concat_ws(' ', {', '.join(', '.join(map(_in_us, each)) or 'u.us, 0' for each in bounds)})"
 
 
 def _joined(tats: Sequence[str]) -> str:
     return "(" + " || ' ' || ".join(f"{tat}::text" for tat in tats) + ")::bytea"
 
 
-def _full_at(tats: Sequence[str], million: str = "1e6") -> str:
-    """The moment at which every bucket of the row is full, rounded up."""
-    last = tats[0] if len(tats) == 1 else f"greatest({', '.join(tats)})"
-    return f"to_timestamp(({last} / 1000 + 1) / {million})"
+def _full_at(
+    tats: Sequence[str], windows: Sequence[str] = (), ts: str = "", million: str = "1e6"
+) -> str:
+    """The moment at which every bucket of the row is full and every window over, rounded up."""
+    filling = [tat for n, tat in enumerate(tats) if not any(windows[n : n + 1])]
+    ends = [_window_bounds(window, ts)[1] for window in windows if window]
+    if filling:
+        last = filling[0] if len(filling) == 1 else f"greatest({', '.join(filling)})"
+        ends.append(f"to_timestamp(({last} / 1000 + 1) / {million})")
+    return ends[0] if len(ends) == 1 else f"greatest({', '.join(ends)})"
 
 
 # -- reading results -----------------------------------------------------------------------
@@ -468,14 +604,15 @@ def _read_charged(result: Result) -> Arrival | None:
 class HitReader:
     """Reads a hit's answer. A denial with data that would admit lost a race: nothing happened."""
 
-    __slots__ = ("caps", "incs")
+    __slots__ = ("caps", "incs", "shape")
 
-    def __init__(self, incs: Sequence[int], caps: Sequence[int]) -> None:
+    def __init__(self, incs: Sequence[int], caps: Sequence[int], shape: Shape) -> None:
         self.incs: Sequence[int] = incs
         self.caps: Sequence[int] = caps
+        self.shape: Shape = shape
 
     def __call__(self, result: Result) -> Arrival | Signal:
-        arrival = _read_arrival(result, 0, len(self.incs))
+        arrival = _read_arrival(result, 0, self.shape)
         if arrival.charged:
             return arrival
         now = arrival.now
@@ -488,16 +625,16 @@ class HitReader:
 class ManyReader:
     """Reads the arrival times of several rows, by row."""
 
-    __slots__ = ("rates",)
+    __slots__ = ("shapes",)
 
-    def __init__(self, rates: dict[bytes, int]) -> None:
-        self.rates: dict[bytes, int] = rates
+    def __init__(self, shapes: dict[bytes, Shape]) -> None:
+        self.shapes: dict[bytes, Shape] = shapes
 
     def __call__(self, result: Result) -> dict[bytes, Arrival]:
         arrivals = {}
         for n in range(result.ntuples):
             row = result.get_value(n, 5) or b""
-            arrivals[row] = _read_arrival(result, n, self.rates[row])
+            arrivals[row] = _read_arrival(result, n, self.shapes[row], 6)
         return arrivals
 
 
@@ -530,11 +667,22 @@ def _read_changed_or_raced(result: Result) -> bool | Signal:
 _RACED = Raced(False)
 
 
-def _read_arrival(result: Result, n: int, rates: int) -> Arrival:
+def _read_arrival(result: Result, n: int, rates: Shape, windows: int = 5) -> Arrival:
+    """Read a row of an answer; `windows` is the column of what `_told` tells."""
     column = result.get_value
     now = int.from_bytes(column(n, 2) or b"", "big", signed=True) * 1000
     value = column(n, 1)
     tats: Sequence[int]
+    if not isinstance(rates, int):
+        bounds = [int(us) * 1000 for us in (column(n, windows) or b"").split()]
+        origins = bounds[::2]
+        found = [int(each) for each in (value or b"").split()][: len(rates)]
+        found += [0] * (len(rates) - len(found))
+        made = list(map(max, found, origins))
+        tats = [now + each - origin for each, origin in zip(made, origins, strict=True)]
+        arrival = WindowArrival(column(n, 0) == b"\1", now, tats, column(n, 3), column(n, 4))
+        arrival.made, arrival.ends = made, bounds[1::2]
+        return arrival
     if value is None:
         tats = (now,) * rates
     elif rates == 1:

@@ -25,6 +25,7 @@ NS = 10**9
 CREATED = struct.pack(">q", 0)  # 2000-01-01
 COST = {"a": 1, "b": 2}
 VERSION = 7
+YEAR = "(extract(epoch FROM date_trunc('year', now(), 'UTC')) * 1000000000)"  # where it began
 
 
 def told(decision: Decision) -> Any:
@@ -44,7 +45,7 @@ def hinted(limiter: RateLimiter, side: str, refused: bool | None) -> Any:
     """A hit of a key whose last one was refused, or was not."""
     flows = limiter._flows
     flows._lately.clear()
-    if refused is not None:
+    if refused is not None and not flows.policy.has_quotas:
         flows._lately[flows.row("k", flows.policy)] = refused
     return told(limiter.hit("k", COST[side]))
 
@@ -65,7 +66,7 @@ def op(limiter: RateLimiter, name: str) -> None:
     flows = limiter._flows
     row = flows.row("k", flows.policy)
     made: Op[Any] = (
-        flows.sql.rebase(row, struct.pack(">q", VERSION), len(flows.rates))
+        flows.sql.rebase(row, struct.pack(">q", VERSION), flows.policy.shape)
         if name == "rebase"
         else limiter._store._sql.collect([row])
     )
@@ -100,7 +101,7 @@ class OneRate(Subject[RateLimiter]):
     rates = "5/d"
     operations = OPERATIONS
     only_first = TRANSACTIONS
-    states = ("absent", "used", "spent", "queued", "full")
+    states: tuple[str, ...] = ("absent", "used", "spent", "queued", "full")
     repeatable = (OPERATIONS | TRANSACTIONS).keys() - {"collect"}
     receipt: Receipt  # of the last token charged to k
 
@@ -113,27 +114,34 @@ class OneRate(Subject[RateLimiter]):
         tokens = {"used": 2, "spent": BURST, "queued": BURST + 2, "full": -1}.get(state)
         self.conn.execute("DELETE FROM kv_store")
         now: Any = self.conn.execute(
-            "SELECT (extract(epoch FROM statement_timestamp()) * 1000000)::bigint * 1000"
+            "SELECT (extract(epoch FROM statement_timestamp()) * 1000000)::bigint * 1000,"
+            f" {YEAR}::bigint"
         ).fetchone()
         tat = now[0] + round((tokens or 0) * TOKEN * NS)
+        values = [
+            now[1] + max(tokens or 0, 0) if isinstance(rate, pgkv.Quota) else tat
+            for rate in flows.rates
+        ]
         rows = [flows.row(key, flows.policy) for key in "kz"]
         incs = flows.policy.charge(1).incs
-        OneRate.receipt = Receipt(os.getpid(), rows[0], CREATED, incs, [tat] * len(incs))
+        OneRate.receipt = Receipt(os.getpid(), rows[0], CREATED, incs, values, flows.policy.shape)
         if tokens is not None:
             self.conn.execute(
                 "INSERT INTO kv_store SELECT k, %s::text::bytea, to_timestamp(%s / 1e9),"
                 " '2000-01-01 00:00:00+00', now(), %s FROM unnest(%s::text[]) k",
-                [" ".join([str(tat)] * len(incs)), tat, VERSION, [row.decode() for row in rows]],
+                [" ".join(map(str, values)), tat, VERSION, [row.decode() for row in rows]],
             )
 
     def on(self, conn: psycopg.Connection | None) -> RateLimiter:
         return self.limiter if conn is None else self.limiter.using(conn)
 
     def observe(self) -> Any:
-        # The debt of each bucket in tokens; and whether the row is the one of the beginning.
+        # The debt of each counter in tokens; and whether the row is the one of the beginning.
         return self.conn.execute(
-            "SELECT right(key, 1), array(SELECT round((greatest(0, tat::bigint -"
-            " extract(epoch FROM now()) * 1e9) / %s)::numeric, 1)::float"
+            "SELECT right(key, 1), array(SELECT round((CASE WHEN tat::bigint < 1e6 + "
+            f"{YEAR} THEN greatest(0, tat::bigint - {YEAR})"
+            " ELSE greatest(0, tat::bigint - extract(epoch FROM now()) * 1e9) / %s"
+            " END)::numeric, 1)::float"
             " FROM unnest(string_to_array(encode(value, 'escape'), ' ')) tat),"
             " created_at < '2001-01-01'"
             " FROM kv_store WHERE expires_at > now() ORDER BY key",
@@ -145,6 +153,13 @@ class TwoRates(OneRate):
     """The same under two rates."""
 
     rates = "5/d; 50/1000d burst 5"
+
+
+class RateAndQuota(OneRate):
+    """The same under a rate and a calendar window."""
+
+    rates = "5/d; 5/year"
+    states = ("absent", "used", "spent")
 
 
 # -- schedules
@@ -234,7 +249,7 @@ def of_limiter(name: str, clients: dict[str, Client], **options: Any) -> Scenari
     return Scenario(name, clients, prepare=prepare, **options)
 
 
-SUBJECTS = (OneRate, TwoRates)
+SUBJECTS = (OneRate, TwoRates, RateAndQuota)
 SCENARIOS = (
     of_limiter(
         "limiter: acquire and cancel",
