@@ -467,6 +467,10 @@ class AsyncPgConnection:
         except PgkvError as failure:
             failure.outcome_unknown = False  # preparing changes nothing
             raise
+        except asyncio.CancelledError:
+            # It may be prepared: a transaction that prepared it again would be refused.
+            self.lost = True
+            raise
         # The name is a hash of the text: one that exists is the one we want.
         if result.status not in OK and from_result(result).sqlstate != "42P05":
             raise from_result(result)
