@@ -328,13 +328,16 @@ class LeaseRenewal:
 
 
 def _take_turns(due: list[Held]) -> list[Held]:
-    """Take those leases that no other call sends a statement about."""
+    """Take those leases that no other call sends a statement about, one of each key: the answer is
+    by key, and a process may have both the lost lease of a key and the next one."""
+    mine: dict[Any, Held] = {}
     for lease in due:
         # Whatever becomes of this try: it is not due again before a while.
         lease._due = clock() + retry_pause(lease._ttl) / 2
-    mine = [lease for lease in due if lease._turn.acquire(blocking=False)]
+        if lease._key not in mine and lease._turn.acquire(blocking=False):
+            mine[lease._key] = lease
     due.clear()
-    return mine
+    return list(mine.values())
 
 
 def _end_turns(mine: list[Held]) -> None:
