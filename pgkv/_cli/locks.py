@@ -329,14 +329,13 @@ class _Guardian:
         """Run the command; return its exit code as `subprocess` has it."""
         self._handle(self.PASSED_ON, self._pass_on)
         patience = (lease.ttl - lease.remaining()) * KILL_AFTER
-        with _keeper() as tell:
+        with _keeper() as keeper:
             process = subprocess.Popen(  # noqa: S603  # the user's own command
                 program,
                 env={**os.environ, "PGKV_LOCK_TOKEN": str(lease.token)},
                 start_new_session=True,
-                preexec_fn=_die_with(os.getpid()),  # noqa: PLW1509  # one system call
+                preexec_fn=_kept(os.getpid(), keeper),  # noqa: PLW1509  # three system calls
             )
-            tell(f"{process.pid}\n")
             self._session = process.pid
             for number in self._early:
                 self._pass_on(number)
@@ -348,7 +347,7 @@ class _Guardian:
             threading.Thread(target=wait, name="pgkv-lock", daemon=True).start()
             self._watch(process, lease, patience)
             code = process.wait()
-            tell("ended\n")
+            _tell(keeper, "ended")
         return code
 
     def note_lost(self) -> None:
@@ -446,38 +445,42 @@ def _members(session: int, *, but_group: bool = False) -> set[int]:
 
 
 @contextlib.contextmanager
-def _keeper() -> Iterator[Callable[[str], None]]:
-    """Start the shell of `_KEEPER`; give what writes to it."""
+def _keeper() -> Iterator[int]:
+    """Start the shell of `_KEEPER`; give the descriptor that it reads."""
     keeper = subprocess.Popen(  # noqa: S603  # a constant
         ["/bin/sh", "-c", _KEEPER], stdin=subprocess.PIPE, start_new_session=True, cwd="/",
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
-    stdin = keeper.stdin
-    assert stdin is not None
-
-    def tell(line: str) -> None:
-        with contextlib.suppress(OSError):  # it was killed
-            stdin.write(line.encode())
-            stdin.flush()
-
+    assert keeper.stdin is not None
     try:
-        yield tell
+        yield keeper.stdin.fileno()
+    except OSError:  # the command could not be started
+        _tell(keeper.stdin.fileno(), "ended")
+        raise
     finally:
-        with contextlib.suppress(OSError):
-            stdin.close()
+        keeper.stdin.close()
         keeper.wait()
 
 
-def _die_with(parent: int) -> Callable[[], None] | None:
-    """Return a function for a child of `parent`: the kernel kills it when `parent` dies (Linux)."""
-    if sys.platform != "linux":
-        return None
-    prctl = ctypes.CDLL(None).prctl  # found before the fork: the child only calls it
+def _tell(keeper: int, line: str) -> None:
+    with contextlib.suppress(OSError):  # it was killed
+        os.write(keeper, f"{line}\n".encode())
+
+
+def _kept(parent: int, keeper: int) -> Callable[[], None]:
+    """Return a function for a child of `parent`, before it becomes the command: the kernel kills it
+    when `parent` dies (Linux), and `keeper` its session."""
+    linux = sys.platform == "linux"
+    prctl = (
+        ctypes.CDLL(None).prctl if linux else None
+    )  # found before the fork: the child only calls it
 
     def arrange() -> None:
-        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it died before that
-            os.kill(os.getpid(), signal.SIGKILL)
+        _tell(keeper, str(os.getpid()))
+        if prctl is not None:
+            prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+            if os.getppid() != parent:  # it died before that
+                os.kill(os.getpid(), signal.SIGKILL)
 
     return arrange
 
