@@ -9,14 +9,19 @@ on the database). Fault tests ask for `make_server` and get a server that they m
 from __future__ import annotations
 
 import asyncio
+import gc
 import inspect
 import os
+import re
 import secrets
 import signal
+from collections import defaultdict
 from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass
 from typing import Any
+from zlib import crc32
 
+import hypothesis
 import psycopg
 import pytest
 from psycopg import sql
@@ -24,11 +29,16 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from pgkv import _observe
 from pgkv.testing import ServerClock
-from tests import servers
+from tests import FULL, servers
 from tests.colours import Colour, available
 from tests.servers import Server, UserServer
 
-HANG_UP = getattr(signal, "SIGHUP", None)  # Windows has none
+# A loaded machine may take any time for one example, and for making one.
+hypothesis.settings.register_profile(
+    "tests", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("tests")
+BY_SHELLS = ("SIGINT", "SIGQUIT", "SIGHUP")  # what a background job or nohup ignores
 WANTED = (
     18,
     15,
@@ -39,9 +49,50 @@ def pytest_configure() -> None:
     """A shell that starts the tests in the background lets them ignore Ctrl-C, and nohup a hang-up;
     every process of theirs would inherit that: tests of signals need the defaults.
     """
-    for number, default in ((signal.SIGINT, signal.default_int_handler), (HANG_UP, signal.SIG_DFL)):
+    for name in BY_SHELLS:
+        number = getattr(signal, name, None)  # Windows has few
         if number is not None and signal.getsignal(number) is signal.SIG_IGN:
+            default = signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL
             signal.signal(number, default)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Sync and async run the same flows and the same SQL. On the newest server each test runs in
+    both; on an older one, and through a pooler, in one of them, half of the tests in each: what is
+    different there shows in either. PGKV_TESTS=full runs all.
+    """
+    if FULL:
+        return
+    pairs: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        params = getattr(getattr(item, "callspec", None), "params", {})
+        older = params.get("server") not in (None, "dsn", max(servers.installed(), default="dsn"))
+        if "colour" in params and (older or item.path.name.startswith("test_poolers")):
+            pairs.setdefault(re.sub(r"\ba?sync\b", "", item.nodeid), []).append(item)
+    left_out = {both[crc32(name.encode()) % 2] for name, both in pairs.items() if len(both) == 2}
+    items[:] = [item for item in items if item not in left_out]
+    config.hook.pytest_deselected(items=list(left_out))
+
+
+def pytest_collection_finish() -> None:
+    """A gc.collect() in a test does not go through the thousands of tests that were collected."""
+    gc.collect()
+    gc.freeze()
+
+
+_seconds: defaultdict[str, float] = defaultdict(float)
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Add up for the summary."""
+    _seconds["/".join(report.nodeid.split("/")[:2])] += report.duration
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """How long the tests of each folder took, waiting included."""
+    terminalreporter.section("seconds by folder")
+    for folder, seconds in sorted(_seconds.items(), key=lambda each: -each[1]):
+        terminalreporter.line(f"{seconds:8.1f}  {folder}")
 
 
 def _server_params() -> list[Any]:
@@ -151,7 +202,7 @@ def _sandbox(
         return not leaked
 
     try:
-        servers.wait_until(all_gone, "connections end", seconds=3)
+        servers.wait_until(all_gone, "connections end")
     except TimeoutError:
         for pid in leaked:
             _admin.execute("SELECT pg_terminate_backend(%s)", [pid])

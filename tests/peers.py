@@ -52,6 +52,16 @@ class Peer:
         )
         return count
 
+    def count_all(self) -> None:
+        """End the other connections of the test, each of which tells the server its counts then: by
+        itself it does so seconds later."""
+        self.run(
+            "SELECT pg_terminate_backend(pid, 30000) FROM pg_stat_activity"
+            " WHERE pid <> pg_backend_pid() AND backend_type = 'client backend' AND"
+            " application_name = (SELECT application_name FROM pg_stat_activity"
+            " WHERE pid = pg_backend_pid())"
+        )
+
     async def until_waiting(self, count: int = 1) -> None:
         """Wait until so many connections wait for a lock. Not inside a transaction of the peer,
         which sees the statistics as they were: `with another`."""

@@ -38,6 +38,11 @@ THROWAWAY: Mapping[str, str] = {"fsync": "off", "full_page_writes": "off"}
 SMALL: Mapping[str, str] = {"shared_buffers": "32MB", "max_connections": "150"}
 
 
+# Seconds by which a loaded machine may be late with what takes an instant. An upper bound of a test
+# includes them; what it rules out takes longer: the default timeouts, or what the test arranges.
+LATE = 5.0
+
+
 def wait_until(condition: Callable[[], bool], what: str, seconds: float = 30.0) -> None:
     """Poll a condition; a deadline, not a sleep, decides."""
     deadline = time.monotonic() + seconds

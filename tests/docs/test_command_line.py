@@ -130,7 +130,7 @@ def on_a_terminal(shell_script: str, where: Path) -> str:
         while part := os.read(ours, 65536):
             sent += part
     os.close(ours)
-    process.wait(10)
+    process.wait(30)
     return sent.decode().replace("\r\n", "\n")
 
 

@@ -68,11 +68,11 @@ def use_everything(dsn: str) -> Iterator[tuple[str, Callable[[], object]]]:
     def use_locks() -> None:
         for options in ({}, {"durable": False}, {"fair": True}, {"wakeup": "notify"}):
             lock = pgkv.Lock(store, "n", ttl=5, **options)
-            with lock.acquire(timeout=5) as lease:
+            with lock.acquire(timeout=20) as lease:
                 lease.extend(5)
                 with psycopg.connect(dsn) as conn:
                     lease.guard(conn)
-        with pgkv.Semaphore(store, "s", slots=2).acquire(timeout=5):
+        with pgkv.Semaphore(store, "s", slots=2).acquire(timeout=20):
             pass
 
     def use_sessions() -> None:

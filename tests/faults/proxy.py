@@ -186,7 +186,7 @@ class Proxy:
 
         self._on_loop(end())
         self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(10)
+        self._thread.join(30)
         self._loop.close()
 
     def __enter__(self) -> Self:

@@ -16,6 +16,7 @@ from pgkv import AsyncStore, InvalidValueError, StoreUnavailableError
 from tests.colours import Colour
 from tests.faults.proxy import Proxy, certificate
 from tests.faults.support import Witness, newest, until
+from tests.servers import LATE
 
 MakeStore = Callable[..., Coroutine[Any, Any, AsyncStore]]
 pytestmark = newest
@@ -191,8 +192,8 @@ async def test_a_mute_network_and_a_cancelled_task(dsn: str, make_store: MakeSto
         begun = time.monotonic()
         for task in tasks:
             task.cancel()
-        await asyncio.wait(tasks, timeout=5)
+        await asyncio.wait(tasks, timeout=30)
         assert all(task.cancelled() for task in tasks)
-        assert time.monotonic() - begun < 0.5
-        await asyncio.wait_for(store.close(), 10)
+        assert time.monotonic() - begun < LATE
+        await asyncio.wait_for(store.close(), 30)
         proxy.release()

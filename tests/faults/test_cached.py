@@ -21,7 +21,7 @@ from pgkv._engine import breaker as _breaker
 from tests.cached import cached_in
 from tests.colours import Colour
 from tests.faults.support import Witness, exit_code, newest
-from tests.servers import Server, wait_until
+from tests.servers import LATE, Server, wait_until
 
 ROOT = Path(__file__).parents[2]
 MakeStore = Callable[..., Any]
@@ -154,7 +154,7 @@ def test_a_killed_leader_has_one_successor(fleet: Fleet) -> None:
     runs = fleet.runs()
     assert len(runs) == 2
     assert runs[0] == leader.pid != runs[1]
-    assert took < 1.5 + 1.0
+    assert took < 1.5 + LATE
 
 
 async def test_an_outage_costs_little_and_ends(
@@ -181,11 +181,11 @@ async def test_an_outage_costs_little_and_ends(
     for _ in range(_breaker.FAILURES_MAX):
         started = time.monotonic()
         assert await cached(1) == 1
-        assert time.monotonic() - started < 3
+        assert time.monotonic() - started < 3 + LATE
     started = time.monotonic()
     for _ in range(5):
         assert await cached(2) == 2
-    assert time.monotonic() - started < 1
+    assert time.monotonic() - started < 1 + LATE
     assert cached.cache_info().errors >= _breaker.FAILURES_MAX
     with pytest.raises(pgkv.StoreUnavailableError):
         await raising(1)
@@ -218,7 +218,7 @@ async def test_a_frozen_store_costs_the_timeout(
         conn.execute("LOCK TABLE kv_store IN ACCESS EXCLUSIVE MODE")
         started = time.monotonic()
         assert await f() == 1
-        assert 0.25 < time.monotonic() - started < 3
+        assert 0.25 < time.monotonic() - started < 3 + LATE
         conn.rollback()
     assert f.cache_info().errors == 1
 

@@ -20,7 +20,7 @@ import pytest
 
 from pgkv import OperationTimeoutError, PgkvError, PoolTimeoutError, Store
 from tests.faults.support import Crew, Witness, newest, until
-from tests.servers import wait_until
+from tests.servers import LATE, wait_until
 
 MakeStore = Callable[..., Awaitable[Any]]
 pytestmark = newest
@@ -36,7 +36,7 @@ async def test_all_connections_in_transactions(make_store: MakeStore) -> None:
         started = time.monotonic()
         with pytest.raises(PoolTimeoutError, match="pool_max_size") as caught:
             await store.get("a")
-        assert 0.29 < time.monotonic() - started < 1
+        assert 0.29 < time.monotonic() - started < 1 + LATE
         assert not caught.value.outcome_unknown
     assert await store.get("a") == b"1"
     async with store.transaction() as one:
@@ -45,7 +45,7 @@ async def test_all_connections_in_transactions(make_store: MakeStore) -> None:
             waiting = asyncio.ensure_future(store.get("a"))
             await asyncio.sleep(0.1)
             assert not waiting.done()
-        assert await asyncio.wait_for(waiting, 5) == b"1"
+        assert await asyncio.wait_for(waiting, 30) == b"1"
 
 
 async def test_operation_timeout_comes_first(make_store: MakeStore) -> None:
@@ -171,7 +171,7 @@ async def test_storm_of_time_outs(make_store: MakeStore) -> None:
                 outcomes["served"] += 1
             except PoolTimeoutError:
                 outcomes["timed out"] += 1
-            assert time.monotonic() - started < 5
+            assert time.monotonic() - started < 5 + LATE
 
     await asyncio.gather(*(work() for _ in range(40)))
     print(outcomes)
@@ -376,7 +376,7 @@ async def test_cancelled_waiters_lose_no_connection(make_store: MakeStore) -> No
         await asyncio.gather(*tasks, return_exceptions=True)
     started = time.monotonic()
     await store.ping()
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 2 + LATE
 
 
 async def test_close_with_callers_waiting(make_store: MakeStore, witness: Witness) -> None:
@@ -390,12 +390,12 @@ async def test_close_with_callers_waiting(make_store: MakeStore, witness: Witnes
         waiting = [asyncio.ensure_future(store.get("k")) for _ in range(3)]
         await asyncio.sleep(0.05)
         closing = asyncio.ensure_future(store.close())
-        outcomes = await asyncio.wait_for(asyncio.gather(*waiting, return_exceptions=True), 5)
+        outcomes = await asyncio.wait_for(asyncio.gather(*waiting, return_exceptions=True), 30)
         assert all("closed" in str(outcome) for outcome in outcomes), outcomes
     outcome = (await asyncio.gather(busy, return_exceptions=True))[0]
     assert isinstance(outcome, int | PgkvError)
     await closing
-    await until(lambda: not witness.backends(), "connections end", 5)
+    await until(lambda: not witness.backends(), "connections end")
 
 
 async def test_close_under_load(make_store: MakeStore, witness: Witness) -> None:
@@ -415,9 +415,9 @@ async def test_close_under_load(make_store: MakeStore, witness: Witness) -> None
         tasks = [asyncio.ensure_future(work()) for _ in range(10)]
         await asyncio.sleep(0.05)
         await store.close()
-        messages = await asyncio.wait_for(asyncio.gather(*tasks), 10)
+        messages = await asyncio.wait_for(asyncio.gather(*tasks), 30)
         assert all("closed" in message for message in messages), messages
-        await until(lambda: not witness.backends(), "connections end", 5)
+        await until(lambda: not witness.backends(), "connections end")
         with pytest.raises(PgkvError, match="the store is closed"):
             await store.get("k")
         with pytest.raises(PgkvError, match="the store is closed"):
@@ -450,7 +450,7 @@ def test_nothing_is_left_after_close(dsn: str, witness: Witness) -> None:
             with Crew() as crew:
                 for _ in range(5):
                     crew.start(store.get, "k")
-    wait_until(lambda: not set(threading.enumerate()) - threads, "threads end", 3)
-    wait_until(lambda: not witness.backends(), "connections end", 3)
+    wait_until(lambda: not set(threading.enumerate()) - threads, "threads end")
+    wait_until(lambda: not witness.backends(), "connections end")
     if before is not None:
         assert sockets() == before

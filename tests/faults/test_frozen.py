@@ -16,7 +16,7 @@ import pytest
 
 from pgkv import OperationTimeoutError, RetryPolicy, Store, StoreUnavailableError
 from tests.faults.support import Witness, newest, until
-from tests.servers import Server, wait_until
+from tests.servers import LATE, Server, wait_until
 
 MakeStore = Callable[..., Awaitable[Any]]
 pytestmark = newest
@@ -32,9 +32,9 @@ async def test_blocked_call_is_cancelled(make_store: MakeStore, witness: Witness
         started = time.monotonic()
         with pytest.raises(OperationTimeoutError, match="may still have happened") as caught:
             await store.set("k", b"new")
-        assert 0.28 < time.monotonic() - started < 0.3 + ABANDON
+        assert 0.28 < time.monotonic() - started < 0.3 + ABANDON + LATE
         assert caught.value.outcome_unknown
-        await until(lambda: not witness.active(), "the statement is cancelled", 2)
+        await until(lambda: not witness.active(), "the statement is cancelled")
         assert await store.get("k") == b"old"
     assert await store.get("k") == b"old"
 
@@ -49,7 +49,7 @@ async def test_deadline_in_a_transaction(make_store: MakeStore, witness: Witness
                 await tx.set("other", b"new")
                 await tx.set("k", b"new")
         assert await store.get("other") == b"old"
-        await until(lambda: not witness.active(), "the statement is cancelled", 2)
+        await until(lambda: not witness.active(), "the statement is cancelled")
     assert await store.get("k") == b"old"
 
 
@@ -61,7 +61,7 @@ async def test_deadline_over_many_statements(make_store: MakeStore, witness: Wit
         started = time.monotonic()
         with pytest.raises(OperationTimeoutError):
             await store.set_many({f"k{i:04}": b"new" for i in range(10_000)})
-        assert time.monotonic() - started < 0.3 + ABANDON + 0.5
+        assert time.monotonic() - started < 0.3 + ABANDON + LATE
     assert await store.count() == 1
 
 
@@ -76,7 +76,7 @@ async def test_ping_with_a_timeout_of_its_own(
         started = time.monotonic()
         with pytest.raises(OperationTimeoutError):
             await store.ping(timeout=0.2)
-        assert time.monotonic() - started < 0.2 + ABANDON
+        assert time.monotonic() - started < 0.2 + ABANDON + LATE
     finally:
         server.thaw()
     assert await store.ping() < 5
@@ -111,7 +111,7 @@ async def test_frozen_server(make_server: Callable[..., Server], make_store: Mak
     errors = [error for _, error in outcomes]
     print(sorted(seconds), {type(error).__name__ for error in errors})
     assert all(error is not None for error in errors)
-    assert max(seconds) < 0.5 + ABANDON + 0.3
+    assert max(seconds) < 0.5 + ABANDON + LATE
     assert any("may still have happened" in str(error) for error in errors)
     for _ in range(4):
         outcomes = await asyncio.gather(*(ask(i) for i in range(50)))
@@ -130,7 +130,7 @@ async def test_frozen_while_connecting(
             started = time.monotonic()
             with pytest.raises((StoreUnavailableError, OperationTimeoutError)) as caught:
                 await make_store(dsn=server.dsn, retry=None, **options)
-            assert time.monotonic() - started < 0.4 + ABANDON
+            assert time.monotonic() - started < 0.4 + ABANDON + LATE
             assert not caught.value.outcome_unknown
     finally:
         server.thaw()
@@ -194,30 +194,37 @@ def test_interrupt(witness: Witness, dsn: str, blocked: str) -> None:
             assert float(moment) - sent < 1
             assert child.stdout.readline() == "right\n"
             assert witness.waiting("child") == 0
-            assert child.wait(10) == 0
+            assert child.wait(30) == 0
         finally:
             child.kill()
 
 
+# Between two rounds a signal only counts for the next one: there nothing could catch its exception.
 STORM = """
 import signal, sys
 import pgkv
-signal.signal(signal.SIGINT, signal.default_int_handler)
-store = pgkv.Store.connect(sys.argv[1], application_name="child", pool_max_size=2, pool_timeout=3)
-seen = i = 0
+armed = late = False
+def interrupt(number, frame):
+    global armed, late
+    late = not armed
+    if armed:
+        armed = False
+        raise KeyboardInterrupt
+signal.signal(signal.SIGINT, interrupt)
+store = pgkv.Store.connect(sys.argv[1], application_name="child", pool_max_size=2, pool_timeout=30)
+i = 0
 print("ready", flush=True)
-while seen < 60:
+for _ in range(60):
     try:
+        armed = True
+        if late:
+            signal.raise_signal(signal.SIGINT)
         while True:
             i += 1
             store.set("k%d" % (i % 7), b"%d" % i)
             assert store.get("k%d" % (i % 7)) == b"%d" % i, i
     except KeyboardInterrupt:
-        seen += 1
-        try:
-            print("x", flush=True)
-        except KeyboardInterrupt:
-            pass
+        print("x", flush=True)
 signal.signal(signal.SIGINT, signal.SIG_IGN)
 print("right", flush=True)
 store.close()
@@ -246,7 +253,7 @@ def test_interrupts_at_any_moment(dsn: str) -> None:
                 child.send_signal(signal.SIGINT)
                 line = child.stdout.readline()
             assert line == "right\n", child.stderr.read()
-            assert child.wait(10) == 0
+            assert child.wait(30) == 0
         finally:
             child.kill()
 
@@ -254,18 +261,22 @@ def test_interrupts_at_any_moment(dsn: str) -> None:
 def test_interrupt_of_a_waiter(dsn: str) -> None:
     """Ctrl-C while waiting in the pool's queue loses no connection: whatever is released later
     reaches those who still wait."""
-    with Store.connect(dsn, pool_max_size=1, pool_timeout=5) as store:
+    with Store.connect(dsn, pool_max_size=1, pool_timeout=30) as store:
         store.set("k", b"v")
-        main = threading.main_thread().ident
-        assert main is not None
+        pool: Any = store._channel._pool  # type: ignore[union-attr]  # a pool's channel
+
+        def interrupt() -> None:
+            wait_until(lambda: len(pool.waiters) == 1, "it waits")
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
         for _ in range(5):
             with store.transaction() as tx:
                 tx.ping()
-                timer = threading.Timer(0.1, signal.pthread_kill, [main, signal.SIGINT])
-                timer.start()
+                sender = threading.Thread(target=interrupt)
+                sender.start()
                 with pytest.raises(KeyboardInterrupt):
                     store.get("k")
-                timer.join()
+                sender.join()
             started = time.monotonic()
             assert store.get("k") == b"v"
-            assert time.monotonic() - started < 2
+            assert time.monotonic() - started < 2 + LATE

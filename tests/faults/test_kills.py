@@ -14,7 +14,7 @@ import pytest
 import pgkv
 from pgkv import RetryPolicy, StoreUnavailableError, TableType
 from tests.faults.support import Tally, Witness, newest
-from tests.servers import Server, UserServer, wait_until
+from tests.servers import LATE, Server, UserServer, wait_until
 
 MakeStore = Callable[..., Awaitable[Any]]
 
@@ -77,7 +77,7 @@ async def test_closing_dead_connections_is_no_attempt(
         async def enter(store: Any = store, barrier: asyncio.Barrier = barrier) -> None:
             async with store.transaction() as tx:
                 await tx.ping()
-                await asyncio.wait_for(barrier.wait(), 10)
+                await asyncio.wait_for(barrier.wait(), 30)
 
         await asyncio.gather(*(enter() for _ in range(6)))
         assert witness.terminate() >= 6
@@ -171,12 +171,12 @@ async def test_restart_under_load(
             await asyncio.to_thread(server.stop, "fast" if mode == "fast" else "immediate")
         await asyncio.to_thread(server.start)
         back = time.monotonic()
-        deadline = back + 10
+        deadline = back + 30
         while any(load.last_success < back for load in loads):
             assert time.monotonic() < deadline, "no success after the server was back"
             await asyncio.sleep(0.005)
         print(f"first success of all {time.monotonic() - back:.3f} s after the start")
-        assert time.monotonic() - back < 3
+        assert time.monotonic() - back < 3 + LATE
         for load in loads:
             load.running = False
 
@@ -225,16 +225,16 @@ async def test_while_the_server_is_down(
         started = time.monotonic()
         with pytest.raises(StoreUnavailableError, match=r"(?i)refused|no such file") as caught:
             await store.get("k")
-        assert time.monotonic() - started < (0.5 if retry is None else 2)
+        assert time.monotonic() - started < (0.5 if retry is None else 2) + LATE
         assert not caught.value.outcome_unknown
     started = time.monotonic()
     with pytest.raises(StoreUnavailableError, match=r"(?i)refused|no such file"):
         await make_store(dsn=server.dsn, retry=retry)
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 2 + LATE
     server.start()
     started = time.monotonic()
     assert await store.get("k") == b"v"
-    assert time.monotonic() - started < 1
+    assert time.monotonic() - started < 1 + LATE
 
 
 @newest

@@ -20,6 +20,7 @@ from tests.colours import Colour
 from tests.faults.proxy import Proxy
 from tests.faults.support import newest
 from tests.peers import until
+from tests.servers import LATE
 
 pytestmark = newest
 
@@ -47,7 +48,7 @@ async def test_a_grant_whose_reply_is_lost_is_the_same_grant(
     async with lock.acquire():
         pass
     fault = proxy.arm(b"lost-reply")
-    async with lock.acquire(timeout=5) as lease:
+    async with lock.acquire(timeout=20) as lease:
         assert fault.met == 1
         info = await colour.make("Lock", store, "lost-reply").holder()
         assert info.token == lease.token
@@ -77,7 +78,7 @@ async def test_loss_is_signalled_before_the_servers_expiry(
     name yet."""
     through = await make_store(dsn=proxy.dsn)
     lost: list[float] = []
-    lock = colour.make("Lock", through, "n", ttl=1.5, on_lost=lambda: lost.append(time.monotonic()))
+    lock = colour.make("Lock", through, "n", ttl=6, on_lost=lambda: lost.append(time.monotonic()))
     lease = await lock.acquire()
     outside = colour.make("Lock", store, "n")
     if fault == "silence":
@@ -90,14 +91,14 @@ async def test_loss_is_signalled_before_the_servers_expiry(
             proxy.reset_all()  # also what was being connected when it began to refuse
         return bool(lost)
 
-    await until(told, "on_lost is called", 3)
+    await until(told, "on_lost is called")
     assert lease.is_lost
+    assert await outside.try_acquire() is None, "the margin of a second is not over"
     assert await outside.holder() is not None
-    assert await outside.try_acquire() is None
     if fault == "silence":
         proxy.release()
         proxy.reset_all()
-    second = await outside.acquire(timeout=3)
+    second = await outside.acquire(timeout=20)
     assert second.token > lease.token
     await second.release()
 
@@ -111,10 +112,10 @@ async def test_an_async_body_is_cancelled_though_the_network_is_silent(
     through = await make_store(dsn=proxy.dsn, operation_timeout=0.5, retry=None)
     started = time.monotonic()
     with pytest.raises(pgkv.LeaseLostError):  # the block itself is tested
-        async with colour.make("Lock", through, "n", ttl=1.2).acquire():
+        async with colour.make("Lock", through, "n", ttl=3).acquire():
             proxy.hold()
             await asyncio.sleep(30)
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < 2 + LATE
     proxy.release()
     proxy.reset_all()
 
@@ -156,7 +157,7 @@ async def test_cancelled_at_every_await(store: Any, colour: Colour) -> None:
             pass
         whole = 0
         for k in range(200):
-            task = asyncio.ensure_future(_await(lock.acquire(timeout=5)))
+            task = asyncio.ensure_future(_await(lock.acquire(timeout=20)))
             for _ in range(k):
                 await asyncio.sleep(0)
             whole += task.done()
@@ -170,7 +171,7 @@ async def test_cancelled_at_every_await(store: Any, colour: Colour) -> None:
                 with contextlib.suppress(asyncio.CancelledError):
                     await releasing
                 await lease.release()
-            again = await asyncio.wait_for(lock.acquire(timeout=3), 4)
+            again = await asyncio.wait_for(lock.acquire(timeout=20), 30)
             await again.release()
             if whole >= 3:
                 break
@@ -187,7 +188,7 @@ async def test_extend_and_guard_cancelled_at_every_await(
     lock = pgkv.AsyncLock(store, "cancel extend", ttl=30)
     finished = 0
     for k in (*range(60), *range(60, 3000, 60)):  # every turn, then on until both are whole
-        lease = await lock.acquire(timeout=5)
+        lease = await lock.acquire(timeout=20)
         async with await psycopg.AsyncConnection.connect(dsn) as conn:
             calls: list[Any] = [partial(lease.extend, ttl=60), partial(lease.guard, conn)]
             for call in calls:

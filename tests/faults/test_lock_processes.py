@@ -21,7 +21,7 @@ import pytest
 import pgkv
 from tests.faults.lock_history import read, violations
 from tests.faults.support import newest
-from tests.servers import Server, wait_until
+from tests.servers import LATE, Server, wait_until
 
 pytestmark = newest
 ROOT = Path(__file__).resolve().parents[2]
@@ -161,8 +161,8 @@ def test_a_killed_holder_is_followed(dsn: str, worker: Callable[..., Worker]) ->
     token = int(dead.hear())
     dead.signal(signal.SIGKILL)
     killed = time.monotonic()
-    with pgkv.Store.connect(dsn) as store, pgkv.Lock(store, "n").acquire(timeout=5) as lease:
-        assert time.monotonic() - killed < 2
+    with pgkv.Store.connect(dsn) as store, pgkv.Lock(store, "n").acquire(timeout=20) as lease:
+        assert time.monotonic() - killed < 2 + LATE
         assert lease.token > token
 
 
@@ -175,7 +175,7 @@ def test_a_fleet_elects_again(dsn: str, worker: Callable[..., Worker]) -> None:
         }
         terms = []
         for _ in range(2):
-            wait_until(lambda: lock.holder() is not None, "one is elected", 10)
+            wait_until(lambda: lock.holder() is not None, "one is elected")
             info = lock.holder()
             assert info is not None
             terms.append(info.token)
@@ -186,8 +186,8 @@ def test_a_fleet_elects_again(dsn: str, worker: Callable[..., Worker]) -> None:
                 now = lock.holder()
                 return now is not None and now.token > old
 
-            wait_until(elected, "another one is elected", 5)
-            assert time.monotonic() - killed < 2.2
+            wait_until(elected, "another one is elected")
+            assert time.monotonic() - killed < 2.2 + LATE
         assert terms == sorted(set(terms))
 
 
@@ -206,7 +206,7 @@ def test_grants_survive_crashes_of_the_server(make_server: Callable[..., Server]
     with pgkv.Store.connect(server.dsn, retry=retry) as store:
         lock = pgkv.Lock(store, "n", ttl=30)
         for crash in rounds:
-            lease = lock.acquire(timeout=5)
+            lease = lock.acquire(timeout=20)
             assert lease.token > last
             last = lease.token
             crash()
@@ -215,7 +215,7 @@ def test_grants_survive_crashes_of_the_server(make_server: Callable[..., Server]
             # A release may be lost in a crash, so end it for certain.
             assert lease.release()
         for _ in range(5):
-            with lock.acquire(timeout=5) as each:
+            with lock.acquire(timeout=20) as each:
                 assert each.token > last
                 last = each.token
 
@@ -239,7 +239,7 @@ def test_an_unlogged_grant_does_not_survive(make_server: Callable[..., Server]) 
         lock = pgkv.Lock(store, "n", ttl=30, durable=False)
         lease = lock.acquire()
         server.restart("immediate")
-        second = lock.acquire(timeout=5)
+        second = lock.acquire(timeout=20)
         assert second.token > lease.token
         with pytest.raises(pgkv.LeaseLostError):
             lease.extend(30)
@@ -251,7 +251,7 @@ def test_an_unlogged_grant_does_not_survive(make_server: Callable[..., Server]) 
 def test_a_forked_child_holds_nothing(dsn: str) -> None:
     """A lease is lost in a forked child, whose own locks work; the parent's goes on."""
     with pgkv.Store.connect(dsn) as store:
-        lock = pgkv.Lock(store, "n", ttl=1)
+        lock = pgkv.Lock(store, "n", ttl=3)
         with lock.acquire() as lease:
             pid = os.fork()
             if not pid:
@@ -259,14 +259,13 @@ def test_a_forked_child_holds_nothing(dsn: str) -> None:
                 try:
                     assert lease.is_lost
                     assert pgkv.Lock(store, "n").try_acquire() is None
-                    with pgkv.Lock(store, "child", ttl=0.6).acquire() as own:
-                        time.sleep(1.0)
+                    with pgkv.Lock(store, "child", ttl=3).acquire() as own:
+                        time.sleep(3.2)
                         own.check()
                     code = 0
                 finally:
                     os._exit(code)
             assert os.waitpid(pid, 0)[1] == 0
-            time.sleep(0.5)
             lease.check()
 
 
@@ -391,22 +390,22 @@ def test_the_clients_wall_clock_does_not_matter(dsn: str, monkeypatch: pytest.Mo
     real = time.time
     for offset in (3600, -3600):
         monkeypatch.setattr(time, "time", lambda offset=offset: real() + offset)
-        with pgkv.Store.connect(dsn) as store, pgkv.Lock(store, "n", ttl=0.9).acquire(5) as lease:
-            time.sleep(1.1)
+        with pgkv.Store.connect(dsn) as store, pgkv.Lock(store, "n", ttl=3).acquire(20) as lease:
+            time.sleep(2.5)  # trust would have ended
             lease.check()
             info = pgkv.Lock(store, "n").holder()
             assert info is not None
-            assert 0 < info.remaining() <= 0.9
+            assert 0 < info.remaining() <= 3
             assert pgkv.Lock(store, "n").try_acquire() is None
 
 
 def test_an_exhausted_pool_loses_no_lease(dsn: str) -> None:
     """The application holds every pooled connection for longer than the ttl: renewals go on."""
     with pgkv.Store.connect(dsn, pool_max_size=1) as store:
-        lease = pgkv.Lock(store, "n", ttl=0.9).acquire()
+        lease = pgkv.Lock(store, "n", ttl=3).acquire()
         with store.transaction() as tx:
             tx.set("k", "v")
-            time.sleep(1.5)
+            time.sleep(3.2)
             lease.check()
         assert lease.release()
 
@@ -416,5 +415,5 @@ def test_an_abandoned_lease_ends_by_its_ttl(dsn: str) -> None:
     with pgkv.Store.connect(dsn) as store:
         lock = pgkv.Lock(store, "n", ttl=0.9)
         token = lock.acquire().token
-        with lock.acquire(timeout=3) as lease:
+        with lock.acquire(timeout=20) as lease:
             assert lease.token > token

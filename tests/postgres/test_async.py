@@ -23,6 +23,7 @@ from pgkv._ops.op import Op
 from pgkv.config import EMBEDDED_SCHEME
 from tests.colours import Colour
 from tests.peers import Peer, until
+from tests.servers import LATE
 
 T = TypeVar("T")
 MakeStore = Callable[..., Coroutine[Any, Any, AsyncStore]]
@@ -50,11 +51,11 @@ async def whole(store: AsyncStore, peer: Peer, size: int) -> None:
 
     async def enter(number: int) -> int:
         async with store.transaction() as tx:
-            await asyncio.wait_for(barrier.wait(), 10)
+            await asyncio.wait_for(barrier.wait(), 30)
             await tx.set(f"whole:{number}", str(number))
             assert await tx.get(f"whole:{number}") == str(number).encode()
             pid = psycopg_pid(tx)
-            await asyncio.wait_for(barrier.wait(), 10)
+            await asyncio.wait_for(barrier.wait(), 30)
             return pid
 
     pids = set(await asyncio.gather(*(enter(number) for number in range(size))))
@@ -71,7 +72,7 @@ async def whole(store: AsyncStore, peer: Peer, size: int) -> None:
         mine = dict(rows)
         return set(mine) == pids and set(mine.values()) == {"idle"}
 
-    await until(settled, "the server knows the pool's connections and no other, all idle", 15)
+    await until(settled, "the server knows the pool's connections and no other, all idle")
 
 
 def psycopg_pid(tx: Any) -> int:
@@ -270,7 +271,7 @@ async def test_cancel_at_every_await_of_connecting(dsn: str, peer: Peer) -> None
 
     await cancelled_everywhere(connect)
     query = "SELECT count(*) FROM pg_stat_activity WHERE application_name = %s"
-    await until(lambda: peer.one(query, name) == 0, "connections end", 5)
+    await until(lambda: peer.one(query, name) == 0, "connections end")
 
 
 async def test_the_statement_is_cancelled_on_the_server(make_store: MakeStore, peer: Peer) -> None:
@@ -285,7 +286,7 @@ async def test_the_statement_is_cancelled_on_the_server(make_store: MakeStore, p
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        await until(lambda: peer.one(WAITING) == 0, "the statement is gone", 5)
+        await until(lambda: peer.one(WAITING) == 0, "the statement is gone")
     assert await store.get("k") == b"v"
 
 
@@ -300,7 +301,7 @@ async def test_asyncio_timeout(make_store: MakeStore, peer: Peer) -> None:
             async with asyncio.timeout(0.1):
                 await store.set("k", "late")
         assert not isinstance(caught.value, pgkv.PgkvError)
-        assert time.monotonic() - begun < 2
+        assert time.monotonic() - begun < 2 + LATE
         assert await store.get("k") == b"v"  # the only connection is whole again, or another one
 
 
@@ -427,7 +428,7 @@ async def test_pool_timeout(make_store: MakeStore) -> None:
         outcomes = await asyncio.gather(
             *(store.get("k") for _ in range(20)), return_exceptions=True
         )
-        assert time.monotonic() - begun < 2
+        assert time.monotonic() - begun < 2 + LATE
         assert {type(each) for each in outcomes} == {PoolTimeoutError}
         assert "pool_max_size" in str(outcomes[0])
         await tx.set("k", "v")
@@ -442,7 +443,7 @@ async def test_operation_timeout_covers_the_queue(make_store: MakeStore) -> None
         begun = time.monotonic()
         with pytest.raises(OperationTimeoutError) as caught:
             await store.increment("n")
-        assert 0.1 < time.monotonic() - begun < 2
+        assert 0.1 < time.monotonic() - begun < 2 + LATE
         assert caught.value.outcome_unknown is False
     assert await store.increment("n") == 1
 
@@ -464,7 +465,7 @@ async def test_a_cancelled_waiter_hands_on(make_store: MakeStore) -> None:
 
     async def enter() -> None:
         async with store.transaction() as tx:
-            await asyncio.wait_for(barrier.wait(), 5)
+            await asyncio.wait_for(barrier.wait(), 30)
             await tx.get("n")
 
     await asyncio.gather(enter(), enter())
@@ -578,7 +579,7 @@ async def test_cancelled_on_its_way_from_the_queue(make_store: MakeStore, peer: 
         blocked.cancel()
         await asyncio.wait([blocked])
         assert blocked.cancelled()
-        await until(lambda: peer.one(WAITING) == 0, "the statement is gone", 5)
+        await until(lambda: peer.one(WAITING) == 0, "the statement is gone")
         assert await asyncio.gather(*others) == [b"v", None]
     await whole(store, peer, 1)
 
@@ -586,22 +587,22 @@ async def test_cancelled_on_its_way_from_the_queue(make_store: MakeStore, peer: 
 async def test_the_time_in_the_queue_counts(make_store: MakeStore, peer: Peer) -> None:
     """An operation that was sent from the queue ends when the time since its call has passed, not
     since its sending; its outcome is unknown, and the queue goes on."""
-    store = await make_store(pool_max_size=1, operation_timeout=1.0, retry=None)
+    store = await make_store(pool_max_size=1, operation_timeout=2.0, retry=None)
     await store.set("k", "v")
     with peer.conn.transaction():
         peer.run(LOCK_ROW)
         link = await held(store)
         begun = time.monotonic()
         (blocked,) = await queued(store, store.set("k", "late"))
-        await asyncio.sleep(0.6)
+        await asyncio.sleep(1.5)
         leases_of(store).put_idle(link)
         (other,) = await queued(store, store.get("k"))
         with pytest.raises(OperationTimeoutError) as caught:
             await blocked
-        assert 0.99 < time.monotonic() - begun < 1.55
+        assert 1.99 < time.monotonic() - begun < 3.4, "since its sending it would be 3.5"
         assert caught.value.outcome_unknown is True
         assert await other == b"v"
-        await until(lambda: peer.one(WAITING) == 0, "the statement is gone", 5)
+        await until(lambda: peer.one(WAITING) == 0, "the statement is gone")
     await whole(store, peer, 1)
 
 
@@ -805,7 +806,7 @@ async def test_many_deadlines_at_once(make_store: MakeStore, peer: Peer) -> None
             got >= asked - 0.001 for got, asked in zip(ended, sorted(wanted), strict=True)
         ), ended
         assert ended[-1] < 2
-        await until(lambda: peer.one(WAITING) == 0, "statements are cancelled", 5)
+        await until(lambda: peer.one(WAITING) == 0, "statements are cancelled")
         assert await store.get("k") == b"v"
     assert await store.get("k") == b"v"
     await whole(store, peer, 8)
@@ -822,7 +823,7 @@ async def test_a_deadline_passes_while_others_work(make_store: MakeStore, peer: 
             await asyncio.gather(*(store.increment(f"n{i}") for i in range(3)))
         with pytest.raises(OperationTimeoutError):
             await blocked
-        await until(lambda: peer.one(WAITING) == 0, "the statement is gone", 5)
+        await until(lambda: peer.one(WAITING) == 0, "the statement is gone")
     assert await store.get("k") == b"v"
 
 
@@ -1023,7 +1024,7 @@ async def test_cancelled_using_closes_the_connection(
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        await until(lambda: peer.one(WAITING) == 0, "the statement is gone", 5)
+        await until(lambda: peer.one(WAITING) == 0, "the statement is gone")
     assert conn.closed
     with pytest.raises(psycopg.OperationalError):
         await conn.execute("SELECT 1")
@@ -1104,11 +1105,11 @@ async def test_close_under_load(dsn: str, peer: Peer) -> None:
     tasks += [asyncio.create_task(transactions()) for _ in range(2)]
     await until(lambda: done > 100, "work goes on")
     await store.close()
-    outcomes = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 10)
+    outcomes = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 30)
     assert {type(each) for each in outcomes} == {pgkv.StoreUnavailableError}
     assert all("closed" in str(each) for each in outcomes)
     query = "SELECT count(*) FROM pg_stat_activity WHERE application_name = %s"
-    await until(lambda: peer.one(query, name) == 0, "connections end", 5)
+    await until(lambda: peer.one(query, name) == 0, "connections end")
     assert int(peer.one("SELECT value FROM kv_store WHERE key = 'n'")) == done
 
 
@@ -1169,7 +1170,7 @@ def test_uvloop(dsn: str, peer: Peer) -> None:
                 blocked.cancel()
                 with pytest.raises(asyncio.CancelledError):
                     await blocked
-                await until(lambda: peer.one(WAITING) == 0, "the statements are gone", 5)
+                await until(lambda: peer.one(WAITING) == 0, "the statements are gone")
             assert await store.get("k") == b"v"
             async with await psycopg.AsyncConnection.connect(dsn) as conn:
                 await store.using(conn).set("mine", "1")
@@ -1181,6 +1182,28 @@ def test_uvloop(dsn: str, peer: Peer) -> None:
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(main())
+
+
+async def test_cancelled_in_the_turn_in_which_it_was_prepared(
+    make_store: MakeStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server has prepared a statement as its task is cancelled: a transaction that prepared it
+    again would be refused."""
+    store = await make_store(pool_max_size=1)
+    resolve = AsyncPgConnection._resolve
+
+    def cancel_now(self: AsyncPgConnection, answer: Any) -> None:
+        resolve(self, answer)
+        task.cancel()
+
+    op = store._sql.set("k", "v", None, None, False, None)
+    task = asyncio.create_task(leases_of(store).execute(op, time.monotonic() + 30))
+    with monkeypatch.context() as patch, pytest.raises(asyncio.CancelledError):
+        patch.setattr(AsyncPgConnection, "_resolve", cancel_now)
+        await task
+    async with store.transaction() as tx:
+        await tx.set("k", "w")
+    assert await store.get("k") == b"w"
 
 
 async def test_cancelling_a_gather(make_store: MakeStore, peer: Peer) -> None:

@@ -153,12 +153,12 @@ async def test_a_blocked_write_delays_only_itself(coalescing: MakeStore, dsn: st
             store.count(),
         )
         blocked, *others = [asyncio.create_task(call) for call in calls]
-        answers = await asyncio.wait_for(asyncio.gather(*others), 10)
+        answers = await asyncio.wait_for(asyncio.gather(*others), 30)
         assert answers[:3] == [b"1", True, b"0"]
         assert answers[4:6] == [1, False]
         assert not blocked.done()
         conn.rollback()
-    await asyncio.wait_for(blocked, 10)
+    await asyncio.wait_for(blocked, 30)
     assert await store.get("hot") == b"1"
 
 
@@ -171,10 +171,10 @@ async def test_a_task_does_not_wait_for_itself(coalescing: MakeStore, dsn: str) 
         await tx.set("mine", "1")
         calls = (store.set("mine", "2"), store.get("other"), store.set("third", "3"))
         blocked, *others = [asyncio.create_task(call) for call in calls]
-        answers = await asyncio.wait_for(asyncio.gather(*others), 10)
+        answers = await asyncio.wait_for(asyncio.gather(*others), 30)
         assert answers[0] == b"1"
         assert not blocked.done()
-    await asyncio.wait_for(blocked, 10)
+    await asyncio.wait_for(blocked, 30)
     assert await store.get("mine") == b"2"
 
 
@@ -259,7 +259,7 @@ async def test_expired_keys(coalescing: MakeStore, clock: ServerClock, peer: Pee
     await store.set("c", "3")
     clock.advance(61)
     assert await together(*(store.get(key) for key in "abc")) == [None, None, b"3"]
-    await until(lambda: peer.keys() == {"c"}, "the expired ones are collected", 5)
+    await until(lambda: peer.keys() == {"c"}, "the expired ones are collected")
     await store.set("a", "4", ttl=60)
     clock.advance(61)
     answers = await together(store.set_nx("a", "5"), store.get("a"), store.exists("b"))

@@ -234,7 +234,7 @@ def test_interrupted(number: signal.Signals, start: Start) -> None:
     assert b"Interrupted: cleaning up" in said
     assert b"Traceback" not in said
     # One that was just being started is not known yet, and ends by itself.
-    servers.wait_until(lambda: not any(map(exists, running)), "they end", 10)
+    servers.wait_until(lambda: not any(map(exists, running)), "they end")
     assert list(directory.iterdir()) == []
 
 

@@ -14,6 +14,7 @@ from pgkv import LeaseLostError, LockTimeoutError
 from pgkv.testing import ServerClock
 from tests.colours import Colour, Threaded
 from tests.peers import Peer, gather, until
+from tests.servers import LATE, wait_until
 
 TABLE = "kv_store_locks"
 
@@ -33,7 +34,7 @@ def xmax(peer: Peer) -> int:
 async def test_one_holder_at_a_time(store: Any, colour: Colour) -> None:
     """While one holds it nobody else is granted it; after the release somebody is."""
     lock, other = lock_of(colour, store), lock_of(colour, store)
-    lease = await lock.acquire(timeout=5)
+    lease = await lock.acquire(timeout=20)
     assert await other.try_acquire() is None
     with pytest.raises(LockTimeoutError, match="billing"):
         await other.acquire(timeout=0)
@@ -51,7 +52,7 @@ async def test_a_timeout_ends_the_wait(store: Any, colour: Colour) -> None:
         started = time.monotonic()
         with pytest.raises(LockTimeoutError):
             await lock.acquire(timeout=0.3)
-        assert 0.3 <= time.monotonic() - started < 1.5
+        assert 0.3 <= time.monotonic() - started < 1.5 + LATE
 
 
 async def test_a_waiter_is_granted_after_the_release(store: Any, colour: Colour) -> None:
@@ -62,7 +63,7 @@ async def test_a_waiter_is_granted_after_the_release(store: Any, colour: Colour)
     await asyncio.sleep(0.05)
     assert not waiting.done()
     await lease.release()
-    second = await asyncio.wait_for(waiting, 5)
+    second = await asyncio.wait_for(waiting, 30)
     assert second.token > lease.token
     await second.release()
 
@@ -114,8 +115,9 @@ async def test_a_usual_pair_is_two_statements_that_move_no_index(
     for _ in range(20):
         await (await lock.acquire()).release()
     assert [name for name, _, _ in operations] == ["lock_take", "lock_release"] * 20
+    peer.count_all()
     counts = "SELECT n_tup_upd, n_tup_hot_upd FROM pg_stat_all_tables WHERE relid = %s::regclass"
-    await until(lambda: peer.run(counts, TABLE)[0][0] >= 41, "the updates are counted", 15)
+    await until(lambda: peer.run(counts, TABLE)[0][0] >= 41, "the updates are counted")
     updates, heap_only = peer.run(counts, TABLE)[0]
     assert updates == heap_only
 
@@ -195,8 +197,8 @@ async def test_a_waiter_takes_over_within_a_second_of_expiry(store: Any, colour:
     """A waiter sleeps no longer than the lease that keeps it out."""
     lease = await lock_of(colour, store, ttl=1, renew=False).acquire()
     started = time.monotonic()
-    second = await lock_of(colour, store).acquire(timeout=5)
-    assert time.monotonic() - started < 2
+    second = await lock_of(colour, store).acquire(timeout=20)
+    assert time.monotonic() - started < 2 + LATE
     assert lease.is_lost
     await second.release()
 
@@ -229,10 +231,10 @@ async def test_a_step_back_prolongs_a_dead_holders_lease_by_the_step(
 
 async def test_leases_are_renewed(store: Any, colour: Colour, operations: Any) -> None:
     """A lease lives beyond its ttl while its holder does; the token stays."""
-    lock = lock_of(colour, store, ttl=0.9)
+    lock = lock_of(colour, store, ttl=3)
     async with lock.acquire() as lease:
         first = (await lock.holder()).expires_at
-        await asyncio.sleep(1.2)
+        await asyncio.sleep(3.2)
         info = await lock.holder()
         assert info.expires_at > first
         assert info.token == lease.token
@@ -247,10 +249,10 @@ async def test_without_renewal_a_lease_ends(store: Any, colour: Colour) -> None:
     def on_lost(lease: Any) -> None:
         lost.append(lease.token)
 
-    lock = lock_of(colour, store, ttl=0.9, renew=False, on_lost=on_lost)
+    lock = lock_of(colour, store, ttl=3, renew=False, on_lost=on_lost)
     lease = await lock.acquire()
-    assert lease.remaining() <= 0.6
-    await until(lambda: bool(lost), "on_lost is called", 2)
+    assert lease.remaining() <= 2
+    await until(lambda: bool(lost), "on_lost is called")
     assert lost == [lease.token]
     assert await lock.holder() is not None, "the holder hears of it before the server's expiry"
     with pytest.raises(LeaseLostError) as error:
@@ -275,11 +277,11 @@ async def test_extend_sets_the_remaining_time(store: Any, colour: Colour) -> Non
 async def test_one_locked_row_costs_no_other_lease(store: Any, colour: Colour, peer: Peer) -> None:
     """A stranger's transaction holds one lease's row for longer than any lease may be trusted
     without renewal: the other leases of the process are renewed."""
-    locks = [lock_of(colour, store, name, ttl=1.8) for name in ("a", "b", "c")]
+    locks = [lock_of(colour, store, name, ttl=3) for name in ("a", "b", "c")]
     leases = [await lock.acquire() for lock in locks]
     with peer.conn.transaction():
         peer.run(f"SELECT 1 FROM {TABLE} WHERE key = 'b' FOR UPDATE")
-        await asyncio.sleep(1.7)
+        await asyncio.sleep(2.5)
         leases[0].check()
         leases[2].check()
     assert await leases[0].release()
@@ -288,11 +290,11 @@ async def test_one_locked_row_costs_no_other_lease(store: Any, colour: Colour, p
 
 async def test_a_locked_row_is_renewed_later(store: Any, colour: Colour, peer: Peer) -> None:
     """A lease whose row a stranger held at the first renewal is renewed when that has gone."""
-    lease = await lock_of(colour, store, "b", ttl=3).acquire()
+    lease = await lock_of(colour, store, "b", ttl=6).acquire()
     with peer.conn.transaction():
         peer.run(f"SELECT 1 FROM {TABLE} WHERE key = 'b' FOR UPDATE")
-        await asyncio.sleep(1.2)
-    await asyncio.sleep(1.2)
+        await asyncio.sleep(2.4)
+    await asyncio.sleep(2.8)  # trust would have ended
     lease.check()
     assert await lease.release()
 
@@ -303,25 +305,41 @@ async def test_a_locked_row_is_renewed_later(store: Any, colour: Colour, peer: P
 async def test_a_lost_lease_ends_its_block(store: Any, colour: Colour) -> None:
     """After force_release the holder hears at its next renewal: check() raises, an async body is
     cancelled, the block raises LeaseLostError."""
-    lock = lock_of(colour, store, ttl=0.6)
+    lock = lock_of(colour, store, ttl=3)
     lost: list[str] = []
     ended = False
     with pytest.raises(LeaseLostError) as error:  # noqa: PT012  # the block itself is tested
         async with lock_of(
-            colour, store, ttl=0.6, on_lost=lambda: lost.append("told")
+            colour, store, ttl=3, on_lost=lambda: lost.append("told")
         ).acquire() as lease:
             assert await lock.force_release(lease.token) is True
             other = await lock.acquire(timeout=0)
             if colour.name == "async":
-                await asyncio.sleep(5)
+                await asyncio.sleep(30)
                 ended = True
             else:
-                await until(lambda: lease.is_lost, "the renewal notices", 2)
+                await until(lambda: lease.is_lost, "the renewal notices")
     assert not ended
     assert error.value.reason == "replaced"
-    await until(lambda: lost == ["told"], "on_lost is called once", 2)
+    await until(lambda: lost == ["told"], "on_lost is called once")
     assert other.token > lease.token
     await other.release()
+
+
+def test_two_leases_of_one_name_are_due_at_once(dsn: str) -> None:
+    """After force_release a process may have the lost lease and the next one, renewed together:
+    each hears what became of itself."""
+    with pgkv.Store.connect(dsn) as store:
+        lock = pgkv.Lock(store, "n", ttl=3)
+        old = lock.acquire()
+        assert lock.force_release(old.token)
+        new = lock.acquire(timeout=0)
+        old._due = new._due = 0.0
+        wait_until(lambda: old.is_lost, "the renewal notices")
+        with pytest.raises(LeaseLostError) as error:
+            old.check()
+        assert error.value.reason == "replaced"
+        new.check()
 
 
 async def test_the_bodys_own_exception_is_not_masked(store: Any, colour: Colour) -> None:

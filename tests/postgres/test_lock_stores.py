@@ -55,7 +55,7 @@ async def test_everything_about_locks_works(kind: str, colour: Colour, dsn: str)
                 await lease.extend(20)
                 waiting = asyncio.ensure_future(_acquired(lock))
                 await asyncio.sleep(0.05)
-            assert await (await asyncio.wait_for(waiting, 10)).release()
+            assert await (await asyncio.wait_for(waiting, 30)).release()
             lease = await lock.acquire(timeout=0)
             assert await lock.revoke(lease.token)
             assert await lock.force_release((await lock.holder()).token)
@@ -70,7 +70,7 @@ async def test_everything_about_locks_works(kind: str, colour: Colour, dsn: str)
         run = asyncio.ensure_future(_run(leader, stop))
         await until(lambda: bool(elected), "it is elected")
         stop.set()
-        await asyncio.wait_for(run, 10)
+        await asyncio.wait_for(run, 30)
 
 
 async def _acquired(lock: Any) -> Any:

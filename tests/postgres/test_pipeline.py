@@ -33,6 +33,7 @@ from pgkv.testing import ServerClock
 from pgkv.types import CasStatus
 from tests.faults.proxy import Fault, Proxy
 from tests.peers import Peer, until
+from tests.servers import LATE
 
 MakeStore = Callable[..., Awaitable[Any]]
 
@@ -334,7 +335,7 @@ async def test_expired_keys(store: Any, clock: ServerClock, peer: Peer) -> None:
     async with store.pipeline() as p:
         handles = p.get("a"), p.get_many(["a", "b", "c"]), p.set_nx("d", "4"), p.exists("b")
     assert [handle.result() for handle in handles] == [None, {"c": b"3"}, True, False]
-    await until(lambda: peer.keys() == {"c", "d"}, "the expired ones are collected", 5)
+    await until(lambda: peer.keys() == {"c", "d"}, "the expired ones are collected")
 
 
 # -- refusals
@@ -764,8 +765,8 @@ async def test_a_late_one(make_store: MakeStore, peer: Peer, witness: Peer) -> N
         with pytest.raises(OperationTimeoutError):
             async with store.pipeline(atomic=True) as p:
                 p.set("k", "late")
-        assert time.monotonic() - begun < 5
-        await until(lambda: witness.waiting() == 0, "the statements end on the server", 5)
+        assert time.monotonic() - begun < 5 + LATE
+        await until(lambda: witness.waiting() == 0, "the statements end on the server")
     assert await store.get("k") == b"v"
     assert await store.get("n") is None
 

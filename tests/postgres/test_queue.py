@@ -383,10 +383,10 @@ async def test_a_locked_job_costs_the_others_nothing(queue: Any, peer: Peer, con
     first, second = await queue.put("a"), await queue.put("b")
     with peer.conn.transaction():
         peer.run(f"SELECT 1 FROM {JOBS} WHERE id = %s FOR UPDATE", first.id)
-        job = await asyncio.wait_for(taken(queue), 10)
+        job = await asyncio.wait_for(taken(queue), 30)
         assert job.id == second.id
         peer.run(f"SELECT 1 FROM {JOBS} WHERE id = %s FOR NO KEY UPDATE", first.id)
-        await asyncio.wait_for(job.extend(LEASE), 10)
+        await asyncio.wait_for(job.extend(LEASE), 30)
     await look_at_all(queue)
     assert (await taken(queue)).id == first.id
 
@@ -755,10 +755,11 @@ async def test_leases_stay_heap_only(queue: Any, peer: Peer) -> None:
     jobs = await queue.take_many(5)
     for job in jobs:
         await job.extend(LEASE)
+    assert await queue.ack_many(jobs) == []
+    peer.count_all()
     updated = f"coalesce(pg_stat_get_tuples_updated('{JOBS}'::regclass), 0)"
     await until(lambda: peer.one(f"SELECT {updated}") >= 10, "the statistics arrive")
     assert peer.one(f"SELECT pg_stat_get_tuples_hot_updated('{JOBS}'::regclass)") == 10
-    assert await queue.ack_many(jobs) == []
 
 
 async def test_an_unlogged_queue(store: Any, colour: Colour, peer: Peer) -> None:

@@ -25,13 +25,13 @@ def semaphore(colour: Colour, store: Any, slots: int = 3, **options: Any) -> Any
 async def test_as_many_holders_as_slots(store: Any, colour: Colour) -> None:
     """N are granted a slot each, the next one is denied until a slot is free."""
     gpu = semaphore(colour, store)
-    leases = [await gpu.acquire(timeout=1) for _ in range(3)]
+    leases = [await gpu.acquire(timeout=20) for _ in range(3)]
     assert sorted(lease.slot for lease in leases) == [0, 1, 2]
     assert await gpu.try_acquire() is None
     with pytest.raises(LockTimeoutError, match="semaphore of 3"):
         await gpu.acquire(timeout=0)
     await leases[1].release()
-    again = await gpu.acquire(timeout=1)
+    again = await gpu.acquire(timeout=20)
     assert again.slot == leases[1].slot
     assert again.token > leases[1].token, "tokens rise per slot"
     for lease in (leases[0], leases[2], again):
@@ -176,9 +176,9 @@ async def test_a_guarded_slot_is_passed_over(
     await leases[0].guard(conn)
     clock.advance(31)
     gpu = semaphore(colour, store, 2)
-    other = await asyncio.wait_for(gpu.try_acquire(), 1)
+    other = await asyncio.wait_for(gpu.try_acquire(), 30)
     assert other.slot == leases[1].slot
-    assert await asyncio.wait_for(gpu.try_acquire(), 1) is None
+    assert await asyncio.wait_for(gpu.try_acquire(), 30) is None
     await conn.commit()
     assert (await gpu.try_acquire()).slot == leases[0].slot
 

@@ -134,7 +134,7 @@ def test_workers_are_bounded_and_end() -> None:
 
     def work() -> None:
         running.release()
-        gate.wait(10)
+        gate.wait(30)
         ran.append(1)
 
     accepted = sum(pool.submit(work, lambda: done.append(1)) for _ in range(1000))
@@ -146,7 +146,7 @@ def test_workers_are_bounded_and_end() -> None:
     closing.start()
     wait_until(lambda: pool._closed, "it closes")
     gate.set()
-    closing.join(10)
+    closing.join(30)
     assert len(ran) == _background.THREADS_MAX
     assert len(done) == accepted
     assert not pool.submit(work)

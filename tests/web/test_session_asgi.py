@@ -481,7 +481,7 @@ def poll(ask: Callable[[], Any], done: Callable[[Any], bool]) -> Any:
         answers.append(ask())
         return done(answers[-1])
 
-    servers.wait_until(condition, "the answer comes", 10)
+    servers.wait_until(condition, "the answer comes")
     return answers[-1]
 
 

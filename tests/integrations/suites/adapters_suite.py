@@ -198,7 +198,7 @@ def test_dramatiqs_limiters(store):
     waiter = threading.Thread(target=lambda: barrier.wait(timeout=20_000))
     waiter.start()
     assert barrier.wait(block=False)
-    waiter.join(10)
+    waiter.join(30)
     assert not waiter.is_alive()
 
 

@@ -99,7 +99,7 @@ class LockSubject(Subject[Bound]):
 
     def reset(self, state: str) -> None:
         for table in (self.sql.t, self.sql.q):
-            self.conn.execute(f"TRUNCATE {table}".encode())
+            self.conn.execute(f"DELETE FROM {table}".encode())
         for key, holder, expires in self.rows(state):
             self.conn.execute(
                 f"INSERT INTO {self.sql.t} (key, value, expires_at, created_at, updated_at, version)"
