@@ -1,49 +1,148 @@
-"""A process that hammers one key of a limiter with several threads: `python -m tests.hammer`.
+"""Storms: processes that work until they are killed, and what kills, pauses and cuts them off.
 
-Arguments: DSN, rates, seconds, threads. It waits for a line on stdin, so that all begin at once, and
-prints what the server decided: one line per hit, its clock in nanoseconds and 1 or 0.
+A worker is a module that is run as a process; it works with `work_until_killed`, or ends in `wait_to_be_killed`.
 """
 
 from __future__ import annotations
 
+import contextlib
+import random
+import signal
+import subprocess
 import sys
-import threading
 import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+import psycopg
+import pytest
 
 import pgkv
-from pgkv.patterns.rate_limit.sql import Arrival
+from tests.servers import wait_until
+
+ROOT = Path(__file__).resolve().parents[1]
+WORKERS = 4
+STORM_SECONDS = 100.0  # at most; it ends when enough was done
+# What a fault may make of a piece of work, and what work raises that fails by itself.
+EXPECTED = (pgkv.PgkvError, psycopg.Error, ZeroDivisionError)
+
+Start = Callable[..., "subprocess.Popen[str]"]
+Work = Callable[[psycopg.Connection, pgkv.Store, random.Random], None]
 
 
-def main(dsn: str, rates: str, seconds: str, threads: str) -> None:
-    decided: list[tuple[int, bool]] = []
-    with pgkv.Store.connect(dsn, pool_max_size=int(threads)) as store:
-        limiter = pgkv.RateLimiter(store, rates, name="storm", timeout=20)
-        policy = limiter._flows.policy
-        decide = policy.decide
-
-        def noted(arrival: Arrival, cost: int, *, allowed: bool | None = None) -> pgkv.Decision:
-            decided.append((arrival.now, arrival.charged))
-            return decide(arrival, cost, allowed=allowed)
-
-        policy.decide = noted  # type: ignore[method-assign]  # what the server's clock said is kept nowhere else
-        store.ping()
-        sys.stdout.write("ready\n")
-        sys.stdout.flush()
-        sys.stdin.readline()
-        end = time.monotonic() + float(seconds)
-
-        def hammer() -> None:
-            # The last decision of each is a denial: then nothing is left that nobody asked for.
-            while limiter.hit("hot") or time.monotonic() < end:
-                pass
-
-        crew = [threading.Thread(target=hammer) for _ in range(int(threads))]
-        for each in crew:
-            each.start()
-        for each in crew:
-            each.join()
-    sys.stdout.writelines(f"{now} {int(charged)}\n" for now, charged in decided)
+# -- in the worker
 
 
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+def work_until_killed(dsn: str, seed: str, work: Work) -> NoReturn:
+    """Do it again and again, with a new connection after each failure."""
+    rng = random.Random(int(seed))
+    with pgkv.Store.connect(dsn) as store:
+        while True:
+            with contextlib.suppress(*EXPECTED), psycopg.connect(dsn) as conn:
+                while True:
+                    work(conn, store, rng)
+
+
+def wait_to_be_killed() -> None:
+    """Say that it is done, and hold everything."""
+    print("done", flush=True)
+    sys.stdin.read()
+
+
+# -- in the test
+
+
+def starting(module: str) -> Any:
+    """A fixture: `start("storm", dsn, 1)` runs that module as a process; none outlives the test."""
+
+    @pytest.fixture
+    def start() -> Iterator[Start]:
+        made: list[subprocess.Popen[str]] = []
+
+        def begin(*args: object) -> subprocess.Popen[str]:
+            command = [sys.executable, "-m", module, *map(str, args)]
+            pipe = subprocess.PIPE
+            made.append(subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, text=True))
+            return made[-1]
+
+        yield begin
+        for each in made:
+            each.kill()
+            each.communicate()
+
+    return start
+
+
+def kill_when_done(worker: subprocess.Popen[str]) -> None:
+    """Kill a worker that waits for it."""
+    assert worker.stdout is not None
+    assert worker.stdout.readline() == "done\n"
+    worker.kill()
+    worker.wait()
+
+
+def count(conn: psycopg.Connection, query: str) -> int:
+    """The only number of a query."""
+    row = conn.execute(query.encode()).fetchone()
+    assert row is not None
+    return int(row[0])
+
+
+class Storm:
+    """Workers of which some are killed, paused past their leases, or cut off.
+
+    Args:
+        start: starts a worker; called with "storm", the arguments, and a seed.
+        args: of each worker.
+        conn: sees every connection.
+        fates: of which each strike is one: kill, pause, cut.
+        lease: seconds; a pause is longer.
+    """
+
+    def __init__(
+        self,
+        start: Start,
+        args: tuple[str, ...],
+        conn: psycopg.Connection,
+        fates: str,
+        lease: float,
+    ) -> None:
+        self.kills = 0
+        self._start, self._args, self._conn = start, args, conn
+        self._fates, self._lease = fates.split(), lease
+        self._rng, self._seeds = random.Random(17), iter(range(100_000))
+        self._workers = [self._begin() for _ in range(WORKERS)]
+        self._until = time.monotonic() + STORM_SECONDS
+
+    def _begin(self) -> subprocess.Popen[str]:
+        return self._start("storm", *self._args, next(self._seeds))
+
+    def strike(self) -> None:
+        """Wait a little, then harm one of them."""
+        assert time.monotonic() < self._until, "the storm makes no progress"
+        time.sleep(self._rng.uniform(0.1, 0.4))
+        fate, number = self._rng.choice(self._fates), self._rng.randrange(WORKERS)
+        if fate == "cut":
+            self._conn.execute(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid()"
+                " AND backend_type = 'client backend' AND query ~ 'effects|kv_store_'"
+                " ORDER BY random() LIMIT 1"
+            )
+        elif fate == "pause":
+            worker = self._workers[number]
+            worker.send_signal(signal.SIGSTOP)
+            time.sleep(self._lease * 1.2)
+            worker.send_signal(signal.SIGCONT)
+        else:
+            self._workers[number].kill()
+            self.kills += 1
+            self._workers[number] = self._begin()
+
+    def end(self) -> None:
+        """Kill them, and wait until their transactions have ended."""
+        for worker in self._workers:
+            worker.kill()
+            worker.wait()
+        busy = "SELECT count(*) FROM pg_stat_activity WHERE state <> 'idle'"
+        wait_until(lambda: count(self._conn, busy) == 1, "their transactions end")

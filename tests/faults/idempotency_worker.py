@@ -11,6 +11,7 @@ import time
 import psycopg
 
 import pgkv
+from tests.hammer import wait_to_be_killed, work_until_killed
 
 LEASE = 1.0
 KEYS = 300
@@ -42,14 +43,15 @@ def lease(store: pgkv.Store, conn: psycopg.Connection, key: str, rng: random.Ran
 
 def storm(mode: str, dsn: str, seed: str) -> None:
     """Work on random keys until killed."""
-    rng = random.Random(int(seed))
-    with pgkv.Store.connect(dsn) as store:
-        while True:
-            expected = (pgkv.PgkvError, psycopg.Error, ZeroDivisionError)
-            with contextlib.suppress(*expected), psycopg.connect(dsn) as conn:
-                if rng.random() < 1 / 3:
-                    conn.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
-                {"inside": inside, "lease": lease}[mode](store, conn, str(rng.randrange(KEYS)), rng)
+
+    def work(conn: psycopg.Connection, store: pgkv.Store, rng: random.Random) -> None:
+        if rng.random() < 1 / 3:
+            conn.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
+        {"inside": inside, "lease": lease}[mode](store, conn, str(rng.randrange(KEYS)), rng)
+        conn.commit()
+        conn.isolation_level = None
+
+    work_until_killed(dsn, seed, work)
 
 
 def control(mode: str, dsn: str) -> None:
@@ -61,8 +63,7 @@ def control(mode: str, dsn: str) -> None:
         if mode == "together":
             attempt.complete(b"done", conn)
         conn.commit()
-        print("done", flush=True)
-        sys.stdin.read()
+        wait_to_be_killed()
 
 
 if __name__ == "__main__":

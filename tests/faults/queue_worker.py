@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import random
 import sys
 import time
@@ -10,9 +9,9 @@ import time
 import psycopg
 
 import pgkv
+from tests.hammer import wait_to_be_killed, work_until_killed
 
 LEASE = 1.0
-EXPECTED = (pgkv.PgkvError, psycopg.Error, ZeroDivisionError)
 
 
 def orders(store: pgkv.Store) -> pgkv.Queue[bytes]:
@@ -59,12 +58,7 @@ def index(conn: psycopg.Connection, store: pgkv.Store, rng: random.Random) -> No
 
 def storm(mode: str, dsn: str, seed: str) -> None:
     """Work until killed."""
-    rng = random.Random(int(seed))
-    with pgkv.Store.connect(dsn) as store:
-        while True:
-            with contextlib.suppress(*EXPECTED), psycopg.connect(dsn) as conn:
-                while True:
-                    {"ship": ship, "index": index}[mode](conn, store, rng)
+    work_until_killed(dsn, seed, {"ship": ship, "index": index}[mode])
 
 
 def control(mode: str, dsn: str) -> None:
@@ -77,8 +71,7 @@ def control(mode: str, dsn: str) -> None:
         if mode == "together":
             queue.using(conn).ack(job)
         conn.commit()
-        print("done", flush=True)
-        sys.stdin.read()
+        wait_to_be_killed()
 
 
 if __name__ == "__main__":

@@ -4,14 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-import random
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
 
 import psycopg
 import pytest
@@ -20,30 +14,16 @@ import pgkv
 from tests.faults.idempotency_worker import KEYS, LEASE
 from tests.faults.proxy import Proxy
 from tests.faults.support import newest
-from tests.servers import Server, wait_until
+from tests.hammer import Start, Storm, count, kill_when_done, starting
+from tests.servers import Server
 
 pytestmark = newest
-ROOT = Path(__file__).resolve().parents[2]
 # A storm goes on until that much was done, however slow the machine is.
 EFFECTS = int(os.environ.get("PGKV_IDEMPOTENCY_EFFECTS", "40"))
-KILLS, WORKERS = max(6, EFFECTS // 20), 4
+KILLS = max(6, EFFECTS // 20)
 
 
-@pytest.fixture
-def start() -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """start("storm", "inside", dsn, 1) starts a worker; none outlives the test."""
-    made: list[subprocess.Popen[str]] = []
-
-    def begin(*args: object) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "tests.faults.idempotency_worker", *map(str, args)]
-        pipe = subprocess.PIPE
-        made.append(subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, text=True))
-        return made[-1]
-
-    yield begin
-    for each in made:
-        each.kill()
-        each.communicate()
+start = starting("tests.faults.idempotency_worker")
 
 
 @pytest.fixture
@@ -54,50 +34,17 @@ def effects(dsn: str) -> Iterator[psycopg.Connection]:
         yield conn
 
 
-def count(conn: psycopg.Connection, query: str) -> int:
-    """The only number of a query."""
-    row = conn.execute(query.encode()).fetchone()
-    assert row is not None
-    return int(row[0])
-
-
 @pytest.mark.parametrize("mode", ["inside", "lease"])
-def test_a_storm_of_kills(
-    dsn: str, effects: psycopg.Connection, start: Callable[..., Any], mode: str
-) -> None:
+def test_a_storm_of_kills(dsn: str, effects: psycopg.Connection, start: Start, mode: str) -> None:
     """Processes are killed, their backends terminated, their transactions rolled back and some commits
     come past the lease: every key has one effect and its record, and a key asked again is a replay."""
-    rng = random.Random(17)
     with pgkv.Store.connect(dsn) as store:
         idem = pgkv.Idempotency(store)
         idem.create_table()
-        seeds = iter(range(10_000))
-        workers = [start("storm", mode, dsn, next(seeds)) for _ in range(WORKERS)]
-        wait_until(lambda: count(effects, "SELECT count(*) FROM effects") > 0, "work begins")
-        kills, end = 0, time.monotonic() + 100
-        while kills < KILLS or count(effects, "SELECT count(*) FROM effects") < EFFECTS:
-            assert time.monotonic() < end, "the storm makes no progress"
-            time.sleep(rng.uniform(0.1, 0.6))
-            if rng.random() < 0.5:
-                effects.execute(
-                    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <>"
-                    " pg_backend_pid() AND backend_type = 'client backend' AND state <> 'idle'"
-                    " AND query LIKE '%effects%' ORDER BY random() LIMIT 1"
-                )
-                continue
-            victim = rng.randrange(WORKERS)
-            workers[victim].kill()
-            kills += 1
-            workers[victim] = start("storm", mode, dsn, next(seeds))
-        for worker in workers:
-            worker.kill()
-            worker.wait()
-        wait_until(
-            lambda: (
-                count(effects, "SELECT count(*) FROM pg_stat_activity WHERE state <> 'idle'") == 1
-            ),
-            "their transactions end",
-        )
+        storm = Storm(start, (mode, dsn), effects, "kill cut", LEASE)
+        while storm.kills < KILLS or count(effects, "SELECT count(*) FROM effects") < EFFECTS:
+            storm.strike()
+        storm.end()
         done = count(effects, "SELECT count(*) FROM effects")
         records = count(effects, "SELECT count(*) FROM kv_store_idempotency WHERE result = 'done'")
         assert count(effects, "SELECT count(DISTINCT key) FROM effects") == done == records
@@ -114,16 +61,13 @@ def test_a_storm_of_kills(
 def test_killed_between_effect_and_record(
     dsn: str,
     effects: psycopg.Connection,
-    start: Callable[..., Any],
+    start: Start,
     mode: str,
     effects_done: int,
 ) -> None:
     """The control: a record apart from its effect, as any middleware alone writes it, lets the retry of a
     killed process repeat the effect. Completed in the effect's transaction it does not."""
-    worker = start("control", mode, dsn)
-    assert worker.stdout.readline() == "done\n"
-    worker.kill()
-    worker.wait()
+    kill_when_done(start("control", mode, dsn))
     with pgkv.Store.connect(dsn) as store, pgkv.Idempotency(store).once("k", wait=30) as attempt:
         assert attempt.is_replay == (mode == "together")
         if not attempt.is_replay:

@@ -5,12 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import random
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import psycopg
@@ -20,30 +16,16 @@ import pgkv
 from tests.faults.proxy import Proxy
 from tests.faults.queue_worker import LEASE, orders
 from tests.faults.support import newest
+from tests.hammer import Start, Storm, count, kill_when_done, starting
 from tests.servers import Server, wait_until
 
 pytestmark = newest
-ROOT = Path(__file__).resolve().parents[2]
 # A storm goes on until that much was done, however slow the machine is.
 ORDERS = int(os.environ.get("PGKV_QUEUE_ORDERS", "60"))
-KILLS, WORKERS, DOCUMENTS = max(6, ORDERS // 20), 4, 6
+KILLS, DOCUMENTS = max(6, ORDERS // 20), 6
 
 
-@pytest.fixture
-def start() -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """start("storm", "ship", dsn, 1) starts a worker; none outlives the test."""
-    made: list[subprocess.Popen[str]] = []
-
-    def begin(*args: object) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "tests.faults.queue_worker", *map(str, args)]
-        pipe = subprocess.PIPE
-        made.append(subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, text=True))
-        return made[-1]
-
-    yield begin
-    for each in made:
-        each.kill()
-        each.communicate()
+start = starting("tests.faults.queue_worker")
 
 
 @pytest.fixture
@@ -57,65 +39,19 @@ def world(dsn: str) -> Iterator[psycopg.Connection]:
         yield conn
 
 
-def count(conn: psycopg.Connection, query: str) -> int:
-    """The only number of a query."""
-    row = conn.execute(query.encode()).fetchone()
-    assert row is not None
-    return int(row[0])
+def calm(storm: Storm, queue: pgkv.Queue[Any]) -> None:
+    """Let the workers do what is left, then end them."""
+    wait_until(lambda: sum(queue.stats()[1:4]) == 0, "all jobs are done", seconds=60)
+    storm.end()
 
 
-class Storm:
-    """Workers of which some are killed, paused past their leases, or cut off."""
-
-    def __init__(
-        self, mode: str, dsn: str, conn: psycopg.Connection, start: Callable[..., Any], fates: str
-    ) -> None:
-        self.kills, self._rng, self._conn, self._fates = 0, random.Random(17), conn, fates.split()
-        self._seeds = iter(range(100_000))
-        self._make, self._of = start, (mode, dsn)
-        self._workers = [self._start() for _ in range(WORKERS)]
-        self._until = time.monotonic() + 100
-
-    def _start(self) -> subprocess.Popen[str]:
-        made: subprocess.Popen[str] = self._make("storm", *self._of, next(self._seeds))
-        return made
-
-    def strike(self) -> None:
-        """Wait a little, then harm one of them."""
-        assert time.monotonic() < self._until, "the storm makes no progress"
-        time.sleep(self._rng.uniform(0.1, 0.4))
-        fate, number = self._rng.choice(self._fates), self._rng.randrange(WORKERS)
-        if fate == "cut":
-            self._conn.execute(
-                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid()"
-                " AND backend_type = 'client backend' AND query ~ 'effects|kv_store_jobs'"
-                " ORDER BY random() LIMIT 1"
-            )
-        elif fate == "pause":
-            worker = self._workers[number]
-            worker.send_signal(signal.SIGSTOP)
-            time.sleep(LEASE * 1.2)
-            worker.send_signal(signal.SIGCONT)
-        else:
-            self._workers[number].kill()
-            self.kills += 1
-            self._workers[number] = self._start()
-
-    def calm(self, queue: pgkv.Queue[Any]) -> None:
-        """Let them do what is left, then end them."""
-        wait_until(lambda: sum(queue.stats()[1:4]) == 0, "all jobs are done", seconds=60)
-        for worker in self._workers:
-            worker.kill()
-            worker.wait()
-
-
-def test_a_storm_of_kills(dsn: str, world: psycopg.Connection, start: Callable[..., Any]) -> None:
+def test_a_storm_of_kills(dsn: str, world: psycopg.Connection, start: Start) -> None:
     """Workers are killed, paused past their leases and cut off; some work fails, some commits late, and
     some orders are rolled back: every order has its effect, once."""
     with pgkv.Store.connect(dsn) as store, psycopg.connect(dsn) as conn:
         queue = orders(store)
         queue.create_table()
-        storm = Storm("ship", dsn, world, start, "kill kill cut pause")
+        storm = Storm(start, ("ship", dsn), world, "kill kill cut pause", LEASE)
         number = 0
         while storm.kills < KILLS or number < ORDERS:
             for _ in range(5):
@@ -124,7 +60,7 @@ def test_a_storm_of_kills(dsn: str, world: psycopg.Connection, start: Callable[.
                 queue.using(conn).put(str(number))
                 conn.commit() if number % 10 else conn.rollback()
             storm.strike()
-        storm.calm(queue)
+        calm(storm, queue)
         placed = count(world, "SELECT count(*) FROM orders")
         assert placed >= ORDERS * 9 // 10
         assert count(world, "SELECT count(DISTINCT id) FROM effects") == placed
@@ -132,7 +68,7 @@ def test_a_storm_of_kills(dsn: str, world: psycopg.Connection, start: Callable[.
         assert queue.stats().dead == 0
 
 
-def test_a_storm_of_changes(dsn: str, world: psycopg.Connection, start: Callable[..., Any]) -> None:
+def test_a_storm_of_changes(dsn: str, world: psycopg.Connection, start: Start) -> None:
     """Documents change, and a job of each is put with a key, alone or in the change's transaction, while
     workers are killed: in the end none is stale, and never do two work on one at once."""
     with pgkv.Store.connect(dsn) as store, psycopg.connect(dsn) as conn:
@@ -140,7 +76,7 @@ def test_a_storm_of_changes(dsn: str, world: psycopg.Connection, start: Callable
         queue.create_table()
         for key in range(DOCUMENTS):
             world.execute("INSERT INTO documents VALUES (%s, 0, 0)", [key])
-        storm = Storm("index", dsn, world, start, "kill")
+        storm = Storm(start, ("index", dsn), world, "kill", LEASE)
         rng, changes = random.Random(4), 0
         change = "UPDATE documents SET version = version + 1 WHERE id = %s"
         while storm.kills < KILLS or changes < ORDERS * 2:
@@ -156,7 +92,7 @@ def test_a_storm_of_changes(dsn: str, world: psycopg.Connection, start: Callable
                     time.sleep(rng.uniform(0, 0.01))
                     conn.commit()
             storm.strike()
-        storm.calm(queue)
+        calm(storm, queue)
         assert count(world, "SELECT sum(version) FROM documents") == changes
         assert count(world, "SELECT count(*) FROM documents WHERE indexed <> version") == 0
         assert count(world, "SELECT count(*) FROM meetings") == 0
@@ -164,17 +100,14 @@ def test_a_storm_of_changes(dsn: str, world: psycopg.Connection, start: Callable
 
 @pytest.mark.parametrize(("mode", "effects"), [("apart", 2), ("together", 1)])
 def test_killed_between_effect_and_ack(
-    dsn: str, world: psycopg.Connection, start: Callable[..., Any], mode: str, effects: int
+    dsn: str, world: psycopg.Connection, start: Start, mode: str, effects: int
 ) -> None:
     """The control: an ack apart from its effect lets the job of a killed worker be done twice. In the
     effect's transaction it does not."""
     with pgkv.Store.connect(dsn) as store:
         queue = orders(store)
         queue.put("1")
-        worker = start("control", mode, dsn)
-        assert worker.stdout.readline() == "done\n"
-        worker.kill()
-        worker.wait()
+        kill_when_done(start("control", mode, dsn))
         job = queue.take(timeout=LEASE * 10 if mode == "apart" else LEASE * 2)
         assert (job is None) == (mode == "together")
         if job is not None:

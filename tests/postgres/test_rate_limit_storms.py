@@ -146,7 +146,7 @@ def test_eight_processes_on_one_key(dsn: str, rates: str) -> None:
     admitted between the first and the last decision, or one less."""
     with pgkv.Store.connect(dsn):
         pass
-    command = [sys.executable, "-m", "tests.hammer", dsn, rates, "3", "4"]
+    command = [sys.executable, "-m", "tests.postgres.limiter_worker", dsn, rates, "3", "4"]
     crew = [subprocess.Popen(command, cwd=ROOT, stdin=-1, stdout=-1, text=True) for _ in range(8)]
     decided: list[tuple[int, bool]] = []
     for each in crew:
