@@ -40,7 +40,8 @@ tests: $(VENV)/.dev ## the tests; ARGS="tests/unit -k ttl" chooses some
 	@$(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal $(ARGS)
 
 interleavings: $(VENV)/.dev ## every order of statements, steps and bytecodes, within bounds; ARGS="lock 0000021" runs one again
-	@$(if $(ARGS),,PGKV_INTERLEAVINGS=full $(BIN)/python -m pytest -rP -q --timeout=3600 tests/interleavings -k "pairs or pool")
+	@$(if $(ARGS),,PGKV_INTERLEAVINGS=full $(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal -rP -q \
+		--timeout=3600 tests/interleavings -k "pairs or pool")
 	@$(BIN)/python -m tests.interleavings $(ARGS)
 
 soak: $(VENV)/.dev ## all patterns under random faults for MINUTES; ends with exact totals

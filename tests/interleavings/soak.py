@@ -107,11 +107,13 @@ class Soak:
     Args:
         server: is restarted; its clock is not its machine's.
         seed: of every random choice.
+        pause: seconds, at most, that each actor rests between two calls.
     """
 
-    def __init__(self, server: Server, seed: int) -> None:
+    def __init__(self, server: Server, seed: int, pause: float) -> None:
         self.server = server
         self.seed = seed
+        self.rest = pause
         self.random = random.Random(seed)
         self.clock = ServerClock(server.dsn, schema=SCHEMA)
         self.folder = Path(tempfile.mkdtemp(prefix="pgkv-soak-"))
@@ -134,17 +136,18 @@ class Soak:
         try:
             for when, share in (("start", 0.25), ("middle", 0.6), ("end", 1.0)):
                 self.disturb(began + seconds * share)
+                if self.has_lost_one():
+                    break
                 samples[when] = self.sample()
-            time.sleep(QUIET_SECONDS)
-            for worker in self.workers:
-                if worker.poll() is not None:
-                    self.faults["WORKER DIED BY ITSELF"] += 1
+            else:
+                time.sleep(QUIET_SECONDS)
+            lost = ["a worker ended by itself"] * self.has_lost_one()
         finally:
             for worker in self.workers:
                 worker.kill()
                 worker.wait()
         elapsed = time.monotonic() - began
-        problems = [*self.growth(samples), *self.reckon(elapsed)]
+        problems = [*lost, *([] if lost else self.growth(samples)), *self.reckon(elapsed)]
         return Report(self.seed, self.faults, samples, self.done, problems)
 
     def start(self, number: int) -> subprocess.Popen[bytes]:
@@ -154,8 +157,13 @@ class Soak:
         command = [sys.executable, "-m", "tests.interleavings.soak_worker", *arguments]
         with (self.folder / f"{self.started}.err").open("wb") as errors:
             return subprocess.Popen(
-                [*command, str(self.random.randrange(1 << 30)), kind], stderr=errors
+                [*command, str(self.random.randrange(1 << 30)), kind, str(self.rest)],
+                stderr=errors,
             )
+
+    def has_lost_one(self) -> bool:
+        """Whether a worker has ended by itself."""
+        return any(worker.poll() is not None for worker in self.workers)
 
     # -- faults
 
@@ -307,17 +315,15 @@ class Soak:
             problems.append(f"the limiter admitted {done['admitted']}, its bound is {bound:.0f}")
         if not all(done[name] for name in totals) or not done["admitted"]:
             problems.append(f"an actor did nothing: {dict(done)}")
-        if self.faults.pop("WORKER DIED BY ITSELF", 0):
-            problems.append("a worker ended by itself")
         return problems
 
 
-def soak(seconds: float, seed: int) -> Report:
+def soak(seconds: float, seed: int, pause: float = 0.02) -> Report:
     """Run one soak on a server of the newest version found here."""
     servers_found = servers.installed()
     # Dead rows are to go within the run, as they go in hours elsewhere.
     server = Server(servers_found[max(servers_found)], settings={"autovacuum_naptime": "1s"})
-    soaking = Soak(server, seed)
+    soaking = Soak(server, seed, pause)
     try:
         return soaking.run(seconds)
     finally:

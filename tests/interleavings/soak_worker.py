@@ -1,6 +1,6 @@
 """A process of the soak: all patterns at once, until it is told to stop or is killed.
 
-``python -m tests.interleavings.soak_worker DSN LEDGER SEED sync|async``. Each actor writes to the ledger
+``python -m tests.interleavings.soak_worker DSN LEDGER SEED sync|async PAUSE``. Each actor writes to the ledger
 what it is about to do, and afterwards how that ended. What it was doing when it was killed is therefore
 known to be unknown, and nothing else is.
 """
@@ -63,8 +63,9 @@ def plain(value: Any) -> Any:
 class Soaked:
     """The actors of one process, in one of the two kinds of store."""
 
-    def __init__(self, dsn: str, kind: str, ledger: Ledger, seed: int) -> None:
+    def __init__(self, dsn: str, kind: str, ledger: Ledger, seed: int, pause: float) -> None:
         self.dsn = dsn
+        self.pause = pause
         self.kind = Colour(kind)
         self.ledger = ledger
         self.random = random.Random(seed)
@@ -72,11 +73,11 @@ class Soaked:
         self.bounded: Any = None
 
     async def run(self) -> None:
-        self.store = await self.kind.connect(
-            self.dsn, table_type=pgkv.TableType.REGULAR, pool_max_size=8, operation_timeout=10
+        self.store = await self.connected(
+            table_type=pgkv.TableType.REGULAR, pool_max_size=8, operation_timeout=10
         )
-        self.bounded = await self.kind.connect(
-            self.dsn, table_name="bounded", max_entries=ENTRIES, pool_max_size=2
+        self.bounded = await self.connected(
+            table_name="bounded", max_entries=ENTRIES, pool_max_size=2
         )
         # `load` of these reads the table itself, by a connection of the actor's own.
         self.source = self.make_source()
@@ -93,6 +94,13 @@ class Soaked:
             self.sessions, self.once, self.order, self.ship,
         )  # fmt: skip
         await asyncio.gather(*map(self.repeat, actors))
+
+    async def connected(self, **config: Any) -> Any:
+        """A store; the server may be away."""
+        while True:
+            with contextlib.suppress(*DISTURBED):
+                return await self.kind.connect(self.dsn, **config)
+            await asyncio.sleep(0.1)
 
     async def together(
         self, conn: Any, query: Any, params: list[Any], then: Callable[[Any], Any]
@@ -118,7 +126,7 @@ class Soaked:
                 if conn is None or conn.closed:
                     conn = await psycopg.AsyncConnection.connect(self.dsn, autocommit=True)
                 await actor(conn)
-                await asyncio.sleep(self.random.uniform(0, 0.02))
+                await asyncio.sleep(self.random.uniform(0, self.pause))
             except DISTURBED as error:
                 self.ledger.write("disturbed", actor.__name__, type(error).__name__)
                 if conn is not None and conn.info.transaction_status:
@@ -321,8 +329,8 @@ class Soaked:
                 )
 
 
-def main(dsn: str, path: str, seed: str, kind: str) -> None:
-    asyncio.run(Soaked(dsn, kind, Ledger(path), int(seed)).run())
+def main(dsn: str, path: str, seed: str, kind: str, pause: str) -> None:
+    asyncio.run(Soaked(dsn, kind, Ledger(path), int(seed), float(pause)).run())
 
 
 if __name__ == "__main__":

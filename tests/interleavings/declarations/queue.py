@@ -159,6 +159,12 @@ def working(*ends: str) -> Callable[[World], Any]:
                 await getattr(job, end)()
                 if end == "ack":
                     world.memory["acked"].append(job.id)
+                    newer = [
+                        n
+                        for n, each in world.held.items()
+                        if each.id == job.id and each.token > job.token
+                    ]
+                    assert not newer, f"acknowledged what {newer} had taken over"
             except pgkv.LeaseLostError:
                 pass
             finally:
