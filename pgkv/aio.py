@@ -609,7 +609,7 @@ class AsyncStore:
     async def evict(self) -> int:
         """Evict keys until the bound of the table holds; return how many. See `Store.evict`."""
         require_bound(self._config)
-        return await self._channel.run(_evict.evict_all(self._sql))
+        return await self._channel.run(_evict.evict_all(self._sql, self._channel))
 
     async def clear(self) -> int:
         """Remove every key (of the namespace); return how many were live."""
@@ -622,7 +622,8 @@ class AsyncStore:
 
     async def stats(self) -> Stats:
         """Return sizes and health of the whole table. Reads all of it: linear."""
-        return await self._channel.execute(self._sql.stats())
+        found = await self._channel.execute(self._sql.stats())
+        return _evict.bounded(found, self._sql, self._channel)
 
     async def vacuum(self) -> None:
         """Reclaim dead rows now. Normally autovacuum does this; see `Store.vacuum`."""

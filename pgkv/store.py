@@ -772,7 +772,7 @@ class Store:
             ConfigError: the table has no bound.
         """
         require_bound(self._config)
-        return self._channel.run(_evict.evict_all(self._sql))
+        return self._channel.run(_evict.evict_all(self._sql, self._channel))
 
     def clear(self) -> int:
         """Remove every key (of the namespace); return how many were live."""
@@ -785,7 +785,8 @@ class Store:
 
     def stats(self) -> Stats:
         """Return sizes and health of the whole table. Reads all of it: linear."""
-        return self._channel.execute(self._sql.stats())
+        found = self._channel.execute(self._sql.stats())
+        return _evict.bounded(found, self._sql, self._channel)
 
     def vacuum(self) -> None:
         """Reclaim dead rows now. Normally autovacuum does this.

@@ -210,6 +210,11 @@ class Stats:
         dead_tuples: row versions awaiting vacuum (the server's estimate).
         hot_update_ratio: share of updates that touched no index, 0.0 to 1.0; None before the
             first update. Near 1.0 on a healthy table.
+        max_entries: the bound on keys that this store keeps; None without one.
+        max_bytes: the bound on bytes likewise.
+        estimated_keys: what this process's last samples say of the number of rows, by which it evicts;
+            None before the first.
+        evicted_keys: how many rows this process has evicted from the table.
     """
 
     total_keys: int
@@ -221,3 +226,7 @@ class Stats:
     index_size_bytes: int
     dead_tuples: int
     hot_update_ratio: float | None
+    max_entries: int | None = None
+    max_bytes: int | None = None
+    estimated_keys: int | None = None
+    evicted_keys: int = 0

@@ -88,6 +88,14 @@ def flag(*names: str, help: str) -> Any:  # as typer calls it
     return typer.Option(*names, metavar="", help=help)
 
 
+# Of what is about a bound on a table's size.
+MaxEntries: TypeAlias = Annotated[
+    int | None, typer.Option("--max-entries", metavar="N", min=100, help="Keep about N keys.")
+]
+MaxBytes: TypeAlias = Annotated[
+    int | None, typer.Option("--max-bytes", metavar="N", min=1 << 20, help="Keep about N bytes.")
+]
+
 # Options of every command. One after the command's name overrides one before it.
 COMMON: dict[str, Any] = {
     "dsn": _common(

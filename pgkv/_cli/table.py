@@ -10,7 +10,7 @@ import typer
 from .._engine.sweep import sweep_all
 from ..config import TableType
 from . import console
-from .command import DONE, Invocation, flag
+from .command import DONE, Invocation, MaxBytes, MaxEntries, flag
 
 
 def stats(call: Invocation) -> int:
@@ -70,14 +70,8 @@ def sweep(
 
 def evict(
     call: Invocation,
-    max_entries: Annotated[
-        int | None,
-        typer.Option("--max-entries", metavar="N", min=100, help="Keep about N keys."),
-    ] = None,
-    max_bytes: Annotated[
-        int | None,
-        typer.Option("--max-bytes", metavar="N", min=1 << 20, help="Keep about N bytes."),
-    ] = None,
+    max_entries: MaxEntries = None,
+    max_bytes: MaxBytes = None,
 ) -> int:
     """Delete the oldest keys of a cache until it is within a bound.
 

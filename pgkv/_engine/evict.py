@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from time import monotonic
+from typing import Any
 
 from .. import _observe
 from .._ops.op import Flow, Noted, do
 from .._sql.evict import PLACE_PAGES, PLACE_PAGES_MAX, PLACES, EvictStatements
 from ..errors import QueryError
+from ..types import Stats
 from . import schema as _schema
 
 MARKS = 100  # keys written together, at most
@@ -43,6 +46,7 @@ class Evictor:
 
     def reset(self) -> None:
         """Forget everything, as a forked child must."""
+        self.evicted: int = 0  # rows, in this process's life
         self._used: deque[bytes] = deque(maxlen=10 * MARKS)
         self._recent: dict[bytes, None] = {}
         self._quota = 0  # rows to evict
@@ -55,6 +59,11 @@ class Evictor:
     def is_due(self) -> bool:
         """Whether there is something to do."""
         return self._quota > 0 or len(self._used) >= self._batch
+
+    @property
+    def estimate(self) -> int | None:
+        """How many rows the table has by the last samples; None before the first."""
+        return None if self._density is None else round(self._density[0] * (self._pages or 0))
 
     def note(self, noted: Noted, key: bytes) -> None:
         """Hear of rows that were written, or of a key that was read."""
@@ -82,6 +91,7 @@ class Evictor:
             rows = min(ROUND_ROWS, quota - evicted)
             deleted = yield from self._with_column(partial(self._round, rows))
             evicted += deleted
+            self.evicted += deleted
             if not deleted:
                 break
         return evicted
@@ -125,9 +135,30 @@ class Evictor:
         return (yield from flow())
 
 
-def evict_all(sql: EvictStatements) -> Flow[int]:
-    """Evict until the bound holds; how many rows."""
-    evictor, evicted = Evictor(sql), 0
-    while deleted := (yield from evictor.evict(QUOTA_MAX)):
-        evicted += deleted
-    return evicted
+def _own(channel: Any, sql: EvictStatements) -> Evictor | None:
+    """What this process's collector knows of the table; None inside a transaction."""
+    collector = getattr(channel, "_collectors", {}).get(sql.table)
+    return None if collector is None else collector.evictor
+
+
+def evict_all(sql: EvictStatements, channel: Any) -> Flow[int]:
+    """Evict until the bound holds; how many rows. It starts from no estimate of before."""
+    evictor = Evictor(sql)
+    while (yield from evictor.evict(QUOTA_MAX)):
+        pass
+    if (own := _own(channel, sql)) is not None:
+        own.evicted += evictor.evicted
+        own._density, own._pages = evictor._density, evictor._pages
+    return evictor.evicted
+
+
+def bounded(stats: Stats, sql: EvictStatements, channel: Any) -> Stats:
+    """Add what is known of the bound."""
+    own = _own(channel, sql)
+    return replace(
+        stats,
+        max_entries=sql.config.max_entries,
+        max_bytes=sql.config.max_bytes,
+        estimated_keys=None if own is None else own.estimate,
+        evicted_keys=0 if own is None else own.evicted,
+    )

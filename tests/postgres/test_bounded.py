@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -61,6 +64,31 @@ async def test_reads_mark_and_writes_evict(make_store: MakeStore, peer: Peer) ->
     await until(lambda: peer.one("SELECT count(used_at) FROM kv_store") > 0, "a row is marked")
     await store.set_many(names("many", 12_000))
     await until(lambda: peer.one("SELECT count(*) FROM kv_store") <= 120, "the bound holds again")
+
+
+async def test_stats_tell_the_bound(make_store: MakeStore) -> None:
+    """stats has the bound, what this process estimates and how much it has evicted, by itself or by
+    evict."""
+    plain = await make_store(table_name="plain")
+    found = await plain.stats()
+    assert (found.max_entries, found.max_bytes, found.estimated_keys) == (None, None, None)
+    store = await make_store(max_entries=100, max_bytes=1 << 20)
+    await store.set_many(names("k", 50))
+    assert (await store.stats()).evicted_keys == 0
+    for n in range(400):
+        await store.set(f"n{n}", "v")
+
+    async def evicted() -> bool:
+        return bool((await store.stats()).evicted_keys)
+
+    while not await evicted():  # the run's timeout ends it
+        await store.set("n", "v")
+    await store.evict()
+    found = await store.stats()
+    assert (found.max_entries, found.max_bytes) == (100, 1 << 20)
+    assert 300 < found.evicted_keys < 500
+    assert found.estimated_keys is not None
+    assert found.estimated_keys <= 101
 
 
 async def test_transactions_are_left_alone(make_store: MakeStore, peer: Peer) -> None:
@@ -177,3 +205,31 @@ def test_a_key_read_often_is_noted_once() -> None:
         evictor.note(Noted(b"", 0), b"%d" % n)
     assert len(evictor._used) == 1_000
     assert len(evictor._recent) == 512
+
+
+OVERSHOOT = 1.4  # of the bound, while 8 processes write as fast as they can; it catches up at once
+STORM = 400 * int(os.environ.get("PGKV_STORM", "1"))  # sets of each process
+WRITER = """
+import sys, pgkv
+dsn, me, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
+with pgkv.Store.connect(dsn, max_entries=1000) as store:
+    for n in range(count):
+        store.set(f"{me}:{n}", "v" * 50)
+        store.get(f"{me}:{n // 2}")
+"""
+
+
+def test_a_storm_of_eight_processes_stays_near_the_bound(dsn: str, peer: Peer) -> None:
+    """The rows are never more than `OVERSHOOT` times the bound, all processes evict, and at rest one
+    call brings the table within it."""
+    with pgkv.Store.connect(dsn, max_entries=1000) as store:
+        store.set_many(names("first", 1000))
+        commands = [[sys.executable, "-c", WRITER, dsn, str(n), str(STORM)] for n in range(8)]
+        running = [subprocess.Popen(each) for each in commands]
+        highest = 0
+        while any(each.poll() is None for each in running):
+            highest = max(highest, peer.one("SELECT count(*) FROM kv_store"))
+        assert [each.wait() for each in running] == [0] * 8
+        assert highest <= OVERSHOOT * 1000
+        store.evict()
+        assert 900 <= store.count() <= 1000

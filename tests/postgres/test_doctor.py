@@ -336,6 +336,24 @@ def test_expired_rows_that_pile_up(dsn: str, clock: ServerClock) -> None:
     assert examine(dsn)["expired rows"].status == "ok"
 
 
+def test_a_bound(dsn: str) -> None:
+    """A table that evicts is compared with its bound; others have no such check."""
+    assert "bound" not in examine(dsn)
+    with Store.connect(dsn, ttl_cleanup_strategy=TtlCleanupStrategy.MANUAL) as store:
+        store.set_many({f"k{number}": "v" for number in range(300)})
+        found = examine(dsn, max_entries=200)["bound"]
+        assert (found.status, "the first eviction adds it" in found.detail) == ("ok", True)
+        bounded = store.table("kv_store", max_entries=200)
+        bounded.evict()
+        found = examine(dsn, max_entries=200, max_bytes=1 << 20)["bound"]
+        assert found.status == "ok"
+        assert found.detail.startswith("200 of 200 keys, ")
+        bounded.set_many({f"n{number}": "v" for number in range(300)})
+        found = examine(dsn, max_entries=200)["bound"]
+        assert found.status == "warn"
+        assert "pgkv evict" in found.advice
+
+
 def test_a_large_table_is_sampled(dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Beyond a number of pages a sample stands for the table."""
     monkeypatch.setattr("pgkv._cli.doctor.table.SAMPLE_PAGES", 10)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .. import console
-from ..command import DONE, NOT_FOUND, Invocation, require_database
+from ..command import DONE, NOT_FOUND, Invocation, MaxBytes, MaxEntries, require_database
 
 if TYPE_CHECKING:
     from .context import Finding, Status
@@ -13,17 +13,17 @@ if TYPE_CHECKING:
 _STYLES: dict[Status, str] = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 
 
-def doctor(call: Invocation) -> int:
+def doctor(call: Invocation, max_entries: MaxEntries = None, max_bytes: MaxBytes = None) -> int:
     """Check the server, the table and the connection, and suggest fixes.
 
     Changes nothing. Checks the store's own table; of those of locks and sessions only what an early
-    version left behind. Exit code 1: a check failed. A table or schema that is named and does not exist is a failure.
+    version left behind. The bound of a table that evicts is checked where it is given. Exit code 1: a check failed. A table or schema that is named and does not exist is a failure.
 
     **Example:** `pgkv doctor --table cache --json`
     """
     from .examine import examine
 
-    config = call.config()
+    config = call.config(max_entries=max_entries, max_bytes=max_bytes)
     require_database(config)
     findings = examine(config, named=call.table is not None or call.schema is not None)
     healthy = all(finding.status != "fail" for finding in findings)

@@ -7,6 +7,7 @@ from typing import Any
 import psycopg
 
 from ..._engine.schema import _EXPECTED, companion
+from ..._sql.evict import ROW_BYTES
 from ...config import TableType, quote_identifier
 from ...patterns.lock.sql import LOCKS, LOCKS_UNLOGGED
 from .. import console
@@ -15,6 +16,7 @@ from .context import Check, Context, Result, fail, ok, warn
 SAMPLE_PAGES = 2000  # 16 MB
 DEAD_SHARE, DEAD_ROWS = 0.2, 10_000
 EXPIRED_SHARE, EXPIRED_ROWS = 0.25, 1000
+OVER = 1.25  # times the bound: eviction lags behind a burst of writes by less
 HOT_RATIO, HOT_UPDATES = 0.8, 10_000
 
 
@@ -318,15 +320,19 @@ def dead_rows(context: Context) -> Result:
     return ok(detail)
 
 
-def expired_rows(context: Context) -> Result:
-    """Expired rows that have not been collected."""
+def _sampled(context: Context) -> tuple[int, str]:
+    """The table's pages, and the clause that samples a large one."""
     size = context.row(
         "SELECT pg_relation_size(to_regclass(%s)) / current_setting('block_size')::int8 AS pages",
         context.name,
     )["pages"]
-    part = ""
-    if size > SAMPLE_PAGES:
-        part = f" TABLESAMPLE SYSTEM ({100 * SAMPLE_PAGES / size:.6f})"
+    large = size > SAMPLE_PAGES
+    return size, f" TABLESAMPLE SYSTEM ({100 * SAMPLE_PAGES / size:.6f})" if large else ""
+
+
+def expired_rows(context: Context) -> Result:
+    """Expired rows that have not been collected."""
+    _, part = _sampled(context)
     seen = context.row(
         "SELECT count(*) AS n, count(*) FILTER (WHERE expires_at <= statement_timestamp()) "
         f"AS expired FROM {context.name}{part}"
@@ -337,6 +343,40 @@ def expired_rows(context: Context) -> Result:
         advice = (
             "run `pgkv sweep`; if they return: ttl_cleanup_strategy=BACKGROUND, or `pgkv sweep` "
             "from cron"
+        )
+        return warn(detail, advice)
+    return ok(detail)
+
+
+def bound(context: Context) -> Result | None:
+    """Whether a table with a bound is within it."""
+    config = context.config
+    if not config.bounded:
+        return None
+    if "used_at" not in _columns_of(context):
+        detail = "no column used_at: the table was made without a bound"
+        if context.facts["owned"]:
+            return ok(f"{detail}; the first eviction adds it")
+        alter = f"ALTER TABLE {context.name} ADD COLUMN used_at TIMESTAMPTZ"
+        return fail(detail, f"as the owner ({context.facts['owner']}): {alter}")
+    pages, part = _sampled(context)
+    seen = context.row(
+        f"SELECT count(*) AS n, coalesce(sum(pg_column_size(value) + octet_length(key) + "
+        f"{ROW_BYTES}), 0)::int8 AS size, count(used_at) AS marked FROM {context.name}{part}"
+    )
+    scale = pages / SAMPLE_PAGES if part else 1.0
+    rows, size = round(seen["n"] * scale), round(seen["size"] * scale)
+    of = [
+        (f"{rows:,} of {config.max_entries:,} keys", rows, config.max_entries),
+        (f"{console.size(size)} of {console.size(config.max_bytes or 0)}", size, config.max_bytes),
+    ]
+    detail = ", ".join(text for text, _, most in of if most) + (" (a sample)" if part else "")
+    if seen["n"]:
+        detail += f"; {seen['marked'] / seen['n']:.0%} were read since they came"
+    if any(most and have > OVER * most for _, have, most in of):
+        advice = (
+            "run `pgkv evict`; if it returns, no process that writes has this bound, or all have "
+            "ttl_cleanup_strategy=MANUAL, or rows that limiters and cached functions need fill it"
         )
         return warn(detail, advice)
     return ok(detail)
@@ -393,5 +433,6 @@ CHECKS: dict[str, Check] = {
     "heap-only updates": hot_updates,
     "dead rows": dead_rows,
     "expired rows": expired_rows,
+    "bound": bound,
     "emptied by a crash": emptied,
 }
