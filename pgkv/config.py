@@ -12,6 +12,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from datetime import timedelta
+from hashlib import blake2b
 from typing import Any, Literal, Self, TypeAlias, TypedDict, Unpack
 from urllib.parse import unquote_to_bytes
 
@@ -26,8 +27,8 @@ OnAway: TypeAlias = Literal["raise", "miss"]
 
 EMBEDDED_SCHEME = "embedded://"
 KEY_LENGTH_MAX = 2600  # bytes; a btree entry must fit a third of an 8 kB page (2,704)
-TABLE_NAME_MAX = 54  # bytes; PostgreSQL's 63 less room for "_sessions"
-SCHEMA_NAME_MAX = 63
+IDENTIFIER_MAX = SCHEMA_NAME_MAX = 63  # bytes; PostgreSQL cuts a longer name
+TABLE_NAME_MAX = 54  # bytes; what pgkv adds for other tables and indexes is shortened at need
 SECONDS_MAX = 1e9  # 31 years; the waits of threads and sockets overflow far beyond
 VALUE_SIZE_MAX = 1 << 30  # bytea's own limit, 1 GiB
 
@@ -134,6 +135,15 @@ class Table:
         own = quote_identifier(self.name)
         full = own if self.schema is None else f"{quote_identifier(self.schema)}.{own}"
         object.__setattr__(self, "quoted", full)
+
+
+def short_identifier(name: str) -> str:
+    """Return a name that PostgreSQL does not cut: a long one ends in a hash of the whole."""
+    encoded = name.encode()
+    if len(encoded) <= IDENTIFIER_MAX:
+        return name
+    digest = blake2b(encoded, digest_size=4).hexdigest()
+    return f"{encoded[: IDENTIFIER_MAX - 9].decode(errors='ignore')}_{digest}"
 
 
 def quote_identifier(name: str) -> str:

@@ -23,7 +23,7 @@ from ..._ops.op import BINARY, TEXT, Op, Raced, Result, Signal, Statement
 from ..._sql.sweep import Sweep
 from ..._sql.table import read_changed
 from ...config import Config, Table, TableShape
-from .._runtime.lease import EXPIRED, GONE, LOCKED, RELEASED, RENEWED, REPLACED
+from .._runtime.sql import read_renewed, renewal, renewed
 
 IDEMPOTENCY = TableShape(
     "_idempotency",
@@ -47,7 +47,6 @@ DURABLE = (
     "set_config('synchronous_commit', CASE current_setting('synchronous_commit') "
     "WHEN 'remote_apply' THEN 'remote_apply' ELSE 'on' END, true)"
 )
-INT8_OID, FLOAT8_OID = 20, 701
 
 
 class Answer(NamedTuple):
@@ -204,31 +203,14 @@ class IdempotencyStatements(Sweep):
     @cached_property
     def _renew(self) -> Statement[dict[bytes, int]]:
         # A key that is worked on does not expire, however short its ttl.
-        until = f"{NOW} + k.lease * interval '1 second'"
-        sql = (
-            f"WITH n AS MATERIALIZED (SELECT {DURABLE}), u AS (SELECT * FROM "
-            "unnest($1::text[], $2::bigint[], $3::float8[]) AS u (key, token, lease)), "
-            f"k AS MATERIALIZED (SELECT t.key, t.token, u.lease FROM {self.t} t "
-            f"JOIN u USING (key, token), n WHERE t.result IS NULL AND t.leased_until > {NOW} "
-            'ORDER BY t.key COLLATE "C" FOR NO KEY UPDATE OF t SKIP LOCKED), '
-            f"r AS (UPDATE {self.t} t SET leased_until = {until}, "
-            f"expires_at = greatest(t.expires_at, {until}) "
-            "FROM k WHERE t.key = k.key AND t.token = k.token RETURNING t.key) "
-            f"SELECT u.key, CASE WHEN r.key IS NOT NULL THEN {RENEWED} "
-            f"WHEN t.key IS NULL THEN {GONE} WHEN t.token <> u.token THEN {REPLACED} "
-            f"WHEN t.leased_until > {NOW} THEN {LOCKED} WHEN t.leased_until = {EPOCH} "
-            f"THEN {RELEASED} ELSE {EXPIRED} END FROM u LEFT JOIN r ON r.key = u.key "
-            f"LEFT JOIN {self.t} t ON t.key = u.key"
-        )
+        also = ", expires_at = greatest(t.expires_at, {end})"
+        sql = renewal(self.t, "token", "leased_until", DURABLE, alive="t.result IS NULL", also=also)
         formats = (BINARY, BINARY, BINARY)
-        return self.statement("idempotency_renew", sql, formats, _read_renewed, retry_safe=True)
+        return self.statement("idempotency_renew", sql, formats, read_renewed, retry_safe=True)
 
     def renew(self, leases: Sequence[tuple[bytes, int, float]]) -> Op[dict[bytes, int]]:
         """Extend many leases: (key, token, seconds from now). For each key, what became of it."""
-        int8, float8, array = _codec.encode_int8, _codec.encode_float8, _codec.encode_array
-        keys = array([key for key, _, _ in leases])
-        tokens = array([int8(token) for _, token, _ in leases], INT8_OID)
-        return Op(self._renew, (keys, tokens, array([float8(s) for *_, s in leases], FLOAT8_OID)))
+        return Op(self._renew, renewed(leases))
 
     # -- looking, and upkeep
 
@@ -286,13 +268,6 @@ def _read_answer(result: Result) -> Answer | Signal:
         column(0, 2) or b"",
         0.0 if remaining is None else max(0.0, _codec.decode_float8(remaining)),
     )
-
-
-def _read_renewed(result: Result) -> dict[bytes, int]:
-    column = result.get_value
-    return {
-        column(row, 0) or b"": _codec.decode_int(column(row, 1)) for row in range(result.ntuples)
-    }
 
 
 def _read_record(result: Result) -> Record | None:

@@ -25,9 +25,9 @@ from ..._ops import codec as _codec
 from ..._ops.lazy import cached_property
 from ..._ops.op import BINARY, TEXT, Op, Raced, Result, Signal, Statement
 from ..._sql.table import STATEMENT_US, read_changed, read_found, read_int
-from ...config import Table, TableShape, quote_identifier
+from ...config import Table, TableShape, quote_identifier, short_identifier
 from ...errors import InvalidValueError
-from .._runtime.lease import EXPIRED, GONE, LOCKED, RELEASED, RENEWED, REPLACED
+from .._runtime.sql import read_renewed, renewal, renewed
 
 T = TypeVar("T")
 
@@ -354,31 +354,12 @@ class LockStatements:
 
     @cached_property
     def _renew(self) -> Statement[dict[bytes, int]]:
-        # Rows are locked in name order, and one that a stranger holds is passed over: it must not
-        # cost the others their leases.
-        sql = (
-            f"WITH n AS MATERIALIZED (SELECT {self.durable}), u AS (SELECT * FROM "
-            "unnest($1::text[], $2::bigint[], $3::float8[]) AS u (key, version, ttl)), "
-            f"k AS MATERIALIZED (SELECT t.key, t.version, u.ttl FROM {self.t} t "
-            f"JOIN u USING (key, version), n WHERE t.{LIVE} "
-            'ORDER BY t.key COLLATE "C" FOR NO KEY UPDATE OF t SKIP LOCKED), '
-            f"r AS (UPDATE {self.t} t SET expires_at = {NOW} + k.ttl * interval '1 second' "
-            "FROM k WHERE t.key = k.key AND t.version = k.version RETURNING t.key) "
-            f"SELECT u.key, CASE WHEN r.key IS NOT NULL THEN {RENEWED} "
-            f"WHEN t.key IS NULL THEN {GONE} WHEN t.version <> u.version THEN {REPLACED} "
-            f"WHEN t.{LIVE} THEN {LOCKED} WHEN t.expires_at = {EPOCH} THEN {RELEASED} "
-            f"ELSE {EXPIRED} END FROM u LEFT JOIN r ON r.key = u.key "
-            f"LEFT JOIN {self.t} t ON t.key = u.key"
-        )
-        return self._statement("lock_renew", sql, (BINARY, BINARY, BINARY), _read_renewed)
+        sql = renewal(self.t, "version", "expires_at", self.durable)
+        return self._statement("lock_renew", sql, (BINARY, BINARY, BINARY), read_renewed)
 
     def renew(self, leases: Sequence[tuple[bytes, int, float]]) -> Op[dict[bytes, int]]:
         """Extend many leases: (key, token, seconds from now). For each key, what became of it."""
-        int8, float8, array = _codec.encode_int8, _codec.encode_float8, _codec.encode_array
-        keys = array([key for key, _, _ in leases])
-        tokens = array([int8(token) for _, token, _ in leases], INT8_OID)
-        ttls = array([float8(ttl) for _, _, ttl in leases], FLOAT8_OID)
-        return Op(self._renew, (keys, tokens, ttls))
+        return Op(self._renew, renewed(leases))
 
     def _make_release(self, notify: bool) -> Statement[bool]:
         settings, source = self._settings(self.relaxed)
@@ -616,9 +597,6 @@ class LockStatements:
         ]
 
 
-INT8_OID, FLOAT8_OID = 20, 701
-
-
 def milliseconds(seconds: float) -> bytes:
     """A setting's text for a duration; never 0, which would mean "without end"."""
     return str(max(1, round(seconds * 1000))).encode()
@@ -648,13 +626,6 @@ def _read_grant_fair(result: Result) -> Granted | Denied | Signal:
     left, ahead = column(0, 3), _codec.decode_int(column(0, 4))
     denied = Denied(column(0, 2), 0.0 if left is None else _codec.decode_float8(left), ahead)
     return denied if denied.remaining > 0 or ahead else Raced(denied)
-
-
-def _read_renewed(result: Result) -> dict[bytes, int]:
-    return {
-        result.get_value(row, 0) or b"": _codec.decode_int(result.get_value(row, 1))
-        for row in range(result.ntuples)
-    }
 
 
 def _read_taken(result: Result) -> Granted | None:
@@ -824,8 +795,7 @@ def fence(table: str, column: str) -> str:
     name, quoted = _name(column, "column"), ".".join(map(quote_identifier, parts))
     value = quote_identifier(name)
     schema = f"{quote_identifier(parts[0])}." if len(parts) == 2 else ""
-    # 63 bytes for an identifier; the trigger of one table may be of any name.
-    function = schema + quote_identifier(f"pgkv_fence_{parts[-1]}_{name}"[:60])
+    function = schema + quote_identifier(short_identifier(f"pgkv_fence_{parts[-1]}_{name}"))
     return f"""\
 CREATE OR REPLACE FUNCTION {function}() RETURNS trigger LANGUAGE plpgsql AS $pgkv$
 BEGIN

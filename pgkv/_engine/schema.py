@@ -10,7 +10,7 @@ from __future__ import annotations
 from .. import _observe
 from .._ops.op import TEXT, Flow, Op, Result, Statement, do
 from .._sql.table import read_nothing
-from ..config import Config, Table, TableShape, TableType, quote_identifier
+from ..config import Config, Table, TableShape, TableType, quote_identifier, short_identifier
 from ..errors import ConfigError, PgkvError, QueryError, StoreUnavailableError
 
 # DDL waits for open transactions; it must not make other clients wait behind it.
@@ -60,8 +60,9 @@ def create_sql(table: Table) -> str:
     )
     for name, definition in shape.indexes:
         unique = "UNIQUE " if definition.startswith("UNIQUE ") else ""
+        index = quote_identifier(short_identifier(f"{table.name}_{name}"))
         sql += (
-            f"\nCREATE {unique}INDEX IF NOT EXISTS {quote_identifier(f'{table.name}_{name}')} "
+            f"\nCREATE {unique}INDEX IF NOT EXISTS {index} "
             f"ON {table.quoted} {definition.removeprefix('UNIQUE ')};"
         )
     return sql
@@ -84,7 +85,7 @@ def create_schema_sql(schema: str) -> str:
 def companion(config: Config, shape: TableShape, *, durable: bool = True) -> Table:
     """Return the table of that shape that goes with a store's own."""
     return Table(
-        config.table_name + shape.suffix,
+        short_identifier(config.table_name + shape.suffix),
         config.schema,
         TableType.REGULAR if durable else TableType.UNLOGGED,
         shape,

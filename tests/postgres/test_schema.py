@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 from typing import Any
 
 import psycopg
@@ -140,6 +141,23 @@ async def test_schema_sql_is_all_that_is_needed(make_store: Any, peer: Peer, sto
         " WHERE attrelid = to_regclass(%s) AND attnum > 0 ORDER BY attnum"
     )
     assert peer.run(same, '"migra""ted"') == peer.run(same, "kv_store")
+
+
+async def test_a_long_name_loses_no_table_and_no_index(peer: Peer) -> None:
+    """PostgreSQL cuts names of more than 63 bytes, by which the index of sessions would have the name of
+    its table, and not be made: what is added to a table's name is shortened instead, differently
+    for each."""
+    both: set[str] = set()
+    for name in ("é" * 26 + "ab", "é" * 26 + "ac"):
+        script = pgkv.schema_sql(pgkv.Config("postgresql://", table_name=name))
+        for _ in range(2):
+            peer.conn.execute(script.encode())
+        named = re.findall(r'(?:TABLE|INDEX) IF NOT EXISTS "([^"]+)"', script)
+        assert len(named) == len(set(named)) >= 13
+        for each in named:
+            assert peer.one("SELECT count(*) FROM pg_class WHERE relname::text = %s", each) == 1
+        assert not both & set(named)
+        both |= set(named)
 
 
 async def test_no_index_depends_on_the_servers_libraries(peer: Peer) -> None:

@@ -1,0 +1,62 @@
+"""The statement that renews leases: of locks, and of idempotency keys. That of jobs has a plan of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..._ops import codec as _codec
+from ..._ops.op import Result
+from .lease import EXPIRED, GONE, LOCKED, RELEASED, RENEWED, REPLACED
+
+INT8_OID, FLOAT8_OID = 20, 701
+NOW = "statement_timestamp()"
+
+
+def renewal(
+    table: str, token: str, until: str, setting: str, *, alive: str = "TRUE", also: str = ""
+) -> str:
+    """Return the text that extends many leases and says of each what became of it.
+
+    Rows are locked in key order, and one that a stranger holds is passed over: it must not cost the
+    others their leases.
+
+    Args:
+        table: quoted.
+        token: its column that names the grant.
+        until: its column with the end of the lease.
+        setting: an expression that is evaluated once.
+        alive: what else is true of a row ``t`` that can be renewed.
+        also: what else is set, with ``{end}`` for the new end.
+    """
+    end = f"{NOW} + k.ttl * interval '1 second'"
+    return (
+        f"WITH n AS MATERIALIZED (SELECT {setting}), u AS (SELECT * FROM "
+        f"unnest($1::text[], $2::bigint[], $3::float8[]) AS u (key, {token}, ttl)), "
+        f"k AS MATERIALIZED (SELECT t.key, t.{token}, u.ttl FROM {table} t "
+        f"JOIN u USING (key, {token}), n WHERE {alive} AND t.{until} > {NOW} "
+        'ORDER BY t.key COLLATE "C" FOR NO KEY UPDATE OF t SKIP LOCKED), '
+        f"r AS (UPDATE {table} t SET {until} = {end}{also.format(end=end)} "
+        f"FROM k WHERE t.key = k.key AND t.{token} = k.{token} RETURNING t.key) "
+        f"SELECT u.key, CASE WHEN r.key IS NOT NULL THEN {RENEWED} WHEN t.key IS NULL THEN {GONE} "
+        f"WHEN t.{token} <> u.{token} THEN {REPLACED} WHEN t.{until} > {NOW} THEN {LOCKED} "
+        f"WHEN t.{until} = 'epoch'::timestamptz THEN {RELEASED} ELSE {EXPIRED} END "
+        f"FROM u LEFT JOIN r ON r.key = u.key LEFT JOIN {table} t ON t.key = u.key"
+    )
+
+
+def renewed(leases: Sequence[tuple[bytes, int, float]]) -> tuple[bytes, bytes, bytes]:
+    """Its parameters: of each lease key, token, seconds from now."""
+    keys, tokens, ttls = zip(*leases, strict=True)
+    return (
+        _codec.encode_array(keys),
+        _codec.encode_array(list(map(_codec.encode_int8, tokens)), INT8_OID),
+        _codec.encode_array(list(map(_codec.encode_float8, ttls)), FLOAT8_OID),
+    )
+
+
+def read_renewed(result: Result) -> dict[bytes, int]:
+    """Its answer: for each key what became of it."""
+    column = result.get_value
+    return {
+        column(row, 0) or b"": _codec.decode_int(column(row, 1)) for row in range(result.ntuples)
+    }
