@@ -19,8 +19,8 @@ SETTINGS = {"port": "0", "save": "", "appendonly": "no"}
 
 
 @contextlib.contextmanager
-def open_redis() -> Iterator[tuple[Any, str]]:
-    """Start one on a Unix socket; give a client of it, and what is to be said about it.
+def open_redis(**settings: str) -> Iterator[tuple[Any, str]]:
+    """Start one on a Unix socket, perhaps with more settings; give a client of it, and what is to be said about it.
 
     The client is None where there can be none; then it is said why. Its own client library is
     what a user would take, so without that nothing is compared.
@@ -38,7 +38,8 @@ def open_redis() -> Iterator[tuple[Any, str]]:
     with contextlib.ExitStack() as cleanup:
         directory = Path(cleanup.enter_context(tempfile.TemporaryDirectory(prefix="pgkv-demo-")))
         socket = str(directory / "redis.sock")
-        options = [part for pair in SETTINGS.items() for part in (f"--{pair[0]}", pair[1])]
+        pairs = (SETTINGS | settings).items()
+        options = [part for pair in pairs for part in (f"--{pair[0]}", pair[1])]
         process = subprocess.Popen(  # found on PATH, no user's word in it
             [program, *options, "--unixsocket", socket],
             cwd=directory,

@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ import pgkv
 from pgkv._engine import load as _load
 from pgkv.cli import main
 from pgkv.testing import ServerClock
+from tests.benchmarks.redis_server import open_redis
 
 
 async def test_load(store: Any, clock: ServerClock, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,6 +146,43 @@ def test_bad_lines(
     said = capsys.readouterr().err
     assert why in said
     assert "SECRET" not in said
+
+
+DOCS = Path(__file__).resolve().parents[2] / "docs" / "command-line.md"
+
+
+def test_from_a_redis_dump(
+    dsn: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The program of the documentation, over a Redis that was started from an RDB file: strings with
+    their expiry, any bytes, nothing else."""
+    program = re.search(
+        r"```text\n(import base64.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL
+    )
+    assert program is not None
+    script = tmp_path / "redis_strings.py"
+    script.write_text(program[1], encoding="utf-8")
+    rdb = {"dir": str(tmp_path), "dbfilename": "dump.rdb"}
+    with open_redis(**rdb) as (client, why):
+        if client is None:
+            pytest.skip(why)
+        pipe = client.pipeline()
+        for n in range(2_345):
+            pipe.set(f"k{n}", b"\x00\xff" + str(n).encode())
+        pipe.set("ttl", "soon", ex=3600).hset("hash", "a", "1").execute()
+        client.save()
+    with open_redis(**rdb) as (client, _):
+        assert client is not None
+        url = f"unix://{client.connection_pool.connection_kwargs['path']}"
+        command = [sys.executable, str(script), url]
+        lines = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+    assert run("load", "--dsn", dsn, "-", "--json") == 0
+    assert json.loads(capsys.readouterr().out) == {"written": 2_346}
+    with pgkv.Store.connect(dsn) as store:
+        assert store.count() == 2_346
+        assert store.get("k2344") == b"\x00\xff2344"
+        assert 3000 < (store.ttl("ttl") or 0) <= 3600
 
 
 def _file(tmp_path: Path, text: str) -> str:

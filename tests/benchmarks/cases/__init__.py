@@ -10,6 +10,7 @@ from tests.benchmarks.case import CASES, Case, FactCase
 from tests.benchmarks.cases import (
     adapters,
     batch,
+    bounded,
     cached,
     counter,
     idempotency,
@@ -107,6 +108,12 @@ TOPICS = (
         " number for a name, no lease and no fencing token; a connection holds it, so that each"
         " holder needs one of its own for as long.",
         (lock,),
+    ),
+    Topic(
+        "A bound on size",
+        "A cache with room for a tenth of its keys. *Redis* has the memory that as many keys take there, and"
+        " evicts the best of five samples.",
+        (bounded,),
     ),
     Topic(
         "Size",

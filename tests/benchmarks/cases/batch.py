@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from datetime import timedelta
-from itertools import cycle
+from itertools import count, cycle, islice
 from typing import Any
 
 from tests.benchmarks.case import (
@@ -35,6 +35,7 @@ PAIRS = [dict.fromkeys(batch, VALUE) for batch in BATCHES]
 
 REDIS_SET = "redis-py pipeline of SET EX"
 REDIS_MSET = "redis-py MSET, no ttl"
+REDIS_PIPELINE = "redis-py pipeline of SET"
 LIBMC = "libmc"
 
 
@@ -111,3 +112,28 @@ def set_many(bench: Bench) -> Entrants:
         yield MEMCACHED, each(lambda pairs: memcached.set_many(pairs, expire=TTL), cycle(PAIRS))
     if fast := libmc(bench):
         yield LIBMC, each(lambda pairs: fast.set_multi(pairs, TTL), cycle(PAIRS))
+
+
+LOADED = b"v" * 100
+
+
+@case("load of new keys of 100 bytes", {REDIS_PIPELINE: 0.2}, workers=1)
+def load(bench: Bench) -> Entrants:
+    numbers = count()
+    store = bench.store(table_name="loaded")
+
+    def ours(n: int) -> None:
+        store.load((f"load:{number:09}", LOADED) for number in islice(numbers, n))
+
+    yield PGKV, ours
+    if client := bench.redis():
+
+        def theirs(n: int) -> None:
+            names = islice(numbers, n)
+            while keys := list(islice(names, 1000)):
+                pipe = client.pipeline(transaction=False)
+                for number in keys:
+                    pipe.set(f"load:{number:09}", LOADED)
+                pipe.execute()
+
+        yield REDIS_PIPELINE, theirs
