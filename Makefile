@@ -12,7 +12,7 @@ MINUTES ?= 10
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL: # one check after the other: the first failure is the last thing on the screen
-.PHONY: help demo test test-all lint types imports tests interleavings soak bench docs package fmt clean
+.PHONY: help demo servers test test-all lint types imports tests interleavings soak bench docs package fmt clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,6 +38,9 @@ imports: $(VENV)/.dev ## the direction of imports
 # Faults are real here, and so is time: many tests wait, so JOBS processes run them side by side.
 tests: $(VENV)/.dev ## the tests; ARGS="tests/unit -k ttl" chooses some
 	@$(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal $(ARGS)
+
+servers: ## more to test with, into .servers/: PostgreSQL 14, a PgBouncer that keeps prepared statements
+	@sh tests/more_servers.sh
 
 interleavings: $(VENV)/.dev ## every order of statements, steps and bytecodes, within bounds; ARGS="lock 0000021" runs one again
 	@$(if $(ARGS),,PGKV_INTERLEAVINGS=full $(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal -rP -q \

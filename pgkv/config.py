@@ -63,7 +63,8 @@ class Pooler(enum.Enum):
     NONE = "none"
     """A direct connection, or a pooler in session mode: statements are prepared."""
     TRANSACTION = "transaction"
-    """A pooler in transaction mode (PgBouncer, Supavisor, RDS Proxy): no session state is used."""
+    """A pooler in transaction mode (PgBouncer, Supavisor, RDS Proxy): no session state is used.
+    Statements are prepared where the pooler keeps them, which the first connection tries."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

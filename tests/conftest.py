@@ -59,17 +59,24 @@ def pytest_configure() -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Sync and async run the same flows and the same SQL. On the newest server each test runs in
     both; on an older one, and through a pooler, in one of them, half of the tests in each: what is
-    different there shows in either. PGKV_TESTS=full runs all.
+    different there shows in either; likewise with two poolers. On a third server only the patterns
+    with the most unusual SQL run. PGKV_TESTS=full runs all.
     """
     if FULL:
         return
-    pairs: dict[str, list[pytest.Item]] = {}
+    others = [*servers.installed()][1:]  # than the newest
+    alike: dict[str, list[pytest.Item]] = {}
+    left_out: set[pytest.Item] = set()
     for item in items:
         params = getattr(getattr(item, "callspec", None), "params", {})
-        older = params.get("server") not in (None, "dsn", max(servers.installed(), default="dsn"))
-        if "colour" in params and (older or item.path.name.startswith("test_poolers")):
-            pairs.setdefault(re.sub(r"\ba?sync\b", "", item.nodeid), []).append(item)
-    left_out = {both[crc32(name.encode()) % 2] for name, both in pairs.items() if len(both) == 2}
+        server, file = params.get("server"), item.path.name
+        if server in others[1:] and not file.startswith(("test_idempotency", "test_queue")):
+            left_out.add(item)
+        elif "colour" in params and (server in others or file == "test_poolers.py"):
+            name = re.sub(r"\b(a?sync|older|newer)\b", "", item.nodeid)
+            alike.setdefault(name, []).append(item)
+    for name, each in alike.items():
+        left_out |= set(each) - {each[crc32(name.encode()) % len(each)]}
     items[:] = [item for item in items if item not in left_out]
     config.hook.pytest_deselected(items=list(left_out))
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
 
 import pytest
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
@@ -14,19 +17,43 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from tests import servers
 
 PROGRAM = shutil.which("pgbouncer", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")
+FETCHED = Path(__file__).parents[1] / ".servers" / "pgbouncer.sh"  # by `make servers`
 needed = pytest.mark.skipif(
     PROGRAM is None, reason="no pgbouncer here (on Debian and Ubuntu: apt install pgbouncer)"
 )
 
 
+@cache
+def _version(program: str) -> tuple[int, ...]:
+    said = subprocess.run([program, "--version"], capture_output=True, text=True, check=False)
+    found = re.search(r"PgBouncer (\d+)\.(\d+)", said.stdout)
+    return tuple(map(int, found.groups())) if found else (0, 0)
+
+
+@cache
+def programs() -> dict[str, str]:
+    """What is here, by whether it can keep prepared statements: "older" and "newer"."""
+    here = [*([str(FETCHED)] if FETCHED.exists() else []), *([PROGRAM] if PROGRAM else [])]
+    return {"newer" if _version(each) >= (1, 21) else "older": each for each in here}
+
+
+newer_needed = pytest.mark.skipif(
+    "newer" not in programs(), reason="no PgBouncer 1.21 or newer here: make servers"
+)
+
+
 @contextlib.contextmanager
-def started(dsn: str, *settings: str, connect_query: str = "", **conninfo: str) -> Iterator[str]:
-    """Start one in front of the server that `dsn` names; gives the DSN through it.
+def started(
+    dsn: str, *settings: str, program: str = "", connect_query: str = "", **conninfo: str
+) -> Iterator[str]:
+    """Start one in front of the server that `dsn` names; gives the DSN through it. `program` is
+    "older" or "newer", where it is not all one.
 
     `settings` are lines of its configuration, `connect_query` is run on each of its connections to
     the server, and `conninfo` goes into the DSN.
     """
-    assert PROGRAM is not None
+    path = programs()[program] if program else PROGRAM
+    assert path is not None
     directory = servers.new_directory("pgbouncer")
     to = conninfo_to_dict(dsn)
     account = servers.server_account()
@@ -46,7 +73,7 @@ def started(dsn: str, *settings: str, connect_query: str = "", **conninfo: str) 
     ]
     file.write_text("\n".join(lines) + "\n")
     file.chmod(0o644)
-    process = subprocess.Popen([PROGRAM, "-q", str(file)], stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([path, "-q", str(file)], stderr=subprocess.DEVNULL)
     try:
         through = make_conninfo(
             host=str(directory), port=6432, dbname="db", user="postgres", **conninfo

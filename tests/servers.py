@@ -71,7 +71,8 @@ def server_account() -> Account | None:
 def installed() -> dict[int, Binaries]:
     """The newest-first binaries of each major version found here."""
     found: dict[int, Binaries] = {}
-    for directory in binary_directories():
+    fetched = (Path(__file__).parents[1] / ".servers").glob("npm/node_modules/*/*/native/bin")
+    for directory in (*binary_directories(), *map(str, fetched)):
         with contextlib.suppress(OSError):
             major = version_of(directory, server_account())
             found.setdefault(major, Binaries(directory, major))

@@ -1,15 +1,26 @@
-"""The statements that open and close transactions and savepoints."""
+"""The statements that open and close transactions and savepoints, and a trial of a connection."""
 
 from __future__ import annotations
 
 from functools import cache
 from typing import TYPE_CHECKING
 
-from .._ops.op import Op, Statement
-from .table import read_nothing
+from .._ops.op import TEXT, Op, Statement
+from .table import read_int, read_nothing
 
 if TYPE_CHECKING:
     from psycopg import IsolationLevel
+
+
+_NAMED: Statement[int] = Statement(
+    "prepare_trial",
+    "SELECT count(*) FROM pg_prepared_statements WHERE name = $1",
+    (TEXT,),
+    read_int,
+    writes=False,
+)
+# How many statements the server knows by the name that this one is prepared by.
+PREPARE_TRIAL: Op[int] = Op(_NAMED, (_NAMED.prepared_name,))
 
 
 @cache

@@ -535,6 +535,7 @@ async def test_swept_when_their_time_has_passed(
     clock.advance(61)
     async with idem.once("running"):
         await until(lambda: peer.keys(TABLE) == {"\x1frunning"}, "the expired are swept")
+    await background.close()
     manual = await make_store(ttl_cleanup_strategy=pgkv.TtlCleanupStrategy.MANUAL)
     mine = colour.make("Idempotency", manual)
     clock.advance(100)

@@ -1,5 +1,5 @@
 """The behaviour tests of store and patterns once more, through a PgBouncer in transaction mode with two server
-connections.
+connections: one that keeps prepared statements, and one that does not.
 
 Every test of the modules below that works with a store runs here with ``pooler=Pooler.TRANSACTION``,
 in both colours, on one version of PostgreSQL. The peers of a test, and its own connections, go to the
@@ -17,14 +17,16 @@ from collections.abc import Callable, Coroutine, Iterator
 from types import ModuleType
 from typing import Any
 
+import psycopg
 import pytest
 from _pytest.fixtures import FixtureFunctionDefinition
 from psycopg.conninfo import conninfo_to_dict
 
 import pgkv
 from pgkv import Pooler
+from pgkv._engine import pooling
 from tests import pgbouncer
-from tests.colours import Colour
+from tests.colours import Colour, Threaded
 from tests.faults.support import newest
 from tests.peers import Peer, caller_connection
 from tests.postgres import (
@@ -36,10 +38,12 @@ from tests.postgres import (
     test_coalesce,
     test_collection,
     test_expiry,
+    test_idempotency,
     test_leader,
     test_lock,
     test_lock_guard,
     test_pipeline,
+    test_queue,
     test_races,
     test_rate_limit,
     test_scan,
@@ -57,12 +61,12 @@ from tests.servers import Server, UserServer
 MODULES = (
     *(test_basic, test_batch, test_atomic, test_scan, test_expiry, test_collection),
     *(test_lock, test_lock_guard, test_semaphore, test_leader, test_rate_limit),
-    *(test_cached, test_cached_invalidation),
+    *(test_cached, test_cached_invalidation, test_idempotency, test_queue),
     *(test_session, test_session_rotation, test_session_races),
     *(test_transaction, test_using, test_races, test_storms, test_pipeline, test_coalesce),
 )
 # What cannot be asked here, and why.
-_COUNTED = "counts the messages of prepared statements, which nobody sends to a pooler"
+_COUNTED = "counts the messages of prepared statements, which not every pooler keeps"
 LEFT_OUT = (
     dict.fromkeys(
         (
@@ -80,33 +84,50 @@ LEFT_OUT = (
     | {
         "test_coalesce__a_task_does_not_wait_for_itself": "its transaction and the write that waits"
         " hold two connections, which is all that this pooler has",
+        "test_pipeline__behind_a_pooler": "counts the messages of one that keeps no statements",
+        "test_pipeline__statements_that_were_forgotten": "PgBouncer closes the connection of a client"
+        " that deallocates all and then uses one",
+        "test_idempotency__the_wait_is_over": "sets a session's parameter, which a pooler does not keep",
+        "test_idempotency__the_first_rolls_back_or_dies": "a pooler invents the id of its process",
+        "test_queue__notified_takers_wake": "no notification comes through a pooler",
+        "test_using__nothing_is_prepared": "the server's connection has what others prepared",
     }
 )
 
 pytestmark = [newest, pgbouncer.needed]
 
 
-def pooler(dsn: str, *, connections: int = 2) -> contextlib.AbstractContextManager[str]:
+@pytest.fixture(params=pgbouncer.programs())
+def program(request: pytest.FixtureRequest) -> str:
+    """Whether the pooler keeps prepared statements: "newer" ones do."""
+    return str(request.param)
+
+
+def pooler(
+    dsn: str, *settings: str, program: str = "", connections: int = 2, mode: str = "transaction"
+) -> contextlib.AbstractContextManager[str]:
     """A PgBouncer whose server connections work in the schema of `dsn`; gives its own DSN."""
     to = conninfo_to_dict(dsn)
     schema = re.search(r"search_path=(\w+)", str(to["options"]))
     assert schema is not None
     return pgbouncer.started(
         dsn,
-        "pool_mode = transaction",
+        f"pool_mode = {mode}",
         f"default_pool_size = {connections}",
         "max_client_conn = 500",
+        *settings,
+        program=program,
         connect_query=f"SET search_path = {schema[1]}, pg_catalog",
         application_name=str(to["application_name"]),
     )
 
 
 @pytest.fixture
-def pooled(server: Server | UserServer, dsn: str) -> Iterator[str]:
+def pooled(server: Server | UserServer, dsn: str, program: str) -> Iterator[str]:
     """The way through PgBouncer to the test's schema."""
     if not isinstance(server, Server):
         pytest.skip("PgBouncer needs the password of PGKV_TEST_DSN's server")
-    with pooler(dsn) as through:
+    with pooler(dsn, program=program) as through:
         yield through
 
 
@@ -191,12 +212,92 @@ def _marked(name: str, test: Any, module: ModuleType) -> Any:
 
 
 OWN_FIXTURES = {"make_store", "connect", "tape", "colour"}
-NEEDS_STORE = {"store", "make_store", "race", "coalescing", "sessions", "make_sessions"}
+NEEDS_STORE = {
+    "queue",
+    "idem",
+    "store",
+    "make_store",
+    "race",
+    "coalescing",
+    "sessions",
+    "make_sessions",
+}
 for _module in MODULES:
     _adopt(_module)
 
 
 # -- what only a pooler does
+
+
+def allowed(store: Any) -> bool | None:
+    """Whether the store prepares its statements."""
+    inner = store._target if isinstance(store, Threaded) else store
+    found: bool | None = inner._channel._pool._preparing.allowed
+    return found
+
+
+async def test_statements_are_prepared_where_the_pooler_keeps_them(
+    make_store: Any, program: str
+) -> None:
+    """One trial tells."""
+    store = await make_store()
+    await asyncio.gather(*(store.increment("n") for _ in range(50)))
+    assert await store.get("n") == b"50"
+    assert allowed(store) is (program == "newer")
+
+
+@pgbouncer.newer_needed
+async def test_a_newer_pooler_that_keeps_none(dsn: str, colour: Colour) -> None:
+    """max_prepared_statements = 0, the default until 1.23: nothing is prepared."""
+    with pooler(dsn, "max_prepared_statements = 0", program="newer") as through:
+        store = await colour.connect(through, pooler=Pooler.TRANSACTION)
+        await asyncio.gather(*(store.increment("n") for _ in range(50)))
+        assert await store.get("n") == b"50"
+        assert allowed(store) is False
+        await store.close()
+
+
+@pytest.mark.parametrize("batch", [False, True], ids=["alone", "pipeline"])
+async def test_a_statement_that_the_pooler_lost(
+    make_store: Any, pooled: str, monkeypatch: pytest.MonkeyPatch, *, batch: bool, program: str
+) -> None:
+    """The trial was passed, and then a statement is gone with the transaction: it is sent once more,
+    unprepared, as are all that follow."""
+    if program == "newer":
+        pytest.skip("it loses none")
+    monkeypatch.setattr(pooling.Preparing, "learn", lambda self, _: setattr(self, "allowed", True))
+    store = await make_store(pool_max_size=1)
+    await store.set("k", b"v")
+
+    async def ask() -> list[bytes | None]:
+        if not batch:
+            return [await store.get("k")]
+        async with store.pipeline() as pipe:
+            answers = pipe.get("k"), pipe.exists("k")
+        return [each.result() for each in answers]
+
+    before = await ask()
+    assert allowed(store) is True
+    # The server's connection on which it was prepared is another client's for a while.
+    with psycopg.connect(pooled, prepare_threshold=None) as other:
+        other.execute("SELECT 1")
+        assert await ask() == before
+        assert allowed(store) is False
+        assert await store.increment("n") == 1
+
+
+@pytest.mark.parametrize("told", [Pooler.NONE, Pooler.TRANSACTION])
+async def test_session_mode(dsn: str, colour: Colour, program: str, told: Pooler) -> None:
+    """A client has a server connection of its own, and statements may be prepared, where the pooler
+    ignores the settings that pgkv sends."""
+    ignored = "ignore_startup_parameters = options"
+    with pooler(dsn, ignored, program=program, mode="session") as through:
+        store = await colour.connect(through, pooler=told, pool_max_size=2)
+        await asyncio.gather(*(store.increment("n") for _ in range(50)))
+        async with store.transaction() as tx:
+            await tx.increment("n")
+        assert await store.get("n") == b"51"
+        await store.close()
 
 
 async def test_prepared_statements_through_a_pooler(pooled: str, colour: Colour, dsn: str) -> None:

@@ -20,8 +20,10 @@ import psycopg
 from psycopg import pq
 
 from ..._ops.op import BINARY, Op, Statement
+from ..._sql.control import PREPARE_TRIAL
 from ...errors import ConfigError, PgkvError, from_result
 from .._sync.connection import CANCEL_TIMEOUT, IDLE, poller
+from ..pooling import HAS_CLOSE_PREPARED, Preparing
 from ..results import (
     OK,
     PIPELINE,
@@ -105,6 +107,7 @@ class AsyncPgConnection:
         watchdog: minds its deadlines.
         prepares: keep prepared statements on it.
         prepared: the names prepared on it already, kept up to date.
+        preparing: through a pooler, whether it lets statements be prepared.
 
     Attributes:
         ready: the names that `AsyncPoolChannel.call` may send by itself, without `execute`.
@@ -135,6 +138,7 @@ class AsyncPgConnection:
         "on_free",
         "pgconn",
         "prepares",
+        "preparing",
         "ready",
         "retire_at",
         "send_prepared",
@@ -147,8 +151,10 @@ class AsyncPgConnection:
         *,
         prepares: bool,
         prepared: set[bytes] | None = None,
+        preparing: Preparing | None = None,
     ) -> None:
         self.conn: psycopg.AsyncConnection[Any] = conn
+        self.preparing = preparing
         self.pgconn: PGconn = conn.pgconn
         self.prepares: bool = prepares
         self.retire_at: float = math.inf
@@ -364,6 +370,8 @@ class AsyncPgConnection:
             answers: list[PGresult] = await self.expect(PIPELINE, seconds, deadline)
             if forgotten(answers):
                 self._prepared.clear()
+                if self.preparing is not None:
+                    self._stop_preparing(self.preparing)
         except psycopg.Error as error:
             failure = failed(error, about, sent=True)
         else:
@@ -448,6 +456,22 @@ class AsyncPgConnection:
 
     # -- statements on the server
 
+    async def try_preparing(self, deadline: float) -> None:
+        """Find out whether the pooler lets statements be prepared."""
+        assert self.preparing is not None
+        try:
+            self.preparing.learn(await self.execute(PREPARE_TRIAL, deadline - monotonic()))
+        except PgkvError:
+            self.preparing.learn_failure(is_usable=self.is_usable())
+            if not self.is_usable():
+                raise
+        if not self.preparing.allowed:
+            self._stop_preparing(self.preparing)
+
+    def _stop_preparing(self, preparing: Preparing) -> None:
+        self.prepares = preparing.allowed = False
+        self.ready = frozenset()
+
     def _send_unprepared(self, op: Op[Any]) -> None:
         statement = op.statement
         sql = statement.text(self.pgconn.server_version)
@@ -473,12 +497,27 @@ class AsyncPgConnection:
             raise
         # The name is a hash of the text: one that exists is the one we want.
         if result.status not in OK and from_result(result).sqlstate != "42P05":
+            if self.preparing is not None:
+                await self._give_name_back(self.preparing, statement, seconds, deadline)
             raise from_result(result)
         self._prepared.add(statement.prepared_name)
+
+    async def _give_name_back(
+        self, preparing: Preparing, statement: Statement[Any], seconds: float, deadline: float
+    ) -> None:
+        """As in `_sync.connection.PgConnection`."""
+        if HAS_CLOSE_PREPARED:
+            self.pgconn.send_close_prepared(statement.prepared_name)
+            await self.expect(statement, seconds, deadline)
+        else:
+            self._stop_preparing(preparing)
 
     async def _forget(self, statement: Statement[Any], result: PGresult) -> bool:
         """Whether the refusal only says that the prepared statement is gone or outdated."""
         error = from_result(result)
+        if self.preparing is not None and (error.sqlstate == "26000" or is_outdated(error)):
+            self._stop_preparing(self.preparing)
+            return self.is_usable()
         if error.sqlstate == "26000":
             self._prepared.clear()  # what forgot one forgot them all
             return self.is_usable()

@@ -32,6 +32,7 @@ from ..pooling import (
     POOL_NAME,
     Attempts,
     OwnConnection,
+    Preparing,
     busy,
     closed,
     counts_of,
@@ -58,7 +59,7 @@ class AsyncStorePool:
     def __init__(self, config: Config, conninfo: Callable[[], str]) -> None:
         self._config = config
         self.conninfo = conninfo
-        self._prepares = config.pooler is Pooler.NONE
+        self._preparing = Preparing.through(config.pooler)
         self.idle: deque[AsyncPgConnection] = deque()
         self.waiters: deque[TaskInQueue] = deque()
         self.loop: asyncio.AbstractEventLoop | None = None
@@ -306,9 +307,17 @@ class AsyncStorePool:
         finally:
             self._connecting -= 1
         prepared = self._prepared.setdefault(conn, set())
+        preparing = self._preparing
+        prepares = preparing is None or preparing.allowed is not False
         connection = AsyncPgConnection(
-            conn, self.enter_loop(), prepares=self._prepares, prepared=prepared
+            conn, self.enter_loop(), prepares=prepares, prepared=prepared, preparing=preparing
         )
+        if preparing is not None and preparing.allowed is None:
+            try:
+                await connection.try_preparing(deadline)
+            except BaseException:
+                self.discard(connection)
+                raise
         connection.retire_at = monotonic() + KEEP_TIME
         connection.on_free = self.put_idle
         return connection

@@ -22,8 +22,9 @@ import psycopg
 from psycopg import pq
 
 from ..._ops.op import BINARY, Op, Result, Statement
+from ..._sql.control import PREPARE_TRIAL
 from ...errors import PgkvError, from_result
-from ..pooling import PoolPlace
+from ..pooling import HAS_CLOSE_PREPARED, PoolPlace, Preparing
 from ..results import OK, PIPELINE, PipelineReader, failed, is_outdated, past_deadline, refusal
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ class PgConnection:
         prepares: keep prepared statements on it. Not behind a transaction pooler, and not on a
             connection that belongs to the caller.
         prepared: the names prepared on it already, kept up to date.
+        preparing: through a pooler, whether it lets statements be prepared.
 
     Attributes:
         ready: the names that `PoolChannel.call` may send by itself, without `execute`.
@@ -67,6 +69,7 @@ class PgConnection:
         "place",
         "poll",
         "prepares",
+        "preparing",
         "ready",
         "retire_at",
         "send_prepared",
@@ -79,8 +82,10 @@ class PgConnection:
         *,
         prepares: bool,
         prepared: set[bytes] | None = None,
+        preparing: Preparing | None = None,
     ) -> None:
         self.conn: psycopg.Connection[Any] = conn
+        self.preparing = preparing
         self.pgconn: PGconn = conn.pgconn
         self.prepares: bool = prepares
         self.retire_at: float = math.inf
@@ -337,6 +342,22 @@ class PgConnection:
 
     # -- statements on the server
 
+    def try_preparing(self, deadline: float) -> None:
+        """Find out whether the pooler lets statements be prepared."""
+        assert self.preparing is not None
+        try:
+            self.preparing.learn(self.execute(PREPARE_TRIAL, deadline - monotonic()))
+        except PgkvError:
+            self.preparing.learn_failure(is_usable=self.is_usable())
+            if not self.is_usable():
+                raise
+        if not self.preparing.allowed:
+            self._stop_preparing(self.preparing)
+
+    def _stop_preparing(self, preparing: Preparing) -> None:
+        self.prepares = preparing.allowed = False
+        self.ready = frozenset()
+
     def queue(self, op: Op[Any]) -> None:
         """Send one operation of a pipeline."""
         statement = op.statement
@@ -366,13 +387,29 @@ class PgConnection:
             raise
         # The name is a hash of the text: one that exists is the one we want.
         if result.status not in OK and from_result(result).sqlstate != "42P05":
+            if self.preparing is not None:
+                self._give_name_back(self.preparing, statement, seconds, deadline)
             raise from_result(result)
         self._prepared.add(statement.prepared_name)
+
+    def _give_name_back(
+        self, preparing: Preparing, statement: Statement[Any], seconds: float, deadline: float
+    ) -> None:
+        """PgBouncer keeps the name of a statement that the server refused, and closes the connection
+        of a client that prepares it again."""
+        if HAS_CLOSE_PREPARED:
+            self.pgconn.send_close_prepared(statement.prepared_name)
+            self.receive(statement, seconds, deadline)
+        else:
+            self._stop_preparing(preparing)
 
     def _forget(self, statement: Statement[Any], result: PGresult) -> bool:
         """Whether a refusal only says that the prepared statement is gone (DISCARD ALL) or
         outdated (ALTER TABLE), so that it is prepared again and sent once more."""
         error = from_result(result)
+        if self.preparing is not None and (error.sqlstate == "26000" or is_outdated(error)):
+            self._stop_preparing(self.preparing)
+            return self.is_usable()
         if error.sqlstate == "26000":
             # What forgot one forgot them all; preparing one that is still there does no harm.
             self._prepared.clear()

@@ -17,7 +17,7 @@ from psycopg import pq
 
 from ..._ops.op import BINARY, Op, Result, Statement
 from ...errors import PgkvError
-from ..pooling import PoolPlace
+from ..pooling import PoolPlace, Preparing
 from ..results import OK, PIPELINE_ABORTED, failed, past_deadline, refusal
 from .connection import CANCEL_TIMEOUT, HAS_POLL, IDLE, PgConnection, poller
 
@@ -41,10 +41,12 @@ class CursorConnection(PgConnection):
         *,
         prepares: bool,
         prepared: set[bytes] | None = None,  # noqa: ARG002  # psycopg keeps count itself
+        preparing: Preparing | None = None,
     ) -> None:
         self.conn = conn
         self.pgconn = conn.pgconn
-        self.prepares = prepares
+        self.preparing = preparing
+        self.prepares = prepares and preparing is None  # a trial goes by pgkv's own names
         self.retire_at = math.inf
         self.place = PoolPlace()
         self._lost = None

@@ -50,6 +50,7 @@ from ..pooling import (
     Attempts,
     OwnConnection,
     PoolPlace,
+    Preparing,
     busy,
     closed,
     counts_of,
@@ -76,7 +77,7 @@ class StorePool:
     def __init__(self, config: Config, conninfo: Callable[[], str]) -> None:
         self._config = config
         self.conninfo = conninfo
-        self._prepares = config.pooler is Pooler.NONE
+        self._preparing = Preparing.through(config.pooler)
         self._begin()
 
     def after_fork(self) -> None:
@@ -338,7 +339,15 @@ class StorePool:
             self._places.discard(place)
             return None
         prepared = self._prepared.setdefault(inner, set())
-        conn = connection_class(inner, prepares=self._prepares, prepared=prepared)
+        preparing = self._preparing
+        prepares = preparing is None or preparing.allowed is not False
+        conn = connection_class(inner, prepares=prepares, prepared=prepared, preparing=preparing)
+        if preparing is not None and preparing.allowed is None:
+            try:
+                conn.try_preparing(deadline)
+            except BaseException:
+                self._discard(inner)
+                raise
         conn.keep_place(place, self._lost)
         conn.retire_at = monotonic() + KEEP_TIME
         return conn
