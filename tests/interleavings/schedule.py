@@ -138,7 +138,7 @@ class Scenario:
         jumps: seconds by which all clocks jump.
         server_jumps: seconds by which only the server's clock jumps; below 0: back.
         around: is entered for each schedule.
-        is_small: `make test` runs all schedules of it, and not some at random.
+        is_small: `make test` runs all schedules of it with one preemption less, and not some at random.
     """
 
     name: str
