@@ -157,7 +157,8 @@ class Schedule:
         try:
             thread.result = thread.run()
         except Interrupt as error:
-            # Its traceback would hold what the thread held.
+            # Tracebacks, its own and that of what it interrupted, would hold what the thread held.
+            error.__context__ = None
             thread.result = error.with_traceback(None)
         except BaseException as error:  # what it raised is its result
             thread.result = error
