@@ -58,7 +58,17 @@ from ._sql.point import decimal, negated
 from ._sql.scan import namespace_prefix
 from .config import EMBEDDED_SCHEME, Config, require_config
 from .errors import NotFoundError
-from .types import CasResult, Entry, IncrementResult, KeyValue, PoolStats, ScanOptions, Stats
+from .types import (
+    AtLeast,
+    AtMost,
+    CasResult,
+    Entry,
+    IncrementResult,
+    KeyValue,
+    PoolStats,
+    ScanOptions,
+    Stats,
+)
 
 if TYPE_CHECKING:
     from psycopg import IsolationLevel
@@ -425,25 +435,11 @@ class AsyncStore:
     ) -> int | None: ...
     @overload
     async def increment(
-        self,
-        key: str,
-        delta: int = 1,
-        *,
-        ttl: Seconds | None = None,
-        only_if_exists: bool = False,
-        minimum: int,
-        maximum: int | None = None,
+        self, key: str, delta: int = 1, **bounds: Unpack[AtLeast]
     ) -> IncrementResult: ...
     @overload
     async def increment(
-        self,
-        key: str,
-        delta: int = 1,
-        *,
-        ttl: Seconds | None = None,
-        only_if_exists: bool = False,
-        minimum: int | None = None,
-        maximum: int,
+        self, key: str, delta: int = 1, **bounds: Unpack[AtMost]
     ) -> IncrementResult: ...
     async def increment(
         self,

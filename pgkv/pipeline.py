@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterable, Mapping
 from datetime import datetime
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Generic, NoReturn, Self, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Generic, Literal, NoReturn, Self, TypeVar, Unpack, overload
 
 from ._engine import flows as _flows
 from ._observe import shown
@@ -18,7 +18,7 @@ from ._settings import scan_options, text_of
 from ._sql import Statements
 from ._sql.point import negated
 from .errors import NotFoundError, PgkvError, TransactionError
-from .types import CasResult, Entry, KeyValue, ScanOptions
+from .types import AtLeast, AtMost, CasResult, Entry, IncrementResult, KeyValue, ScanOptions
 
 if TYPE_CHECKING:
     from ._engine._async.coalesce import AsyncChannel
@@ -261,15 +261,16 @@ class _Queue:
     def increment(self, key: str, delta: int = 1, *, ttl: Seconds | None = None) -> Handle[int]: ...
     @overload
     def increment(
-        self,
-        key: str,
-        delta: int = 1,
-        *,
-        ttl: Seconds | None = None,
-        only_if_exists: bool = False,
-        minimum: int | None = None,
-        maximum: int | None = None,
-    ) -> Handle[Any]: ...
+        self, key: str, delta: int = 1, *, only_if_exists: Literal[True]
+    ) -> Handle[int | None]: ...
+    @overload
+    def increment(
+        self, key: str, delta: int = 1, **bounds: Unpack[AtLeast]
+    ) -> Handle[IncrementResult]: ...
+    @overload
+    def increment(
+        self, key: str, delta: int = 1, **bounds: Unpack[AtMost]
+    ) -> Handle[IncrementResult]: ...
     def increment(
         self,
         key: str,

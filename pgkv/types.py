@@ -11,7 +11,10 @@ import math
 import time
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Generic, NamedTuple, Required, TypedDict, TypeVar
+
+if TYPE_CHECKING:
+    from .config import Seconds
 
 T = TypeVar("T")
 
@@ -75,6 +78,27 @@ class KeyValue(NamedTuple):
 
     def __repr__(self) -> str:
         return f"KeyValue(key={self.key!r}, value={shown_value(self.value)})"
+
+
+class Counting(TypedDict, total=False):
+    """What `increment` takes with any bound."""
+
+    ttl: Seconds | None
+    only_if_exists: bool
+
+
+class AtLeast(Counting, total=False):
+    """What it takes with a minimum."""
+
+    minimum: Required[int]
+    maximum: int | None
+
+
+class AtMost(Counting, total=False):
+    """What it takes with a maximum."""
+
+    minimum: int | None
+    maximum: Required[int]
 
 
 @dataclass(frozen=True, slots=True)
