@@ -40,12 +40,17 @@ MISSES: dict[str, tuple[Callable[[Any], Any], Any]] = {
 }
 RAISE: dict[str, Callable[[Any], Any]] = {
     "increment": lambda s: s.increment("k"),
+    "decrement": lambda s: s.decrement("k"),
+    "increment with a bound": lambda s: s.increment("k", maximum=9),
+    "increment if there": lambda s: s.increment("k", only_if_exists=True),
+    "increment_many": lambda s: s.increment_many({"k": 1}),
     "append": lambda s: s.append("k", b"2"),
     "compare_and_swap": lambda s: s.compare_and_swap("k", b"1", b"2"),
     "compare_and_delete": lambda s: s.compare_and_delete("k", b"1"),
     "update": lambda s: s.update("k", lambda _: b"2"),
     "set if_version": lambda s: s.set("k", b"2", if_version=7),
     "set_nx": lambda s: s.set_nx("k", b"2"),
+    "set_xx": lambda s: s.set_xx("k", b"2"),
     "delete if_version": lambda s: s.delete("k", if_version=7),
     "get_and_set": lambda s: s.get_and_set("k", b"2"),
     "get_and_delete": lambda s: s.get_and_delete("k"),
@@ -54,11 +59,27 @@ RAISE: dict[str, Callable[[Any], Any]] = {
     "delete_prefix": lambda s: s.delete_prefix("k"),
 }
 
+# What is built on such a store: a miss would be a second holder, a session that is signed out, a
+# limit that is none, work done twice.
+PATTERNS: dict[str, tuple[str, dict[str, Any], Callable[[Any], Any]]] = {
+    "acquire": ("Lock", {"name": "n"}, lambda lock: lock.acquire(timeout=0)),
+    "try_acquire": ("Lock", {"name": "n"}, lambda lock: lock.try_acquire()),
+    "holder": ("Lock", {"name": "n"}, lambda lock: lock.holder()),
+    "semaphore": ("Semaphore", {"name": "n", "slots": 2}, lambda it: it.try_acquire()),
+    "create": ("SessionStore", {}, lambda sessions: sessions.create({"a": 1})),
+    "load": ("SessionStore", {}, lambda sessions: sessions.load("x" * 43)),
+    "session exists": ("SessionStore", {}, lambda sessions: sessions.exists("x" * 43)),
+    "destroy_user": ("SessionStore", {}, lambda sessions: sessions.destroy_user("u")),
+    "hit": ("RateLimiter", {"rates": "1/s", "name": "l"}, lambda limiter: limiter.hit("u")),
+    "put": ("Queue", {"name": "q"}, lambda queue: queue.put(b"1")),
+}
+
 
 @pytest.mark.parametrize("coalesce", [False, True])
 async def test_misses(
     make_server: Callable[..., Server],
     make_store: MakeStore,
+    colour: Colour,
     coalesce: bool,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -81,9 +102,18 @@ async def test_misses(
     lines = [each.getMessage() for each in caplog.records if "pgkv.store.missed" in each.message]
     assert len(lines) == 1
     assert "operation=get reason=" in lines[0]
+    later = time.monotonic() + _breaker.LOG_AGAIN
+    monkeypatch.setattr(_breaker, "monotonic", lambda: later)
+    with caplog.at_level(logging.WARNING, "pgkv"):
+        await store.get("k")
+    again = [each.getMessage() for each in caplog.records if "pgkv.store.missed" in each.message]
+    assert again[1:][0].endswith(f"missed={len(MISSES)}"), "a minute later it tells how many"
     for call in RAISE.values():
         with pytest.raises(pgkv.StoreUnavailableError):
             await call(store)
+    for what, options, call in PATTERNS.values():
+        with pytest.raises(pgkv.StoreUnavailableError):
+            await call(colour.make(what, store, **options))
     for call, _ in (MISSES["get"], MISSES["set"]):
         with pytest.raises(pgkv.StoreUnavailableError):
             await call(strict)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import ast
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Coroutine
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 import pgkv
+import pgkv.patterns
 from pgkv._engine.evict import Evictor
 from pgkv._ops.op import Noted
+from pgkv._sql.evict import KEPT
 from pgkv.testing import ServerClock
 from tests.colours import Colour
 from tests.peers import Peer, until
@@ -205,6 +210,20 @@ def test_a_key_read_often_is_noted_once() -> None:
         evictor.note(Noted(b"", 0), b"%d" % n)
     assert len(evictor._used) == 1_000
     assert len(evictor._recent) == 512
+
+
+def test_every_pattern_in_the_stores_table_is_kept() -> None:
+    """What a pattern writes beside the users' keys begins with ``pgkv:``, and is in the one list of what
+    eviction never touches."""
+    modules = Path(pgkv.patterns.__file__).parent.rglob("*.py")
+    words = {
+        node.value
+        for module in modules
+        for node in ast.walk(ast.parse(module.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    }
+    marks = {word for word in words if re.fullmatch("pgkv:[a-z]+:", word)}
+    assert marks == set(KEPT)
 
 
 OVERSHOOT = 1.4  # of the bound, while 8 processes write as fast as they can; it catches up at once
