@@ -47,7 +47,7 @@ CLOSED_RETRY_SECONDS = 1.0  # the retry_after of a refusal by on_error="closed"
 WAIT_SECONDS_MAX = 10 * 366 * 86400.0  # acquire(timeout=None)
 ROUND_TRIP_SECONDS = 0.05  # of an answer, which acquire's timeout does not include
 STATEMENT_SECONDS_MIN = 0.05  # what a further statement of a call gets when the time is used up
-RACES_MAX = 10  # attempts of hit_many: after each race the row exists
+RACES_MAX = 10  # attempts that other callers' changes of a row may spoil
 # What `on_error` is about. A wrong argument or a missing right is no outage.
 OUTAGES = (
     StoreUnavailableError,
@@ -228,9 +228,13 @@ class LimiterFlows:
         """The server's clock was set back, so that the debt lies in its future: let it count from
         now, and ask again. The hit itself cannot do this: a denial writes nothing."""
         self._report_step_back()
-        op = self.sql.rebase(row, arrival.version or b"", charge.shape)
-        yield from self._again(op, started)
-        return (yield from self._again(self.sql.hit(row, charge), started))  # type: ignore[no-any-return]  # an Arrival
+        for _ in range(RACES_MAX):
+            op = self.sql.rebase(row, arrival.version or b"", charge.shape)
+            yield from self._again(op, started)
+            arrival = yield from self._again(self.sql.hit(row, charge), started)
+            if not arrival.stepped_back():
+                break  # otherwise another caller changed the row before it was rebased
+        return arrival
 
     def _report_step_back(self) -> None:
         if rows := self.counter.steps_back.due(monotonic()):
@@ -489,8 +493,10 @@ def hit_many(charges: dict[bytes, KeyCharge]) -> Flow[Decision]:
     started = monotonic()
     try:
         arrivals = yield from _charge_many(first, asked, started)
-        stale = [(row, arrival) for row, arrival in arrivals.items() if arrival.stepped_back()]
-        if stale:
+        for _ in range(RACES_MAX):
+            stale = [(row, arrival) for row, arrival in arrivals.items() if arrival.stepped_back()]
+            if not stale:
+                break
             first._report_step_back()
             for row, arrival in stale:
                 shape = charges[row].policy.shape

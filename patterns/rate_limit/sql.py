@@ -383,7 +383,10 @@ class LimiterStatements(TableStatements):
             f"{_field('t', n, len(windows))} - {_origin(window, 'updated_at', written)}))"
             for n, window in enumerate(windows, 1)
         ]
-        sql = self._moved(moved, " AND version = $2::bigint", windows, "statement_timestamp()")
+        # Another row from here on: what was reserved before is not given back, since nothing tells how
+        # much of it later callers rely on.
+        now = "updated_at = statement_timestamp(), created_at = statement_timestamp()"
+        sql = self._moved(moved, " AND version = $2::bigint", windows, now)
         return self.statement("limit_rebase", sql, (TEXT, BINARY), read_changed, refused=FOREIGN)
 
     def _moved(
@@ -392,14 +395,14 @@ class LimiterStatements(TableStatements):
         where: str,
         windows: Sequence[str],
         # Before a step back of the clock: what lowers a debt must not hide the step from later hits.
-        updated_at: str = "greatest(updated_at, statement_timestamp())",
+        stamps: str = "updated_at = greatest(updated_at, statement_timestamp())",
     ) -> str:
         """Move the arrival times of one version of a row; nothing changes if another row replaced
         it."""
         return (
             f"UPDATE {self.t} AS t SET value = {_joined(tats)}, "
             f"expires_at = {_full_at(tats, windows, 'statement_timestamp()')}, "
-            f"updated_at = {updated_at}, version = greatest(version + 1, {STATEMENT_US}) WHERE key = $1{where}"
+            f"{stamps}, version = greatest(version + 1, {STATEMENT_US}) WHERE key = $1{where}"
         )
 
     # -- several keys

@@ -202,6 +202,45 @@ async def test_what_is_given_back_hides_no_step_of_the_clock(
     assert not await limiter.hit("u")
 
 
+@pytest.mark.parametrize("many", [False, True])
+async def test_a_key_that_changes_as_its_step_back_is_undone(
+    make: Make, clock: ServerClock, monkeypatch: pytest.MonkeyPatch, many: bool
+) -> None:
+    """A token given back between the answer that shows a step of the clock and what undoes the step: the
+    key is not locked out."""
+    limiter = make("1/10s burst 2")
+    sql: Any = getattr(limiter, "_target", limiter)
+    sql = sql._flows.sql
+    rebase = sql.rebase
+    with pgkv.Store.connect(clock.dsn) as store:
+        other = pgkv.RateLimiter(store, "1/10s burst 2", name="api")
+
+        def raced(*args: Any) -> Any:
+            monkeypatch.setattr(sql, "rebase", rebase)
+            assert other.refund("u")
+            return rebase(*args)
+
+        monkeypatch.setattr(sql, "rebase", raced)
+        await limiter.hit("u", cost=2)
+        clock.advance(-3600)
+        ask = limiter.hit_many([(limiter, "u", 1)]) if many else limiter.hit("u")
+        assert await ask
+    assert sql.rebase == rebase
+
+
+async def test_a_cancel_of_what_was_reserved_before_a_step_back(
+    make: Make, clock: ServerClock
+) -> None:
+    """When the debt counts from the new time, a cancel gives back nothing that a later caller relies on."""
+    limiter = make("1/10s")
+    first = await limiter.reserve("u", max_wait=100)
+    await limiter.reserve("u", max_wait=100)
+    clock.advance(-3600)
+    assert not await limiter.hit("u")
+    assert not await first.cancel()
+    assert (await limiter.peek("u")).retry_after > 15
+
+
 async def test_a_step_back_is_logged_once(
     make: Make, clock: ServerClock, caplog: pytest.LogCaptureFixture
 ) -> None:

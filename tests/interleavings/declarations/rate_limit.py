@@ -270,6 +270,7 @@ SCENARIOS = (
         kinds=(),
         server_jumps=(-3600.0,),
         preemptions=2,
+        is_small=True,
     ),
     of_limiter(
         "limiter: refund",
