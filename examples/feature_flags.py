@@ -58,7 +58,7 @@ async def is_on(table: Table, name: str, user: str) -> bool:
 async def edit(table: Table, name: str, change: Callable[[Flag], Flag]) -> Flag:
     """Change a flag, which begins as one that is off, and let everybody know."""
     flag = await table.update(name, lambda found: change(found or Flag()))
-    await look_up.invalidate(name)
+    await look_up.invalidate(name, table)
     return flag
 
 

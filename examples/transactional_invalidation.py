@@ -52,7 +52,7 @@ def raise_price(item: str, conn: psycopg.Connection) -> None:
     """Add a cent, and take the old price out of the cache, by one commit."""
     with conn.transaction():
         conn.execute("UPDATE prices SET cents = cents + 1 WHERE item = %s", [item])
-        price.using(conn).invalidate(item)
+        price.using(conn).invalidate(item, conn)
 
 
 def price_by_hand(item: str, conn: psycopg.Connection, store: pgkv.Store) -> int:

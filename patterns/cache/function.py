@@ -1,7 +1,7 @@
 """What `cached` returns: thin sync and async classes over the flows of `FunctionCache`.
 
-Helpers such as ``invalidate`` take the arguments that the function takes, those named by `ignore`
-left out. An object's methods come as views that put the object before the arguments.
+Helpers such as ``invalidate`` take the arguments that the function takes; at run time those named
+by `ignore` may be left out. An object's methods come as views that put the object before the arguments.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import sys
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from types import CodeType
 from typing import Any, Concatenate, Generic, Literal, ParamSpec, Self, TypeAlias, TypeVar, overload
 
 import psycopg
@@ -231,7 +232,7 @@ class CachedFunction(_Base[P, R]):
         flow = self._refreshing(context, args, kwargs)
         return context.store._run(flow, self._core.options.store_timeout)  # type: ignore[no-any-return]  # as above
 
-    def invalidate(self, *args: Any, **kwargs: Any) -> None:
+    def invalidate(self, *args: P.args, **kwargs: P.kwargs) -> None:
         """Remove one call's entry. When it returns, no later call sees an older value, and a
         computation that began before is discarded."""
         if not _switch.off:
@@ -253,7 +254,7 @@ class CachedFunction(_Base[P, R]):
             context = self._context()
             context.store._run(self._clearing(context))
 
-    def using(self, conn: Any) -> Invalidator:
+    def using(self, conn: Any) -> Invalidator[P]:
         """Return an object whose ``invalidate`` belongs to the caller's transaction.
 
         Args:
@@ -274,6 +275,10 @@ class CachedFunction(_Base[P, R]):
         return self._bind(instance, owner)
 
 
+async def _awaited() -> None:
+    """What `inspect` sees of an `AsyncCachedFunction` before Python 3.12."""
+
+
 class AsyncCachedFunction(_Base[P, R]):
     """An ``async def`` whose results are cached; made by `cached`. Awaited like the function.
 
@@ -291,6 +296,10 @@ class AsyncCachedFunction(_Base[P, R]):
             inspect.markcoroutinefunction(self)
         else:
             self._is_coroutine = asyncio.coroutines._is_coroutine  # type: ignore[attr-defined]  # gone in 3.12's stubs
+            # ... by asyncio, and by inspect, which believes what has all of these.
+            self.__code__: CodeType = _awaited.__code__
+            self.__defaults__: None = None
+            self.__kwdefaults__: None = None
 
     async def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         core = self._core
@@ -323,7 +332,7 @@ class AsyncCachedFunction(_Base[P, R]):
         flow = self._refreshing(context, args, kwargs)
         return await context.store._run(flow, self._core.options.store_timeout)  # type: ignore[no-any-return]  # as above
 
-    async def invalidate(self, *args: Any, **kwargs: Any) -> None:
+    async def invalidate(self, *args: P.args, **kwargs: P.kwargs) -> None:
         """Remove one call's entry; see `CachedFunction.invalidate`."""
         if not _switch.off:
             context = self._context()
@@ -342,7 +351,7 @@ class AsyncCachedFunction(_Base[P, R]):
             context = self._context()
             await context.store._run(self._clearing(context))
 
-    def using(self, conn: Any) -> AsyncInvalidator:
+    def using(self, conn: Any) -> AsyncInvalidator[P]:
         """Return an object whose ``invalidate`` belongs to the caller's transaction: see
         `CachedFunction.using`; `conn` is async."""
         return AsyncInvalidator(self, unwrap(conn, psycopg.AsyncConnection))
@@ -380,7 +389,7 @@ class _Inside:
         return steps_inside(self._context, key, "invalidate", self._function.name, self._conn)
 
 
-class Invalidator(_Inside):
+class Invalidator(_Inside, Generic[P]):
     """``load.using(conn)``: invalidates inside the caller's transaction.
 
     Committed with the data or rolled back with it. From this moment to the end of the transaction
@@ -389,16 +398,16 @@ class Invalidator(_Inside):
     order: these are row locks, and two transactions that take them crosswise deadlock.
     """
 
-    def invalidate(self, *args: Any, **kwargs: Any) -> None:
+    def invalidate(self, *args: P.args, **kwargs: P.kwargs) -> None:
         """Remove one call's entry when the transaction commits."""
         for store, flow in () if _switch.off else self._steps(args, kwargs):
             store._run(flow)
 
 
-class AsyncInvalidator(_Inside):
+class AsyncInvalidator(_Inside, Generic[P]):
     """`Invalidator`, awaited."""
 
-    async def invalidate(self, *args: Any, **kwargs: Any) -> None:
+    async def invalidate(self, *args: P.args, **kwargs: P.kwargs) -> None:
         """Remove one call's entry when the transaction commits."""
         for store, flow in () if _switch.off else self._steps(args, kwargs):
             await store._run(flow)

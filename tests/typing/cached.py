@@ -41,6 +41,9 @@ assert_type(plain(user_id=1, name="y"), dict[str, int])
 assert_type(plain.refresh(1), dict[str, int])
 assert_type(plain.peek(1), CachedValue[dict[str, int]] | None)
 assert_type(plain.invalidate(1), None)
+plain.invalidate("1")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+plain.refresh()  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+plain.using(None).invalidate(1, nope=2)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
 plain("1")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 plain(1, nope=2)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
 plain()  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
@@ -48,6 +51,8 @@ plain()  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
 repo = Repo()
 assert_type(repo.load(1), str)
 assert_type(Repo.alone(3), float)
+repo.load.invalidate(1)
+repo.load.invalidate("1")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 repo.load("1")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 repo.load()  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
 
@@ -56,6 +61,8 @@ async def check() -> None:
     assert_type(await coroutine(1, db=None), list[str])
     assert_type(await coroutine.refresh(1, db=None), list[str])
     assert_type(await coroutine.peek(1), CachedValue[list[str]] | None)
+    await coroutine.invalidate(1, db=None)
+    await coroutine.invalidate("1", db=None)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     await coroutine(1)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
     assert_type(await repo.fetch(1, flag=True), bytes)
     await repo.fetch("1")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]

@@ -154,7 +154,7 @@ class AsyncPgConnection:
         preparing: Preparing | None = None,
     ) -> None:
         self.conn: psycopg.AsyncConnection[Any] = conn
-        self.preparing = preparing
+        self.preparing: Preparing | None = preparing
         self.pgconn: PGconn = conn.pgconn
         self.prepares: bool = prepares
         self.retire_at: float = math.inf

@@ -85,7 +85,7 @@ class PgConnection:
         preparing: Preparing | None = None,
     ) -> None:
         self.conn: psycopg.Connection[Any] = conn
-        self.preparing = preparing
+        self.preparing: Preparing | None = preparing
         self.pgconn: PGconn = conn.pgconn
         self.prepares: bool = prepares
         self.retire_at: float = math.inf

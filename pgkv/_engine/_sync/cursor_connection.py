@@ -45,7 +45,7 @@ class CursorConnection(PgConnection):
     ) -> None:
         self.conn = conn
         self.pgconn = conn.pgconn
-        self.preparing = preparing
+        self.preparing: Preparing | None = preparing
         self.prepares = prepares and preparing is None  # a trial goes by pgkv's own names
         self.retire_at = math.inf
         self.place = PoolPlace()
