@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import AsyncExitStack, ExitStack, suppress
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
@@ -17,7 +18,7 @@ from . import flows
 from .lease import LeaseState
 
 if TYPE_CHECKING:
-    from .api import AsyncLease, Lease  # bases below, in quotes
+    from .api import AsyncLease, Lease  # noqa: F401  # of the bases below, in quotes
 
 L = TypeVar("L", bound=LeaseState)
 
@@ -43,15 +44,7 @@ class Leases(_Held["Lease"]):
     def release(self) -> bool:
         """Free all of them, the last granted first; True if each was still held. One that fails
         does not keep the others, and its error is raised."""
-        held: list[bool] = []
-
-        def release(lease: Lease) -> None:
-            held.append(lease.release())
-
-        with ExitStack() as stack:
-            for lease in self._granted():
-                stack.callback(release, lease)
-        return all(held)
+        return self[0]._to_the_end(partial(_release, self._granted()))
 
     def __enter__(self) -> Self:
         self._stack = ExitStack()
@@ -74,15 +67,7 @@ class AsyncLeases(_Held["AsyncLease"]):
 
     async def release(self) -> bool:
         """As `Leases.release`."""
-        held: list[bool] = []
-
-        async def release(lease: AsyncLease) -> None:
-            held.append(await lease.release())
-
-        async with AsyncExitStack() as stack:
-            for lease in self._granted():
-                stack.push_async_callback(release, lease)
-        return all(held)
+        return await self[0]._to_the_end(partial(_release, self._granted()))
 
     async def __aenter__(self) -> Self:
         self._stack = AsyncExitStack()
@@ -102,6 +87,18 @@ class AsyncLeases(_Held["AsyncLease"]):
 
 def _place(each: Any) -> tuple[str, bytes]:
     return each._sql.t, each._key
+
+
+def _release(leases: list[Any]) -> Flow[bool]:
+    held, failure = True, None
+    for lease in reversed(leases):
+        try:
+            held = (yield from flows.release(lease._runtime, lease)) and held
+        except PgkvError as error:
+            failure = failure or error
+    if failure is not None:
+        raise failure
+    return held
 
 
 def in_order(locks: Any, wanted: type[Any]) -> list[tuple[int, Any]]:

@@ -59,6 +59,30 @@ async def test_release_ends_all_in_reverse_order(store: Any, colour: Colour, pee
         leases.check()
 
 
+async def test_a_release_that_fails_keeps_no_other(
+    store: Any, colour: Colour, peer: Peer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its error is raised when all the others have been released; a second call ends it too."""
+    from pgkv.patterns.lock.sql import LockStatements
+
+    locks = locks_of(colour, store, "abc")
+    leases = await locks[0].acquire_many(locks)
+    real = LockStatements.release
+
+    def failing(sql: Any, key: bytes, token: int, notify: bool) -> Any:
+        if key == b"b":
+            raise pgkv.StoreUnavailableError("the network is cut")
+        return real(sql, key, token, notify)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(LockStatements, "release", failing)
+        with pytest.raises(pgkv.StoreUnavailableError, match="cut"):
+            await leases.release()
+    assert held(peer) == ["b"]
+    assert await leases.release() is False, "not each of them was held"
+    assert held(peer) == []
+
+
 async def test_none_is_kept_where_one_is_not_granted(
     store: Any, colour: Colour, peer: Peer
 ) -> None:
