@@ -1,28 +1,127 @@
-"""The documentation can be built."""
+"""The documentation can be built, its links lead somewhere, and it fits on a phone, a laptop and a wide screen."""
 
+import re
 import sys
+import threading
+from collections.abc import Iterator
+from functools import partial
+from html.parser import HTMLParser
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urldefrag
 
 import pytest
 
+from tests.browser import chromium
 from tests.packaging.conftest import ROOT, run
 
 pytestmark = pytest.mark.packaging
+WIDTHS = (390, 1366, 1920)
+CUT = """
+return [...document.querySelectorAll(".highlight pre")]
+    .filter(block => block.scrollWidth > block.clientWidth + 1).map(block => block.innerText.slice(0, 60));
+"""
+WIDER = "return document.documentElement.scrollWidth - arguments[0];"
 
 
-def test_documentation_builds_without_a_warning(tmp_path: Path) -> None:
-    """Sphinx finds every name, link and page that the documentation refers to."""
-    command = [
-        sys.executable,
-        "-m",
-        "sphinx",
-        "-q",
-        "-W",
-        "--keep-going",
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The built site, made without a warning."""
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going"]
+    places = [
         "-d",
-        str(tmp_path / "doctrees"),
+        str(folder / "doctrees"),
+        "-b",
+        "html",
+        str(ROOT / "docs"),
+        str(folder / "html"),
     ]
-    done = run(
-        [*command, "-b", "html", str(ROOT / "docs"), str(tmp_path / "html")], cwd=ROOT, timeout=110
-    )
+    done = run([*command, *places], cwd=ROOT, timeout=110)
     assert done.returncode == 0, done.stderr
+    return folder / "html"
+
+
+def pages(site: Path) -> list[Path]:
+    return [page for page in sorted(site.rglob("*.html")) if "_static" not in page.parts]
+
+
+class Anchors(HTMLParser):
+    """The links of a page and the places in it that a link can name."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.links: list[str] = []
+        self.places = {""}
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = dict(attrs)
+        self.places.add(values.get("id") or "")
+        self.links += [values[name] or "" for name in ("href", "src") if name in values]
+
+
+def test_documentation_builds_without_a_warning(site: Path) -> None:
+    """Sphinx finds every name, link and page that the documentation refers to."""
+    assert (site / "index.html").exists()
+
+
+def test_links_of_the_site_lead_somewhere(site: Path) -> None:
+    """Each link inside the site names a file of it, and a place that is on that page."""
+    read = {page.resolve(): Anchors(page.read_text("utf-8")) for page in pages(site)}
+    broken = []
+    for page, anchors in read.items():
+        for link in anchors.links:
+            address, place = urldefrag(link)
+            if re.match(r"[a-z]+:", address):
+                continue
+            target = (
+                (page.parent / unquote(address.partition("?")[0])).resolve() if address else page
+            )
+            found = target in read and unquote(place) in read[target].places
+            if not (found or (target not in read and target.exists())):
+                broken.append((page.name, link))
+    assert broken == []
+
+
+@pytest.fixture
+def address(site: Path) -> Iterator[str]:
+    """Where the site is served."""
+
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(site))) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+def test_pages_fit_on_every_screen(site: Path, address: str, tmp_path: Path) -> None:
+    """No page is wider than the screen, no code block is cut on a laptop, no script fails."""
+    faults: list[object] = []
+    with chromium(tmp_path / "profile") as browser:
+        untyped: Any = browser
+        for page in pages(site):
+            name = page.relative_to(site).as_posix()
+            if name in {"genindex.html", "search.html"}:
+                continue
+            browser.get(f"{address}/{name}")
+            for width in WIDTHS:
+                screen = {
+                    "width": width,
+                    "height": 900,
+                    "deviceScaleFactor": 1,
+                    "mobile": width < 500,
+                }
+                browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
+                if (wider := browser.execute_script(WIDER, width)) > 0:
+                    faults.append((name, width, wider))
+                if width >= 1366 and (cut := browser.execute_script(CUT)):
+                    faults.append((name, width, cut))
+            faults += [entry["message"] for entry in untyped.get_log("browser")]
+    assert faults == []
