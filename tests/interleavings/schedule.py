@@ -28,6 +28,7 @@ import sys
 import threading
 import time
 import types
+import weakref
 from collections.abc import Callable, Coroutine, Generator, Iterable, Iterator
 from typing import Any
 
@@ -857,7 +858,13 @@ class Later:
     no notification arrives, and what is run later is a client more."""
 
     def __init__(self, world: World) -> None:
-        self.run_later = world.later
+        self._world = weakref.ref(
+            world
+        )  # what is kept for a store would keep the world, and that the store
+
+    def run_later(self, work: Callable[[], Any], done: Callable[[], object] | None) -> bool:
+        world = self._world()
+        return world is not None and world.later(work, done)
 
     def background(self) -> Later:
         return self
