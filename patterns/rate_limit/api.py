@@ -117,7 +117,9 @@ class RateLimiter(LimiterView[Store]):
 
     Args:
         store: a :class:`Store`. Rows live in its table, under keys that begin with ``pgkv:rate:``.
-        rates: ``"10/s burst 20; 1000/h"``, a :class:`Rate`, or several: charged all or none.
+        rates: ``"10/s burst 20; 1000/h"``, a :class:`Rate`, a :class:`Quota` (``"1000/month"``: a
+            calendar window, of whose count no more is handed out before the next begins), or
+            several: charged all or none.
         name: part of every key and of the response headers: limiters that share a name share
             buckets. Printable ASCII.
         on_error: when the store does not answer: ``"raise"``, ``"open"`` (admit) or ``"closed"``
@@ -167,7 +169,8 @@ class RateLimiter(LimiterView[Store]):
     ) -> Decision:
         """Wait until it is this call's turn, in order of arrival, with one statement and one sleep.
 
-        An exception or cancellation while it sleeps gives the place back.
+        An exception or cancellation while it sleeps gives the place back. A used-up quota has no
+        places: it sleeps until the next window begins, and asks again.
 
         Args:
             key: the client to charge.

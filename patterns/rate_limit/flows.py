@@ -218,8 +218,7 @@ class LimiterFlows:
             arrival = yield from self._rebased(row, arrival, charge, started)
         if len(self._lately) >= ENTRIES_MAX:
             self._lately.clear()
-        if not isinstance(charge.shape, tuple):  # windows have no short statements
-            self._lately[row] = not arrival.charged
+        self._lately[row] = not arrival.charged
         return arrival
 
     def _rebased(

@@ -8,7 +8,7 @@ the row expires at its last TAT, rounded up, and collecting it is always safe.
 
 A calendar window is counted by the same arithmetic: its beginning takes the place of now, a token is
 one nanosecond, and its counter is full again at the window's end. The shape of a row says which
-counters are windows; buckets have the short statements `charge` and `refusal` besides.
+counters are windows.
 
 The server's clock decides. `policy` works out what the numbers mean to a caller.
 """
@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from itertools import zip_longest
 from typing import NoReturn, TypeAlias
 from urllib.parse import unquote
 
@@ -91,12 +92,35 @@ class Arrival:
 
 
 class WindowArrival(Arrival):
-    """An answer about a row with windows: their `tats` are as far after `now` as tokens are used."""
+    """An answer about a row with windows: their `tats` are as far after `now` as tokens are used.
+
+    Args:
+        charged: as of `Arrival`, as `now`, `stamp` and `version` are.
+        value: the row's, or None.
+        bounds: what `_told` tells.
+    """
 
     __slots__ = ("ends", "made")
 
     made: Sequence[int]
     ends: Sequence[int]
+
+    def __init__(
+        self,
+        charged: bool,
+        now: int,
+        value: bytes | None,
+        bounds: bytes | None,
+        stamp: bytes | None = None,
+        version: bytes | None = None,
+    ) -> None:
+        told = [int(us) * 1000 for us in (bounds or b"").split()]
+        origins, self.ends = told[::2], told[1::2]
+        found = [int(each) for each in (value or b"").split()]
+        # A counter that the row does not have is full, as one that lies before its origin.
+        self.made = [max(pair) for pair in zip_longest(origins, found[: len(origins)], fillvalue=0)]
+        tats = [now + each - origin for each, origin in zip(self.made, origins, strict=True)]
+        super().__init__(charged, now, tats, stamp, version)
 
 
 class Charge:
@@ -105,12 +129,13 @@ class Charge:
 
     Made once and used for many hits: it carries its encoded parameters, and reads the answer."""
 
-    __slots__ = ("caps", "incs", "params", "read", "shape")
+    __slots__ = ("caps", "incs", "params", "read", "shape", "short")
 
     def __init__(
         self, incs: Sequence[int], caps: Sequence[int], shape: Shape | None = None
     ) -> None:
         self.shape: Shape = shape or len(incs)
+        self.short: object = -shape if isinstance(shape := self.shape, int) else ("charge", shape)
         self.incs: Sequence[int] = incs
         self.caps: Sequence[int] = caps
         pairs = zip(incs, caps, strict=True)
@@ -141,48 +166,58 @@ class LimiterStatements(TableStatements):
 
     def charge(self, row: bytes, charge: Charge) -> Op[Arrival | None]:
         """Charge a row that exists, if no arrival time is then more than its cap ahead of now."""
-        rates = len(charge.incs)
         try:
-            statement = self._made[-rates]
+            statement = self._made[charge.short]
         except KeyError:
-            statement = self.made(-rates, lambda: self._make_charge(rates))
+            statement = self.made(charge.short, lambda: self._make_charge(charge.shape))
         return Op(statement, (row, *charge.params))
 
-    def _make_charge(self, rates: int) -> Statement[Arrival | None]:
-        numbers = range(1, rates + 1)
-        moved = [f"({_tat('t', f'{_US} * 1000', n, rates)} + {_inc(n)})" for n in numbers]
+    def _make_charge(self, shape: Shape) -> Statement[Arrival | None]:
+        windows = _windows_of(shape)
+        rates = len(windows)
+        origins = [_origin(window, "statement_timestamp()", _US) for window in windows]
+        moved = [
+            f"({_tat('t', origin, n, rates)} + {_inc(n)})" for n, origin in enumerate(origins, 1)
+        ]
         admitted = " AND ".join(
-            f"{tat} - {_US} * 1000 <= {_cap(n)}" for n, tat in enumerate(moved, 1)
+            f"{tat} - {origin} <= {_cap(n)}"
+            for n, (tat, origin) in enumerate(zip(moved, origins, strict=True), 1)
         )
+        until = _full_at(moved, windows, "statement_timestamp()", "1e6::float8")
         # The clock is read from updated_at: Citus takes no function that changes in RETURNING.
+        told = _told(shape, "t.updated_at", _in_us("t.updated_at"))
         return self.statement(
             "limit_hit",
             f"UPDATE {self.t} AS t SET value = {_joined(moved)}, "
-            f"expires_at = {_full_at(moved, million='1e6::float8')}, updated_at = statement_timestamp(), "
+            f"expires_at = {until}, updated_at = statement_timestamp(), "
             f"version = greatest(t.version + 1, {_US}) WHERE key = $1 AND {admitted} "
-            "RETURNING value, updated_at, created_at",
+            f"RETURNING value, updated_at, created_at{told}",
             (TEXT, *(BINARY,) * (2 * rates)),
-            _read_charged,
+            lambda result: _read_charged(result, shape),
             refused=FOREIGN,
         )
 
     def refusal(self, row: bytes, charge: Charge) -> Op[Arrival | None]:
         """See that `charge` would be refused. It reads a snapshot, and takes no transaction id."""
-        rates = len(charge.incs)
-        statement = self.made(("refusal", rates), lambda: self._make_refusal(rates))
+        shape = charge.shape
+        statement = self.made(("refusal", shape), lambda: self._make_refusal(shape))
         return Op(statement, (row, *charge.params))
 
-    def _make_refusal(self, rates: int) -> Statement[Arrival | None]:
+    def _make_refusal(self, shape: Shape) -> Statement[Arrival | None]:
+        windows = _windows_of(shape)
+        rates = len(windows)
+        origins = [_origin(window, "statement_timestamp()", _US) for window in windows]
         refused = " OR ".join(
-            f"{_tat('t', f'{_US} * 1000', n, rates)} + {_inc(n)} - {_US} * 1000 > {_cap(n)}"
-            for n in range(1, rates + 1)
+            f"{_tat('t', origin, n, rates)} + {_inc(n)} - {origin} > {_cap(n)}"
+            for n, origin in enumerate(origins, 1)
         )
+        told = _told(shape, "statement_timestamp()", _US)
         return self.statement(
             "limit_hit",
-            f"SELECT FALSE, t.value, {_US}, t.updated_at, t.version FROM {self.t} t "
+            f"SELECT FALSE, t.value, {_US}, t.updated_at, t.version{told} FROM {self.t} t "
             f"WHERE key = $1 AND ({refused})",
             (TEXT, *(BINARY,) * (2 * rates)),
-            lambda result: _read_arrival(result, 0, rates) if result.ntuples else None,
+            lambda result: _read_arrival(result, 0, shape) if result.ntuples else None,
             refused=FOREIGN,
             writes=False,
         )
@@ -212,7 +247,7 @@ class LimiterStatements(TableStatements):
         moved = [
             f"({_tat('t', origin, n, rates)} + {_inc(n)})" for n, origin in enumerate(locked, 1)
         ]
-        told = _told(shape)
+        told = _told(shape, "ts", "us")
         return self.statement(
             "limit_hit",
             f"WITH u AS MATERIALIZED ({_CLOCK}), cur AS MATERIALIZED ("
@@ -237,7 +272,7 @@ class LimiterStatements(TableStatements):
 
     def peek(self, row: bytes, shape: Shape) -> Op[Arrival]:
         """Read the arrival times; charge nothing."""
-        told = _told(shape)
+        told = _told(shape, "u.ts", "u.us")
         statement = self.made(("peek", told), lambda: self._make_peek(told))
         return Op(statement, (row,), lambda result: _read_arrival(result, 0, shape))
 
@@ -569,12 +604,12 @@ def _origin(window: str, ts: str, us: str) -> str:
     return f"{_in_us(_window_bounds(window, ts)[0])} * 1000" if window else f"{us} * 1000"
 
 
-def _told(shape: Shape) -> str:
+def _told(shape: Shape, ts: str, us: str) -> str:
     """The column that tells beginning and end of each counter's window, in microseconds."""
     if isinstance(shape, int):
         return ""
-    bounds = [_window_bounds(window, "u.ts") if window else () for window in shape]
-    return f", concat_ws(' ', {', '.join(', '.join(map(_in_us, each)) or 'u.us, 0' for each in bounds)})"
+    bounds = [map(_in_us, _window_bounds(window, ts)) if window else (us, "0") for window in shape]
+    return f", concat_ws(' ', {', '.join(', '.join(each) for each in bounds)})"
 
 
 def _joined(tats: Sequence[str]) -> str:
@@ -596,12 +631,15 @@ def _full_at(
 # -- reading results -----------------------------------------------------------------------
 
 
-def _read_charged(result: Result) -> Arrival | None:
+def _read_charged(result: Result, shape: Shape) -> Arrival | None:
     if not result.ntuples:
         return None
     column = result.get_value
     now = (int.from_bytes(column(0, 1) or b"", "big") + EPOCH_2000_US) * 1000
-    return Arrival(True, now, tuple(map(int, (column(0, 0) or b"").split())), column(0, 2))
+    value, stamp = column(0, 0) or b"", column(0, 2)
+    if isinstance(shape, int):
+        return Arrival(True, now, tuple(map(int, value.split())), stamp)
+    return WindowArrival(True, now, value, column(0, 3), stamp)
 
 
 class HitReader:
@@ -677,15 +715,9 @@ def _read_arrival(result: Result, n: int, rates: Shape, windows: int = 5) -> Arr
     value = column(n, 1)
     tats: Sequence[int]
     if not isinstance(rates, int):
-        bounds = [int(us) * 1000 for us in (column(n, windows) or b"").split()]
-        origins = bounds[::2]
-        found = [int(each) for each in (value or b"").split()][: len(rates)]
-        found += [0] * (len(rates) - len(found))
-        made = list(map(max, found, origins))
-        tats = [now + each - origin for each, origin in zip(made, origins, strict=True)]
-        arrival = WindowArrival(column(n, 0) == b"\1", now, tats, column(n, 3), column(n, 4))
-        arrival.made, arrival.ends = made, bounds[1::2]
-        return arrival
+        bounds = column(n, windows)
+        charged = column(n, 0) == b"\1"
+        return WindowArrival(charged, now, value, bounds, column(n, 3), column(n, 4))
     if value is None:
         tats = (now,) * rates
     elif rates == 1:
