@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import zip_longest
-from typing import NoReturn, TypeAlias
+from typing import NamedTuple, NoReturn, TypeAlias
 from urllib.parse import unquote
 
 from ..._ops import codec as _codec
@@ -174,25 +174,17 @@ class LimiterStatements(TableStatements):
 
     def _make_charge(self, shape: Shape) -> Statement[Arrival | None]:
         windows = _windows_of(shape)
-        rates = len(windows)
-        origins = [_origin(window, "statement_timestamp()", _US) for window in windows]
-        moved = [
-            f"({_tat('t', origin, n, rates)} + {_inc(n)})" for n, origin in enumerate(origins, 1)
-        ]
-        admitted = " AND ".join(
-            f"{tat} - {origin} <= {_cap(n)}"
-            for n, (tat, origin) in enumerate(zip(moved, origins, strict=True), 1)
-        )
-        until = _full_at(moved, windows, "statement_timestamp()", "1e6::float8")
+        terms = _terms(windows, "t", "statement_timestamp()", _US)
+        until = _full_at(terms.moved, windows, "statement_timestamp()", "1e6::float8")
         # The clock is read from updated_at: Citus takes no function that changes in RETURNING.
         told = _told(shape, "t.updated_at", _in_us("t.updated_at"))
         return self.statement(
             "limit_hit",
-            f"UPDATE {self.t} AS t SET value = {_joined(moved)}, "
+            f"UPDATE {self.t} AS t SET value = {_joined(terms.moved)}, "
             f"expires_at = {until}, updated_at = statement_timestamp(), "
-            f"version = greatest(t.version + 1, {_US}) WHERE key = $1 AND {admitted} "
+            f"version = greatest(t.version + 1, {_US}) WHERE key = $1 AND {terms.admitted} "
             f"RETURNING value, updated_at, created_at{told}",
-            (TEXT, *(BINARY,) * (2 * rates)),
+            (TEXT, *(BINARY,) * (2 * len(windows))),
             lambda result: _read_charged(result, shape),
             refused=FOREIGN,
         )
@@ -205,18 +197,13 @@ class LimiterStatements(TableStatements):
 
     def _make_refusal(self, shape: Shape) -> Statement[Arrival | None]:
         windows = _windows_of(shape)
-        rates = len(windows)
-        origins = [_origin(window, "statement_timestamp()", _US) for window in windows]
-        refused = " OR ".join(
-            f"{_tat('t', origin, n, rates)} + {_inc(n)} - {origin} > {_cap(n)}"
-            for n, origin in enumerate(origins, 1)
-        )
+        admitted = _terms(windows, "t", "statement_timestamp()", _US).admitted
         told = _told(shape, "statement_timestamp()", _US)
         return self.statement(
             "limit_hit",
             f"SELECT FALSE, t.value, {_US}, t.updated_at, t.version{told} FROM {self.t} t "
-            f"WHERE key = $1 AND ({refused})",
-            (TEXT, *(BINARY,) * (2 * rates)),
+            f"WHERE key = $1 AND NOT ({admitted})",
+            (TEXT, *(BINARY,) * (2 * len(windows))),
             lambda result: _read_arrival(result, 0, shape) if result.ntuples else None,
             refused=FOREIGN,
             writes=False,
@@ -230,23 +217,11 @@ class LimiterStatements(TableStatements):
 
     def _make_hit(self, shape: Shape) -> Statement[Arrival]:
         windows = _windows_of(shape)
-        rates = len(windows)
-        snapshot = [_origin(window, "ts", "us") for window in windows]
-        locked = [_origin(each, "EXCLUDED.updated_at", "EXCLUDED.version") for each in windows]
+        snapshot = _terms(windows, "cur", "ts", "us")
+        locked = _terms(windows, "t", "EXCLUDED.updated_at", "EXCLUDED.version")
         # A denial that the snapshot shows is answered from it: no row lock, no xid, no WAL.
         # ON CONFLICT ... WHERE alone would take a lock and an xid for each denial.
-        refused = " OR ".join(
-            f"{_tat('cur', origin, n, rates)} + {_inc(n)} - {origin} > {_cap(n)}"
-            for n, origin in enumerate(snapshot, 1)
-        )
-        admitted = " AND ".join(
-            f"{_tat('t', origin, n, rates)} + {_inc(n)} - {origin} <= {_cap(n)}"
-            for n, origin in enumerate(locked, 1)
-        )
-        first = [f"({origin} + {_inc(n)})" for n, origin in enumerate(snapshot, 1)]
-        moved = [
-            f"({_tat('t', origin, n, rates)} + {_inc(n)})" for n, origin in enumerate(locked, 1)
-        ]
+        first, moved = snapshot.first, locked.moved
         told = _told(shape, "ts", "us")
         return self.statement(
             "limit_hit",
@@ -254,17 +229,17 @@ class LimiterStatements(TableStatements):
             f"SELECT value, updated_at, version FROM {self.t} WHERE key = $1), h AS ("
             f"INSERT INTO {self.t} AS t (key, value, expires_at, created_at, updated_at, version) "
             f"SELECT $1::text, {_joined(first)}, {_full_at(first, windows, 'ts')}, ts, ts, us FROM u "
-            f"WHERE NOT EXISTS (SELECT 1 FROM cur WHERE {refused}) "
+            f"WHERE NOT EXISTS (SELECT 1 FROM cur WHERE NOT ({snapshot.admitted})) "
             f"ON CONFLICT (key) DO UPDATE SET value = {_joined(moved)}, "
             f"expires_at = {_full_at(moved, windows, 'EXCLUDED.updated_at')}, "
             "updated_at = EXCLUDED.updated_at, "
-            f"version = greatest(t.version + 1, EXCLUDED.version) WHERE {admitted} "
+            f"version = greatest(t.version + 1, EXCLUDED.version) WHERE {locked.admitted} "
             "RETURNING value, created_at) "
             f"SELECT TRUE, h.value, us, h.created_at, NULL::bigint{told} FROM h, u UNION ALL "
             f"SELECT FALSE, cur.value, us, cur.updated_at, cur.version{told} "
             "FROM u LEFT JOIN cur ON TRUE "
             "WHERE NOT EXISTS (SELECT 1 FROM h)",
-            (TEXT, *(BINARY,) * (2 * rates)),
+            (TEXT, *(BINARY,) * (2 * len(windows))),
             _in_each_call,
             refused=FOREIGN,
             repeats=RACES_MAX,
@@ -544,22 +519,32 @@ _CLOCK = (
 )
 
 
-def _inc(n: int) -> str:
-    return f"${2 * n}::bigint"
-
-
-def _cap(n: int) -> str:
-    return f"${2 * n + 1}::bigint"
-
-
 def _field(row: str, n: int, rates: int) -> str:
     """The n-th arrival time of a row. With one rate the value is a number and nothing else."""
     text = f"encode({row}.value, 'escape')"
     return f"{text}::bigint" if rates == 1 else f"nullif(split_part({text}, ' ', {n}), '')::bigint"
 
 
-def _tat(row: str, origin: str, n: int, rates: int) -> str:
-    return f"greatest({_field(row, n, rates)}, {origin})"
+class Terms(NamedTuple):
+    """What a hit does to each counter of a row, and when."""
+
+    first: list[str]  # their values where there is no row
+    moved: list[str]
+    admitted: str
+
+
+def _terms(windows: Sequence[str], row: str, ts: str, us: str) -> Terms:
+    origins = [_origin(window, ts, us) for window in windows]
+    moved, within = [], []
+    for n, origin in enumerate(origins, 1):
+        tat = f"greatest({_field(row, n, len(origins))}, {origin}) + ${2 * n}::bigint"
+        moved.append(f"({tat})")
+        within.append(f"{tat} - {origin} <= ${2 * n + 1}::bigint")
+    return Terms(
+        [f"({origin} + ${2 * n}::bigint)" for n, origin in enumerate(origins, 1)],
+        moved,
+        " AND ".join(within),
+    )
 
 
 def _windows_of(shape: Shape) -> tuple[str, ...]:
