@@ -139,7 +139,7 @@ class Scenario:
         jumps: seconds by which all clocks jump.
         server_jumps: seconds by which only the server's clock jumps; below 0: back.
         around: is entered for each schedule.
-        is_small: `make test` runs all schedules of it with one preemption less, and not some at random.
+        small: the preemptions with which `make test` runs all schedules of it, and not some at random.
     """
 
     name: str
@@ -153,7 +153,7 @@ class Scenario:
     jumps: tuple[float, ...] = ()
     server_jumps: tuple[float, ...] = ()
     around: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
-    is_small: bool = False
+    small: int | None = None
 
 
 class World:

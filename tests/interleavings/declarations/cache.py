@@ -310,7 +310,7 @@ SCENARIOS = (
         {"filler": reading(), "reader": reading(l1=True), "writer": writing(l1=True)},
         kinds=("late",),
         preemptions=0,
-        is_small=True,
+        small=0,
     ),
     of_cache(
         "cached: invalidated in a transaction",
@@ -318,6 +318,6 @@ SCENARIOS = (
         around=impatient,
         kinds=(),
         preemptions=2,
-        is_small=True,
+        small=2,
     ),
 )

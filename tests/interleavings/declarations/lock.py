@@ -441,7 +441,7 @@ SCENARIOS = (
         {"A": holding(), "B": holding()},
         kinds=("cancel",),
         preemptions=1,
-        is_small=True,
+        small=0,
     ),
     of_locks(
         "lock: extended past its end",
@@ -450,7 +450,7 @@ SCENARIOS = (
         kinds=(),
         server_jumps=(LATER,),
         preemptions=2,
-        is_small=True,
+        small=2,
     ),
     of_locks(
         "lock: the server's clock jumps",

@@ -270,7 +270,7 @@ SCENARIOS = (
         kinds=(),
         server_jumps=(-3600.0,),
         preemptions=2,
-        is_small=True,
+        small=1,
     ),
     of_limiter(
         "limiter: refund",
