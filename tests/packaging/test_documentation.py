@@ -125,3 +125,18 @@ def test_pages_fit_on_every_screen(site: Path, address: str, tmp_path: Path) -> 
                     faults.append((name, width, cut))
             faults += [entry["message"] for entry in untyped.get_log("browser")]
     assert faults == []
+
+
+def test_search_finds_session_timeouts_where_they_are_explained(
+    address: str, tmp_path: Path
+) -> None:
+    """The search lists the page about sessions first, before the reference's many timeouts."""
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.support.wait import WebDriverWait
+
+    with chromium(tmp_path / "profile") as browser:
+        browser.get(f"{address}/search.html?q=session+timeout")
+        found = WebDriverWait(browser, 60).until(
+            lambda page: page.find_elements(By.CSS_SELECTOR, "#search-results li a")
+        )
+        assert (found[0].get_attribute("href") or "").startswith(f"{address}/sessions.html")
