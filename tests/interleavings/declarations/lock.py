@@ -483,7 +483,7 @@ SCENARIOS = (
         "fair lock: the server's clock jumps",
         {"A": holding(fair=True, extends=True), "B": holding(fair=True)},
         invariant=None,
-        kinds=("cancel",),
+        kinds=("lose",),
         server_jumps=(LATER, BACK),
         faults=2,
         preemptions=2,
