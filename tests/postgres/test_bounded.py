@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ast
+import asyncio
 import os
+import random
 import re
 import subprocess
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -19,7 +22,7 @@ from pgkv._engine.evict import Evictor
 from pgkv._ops.op import Noted
 from pgkv._sql.evict import KEPT
 from pgkv.testing import ServerClock
-from tests.colours import Colour
+from tests.colours import Colour, in_thread
 from tests.peers import Peer, until
 
 MakeStore = Callable[..., Coroutine[Any, Any, Any]]
@@ -210,6 +213,88 @@ def test_a_key_read_often_is_noted_once() -> None:
         evictor.note(Noted(b"", 0), b"%d" % n)
     assert len(evictor._used) == 1_000
     assert len(evictor._recent) == 512
+
+
+async def test_a_lowered_bound_after_deletes_with_large_values(
+    make_store: MakeStore, peer: Peer
+) -> None:
+    """The estimate sees a table with holes and values out of line, and a lower bound is reached."""
+    store = await make_store(max_entries=2_000, ttl_cleanup_strategy=MANUAL)
+    await store.set_many({f"a{n:04}": os.urandom(3_000) for n in range(300)})
+    await store.set_many(names("b", 3_000))
+    await store.delete_prefix("b1")  # a range of pages, not vacuumed
+    there = await store.count()
+    assert await store.evict() == there - 2_000
+    assert await store.count() == 2_000
+    lower = store.table("kv_store", max_entries=500)
+    assert await lower.evict() == 1_500
+    assert await store.count() == 500
+
+
+async def test_limiters_and_caches_under_constant_eviction(
+    make_store: MakeStore, colour: Colour
+) -> None:
+    """While writes evict all the time a limiter admits exactly its count, and a value that was
+    invalidated does not come back."""
+    store = await make_store(max_entries=100)
+    limiter = colour.make("RateLimiter", store, "40/d", name="l", timeout=20)
+    admitted: list[bool] = []
+    versions: list[int] = []
+
+    async def fill(me: int) -> None:
+        for n in range(150):
+            await store.set(f"{me}:{n}", "v")
+
+    async def hit() -> None:
+        admitted.extend([bool(await limiter.hit("u")) for _ in range(30)])
+
+    async def cache() -> None:
+        current = 0
+
+        def plain() -> int:
+            return current
+
+        async def coroutine() -> int:
+            return current
+
+        blocking = colour.name == "sync"
+        inner = store._target if blocking else store
+        fn: Any = pgkv.cached(60, store=inner)(plain if blocking else coroutine)
+
+        async def call(function: Any) -> Any:
+            return await (in_thread(function) if blocking else function())
+
+        for n in range(25):
+            current = n
+            await call(fn.invalidate)
+            versions.extend([await call(fn) - n, await call(fn) - n])
+
+    await asyncio.gather(fill(1), fill(2), hit(), hit(), cache())
+    assert sum(admitted) == 40
+    assert set(versions) == {0}, "an older value came back"
+
+
+async def test_hits_are_near_an_exact_lru(make_store: MakeStore) -> None:
+    """Of a tenth of the keys, drawn by Zipf's law, not much less is hit than by an exact LRU."""
+    room, requests = 200, 4_000
+    chosen = random.Random(1).choices(
+        range(10 * room), [1 / n**0.9 for n in range(1, 10 * room + 1)], k=requests
+    )
+    store = await make_store(max_entries=room)
+    exact: OrderedDict[int, None] = OrderedDict()
+    hits = theirs = 0
+    for number, key in enumerate(chosen):
+        found = await store.get(f"k{key}")
+        if found is None:
+            await store.set(f"k{key}", "v")
+        late = number >= requests // 2
+        hits += late and found is not None
+        theirs += late and key in exact
+        exact[key] = None
+        exact.move_to_end(key)
+        if len(exact) > room:
+            exact.popitem(last=False)
+    assert hits > theirs - 0.06 * requests / 2
 
 
 def test_every_pattern_in_the_stores_table_is_kept() -> None:
