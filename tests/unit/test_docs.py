@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 import pgkv
+from pgkv import errors
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
@@ -31,6 +32,12 @@ def test_reference_and_public_names_are_the_same() -> None:
     pages = (DOCS / "reference").glob("*.md")
     entries = [name for page in pages for name in ENTRY.findall(page.read_text(encoding="utf-8"))]
     assert sorted(name for name in pgkv.__all__ if not name.startswith("__")) == sorted(entries)
+
+
+def test_every_error_is_in_the_troubleshooting() -> None:
+    """Each public error has a row that says its cause and what to do."""
+    rows = "\n".join(re.findall(r"^\| .*\|$", page("troubleshooting.md"), re.MULTILINE))
+    assert [name for name in errors.__all__ if f"`{name}" not in rows] == []
 
 
 # -- settings
