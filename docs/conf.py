@@ -1,14 +1,15 @@
 """Sphinx's settings: Markdown pages, and a reference made from the docstrings."""
 
 import os
-from importlib.metadata import version as version_of
 
 from sphinx.application import Sphinx
+
+import pgkv
 
 project = "pgkv"
 author = "The pgkv authors"
 copyright = "2026, The pgkv authors"
-release = version = version_of("pgkv-toolkit")
+release = version = pgkv.__version__
 
 extensions = [
     "myst_parser",

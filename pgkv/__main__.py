@@ -13,9 +13,9 @@ def main() -> int:
     """Run the command line and return the exit code."""
     if sys.argv[1:] == ["--version"] and sys.stdout is not None:
         with contextlib.suppress(OSError):  # reported below
-            from ._cli import version
+            from . import __version__
 
-            print(f"pgkv {version()}", flush=True)
+            print(f"pgkv {__version__}", flush=True)
             return 0
     missing = [name for name in NEEDED if find_spec(name) is None]
     if missing:

@@ -19,7 +19,7 @@ from ._cli.limits import limits
 from ._cli.locks import lock, locks
 from ._cli.queue import queue
 from ._cli.sessions import sessions
-from ._cli.table import evict, schema, stats, sweep
+from ._cli.table import evict, migrate, schema, stats, sweep
 from ._cli.worker import worker
 
 # The help shows them in this order.
@@ -35,6 +35,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "evict": evict,
     "doctor": doctor,
     "schema": schema,
+    "migrate": migrate,
     "locks": locks,
     "lock": lock,
     "cache": cache,

@@ -21,7 +21,7 @@ from typing import Annotated, Any, TypeAlias, get_type_hints
 import typer
 from typer.core import TyperCommand, TyperGroup, TyperOption
 
-from .. import embedded
+from .. import __version__, embedded
 from ..config import EMBEDDED_SCHEME, Config, Pooler, dsn_from_environment
 from ..errors import (
     ConfigError,
@@ -32,7 +32,7 @@ from ..errors import (
     TableNotFoundError,
 )
 from ..store import Store
-from . import console, version
+from . import console
 
 DONE, NOT_FOUND, USAGE, UNAVAILABLE, INTERRUPTED = 0, 1, 2, 3, 130
 INTERNAL, INPUT_OUTPUT = 70, 74  # sysexits' EX_SOFTWARE and EX_IOERR
@@ -219,7 +219,7 @@ def _sign(fn: Any, own: list[inspect.Parameter]) -> None:
 
 def _root(ctx: typer.Context, **given: Any) -> None:
     if given.pop("version"):
-        console.say(f"pgkv {version()}")
+        console.say(f"pgkv {__version__}")
         raise typer.Exit(DONE)
     ctx.obj = {k: v for k, v in given.items() if v not in (None, False)}
     if ctx.invoked_subcommand is None:

@@ -1,4 +1,4 @@
-"""The commands about a whole table: ``stats``, ``sweep``, ``schema``."""
+"""The commands about a whole table: ``stats``, ``sweep``, ``evict``, ``schema``, ``migrate``."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from typing import Annotated
 
 import typer
 
+from .._engine.schema import change, changes
 from .._engine.sweep import sweep_all
 from ..config import TableType
 from . import console
-from .command import DONE, Invocation, MaxBytes, MaxEntries, flag
+from .command import DONE, NOT_FOUND, Invocation, MaxBytes, MaxEntries, flag
 
 
 def stats(call: Invocation) -> int:
@@ -121,3 +122,27 @@ def schema(
     else:
         console.write(sql.encode())
     return DONE
+
+
+def migrate(
+    call: Invocation,
+    dry_run: Annotated[
+        bool, flag("--dry-run", help="Print the SQL; exit code 1 if there is any.")
+    ] = False,
+) -> int:
+    """Bring the tables of an earlier version up to this one. Programs of both may run meanwhile.
+
+    Tables that do not exist are left to the first write, or to `pgkv schema`.
+
+    **Example:** `pgkv migrate --dry-run`
+    """
+    from ..patterns.schema import tables
+
+    with call.store() as store:
+        found = {table: store._run(changes(table)) for table in tables(store._config)}
+        found = {table: commands for table, commands in found.items() if commands}
+        for table, commands in () if dry_run else found.items():
+            store._run(change(table, commands))
+    text = "\n".join(found.values()) or "nothing to do"
+    call.answer({"sql": list(found.values()), "done": not dry_run}, text)
+    return NOT_FOUND if dry_run and found else DONE

@@ -118,10 +118,46 @@ def ensure(table: Table) -> Flow[None]:
             _observe.info("pgkv.table.create", table=table.quoted)
 
 
+def changes(table: Table) -> Flow[str]:
+    """The commands that turn a table of an earlier version into today's; empty when it is missing,
+    or nothing is to be done."""
+    columns = yield from do(_columns(table))
+    if not columns:
+        return ""
+    surplus: list[str] = yield from do(Op(_SURPLUS, (table.quoted.encode(),)))
+    drop = "".join(f"ALTER TABLE {table.quoted} DROP CONSTRAINT {name}; " for name in surplus)
+    return f"{_missing(table, columns)}{drop}".strip()
+
+
+def change(table: Table, commands: str) -> Flow[None]:
+    """Run what `changes` found, in one transaction, which waits no longer than 2 s for the table.
+
+    Raises:
+        ConfigError: the role does not own the table.
+        StoreUnavailableError: another transaction holds it.
+    """
+    try:
+        yield from do(_script("migrate", commands))
+    except PgkvError as error:
+        raise _explained(error, table) from error.__cause__
+
+
 def recreate(table: Table) -> Flow[None]:
     """Drop the table with everything in it and create it again, in one transaction."""
     commands = f"DROP TABLE IF EXISTS {table.quoted}; {create_sql(table)}"
     yield from do(_script("recreate_table", commands))
+
+
+# Lock tables of 0.1 had a second index: with it no update is heap-only.
+_SURPLUS: Statement[list[str]] = Statement(
+    "migrate",
+    "SELECT quote_ident(conname) FROM pg_constraint WHERE conrelid = to_regclass($1) "
+    "AND contype = 'u' AND pg_get_constraintdef(oid) = 'UNIQUE (key, version)'",
+    (TEXT,),
+    lambda result: [(result.get_value(n, 0) or b"").decode() for n in range(result.ntuples)],
+    retry_safe=True,
+    writes=False,
+)
 
 
 def _columns(table: Table) -> Op[dict[str, str]]:

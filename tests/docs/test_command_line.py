@@ -167,7 +167,6 @@ def sessions(where: Path) -> Iterator[tuple[str, str, str, int]]:
         yield line, wanted, visible(here[2]), int(following[0])
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.skipif(not servers.installed(), reason="no PostgreSQL server programs here")
 def test_its_sessions_are_what_a_terminal_shows() -> None:
     """Each command of the page, in order, prints what stands below it, but for numbers; and succeeds,

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import random
 
-import pytest
-
 from tests.interleavings.soak import soak
 
 
-@pytest.mark.timeout(300)
 def test_a_minute_of_everything_at_once() -> None:
     """Totals are exact, nothing grows, and nothing that was promised is broken under random faults."""
     # In no hurry: other tests run at the same time.

@@ -33,7 +33,7 @@ class Installed:
 
     def run(self, *command: str, cwd: Path) -> subprocess.CompletedProcess[str]:
         """Run a program of the environment in cwd, seeing nothing of the one that runs the tests."""
-        return run([str(self.bin / command[0]), *command[1:]], cwd=cwd, timeout=60)
+        return run([str(self.bin / command[0]), *command[1:]], cwd=cwd, timeout=300)
 
 
 def run(command: list[str], *, cwd: Path, timeout: float) -> subprocess.CompletedProcess[str]:
@@ -62,7 +62,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     run_or_fail(
         [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(source)],
         cwd=out,
-        timeout=120,
+        timeout=300,
     )
     (sdist,) = out.glob("*.tar.gz")
     (wheel,) = out.glob("*.whl")

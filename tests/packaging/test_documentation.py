@@ -38,7 +38,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
         str(ROOT / "docs"),
         str(folder / "html"),
     ]
-    done = run([*command, *places], cwd=ROOT, timeout=110)
+    done = run([*command, *places], cwd=ROOT, timeout=500)
     assert done.returncode == 0, done.stderr
     return folder / "html"
 

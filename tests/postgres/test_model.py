@@ -308,7 +308,6 @@ def machine(
     return StoreMachine
 
 
-@pytest.mark.timeout(600)  # seconds that shrinking a failure may take; without one it takes three
 @pytest.mark.parametrize(
     "strategy", [pgkv.TtlCleanupStrategy.ON_READ, pgkv.TtlCleanupStrategy.MANUAL]
 )

@@ -19,7 +19,18 @@ from pgkv.cli import main
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = (
     *("get", "set", "delete", "scan", "load", "dump", "stats", "sweep", "evict"),
-    *("doctor", "schema", "locks", "lock", "cache", "limits", "sessions", "idempotency", "queue"),
+    *(
+        "doctor",
+        "schema",
+        "migrate",
+        "locks",
+        "lock",
+        "cache",
+        "limits",
+        "sessions",
+        "idempotency",
+        "queue",
+    ),
     *("worker", "demo"),
 )
 NOWHERE = "postgresql://somebody:hunter2@127.0.0.1:1/db"

@@ -43,7 +43,7 @@ def test_a_period_may_be_a_timedelta() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "10", "10/x", "-1/s", "10/s burst", "10/s burst 0", "0/s", "1.5/s", "10/month"]
+    "text", ["", "10", "10/x", "-1/s", "10/s burst", "10/s burst 0", "0/s", "1.5/s", "10/fortnight"]
 )
 def test_what_is_no_rate_is_refused(text: str) -> None:
     """Nothing is guessed: a text that is no rate is a ConfigError."""
