@@ -311,7 +311,9 @@ def test_every_pattern_in_the_stores_table_is_kept() -> None:
     assert marks == set(KEPT)
 
 
-OVERSHOOT = 1.4  # of the bound, while 8 processes write as fast as they can; it catches up at once
+# Of the bound, while 8 processes write as fast as they can: 1.1 to 1.25 as a rule, 1.5 where 30 processes
+# share two cores. Eviction that did nothing would leave 4.2.
+OVERSHOOT = 2.5
 STORM = 400 * int(os.environ.get("PGKV_STORM", "1"))  # sets of each process
 WRITER = """
 import sys, pgkv
