@@ -94,7 +94,7 @@ async def test_none_is_kept_where_one_is_not_granted(
             started = time.monotonic()
             with pytest.raises(LockTimeoutError, match="'b'"):
                 await locks[0].acquire_many(locks, timeout=timeout)
-            assert time.monotonic() - started < timeout + 5
+            assert time.monotonic() - started < timeout + 20  # without the deadline: for ever
             assert held(peer) == ["b"]
         assert peer.one("SELECT count(*) FROM kv_store_locks") == 2, "no mark of a call taken back"
         other.check()
@@ -120,7 +120,7 @@ async def test_the_first_is_renewed_while_the_second_is_waited_for(
     store: Any, colour: Colour, peer: Peer
 ) -> None:
     """A wait that is longer than the ttl loses nothing."""
-    a, b = locks_of(colour, store, "ab", ttl=6)
+    a, b = locks_of(colour, store, "ab", ttl=9)
     expires = "SELECT expires_at FROM kv_store_locks WHERE key = 'a'"
     other = await b.acquire()
     waiting = asyncio.ensure_future(_acquired(a, [a, b]))
@@ -138,19 +138,19 @@ async def _acquired(lock: Any, locks: list[Any], **options: Any) -> Any:
 
 
 async def test_one_that_is_lost_meanwhile_is_an_error(
-    store: Any, colour: Colour, peer: Peer
+    store: Any, colour: Colour, peer: Peer, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A lease that ended while the others were waited for is not handed out, nor are these."""
-    (a,) = locks_of(colour, store, "a", ttl=0.6, renew=False)
-    (b,) = locks_of(colour, store, "b")
+    a, b = locks_of(colour, store, "ab", ttl=6)
     other = await b.acquire()
     waiting = asyncio.ensure_future(_acquired(a, [b, a]))
-    await until(lambda: "a" in held(peer), "a is held")
-    await until(lambda: "a" not in held(peer), "its time has passed")
+    await until(lambda: held(peer) == ["b", "a"], "a is held, b waited for")
+    peer.run("UPDATE kv_store_locks SET version = version + 1 WHERE key = 'a'")
+    await until(lambda: "pgkv.lock.lost" in caplog.text, "its holder knows")
     await other.release()
     with pytest.raises(LeaseLostError, match="'a'"):
         await waiting
-    assert held(peer) == []
+    assert "b" not in held(peer)
 
 
 async def test_a_loss_in_the_block_is_told_and_the_others_are_released(
