@@ -112,3 +112,20 @@ def test_the_diagram_shows_the_modules_of_today() -> None:
     """docs/architecture.svg is what docs/diagram.py draws from the layers in pyproject.toml; if not:
     `python docs/diagram.py`."""
     assert PICTURE.read_text("utf-8") == drawing()
+
+
+ARCHAIC = re.compile(
+    r"\b(whoever|somebody|nobody|whom|beside|anew|so\s+many|so\s+long|in\s+vain|dearer|dearest|shall|of\s+which\s+one"
+    r"|seen\s+to|is\s+lent|as\s+it\s+is)\b",
+    re.IGNORECASE,
+)
+CODE = re.compile(r"^```.*?^```|`[^`]+`", re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if page.name != "CHANGELOG.md"], ids=name_of
+)
+def test_pages_use_plain_words(page: Path) -> None:
+    """The prose of a page is in plain, present-day English."""
+    prose = CODE.sub("", page.read_text("utf-8"))
+    assert [found.group() for found in ARCHAIC.finditer(prose)] == []

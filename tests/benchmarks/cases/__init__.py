@@ -49,7 +49,7 @@ TOPICS = (
     Topic(
         "A hundred keys",
         "One call for all of them; the pipeline is fifty `get`, twenty-five `set` and as many"
-        " `increment`. With so many keys the client's own work counts: *redis-py* has its parser"
+        " `increment`. With a hundred keys the client's own work counts: *redis-py* has its parser"
         " from hiredis, in C; *libmc* is C++, *pymemcache* Python.",
         (batch, pipeline),
     ),
