@@ -215,8 +215,13 @@ def on_operation(hook: OperationHook) -> Callable[[], None]:
 def notify(
     op: Op[Any], started: float, answer: Any = None, error: BaseException | None = None
 ) -> None:
-    """Tell the hooks of an operation that began at that monotonic time."""
-    _tell(tuple(hooks), OperationEvent(op, monotonic() - started, answer, error))
+    """Tell the hooks, in the caller's context, of an operation that began at that monotonic time."""
+    event = OperationEvent(op, monotonic() - started, answer, error)
+    context = getattr(op, "context", None)
+    if context is None:
+        _tell(tuple(hooks), event)
+    else:
+        context.run(_tell, tuple(hooks), event)
 
 
 def _tell(told: Iterable[EventHook], event: Event) -> None:

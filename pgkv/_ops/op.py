@@ -8,6 +8,7 @@ algorithm is written once. This module imports no psycopg and performs nothing.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Generator, Sequence
+from contextvars import Context
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeAlias, TypeVar
@@ -87,9 +88,10 @@ class Op(Generic[T]):
     """One call of a statement. A plain class: a frozen dataclass costs three times as much,
     and one of these is made for every operation."""
 
-    __slots__ = ("decode", "params", "retries", "statement")
+    __slots__ = ("context", "decode", "params", "retries", "statement")
 
     retries: int  # set only where an operation was repeated
+    context: Context  # its caller's; set only where another task may tell the hooks
 
     def __init__(
         self,

@@ -29,8 +29,8 @@ class PgkvInstrumentor(instrumentor.BaseInstrumentor):  # type: ignore[name-defi
     The histogram ``db.client.operation.duration`` counts every operation, a batch once. Spans are
     made inside a recording span only, so background sweeps and polls make none; ``instrument(spans=
     "always")`` makes one for every operation, ``"never"`` none. Both respect
-    ``suppress_instrumentation()``. With ``coalesce=True`` operations of several tasks travel
-    together, and a span may have the parent of another task of the same turn.
+    ``suppress_instrumentation()``. With ``coalesce=True`` an operation keeps its own task's parent;
+    several ``get`` calls become one ``get_many``, whose span has the parent of the first.
     """
 
     _remove: Callable[[], None] | None = None

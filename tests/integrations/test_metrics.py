@@ -225,6 +225,47 @@ def test_spans_have_the_parent_of_their_thread_or_task(dsn: str, seen: Seen) -> 
 
 
 @newest
+def test_operations_that_travel_together_have_the_parents_of_their_own_tasks(
+    dsn: str, seen: Seen
+) -> None:
+    instrument(seen)
+    gate = asyncio.Event()
+
+    async def tasks() -> None:
+        async with pgkv.AsyncStore.connect(dsn, coalesce=True) as store:
+            await store.set("ready", b"v")
+
+            async def work(name: str, call: Any) -> None:
+                with seen.tracer.start_as_current_span(name):
+                    await gate.wait()
+                    await call
+
+            async def suppressed() -> None:
+                with suppress_instrumentation():
+                    await gate.wait()
+                    await store.set("suppressed", b"v")
+
+            calls = [work(f"write{n}", store.set(f"k{n}", b"v")) for n in range(4)]
+            calls += [work(f"read{n}", store.get(f"r{n}")) for n in range(3)]
+            waiting = [asyncio.create_task(each) for each in (suppressed(), *calls)]
+            await asyncio.sleep(0)
+            gate.set()  # all in one turn
+            await asyncio.gather(*waiting)
+
+    asyncio.run(tasks())
+    spans = seen.exporter.get_finished_spans()
+    names = {each.context.span_id: each.name for each in spans}
+    parents = sorted(
+        (each.name, names[each.parent.span_id]) for each in spans if each.parent is not None
+    )
+    # The reads are one statement: its span is a child of the first that asked.
+    assert parents == [
+        ("get_many kv_store", "read0"),
+        *(("set kv_store", f"write{n}") for n in range(4)),
+    ]
+
+
+@newest
 def test_attributes_follow_the_conventions(dsn: str, seen: Seen) -> None:
     instrument(seen, spans="always")
     with pgkv.Store.connect(dsn) as store:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Coroutine, Sequence
+from contextvars import copy_context
 from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
@@ -99,6 +100,8 @@ class CoalescingChannel:
             loop.call_soon(self._send)
             self._deadline = self.until()
         deadline = self._deadline
+        if _observe.hooks:
+            op.context = copy_context()
         self._turn.append((op, future))
         try:
             answer = await future
@@ -151,6 +154,8 @@ class CoalescingChannel:
             return
         found: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         merged = self._sql[table].get_raw({key for op, _ in gets if (key := op.params[0])})
+        if _observe.hooks and (context := getattr(gets[0][0], "context", None)):
+            merged.context = context
         rest = [each for each in turn if each[0].statement.name != "get"]
         if rest:
             await self._together(table, [(merged, found), *rest], deadline)
