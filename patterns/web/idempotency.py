@@ -254,6 +254,27 @@ class IdempotentRequests:
                 self.give(attempt, StoredResponse.of(response, self.max_body))
         return response
 
+    async def run_async(
+        self,
+        environ: Any,
+        read: Callable[[], Any],
+        request: Any,
+        view: Callable[[], Any],
+        make: Callable[[bytes | None, int, dict[str, str]], Any],
+    ) -> Any:
+        """Run an async view whose request has an environ too; see `run`."""
+        async with AsyncExitStack() as stack:
+            flow = self.claim(HttpRequest(environ), read, stack.enter_async_context, request)
+            try:
+                attempt = await drive_async(flow)
+            except RefusedRequest as refused:
+                status, headers, body = refused.response
+                return make(body, status, dict(headers))
+            response = await view()
+            if attempt is not None:
+                self.give(attempt, StoredResponse.of(response, self.max_body))
+        return response
+
 
 def idempotent_attempt(request: Any) -> Any:
     """Return the attempt of a request, for ``attempt.complete(response, conn)``; None where it has no

@@ -408,3 +408,57 @@ store.close()
     )
     assert done.returncode == 0, done.stderr
     assert payments.execute("SELECT count(*) FROM payments").fetchall() == [(2,)]
+
+
+def test_django_decorates_an_async_view(dsn: str, payments: psycopg.Connection) -> None:
+    """It runs in the event loop; a blocking idempotency before it is refused."""
+    program = f"""
+import asyncio, django, pgkv, psycopg
+from django.conf import settings
+settings.configure(ROOT_URLCONF="__main__", ALLOWED_HOSTS=["*"], SECRET_KEY="x")
+django.setup()
+from django.http import JsonResponse
+from django.test import AsyncClient
+from django.urls import path
+from pgkv.integrations.django.idempotency import idempotent
+store = pgkv.AsyncStore(pgkv.Config({dsn!r}))
+loops = []
+
+@idempotent(pgkv.AsyncIdempotency(store), scope="")
+async def pay(request):
+    loops.append(asyncio.get_running_loop())
+    async with await psycopg.AsyncConnection.connect({dsn!r}) as conn:
+        await conn.execute("INSERT INTO payments VALUES (7)")
+        response = JsonResponse({{"paid": 7}}, status=201)
+        await pgkv.idempotent_attempt(request).complete(response, conn)
+    return response
+
+urlpatterns = [path("pay", pay)]
+
+async def main():
+    browser = AsyncClient()
+    async def ask(body):
+        return await browser.post("/pay", body, "text/plain", headers={{"Idempotency-Key": "k"}})
+    one, two = await ask("1"), await ask("1")
+    assert (one.status_code, one.content) == (two.status_code, two.content) == (201, b'{{"paid": 7}}')
+    assert two.headers["Idempotent-Replayed"] == "true"
+    assert (await ask("2")).status_code == 422
+    assert loops == [asyncio.get_running_loop()]
+    await store.close()
+
+asyncio.run(main())
+blocking = pgkv.Idempotency(pgkv.Store(pgkv.Config({dsn!r})))
+async def view(request): ...
+try:
+    idempotent(blocking, scope="")(view)
+except pgkv.ConfigError as error:
+    print(error)
+else:
+    raise SystemExit("a blocking idempotency was taken")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], check=False, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert "AsyncIdempotency" in done.stdout
+    assert payments.execute("SELECT count(*) FROM payments").fetchall() == [(1,)]

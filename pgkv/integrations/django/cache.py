@@ -22,6 +22,7 @@ Call = Callable[[Any], Any]  # of a Store, which answers, or an AsyncStore, whic
 
 _FIELDS = frozenset(field.name for field in fields(Config)) - {"dsn"}
 _DJANGOS = frozenset(("MAX_ENTRIES", "CULL_FREQUENCY"))
+_LEAST = 100  # entries: a smaller bound cannot be kept by samples
 _INSTANT = 1e-6  # seconds: over when the next statement begins
 
 
@@ -51,6 +52,8 @@ class PgkvCache(BaseCache):
       ``loads(bytes)``; pickle by default, as in Django's own backends. Integers are kept as text.
     - ``atomic``: True makes blocking calls part of an open ``transaction.atomic()`` of the
       database that ``LOCATION`` names: they commit and roll back with it.
+    - ``MAX_ENTRIES``: `Config`'s ``max_entries``, at least 100. There is no bound without it.
+      ``CULL_FREQUENCY`` has no effect: no more is evicted than the bound asks for.
 
     ``clear()`` empties the table, the entries of other prefixes and versions included.
 
@@ -70,10 +73,12 @@ class PgkvCache(BaseCache):
         self._config: Config | None = None
         self._atomic: bool = options.pop("atomic", False)
         self._options = {name: value for name, value in options.items() if name not in _DJANGOS}
+        if options.get("MAX_ENTRIES", params.get("max_entries")) is not None:
+            self._options.setdefault("max_entries", max(self._max_entries, _LEAST))
         if unknown := sorted(self._options.keys() - _FIELDS):
             raise ConfigError(
                 f"CACHES has no OPTIONS {', '.join(unknown)}; there are serializer, atomic, "
-                f"{', '.join(sorted(_FIELDS))}"
+                f"{', '.join(sorted(_FIELDS | _DJANGOS))}"
             )
         if self._atomic and is_dsn(location):
             raise ConfigError(

@@ -14,10 +14,11 @@ from django.test import TestCase, override_settings
 )
 class PgkvCacheTests(BaseCacheTests, TestCase):
     def test_cull(self):
-        """MAX_ENTRIES has no effect yet: nothing is removed but what has expired."""
+        """Django's asks for 29 of 49. A bound is 100 entries at least here, and of a whole table."""
         self._perform_cull_test("cull", 50, 49)
 
     def test_zero_cull(self):
+        """Django's asks for 19, as CULL_FREQUENCY says. No more goes than the bound asks for."""
         self._perform_cull_test("zero_cull", 50, 49)
 
     def test_the_caches_share_one_store(self):

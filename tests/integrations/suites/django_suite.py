@@ -28,6 +28,11 @@ settings.configure(
     CACHES={
         "default": {"BACKEND": BACKEND},
         "atomic": {"BACKEND": BACKEND, "OPTIONS": {"atomic": True, "table_name": "atomic_cache"}},
+        "small": {"BACKEND": BACKEND, "OPTIONS": {"MAX_ENTRIES": 30, "table_name": "small_cache"}},
+        "large": {
+            "BACKEND": BACKEND,
+            "OPTIONS": {"MAX_ENTRIES": 5000, "table_name": "large_cache"},
+        },
     },
     SESSION_ENGINE="pgkv.integrations.django.sessions",
     INSTALLED_APPS=[
@@ -229,6 +234,16 @@ def test_a_cache_inside_atomic_commits_and_rolls_back_with_it():
     with transaction.atomic():
         joined.set("k", "after")
     assert joined.get("k") == "after"
+
+
+def test_max_entries_is_the_bound_of_the_table():
+    """At least 100; a cache that names none has no bound."""
+    bounds = [caches[each].config.max_entries for each in ("small", "large", "default")]
+    assert bounds == [100, 5000, None]
+    for first in range(0, 600, 100):
+        caches["small"].set_many({f"n{first + each}": "x" for each in range(100)})
+    caches["small"]._store.evict()
+    assert caches["small"]._store.count() <= 100
 
 
 def test_async_methods_run_on_the_event_loop_and_end_with_it():
