@@ -235,15 +235,16 @@ class IdempotentRequests:
 
     def run(
         self,
-        environ: Any,
+        scope: Any,
         read: Callable[[], Any],
         request: Any,
         view: Callable[[], Any],
         make: Callable[[bytes | None, int, dict[str, str]], Any],
     ) -> Any:
-        """Run a view of a WSGI framework, or `make` the response without it."""
+        """Run a view of a framework, or `make` the response without it. `scope` is the request's ASGI
+        scope or WSGI environ."""
         with ExitStack() as stack:
-            flow = self.claim(HttpRequest(environ), read, stack.enter_context, request)
+            flow = self.claim(HttpRequest(scope), read, stack.enter_context, request)
             try:
                 attempt = drive(flow)
             except RefusedRequest as refused:
@@ -256,15 +257,15 @@ class IdempotentRequests:
 
     async def run_async(
         self,
-        environ: Any,
+        scope: Any,
         read: Callable[[], Any],
         request: Any,
         view: Callable[[], Any],
         make: Callable[[bytes | None, int, dict[str, str]], Any],
     ) -> Any:
-        """Run an async view whose request has an environ too; see `run`."""
+        """Run an async view; see `run`."""
         async with AsyncExitStack() as stack:
-            flow = self.claim(HttpRequest(environ), read, stack.enter_async_context, request)
+            flow = self.claim(HttpRequest(scope), read, stack.enter_async_context, request)
             try:
                 attempt = await drive_async(flow)
             except RefusedRequest as refused:

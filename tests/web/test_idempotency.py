@@ -433,10 +433,19 @@ async def pay(request):
         await pgkv.idempotent_attempt(request).complete(response, conn)
     return response
 
-urlpatterns = [path("pay", pay)]
+blocking = pgkv.Idempotency(pgkv.Store(pgkv.Config({dsn!r})))
+
+@idempotent(blocking, scope="")
+def sync_pay(request):  # in a thread, as Django runs it under ASGI
+    return JsonResponse({{"attempt": pgkv.idempotent_attempt(request) is not None}})
+
+urlpatterns = [path("pay", pay), path("sync", sync_pay)]
 
 async def main():
     browser = AsyncClient()
+    for _ in range(2):
+        answer = await browser.post("/sync", headers={{"Idempotency-Key": "s"}})
+        assert answer.json() == {{"attempt": True}}, answer
     async def ask(body):
         return await browser.post("/pay", body, "text/plain", headers={{"Idempotency-Key": "k"}})
     one, two = await ask("1"), await ask("1")
@@ -447,7 +456,6 @@ async def main():
     await store.close()
 
 asyncio.run(main())
-blocking = pgkv.Idempotency(pgkv.Store(pgkv.Config({dsn!r})))
 async def view(request): ...
 try:
     idempotent(blocking, scope="")(view)

@@ -11,6 +11,7 @@ from django.http import HttpRequest, HttpResponse
 
 from ...patterns.idempotency.api import AsyncIdempotency, Idempotency
 from ...patterns.web.idempotency import IdempotencyOptions, IdempotentRequests
+from ...patterns.web.request import scope_of
 
 __all__ = ["idempotent"]
 
@@ -53,7 +54,7 @@ def idempotent(
 
             # ASGI's requests have their whole body before the view is called.
             call = functools.partial(view, request, *args, **kwargs)
-            return run(request.META, lambda: request.body, request, call, make)
+            return run(scope_of(request), lambda: request.body, request, call, make)
 
         return markcoroutinefunction(answer) if is_async else answer
 
