@@ -1,4 +1,4 @@
-"""The program of the page about outages, with its server killed."""
+"""The program of the section about outages, with its server killed."""
 
 from __future__ import annotations
 
@@ -9,14 +9,19 @@ from typing import Any
 from tests.faults.support import newest
 from tests.servers import Server
 
-PAGE = Path(__file__).parents[2] / "docs" / "degradation.md"
+PAGE = Path(__file__).parents[2] / "docs" / "deployment.md"
 pytestmark = newest
 
 
 def test_flask_program(make_server: Callable[..., Server]) -> None:
     """What needs the store says 503 and Retry-After; what does not goes on, then all does again."""
     server = make_server()
-    program = PAGE.read_text().split("```python\n")[1].split("```")[0]
+    program = (
+        PAGE.read_text()
+        .split("## When the server is away")[1]
+        .split("```python\n")[1]
+        .split("```")[0]
+    )
     told = f"Store.connect({server.dsn!r}, retry=None, connect_timeout=1)"
     names: dict[str, Any] = {}
     exec(program.replace('Store.embedded("./data")', told), names)  # the page's own
