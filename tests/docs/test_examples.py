@@ -128,6 +128,15 @@ def test_leader_cron(run: Run) -> None:
 
 
 @newest
+def test_periodic_jobs(run: Run) -> None:
+    """A scheduler is killed, another goes on, and each slot runs once."""
+    lines = run("periodic_jobs")
+    [killed], [next_one] = numbers(lines[0]), numbers(lines[1])
+    assert killed != next_one
+    assert re.fullmatch(r"\d+ runs, 0 doubled, 0 missing", lines[-1])
+
+
+@newest
 def test_scraper(run: Run) -> None:
     """Forty-eight requests of four processes take as long as the rate asks."""
     requests, processes, seconds = numbers(run("scraper")[0])
