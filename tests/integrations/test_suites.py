@@ -2,8 +2,8 @@
 
 Each suite of `suites/` runs in a process of its own, with pytest settings of its own. Those of Django
 come with its source distribution, those of dogpile.cache and LangChain with what is installed. Of
-cachelib, py-key-value and limits they stand in the repository only: they run where PGKV_UPSTREAM
-names a folder with checkouts of these.
+cachelib, py-key-value, limits, Flask and Starlette they stand in the repository only: they run where
+PGKV_UPSTREAM names a folder with checkouts of these.
 """
 
 from __future__ import annotations
@@ -135,3 +135,50 @@ def test_limits_own(suite_dsn: str) -> None:
     assert (
         passed(suite_dsn, *options, *modules, cwd=Path(UPSTREAM, "limits"), path=str(SUITES)) >= 37
     )
+
+
+# What Flask's tests ask of its own session that this one does otherwise, or that is not about sessions.
+FLASK_LEFT_OUT = {
+    "test_session_path": "SESSION_COOKIE_* are not read: their defaults are not safe",
+    "test_session_using_application_root": "SESSION_COOKIE_* are not read",
+    "test_session_using_session_settings": "SESSION_COOKIE_* are not read",
+    "test_session_using_samesite_attribute": "SESSION_COOKIE_* are not read",
+    "test_missing_session": "no SECRET_KEY is needed",
+    "test_session_secret_key_fallbacks": "no SECRET_KEY is needed",
+    "test_session_transactions_no_null_sessions": "no SECRET_KEY is needed",
+    "test_session_expiration": "the cookie has Max-Age in place of Expires",
+    "test_session_cookie_setting": "the cookie is sent again when a third of its life has gone",
+    "test_session_refresh_vary": "an answer that reads and writes no session depends on no cookie",
+    "test_bad_environ_raises_bad_request": "fails with Flask's own session too, with this Werkzeug",
+}
+
+
+@needs_checkouts
+def test_flasks_own(suite_dsn: str) -> None:
+    """All of Flask's tests but those of its command."""
+    left_out = f"not ({' or '.join(FLASK_LEFT_OUT)})"
+    options = ("-p", "flask_plugin", "-o", "python_files=test_*.py", "--rootdir=.", "-k", left_out)
+    where = Path(UPSTREAM, "flask")
+    done = passed(
+        suite_dsn, *options, "tests", "--ignore=tests/test_cli.py", cwd=where, path=str(SUITES)
+    )
+    assert done >= 419
+
+
+STARLETTE_LEFT_OUT = {
+    "test_session_expires": "max_age=-1 is refused: a cookie that is over at once is a mistake",
+    "test_session_cookie_subpath": "it looks for path=; the cookie has Path=",
+    "test_domain_cookie": "it looks for domain=; the cookie has Domain=",
+    "trio": "pgkv runs on asyncio",
+}
+
+
+@needs_checkouts
+def test_starlettes_own(suite_dsn: str) -> None:
+    """Its tests of the session middleware."""
+    left_out = f"not ({' or '.join(STARLETTE_LEFT_OUT)})"
+    plugins = ("-p", "starlette_plugin", "-p", "anyio")
+    options = (*plugins, "-o", "python_files=test_*.py", "--rootdir=.", "-k", left_out)
+    where = Path(UPSTREAM, "starlette")
+    file = "tests/middleware/test_session.py"
+    assert passed(suite_dsn, *options, file, cwd=where, path=str(SUITES)) == 4
