@@ -1221,3 +1221,24 @@ async def test_cancelling_a_gather(make_store: MakeStore, peer: Peer) -> None:
                     group.create_task(store.set(f"k{number}", "v"))
                 group.create_task(fail(store.get("k0")))
     await whole(store, peer, 5)
+
+
+async def test_answers_that_are_read_while_writing_are_heard(
+    dsn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """libpq reads when it writes: the last answer may be there before the socket is readable again."""
+    original = AsyncPgConnection._on_writable
+
+    def late(self: AsyncPgConnection) -> None:
+        time.sleep(0.05)  # all that was sent is answered by now
+        original(self)
+
+    monkeypatch.setattr(AsyncPgConnection, "_on_writable", late)
+    value = b"x" * 100_000
+    async with AsyncStore.connect(dsn) as store:
+        for _ in range(2):
+            async with store.pipeline() as pipe:
+                for number in range(100):
+                    pipe.set(f"k{number}", value)
+                    last = pipe.get(f"k{number}")
+            assert last.result() == value

@@ -413,11 +413,13 @@ class AsyncPgConnection:
 
     def _on_writable(self) -> None:
         try:
-            self._consume()  # a server whose answers are not read stops reading questions
             if not self._flush():
                 self._stop_writing()
         except psycopg.Error as error:
             self._break(error)
+        # libpq may have read answers while it wrote, and for what it has read the loop calls nobody.
+        if self._waiter is not None:
+            self._on_readable()
 
     def _resolve(self, answer: Any) -> None:
         waiter, self._waiter = self._waiter, None

@@ -217,7 +217,7 @@ class PgConnection:
             milliseconds = seconds * 1000.0
             if self.flush():
                 self._finish_sending(deadline)
-                milliseconds = (deadline - monotonic()) * 1000.0
+                begun = True  # it may have read all of the answer
             if begun or milliseconds > self._nap_ms:
                 self._wait(deadline)
             else:
