@@ -157,11 +157,16 @@ class Proxy:
     def refuse(self) -> None:
         """Take no more connections: "connection refused". Those that are open stay."""
 
-        async def end() -> None:
-            assert self._listener is not None
-            self._listener.close()
+        self._on_loop(self._close_listener())
 
-        self._on_loop(end())
+    async def _close_listener(self) -> None:
+        """asyncio drops a connection without closing it that it accepted in the turn of the close."""
+        assert self._listener is not None
+        for listening in self._listener.sockets:
+            self._loop.remove_reader(listening.fileno())
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        self._listener.close()
 
     @property
     def connections(self) -> int:
@@ -172,8 +177,7 @@ class Proxy:
         """End the proxy and every connection through it."""
 
         async def end() -> None:
-            assert self._listener is not None
-            self._listener.close()
+            await self._close_listener()
             # What was accepted a moment ago has no task yet, or one that has not begun: look until
             # there was nothing for a while.
             quiet = 0
