@@ -150,6 +150,7 @@ def no_connection(config: Config, action: str, seconds: float) -> StoreUnavailab
     own deadline."""
     by_connecting = seconds > 0.95 * config.connect_timeout  # some of it may have passed before
     limit = "connect_timeout" if by_connecting else "the time for the call"
+    seconds = config.connect_timeout if by_connecting else seconds
     return StoreUnavailableError(
         f"{action}: no connection to PostgreSQL within {seconds:.3g} s ({limit})"
     )

@@ -417,7 +417,7 @@ class AsyncPgConnection:
                 self._stop_writing()
         except psycopg.Error as error:
             self._break(error)
-        # libpq may have read answers while it wrote, and for what it has read the loop calls nobody.
+        # libpq may have read answers while it wrote: for those the socket is not readable again.
         if self._waiter is not None:
             self._on_readable()
 
