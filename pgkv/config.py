@@ -27,7 +27,8 @@ OnAway: TypeAlias = Literal["raise", "miss"]
 
 EMBEDDED_SCHEME = "embedded://"
 KEY_LENGTH_MAX = 2600  # bytes; a btree entry must fit a third of an 8 kB page (2,704)
-IDENTIFIER_MAX = SCHEMA_NAME_MAX = 63  # bytes; PostgreSQL cuts a longer name
+ENTRIES_MIN, BYTES_MIN = 100, 1 << 20  # of a bound: a smaller one cannot be kept by samples
+IDENTIFIER_MAX = 63  # bytes; PostgreSQL cuts a longer name
 TABLE_NAME_MAX = 54  # bytes; what pgkv adds for other tables and indexes is shortened at need
 SECONDS_MAX = 1e9  # 31 years; the waits of threads and sockets overflow far beyond
 VALUE_SIZE_MAX = 1 << 30  # bytea's own limit, 1 GiB
@@ -209,7 +210,7 @@ class Config:
         _require_dsn(self.dsn)
         _require_name("table_name", self.table_name, TABLE_NAME_MAX)
         if self.schema is not None:
-            _require_name("schema", self.schema, SCHEMA_NAME_MAX)
+            _require_name("schema", self.schema, IDENTIFIER_MAX)
         for name, kind in _ENUMS.items():
             value = getattr(self, name)
             if not isinstance(value, kind):
@@ -220,7 +221,7 @@ class Config:
                 raise ConfigError(f"{name} must be True or False")
         if self.on_error not in ("raise", "miss"):
             raise ConfigError(f"on_error must be 'raise' or 'miss', not {self.on_error!r}")
-        for name, least in (("max_entries", 100), ("max_bytes", 1 << 20)):
+        for name, least in (("max_entries", ENTRIES_MIN), ("max_bytes", BYTES_MIN)):
             if getattr(self, name) is not None:
                 require_int(name, getattr(self, name), least, 1 << 60)
                 if self.ttl_cleanup_strategy is TtlCleanupStrategy.DISABLED:

@@ -134,15 +134,16 @@ class Charge:
     def __init__(
         self, incs: Sequence[int], caps: Sequence[int], shape: Shape | None = None
     ) -> None:
-        self.shape: Shape = shape or len(incs)
-        self.short: object = -shape if isinstance(shape := self.shape, int) else ("charge", shape)
+        shape = shape or len(incs)
+        self.shape: Shape = shape
+        self.short: object = -shape if isinstance(shape, int) else ("charge", shape)
         self.incs: Sequence[int] = incs
         self.caps: Sequence[int] = caps
         pairs = zip(incs, caps, strict=True)
         self.params: tuple[bytes, ...] = tuple(
             _codec.encode_int8(n) for pair in pairs for n in pair
         )
-        self.read: Callable[[Result], Arrival | Signal] = HitReader(incs, caps, self.shape)
+        self.read: Callable[[Result], Arrival | Signal] = HitReader(incs, caps, shape)
 
 
 @dataclass(frozen=True, slots=True)

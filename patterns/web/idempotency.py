@@ -233,47 +233,35 @@ class IdempotentRequests:
         elif not attempt._completed:
             attempt.result = response
 
-    def run(
-        self,
-        scope: Any,
-        read: Callable[[], Any],
-        request: Any,
-        view: Callable[[], Any],
-        make: Callable[[bytes | None, int, dict[str, str]], Any],
-    ) -> Any:
-        """Run a view of a framework, or `make` the response without it. `scope` is the request's ASGI
-        scope or WSGI environ."""
+    def run(self, *given: Any) -> Any:
+        """Run a view of a framework, or answer without it; as of `_run`."""
         with ExitStack() as stack:
-            flow = self.claim(HttpRequest(scope), read, stack.enter_context, request)
-            try:
-                attempt = drive(flow)
-            except RefusedRequest as refused:
-                status, headers, body = refused.response
-                return make(body, status, dict(headers))
-            response = view()
-            if attempt is not None:
-                self.give(attempt, StoredResponse.of(response, self.max_body))
-        return response
+            return drive(self._run(stack.enter_context, *given))
 
-    async def run_async(
-        self,
-        scope: Any,
-        read: Callable[[], Any],
-        request: Any,
-        view: Callable[[], Any],
-        make: Callable[[bytes | None, int, dict[str, str]], Any],
-    ) -> Any:
+    async def run_async(self, *given: Any) -> Any:
         """Run an async view; see `run`."""
         async with AsyncExitStack() as stack:
-            flow = self.claim(HttpRequest(scope), read, stack.enter_async_context, request)
-            try:
-                attempt = await drive_async(flow)
-            except RefusedRequest as refused:
-                status, headers, body = refused.response
-                return make(body, status, dict(headers))
-            response = await view()
-            if attempt is not None:
-                self.give(attempt, StoredResponse.of(response, self.max_body))
+            return await drive_async(self._run(stack.enter_async_context, *given))
+
+    def _run(
+        self,
+        enter: Callable[[Any], Any],
+        scope: Any,
+        read: Callable[[], Any],
+        request: Any,
+        view: Callable[[], Any],
+        make: Callable[[bytes | None, int, dict[str, str]], Any],
+    ) -> Flow[Any]:
+        """Run the view, or `make` the response without it. `scope` is the request's ASGI scope or WSGI
+        environ, and `read` returns its body."""
+        try:
+            attempt = yield from self.claim(HttpRequest(scope), read, enter, request)
+        except RefusedRequest as refused:
+            status, headers, body = refused.response
+            return make(body, status, dict(headers))
+        response = yield from call(view)
+        if attempt is not None:
+            self.give(attempt, StoredResponse.of(response, self.max_body))
         return response
 
 

@@ -22,7 +22,14 @@ import typer
 from typer.core import TyperCommand, TyperGroup, TyperOption
 
 from .. import __version__, embedded
-from ..config import EMBEDDED_SCHEME, Config, Pooler, dsn_from_environment
+from ..config import (
+    BYTES_MIN,
+    EMBEDDED_SCHEME,
+    ENTRIES_MIN,
+    Config,
+    Pooler,
+    dsn_from_environment,
+)
 from ..errors import (
     ConfigError,
     InvalidKeyError,
@@ -90,10 +97,11 @@ def flag(*names: str, help: str) -> Any:  # as typer calls it
 
 # Of what is about a bound on a table's size.
 MaxEntries: TypeAlias = Annotated[
-    int | None, typer.Option("--max-entries", metavar="N", min=100, help="Keep about N keys.")
+    int | None,
+    typer.Option("--max-entries", metavar="N", min=ENTRIES_MIN, help="Keep about N keys."),
 ]
 MaxBytes: TypeAlias = Annotated[
-    int | None, typer.Option("--max-bytes", metavar="N", min=1 << 20, help="Keep about N bytes.")
+    int | None, typer.Option("--max-bytes", metavar="N", min=BYTES_MIN, help="Keep about N bytes.")
 ]
 
 # Options of every command. One after the command's name overrides one before it.

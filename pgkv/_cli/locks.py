@@ -470,10 +470,8 @@ def _tell(keeper: int, line: str) -> None:
 def _kept(parent: int, keeper: int) -> Callable[[], None]:
     """Return a function for a child of `parent`, before it becomes the command: the kernel kills it
     when `parent` dies (Linux), and `keeper` its session."""
-    linux = sys.platform == "linux"
-    prctl = (
-        ctypes.CDLL(None).prctl if linux else None
-    )  # found before the fork: the child only calls it
+    # Found before the fork: the child only calls it.
+    prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
 
     def arrange() -> None:
         _tell(keeper, str(os.getpid()))

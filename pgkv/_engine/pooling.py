@@ -148,9 +148,9 @@ def busy(config: Config, action: str, *, by_pool: bool) -> PgkvError:
 def no_connection(config: Config, action: str, seconds: float) -> StoreUnavailableError:
     """The error when connecting neither succeeds nor fails: for connect_timeout, or until the call's
     own deadline."""
-    by_connecting = seconds > 0.95 * config.connect_timeout  # some of it may have passed before
-    limit = "connect_timeout" if by_connecting else "the time for the call"
-    seconds = config.connect_timeout if by_connecting else seconds
+    limit = "the time for the call"
+    if seconds > 0.95 * config.connect_timeout:  # some of it may have passed before
+        seconds, limit = config.connect_timeout, "connect_timeout"
     return StoreUnavailableError(
         f"{action}: no connection to PostgreSQL within {seconds:.3g} s ({limit})"
     )

@@ -13,7 +13,7 @@ from django.core.cache.backends.base import DEFAULT_TIMEOUT, BaseCache
 from django.db import DEFAULT_DB_ALIAS, connections
 from django.utils.module_loading import import_string
 
-from ...config import Config
+from ...config import ENTRIES_MIN, Config
 from ...errors import ConfigError, InvalidValueError
 from ...store import Store
 from .stores import STORES, config_for, is_dsn
@@ -22,7 +22,6 @@ Call = Callable[[Any], Any]  # of a Store, which answers, or an AsyncStore, whic
 
 _FIELDS = frozenset(field.name for field in fields(Config)) - {"dsn"}
 _DJANGOS = frozenset(("MAX_ENTRIES", "CULL_FREQUENCY"))
-_LEAST = 100  # entries: a smaller bound cannot be kept by samples
 _INSTANT = 1e-6  # seconds: over when the next statement begins
 
 
@@ -74,7 +73,7 @@ class PgkvCache(BaseCache):
         self._atomic: bool = options.pop("atomic", False)
         self._options = {name: value for name, value in options.items() if name not in _DJANGOS}
         if options.get("MAX_ENTRIES", params.get("max_entries")) is not None:
-            self._options.setdefault("max_entries", max(self._max_entries, _LEAST))
+            self._options.setdefault("max_entries", max(self._max_entries, ENTRIES_MIN))
         if unknown := sorted(self._options.keys() - _FIELDS):
             raise ConfigError(
                 f"CACHES has no OPTIONS {', '.join(unknown)}; there are serializer, atomic, "
