@@ -43,7 +43,7 @@ servers: ## more to test with, into .servers/: PostgreSQL 14, a PgBouncer that k
 	@sh tests/more_servers.sh
 
 interleavings: $(VENV)/.dev ## every order of statements, steps and bytecodes, within bounds; ARGS="lock 0000021" runs one again
-	@$(if $(ARGS),,PGKV_INTERLEAVINGS=full $(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal -rP -q \
+	@$(if $(ARGS),,PGKV_TESTS=full PGKV_INTERLEAVINGS=full $(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal -rP -q \
 		--timeout=3600 tests/interleavings -k "pairs or pool")
 	@$(BIN)/python -m tests.interleavings $(ARGS)
 
