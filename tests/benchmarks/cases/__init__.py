@@ -48,14 +48,14 @@ TOPICS = (
     ),
     Topic(
         "A hundred keys",
-        "One call for all of them; the pipeline is fifty `get`, twenty-five `set` and as many"
-        " `increment`. With a hundred keys the client's own work counts: *redis-py* has its parser"
-        " from hiredis, in C; *libmc* is C++, *pymemcache* Python.",
+        "One call for all of them. The pipeline is fifty `get`, twenty-five `set` and twenty-five"
+        " `increment`. With a hundred keys the client's own work counts: *redis-py* parses with hiredis,"
+        " in C. *libmc* is written in C++, *pymemcache* in Python.",
         (batch, pipeline),
     ),
     Topic(
         "Threads and tasks",
-        "Many callers of one store, in one process. *coalescing* is"
+        "Many callers share one store in one process. *coalescing* is"
         " `AsyncStore.connect(dsn, coalesce=True)`: one statement for all the reads of one turn of"
         " the event loop.",
         (threads, tasks),
@@ -64,40 +64,40 @@ TOPICS = (
         "Cached functions",
         "A function that returns a small dict, behind each library's decorator. dogpile.cache,"
         " cashews and aiocache keep it in Redis, diskcache in SQLite on the local disk,"
-        " `functools.lru_cache` in the process itself. A hit reads two keys: *get_many of 2* is"
-        " the store's own call for as many.",
+        " `functools.lru_cache` in the process itself. A hit of pgkv reads two keys, so the store's own"
+        " *get_many of 2* is shown too.",
         (cached,),
     ),
     Topic(
         "Rate limiter",
-        "Each library with what it recommends: *limits* counts in a sliding window, *throttled-py*"
-        " by GCRA, pgkv has token buckets. `prefetch=100` takes a hundred tokens at once and"
-        " `local_deny` remembers a refusal, so that neither asks the server each time. The"
+        "Each library uses the algorithm that it recommends: *limits* a sliding window, *throttled-py*"
+        " GCRA, pgkv token buckets. `prefetch=100` takes a hundred tokens at once and"
+        " `local_deny` remembers a refusal, so neither asks the server each time. The"
         " application behind the Starlette request does nothing.",
         (limiter,),
     ),
     Topic(
         "Sessions",
-        "Each library through the calls that its middleware makes. Django keeps its sessions in"
-        " the same PostgreSQL.",
+        "Each library is measured through the calls that its middleware makes. Django keeps its sessions"
+        " in the same PostgreSQL.",
         (session,),
     ),
     Topic(
         "Adapters",
-        "The interfaces of Django and limits, over pgkv and over what they bring themselves."
-        " *limits* and the sliding counter read before they write here; on Redis a script does both.",
+        "The interfaces of Django and limits, over pgkv and over their own backends."
+        " On pgkv, *limits* and the sliding counter read before they write. On Redis a script does both.",
         (adapters,),
     ),
     Topic(
         "Idempotency keys",
-        "An insert in a transaction, done once for a key. On Redis the record is apart from the effect: a"
-        " process that dies between the two does the work again.",
+        "An insert in a transaction, done once for a key. On Redis the record is separate from the effect:"
+        " if the process dies between the two, the work is done again.",
         (idempotency,),
     ),
     Topic(
         "Work queue",
         "A job of 100 bytes through an empty queue. *pgmq* and *procrastinate* are their statements on the"
-        " same PostgreSQL, without their clients; *RQ* is without the bookkeeping of its worker. Redis"
+        " same PostgreSQL, without their clients. *RQ* is without the bookkeeping of its worker. Redis"
         " does not wait for its disk.",
         (queue,),
     ),
@@ -105,19 +105,19 @@ TOPICS = (
         "Locks",
         "pgkv's default survives a crash of the server: each grant waits for the disk. With"
         " `durable=False` it does not survive one, nor do the others. An advisory lock has a"
-        " number for a name, no lease and no fencing token; a connection holds it, so that each"
-        " holder needs one of its own for as long.",
+        " number as its name, no lease and no fencing token. A connection holds it, so each"
+        " holder needs a connection of its own for that time.",
         (lock,),
     ),
     Topic(
         "A bound on size",
-        "A cache with room for a tenth of its keys. *Redis* has the memory that as many keys take there, and"
-        " evicts the best of five samples.",
+        "A cache with room for a tenth of its keys. *Redis* gets the memory that the same number of keys takes"
+        " there, and evicts the best of five samples.",
         (bounded,),
     ),
     Topic(
         "Size",
-        "What a large table costs, a hot key, and an iteration.",
+        "The cost of a large table, of a hot key, and of an iteration.",
         (size, counter, memory),
     ),
 )
