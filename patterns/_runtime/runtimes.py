@@ -96,12 +96,10 @@ class SyncRuntime(Runtime):
             known = self._background = backgrounds.get(self.channel, None)
         return known
 
-    def clean_up(
-        self, make: Callable[[], Flow[Any]], timeout: float | None, longest: float
-    ) -> None:
+    def clean_up(self, make: Callable[[], Flow[T]], timeout: float | None, longest: float) -> T:
         """Run a clean-up flow of its caller."""
         del longest  # nothing interrupts it here
-        self.channel.run(make(), timeout)
+        return self.channel.run(make(), timeout)
 
     def wait(self, waiter: Any, seconds: float) -> None:
         """Let time pass, less if the waiter is woken."""

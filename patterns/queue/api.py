@@ -38,8 +38,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 U = TypeVar("U")
 
-CLEAN_UP = 3.0  # seconds for a cancelled task to put its job back
-
 
 class Job(HeldJob[T]):
     """A job that was taken; made by `Queue.take`.
@@ -167,7 +165,7 @@ class AsyncJob(HeldJob[T]):
 
     async def _leave(self, error: BaseException | None) -> None:
         end = self._runtime.channel.run(flows.leave(self._runtime, self, error))
-        await (shielded(end, CLEAN_UP) if error is not None else end)
+        await (shielded(end, flows.CLEAN_UP[1]) if error is not None else end)
 
 
 class JobRuntime(SyncRuntime):
@@ -557,8 +555,8 @@ class AsyncQueue(_Jobs[T]):
         return cast("list[int]", await self._put_many(payloads, delay, at, priority))
 
     async def take(self, timeout: Seconds | None = 0) -> AsyncJob[T] | None:
-        """Take the next job; None if there is none. A cancelled call may leave one leased, which is
-        given out again at its lease's end."""
+        """Take the next job; None if there is none. A cancelled call waits for the answer to its
+        statement, and puts the job back."""
         longest = _codec.waiting(timeout)
         found = await self._pool.run(flows.take(self._runtime, self._options, 1, longest))
         return found[0] if found else None

@@ -10,6 +10,7 @@ import contextlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import partial
 from random import uniform
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, TypeVar
 
@@ -38,6 +39,10 @@ LOOK_ALL_PAUSE, LOOK_ALL_SHARE = 1.0, 20  # seconds, and times its own length, b
 LATE_US = 250_000  # within which a put may commit late and is found without a full look
 CHUNK_ROWS, CHUNK_BYTES = 1000, 8 * 1024 * 1024  # of put_many's statements
 ERROR_MAX = 1000  # characters of a failure that are kept
+CLEAN_UP = (
+    1.0,
+    3.0,
+)  # seconds for each statement that puts back what a cancelled take has, and for all
 REFUSAL = (
     "jobs are put and acknowledged, but not taken, inside a transaction: take them with the queue "
     "itself, then acknowledge them with queue.using(conn).ack(job)"
@@ -384,21 +389,50 @@ def _due(
 
 
 def look(runtime: Any, options: QueueOptions, n: int) -> Flow[tuple[list[Any], float]]:
-    """Take up to `n` jobs that are due; and the seconds until the next look is worth it."""
+    """Take up to `n` jobs that are due; and the seconds until the next look is worth it.
+
+    A cancellation waits for the answer, and then puts back what was taken: a job whose answer is lost
+    is leased, and nothing works on it.
+    """
+    jobs: list[Any] = []
+    try:
+        ask = partial(_look, runtime, options, n, jobs)
+        pause = yield from call(runtime.clean_up, ask, None, runtime.timeout + CLEAN_UP[1])
+    except GeneratorExit:
+        raise
+    except BaseException:
+        yield from give_back(runtime, jobs)
+        raise
+    return jobs, pause
+
+
+def give_back(runtime: Any, jobs: list[Any]) -> Flow[None]:
+    """Put back jobs that were taken and not begun. What cannot be put back waits for its lease's end."""
+    if jobs:
+        with contextlib.suppress(PgkvError, TimeoutError):
+            yield from call(runtime.clean_up, partial(_give_back, runtime, jobs), *CLEAN_UP)
+
+
+def _give_back(runtime: Any, jobs: list[Any]) -> Flow[None]:
+    while jobs:
+        yield from put_back(runtime, jobs.pop(), free=True)
+
+
+def _look(runtime: Any, options: QueueOptions, n: int, jobs: list[Any]) -> Flow[float]:
     while True:
         marks, full = options.marks.ask()
         sent_at = clock()
         op = options.sql.take(options.key, marks, n, options.lease, options.marks.size)
         found = yield from do(op)
         options.marks.note(found, n, full, clock() - sent_at)
-        jobs = [runtime.job(options, job, sent_at) for job in found.jobs if job.due_at != NEVER]
+        jobs += [runtime.job(options, job, sent_at) for job in found.jobs if job.due_at != NEVER]
         for job in found.jobs:
             if job.due_at == NEVER:
                 _observe.warning("pgkv.queue.dead", queue=options.name, job=job.id)
         if jobs or not found.jobs:
             poll = POLL_NOTIFIED if options.notify else POLL
             poll = uniform(poll / 2, poll)  # noqa: S311  # a pause, no secret
-            return jobs, poll if found.next_due is None else min(poll, found.next_due)
+            return poll if found.next_due is None else min(poll, found.next_due)
 
 
 def take(runtime: Any, options: QueueOptions, n: int, timeout: float | None) -> Flow[list[Any]]:

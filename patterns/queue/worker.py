@@ -26,8 +26,9 @@ from ...config import require_int
 from ...errors import ConfigError, PgkvError
 from .._runtime.checks import named, require, require_callback
 from .._runtime.wakeup import Waiter
-from .api import CLEAN_UP, AsyncJob, AsyncQueue, Job, Queue
-from .flows import Bury, JobWaiters, Later
+from . import flows
+from .api import AsyncJob, AsyncQueue, Job, Queue
+from .flows import Bury, JobWaiters, Later, give_back
 
 if TYPE_CHECKING:
     from ...config import Seconds
@@ -174,6 +175,11 @@ class _Labour:
                     hit = yield from call(self._limit.hit, each.name)
                     if not hit.allowed:
                         yield from call(jobs.pop().release, hit.retry_after)
+            except GeneratorExit:
+                raise
+            except BaseException:
+                yield from give_back(each._runtime, jobs)
+                raise
             finally:
                 if slot is not None and not jobs:
                     yield from call(slot.release)
@@ -297,7 +303,7 @@ class _TaskCrew(_Crew):
         for task in self._tasks:
             task.cancel()
         if self._tasks:
-            await asyncio.wait(self._tasks, timeout=CLEAN_UP)
+            await asyncio.wait(self._tasks, timeout=flows.CLEAN_UP[1])
 
 
 class Worker(_Labour):
@@ -407,7 +413,7 @@ class AsyncWorker(_Labour):
             try:
                 await drive_async(self._work(crew))
             finally:
-                await shielded(crew.close(), 2 * CLEAN_UP)
+                await shielded(crew.close(), 2 * flows.CLEAN_UP[1])
 
 
 __all__ = ["AsyncWorker", "Worker"]

@@ -705,6 +705,41 @@ async def test_each_job_goes_to_one_taker(store: Any, colour: Colour) -> None:
     assert sorted(each for some in found for each in some) == ids
 
 
+@pytest.mark.parametrize("n", [1, 3])
+async def test_a_take_is_cancelled_as_its_answer_arrives(dsn: str, n: int) -> None:
+    """The jobs were given out, and the caller never hears of them: they are put back at once."""
+    async with pgkv.AsyncStore.connect(dsn) as store:
+        queue = pgkv.AsyncQueue(store, "q")
+        await queue.put_many(["x"] * n)
+        taking: asyncio.Task[Any] = asyncio.ensure_future(queue.take_many(n, 60))
+
+        def cancel(name: str, *_: object) -> None:
+            if name == "queue_take":
+                remove()
+                taking.cancel()
+
+        remove = pgkv.on_operation(cancel)
+        await asyncio.wait([taking])
+        assert taking.cancelled()
+        assert [(row.state, row.attempt) for row in await queue.jobs()] == [("waiting", 0)] * n
+
+
+async def test_a_take_is_cancelled_anywhere(dsn: str) -> None:
+    """A cancellation, whichever step it strikes, leaves no job leased that nothing works on."""
+    async with pgkv.AsyncStore.connect(dsn) as store:
+        queue = pgkv.AsyncQueue(store, "q")
+        await queue.put("x")
+        for steps in range(30):
+            taking: asyncio.Task[Any] = asyncio.ensure_future(queue.take(timeout=60))
+            for _ in range(steps):
+                await asyncio.sleep(0)
+            taking.cancel()
+            await asyncio.wait([taking])
+            if not taking.cancelled():
+                await taking.result().release()
+            assert await counts(queue) == (1, 0, 0, 0), steps
+
+
 async def test_notified_takers_wake(store: Any, colour: Colour) -> None:
     """wakeup="notify": a put ends a wait at once, from outside and from inside a transaction."""
     queue = queue_of(colour, store, wakeup="notify")

@@ -8,14 +8,14 @@ import signal
 import sys
 import threading
 from collections.abc import AsyncIterator
+from types import SimpleNamespace
 from typing import Any, Self
 
 import pytest
 
 import pgkv
 from pgkv import Backoff, Bury, ConfigError, Later
-from pgkv.patterns.queue import api as queue_api
-from pgkv.patterns.queue import worker as queue_worker
+from pgkv.patterns.queue import flows as queue_flows
 from pgkv.testing import ServerClock
 from tests.colours import Colour, _outward
 from tests.peers import until
@@ -284,8 +284,7 @@ async def test_a_cancelled_async_worker_puts_its_jobs_back(
     dsn: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Cancelling run() cancels what runs, whose jobs are put back."""
-    for module in (queue_api, queue_worker):  # a busy machine may need longer for a statement
-        monkeypatch.setattr(module, "CLEAN_UP", 60.0)
+    monkeypatch.setattr(queue_flows, "CLEAN_UP", (60.0, 60.0))  # a busy machine may need longer
     async with pgkv.AsyncStore.connect(dsn) as store:
         queue = pgkv.AsyncQueue(store, "q")
         await queue.put("x")
@@ -298,6 +297,28 @@ async def test_a_cancelled_async_worker_puts_its_jobs_back(
         running = asyncio.ensure_future(pgkv.AsyncWorker(queue, work).run(asyncio.Event()))
         await asyncio.wait_for(began.wait(), 20)
         running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+        (row,) = await queue.jobs()
+        assert (row.state, row.attempt) == ("waiting", 0)
+
+
+async def test_a_job_that_was_taken_and_not_begun_is_put_back(dsn: str) -> None:
+    """A worker that is cancelled between the take and its limit's answer leaves no job leased."""
+
+    class Limit:
+        async def peek(self, _name: str) -> Any:
+            return SimpleNamespace(allowed=True, retry_after=0.0)
+
+        async def hit(self, _name: str) -> Any:
+            running.cancel()
+            await asyncio.sleep(60)
+
+    async with pgkv.AsyncStore.connect(dsn) as store:
+        queue = pgkv.AsyncQueue(store, "q")
+        await queue.put("x")
+        worker = pgkv.AsyncWorker(queue, print, limit=Limit())
+        running = asyncio.ensure_future(worker.run(asyncio.Event()))
         with pytest.raises(asyncio.CancelledError):
             await running
         (row,) = await queue.jobs()
