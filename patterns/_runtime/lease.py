@@ -19,14 +19,14 @@ import threading
 from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
+from ..._background.renewal import clock
 from ..._ops.op import Flow, Op, call, pause
 from ..._settings import refuse_pickle
 from ...errors import LeaseLostError, OperationTimeoutError, PgkvError
-from .renewal import clock
 
 if TYPE_CHECKING:
-    from .background import Background
-    from .connection import DedicatedConnection
+    from ..._background.background import Background
+    from ..._background.connection import DedicatedConnection
     from .runtimes import Runtime
 
 T = TypeVar("T")

@@ -8,11 +8,11 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from ..._background.background import Background, backgrounds, pool_channel
 from ..._engine._async.channel import AsyncPoolChannel
 from ..._engine._sync.channel import PoolChannel
 from ..._ops.drivers import shielded
 from ...errors import TransactionError
-from .background import Background, backgrounds, pool_channel
 from .lease import LeaseRenewals
 from .wakeup import TaskWaiter, ThreadWaiter, Waiter, Waiters
 

@@ -13,11 +13,11 @@ import threading
 from collections import deque
 from typing import TYPE_CHECKING, ClassVar
 
-from ... import _observe
+from ..._background.listener import say_polling
 from ..._fork import new_lock
 
 if TYPE_CHECKING:
-    from .background import Background
+    from ..._background.background import Background
 
 
 class Waiter:
@@ -132,13 +132,3 @@ class Waiters:
                     waiter.wake()
                     if not self.wakes_all:
                         return
-
-
-_said: set[str] = set()
-
-
-def say_polling(reason: str) -> None:
-    """Log once that waiters poll although they were to be notified."""
-    if not _said:
-        _said.add(reason)
-        _observe.warning("pgkv.listener.polling", reason=reason)

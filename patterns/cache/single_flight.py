@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from ... import _observe
+from ..._background.connection import DedicatedConnection
+from ..._background.renewal import clock
 from ..._fork import new_lock, survives_fork
 from ..._ops.op import Op
 from ...errors import PgkvError
-from .._runtime.connection import DedicatedConnection
-from .._runtime.renewal import clock
 
 
 @dataclass(eq=False, slots=True)

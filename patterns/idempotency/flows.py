@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from psycopg import pq
 
 from ... import _observe
+from ..._background.renewal import clock
 from ..._engine.schema import companion, ensure
 from ..._engine.sweep import sweep_all
 from ..._observe import shown
@@ -32,7 +33,6 @@ from ...errors import (
     TransactionError,
 )
 from .._runtime.lease import Held, LeaseRenewals
-from .._runtime.renewal import clock
 from .sql import BUSY, IDEMPOTENCY, SEPARATOR, Answer, IdempotencyStatements
 
 if TYPE_CHECKING:

@@ -20,6 +20,7 @@ import psycopg
 from psycopg import pq
 
 from ... import _observe
+from ..._background.renewal import clock
 from ..._ops.op import Flow, Op, call, do
 from ...errors import (
     ConfigError,
@@ -30,7 +31,6 @@ from ...errors import (
     TransactionError,
 )
 from .._runtime.lease import MARGIN_MIN, do_within, margin_of
-from .._runtime.renewal import clock
 from .._runtime.wakeup import Waiter, Waiters
 from .lease import LeaseState, LockInfo, LockOptions, info_of, new_asking, read_owner
 from .sql import (

@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from ... import _observe
+from ..._background.renewal import clock
 from ..._observe import shown
 from ...errors import InvalidKeyError, InvalidValueError
 from .._runtime.lease import Held
-from .._runtime.renewal import clock
 from .sql import SEPARATOR, Asking, LockStatements
 
 if TYPE_CHECKING:

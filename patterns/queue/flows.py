@@ -15,6 +15,7 @@ from random import uniform
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, TypeVar
 
 from ... import _observe
+from ..._background.renewal import clock
 from ..._engine.flows import all_of
 from ..._fork import new_lock
 from ..._observe import shown
@@ -23,7 +24,6 @@ from ..._ops.op import Flow, call, do
 from ..._ops.serialize import Serializer
 from ...errors import ConflictError, InvalidValueError, LeaseLostError, PgkvError
 from .._runtime.lease import Held
-from .._runtime.renewal import clock
 from .._runtime.runtimes import Runtime
 from .._runtime.wakeup import Waiter, Waiters
 from .sql import CHANNEL, FIRST, NEVER, PRIORITIES, JobInfo, JobStatements, Look, QueueStats, Taken

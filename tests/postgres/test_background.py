@@ -17,8 +17,8 @@ import pytest
 from psycopg import sql
 
 import pgkv
-from pgkv.patterns._runtime import listener as _listener
-from pgkv.patterns._runtime.background import backgrounds
+from pgkv._background import listener as _listener
+from pgkv._background.background import backgrounds
 from tests.cached import cached_in, plain_store
 from tests.colours import Colour
 from tests.faults.support import newest

@@ -63,7 +63,7 @@ async def test_a_release_wakes_a_waiter(store: Any, colour: Colour, peer: Peer) 
 
 async def test_a_waiter_that_gives_up_passes_its_chance_on(store: Any, colour: Colour) -> None:
     """A waiter that was woken and did not try leaves the chance to the next one."""
-    from pgkv.patterns._runtime.background import Background
+    from pgkv._background.background import Background
     from pgkv.patterns._runtime.wakeup import TaskWaiter
     from pgkv.patterns.lock.flows import LockWaiters
 
@@ -83,9 +83,9 @@ async def test_behind_a_transaction_pooler_waiters_poll(
     make_store: Any, colour: Colour, peer: Peer, caplog: pytest.LogCaptureFixture
 ) -> None:
     """pooler=TRANSACTION: no LISTEN, said once, and the lock is handed over all the same."""
-    from pgkv.patterns._runtime import wakeup as _wakeup
+    from pgkv._background import listener as _listener
 
-    _wakeup._said.clear()
+    _listener._said.clear()
     store = await make_store(pooler=pgkv.Pooler.TRANSACTION)
     locks = [lock_of(colour, store, wakeup="notify") for _ in range(3)]
     lease = await locks[0].acquire()
@@ -104,10 +104,9 @@ async def test_where_nothing_is_heard_waiters_poll(
     store: Any, colour: Colour, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A trial notification that does not arrive (an undeclared pooler) means polling."""
-    from pgkv.patterns._runtime import listener as _listener
-    from pgkv.patterns._runtime import wakeup as _wakeup
+    from pgkv._background import listener as _listener
 
-    _wakeup._said.clear()
+    _listener._said.clear()
     monkeypatch.setattr(_listener, "TRIAL_TIME", 0.2)
     monkeypatch.setattr(_listener, "listen_sql", lambda channels: sql.SQL("LISTEN pgkv_elsewhere"))
     lease = await lock_of(colour, store).acquire()

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pgkv import L1
+from pgkv._background import background as _background
 from pgkv._engine.breaker import FAILURES_MAX, PAUSE_FIRST, PAUSE_MAX, Breaker
-from pgkv.patterns._runtime import background as _background
 from pgkv.patterns.cache import envelope as _envelope
 from pgkv.patterns.cache.envelope import (
     FORMAT_1,

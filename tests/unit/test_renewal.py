@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from pgkv.patterns._runtime.renewal import Renewer, clock
+from pgkv._background.renewal import Renewer, clock
 
 
 class FakeLease:

@@ -19,8 +19,8 @@ import pytest
 
 import pgkv
 from pgkv import _observe
+from pgkv._background.renewal import clock
 from pgkv._ops.serialize import Serializer
-from pgkv.patterns._runtime.renewal import clock
 from pgkv.patterns.rate_limit.flows import Reserved
 from pgkv.patterns.session.request import RequestSession
 

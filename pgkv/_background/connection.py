@@ -9,9 +9,9 @@ from typing import TypeVar
 
 import psycopg
 
-from ..._engine._async.connection import AsyncPgConnection, Watchdog
-from ..._ops.op import Op
-from ...errors import OperationTimeoutError, PgkvError, translate
+from .._engine._async.connection import AsyncPgConnection, Watchdog
+from .._ops.op import Op
+from ..errors import OperationTimeoutError, PgkvError, translate
 
 T = TypeVar("T")
 

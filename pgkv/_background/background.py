@@ -1,4 +1,4 @@
-"""The background of a database: the work that patterns do outside their callers.
+"""The background of a database: the work done outside callers.
 
 There is one for each process and database (for stores of threads: an event loop in a thread), and
 one for each event loop and database. It renews (`renewer`), listens (`listener`), and runs work
@@ -21,20 +21,16 @@ import weakref
 from collections.abc import Callable, Coroutine
 from contextvars import Context, copy_context
 from time import monotonic
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
-from ..._engine._async.channel import AsyncPoolChannel
-from ..._engine._async.coalesce import CoalescingChannel
-from ..._engine._sync.channel import PoolChannel
-from ..._fork import CONNECTIONS, THREADS, new_lock, survives_fork
-from ...config import Pooler
+from .._engine._async.channel import AsyncPoolChannel
+from .._engine._async.coalesce import CoalescingChannel
+from .._engine._sync.channel import PoolChannel
+from .._fork import CONNECTIONS, THREADS, new_lock, survives_fork
+from ..config import Pooler
 from .connection import DedicatedConnection
 from .listener import Listener
 from .renewal import Renewer, broken
-
-if TYPE_CHECKING:
-    from ...aio import AsyncStore
-    from ...store import Store
 
 THREADS_MAX = 4
 QUEUE_MAX = 256
@@ -155,7 +151,7 @@ async def _guarded(work: Callable[[], Coroutine[Any, Any, object]]) -> None:
 # -- which one -----------------------------------------------------------------------------
 
 
-def pool_channel(store: Store | AsyncStore) -> PoolChannel | AsyncPoolChannel | None:
+def pool_channel(store: Any) -> PoolChannel | AsyncPoolChannel | None:
     """Return the channel over the store's pool; None for a view of a transaction."""
     channel: object = store._channel
     if isinstance(channel, CoalescingChannel):

@@ -20,9 +20,9 @@ from typing import Any, TypeAlias
 import psycopg
 from psycopg import sql
 
-from ... import _observe
-from ..._fork import new_lock
-from ...errors import PgkvError
+from .. import _observe
+from .._fork import new_lock
+from ..errors import PgkvError
 from .renewal import broken
 
 TRIAL_CHANNEL = "pgkv_trial"
@@ -234,3 +234,13 @@ def listen_sql(channels: list[str]) -> sql.Composed:
     return sql.SQL("; ").join(
         sql.SQL("LISTEN {}").format(sql.Identifier(each)) for each in channels
     )
+
+
+_said: set[str] = set()
+
+
+def say_polling(reason: str) -> None:
+    """Log once that waiters poll, and why notifications do not arrive."""
+    if not _said:
+        _said.add(reason)
+        _observe.warning("pgkv.listener.polling", reason=reason)

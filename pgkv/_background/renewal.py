@@ -18,8 +18,8 @@ from collections.abc import Coroutine, Hashable
 from contextvars import Context, copy_context
 from typing import Any, NamedTuple, Protocol
 
-from ... import _observe
-from ..._fork import new_lock
+from .. import _observe
+from .._fork import new_lock
 from .connection import DedicatedConnection
 
 LOOK_MAX = 1.0  # seconds between looks at the clock: a suspended machine's timers are late

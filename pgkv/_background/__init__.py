@@ -1,0 +1,1 @@
+"""What one process does for one database outside its callers: see `background`."""
