@@ -8,7 +8,7 @@ https://cheatsheetseries.owasp.org/cheatsheets/Session_Management_Cheat_Sheet.ht
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, Self, TypeVar
 
 from ..._engine._async.transaction import AsyncBoundChannel
 from ..._engine._sync.transaction import BoundChannel
@@ -25,11 +25,66 @@ if TYPE_CHECKING:
     from ...config import Seconds
 
 T = TypeVar("T")
+StoreT = TypeVar("StoreT", Store, AsyncStore)
 
 MAX_DATA_SIZE = 1 << 20
 
 
-class SessionStore:
+class SessionView(Generic[StoreT]):
+    """What `SessionStore` and `AsyncSessionStore` share."""
+
+    # The class of store that is needed, the name of the class, and that of its twin.
+    _needs: tuple[type[Any], str, str]
+
+    def __init__(
+        self,
+        store: StoreT,
+        *,
+        idle_timeout: Seconds = 1800,
+        absolute_timeout: Seconds = 43200,
+        touch_interval: Seconds = 60,
+        durable: bool = True,
+        max_data_size: int = MAX_DATA_SIZE,
+    ) -> None:
+        require(store, *self._needs)
+        flows = SessionFlows(
+            store._config,
+            idle_timeout=idle_timeout,
+            absolute_timeout=absolute_timeout,
+            touch_interval=touch_interval,
+            durable=durable,
+            max_data_size=max_data_size,
+        )
+        self._bind(store, flows)
+
+    def _bind(self, store: StoreT, flows: SessionFlows) -> None:
+        self._store: StoreT = store
+        inside = isinstance(store._channel, BoundChannel | AsyncBoundChannel)
+        self._flows = flows.inside() if inside else flows
+        store._channel.watch(self._flows.sql)
+
+    @shown
+    def __repr__(self) -> str:
+        return self._flows.facts()
+
+    __reduce__ = refuse_pickle
+
+    def using(self, conn: Any) -> Self:
+        """Return this store inside the caller's own connection and transaction.
+
+        So a new password and `destroy_user` are committed together, or not at all. The caller's
+        commit decides how durable that is.
+
+        Args:
+            conn: a psycopg connection of the same kind, sync or async, or Django's or SQLAlchemy's
+                wrapper of one.
+        """
+        view = type(self).__new__(type(self))
+        view._bind(self._store.using(conn), self._flows)
+        return view
+
+
+class SessionStore(SessionView[Store]):
     """Sessions in a PostgreSQL table of their own, for threads.
 
     A session is found by a random 256-bit token. The table holds only the token's SHA-256, so a copy
@@ -63,41 +118,10 @@ class SessionStore:
         ConfigError: a duration is out of range, or `store` is not a `Store`.
     """
 
-    def __init__(
-        self,
-        store: Store,
-        *,
-        idle_timeout: Seconds = 1800,
-        absolute_timeout: Seconds = 43200,
-        touch_interval: Seconds = 60,
-        durable: bool = True,
-        max_data_size: int = MAX_DATA_SIZE,
-    ) -> None:
-        require(store, Store, "SessionStore", "AsyncSessionStore")
-        flows = SessionFlows(
-            store._config,
-            idle_timeout=idle_timeout,
-            absolute_timeout=absolute_timeout,
-            touch_interval=touch_interval,
-            durable=durable,
-            max_data_size=max_data_size,
-        )
-        self._bind(store, flows)
+    _needs = (Store, "SessionStore", "AsyncSessionStore")
 
-    def _bind(self, store: Store, flows: SessionFlows) -> None:
-        self._store = store
-        inside = isinstance(store._channel, BoundChannel)
-        self._flows = flows.inside() if inside else flows
-        store._channel.watch(self._flows.sql)
-
-    def _run(self, flow: Flow[T], timeout: float | None = None) -> T:
-        return self._store._run(flow, timeout)
-
-    @shown
-    def __repr__(self) -> str:
-        return self._flows.facts()
-
-    __reduce__ = refuse_pickle
+    def _run(self, flow: Flow[T]) -> T:
+        return self._store._run(flow)
 
     def create(
         self,
@@ -284,21 +308,8 @@ class SessionStore:
         transaction."""
         self._run(self._flows.create_table())
 
-    def using(self, conn: Any) -> Self:
-        """Return this store inside the caller's own connection and transaction.
 
-        So a new password and `destroy_user` are committed together, or not at all. The caller's
-        commit decides how durable that is.
-
-        Args:
-            conn: a ``psycopg.Connection``, or Django's or SQLAlchemy's wrapper of one.
-        """
-        view = type(self).__new__(type(self))
-        view._bind(self._store.using(conn), self._flows)
-        return view
-
-
-class AsyncSessionStore:
+class AsyncSessionStore(SessionView[AsyncStore]):
     """Sessions in a PostgreSQL table of their own, for asyncio: `SessionStore`, awaited.
 
     Args:
@@ -310,43 +321,12 @@ class AsyncSessionStore:
         max_data_size: bytes.
     """
 
-    def __init__(
-        self,
-        store: AsyncStore,
-        *,
-        idle_timeout: Seconds = 1800,
-        absolute_timeout: Seconds = 43200,
-        touch_interval: Seconds = 60,
-        durable: bool = True,
-        max_data_size: int = MAX_DATA_SIZE,
-    ) -> None:
-        require(store, AsyncStore, "AsyncSessionStore", "SessionStore")
-        flows = SessionFlows(
-            store._config,
-            idle_timeout=idle_timeout,
-            absolute_timeout=absolute_timeout,
-            touch_interval=touch_interval,
-            durable=durable,
-            max_data_size=max_data_size,
-        )
-        self._bind(store, flows)
+    _needs = (AsyncStore, "AsyncSessionStore", "SessionStore")
 
-    def _bind(self, store: AsyncStore, flows: SessionFlows) -> None:
-        self._store = store
-        inside = isinstance(store._channel, AsyncBoundChannel)
-        self._flows = flows.inside() if inside else flows
-        store._channel.watch(self._flows.sql)
-
-    async def _run(self, flow: Flow[T], timeout: float | None = None) -> T:
+    async def _run(self, flow: Flow[T]) -> T:
         # As a flow even where it is one operation: flows are never coalesced, and a statement that
         # relaxes synchronous_commit must not share a transaction with another caller's write.
-        return await self._store._run(flow, timeout)
-
-    @shown
-    def __repr__(self) -> str:
-        return self._flows.facts()
-
-    __reduce__ = refuse_pickle
+        return await self._store._run(flow)
 
     async def create(
         self,
@@ -419,12 +399,6 @@ class AsyncSessionStore:
     async def create_table(self) -> None:
         """Create the table if it is missing."""
         await self._run(self._flows.create_table())
-
-    def using(self, conn: Any) -> Self:
-        """Return this store inside the caller's own psycopg AsyncConnection and transaction."""
-        view = type(self).__new__(type(self))
-        view._bind(self._store.using(conn), self._flows)
-        return view
 
 
 __all__ = ["AsyncSessionStore", "Session", "SessionInfo", "SessionStore"]
