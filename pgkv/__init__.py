@@ -13,6 +13,8 @@ __version__ = "0.2.0"
 
 if TYPE_CHECKING:
     from ._observe import OperationEvent, StateEvent, on_event, on_operation
+    from ._shards.placement import Shard
+    from ._shards.store import AsyncShardedStore, ShardedStore
     from .aio import AsyncStore
     from .config import Config, Pooler, RetryPolicy, TableType, TtlCleanupStrategy
     from .errors import (
@@ -135,6 +137,7 @@ __all__ = [  # noqa: RUF022  # plain order: ruff would put L1 before the classes
     "AsyncReservation",
     "AsyncSemaphore",
     "AsyncSessionStore",
+    "AsyncShardedStore",
     "AsyncStore",
     "AsyncTypedStore",
     "AsyncWorker",
@@ -204,6 +207,8 @@ __all__ = [  # noqa: RUF022  # plain order: ruff would put L1 before the classes
     "SessionInfo",
     "SessionMiddleware",
     "SessionStore",
+    "Shard",
+    "ShardedStore",
     "SignedPickle",
     "StateEvent",
     "Stats",
@@ -237,6 +242,8 @@ __all__ = [  # noqa: RUF022  # plain order: ruff would put L1 before the classes
 # The modules of the names above, as type checkers read them from the imports.
 _NAMES_OF = {
     "._observe": "OperationEvent StateEvent on_event on_operation",
+    "._shards.placement": "Shard",
+    "._shards.store": "AsyncShardedStore ShardedStore",
     ".aio": "AsyncStore",
     ".config": "Config Pooler RetryPolicy TableType TtlCleanupStrategy",
     ".errors": "ConfigError ConflictError IdempotencyError InProgressError InvalidKeyError InvalidValueError KeyReusedError LeaseLostError LockError LockTimeoutError NotFoundError OperationTimeoutError PgkvError PoolTimeoutError QueryError RateLimitedError SerializationError SessionConflictError SessionError SessionGoneError StoreUnavailableError TableNotFoundError TransactionError",

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import inspect
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from operator import attrgetter
 from pathlib import Path
@@ -75,6 +75,7 @@ if TYPE_CHECKING:
 
     from ._ops.codec import Value
     from ._ops.serialize import CodecName
+    from ._shards.store import AsyncShardedStore
     from .config import Options, Seconds, TableOptions
     from .pipeline import AsyncPipeline
     from .typed import AsyncTypedStore
@@ -222,6 +223,20 @@ class AsyncStore:
         `Store.embedded`."""
         where = "/" if path is None else quote(str(Path(path).absolute()))
         return cls._opening("embedded", EMBEDDED_SCHEME + where, config)
+
+    @classmethod
+    def sharded(
+        cls,
+        dsns: Sequence[str] | None = None,
+        *,
+        slots: int | None = None,
+        placement: Literal["auto", "servers"] = "auto",
+        **config: Unpack[Options],
+    ) -> Opening[AsyncShardedStore]:
+        """Connect to several servers as one store; see `Store.sharded`."""
+        from ._shards.store import sharded_async
+
+        return sharded_async(dsns, slots, placement, config)
 
     async def close(self) -> None:
         """Close every connection. The store cannot be used afterwards. Views (`namespace`, `table`,
@@ -719,12 +734,12 @@ class AsyncStore:
         """Return a view of the keys with a prefix, which is added to keys on the way in and removed
         on the way out. See `Store.namespace`."""
         joined = namespace_prefix(self._sql.prefix, prefix)
-        return self._view(sql=Statements(self._config, joined))
+        return self._view(sql=type(self._sql)(self._config, joined))
 
     def table(self, name: str, **options: Unpack[TableOptions]) -> Self:
         """Return a store for another table over the same connections; see `Store.table`."""
         config = table_config(self._config, name, options)
-        return self._view(config=config, sql=Statements(config))
+        return self._view(config=config, sql=type(self._sql)(config))
 
 
 builtin_set = set  # inside the class body the name means the method

@@ -19,6 +19,7 @@ from ._cli.limits import limits
 from ._cli.locks import lock, locks
 from ._cli.queue import queue
 from ._cli.sessions import sessions
+from ._cli.shards import shards
 from ._cli.table import evict, migrate, schema, stats, sweep
 from ._cli.worker import worker
 
@@ -44,6 +45,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "idempotency": idempotency,
     "queue": queue,
     "worker": worker,
+    "shards": shards,
     "demo": demo,
 }
 for _name, _function in COMMANDS.items():

@@ -293,7 +293,7 @@ class Config:
     def __repr__(self) -> str:
         changed = [
             f"{f.name}={getattr(self, f.name)!r}"
-            for f in fields(self)
+            for f in fields(Config)
             if f.name != "dsn" and getattr(self, f.name) != _DEFAULTS[f.name]
         ]
         return f"Config({', '.join([repr(self.safe_dsn), *changed])})"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from operator import attrgetter
 from pathlib import Path
@@ -74,6 +74,7 @@ if TYPE_CHECKING:
 
     from ._ops.codec import Value
     from ._ops.serialize import CodecName
+    from ._shards.store import ShardedStore
     from .config import Options, Seconds, TableOptions
     from .pipeline import Pipeline
     from .typed import TypedStore
@@ -254,6 +255,33 @@ class Store:
         """
         where = "/" if path is None else quote(str(Path(path).absolute()))
         return cls.connect(EMBEDDED_SCHEME + where, **config)
+
+    @classmethod
+    def sharded(
+        cls,
+        dsns: Sequence[str] | None = None,
+        *,
+        slots: int | None = None,
+        placement: Literal["auto", "servers"] = "auto",
+        **config: Unpack[Options],
+    ) -> ShardedStore:
+        """Connect to several servers as one store: each key is in a slot, and each slot is a schema on
+        one of the servers. ``pgkv shards init`` makes the slots.
+
+        Args:
+            dsns: one DSN for each server; without them those in ``PGKV_DSN``, with spaces between.
+            slots: how many there must be; None for as many as there are.
+            placement: ``"servers"``: plain PostgreSQL servers, with a map on each.
+            **config: the fields of `Config` but for ``schema`` and ``coalesce``. The sizes of the pool are
+                of each server's; bounds on the table are shared out among the slots.
+
+        Raises:
+            ConfigError: a setting is wrong, the servers have no slots, or not of one store.
+            StoreUnavailableError: no server can be reached.
+        """
+        from ._shards.store import sharded
+
+        return sharded(dsns, slots, placement, config)
 
     def close(self) -> None:
         """Close every connection. The store cannot be used afterwards. Views (`namespace`,
@@ -953,7 +981,7 @@ class Store:
             InvalidKeyError: no key can begin with it.
         """
         joined = namespace_prefix(self._sql.prefix, prefix)
-        return self._view(sql=Statements(self._config, joined))
+        return self._view(sql=type(self._sql)(self._config, joined))
 
     def table(self, name: str, **options: Unpack[TableOptions]) -> Self:
         """Return a store for another table over the same connections.
@@ -968,7 +996,7 @@ class Store:
             ConfigError: the name cannot be a table name, or there is no such option.
         """
         config = table_config(self._config, name, options)
-        return self._view(config=config, sql=Statements(config))
+        return self._view(config=config, sql=type(self._sql)(config))
 
 
 builtin_set = set  # inside the class body the name means the method

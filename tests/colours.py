@@ -19,8 +19,8 @@ from types import TracebackType
 from typing import Any
 
 # Names that differ from "a call to await": in both colours these return at once ...
-VIEWS = {"namespace", "table", "typed", "using"}
-PLAIN = {"check", "pool_stats", "remaining", "headers", "cache_key", "limit"}
+VIEWS = {"namespace", "table", "typed", "using", "on"}
+PLAIN = {"check", "pool_stats", "remaining", "headers", "cache_key", "limit", "slot_of"}
 # ... these return (async) iterators ...
 ITERATORS = {"iter_keys", "iter_items"}
 # ... and these something to be awaited or entered.
@@ -28,6 +28,7 @@ MANAGERS = {"transaction", "acquire", "acquire_many", "pipeline", "once"}
 # Results that have blocking methods of their own.
 WRAPPED = {
     "Store",
+    "ShardedStore",
     "TypedStore",
     "Lock",
     "Lease",

@@ -70,7 +70,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         params = getattr(getattr(item, "callspec", None), "params", {})
         server, file = params.get("server"), item.path.name
-        if server in others[1:] and not file.startswith(("test_idempotency", "test_queue")):
+        if (server in others[1:] and not file.startswith(("test_idempotency", "test_queue"))) or (
+            server in others and file.startswith("test_sharded")
+        ):
             left_out.add(item)
         elif "colour" in params and (server in others or file == "test_poolers.py"):
             name = re.sub(r"\b(a?sync|older|newer)\b", "", item.nodeid)

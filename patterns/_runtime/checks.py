@@ -17,6 +17,10 @@ def require(given: object, wanted: type[Any], who: str, twin: str) -> None:
     """Refuse what is not of the `wanted` class, which `who` needs. `twin` takes its sync or async
     counterpart: for that the message names it."""
     if isinstance(given, wanted):
+        if hasattr(getattr(given, "_config", None), "shards"):
+            raise ConfigError(
+                f"{who} does not work on a sharded store: give it a store on one server"
+            )
         return
     is_async = wanted.__name__.startswith("Async")
     other = wanted.__name__.removeprefix("Async") if is_async else f"Async{wanted.__name__}"

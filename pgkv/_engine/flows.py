@@ -153,6 +153,8 @@ def pipeline(
     Returns:
         For each its answer, or the PgkvError that its handle raises.
     """
+    if (several := getattr(engine, "pipeline", None)) is not None:  # to several servers
+        return (yield from several(ops, atomic=atomic))  # type: ignore[no-any-return]  # of a flow
     started = monotonic()
     deadline = engine.until()
     outcomes: list[Any] = []

@@ -54,6 +54,8 @@ class Statement(Generic[T_co]):
         one_key: concerns its first parameter, a key, and no other row.
         retried: False where a failure is not worth a second attempt: the work comes again.
         missed: makes the answer while the server is away, under ``on_error="miss"``; None: raise.
+        key: which parameter has the key that a sharded store finds the slot by.
+        join: of a statement on no one key: makes one answer of all slots' answers.
     """
 
     name: str
@@ -71,6 +73,8 @@ class Statement(Generic[T_co]):
     one_key: bool = False
     retried: bool = True
     missed: Callable[[], Any] | None = None
+    key: int = 0
+    join: Callable[[list[Any]], Any] | None = None
     prepared_name: bytes = field(init=False)
 
     def __post_init__(self) -> None:

@@ -68,8 +68,9 @@ class BatchStatements(TableStatements):
         """The values of those keys that exist: one statement, so one snapshot, of any size.
         None when no key was given."""
         raw = self._listed(keys)
-        if not raw:
-            return None
+        return self._get_many(raw) if raw else None
+
+    def _get_many(self, raw: list[bytes]) -> Op[dict[str, bytes]]:
         few = len(raw) if len(raw) <= IN_LIST_MAX else 0
         statement = self.made(("get_many", few), lambda: self._make_get_many(few))
         return Op(statement, raw if few else (_codec.encode_array(raw),))
@@ -91,15 +92,16 @@ class BatchStatements(TableStatements):
 
     def get_raw(self, keys: Iterable[bytes]) -> Op[dict[bytes, bytes]]:
         """The values of keys that are encoded already, for merged reads."""
-        raw = sorted(keys)
-        few = len(raw) if len(raw) <= IN_LIST_MAX else 0
-        statement = self.made(("get_many", few), lambda: self._make_get_many(few))
-        return Op(statement, raw if few else (_codec.encode_array(raw),), _read_raw_pairs)
+        op = self._get_many(sorted(keys))
+        return Op(op.statement, op.params, _read_raw_pairs)
 
     def exists_many(self, keys: Iterable[str]) -> Op[set[str]] | None:
         """Those of the keys that exist; None when no key was given."""
         raw = self._listed(keys)
-        return Op(self._exists_many, (_codec.encode_array(raw),)) if raw else None
+        return self._exist_many(raw) if raw else None
+
+    def _exist_many(self, raw: list[bytes]) -> Op[set[str]]:
+        return Op(self._exists_many, (_codec.encode_array(raw),))
 
     @cached_property
     def _exists_many(self) -> Statement[set[str]]:
@@ -126,13 +128,21 @@ class BatchStatements(TableStatements):
         expiry, extra = choose_expiry(ttl, None, False)
         names, contents = _columns(items)
         latest = dict(zip(self.many_keys(names), self.many_values(contents), strict=True))
-        keys = sorted(latest)
+        return len(latest), self._set_many(sorted(latest), latest, expiry, extra)
+
+    def _set_many(
+        self,
+        keys: list[bytes],
+        latest: Mapping[bytes, bytes],
+        expiry: Expiry,
+        extra: tuple[bytes, ...],
+    ) -> list[Op[None]]:
         values = [latest[key] for key in keys]
         sizes = list(map(add, map(len, keys), map(len, values)))
         statement = self.made(("set_many", expiry), lambda: self._make_set_many(expiry))
         cuts = _codec.chunks(keys, sizes, CHUNK_ROWS, CHUNK_BYTES)
         array = _codec.encode_array
-        return len(keys), [
+        return [
             Op(statement, (array(keys[cut]), array(values[cut], _codec.BYTEA_OID), *extra))
             for cut in cuts
         ]
@@ -173,9 +183,17 @@ class BatchStatements(TableStatements):
         for key, delta in _pairs(deltas):
             raw = self.key(key)
             summed[raw] = summed.get(raw, 0) + _codec.integer(delta, "delta")
-        pairs = sorted(summed.items())
-        keys = [k for k, _ in pairs]
-        values = [b"%d" % _codec.integer(v, "delta") for _, v in pairs]
+        latest = {key: b"%d" % _codec.integer(summed[key], "delta") for key in sorted(summed)}
+        return self._increment_many(list(latest), latest, expiry, extra)
+
+    def _increment_many(
+        self,
+        keys: list[bytes],
+        latest: Mapping[bytes, bytes],
+        expiry: Expiry,
+        extra: tuple[bytes, ...],
+    ) -> list[Op[tuple[dict[str, int], list[str]]]]:
+        values = [latest[key] for key in keys]
         statement = self.made(("increment_many", expiry), lambda: self._make_increment_many(expiry))
         array = _codec.encode_array
         return [
@@ -228,9 +246,12 @@ class BatchStatements(TableStatements):
 
     def delete_many(self, keys: Iterable[str]) -> list[Op[int]]:
         """Remove the keys."""
+        return self._chunked(self._delete_many, self.distinct(keys))
+
+    def _chunked(self, statement: Statement[T], keys: list[bytes], *extra: bytes) -> list[Op[T]]:
         return [
-            Op(self._delete_many, (_codec.encode_array(chunk),))
-            for chunk in _cut(self.distinct(keys))
+            Op(statement, (_codec.encode_array(keys[begin : begin + CHUNK_ROWS]), *extra))
+            for begin in range(0, len(keys), CHUNK_ROWS)
         ]
 
     @cached_property
@@ -247,10 +268,7 @@ class BatchStatements(TableStatements):
     def expire_many(self, keys: Iterable[str], ttl: Seconds) -> list[Op[int]]:
         """Give the keys a new ttl."""
         interval = _codec.encode_ttl(ttl)
-        return [
-            Op(self._expire_many, (_codec.encode_array(chunk), interval))
-            for chunk in _cut(self.distinct(keys))
-        ]
+        return self._chunked(self._expire_many, self.distinct(keys), interval)
 
     @cached_property
     def _expire_many(self) -> Statement[int]:
@@ -331,10 +349,6 @@ def _among(few: int) -> str:
     if not few:
         return "key = ANY($1::text[])"
     return f"key IN ({', '.join(f'${n}' for n in range(1, few + 1))})"
-
-
-def _cut(keys: list[bytes]) -> list[list[bytes]]:
-    return [keys[begin : begin + CHUNK_ROWS] for begin in range(0, len(keys), CHUNK_ROWS)]
 
 
 def _array_formats(expiry: Expiry) -> tuple[int, ...]:

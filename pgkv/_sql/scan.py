@@ -126,6 +126,7 @@ class ScanStatements(Sweep):
                 read_int,
                 retry_safe=True,
                 writes=False,
+                join=sum,
             ),
         )
         return Op(statement, params)
@@ -143,6 +144,7 @@ class ScanStatements(Sweep):
                 f"SELECT count(*) FILTER (WHERE {LIVE}) FROM gone",
                 (TEXT,) * len(params),
                 read_int,
+                join=sum,
             ),
         )
         return Op(statement, params)
@@ -165,6 +167,7 @@ class ScanStatements(Sweep):
             _read_stats,
             retry_safe=True,
             writes=False,
+            join=_stats_of_all,
         )
 
     def stats(self) -> Op[Stats]:
@@ -250,6 +253,24 @@ def namespace_prefix(outer: str, prefix: object) -> str:
 
 def _read_now(result: Result) -> datetime:
     return _codec.decode_moment(result.get_value(0, 0))
+
+
+def _stats_of_all(parts: list[Stats]) -> Stats:
+    """The statistics of a table in several slots."""
+    keys = sum(each.total_keys for each in parts)
+    size = sum(each.total_value_bytes for each in parts)
+    ratios = [each.hot_update_ratio for each in parts if each.hot_update_ratio is not None]
+    return Stats(
+        total_keys=keys,
+        expired_keys=sum(each.expired_keys for each in parts),
+        total_value_bytes=size,
+        avg_value_bytes=size / keys if keys else 0.0,
+        max_value_bytes=max(each.max_value_bytes for each in parts),
+        table_size_bytes=sum(each.table_size_bytes for each in parts),
+        index_size_bytes=sum(each.index_size_bytes for each in parts),
+        dead_tuples=sum(each.dead_tuples for each in parts),
+        hot_update_ratio=sum(ratios) / len(ratios) if ratios else None,
+    )
 
 
 def _read_stats(result: Result) -> Stats:

@@ -31,7 +31,7 @@ COMMANDS = (
         "idempotency",
         "queue",
     ),
-    *("worker", "demo"),
+    *("worker", "shards", "demo"),
 )
 NOWHERE = "postgresql://somebody:hunter2@127.0.0.1:1/db"
 

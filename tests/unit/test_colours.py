@@ -23,7 +23,7 @@ TWINS = [
 # The mapping protocol cannot be awaited.
 BLOCKING_ONLY = {"__getitem__", "__setitem__", "__delitem__", "__contains__", "__iter__"}
 # Calls that return at once, in both colours: what is awaited or entered, views, iterators.
-TO_AWAIT_OR_ENTER = {"connect", "embedded", "transaction", "pipeline"}
+TO_AWAIT_OR_ENTER = {"connect", "embedded", "sharded", "transaction", "pipeline"}
 PLAIN = {
     "from_pool",
     "pool_stats",
@@ -111,6 +111,7 @@ def test_what_is_opened_can_be_awaited_or_entered() -> None:
     for opened in (
         pgkv.AsyncStore.connect("host=nowhere.invalid"),
         pgkv.AsyncStore.embedded("nowhere"),
+        pgkv.AsyncStore.sharded(["host=nowhere.invalid"]),
         store.transaction(),
         store.pipeline(),
     ):
@@ -182,6 +183,6 @@ def test_what_a_pipeline_does_not_offer() -> None:
         *("now", "pool_stats"),
         # upkeep, and what opens or closes
         *("truncate", "stats", "vacuum", "analyze", "create_table", "recreate_table", "ping"),
-        *("connect", "from_pool", "embedded", "close", "transaction", "run_transaction"),
+        *("connect", "from_pool", "embedded", "sharded", "close", "transaction", "run_transaction"),
         *("using", "namespace", "table", "typed", "pipeline", "clear"),
     }

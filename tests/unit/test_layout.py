@@ -23,6 +23,7 @@ PATTERNS = sorted((ROOT / "patterns").rglob("*.py"))
 MODULES_WITH_SQL = {
     "pgkv/_engine/schema.py",
     "pgkv/_engine/sweep.py",
+    "pgkv/_shards/sql.py",
     "pgkv/testing.py",  # puts a clock of its own into a test's schema
 }
 PATTERN_MODULES_WITH_SQL = ("sql",)  # each pattern's own
@@ -177,7 +178,11 @@ def test_public_names_are_documented(name: str) -> None:
 
 ADAPTERS = ("pgkv.integrations.fastapi", "pgkv.integrations.flask", "pgkv.testing")
 # What these methods are given is documented at their namesakes.
-NAMESAKES = {pgkv.Pipeline: pgkv.Store, pgkv.TypedStore: pgkv.Store}
+NAMESAKES = {
+    pgkv.Pipeline: pgkv.Store,
+    pgkv.TypedStore: pgkv.Store,
+    pgkv.ShardedStore: pgkv.Store,
+}
 SECTION = re.compile(r"^(Args|Attributes):\n((?:    .*\n|\n)+)", re.MULTILINE)
 ITEM = re.compile(r"^    \*{0,2}(\w+):", re.MULTILINE)
 TICKED = re.compile(r"``?\*{0,2}(\w+)[`= (,]")

@@ -1,0 +1,338 @@
+"""The channels of a sharded store: each operation goes to the server that has its slot, by that
+server's own channel. One class is for threads, one for event loops; `placement` has their flows.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from time import monotonic
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from .._engine._async.channel import AsyncPoolChannel
+from .._engine._sync.channel import PoolChannel
+from .._engine.base import PooledOperations
+from .._engine.sweep import Collector, weakly
+from .._fork import CONNECTIONS, survives_fork
+from .._ops.drivers import drive, drive_async
+from .._ops.op import Flow, Op, Param, Pipelined, Statement, Transaction
+from .._sql.sweep import Sweep
+from ..config import Config, Table
+from ..errors import ConfigError, PgkvError, TableNotFoundError
+from ..types import PoolStats
+from .placement import Router
+from .slots import ANY
+from .sql import InSlot, Spread
+
+if TYPE_CHECKING:
+    from psycopg import IsolationLevel
+
+    from .._engine._async.transaction import AsyncBoundChannel
+    from .._engine._sync.transaction import BoundChannel
+
+T = TypeVar("T")
+
+
+class Sharding(PooledOperations):
+    """What both channels share.
+
+    Args:
+        router: knows the map.
+        slot: the one that a view is limited to; None for all.
+    """
+
+    router: Router
+    slot: int | None
+    _background: Any
+
+    def _set_up(self, config: Config, router: Router, slot: int | None) -> None:
+        PooledOperations.__init__(self, config, None)
+        self.router = router
+        self.slot = slot
+        self._closed = False
+
+    def of_slot(self, slot: int) -> Any:
+        """A channel that is limited to that slot, over the same connections."""
+        view = type(self)(self._config, self.router, slot)  # type: ignore[call-arg]  # as both have it
+        view._collectors = self._collectors
+        view._background = self._background
+        return view
+
+    @property
+    def state(self) -> str:
+        """Whether it was closed."""
+        return "closed" if self._closed else ""
+
+    def _channels(self) -> list[Any]:
+        if self.slot is not None:
+            return [self.router.channel(self.slot)]
+        return [node.channel for node in self.router.nodes]
+
+    def is_exhausted(self) -> bool:
+        """Whether a pool has no connection left."""
+        return any(channel.is_exhausted() for channel in self._channels())
+
+    def pool_stats(self) -> PoolStats:
+        """The connections and waiters of all servers."""
+        counts = [channel._pool.counts() for channel in self._channels()]
+        return PoolStats(*map(sum, zip(*counts, strict=True)))
+
+    def conninfo(self) -> str:
+        """What a connection to the slot's server is opened with.
+
+        Raises:
+            ConfigError: this is a channel to several servers.
+        """
+        return str(self._one("a connection of its own").conninfo())
+
+    def _one(self, what: str) -> Any:
+        if self.slot is None:
+            raise ConfigError(
+                f"a sharded store has several servers, and {what} is of one: use "
+                "store.on(key), the store of that key's slot"
+            )
+        return self.router.channel(self.slot)
+
+    def watch(self, sql: Sweep) -> None:
+        """Collect the expired rows of a table in every slot, or in the one that it names."""
+        parts: list[Any] = [sql]
+        if sql.table.schema == ANY:
+            parts = [InSlot(sql, slot) for slot in range(self.router.slots.count)]
+        for each in parts:
+            if each.table not in self._collectors:
+                collector = Collector(each, weakly(self._background))
+                self._collectors[each.table] = collector
+                if any(channel._patrolling for channel in self._channels()):
+                    self._start_patrol(collector)
+
+    def _start_patrol(self, collector: Collector) -> None:
+        collector.start_patrol()
+
+    def _deadline(self, timeout: float | None) -> float:
+        return monotonic() + (self._timeout if timeout is None else timeout)
+
+    def pipeline(self, ops: Sequence[Op[Any]], *, atomic: bool) -> Flow[list[Any]]:
+        """Send operations, those of one server together."""
+        return self.router.pipeline(ops, atomic=atomic, own=self.slot or 0)
+
+    def _missing(self, table: Table) -> Flow[None]:
+        """Create a table in the view's slot, or in all."""
+        schema = table.schema or ""
+        slots = None if schema == ANY else [int(schema.removeprefix("pgkv_"))]
+        return self.router.create([table], slots)
+
+    def _beforehand(self) -> Flow[None]:
+        """Create the tables of the slot that are missing: inside a transaction it is too late."""
+        assert self.slot is not None
+        if self.router.creates:
+            schema = f"pgkv_{self.slot:02d}"
+            tables = [t for t in self._collectors if t.schema == schema and t not in self._known]
+            yield from self.router.create(tables, [self.slot])
+            self._known.update(tables)
+
+    def _moved(self, error: TableNotFoundError, channel: Any) -> Flow[None]:
+        """Read the map after a transaction that met no table: it may be repeated elsewhere."""
+        assert self.slot is not None
+        settled = self.router._settled(self.slot, channel, None, self._deadline(None), False)
+        with contextlib.suppress(PgkvError):
+            error.retryable = yield from settled
+
+
+class ShardedChannel(Sharding, PoolChannel):
+    """Operations of a sharded `Store`.
+
+    Args:
+        config: timeouts.
+        router: knows the map.
+        slot: the one that a view is limited to; None for all.
+    """
+
+    def __init__(self, config: Config, router: Router, slot: int | None = None) -> None:
+        self._set_up(config, router, slot)
+        self._begin()
+        survives_fork(self, CONNECTIONS)
+
+    def after_fork(self) -> None:
+        """Start again in the child: the servers' channels do so themselves."""
+        self._begin()
+        for collector in self._collectors.values():
+            collector.reset()
+
+    def execute(self, op: Op[T], timeout: float | None = None) -> T:
+        """Perform one operation."""
+        if type(op) is Spread:
+            return drive(self.router.perform(op, timeout, 0))  # type: ignore[no-any-return]  # joined by op
+        return self.call(op.statement, op.params, timeout, op)  # type: ignore[no-any-return]  # decoded by op
+
+    def call(
+        self,
+        statement: Statement[T],
+        params: Sequence[Param],
+        timeout: float | None = None,
+        op: Op[T] | None = None,
+    ) -> T:
+        """Perform one statement where its slot is."""
+        router = self.router
+        route = router.routes.get(statement) or router.route(statement)
+        if route is None:
+            return self._elsewhere(op or Op(statement, params), timeout)
+        slot = route.find(params)
+        channel = router.channels[slot]
+        there = route.at(slot)
+        if op is not None:
+            op.statement = there
+        if channel is not None:
+            started = monotonic()
+            try:
+                return channel.call(there, params, timeout, op)  # type: ignore[no-any-return]  # decoded by op
+            except TableNotFoundError as error:
+                deadline = started + (self._timeout if timeout is None else timeout)
+                flow = router.follow(op or Op(there, params), slot, channel, error, deadline)
+            return drive(flow)  # type: ignore[no-any-return]  # decoded by op
+        return drive(router.perform(op or Op(there, params), timeout, slot))  # type: ignore[no-any-return]  # as above
+
+    def _elsewhere(self, op: Op[T], timeout: float | None) -> T:
+        if op.statement.name == "create_table" and op.statement.table is not None:
+            drive(self._missing(op.statement.table))
+            return {"key": "text"}  # type: ignore[return-value]  # a column: it is there
+        return drive(self.router.perform(op, timeout, self.slot or 0))  # type: ignore[no-any-return]  # decoded by op
+
+    def _together(self, step: Transaction[Any] | Pipelined, timeout: float | None) -> Any:
+        return self._one("a transaction")._together(step, timeout)
+
+    def create_missing_table(self, table: Table, deadline: float | None = None) -> None:
+        """Create a table where it is missing."""
+        del deadline
+        drive(self._missing(table))
+
+    def transaction(
+        self, isolation: IsolationLevel | None = None
+    ) -> contextlib.AbstractContextManager[BoundChannel]:
+        """Open a transaction in the slot of this view."""
+        self._one("a transaction")
+        return self._in_slot(isolation)
+
+    @contextlib.contextmanager
+    def _in_slot(self, isolation: IsolationLevel | None) -> Iterator[BoundChannel]:
+        drive(self._beforehand())
+        channel = self._one("a transaction")
+        try:
+            with channel._bound(isolation) as bound:
+                yield bound
+        except TableNotFoundError as error:
+            drive(self._moved(error, channel))
+            raise
+
+    def close(self) -> None:
+        """Close the connections to all servers."""
+        self._closed = True
+        self._closing.set()
+        for node in self.router.nodes:
+            node.channel.close()
+        while self._on_close:
+            self._on_close.pop()()
+
+
+class AsyncShardedChannel(Sharding, AsyncPoolChannel):
+    """Operations of a sharded `AsyncStore`; see `ShardedChannel`."""
+
+    def __init__(self, config: Config, router: Router, slot: int | None = None) -> None:
+        self._set_up(config, router, slot)
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def execute(self, op: Op[T], timeout: float | None = None) -> T:
+        """Perform one operation."""
+        if type(op) is Spread:
+            return await drive_async(self.router.perform(op, timeout, 0))
+        return await self.call(op.statement, op.params, timeout, op)
+
+    async def call(
+        self,
+        statement: Statement[T],
+        params: Sequence[Param],
+        timeout: float | None = None,
+        op: Op[T] | None = None,
+    ) -> T:
+        """Perform one statement where its slot is."""
+        router = self.router
+        route = router.routes.get(statement) or router.route(statement)
+        if route is None:
+            return await self._elsewhere(op or Op(statement, params), timeout)
+        slot = route.find(params)
+        channel = router.channels[slot]
+        there = route.at(slot)
+        if op is not None:
+            op.statement = there
+        if channel is not None:
+            started = monotonic()
+            try:
+                return await channel.call(there, params, timeout, op)  # type: ignore[no-any-return]  # decoded by op
+            except TableNotFoundError as error:
+                deadline = started + (self._timeout if timeout is None else timeout)
+                flow = router.follow(op or Op(there, params), slot, channel, error, deadline)
+            return await drive_async(flow)
+        return await drive_async(router.perform(op or Op(there, params), timeout, slot))
+
+    async def _elsewhere(self, op: Op[T], timeout: float | None) -> T:
+        if op.statement.name == "create_table" and op.statement.table is not None:
+            await drive_async(self._missing(op.statement.table))
+            return {"key": "text"}  # type: ignore[return-value]  # a column: it is there
+        return await drive_async(self.router.perform(op, timeout, self.slot or 0))
+
+    async def _together(self, step: Transaction[Any] | Pipelined, timeout: float | None) -> Any:
+        return await self._one("a transaction")._together(step, timeout)
+
+    async def create_missing_table(self, table: Table, deadline: float | None = None) -> None:
+        """Create a table where it is missing."""
+        del deadline
+        await drive_async(self._missing(table))
+
+    def transaction(
+        self, isolation: IsolationLevel | None = None
+    ) -> contextlib.AbstractAsyncContextManager[AsyncBoundChannel]:
+        """Open a transaction in the slot of this view."""
+        self._one("a transaction")
+        return self._in_slot(isolation)
+
+    @contextlib.asynccontextmanager
+    async def _in_slot(self, isolation: IsolationLevel | None) -> AsyncIterator[AsyncBoundChannel]:
+        await drive_async(self._beforehand())
+        channel = self._one("a transaction")
+        try:
+            async with channel._bound(isolation) as bound:
+                yield bound
+        except TableNotFoundError as error:
+            await drive_async(self._moved(error, channel))
+            raise
+
+    async def close(self) -> None:
+        """Close the connections to all servers."""
+        self._closed = True
+        for task in tuple(self._tasks):
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+        await asyncio.gather(*(node.channel.close() for node in self.router.nodes))
+        while self._on_close:
+            await asyncio.to_thread(self._on_close.pop())
+
+
+def one_by_one(calls: Sequence[Callable[[], Any]]) -> list[Any]:
+    """Call each; what it returned, or its `PgkvError`."""
+    found: list[Any] = []
+    for each in calls:
+        try:
+            found.append(each())
+        except PgkvError as error:
+            found.append(error)
+    return found
+
+
+async def at_once(calls: Sequence[Callable[[], Any]]) -> list[Any]:
+    """The same for functions that return awaitables, at the same time."""
+    found = await asyncio.gather(*(each() for each in calls), return_exceptions=True)
+    for each in found:
+        if isinstance(each, BaseException) and not isinstance(each, PgkvError):
+            raise each
+    return found

@@ -1,0 +1,304 @@
+"""The statements of a sharded store: those of every store, cut into parts for their slots, and those
+of the map.
+
+Each server has the whole map in the schema ``pgkv_map``. A slot is where its schema has its name; the
+map points the way. A server whose row is older than another's does not know yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from itertools import chain
+from typing import Any, NamedTuple, TypeVar
+
+from .._engine.schema import create_sql
+from .._ops.op import Op, Result, Statement
+from .._sql import Statements
+from .._sql.table import Expiry, read_nothing
+from ..config import Config, Table
+from ..types import ScanOptions
+from .slots import ANY, Slots, schema_of
+
+T = TypeVar("T")
+
+MARK = f'"{ANY}".'
+
+
+# -- operations on several slots -------------------------------------------------------------
+
+
+class Spread(Op[T]):
+    """An operation whose parts are in several slots.
+
+    Args:
+        parts: one or more for each slot, in the order of the slots.
+        join: makes one answer of theirs.
+    """
+
+    __slots__ = ("join", "parts")
+
+    def __init__(self, parts: Sequence[Op[Any]], join: Callable[[list[Any]], T]) -> None:
+        super().__init__(parts[0].statement, [each for op in parts for each in op.params])
+        self.parts: Sequence[Op[Any]] = parts
+        self.join: Callable[[list[Any]], T] = join
+
+
+def located(statement: Statement[T], slot: int) -> Statement[T]:
+    """The statement for one slot."""
+    name = f'"{schema_of(slot)}".'
+    table = statement.table
+    return replace(
+        statement,
+        sql=statement.sql.replace(MARK, name),
+        sql_18=statement.sql_18 and statement.sql_18.replace(MARK, name),
+        table=table and replace(table, schema=schema_of(slot)),
+    )
+
+
+class InSlot:
+    """The statements of a table, for one slot of it.
+
+    Args:
+        sql: those for any slot.
+        slot: which.
+    """
+
+    def __init__(self, sql: Any, slot: int) -> None:
+        self._sql = sql
+        self._slot = slot
+        self._made: dict[Statement[Any], Statement[Any]] = {}
+        self.table: Table = replace(sql.table, schema=schema_of(slot))
+        self.t: str = self.table.quoted
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._sql, name)
+        if not callable(value):
+            return value
+
+        def call(*args: Any) -> Any:
+            answer = value(*args)
+            return self.at(answer) if isinstance(answer, Op) else answer
+
+        return call
+
+    def at(self, op: Op[T]) -> Op[T]:
+        """That operation in the slot."""
+        statement = self._made.get(op.statement)
+        if statement is None:
+            statement = self._made[op.statement] = located(op.statement, self._slot)
+        return Op(statement, op.params, None if op.decode is op.statement.decode else op.decode)
+
+
+class ShardedStatements(Statements):
+    """All statements of one key-value table in all slots, for keys under one prefix."""
+
+    mergeable = {}  # noqa: RUF012  # operations on many keys are not of one slot
+
+    def __init__(self, config: Config, prefix: str = "") -> None:
+        super().__init__(config, prefix)
+        self.slots: Slots = config.shards  # type: ignore[attr-defined]  # a ShardedConfig
+        self.every: list[InSlot] = [InSlot(self, slot) for slot in range(self.slots.count)]
+
+    def _by_slot(self, keys: Sequence[bytes]) -> list[tuple[InSlot, list[bytes]]]:
+        found: dict[int, list[bytes]] = {}
+        of = self.slots.of
+        for key in keys:
+            found.setdefault(of(key), []).append(key)
+        return [(self.every[slot], found[slot]) for slot in sorted(found)]
+
+    def _spread(
+        self,
+        keys: Sequence[bytes],
+        make: Callable[[list[bytes]], Sequence[Op[Any]]],
+        join: Callable[[list[Any]], Any],
+    ) -> list[Op[Any]]:
+        parts = [sql.at(op) for sql, few in self._by_slot(keys) for op in make(few)]
+        return [Spread(parts, join)] if parts else []
+
+    def _get_many(self, raw: list[bytes]) -> Op[dict[str, bytes]]:
+        make = super()._get_many
+        return self._spread(raw, lambda few: [make(few)], _united)[0]
+
+    def _exist_many(self, raw: list[bytes]) -> Op[set[str]]:
+        make = super()._exist_many
+        return self._spread(raw, lambda few: [make(few)], lambda all_: set().union(*all_))[0]
+
+    def _set_many(
+        self,
+        keys: list[bytes],
+        latest: Mapping[bytes, bytes],
+        expiry: Expiry,
+        extra: tuple[bytes, ...],
+    ) -> list[Op[None]]:
+        make = super()._set_many
+        return self._spread(
+            keys,
+            lambda few: make(few, latest, expiry, extra),
+            lambda all_: next((each for each in all_ if each is not None), None),
+        )
+
+    def _increment_many(
+        self,
+        keys: list[bytes],
+        latest: Mapping[bytes, bytes],
+        expiry: Expiry,
+        extra: tuple[bytes, ...],
+    ) -> list[Op[tuple[dict[str, int], list[str]]]]:
+        make = super()._increment_many
+        return self._spread(
+            keys,
+            lambda few: make(few, latest, expiry, extra),
+            lambda all_: (
+                _united([sums for sums, _ in all_]),
+                [k for _, raced in all_ for k in raced],
+            ),
+        )
+
+    def _chunked(self, statement: Statement[T], keys: list[bytes], *extra: bytes) -> list[Op[T]]:
+        make = super()._chunked
+        return self._spread(keys, lambda few: make(statement, few, *extra), sum)
+
+    def _scan(
+        self,
+        name: str,
+        columns: str,
+        decode: Callable[[Result], Any],
+        options: ScanOptions,
+    ) -> Op[Any]:
+        most = None if options.limit is None else options.limit + options.offset
+        op = super()._scan(name, columns, decode, replace(options, limit=most, offset=0))
+        super()._scan(name, columns, decode, options)  # checks the numbers
+
+        def join(answers: list[list[Any]]) -> list[Any]:
+            return sorted(chain.from_iterable(answers))[options.offset :][: options.limit]
+
+        return Spread([sql.at(op) for sql in self.every], join)
+
+
+class SlotStatements(Statements):
+    """All statements of one key-value table in one slot. They refuse keys of other slots."""
+
+    def key(self, key: str) -> bytes:
+        """Check and encode one key."""
+        return self.config.shards.check(super().key(key))  # type: ignore[attr-defined, no-any-return]  # a ShardedConfig
+
+    def many_keys(self, keys: Iterable[str]) -> list[bytes]:
+        """Check and encode many keys."""
+        return list(map(self.config.shards.check, super().many_keys(keys)))  # type: ignore[attr-defined]  # a ShardedConfig
+
+
+def _united(answers: list[dict[Any, Any]]) -> dict[Any, Any]:
+    return {key: value for each in answers for key, value in each.items()}
+
+
+# -- the map -------------------------------------------------------------------------------------
+
+MAP_DDL = """\
+CREATE SCHEMA IF NOT EXISTS pgkv_map;
+CREATE TABLE IF NOT EXISTS pgkv_map.settings (
+    one   BOOLEAN PRIMARY KEY DEFAULT true CHECK (one),
+    slots INTEGER NOT NULL,
+    node  TEXT NOT NULL
+);
+CREATE TABLE IF NOT EXISTS pgkv_map.slots (
+    slot   INTEGER PRIMARY KEY,
+    home   TEXT NOT NULL,
+    epoch  BIGINT NOT NULL,
+    target TEXT
+);"""
+INIT_LOCK = "SELECT pg_advisory_xact_lock(hashtext('pgkv shards'))"
+SCHEMAS = "SELECT nspname FROM pg_namespace WHERE nspname ~ '^pgkv_[0-9]{2,}(_in|_out)?$'"
+HAS_MAP = "SELECT to_regclass('pgkv_map.slots') IS NOT NULL"
+NAME_SERVER = "INSERT INTO pgkv_map.settings (slots, node) VALUES (%s, %s) ON CONFLICT DO NOTHING"
+NEWER_ROW = (
+    "INSERT INTO pgkv_map.slots AS s (slot, home, epoch) VALUES (%s, %s, %s) ON CONFLICT (slot) DO "
+    "UPDATE SET home = EXCLUDED.home, epoch = EXCLUDED.epoch WHERE s.epoch < EXCLUDED.epoch"
+)
+_SCHEMA = "'pgkv_' || CASE WHEN s.slot < 10 THEN '0' ELSE '' END || s.slot"
+
+
+class MapRow(NamedTuple):
+    """What one server's map says of a slot.
+
+    Attributes:
+        home: the name of the server that has it.
+        epoch: rises with every move.
+        target: where it is being moved to; empty where it is not.
+        live: whether its schema is on the server that says this.
+    """
+
+    slot: int
+    home: str
+    epoch: int
+    target: str = ""
+    live: bool = False
+
+
+class NodeMap(NamedTuple):
+    """One server's map: how many slots there are, its own name, and its rows."""
+
+    slots: int
+    node: str
+    rows: list[MapRow]
+
+
+def _read_map(result: Result) -> NodeMap | None:
+    if not result.ntuples:
+        return None
+
+    def text(row: int, column: int) -> str:
+        return (result.get_value(row, column) or b"").decode()
+
+    rows = [
+        MapRow(int(text(n, 2)), text(n, 3), int(text(n, 4)), text(n, 5), text(n, 6) == "true")
+        for n in range(result.ntuples)
+        if text(n, 2)
+    ]
+    return NodeMap(int(text(0, 0)), text(0, 1), rows)
+
+
+READ_MAP: Statement[NodeMap | None] = Statement(
+    "shards_map",
+    "SELECT m.slots::text, m.node, s.slot::text, s.home, s.epoch::text, coalesce(s.target, ''), "
+    f"(to_regnamespace({_SCHEMA}) IS NOT NULL)::text "
+    "FROM pgkv_map.settings m LEFT JOIN pgkv_map.slots s ON true ORDER BY s.slot",
+    (),
+    _read_map,
+    retry_safe=True,
+    writes=False,
+)
+
+
+def _read_sizes(result: Result) -> dict[str, int]:
+    return {
+        (result.get_value(n, 0) or b"").decode(): int(result.get_value(n, 1) or b"0")
+        for n in range(result.ntuples)
+    }
+
+
+READ_SIZES: Statement[dict[str, int]] = Statement(
+    "shards_sizes",
+    "SELECT n.nspname::text, coalesce(sum(pg_total_relation_size(c.oid)), 0)::text "
+    "FROM pg_namespace n LEFT JOIN pg_class c ON c.relnamespace = n.oid AND c.relkind = 'r' "
+    r"WHERE n.nspname ~ '^pgkv_[0-9]{2,}(_in|_out)?$' GROUP BY 1",
+    (),
+    _read_sizes,
+    retry_safe=True,
+    writes=False,
+)
+
+
+def create_in_slot(table: Table, slot: int) -> Op[None]:
+    """Create a table where the slot lives. The schema is never created here, and a move waits for this
+    or prevents it: a client with an old map would otherwise give the slot a second home."""
+    owned = (
+        "PERFORM 1 FROM pgkv_map.slots s, pgkv_map.settings m WHERE "
+        f"s.slot = {slot} AND s.home = m.node AND s.target IS NULL FOR SHARE OF s"
+    )
+    commands = create_sql(replace(table, schema=schema_of(slot)))
+    text = (
+        "SET LOCAL lock_timeout = '2s'; "
+        f"DO $pgkv$ BEGIN {owned}; IF FOUND THEN {commands} END IF; END $pgkv$"
+    )
+    return Op(Statement("create_table", text, (), read_nothing, script=True, writes=False))

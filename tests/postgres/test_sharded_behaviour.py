@@ -1,0 +1,112 @@
+"""What every store does, a sharded one does too: the tests of the store, run again over slots.
+
+`make test` runs a third of them, over three servers with a few slots; PGKV_TESTS=full all, and also over one server
+with one slot and with 32, and three with 32. The servers are databases of one: to pgkv that is the same.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import secrets
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Any
+from zlib import crc32
+
+import pytest
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
+
+from pgkv.testing import ServerClock
+from tests import FULL, sharded
+from tests.colours import Colour
+from tests.postgres.test_atomic import *  # noqa: F403
+from tests.postgres.test_basic import *  # noqa: F403
+from tests.postgres.test_batch import *  # noqa: F403
+from tests.postgres.test_expiry import *  # noqa: F403
+from tests.postgres.test_scan import *  # noqa: F403
+from tests.postgres.test_views import *  # noqa: F403
+from tests.servers import Server, UserServer
+
+# What looks at the rows of one server from outside, or counts what is sent to one.
+OF_ONE_SERVER = {"peer", "witness", "operations", "connect", "dsn", "make_server"}
+NOT_SHARDED = {
+    "test_pool_stats": "each server has a pool",
+    "test_batches_sort_their_keys": "in each slot",
+    "test_time_moves_inside_a_transaction": "a transaction is in a slot",
+    "test_a_batch_is_all_or_nothing": "on each server",
+    "test_bounds_in_a_pipeline": "an atomic pipeline is in a slot",
+    "test_increment_many_refuses_a_value_that_is_no_integer": "the other servers' part is done",
+    "test_increment_many_refuses_an_overflow": "the other servers' part is done",
+}
+for _name, _test in [*globals().items()]:
+    if _name.startswith("test_") and (
+        _name in NOT_SHARDED
+        or not OF_ONE_SERVER.isdisjoint(inspect.signature(_test).parameters)
+        or not (FULL or crc32(_name.encode()) % 3 == 0)
+    ):
+        del globals()[_name]
+
+LAYOUTS = [(3, 5), *([(1, 1), (1, 32), (3, 32)] if FULL else [])]
+
+
+@pytest.fixture(scope="session", params=LAYOUTS, ids=lambda each: f"{each[0]}x{each[1]}")
+def layout(request: pytest.FixtureRequest, server: Server | UserServer) -> list[str]:
+    """The DSNs of servers with slots and all tables."""
+    if isinstance(server, UserServer):
+        pytest.skip("makes databases: not on the server of PGKV_TEST_DSN")
+    count, slots = request.param
+    dsns = sharded.databases(server.dsn, [f"n_{secrets.token_hex(4)}" for _ in range(count)])
+    sharded.init(dsns, slots)
+    return dsns
+
+
+class Clocks:
+    """The clocks of all servers, moved together."""
+
+    def __init__(self, dsns: list[str]) -> None:
+        self.each = [ServerClock(dsn) for dsn in dsns]
+
+    def __getattr__(self, name: str) -> Any:
+        def of_all(*args: Any) -> Any:
+            answer = None
+            for clock in self.each:
+                answer = getattr(clock, name)(*args)
+            return answer
+
+        return of_all
+
+
+@pytest.fixture
+def clock(layout: list[str]) -> Iterator[Clocks]:
+    clocks = Clocks(layout)
+    yield clocks
+    clocks.close()
+
+
+@pytest.fixture
+def make_store(
+    request: pytest.FixtureRequest,
+    layout: list[str],
+    colour: Colour,
+    event_loop_runner: asyncio.Runner,
+) -> Iterator[Callable[..., Coroutine[Any, Any, Any]]]:
+    dsns = layout
+    if "clock" in request.fixturenames:
+        dsns = [clock.dsn for clock in request.getfixturevalue("clock").each]
+    made: list[Any] = []
+
+    async def make(**config: Any) -> Any:
+        if (dsn := config.pop("dsn", None)) is not None:
+            options = conninfo_to_dict(dsn).get("options")
+            config["dsns"] = [make_conninfo(each, options=options) for each in dsns]
+        made.append(await sharded.connect(colour, config.pop("dsns", dsns), **config))
+        return made[-1]
+
+    yield make
+
+    async def close() -> None:
+        for each in made[::-1]:
+            await each.close()
+
+    event_loop_runner.run(close())
+    sharded.clear(layout)

@@ -1,0 +1,114 @@
+"""To which slot a key belongs."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import pgkv
+from pgkv._ops.op import TEXT, Statement
+from pgkv._shards.slots import ANY, Slots, hashed_part, schema_of
+from pgkv._shards.sql import located
+from pgkv._shards.store import settings, split
+from pgkv._sql import Statements
+
+SLOTS = Slots(32)
+
+
+@pytest.mark.parametrize(
+    ("key", "slot"),
+    [(b"a", 3), (b"user:1", 2), (b"{user:1}:cart", 2), (b"{}:x", 21), ("\u00e9".encode(), 30)],
+)
+def test_slots_never_change(key: bytes, slot: int) -> None:
+    """Where a key is, was decided for ever: these are in the databases of users."""
+    assert SLOTS.of(key) == slot
+
+
+@pytest.mark.parametrize(
+    ("key", "part"),
+    [
+        (b"a{b}c", b"b"),
+        (b"{b}{c}", b"b"),
+        (b"{{b}}", b"{b"),
+        (b"a{}b{c}", b"a{}b{c}"),
+        (b"a}b{c", b"a}b{c"),
+        (b"a{b", b"a{b"),
+    ],
+)
+def test_a_tag_decides(key: bytes, part: bytes) -> None:
+    """The text in the first braces, if there is some and they close; else all of the key."""
+    assert hashed_part(key) == part
+
+
+@given(st.binary(max_size=20), st.binary(max_size=20), st.binary(min_size=1, max_size=9))
+def test_keys_of_one_tag_are_together(before: bytes, after: bytes, tag: bytes) -> None:
+    """Whatever else they contain."""
+    if not set(b"{}") & set(before + tag):
+        assert SLOTS.of(before + b"{" + tag + b"}" + after) == SLOTS.of(b"{" + tag + b"}")
+
+
+def test_a_view_refuses_other_slots() -> None:
+    """With the message that says what to do."""
+    own = Slots(32, SLOTS.of(b"a"))
+    assert own.check(b"a") == b"a"
+    message = r"'user:1' is in slot 2, .*: give both keys one \{tag\}"
+    with pytest.raises(pgkv.ConfigError, match=message):
+        own.check(b"user:1")
+    with pytest.raises(pgkv.ConfigError, match="session is in slot"):
+        own.check_id(b"user:1")
+
+
+def test_a_statement_in_a_slot() -> None:
+    """Names the slot's tables, as text and as a name in a literal, and keeps what else it is."""
+    sql = Statements(pgkv.Config("postgresql://", schema=ANY))
+    for op in (sql.get("k"), sql.stats()):
+        there = located(op.statement, 7)
+        assert ANY not in there.sql
+        assert '"pgkv_07"."kv_store"' in there.sql
+        assert there.table
+        assert there.table.schema == "pgkv_07"
+        assert there.decode is op.statement.decode
+        assert there.prepared_name != op.statement.prepared_name
+    assert [schema_of(7), schema_of(100)] == ["pgkv_07", "pgkv_100"]
+
+
+def test_a_statement_of_no_table_is_the_same_everywhere() -> None:
+    """There is nothing to replace."""
+    ping = Statement("ping", "SELECT $1", (TEXT,), lambda _: None)
+    assert located(ping, 3).sql == ping.sql
+
+
+@pytest.mark.parametrize(
+    ("text", "dsns"),
+    [
+        ("postgresql://a postgresql://b", ["postgresql://a", "postgresql://b"]),
+        ("postgresql://a,b/db", ["postgresql://a,b/db"]),
+        ("host=a dbname=b", ["host=a dbname=b"]),
+        ("embedded:///x\nembedded:///y", ["embedded:///x", "embedded:///y"]),
+    ],
+)
+def test_several_dsns_in_one_setting(text: str, dsns: list[str]) -> None:
+    """URIs with spaces between; a conninfo string has spaces of its own."""
+    assert split(text) == dsns
+
+
+@pytest.mark.parametrize(
+    ("args", "options", "message"),
+    [
+        ((["postgresql://"], None, "citys"), {}, "placement"),
+        ((["postgresql://"], "32", "auto"), {}, "slots must be an integer"),
+        (("postgresql://", None, "auto"), {}, "list of DSNs"),
+        (([], None, "auto"), {}, "at least one"),
+        ((["postgresql://"], None, "auto"), {"schema": "s"}, "no schema="),
+        ((["postgresql://"], None, "auto"), {"coalesce": True}, "no coalesce="),
+        ((["postgresql://"], None, "auto"), {"colour": 1}, "no option 'colour'"),
+        ((["mysql://"], None, "auto"), {}, "scheme"),
+    ],
+)
+def test_wrong_settings(
+    args: tuple[object, object, object], options: dict[str, object], message: str
+) -> None:
+    """Are refused before anything is connected."""
+    with pytest.raises(pgkv.ConfigError, match=message):
+        settings(*args, options)
