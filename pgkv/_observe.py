@@ -8,15 +8,18 @@ standard output, which a library must not). Values, tokens and passwords are nev
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import logging
 import sys
-from collections.abc import Callable, Iterable, Mapping
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextvars import Context
 from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from .errors import ConfigError
+from .errors import ConfigError, PgkvError
 
 if TYPE_CHECKING:
     from ._ops.op import Op
@@ -53,14 +56,20 @@ class OperationEvent:
         error: the exception that it raised, or None.
     """
 
-    __slots__ = ("_answer", "_op", "error", "seconds")
+    __slots__ = ("_answer", "_channel", "_op", "error", "seconds")
 
     kind = "operation"
 
     def __init__(
-        self, _op: Op[Any], seconds: float, _answer: Any, error: BaseException | None
+        self,
+        _op: Op[Any],
+        seconds: float,
+        _answer: Any,
+        error: BaseException | None,
+        _channel: Any = None,
     ) -> None:
         self._op = _op
+        self._channel = _channel
         self._answer = _answer
         self.seconds: float = seconds
         self.error: BaseException | None = error
@@ -112,18 +121,32 @@ class OperationEvent:
         hits, keys = self.hits, self._op.keys
         return None if hits is None or keys is None else keys - hits
 
+    @property
+    def server(self) -> tuple[str | None, int | None, str | None]:
+        """Host, port and database, as far as the DSN or the connection tells them."""
+        with contextlib.suppress(PgkvError):  # an embedded server that does not start
+            if self._channel is not None:
+                return self._channel.server  # type: ignore[no-any-return]  # any channel's
+        return None, None, None
+
+    @property
+    def contexts(self) -> Sequence[Context]:
+        """The contexts of the calls that it answers, where `coalesce=True` merged several into one
+        statement. Hooks run in that of the first."""
+        return getattr(self._op, "contexts", ())
+
     @shown
     def __repr__(self) -> str:
         return f"{self.name} {self.outcome}"
 
 
 class StateEvent:
-    """A change of state that pgkv also logs, such as ``pgkv.lock.lost``.
+    """A change of state, such as ``pgkv.lock.lost``. Most are also logged.
 
     Attributes:
-        name: the log event's name.
-        kind: its second part: ``lock``, ``session``, ``limit``, ``cached``, ``listener``, ...
-        fields: what the log line has; names written in code, counts and times.
+        name: the event's name.
+        kind: its second part: ``lock``, ``pool``, ``session``, ``limit``, ``cached``, ...
+        fields: names written in code, counts and times.
     """
 
     __slots__ = ("fields", "kind", "name")
@@ -141,9 +164,17 @@ class StateEvent:
 Event: TypeAlias = "OperationEvent | StateEvent"
 EventHook: TypeAlias = Callable[[Any], object]
 
-# Read once per operation: empty, it costs one truth test.
+KINDS = (  # of changes of state, as metrics count them
+    "lock", "leader", "session", "limit", "cached", "queue", "idempotency", "listener", "sweep",
+    "evict", "pool", "retry", "table", "background", "store",
+)  # fmt: skip
+
+# Read once per operation, or change of state: empty, it costs one truth test.
 hooks: list[EventHook] = []
-_listeners: list[tuple[EventHook, frozenset[str]]] = []  # of changes of state
+listeners: list[tuple[EventHook, frozenset[str]]] = []  # of changes of state
+# What a scrape reads: channels with a pool, and the counters of limiters by their names.
+pools: weakref.WeakSet[Any] = weakref.WeakSet()
+limiters: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
 
 
 def on_event(hook: EventHook, *, kinds: Iterable[str] = ("operation",)) -> Callable[[], None]:
@@ -155,8 +186,8 @@ def on_event(hook: EventHook, *, kinds: Iterable[str] = ("operation",)) -> Calla
 
     Args:
         hook: receives an `OperationEvent`, or for other kinds a `StateEvent`.
-        kinds: ``"operation"``, and kinds of changes of state: the second part of an event's name in
-            the log (``"lock"`` for ``pgkv.lock.lost``). Events that are logged at level debug are
+        kinds: ``"operation"``, and kinds of changes of state: the second part of an event's name
+            (``"lock"`` for ``pgkv.lock.lost``). Events that are logged at level debug are
             not told: they may hold keys.
 
     Returns:
@@ -178,13 +209,13 @@ def _listen(hook: EventHook, kinds: Iterable[str], caller: str) -> Callable[[], 
     if "operation" in wanted:
         hooks.append(hook)
     if entry[1]:
-        _listeners.append(entry)
+        listeners.append(entry)
 
     def remove() -> None:
         if hook in hooks:
             hooks.remove(hook)
-        if entry in _listeners:
-            _listeners.remove(entry)
+        if entry in listeners:
+            listeners.remove(entry)
 
     return remove
 
@@ -213,10 +244,14 @@ def on_operation(hook: OperationHook) -> Callable[[], None]:
 
 
 def notify(
-    op: Op[Any], started: float, answer: Any = None, error: BaseException | None = None
+    op: Op[Any],
+    started: float,
+    answer: Any = None,
+    error: BaseException | None = None,
+    channel: Any = None,
 ) -> None:
     """Tell the hooks, in the caller's context, of an operation that began at that monotonic time."""
-    event = OperationEvent(op, monotonic() - started, answer, error)
+    event = OperationEvent(op, monotonic() - started, answer, error, channel)
     context = getattr(op, "context", None)
     if context is None:
         _tell(tuple(hooks), event)
@@ -230,6 +265,13 @@ def _tell(told: Iterable[EventHook], event: Event) -> None:
             hook(event)
         except Exception as error:  # noqa: BLE001  # metrics must not fail what they measure
             warning("pgkv.hook.failed", error=type(error).__name__)
+
+
+def event(name: str, **context: object) -> None:
+    """Tell the listeners of a change of state that happens too often for the log."""
+    if listeners:
+        happened = StateEvent(name, context)
+        _tell([hook for hook, kinds in listeners if happened.kind in kinds], happened)
 
 
 def debug(event: str, **context: object) -> None:
@@ -286,15 +328,14 @@ def warning(event: str, **context: object) -> None:
     _log(logging.WARNING, event, context)
 
 
-def _log(level: int, event: str, context: dict[str, object]) -> None:
+def _log(level: int, name: str, context: dict[str, object]) -> None:
     # That a hook failed is told to no hook: it would fail again.
-    if _listeners and level > logging.DEBUG and event != "pgkv.hook.failed":
-        happened = StateEvent(event, context)
-        _tell([hook for hook, kinds in _listeners if happened.kind in kinds], happened)
+    if level > logging.DEBUG and name != "pgkv.hook.failed":
+        event(name, **context)
     # Not imported here: that costs as much as psycopg, and who configured it has imported it.
     structlog = sys.modules.get("structlog")
     if structlog is not None and structlog.is_configured():
-        structlog.get_logger("pgkv").log(level, event, **context)
+        structlog.get_logger("pgkv").log(level, name, **context)
     elif _standard.isEnabledFor(level):
-        pairs = " ".join(f"{name}={value}" for name, value in context.items())
-        _standard.log(level, "%s %s", event, pairs, extra={"pgkv": context})
+        pairs = " ".join(f"{field}={value}" for field, value in context.items())
+        _standard.log(level, "%s %s", name, pairs, extra={"pgkv": context})

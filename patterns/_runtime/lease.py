@@ -99,6 +99,7 @@ class Held:
         self._ttl = ttl
         self._renew = renew
         self._pid = os.getpid()
+        self._began = sent_at
         self._until = 0.0  # the end of trust
         self._due = 0.0  # when to renew
         self._reason = ""  # why it ended

@@ -120,6 +120,7 @@ class Acquisition(Generic[L]):
     in_doubt: bool = False  # what was asked for may have been granted
     overtook: bool = False
     queued: bool = False
+    began: float = 0.0  # set where a listener may be told of the wait
 
     def __init__(
         self,
@@ -135,6 +136,8 @@ class Acquisition(Generic[L]):
         if timeout == 0:
             # One try has the time of any operation, for connecting too.
             self.deadline, self.stop = None, _at_once
+        if _observe.listeners:
+            self.began = clock()
         self.pid: int = os.getpid()
         self.asking: Asking = new_asking(options.metadata)
 
@@ -156,10 +159,11 @@ class Acquisition(Generic[L]):
                 except PgkvError:
                     if not self.was_denied or self.left() != 0 or not self.hurried:
                         raise
-                    # No connection came free in time for a last look.
-                    yield from self.take_back()
-                    return None
+                    break  # no connection came free in time for a last look
                 if lease is not None:
+                    if self.began:
+                        waited = clock() - self.began
+                        _observe.event("pgkv.lock.acquired", lock=options.name, seconds=waited)
                     return lease
                 if self._is_over():
                     break
@@ -174,6 +178,9 @@ class Acquisition(Generic[L]):
             if self.waiter is not None:
                 runtime.unsubscribe(self.waiter, granted=lease is not None)
         yield from self.take_back()
+        if self.began:
+            waited = clock() - self.began
+            _observe.event("pgkv.lock.denied", lock=options.name, seconds=waited)
         return None
 
     def is_held_here(self) -> bool:
@@ -410,6 +417,8 @@ def release(runtime: LeasingRuntime[Any], lease: LeaseState) -> Flow[bool]:
     op = lease._options.sql.release(lease._key, lease._token, lease._options.notify)
     released = yield from do(op)
     lease._end()
+    if _observe.listeners:
+        _observe.event("pgkv.lock.released", lock=lease.name, seconds=clock() - lease._began)
     # Asked twice because the first answer was lost: then that was the one that ended it.
     return released or (trusted and getattr(op, "retries", 0) > 0)
 

@@ -101,6 +101,7 @@ class LimiterFlows:
         self.denied: DenyCache | None = DenyCache() if local_deny else None
         self.prepaid: PrepaidTokens | None = PrepaidTokens() if prefetch > 1 else None
         self.counter: Counter = Counter()
+        _observe.limiters[self.counter] = name
         # A mere hint: whether the last hit of a key was refused. Keys that are new are not in it.
         self._lately: dict[bytes, bool] = {}
         self._policies: dict[tuple[Rate, ...], Policy] = {self.rates: self.policy}

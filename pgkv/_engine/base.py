@@ -11,12 +11,14 @@ from psycopg import pq
 
 from .. import _observe
 from .._ops.drivers import answer_of
+from .._ops.lazy import cached_property
 from .._ops.op import Expired, Flow, Noted, Op, Param, Pipelined, Raced, Statement, Transaction
 from .._sql.sweep import Sweep
 from ..config import Config, Table
 from ..errors import ConflictError, PgkvError, TransactionError
 from ..types import PoolStats
 from .breaker import Misses
+from .conninfo import server_of
 from .flows import RefusedError
 from .nesting import Nesting
 from .results import outcomes
@@ -49,6 +51,7 @@ class PooledOperations:
         self._known: set[Table] = set()
         self._patrolling = False
         self.misses: Misses = Misses()
+        _observe.pools.add(self)
 
     def on_close(self, fn: Callable[[], object]) -> None:
         """Call `fn` when the channel has been closed; an async one calls it in a thread."""
@@ -70,6 +73,11 @@ class PooledOperations:
     def conninfo(self) -> str:
         """What a connection outside the pool is opened with: for renewal and LISTEN."""
         return str(self._pool.conninfo())
+
+    @cached_property
+    def server(self) -> tuple[str | None, int | None, str | None]:
+        """Host, port and database, for events. One of several hosts is not known."""
+        return server_of(self.conninfo())
 
     def until(
         self, step: Transaction[Any] | Pipelined | None = None, timeout: float | None = None
@@ -114,7 +122,7 @@ class PooledOperations:
             # Its context would be that no connection was idle, which concerns no caller.
             error.__suppress_context__ = True
             if _observe.hooks:
-                _observe.notify(op, started, error=error)
+                _observe.notify(op, started, error=error, channel=self)
             if missed is not None and self.misses.excuse(op.statement, error):
                 return missed()  # as above
             raise
@@ -153,7 +161,7 @@ class PooledOperations:
         """What a few answers bring with them: expired rows, metrics."""
         answer = self._collected(op, answer)
         if _observe.hooks:
-            _observe.notify(op, started, answer)
+            _observe.notify(op, started, answer, channel=self)
         return answer
 
     def _collected(self, op: Op[Any], answer: Any) -> Any:
@@ -231,6 +239,13 @@ class InTransaction:
     def state(self) -> str:
         """Whose transaction it is in, or how that ended."""
         return f"its transaction was {self._ended}" if self._ended else "in a transaction"
+
+    @property
+    def server(self) -> tuple[str | None, int | None, str | None]:
+        """Host, port and database, for events."""
+        pgconn = self._connection.pgconn
+        host, port, name = (each.decode() or None for each in (pgconn.host, pgconn.port, pgconn.db))
+        return host, None if port is None else int(port), name
 
     def call(self, statement: Statement[Any], params: Sequence[Param]) -> Any:
         """Perform one statement."""

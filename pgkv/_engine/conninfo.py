@@ -64,6 +64,21 @@ def connect_time(config: Config, conninfo: str) -> float:
     return hosts * max(HOST_TIMEOUT_MIN, int(seconds))
 
 
+def server_of(conninfo: str) -> tuple[str | None, int | None, str | None]:
+    """Return host, port and database, as far as they are given; None for the host if there are several."""
+    given = {name: str(value) for name, value in conninfo_to_dict(conninfo).items()}
+    params = _service(given) | given
+
+    def value(name: str, variable: str) -> str:
+        return params.get(name) or os.environ.get(variable, "")
+
+    host = value("host", "PGHOST") or value("hostaddr", "PGHOSTADDR")
+    port = value("port", "PGPORT")
+    database = value("dbname", "PGDATABASE") or value("user", "PGUSER")
+    alone = "," not in host
+    return host if host and alone else None, int(port) if port.isdigit() else None, database or None
+
+
 def _host_timeout(config: Config, hosts: int) -> int:
     """The time for each host: all of them have their turn within an operation's time."""
     seconds = config.connect_timeout

@@ -90,6 +90,8 @@ class Evictor:
         while evicted < quota:
             rows = min(ROUND_ROWS, quota - evicted)
             deleted = yield from self._with_column(partial(self._round, rows))
+            if deleted:
+                _observe.event("pgkv.evict.evicted", table=self._sql.table.name, rows=deleted)
             evicted += deleted
             self.evicted += deleted
             if not deleted:

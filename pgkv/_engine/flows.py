@@ -169,7 +169,7 @@ def pipeline(
         for op, outcome in zip(ops, outcomes, strict=True):
             if op not in alone:
                 error = outcome if isinstance(outcome, PgkvError) else None
-                _observe.notify(op, started, outcome, error)
+                _observe.notify(op, started, outcome, error, engine)
     return outcomes
 
 

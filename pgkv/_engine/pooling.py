@@ -17,6 +17,7 @@ import psycopg
 import psycopg_pool
 from psycopg import capabilities
 
+from .. import _observe
 from .._ops.op import Result
 from .._sql.table import read_int
 from ..config import Config, Pooler
@@ -100,10 +101,13 @@ class Attempts:
         """Take note of one."""
         token = object()
         self.running.add(token)
+        started = monotonic()
         try:
             yield
+            _observe.event("pgkv.pool.opened", seconds=monotonic() - started)
         except psycopg.Error as error:
             self.failures.append((monotonic(), error))
+            _observe.event("pgkv.pool.failed", error=type(error).__name__)
             raise
         finally:
             self.running.discard(token)
@@ -132,6 +136,7 @@ def closed(action: str) -> StoreUnavailableError:
 def busy(config: Config, action: str, *, by_pool: bool) -> PgkvError:
     """The error after waiting for a busy pool: for pool_timeout, or until the call's own deadline."""
     size = config.pool_max_size
+    _observe.event("pgkv.pool.timeout", operation=action)
     if by_pool:
         return PoolTimeoutError(
             f"{action}: all {size} connections stayed busy for {config.pool_timeout:g} s; raise "

@@ -120,7 +120,7 @@ class Collector:
                 yield from pause(BATCH_DELAY)
             while True:
                 while self._keys:
-                    yield from do(self._sql.collect(self._take()))
+                    self._swept((yield from do(self._sql.collect(self._take()))))
                 if self._sweeps:
                     self._sweeps = 0
                     yield from self._chunk(alone=False)
@@ -133,6 +133,10 @@ class Collector:
         except PgkvError as error:
             _observe.debug("pgkv.sweep.failed", table=self._sql.t, error=type(error).__name__)
 
+    def _swept(self, rows: int) -> None:
+        if rows:
+            _observe.event("pgkv.sweep.swept", table=self._sql.table.name, rows=rows)
+
     def _take(self) -> list[bytes]:
         keys: list[bytes] = []
         while self._keys and len(keys) < BATCH_KEYS:
@@ -144,6 +148,7 @@ class Collector:
         page = self._page
         op = self._sql.sweep_alone(page) if alone else self._sql.sweep(page)
         deleted, seen, pages = yield from do(op)
+        self._swept(deleted)
         following = page + SWEEP_PAGES
         self._page = following if following < pages else 0
         if not deleted:

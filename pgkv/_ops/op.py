@@ -92,10 +92,11 @@ class Op(Generic[T]):
     """One call of a statement. A plain class: a frozen dataclass costs three times as much,
     and one of these is made for every operation."""
 
-    __slots__ = ("context", "decode", "params", "retries", "statement")
+    __slots__ = ("context", "contexts", "decode", "params", "retries", "statement")
 
     retries: int  # set only where an operation was repeated
     context: Context  # its caller's; set only where another task may tell the hooks
+    contexts: Sequence[Context]  # of all its callers, where it answers several
 
     def __init__(
         self,

@@ -1,15 +1,5 @@
 """For Prometheus: `install`, metrics of pgkv in a registry of ``prometheus_client`` (extra
-``prometheus``).
-
-====================================  =========  ==============================  =======================
-metric                                type       labels                          what it counts
-====================================  =========  ==============================  =======================
-pgkv_operation_duration_seconds       histogram  operation, table, outcome       operations of all stores
-pgkv_operation_retries_total          counter    operation                       attempts beyond the first
-pgkv_keys_total                       counter    table, result=hit|miss          keys that reads named
-pgkv_cached_calls_total               counter    function, result                calls of cached functions
-pgkv_events_total                     counter    event                           changes of state, as logged
-====================================  =========  ==============================  =======================
+``prometheus``). docs/monitoring.md lists them.
 
 Labels are names written in code. Should one grow without bound all the same (a table per tenant),
 names beyond the first hundred of a label become ``other``. They are right under several gunicorn
@@ -19,24 +9,27 @@ workers: with ``PROMETHEUS_MULTIPROC_DIR`` each worker's counters are added up.
 from __future__ import annotations
 
 import atexit
-import time
-from collections.abc import Callable, Iterable
+import contextlib
+import os
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from prometheus_client import REGISTRY, CollectorRegistry, Counter, Histogram
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.registry import Collector
 
 from .. import _observe
-from .._fork import new_lock
-from .._observe import OperationEvent, StateEvent, on_event
+from .._fork import new_lock, survives_fork
+from .._observe import KINDS, OperationEvent, StateEvent, on_event
 from ..patterns.cache.decorator import cached_functions
 
 __all__ = ["install"]
 
 BUCKETS = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.05, 0.25, 1, 5, 30)
+LOCK_BUCKETS = (0.001, 0.005, 0.02, 0.1, 0.5, 1, 5, 30, 120, 600, 3600)
 LABELS_MAX = 100
 OTHER = "other"
-KINDS = ("lock", "session", "limit", "cached", "listener", "sweep", "retry", "table", "background")
 RESULTS = {  # the fields of CacheInfo, as labels
     "hits": "hit",
     "misses": "miss",
@@ -46,7 +39,8 @@ RESULTS = {  # the fields of CacheInfo, as labels
     "fills": "fill",
     "discarded_fills": "discarded",
 }
-REFRESH = 5.0  # seconds between two readings of cached functions where no scrape asks
+DECISIONS = {name: name for name in ("allowed", "denied", "degraded")}
+REFRESH = 5.0  # seconds between two readings under several workers, where no scrape asks
 
 
 def install(registry: CollectorRegistry = REGISTRY) -> Callable[[], None]:
@@ -66,38 +60,101 @@ class _Metrics(Collector):
         self._registry = registry
         self._lock = new_lock(self)
         self._labels: dict[str, set[str]] = {}
-        self._seen: dict[tuple[str, str], int] = {}
-        self._due = 0.0
+        # What was read last of an object's counts, by their names.
+        self._seen: weakref.WeakKeyDictionary[object, dict[str, int]] = weakref.WeakKeyDictionary()
+        # No scrape calls collect() where workers count into one folder: a thread does.
+        self._idle: bool = "PROMETHEUS_MULTIPROC_DIR" in os.environ
+        self._removed = threading.Event()
+        self._all: list[Any] = [self]
+        registry.register(self)  # the first: a scrape brings the others up to date
 
-        def counter(name: str, text: str, *labels: str) -> Counter:
-            return Counter(name, text, labels, registry=registry)
+        def add(kind: Any, name: str, text: str, *labels: str, **options: Any) -> Any:
+            self._all.append(kind(name, text, labels, registry=registry, **options))
+            return self._all[-1]
 
-        self._duration = Histogram(
+        self._duration = add(
+            Histogram,
             "pgkv_operation_duration_seconds",
             "Time of one operation, its repeats included.",
-            ("operation", "table", "outcome"),
+            "operation", "table", "outcome",
             buckets=BUCKETS,
-            registry=registry,
+        )  # fmt: skip
+        self._retries = add(
+            Counter, "pgkv_operation_retries", "Attempts beyond the first.", "operation"
         )
-        self._retries = counter("pgkv_operation_retries", "Attempts beyond the first.", "operation")
-        self._keys = counter("pgkv_keys", "Keys that reads named.", "table", "result")
-        self._calls = counter(
-            "pgkv_cached_calls", "Calls of cached functions.", "function", "result"
+        self._keys = add(Counter, "pgkv_keys", "Keys that reads named.", "table", "result")
+        self._calls = add(
+            Counter, "pgkv_cached_calls", "Calls of cached functions.", "function", "result"
         )
-        self._events = counter("pgkv_events", "Changes of state, as logged.", "event")
-        registry.register(self)  # a scrape reads the cached functions first
+        self._decisions = add(
+            Counter, "pgkv_limiter_decisions", "Hits of limiters.", "limiter", "decision"
+        )
+        self._events = add(Counter, "pgkv_events", "Changes of state.", "event")
+        self._connections = add(
+            Gauge,
+            "pgkv_pool_connections",
+            "Connections of all stores.",
+            "state",
+            multiprocess_mode="livesum",
+        )
+        self._waiting = add(
+            Gauge,
+            "pgkv_pool_waiting",
+            "Calls that wait for a connection.",
+            multiprocess_mode="livesum",
+        )
+        pool_wait = add(
+            Histogram, "pgkv_pool_wait_seconds", "Waits for a connection.", buckets=BUCKETS
+        )
+        lock_wait = add(
+            Histogram,
+            "pgkv_lock_wait_seconds",
+            "From acquire() to the grant.",
+            "lock",
+            buckets=LOCK_BUCKETS,
+        )
+        lock_hold = add(
+            Histogram,
+            "pgkv_lock_hold_seconds",
+            "From the grant to release().",
+            "lock",
+            buckets=LOCK_BUCKETS,
+        )
+        lost = add(Counter, "pgkv_lock_lost", "Leases that ended early.", "lock", "reason")
+        swept = add(Counter, "pgkv_swept_rows", "Expired rows deleted.", "table")
+        evicted = add(Counter, "pgkv_evicted_rows", "Rows evicted by a bound.", "table")
+
+        def named(metric: Any, label: str, fields: Mapping[str, Any], *more: str) -> Any:
+            return metric.labels(self._bounded(label, fields[label]), *more)
+
+        self._measures: dict[str, Callable[[Any], None]] = {
+            "pgkv.pool.waited": lambda of: pool_wait.observe(of["seconds"]),
+            "pgkv.lock.acquired": lambda of: named(lock_wait, "lock", of).observe(of["seconds"]),
+            "pgkv.lock.released": lambda of: named(lock_hold, "lock", of).observe(of["seconds"]),
+            "pgkv.lock.lost": lambda of: named(lost, "lock", of, of["reason"]).inc(),
+            "pgkv.sweep.swept": lambda of: named(swept, "table", of).inc(of["rows"]),
+            "pgkv.evict.evicted": lambda of: named(evicted, "table", of).inc(of["rows"]),
+        }
         self._removes = [on_event(self._operation), on_event(self._event, kinds=KINDS)]
-        atexit.register(self._read_functions)
+        atexit.register(self._read)
+        survives_fork(self)
+
+    def after_fork(self) -> None:
+        """In the child limiters count from zero, and no thread ticks."""
+        self._idle = "PROMETHEUS_MULTIPROC_DIR" in os.environ
+        for counter in _observe.limiters:
+            self._seen.pop(counter, None)
 
     def remove(self) -> None:
+        self._removed.set()
         for remove in self._removes:
             remove()
-        atexit.unregister(self._read_functions)
-        for each in (self, self._duration, self._retries, self._keys, self._calls, self._events):
+        atexit.unregister(self._read)
+        for each in self._all:
             self._registry.unregister(each)
 
     def collect(self) -> Iterable[Any]:
-        self._read_functions()
+        self._read()
         return ()
 
     def describe(self) -> Iterable[Any]:
@@ -126,23 +183,61 @@ class _Metrics(Collector):
                 self._keys.labels(table, "hit").inc(hits)
             if misses := event.misses:
                 self._keys.labels(table, "miss").inc(misses)
-        if time.monotonic() >= self._due:
-            self._read_functions()
+        if self._idle:
+            self._start()
+
+    def _start(self) -> None:
+        """Begin to read from time to time, in a thread of this process."""
+        with self._lock:
+            if self._idle:
+                self._idle = False
+                threading.Thread(target=self._tick, name="pgkv-metrics", daemon=True).start()
+
+    def _tick(self) -> None:
+        while not self._removed.is_set():
+            self._read()
+            self._removed.wait(REFRESH)
 
     def _event(self, event: StateEvent) -> None:
         self._events.labels(event.name).inc()
+        measure = self._measures.get(event.name)
+        if measure is not None:
+            measure(event.fields)
 
-    def _read_functions(self) -> None:
-        """Bring the counters of cached functions up to date, by difference: a worker's counters of
-        a multiprocess registry must be real ones."""
+    def _read(self) -> None:
+        """Bring up to date what is not told per call. Counters grow by the difference: those of a
+        worker must be real ones, which a scrape in another process can add up."""
         with self._lock:
-            self._due = time.monotonic() + REFRESH
             for function in cached_functions():
-                info = function.cache_info()
-                name = self._bounded("function", function.name)
-                for field, result in RESULTS.items():
-                    count = getattr(info, field)
-                    grown = count - self._seen.get((function.name, field), 0)
-                    if grown > 0:
-                        self._calls.labels(name, result).inc(grown)
-                    self._seen[function.name, field] = count
+                self._grow(
+                    self._calls, function, "function", function.name, RESULTS, function.cache_info()
+                )
+            for counter, name in tuple(_observe.limiters.items()):
+                self._grow(self._decisions, counter, "limiter", name, DECISIONS, counter.snapshot())
+            with contextlib.suppress(RuntimeError):  # a loop's queue changed meanwhile
+                pools = {
+                    id(getattr(each._pool, "_caller_pool", each)): each
+                    for each in tuple(_observe.pools)
+                }
+                counts = [each.pool_stats() for each in pools.values()]
+                idle = sum(each.idle for each in counts)
+                self._connections.labels("idle").set(idle)
+                self._connections.labels("used").set(sum(each.size for each in counts) - idle)
+                self._waiting.set(sum(each.waiting for each in counts))
+
+    def _grow(
+        self,
+        metric: Any,
+        source: object,
+        label: str,
+        name: str,
+        fields: Mapping[str, str],
+        now: Any,
+    ) -> None:
+        seen = self._seen.setdefault(source, {})
+        for field, result in fields.items():
+            count = getattr(now, field)
+            # Two threads that read at one moment may see one call less.
+            if (grown := count - seen.get(field, 0)) > 0:
+                metric.labels(self._bounded(label, name), result).inc(grown)
+                seen[field] = count

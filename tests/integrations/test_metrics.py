@@ -26,6 +26,7 @@ pytest.importorskip(
     "opentelemetry.instrumentation", reason="opentelemetry-instrumentation is not installed"
 )
 
+import psycopg
 from opentelemetry import trace
 from opentelemetry.instrumentation.utils import suppress_instrumentation
 from opentelemetry.sdk.metrics import MeterProvider
@@ -98,6 +99,84 @@ def test_a_label_stops_growing(
 def test_changes_of_state_are_counted(registry: CollectorRegistry) -> None:
     _observe.warning("pgkv.lock.lost", lock="billing")
     assert registry.get_sample_value("pgkv_events_total", {"event": "pgkv.lock.lost"}) == 1
+
+
+@newest
+def test_locks_limiters_sweeps_and_pools_are_counted(dsn: str, registry: CollectorRegistry) -> None:
+    def one(name: str, **labels: str) -> float | None:
+        generate_latest(registry)  # a scrape brings gauges up to date
+        return registry.get_sample_value(name, labels)
+
+    with pgkv.Store.connect(dsn, pool_max_size=2) as store:
+        lock = pgkv.Lock(store, "billing")
+        with lock.acquire():
+            assert pgkv.Lock(store, "billing").try_acquire() is None
+        assert one("pgkv_lock_wait_seconds_count", lock="billing") == 1
+        assert one("pgkv_lock_hold_seconds_count", lock="billing") == 1
+        assert one("pgkv_events_total", event="pgkv.lock.denied") == 1
+
+        limiter = pgkv.RateLimiter(store, "1/h", name="api")
+        assert [limiter.hit("secret").allowed for _ in range(3)] == [True, False, False]
+        assert one("pgkv_limiter_decisions_total", limiter="api", decision="allowed") == 1
+        assert one("pgkv_limiter_decisions_total", limiter="api", decision="denied") == 2
+
+        with store.transaction() as view:
+            view.get("k")
+            assert one("pgkv_pool_connections", state="used") == 1
+        assert one("pgkv_pool_connections", state="used") == 0
+        assert one("pgkv_pool_connections", state="idle") == 1
+        assert one("pgkv_pool_waiting") == 0
+
+
+@newest
+def test_a_wait_for_a_connection_is_told_to_threads_and_tasks(
+    dsn: str, registry: CollectorRegistry
+) -> None:
+    told: list[tuple[str, dict[str, Any]]] = []
+    remove = pgkv.on_event(
+        lambda event: told.append((event.name, dict(event.fields))), kinds=["pool"]
+    )
+
+    def waited() -> list[str]:
+        return [of["operation"] for name, of in told if name == "pgkv.pool.waited"]
+
+    def counted(name: str) -> int:
+        return sum(each == name for each, _ in told)
+
+    with pgkv.Store.connect(dsn, pool_max_size=1, pool_timeout=10) as store:
+        with store.transaction() as view:
+            view.get("k")
+            getter = threading.Thread(target=store.get, args=("k",))
+            getter.start()
+            while not store.pool_stats().waiting:
+                getter.join(0.001)
+            assert registry.get_sample_value("pgkv_pool_waiting") == 1
+        getter.join()
+        assert waited() == ["get"]
+        assert counted("pgkv.pool.opened") == 1
+    with (
+        pgkv.Store.connect(dsn, pool_max_size=1, pool_timeout=0.01) as store,
+        store.transaction() as view,
+    ):
+        view.get("k")
+        with pytest.raises(pgkv.PoolTimeoutError):
+            store.get("k")
+    assert counted("pgkv.pool.timeout") == 1
+
+    async def tasks() -> None:
+        async with pgkv.AsyncStore.connect(dsn, pool_max_size=1) as store:
+            async with store.transaction() as view:
+                await view.get("k")
+                getter = asyncio.create_task(store.set("k", b"v"))
+                while not store.pool_stats().waiting:
+                    await asyncio.sleep(0)
+            await getter
+
+    told.clear()
+    asyncio.run(tasks())
+    remove()
+    assert waited() == ["set"]
+    assert registry.get_sample_value("pgkv_pool_wait_seconds_count") == 3
 
 
 def test_every_query_of_the_dashboard_is_of_a_metric() -> None:
@@ -258,11 +337,24 @@ def test_operations_that_travel_together_have_the_parents_of_their_own_tasks(
     parents = sorted(
         (each.name, names[each.parent.span_id]) for each in spans if each.parent is not None
     )
-    # The reads are one statement: its span is a child of the first that asked.
+    # The reads are one statement: its span is a child of the first that asked, with links.
+    merged = next(each for each in spans if each.name == "get_many kv_store")
+    assert [names[link.context.span_id] for link in merged.links] == ["read1", "read2"]
     assert parents == [
         ("get_many kv_store", "read0"),
         *(("set kv_store", f"write{n}") for n in range(4)),
     ]
+
+
+def server_of(dsn: str) -> dict[str, Any]:
+    """What the attributes of a span say of the server."""
+    with psycopg.connect(dsn) as conn:
+        info = conn.info
+        return {
+            "server.address": info.host,
+            "server.port": info.port,
+            "db.namespace": info.dbname,
+        }
 
 
 @newest
@@ -280,6 +372,7 @@ def test_attributes_follow_the_conventions(dsn: str, seen: Seen) -> None:
         "db.query.summary": "set_many kv_store",
         "db.collection.name": "kv_store",
         "db.operation.batch.size": 20,
+        **server_of(dsn),
     }
     assert batch.kind is trace.SpanKind.CLIENT
     assert failed.attributes["error.type"] == "InvalidValueError"
@@ -299,7 +392,8 @@ def test_metrics_count_and_suppression_ends_both(dsn: str, seen: Seen) -> None:
         PgkvInstrumentor().uninstrument()
         store.get("k")
     data: Any = seen.reader.get_metrics_data()
-    [metric] = data.resource_metrics[0].scope_metrics[0].metrics
+    metrics = data.resource_metrics[0].scope_metrics[0].metrics
+    [metric] = [each for each in metrics if each.name != "pgkv.events"]
     assert (metric.name, metric.unit) == ("db.client.operation.duration", "s")
     counts = {
         point.attributes["db.operation.name"]: point.count for point in metric.data.data_points
@@ -336,6 +430,27 @@ def test_the_agent_finds_pgkv_without_a_line_of_code(dsn: str, tmp_path: Path) -
     )
     assert done.returncode == 0, done.stderr
     assert '"name": "get kv_store"' in done.stdout
+
+
+@newest
+def test_events_are_counted_and_are_on_the_span_they_happen_in(dsn: str, seen: Seen) -> None:
+    instrument(seen)
+    with pgkv.Store.connect(dsn, max_entries=100) as store:
+        with seen.tracer.start_as_current_span("work"), pgkv.Lock(store, "billing").acquire():
+            pass
+        store.set_many({f"k{n}": b"v" for n in range(500)})
+        store.evict()
+    [work] = [each for each in seen.exporter.get_finished_spans() if each.name == "work"]
+    names = ["pgkv.table.create", "pgkv.lock.acquired", "pgkv.lock.released"]
+    assert [each.name for each in work.events if each.name in names][-2:] == names[1:]
+    data: Any = seen.reader.get_metrics_data()
+    metrics = {each.name: each for each in data.resource_metrics[0].scope_metrics[0].metrics}
+    counted = {
+        point.attributes["event.name"]: point.value
+        for point in metrics["pgkv.events"].data.data_points
+    }
+    assert counted["pgkv.lock.acquired"] == 1
+    assert {"pgkv.pool.opened", "pgkv.evict.evicted"} <= set(counted)
 
 
 def test_a_wrong_setting_is_refused() -> None:

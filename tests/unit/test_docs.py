@@ -20,7 +20,7 @@ DOCS = ROOT / "docs"
 ENTRY = re.compile(
     r"^\.\. auto(?:class|exception|function|data|decorator):: pgkv\.(\w+)$", re.MULTILINE
 )
-LEVELS = ("debug", "info", "warning")
+LEVELS = ("debug", "info", "warning", "event")
 
 
 def page(name: str) -> str:

@@ -67,6 +67,11 @@ class CoalescingChannel:
         """As the inner one's."""
         return self._inner.state
 
+    @property
+    def server(self) -> tuple[str | None, int | None, str | None]:
+        """As the inner one's."""
+        return self._inner.server
+
     def watch(self, sql: Sweep) -> None:
         """Learn the statements of a table."""
         if isinstance(sql, Statements):
@@ -154,8 +159,10 @@ class CoalescingChannel:
             return
         found: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         merged = self._sql[table].get_raw({key for op, _ in gets if (key := op.params[0])})
-        if _observe.hooks and (context := getattr(gets[0][0], "context", None)):
-            merged.context = context
+        if _observe.hooks and (
+            found_in := [op.context for op, _ in gets if hasattr(op, "context")]
+        ):
+            merged.context, merged.contexts = found_in[0], found_in
         rest = [each for each in turn if each[0].statement.name != "get"]
         if rest:
             await self._together(table, [(merged, found), *rest], deadline)
@@ -218,7 +225,7 @@ class CoalescingChannel:
                 again = isinstance(error, PgkvError) and self._inner.may_repeat(op, error)
                 _settle(future, ALONE if again else error)
                 if _observe.hooks and not again:
-                    _observe.notify(op, started, error=error)
+                    _observe.notify(op, started, error=error, channel=self)
             return []
         refused = next((i for i, each in enumerate(answers) if isinstance(each, PgkvError)), None)
         if refused is None:
@@ -226,7 +233,7 @@ class CoalescingChannel:
                 again = isinstance(answer, Raced)
                 _settle(future, ALONE if again else answer)
                 if _observe.hooks and not again:
-                    _observe.notify(op, started, answer)
+                    _observe.notify(op, started, answer, channel=self)
             return []
         if isinstance(answers[refused], TableNotFoundError) and table and table.auto_create:
             with contextlib.suppress(PgkvError):  # the next round says so

@@ -18,6 +18,7 @@ import psycopg
 import psycopg_pool
 from psycopg_pool import PoolClosed, PoolTimeout
 
+from ... import _observe
 from ...config import Config, Pooler
 from ...errors import ConfigError, PgkvError, translate
 from .. import conninfo as _conninfo
@@ -137,7 +138,8 @@ class AsyncStorePool:
     ) -> tuple[AsyncPgConnection | None, PGresult | None]:
         """A connection, or the answer to `op`; both, where the server refused it on that connection."""
         watchdog = self.enter_loop()
-        patience = monotonic() + self._config.pool_timeout
+        started = monotonic()
+        patience = started + self._config.pool_timeout
         refusal: PgkvError | None = None  # why there are not more of them
         while True:
             while self.idle:
@@ -171,6 +173,10 @@ class AsyncStorePool:
             except BaseException:
                 self._leave(waiter)
                 raise
+            finally:
+                if _observe.listeners:
+                    seconds = (waiter.served_at or monotonic()) - started
+                    _observe.event("pgkv.pool.waited", operation=action, seconds=seconds)
             if answer is TOO_LATE:
                 if refusal is not None:
                     try:
@@ -229,6 +235,7 @@ class AsyncStorePool:
 
     def discard(self, connection: AsyncPgConnection) -> None:
         """Close a connection; what still runs on it is cancelled first, in the background."""
+        _observe.event("pgkv.pool.dropped")
         if connection.is_running():
             connection.detach()  # an answer that comes before the task starts must not free it
             self._spawn(self._cancel(connection))
@@ -423,9 +430,10 @@ class TaskInQueue:
 
     Attributes:
         connection: what the task has to give back, if anything.
+        served_at: when it was given a connection; 0.0 before.
     """
 
-    __slots__ = ("connection", "deadline", "op", "turn", "until")
+    __slots__ = ("connection", "deadline", "op", "served_at", "turn", "until")
 
     def __init__(
         self, turn: asyncio.Future[Any], op: Op[Any] | None, deadline: float, until: float
@@ -435,6 +443,7 @@ class TaskInQueue:
         self.deadline = deadline
         self.until = until
         self.connection: AsyncPgConnection | None = None
+        self.served_at: float = 0.0
 
     def takes(self, connection: AsyncPgConnection, now: float) -> bool:
         """Whether it still wants a connection; it has this one then."""
@@ -442,7 +451,7 @@ class TaskInQueue:
             self.time_out()
         if self.turn.done():
             return False
-        self.connection = connection
+        self.connection, self.served_at = connection, now
         if self.op is None or not connection.send_pending(self.op, self, self.until - now):
             self.turn.set_result(None)
         return True

@@ -32,6 +32,7 @@ import psycopg
 import psycopg_pool
 from psycopg_pool import PoolClosed, PoolTimeout
 
+from ... import _observe
 from ...config import Config, Pooler
 from ...errors import PgkvError, translate
 from .. import conninfo as _conninfo
@@ -126,6 +127,7 @@ class StorePool:
         give_up = started + self._config.pool_timeout
         until = min(deadline, give_up)
         waiter: _Waiter | None = None
+        waited = False
         refusal: PgkvError | None = None  # why there are not more of them
         try:
             while True:
@@ -151,6 +153,7 @@ class StorePool:
                 if waiter is None:
                     waiter = SimpleQueue(), monotonic()
                     self.waiters.append(waiter)
+                    waited = True
                     continue  # look again, registered
                 left = until - monotonic()
                 if left <= 0:
@@ -179,6 +182,8 @@ class StorePool:
         finally:
             if waiter is not None:
                 self._leave(waiter)
+            if waited:
+                _observe.event("pgkv.pool.waited", operation=action, seconds=monotonic() - started)
 
     def _looks(self, turn: _Turn) -> None:
         """A waiter looks again from here: a connection that comes later is not left to it."""
@@ -295,6 +300,7 @@ class StorePool:
 
     def discard(self, conn: PgConnection) -> None:
         """Close a connection and let the pool make another when one is needed."""
+        _observe.event("pgkv.pool.dropped")
         self._places.discard(conn.place)
         self._discard(conn.release())
 

@@ -63,9 +63,9 @@ class BoundChannel(InTransaction):
         try:
             answer = self._execute(op, timeout)
         except BaseException as error:
-            _observe.notify(op, started, error=error)
+            _observe.notify(op, started, error=error, channel=self)
             raise
-        _observe.notify(op, started, answer)
+        _observe.notify(op, started, answer, channel=self)
         return answer
 
     def _execute(self, op: Op[T], timeout: float | None) -> T:
