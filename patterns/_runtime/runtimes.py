@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+PATIENCE = 3.0  # seconds beyond its timeout for an answer that a cancelled task waits for
+
 
 class Runtime:
     """What both runtimes have in common. `refusal` is the message of the TransactionError for a view of
@@ -32,6 +34,7 @@ class Runtime:
 
     channel: Any
     clean_up: Callable[..., Any]
+    finish: Callable[..., Any]
     wait: Callable[..., Any]
     _background: Background | None = None
     _waiter: type[Waiter]
@@ -101,6 +104,12 @@ class SyncRuntime(Runtime):
         del longest  # nothing interrupts it here
         return self.channel.run(make(), timeout)
 
+    def finish(self, op: Op[T], note: Callable[[T], object]) -> T:
+        """Perform an operation whose answer must not be lost; `note` hears it first."""
+        answer = self.channel.execute(op)
+        note(answer)
+        return answer
+
     def wait(self, waiter: Any, seconds: float) -> None:
         """Let time pass, less if the waiter is woken."""
         if waiter is None:
@@ -128,6 +137,17 @@ class AsyncRuntime(Runtime):
     ) -> T:
         """Run a clean-up flow of its caller; cancellations do not interrupt it."""
         return await shielded(self.channel.run(make(), timeout), longest)
+
+    async def finish(self, op: Op[T], note: Callable[[T], object]) -> T:
+        """Perform an operation whose answer must not be lost: a cancellation waits for it, and `note`
+        hears it also then."""
+
+        async def perform() -> T:
+            answer = await self.channel.execute(op)
+            note(answer)
+            return answer
+
+        return await shielded(perform(), self.timeout + PATIENCE)
 
     async def wait(self, waiter: Any, seconds: float) -> None:
         """Let time pass, less if the waiter is woken."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-from functools import partial
 from random import uniform
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -119,11 +118,11 @@ class IdempotencyFlows:
 
     def key(self, key: str, scope: str) -> bytes:
         """Check a key and its scope, and return the row's key."""
-        parts = [encode_key(key, b"", KEY_MAX, "idempotency key")]
-        parts.insert(0, encode_key(scope, b"", KEY_MAX, "scope") if scope != "" else b"")
-        if any(SEPARATOR.encode() in part for part in parts):
+        raw = encode_key(scope, b"", KEY_MAX, "scope") if scope != "" else b""
+        raw += SEPARATOR + encode_key(key, b"", KEY_MAX, "idempotency key")
+        if raw.count(SEPARATOR) > 1:
             raise InvalidKeyError("an idempotency key and its scope must not contain U+001F")
-        return self.prefix + SEPARATOR.encode().join(parts)
+        return self.prefix + raw
 
     def create_table(self) -> Flow[None]:
         """Create the table where it is missing."""
@@ -234,18 +233,26 @@ class AttemptState(Generic[T]):
 
     def _claim(self, runtime: Runtime) -> Flow[None]:
         """Take the key, or learn what became of it; elsewhere than in a transaction."""
-        until, poll = clock() + self._wait, POLL_FIRST
-        self._sent_at = clock()
+        flows, self._sent_at = self._flows, clock()
+        until, left, poll = self._sent_at + self._wait, self._wait, POLL_FIRST
         try:
             while True:
-                # Not to be interrupted: a claim whose answer is lost holds the key to its lease's end.
-                ask = partial(self._ask, max(0.0, until - clock()))
-                yield from call(runtime.clean_up, ask, None, runtime.timeout + CLEAN_UP[1])
-                left = until - clock()
-                if self._answer.status != "busy" or left <= 0:
+                op = flows.sql.claim(
+                    self._key, self._fingerprint, flows.ttl, min(left, LOCK_WAIT_MAX), flows.lease
+                )
+                try:
+                    # Not to be interrupted: a claim whose answer is lost holds the key to its lease's end.
+                    yield from call(runtime.finish, op, self._note)
+                except PgkvError as error:
+                    if error._sqlstate != "55P03":
+                        raise
+                    self._answer = BUSY
+                if self._answer.status != "busy" or (left := until - clock()) <= 0:
                     break
                 poll = min(poll * POLL_GROWTH, POLL_MAX)
                 yield from pause(min(left, uniform(poll / 2, poll)))  # noqa: S311  # no secret
+                self._sent_at = clock()
+                left = max(0.0, until - self._sent_at)
         except GeneratorExit:
             raise
         except BaseException:
@@ -257,16 +264,8 @@ class AttemptState(Generic[T]):
             self._lease = Claim(runtime, self, self._answer, self._sent_at)
             runtime.background().part(LeaseRenewals).watch(self._lease)
 
-    def _ask(self, left: float) -> Flow[None]:
-        flows, self._sent_at = self._flows, clock()
-        wait = min(left, LOCK_WAIT_MAX)
-        op = flows.sql.claim(self._key, self._fingerprint, flows.ttl, wait, flows.lease)
-        try:
-            self._answer = yield from do(op)
-        except PgkvError as error:
-            if error._sqlstate != "55P03":
-                raise
-            self._answer = BUSY
+    def _note(self, answer: Answer) -> None:
+        self._answer = answer
 
     def _claim_inside(self, channel: Any) -> Flow[None]:
         """The same in the caller's transaction, within a savepoint."""

@@ -38,7 +38,7 @@ IDEMPOTENCY = TableShape(
     fillfactor=70,
 )
 
-SEPARATOR = "\x1f"  # between scope and key
+SEPARATOR = b"\x1f"  # between scope and key
 REPEATS = 3  # of a claim that met a row in flight, before the key counts as busy
 REPEATS_INSIDE = 20  # the same in a transaction, where each waited for another one's end
 NOW = "statement_timestamp()"

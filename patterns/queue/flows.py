@@ -395,15 +395,31 @@ def look(runtime: Any, options: QueueOptions, n: int) -> Flow[tuple[list[Any], f
     is leased, and nothing works on it.
     """
     jobs: list[Any] = []
+
+    def note(found: Look) -> None:
+        options.marks.note(found, n, full, clock() - sent_at)
+        for job in found.jobs:
+            if job.due_at == NEVER:
+                _observe.warning("pgkv.queue.dead", queue=options.name, job=job.id)
+            else:
+                jobs.append(runtime.job(options, job, sent_at))
+
     try:
-        ask = partial(_look, runtime, options, n, jobs)
-        pause = yield from call(runtime.clean_up, ask, None, runtime.timeout + CLEAN_UP[1])
+        while True:
+            marks, full = options.marks.ask()
+            sent_at = clock()
+            op = options.sql.take(options.key, marks, n, options.lease, options.marks.size)
+            found: Look = yield from call(runtime.finish, op, note)
+            if jobs or not found.jobs:
+                break
     except GeneratorExit:
         raise
     except BaseException:
         yield from give_back(runtime, jobs)
         raise
-    return jobs, pause
+    poll = POLL_NOTIFIED if options.notify else POLL
+    poll = uniform(poll / 2, poll)  # noqa: S311  # a pause, no secret
+    return jobs, poll if found.next_due is None else min(poll, found.next_due)
 
 
 def give_back(runtime: Any, jobs: list[Any]) -> Flow[None]:
@@ -416,23 +432,6 @@ def give_back(runtime: Any, jobs: list[Any]) -> Flow[None]:
 def _give_back(runtime: Any, jobs: list[Any]) -> Flow[None]:
     while jobs:
         yield from put_back(runtime, jobs.pop(), free=True)
-
-
-def _look(runtime: Any, options: QueueOptions, n: int, jobs: list[Any]) -> Flow[float]:
-    while True:
-        marks, full = options.marks.ask()
-        sent_at = clock()
-        op = options.sql.take(options.key, marks, n, options.lease, options.marks.size)
-        found = yield from do(op)
-        options.marks.note(found, n, full, clock() - sent_at)
-        jobs += [runtime.job(options, job, sent_at) for job in found.jobs if job.due_at != NEVER]
-        for job in found.jobs:
-            if job.due_at == NEVER:
-                _observe.warning("pgkv.queue.dead", queue=options.name, job=job.id)
-        if jobs or not found.jobs:
-            poll = POLL_NOTIFIED if options.notify else POLL
-            poll = uniform(poll / 2, poll)  # noqa: S311  # a pause, no secret
-            return poll if found.next_due is None else min(poll, found.next_due)
 
 
 def take(runtime: Any, options: QueueOptions, n: int, timeout: float | None) -> Flow[list[Any]]:

@@ -548,7 +548,7 @@ async def test_a_job_dropped_after_its_ack_is_no_loss(
     await queue.using(conn).ack(job)
     await conn.commit()
     with pytest.raises(LeaseLostError):
-        await job.extend(1)
+        await job.extend(30)
     assert "pgkv.queue.lost" not in caplog.text
 
 
