@@ -137,7 +137,7 @@ class Evictor:
         return (yield from flow())
 
 
-def _own(channel: Any, sql: EvictStatements) -> Evictor | None:
+def evictor_of(channel: Any, sql: EvictStatements) -> Evictor | None:
     """What this process's collector knows of the table; None inside a transaction."""
     collector = getattr(channel, "_collectors", {}).get(sql.table)
     return None if collector is None else collector.evictor
@@ -148,7 +148,7 @@ def evict_all(sql: EvictStatements, channel: Any) -> Flow[int]:
     evictor = Evictor(sql)
     while (yield from evictor.evict(QUOTA_MAX)):
         pass
-    if (own := _own(channel, sql)) is not None:
+    if (own := evictor_of(channel, sql)) is not None:
         own.evicted += evictor.evicted
         own._density, own._pages = evictor._density, evictor._pages
     return evictor.evicted
@@ -156,7 +156,7 @@ def evict_all(sql: EvictStatements, channel: Any) -> Flow[int]:
 
 def bounded(stats: Stats, sql: EvictStatements, channel: Any) -> Stats:
     """Add what is known of the bound."""
-    own = _own(channel, sql)
+    own = evictor_of(channel, sql)
     return replace(
         stats,
         max_entries=sql.config.max_entries,

@@ -356,7 +356,7 @@ def test_a_bound(dsn: str) -> None:
 
 def test_a_large_table_is_sampled(dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Beyond a number of pages a sample stands for the table."""
-    monkeypatch.setattr("pgkv._cli.doctor.table.SAMPLE_PAGES", 10)
+    monkeypatch.setattr("pgkv._cli.doctor.table.SAMPLED_PAGES", 32)
     with Store.connect(dsn) as store:
         store.set_many({f"k{number}": "v" * 200 for number in range(5000)})
     found = examine(dsn)["expired rows"]

@@ -26,7 +26,7 @@ MODULES_WITH_SQL = {
     "pgkv/_shards/sql.py",
     "pgkv/testing.py",  # puts a clock of its own into a test's schema
 }
-PATTERN_MODULES_WITH_SQL = ("sql",)  # each pattern's own
+PATTERN_MODULES_WITH_SQL = ("sql", "overview")  # each pattern's own; what asks about all
 PACKAGES_WITH_SQL = ("pgkv/_sql/", "pgkv/_cli/doctor/")
 # Verbs as statements have them; upper case for the two that are also plain English in a message.
 SQL_VERB = re.compile(

@@ -8,12 +8,13 @@ import psycopg
 
 from ..._engine.schema import _EXPECTED, companion
 from ..._sql.evict import ROW_BYTES
+from ..._sql.sample import sampled
 from ...config import TableType, quote_identifier
 from ...patterns.lock.sql import LOCKS, LOCKS_UNLOGGED
 from .. import console
 from .context import Check, Context, Result, fail, ok, warn
 
-SAMPLE_PAGES = 2000  # 16 MB
+SAMPLED_PAGES = 2048  # 16 MB
 DEAD_SHARE, DEAD_ROWS = 0.2, 10_000
 EXPIRED_SHARE, EXPIRED_ROWS = 0.25, 1000
 OVER = 1.25  # times the bound: eviction lags behind a burst of writes by less
@@ -320,25 +321,19 @@ def dead_rows(context: Context) -> Result:
     return ok(detail)
 
 
-def _sampled(context: Context) -> tuple[int, str]:
-    """The table's pages, and the clause that samples a large one."""
-    size = context.row(
-        "SELECT pg_relation_size(to_regclass(%s)) / current_setting('block_size')::int8 AS pages",
-        context.name,
-    )["pages"]
-    large = size > SAMPLE_PAGES
-    return size, f" TABLESAMPLE SYSTEM ({100 * SAMPLE_PAGES / size:.6f})" if large else ""
+def _of_a_sample(seen: dict[str, Any]) -> str:
+    return " (a sample)" if seen["scale"] > 1 else ""
 
 
 def expired_rows(context: Context) -> Result:
     """Expired rows that have not been collected."""
-    _, part = _sampled(context)
     seen = context.row(
         "SELECT count(*) AS n, count(*) FILTER (WHERE expires_at <= statement_timestamp()) "
-        f"AS expired FROM {context.name}{part}"
+        "AS expired, coalesce(max(scale), 1) AS scale "
+        f"FROM {sampled(context.name, 'expires_at', SAMPLED_PAGES)} s"
     )
     share = seen["expired"] / seen["n"] if seen["n"] else 0.0
-    detail = f"{share:.1%} of {console.count(seen['n'], 'row')}" + (" (a sample)" if part else "")
+    detail = f"{share:.1%} of {console.count(seen['n'], 'row')}" + _of_a_sample(seen)
     if share > EXPIRED_SHARE and seen["n"] >= EXPIRED_ROWS:
         advice = (
             "run `pgkv sweep`; if they return: ttl_cleanup_strategy=BACKGROUND, or `pgkv sweep` "
@@ -359,18 +354,18 @@ def bound(context: Context) -> Result | None:
             return ok(f"{detail}; the first eviction adds it")
         alter = f"ALTER TABLE {context.name} ADD COLUMN used_at TIMESTAMPTZ"
         return fail(detail, f"as the owner ({context.facts['owner']}): {alter}")
-    pages, part = _sampled(context)
+    size_of = f"pg_column_size(value) + octet_length(key) + {ROW_BYTES} AS size, used_at"
     seen = context.row(
-        f"SELECT count(*) AS n, coalesce(sum(pg_column_size(value) + octet_length(key) + "
-        f"{ROW_BYTES}), 0)::int8 AS size, count(used_at) AS marked FROM {context.name}{part}"
+        "SELECT count(*) AS n, coalesce(sum(size), 0)::int8 AS size, count(used_at) AS marked, "
+        "coalesce(max(scale), 1) AS scale "
+        f"FROM {sampled(context.name, size_of, SAMPLED_PAGES)} s"
     )
-    scale = pages / SAMPLE_PAGES if part else 1.0
-    rows, size = round(seen["n"] * scale), round(seen["size"] * scale)
+    rows, size = round(seen["n"] * seen["scale"]), round(seen["size"] * seen["scale"])
     of = [
         (f"{rows:,} of {config.max_entries:,} keys", rows, config.max_entries),
         (f"{console.size(size)} of {console.size(config.max_bytes or 0)}", size, config.max_bytes),
     ]
-    detail = ", ".join(text for text, _, most in of if most) + (" (a sample)" if part else "")
+    detail = ", ".join(text for text, _, most in of if most) + _of_a_sample(seen)
     if seen["n"]:
         detail += f"; {seen['marked'] / seen['n']:.0%} were read since they came"
     if any(most and have > OVER * most for _, have, most in of):
