@@ -104,7 +104,7 @@ class SessionSettings:
 
     def run(self, flow: Flow[Any]) -> Any:
         """Run a flow within the timeout; for an async store, return the coroutine that does."""
-        return self.sessions._run(flow, self.timeout)
+        return self.sessions._store._run(flow, self.timeout)
 
     def answers(self, error: PgkvError) -> bool:
         """Whether a request with this failure is answered with 503."""
