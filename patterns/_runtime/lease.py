@@ -236,7 +236,10 @@ def extend(runtime: Runtime, lease: Held, ttl: float) -> Flow[None]:
                 return
             if code != LOCKED:
                 lease._lose(REASON_OF[code])
-                lease.check()
+                lease._reason = (
+                    lease._reason or REASON_OF[code]
+                )  # also of one that is being released
+                raise lease._lost_error()
             # A stranger's transaction has the row: it may let go before our time is over.
             yield from pause(retry_pause(ttl) / 4)
     finally:
