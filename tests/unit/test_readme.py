@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+import pgkv
+
 ROOT = Path(__file__).resolve().parents[2]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\((?!https?://)([^)#\s]+)")
@@ -34,3 +36,14 @@ def test_programs_have_at_most_ten_lines() -> None:
     lengths = [sum(bool(line.strip()) for line in block.splitlines()) for block in blocks]
     assert len(blocks) >= 8
     assert max(lengths) <= 10
+
+
+def test_the_version_is_the_released_one() -> None:
+    """Where a page says which version is current, it is this one."""
+    current = ".".join(pgkv.__version__.split(".")[:2])
+    pages = [ROOT / "README.md", ROOT / "docs" / "install.md"]
+    said = [
+        re.findall(r"\b[Vv]ersion (\d+\.\d+),? (?:is a )?beta", page.read_text("utf-8"))
+        for page in pages
+    ]
+    assert said == [[current], [current]]
