@@ -10,6 +10,7 @@ was lost, and the mark that `Acquisition.take_back` leaves ends one that no call
 
 from __future__ import annotations
 
+import contextlib
 import os
 import weakref
 from collections.abc import Callable
@@ -62,6 +63,8 @@ BEYOND_EXPIRY = 0.02  # seconds, at most, after a lease's end at which waiters l
 CLEAN_CHANCE = 1 / 256  # of a grant being followed by the removal of a chunk of old names
 CLEAN_TIME = 5.0  # seconds for each of its statements
 LATE_MAX = 3  # grants in a row that came too late to be of use
+# Seconds after which a waiter without a ticket leaves a note for `pgkv locks`, renews it, and until it ends.
+NOTE_AFTER, NOTE_AGAIN, NOTE_TTL = 1.0, 4.0, 10.0
 BUSY_TIME = 1.0  # seconds that one try waits for a connection while all are in use
 ANSWER_TIME = 1.0  # seconds that a statement is given at least, to connect and be answered
 ROUND_TRIP = 0.05  # the same while all connections are in use
@@ -120,6 +123,8 @@ class Acquisition(Generic[L]):
     in_doubt: bool = False  # what was asked for may have been granted
     overtook: bool = False
     queued: bool = False
+    note_at: float = 0.0
+    noted: bool = False
     began: float = 0.0  # set where a listener may be told of the wait
 
     def __init__(
@@ -171,17 +176,34 @@ class Acquisition(Generic[L]):
                     payload = options.sql.payload(options.keys[0])
                     self.waiter = yield from call(runtime.subscribe, LockWaiters, payload)
                     continue  # it may have been freed before we listened
+                if not options.fair:
+                    self._note()
                 yield from call(runtime.wait, self.waiter, self.pause(reply))
                 if self.stop is not None and self.stop():
                     break
         finally:
             if self.waiter is not None:
                 runtime.unsubscribe(self.waiter, granted=lease is not None)
+            if self.noted:
+                with contextlib.suppress(RuntimeError):  # its event loop has ended
+                    self._later(options.sql.leave(options.keys[0], self.asking, note=True))
         yield from self.take_back()
         if self.began:
             waited = clock() - self.began
             _observe.event("pgkv.lock.denied", lock=options.name, seconds=waited)
         return None
+
+    def _note(self) -> None:
+        """Tell `pgkv locks` from time to time that this waits, in the background: no look waits for it."""
+        options, now = self.options, clock()
+        if not self.note_at:
+            self.note_at = now + NOTE_AFTER
+        elif now >= self.note_at:
+            self.note_at, self.noted, options.noted = now + NOTE_AGAIN, True, True
+            self._later(options.sql.note(options.keys[0], self.asking, NOTE_TTL))
+
+    def _later(self, op: Op[Any]) -> None:
+        self.runtime.run_later(lambda: self.runtime.channel.run(self._quietly(op)))
 
     def is_held_here(self) -> bool:
         """Whether it was denied because this process holds it."""
@@ -485,7 +507,7 @@ def clean(options: LockOptions) -> Flow[None]:
     random: short-lived processes must reach all of them.
     """
     sql = options.sql
-    for chunk in (sql.clean, sql.clean_tickets) if options.fair else (sql.clean,):
+    for chunk in (sql.clean, sql.clean_tickets) if options.fair or options.noted else (sql.clean,):
         try:
             pages = yield from do(chunk(0))
             if pages > CLEAN_PAGES:

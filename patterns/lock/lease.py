@@ -155,6 +155,7 @@ class LockOptions:
         slots: of a semaphore; None for a lock.
         place: where the table is, once known.
         contended: the last try was denied: the next one may as well be.
+        noted: a waiter without a ticket has left a note.
     """
 
     name: str
@@ -170,6 +171,7 @@ class LockOptions:
     resize: bool = False
     place: Place | None = None
     contended: bool = False
+    noted: bool = False
 
     def facts(self) -> str:
         """What a repr says of a lock."""

@@ -56,7 +56,9 @@ TICKETS = TableShape(
 
 CHANNEL = b"pgkv_locks"  # one for a database; its payloads name table and key
 LISTEN = b"LISTEN pgkv_locks"
+NOTE = b"\x1e"  # between a name and the note of a waiter without a ticket
 SEPARATOR = "\x1f"  # between a name and its slot or ticket; no name may hold it
+MARK_LENGTH = 25  # characters of a ticket's, or note's, key after the name
 REPEATS = 3  # of a try that met a row in flight, before it counts as denied
 KEEP_DAYS = 7  # days that an unused name's token is remembered
 MARK_US = 3_600_000_000  # the same for a request that was taken back, in microseconds
@@ -333,9 +335,21 @@ class LockStatements:
         sql = f"DELETE FROM {self.q} WHERE key = $1"
         return self._statement("lock_leave", sql, (TEXT,), read_changed, table=self.tickets)
 
-    def leave(self, key: bytes, asking: Asking) -> Op[bool]:
-        """Give up a place in the queue of a name."""
-        return Op(self._leave, (key + asking.mark,))
+    def leave(self, key: bytes, asking: Asking, *, note: bool = False) -> Op[bool]:
+        """Give up a place in the queue of a name, or remove the note."""
+        return Op(self._leave, (_note_key(key, asking) if note else key + asking.mark,))
+
+    def note(self, key: bytes, asking: Asking, seconds: float) -> Op[bool]:
+        """Note for that time that this waits without a ticket. No grant reads it."""
+        sql = (
+            f"INSERT INTO {self.q} (key, version, expires_at) VALUES ($1, 0, "
+            f"{NOW} + $2::float8 * interval '1 second') "
+            "ON CONFLICT (key) DO UPDATE SET expires_at = EXCLUDED.expires_at"
+        )
+        made = self._statement(
+            "lock_note", sql, (TEXT, BINARY), read_changed, table=self.tickets, retried=False
+        )
+        return Op(made, (_note_key(key, asking), _codec.encode_float8(seconds)))
 
     @cached_property
     def _end_ticket(self) -> Statement[bool]:
@@ -508,8 +522,8 @@ class LockStatements:
         return Op(self._make_holders("lock_holders", where, ()))
 
     def queue(self) -> Op[dict[str, int]]:
-        """How many wait in order, by name."""
-        sql = f"SELECT split_part(key, E'\\x1f', 1), count(*) FROM {self.q} WHERE {LIVE} GROUP BY 1"
+        """How many wait, by name."""
+        sql = f"SELECT left(key, {-MARK_LENGTH}), count(*) FROM {self.q} WHERE {LIVE} GROUP BY 1"
         options: dict[str, Any] = {"table": self.tickets, "writes": False}
         return Op(self._statement("lock_queue", sql, (), self._read_queue, **options))
 
@@ -595,6 +609,11 @@ class LockStatements:
             )
             for row in range(result.ntuples)
         ]
+
+
+def _note_key(key: bytes, asking: Asking) -> bytes:
+    """Beside the tickets of the name; a semaphore's is that of its first slot, without the slot."""
+    return key.partition(SEPARATOR.encode())[0] + NOTE + asking.mark[1:]
 
 
 def milliseconds(seconds: float) -> bytes:

@@ -56,10 +56,10 @@ def locks(
                      "its lease would have ended. Never two holders."),
     ] = None,
 ) -> int:  # fmt: skip
-    """List the holders of locks: age, time left, queued waiters.
+    """List the holders of locks: age, time left, waiters.
 
-    Below the holders, the open transactions that have guarded a lease. Waiters of locks that are not
-    fair leave no trace and are not counted. Exit code 1: no lease has that token.
+    Below the holders, the open transactions that have guarded a lease. A waiter of a lock that is not
+    fair is counted after its first second. Exit code 1: no lease has that token.
 
     **Example:** `pgkv locks`
 

@@ -10,6 +10,9 @@ import pytest
 from psycopg import sql
 
 import pgkv
+from pgkv.patterns.lock import flows
+from pgkv.patterns.lock.api import statements_of
+from pgkv.patterns.lock.sql import LockStatements
 from tests.colours import Colour
 from tests.faults.support import newest
 from tests.peers import Peer, until
@@ -191,3 +194,26 @@ async def test_waiting_costs_few_statements(
         results = await asyncio.gather(*waiting, return_exceptions=True)
     assert all(isinstance(each, pgkv.LockTimeoutError) for each in results)
     assert 5 <= looks <= 5 * 5
+
+
+async def test_waiters_without_a_ticket_are_counted(
+    store: Any, colour: Colour, dsn: str, peer: Peer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who waits for a while for a lock that is not fair, or a semaphore, leaves a note. A grant at once
+    leaves none, and neither does it once it has the lock. A note is no place in a queue."""
+    monkeypatch.setattr(flows, "NOTE_AFTER", 0.0)
+    lock, slots = lock_of(colour, store), colour.make("Semaphore", store, "queue", 1)
+    held = [await lock.acquire(), await slots.acquire()]
+    assert tickets(peer) == 0
+    waiting = [asyncio.ensure_future(_acquired(each)) for each in (lock, slots)]
+    await until(lambda: tickets(peer) == 2, "both have noted that they wait")
+    with pgkv.Store.connect(dsn) as other:
+        counted = other._execute(statements_of(other, LockStatements, durable=True).queue())
+    assert counted == {"queue": 2}
+    fair = colour.make("Lock", store, "queue", fair=True, durable=False)
+    await (await fair.acquire(timeout=30)).release()
+    for each in held:
+        await each.release()
+    for each in await asyncio.wait_for(asyncio.gather(*waiting), 30):
+        await each.release()
+    await until(lambda: tickets(peer) == 0, "the notes are gone")
