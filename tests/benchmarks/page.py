@@ -58,9 +58,9 @@ def _setting(record: Record) -> str:
         + (f" ({machine['processor']})" if "processor" in machine else "")
         + f", {machine['architecture']}, {machine['system']}"
         + (f", {machine['memory']} of memory" if "memory" in machine else "")
-        + "; "
+        + ". Versions: "
         + ", ".join(each for each in versions if each not in peers)
-        + (f"; compared with {', '.join(peers)}" if peers else "")
+        + (f". Compared with {', '.join(peers)}" if peers else "")
         + f". Medians of {record.rounds} rounds"
         + (", latencies with client and servers on one core." if record.pinned else ".")
     )

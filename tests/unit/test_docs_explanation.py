@@ -129,3 +129,23 @@ def test_pages_use_plain_words(page: Path) -> None:
     """The prose of a page is in plain, present-day English."""
     prose = CODE.sub("", page.read_text("utf-8"))
     assert [found.group() for found in ARCHAIC.finditer(prose)] == []
+
+
+def fragments(text: str) -> list[str]:
+    """The rows of its tables whose cells join fragments by semicolons; code does not count."""
+    rows = re.findall(r"^\|.*\|$", CODE.sub("", text), re.MULTILINE)
+    return [row for row in rows if ";" in row]
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if page.name != "CHANGELOG.md"], ids=name_of
+)
+def test_a_cell_of_a_table_has_sentences(page: Path) -> None:
+    """A cell says each thing in a sentence, and strings no fragments together by semicolons."""
+    assert fragments(page.read_text("utf-8")) == []
+
+
+def test_fragments_of_a_cell_are_found() -> None:
+    """The test above would see them, and takes code for code."""
+    rows = "| a | kept; lost after a crash |\n| b | `--; x` |\n\nProse; of two parts.\n"
+    assert fragments(rows) == ["| a | kept; lost after a crash |"]
