@@ -14,6 +14,7 @@ answer has arrived. `renewal` watches the time.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import threading
 from collections.abc import Hashable, Sequence
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 from ..._background.renewal import clock
 from ..._ops.op import Flow, Op, call, pause
 from ..._settings import refuse_pickle
-from ...errors import LeaseLostError, OperationTimeoutError, PgkvError
+from ...errors import LeaseLostError, OperationTimeoutError, PgkvError, TableNotFoundError
 
 if TYPE_CHECKING:
     from ..._background.background import Background
@@ -252,6 +253,15 @@ def do_within(runtime: Runtime, op: Op[T], seconds: float) -> Flow[T]:
     return answer
 
 
+def follow(runtime: Runtime, lease: Held) -> Flow[None]:
+    """Renew a lease where its slot is now, and watch it there."""
+    with contextlib.suppress(PgkvError):  # the next renewal tries again
+        yield from extend(runtime, lease, lease._ttl)
+        runtime.forget(lease)
+        runtime.leave()
+        runtime.watch(lease)
+
+
 # -- renewal ---------------------------------------------------------------------------------
 
 
@@ -312,6 +322,8 @@ class LeaseRenewal:
     def _failed(self, batch: list[Held], error: PgkvError) -> None:
         for lease in batch:
             lease._cause = error.with_traceback(None)
+            if isinstance(error, TableNotFoundError):
+                lease._runtime.follow(lease)
         if not self._failing:
             self._failing = True
             context = {"error": type(error).__name__, "detail": str(error)}

@@ -13,7 +13,7 @@ from ..._engine._async.channel import AsyncPoolChannel
 from ..._engine._sync.channel import PoolChannel
 from ..._ops.drivers import shielded
 from ...errors import TransactionError
-from .lease import LeaseRenewals
+from .lease import LeaseRenewals, follow
 from .wakeup import TaskWaiter, ThreadWaiter, Waiter, Waiters
 
 if TYPE_CHECKING:
@@ -69,6 +69,16 @@ class Runtime:
     def forget(self, held: Held) -> None:
         """Renew it no more."""
         self.background().part(LeaseRenewals).forget(held)
+
+    def follow(self, held: Held) -> None:
+        """Renew what is no longer where it was watched: its slot was moved to another server."""
+        if hasattr(self.channel, "router"):
+            self.run_later(lambda: self.channel.run(follow(self, held)))
+
+    def leave(self) -> None:
+        """Use the background of the server that has the slot now."""
+        self._background = None
+        backgrounds.forget(self.channel)
 
     def subscribe(self, kind: type[Waiters], payload: bytes) -> Waiter:
         """Begin to hear of notifications with that payload."""

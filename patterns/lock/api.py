@@ -33,7 +33,7 @@ from ...aio import AsyncStore
 from ...config import Config, require_int
 from ...errors import ConfigError, InvalidValueError, LockTimeoutError, PgkvError
 from ...store import Store
-from .._runtime.checks import require, require_callback
+from .._runtime.checks import home_of, require, require_callback
 from .._runtime.lease import extend
 from . import flows
 from .lease import (
@@ -357,6 +357,7 @@ class _Leasable(Generic[S]):
     def _begin(self, store: S, **options: Any) -> LockOptions:
         require(store, *self._needs)
         who = self._needs[1].removeprefix("Async")
+        store = home_of(store, options["name"])
         self._options = made = make_options(store, who=who, **options)
         self._runtime = type(self)._runtime_of(store)
         return made
@@ -696,7 +697,8 @@ class _Slotted(_Leasable[S]):
             store, name=name, ttl=ttl, renew=renew, durable=durable, on_lost=on_lost,
             metadata=metadata,
         )  # fmt: skip
-        options.sql = statements_of(store, SemaphoreStatements, durable=durable)
+        sql = statements_of(home_of(store, name), SemaphoreStatements, durable=durable)
+        options.sql = sql
         options.keys = slot_keys(options.keys[0], slots)
         options.slots, options.resize = slots, resize
 

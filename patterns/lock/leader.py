@@ -20,7 +20,7 @@ from ..._settings import refuse_pickle
 from ...aio import AsyncStore
 from ...errors import ConfigError, PgkvError
 from ...store import Store
-from .._runtime.checks import require, require_callback
+from .._runtime.checks import home_of, require, require_callback
 from . import flows
 from .api import AsyncLease, Lease, make_options
 from .lease import LeaseState, failed_callback, report
@@ -54,6 +54,7 @@ class _Candidate(Generic[S]):
         require(store, *self._needs)
         for fn, what in ((on_elected, "on_elected"), (on_lost, "on_lost")):
             require_callback(fn, what, "Leader", blocking=isinstance(store, Store))
+        store = home_of(store, name)
         self._options = make_options(
             store, name, who="Leader", ttl=ttl, durable=durable, metadata=metadata
         )

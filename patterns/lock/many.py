@@ -114,7 +114,7 @@ def in_order(locks: Any, wanted: type[Any]) -> list[tuple[int, Any]]:
                 f"locks must be {'async' if 'Async' in wanted.__name__ else 'blocking'} locks or "
                 f"semaphores, not {type(lock).__name__}"
             )
-        if lock._runtime.channel is not given[0]._runtime.channel:
+        if _servers(lock) is not _servers(given[0]):
             raise ConfigError(
                 f"the locks {given[0].name!r} and {lock.name!r} are of different stores: their "
                 "names have no common order"
@@ -127,6 +127,12 @@ def in_order(locks: Any, wanted: type[Any]) -> list[tuple[int, Any]]:
     if not given:
         raise InvalidValueError("locks is empty: acquire_many needs at least one lock")
     return [placed for _, placed in sorted(places.items())]
+
+
+def _servers(lock: Any) -> Any:
+    """What locks of one store have in common: of a sharded one all slots have."""
+    channel = lock._runtime.channel
+    return getattr(channel, "router", channel)
 
 
 class Acquisitions(Generic[L]):
@@ -162,6 +168,6 @@ class Acquisitions(Generic[L]):
             lease = self._leases.pop(acquisition, None)
             if lease is not None:
                 with suppress(PgkvError):  # it is tried once more
-                    yield from flows.release(self.runtime, lease)
+                    yield from flows.release(lease._runtime, lease)
                     acquisition.in_doubt = False
             yield from acquisition.take_back()

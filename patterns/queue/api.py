@@ -25,7 +25,7 @@ from ...aio import AsyncStore
 from ...config import require_int
 from ...errors import ConfigError, InvalidValueError, TransactionError
 from ...store import Store
-from .._runtime.checks import require
+from .._runtime.checks import home_of, require
 from .._runtime.lease import extend
 from .._runtime.runtimes import AsyncRuntime, SyncRuntime
 from . import flows
@@ -209,6 +209,7 @@ class _Jobs(Generic[T]):
         durable: bool = True,
     ) -> None:
         require(store, *self._needs)
+        store = home_of(store, name)
         if wakeup not in ("poll", "notify"):
             raise ConfigError(f"wakeup must be 'poll' or 'notify', not {wakeup!r}")
         if not isinstance(backoff, Backoff):
@@ -258,7 +259,8 @@ class _Jobs(Generic[T]):
                 ``store.transaction()``.
         """
         view = self._view()
-        inside = isinstance(conn, type(self._store))
+        if inside := isinstance(conn, type(self._store)):
+            home_of(conn, self.name)  # refuses the transaction of another slot
         view._bound = (conn if inside else self._store.using(conn))._channel
         if not inside:
             view._caller = unwrap(conn, self._wanted)

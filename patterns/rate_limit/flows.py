@@ -471,6 +471,8 @@ def charges_of(
                 )
             cost += known.cost
         charges[row] = KeyCharge(flows, key, policy, cost)
+    if first is not None and (shards := getattr(first.sql.config, "shards", None)) is not None:
+        shards.require_one(charges, "hit_many is")
     if runner is None:
         raise InvalidValueError("hit_many needs at least one (limiter, key, cost)")
     return runner, dict(sorted(charges.items()))

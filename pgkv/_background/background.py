@@ -202,6 +202,10 @@ class _Backgrounds:
             self._of_channels[channel] = background
         return background
 
+    def forget(self, channel: Any) -> None:
+        """Look again where the channel's server is, at the next `get`."""
+        self._of_channels.pop(channel, None)
+
     def _watch(
         self, channel: Any, background: Background, table: dict[Any, Background], key: Any
     ) -> None:

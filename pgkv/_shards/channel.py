@@ -50,19 +50,22 @@ class Sharding(PooledOperations):
         PooledOperations.__init__(self, config, None)
         self.router = router
         self.slot = slot
-        self._closed = False
+        self._views: dict[int, Any] = {}
 
     def of_slot(self, slot: int) -> Any:
-        """A channel that is limited to that slot, over the same connections."""
-        view = type(self)(self._config, self.router, slot)  # type: ignore[call-arg]  # as both have it
-        view._collectors = self._collectors
-        view._background = self._background
+        """The channel that is limited to that slot, over the same connections."""
+        view = self._views.get(slot)
+        if view is None:
+            view = type(self)(self._config, self.router, slot)  # type: ignore[call-arg]  # as both have it
+            view._collectors, view._on_close = self._collectors, self._on_close
+            view._background = self._background
+            view = self._views.setdefault(slot, view)
         return view
 
     @property
     def state(self) -> str:
         """Whether it was closed."""
-        return "closed" if self._closed else ""
+        return "closed" if self.router.closed else ""
 
     def _channels(self) -> list[Any]:
         if self.slot is not None:
@@ -226,7 +229,7 @@ class ShardedChannel(Sharding, PoolChannel):
 
     def close(self) -> None:
         """Close the connections to all servers."""
-        self._closed = True
+        self.router.closed = True
         self._closing.set()
         for node in self.router.nodes:
             node.channel.close()
@@ -308,7 +311,7 @@ class AsyncShardedChannel(Sharding, AsyncPoolChannel):
 
     async def close(self) -> None:
         """Close the connections to all servers."""
-        self._closed = True
+        self.router.closed = True
         for task in tuple(self._tasks):
             task.cancel()
         if self._tasks:

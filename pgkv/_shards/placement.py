@@ -136,6 +136,7 @@ class Router:
         self.routes: dict[Statement[Any], Route] = {}
         self.homes: list[MapRow] = []
         self.channels: list[Any] = []  # of each slot; None where its server is not known
+        self.closed = False
         self._gather = gather
         self._reading: set[int] = set()
 

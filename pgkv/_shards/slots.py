@@ -6,7 +6,9 @@ schema is put in that one's place.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 from zlib import crc32
 
 from ..config import Config
@@ -58,22 +60,28 @@ class Slots:
         Raises:
             ConfigError: it is in another one.
         """
-        if self.own is not None and (slot := self.of(key)) != self.own:
+        if (slot := self.of(key)) != self.own:
             raise apart(key, slot, f"this store has only slot {self.own}")
         return key
 
-    def check_id(self, raw: bytes) -> bytes:
-        """The same for a session.
+    def restrict(self, sql: Any) -> None:
+        """Let the statements of a store of one slot refuse keys of others."""
+        if self.own is not None:
+            key, many_keys = sql.key, sql.many_keys
+            sql.key = lambda given: self.check(key(given))
+            sql.many_keys = lambda given: list(map(self.check, many_keys(given)))
+
+    def require_one(self, keys: Iterable[bytes], what: str) -> None:
+        """Refuse keys of several slots.
 
         Raises:
-            ConfigError: it is in another slot.
+            ConfigError: there are such; names one.
         """
-        if self.own is not None and self.of_id(raw) != self.own:
-            raise ConfigError(
-                f"the session is in slot {self.of_id(raw)}, this store has only slot {self.own}: "
-                "use the sharded store itself"
-            )
-        return raw
+        first = None
+        for key in keys:
+            slot = self.of(key)
+            if slot != (first := slot if first is None else first):
+                raise apart(key, slot, f"this {what} in slot {first}")
 
 
 def apart(key: bytes, slot: int, other: str) -> ConfigError:

@@ -7,7 +7,7 @@ map points the way. A server whose row is older than another's does not know yet
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from typing import Any, NamedTuple, TypeVar
@@ -174,18 +174,6 @@ class ShardedStatements(Statements):
             return sorted(chain.from_iterable(answers))[options.offset :][: options.limit]
 
         return Spread([sql.at(op) for sql in self.every], join)
-
-
-class SlotStatements(Statements):
-    """All statements of one key-value table in one slot. They refuse keys of other slots."""
-
-    def key(self, key: str) -> bytes:
-        """Check and encode one key."""
-        return self.config.shards.check(super().key(key))  # type: ignore[attr-defined, no-any-return]  # a ShardedConfig
-
-    def many_keys(self, keys: Iterable[str]) -> list[bytes]:
-        """Check and encode many keys."""
-        return list(map(self.config.shards.check, super().many_keys(keys)))  # type: ignore[attr-defined]  # a ShardedConfig
 
 
 def _united(answers: list[dict[Any, Any]]) -> dict[Any, Any]:

@@ -23,14 +23,15 @@ from .._engine._sync.pool import StorePool
 from .._ops import codec as _codec
 from .._ops.drivers import drive, drive_async
 from .._settings import Target, options_of, reach_timeout
+from .._sql import Statements
 from ..aio import AsyncStore, Opening
 from ..config import Config, dsn_from_environment
 from ..errors import ConfigError
 from ..store import Store
 from .channel import AsyncShardedChannel, ShardedChannel, at_once, one_by_one
 from .placement import Node, Router, Shard
-from .slots import ANY, ShardedConfig, Slots, schema_of
-from .sql import ShardedStatements, SlotStatements
+from .slots import ANY, ShardedConfig, Slots, apart, schema_of
+from .sql import ShardedStatements
 
 if TYPE_CHECKING:
     from .._ops.codec import Value
@@ -155,20 +156,25 @@ class _Sharded:
         Args:
             key: any key of the slot.
         """
-        return self._in_slot(self.slot_of(key))
+        return self._home(key)
 
     def _in_slot(self, slot: int) -> Self:
         own, count = self._slots.own, self._slots.count
         if own is not None:
-            if slot != own:
-                raise ConfigError(f"it is in slot {slot}, and this store has only slot {own}")
             return self
         config = replace(self._config, schema=schema_of(slot), shards=Slots(count, slot))
         channel = self._channel.of_slot(slot)
-        sql = SlotStatements(config, self._sql.prefix)
+        sql = Statements(config, self._sql.prefix)
         view: Self = self._view(config=config, sql=sql, channel=channel)
         view._target = ShardedTarget(channel.router, slot)
         return view
+
+    def _home(self, name: str) -> Self:
+        """The store that has a name's lock or queue."""
+        slot, own = self.slot_of(name), self._slots.own
+        if own not in (None, slot):
+            raise apart(name.encode(), slot, f"this store has only slot {own}")
+        return self._in_slot(slot)
 
     def _each(self) -> list[Self]:
         """The stores of all slots, or this one of one slot."""

@@ -143,6 +143,8 @@ class TableStatements:
         self.prefix_bytes: bytes = prefix.encode()
         self.key_length_max: int = config.max_key_length
         self.value_size_max: int = config.max_value_size
+        if (shards := getattr(config, "shards", None)) is not None:
+            shards.restrict(self)
         if config.max_bytes is not None:
             self.value_size_max = min(self.value_size_max, config.max_bytes // 8)
         strategy = config.ttl_cleanup_strategy

@@ -135,12 +135,6 @@ async def test_what_is_refused(store: Any, dsns: list[str], colour: Colour) -> N
         with pytest.raises(pgkv.ConfigError, match=message):
             await tx.get(b)
     await store.delete(a)
-    with pytest.raises(pgkv.ConfigError, match="RateLimiter does not work on a sharded store"):
-        (pgkv.RateLimiter if colour.name == "sync" else pgkv.AsyncRateLimiter)(
-            store if colour.name == "async" else store._target, "1/s", name="n"
-        )
-    with pytest.raises(pgkv.ConfigError, match=message):
-        await store.on(a).set_many({a: "1", b: "1"})
     with pytest.raises(pgkv.ConfigError, match=r"transaction is of one: use store.on\(key\)"):
         async with store.transaction():
             pass
@@ -235,6 +229,57 @@ async def test_tables_are_made_where_slots_live(
     never = await make(auto_create_table=False)
     with pytest.raises(pgkv.TableNotFoundError, match="other"):
         await never.table("other").set("k", "v")
+
+
+async def test_limiters_are_in_the_slots_of_their_keys(store: Any, colour: Colour) -> None:
+    """Each bucket is a key; several are charged together where a tag keeps them together."""
+    limiter = colour.make("RateLimiter", store, "1/h", name="n")
+    assert [(await limiter.hit(f"k{n}")).allowed for n in range(12)] == [True] * 12
+    assert not (await limiter.hit("k3")).allowed
+    other = colour.make("RateLimiter", store, "2/h", name="m")
+    both = [(limiter, "{o}a", 1), (other, "{o}", 2)]
+    assert (await limiter.hit_many(both)).allowed
+    assert not (await limiter.hit_many(both)).allowed
+    with pytest.raises(pgkv.ConfigError, match=r"this hit_many is in slot \d: give both keys one"):
+        await limiter.hit_many([(other, f"k{n}", 1) for n in range(12)])
+    assert (await other.peek("k0")).remaining == 2
+    conn = await caller_connection(colour, store.on("{o}").dsn)
+    try:
+        inside = colour.make("RateLimiter", store.on("{o}"), "1/h", name="i").using(conn)
+        async with conn.transaction():
+            assert (await inside.hit("{o}b")).allowed
+            with pytest.raises(pgkv.ConfigError, match="give both keys one"):
+                await inside.hit("k0" if store.slot_of("k0") != store.slot_of("o") else "k1")
+    finally:
+        await conn.close()
+
+
+async def test_names_have_their_slots(store: Any, colour: Colour) -> None:
+    """A lock, a semaphore and a queue are in the slot of their name, and nowhere else."""
+    lock = colour.make("Lock", store, "job")
+    async with lock.acquire() as lease:
+        token = lease.token
+        assert await colour.make("Lock", store.on("job"), "job").try_acquire() is None
+    async with lock.acquire() as lease:
+        assert lease.token > token
+    many = [colour.make("Lock", store, f"l{n}") for n in range(8)]
+    async with await colour.make("Lock", store, "l").acquire_many(many):
+        assert await many[3].try_acquire() is None
+    assert (await many[3].holder()) is None
+    elsewhere = next(key for key in "abcdef" if store.slot_of(key) != store.slot_of("job"))
+    for name in ("Lock", "Queue"):
+        with pytest.raises(pgkv.ConfigError, match="'job' is in slot"):
+            colour.make(name, store.on(elsewhere), "job")
+    queue = colour.make("Queue", store, "job")
+    await queue.create_table()
+    async with store.on("job").transaction() as tx:
+        await queue.using(tx).put("a")
+    async with store.on(elsewhere).transaction() as tx:
+        with pytest.raises(pgkv.ConfigError, match="'job' is in slot"):
+            await queue.using(tx).put("a")
+    job = await queue.take()
+    assert job.payload == b"a"
+    await job.ack()
 
 
 async def test_it_says_where_slots_are(store: Any) -> None:

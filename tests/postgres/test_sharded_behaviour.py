@@ -1,6 +1,6 @@
-"""What every store does, a sharded one does too: the tests of the store, run again over slots.
+"""What every store and pattern does, a sharded one does too: their tests, run again over slots.
 
-`make test` runs a third of them, over three servers with a few slots; PGKV_TESTS=full all, and also over one server
+`make test` runs one in six, over three servers with a few slots; PGKV_TESTS=full all, and also over one server
 with one slot and with 32, and three with 32. The servers are databases of one: to pgkv that is the same.
 """
 
@@ -14,37 +14,70 @@ from typing import Any
 from zlib import crc32
 
 import pytest
+from _pytest.fixtures import FixtureFunctionDefinition
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from pgkv.testing import ServerClock
 from tests import FULL, sharded
 from tests.colours import Colour
-from tests.postgres.test_atomic import *  # noqa: F403
-from tests.postgres.test_basic import *  # noqa: F403
-from tests.postgres.test_batch import *  # noqa: F403
-from tests.postgres.test_expiry import *  # noqa: F403
-from tests.postgres.test_scan import *  # noqa: F403
-from tests.postgres.test_views import *  # noqa: F403
+from tests.postgres import (
+    test_atomic,
+    test_basic,
+    test_batch,
+    test_expiry,
+    test_leader,
+    test_lock,
+    test_lock_many,
+    test_lock_waiting,
+    test_queue,
+    test_rate_limit,
+    test_rate_limit_quotas,
+    test_rate_limit_waiting,
+    test_scan,
+    test_semaphore,
+    test_views,
+)
 from tests.servers import Server, UserServer
 
+MODULES = (
+    *(test_atomic, test_basic, test_batch, test_expiry, test_scan, test_views),
+    *(test_lock, test_lock_many, test_lock_waiting, test_semaphore, test_leader, test_queue),
+    *(test_rate_limit, test_rate_limit_quotas, test_rate_limit_waiting),
+)
 # What looks at the rows of one server from outside, or counts what is sent to one.
-OF_ONE_SERVER = {"peer", "witness", "operations", "connect", "dsn", "make_server"}
+OF_ONE_SERVER = {"peer", "witness", "operations", "connect", "dsn", "make_server", "tape", "race"}
 NOT_SHARDED = {
     "test_pool_stats": "each server has a pool",
     "test_batches_sort_their_keys": "in each slot",
     "test_time_moves_inside_a_transaction": "a transaction is in a slot",
     "test_a_batch_is_all_or_nothing": "on each server",
+    "test_settings_are_checked": "a transaction is in a slot",
+    "test_a_put_in_the_stores_transaction": "likewise; see test_sharded",
+    "test_notified_takers_wake": "likewise",
     "test_bounds_in_a_pipeline": "an atomic pipeline is in a slot",
     "test_increment_many_refuses_a_value_that_is_no_integer": "the other servers' part is done",
     "test_increment_many_refuses_an_overflow": "the other servers' part is done",
 }
-for _name, _test in [*globals().items()]:
-    if _name.startswith("test_") and (
-        _name in NOT_SHARDED
-        or not OF_ONE_SERVER.isdisjoint(inspect.signature(_test).parameters)
-        or not (FULL or crc32(_name.encode()) % 3 == 0)
-    ):
-        del globals()[_name]
+OWN_FIXTURES = {"make_store", "clock", "colour"}
+PART = 1 if FULL else 6
+
+
+def _adopt(module: Any) -> None:
+    """Make the module's fixtures, and a part of its tests, those of this one."""
+    for name, member in vars(module).items():
+        if name.startswith("test_") and inspect.isfunction(member):
+            asked = set(inspect.signature(member).parameters)
+            left_out = name in NOT_SHARDED or asked & OF_ONE_SERVER or not asked & NEEDS_STORE
+            full = f"{module.__name__.rpartition('.')[2]}__{name.removeprefix('test_')}"
+            if not left_out and crc32(full.encode()) % PART == 0:
+                globals()[full] = member
+        elif isinstance(member, FixtureFunctionDefinition) and name not in OWN_FIXTURES:
+            globals()[name] = member
+
+
+NEEDS_STORE = {"store", "make_store", "queue", "idem", "sessions", "make_sessions"}
+for _module in MODULES:
+    _adopt(_module)
 
 LAYOUTS = [(3, 5), *([(1, 1), (1, 32), (3, 32)] if FULL else [])]
 

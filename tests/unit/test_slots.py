@@ -8,10 +8,11 @@ from hypothesis import strategies as st
 
 import pgkv
 from pgkv._ops.op import TEXT, Statement
-from pgkv._shards.slots import ANY, Slots, hashed_part, schema_of
+from pgkv._shards.slots import ANY, ShardedConfig, Slots, hashed_part, schema_of
 from pgkv._shards.sql import located
 from pgkv._shards.store import settings, split
 from pgkv._sql import Statements
+from pgkv.patterns.rate_limit.sql import LimiterStatements
 
 SLOTS = Slots(32)
 
@@ -55,8 +56,10 @@ def test_a_view_refuses_other_slots() -> None:
     message = r"'user:1' is in slot 2, .*: give both keys one \{tag\}"
     with pytest.raises(pgkv.ConfigError, match=message):
         own.check(b"user:1")
-    with pytest.raises(pgkv.ConfigError, match="session is in slot"):
-        own.check_id(b"user:1")
+    sql = LimiterStatements(ShardedConfig("postgresql://", schema="pgkv_03", shards=own))
+    assert sql.key("a") == b"a"
+    with pytest.raises(pgkv.ConfigError, match=message):
+        sql.many_keys(["a", "user:1"])
 
 
 def test_a_statement_in_a_slot() -> None:
