@@ -7,6 +7,7 @@ import sys
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from time import monotonic
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from ..._engine.breaker import Breaker
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from ...store import Store
 
 MISSING: Any = object()
+REPORT_EVERY = 60.0  # seconds between two reports of a process's counts, and before the first
 
 Ttl: TypeAlias = "Seconds | Callable[..., Seconds | None] | None"
 
@@ -69,6 +71,8 @@ class StoreContext:
         sql: the cache's statements on its table, under its namespace.
         breaker: one per pool of connections, shared by the views of a store.
         names: by function, what its entries' keys begin with, and its generation's key.
+        counts: by function, for the report.
+        report_at: the monotonic time of the next one.
         scope: names table and namespace in messages between processes and in first levels.
         runtime: the background's side of it; None for a view of a transaction.
     """
@@ -81,6 +85,8 @@ class StoreContext:
         self.table_known = False
         self.runtime: SyncRuntime | AsyncRuntime | None = runtime_of(store)
         self.names: dict[str, tuple[bytes, bytes]] = {}
+        self.counts: dict[str, Counts] = {}
+        self.report_at: float = monotonic() + REPORT_EVERY
 
     @property
     def store(self) -> Any:

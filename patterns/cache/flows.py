@@ -12,11 +12,15 @@ K. Lowenstein, "Optimal Probabilistic Cache Stampede Prevention", VLDB 2015.
 from __future__ import annotations
 
 import math
+import os
+import socket
 from collections.abc import Callable
 from datetime import timedelta
 from random import random
 from time import monotonic
 from typing import Any
+
+import msgspec
 
 from ... import _observe
 from ..._ops import codec as _codec
@@ -35,6 +39,7 @@ from ...errors import (
 from . import envelope as _envelope
 from .call import (
     MISSING,
+    REPORT_EVERY,
     Busy,
     CachedCall,
     CacheOptions,
@@ -125,6 +130,7 @@ class FunctionCache:
         """What the function's entries' keys begin with, and its generation's key."""
         entry = context.sql.cache_key(ENTRY, f"{self.name}:{'0' * DIGEST_LENGTH}")
         clear = context.sql.cache_key(FUNCTION, self.name)
+        context.counts[self.name] = self.counts
         names = context.names[self.name] = (entry[:-DIGEST_LENGTH], clear)
         return names
 
@@ -426,7 +432,21 @@ class FunctionCache:
             return value, "refused"
         self.counts.add("fills")
         self._remember(call, payload, soft)
+        if call.sent >= call.context.report_at:
+            self._report(call)
         return value, "stored"
+
+    def _report(self, call: CachedCall) -> None:
+        """Write for `pgkv cache` what this process has counted, in the background."""
+        context = call.context
+        context.report_at = call.sent + REPORT_EVERY
+        counts = {
+            name: (each.hits + each.stale_hits, each.misses)
+            for name, each in tuple(context.counts.items())
+        }
+        process = f"{socket.gethostname()}:{os.getpid()}"
+        op = context.sql.report(process, msgspec.json.encode(counts))
+        self._run_later(call, lambda: quietly(op), _nothing)
 
     def _ttl(self, call: CachedCall, value: Any) -> float:
         """Seconds for which this value is fresh: inf for ever, 0 for not at all."""

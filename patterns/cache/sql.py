@@ -15,11 +15,13 @@ from ..._ops import codec as _codec
 from ..._ops.lazy import cached_property
 from ..._ops.op import BINARY, TEXT, Op, Raced, Result, Signal, Statement
 from ..._sql.table import (
+    AFTER,
     CLOCK_US,
     LIVE,
     STATEMENT_US,
     UPDATED,
     TableStatements,
+    formats,
     read_changed,
     read_int_or_none,
 )
@@ -29,7 +31,9 @@ if TYPE_CHECKING:
     from ...config import Seconds
 
 PREFIX = "pgkv:cache:"
-ENTRY, FUNCTION, TAG, REFRESH = (f"{PREFIX}{kind}:" for kind in "eftr")
+ENTRY, FUNCTION, TAG, REFRESH, REPORT = (f"{PREFIX}{kind}:" for kind in "eftrs")
+REPORT_TTL = 3600.0  # seconds for which a process's counts are kept
+REPORTS_MAX = 1_000  # processes
 DIGEST_LENGTH = 40  # hexadecimal digits at the end of an entry's key, after a colon
 MARK_LENGTH = 17
 
@@ -304,6 +308,25 @@ class CacheStatements(TableStatements):
             writes=False,
         )
 
+    def report(self, process: str, counts: bytes) -> Op[bool]:
+        """Keep what a process has counted."""
+        statement = self.statement(
+            "cache_report", self.upsert(AFTER), formats(2, AFTER), read_changed, retried=False
+        )
+        return Op(statement, (self.key(REPORT + process), counts, _codec.encode_ttl(REPORT_TTL)))
+
+    def reports(self) -> Op[list[bytes]]:
+        """What processes have counted in the last hour."""
+        start = self.key(REPORT)
+        sql = (
+            f'SELECT value FROM {self.t} WHERE key COLLATE "C" >= $1 AND key COLLATE "C" < $2 '
+            f"AND {LIVE} LIMIT {REPORTS_MAX}"
+        )
+        statement = self.statement(
+            "cache_reports", sql, (TEXT, TEXT), _read_values, retry_safe=True, writes=False
+        )
+        return Op(statement, (start, _codec.successor(start)))
+
 
 _NOTIFY: Statement[None] = Statement(
     "cache_notify", "SELECT pg_notify($1, $2)", (TEXT, TEXT), lambda _result: None, writes=False
@@ -362,6 +385,10 @@ def _read_lease(result: Result) -> ComputeLease | Signal:
     remaining = result.get_value(0, 2)
     seconds = None if remaining is None else _codec.decode_float8(remaining)
     return ComputeLease(None, result.get_value(0, 1) or b"", seconds)
+
+
+def _read_values(result: Result) -> list[bytes]:
+    return [result.get_value(n, 0) or b"" for n in range(result.ntuples)]
 
 
 def _read_usage(result: Result) -> list[Usage]:

@@ -1,13 +1,11 @@
-"""``pgkv cache``: the entries of cached functions in the table, and clearing them.
-
-The command reads the table, not the programs: each program counts its own hits and misses
-(``cache_info()``).
-"""
+"""``pgkv cache``: the entries of cached functions in the table, their hit ratios, and clearing them."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+import contextlib
+from typing import TYPE_CHECKING, Annotated, Any
 
+import msgspec
 import typer
 
 from ..errors import NotFoundError
@@ -17,6 +15,8 @@ from .command import DONE, Invocation
 if TYPE_CHECKING:
     from ..patterns.cache.sql import CacheStatements, Usage
     from ..store import Store
+
+_REPORT = dict[str, tuple[int, int]]  # hits and misses by function
 
 
 def cache(
@@ -39,6 +39,9 @@ def cache(
     within their ttl) and costs one write, however many entries there are. Their rows stay in the
     list until they expire. Exit code 1: there is no such function.
 
+    The hit ratio is of the processes that stored a value in the last hour and have lived for a
+    minute. Each reports its counts in the table, at most once a minute.
+
     **Example:** `pgkv cache`
 
     **Example:** `pgkv cache --clear app.users.load_user:1`
@@ -55,7 +58,7 @@ def cache(
             store._execute(sql.bump_tag(sql.cache_key(TAG, tag)))
             call.answer({"cleared": tag, "kind": "tag"}, f"cleared tag {tag}")
             return DONE
-        usages = store._execute(sql.usage())
+        usages, reports = store._execute(sql.usage()), store._execute(sql.reports())
         if clear is not None:
             return _clear(call, store, sql, clear, usages)
     columns: console.Columns = {
@@ -63,13 +66,35 @@ def cache(
         "entries": ("entries", console.number),
         "computing": ("computing", console.number),
         "values": ("value_bytes", console.size),
+        "hit ratio": ("hit_ratio", lambda ratio: "" if ratio is None else f"{ratio:.1%}"),
     }
     call.show(
-        [each._asdict() for each in usages],
+        _with_ratios(usages, reports),
         columns,
         "No cached function has entries in this table.",
     )
     return DONE
+
+
+def _with_ratios(usages: list[Usage], reports: list[bytes]) -> list[dict[str, Any]]:
+    """Add what processes have reported; a function without entries may be in a report as well."""
+    from ..patterns.cache.sql import Usage
+
+    documents = {each.function: each._asdict() for each in usages}
+    totals: dict[str, list[int]] = {}
+    for report in reports:
+        with contextlib.suppress(msgspec.MsgspecError):  # another program's row
+            for name, (hits, misses) in msgspec.json.decode(report, type=_REPORT).items():
+                total = totals.setdefault(name, [0, 0, 0])
+                for index, count in enumerate((hits, misses, 1)):
+                    total[index] += count
+    for name in totals.keys() - documents.keys():
+        documents[name] = Usage(name, 0, 0, 0)._asdict()
+    for name, document in documents.items():
+        hits, misses, processes = totals.get(name, (0, 0, 0))
+        ratio = hits / (hits + misses) if hits + misses else None
+        document |= {"hits": hits, "misses": misses, "processes": processes, "hit_ratio": ratio}
+    return [documents[name] for name in sorted(documents)]
 
 
 def _clear(

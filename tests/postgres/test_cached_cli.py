@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 
@@ -11,6 +12,11 @@ pytest.importorskip("rich")
 
 import pgkv
 from pgkv.cli import main
+from pgkv.patterns.cache.call import context_of
+from pgkv.patterns.cache.sql import CacheStatements
+from tests.cached import cached_in, plain_store
+from tests.colours import Colour
+from tests.peers import until
 
 
 def test_cache_lists_and_clears(dsn: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -67,3 +73,36 @@ def test_idempotency_shows_and_forgets(dsn: str, capsys: pytest.CaptureFixture[s
         assert main(["idempotency", "forget", "k", "--dsn", dsn, "--scope", "ann"]) == 0
         assert keys.get("k", scope="ann") is None
         assert main(["idempotency", "forget", "k", "--dsn", dsn, "--scope", "ann"]) == 1
+
+
+async def test_cache_shows_the_hit_ratio_of_processes(
+    store: Any, colour: Colour, dsn: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Processes report their counts when they fill, at most once a minute."""
+
+    @cached_in(colour, store, store_timeout=20)
+    async def load(n: int) -> int:
+        return n
+
+    for _ in range(3):
+        await load(1)
+    context_of(plain_store(store)).report_at = 0.0  # a minute has passed
+    await load(2)
+    with pgkv.Store.connect(dsn) as other:
+
+        def reported() -> list[bytes]:
+            return other._execute(CacheStatements(other._config).reports())
+
+        await until(lambda: b"[2,2]" in b"".join(reported()), "the second fill has reported")
+        await load(3)
+        assert b"[2,3]" not in b"".join(reported()), "once a minute"
+        # A second process, and a row of another program.
+        other.set("pgkv:cache:s:web-2:1", f'{{"{load.name}": [6, 0], "gone:1": [1, 1]}}')
+        other.set("pgkv:cache:s:other", b"\xff")
+    assert main(["cache", "--dsn", dsn, "--json"]) == 0
+    gone, shown = map(json.loads, capsys.readouterr().out.splitlines())
+    assert (shown["function"], shown["entries"], shown["processes"]) == (load.name, 3, 2)
+    assert (shown["hits"], shown["misses"], shown["hit_ratio"]) == (8, 2, 0.8)
+    assert (gone["function"], gone["entries"], gone["hit_ratio"]) == ("gone:1", 0, 0.5)
+    assert main(["cache", "--dsn", dsn]) == 0
+    assert capsys.readouterr().out.splitlines()[1].endswith("\t80.0%")
