@@ -16,7 +16,8 @@ from ._cli.doctor import doctor
 from ._cli.idempotency import idempotency
 from ._cli.keys import delete, get, scan, set_
 from ._cli.limits import limits
-from ._cli.locks import lock, locks
+from ._cli.lock import lock
+from ._cli.locks import locks
 from ._cli.queue import queue
 from ._cli.sessions import sessions
 from ._cli.shards import shards

@@ -22,8 +22,8 @@ pytest.importorskip("typer")
 pytest.importorskip("rich")
 
 import pgkv
-from pgkv._cli import locks as _locks
 from pgkv._cli.command import Invocation
+from pgkv._cli.lock import _guarded, _Guardian
 from pgkv._embedded.binaries import exists
 from tests.faults.support import newest
 from tests.servers import LATE, Server, wait_until
@@ -387,10 +387,10 @@ def test_a_lease_lost_before_the_command_starts(
     dsn: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """pgkv was stopped between the grant and the start: the command does not run."""
-    with pgkv.Store.connect(dsn) as store, _locks._Guardian() as guardian:
+    with pgkv.Store.connect(dsn) as store, _Guardian() as guardian:
         lease = pgkv.Lock(store, "job").acquire()
         lease.release()
         program = ["touch", str(tmp_path / "ran")]
-        assert _locks._guarded(Invocation(), program, lease, guardian) == 76
+        assert _guarded(Invocation(), program, lease, guardian) == 76
     assert not (tmp_path / "ran").exists()
     assert "touch was not started" in capfd.readouterr().err

@@ -26,7 +26,7 @@ WALL_CLOCKS = {
 # One compares it with the server's, the other shows when a lease was lost.
 MAY_READ_IT = {
     "pgkv/_cli/doctor/server.py",
-    "pgkv/_cli/locks.py",
+    "pgkv/_cli/lock.py",
     "pgkv/integrations/limits.py",  # whose contract is in the client's time
     "pgkv/integrations/otel.py",  # a span has two moments
 }
