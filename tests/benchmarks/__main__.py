@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import Progress
 
-from tests.benchmarks import page, plot, readme, record, services, table
+from tests.benchmarks import machine, page, plot, readme, record, services, table
 from tests.benchmarks.case import Bench, Case, FactCase
 from tests.benchmarks.cases import TOPICS, Topic
-from tests.benchmarks.placement import CAN_PLACE
+from tests.benchmarks.placement import LINK, placements
 from tests.benchmarks.record import Record, Section
 from tests.benchmarks.rounds import ROUNDS_MIN, measure
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
-README = DOCS.parent / "README.md"
+README, WHY = DOCS.parent / "README.md", DOCS / "why.md"
 RECORD, PLOT, PAGE = "benchmarks.json", "benchmarks.svg", "performance.md"
-ROUNDS = 61
-QUIET = 0.5  # a load below which the figures can be trusted
-WIDTH = 130  # of the table where it goes to a file
+ROUNDS = 41
+WIDTH = 180  # of the table where it goes to a file
 
 Chosen = list[tuple[Topic, list[Case | FactCase]]]
 
@@ -63,6 +62,7 @@ def chosen_by(given: argparse.Namespace) -> Chosen:
                 for each in topic.cases()
                 if text in f"{topic.title}\n{each.name}".lower()
                 and (given.big or not each.only_big)
+                and (len(placements()) > 1 or not topic.is_linked)
             ],
         )
         for topic in TOPICS
@@ -71,31 +71,40 @@ def chosen_by(given: argparse.Namespace) -> Chosen:
 
 
 def measured(
-    chosen: Chosen, given: argparse.Namespace, running: services.Services, console: Console
-) -> Iterator[Section]:
-    """Topic by topic."""
+    chosen: Chosen,
+    given: argparse.Namespace,
+    running: services.Services,
+    console: Console,
+    made: Record,
+) -> None:
+    """Topic by topic; the machine is heard before each."""
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("", total=sum(len(cases) for _, cases in chosen))
         for topic, cases in chosen:
+            made.costs[machine.PRESSURE] = max(
+                machine.pressure(), made.costs.get(machine.PRESSURE, 0.0)
+            )
             section = Section(topic.title, [], [])
-            for each in cases:
-                progress.update(task, description=each.name)
-                bench = Bench(running, big=given.big, quick=given.quick)
-                try:
-                    if isinstance(each, Case):
-                        result = measure(each, bench, given.rounds, running.client_facing)
-                        section.results.append(result)
-                    else:
-                        section.facts.extend(each.measure(bench))
-                finally:
-                    bench.close()
-                progress.advance(task)
-            yield section
+            made.sections.append(section)
+            with running.behind_a_link() if topic.is_linked else nullcontext(running) as reached:
+                for each in cases:
+                    progress.update(task, description=each.name)
+                    where = (LINK,) if topic.is_linked else placements()
+                    bench = Bench(reached, big=given.big, quick=given.quick, placements=where)
+                    try:
+                        if isinstance(each, Case):
+                            section.results.extend(measure(each, bench, given.rounds))
+                        else:
+                            section.facts.extend(each.measure(bench))
+                    finally:
+                        bench.close()
+                    progress.advance(task)
 
 
 def show(console: Console, made: Record) -> None:
     """The table, and what is missing from it."""
     console.print(table.rendered(made.results, made.facts))
+    console.print(page.costs(made.costs))
     if absent := table.absent(made.results):
         console.print(f"Not measured, as it is not installed here: {'; '.join(absent)}.")
 
@@ -106,6 +115,7 @@ def publish(folder: Path, made: Record) -> None:
     page.update(folder / PAGE, page.figures(made))
     if folder.resolve() == DOCS:
         page.update(README, readme.table(made))
+        page.update(WHY, readme.ratios(made))
 
 
 def main() -> None:
@@ -116,22 +126,21 @@ def main() -> None:
     console = Console()
     if not console.is_terminal:
         console = Console(width=WIDTH)
-    if (load := record.load()) > QUIET:
-        console.print(f"This machine is busy (load {load:.1f}): expect noise.")
     chosen = chosen_by(given)
     if not chosen:
         sys.exit(f"No case's name or topic contains {given.only!r}.")
     with services.running() as running:
         made = Record(
-            record.machine(), record.versions(running.versions()), given.rounds, CAN_PLACE, []
-        )
+            record.machine(), record.versions(running.versions()), given.rounds, [],
+            machine.costs(running),
+        )  # fmt: skip
         earlier = None
         if given.only and given.output and (given.output / RECORD).exists():
             earlier = record.read(given.output / RECORD)
             record.merged(
                 earlier, made
             )  # what cannot be merged is better known now than at the end
-        made.sections.extend(measured(chosen, given, running, console))
+        measured(chosen, given, running, console, made)
     show(console, made)
     if given.output is not None:
         if earlier is not None:

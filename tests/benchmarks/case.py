@@ -18,7 +18,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, TypeAlias, TypeVar
@@ -29,6 +29,7 @@ import redis
 import pgkv
 from pgkv._sql import Statements
 from tests.benchmarks.figures import LATENCY, THROUGHPUT, Fact, Goal
+from tests.benchmarks.placement import LINK, TWO_CORES
 from tests.benchmarks.raw import Raw
 from tests.benchmarks.services import Services, memcached_client
 
@@ -48,7 +49,9 @@ MEMCACHED = "pymemcache"
 # Performs so many operations.
 Run: TypeAlias = Callable[[int], object]
 Entrants: TypeAlias = Iterator[tuple[str, Run]]
-Goals: TypeAlias = "Mapping[str | tuple[str, str], float | None]"
+# Of a latency with client and servers on one core, and on two; one number is for both.
+Limit: TypeAlias = "float | tuple[float | None, float | None] | None"
+Goals: TypeAlias = "Mapping[str | tuple[str, str], Limit]"
 
 # redis.asyncio raises an error when more tasks than its default of 100 ask at once.
 REDIS_CONNECTIONS = 1024
@@ -63,7 +66,7 @@ class Case:
 
     name: str
     make: Callable[[Bench], Entrants]
-    goals: dict[tuple[str, str], Goal | None]
+    goals: dict[tuple[str, str], Limit]
     workers: int
     unit: str
     only_big: bool = False
@@ -75,8 +78,20 @@ class Case:
 
     @property
     def is_pinned(self) -> bool:
-        """One client that waits for one server shares a core with it: see `tests.benchmarks.placement`."""
+        """One client that waits for one server is placed: see `tests.benchmarks.placement`."""
         return self.workers == 1
+
+    def goals_at(self, placement: str) -> dict[tuple[str, str], Goal | None]:
+        """What is compared there, and what the ratio should be."""
+
+        def goal(limit: Limit) -> Goal | None:
+            if isinstance(limit, tuple):
+                limit = limit[placement == TWO_CORES]
+            if limit is None or placement == LINK:
+                return None
+            return Goal(limit, self.workers > 1)
+
+        return {pair: goal(limit) for pair, limit in self.goals.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,19 +118,16 @@ def case(
 
     Args:
         name: what the table calls it.
-        goals: per peer of `PGKV` (or per pair) the ratio that should not be exceeded, or None;
-            with several workers the ratio is one of throughputs, that should be reached.
+        goals: per peer of `PGKV` (or per pair) the ratio that should not be exceeded, on one core
+            and on two, or None; with several workers the ratio is one of throughputs, that should
+            be reached.
         workers: threads or tasks. With one, latency is measured.
         only_big: leave it out unless asked for the big ones.
     """
-    many = workers > 1
-    pairs = {
-        (PGKV, key) if isinstance(key, str) else key: None if limit is None else Goal(limit, many)
-        for key, limit in goals.items()
-    }
+    pairs = {(PGKV, key) if isinstance(key, str) else key: limit for key, limit in goals.items()}
 
     def register(make: Callable[[Bench], Entrants]) -> Callable[[Bench], Entrants]:
-        unit = THROUGHPUT if many else LATENCY
+        unit = THROUGHPUT if workers > 1 else LATENCY
         CASES.append(Case(name, make, pairs, workers, unit, only_big))
         return make
 
@@ -143,10 +155,21 @@ class Bench:
         running: the servers.
         big: take the time for millions of keys.
         quick: keep everything small.
+        placements: where client and servers run while one client is timed.
     """
 
-    def __init__(self, running: Services, *, big: bool, quick: bool) -> None:
+    def __init__(
+        self,
+        running: Services,
+        *,
+        big: bool,
+        quick: bool,
+        placements: tuple[str, ...] = ("",),
+    ) -> None:
         self.dsn = running.dsn
+        self._running = running
+        self.more_pids: set[int] = set()
+        self.placements = placements
         self.redis_socket = running.redis.socket if running.redis else None
         self.memcached_socket = running.memcached.socket if running.memcached else None
         self.big = big
@@ -162,11 +185,24 @@ class Bench:
         """Call `close` at the end of the case."""
         self._stack.callback(close)
 
+    def enter(self, context: AbstractContextManager[T]) -> T:
+        """Enter a context that ends with the case."""
+        return self._stack.enter_context(context)
+
+    def server_pids(self) -> list[int]:
+        """The processes that work for the entrants."""
+        return [*self._running.pids(), *self.more_pids]
+
+    def vacuum(self) -> None:
+        """Bring every table into the shape it has in use."""
+        with psycopg.connect(self.dsn, autocommit=True) as conn:
+            conn.execute("VACUUM ANALYZE")
+
     # -- blocking clients
 
     def store(self, **config: Any) -> pgkv.Store:
         """A store on a table that holds `KEYS`."""
-        return self._stack.enter_context(filled(pgkv.Store.connect(self.dsn, **config)))
+        return self.enter(filled(pgkv.Store.connect(self.dsn, **config)))
 
     def raw(self) -> Raw:
         """A bare connection."""

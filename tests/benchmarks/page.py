@@ -6,12 +6,13 @@ the targets, comparison by comparison.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from pathlib import Path
 
 from tests.benchmarks.case import PGKV
 from tests.benchmarks.cases import TOPICS
 from tests.benchmarks.figures import LATENCY, THROUGHPUT, Result
+from tests.benchmarks.machine import COLD_FACTOR, DISTURBED, PRESSURE, SYSTEM_CALL
 from tests.benchmarks.record import LIBRARIES, Record, Section
 from tests.benchmarks.table import ABSENT, HEADINGS, NUMBERS, amount, rows
 
@@ -20,10 +21,13 @@ END = "<!-- end of what `make bench` made -->"
 NOTES = {topic.title: topic.note for topic in TOPICS}
 NBSP = "\N{NO-BREAK SPACE}"
 UNITS = {LATENCY: "µs per call", THROUGHPUT: "calls per second"}
+PLUS = "\N{THIN SPACE}+\N{THIN SPACE}"
 
 
 def update(page: Path, made: str) -> None:
-    """Bring the figures of a page up to date."""
+    """Bring the figures of a page up to date, or make one that has nothing else."""
+    if not page.exists():
+        page.write_text(f"{BEGIN}\n{END}\n", encoding="utf-8")
     page.write_text(updated(page.read_text(encoding="utf-8"), made), encoding="utf-8")
 
 
@@ -61,22 +65,48 @@ def _setting(record: Record) -> str:
         + ". Versions: "
         + ", ".join(each for each in versions if each not in peers)
         + (f". Compared with {', '.join(peers)}" if peers else "")
-        + f". Medians of {record.rounds} rounds"
-        + (", latencies with client and servers on one core." if record.pinned else ".")
+        + f". Medians of {record.rounds} rounds."
+        + (f"\n\n{costs(record.costs)}" if record.costs else "")
+    )
+
+
+def costs(found: dict[str, float]) -> str:
+    """What the machine itself takes, and whether it had other work."""
+    turns = [f"{amount(each)} µs on {name.partition(', ')[2]}"
+             for name, each in found.items() if name.startswith("ping-pong")]  # fmt: skip
+    busy = found.get(PRESSURE, 0.0)
+    return (
+        f"This machine takes {found[SYSTEM_CALL]:.2f} µs for a system call"
+        + (
+            f", and for a message to another process and back {' and '.join(turns)}"
+            if turns
+            else ""
+        )
+        + f". Code that runs after an answer takes {found[COLD_FACTOR]:.1f} times as long as in a loop"
+        f" (the cold factor). While the bench slept, another process waited for a processor for"
+        f" {busy:.1f} % of the time" + (": **disturbed**." if busy > DISTURBED else ".")
     )
 
 
 def _tables(section: Section) -> Iterator[str]:
-    for unit, heading in UNITS.items():
-        results = [result for result in section.results if result.unit == unit]
-        if results:
-            yield _table((heading, *(result.case for result in results)), _entrants(results))
+    groups: dict[tuple[str, str], list[Result]] = {}
+    for result in section.results:
+        groups.setdefault((result.placement, result.unit), []).append(result)
+    for (placement, unit), results in sorted(groups.items(), key=lambda each: each[0][0] == ""):
+        heading = UNITS[unit] + (f", {placement}" if placement else "")
+        yield _table((heading, *(result.case for result in results)), _entrants(results, _cell))
+    placed = next(iter(groups.values()), [])
+    if placed and any(result.cpu for result in placed) and placed[0].placement:
+        heading = f"µs of CPU per call: client + servers, {placed[0].placement}"
+        yield _table((heading, *(result.case for result in placed)), _entrants(placed, _used))
     if section.facts:
         facts = [(fact.case, amount(fact.value, fact.unit)) for fact in section.facts]
         yield _table(("", "measured"), facts)
 
 
-def _entrants(results: list[Result]) -> Iterator[tuple[str, ...]]:
+def _entrants(
+    results: list[Result], cell: Callable[[Result, str], str]
+) -> Iterator[tuple[str, ...]]:
     """A row for each, ours first."""
     names = list(
         dict.fromkeys(
@@ -87,7 +117,7 @@ def _entrants(results: list[Result]) -> Iterator[tuple[str, ...]]:
         )
     )
     for name in sorted(names, key=lambda name: (name != PGKV, not name.startswith(PGKV))):
-        cells = (name, *(_cell(result, name) for result in results))
+        cells = (name, *(cell(result, name) for result in results))
         yield tuple(f"**{cell}**" if cell else "" for cell in cells) if name == PGKV else cells
 
 
@@ -100,6 +130,12 @@ def _cell(result: Result, name: str) -> str:
         return ABSENT if name in everybody else ""
     ratio = compared[name].ratio if name in compared else None
     return amount(figure.median) + (f"{NBSP}({ratio.median:.2f})" if ratio else "")
+
+
+def _used(result: Result, name: str) -> str:
+    """What an entrant's call takes of the processors."""
+    cpu = result.cpu.get(name)
+    return "" if cpu is None else f"{amount(cpu.client)}{PLUS}{amount(cpu.servers)}"
 
 
 def _targets(record: Record) -> str:

@@ -1,4 +1,7 @@
-"""README.md: the few figures that a newcomer asks for, those of others that are better among them."""
+"""README.md and docs/why.md: the few figures that a newcomer asks for, those of others that are better among them.
+
+A latency has two figures: client and servers on one core, and on two.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,8 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from tests.benchmarks.case import PGKV
-from tests.benchmarks.figures import LATENCY, Result
+from tests.benchmarks.figures import LATENCY, THROUGHPUT, Result
+from tests.benchmarks.placement import LINK
 from tests.benchmarks.record import Record
 from tests.benchmarks.table import amount
 
@@ -41,34 +45,77 @@ LINES = (
     Line("lock and unlock, does not", "lock: acquire and release", "redis-py",
          "advisory lock, psycopg", "advisory lock", ours="pgkv, durable=False"),
 )  # fmt: skip
-HEADINGS = ("", "pgkv", "Redis", "another")
+HEADINGS = ("pgkv", "Redis", "another")
 
 
 def table(record: Record, lines: Iterable[Line] = LINES) -> str:
-    """The summary as Markdown; the best figure of each row is bold."""
-    results = {result.case: result for result in record.results}
-    rows = (HEADINGS, (":---", "---:", "---:", "---:"), *_rows(results, lines))
+    """The summary as Markdown; the best figure of each row and placement is bold."""
+    results: dict[str, list[Result]] = {}
+    for result in record.results:
+        if result.placement != LINK:
+            results.setdefault(result.case, []).append(result)
+    both = any(len(found) > 1 for found in results.values())
+    headings = ("one core / two cores" if both else "", *HEADINGS)
+    rows = (headings, (":---", "---:", "---:", "---:"), *_rows(results, lines))
     return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
 
 
-def _rows(results: dict[str, Result], lines: Iterable[Line]) -> Iterator[tuple[str, ...]]:
+def _rows(results: dict[str, list[Result]], lines: Iterable[Line]) -> Iterator[tuple[str, ...]]:
     for line in lines:
-        result = results[line.case]
         names = (line.ours, line.redis, line.other)
-        figures = [
-            result.entrants[name].median if name in result.entrants else None for name in names
-        ]
-        measured = [figure for figure in figures if figure is not None]
-        best = min(measured) if result.unit == LATENCY else max(measured)
-        cells = (
-            _cell(each, result.unit, best=each == best and len(measured) > 1) for each in figures
+        parts = [_figures(result, names) for result in results[line.case]]
+        unit = results[line.case][0].unit
+        ours, redis, other = (
+            " / ".join(filter(None, each)) + f" {'/s' if unit == THROUGHPUT else unit}"
+            if any(each)
+            else ""
+            for each in zip(*parts, strict=True)
         )
-        ours, redis, other = cells
         yield line.what, ours, redis, f"{other} ({line.called})" if other else ""
 
 
-def _cell(figure: float | None, unit: str, *, best: bool) -> str:
-    if figure is None:
-        return ""
-    text = f"{amount(figure)} {unit}" if unit == LATENCY else f"{amount(figure)} /s"
-    return f"**{text}**" if best else text
+def _figures(result: Result, names: Iterable[str]) -> list[str]:
+    """A figure for each name, the best one bold; empty for one that was not measured."""
+    found = [result.entrants.get(name) for name in names]
+    figures = [each.median for each in found if each is not None]
+    best = (min if result.unit == LATENCY else max)(figures) if len(figures) > 1 else None
+    texts = ["" if each is None else amount(each.median) for each in found]
+    return [
+        f"**{text}**" if each is not None and each.median == best else text
+        for text, each in zip(texts, found, strict=True)
+    ]
+
+
+RATIOS = (
+    ("get", PGKV, "redis-py"),
+    ("set", PGKV, "redis-py"),
+    ("increment", PGKV, "redis-py"),
+    ("get_many(100)", PGKV, "redis-py"),
+    ("pipeline of 100", PGKV, "redis-py"),
+    ("set_many(100) with ttl", PGKV, "redis-py pipeline of SET EX"),
+    ("cached hit, sync", PGKV, "dogpile.cache"),
+    ("hit, hot key", PGKV, "limits, Redis"),
+    ("session load", PGKV, "Flask-Session, Redis"),
+    ("session load + save of one field", PGKV, "Flask-Session, Redis"),
+    ("session rotate", PGKV, "Flask-Session, Redis"),
+    ("lock: acquire and release", "pgkv, durable=False", "redis-py"),
+    ("lock: acquire and release", PGKV, "redis-py"),
+)
+
+
+def ratios(record: Record) -> str:
+    """Times of pgkv as multiples of another's, at each placement, as Markdown."""
+    where = [each for each in dict.fromkeys(r.placement for r in record.results) if each]
+    where = [each for each in where if each != LINK]
+    found = {
+        (result.case, result.placement, pair.ours, pair.against): pair.ratio.median
+        for result in record.results
+        for pair in result.comparisons
+        if pair.ratio
+    }
+    lines = [("operation", "against", *where), (":---", ":---", *["---:"] * len(where))]
+    for case, ours, against in RATIOS:
+        cells = [found.get((case, each, ours, against)) for each in where]
+        texts = ["" if each is None else f"{each:.2f}" for each in cells]
+        lines.append((case + ours.removeprefix(PGKV), against, *texts))
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"

@@ -32,13 +32,16 @@ class Section(msgspec.Struct):
 
 
 class Record(msgspec.Struct):
-    """One run of the benchmark, or several with the same settings on the same machine."""
+    """One run of the benchmark, or several with the same settings on the same machine.
+
+    `costs` is what the machine itself takes: see `tests.benchmarks.machine`.
+    """
 
     machine: dict[str, str]
     versions: dict[str, str]
     rounds: int
-    pinned: bool
     sections: list[Section]
+    costs: dict[str, float] = {}
 
     @property
     def results(self) -> list[Result]:
@@ -61,11 +64,6 @@ def machine() -> dict[str, str]:
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         found["memory"] = f"{memory / 1024**3:.0f} GiB"
     return found
-
-
-def load() -> float:
-    """How many processes wanted to run during the last minute."""
-    return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
 
 
 def _processor() -> str:
@@ -93,7 +91,7 @@ def merged(old: Record, new: Record) -> Record:
         ValueError: their figures are not comparable.
     """
     differing = [
-        name for name in ("machine", "rounds", "pinned") if getattr(old, name) != getattr(new, name)
+        name for name in ("machine", "rounds") if getattr(old, name) != getattr(new, name)
     ] + [
         name
         for name in old.versions
@@ -110,17 +108,22 @@ def merged(old: Record, new: Record) -> Record:
             _replaced(before.facts, section.facts),
         )
     return Record(
-        new.machine, new.versions | old.versions, new.rounds, new.pinned, list(sections.values())
+        new.machine, new.versions | old.versions, new.rounds, list(sections.values()), new.costs
     )
 
 
 def _replaced(old: list[Measured], new: list[Measured]) -> list[Measured]:
     """Each where it was; what is new at the end."""
-    return list(({each.case: each for each in old} | {each.case: each for each in new}).values())
+
+    def name(each: Result | Fact) -> tuple[str, str]:
+        return each.case, each.placement if isinstance(each, Result) else ""
+
+    return list(({name(each): each for each in old} | {name(each): each for each in new}).values())
 
 
 def write(path: Path, record: Record) -> None:
     """Write a record, readable and stable under diff."""
+    path.parent.mkdir(exist_ok=True)
     path.write_bytes(msgspec.json.format(msgspec.json.encode(record), indent=2) + b"\n")
 
 

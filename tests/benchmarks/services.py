@@ -9,7 +9,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,11 @@ from typing import Any
 import psycopg
 import pymemcache  # type: ignore[import-untyped]  # has no types
 import redis
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from pgkv import embedded
+from tests.benchmarks.placement import server_pids
+from tests.benchmarks.relay import relayed
 
 START_TIMEOUT = 10.0
 # As pgkv's default table: nothing is written to disk.
@@ -41,16 +44,31 @@ class Services:
     redis: Peer | None
     memcached: Peer | None
 
-    def client_facing(self) -> list[int]:
-        """The processes that answer clients now, and the one that later ones descend from: a
-        store may open another connection at any time, for a sweep."""
-        with psycopg.connect(self.dsn) as conn:
-            rows = conn.execute(
-                "SELECT pid FROM pg_stat_activity WHERE backend_type = 'client backend'"
-            ).fetchall()
-        backends = [pid for (pid,) in rows]
+    def pids(self) -> list[int]:
+        """Their processes now, with the one that later ones descend from: a store may open another
+        connection at any time, for a sweep."""
         peers = [each.pid for each in (self.redis, self.memcached) if each]
-        return backends + peers + parents(backends)
+        return server_pids(self.dsn) + peers
+
+    @contextmanager
+    def behind_a_link(self) -> Iterator[Services]:
+        """The same, reached over a relay that makes a round trip last 0.2 ms longer."""
+        with tempfile.TemporaryDirectory(prefix="pgkv-link-") as name:
+            directory = Path(name)
+            parts = conninfo_to_dict(self.dsn)
+            socket_name = f".s.PGSQL.{parts['port']}"
+            paths = {directory / socket_name: Path(str(parts["host"])) / socket_name}
+            near = {}
+            for each in (self.redis, self.memcached):
+                if each:
+                    near[each] = Peer(str(directory / Path(each.socket).name), each.pid)
+                    paths[Path(near[each].socket)] = Path(each.socket)
+            with relayed(paths):
+                yield Services(
+                    make_conninfo(self.dsn, host=name),
+                    self.redis and near[self.redis],
+                    self.memcached and near[self.memcached],
+                )
 
     def versions(self) -> dict[str, str]:
         """What they are."""
@@ -68,16 +86,6 @@ class Services:
 def memcached_client(path: str) -> Any:
     """pymemcache's client, which waits for the answer to a write as everybody else's does."""
     return pymemcache.Client(f"unix:{path}", default_noreply=False)
-
-
-def parents(pids: list[int]) -> list[int]:
-    """The processes that started those; none where there is no /proc."""
-    found: set[int] = set()
-    for pid in pids:
-        with suppress(OSError):  # it has ended
-            status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8", errors="replace")
-            found |= {int(line.split()[1]) for line in status.splitlines() if "PPid:" in line}
-    return sorted(found)
 
 
 @contextmanager

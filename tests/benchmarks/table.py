@@ -9,19 +9,34 @@ from rich.table import Table
 
 from tests.benchmarks.figures import Comparison, Fact, Goal, Result, Summary
 
-HEADINGS = ("case", "ours", "against", "theirs", "ratio", "target", "")
-NUMBERS = frozenset(("ours", "theirs", "ratio"))
+HEADINGS = (
+    "case",
+    "placement",
+    "ours",
+    "against",
+    "theirs",
+    "ratio",
+    "quietest",
+    "CPU",
+    "target",
+    "",
+)
+NUMBERS = frozenset(("ours", "theirs", "ratio", "quietest", "CPU"))
 ABSENT = "not measured"
 
 
 class Row(NamedTuple):
-    """One comparison, or one fact."""
+    """One comparison, or one fact. `ratio` is of the rounds' medians, `quietest` of the quietest
+    rounds, `cpu` of the processor time of client and servers."""
 
     case: str
+    placement: str
     ours: str
     against: str
     theirs: str
     ratio: str
+    quietest: str
+    cpu: str
     target: str
     verdict: str
 
@@ -33,8 +48,8 @@ def rows(results: list[Result], facts: list[Fact]) -> Iterator[Row]:
             yield _compared(result, comparison)
     for fact in facts:
         yield Row(
-            fact.case, amount(fact.value, fact.unit), "", "", "", goal(fact.goal, fact.unit),
-            verdict(fact.is_met),
+            fact.case, "", amount(fact.value, fact.unit), "", "", "", "", "",
+            goal(fact.goal, fact.unit), verdict(fact.is_met),
         )  # fmt: skip
 
 
@@ -58,12 +73,16 @@ def _compared(result: Result, comparison: Comparison) -> Row:
     case = result.case
     if comparison.ours != "pgkv":
         case += f" ({comparison.ours.removeprefix('pgkv, ')})"
+    ratio = comparison.ratio
     return Row(
         case,
+        result.placement,
         figure(comparison.ours),
         comparison.against,
         figure(comparison.against),
-        "" if comparison.ratio is None else spread(comparison.ratio),
+        "" if ratio is None else spread(ratio),
+        "" if ratio is None or ratio.quietest is None else f"{ratio.quietest:.2f}",
+        "" if comparison.cpu is None else f"{comparison.cpu:.2f}",
         goal(comparison.goal),
         verdict(comparison.is_met),
     )
@@ -93,20 +112,24 @@ def verdict(met: bool | None) -> str:
 
 
 def rendered(results: list[Result], facts: list[Fact]) -> Table:
-    """The table for a terminal; a case's name stands in its first row."""
-    table = Table(title="medians; ratio = ours / theirs, with quartiles")
+    """The table for a terminal; a case's name and placement stand in their first row."""
+    table = Table(
+        title="medians; ratio = ours / theirs, with quartiles; CPU = the same of client and servers"
+    )
     for heading in HEADINGS:
         table.add_column(
             heading,
             justify="right" if heading in NUMBERS else "left",
             no_wrap=heading not in {"case", "against"},
         )
-    before = ""
+    before: tuple[str, str] | None = None
     for row in rows(results, facts):
-        if row.case != before and before:
+        shown = row
+        if row[:2] == before:
+            shown = row._replace(case="", placement="")
+        elif before:
             table.add_section()
-        shown = row._replace(case="" if row.case == before else row.case)
         style = {"met": "green", "missed": "red"}.get(row.verdict, "")
         table.add_row(*shown[:-1], f"[{style}]{row.verdict}[/]" if style else "")
-        before = row.case
+        before = row[:2]
     return table

@@ -9,8 +9,6 @@ from pathlib import Path
 import pytest
 
 from docs.diagram import PICTURE, drawing
-from tests.benchmarks.case import PGKV
-from tests.benchmarks.record import read
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -72,23 +70,6 @@ def test_no_module_reads_the_wall_clock(path: Path) -> None:
     tree = ast.parse(path.read_text("utf-8"))
     called = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
     assert bool(called & WALL_CLOCKS) is (name_of(path) in MAY_READ_IT)
-
-
-def test_figures_quoted_elsewhere_are_those_of_the_benchmark() -> None:
-    """docs/why.md rounds what the benchmark measured, and is a sixth off at most."""
-    named = {"defaults": PGKV, "`durable=False`": f"{PGKV}, durable=False"}
-    measured = {
-        (result.case, pair.ours, pair.against): pair.ratio.median
-        for result in read(ROOT / "docs" / "benchmarks.json").results
-        for pair in result.comparisons
-        if pair.ratio
-    }
-    lines = re.findall(r"^\| (.*) \|$", (ROOT / "docs" / "why.md").read_text("utf-8"), re.MULTILINE)
-    rows = [line.split(" | ") for line in lines]
-    quoted = [row for row in rows if re.fullmatch(r"[\d.]+", row[-1])]
-    assert len(quoted) > 10
-    for case, ours, against, ratio in quoted:
-        assert float(ratio) == pytest.approx(measured[case, named[ours], against], rel=0.17), case
 
 
 def test_the_glossary_has_no_word_that_nobody_uses() -> None:

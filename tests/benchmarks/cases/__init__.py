@@ -19,6 +19,7 @@ from tests.benchmarks.cases import (
     memory,
     pipeline,
     point,
+    pooler,
     queue,
     session,
     size,
@@ -33,6 +34,7 @@ class Topic(NamedTuple):
     title: str
     note: str
     modules: tuple[ModuleType, ...]
+    is_linked: bool = False  # once more, over a network
 
     def cases(self) -> Iterator[Case | FactCase]:
         """Its cases."""
@@ -47,6 +49,13 @@ TOPICS = (
         (point,),
     ),
     Topic(
+        "One key, over a network",
+        "The same over a link on which a round trip takes 0.2 ms longer, as between two machines of"
+        " a data centre. A relay holds back each message. Client and servers share the other core.",
+        (point,),
+        is_linked=True,
+    ),
+    Topic(
         "A hundred keys",
         "One call for all of them. The pipeline is fifty `get`, twenty-five `set` and twenty-five"
         " `increment`. With a hundred keys the client's own work counts: *redis-py* parses with hiredis,"
@@ -57,8 +66,8 @@ TOPICS = (
         "Threads and tasks",
         "Many callers share one store in one process. *coalescing* is"
         " `AsyncStore.connect(dsn, coalesce=True)`: one statement for all the reads of one turn of"
-        " the event loop.",
-        (threads, tasks),
+        " the event loop. The get through PgBouncer, in transaction mode, has one caller.",
+        (threads, tasks, pooler),
     ),
     Topic(
         "Cached functions",
@@ -71,7 +80,7 @@ TOPICS = (
     Topic(
         "Rate limiter",
         "Each library uses the algorithm that it recommends: *limits* a sliding window, *throttled-py*"
-        " GCRA, pgkv token buckets. `prefetch=100` takes a hundred tokens at once and"
+        " GCRA, *PyrateLimiter* a log of all hits, pgkv token buckets by GCRA. `prefetch=100` takes a hundred tokens at once and"
         " `local_deny` remembers a refusal, so neither asks the server each time. The"
         " application behind the Starlette request does nothing.",
         (limiter,),
@@ -106,7 +115,9 @@ TOPICS = (
         "pgkv's default survives a crash of the server: each grant waits for the disk. With"
         " `durable=False` it does not survive one, nor do the others. An advisory lock has a"
         " number as its name, no lease and no fencing token. A connection holds it, so each"
-        " holder needs a connection of its own for that time.",
+        " holder needs a connection of its own for that time. *redis-py* sets a key with NX and removes it"
+        " by a script, *python-redis-lock* uses a script for both. pgkv's tables had 30,000 grants and"
+        " releases before.",
         (lock,),
     ),
     Topic(

@@ -99,6 +99,7 @@ def limits_storages(bench: Bench) -> Iterator[tuple[str, Any]]:
     """limits' storage over both."""
     storage = pgkv.integrations.limits.PgkvStorage(dsn=bench.dsn)
     bench.closing(storage._store.close)
+    storage.reset()  # a key has one strategy
     yield PGKV, storage
     if client := bench.redis():
         pool = client.connection_pool

@@ -29,6 +29,7 @@ TTL = 30
 WAITERS, HAND_OVERS = 20, 40
 IDLE = 100
 HOLDERS = 20
+CYCLES = 30_000  # before it is measured: a table of locks is all change
 
 
 @case(
@@ -37,13 +38,17 @@ HOLDERS = 20
         REDIS: None,
         REDIS_LOCK: None,
         ADVISORY: None,
-        (NOT_DURABLE, REDIS): 0.9,
+        (NOT_DURABLE, REDIS): (0.9, 1.0),
         (NOT_DURABLE, REDIS_LOCK): None,
         (NOT_DURABLE, ADVISORY): None,
     },
 )
 def acquire_and_release(bench: Bench) -> Entrants:
     store = bench.store()
+    worn = pgkv.Lock(store, "bench", ttl=TTL, durable=False)
+    bench.vacuum()
+    for _ in range(1 if bench.quick else CYCLES):
+        worn.acquire().release()
 
     def pair(lock: Any) -> Any:
         def once(_: None) -> None:

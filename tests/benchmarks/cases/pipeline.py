@@ -23,7 +23,7 @@ SIZE = 100
 BATCHES = [KEYS[start::SIZE] for start in range(100)]
 
 
-@case(f"pipeline of {SIZE}", {RAW: None, REDIS: 1.0})
+@case(f"pipeline of {SIZE}", {RAW: None, REDIS: (1.05, 1.2)})
 def pipeline(bench: Bench) -> Entrants:
     store = bench.store()
 

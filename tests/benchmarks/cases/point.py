@@ -52,7 +52,10 @@ def peers(
     yield PSYCOPG_POOL, each(check_out, cycle(params))
 
 
-@case("get", {RAW: 1.25, PSYCOPG: None, PSYCOPG_POOL: None, REDIS: 0.75, MEMCACHED: None})
+@case(
+    "get",
+    {RAW: (1.22, 1.05), PSYCOPG: None, PSYCOPG_POOL: None, REDIS: (0.8, 0.85), MEMCACHED: None},
+)
 def get(bench: Bench) -> Entrants:
     store = bench.store()
     yield PGKV, each(store.get, cycle(KEYS))
@@ -63,7 +66,7 @@ def get(bench: Bench) -> Entrants:
         yield MEMCACHED, each(memcached.get, cycle(KEYS))
 
 
-@case("get, no such key", {RAW: 1.25, REDIS: 0.75, MEMCACHED: None})
+@case("get, no such key", {RAW: (1.22, 1.05), REDIS: (0.8, 0.85), MEMCACHED: None})
 def get_missing(bench: Bench) -> Entrants:
     store = bench.store()
     missing = [f"missing:{key}" for key in KEYS]
@@ -77,7 +80,10 @@ def get_missing(bench: Bench) -> Entrants:
         yield MEMCACHED, each(memcached.get, cycle(missing))
 
 
-@case("set", {RAW: 1.25, PSYCOPG: None, PSYCOPG_POOL: None, REDIS: 0.85, MEMCACHED: None})
+@case(
+    "set",
+    {RAW: 1.3, PSYCOPG: None, PSYCOPG_POOL: None, REDIS: (1.15, 1.0), MEMCACHED: None},
+)
 def write(bench: Bench) -> Entrants:
     store = bench.store()
     yield PGKV, each(lambda key: store.set(key, VALUE), cycle(KEYS))
@@ -89,7 +95,7 @@ def write(bench: Bench) -> Entrants:
         yield MEMCACHED, each(lambda key: memcached.set(key, VALUE), cycle(KEYS))
 
 
-@case("set with ttl", {RAW: 1.25, REDIS: 0.85, MEMCACHED: None})
+@case("set with ttl", {RAW: 1.3, REDIS: (1.15, 1.0), MEMCACHED: None})
 def write_ttl(bench: Bench) -> Entrants:
     store = bench.store()
     yield PGKV, each(lambda key: store.set(key, VALUE, ttl=60), cycle(KEYS))
@@ -102,7 +108,10 @@ def write_ttl(bench: Bench) -> Entrants:
         yield MEMCACHED, each(lambda key: memcached.set(key, VALUE, expire=60), cycle(KEYS))
 
 
-@case("increment", {RAW: 1.2, PSYCOPG: None, PSYCOPG_POOL: None, REDIS: 1.1, MEMCACHED: None})
+@case(
+    "increment",
+    {RAW: 1.3, PSYCOPG: None, PSYCOPG_POOL: None, REDIS: (1.4, 1.15), MEMCACHED: None},
+)
 def increment(bench: Bench) -> Entrants:
     store = bench.store()
     counters = [f"counter:{key}" for key in KEYS]

@@ -12,8 +12,9 @@ from psycopg.conninfo import conninfo_to_dict
 
 import pgkv
 from pgkv.patterns.session.data import id_of
-from tests.benchmarks.case import PGKV, RAW, Bench, Entrants, case, each
+from tests.benchmarks.case import KEYS, PGKV, RAW, Bench, Entrants, case, each
 
+GET = "pgkv, get"
 DJANGO = "Django db sessions"
 FLASK = "Flask-Session, Redis"
 STARSESSIONS = "starsessions, Redis"
@@ -31,7 +32,9 @@ DATA: dict[str, Any] = {
 def filled(bench: Bench, **options: Any) -> tuple[pgkv.SessionStore, list[str]]:
     """A session store and the tokens in it."""
     sessions = pgkv.SessionStore(bench.store(), **options)
-    return sessions, [sessions.create(DATA, user_id=n).id for n in range(SESSIONS)]
+    tokens = [sessions.create(DATA, user_id=n).id for n in range(SESSIONS)]
+    bench.vacuum()
+    return sessions, tokens
 
 
 def django_sessions(bench: Bench) -> tuple[Any, list[str]]:
@@ -89,7 +92,7 @@ def flask_sessions(bench: Bench) -> tuple[Any, list[str]] | None:
 LIFETIME = timedelta(hours=1)
 
 
-@case("session load", {RAW: 1.5, DJANGO: 0.5, FLASK: None})
+@case("session load", {GET: 2.0, RAW: 1.5, DJANGO: 0.5, FLASK: None})
 def load(bench: Bench) -> Entrants:
     sessions, tokens = filled(bench)
     yield PGKV, each(sessions.load, cycle(tokens))
@@ -97,11 +100,12 @@ def load(bench: Bench) -> Entrants:
     yield RAW, each(bench.raw().sender(ops[0]), cycle([op.params for op in ops]))
     django, keys = django_sessions(bench)
     yield DJANGO, each(lambda key: django(key).load(), cycle(keys))
+    yield GET, each(bench.store().get, cycle(KEYS))
     if flask := flask_sessions(bench):
         yield FLASK, each(flask[0]._retrieve_session_data, cycle(flask[1]))
 
 
-@case("session load + save of one field", {DJANGO: 0.7, FLASK: None})
+@case("session load + save of one field", {DJANGO: 0.7, FLASK: 1.5})
 def save(bench: Bench) -> Entrants:
     sessions, tokens = filled(bench)
     numbers = count(1)

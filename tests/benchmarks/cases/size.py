@@ -46,11 +46,11 @@ def compare(bench: Bench, rows: int) -> Entrants:
     yield AMONG_FEW, each(table_of(bench, SMALL).get, at_random(SMALL))
 
 
-@case("get among 500 thousand keys", {AMONG_FEW: 1.3})
+@case("get among 500 thousand keys", {AMONG_FEW: 1.25})
 def among_many(bench: Bench) -> Entrants:
     return compare(bench, 20_000 if bench.quick else 500_000)
 
 
-@case("get among 5 million keys", {AMONG_FEW: 1.3}, only_big=True)
+@case("get among 5 million keys", {AMONG_FEW: 1.25}, only_big=True)
 def among_millions(bench: Bench) -> Entrants:
     return compare(bench, 5_000_000)

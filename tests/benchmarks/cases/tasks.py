@@ -64,7 +64,7 @@ def few(bench: Bench) -> Entrants:
     return many_tasks(bench, 8)
 
 
-@case("async get, 64 tasks", goals(3.0, 6.0), workers=64)
+@case("async get, 64 tasks", goals(3.0, 7.0), workers=64)
 def many(bench: Bench) -> Entrants:
     return many_tasks(bench, 64)
 
