@@ -10,22 +10,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import inspect
 import re
-import types
 from collections.abc import Callable, Coroutine, Iterator
-from types import ModuleType
 from typing import Any
 
 import psycopg
 import pytest
-from _pytest.fixtures import FixtureFunctionDefinition
 from psycopg.conninfo import conninfo_to_dict
 
 import pgkv
 from pgkv import Pooler
 from pgkv._engine import pooling
 from tests import pgbouncer
+from tests.again import adopt
 from tests.colours import Colour, Threaded
 from tests.faults.support import newest
 from tests.peers import Peer, caller_connection
@@ -180,50 +177,13 @@ def tape(pooled: str) -> Iterator[Tape]:
         yield proxy
 
 
-def _adopt(module: ModuleType) -> None:
-    """Make the module's fixtures, and its tests that ask for a store, tests of this one."""
-    short = module.__name__.rpartition(".")[2]
-    for name, member in vars(module).items():
-        if name.startswith("test_") and inspect.isfunction(member):
-            if NEEDS_STORE & set(inspect.signature(member).parameters):
-                full = f"{short}__{name.removeprefix('test_')}"
-                globals()[full] = _marked(full, member, module)
-        elif isinstance(member, FixtureFunctionDefinition) and name not in OWN_FIXTURES:
-            globals()[name] = member
-
-
-def _marked(name: str, test: Any, module: ModuleType) -> Any:
-    marks: list[Any] = []
-    if name in LEFT_OUT:
-        marks.append(pytest.mark.skip(LEFT_OUT[name]))
-    if module is test_coalesce:
-        marks.append(pytest.mark.parametrize("colour", ["async"], indirect=True))
-    if not marks:
-        return test
-    # A mark on the function itself would hold in its own module as well.
-    twin = types.FunctionType(
-        test.__code__, test.__globals__, name, test.__defaults__, test.__closure__
-    )
-    twin.__kwdefaults__ = test.__kwdefaults__
-    twin.__dict__.update(test.__dict__, pytestmark=[*getattr(test, "pytestmark", ())])
-    for mark in marks:
-        mark(twin)
-    return twin
-
-
-OWN_FIXTURES = {"make_store", "connect", "tape", "colour"}
-NEEDS_STORE = {
-    "queue",
-    "idem",
-    "store",
-    "make_store",
-    "race",
-    "coalescing",
-    "sessions",
-    "make_sessions",
-}
-for _module in MODULES:
-    _adopt(_module)
+adopt(
+    globals(),
+    MODULES,
+    own={"make_store", "connect", "tape", "colour"},
+    left_out=LEFT_OUT,
+    marks={test_coalesce: pytest.mark.parametrize("colour", ["async"], indirect=True)},
+)
 
 
 # -- what only a pooler does
