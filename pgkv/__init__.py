@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .errors import (
         ConfigError,
         ConflictError,
+        DecodingError,
         IdempotencyError,
         InProgressError,
         InvalidKeyError,
@@ -109,6 +110,7 @@ if TYPE_CHECKING:
     from .patterns.web.wsgi import WSGIRateLimitMiddleware, WSGISessionMiddleware
     from .pipeline import AsyncPipeline, Handle, Pipeline
     from .store import Store
+    from .transforms import AesGcmSiv, Lz4, Zstd
     from .typed import AsyncTypedStore, TypedStore
     from .types import (
         CasResult,
@@ -123,6 +125,7 @@ if TYPE_CHECKING:
     )
 
 __all__ = [  # noqa: RUF022  # plain order: ruff would put L1 before the classes
+    "AesGcmSiv",
     "AsyncAttempt",
     "AsyncCachedFunction",
     "AsyncIdempotency",
@@ -153,6 +156,7 @@ __all__ = [  # noqa: RUF022  # plain order: ruff would put L1 before the classes
     "ConfigError",
     "ConflictError",
     "Decision",
+    "DecodingError",
     "Entry",
     "Handle",
     "Idempotency",
@@ -178,6 +182,7 @@ __all__ = [  # noqa: RUF022  # plain order: ruff would put L1 before the classes
     "LockError",
     "LockInfo",
     "LockTimeoutError",
+    "Lz4",
     "NotFoundError",
     "OperationEvent",
     "OperationTimeoutError",
@@ -224,6 +229,7 @@ __all__ = [  # noqa: RUF022  # plain order: ruff would put L1 before the classes
     "WSGIRateLimitMiddleware",
     "WSGISessionMiddleware",
     "Worker",
+    "Zstd",
     "cached",
     "cached_functions",
     "client_ip",
@@ -246,7 +252,7 @@ _NAMES_OF = {
     "._shards.store": "AsyncShardedStore ShardedStore",
     ".aio": "AsyncStore",
     ".config": "Config Pooler RetryPolicy TableType TtlCleanupStrategy",
-    ".errors": "ConfigError ConflictError IdempotencyError InProgressError InvalidKeyError InvalidValueError KeyReusedError LeaseLostError LockError LockTimeoutError NotFoundError OperationTimeoutError PgkvError PoolTimeoutError QueryError RateLimitedError SerializationError SessionConflictError SessionError SessionGoneError StoreUnavailableError TableNotFoundError TransactionError",
+    ".errors": "ConfigError ConflictError DecodingError IdempotencyError InProgressError InvalidKeyError InvalidValueError KeyReusedError LeaseLostError LockError LockTimeoutError NotFoundError OperationTimeoutError PgkvError PoolTimeoutError QueryError RateLimitedError SerializationError SessionConflictError SessionError SessionGoneError StoreUnavailableError TableNotFoundError TransactionError",
     ".patterns.cache.decorator": "L1 AsyncCachedFunction CachedFunction CachedValue CacheInfo SignedPickle cached cached_functions invalidate_tag",
     ".patterns.defaults": "configure",
     ".patterns.idempotency.api": "AsyncAttempt AsyncIdempotency Attempt Idempotency IdempotencyRecord idempotent",
@@ -265,6 +271,7 @@ _NAMES_OF = {
     ".patterns.web.wsgi": "WSGIRateLimitMiddleware WSGISessionMiddleware",
     ".pipeline": "AsyncPipeline Handle Pipeline",
     ".store": "Store",
+    ".transforms": "AesGcmSiv Lz4 Zstd",
     ".typed": "AsyncTypedStore TypedStore",
     ".types": "CasResult CasStatus Entry IncrementResult KeyValue PoolStats ScanOptions Stats TypedCasResult",
 }
@@ -277,6 +284,7 @@ _MODULES = (
     "patterns",
     "pipeline",
     "store",
+    "transforms",
     "typed",
     "types",
 )

@@ -135,7 +135,7 @@ class AsyncStore:
         channel = AsyncPoolChannel(config, AsyncStorePool(config, target.conninfo))
         channel.on_close(target.close)
         entry = CoalescingChannel(channel) if config.coalesce else channel
-        self._bind(config, target, Statements(config), entry)
+        self._bind(config, target, Statements.of(config), entry)
 
     def _bind(
         self,
@@ -212,7 +212,7 @@ class AsyncStore:
         settings = config_of_pool(pool, dsn, options_of(config))
         store = cls.__new__(cls)
         channel = AsyncPoolChannel(settings, AsyncCallerPool(pool, settings))
-        store._bind(settings, Target(settings, dsn), Statements(settings), channel)
+        store._bind(settings, Target(settings, dsn), Statements.of(settings), channel)
         return store
 
     @classmethod
@@ -341,7 +341,7 @@ class AsyncStore:
         """Write the value. Without a ttl an earlier one is cleared; see `Store.set`."""
         sql = self._sql
         if ttl is None and expires_at is None and not keep_ttl and if_version is None:
-            return await self._channel.call(sql.set_statement, (sql.key(key), sql.value(value)))
+            return await self._channel.call(sql.set_statement, sql.pair(key, value))
         return await self._channel.execute(
             sql.set(key, value, ttl, expires_at, keep_ttl, if_version)
         )
@@ -494,10 +494,14 @@ class AsyncStore:
     ) -> CasResult:
         """Write `new` if the value is `expected`; ``expected=None``: if there is no such key. See
         `Store.compare_and_swap`."""
+        if self._sql.transforms is not None:
+            return await self._channel.run(_flows.swap(self._sql, key, expected, new, ttl))
         return await self._channel.execute(self._sql.compare_and_swap(key, expected, new, ttl))
 
     async def compare_and_delete(self, key: str, expected: Value) -> bool:
         """Remove the key if its value is `expected`; True if it was removed."""
+        if self._sql.transforms is not None:
+            return await self._channel.run(_flows.delete_equal(self._sql, key, expected))
         return await self._channel.execute(self._sql.compare_and_delete(key, expected))
 
     async def get_and_set(
@@ -622,6 +626,16 @@ class AsyncStore:
         require_bound(self._config)
         return await self._channel.run(_evict.evict_all(self._sql, self._channel))
 
+    async def rewrite(
+        self,
+        prefix: str = "",
+        *,
+        batch: int = 500,
+        progress: Callable[[int], object] | None = None,
+    ) -> int:
+        """Bring stored values to this store's transforms; return how many. See `Store.rewrite`."""
+        return await self._channel.run(_flows.rewrite(self._sql, prefix, batch, progress))
+
     async def clear(self) -> int:
         """Remove every key (of the namespace); return how many were live."""
         return await self._channel.execute(self._sql.delete_prefix(""))
@@ -734,12 +748,12 @@ class AsyncStore:
         """Return a view of the keys with a prefix, which is added to keys on the way in and removed
         on the way out. See `Store.namespace`."""
         joined = namespace_prefix(self._sql.prefix, prefix)
-        return self._view(sql=type(self._sql)(self._config, joined))
+        return self._view(sql=self._sql.of(self._config, joined))
 
     def table(self, name: str, **options: Unpack[TableOptions]) -> Self:
         """Return a store for another table over the same connections; see `Store.table`."""
         config = table_config(self._config, name, options)
-        return self._view(config=config, sql=type(self._sql)(config))
+        return self._view(config=config, sql=self._sql.of(config))
 
 
 builtin_set = set  # inside the class body the name means the method

@@ -9,11 +9,11 @@ from __future__ import annotations
 import enum
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from datetime import timedelta
 from hashlib import blake2b
-from typing import Any, Literal, Self, TypeAlias, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias, TypedDict, Unpack
 from urllib.parse import unquote_to_bytes
 
 import psycopg
@@ -21,6 +21,13 @@ from psycopg import pq
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from .errors import ConfigError
+
+if TYPE_CHECKING:
+    from .transforms import AesGcmSiv, Compression
+
+    Transform: TypeAlias = Compression | AesGcmSiv
+else:
+    Transform = Any  # loaded where one is used
 
 Seconds: TypeAlias = float | int | timedelta
 OnAway: TypeAlias = Literal["raise", "miss"]
@@ -180,6 +187,7 @@ class Config:
         max_entries: evict the oldest keys of a cache beyond about this number; at least 100.
         max_bytes: the same for keys, values and 80 bytes a row; at least 1 MiB. A value may have an
             eighth of it.
+        transforms: compression and encryption of values at rest: `Zstd` or `Lz4`, then `AesGcmSiv`.
 
     Raises:
         ConfigError: names the field and what it accepts.
@@ -205,6 +213,7 @@ class Config:
     on_error: OnAway = "raise"
     max_entries: int | None = None
     max_bytes: int | None = None
+    transforms: Sequence[Transform] = ()
 
     def __post_init__(self) -> None:
         _require_dsn(self.dsn)
@@ -235,6 +244,10 @@ class Config:
         application_name: object = self.application_name
         if not isinstance(application_name, str) or "\0" in application_name:
             raise ConfigError("application_name must be a string without NUL")
+        if self.transforms != ():
+            from .transforms import checked
+
+            object.__setattr__(self, "transforms", checked(self.transforms))
         if self.retry is not None and not isinstance(self.retry, RetryPolicy):
             raise ConfigError(
                 "retry must be a pgkv.RetryPolicy, or None for a single attempt, not "
@@ -311,6 +324,7 @@ class TableOptions(TypedDict, total=False):
     on_error: OnAway
     max_entries: int | None
     max_bytes: int | None
+    transforms: Sequence[Transform]
 
 
 class Options(TableOptions, total=False):

@@ -43,6 +43,7 @@ from psycopg_pool import PoolTimeout
 __all__ = [
     "ConfigError",
     "ConflictError",
+    "DecodingError",
     "IdempotencyError",
     "InProgressError",
     "InvalidKeyError",
@@ -103,6 +104,19 @@ class NotFoundError(PgkvError, KeyError):
 
 class SerializationError(PgkvError, ValueError):
     """Stored bytes do not decode to the wanted type; names the key and the path, not the data."""
+
+
+class DecodingError(SerializationError):
+    """A stored value is not what the table's transforms write: of a key that is not given, moved from
+    another place, or damaged. Names the key, never the data.
+
+    Attributes:
+        key: the key, with its namespace.
+        key_id: of the key of encryption that the value names; 0 for none.
+    """
+
+    key: str = ""
+    key_id: int = 0
 
 
 class StoreUnavailableError(PgkvError, ConnectionError):

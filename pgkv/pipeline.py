@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, NoReturn, Self, TypeVar
 
 from ._engine import flows as _flows
 from ._observe import shown
-from ._ops.op import Flow, Op
+from ._ops.op import Flow, Op, Undecoded
 from ._settings import scan_options, text_of
 from ._sql import Statements
 from ._sql.point import negated
@@ -54,6 +54,8 @@ class Handle(Generic[T]):
         for answer in self._answers:
             if isinstance(answer, PgkvError):
                 raise answer
+            if isinstance(answer, Undecoded):
+                raise answer.error
         return self._combine(self._answers)
 
     def __bool__(self) -> NoReturn:

@@ -147,7 +147,7 @@ class Store:
         target = Target(config)
         channel = PoolChannel(config, StorePool(config, target.conninfo))
         channel.on_close(target.close)
-        self._bind(config, target, Statements(config), channel)
+        self._bind(config, target, Statements.of(config), channel)
 
     def _bind(
         self,
@@ -233,7 +233,7 @@ class Store:
         settings = config_of_pool(pool, dsn, options_of(config))
         store = cls.__new__(cls)
         channel = PoolChannel(settings, CallerPool(pool, settings))
-        store._bind(settings, Target(settings, dsn), Statements(settings), channel)
+        store._bind(settings, Target(settings, dsn), Statements.of(settings), channel)
         return store
 
     @classmethod
@@ -399,7 +399,7 @@ class Store:
         """
         sql = self._sql
         if ttl is None and expires_at is None and not keep_ttl and if_version is None:
-            return self._channel.call(sql.set_statement, (sql.key(key), sql.value(value)))
+            return self._channel.call(sql.set_statement, sql.pair(key, value))
         return self._channel.execute(sql.set(key, value, ttl, expires_at, keep_ttl, if_version))
 
     def set_ex(self, key: str, value: Value, ttl: Seconds) -> int:
@@ -614,10 +614,14 @@ class Store:
         Raises:
             ConflictError: a hundred attempts in a row met concurrent changes.
         """
+        if self._sql.transforms is not None:
+            return self._channel.run(_flows.swap(self._sql, key, expected, new, ttl))
         return self._channel.execute(self._sql.compare_and_swap(key, expected, new, ttl))
 
     def compare_and_delete(self, key: str, expected: Value) -> bool:
         """Remove the key if its value is `expected`; True if it was removed."""
+        if self._sql.transforms is not None:
+            return self._channel.run(_flows.delete_equal(self._sql, key, expected))
         return self._channel.execute(self._sql.compare_and_delete(key, expected))
 
     def get_and_set(self, key: str, value: Value, *, ttl: Seconds | None = None) -> bytes | None:
@@ -793,6 +797,30 @@ class Store:
         """
         require_bound(self._config)
         return self._channel.run(_evict.evict_all(self._sql, self._channel))
+
+    def rewrite(
+        self,
+        prefix: str = "",
+        *,
+        batch: int = 500,
+        progress: Callable[[int], object] | None = None,
+    ) -> int:
+        """Bring stored values to this store's transforms while traffic goes on: after a new key of
+        encryption was put first, or a transform added. Return how many values were rewritten.
+
+        Version, expiry and times stay. Rows in the present form are passed over, so a call that was
+        interrupted can be repeated. Cached functions' entries stay as they are until they end.
+
+        Args:
+            prefix: what the keys begin with.
+            batch: rows read at a time.
+            progress: called with the number of values rewritten, after each page that had some.
+
+        Raises:
+            ConfigError: the table has no transforms.
+            DecodingError: a value does not open; raised at the end, for the first such value.
+        """
+        return self._channel.run(_flows.rewrite(self._sql, prefix, batch, progress))
 
     def clear(self) -> int:
         """Remove every key (of the namespace); return how many were live."""
@@ -981,7 +1009,7 @@ class Store:
             InvalidKeyError: no key can begin with it.
         """
         joined = namespace_prefix(self._sql.prefix, prefix)
-        return self._view(sql=type(self._sql)(self._config, joined))
+        return self._view(sql=self._sql.of(self._config, joined))
 
     def table(self, name: str, **options: Unpack[TableOptions]) -> Self:
         """Return a store for another table over the same connections.
@@ -989,14 +1017,14 @@ class Store:
         Args:
             name: the table's name.
             **options: ``schema``, ``table_type``, ``auto_create_table``, ``ttl_cleanup_strategy``,
-                ``max_key_length``, ``max_value_size``, ``on_error``, ``max_entries``, ``max_bytes``; the others
-                are this store's.
+                ``max_key_length``, ``max_value_size``, ``on_error``, ``max_entries``, ``max_bytes``,
+                ``transforms``; the others are this store's.
 
         Raises:
             ConfigError: the name cannot be a table name, or there is no such option.
         """
         config = table_config(self._config, name, options)
-        return self._view(config=config, sql=type(self._sql)(config))
+        return self._view(config=config, sql=self._sql.of(config))
 
 
 builtin_set = set  # inside the class body the name means the method

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from ._engine import flows as _flows
 from ._observe import shown
-from ._ops.op import Flow, do
+from ._ops.op import Flow
 from ._ops.serialize import CodecName, Serializer
 from ._settings import refuse_pickle
 from ._sql import Statements
@@ -72,7 +72,7 @@ class _Typed(Generic[T]):
     ) -> Flow[TypedCasResult[T]]:
         wanted = None if expected is None else self._encode(key, expected)
         written = self._encode(key, new)
-        result = yield from do(self._sql.compare_and_swap(key, wanted, written, ttl))
+        result = yield from _flows.swap(self._sql, key, wanted, written, ttl)
         attempts = 1
         # The server compares bytes. Equal values may have others: a dict keeps its order.
         while (
@@ -86,7 +86,7 @@ class _Typed(Generic[T]):
                     "nothing was changed"
                 )
             attempts += 1
-            result = yield from do(self._sql.compare_and_swap(key, result.current, written, ttl))
+            result = yield from _flows.swap(self._sql, key, result.current, written, ttl)
         current = self._decode_or_none(key, result.current)
         return TypedCasResult(result.status, current, result.version)
 

@@ -40,6 +40,7 @@ class Entry:
         created_at: when the key last came into being.
         updated_at: when the value was last written.
         read_at: the server's time of this read.
+        transforms: what the value was stored with, such as ``("zstd", "aes:2")``.
     """
 
     key: str
@@ -49,6 +50,7 @@ class Entry:
     created_at: datetime
     updated_at: datetime
     read_at: datetime
+    transforms: tuple[str, ...] = ()
     _read_clock: float = field(default_factory=time.monotonic, repr=False, compare=False)
 
     def __repr__(self) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+from ...config import Config
 from ...errors import ConfigError
 
 NOT_SHARDED = (
@@ -40,6 +41,15 @@ def require(given: object, wanted: type[Any], who: str, twin: str) -> None:
         f"{who} needs {named(wanted.__name__)}, not {type(given).__name__}"
         + (f"; for {named(other)} there is {twin}" if is_other else "")
     )
+
+
+def require_plain(config: Config, who: str, what: str) -> None:
+    """Refuse a store that encrypts, where the pattern would keep its data in the clear."""
+    if any(type(each).__name__ == "AesGcmSiv" for each in config.transforms):
+        raise ConfigError(
+            f"{who} does not encrypt {what}, and this store encrypts values: give it "
+            "store.table(name, transforms=[])"
+        )
 
 
 def require_callback(fn: object, name: str, who: str, *, blocking: bool) -> None:

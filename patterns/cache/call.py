@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ...aio import AsyncStore
     from ...config import Seconds
     from ...store import Store
+    from ...transforms import Transforms
 
 MISSING: Any = object()
 REPORT_EVERY = 60.0  # seconds between two reports of a process's counts, and before the first
@@ -73,6 +74,7 @@ class StoreContext:
         names: by function, what its entries' keys begin with, and its generation's key.
         counts: by function, for the report.
         report_at: the monotonic time of the next one.
+        transforms: of the values inside the entries; None for plain ones.
         scope: names table and namespace in messages between processes and in first levels.
         runtime: the background's side of it; None for a view of a transaction.
     """
@@ -82,6 +84,14 @@ class StoreContext:
         self.sql: CacheStatements = CacheStatements(store._config, store._sql.prefix)
         self.breaker: Breaker = _breakers.setdefault(store._channel, Breaker())
         self.scope: str = f"{self.sql.t}\x1f{self.sql.prefix}"
+        config = store._config
+        self.transforms: Transforms | None = None
+        if config.transforms:
+            from ...transforms import Transforms
+
+            self.transforms = Transforms(
+                config.transforms, config.table_name, self.sql.value_size_max
+            )
         self.table_known = False
         self.runtime: SyncRuntime | AsyncRuntime | None = runtime_of(store)
         self.names: dict[str, tuple[bytes, bytes]] = {}

@@ -15,6 +15,7 @@ import math
 import os
 import socket
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 from random import random
 from time import monotonic
@@ -29,6 +30,7 @@ from ..._ops.op import Flow, Op, do, pause
 from ..._ops.op import call as call_step
 from ...errors import (
     ConfigError,
+    DecodingError,
     InvalidKeyError,
     InvalidValueError,
     PgkvError,
@@ -144,6 +146,13 @@ class FunctionCache:
         envelope = _envelope.read(row.value, self.codec.letter)
         if envelope is None or envelope.generations != read.generations or row.age >= envelope.hard:
             return None
+        transforms = call.context.transforms
+        if transforms is not None:
+            try:
+                payload = transforms.open(call.key, envelope.payload)
+            except DecodingError:
+                return None
+            envelope = replace(envelope, payload=payload)
         value = self._decode(call, envelope.payload)
         if value is MISSING:
             return None
@@ -412,7 +421,9 @@ class FunctionCache:
         hard = soft + options.stale
         if len(call.keys) > 2:
             hard = min(hard, TAGGED_MAX)
-        envelope = Envelope(soft, hard, took, generations, payload)
+        transforms = call.context.transforms
+        sealed = payload if transforms is None else transforms.seal(call.key, payload)
+        envelope = Envelope(soft, hard, took, generations, sealed)
         op = call.context.sql.fill(
             call.key,
             state.version,

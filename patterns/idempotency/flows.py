@@ -31,6 +31,7 @@ from ...errors import (
     PgkvError,
     TransactionError,
 )
+from .._runtime.checks import require_plain
 from .._runtime.lease import Held, LeaseRenewals
 from .sql import BUSY, IDEMPOTENCY, SEPARATOR, Answer, IdempotencyStatements
 
@@ -98,6 +99,7 @@ class IdempotencyFlows:
     """What all attempts of one `Idempotency` have in common."""
 
     def __init__(self, config: Config, prefix: bytes, ttl: Seconds, lease: Seconds) -> None:
+        require_plain(config, "Idempotency", "results")
         self.ttl: float = seconds(ttl, endless="")
         self.lease: float = seconds(lease, "lease", endless="")
         if self.lease < LEASE_MIN or self.ttl < self.lease:

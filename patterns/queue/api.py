@@ -25,7 +25,7 @@ from ...aio import AsyncStore
 from ...config import require_int
 from ...errors import ConfigError, InvalidValueError, TransactionError
 from ...store import Store
-from .._runtime.checks import home_of, require
+from .._runtime.checks import home_of, require, require_plain
 from .._runtime.lease import extend
 from .._runtime.runtimes import AsyncRuntime, SyncRuntime
 from . import flows
@@ -219,6 +219,7 @@ class _Jobs(Generic[T]):
         if ttl < 1:
             raise InvalidValueError(f"lease must be 1 second or more, not {lease!r}")
         config = store._config
+        require_plain(config, "Queue", "jobs")
         table = companion(config, JOBS if durable else JOBS_UNLOGGED, durable=durable)
         notify = wakeup == "notify"
         self._options = QueueOptions(

@@ -28,6 +28,7 @@ from ...errors import (
     SessionError,
     SessionGoneError,
 )
+from .._runtime.checks import require_plain
 from .data import (
     KEEP,
     Keep,
@@ -96,6 +97,7 @@ class SessionFlows:
             raise ConfigError(
                 "touch_interval must be shorter than idle_timeout: a session in use would end"
             )
+        require_plain(config, "SessionStore", "sessions")
         require_int("max_data_size", max_data_size, 2, VALUE_SIZE_MAX)
         self.size_max: int = min(max_data_size, config.max_value_size)
         self.config = config

@@ -10,9 +10,11 @@ from .. import _observe
 from .._ops import codec as _codec
 from .._ops.op import Flow, Op, Pipelined, Raced, call, do, send, transaction
 from .._sql import Statements
+from .._sql.point import NOT_FOUND, REPEATS
 from ..errors import (
     ConfigError,
     ConflictError,
+    DecodingError,
     InvalidValueError,
     OperationTimeoutError,
     PgkvError,
@@ -21,10 +23,11 @@ from ..errors import (
     TableNotFoundError,
     TransactionError,
 )
-from ..types import CasResult
+from ..types import CasResult, CasStatus, Entry
 from .merging import merge, parted, singly
 
 if TYPE_CHECKING:
+    from .._ops.codec import Value
     from ..config import Seconds, Table
 
 T = TypeVar("T")
@@ -129,6 +132,94 @@ def update(
         f"update: the value was changed by others during each of {attempts} attempts; "
         "raise attempts, or split the key"
     )
+
+
+def swap(
+    sql: Statements, key: str, expected: Value | None, new: Value, ttl: Seconds | None
+) -> Flow[CasResult]:
+    """Write `new` if the value is `expected`. Transformed values are compared here and written by
+    their version: the same outcomes and races."""
+    if expected is None or sql.transforms is None:
+        return (yield from do(sql.compare_and_swap(key, expected, new, ttl)))
+    wanted, written = sql.value(expected), sql.value(new)
+    entry = yield from _live(sql, key)
+    if entry is None:
+        return NOT_FOUND
+    found = CasResult(CasStatus.MISMATCH, entry.value, entry.version)
+    for _ in range(REPEATS):
+        if not found.is_mismatch or found.current != wanted:
+            return found
+        found = yield from do(sql.swap_version(key, found.version or 0, written, ttl))
+    raise _never_settled("compare_and_swap")
+
+
+def delete_equal(sql: Statements, key: str, expected: Value) -> Flow[bool]:
+    """Remove the key if its value, which is transformed, is `expected`."""
+    wanted = sql.value(expected)
+    for _ in range(REPEATS):
+        entry = yield from _live(sql, key)
+        if entry is None or entry.value != wanted:
+            return False
+        if (yield from do(sql.delete(key, entry.version))):
+            return True
+    raise _never_settled("compare_and_delete")
+
+
+def _live(sql: Statements, key: str) -> Flow[Entry | None]:
+    """What a conditional write finds: nothing where the key has expired, whatever reads return."""
+    entry = yield from do(sql.strict(sql.get_entry(key)))
+    if entry is not None and entry.expires_at is not None and entry.expires_at <= entry.read_at:
+        return None
+    return entry
+
+
+def _never_settled(action: str) -> ConflictError:
+    return ConflictError(
+        f"{action}: {REPEATS} attempts in a row met concurrent changes; nothing was changed"
+    )
+
+
+def rewrite(
+    sql: Statements, prefix: str, batch: int, progress: Callable[[int], object] | None
+) -> Flow[int]:
+    """Bring stored values to the present transforms, page by page, while traffic goes on; how many.
+
+    A row that was changed meanwhile is in the present form already. One that does not open is left,
+    and raised at the end.
+    """
+    if sql.transforms is None:
+        raise ConfigError("rewrite: the table has no transforms")
+    from .._sql.transformed import TransformedStatements
+
+    assert isinstance(sql, TransformedStatements)
+    limit = _codec.whole("batch", batch)
+    after: bytes | None = None
+    count = 0
+    failure: DecodingError | None = None
+    while True:
+        page = yield from do(sql.stored(prefix, after, limit))
+        fresh: dict[bytes, tuple[bytes, bytes, int]] = {}
+        for row in page:
+            try:
+                value = sql.again(row)
+            except DecodingError as error:
+                failure = failure or error
+                continue
+            if value is not None:
+                fresh[row.key] = (row.key, value, row.version)
+        if fresh:
+            replaced = yield from do(sql.replaced(list(fresh.values())))
+            count += len(replaced)
+            for key in fresh.keys() - set(replaced):
+                count += yield from do(sql.replaced_one(*fresh[key]))
+            if progress is not None:
+                yield from call(progress, count)
+        if len(page) < limit:
+            break
+        after = page[-1].key
+    if failure is not None:
+        raise failure
+    return count
 
 
 def maintain(sql: Statements, op: Op[None]) -> Flow[None]:

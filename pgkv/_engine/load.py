@@ -87,9 +87,8 @@ def _chunks(sql: Statements, items: Iterator[Any]) -> Iterator[Chunk]:
                 raise ValueError
         except (TypeError, ValueError):
             raise InvalidValueError("load: give (key, value) or (key, value, ttl)") from None
-        written = sql.many_values(contents)
+        keys, written = sql.columns(names, contents)
         ends = [None if ttl is None else round(seconds(ttl) * 1e6) or 1 for ttl in ttls]
-        keys = sql.many_keys(names)
         values.update(zip(keys, written, strict=True))
         if ends or lives:
             lives.update(zip(keys, ends or repeat(None), strict=bool(ends)))

@@ -10,8 +10,15 @@ from typing import TYPE_CHECKING, Any
 import psycopg
 from psycopg import pq
 
-from .._ops.op import Op, Pipelined, Statement
-from ..errors import OperationTimeoutError, PgkvError, TransactionError, from_result, translate
+from .._ops.op import Op, Pipelined, Statement, Undecoded
+from ..errors import (
+    DecodingError,
+    OperationTimeoutError,
+    PgkvError,
+    TransactionError,
+    from_result,
+    translate,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -75,7 +82,10 @@ def outcomes(batch: Pipelined, results: Sequence[PGresult]) -> list[tuple[Op[Any
 
 def _outcome(op: Op[Any], result: PGresult) -> Any:
     if result.status in OK:
-        return op.decode(result)
+        try:
+            return op.decode(result)
+        except DecodingError as error:
+            return Undecoded(error)
     if result.status == PIPELINE_ABORTED:
         return TransactionError(
             f"{op.statement.name}: not executed, because an earlier operation of the pipeline "

@@ -169,6 +169,16 @@ class Noted(Expired):
         self.rows = rows
 
 
+class Undecoded:
+    """What stands in a batch for an answer that could not be decoded. Not an error of the batch,
+    which has taken effect."""
+
+    __slots__ = ("error",)
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+
 class Sleep:
     """Step: let time pass."""
 

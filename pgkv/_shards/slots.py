@@ -69,6 +69,7 @@ class Slots:
         if self.own is not None:
             key, many_keys = sql.key, sql.many_keys
             sql.key = lambda given: self.check(key(given))
+            sql.pair = lambda given, value: (self.check(key(given)), sql.value(value))
             sql.many_keys = lambda given: list(map(self.check, many_keys(given)))
 
     def require_one(self, keys: Iterable[bytes], what: str) -> None:

@@ -101,6 +101,7 @@ def settings(
     for name, why in (
         ("schema", "each slot is a schema"),
         ("coalesce", "the operations of one turn go to several servers"),
+        ("transforms", "its values are stored plain"),
     ):
         if options.pop(name, None):
             raise ConfigError(f"a sharded store has no {name}=: {why}")
@@ -183,7 +184,7 @@ class _Sharded:
         return [self._in_slot(slot) for slot in range(self._slots.count)]
 
     def _check_table(self, options: TableOptions) -> None:
-        for name in ("schema", "auto_create_table"):
+        for name in ("schema", "auto_create_table", "transforms"):
             if name in options:
                 raise ConfigError(f"the tables of a sharded store have no {name}= of their own")
 

@@ -16,8 +16,10 @@ their own statements, in their `sql` modules. The rules that keep one text runni
 * Several rows are locked in key order before they are changed; otherwise two batches deadlock.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .._ops.lazy import cached_property
 from .._ops.op import Op, Param, Statement
@@ -26,6 +28,10 @@ from .evict import EvictStatements
 from .point import PointStatements
 from .scan import ScanStatements
 from .table import AFTER, NEVER
+
+if TYPE_CHECKING:
+    from ..config import Config
+    from ..transforms import Transforms
 
 __all__ = ["Statements"]
 
@@ -36,6 +42,16 @@ class Statements(PointStatements, BatchStatements, ScanStatements, EvictStatemen
     """All statements of one key-value table, for keys under one prefix."""
 
     may_miss = True
+    transforms: Transforms | None = None
+
+    @classmethod
+    def of(cls, config: Config, prefix: str = "") -> Statements:
+        """Return the statements of another table, which may have transforms, or prefix."""
+        if not config.transforms:
+            return cls(config, prefix)
+        from .transformed import TransformedStatements
+
+        return TransformedStatements(config, prefix)
 
     @cached_property
     def mergeable(self) -> dict[bytes, int]:

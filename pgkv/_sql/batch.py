@@ -126,8 +126,7 @@ class BatchStatements(TableStatements):
     ) -> tuple[int, list[Op[None]]]:
         """Write all pairs; of a repeated key the last. How many keys, and the operations."""
         expiry, extra = choose_expiry(ttl, None, False)
-        names, contents = _columns(items)
-        latest = dict(zip(self.many_keys(names), self.many_values(contents), strict=True))
+        latest = dict(zip(*self.columns(*_columns(items)), strict=True))
         return len(latest), self._set_many(sorted(latest), latest, expiry, extra)
 
     def _set_many(

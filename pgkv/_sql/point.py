@@ -180,9 +180,9 @@ class PointStatements(TableStatements):
     ) -> Op[int | None]:
         """Write; the new version, or None where `if_version` did not match."""
         if ttl is None and expires_at is None and not keep_ttl and if_version is None:
-            return Op(self.set_statement, (self.key(key), self.value(value)))
+            return Op(self.set_statement, self.pair(key, value))
         expiry, extra = choose_expiry(ttl, expires_at, keep_ttl)
-        params = (self.key(key), self.value(value), *extra)
+        params = (*self.pair(key, value), *extra)
         if if_version is None:
             return Op(self.made(("set", expiry), lambda: self._make_set(expiry)), params)
         if _codec.integer(if_version, "if_version") == 0:
@@ -225,13 +225,13 @@ class PointStatements(TableStatements):
         """Write if there is no such key."""
         expiry, extra = choose_expiry(ttl, None, False)
         statement = self.made(("set_nx", expiry), lambda: self._make_set_nx(expiry))
-        return Op(statement, (self.key(key), self.value(value), *extra), read_found)
+        return Op(statement, (*self.pair(key, value), *extra), read_found)
 
     def set_xx(self, key: str, value: Value, ttl: Seconds | None = None) -> Op[bool]:
         """Write if the key exists."""
         expiry, extra = choose_expiry(ttl, None, False)
         statement = self.made(("set_xx", expiry), lambda: self._make_set_xx(expiry))
-        return Op(statement, (self.key(key), self.value(value), *extra))
+        return Op(statement, (*self.pair(key, value), *extra))
 
     def _make_set_xx(self, expiry: Expiry) -> Statement[bool]:
         return self._of_one_key(
@@ -285,7 +285,7 @@ class PointStatements(TableStatements):
         """Write and return the previous value."""
         expiry, extra = choose_expiry(ttl, None, False)
         statement = self.made(("get_and_set", expiry), lambda: self._make_get_and_set(expiry))
-        return Op(statement, (self.key(key), self.value(value), *extra))
+        return Op(statement, (*self.pair(key, value), *extra))
 
     def _make_get_and_set(self, expiry: Expiry) -> Statement[bytes | None]:
         # Before 18 RETURNING has no old row. FOR UPDATE returns the newest value and holds it;

@@ -198,9 +198,18 @@ class TableStatements:
         """Check and encode one value."""
         return _codec.encode_value(value, self.value_size_max)
 
-    def many_values(self, values: Sequence[_codec.Value]) -> Sequence[bytes]:
-        """Check and encode many values."""
-        return _codec.encode_values(values, self.value_size_max)
+    def pair(self, key: str, value: _codec.Value) -> tuple[bytes, bytes]:
+        """Check and encode a key and its value."""
+        return (
+            _codec.encode_key(key, self.prefix_bytes, self.key_length_max),
+            _codec.encode_value(value, self.value_size_max),
+        )
+
+    def columns(
+        self, names: Sequence[str], contents: Sequence[_codec.Value]
+    ) -> tuple[list[bytes], Sequence[bytes]]:
+        """Check and encode many keys and their values."""
+        return self.many_keys(names), _codec.encode_values(contents, self.value_size_max)
 
     @cached_property
     def read_key(self) -> Callable[[bytes], str]:

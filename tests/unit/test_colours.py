@@ -178,6 +178,7 @@ def test_what_a_pipeline_does_not_offer() -> None:
             "iter_items",
             "cleanup_expired",
             "evict",
+            "rewrite",
             "load",
         ),
         *("now", "pool_stats"),

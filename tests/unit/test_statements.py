@@ -167,7 +167,7 @@ def test_no_statement_is_left_out() -> None:
         "distinct",
         "mergeable",
     }
-    helpers |= {"strict", "load_sql"}
+    helpers |= {"strict", "load_sql", "of", "transforms"}
     factories = (
         {
             name

@@ -19,8 +19,8 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from ... import _observe
-from ..._ops.op import Op, Param, Pipelined, Raced, Statement, send
-from ..._sql import Statements, control
+from ..._ops.op import Op, Param, Pipelined, Raced, Statement, Undecoded, send
+from ..._sql import GETS, Statements, control
 from ...errors import PgkvError, TableNotFoundError
 from .. import flows as _flows
 from ..merging import merge, parted, singly
@@ -153,7 +153,8 @@ class CoalescingChannel:
         await self._writes(table, others, deadline)
 
     async def _reads(self, table: Table | None, turn: list[Waiting], deadline: float) -> None:
-        gets = [each for each in turn if each[0].statement.name == "get"]
+        kinds = {} if table is None else self._sql[table].mergeable
+        gets = [each for each in turn if kinds.get(each[0].statement.prepared_name) == GETS]
         if table is None or len(gets) < 2:
             await self._together(table, turn, deadline)
             return
@@ -163,7 +164,7 @@ class CoalescingChannel:
             found_in := [op.context for op, _ in gets if hasattr(op, "context")]
         ):
             merged.context, merged.contexts = found_in[0], found_in
-        rest = [each for each in turn if each[0].statement.name != "get"]
+        rest = [each for each in turn if kinds.get(each[0].statement.prepared_name) != GETS]
         if rest:
             await self._together(table, [(merged, found), *rest], deadline)
         else:
@@ -319,6 +320,8 @@ def _settle(future: asyncio.Future[Any], answer: Any) -> None:
     if isinstance(answer, PgkvError):
         # An exception of its own: a shared one would collect every caller's traceback.
         future.set_exception(_copy(answer))
+    elif isinstance(answer, Undecoded):
+        future.set_exception(answer.error)
     elif isinstance(answer, BaseException):
         future.set_exception(answer)
     else:
