@@ -84,7 +84,7 @@ $(VENV)/.demo: $(VENV)/.made pyproject.toml
 $(VENV)/.dev: $(VENV)/.made pyproject.toml
 	@echo "Installing pgkv and the tools of its developers into $(VENV) ..."
 	@$(PIP) --upgrade 'pip>=25.1'
-	@$(PIP) --group dev --editable '.[binary,embedded,cli]'
+	@$(PIP) --group dev $(if $(PGKV_UPSTREAM),--group upstream) --editable '.[binary,embedded,cli]'
 	@touch $@ $(VENV)/.demo
 
 # A python3 without venv or ensurepip (Debian without python3-venv) cannot make an environment: try the next one.

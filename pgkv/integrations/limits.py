@@ -16,6 +16,7 @@ from __future__ import annotations
 import struct
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from limits.aio.storage import MovingWindowSupport as AsyncMovingWindowSupport
@@ -24,6 +25,8 @@ from limits.aio.storage import Storage as AsyncStorage
 from limits.storage import MovingWindowSupport, SlidingWindowCounterSupport, Storage
 from limits.storage.base import TimestampedSlidingWindow
 
+from .._ops.drivers import drive, drive_async
+from .._ops.op import Flow, call
 from ..aio import AsyncStore
 from ..config import Config
 from ..errors import PgkvError
@@ -101,9 +104,91 @@ def _sliding(data: bytes | None, expiry: int) -> tuple[int, float, int, float]:
     return before, left if before else 0.0, count, left + expiry
 
 
-class PgkvStorage(
-    Storage, MovingWindowSupport, SlidingWindowCounterSupport, TimestampedSlidingWindow
-):
+class Windows(TimestampedSlidingWindow):
+    """The methods of both storages: of the async one they return what is to be awaited."""
+
+    base_exceptions = PgkvError
+    _store: Any
+    _drive: Callable[[Flow[Any]], Any]
+
+    def incr(self, key: str, expiry: int, amount: int = 1) -> Any:
+        """Add to the counter of a fixed window, which begins with its first call."""
+        return self._store.increment(key, amount, ttl=expiry)
+
+    def get(self, key: str) -> Any:
+        """Return a counter."""
+        return self._then(int, self._store.get, key, b"0")
+
+    def get_expiry(self, key: str) -> Any:
+        """Return when a counter ends, in seconds since the epoch."""
+        return self._then(lambda ttl: time.time() + (ttl or 0), self._store.ttl, key)
+
+    def check(self) -> Any:
+        """Tell whether the server answers."""
+
+        def flow() -> Flow[bool]:
+            try:
+                yield from call(self._store.ping)
+            except PgkvError:
+                return False
+            return True
+
+        return self._drive(flow())
+
+    def reset(self) -> Any:
+        """Remove all limits; return how many there were."""
+        return self._store.clear()
+
+    def clear(self, key: str) -> Any:
+        """Remove the limit of a key."""
+        return self._store.delete(key)
+
+    def close(self) -> Any:
+        """Close its connections."""
+        return self._store.close()
+
+    def acquire_entry(self, key: str, limit: int, expiry: int, amount: int = 1) -> Any:
+        """Enter a moving window; False, and nothing written, if it is full."""
+        return self._acquire(key, _entered(limit, expiry, amount), expiry)
+
+    def get_moving_window(self, key: str, limit: int, expiry: int) -> Any:  # noqa: ARG002  # limits' signature
+        """Return when the oldest entry of the window came, and how many there are."""
+        return self._then(lambda data: _moving(data, expiry), self._store.get, key)
+
+    def acquire_sliding_window_entry(
+        self, key: str, limit: int, expiry: int, amount: int = 1
+    ) -> Any:
+        """Enter a window that is weighted with the one before; False if it is full."""
+        return self._acquire(key, _counted(limit, expiry, amount), 2 * expiry)
+
+    def get_sliding_window(self, key: str, expiry: int) -> Any:
+        """Return count and seconds left of the window before, and of the current one."""
+        return self._then(lambda data: _sliding(data, expiry), self._store.get, key)
+
+    def clear_sliding_window(self, key: str, expiry: int) -> Any:  # noqa: ARG002  # limits' signature
+        """Remove both windows of a key."""
+        return self._store.delete(key)
+
+    def _then(self, reader: Callable[[Any], Any], *asked: Any) -> Any:
+        def flow() -> Flow[Any]:
+            return reader((yield from call(*asked)))
+
+        return self._drive(flow())
+
+    def _acquire(self, key: str, change: Change, ttl: int) -> Any:
+        update = partial(self._store.update, key, change, ttl=ttl, attempts=_ATTEMPTS)
+
+        def flow() -> Flow[bool]:
+            try:
+                yield from call(update)
+            except Refused:
+                return False
+            return True
+
+        return self._drive(flow())
+
+
+class PgkvStorage(Windows, Storage, MovingWindowSupport, SlidingWindowCounterSupport):
     """limits' storage on PostgreSQL, for threads.
 
     Args:
@@ -113,7 +198,7 @@ class PgkvStorage(
     """
 
     STORAGE_SCHEME: list[str] | None = ["pgkv", "pgkv+embedded"]  # noqa: RUF012  # limits declares it so
-    base_exceptions = PgkvError
+    _drive = staticmethod(drive)
 
     def __init__(
         self, uri: str | None = None, wrap_exceptions: bool = False, **options: Any
@@ -121,69 +206,9 @@ class PgkvStorage(
         super().__init__(uri, wrap_exceptions)
         self._store = Store(_config(uri, options))
 
-    def incr(self, key: str, expiry: int, amount: int = 1) -> int:
-        """Add to the counter of a fixed window, which begins with its first call."""
-        return self._store.increment(key, amount, ttl=expiry)
-
-    def get(self, key: str) -> int:
-        """Return a counter."""
-        return int(self._store.get(key, b"0"))
-
-    def get_expiry(self, key: str) -> float:
-        """Return when a counter ends, in seconds since the epoch."""
-        return time.time() + (self._store.ttl(key) or 0)
-
-    def check(self) -> bool:
-        """Tell whether the server answers."""
-        try:
-            self._store.ping()
-        except PgkvError:
-            return False
-        return True
-
-    def reset(self) -> int:
-        """Remove all limits; return how many there were."""
-        return self._store.clear()
-
-    def clear(self, key: str) -> None:
-        """Remove the limit of a key."""
-        self._store.delete(key)
-
-    def acquire_entry(self, key: str, limit: int, expiry: int, amount: int = 1) -> bool:
-        """Enter a moving window; False, and nothing written, if it is full."""
-        return self._acquire(key, _entered(limit, expiry, amount), expiry)
-
-    def get_moving_window(self, key: str, limit: int, expiry: int) -> tuple[float, int]:  # noqa: ARG002  # limits' signature
-        """Return when the oldest entry of the window came, and how many there are."""
-        return _moving(self._store.get(key), expiry)
-
-    def acquire_sliding_window_entry(
-        self, key: str, limit: int, expiry: int, amount: int = 1
-    ) -> bool:
-        """Enter a window that is weighted with the one before; False if it is full."""
-        return self._acquire(key, _counted(limit, expiry, amount), 2 * expiry)
-
-    def get_sliding_window(self, key: str, expiry: int) -> tuple[int, float, int, float]:
-        """Return count and seconds left of the window before, and of the current one."""
-        return _sliding(self._store.get(key), expiry)
-
-    def clear_sliding_window(self, key: str, expiry: int) -> None:  # noqa: ARG002  # limits' signature
-        """Remove both windows of a key."""
-        self._store.delete(key)
-
-    def _acquire(self, key: str, change: Change, ttl: int) -> bool:
-        try:
-            self._store.update(key, change, ttl=ttl, attempts=_ATTEMPTS)
-        except Refused:
-            return False
-        return True
-
 
 class AsyncPgkvStorage(
-    AsyncStorage,
-    AsyncMovingWindowSupport,
-    AsyncSlidingWindowCounterSupport,
-    TimestampedSlidingWindow,
+    Windows, AsyncStorage, AsyncMovingWindowSupport, AsyncSlidingWindowCounterSupport
 ):
     """limits' storage on PostgreSQL, for asyncio: `PgkvStorage`, awaited.
 
@@ -194,67 +219,10 @@ class AsyncPgkvStorage(
     """
 
     STORAGE_SCHEME: list[str] | None = ["async+pgkv", "async+pgkv+embedded"]  # noqa: RUF012  # limits declares it so
-    base_exceptions = PgkvError
+    _drive = staticmethod(drive_async)
 
     def __init__(
         self, uri: str | None = None, wrap_exceptions: bool = False, **options: Any
     ) -> None:
         super().__init__(uri, wrap_exceptions)
         self._store = AsyncStore(_config(uri, options))
-
-    async def incr(self, key: str, expiry: int, amount: int = 1) -> int:
-        """Add to the counter of a fixed window, which begins with its first call."""
-        return await self._store.increment(key, amount, ttl=expiry)
-
-    async def get(self, key: str) -> int:
-        """Return a counter."""
-        return int(await self._store.get(key, b"0"))
-
-    async def get_expiry(self, key: str) -> float:
-        """Return when a counter ends, in seconds since the epoch."""
-        return time.time() + (await self._store.ttl(key) or 0)
-
-    async def check(self) -> bool:
-        """Tell whether the server answers."""
-        try:
-            await self._store.ping()
-        except PgkvError:
-            return False
-        return True
-
-    async def reset(self) -> int:
-        """Remove all limits; return how many there were."""
-        return await self._store.clear()
-
-    async def clear(self, key: str) -> None:
-        """Remove the limit of a key."""
-        await self._store.delete(key)
-
-    async def acquire_entry(self, key: str, limit: int, expiry: int, amount: int = 1) -> bool:
-        """Enter a moving window; False, and nothing written, if it is full."""
-        return await self._acquire(key, _entered(limit, expiry, amount), expiry)
-
-    async def get_moving_window(self, key: str, limit: int, expiry: int) -> tuple[float, int]:  # noqa: ARG002  # limits' signature
-        """Return when the oldest entry of the window came, and how many there are."""
-        return _moving(await self._store.get(key), expiry)
-
-    async def acquire_sliding_window_entry(
-        self, key: str, limit: int, expiry: int, amount: int = 1
-    ) -> bool:
-        """Enter a window that is weighted with the one before; False if it is full."""
-        return await self._acquire(key, _counted(limit, expiry, amount), 2 * expiry)
-
-    async def get_sliding_window(self, key: str, expiry: int) -> tuple[int, float, int, float]:
-        """Return count and seconds left of the window before, and of the current one."""
-        return _sliding(await self._store.get(key), expiry)
-
-    async def clear_sliding_window(self, key: str, expiry: int) -> None:  # noqa: ARG002  # limits' signature
-        """Remove both windows of a key."""
-        await self._store.delete(key)
-
-    async def _acquire(self, key: str, change: Change, ttl: int) -> bool:
-        try:
-            await self._store.update(key, change, ttl=ttl, attempts=_ATTEMPTS)
-        except Refused:
-            return False
-        return True

@@ -274,7 +274,81 @@ def test_flask_limiter():
 
     client = app.test_client()
     assert [client.get("/").status_code for _ in range(3)] == [200, 200, 429]
-    limiter.storage._store.close()
+    limiter.storage.close()
+
+
+def test_slowapi():
+    import slowapi
+    from fastapi import FastAPI, Request
+    from fastapi.testclient import TestClient
+    from slowapi.errors import RateLimitExceeded
+
+    import pgkv.integrations.limits  # noqa: F401  # registers pgkv://
+
+    app = FastAPI()
+    limiter = slowapi.Limiter(lambda: "slow", storage_uri="pgkv" + URL)
+    app.state.limiter = limiter
+    app.add_exception_handler(RateLimitExceeded, slowapi._rate_limit_exceeded_handler)
+
+    @app.get("/")
+    @limiter.limit("2/day")
+    async def index(request: Request):
+        return "ok"
+
+    client = TestClient(app)
+    assert [client.get("/").status_code for _ in range(3)] == [200, 200, 429]
+    limiter._storage.close()
+
+
+async def test_the_async_storage_of_limits():
+    """Every method of the contract, awaited; what pgkv raises is limits' error where that was asked for."""
+    from limits import RateLimitItemPerDay
+    from limits.aio import strategies
+    from limits.errors import StorageError
+    from limits.storage import storage_from_string
+
+    storage = storage_from_string("async+pgkv" + URL, wrap_exceptions=True)
+    assert await storage.check() is True
+    await storage.reset()
+    item = RateLimitItemPerDay(2)
+    for kind in ("FixedWindow", "MovingWindow", "SlidingWindowCounter"):
+        limiter = getattr(strategies, f"{kind}RateLimiter")(storage)
+        assert [await limiter.hit(item, kind) for _ in range(3)] == [True, True, False]
+        assert (await limiter.get_window_stats(item, kind)).remaining == 0
+        await limiter.clear(item, kind)
+        assert await limiter.test(item, kind)
+        await limiter.hit(item, kind)
+    assert await storage.reset() == 3
+    with pytest.raises(StorageError):
+        await storage.incr("\0", 60)
+    await storage.close()
+
+
+def test_flask_session(store):
+    import flask
+    import flask_session
+
+    from pgkv.integrations.cachelib import CachelibCache
+
+    app = flask.Flask("app")
+    app.config.update(SESSION_TYPE="cachelib", SESSION_CACHELIB=CachelibCache(store))
+    flask_session.Session(app)
+
+    @app.get("/")
+    def index():
+        flask.session["n"] = flask.session.get("n", 0) + 1
+        return str(flask.session["n"])
+
+    @app.get("/leave")
+    def leave():
+        flask.session.clear()
+        return "gone"
+
+    one, other = app.test_client(), app.test_client()
+    assert [each.get("/").text for each in (one, one, other, one)] == ["1", "2", "1", "3"]
+    assert len(store.keys("session:")) == 2
+    one.get("/leave")
+    assert one.get("/").text == "1"
 
 
 @pytest.mark.parametrize("kind", ["acquire_entry", "acquire_sliding_window_entry"])
@@ -293,7 +367,7 @@ def test_a_window_of_limits_is_never_passed_by_many(kind):
     for each in threads:
         each.join()
     assert sum(granted) == 20
-    storage._store.close()
+    storage.close()
 
 
 # -- Alembic
