@@ -1,4 +1,4 @@
-"""Scenes: a real data set is loaded in batches, and scanned in order.
+"""Scenes: a real data set is loaded, and scanned in order.
 
 The data is in every Python installation: the source of its library, and the names of Unicode.
 """
@@ -11,7 +11,6 @@ import sysconfig
 import time
 import unicodedata
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, islice
 from pathlib import Path
 
@@ -20,8 +19,6 @@ from .stage import Check, Stage, scene
 
 UNICODE, SOURCE = "unicode/", "py/"
 NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__"}
-BATCH = 1000
-LOADERS = 2
 SAMPLE = 2000
 FAVOURITE = "asyncio/tasks.py"
 
@@ -29,18 +26,10 @@ FAVOURITE = "asyncio/tasks.py"
 def collect(most: int) -> dict[str, str]:
     """Return at most that many entries: ``py/asyncio/tasks.py:000042`` is a line of the standard
     library, ``unicode/01F600`` the name of a character."""
-    share = most // 3
-    first, rest = islice(characters(), share), islice(characters(), share, None)
+    codes = ((code, unicodedata.name(chr(code), "")) for code in range(sys.maxunicode + 1))
+    names = ((f"{UNICODE}{code:06X}", name) for code, name in codes if name)
     lines = chain.from_iterable(lines_of(*file) for file in source_files())
-    return dict(islice(chain(first, lines, rest), most))
-
-
-def characters() -> Iterator[tuple[str, str]]:
-    """Every named character's code and name."""
-    for code in range(sys.maxunicode + 1):
-        name = unicodedata.name(chr(code), "")
-        if name:
-            yield f"{UNICODE}{code:06X}", name
+    return dict(islice(chain(islice(names, most // 3), lines, names), most))
 
 
 def source_files(folder: str = "") -> Iterator[tuple[str, str]]:
@@ -59,33 +48,22 @@ def lines_of(name: str, text: str) -> Iterator[tuple[str, str]]:
             yield f"{SOURCE}{name}:{number:06}", line
 
 
-@scene("Loading", "Loading real data in batches; every key must arrive.")
+@scene("Loading", "Loading real data by COPY. Every key must arrive.")
 def loading(stage: Stage) -> Iterator[str | Check]:
     """Load everything, count it, and read a sample back."""
     stage.data = data = collect(stage.size.keys)
-    pairs = iter(data.items())
-    batches = list(iter(lambda: list(islice(pairs, BATCH)), []))
-    size = sum(len(key.encode()) + len(value.encode()) for key, value in data.items())
-    with stage.bar("loading", len(data)) as advance, ThreadPoolExecutor(LOADERS) as threads:
+    with stage.bar("loading", len(data)) as advance:
         started = time.monotonic()
-        try:
-            list(threads.map(lambda batch: advance(stage.store.set_many(batch)), batches))
-        except BaseException:
-            threads.shutdown(cancel_futures=True)
-            raise
+        stage.store.load(data.items(), progress=advance)
         seconds = time.monotonic() - started
     stage.store.vacuum()  # or autovacuum does it, while the next scene is timed
     found = stage.store.count()
     sample = random.sample(list(data), min(SAMPLE, len(data)))
     back = stage.store.get_many(sample)
     names = sum(key.startswith(UNICODE) for key in data)
-    yield (
-        f"{names:,} names of characters, {len(data) - names:,} lines of Python's own library: "
-        f"{console.size(size)}"
-    )
-    yield (
-        f"{len(data):,} keys in {console.duration(seconds)}: {len(data) / seconds:,.0f} a second"
-    )
+    size = console.size(sum(len(key.encode()) + len(value.encode()) for key, value in data.items()))
+    yield f"{names:,} names of characters, {len(data) - names:,} lines of Python's library: {size}"
+    yield f"{len(data):,} keys in {console.duration(seconds)}: {len(data) / seconds:,.0f} a second"
     text = f"the store counts {found:,} keys, and {len(data):,} were written"
     yield Check(text, found == len(data))
     text = f"{len(sample):,} keys drawn at random hold what was written"
@@ -94,28 +72,23 @@ def loading(stage: Stage) -> Iterator[str | Check]:
 
 @scene("Scanning", "A prefix or a range comes in the order of its bytes, complete.")
 def scanning(stage: Stage) -> Iterator[str | Check]:
-    """Read one module back line by line, and everything in order."""
-    store = stage.store
-    names = sorted({key[len(SOURCE) :].rpartition(":")[0]
-                    for key in stage.data if key.startswith(SOURCE)})  # fmt: skip
-    kept = sorted(stage.data, key=str.encode)
+    """Read everything in order, and one module back line by line."""
     started = time.monotonic()
-    keys: list[str] = []
-    with stage.bar("scanning", len(kept)) as advance:
-        for prefix in (SOURCE, UNICODE):
-            for key in store.iter_keys(prefix, page_size=5000):
-                keys.append(key)
-                if len(keys) % 5000 == 0:
-                    advance(5000)
+    keys = [key for prefix in (SOURCE, UNICODE)
+            for key in stage.store.iter_keys(prefix, page_size=5000)]  # fmt: skip
     seconds = time.monotonic() - started
     yield (
         f"{len(keys):,} keys in order in {console.duration(seconds)}: "
         f"{len(keys) / seconds:,.0f} a second"
     )
+    names = sorted(
+        {key[len(SOURCE) :].rpartition(":")[0] for key in keys if key.startswith(SOURCE)}
+    )
     if names := names[:-1]:  # of the last one only a part may have been loaded
         name = FAVOURITE if FAVOURITE in names else max(names[:50], key=len)
         text = dict(source_files(name.rpartition("/")[0]))[name]
-        found = [(key, value.decode()) for key, value in store.scan(f"{SOURCE}{name}:")]
+        found = [(key, value.decode()) for key, value in stage.store.scan(f"{SOURCE}{name}:")]
         said = f"a scan puts {name} together again, {len(found):,} lines in order"
         yield Check(said, found == list(lines_of(name, text)))
+    kept = sorted(stage.data, key=str.encode)
     yield Check("all keys came once, in the order of their bytes", keys == kept)

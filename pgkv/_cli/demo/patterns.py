@@ -33,8 +33,8 @@ COMPUTED = "demo:computed"
 
 @scene(
     "Stampede",
-    f"{PROCESSES} processes of {THREADS} threads need the same new result at once. Each of them "
-    "computes it, unless one does and the others wait.",
+    f"{PROCESSES} processes of {THREADS} threads need the same new result at the same moment. "
+    "One of them should compute it.",
 )
 def stampede(stage: Stage) -> Iterator[str | Check]:
     """Let all threads call a function at once, without and with `cached`."""
@@ -51,16 +51,12 @@ def stampede(stage: Stage) -> Iterator[str | Check]:
             results.append([each for answer in answers for each in answer])
             advance(1)
     alike = sum(result == results[0][0] for result in results[1])
-    yield (
-        f"without a cache: computed {computed[0]} times; all callers have the result after "
-        f"{console.duration(seconds[0])}"
-    )
-    yield f"with @pgkv.cached: all have it after {console.duration(seconds[1])}"
-    times = "once" if computed[1] == 1 else f"{computed[1]} times"
-    yield Check(f"{CALLERS} cold calls at once computed it {times}", computed[1] == 1)
-    yield Check(
-        f"{alike} of {CALLERS} callers got the right result", alike == len(results[1]) == CALLERS
-    )
+    times = ["once" if number == 1 else f"{number} times" for number in computed]
+    for what, often, took in zip(("no cache", "@pgkv.cached"), times, seconds, strict=True):
+        yield f"with {what}: computed {often}, all have the result after {console.duration(took)}"
+    yield Check(f"{CALLERS} cold calls computed it {times[1]}", computed[1] == 1)
+    text = f"{alike} of {CALLERS} callers got the right result"
+    yield Check(text, alike == len(results[1]) == CALLERS)
 
 
 def call(store: Store, orders: Orders, *, share: float) -> None:
@@ -87,11 +83,10 @@ def call(store: Store, orders: Orders, *, share: float) -> None:
 
 # -- a rate limit --------------------------------------------------------------------------
 #
-# What must come out is known exactly. From the first hit, which finds the bucket full, to a refusal,
-# which finds less than one token in it, ``burst + flow`` tokens were to be had, `flow` being what the
-# rate gives in that time by the server's clock, and all but less than one were handed out: admitted
-# are ``floor(burst + flow)``. The clock is read right before and right after both hits, so that time
-# is known but for a millisecond or so, and `flow` but for a fraction of a token.
+# The right number is known exactly. The first hit finds the bucket full, the last one finds less than
+# one token in it, and between them the rate gives `flow` tokens by the server's clock: admitted are
+# ``floor(burst + flow)``. The clock is read right before and after both hits, so `flow` is known but
+# for a fraction of a token.
 
 COUNT, BURST = 100, 200  # per second, and at once: two seconds without any hit fill the bucket
 KEY = "one for all"
@@ -104,8 +99,8 @@ def limiter_of(store: Store) -> RateLimiter:
 
 @scene(
     "Rate limit",
-    f"{PROCESSES} processes hammer one key. One token too many is a limit broken, one too few is a "
-    "customer turned away.",
+    f"{PROCESSES} processes share one key. One token too many breaks the limit, one too few turns a "
+    "customer away.",
 )
 def rate_limit(stage: Stage) -> Iterator[str | Check]:
     """Let them hammer for a while; count what was admitted, and what should have been."""
@@ -120,7 +115,7 @@ def rate_limit(stage: Stage) -> Iterator[str | Check]:
         own = int(decision.allowed)
         workers.tell("go")
         stage.wait("hammering", stage.size.seconds * 2 / 3)
-        workers.stop()
+        workers.tell(None)
         answers: list[int] = []
         while len(answers) < PROCESSES:  # the demo takes what flows in meanwhile
             while limiter.hit(KEY):
@@ -135,13 +130,11 @@ def rate_limit(stage: Stage) -> Iterator[str | Check]:
     least, most = (BURST + COUNT * time // timedelta(seconds=1) for time in (shortest, longest))
     admitted = sum(answers) + own
     shares = ", ".join(map(str, answers))
-    yield f"admitted to the {PROCESSES} processes: {shares}, and {own} to the demo itself"
+    yield f"admitted for the {PROCESSES} processes: {shares}, and {own} for the demo itself"
     due = str(least) if least == most else f"{least} to {most}"
-    yield Check(
-        f"{admitted} admitted in {longest.total_seconds():.3f} s of the server's clock: {BURST} at "
-        f"once and {COUNT} a second make {due}",
-        least <= admitted <= most,
-    )
+    text = f"{admitted} admitted in {longest.total_seconds():.3f} s by the server's clock"
+    text = f"{text}: a burst of {BURST} and {COUNT} a second allow {due}"
+    yield Check(text, least <= admitted <= most)
 
 
 def hammer(store: Store, orders: Orders) -> None:
@@ -162,8 +155,8 @@ GRACE = 1.0  # seconds in which an old token still reads
 
 @scene(
     "Sessions",
-    "A login gives a session a new token. The cart must survive it, and the old token must be "
-    "worthless to a thief.",
+    "A login gives a session a new token. The cart must survive it, and the old token must not help "
+    "a thief.",
 )
 def visitors(stage: Stage) -> Iterator[str | Check]:
     """Follow the sessions of all visitors through login, grace and logout."""
@@ -197,21 +190,17 @@ def visitors(stage: Stage) -> Iterator[str | Check]:
     stage.wait("waiting for the old tokens to end", GRACE, lambda: not load(old[-1:]))
     dead = VISITORS - len(load(old))
     ended = sum(map(sessions.destroy_user, carts))
-    revived = sum(not is_refused(session) for session in current)
+    late_saves = sum(map(is_refused, current))
     alive = len(load(session.id for session in current))
-    yield Check(
-        f"{survived} of {VISITORS} sessions kept their data, under a new token and with their user",
-        survived == VISITORS,
+    text = (
+        f"{survived} of {VISITORS} sessions kept their data, under a new token and with their user"
     )
+    yield Check(text, survived == VISITORS)
     if in_time:
-        yield Check(
-            f"within the grace of {GRACE:g} s the old tokens read what was there before the login, "
-            f"without the user; {refused} of {VISITORS} can write nothing",
-            as_before and refused == VISITORS,
-        )
-    yield Check(f"after the grace {dead} of {VISITORS} old tokens are worthless", dead == VISITORS)
-    yield Check(
-        f"destroy_user ended {ended} of {VISITORS} sessions; {alive or 'none'} is left, "
-        f"{revived or 'none'} came back by a late save",
-        (ended, alive, revived) == (VISITORS, 0, 0),
-    )
+        text = f"for {GRACE:g} s the old tokens read the data of before the login, without the user"
+        text = f"{text}, and {refused} of {VISITORS} writes with them were refused"
+        yield Check(text, as_before and refused == VISITORS)
+    yield Check(f"after that {dead} of {VISITORS} old tokens are refused", dead == VISITORS)
+    text = f"destroy_user ended {ended} of {VISITORS} sessions for good"
+    text = f"{text}: {late_saves} of {VISITORS} late saves were refused"
+    yield Check(text, (ended, alive, late_saves) == (VISITORS, 0, VISITORS))

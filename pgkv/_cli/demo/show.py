@@ -13,7 +13,7 @@ import secrets
 import signal
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,6 @@ SCENES: tuple[Scene, ...] = (
     patterns.visitors,
 )
 QUICKSTART = "docs/quickstart.md"
-HELD, WRONG = "ok", "WRONG"
 
 
 def run(
@@ -61,52 +60,46 @@ def run(
     """
     say: Callable[..., None] = (lambda *_, **__: None) if as_json else _say
     started = time.monotonic()
-    checks: list[Check] = []
     played: list[dict[str, Any]] = []
     say("Starting a temporary PostgreSQL ..." if dsn is None else "Connecting ...")
-    with contextlib.ExitStack() as cleanup, _interrupted(say):
-        stage = _open_stage(cleanup, dsn, options, size, quiet=as_json)
-        took = console.duration(time.monotonic() - started)
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        python = platform.python_version()
-        say(f"PostgreSQL is ready after {took}; Python {python}, {cores} cores for both.\n")
-        for title, stake, play in scenes:
-            say(title, "bold cyan")
-            say(stake, "dim", mark="")
-            seen: list[str | Check] = []
-            for each in play(stage):
-                seen.append(each)
-                if not as_json:
-                    show(each)
-            say("")
-            found = [each for each in seen if isinstance(each, Check)]
-            played.append({"title": title, "stake": stake,
-                           "said": [each for each in seen if not isinstance(each, Check)],
-                           "checks": [each._asdict() for each in found]})  # fmt: skip
-            checks += found
-    held = sum(check.held for check in checks)
+    with contextlib.ExitStack() as cleanup:
+        try:
+            stage = _open_stage(cleanup, dsn, options, size, quiet=as_json)
+            took = console.duration(time.monotonic() - started)
+            say(f"PostgreSQL is ready after {took}. {_machine()}\n")
+            for title, stake, play in scenes:
+                say(title, "bold cyan")
+                say(stake, "dim", mark="")
+                seen: dict[type, list[Any]] = {str: [], Check: []}
+                for each in play(stage):
+                    seen[type(each)].append(each)
+                    if not as_json:
+                        show(each)
+                say("")
+                checks = [each._asdict() for each in seen[Check]]
+                played.append({"title": title, "stake": stake, "said": seen[str], "checks": checks})
+        except KeyboardInterrupt:
+            say("Interrupted: cleaning up ...")
+            raise
+    held = [check["held"] for scene in played for check in scene["checks"]]
     seconds = time.monotonic() - started
     if as_json:
-        console.say_json({"held": held == len(checks), "seconds": seconds, "scenes": played})
+        console.say_json({"held": all(held), "seconds": seconds, "scenes": played})
     gone = "The server is stopped and removed." if dsn is None else "The tables are dropped."
     say(
-        f"{held} of {len(checks)} checks held, in {console.duration(seconds)}. {gone}",
-        "bold green" if held == len(checks) else "bold red",
+        f"{sum(held)} of {len(held)} checks held, in {console.duration(seconds)}. {gone}",
+        "bold green" if all(held) else "bold red",
     )
     if (Path(__file__).parents[3] / QUICKSTART).is_file():
-        say(f"Continue with {QUICKSTART}, five minutes, and the programs in examples/.")
+        say(f"Next: {QUICKSTART} takes five minutes, and examples/ has complete programs.")
     else:
-        say("Continue with pgkv --help, and help(pgkv) in Python.")
-    return held == len(checks)
+        say("Next: pgkv --help, and help(pgkv) in Python.")
+    return all(held)
 
 
-@contextlib.contextmanager
-def _interrupted(say: Callable[..., None]) -> Iterator[None]:
-    try:
-        yield
-    except KeyboardInterrupt:
-        say("Interrupted: cleaning up ...")
-        raise
+def _machine() -> str:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"Python {platform.python_version()}, {cores} cores for both."
 
 
 # -- on the screen -------------------------------------------------------------------------
@@ -116,11 +109,12 @@ def show(line: str | Check) -> None:
     """Show what a scene yields: in colour on a terminal, as plain lines elsewhere."""
     if isinstance(line, str):
         _say(line, mark="")
-        return
-    word = HELD if line.held else WRONG
-    sign = console.symbol("✓" if line.held else "✗", word)
-    mark = sign if console.on_terminal() else f"{word}:"
-    _say(line.text, "green" if line.held else "bold red", mark=mark)
+    else:
+        word = "ok" if line.held else "WRONG"
+        mark = f"{word}:"
+        if console.on_terminal():
+            mark = console.symbol("✓" if line.held else "✗", word)
+        _say(line.text, "green" if line.held else "bold red", mark=mark)
 
 
 def _say(text: str, style: str = "", *, mark: str | None = None) -> None:

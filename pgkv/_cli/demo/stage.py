@@ -89,8 +89,7 @@ class Stage:
         A worker looks at ``go_on()`` before each step. The first failure of a worker ends all of
         them and is raised here, as is Ctrl-C.
         """
-        until = time.monotonic() + seconds
-        stop = threading.Event()
+        until, stop = time.monotonic() + seconds, threading.Event()
 
         def go_on() -> bool:
             return not stop.is_set() and time.monotonic() < until
@@ -100,8 +99,7 @@ class Stage:
             try:
                 while rest:
                     done, rest = wait(rest, timeout=0.05, return_when=FIRST_EXCEPTION)
-                    for future in done:
-                        future.result()
+                    [future.result() for future in done]
                     advance(0.5)
             finally:
                 stop.set()

@@ -1,7 +1,7 @@
 """Processes that work in a scene: `running` starts them, and each of them runs this module.
 
-A worker calls the function that its first order names. Orders and answers are lines of JSON on its standard input and output. It ends when its input ends, so none
-outlives the demo.
+A worker calls the function that its first order names. Orders and answers are lines of JSON on its
+standard input and output. It ends when its input ends, so none outlives the demo.
 """
 
 from __future__ import annotations
@@ -64,17 +64,15 @@ class DemoWorker(subprocess.Popen[str]):
         return f"process {self.number}"
 
     def tell(self, order: Any) -> None:
-        """Send it an order. A dead worker gets none."""
+        """Send it an order; None lets it end. A dead worker gets none."""
         assert self.stdin is not None
         with contextlib.suppress(BrokenPipeError):
-            self.stdin.write(json.dumps(order) + "\n")
-            self.stdin.flush()
-
-    def stop(self) -> None:
-        assert self.stdin is not None
-        self._dismissed = True
-        with contextlib.suppress(BrokenPipeError):
-            self.stdin.close()
+            if order is None:
+                self._dismissed = True
+                self.stdin.close()
+            else:
+                self.stdin.write(json.dumps(order) + "\n")
+                self.stdin.flush()
 
     def kill(self) -> None:
         """Kill it, and wait until it is dead."""
@@ -109,12 +107,9 @@ class WorkerGroup:
         self.members = [DemoWorker(number, self._answers) for number in range(1, size + 1)]
 
     def tell(self, order: Any) -> None:
+        """Send an order to each; None lets them end."""
         for worker in self.members:
             worker.tell(order)
-
-    def stop(self) -> None:
-        for worker in self.members:
-            worker.stop()
 
     def answer(self, timeout: float = ANSWER_TIMEOUT) -> tuple[DemoWorker, Any]:
         """Return the next answer with its worker; raise what a worker has failed with."""
@@ -127,7 +122,7 @@ class WorkerGroup:
         return worker, answer
 
     def answer_of_each(self) -> list[Any]:
-        return list(dict(self.answer() for _ in self.members).values())
+        return [self.answer()[1] for _ in self.members]
 
 
 @contextlib.contextmanager
@@ -143,7 +138,7 @@ def running(work: str, size: int, first: dict[str, Any]) -> Iterator[WorkerGroup
             worker.kill()
         raise
     finally:
-        workers.stop()
+        workers.tell(None)
         for worker in workers.members:
             worker.leave()
 
