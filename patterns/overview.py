@@ -30,7 +30,7 @@ from .cache.sql import DIGEST_LENGTH, ENTRY
 from .cache.sql import PREFIX as CACHE
 from .idempotency.sql import IDEMPOTENCY
 from .lock.lease import read_owner
-from .lock.sql import LOCKS, LOCKS_UNLOGGED, SEPARATOR, TICKETS
+from .lock.sql import LOCKS, LOCKS_UNLOGGED, MARK_LENGTH, SEPARATOR, TICKETS
 from .queue.sql import JOBS, JOBS_UNLOGGED, STATE
 from .rate_limit.sql import ROWS as BUCKETS
 from .session.sql import SESSIONS
@@ -138,7 +138,7 @@ class HeldLock:
     token: int
     age: float
     remaining: float
-    waiters: int  # in the queue of a fair lock
+    waiters: int  # of a lock that is not fair those who have waited for a second
     metadata: Any
 
 
@@ -290,6 +290,32 @@ class Overviews:
         return self._made[key]
 
 
+def rates_between(before: Overview, after: Overview) -> dict[str, Any]:
+    """Return what happened per second between two frames, where the statistics were not reset: commits,
+    rollbacks, the share of blocks found in memory, and by table its writes and the share of updates
+    that were heap-only."""
+    old, new = before.server, after.server
+    seconds = max(0.001, new.now - old.now)
+    read, hit = new.blocks_read - old.blocks_read, new.blocks_hit - old.blocks_hit
+    known = {table.kind: table for table in before.tables}
+    tables = {}
+    for table in after.tables:
+        if (was := known.get(table.kind)) is not None:
+            updated = table.updated - was.updated
+            changes = table.inserted - was.inserted + updated + table.deleted - was.deleted
+            tables[table.kind] = {
+                "changes": max(0.0, changes / seconds),
+                "hot": (table.hot_updated - was.hot_updated) / updated if updated > 0 else None,
+            }
+    return {
+        "seconds": seconds,
+        "commits": max(0.0, (new.commits - old.commits) / seconds),
+        "rollbacks": max(0.0, (new.rollbacks - old.rollbacks) / seconds),
+        "hit_ratio": hit / (read + hit) if read >= 0 and hit > 0 else None,
+        "tables": tables,
+    }
+
+
 def _held_lock(
     waiters: dict[str, int], key: str, row: str, token: int, age: float, remaining: float
 ) -> HeldLock:
@@ -424,7 +450,7 @@ def _locks(table: str) -> str:
 def _tickets(table: str) -> str:
     return (
         "SELECT coalesce(json_agg(json_build_array(name, waiters)), '[]')::text FROM ("
-        f"SELECT split_part(substr(key, length($1::text) + 1), E'\\x1f', 1) AS name, "
+        f"SELECT left(substr(key, length($1::text) + 1), {-MARK_LENGTH}) AS name, "
         f"sum(scale)::int8 AS waiters FROM {sampled(table, 'key, expires_at')} s "
         f"WHERE starts_with(key, $1) AND expires_at > {NOW} GROUP BY 1) t"
     )

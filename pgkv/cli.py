@@ -22,6 +22,7 @@ from ._cli.queue import queue
 from ._cli.sessions import sessions
 from ._cli.shards import shards
 from ._cli.table import evict, migrate, schema, stats, sweep
+from ._cli.top import top
 from ._cli.worker import worker
 
 # The help shows them in this order.
@@ -36,6 +37,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "sweep": sweep,
     "evict": evict,
     "doctor": doctor,
+    "top": top,
     "schema": schema,
     "migrate": migrate,
     "locks": locks,

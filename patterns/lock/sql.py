@@ -612,7 +612,7 @@ class LockStatements:
 
 
 def _note_key(key: bytes, asking: Asking) -> bytes:
-    """Beside the tickets of the name; a semaphore's is that of its first slot, without the slot."""
+    """The key of a note, next to the tickets of the name. Of a semaphore the slot is left out."""
     return key.partition(SEPARATOR.encode())[0] + NOTE + asking.mark[1:]
 
 

@@ -162,6 +162,7 @@ def sessions(where: Path) -> Iterator[tuple[str, str, str, int]]:
             cached = pgkv.cached(3600, store=store, store_timeout=20)(load_user)
             for number in range(5):
                 cached(number)
+            store.set("pgkv:cache:s:web-1:17", '{"app.users.load_user:1": [67, 5]}')
         parts = [part.partition("\n") for part in on_a_terminal(script(), where).split(MARK)[1:]]
     for (line, wanted), (here, following) in zip(steps(), pairwise(parts), strict=True):
         yield line, wanted, visible(here[2]), int(following[0])

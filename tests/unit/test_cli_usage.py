@@ -21,6 +21,7 @@ COMMANDS = (
     *("get", "set", "delete", "scan", "load", "dump", "stats", "sweep", "evict"),
     *(
         "doctor",
+        "top",
         "schema",
         "migrate",
         "locks",

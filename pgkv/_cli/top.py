@@ -1,0 +1,320 @@
+"""``pgkv top``: what the server knows of a store and its patterns, drawn again and again."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+
+import typer
+
+from ..errors import PgkvError
+from . import console
+from .command import DONE, Invocation, duration, flag
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from ..patterns.overview import Overview
+    from ..store import Store
+
+LOOK_TIME = 1.0  # seconds for a frame's answer; the first one connects, and has an operation's time
+INTERVAL_MIN = 1.0  # seconds
+
+
+class Reading(NamedTuple):
+    """One look, and what happened per second since the one before; nothing after the first."""
+
+    frame: Overview
+    rates: dict[str, Any]
+
+
+def top(
+    call: Invocation,
+    interval: Annotated[
+        float,
+        typer.Option("--interval", metavar="TIME", parser=duration,
+                     help="The time between two looks. Default: 2s, at least 1s."),
+    ] = "2s",  # type: ignore[assignment]  # typer parses it
+    once: Annotated[bool, flag("--once", help="Show all views once, with the rates of one interval.")] = False,
+) -> int:  # fmt: skip
+    """Show live what the server knows: sizes, rates, keys, locks, queues, connections.
+
+    Keys: 1 to 5 choose a view, q ends. A look is one read-only round trip that costs the same however
+    large the tables are: of large ones it reads a sample, and counts are estimates. With --json each
+    look is a document. Exit code 3: the server did not answer the first look.
+
+    **Example:** `pgkv top`
+
+    **Example:** `pgkv top --once --json`
+    """
+    if not (once or call.json or console.on_terminal()):
+        raise typer.BadParameter("the output is no terminal: give --once or --json")
+    interval = max(interval, INTERVAL_MIN)
+    with call.store(pool_max_size=1) as store:
+        look = _looker(store)
+        reading = look(None)
+        if not (once or call.json):
+            _live(look, reading, interval)
+            return DONE
+        while True:
+            if not once:
+                _print(call, reading)
+            time.sleep(interval)
+            reading = look(LOOK_TIME)
+            if once:
+                _print(call, reading)
+                return DONE
+
+
+def _looker(store: Store) -> Callable[[float | None], Reading]:
+    from ..patterns.overview import Overviews, rates_between
+
+    overviews = Overviews(store)
+    before: Overview | None = None
+
+    def look(timeout: float | None) -> Reading:
+        nonlocal before
+        frame = store._run(overviews.look(), timeout)
+        rates = {} if before is None else rates_between(before, frame)
+        before = frame
+        return Reading(frame, rates)
+
+    return look
+
+
+def _print(call: Invocation, reading: Reading) -> None:
+    if call.json:
+        import msgspec
+
+        console.say_json({**msgspec.to_builtins(reading.frame), "rates": reading.rates})
+        sys.stdout.flush()
+        return
+    console.say("  ".join(_facts(reading)))
+    for _, view in VIEWS.values():
+        for title, rows, columns in view(reading):
+            console.show_documents(rows, columns, title=title)
+
+
+def _live(look: Callable[[float | None], Reading], reading: Reading, interval: float) -> None:
+    from rich.live import Live
+
+    shown, failure = "1", ""
+    with (
+        _keys() as key_within,
+        Live(
+            console=console.out(), screen=True, auto_refresh=False, vertical_overflow="crop"
+        ) as live,
+    ):
+        due = time.monotonic() + interval
+        while True:
+            live.update(_screen(shown, reading, failure), refresh=True)
+            key = key_within(due - time.monotonic())
+            if key == "q":
+                return
+            if key in VIEWS:
+                shown = key
+            if time.monotonic() < due:
+                continue
+            try:
+                reading = look(LOOK_TIME)
+                failure = ""
+            except PgkvError as error:
+                failure = console.without_secrets(f"no answer: {error}")
+            due = time.monotonic() + interval
+
+
+@contextlib.contextmanager
+def _keys() -> Iterator[Callable[[float], str]]:
+    """Read single keys without echo; gives a function that returns one pressed within a time, or
+    an empty text."""
+    import termios
+    import tty
+
+    def wait(seconds: float) -> str:
+        time.sleep(max(0.0, seconds))
+        return ""
+
+    if not console.can_ask():
+        yield wait
+        return
+    number = sys.stdin.fileno()
+
+    def key_within(seconds: float) -> str:
+        ready, _, _ = select.select([number], [], [], max(0.0, seconds))
+        return (os.read(number, 1).decode("ascii", "replace") or "q") if ready else ""
+
+    settings = termios.tcgetattr(number)
+    tty.setcbreak(number)
+    try:
+        yield key_within
+    finally:
+        termios.tcsetattr(number, termios.TCSADRAIN, settings)
+
+
+def _screen(shown: str, reading: Reading, failure: str) -> RenderableType:
+    from rich.console import Group
+    from rich.text import Text
+
+    menu = Text()
+    for key, (name, _) in VIEWS.items():
+        menu.append(f" {key} {name} ", style="reverse" if key == shown else "")
+        menu.append(" ")
+    menu.append(" q quit")
+    parts: list[RenderableType] = [Text("  ".join(_facts(reading))), menu]
+    if failure:
+        parts.append(Text(console.one_line(failure), style="bold red"))
+    for title, rows, columns in VIEWS[shown][1](reading):
+        if rows:
+            cells = ([text(row[field]) for field, text in columns.values()] for row in rows)
+            parts.append(console.table(list(columns), cells, title=title))
+    return Group(*parts)
+
+
+# -- views: titles, rows and columns -------------------------------------------------------
+
+
+_View = list[tuple[str, list[dict[str, Any]], console.Columns]]
+
+
+def _facts(reading: Reading) -> list[str]:
+    server, rates = reading.frame.server, reading.rates
+    facts = [
+        f"PostgreSQL {server.version.split()[0]}{' (standby)' if server.standby else ''}",
+        f"{server.database} as {server.role}",
+        f"up {console.duration(server.uptime)}",
+        f"{server.connections}/{server.max_connections} connections",
+        f"oldest transaction {console.duration(server.oldest_transaction)}",
+    ]
+    if rates:
+        facts.append(f"{rates['commits']:,.1f} commits/s")
+        if rates["hit_ratio"] is not None:
+            facts.append(f"{rates['hit_ratio']:.1%} of blocks in memory")
+    return [console.printable(each) for each in facts]
+
+
+def _rows(items: Any) -> list[dict[str, Any]]:
+    import msgspec
+
+    rows: list[dict[str, Any]] = msgspec.to_builtins(items)
+    return rows
+
+
+def _rate(rate: float | None) -> str:
+    return "" if rate is None else f"{rate:,.1f}"
+
+
+def _tables(reading: Reading) -> _View:
+    frame, by_kind = reading.frame, reading.rates.get("tables", {})
+    rows = [
+        {"changes": None, "hot": None} | row | by_kind.get(row["kind"], {})
+        for row in _rows(frame.tables)
+    ]
+    columns: console.Columns = {
+        "table": ("kind", str),
+        "rows": ("rows", console.number),
+        "dead": ("dead", console.number),
+        "size": ("bytes", console.size),
+        "indexes": ("index_bytes", console.size),
+        "writes/s": ("changes", _rate),
+        "heap-only": ("hot", lambda hot: "" if hot is None else f"{hot:.0%}"),
+        "vacuum": (
+            "vacuumed",
+            lambda ago: "never" if ago is None else f"{console.duration(ago)} ago",
+        ),
+    }
+    refused = [{"kind": kind, "why": why} for kind, why in frame.refused.items()]
+    return [
+        ("Tables", rows, columns),
+        ("Not readable", refused, {"table": ("kind", str), "why": ("why", console.one_line)}),
+    ]
+
+
+def _shares(reading: Reading) -> _View:
+    columns: console.Columns = {
+        "name": ("name", lambda name: console.one_line(name or "(no prefix)")),
+        "rows": ("rows", console.number),
+        "size": ("bytes", console.size),
+        "expired": ("expired", console.number),
+    }
+    kinds: console.Columns = {"kind": ("kind", str)} | dict(list(columns.items())[1:])
+    return [
+        ("What the rows are", _rows(reading.frame.kinds), kinds),
+        ("Keys by prefix", _rows(reading.frame.keys), columns),
+        ("Cached functions", _rows(reading.frame.functions), columns),
+        ("Limiters", _rows(reading.frame.limiters), columns),
+    ]
+
+
+def _locks(reading: Reading) -> _View:
+    held = [
+        row | {"name": row["name"] if row["slot"] is None else f"{row['name']} [{row['slot']}]"}
+        for row in _rows(reading.frame.locks)
+    ]
+    return [
+        (
+            f"Locks held: {reading.frame.locks_held:,}",
+            held,
+            {
+                "name": ("name", console.one_line),
+                "holder": ("owner", console.one_line),
+                "age": ("age", console.duration),
+                "remaining": ("remaining", console.duration),
+                "waiters": ("waiters", console.number),
+            },
+        ),
+        (
+            "Waiting for a lock of the server",
+            _rows(reading.frame.blocked),
+            {
+                "pid": ("pid", str),
+                "application": ("application", console.one_line),
+                "waits for": ("waits_for", str),
+                "for": ("seconds", console.duration),
+                "blocked by": ("blockers", lambda pids: ", ".join(map(str, pids))),
+            },
+        ),
+    ]
+
+
+def _work(reading: Reading) -> _View:
+    number = console.number
+    states = ("waiting", "delayed", "running", "dead")
+    queues: console.Columns = {
+        "queue": ("queue", console.one_line),
+        **{state: (state, number) for state in states},
+        "oldest": ("oldest", console.duration),
+    }
+    frame = reading.frame
+    counted: list[tuple[str, Any, tuple[str, ...]]] = [
+        ("Sessions", frame.sessions, ("live", "with_user", "expired")),
+        ("Idempotency keys", frame.idempotency, ("done", "running", "expired")),
+    ]
+    view: _View = [("Queues", _rows(frame.queues), queues)]
+    for title, counts, names in counted:
+        rows = [] if counts is None else _rows([counts])
+        view.append((title, rows, {name: (name, number) for name in names}))
+    return view
+
+
+def _connections(reading: Reading) -> _View:
+    columns: console.Columns = {
+        "application": ("application", console.one_line),
+        "state": ("state", str),
+        "connections": ("count", console.number),
+        "longest": ("longest", console.duration),
+    }
+    return [("Connections", _rows(reading.frame.connections), columns)]
+
+
+VIEWS: dict[str, tuple[str, Callable[[Reading], _View]]] = {
+    "1": ("tables", _tables),
+    "2": ("keys", _shares),
+    "3": ("locks", _locks),
+    "4": ("work", _work),
+    "5": ("connections", _connections),
+}
