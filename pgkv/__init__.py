@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ._observe import OperationEvent, StateEvent, on_event, on_operation
     from ._shards.placement import Shard
     from ._shards.store import AsyncShardedStore, ShardedStore
+    from ._watch.api import AsyncWatch, Event, Watch, watch_sql
     from .aio import AsyncStore
     from .config import Config, Pooler, RetryPolicy, TableType, TtlCleanupStrategy
     from .errors import (
@@ -143,6 +144,7 @@ __all__ = [  # noqa: RUF022  # plain order: ruff would put L1 before the classes
     "AsyncShardedStore",
     "AsyncStore",
     "AsyncTypedStore",
+    "AsyncWatch",
     "AsyncWorker",
     "Attempt",
     "Backoff",
@@ -158,6 +160,7 @@ __all__ = [  # noqa: RUF022  # plain order: ruff would put L1 before the classes
     "Decision",
     "DecodingError",
     "Entry",
+    "Event",
     "Handle",
     "Idempotency",
     "IdempotencyError",
@@ -228,6 +231,7 @@ __all__ = [  # noqa: RUF022  # plain order: ruff would put L1 before the classes
     "WSGIIdempotencyMiddleware",
     "WSGIRateLimitMiddleware",
     "WSGISessionMiddleware",
+    "Watch",
     "Worker",
     "Zstd",
     "cached",
@@ -243,6 +247,7 @@ __all__ = [  # noqa: RUF022  # plain order: ruff would put L1 before the classes
     "on_event",
     "on_operation",
     "schema_sql",
+    "watch_sql",
 ]
 
 # The modules of the names above, as type checkers read them from the imports.
@@ -250,6 +255,7 @@ _NAMES_OF = {
     "._observe": "OperationEvent StateEvent on_event on_operation",
     "._shards.placement": "Shard",
     "._shards.store": "AsyncShardedStore ShardedStore",
+    "._watch.api": "AsyncWatch Event Watch watch_sql",
     ".aio": "AsyncStore",
     ".config": "Config Pooler RetryPolicy TableType TtlCleanupStrategy",
     ".errors": "ConfigError ConflictError DecodingError IdempotencyError InProgressError InvalidKeyError InvalidValueError KeyReusedError LeaseLostError LockError LockTimeoutError NotFoundError OperationTimeoutError PgkvError PoolTimeoutError QueryError RateLimitedError SerializationError SessionConflictError SessionError SessionGoneError StoreUnavailableError TableNotFoundError TransactionError",

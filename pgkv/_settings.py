@@ -153,7 +153,7 @@ def conninfo_of(store: Any) -> str:
     Raises:
         ConfigError: the store is inside a transaction.
     """
-    channel = store._channel
+    channel = store._bare
     if isinstance(channel, InTransaction):
         raise ConfigError("load: it has a transaction of its own; call it on the store itself")
     return str(getattr(channel, "_inner", channel).conninfo())

@@ -11,13 +11,14 @@ import contextlib
 import inspect
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime
 from operator import attrgetter
 from pathlib import Path
 from threading import Event
 from time import monotonic
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, Unpack, overload
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, Unpack, cast, overload
 from urllib.parse import quote
 
 import psycopg
@@ -76,6 +77,7 @@ if TYPE_CHECKING:
     from ._ops.codec import Value
     from ._ops.serialize import CodecName
     from ._shards.store import AsyncShardedStore
+    from ._watch.api import AsyncWatch
     from .config import Options, Seconds, TableOptions
     from .pipeline import AsyncPipeline
     from .typed import AsyncTypedStore
@@ -150,8 +152,13 @@ class AsyncStore:
         self._target = target
         self._sql = sql
         self._channel = channel
+        if config.notify:
+            from ._watch.hints import AsyncNotingChannel
+
+            self._channel = cast("AsyncChannel", AsyncNotingChannel(channel, config))
         self._owner = owner
-        self._execute = channel.execute  # for the patterns
+        self._bare = channel  # this and the next two are for the patterns
+        self._execute = channel.execute
         self._run = channel.run
         channel.watch(sql)
 
@@ -168,7 +175,7 @@ class AsyncStore:
             config or self._config,
             self._target,
             sql or self._sql,
-            channel or self._channel,
+            channel or self._bare,
             owner=False,
         )
         return view
@@ -420,6 +427,8 @@ class AsyncStore:
             return await asyncio.to_thread(load, self._sql, conninfo, items, progress, stop)
         finally:
             stop.set()
+            if self._config.notify:
+                cast("Any", self._channel).tell_all()
 
     async def delete_many(self, keys: Iterable[str]) -> int:
         """Remove all the keys or none; return how many were there."""
@@ -744,11 +753,26 @@ class AsyncStore:
         inner = unwrap(conn, psycopg.AsyncConnection)
         return self._view(channel=AsyncCallerChannel(inner, self._config.operation_timeout))
 
-    def namespace(self, prefix: str) -> Self:
+    def namespace(self, prefix: str, *, notify: bool | None = None) -> Self:
         """Return a view of the keys with a prefix, which is added to keys on the way in and removed
         on the way out. See `Store.namespace`."""
         joined = namespace_prefix(self._sql.prefix, prefix)
-        return self._view(sql=self._sql.of(self._config, joined))
+        config = self._config if notify is None else replace(self._config, notify=notify)
+        return self._view(config=config, sql=self._sql.of(config, joined))
+
+    def watch(
+        self,
+        keys: str | Iterable[str],
+        *,
+        prefix: bool = False,
+        initial: bool = False,
+        poll: Seconds | None = 30.0,
+        values: bool = False,
+    ) -> AsyncWatch:
+        """Watch keys: iterate over their changes, made by any process. See `Store.watch`."""
+        from ._watch.api import AsyncWatch
+
+        return AsyncWatch(self, keys, prefix, initial, poll, values)
 
     def table(self, name: str, **options: Unpack[TableOptions]) -> Self:
         """Return a store for another table over the same connections; see `Store.table`."""

@@ -188,6 +188,7 @@ class Config:
         max_bytes: the same for keys, values and 80 bytes a row; at least 1 MiB. A value may have an
             eighth of it.
         transforms: compression and encryption of values at rest: `Zstd` or `Lz4`, then `AesGcmSiv`.
+        notify: tell watchers (`Store.watch`) at once of every key that this store writes.
 
     Raises:
         ConfigError: names the field and what it accepts.
@@ -214,6 +215,7 @@ class Config:
     max_entries: int | None = None
     max_bytes: int | None = None
     transforms: Sequence[Transform] = ()
+    notify: bool = False
 
     def __post_init__(self) -> None:
         _require_dsn(self.dsn)
@@ -225,7 +227,7 @@ class Config:
             if not isinstance(value, kind):
                 choices = ", ".join(f"{kind.__name__}.{member.name}" for member in kind)
                 raise ConfigError(f"{name} must be one of {choices}, not {value!r}")
-        for name in ("auto_create_table", "coalesce"):
+        for name in ("auto_create_table", "coalesce", "notify"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False")
         if self.on_error not in ("raise", "miss"):
@@ -325,6 +327,7 @@ class TableOptions(TypedDict, total=False):
     max_entries: int | None
     max_bytes: int | None
     transforms: Sequence[Transform]
+    notify: bool
 
 
 class Options(TableOptions, total=False):

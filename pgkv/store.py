@@ -10,13 +10,14 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime
 from operator import attrgetter
 from pathlib import Path
 from threading import Event
 from time import monotonic
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Generic, Literal, Self, TypeVar, Unpack, overload
+from typing import TYPE_CHECKING, Any, Generic, Literal, Self, TypeVar, Unpack, cast, overload
 from urllib.parse import quote
 
 import psycopg
@@ -75,6 +76,7 @@ if TYPE_CHECKING:
     from ._ops.codec import Value
     from ._ops.serialize import CodecName
     from ._shards.store import ShardedStore
+    from ._watch.api import Watch
     from .config import Options, Seconds, TableOptions
     from .pipeline import Pipeline
     from .typed import TypedStore
@@ -162,8 +164,13 @@ class Store:
         self._target = target
         self._sql = sql
         self._channel = channel
+        if config.notify:
+            from ._watch.hints import NotingChannel
+
+            self._channel = cast("Channel", NotingChannel(channel, config))
         self._owner = owner
-        self._execute = channel.execute  # for the patterns
+        self._bare = channel  # this and the next two are for the patterns
+        self._execute = channel.execute
         self._run = channel.run
         channel.watch(sql)
 
@@ -180,7 +187,7 @@ class Store:
             config or self._config,
             self._target,
             sql or self._sql,
-            channel or self._channel,
+            channel or self._bare,
             owner=False,
         )
         return view
@@ -512,7 +519,11 @@ class Store:
         conninfo = conninfo_of(self)
         if self._config.auto_create_table:
             self.create_table()
-        return load(self._sql, conninfo, items, progress, Event())
+        try:
+            return load(self._sql, conninfo, items, progress, Event())
+        finally:
+            if self._config.notify:
+                cast("Any", self._channel).tell_all()
 
     def delete_many(self, keys: Iterable[str]) -> int:
         """Remove all the keys or none; return how many were there."""
@@ -994,7 +1005,7 @@ class Store:
         inner = unwrap(conn, psycopg.Connection)
         return self._view(channel=CallerChannel(inner, self._config.operation_timeout))
 
-    def namespace(self, prefix: str) -> Self:
+    def namespace(self, prefix: str, *, notify: bool | None = None) -> Self:
         """Return a view of the keys with a prefix, which is added to keys on the way in and removed
         on the way out.
 
@@ -1004,12 +1015,50 @@ class Store:
         Args:
             prefix: a non-empty str. Nothing is put between it and the key, so end it with a separator
                 such as a colon.
+            notify: tell watchers of what is written through this view; None as this store does.
 
         Raises:
             InvalidKeyError: no key can begin with it.
         """
         joined = namespace_prefix(self._sql.prefix, prefix)
-        return self._view(sql=self._sql.of(self._config, joined))
+        config = self._config if notify is None else replace(self._config, notify=notify)
+        return self._view(config=config, sql=self._sql.of(config, joined))
+
+    def watch(
+        self,
+        keys: str | Iterable[str],
+        *,
+        prefix: bool = False,
+        initial: bool = False,
+        poll: Seconds | None = 30.0,
+        values: bool = False,
+    ) -> Watch:
+        """Watch keys: iterate over their changes, made by any process.
+
+        ``with store.watch("settings:", prefix=True) as events: for event in events: ...``. It says
+        which keys changed since they were last read, not each change: states in between may be
+        skipped. Writers with ``notify=True`` are heard at once; others are seen after `poll` seconds.
+
+        Args:
+            keys: a key, or several; with `prefix` what they begin with.
+            prefix: watch all keys with that prefix.
+            initial: begin with a "set" for each key that is there, then one "resync".
+            poll: seconds between comparisons of all watched keys with the table; None: none, but when
+                notifications may have been missed. While none can arrive (behind a pooler) it is 1 at
+                most.
+            values: events of kind "set" carry the value.
+
+        Returns:
+            A `Watch`, to be entered. What changes after it was entered is not missed.
+
+        Raises:
+            ConfigError: `poll` is below 0.1; or None behind a pooler; this store is in a transaction,
+                or over a pool that does not tell its server.
+            InvalidKeyError: no key is given, or one that cannot be.
+        """
+        from ._watch.api import Watch
+
+        return Watch(self, keys, prefix, initial, poll, values)
 
     def table(self, name: str, **options: Unpack[TableOptions]) -> Self:
         """Return a store for another table over the same connections.
@@ -1018,7 +1067,7 @@ class Store:
             name: the table's name.
             **options: ``schema``, ``table_type``, ``auto_create_table``, ``ttl_cleanup_strategy``,
                 ``max_key_length``, ``max_value_size``, ``on_error``, ``max_entries``, ``max_bytes``,
-                ``transforms``; the others are this store's.
+                ``transforms``, ``notify``; the others are this store's.
 
         Raises:
             ConfigError: the name cannot be a table name, or there is no such option.

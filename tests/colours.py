@@ -24,7 +24,7 @@ PLAIN = {"check", "pool_stats", "remaining", "headers", "cache_key", "limit", "s
 # ... these return (async) iterators ...
 ITERATORS = {"iter_keys", "iter_items"}
 # ... and these something to be awaited or entered.
-MANAGERS = {"transaction", "acquire", "acquire_many", "pipeline", "once"}
+MANAGERS = {"transaction", "acquire", "acquire_many", "pipeline", "once", "watch"}
 # Results that have blocking methods of their own.
 WRAPPED = {
     "Store",
@@ -43,6 +43,7 @@ WRAPPED = {
     "SessionStore",
     "Idempotency",
     "Attempt",
+    "Watch",
 }
 
 # One thread per racing call: with fewer, a caller that waits could keep the one it waits for from
@@ -99,6 +100,9 @@ class Threaded:
 
     def __iter__(self) -> Iterator[Any]:
         return map(_inward, self._target)
+
+    def __aiter__(self) -> AsyncIterator[Any]:
+        return _iterate(iter, (self._target,), {})
 
     def __repr__(self) -> str:
         return f"Threaded({self._target!r})"

@@ -82,7 +82,7 @@ class StoreContext:
     def __init__(self, store: Store | AsyncStore) -> None:
         self._store = weakref.ref(store)
         self.sql: CacheStatements = CacheStatements(store._config, store._sql.prefix)
-        self.breaker: Breaker = _breakers.setdefault(store._channel, Breaker())
+        self.breaker: Breaker = _breakers.setdefault(store._bare, Breaker())
         self.scope: str = f"{self.sql.t}\x1f{self.sql.prefix}"
         config = store._config
         self.transforms: Transforms | None = None

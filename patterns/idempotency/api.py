@@ -119,9 +119,9 @@ class _Idempotency(Generic[T]):
     def _begin(self, store: Any, ttl: Seconds, lease: Seconds, runtime: Any) -> None:
         self._flows = IdempotencyFlows(store._config, store._sql.prefix_bytes, ttl, lease)
         self._store = store
-        if not isinstance(store._channel, BoundChannel | AsyncBoundChannel):
+        if not isinstance(store._bare, BoundChannel | AsyncBoundChannel):
             self._runtime = runtime(store, "")
-        store._channel.watch(self._flows.sql)
+        store._bare.watch(self._flows.sql)
 
     @shown
     def __repr__(self) -> str:
@@ -151,7 +151,7 @@ class _Idempotency(Generic[T]):
         """
         view = self._view(self._codec)
         view._store = self._store.using(conn)
-        view._runtime, view._conn, view._pooled = None, view._store._channel._conn, self
+        view._runtime, view._conn, view._pooled = None, view._store._bare._conn, self
         return view
 
     def _check_inside(self) -> None:
@@ -246,7 +246,7 @@ class Idempotency(_Idempotency[T]):
             self._check_inside()
             if self._pooled is not None and not self._flows.ready:
                 self._pooled.create_table()
-            with self._store._channel.transaction() as channel:
+            with self._store._bare.transaction() as channel:
                 timeout = self._flows.timeout + attempt._wait
                 channel.run(attempt._claim_inside(channel), timeout)
                 yield attempt
@@ -344,7 +344,7 @@ class AsyncIdempotency(_Idempotency[T]):
             self._check_inside()
             if self._pooled is not None and not self._flows.ready:
                 await self._pooled.create_table()
-            async with self._store._channel.transaction() as channel:
+            async with self._store._bare.transaction() as channel:
                 timeout = self._flows.timeout + attempt._wait
                 await channel.run(attempt._claim_inside(channel), timeout)
                 yield attempt

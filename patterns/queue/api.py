@@ -262,7 +262,7 @@ class _Jobs(Generic[T]):
         view = self._view()
         if inside := isinstance(conn, type(self._store)):
             home_of(conn, self.name)  # refuses the transaction of another slot
-        view._bound = (conn if inside else self._store.using(conn))._channel
+        view._bound = (conn if inside else self._store.using(conn))._bare
         if not inside:
             view._caller = unwrap(conn, self._wanted)
         return view

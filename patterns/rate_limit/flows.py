@@ -111,7 +111,7 @@ class LimiterFlows:
         self._attach(store)
 
     def _attach(self, store: Any) -> None:
-        channel = store._channel
+        channel = store._bare
         self.sql: LimiterStatements = LimiterStatements(store._config, store._sql.prefix)
         self._execute = store._execute
         # Limiters with the same home can be charged by one statement.

@@ -59,9 +59,9 @@ class SessionView(Generic[StoreT]):
 
     def _bind(self, store: StoreT, flows: SessionFlows) -> None:
         self._store: StoreT = store
-        inside = isinstance(store._channel, BoundChannel | AsyncBoundChannel)
+        inside = isinstance(store._bare, BoundChannel | AsyncBoundChannel)
         self._flows = flows.inside() if inside else flows
-        store._channel.watch(self._flows.sql)
+        store._bare.watch(self._flows.sql)
 
     @shown
     def __repr__(self) -> str:

@@ -153,7 +153,7 @@ async def _guarded(work: Callable[[], Coroutine[Any, Any, object]]) -> None:
 
 def pool_channel(store: Any) -> PoolChannel | AsyncPoolChannel | None:
     """Return the channel over the store's pool; None for a view of a transaction."""
-    channel: object = store._channel
+    channel: object = store._bare
     if isinstance(channel, CoalescingChannel):
         channel = channel._inner
     return channel if isinstance(channel, PoolChannel | AsyncPoolChannel) else None

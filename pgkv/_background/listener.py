@@ -82,6 +82,14 @@ class Listener:
         """Whether a notification on that channel would arrive now."""
         return self._proven and channel in self._listening
 
+    def is_settled(self, channel: str) -> bool:
+        """Whether the server has acknowledged LISTEN, or it is known that it does not for now."""
+        return channel in self._listening or self._failing or bool(self.unavailable)
+
+    def has_lost(self, channel: str) -> bool:
+        """Whether the connection does not listen to that channel, or not yet."""
+        return channel not in self._listening
+
     # -- in the loop
 
     def _start(self) -> None:

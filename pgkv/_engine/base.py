@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from psycopg.pq.abc import PGresult
 
 
+LAST_TIME = 2.0  # seconds for what is still to be sent when a store is closed
 MANY = 1_000_000  # rows, at most, that a batch lets evict; it ends where the bound holds
 
 
@@ -47,6 +48,7 @@ class PooledOperations:
         self._pool = pool
         self._timeout = config.operation_timeout
         self._on_close: list[Callable[[], object]] = []
+        self.last_flows: list[Callable[[], Flow[None]]] = []  # run before the pool is closed
         self._collectors: dict[Table, Collector] = {}
         self._known: set[Table] = set()
         self._patrolling = False

@@ -273,6 +273,17 @@ def encode_array(items: Sequence[bytes], oid: int = TEXT_OID) -> bytes:
     return b"".join(parts)
 
 
+def decode_array(raw: bytes) -> list[bytes]:
+    """Return the byte strings of what `encode_array` made."""
+    items: list[bytes] = []
+    at = _ARRAY.size
+    while at < len(raw):
+        begin = at + 4
+        at = begin + int.from_bytes(raw[at:begin])
+        items.append(raw[begin:at])
+    return items
+
+
 def successor(prefix: bytes) -> bytes | None:
     """Return the smallest string above every string with that prefix; None when there is none.
 

@@ -102,6 +102,7 @@ def settings(
         ("schema", "each slot is a schema"),
         ("coalesce", "the operations of one turn go to several servers"),
         ("transforms", "its values are stored plain"),
+        ("notify", "watchers hear of one server"),
     ):
         if options.pop(name, None):
             raise ConfigError(f"a sharded store has no {name}=: {why}")
@@ -184,7 +185,7 @@ class _Sharded:
         return [self._in_slot(slot) for slot in range(self._slots.count)]
 
     def _check_table(self, options: TableOptions) -> None:
-        for name in ("schema", "auto_create_table", "transforms"):
+        for name in ("schema", "auto_create_table", "transforms", "notify"):
             if name in options:
                 raise ConfigError(f"the tables of a sharded store have no {name}= of their own")
 

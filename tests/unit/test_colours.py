@@ -31,6 +31,7 @@ PLAIN = {
     "namespace",
     "table",
     "typed",
+    "watch",
     "iter_keys",
     "iter_items",
 }
@@ -185,5 +186,5 @@ def test_what_a_pipeline_does_not_offer() -> None:
         # upkeep, and what opens or closes
         *("truncate", "stats", "vacuum", "analyze", "create_table", "recreate_table", "ping"),
         *("connect", "from_pool", "embedded", "sharded", "close", "transaction", "run_transaction"),
-        *("using", "namespace", "table", "typed", "pipeline", "clear"),
+        *("using", "namespace", "table", "typed", "pipeline", "clear", "watch"),
     }

@@ -32,7 +32,7 @@ from ..._sql.sweep import Sweep
 from ...config import Config, Table
 from ...errors import PgkvError
 from .. import schema as _schema
-from ..base import PooledOperations
+from ..base import LAST_TIME, PooledOperations
 from ..results import OK, failed, outcomes
 from ..sweep import PATROL_PAUSE, SWEEP_CHANCE, Collector, warn_dropped, weakly
 from .pool import AsyncCallerPool, AsyncStorePool
@@ -244,6 +244,8 @@ class AsyncPoolChannel(PooledOperations):
             task.cancel()
         if self._tasks:
             await asyncio.wait(self._tasks)
+        while self.last_flows:
+            await self.run(self.last_flows.pop()(), LAST_TIME)
         await self._pool.close()
         while self._on_close:
             await asyncio.to_thread(self._on_close.pop())

@@ -36,7 +36,7 @@ from ..._sql.sweep import Sweep
 from ...config import Config, Table
 from ...errors import PgkvError
 from .. import schema as _schema
-from ..base import PooledOperations
+from ..base import LAST_TIME, PooledOperations
 from ..results import OK, failed, outcomes
 from ..sweep import SWEEP_CHANCE, Collector, warn_dropped, weakly
 from .pool import CallerPool, StorePool, disown
@@ -270,6 +270,8 @@ class PoolChannel(PooledOperations):
     def close(self) -> None:
         """Close every connection. What is under way ends first or fails."""
         self._closing.set()
+        while self.last_flows:
+            self.run(self.last_flows.pop()(), LAST_TIME)
         self._pool.close()
         while self._on_close:
             self._on_close.pop()()

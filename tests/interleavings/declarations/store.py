@@ -16,11 +16,11 @@ from tests.interleavings.scenarios import bounded
 from tests.interleavings.schedule import Scenario
 
 STATEMENTS = tuple(
-    f"pgkv._sql{each}" for each in ("", ".point", ".batch", ".scan", ".sweep", ".evict")
+    f"pgkv._sql{each}" for each in ("", ".point", ".batch", ".scan", ".sweep", ".evict", ".watch")
 )
 READS = frozenset((
     "get", "get_entry", "exists", "ttl", "get_many", "get_raw", "exists_many", "keys", "scan", "count", "stats",
-    "now", "get_statement", "exists_statement", "ping", "reach", "may_maintain", "pages", "vacuum", "analyze", "Sweep.collect", "dump", "vacuum_idle",
+    "now", "get_statement", "exists_statement", "ping", "reach", "may_maintain", "pages", "vacuum", "analyze", "Sweep.collect", "notify", "name", "read", "page", "dump", "vacuum_idle",
 ))  # fmt: skip
 KEYS = ["a", "k", "z"]
 # What a side writes: integers, so that all of it can be added to.
