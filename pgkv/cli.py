@@ -21,7 +21,7 @@ from ._cli.locks import locks
 from ._cli.queue import queue
 from ._cli.sessions import sessions
 from ._cli.shards import shards
-from ._cli.table import evict, migrate, schema, stats, sweep
+from ._cli.table import evict, migrate, rewrite, schema, stats, sweep
 from ._cli.top import top
 from ._cli.worker import worker
 
@@ -36,6 +36,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "stats": stats,
     "sweep": sweep,
     "evict": evict,
+    "rewrite": rewrite,
     "doctor": doctor,
     "top": top,
     "schema": schema,

@@ -97,6 +97,8 @@ class Zstd(Compression):
 
     def _unpack(self, body: bytes) -> bytes:
         """Return the frame's content."""
+        if sys.version_info >= (3, 14):  # one frame: the function would go on with those after it
+            return self._lib.ZstdDecompressor().decompress(body)  # type: ignore[no-any-return]  # bytes
         return self._lib.decompress(body)  # type: ignore[no-any-return]  # bytes
 
 

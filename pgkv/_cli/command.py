@@ -8,6 +8,7 @@ adds the common options, which can stand before or after the command's name.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import inspect
 import logging
 import os
@@ -32,6 +33,7 @@ from ..config import (
 )
 from ..errors import (
     ConfigError,
+    DecodingError,
     InvalidKeyError,
     InvalidValueError,
     NotFoundError,
@@ -177,6 +179,21 @@ class Invocation:
             console.note(nothing)
 
 
+def load_object(text: str, form: str) -> Any:
+    """Return what the user's program has under MODULE:NAME, found from the working directory."""
+    module, colon, name = text.partition(":")
+    if not colon or not module or not name:
+        raise typer.BadParameter(f"{text!r} is not {form}")
+    sys.path.insert(0, "")
+    try:
+        found: Any = importlib.import_module(module)
+        for part in name.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError) as error:
+        raise typer.BadParameter(f"cannot load {text}: {error}") from None
+    return found
+
+
 def require_database(config: Config) -> None:
     """Refuse an embedded database that does not exist yet: opening it would create it."""
     if not config.dsn.startswith(EMBEDDED_SCHEME):
@@ -299,7 +316,7 @@ def _advice(error: PgkvError) -> str:
 
 
 def _exit_code(error: PgkvError) -> int:
-    if isinstance(error, NotFoundError | TableNotFoundError):
+    if isinstance(error, NotFoundError | TableNotFoundError | DecodingError):
         return NOT_FOUND
     # A refusal by the server is not wrong usage: the store cannot be used.
     if isinstance(error, ConfigError | InvalidKeyError | InvalidValueError) and not error._sqlstate:

@@ -1,4 +1,4 @@
-"""The commands about a whole table: ``stats``, ``sweep``, ``evict``, ``schema``, ``migrate``."""
+"""The commands about a whole table: ``stats``, ``sweep``, ``evict``, ``rewrite``, ``schema``, ``migrate``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .._engine.schema import change, changes
 from .._engine.sweep import sweep_all
 from ..config import TableType
 from . import console
-from .command import DONE, NOT_FOUND, Invocation, MaxBytes, MaxEntries, flag
+from .command import DONE, NOT_FOUND, Invocation, MaxBytes, MaxEntries, flag, load_object
 
 
 def stats(call: Invocation) -> int:
@@ -86,6 +86,30 @@ def evict(
     with call.store(max_entries=max_entries, max_bytes=max_bytes) as store:
         removed = store.evict()
     call.answer({"deleted": removed}, f"evicted {console.count(removed, 'key')}")
+    return DONE
+
+
+def rewrite(
+    call: Invocation,
+    transforms: Annotated[
+        str, typer.Argument(metavar="MODULE:NAME", help="The list of transforms in your program.")
+    ],
+    prefix: Annotated[
+        str, typer.Option("--prefix", "-p", metavar="TEXT", help="Keys that begin with this.")
+    ] = "",
+) -> int:
+    """Bring stored values to the present transforms, after a new encryption key was put first.
+
+    The module is found from the working directory. Programs may go on reading and writing. A call
+    that was interrupted can be repeated.
+
+    **Example:** `pgkv rewrite app.settings:TRANSFORMS --table secrets`
+    """
+    steps = load_object(transforms, "MODULE:NAME, such as app.settings:TRANSFORMS")
+    with call.store(transforms=steps) as store, console.progress(quiet=call.json) as bar:
+        task = bar.add_task("values", total=None)
+        count = store.rewrite(prefix, progress=lambda done: bar.update(task, completed=done))
+    call.answer({"rewritten": count}, f"rewrote {console.count(count, 'value')}")
     return DONE
 
 

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import importlib
 import inspect
 import logging
-import sys
 from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
 
 from . import console
-from .command import DONE, Invocation, duration, flag
+from .command import DONE, Invocation, duration, flag, load_object
 
 
 def worker(
@@ -49,7 +47,9 @@ def worker(
 
     **Example:** `pgkv worker app.jobs:send --queue emails`
     """
-    fn = _find(function)
+    fn = load_object(function, "MODULE:FUNCTION, such as app.jobs:send")
+    if not callable(fn):
+        raise typer.BadParameter(f"{function} is not a function")
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
     options = {
         "lease": lease,
@@ -84,19 +84,3 @@ async def _run_async(
         where = store if call.namespace is None else store.namespace(call.namespace)
         console.note(f"working on {', '.join(queues)}")
         await AsyncWorker([AsyncQueue(where, name, **options) for name in queues], fn, **more).run()
-
-
-def _find(text: str) -> Callable[..., Any]:
-    module, colon, name = text.partition(":")
-    if not colon or not module or not name:
-        raise typer.BadParameter(f"{text!r} is not MODULE:FUNCTION, such as app.jobs:send")
-    sys.path.insert(0, "")
-    try:
-        found: Any = importlib.import_module(module)
-        for part in name.split("."):
-            found = getattr(found, part)
-    except (ImportError, AttributeError) as error:
-        raise typer.BadParameter(f"cannot load {text}: {error}") from None
-    if not callable(found):
-        raise typer.BadParameter(f"{text} is not a function")
-    return found  # type: ignore[no-any-return]  # whatever the module has

@@ -17,12 +17,14 @@ pytest.importorskip("typer")
 pytest.importorskip("rich")
 
 from pgkv import (
+    AesGcmSiv,
     Config,
     Pooler,
     Store,
     StoreUnavailableError,
     TableType,
     TtlCleanupStrategy,
+    Zstd,
     fence_sql,
 )
 from pgkv._cli.doctor.context import Finding
@@ -352,6 +354,23 @@ def test_a_bound(dsn: str) -> None:
         found = examine(dsn, max_entries=200)["bound"]
         assert found.status == "warn"
         assert "pgkv evict" in found.advice
+
+
+def test_transforms(dsn: str) -> None:
+    """Values are counted by the transforms that they were stored with; of two encryption keys it warns."""
+    old, new = (AesGcmSiv({n: bytes([n]) * 32}) for n in (1, 2))
+    with Store.connect(dsn) as store:
+        store.set("plain", "v")
+        assert "transforms" not in examine(dsn)
+        store.table("kv_store", transforms=[Zstd(), old]).set_many(
+            {"a": "v", "b": "v" * 999, "c": "v" * 999}
+        )
+        found = examine(dsn)["transforms"]
+        assert (found.status, found.advice) == ("ok", "")
+        assert found.detail == "2 zstd + aes:1, 1 plain, 1 aes:1, of a sample"
+        store.table("kv_store", transforms=[new]).set("a", "v")
+        found = examine(dsn)["transforms"]
+        assert (found.status, "pgkv rewrite" in found.advice) == ("warn", True)
 
 
 def test_a_large_table_is_sampled(dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:

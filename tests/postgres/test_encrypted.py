@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,9 +20,9 @@ from tests.peers import Peer, gather
 pytestmark = newest
 OLD, NEW = b"1" * 32, b"2" * 32
 TEXT = b"a secret of some length, " * 60
-BEFORE = [AesGcmSiv({1: OLD})]
-BOTH = [Zstd(), AesGcmSiv({2: NEW, 1: OLD})]
-AFTER = [Zstd(), AesGcmSiv({2: NEW})]
+BEFORE: list[Any] = [AesGcmSiv({1: OLD})]
+BOTH: list[Any] = [Zstd(), AesGcmSiv({2: NEW, 1: OLD})]
+AFTER: list[Any] = [Zstd(), AesGcmSiv({2: NEW})]
 
 
 async def test_the_table_holds_no_plaintext(make_store: Any, colour: Colour, peer: Peer) -> None:
@@ -208,6 +209,39 @@ async def test_rotation(make_store: Any, peer: Peer) -> None:
         await last.get("other:k")
     assert await new.namespace("other:").rewrite() == 1
     assert await last.get("other:k") == b"stays"
+
+
+SETTINGS = """
+import pgkv
+OLD = [pgkv.AesGcmSiv({1: b"1" * 32})]
+NEW = [pgkv.AesGcmSiv({2: b"2" * 32, 1: b"1" * 32})]
+WRONG = [pgkv.AesGcmSiv({2: b"2" * 32})]
+"""
+
+
+def test_rotation_from_the_shell(
+    dsn: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """pgkv rewrite takes the transforms from the program; an error shows no key and no value."""
+    cli = pytest.importorskip("pgkv.cli")
+    (tmp_path / "rotating.py").write_text(SETTINGS)
+    monkeypatch.chdir(tmp_path)
+    with pgkv.Store.connect(dsn, transforms=BEFORE) as store:
+        store.set_many({"a": "secret", "b": "secret", "other": "secret"})
+    command = ["rewrite", "--dsn", dsn]
+    assert cli.main([*command, "rotating:WRONG"]) == 1
+    text = "".join(capsys.readouterr())
+    assert "the value of 'a' cannot be read: it is encrypted with key 1, which is not given" in text
+    assert "secret" not in text
+    assert "2222" not in text
+    assert cli.main([*command, "rotating:NEW", "--prefix", "a", "--json"]) == 0
+    assert capsys.readouterr().out == '{"rewritten": 1}\n'
+    assert cli.main([*command, "rotating:NEW"]) == 0
+    assert capsys.readouterr().out == "rewrote 2 values\n"
+    for wrong in ("rotating", "rotating:NONE", "rotating:SETTINGS"):
+        assert cli.main([*command, wrong]) == 2
+    with pgkv.Store.connect(dsn, transforms=AFTER) as store:
+        assert store.get_many(["a", "b", "other"]) == dict.fromkeys(("a", "b", "other"), b"secret")
 
 
 async def test_turned_on_while_there_are_values(make_store: Any) -> None:

@@ -82,9 +82,10 @@ LEFT_OUT = {
         (
             "test_coalesce__everything_else_of_a_turn",
             "test_coalesce__gets_of_a_turn",
+            "test_coalesce__writes_of_one_kind",
             "test_pipeline__merged_into_few_statements",
         ),
-        "counts statements, where reads are not merged",
+        "counts statements, of which only those that write values are merged",
     ),
     **dict.fromkeys(
         ("test_races__a_conflict_that_never_ends",),

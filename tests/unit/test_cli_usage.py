@@ -18,7 +18,7 @@ from pgkv.cli import main
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = (
-    *("get", "set", "delete", "scan", "load", "dump", "stats", "sweep", "evict"),
+    *("get", "set", "delete", "scan", "load", "dump", "stats", "sweep", "evict", "rewrite"),
     *(
         "doctor",
         "top",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import psycopg
@@ -11,6 +12,7 @@ from ..._sql.evict import ROW_BYTES
 from ..._sql.sample import sampled
 from ...config import TableType, quote_identifier
 from ...patterns.lock.sql import LOCKS, LOCKS_UNLOGGED
+from ...transforms import applied
 from .. import console
 from .context import Check, Context, Result, fail, ok, warn
 
@@ -377,6 +379,27 @@ def bound(context: Context) -> Result | None:
     return ok(detail)
 
 
+def transforms(context: Context) -> Result | None:
+    """Which transforms the values were stored with, and so which encryption keys are in use."""
+    forms = context.rows(
+        "SELECT form, count(*) AS n FROM "
+        f"{sampled(context.name, 'substring(value from 1 for 6) AS form', SAMPLED_PAGES)} s "
+        "GROUP BY 1"
+    )
+    counts: Counter[tuple[str, ...]] = Counter()
+    for row in forms:
+        counts[applied(bytes(row["form"]))] += row["n"]
+    if not counts.keys() - {()}:
+        return None
+    detail = ", ".join(f"{n:,} {' + '.join(form) or 'plain'}" for form, n in counts.most_common())
+    keys = {each for form in counts for each in form if each.startswith("aes:")}
+    if len(keys) > 1:
+        return warn(
+            f"{detail}, of a sample", "run `pgkv rewrite`, and remove a key of which no row is left"
+        )
+    return ok(f"{detail}, of a sample")
+
+
 def emptied(context: Context) -> Result | None:
     """Whether a crash of the server emptied the UNLOGGED table.
 
@@ -429,5 +452,6 @@ CHECKS: dict[str, Check] = {
     "dead rows": dead_rows,
     "expired rows": expired_rows,
     "bound": bound,
+    "transforms": transforms,
     "emptied by a crash": emptied,
 }
