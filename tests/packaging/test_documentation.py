@@ -3,7 +3,7 @@
 import re
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from html.parser import HTMLParser
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -22,6 +22,7 @@ CUT = """
 return [...document.querySelectorAll(".highlight pre")]
     .filter(block => block.scrollWidth > block.clientWidth + 1).map(block => block.innerText.slice(0, 60));
 """
+BROKEN = "broken.html"
 WIDER = "return document.documentElement.scrollWidth - arguments[0];"
 
 
@@ -101,30 +102,47 @@ def address(site: Path) -> Iterator[str]:
         thread.join()
 
 
+def faults_of(browser: Any, address: str, names: Iterable[str]) -> list[object]:
+    """What does not fit: pages wider than a screen, blocks of code cut on a laptop; and failures of scripts."""
+    faults: list[object] = []
+    for name in names:
+        browser.get(f"{address}/{name}")
+        for width in WIDTHS:
+            screen = {
+                "width": width,
+                "height": 900,
+                "deviceScaleFactor": 1,
+                "mobile": width < 500,
+            }
+            browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
+            if (wider := browser.execute_script(WIDER, width)) > 0:
+                faults.append((name, width, wider))
+            if width >= 1366 and (cut := browser.execute_script(CUT)):
+                faults.append((name, width, cut))
+        faults += [entry["message"] for entry in browser.get_log("browser")]
+    return faults
+
+
 def test_pages_fit_on_every_screen(site: Path, address: str, tmp_path: Path) -> None:
     """No page is wider than the screen, no code block is cut on a laptop, no script fails."""
-    faults: list[object] = []
+    names = [page.relative_to(site).as_posix() for page in pages(site)]
+    shown = [name for name in names if name not in {"genindex.html", "search.html", BROKEN}]
     with chromium(tmp_path / "profile") as browser:
-        untyped: Any = browser
-        for page in pages(site):
-            name = page.relative_to(site).as_posix()
-            if name in {"genindex.html", "search.html"}:
-                continue
-            browser.get(f"{address}/{name}")
-            for width in WIDTHS:
-                screen = {
-                    "width": width,
-                    "height": 900,
-                    "deviceScaleFactor": 1,
-                    "mobile": width < 500,
-                }
-                browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
-                if (wider := browser.execute_script(WIDER, width)) > 0:
-                    faults.append((name, width, wider))
-                if width >= 1366 and (cut := browser.execute_script(CUT)):
-                    faults.append((name, width, cut))
-            faults += [entry["message"] for entry in untyped.get_log("browser")]
-    assert faults == []
+        assert faults_of(browser, address, shown) == []
+
+
+def test_a_page_that_does_not_fit_is_found(site: Path, address: str, tmp_path: Path) -> None:
+    """The control of the test above: a page with each of its faults."""
+    head = (site / "index.html").read_text("utf-8").partition("<body>")[0]
+    code = f'<div class="highlight"><pre style="white-space: pre">{"x" * 400}</pre></div>'
+    wide = '<div style="width: 1500px">wide</div><script>noSuchFunction()</script>'
+    (site / BROKEN).write_text(f"{head}<body><article>{code}{wide}</article></body></html>")
+    with chromium(tmp_path / "profile") as browser:
+        found = faults_of(browser, address, [BROKEN])
+    (site / BROKEN).unlink()
+    places = [fault[:2] for fault in found if isinstance(fault, tuple)]
+    assert places == [(BROKEN, 390), (BROKEN, 1366), (BROKEN, 1366), (BROKEN, 1920)]
+    assert any("noSuchFunction" in str(fault) for fault in found)
 
 
 def test_search_finds_session_timeouts_where_they_are_explained(
