@@ -13,9 +13,10 @@ from django.apps import AppConfig
 from django.conf import settings
 from django.core.cache import InvalidCacheBackendError, caches
 from django.core.checks import Error, Tags, register
-from django.db import DEFAULT_DB_ALIAS
+from django.db import DEFAULT_DB_ALIAS, connections
 from django.db.models.signals import post_migrate
 
+from ..._observe import on_event
 from ...errors import PgkvError
 from ...store import Store
 from .cache import PgkvCache
@@ -24,16 +25,31 @@ SESSIONS = "pgkv.integrations.django.sessions"
 
 
 class PgkvAppConfig(AppConfig):
-    """The application's configuration; Django finds it by itself."""
+    """The application's configuration; Django finds it by itself. With ``DEBUG`` its statements are in
+    ``connection.queries`` of the default database, without their parameters."""
 
     name = "pgkv.integrations.django"
     label = "pgkv"
     verbose_name = "pgkv"
 
     def ready(self) -> None:
-        """Have tables made after each ``migrate``, and settings checked."""
+        """Have tables made after each ``migrate``, settings checked, and statements seen."""
         post_migrate.connect(make_tables, sender=self)
         register(check_caches, Tags.caches)
+        if settings.DEBUG:
+            on_event(log_query)
+
+
+def log_query(event: Any) -> None:
+    """Show a statement to Django's debug tools, if they look.
+
+    Args:
+        event: an operation that has ended.
+    """
+    connection = connections[DEFAULT_DB_ALIAS]
+    if connection.queries_logged:
+        sql = f"/* pgkv {event.name} */ {event._op.statement.sql}"
+        connection.queries_log.append({"sql": sql, "time": f"{event.seconds:.3f}"})
 
 
 def pgkv_caches() -> Iterator[tuple[str, PgkvCache]]:

@@ -53,18 +53,28 @@ settings.configure(
 )
 django.setup()
 
+from django.apps import apps  # noqa: E402
 from django.contrib.auth import authenticate, get_user_model, login  # noqa: E402
 from django.core import checks  # noqa: E402
 from django.core.cache import cache, caches  # noqa: E402
 from django.core.management import call_command  # noqa: E402
-from django.db import connection, transaction  # noqa: E402
+from django.db import connection, reset_queries, transaction  # noqa: E402
 from django.http import HttpResponse  # noqa: E402
 from django.test import AsyncClient, Client  # noqa: E402
+from django.test.utils import CaptureQueriesContext  # noqa: E402
 from django.urls import path  # noqa: E402
 from rest_framework.decorators import api_view, throttle_classes  # noqa: E402
 from rest_framework.response import Response  # noqa: E402
 
-from pgkv import AsyncRateLimiter, AsyncStore, Config, ConfigError, RateLimiter, Store  # noqa: E402
+from pgkv import (  # noqa: E402
+    AsyncRateLimiter,
+    AsyncStore,
+    Config,
+    ConfigError,
+    RateLimiter,
+    Store,
+    _observe,
+)
 from pgkv.integrations.django import PgkvCache, sessions  # noqa: E402
 from pgkv.integrations.django.ratelimit import ratelimit  # noqa: E402
 from pgkv.integrations.django.stores import STORES, config_for  # noqa: E402
@@ -183,6 +193,61 @@ def test_the_command_sees_the_caches_table(capfd):
     cache.set("seen", b"by the command")
     call_command("pgkv", "stats", "--json")
     assert json.loads(capfd.readouterr().out)["total_keys"] == 1
+
+
+# -- Django's debug tools
+
+
+def test_statements_are_seen_where_debug_is_on():
+    """`connection.queries` has those of the cache and of sessions, and no key or value."""
+    cache.set("quiet", 1)
+    with CaptureQueriesContext(connection) as seen:
+        cache.get("quiet")
+    assert len(seen) == 0  # DEBUG is off: nothing is added to a call
+    settings.DEBUG, hooks = True, list(_observe.hooks)
+    try:
+        apps.get_app_config("pgkv").ready()
+        reset_queries()
+        cache.set("secret", "value")
+        cache.get_many(["secret", "other"])
+        sessions.SessionStore("n" * 32).load()
+        with connection.cursor() as cursor:
+            cursor.execute("SELECT 1")
+        with CaptureQueriesContext(connection) as seen:
+            cache.get("secret")
+        texts = [each["sql"] for each in connection.queries]
+    finally:
+        settings.DEBUG = False
+        _observe.hooks[:] = hooks
+    assert [text[:15] for text in texts[:3]] == [
+        "/* pgkv set */ ",
+        "/* pgkv get_man",
+        "/* pgkv get */ ",
+    ]
+    assert texts[3] == "SELECT 1"
+    assert '"django_cache"' in texts[0]
+    assert '"pgkv_sessions"' in texts[2]
+    assert [each["sql"][:15] for each in seen] == ["/* pgkv get */ "]
+    assert "secret" not in "".join(texts)
+
+
+def test_the_debug_toolbars_cache_panel_counts_calls():
+    """It wraps the methods of any cache; a hit is told from a miss."""
+    from debug_toolbar.panels.cache import CachePanel
+
+    panel = CachePanel(None, lambda request: None)
+    cache.delete("k")
+    panel.enable_instrumentation()
+    try:
+        cache.get("k")
+        cache.set("k", 1)
+        cache.get_many(["k", "none"])
+        cache.incr("k")
+    finally:
+        panel.disable_instrumentation()
+    assert [each["name"] for each in panel.calls] == ["get", "set", "get_many", "incr"]
+    assert (panel.hits, panel.misses) == (1, 2)
+    assert {each["backend"] for each in panel.calls} == {"default (PgkvCache)"}
 
 
 # -- cache
