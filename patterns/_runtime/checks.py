@@ -8,11 +8,6 @@ from typing import Any
 from ...config import Config
 from ...errors import ConfigError
 
-NOT_SHARDED = (
-    *("SessionStore", "AsyncSessionStore", "Idempotency", "AsyncIdempotency"),
-    *("cached, an async function,", "cached, a plain function,", "invalidate_tag()"),
-)
-
 
 def home_of(store: Any, name: str) -> Any:
     """Return the store that has a name's lock or queue: of a sharded one that of the name's slot."""
@@ -29,10 +24,6 @@ def require(given: object, wanted: type[Any], who: str, twin: str) -> None:
     """Refuse what is not of the `wanted` class, which `who` needs. `twin` takes its sync or async
     counterpart: for that the message names it."""
     if isinstance(given, wanted):
-        if who in NOT_SHARDED and hasattr(getattr(given, "_config", None), "shards"):
-            raise ConfigError(
-                f"{who} does not work on a sharded store: give it a store on one server"
-            )
         return
     is_async = wanted.__name__.startswith("Async")
     other = wanted.__name__.removeprefix("Async") if is_async else f"Async{wanted.__name__}"

@@ -62,6 +62,10 @@ class Runtime:
         """Return the background of the store's database."""
         raise NotImplementedError
 
+    def _of(self, channel: Any) -> Background:
+        """The background of a channel's server; of all servers any one."""
+        raise NotImplementedError
+
     def watch(self, held: Held) -> None:
         """Renew it until it is forgotten, and tell its holder of its end."""
         self.background().part(LeaseRenewals).watch(held)
@@ -69,6 +73,21 @@ class Runtime:
     def forget(self, held: Held) -> None:
         """Renew it no more."""
         self.background().part(LeaseRenewals).forget(held)
+
+    def backgrounds(self) -> list[Background]:
+        """Return the background of the store's database, or of each of a sharded store."""
+        router = getattr(self.channel, "router", None)
+        if router is None:
+            return [self.background()]
+        return [self._of(self.channel.of_slot(slot)) for slot in router.one_of_each()]
+
+    def placed(self, op: Op[T]) -> tuple[Op[T], Background]:
+        """Return an operation on a key as the background that performs it needs it, and that one."""
+        router = getattr(self.channel, "router", None)
+        if router is None:
+            return op, self.background()
+        ((slot, op),) = router.parts(op, 0)
+        return op, self._of(self.channel.of_slot(slot))
 
     def follow(self, held: Held) -> None:
         """Renew what is no longer where it was watched: its slot was moved to another server."""
@@ -106,8 +125,11 @@ class SyncRuntime(Runtime):
         """Return the background of this process."""
         known = self._background
         if known is None or known.ended:
-            known = self._background = backgrounds.get(self.channel, None)
+            known = self._background = self._of(self.channel)
         return known
+
+    def _of(self, channel: Any) -> Background:
+        return backgrounds.get(_of_one_server(channel), None)
 
     def clean_up(self, make: Callable[[], Flow[T]], timeout: float | None, longest: float) -> T:
         """Run a clean-up flow of its caller."""
@@ -139,8 +161,11 @@ class AsyncRuntime(Runtime):
         known = self._background
         loop = asyncio.get_running_loop()
         if known is None or known.ended or known.loop is not loop:
-            known = self._background = backgrounds.get(self.channel, loop)
+            known = self._background = self._of(self.channel)
         return known
+
+    def _of(self, channel: Any) -> Background:
+        return backgrounds.get(_of_one_server(channel), asyncio.get_running_loop())
 
     async def clean_up(
         self, make: Callable[[], Flow[T]], timeout: float | None, longest: float
@@ -165,6 +190,12 @@ class AsyncRuntime(Runtime):
             await asyncio.sleep(seconds)
         else:
             await waiter.wait(seconds)
+
+
+def _of_one_server(channel: Any) -> Any:
+    if hasattr(channel, "router") and channel.slot is None:
+        return channel.of_slot(0)
+    return channel
 
 
 def runtime_of(store: Store | AsyncStore) -> SyncRuntime | AsyncRuntime | None:

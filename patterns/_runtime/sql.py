@@ -3,13 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+from ..._engine.sweep import sweep_all
 from ..._ops import codec as _codec
-from ..._ops.op import Result
+from ..._ops.op import Flow, Result
 from .lease import EXPIRED, GONE, LOCKED, RELEASED, RENEWED, REPLACED
 
 INT8_OID, FLOAT8_OID = 20, 701
 NOW = "statement_timestamp()"
+
+
+def in_slots(sql: Any) -> list[Any]:
+    """The statements of a table, or of a sharded store's for each slot."""
+    shards = getattr(sql.config, "shards", None)
+    if shards is None or shards.own is not None:
+        return [sql]
+    from ..._shards.sql import InSlot
+
+    return [InSlot(sql, slot) for slot in range(shards.count)]
+
+
+def sweep_slots(sql: Any, limit: int) -> Flow[int]:
+    """Delete expired rows, chunk by chunk, until `limit` are gone."""
+    removed = 0
+    for each in in_slots(sql):
+        removed += yield from sweep_all(each, limit - removed)
+    return removed
 
 
 def renewal(

@@ -485,7 +485,8 @@ class FunctionCache:
         """Extend a lease in regular intervals until the function that is returned is called."""
         if call.context.runtime is None:
             return _nothing
-        renewer, options = call.context.runtime.background().renewer, self.options
+        op, background = call.context.runtime.placed(op)
+        renewer, options = background.renewer, self.options
         extended = Extended(op, self.name, options.compute_timeout, options.store_timeout)
         renewer.add(extended, extended)
         return lambda: renewer.discard(extended)

@@ -37,7 +37,8 @@ def subscribe(context: StoreContext, level: L1) -> None:
     with _lock:
         _levels.setdefault(context, weakref.WeakSet()).add(level)
     if context.runtime is not None:
-        context.runtime.background().listener.subscribe(CHANNEL, receive)
+        for background in context.runtime.backgrounds():
+            background.listener.subscribe(CHANNEL, receive)
 
 
 def receive(payload: str | None) -> None:

@@ -277,6 +277,8 @@ class CacheStatements(TableStatements):
             (TEXT,),
             read_changed,
             retry_safe=True,
+            # A look is in the slot of its entry: generations are in every one.
+            join=None if name == "cache_invalidate" else any,
         )
 
     def notify(self, channel: str, payload: bytes) -> Op[None]:
@@ -329,7 +331,12 @@ class CacheStatements(TableStatements):
 
 
 _NOTIFY: Statement[None] = Statement(
-    "cache_notify", "SELECT pg_notify($1, $2)", (TEXT, TEXT), lambda _result: None, writes=False
+    "cache_notify",
+    "SELECT pg_notify($1, $2)",
+    (TEXT, TEXT),
+    lambda _result: None,
+    writes=False,
+    join=any,  # on every server of a sharded store
 )
 
 

@@ -15,7 +15,7 @@ from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
-from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, cast, get_type_hints
+from typing import TYPE_CHECKING, Any, Generic, Literal, Self, TypeVar, cast, get_type_hints
 
 import psycopg
 
@@ -107,6 +107,23 @@ class AsyncAttempt(AttemptState[T]):
         await (channel or self._lease._runtime.channel).run(self._finish(raw, inside=inside))  # type: ignore[union-attr]  # as above
 
 
+class _Parts:
+    """What an `Idempotency` of a sharded store has in each slot, made when first needed."""
+
+    def __init__(self, store: Any, *settings: Any) -> None:
+        self._store = store
+        self._settings = settings
+        self._made: dict[int, dict[str, Any]] = {}
+
+    def find(self, slot: int) -> dict[str, Any]:
+        """The attributes for a slot."""
+        if slot not in self._made:
+            part: _Idempotency[Any] = _Idempotency()
+            part._begin(self._store._in_slot(slot), *self._settings)
+            self._made[slot] = part.__dict__
+        return self._made[slot]
+
+
 class _Idempotency(Generic[T]):
     """What `Idempotency` and `AsyncIdempotency` share."""
 
@@ -119,6 +136,7 @@ class _Idempotency(Generic[T]):
     def _begin(self, store: Any, ttl: Seconds, lease: Seconds, runtime: Any) -> None:
         self._flows = IdempotencyFlows(store._config, store._sql.prefix_bytes, ttl, lease)
         self._store = store
+        self._parts = _Parts(store, ttl, lease, runtime)
         if not isinstance(store._bare, BoundChannel | AsyncBoundChannel):
             self._runtime = runtime(store, "")
         store._bare.watch(self._flows.sql)
@@ -140,6 +158,15 @@ class _Idempotency(Generic[T]):
     def _view(self, codec: Any) -> Any:
         view = type(self).__new__(type(self))
         view.__dict__.update(self.__dict__, _codec=codec)
+        return view
+
+    def _of(self, key: str, scope: str) -> Self:
+        """This, on a sharded store that of the key's slot."""
+        shards = self._flows.shards
+        if shards is None or shards.own is not None:
+            return self
+        view: Self = self._view(self._codec)
+        view.__dict__.update(self._parts.find(shards.of(self._flows.key(key, scope))))
         return view
 
     def using(self, conn: Any) -> Any:
@@ -238,7 +265,8 @@ class Idempotency(_Idempotency[T]):
             InvalidKeyError: the key or scope is too long, or holds NUL or U+001F.
             InvalidValueError: `wait` is negative.
         """
-        return self._once(Attempt(self._flows, self._codec, key, fingerprint, scope, wait))
+        here = self._of(key, scope)
+        return here._once(Attempt(here._flows, here._codec, key, fingerprint, scope, wait))
 
     @contextlib.contextmanager
     def _once(self, attempt: Attempt[T]) -> Generator[Attempt[T]]:
@@ -336,7 +364,8 @@ class AsyncIdempotency(_Idempotency[T]):
     ) -> AbstractAsyncContextManager[AsyncAttempt[T]]:
         """Return a block that runs the work of a key, to be entered with ``async with``; see
         `Idempotency.once`."""
-        return self._once(AsyncAttempt(self._flows, self._codec, key, fingerprint, scope, wait))
+        here = self._of(key, scope)
+        return here._once(AsyncAttempt(here._flows, here._codec, key, fingerprint, scope, wait))
 
     @contextlib.asynccontextmanager
     async def _once(self, attempt: AsyncAttempt[T]) -> AsyncGenerator[AsyncAttempt[T]]:

@@ -17,7 +17,6 @@ from psycopg import pq
 from ... import _observe
 from ..._background.renewal import clock
 from ..._engine.schema import companion, ensure
-from ..._engine.sweep import sweep_all
 from ..._observe import shown
 from ..._ops.codec import encode_key, encode_value, seconds
 from ..._ops.op import Flow, call, do, pause
@@ -33,6 +32,7 @@ from ...errors import (
 )
 from .._runtime.checks import require_plain
 from .._runtime.lease import Held, LeaseRenewals
+from .._runtime.sql import sweep_slots
 from .sql import BUSY, IDEMPOTENCY, SEPARATOR, Answer, IdempotencyStatements
 
 if TYPE_CHECKING:
@@ -110,6 +110,7 @@ class IdempotencyFlows:
         self.timeout: float = config.operation_timeout
         self.size_max: int = config.max_value_size
         self.prefix = prefix
+        self.shards: Any = getattr(config, "shards", None)
         self.table: Table = companion(config, IDEMPOTENCY)
         self.sql: IdempotencyStatements = IdempotencyStatements(config, self.table)
         self.ready: bool = not config.auto_create_table  # the table was looked for
@@ -124,7 +125,10 @@ class IdempotencyFlows:
         raw += SEPARATOR + encode_key(key, b"", KEY_MAX, "idempotency key")
         if raw.count(SEPARATOR) > 1:
             raise InvalidKeyError("an idempotency key and its scope must not contain U+001F")
-        return self.prefix + raw
+        raw = self.prefix + raw
+        if self.shards is not None and self.shards.own is not None:
+            self.shards.check(raw)
+        return raw
 
     def create_table(self) -> Flow[None]:
         """Create the table where it is missing."""
@@ -133,7 +137,7 @@ class IdempotencyFlows:
 
     def purge(self, limit: int) -> Flow[int]:
         """Delete rows whose time has passed."""
-        return (yield from sweep_all(self.sql, limit))
+        return (yield from sweep_slots(self.sql, limit))
 
 
 class AttemptState(Generic[T]):

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from ..._engine.schema import companion, ensure
-from ..._engine.sweep import sweep_all
 from ..._ops.codec import TTL_MAX
 from ..._ops.op import Flow, do
 from ...config import VALUE_SIZE_MAX, Config, Table, require_int
@@ -29,6 +28,7 @@ from ...errors import (
     SessionGoneError,
 )
 from .._runtime.checks import require_plain
+from .._runtime.sql import sweep_slots
 from .data import (
     KEEP,
     Keep,
@@ -101,6 +101,12 @@ class SessionFlows:
         require_int("max_data_size", max_data_size, 2, VALUE_SIZE_MAX)
         self.size_max: int = min(max_data_size, config.max_value_size)
         self.config = config
+        self._shards: Any = getattr(config, "shards", None)
+        if self._shards is not None and self._shards.own is not None:
+            raise ConfigError(
+                "sessions are in the slots of their tokens, which are random: give the sharded store, "
+                "not the store of one slot"
+            )
         self.table: Table = companion(config, SESSIONS, durable=durable)
         self.sql = SessionStatements(config, self.table, self.lifetimes, inside=False)
         self._inside: SessionFlows | None = None
@@ -175,6 +181,15 @@ class SessionFlows:
         session._version, session.expires_at, session.created_at = created
         session.id, session._before = token, texts
         _note(session, own)
+
+    def _fitting(self, id: bytes) -> str:
+        """A new token for the session of an id: of a sharded store one of the same slot."""
+        token = new_token()
+        if self._shards is not None:
+            slot = self._shards.of_id(id)
+            while self._shards.of_id(id_of(token)) != slot:
+                token = new_token()
+        return token
 
     def _texts(self, session: Session) -> dict[str, str]:
         data = session.data
@@ -271,7 +286,7 @@ class SessionFlows:
             raise _rotated_by_another()
         now = self._texts(session)
         changed, removed = difference(session._before, now)
-        token = new_token()
+        token = self._fitting(id_of(session.id))
         outcome = yield from do(
             self.sql.rotate(
                 id_of(session.id),
@@ -354,7 +369,7 @@ class SessionFlows:
 
     def purge(self, limit: int) -> Flow[int]:
         """Delete expired rows, chunk by chunk."""
-        return (yield from sweep_all(self.sql, limit))
+        return (yield from sweep_slots(self.sql, limit))
 
     def create_table(self) -> Flow[None]:
         """Create the table where it is missing."""

@@ -19,6 +19,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import chain
+from operator import attrgetter
 from typing import Literal, NamedTuple
 
 from ..._ops import codec as _codec
@@ -532,6 +534,7 @@ class SessionStatements(Sweep):
             (TEXT, BINARY),
             _read_ended,
             retry_safe=True,
+            join=lambda parts: (sum(n for n, _ in parts), any(raced for _, raced in parts)),
         )
 
     def destroy_user(self, user_id: str, keep: bytes | None) -> Op[tuple[int, bool]]:
@@ -550,6 +553,7 @@ class SessionStatements(Sweep):
             _read_listed,
             retry_safe=True,
             writes=False,
+            join=_latest,
         )
 
     def list_user(self, user_id: str) -> Op[list[Listed]]:
@@ -574,6 +578,11 @@ class SessionStatements(Sweep):
     def collect(self, keys: Iterable[bytes]) -> Op[int]:
         """Delete those of the rows whose time has passed."""
         return Op(self._collect, (_codec.encode_array(sorted(set(keys)), _codec.BYTEA_OID),))
+
+
+def _latest(parts: list[list[Listed]]) -> list[Listed]:
+    rows = sorted(chain.from_iterable(parts), key=attrgetter("id"))
+    return sorted(rows, key=attrgetter("seen_at"), reverse=True)[:LIST_MAX]
 
 
 def _own(seconds: str, of_store: str) -> str:

@@ -169,6 +169,7 @@ def _columns(table: Table) -> Op[dict[str, str]]:
         _read_columns,
         retry_safe=True,
         writes=False,
+        table=table,
     )
     return Op(statement, (table.quoted.encode(),))
 
@@ -178,6 +179,11 @@ def _read_columns(result: Result) -> dict[str, str]:
         (result.get_value(row, 0) or b"").decode(): (result.get_value(row, 1) or b"").decode()
         for row in range(result.ntuples)
     }
+
+
+def complete_columns() -> dict[str, str]:
+    """What `_columns` finds where nothing is missing."""
+    return {name: types[0] for name, types in _EXPECTED.items()} | {"used_at": ""}
 
 
 def _missing(table: Table, columns: dict[str, str]) -> str:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from .._engine._async.channel import AsyncPoolChannel
 from .._engine._sync.channel import PoolChannel
 from .._engine.base import PooledOperations
+from .._engine.schema import complete_columns
 from .._engine.sweep import Collector, weakly
 from .._fork import CONNECTIONS, survives_fork
 from .._ops.drivers import drive, drive_async
@@ -198,7 +199,7 @@ class ShardedChannel(Sharding, PoolChannel):
     def _elsewhere(self, op: Op[T], timeout: float | None) -> T:
         if op.statement.name == "create_table" and op.statement.table is not None:
             drive(self._missing(op.statement.table))
-            return {"key": "text"}  # type: ignore[return-value]  # a column: it is there
+            return complete_columns()  # type: ignore[return-value]  # what the statement asks for
         return drive(self.router.perform(op, timeout, self.slot or 0))  # type: ignore[no-any-return]  # decoded by op
 
     def _together(self, step: Transaction[Any] | Pipelined, timeout: float | None) -> Any:
@@ -280,7 +281,7 @@ class AsyncShardedChannel(Sharding, AsyncPoolChannel):
     async def _elsewhere(self, op: Op[T], timeout: float | None) -> T:
         if op.statement.name == "create_table" and op.statement.table is not None:
             await drive_async(self._missing(op.statement.table))
-            return {"key": "text"}  # type: ignore[return-value]  # a column: it is there
+            return complete_columns()  # type: ignore[return-value]  # what the statement asks for
         return await drive_async(self.router.perform(op, timeout, self.slot or 0))
 
     async def _together(self, step: Transaction[Any] | Pipelined, timeout: float | None) -> Any:

@@ -134,6 +134,7 @@ class Router:
         self.creates = config.auto_create_table
         self.timeout: float = config.operation_timeout
         self.routes: dict[Statement[Any], Route] = {}
+        self._every: dict[Statement[Any], Route] = {}
         self.homes: list[MapRow] = []
         self.channels: list[Any] = []  # of each slot; None where its server is not known
         self.closed = False
@@ -267,12 +268,12 @@ class Router:
     def route(self, statement: Statement[Any]) -> Route | None:
         """The route of a statement of one slot; None of one that is of all of them, or of none."""
         route = self.routes.get(statement)
-        if route is None and statement.table is not None:
+        if route is None and statement.table is not None and statement.name != "create_table":
             schema = statement.table.schema or ""
             slot = None
             if schema != ANY:
                 slot = int(schema.removeprefix("pgkv_"))
-            elif statement.join is not None or statement.name == "create_table":
+            elif statement.join is not None:
                 return None
             if len(self.routes) >= ROUTES_MAX:
                 self.routes.clear()
@@ -288,12 +289,22 @@ class Router:
             slot = route.find(op.params)
             op.statement = route.at(slot)
             return [(slot, op)]
-        if op.statement.table is None:  # of no table: asked of any server
+        if op.statement.table is not None:
+            every = self._every.get(op.statement)
+            if every is None:
+                if len(self._every) >= ROUTES_MAX:
+                    self._every.clear()
+                every = self._every[op.statement] = Route(op.statement, self.slots, None)
+            return [
+                (slot, Op(every.at(slot), op.params, op.decode)) for slot in range(self.slots.count)
+            ]
+        if op.statement.join is None:  # of no table: asked of any server
             return [(place, op)]
-        return [
-            (slot, Op(located(op.statement, slot), op.params, op.decode))
-            for slot in range(self.slots.count)
-        ]
+        return [(slot, Op(op.statement, op.params, op.decode)) for slot in self.one_of_each()]
+
+    def one_of_each(self) -> list[int]:
+        """One slot of each server."""
+        return [*{id(channel): slot for slot, channel in enumerate(self.channels)}.values()]
 
     def perform(self, op: Op[Any], timeout: float | None, own: int) -> Flow[Any]:
         """Perform an operation that is of several slots, or of none."""

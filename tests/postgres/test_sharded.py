@@ -6,6 +6,7 @@ The servers are databases of one server. What happens when slots move is in test
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import secrets
 from collections.abc import Callable, Coroutine, Iterator
@@ -280,6 +281,84 @@ async def test_names_have_their_slots(store: Any, colour: Colour) -> None:
     job = await queue.take()
     assert job.payload == b"a"
     await job.ack()
+
+
+async def test_idempotency_keys_have_their_slots(store: Any, colour: Colour) -> None:
+    """A key's work is done once, from wherever it is asked; in a transaction of the key's slot too."""
+    idem = colour.make("Idempotency", store)
+    await idem.create_table()
+    for n in range(12):
+        async with idem.once(f"{{k{n}}}", scope="s") as attempt:
+            assert not attempt.is_replay
+            attempt.result = b"%d" % n
+    here = colour.make("Idempotency", store.on("k7"))
+    async with here.once("{k7}", scope="s") as attempt:
+        assert attempt.is_replay
+    assert (await here.get("{k7}", scope="s")).result == b"7"
+    with pytest.raises(pgkv.ConfigError, match="give both keys one"):
+        await here.get("{k0}" if store.slot_of("k0") != store.slot_of("k7") else "{k1}")
+    async with store.on("k0").transaction() as tx:
+        inside = colour.make("Idempotency", tx)
+        async with inside.once("{k0}:again") as attempt:
+            attempt.result = b"in"
+    assert await idem.forget("{k0}:again")
+    assert await idem.purge() == 1
+
+
+async def test_sessions_have_the_slots_of_their_tokens(
+    store: Any, colour: Colour, dsns: list[str]
+) -> None:
+    """A rotation stays in the slot; a user's sessions are found in all of them."""
+    sessions = colour.make("SessionStore", store)
+    made = [await sessions.create({"n": n}, user_id="u") for n in range(20)]
+    for each in made[:10]:
+        old = each.id
+        await sessions.rotate(each)
+        assert (await sessions.load(old)).data == (await sessions.load(each.id)).data
+    found = await sessions.list_user("u")
+    assert len(found) == 20
+    assert [each.seen_at for each in found] == sorted((e.seen_at for e in found), reverse=True)
+    assert await sessions.destroy(made[3])
+    assert await sessions.destroy_user("u", keep=made[0]) == 18
+    assert [(await sessions.load(each.id)) is not None for each in made] == [True] + [False] * 19
+    with pytest.raises(pgkv.ConfigError, match="sessions are in the slots of their tokens"):
+        colour.make("SessionStore", store.on("a"))
+    assert len(dsns) == 3
+
+
+async def test_tags_and_functions_begin_anew_in_every_slot(store: Any, colour: Colour) -> None:
+    """invalidate_tag and cache_clear reach entries wherever they are, and listeners on every server."""
+    calls: list[int] = []
+
+    def square(n: int) -> int:
+        calls.append(n)
+        return n * n
+
+    async def square_later(n: int) -> int:
+        return square(n)
+
+    level = pgkv.L1(max_entries=100, ttl=600)
+    options: dict[str, Any] = {"ttl": 600, "tags": ["t"], "l1": level, "beta": 0}
+    if colour.name == "async":
+        here = pgkv.cached(store=store, **options)(square_later)
+        ask: Any = here
+        invalidate: Any = functools.partial(pgkv.invalidate_tag, "t", store=store)
+        clear: Any = here.cache_clear
+    else:
+        blocking = pgkv.cached(store=store._target, **options)(square)
+        in_thread: Any = asyncio.to_thread
+        ask = functools.partial(in_thread, blocking)
+        invalidate = functools.partial(in_thread, pgkv.invalidate_tag, "t", store=store._target)
+        clear = functools.partial(in_thread, blocking.cache_clear)
+    for _ in range(2):
+        assert [await ask(n) for n in range(15)] == [n * n for n in range(15)]
+    assert len(calls) == 15
+    await invalidate()
+    assert [await ask(n) for n in range(15)] == [n * n for n in range(15)]
+    assert len(calls) == 30
+    await clear()
+    await ask(3)
+    assert len(calls) == 31
 
 
 async def test_it_says_where_slots_are(store: Any) -> None:

@@ -14,17 +14,20 @@ from typing import Any
 from zlib import crc32
 
 import pytest
-from _pytest.fixtures import FixtureFunctionDefinition
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from pgkv.testing import ServerClock
-from tests import FULL, sharded
+from tests import FULL, again, sharded
 from tests.colours import Colour
 from tests.postgres import (
     test_atomic,
     test_basic,
     test_batch,
+    test_cached,
+    test_cached_invalidation,
+    test_cached_refresh,
     test_expiry,
+    test_idempotency,
     test_leader,
     test_lock,
     test_lock_many,
@@ -35,6 +38,10 @@ from tests.postgres import (
     test_rate_limit_waiting,
     test_scan,
     test_semaphore,
+    test_session,
+    test_session_lifetimes,
+    test_session_races,
+    test_session_rotation,
     test_views,
 )
 from tests.servers import Server, UserServer
@@ -42,11 +49,16 @@ from tests.servers import Server, UserServer
 MODULES = (
     *(test_atomic, test_basic, test_batch, test_expiry, test_scan, test_views),
     *(test_lock, test_lock_many, test_lock_waiting, test_semaphore, test_leader, test_queue),
-    *(test_rate_limit, test_rate_limit_quotas, test_rate_limit_waiting),
+    *(test_rate_limit, test_rate_limit_quotas, test_rate_limit_waiting, test_idempotency),
+    *(test_cached, test_cached_invalidation, test_cached_refresh),
+    *(test_session, test_session_lifetimes, test_session_races, test_session_rotation),
 )
 # What looks at the rows of one server from outside, or counts what is sent to one.
 OF_ONE_SERVER = {"peer", "witness", "operations", "connect", "dsn", "make_server", "tape", "race"}
 NOT_SHARDED = {
+    "test_inside_the_stores_own_transaction": "a transaction is in a slot",
+    "test_in_the_stores_transaction": "likewise",
+    "test_the_wrong_colour_of_store_is_refused": "it names another class",
     "test_pool_stats": "each server has a pool",
     "test_batches_sort_their_keys": "in each slot",
     "test_time_moves_inside_a_transaction": "a transaction is in a slot",
@@ -62,22 +74,18 @@ OWN_FIXTURES = {"make_store", "clock", "colour"}
 PART = 1 if FULL else 6
 
 
-def _adopt(module: Any) -> None:
-    """Make the module's fixtures, and a part of its tests, those of this one."""
-    for name, member in vars(module).items():
-        if name.startswith("test_") and inspect.isfunction(member):
-            asked = set(inspect.signature(member).parameters)
-            left_out = name in NOT_SHARDED or asked & OF_ONE_SERVER or not asked & NEEDS_STORE
-            full = f"{module.__name__.rpartition('.')[2]}__{name.removeprefix('test_')}"
-            if not left_out and crc32(full.encode()) % PART == 0:
-                globals()[full] = member
-        elif isinstance(member, FixtureFunctionDefinition) and name not in OWN_FIXTURES:
-            globals()[name] = member
-
-
-NEEDS_STORE = {"store", "make_store", "queue", "idem", "sessions", "make_sessions"}
-for _module in MODULES:
-    _adopt(_module)
+again.adopt(globals(), MODULES, own=OWN_FIXTURES, left_out={})
+for _name, _test in [*globals().items()]:
+    if (
+        _name.startswith("test_")
+        and inspect.isfunction(_test)
+        and (
+            f"test_{_name.partition('__')[2]}" in NOT_SHARDED
+            or not OF_ONE_SERVER.isdisjoint(inspect.signature(_test).parameters)
+            or crc32(_name.encode()) % PART
+        )
+    ):
+        del globals()[_name]
 
 LAYOUTS = [(3, 5), *([(1, 1), (1, 32), (3, 32)] if FULL else [])]
 
@@ -122,7 +130,9 @@ def make_store(
     layout: list[str],
     colour: Colour,
     event_loop_runner: asyncio.Runner,
+    dsn: str,
 ) -> Iterator[Callable[..., Coroutine[Any, Any, Any]]]:
+    del dsn  # its fixture looks for connections that are left open: after the stores were closed
     dsns = layout
     if "clock" in request.fixturenames:
         dsns = [clock.dsn for clock in request.getfixturevalue("clock").each]
