@@ -11,6 +11,7 @@ from collections.abc import Callable
 from ._cli.bulk import dump, load
 from ._cli.cache import cache
 from ._cli.command import app, main, register
+from ._cli.dashboard import dashboard
 from ._cli.demo import demo
 from ._cli.doctor import doctor
 from ._cli.idempotency import idempotency
@@ -39,6 +40,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "rewrite": rewrite,
     "doctor": doctor,
     "top": top,
+    "dashboard": dashboard,
     "schema": schema,
     "migrate": migrate,
     "locks": locks,

@@ -1,0 +1,497 @@
+"""The dashboard's page: HTML of an `Overview`, whose every name is text and never markup."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from datetime import UTC, datetime
+from html import escape
+from itertools import pairwise
+from time import monotonic
+from typing import Any, NamedTuple
+
+from .. import __version__
+from ..patterns.cache.decorator import cached_functions
+from ..patterns.overview import Overview, Share
+
+RELOAD = 5  # seconds
+HINTS = 12
+NONE = "\N{EN DASH}"
+NAME_MAX = 100  # characters of a name
+OLD_TRANSACTION, LATE_JOB = 300.0, 60.0  # seconds
+DEAD_ROWS, DEAD_SHARE = 10_000, 0.2
+HOT_UPDATES, HOT_SHARE = 10_000, 0.8
+FULL = 0.9  # of a limit
+
+# Control characters, also those that change the direction of what follows.
+_CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+KINDS = {
+    "key": "keys",
+    "function": "cached results",
+    "limiter": "rate limiter buckets",
+    "cache": "cache tags",
+}
+
+
+class Point(NamedTuple):
+    """What is drawn of one frame: the first two grow for ever."""
+
+    at: float  # monotonic
+    commits: float
+    changes: float
+    connections: float
+    hits: float
+    held: float
+    waiting: float
+
+
+def point_of(frame: Overview, at: float) -> Point:
+    """Return what is drawn of a frame."""
+    reads = frame.server.blocks_hit + frame.server.blocks_read
+    return Point(
+        at,
+        frame.server.commits,
+        sum(table.inserted + table.updated + table.deleted for table in frame.tables),
+        frame.server.connections,
+        frame.server.blocks_hit / reads if reads else 1.0,
+        frame.locks_held,
+        sum(queue.waiting for queue in frame.queues),
+    )
+
+
+# -- texts ---------------------------------------------------------------------------------
+
+
+def _count(number: float, about: bool = False) -> str:
+    """A number with at most four digits, and a sign before an estimate."""
+    text = f"{number:,.0f}"
+    for unit, divisor in (("k", 1e3), ("M", 1e6), ("G", 1e9)):
+        if number >= max(10_000, 0.9995 * divisor):
+            text = f"{number / divisor:.3g} {unit}"
+    return f"≈ {text}" if about and number else text
+
+
+def _size(octets: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if octets < 1000:
+            return f"{octets:.3g} {unit}"
+        octets /= 1024
+    return f"{octets:.3g} TB"
+
+
+def _span(seconds: float | None) -> str:
+    if seconds is None:
+        return "never"
+    for limit, divisor, unit in (
+        (1, 0.001, "ms"),
+        (120, 1, "s"),
+        (7200, 60, "min"),
+        (172_800, 3600, "h"),
+    ):
+        if seconds < limit:
+            return f"{seconds / divisor:.0f} {unit}"
+    return f"{seconds / 86_400:.0f} days"
+
+
+def _share(part: float, whole: float) -> str:
+    return f"{part / whole:.0%}" if whole else NONE
+
+
+def _text(value: object) -> str:
+    """Anything as text: escaped, on one line, isolated from what stands around it."""
+    text = _CONTROLS.sub("\N{REPLACEMENT CHARACTER}", str(value))
+    if len(text) > NAME_MAX:
+        text = f"{text[:NAME_MAX]}…"
+    return f"<bdi>{escape(text)}</bdi>"
+
+
+# -- parts ---------------------------------------------------------------------------------
+
+
+def _table(head: str, rows: Iterable[Sequence[str]], nothing: str) -> str:
+    """A table of cells that are markup. In its head ``>`` is before a column of numbers, ``~`` before
+    one that a phone leaves out."""
+    names = head.split("|")
+    kinds = [
+        " ".join(kind for mark, kind in ((">", "n"), ("~", "w")) if mark in name) for name in names
+    ]
+    shown = [
+        f'<th scope="col" class="{kind}">{name.lstrip(">~")}'
+        for name, kind in zip(names, kinds, strict=True)
+    ]
+    body = [
+        "<tr>"
+        + "".join(f'<td class="{kind}">{cell}' for cell, kind in zip(row, kinds, strict=True))
+        for row in rows
+    ]
+    if not body:
+        return f"<p class=quiet>{nothing}</p>"
+    return (
+        f"<div class=scroll><table><thead><tr>{''.join(shown)}<tbody>{''.join(body)}</table></div>"
+    )
+
+
+def _section(title: str, body: str, note: str = "") -> str:
+    note = f"<p class=note>{note}</p>" if note else ""
+    return f"<section><h2>{title}</h2>{note}{body}</section>"
+
+
+def _sparkline(values: Sequence[tuple[float, float]], label: str) -> str:
+    """A line over time, from zero to a bit more than the largest value."""
+    if len(values) < 2:
+        return '<svg class=spark viewBox="0 0 120 30"><line x1=0 y1=29 x2=120 y2=29 /></svg>'
+    first, last = values[0][0], values[-1][0]
+    top = 1.2 * max(value for _, value in values) or 1
+    points = " ".join(
+        f"{(at - first) / (last - first) * 120:.1f},{29 - value / top * 27:.1f}"
+        for at, value in values
+    )
+    return (
+        f'<svg class=spark viewBox="0 0 120 30" preserveAspectRatio=none role=img aria-label="{label}">'
+        f'<polygon points="0,30 {points} 120,30" /><polyline points="{points}" /></svg>'
+    )
+
+
+def _rates(points: Sequence[Point], of: Callable[[Point], float]) -> list[tuple[float, float]]:
+    return [
+        (after.at, max(0.0, of(after) - of(before)) / (after.at - before.at))
+        for before, after in pairwise(points)
+    ]
+
+
+def _cards(frame: Overview, points: Sequence[Point]) -> str:
+    commits, changes = (_rates(points, of) for of in (lambda p: p.commits, lambda p: p.changes))
+    last = points[-1]
+    cards = [
+        (
+            "Transactions",
+            f"{_count(commits[-1][1])}<small>/s</small>" if commits else NONE,
+            commits,
+        ),
+        (
+            "Rows changed",
+            f"{_count(changes[-1][1])}<small>/s</small>" if changes else NONE,
+            changes,
+        ),
+        (
+            "Connections",
+            f"{last.connections:.0f}<small> of {frame.server.max_connections}</small>",
+            [(p.at, p.connections) for p in points],
+        ),
+        ("Locks held", _count(last.held), [(p.at, p.held) for p in points]),
+        ("Jobs waiting", _count(last.waiting), [(p.at, p.waiting) for p in points]),
+        ("Found in memory", f"{last.hits:.1%}", [(p.at, p.hits) for p in points]),
+    ]
+    return (
+        "<div class=cards>"
+        + "".join(
+            f"<div class=card><h3>{title}</h3><p>{value}</p>{_sparkline(line, title)}</div>"
+            for title, value, line in cards
+        )
+        + "</div>"
+    )
+
+
+def _attention(frame: Overview) -> Iterator[str]:
+    """What needs a person, each as one sentence of markup."""
+    server = frame.server
+    if server.standby:
+        yield "The server is a standby: it accepts no writes."
+    if server.connections > FULL * server.max_connections:
+        yield f"{server.connections} of {server.max_connections} connections are in use."
+    if server.oldest_transaction > OLD_TRANSACTION:
+        yield (
+            f"A transaction has been open for {_span(server.oldest_transaction)}: rows that died since "
+            "cannot be reclaimed."
+        )
+    if server.notify_queue > 0.5:
+        yield f"The queue of notifications is {server.notify_queue:.0%} full: a listener does not read."
+    for each in frame.blocked:
+        yield (
+            f"Process {each.pid} ({_text(each.application or 'no name')}) has waited for "
+            f"{_span(each.seconds)} for a lock of process {', '.join(map(str, each.blockers)) or '?'}."
+        )
+    for table in frame.tables:
+        if table.dead > max(DEAD_ROWS, DEAD_SHARE * (table.rows + table.dead)):
+            yield f"{_text(table.name)} has {_count(table.dead)} dead rows: VACUUM it."
+        if table.updated > HOT_UPDATES and table.hot_updated < HOT_SHARE * table.updated:
+            yield (
+                f"Only {_share(table.hot_updated, table.updated)} of the updates of {_text(table.name)} "
+                "are heap-only: see pgkv doctor."
+            )
+    for queue in frame.queues:
+        if queue.dead:
+            yield f"The queue {_text(queue.queue)} has {_count(queue.dead)} dead job{'s' * (queue.dead > 1)}."
+        if queue.oldest > LATE_JOB:
+            yield f"A job of the queue {_text(queue.queue)} has waited for {_span(queue.oldest)}."
+    rows, size = (sum(getattr(kind, of) for kind in frame.kinds) for of in ("rows", "bytes"))
+    for have, most, text in (
+        (rows, frame.max_entries, _count),
+        (size, frame.max_bytes, _size),
+    ):
+        if most and have > 1.25 * most:
+            yield f"The store holds {text(have)}; its bound is {text(most)}."
+    for kind, why in frame.refused.items():
+        yield f"The server says nothing about {kind.replace('_', ', ')}: {_text(why)}."
+
+
+def _bar(shares: Sequence[Share]) -> str:
+    """What the store's table holds, as parts of one bar by their bytes, with its legend."""
+    total = sum(each.bytes for each in shares) or 1
+    x, parts, legend = 0.0, [], []
+    for each in shares:
+        width = 100 * each.bytes / total
+        parts.append(f"<rect class={each.kind} x={x:.2f} y=0 width={width:.2f} height=10 />")
+        legend.append(
+            f"<li class={each.kind}>{KINDS[each.kind]} <b>{_share(each.bytes, total)}</b>"
+        )
+        x += width
+    return (
+        '<svg class=bar viewBox="0 0 100 10" preserveAspectRatio=none aria-hidden=true>'
+        f"{''.join(parts)}</svg><ul class=legend>{''.join(legend)}</ul>"
+    )
+
+
+def _sections(frame: Overview, store: Any) -> Iterator[str]:
+    facts = {table.kind: table for table in frame.tables}
+    about = "store" in facts and facts["store"].sampled
+    note = "Estimates, by a sample of the table." if about else ""
+
+    def shares(of: Sequence[Share], head: str, nothing: str) -> str:
+        rows = (
+            (
+                _text(each.name) if each.name else "<i>other keys</i>",
+                _count(each.rows, about),
+                _size(each.bytes),
+                _share(each.expired, each.rows),
+            )
+            for each in of
+        )
+        return _table(f"{head}|>rows|>size|>~expired", rows, nothing)
+
+    yield _section(
+        "Tables",
+        _table(
+            "table|>rows|>size|>indexes|>~dead|>~heap-only|>~vacuumed",
+            (
+                (
+                    f"{_text(table.name.strip(chr(34)))}{' <small>unlogged</small>' if table.unlogged else ''}",
+                    _count(table.rows, about=True),
+                    _size(table.bytes),
+                    _size(table.index_bytes),
+                    _share(table.dead, table.dead + table.rows),
+                    _share(table.hot_updated, table.updated),
+                    _span(table.vacuumed) + (" ago" if table.vacuumed is not None else ""),
+                )
+                for table in frame.tables
+            ),
+            "The store has no table yet.",
+        ),
+    )
+    if frame.kinds:
+        yield _section(
+            "Keys",
+            _bar(frame.kinds) + shares(frame.keys, "begin with", "There are no keys."),
+            note,
+        )
+    yield _section(
+        "Queues",
+        _table(
+            "queue|>waiting|>~delayed|>running|>dead|>oldest",
+            (
+                (
+                    _text(each.queue),
+                    *(_count(n) for n in (each.waiting, each.delayed, each.running)),
+                    f"<b class=bad>{_count(each.dead)}</b>" if each.dead else "0",
+                    _span(each.oldest) if each.waiting else NONE,
+                )
+                for each in frame.queues
+            ),
+            "No queue has jobs.",
+        ),
+        "Estimates, by a sample; dead jobs are counted, at most 1,000 of each priority."
+        if any(table.sampled for table in frame.tables if table.kind.startswith("jobs"))
+        else "",
+    )
+    yield _section(
+        "Locks",
+        _table(
+            "lock|~holder|>held for|>ends in|>waiting",
+            (
+                (
+                    _text(lock.name)
+                    + ("" if lock.slot is None else f" <small>slot {lock.slot}</small>"),
+                    _text(lock.owner),
+                    _span(lock.age),
+                    _span(max(0.0, lock.remaining)),
+                    str(lock.waiters),
+                )
+                for lock in frame.locks
+            ),
+            "No lock is held.",
+        ),
+        f"The {len(frame.locks)} oldest of {_count(frame.locks_held)}."
+        if frame.locks_held > len(frame.locks)
+        else "",
+    )
+    infos = {each.name: each.cache_info() for each in cached_functions()}
+    stored = {str(each.name): each for each in frame.functions}
+    rows = []
+    for name in sorted({*infos, *stored}):
+        each, info = stored.get(name), infos.get(name)
+        rows.append(
+            (
+                _text(name),
+                _count(each.rows, about) if each else "0",
+                _size(each.bytes) if each else NONE,
+                _count(info.hits + info.stale_hits) if info else NONE,
+                _share(info.hits + info.stale_hits, info.hits + info.stale_hits + info.misses)
+                if info
+                else NONE,
+            )
+        )
+    yield _section(
+        "Cached functions",
+        _table("function|>entries|>size|>~hits here|>ratio here", rows, "There is none."),
+        "Hits and their ratio are those of this process." * bool(infos),
+    )
+    yield _section(
+        "Rate limiters",
+        shares(frame.limiters, "limiter", "No limiter has a bucket that is not full."),
+        note,
+    )
+    counts: list[tuple[Any, ...]] = []
+    if (sessions := frame.sessions) is not None:
+        counts.append(("sessions", sessions.live, sessions.with_user, None, sessions.expired))
+    if (keys := frame.idempotency) is not None:
+        counts.append(("idempotency keys", keys.done, None, keys.running, keys.expired))
+    if counts:
+        yield _section(
+            "Sessions and idempotency keys",
+            _table(
+                "|>live|>~with user|>running|>expired",
+                (
+                    (
+                        name,
+                        *(
+                            NONE if n is None else _count(n, facts[name.split()[0]].sampled)
+                            for n in numbers
+                        ),
+                    )
+                    for name, *numbers in counts
+                ),
+                "",
+            ),
+        )
+    yield _section(
+        "Connections",
+        _table(
+            "application|state|>connections|>~longest",
+            (
+                (
+                    _text(each.application or "no name"),
+                    _text(each.state),
+                    str(each.count),
+                    _span(each.longest),
+                )
+                for each in frame.connections
+            ),
+            "There is no other connection to this database.",
+        ),
+        "This process: {0.size} of {0.max_size} in its pool, {0.idle} idle, {0.waiting} callers wait.".format(
+            store.pool_stats()
+        ),
+    )
+
+
+def page(
+    frame: Overview | None,
+    points: Iterable[Point],
+    failure: Exception | None,
+    store: Any,
+    nonce: str,
+    paused: bool,
+) -> str:
+    """Return the page: the last frame, and above it why there is no newer one."""
+    drawn = [*points]
+    table = _text(store._config.table_name)
+    state, parts = "paused" if paused else "live", []
+    if failure is not None:
+        state = "no answer"
+        last = f"The figures are {_span(monotonic() - drawn[-1].at)} old." if drawn else ""
+        parts.append(
+            "<section class=alert><h2>The database does not answer</h2>"
+            f"<p>{last} This page asks again every {RELOAD} s.<p class=quiet>{_text(str(failure).partition(': ')[2] or failure)}</section>"
+        )
+    if frame is not None:
+        if hints := [*_attention(frame)]:
+            items = "".join(f"<li>{hint}" for hint in hints[:HINTS])
+            parts.append(f"<section class=warn><h2>Needs attention</h2><ul>{items}</ul></section>")
+        parts.append(_cards(frame, drawn))
+        parts.append(f"<div class=grid>{''.join(_sections(frame, store))}</div>")
+        server = frame.server
+        about = (
+            f"PostgreSQL {escape(server.version.split()[0])} · database {_text(server.database)} · role "
+            f"{_text(server.role)} · up {_span(server.uptime)}"
+        )
+        at = f"{datetime.fromtimestamp(server.now, UTC):%Y-%m-%d %H:%M:%S} UTC, in {_span(frame.seconds)}"
+    else:
+        about, at = "", ""
+    refresh = "" if paused else f"<meta http-equiv=refresh content={RELOAD}>"
+    minutes = (
+        f"Lines show the last {_span(drawn[-1].at - drawn[0].at)} that this process saw. "
+        if len(drawn) > 1
+        else ""
+    )
+    return (
+        "<!doctype html><html lang=en><head><meta charset=utf-8>"
+        f'<title>{escape(store._config.table_name)} · pgkv</title><meta name=viewport content="width=device-width, initial-scale=1">'
+        f'<meta name=color-scheme content="light dark">{refresh}'
+        f"<meta name=robots content=noindex><style nonce={nonce}>{_STYLE}</style></head><body>"
+        f"<header><h1>pgkv <span>{table}</span></h1><a class={'off' if failure else 'on'} href='?{'pause' * (not paused)}'>{state}</a>"
+        f"<p>{about}</p></header><main{' class=stale' * bool(failure)}>{''.join(parts)}</main>"
+        f"<footer>{at and f'As of {at}. '}{minutes}pgkv {escape(__version__)}, read only.</footer></body></html>"
+    )
+
+
+_STYLE = """
+:root{--bg:#f6f7f9;--card:#fff;--ink:#1b2430;--soft:#5d6b7c;--line:#e3e7ec;--blue:#2563c9;--fill:#2563c91f;
+--green:#1a7f4b;--red:#b3261e;--amber:#8a5a00;--key:#2563c9;--function:#12946f;--limiter:#c77700;--cache:#8a63d2}
+@media(prefers-color-scheme:dark){:root{--bg:#10151c;--card:#18202a;--ink:#e6ebf1;--soft:#93a1b2;--line:#283342;
+--blue:#6ea8ff;--fill:#6ea8ff26;--green:#5ccb94;--red:#ff8a80;--amber:#f0b95a;--key:#6ea8ff;--function:#42c9a0;
+--limiter:#f0a94a;--cache:#b196f0}}
+*{box-sizing:border-box}
+body{margin:0 auto;max-width:88rem;padding:1.25rem clamp(.75rem,3vw,2rem);background:var(--bg);color:var(--ink);
+font:15px/1.45 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
+header{display:flex;flex-wrap:wrap;align-items:baseline;gap:.25rem .75rem;margin-bottom:1rem}
+h1{font-size:1.35rem;margin:0}h1 span{font-weight:400;color:var(--soft)}
+header p{margin:0 0 0 auto;color:var(--soft);font-size:.87rem}
+header a{text-decoration:none;font-size:.8rem;font-weight:600;padding:.05rem .6rem;border-radius:1rem;border:1px solid currentColor}
+.on{color:var(--green)}.off,.bad{color:var(--red)}
+h2{font-size:1rem;margin:0 0 .5rem}h3{font-size:.8rem;font-weight:500;margin:0;color:var(--soft)}
+section,.card{background:var(--card);border:1px solid var(--line);border-radius:.6rem;padding:.9rem 1rem;min-width:0}
+.alert,.warn{margin-bottom:1rem;border-left:.3rem solid var(--red)}.warn{border-left-color:var(--amber)}
+.alert p,.warn ul{margin:.2rem 0 0}.warn ul{padding-left:1.1rem}
+.stale>:not(.alert){opacity:.55}
+.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(10rem,1fr));gap:.75rem;margin-bottom:.75rem}
+.card p{font-size:1.5rem;font-weight:600;margin:.1rem 0 .3rem;font-variant-numeric:tabular-nums;white-space:nowrap}
+small{font-size:.8rem;font-weight:400;color:var(--soft)}
+.spark{display:block;width:100%;height:30px;overflow:visible}
+.spark polyline,.spark line{fill:none;stroke:var(--blue);stroke-width:1.5;vector-effect:non-scaling-stroke}
+.spark line{stroke:var(--line)}.spark polygon{fill:var(--fill)}
+.grid{columns:2 34rem;column-gap:.75rem}.grid section{break-inside:avoid;margin-bottom:.75rem}
+.scroll{overflow-x:auto}table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
+th{text-align:left;font-weight:500;font-size:.8rem;color:var(--soft);padding:.2rem .6rem .3rem 0;white-space:nowrap}
+td{padding:.28rem .6rem .28rem 0;border-top:1px solid var(--line);overflow-wrap:anywhere;vertical-align:top}
+.n{text-align:right;white-space:nowrap}th:last-child,td:last-child{padding-right:0}td:first-child{min-width:6.5rem}
+.note,.quiet,footer{color:var(--soft);font-size:.87rem}.note{margin:-.3rem 0 .5rem}.quiet{margin:0}
+.bar{display:block;width:100%;height:10px;border-radius:5px;margin-bottom:.5rem}
+.legend{display:flex;flex-wrap:wrap;gap:.1rem 1rem;list-style:none;margin:0 0 .5rem;padding:0;font-size:.87rem}
+.legend li::before{content:"";display:inline-block;width:.65rem;height:.65rem;border-radius:.2rem;margin-right:.4rem;
+background:currentColor}.legend li::before{background:var(--c)}
+.key{--c:var(--key);fill:var(--key)}.function{--c:var(--function);fill:var(--function)}
+.limiter{--c:var(--limiter);fill:var(--limiter)}.cache{--c:var(--cache);fill:var(--cache)}
+footer{margin-top:.5rem}
+@media(max-width:40rem){.w{display:none}header p{margin-left:0;width:100%}
+.cards{grid-template-columns:1fr 1fr}.card p{font-size:1.25rem}section,.card{padding:.7rem .8rem}}
+"""

@@ -1,0 +1,312 @@
+"""The dashboard: who may see it, what it shows and never shows, outages, and how it looks."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from starlette.applications import Starlette
+from werkzeug.middleware.dispatcher import DispatcherMiddleware
+
+import pgkv
+from pgkv.integrations.dashboard import dashboard
+from tests.browser import chromium
+from tests.colours import Colour, in_thread
+from tests.faults.support import newest
+from tests.web.running import wsgi
+
+pytestmark = newest
+
+EVIL = "<img/src=x onerror=document.title='broken'>"
+
+
+def everyone(_: Any) -> bool:
+    return True
+
+
+@asynccontextmanager
+async def visiting(
+    colour: Colour, dsn: str, authorize: Any = everyone, **config: Any
+) -> AsyncIterator[Any]:
+    """`await ask("GET", "/")`, of the WSGI or the ASGI application; and that application."""
+    if colour.name == "async":
+        async with pgkv.AsyncStore.connect(dsn, **config) as store:
+            app: Any = dashboard(store, authorize=authorize)
+            transport = httpx.ASGITransport(app)
+            async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+                yield client.request, app
+    else:
+        with pgkv.Store.connect(dsn, **config) as blocking:
+            app = dashboard(blocking, authorize=authorize)
+            with httpx.Client(
+                transport=httpx.WSGITransport(app), base_url="http://test"
+            ) as visitor:
+
+                async def ask(*args: Any) -> Any:
+                    return await in_thread(visitor.request, *args)
+
+                yield ask, app
+
+
+def fill(dsn: str) -> None:
+    """Something of everything, with names that are markup and values that nobody may see."""
+    with pgkv.Store.connect(dsn) as store:
+        store.set_many({f"{EVIL}:1": "secret-value", "user:1": "secret-value", "secret-key": "x"})
+        pgkv.RateLimiter(store, pgkv.Rate(1, 3600), name=EVIL[:60]).hit("secret-visitor")
+        queue: pgkv.Queue[Any] = pgkv.Queue(store, EVIL, max_attempts=1)
+        queue.put("secret-payload")
+        queue.put("secret-payload")
+        job = queue.take()
+        assert job is not None
+        job.nack()
+        pgkv.SessionStore(store).create({"name": "secret-data"}, user_id="secret-user")
+        pgkv.Lock(store, EVIL, metadata={"why": "secret-metadata"}).acquire().__enter__()
+
+
+def test_it_is_never_public_by_mistake(dsn: str) -> None:
+    """Without a function that says who may look, there is no page; nor without a store."""
+    make: Any = dashboard
+    with pgkv.Store.connect(dsn) as store:
+        for wrong in (None, True, "admin"):
+            with pytest.raises(pgkv.ConfigError, match="authorize="):
+                make(store, authorize=wrong)
+        with pytest.raises(pgkv.ConfigError, match="authorize="):
+            dashboard(store)
+        with pytest.raises(pgkv.ConfigError, match="not str"):
+            make(dsn, authorize=everyone)
+        assert repr(dashboard(store, authorize=everyone)) == '<WSGIDashboard "kv_store">'
+
+
+async def test_who_may_look(dsn: str, colour: Colour) -> None:
+    """Only True lets a visitor in. What the function raises is raised; an outage of what it asks is a 503
+    that shows nothing."""
+    answer: Any = True
+
+    def authorize(request: Any) -> Any:
+        if isinstance(answer, Exception):
+            raise answer
+        return answer if request.headers["host"] == "test" and request.path == "/" else False
+
+    async with visiting(colour, dsn, authorize) as (ask, _):
+        assert (await ask("GET", "/")).status_code == 200
+        for answer in (False, None, 1, "yes", object()):  # noqa: B007  # authorize() returns it
+            response = await ask("GET", "/")
+            assert response.status_code == 403
+            assert "<" not in response.text
+        answer = ValueError("a defect")
+        with pytest.raises(ValueError, match="a defect"):
+            await ask("GET", "/")
+        answer = pgkv.StoreUnavailableError("the database of sessions is away")
+        response = await ask("GET", "/")
+        assert (response.status_code, "away" in response.text) == (503, False)
+
+
+async def test_an_async_function_decides(dsn: str, colour: Colour) -> None:
+    """ASGI awaits it. WSGI raises: a coroutine, which is true, must let nobody in."""
+
+    async def authorize(_: Any) -> bool:
+        return True
+
+    async with visiting(colour, dsn, authorize) as (ask, _):
+        if colour.name == "async":
+            assert (await ask("GET", "/")).status_code == 200
+        else:
+            with pytest.raises(TypeError, match="awaitable"):
+                await ask("GET", "/")
+
+
+async def test_it_only_reads(dsn: str, colour: Colour) -> None:
+    """GET and HEAD of one path; headers that keep the page out of caches, frames and logs of others."""
+    async with visiting(colour, dsn) as (ask, _):
+        page, head = await ask("GET", "/"), await ask("HEAD", "/")
+        assert (page.status_code, head.status_code, head.text) == (200, 200, "")
+        assert page.headers["content-length"] == str(len(page.content))
+        for method in ("POST", "PUT", "DELETE", "PATCH", "OPTIONS"):
+            response = await ask(method, "/")
+            assert (response.status_code, response.headers["allow"]) == (405, "GET, HEAD")
+        assert (await ask("GET", "/else")).status_code == 404
+        policy = page.headers["content-security-policy"]
+        nonce = re.search(r"<style nonce=([\w-]+)>", page.text)
+        assert nonce is not None
+        assert policy == (
+            f"default-src 'none'; style-src 'nonce-{nonce[1]}'; base-uri 'none'; form-action 'none'; "
+            "frame-ancestors 'none'"
+        )
+        assert page.headers["cache-control"] == "no-store"
+        assert page.headers["referrer-policy"] == "no-referrer"
+        assert nonce[1] not in (await ask("GET", "/")).text
+        assert "http-equiv=refresh" in page.text
+        assert "http-equiv=refresh" not in (await ask("GET", "/?pause")).text
+        assert not re.search(r"<script|\son\w+=|\sstyle=|src=|https?://", page.text)
+
+
+async def test_names_are_text_and_secrets_stay(dsn: str, colour: Colour) -> None:
+    """Names of keys, queues, locks and limiters are never markup; values, keys, users, payloads, data and
+    metadata are not there at all."""
+    fill(dsn)
+    async with visiting(colour, dsn) as (ask, _):
+        text = (await ask("GET", "/")).text
+    assert "<img" not in text
+    assert text.count("&lt;img/src=x onerror=document.title=&#x27;broken&#x27;&gt;") >= 4
+    assert "secret" not in text
+    assert "dead job" in text
+
+
+async def test_visitors_share_a_frame(
+    dsn: str, colour: Colour, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within a second the server is asked once, whether it answers or not."""
+    monkeypatch.setattr("pgkv.integrations.dashboard.FRESH", 60.0)
+    async with visiting(colour, dsn) as (ask, app):
+        looks: list[int] = []
+        look = app._overviews.look
+
+        def counted() -> Any:
+            looks.append(1)
+            return look()
+
+        app._overviews.look = counted
+        assert {(await ask("GET", "/")).status_code for _ in range(5)} == {200}
+        assert len(looks) == 1
+
+
+async def test_a_stopped_server(make_server: Callable[..., Any], colour: Colour) -> None:
+    """The page says so with 503 and shows the last figures; a new process shows none. It comes back."""
+    server = make_server()
+    fill(server.dsn)
+    async with (
+        visiting(colour, server.dsn) as (ask, app),
+        visiting(colour, server.dsn) as (ask_new, _),
+    ):
+        assert (await ask("GET", "/")).status_code == 200
+        server.stop()
+        app._asked -= 10
+        started = time.monotonic()
+        response = await ask("GET", "/")
+        assert time.monotonic() - started < 10  # the limit is 1 s; a loaded machine takes longer
+        assert (response.status_code, response.headers["retry-after"]) == (503, "5")
+        assert "does not answer" in response.text
+        assert "kv_store_jobs" in response.text
+        response = await ask_new("GET", "/")
+        assert response.status_code == 503
+        assert "kv_store_jobs" not in response.text
+        server.start()
+        app._asked -= 10
+        response = await ask("GET", "/")
+        assert response.status_code == 200
+        assert "does not answer" not in response.text
+
+
+async def test_mounted(dsn: str, colour: Colour) -> None:
+    """Below a path of an application, with and without a slash."""
+    async with visiting(colour, dsn) as (_, app):
+        if colour.name == "async":
+            outer = Starlette()
+            outer.mount("/admin/pgkv", app)
+            transport = httpx.ASGITransport(outer)
+            async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+                response = await client.get("/admin/pgkv", follow_redirects=True)
+                assert (await client.get("/admin/pgkv/else")).status_code == 404
+        else:
+            below = DispatcherMiddleware(lambda *_: [], {"/admin/pgkv": app})
+            with httpx.Client(
+                transport=httpx.WSGITransport(below), base_url="http://test"
+            ) as client:
+                response = await in_thread(client.get, "/admin/pgkv")
+        assert response.status_code == 200
+        assert "<title>kv_store" in response.text
+
+
+def test_how_it_looks(dsn: str, tmp_path: Path) -> None:
+    """On a desktop and a phone, light and dark: nothing is wider than the screen, nothing is loaded, no
+    script runs, and the style is applied."""
+    fill(dsn)
+    with (
+        pgkv.Store.connect(dsn) as store,
+        wsgi(dashboard(store, authorize=everyone)) as address,
+        chromium(tmp_path / "profile") as browser,
+    ):
+        colours = set()
+        for width, height, scheme in (
+            (1280, 900, "light"),
+            (390, 844, "light"),
+            (1280, 900, "dark"),
+        ):
+            screen = {
+                "width": width,
+                "height": height,
+                "deviceScaleFactor": 1,
+                "mobile": width < 500,
+            }
+            browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
+            feature = {"name": "prefers-color-scheme", "value": scheme}
+            browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
+            browser.get(f"http://{address}/?pause")
+            assert browser.title == "kv_store · pgkv"
+            assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+            assert (
+                browser.execute_script("return performance.getEntriesByType('resource').length")
+                == 0
+            )
+            assert browser.save_screenshot(str(tmp_path / f"{width}-{scheme}.png"))
+            style = "return getComputedStyle(document.body).backgroundColor"
+            colours.add(browser.execute_script(style))
+            wide = browser.find_elements("css selector", "th.w")
+            assert [each.is_displayed() for each in wide] == [width > 500] * len(wide)
+        assert len(colours) == 2
+        console: Any = browser
+        messages = [each["message"] for each in console.get_log("browser")]
+        assert [each for each in messages if "favicon" not in each] == []
+
+
+@pytest.fixture
+def address(dsn: str) -> Any:
+    """What `pgkv dashboard` prints."""
+    with pgkv.Store.connect(dsn):
+        pass
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pgkv", "dashboard", "--dsn", dsn],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONWARNINGS": "error"},
+    )
+    assert process.stdout is not None
+    try:
+        yield process.stdout.readline().strip()
+    finally:
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=20)
+        assert (process.returncode, errors) == (0, "")
+
+
+def test_the_command(address: str) -> None:
+    """A token that works once, then a cookie, on loopback, under its own name."""
+    url, _, token = address.partition("?token=")
+    assert re.fullmatch(r"http://127\.0\.0\.1:\d+/", url)
+    with httpx.Client() as thief, httpx.Client() as visitor:
+        assert visitor.get(url).status_code == 403
+        assert visitor.get(f"{url}?token=wrong").status_code == 403
+        rebound = {"host": "evil.example"}
+        assert visitor.get(address, headers=rebound).status_code == 403
+        assert visitor.head(address).status_code == 403
+        response = visitor.get(address)
+        assert (response.status_code, response.headers["location"]) == (303, "/")
+        cookie = response.headers["set-cookie"]
+        assert cookie.endswith("; Path=/; HttpOnly; SameSite=Strict")
+        assert token not in cookie
+        page = visitor.get(url)
+        assert page.status_code == 200
+        assert token not in page.text
+        assert visitor.get(url, headers=rebound).status_code == 403
+        assert thief.get(address).status_code == 403
