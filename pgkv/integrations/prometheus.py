@@ -12,6 +12,7 @@ import atexit
 import contextlib
 import os
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -22,7 +23,11 @@ from prometheus_client.registry import Collector
 from .. import _observe
 from .._fork import new_lock, survives_fork
 from .._observe import KINDS, OperationEvent, StateEvent, on_event
+from ..errors import PgkvError
+from ..patterns._runtime.checks import require
 from ..patterns.cache.decorator import cached_functions
+from ..patterns.overview import Overview, Overviews
+from ..store import Store
 
 __all__ = ["install"]
 
@@ -40,30 +45,44 @@ RESULTS = {  # the fields of CacheInfo, as labels
     "discarded_fills": "discarded",
 }
 DECISIONS = {name: name for name in ("allowed", "denied", "degraded")}
-REFRESH = 5.0  # seconds between two readings under several workers, where no scrape asks
+REFRESH = 5.0  # seconds between two looks at the server, and two readings under several workers
+LOOK_TIME = 1.0  # seconds for the server's answer
 
 
-def install(registry: CollectorRegistry = REGISTRY) -> Callable[[], None]:
+def install(
+    registry: CollectorRegistry = REGISTRY, *, store: Store | None = None
+) -> Callable[[], None]:
     """Add pgkv's metrics to a registry.
 
     Args:
         registry: where they are scraped.
+        store: its server is asked about tables, locks and queues, by one query in 5 seconds at most
+            and for a second at most: a scrape never fails, ``pgkv_up`` is 0 then. An application with
+            an `AsyncStore` makes a `Store` for it, of one connection.
 
     Returns:
         A function that takes them away again.
+
+    Raises:
+        ConfigError: `store` is no `Store`.
     """
-    return _Metrics(registry).remove
+    if store is not None:
+        require(
+            store, Store, "prometheus.install()", "prometheus.install() with a Store of its own"
+        )
+    return _Metrics(registry, store).remove
 
 
 class _Metrics(Collector):
-    def __init__(self, registry: CollectorRegistry) -> None:
+    def __init__(self, registry: CollectorRegistry, store: Store | None) -> None:
         self._registry = registry
         self._lock = new_lock(self)
         self._labels: dict[str, set[str]] = {}
         # What was read last of an object's counts, by their names.
         self._seen: weakref.WeakKeyDictionary[object, dict[str, int]] = weakref.WeakKeyDictionary()
         # No scrape calls collect() where workers count into one folder: a thread does.
-        self._idle: bool = "PROMETHEUS_MULTIPROC_DIR" in os.environ
+        self._many: bool = "PROMETHEUS_MULTIPROC_DIR" in os.environ
+        self._idle = self._many
         self._removed = threading.Event()
         self._all: list[Any] = [self]
         registry.register(self)  # the first: a scrape brings the others up to date
@@ -124,6 +143,26 @@ class _Metrics(Collector):
         swept = add(Counter, "pgkv_swept_rows", "Expired rows deleted.", "table")
         evicted = add(Counter, "pgkv_evicted_rows", "Rows evicted by a bound.", "table")
 
+        self._store = store
+        self._overviews = None if store is None else Overviews(store)
+        self._look_at = 0.0
+
+        def gauge(name: str, text: str, *labels: str) -> Any:
+            return add(Gauge, name, text, *labels, multiprocess_mode="mostrecent")
+
+        if store is not None:
+            self._up = gauge("pgkv_up", "Whether the server answered.")
+            self._rows = gauge("pgkv_table_rows", "Rows, estimated.", "table")
+            self._dead = gauge(
+                "pgkv_table_dead_rows", "Row versions to vacuum, estimated.", "table"
+            )
+            self._bytes = gauge("pgkv_table_bytes", "Size on disk with indexes.", "table")
+            self._held = gauge("pgkv_locks_held", "Locks and slots that are held.")
+            self._jobs = gauge("pgkv_queue_jobs", "Jobs, estimated.", "queue", "state")
+            self._oldest = gauge(
+                "pgkv_queue_oldest_seconds", "Since when a waiting job is due.", "queue"
+            )
+
         def named(metric: Any, label: str, fields: Mapping[str, Any], *more: str) -> Any:
             return metric.labels(self._bounded(label, fields[label]), *more)
 
@@ -141,7 +180,7 @@ class _Metrics(Collector):
 
     def after_fork(self) -> None:
         """In the child limiters count from zero, and no thread ticks."""
-        self._idle = "PROMETHEUS_MULTIPROC_DIR" in os.environ
+        self._idle = self._many
         for counter in _observe.limiters:
             self._seen.pop(counter, None)
 
@@ -155,6 +194,7 @@ class _Metrics(Collector):
 
     def collect(self) -> Iterable[Any]:
         self._read()
+        self._look()
         return ()
 
     def describe(self) -> Iterable[Any]:
@@ -196,6 +236,7 @@ class _Metrics(Collector):
     def _tick(self) -> None:
         while not self._removed.is_set():
             self._read()
+            self._look()
             self._removed.wait(REFRESH)
 
     def _event(self, event: StateEvent) -> None:
@@ -224,6 +265,38 @@ class _Metrics(Collector):
                 self._connections.labels("idle").set(idle)
                 self._connections.labels("used").set(sum(each.size for each in counts) - idle)
                 self._waiting.set(sum(each.waiting for each in counts))
+
+    def _look(self) -> None:
+        """Ask the server, unless it was asked a moment ago."""
+        if self._store is None or self._overviews is None:
+            return
+        with self._lock:
+            if time.monotonic() < self._look_at:
+                return
+            try:
+                frame = self._store._run(self._overviews.look(), LOOK_TIME)
+            except PgkvError:
+                frame = None
+            self._look_at = time.monotonic() + REFRESH
+            self._up.set(frame is not None)
+            if not self._many:  # which cannot forget
+                for each in (self._rows, self._dead, self._bytes, self._jobs, self._oldest):
+                    each.clear()
+            if frame is not None:
+                self._show(frame)
+
+    def _show(self, frame: Overview) -> None:
+        self._held.set(frame.locks_held)
+        for table in frame.tables:
+            name = self._bounded("table", table.name.replace('"', ""))
+            self._rows.labels(name).set(table.rows)
+            self._dead.labels(name).set(table.dead)
+            self._bytes.labels(name).set(table.bytes + table.index_bytes)
+        for queue in frame.queues:
+            name = self._bounded("queue", queue.queue)
+            self._oldest.labels(name).set(queue.oldest)
+            for state in ("waiting", "delayed", "running", "dead"):
+                self._jobs.labels(name, state).set(getattr(queue, state))
 
     def _grow(
         self,

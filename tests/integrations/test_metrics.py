@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import re
+import struct
 import subprocess
 import sys
 import threading
@@ -18,7 +20,10 @@ import pytest
 import pgkv
 from pgkv import _observe
 from pgkv.integrations import prometheus
+from pgkv.patterns.overview import Overviews
+from tests.faults.proxy import Proxy
 from tests.faults.support import newest
+from tests.servers import wait_until
 
 pytest.importorskip("prometheus_client", reason="prometheus_client is not installed")
 pytest.importorskip("opentelemetry.sdk", reason="opentelemetry-sdk is not installed")
@@ -35,6 +40,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector
 
 from pgkv.integrations.otel import PgkvInstrumentor
 
@@ -179,9 +185,55 @@ def test_a_wait_for_a_connection_is_told_to_threads_and_tasks(
     assert registry.get_sample_value("pgkv_pool_wait_seconds_count") == 3
 
 
+@newest
+def test_the_server_is_asked_about_tables_locks_and_queues(
+    dsn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a scrape does not fail without it, nor does it show what was."""
+    made = CollectorRegistry()
+    one = made.get_sample_value
+    with Proxy(dsn) as proxy, pgkv.Store.connect(proxy.dsn, pool_max_size=1) as store:
+        queue = pgkv.Queue(store, "emails")
+        queue.put(b"a")
+        queue.put(b"b", delay=60)
+        remove = prometheus.install(made, store=store)
+        with pgkv.Lock(store, "billing").acquire():
+            generate_latest(made)
+            assert one("pgkv_up") == 1
+            assert one("pgkv_locks_held") == 1
+            states = ("waiting", "delayed", "dead")
+            depths = [one("pgkv_queue_jobs", {"queue": "emails", "state": s}) for s in states]
+            assert depths == [1, 1, 0]
+            assert (one("pgkv_table_bytes", {"table": "kv_store_jobs"}) or 0) > 8000
+            store.set("k", "v")
+        looked: list[None] = []
+        monkeypatch.setattr(Overviews, "look", lambda _: looked.append(None))
+        generate_latest(made)
+        assert looked == [], "asked a moment ago"
+        monkeypatch.undo()
+        monkeypatch.setattr(prometheus, "REFRESH", 0.0)
+        remove()
+        remove = prometheus.install(made, store=store)
+        proxy.refuse()
+        proxy.reset_all()
+        assert "pgkv_up 0.0" in generate_latest(made).decode()
+        assert one("pgkv_table_bytes", {"table": "kv_store_jobs"}) is None
+        proxy.listen()
+        generate_latest(made)
+        assert one("pgkv_up") == 1
+        remove()
+
+
+def test_another_store_is_refused() -> None:
+    store = pgkv.AsyncStore(pgkv.Config("postgresql:///x"))
+    with pytest.raises(pgkv.ConfigError, match=r"install\(\) needs a Store, not AsyncStore"):
+        prometheus.install(CollectorRegistry(), store=store)  # type: ignore[arg-type]
+
+
 def test_every_query_of_the_dashboard_is_of_a_metric() -> None:
     made = CollectorRegistry()
-    remove = prometheus.install(made)
+    with pgkv.Store(pgkv.Config("postgresql:///x")) as store:
+        remove = prometheus.install(made, store=store)
     names = {
         name
         for metric in (prometheus_names(made))
@@ -235,6 +287,51 @@ def test_several_workers_are_added_up(dsn: str, tmp_path: Path) -> None:
         r'pgkv_cached_calls_total\{function="shared:1",result="(hit|miss)"\} (\d+)', text
     )
     assert sum(int(count) for _, count in calls) == 200
+
+
+GAUGES = """
+import os, sys, pgkv
+from pgkv.integrations import prometheus
+with pgkv.Store.connect(os.environ["PGKV_DSN"]) as store:
+    store.set("k", "v")
+    prometheus.install(store=store)
+    limiter = pgkv.RateLimiter(store, "1000/s", name="api")
+    limiter.hit("a")
+    if os.fork():
+        store.get("k")
+        sys.stdin.read()
+        os.wait()
+    limiter.hit("a")
+"""
+
+
+@newest
+def test_gauges_of_several_workers(dsn: str, tmp_path: Path) -> None:
+    """Each worker keeps them true by itself: no scrape calls it. A forked one counts from zero."""
+    environment = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path), "PGKV_DSN": dsn}
+    workers = [
+        subprocess.Popen([sys.executable, "-c", GAUGES], env=environment, stdin=subprocess.PIPE)
+        for _ in range(2)
+    ]
+    registry = CollectorRegistry()
+    MultiProcessCollector(registry, str(tmp_path))  # type: ignore[no-untyped-call]  # prometheus_client's
+
+    def one(name: str, **labels: str) -> float | None:
+        with contextlib.suppress(struct.error):  # a file that a worker is just creating
+            return registry.get_sample_value(name, labels)
+        return None
+
+    try:
+        wait_until(
+            lambda: one("pgkv_pool_connections", state="idle") == 2 and one("pgkv_up") == 1,
+            "both workers have told",
+            60,
+        )
+        assert (one("pgkv_table_bytes", table="kv_store") or 0) > 8000
+    finally:
+        for each in workers:
+            each.communicate(timeout=60)
+    assert one("pgkv_limiter_decisions_total", limiter="api", decision="allowed") == 6
 
 
 # -- OpenTelemetry
