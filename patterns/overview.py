@@ -25,7 +25,7 @@ from .._ops import codec as _codec
 from .._ops.op import BINARY, TEXT, Flow, Op, Pipelined, Statement, send
 from .._sql.evict import ROW_BYTES
 from .._sql.sample import SAMPLE_PAGES, sampled
-from ..errors import PgkvError
+from ..errors import ConfigError, PgkvError
 from .cache.sql import DIGEST_LENGTH, ENTRY
 from .cache.sql import PREFIX as CACHE
 from .idempotency.sql import IDEMPOTENCY
@@ -201,10 +201,18 @@ class Overviews:
 
     Args:
         store: a `Store` or `AsyncStore`. Of a namespace it shows the keys and names in it only.
+
+    Raises:
+        ConfigError: the store is sharded.
     """
 
     def __init__(self, store: Any) -> None:
         self._channel, self._sql = store._channel, store._sql
+        if getattr(self._channel, "slot", 0) is None:
+            raise ConfigError(
+                "an overview is of one server, and a sharded store has several: give it store.on(key), "
+                "the store of that key's slot"
+            )
         config = store._config
         self._tables = {"store": config.table.quoted} | {
             kind: companion(config, shape, durable=logged).quoted

@@ -6,15 +6,15 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from html import escape
-from itertools import pairwise
 from time import monotonic
 from typing import Any, NamedTuple
 
 from .. import __version__
 from ..patterns.cache.decorator import cached_functions
-from ..patterns.overview import Overview, Share
+from ..patterns.overview import Overview, Share, rates_between
 
 RELOAD = 5  # seconds
+HISTORY = 600.0  # seconds that are drawn
 HINTS = 12
 NONE = "\N{EN DASH}"
 NAME_MAX = 100  # characters of a name
@@ -34,29 +34,26 @@ KINDS = {
 
 
 class Point(NamedTuple):
-    """What is drawn of one frame: the first two grow for ever."""
+    """What is drawn of one frame. Rates are of the time since the frame before."""
 
     at: float  # monotonic
-    commits: float
-    changes: float
-    connections: float
-    hits: float
-    held: float
-    waiting: float
+    connections: int
+    held: int
+    waiting: int
+    commits: float | None = None
+    changes: float | None = None
+    hits: float | None = None
 
 
-def point_of(frame: Overview, at: float) -> Point:
+def point_of(before: Overview | None, frame: Overview, at: float) -> Point:
     """Return what is drawn of a frame."""
-    reads = frame.server.blocks_hit + frame.server.blocks_read
-    return Point(
-        at,
-        frame.server.commits,
-        sum(table.inserted + table.updated + table.deleted for table in frame.tables),
-        frame.server.connections,
-        frame.server.blocks_hit / reads if reads else 1.0,
-        frame.locks_held,
-        sum(queue.waiting for queue in frame.queues),
-    )
+    waiting = sum(queue.waiting for queue in frame.queues)
+    point = Point(at, frame.server.connections, frame.locks_held, waiting)
+    if before is None:
+        return point
+    rates = rates_between(before, frame)
+    changes = sum(each["changes"] for each in rates["tables"].values())
+    return point._replace(commits=rates["commits"], changes=changes, hits=rates["hit_ratio"])
 
 
 # -- texts ---------------------------------------------------------------------------------
@@ -152,44 +149,24 @@ def _sparkline(values: Sequence[tuple[float, float]], label: str) -> str:
     )
 
 
-def _rates(points: Sequence[Point], of: Callable[[Point], float]) -> list[tuple[float, float]]:
-    return [
-        (after.at, max(0.0, of(after) - of(before)) / (after.at - before.at))
-        for before, after in pairwise(points)
-    ]
-
-
 def _cards(frame: Overview, points: Sequence[Point]) -> str:
-    commits, changes = (_rates(points, of) for of in (lambda p: p.commits, lambda p: p.changes))
-    last = points[-1]
-    cards = [
-        (
-            "Transactions",
-            f"{_count(commits[-1][1])}<small>/s</small>" if commits else NONE,
-            commits,
-        ),
-        (
-            "Rows changed",
-            f"{_count(changes[-1][1])}<small>/s</small>" if changes else NONE,
-            changes,
-        ),
-        (
-            "Connections",
-            f"{last.connections:.0f}<small> of {frame.server.max_connections}</small>",
-            [(p.at, p.connections) for p in points],
-        ),
-        ("Locks held", _count(last.held), [(p.at, p.held) for p in points]),
-        ("Jobs waiting", _count(last.waiting), [(p.at, p.waiting) for p in points]),
-        ("Found in memory", f"{last.hits:.1%}", [(p.at, p.hits) for p in points]),
-    ]
-    return (
-        "<div class=cards>"
-        + "".join(
+    most = f"<small> of {frame.server.max_connections}</small>"
+    cards: dict[str, tuple[str, Callable[[float], str]]] = {
+        "Transactions": ("commits", lambda n: f"{_count(n)}<small>/s</small>"),
+        "Rows changed": ("changes", lambda n: f"{_count(n)}<small>/s</small>"),
+        "Connections": ("connections", lambda n: f"{n}{most}"),
+        "Locks held": ("held", _count),
+        "Jobs waiting": ("waiting", _count),
+        "Found in memory": ("hits", lambda n: f"{n:.1%}"),
+    }
+    parts = []
+    for title, (name, text) in cards.items():
+        line = [(each.at, n) for each in points if (n := getattr(each, name)) is not None]
+        value = text(line[-1][1]) if line else NONE
+        parts.append(
             f"<div class=card><h3>{title}</h3><p>{value}</p>{_sparkline(line, title)}</div>"
-            for title, value, line in cards
         )
-        + "</div>"
-    )
+    return f"<div class=cards>{''.join(parts)}</div>"
 
 
 def _attention(frame: Overview) -> Iterator[str]:
@@ -414,6 +391,7 @@ def page(
 ) -> str:
     """Return the page: the last frame, and above it why there is no newer one."""
     drawn = [*points]
+    drawn = [each for each in drawn if each.at > drawn[-1].at - HISTORY]
     table = _text(store._config.table_name)
     state, parts = "paused" if paused else "live", []
     if failure is not None:

@@ -23,7 +23,7 @@ from ..errors import ConfigError, PgkvError
 from ..patterns.overview import Overview, Overviews
 from ..patterns.web.request import HttpRequest
 from ..store import Store
-from ._page import RELOAD, Point, page, point_of
+from ._page import HISTORY, RELOAD, Point, page, point_of
 
 __all__ = ["ASGIDashboard", "WSGIDashboard", "dashboard"]
 
@@ -32,7 +32,7 @@ Response: TypeAlias = "tuple[HTTPStatus, dict[str, str], bytes]"
 
 TIMEOUT = 1.0  # seconds for an answer of the server
 FRESH = 1.0  # seconds for which all visitors see the same frame
-POINTS = 600 // RELOAD  # of the sparklines: ten minutes of one visitor
+POINTS = int(HISTORY)  # at most one a second
 POLICY = (
     "default-src 'none'; style-src 'nonce-{}'; base-uri 'none'; form-action 'none'; "
     "frame-ancestors 'none'"
@@ -88,7 +88,7 @@ class _Dashboard:
         except (PgkvError, TimeoutError) as error:
             self._failure = error.with_traceback(None)
         else:
-            self._points.append(point_of(frame, now))
+            self._points.append(point_of(self._frame, frame, now))
             self._frame, self._failure = frame, None
 
 
@@ -170,7 +170,7 @@ def dashboard(
 
     Raises:
         ConfigError: there is no `authorize`: such a page must never be public by mistake. Or `store` is
-            no store.
+            no store, or a sharded one.
     """
     if not callable(authorize):
         raise ConfigError(

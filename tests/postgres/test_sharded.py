@@ -19,6 +19,8 @@ from hypothesis import strategies as st
 
 import pgkv
 from pgkv.cli import main
+from pgkv.integrations.dashboard import dashboard
+from pgkv.patterns.overview import Overviews
 from tests import FULL, sharded
 from tests.colours import Colour
 from tests.peers import caller_connection
@@ -468,3 +470,17 @@ def test_the_command(dsns: list[str], server: Server, capfd: pytest.CaptureFixtu
 def parts_of(dsn: str) -> tuple[str, ...]:
     found = psycopg.conninfo.conninfo_to_dict(dsn)
     return tuple(str(found.get(name)) for name in ("dbname", "host", "port", "user"))
+
+
+def test_an_overview_is_of_one_slot(dsns: list[str]) -> None:
+    """The figures of `pgkv top` and of the dashboard are of one server: a sharded store says which to give."""
+    with pgkv.Store.sharded(dsns) as store:
+        with pytest.raises(pgkv.ConfigError, match=r"store\.on\(key\)"):
+            Overviews(store)
+        with pytest.raises(pgkv.ConfigError, match=r"store\.on\(key\)"):
+            dashboard(store, authorize=lambda _: True)
+        store.set_many({"{a}:1": "x", "{a}:2": "x"})
+        one = store.on("{a}:1")
+        frame = one._run(Overviews(one).look(), 30.0)
+        assert [(each.name, each.rows) for each in frame.keys] == [("{a}:", 2)]
+    sharded.clear(dsns)
