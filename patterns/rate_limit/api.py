@@ -11,6 +11,7 @@ import contextlib
 import functools
 import inspect
 from collections.abc import Awaitable, Callable, Iterable
+from time import monotonic
 from typing import Any, Generic, ParamSpec, Self, TypeVar
 
 from ..._observe import shown
@@ -23,7 +24,16 @@ from ...config import Seconds
 from ...errors import ConfigError, PgkvError
 from ...store import Store
 from .._runtime.checks import require
-from .flows import LimiterFlows, OnError, Receipt, Reserved, charges_of, check_limit, hit_many
+from .flows import (
+    OUTAGES,
+    LimiterFlows,
+    OnError,
+    Receipt,
+    Reserved,
+    charges_of,
+    check_limit,
+    hit_many,
+)
 from .local import LimiterCounts
 from .policy import Decision
 from .rate import Quota, Rate, Rates
@@ -73,6 +83,7 @@ class LimiterView(Generic[S]):
         self._store = store
         self._flows = flows
         self._store_run = store._run
+        self._call = store._channel.call
 
     def _inside(self, conn: Any) -> Self:
         view = type(self).__new__(type(self))
@@ -157,7 +168,19 @@ class RateLimiter(LimiterView[Store]):
             InvalidValueError: the cost is more than a full bucket holds.
             StoreUnavailableError, OperationTimeoutError: with ``on_error="raise"``.
         """
-        return self._run(self._flows.hit(key, cost, limits))
+        flows = self._flows
+        usual = flows.usual_of(key) if limits is None and cost == 1 and type(cost) is int else None
+        if usual is None:
+            return self._run(flows.hit(key, cost, limits))
+        began = monotonic()
+        try:
+            arrival = self._call(usual.statement, usual.params, flows.timeout)
+        except OUTAGES as error:
+            return flows.outage(key, error)
+        decision = flows.decided(key, usual, arrival)
+        if decision is None:
+            return self._store_run(flows.hit(key, 1, None, None, began), flows.left(began))  # type: ignore[no-any-return]  # of either store
+        return decision
 
     def acquire(
         self,
@@ -349,7 +372,20 @@ class AsyncRateLimiter(LimiterView[AsyncStore]):
 
     async def hit(self, key: str, cost: int = 1, *, limits: Rates | None = None) -> Decision:
         """Charge the key, or refuse. Never waits for tokens; see :meth:`RateLimiter.hit`."""
-        return await self._run(self._flows.hit(key, cost, limits))
+        flows = self._flows
+        usual = flows.usual_of(key) if limits is None and cost == 1 and type(cost) is int else None
+        if usual is None:
+            return await self._run(flows.hit(key, cost, limits))
+        began = monotonic()
+        try:
+            arrival = await self._call(usual.statement, usual.params, flows.timeout)
+        except OUTAGES as error:
+            return flows.outage(key, error)
+        decision = flows.decided(key, usual, arrival)
+        if decision is None:
+            left = flows.left(began)
+            return await self._store_run(flows.hit(key, 1, None, None, began), left)  # type: ignore[no-any-return]  # of either store
+        return decision
 
     async def acquire(
         self,

@@ -17,7 +17,7 @@ from ... import _observe
 from ..._engine._async.transaction import AsyncBoundChannel
 from ..._engine._sync.transaction import BoundChannel
 from ..._ops.codec import waiting
-from ..._ops.op import Flow, Op, call, do, pause
+from ..._ops.op import Flow, Op, Param, Statement, call, do, pause
 from ...config import Seconds, require_seconds
 from ...errors import (
     ConfigError,
@@ -79,6 +79,15 @@ class Reserved(NamedTuple):
     receipt: Receipt | None
 
 
+class Usual(NamedTuple):
+    """What mostly decides the next hit of a key: `LimiterStatements.charge`, or `refusal`."""
+
+    statement: Statement[Arrival | None]
+    params: Sequence[Param]
+    row: bytes
+    refused: bool
+
+
 class LimiterFlows:
     """The settings and the memory of one limiter (see `RateLimiter`), and its operations as flows."""
 
@@ -97,6 +106,7 @@ class LimiterFlows:
         self.on_error: OnError = check_mode(on_error)
         self.timeout: float = require_seconds("timeout", timeout)
         self.policy: Policy = Policy(name, self.rates)
+        self._one_token: Charge = self.policy.charge(1)
         self.prefetch: int = _check_prefetch(prefetch, self.policy.burst)
         self.denied: DenyCache | None = DenyCache() if local_deny else None
         self.prepaid: PrepaidTokens | None = PrepaidTokens() if prefetch > 1 else None
@@ -104,6 +114,8 @@ class LimiterFlows:
         _observe.limiters[self.counter] = name
         # A mere hint: whether the last hit of a key was refused. Keys that are new are not in it.
         self._lately: dict[bytes, bool] = {}
+        # Likewise of keys charged with one token: their next hit runs no flow while nothing changes.
+        self.usual: dict[str, Usual] = {}
         self._policies: dict[tuple[Rate, ...], Policy] = {self.rates: self.policy}
         # Escaped, so that no name and key make the row of another name and key.
         safe = "".join(f"%{ord(c):02x}" if c in "%:~#" else c for c in name)
@@ -117,6 +129,7 @@ class LimiterFlows:
         # Limiters with the same home can be charged by one statement.
         self._home = getattr(channel, "_conn", channel)
         self.is_bound: bool = isinstance(channel, BoundChannel | AsyncBoundChannel)
+        self.usual = {}
         if self.is_bound:
             # What a transaction sees may be rolled back, so nothing local may be learnt from it;
             # and a failed statement has failed the transaction, so that it cannot admit.
@@ -162,9 +175,15 @@ class LimiterFlows:
     # -- one key
 
     def hit(
-        self, key: str, cost: int, limits: Rates | None, on_error: OnError | None = None
+        self,
+        key: str,
+        cost: int,
+        limits: Rates | None,
+        on_error: OnError | None = None,
+        began: float | None = None,
     ) -> Flow[Decision]:
-        """Charge the key, or refuse. `on_error` is used instead of the limiter's own."""
+        """Charge the key, or refuse. `on_error` is used instead of the limiter's own; the call may
+        have `began` with a statement that decided nothing."""
         policy = self.policy if limits is None else self.policy_of(limits)
         row = self.row(key, policy)
         charge = policy.charge(cost)
@@ -177,7 +196,7 @@ class LimiterFlows:
             known = self.prepaid.spend(row, policy, cost)
         if known is not None:
             return self._settled(key, known)
-        sent = monotonic()
+        sent = began or monotonic()
         try:
             if self.prepaid is not None:
                 decision = yield from self._hit_prefetching(row, policy, cost, sent)
@@ -187,16 +206,55 @@ class LimiterFlows:
                 if arrival is None or refused is not False:
                     arrival = yield from self._decided(row, arrival, charge, sent)
                 decision = policy.decide(arrival, cost)
+                if charge is self._one_token and self.denied is None and not self.is_bound:
+                    self._remember(key, row, charge, refused=not arrival.charged)
         except OUTAGES as error:
-            return self._settled(key, self._degraded(policy, error, on_error))
+            return self.outage(key, error, policy, on_error)
         if self.denied is not None and not decision.allowed:
             self.denied.remember(row, policy, cost, sent, decision)
         return self._settled(key, decision)
 
+    def _remember(self, key: str, row: bytes, charge: Charge, *, refused: bool) -> None:
+        if len(self.usual) >= ENTRIES_MAX:
+            self.usual.clear()
+        op = self._likely(refused)(row, charge)
+        self.usual[key] = Usual(op.statement, op.params, row, refused)
+
+    def usual_of(self, key: str) -> Usual | None:
+        """What the next hit of a key sends first, as far as that is known."""
+        try:
+            return None if _switch.off else self.usual.get(key)
+        except TypeError:  # no str: `hit` refuses it
+            return None
+
+    def decided(self, key: str, usual: Usual, arrival: Arrival | None) -> Decision | None:
+        """The decision of a hit that sent what is usual; None where `hit` has to go on."""
+        if arrival is not None and not (usual.refused and arrival.stepped_back()):
+            return self._settled(key, self.policy.decide(arrival, 1))
+        self.usual.pop(key, None)
+        if arrival is None and usual.refused:
+            self._lately[usual.row] = False
+        elif arrival is None:
+            self._lately.pop(usual.row, None)
+        return None
+
+    def outage(
+        self,
+        key: str,
+        error: PgkvError,
+        policy: Policy | None = None,
+        on_error: OnError | None = None,
+    ) -> Decision:
+        """What `on_error` decides; or raise the error."""
+        return self._settled(key, self._degraded(policy or self.policy, error, on_error))
+
+    def left(self, began: float) -> float:
+        """The time that a call has for another statement."""
+        return max(began + self.timeout - monotonic(), STATEMENT_SECONDS_MIN)
+
     def _again(self, op: Op[Any], started: float) -> Flow[Any]:
         """Perform another statement of a call, within the time the call has left."""
-        left = started + self.timeout - monotonic()
-        return (yield from call(self._execute, op, max(left, STATEMENT_SECONDS_MIN)))
+        return (yield from call(self._execute, op, self.left(started)))
 
     def _charge(self, row: bytes, charge: Charge, started: float) -> Flow[Arrival]:
         arrival = yield from do(self._likely(self._lately.get(row))(row, charge))

@@ -798,6 +798,11 @@ class ScheduledChannel(AsyncPoolChannel):
         super().__init__(config, NowhereAwaited())  # type: ignore[arg-type]  # nothing is sent by it
         self._world = world
 
+    async def call(
+        self, statement: Any, params: Any, timeout: float | None = None, op: Any = None
+    ) -> Any:
+        return await self.execute(op or Op(statement, params), timeout)
+
     async def execute(self, op: Op[Any], timeout: float | None = None) -> Any:
         world = self._world
         if op.statement.name in UPKEEP:
@@ -827,6 +832,11 @@ class ScheduledThreadChannel(PoolChannel):
     def __init__(self, world: World, config: pgkv.Config) -> None:
         super().__init__(config, Nowhere())  # type: ignore[arg-type]  # nothing is sent by it
         self._world = world
+
+    def call(
+        self, statement: Any, params: Any, timeout: float | None = None, op: Any = None
+    ) -> Any:
+        return self.execute(op or Op(statement, params), timeout)
 
     def execute(self, op: Op[Any], timeout: float | None = None) -> Any:
         if op.statement.name in UPKEEP:

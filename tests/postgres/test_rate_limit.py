@@ -7,6 +7,7 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
+import psycopg
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -343,6 +344,62 @@ async def test_a_hit_is_one_statement(make: Make, operations: Any) -> None:
         await limiter.hit("u")
         counts.append(len([name for name, _, _ in operations if name == "limit_hit"]))
     assert counts == [1, 1, 2, 1, 1, 2, 1]
+
+
+class Forgetful(dict[str, Any]):
+    """Keeps nothing."""
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        pass
+
+
+async def test_a_hit_without_a_flow_decides_as_one_with_it(
+    make: Make, clock: ServerClock, operations: Any, store: Any
+) -> None:
+    """What is usual of a key is asked without a flow: the same statements, decisions and counts, also
+    when the row is gone, full again, of another time, or cannot be read."""
+
+    async def story(name: str, usual: dict[str, Any]) -> Any:
+        limiter = make("2/10s burst 2", name=name, on_error="closed")
+        flows = getattr(limiter, "_target", limiter)._flows
+        flows.usual = usual
+        clock.set_offset(0)
+        operations.clear()
+        told: list[Any] = []
+
+        async def hit(count: int) -> None:
+            for _ in range(count):
+                made = await limiter.hit("u")
+                told.append((made.allowed, made.remaining, made.degraded))
+
+        await hit(5)
+        clock.advance(5.5)
+        await hit(3)
+        clock.advance(60)
+        await hit(2)
+        await limiter.reset("u")
+        await hit(4)
+        sent = [each[:2] for each in operations]
+        clock.advance(-3600)
+        await hit(3)
+        await store.set(f"pgkv:rate:{name}:u", b"hello")
+        with pytest.raises(pgkv.InvalidValueError, match="another program"):
+            await limiter.hit("u")
+        await limiter.reset("u")
+        await hit(1)
+        with pytest.raises(pgkv.InvalidKeyError):
+            await limiter.hit(["u"])
+        flows.timeout = 0.2
+        with psycopg.connect(clock.dsn) as peer:
+            peer.execute("LOCK kv_store")
+            await hit(1)
+        return told, sent, limiter.counts, set(usual)
+
+    *ways, known = await story("usual", {})
+    *expected, forgotten = await story("flow", Forgetful())
+    assert (known, forgotten) == ({"u"}, set())
+    assert ways == expected
+    assert ways[0][-1] == (False, 0, True)
 
 
 async def test_foreign_data_is_named(make: Make, store: Any) -> None:

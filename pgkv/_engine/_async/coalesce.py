@@ -88,9 +88,11 @@ class CoalescingChannel:
             await asyncio.sleep(0)
         await self._inner.close()
 
-    async def call(self, statement: Statement[T], params: Sequence[Param]) -> T:
+    async def call(
+        self, statement: Statement[T], params: Sequence[Param], timeout: float | None = None
+    ) -> T:
         """Perform one statement, together with the operations of this turn."""
-        return await self.execute(Op(statement, params))
+        return await self.execute(Op(statement, params), timeout)
 
     async def execute(self, op: Op[T], timeout: float | None = None) -> T:
         """Perform one operation, together with the others of this turn."""

@@ -45,6 +45,7 @@ def hinted(limiter: RateLimiter, side: str, refused: bool | None) -> Any:
     """A hit of a key whose last one was refused, or was not."""
     flows = limiter._flows
     flows._lately.clear()
+    flows.usual.clear()
     if refused is not None:
         flows._lately[flows.row("k", flows.policy)] = refused
     return told(limiter.hit("k", COST[side]))
