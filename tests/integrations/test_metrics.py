@@ -121,10 +121,10 @@ def test_locks_limiters_sweeps_and_pools_are_counted(dsn: str, registry: Collect
         assert one("pgkv_lock_hold_seconds_count", lock="billing") == 1
         assert one("pgkv_events_total", event="pgkv.lock.denied") == 1
 
-        limiter = pgkv.RateLimiter(store, "1/h", name="api")
+        limiter = pgkv.RateLimiter(store, "1/h", name="mails")
         assert [limiter.hit("secret").allowed for _ in range(3)] == [True, False, False]
-        assert one("pgkv_limiter_decisions_total", limiter="api", decision="allowed") == 1
-        assert one("pgkv_limiter_decisions_total", limiter="api", decision="denied") == 2
+        assert one("pgkv_limiter_decisions_total", limiter="mails", decision="allowed") == 1
+        assert one("pgkv_limiter_decisions_total", limiter="mails", decision="denied") == 2
 
         with store.transaction() as view:
             view.get("k")

@@ -361,7 +361,8 @@ async def test_a_hit_without_a_flow_decides_as_one_with_it(
 
     async def story(name: str, usual: dict[str, Any]) -> Any:
         limiter = make("2/10s burst 2", name=name, on_error="closed")
-        flows = getattr(limiter, "_target", limiter)._flows
+        target: Any = getattr(limiter, "_target", limiter)
+        flows = target._flows
         flows.usual = usual
         clock.set_offset(0)
         operations.clear()
