@@ -53,7 +53,8 @@ class PooledOperations:
         self._known: set[Table] = set()
         self._patrolling = False
         self.misses: Misses = Misses()
-        _observe.pools.add(self)
+        if pool is not None:  # a sharded store's channel has its servers' own
+            _observe.pools.add(self)
 
     def on_close(self, fn: Callable[[], object]) -> None:
         """Call `fn` when the channel has been closed; an async one calls it in a thread."""

@@ -23,7 +23,7 @@ from prometheus_client.registry import Collector
 from .. import _observe
 from .._fork import new_lock, survives_fork
 from .._observe import KINDS, OperationEvent, StateEvent, on_event
-from ..errors import PgkvError
+from ..errors import ConfigError, PgkvError
 from ..patterns._runtime.checks import require
 from ..patterns.cache.decorator import cached_functions
 from ..patterns.overview import Overview, Overviews
@@ -67,6 +67,10 @@ def install(
         ConfigError: `store` is no `Store`.
     """
     if store is not None:
+        if hasattr(store._config, "shards"):
+            raise ConfigError(
+                "prometheus.install() asks one server: give it a store of one, not a sharded store"
+            )
         require(
             store, Store, "prometheus.install()", "prometheus.install() with a Store of its own"
         )

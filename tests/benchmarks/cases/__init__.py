@@ -15,6 +15,7 @@ from tests.benchmarks.cases import (
     counter,
     idempotency,
     limiter,
+    listeners,
     lock,
     memory,
     pipeline,
@@ -130,5 +131,11 @@ TOPICS = (
         "Size",
         "The cost of a large table, of a hot key, and of an iteration.",
         (size, counter, memory),
+    ),
+    Topic(
+        "Listeners",
+        "The same calls with nothing listening, and with each way to look at them. In brackets is what a"
+        " listener makes of the time.",
+        (listeners,),
     ),
 )
