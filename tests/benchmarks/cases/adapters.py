@@ -1,5 +1,5 @@
-"""Adapters through the interfaces that programs call: Django's cache and sessions, limits' strategies;
-each against that interface on Redis, and Django's against its own backends."""
+"""Adapters through the interfaces that programs call: Django's cache and sessions, Flask-Session, limits'
+strategies; each against that interface on Redis, and Django's against its own backends."""
 
 from __future__ import annotations
 
@@ -14,8 +14,16 @@ from limits.storage import RedisStorage
 from limits.strategies import FixedWindowRateLimiter, SlidingWindowCounterRateLimiter
 
 import pgkv.integrations.limits  # registers pgkv://
+from pgkv.integrations.cachelib import CachelibCache
 from tests.benchmarks.case import PGKV, Bench, Entrants, case, each
-from tests.benchmarks.cases.session import DATA, django_sessions
+from tests.benchmarks.cases.session import (
+    DATA,
+    FLASK,
+    LIFETIME,
+    SESSIONS,
+    django_sessions,
+    flask_sessions,
+)
 
 DJANGO_REDIS = "django-redis"
 DATABASE = "Django DatabaseCache"
@@ -93,6 +101,27 @@ def django_session(bench: Bench) -> Entrants:
         made.append(session.session_key)
     yield PGKV, each(lambda key: save(ours, key), cycle(made))
     yield DB_SESSIONS, each(lambda key: save(theirs, key), cycle(keys))
+
+
+@case("Flask-Session: load + save", {FLASK: 1.5})
+def flask_session(bench: Bench) -> Entrants:
+    """Flask-Session's interface over cachelib, as its requests use it; and its own one of Redis."""
+    flask: Any = import_module("flask")
+    kind: Any = import_module("flask_session.cachelib").CacheLibSessionInterface
+    ours = kind(flask.Flask("bench"), client=CachelibCache(bench.store()))
+    numbers = count()
+
+    def save(interface: Any, name: str) -> None:
+        data = interface._retrieve_session_data(name)
+        data["n"] = next(numbers)
+        interface._upsert_session(LIFETIME, data, name)
+
+    names = [f"session:{n}" for n in range(SESSIONS)]
+    for name in names:
+        ours._upsert_session(LIFETIME, DATA, name)
+    yield PGKV, each(partial(save, ours), cycle(names))
+    if theirs := flask_sessions(bench):
+        yield FLASK, each(partial(save, theirs[0]), cycle(theirs[1]))
 
 
 def limits_storages(bench: Bench) -> Iterator[tuple[str, Any]]:
