@@ -23,7 +23,7 @@ from pgkv._embedded import cluster as _cluster
 from pgkv._embedded.binaries import Binaries
 from pgkv._embedded.cluster import Cluster
 from pgkv.errors import ConfigError, StoreUnavailableError
-from tests import servers
+from tests import FULL, servers
 from tests.servers import THROWAWAY, wait_until
 
 pytestmark = pytest.mark.skipif(not servers.installed(), reason="no PostgreSQL server binaries")
@@ -92,9 +92,11 @@ class User:
         self.process.communicate()
 
 
-@pytest.fixture(params=list(servers.installed().values()), ids=lambda b: f"pg{b.major}")
+@pytest.fixture(
+    params=list(servers.installed().values())[: None if FULL else 2], ids=lambda b: f"pg{b.major}"
+)
 def binaries(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Binaries:
-    """The wheel's, the system's: all tests with each."""
+    """The wheel's, the system's: all tests with each. A third one with PGKV_TESTS=full."""
     found: Binaries = request.param
     monkeypatch.setattr(_binaries, "binary_directories", lambda: [found.directory])
     return found
