@@ -126,6 +126,19 @@ class PoolPlace:
         self.connected: bool = False
 
 
+def finish_returned(pool: Any) -> None:
+    """Close what a psycopg_pool that is closed will not take back.
+
+    It may hand a connection to a caller in the moment in which that caller's wait times out. A task
+    for its workers returns the connection, and a closed pool has no workers.
+    """
+    if pool.closed:
+        name = "queue" if hasattr(pool._tasks, "queue") else "_queue"  # for threads, for asyncio
+        for task in tuple(getattr(pool._tasks, name)):
+            if (conn := getattr(task, "conn", None)) is not None:
+                conn.pgconn.finish()
+
+
 def closed(action: str) -> StoreUnavailableError:
     """The error of an operation after close()."""
     error = StoreUnavailableError(f"{action}: the store is closed")

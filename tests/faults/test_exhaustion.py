@@ -4,6 +4,7 @@ asker's own."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import linecache
 import sys
 import threading
@@ -16,9 +17,12 @@ from types import FrameType
 from typing import Any
 
 import psycopg
+import psycopg_pool
 import pytest
 
+import pgkv
 from pgkv import OperationTimeoutError, PgkvError, PoolTimeoutError, Store
+from tests.colours import Colour, Threaded
 from tests.faults.support import Crew, Witness, newest, until
 from tests.servers import LATE, wait_until
 
@@ -395,6 +399,59 @@ async def test_close_with_callers_waiting(make_store: MakeStore, witness: Witnes
     outcome = (await asyncio.gather(busy, return_exceptions=True))[0]
     assert isinstance(outcome, int | PgkvError)
     await closing
+    await until(lambda: not witness.backends(), "connections end")
+
+
+async def test_close_while_a_connection_is_handed_over(
+    make_store: MakeStore, witness: Witness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """psycopg_pool hands a connection to a caller whose wait times out in that moment; the store is
+    closed before the pool's workers have taken it back: it is closed all the same."""
+    store = await make_store(pool_max_size=2, retry=None)
+    owner: Any = store._target if isinstance(store, Threaded) else store
+    wait_sync = psycopg_pool.pool.WaitingClient.wait
+    wait_async = psycopg_pool.pool_async.WaitingClient.wait
+
+    def given_late(self: Any, timeout: float) -> Any:
+        wait_sync(self, 30)
+        owner.close()
+        raise psycopg_pool.PoolTimeout
+
+    async def given_late_async(self: Any, timeout: float) -> Any:
+        await wait_async(self, 30)
+        await owner.close()
+        raise psycopg_pool.PoolTimeout
+
+    async with store.transaction() as held:
+        await held.ping()
+        monkeypatch.setattr(psycopg_pool.pool.WaitingClient, "wait", given_late)
+        monkeypatch.setattr(psycopg_pool.pool_async.WaitingClient, "wait", given_late_async)
+        with pytest.raises(PgkvError, match="the store is closed"):
+            await store.get("k")
+    await until(lambda: not witness.backends(), "connections end")
+
+
+async def test_close_while_the_pool_is_opened(dsn: str, colour: Colour, witness: Witness) -> None:
+    """A store that is closed while its first operation opens the pool opens none."""
+    store = colour.make("Store", pgkv.Config(dsn, retry=None))
+    owner: Any = store._target if isinstance(store, Threaded) else store
+    pool = owner._channel._pool
+    asked, closing, conninfo = threading.Event(), threading.Event(), pool.conninfo
+
+    def slow() -> Any:
+        asked.set()
+        closing.wait(30)
+        return conninfo()
+
+    pool.conninfo = slow
+    first = asyncio.ensure_future(store.get("k"))
+    await asyncio.to_thread(asked.wait, 30)
+    closed = asyncio.ensure_future(store.close())
+    await asyncio.sleep(0)
+    closing.set()
+    await closed
+    with contextlib.suppress(PgkvError):  # a thread may have been served before
+        assert await first is None
     await until(lambda: not witness.backends(), "connections end")
 
 

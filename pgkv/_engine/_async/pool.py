@@ -7,6 +7,7 @@ never awaits: a task that is cancelled must not be able to leave one behind.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import weakref
 from collections import deque
@@ -37,6 +38,7 @@ from ..pooling import (
     busy,
     closed,
     counts_of,
+    finish_returned,
     no_connection,
     still_opening,
     unreachable,
@@ -356,6 +358,8 @@ class AsyncStorePool:
                     return conn
                 await conn.close()
                 await pool.putconn(conn)
+            finally:
+                finish_returned(pool)
 
     async def _psycopg_pool(
         self, action: str
@@ -400,7 +404,8 @@ class AsyncStorePool:
             connection.close()
         if self._tasks:
             await asyncio.wait(self._tasks)
-        pool, self._pool = self._pool, None
+        async with self._opening or contextlib.nullcontext():  # it may be opened just now
+            pool, self._pool = self._pool, None
         if pool is None:
             return
         idle = list(pool._pool)

@@ -55,6 +55,7 @@ from ..pooling import (
     busy,
     closed,
     counts_of,
+    finish_returned,
     no_connection,
     still_opening,
     unreachable,
@@ -394,6 +395,8 @@ class StorePool:
                 # Another connection's loss makes all suspect, also those that lay in the pool.
                 conn.close()
                 pool.putconn(conn)
+            finally:
+                finish_returned(pool)
 
     def _psycopg_pool(
         self, instead_of: psycopg_pool.ConnectionPool[Any] | None = None
