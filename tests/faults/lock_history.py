@@ -82,7 +82,8 @@ def _held_until(grant: Event, events: list[Event]) -> float:
     for event in sorted(own, key=lambda event: event.start):
         if event.kind == "extend" and event.ok:
             until = event.start + event.ttl
-        elif event.kind == "extend" and event.ok is None:
+        elif event.kind == "extend":
+            # It may have been made shorter, and the answer have come too late to be trusted.
             until = min(until, event.start + event.ttl)
     # From its beginning on a release may have taken effect, whatever came of it.
     return min([until, *(event.start for event in own if event.kind == "release")])

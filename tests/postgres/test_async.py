@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import random
 import time
@@ -788,6 +789,9 @@ async def test_many_deadlines_at_once(make_store: MakeStore, peer: Peer) -> None
     """One watchdog ends many blocked statements, each in its own time, and they end on the server."""
     store = await make_store(pool_max_size=8, retry=None)
     await store.set("k", "v")
+    async with contextlib.AsyncExitStack() as opened:  # connecting takes its time too
+        for _ in range(8):
+            await (await opened.enter_async_context(store.transaction())).ping()
     with peer.conn.transaction():
         peer.run(LOCK_ROW)
         ended: list[float] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
@@ -54,10 +55,12 @@ async def test_no_token_is_lost(
     microseconds (a known library admits 80 of these 120) takes none."""
     limiter = make(rates)
     admitted = 0
+    begun = time.monotonic()
     for n in range(calls):
         clock.set_offset(n * seconds)
         admitted += bool(await limiter.hit("u"))
-    assert ideal - 1 <= admitted <= ideal + 2  # the real clock moves on a little meanwhile
+    flowed = (time.monotonic() - begun) * limiter.rates[0].count / limiter.rates[0].period
+    assert ideal - 1 <= admitted <= ideal + 2 + flowed  # the real clock moves on meanwhile
 
 
 async def test_a_burst_and_what_flows_back(make: Make, clock: ServerClock) -> None:

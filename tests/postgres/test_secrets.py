@@ -134,7 +134,7 @@ async def test_lock_time_outs_quote_no_value(loud: Any, peer: Peer, log: io.Stri
 
 async def test_time_outs(loud: Any, peer: Peer, log: io.StringIO) -> None:
     """A timeout shows neither the value nor the password."""
-    store = await loud(operation_timeout=0.05, retry=None)
+    store = await loud(operation_timeout=0.5, retry=None)
     await store.set(KEY, b"1")
     with peer.conn.transaction():
         peer.run("UPDATE kv_store SET value = 'x'")

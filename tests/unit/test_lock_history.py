@@ -7,8 +7,10 @@ import pytest
 from tests.faults.lock_history import Event, violations
 
 
-def event(kind: str, start: float, end: float, token: int, ok: bool | None = True) -> Event:
-    return Event(1, "a", kind, start, end, ok, token, 1.0)
+def event(
+    kind: str, start: float, end: float, token: int, ok: bool | None = True, ttl: float = 1.0
+) -> Event:
+    return Event(1, "a", kind, start, end, ok, token, ttl)
 
 
 @pytest.mark.parametrize(
@@ -21,6 +23,8 @@ def event(kind: str, start: float, end: float, token: int, ok: bool | None = Tru
         ([event("acquire", 0, 0.1, 1), event("acquire", 3, 3.1, 1)], True),
         ([event("acquire", 0, 0.1, 1), event("extend", 0.9, 0.9, 1), event("acquire", 1.2, 1.3, 2)], True),
         ([event("acquire", 0, 0.1, 1), event("extend", 0.9, 0.9, 1, None), event("acquire", 1.2, 1.3, 2)], False),
+        ([event("acquire", 0, 0.1, 1), event("extend", 0.9, 0.9, 1), event("extend", 1, 1, 1, False), event("acquire", 1.8, 1.85, 2)], True),
+        ([event("acquire", 0, 0.1, 1), event("extend", 0.9, 0.9, 1), event("extend", 0.95, 1, 1, False, 0.1), event("acquire", 1.2, 1.3, 2)], False),
         ([event("acquire", 0, 0.1, 1), event("acquire", 1.2, 1.3, 2), event("release", 1.4, 1.5, 1)], True),
     ],
 )  # fmt: skip

@@ -704,7 +704,7 @@ async def test_connecting_ends_in_time_async(silent: str) -> None:
 def test_a_call_that_ends_before_connecting_does(silent: str) -> None:
     """A call whose own time is shorter does not blame connect_timeout."""
     late = pgkv.Store(pgkv.Config(silent, operation_timeout=0.2))
-    with pytest.raises(pgkv.StoreUnavailableError, match=r"0\.2 s \(the time for the call\)"):
+    with pytest.raises(pgkv.StoreUnavailableError, match=r"0\.\d+ s \(the time for the call\)"):
         late.get("k")
     late.close()
 
