@@ -22,6 +22,7 @@ COMMANDS = (
     *(
         "doctor",
         "top",
+        "dashboard",
         "schema",
         "migrate",
         "locks",
