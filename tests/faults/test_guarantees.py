@@ -102,7 +102,8 @@ def pair(make_server: Callable[..., Server]) -> Iterator[tuple[Server, Standby, 
 def test_a_failover_to_an_asynchronous_replica(pair: tuple[Server, Standby, str]) -> None:
     """The UNLOGGED table is empty and works; of what is logged the replicated part is there, and what
     was not replicated is undone: a lock has two holders until the first one's next renewal, its token
-    rising; a session that was ended lives again; so does an invalidated entry of a REGULAR table."""
+    rising; a session that was ended lives again; so does an invalidated entry of a REGULAR table. Work
+    with an idempotency key, and an acknowledged job, come twice; effects in the same transaction do not."""
     primary, standby, dsn = pair
     with (
         pgkv.Store.connect(dsn) as store,
@@ -123,6 +124,10 @@ def test_a_failover_to_an_asynchronous_replica(pair: tuple[Server, Standby, str]
         session = sessions.create({"a": 1}, user_id="u")
         assert [bool(limiter.hit("u")) for _ in range(4)] == [True, True, True, False]
         assert lock.holder() is None
+        idem, queue = pgkv.Idempotency(store), pgkv.Queue(store, "q")
+        idem.create_table()
+        pgkv.Idempotency(regular).create_table()
+        queue.put("job")
         regular.set("k", "v")  # waits for the disk, and so for what did not
         standby.catch_up()
         standby.cut_off()
@@ -130,6 +135,13 @@ def test_a_failover_to_an_asynchronous_replica(pair: tuple[Server, Standby, str]
         first = lock.acquire(timeout=20)
         assert sessions.destroy(session.id)
         count.invalidate()
+        with idem.once("elsewhere"):
+            pass
+        with regular.transaction() as inside, pgkv.Idempotency(inside).once("here"):
+            inside.set("effect", "of here")
+        job = queue.take(timeout=20)
+        assert job is not None
+        job.ack()
         primary.kill()
         standby.promote()
 
@@ -145,6 +157,13 @@ def test_a_failover_to_an_asynchronous_replica(pair: tuple[Server, Standby, str]
         assert not first.is_lost
         with pytest.raises(pgkv.LeaseLostError):
             first.extend(30)
+        with idem.once("elsewhere") as attempt:
+            assert not attempt.is_replay
+        assert regular.get("effect") is None  # lost with its record, and so done once in the end
+        with pgkv.Idempotency(regular).once("here") as attempt:
+            assert not attempt.is_replay
+        with queue.take(timeout=20) as again:  # type: ignore[union-attr]  # it is there
+            assert again.id == job.id
 
 
 def test_a_dropped_lock_table_frees_every_name(dsn: str, witness: Witness) -> None:

@@ -6,11 +6,14 @@ import contextlib
 import os
 import signal
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import psycopg
 import pytest
 
 import pgkv
+from pgkv import TableType
+from tests.colours import Colour
 from tests.faults.idempotency_worker import KEYS, LEASE
 from tests.faults.proxy import Proxy
 from tests.faults.support import newest
@@ -75,40 +78,54 @@ def test_killed_between_effect_and_record(
     assert count(effects, "SELECT count(*) FROM effects") == effects_done
 
 
-def test_the_answer_to_a_claim_is_lost(dsn: str, make_server: Callable[..., Server]) -> None:
+async def test_the_answer_to_a_claim_is_lost(dsn: str, make_store: Any, colour: Colour) -> None:
     """A claim whose answer never came is not sent again: the key is held to the lease's end, and then
     free."""
-    server = make_server()
-    with Proxy(server.dsn) as proxy, pgkv.Store.connect(proxy.dsn) as store:
-        idem = pgkv.Idempotency(store, lease=LEASE)
-        idem.create_table()
-        with idem.once("warm"):
+    with Proxy(dsn) as proxy:
+        store = await make_store(dsn=proxy.dsn)
+        idem = colour.make("Idempotency", store, lease=LEASE)
+        async with idem.once("warm"):
             pass
         proxy.arm(b"unheard")
-        with pytest.raises(pgkv.StoreUnavailableError) as lost, idem.once("unheard"):
-            pass
+        with pytest.raises(pgkv.StoreUnavailableError) as lost:
+            await claimed(idem, "unheard")
         assert lost.value.outcome_unknown
-        with pytest.raises(pgkv.InProgressError), idem.once("unheard"):
-            pass
-        with idem.once("unheard", wait=30) as attempt:
-            assert not attempt.is_replay
+        with pytest.raises(pgkv.InProgressError):
+            await claimed(idem, "unheard")
+        assert not await claimed(idem, "unheard", wait=30)
 
 
-def test_a_crash_of_the_server(make_server: Callable[..., Server]) -> None:
-    """A claim, and what was completed, are on disk: after a crash the key is held, and the record there."""
+async def claimed(idem: Any, key: str, **options: Any) -> bool:
+    """Run an empty block; whether it was a replay."""
+    async with idem.once(key, **options) as attempt:
+        return bool(attempt.is_replay)
+
+
+async def test_a_crash_of_the_server(
+    make_server: Callable[..., Server], make_store: Any, colour: Colour
+) -> None:
+    """A claim, and what was completed, are on disk: after a crash the key is held, and the record there.
+    Of a transaction that was open nothing is left."""
     server = make_server(durable=True)
-    with pgkv.Store.connect(server.dsn, retry=pgkv.RetryPolicy(attempts=100, deadline=20)) as store:
-        idem = pgkv.Idempotency(store, lease=60)
-        with idem.once("done") as attempt:
-            attempt.result = b"r"
-        with idem.once("claimed"):
-            server.kill()
-            server.start()
-            with pytest.raises(pgkv.InProgressError), idem.once("claimed"):
-                pass
-            found = idem.get("done")
-            assert found is not None
-            assert found.result == b"r"
+    retry = pgkv.RetryPolicy(attempts=100, deadline=20)
+    store = await make_store(dsn=server.dsn, retry=retry, table_type=TableType.REGULAR)
+    idem = colour.make("Idempotency", store, lease=60)
+    async with idem.once("done") as attempt:
+        attempt.result = b"r"
+    await store.set("effect", "none")
+    async with idem.once("claimed"):
+        with pytest.raises(pgkv.PgkvError):
+            async with store.transaction() as inside:
+                async with colour.make("Idempotency", inside).once("inside") as attempt:
+                    await inside.set("effect", "half")
+                    attempt.result = b"half"
+                server.kill()
+        server.start()
+        with pytest.raises(pgkv.InProgressError):
+            await claimed(idem, "claimed")
+        assert (await idem.get("done")).result == b"r"
+        assert await idem.get("inside") is None
+        assert await store.get("effect") == b"none"
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")

@@ -13,6 +13,7 @@ import psycopg
 import pytest
 
 import pgkv
+from tests.colours import Colour
 from tests.faults.proxy import Proxy
 from tests.faults.queue_worker import LEASE, orders
 from tests.faults.support import newest
@@ -116,54 +117,56 @@ def test_killed_between_effect_and_ack(
     assert count(world, "SELECT count(*) FROM effects") == effects
 
 
-def test_lost_answers(make_server: Callable[..., Server]) -> None:
+async def test_lost_answers(dsn: str, make_store: Any, colour: Colour) -> None:
     """A put whose answer is lost is not repeated; an ack is, and counts; a take is, and the job that it
     had been given comes back at its lease's end."""
-    server = make_server()
-    with Proxy(server.dsn) as proxy, pgkv.Store.connect(proxy.dsn) as store:
-        queue = pgkv.Queue(store, "the queue", lease=LEASE)
-        queue.put("warm")
-        job = queue.take()
-        assert job is not None
+    with Proxy(dsn) as proxy:
+        queue = colour.make("Queue", await make_store(dsn=proxy.dsn), "the queue", lease=LEASE)
+        await queue.put("warm")
+        job = await queue.take()
         proxy.arm(b"DELETE FROM")
-        job.ack()
-        assert sum(queue.stats()[1:5]) == 0
+        await job.ack()
+        assert sum((await queue.stats())[1:5]) == 0
         proxy.arm(b"unheard")
         with pytest.raises(pgkv.StoreUnavailableError) as lost:
-            queue.put("unheard")
+            await queue.put("unheard")
         assert lost.value.outcome_unknown
-        assert queue.stats().waiting == 1
-        queue.put("second")
+        assert (await queue.stats()).waiting == 1
+        await queue.put("second")
         proxy.arm(b"the queue")
-        first = queue.take()
-        assert first is not None
+        first = await queue.take()
         assert first.payload == b"second"
-        with queue.take(timeout=LEASE * 20) as again:  # type: ignore[union-attr]  # it comes
+        async with await queue.take(timeout=LEASE * 20) as again:
             assert (again.payload, again.attempt) == (b"unheard", 2)
-        first.ack()
+        await first.ack()
 
 
-def test_a_crash_of_the_server(make_server: Callable[..., Server]) -> None:
+async def test_a_crash_of_the_server(
+    make_server: Callable[..., Server], make_store: Any, colour: Colour
+) -> None:
     """A committed put survives; the lease of a moment before may not: then the job is given again, and the
-    first worker's ack is refused."""
+    first worker's ack is refused. An UNLOGGED queue is empty."""
     server = make_server(durable=True)
-    with pgkv.Store.connect(server.dsn, retry=pgkv.RetryPolicy(attempts=100, deadline=20)) as store:
-        queue = pgkv.Queue(store, "q", lease=LEASE)
-        ids = queue.put_many(["a", "b"])
-        job = queue.take()
-        assert job is not None
-        server.kill()
-        server.start()
-        seen: dict[int, pgkv.Job[bytes]] = {}
-        while len(seen) < 2:
-            found = queue.take(timeout=LEASE * 20)
-            assert found is not None
-            seen[found.id] = found
-        assert sorted(seen) == ids
-        assert seen[job.id].token > job.token
-        with pytest.raises(pgkv.LeaseLostError):
-            job.ack()
-        assert queue.ack_many(list(seen.values())) == []
+    retry = pgkv.RetryPolicy(attempts=100, deadline=20)
+    store = await make_store(dsn=server.dsn, retry=retry)
+    queue = colour.make("Queue", store, "q", lease=LEASE)
+    unlogged = colour.make("Queue", store, "q", durable=False)
+    ids = await queue.put_many(["a", "b"])
+    await unlogged.put("c")
+    job = await queue.take()
+    server.kill()
+    server.start()
+    seen: dict[int, Any] = {}
+    while len(seen) < 2:
+        found = await queue.take(timeout=LEASE * 20)
+        assert found is not None
+        seen[found.id] = found
+    assert sorted(seen) == ids
+    assert seen[job.id].token > job.token
+    with pytest.raises(pgkv.LeaseLostError):
+        await job.ack()
+    assert await queue.ack_many(list(seen.values())) == []
+    assert sum((await unlogged.stats())[1:5]) == 0
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")

@@ -452,6 +452,14 @@ async def test_two_keys_crossed(idem: Any, connect: Make, peer: Peer) -> None:
     assert failures[0].retryable
 
 
+async def test_two_keys_crossed_by_leases(idem: Any) -> None:
+    """By a lease nothing waits: each is told that the other's key is busy."""
+    async with idem.once("a"), idem.once("b"):
+        for key in "ba":
+            with pytest.raises(pgkv.InProgressError):
+                await run(idem, key)
+
+
 @pytest.mark.parametrize("inside", [False, True])
 async def test_the_ttl_is_over(idem: Any, connect: Make, clock: ServerClock, inside: bool) -> None:
     """When its ttl has passed, since its completion, the key is new, with any payload."""

@@ -50,7 +50,9 @@ def test_tests_that_a_page_names_exist(page: Path, tests: set[str]) -> None:
     assert not set(re.findall(r"`(test_\w+)`", page.read_text("utf-8"))) - tests
 
 
-@pytest.mark.parametrize("name", ["guarantees", "security", "lock", "known-problems"])
+@pytest.mark.parametrize(
+    "name", ["guarantees", "security", "lock", "known-problems", "idempotency", "queue"]
+)
 def test_pages_of_promises_name_tests(name: str) -> None:
     """The pages that promise say where that is tested; so the search above finds something."""
     assert len(re.findall(r"`test_\w+`", (ROOT / "docs" / f"{name}.md").read_text("utf-8"))) > 10
