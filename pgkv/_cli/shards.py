@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import Enum
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,6 +12,9 @@ from ..errors import ConfigError
 from . import console
 from .command import DONE, NOT_FOUND, Invocation
 
+if TYPE_CHECKING:
+    from .._shards.admin import Servers
+
 
 class Action(Enum):
     """What `pgkv shards` does."""
@@ -19,19 +22,27 @@ class Action(Enum):
     LIST = "list"
     INIT = "init"
     CHECK = "check"
+    MOVE = "move"
+    RESUME = "resume"
 
 
 def shards(
     call: Invocation,
     action: Annotated[
-        Action, typer.Argument(metavar="[ACTION]", help="list, init or check.")
+        Action, typer.Argument(metavar="[ACTION]", help="list, init, check, move or resume.")
     ] = Action.LIST,
+    which: Annotated[
+        str, typer.Argument(metavar="[SLOTS]", help="Which slots to move, such as 3 or 0-7,12.")
+    ] = "",
     slots: Annotated[
         int | None,
         typer.Option("--slots", metavar="N", min=1, help="How many slots init makes. Default: 32."),
     ] = None,
+    to: Annotated[
+        str | None, typer.Option("--to", metavar="NODE", help="The server to move to, such as n2.")
+    ] = None,
 ) -> int:
-    """List the slots of a store on several servers, make them, or check them.
+    """List the slots of a store on several servers, make them, check them, or move them.
 
     PGKV_DSN or --dsn has the DSN of every server, as URIs with spaces between.
 
@@ -39,14 +50,19 @@ def shards(
     prepares that one. The number of slots is the most servers that the store can ever have, and cannot be
     changed. `check` compares the servers' maps with what is there. Exit code 1: something is not in order.
 
+    `move` copies slots to another server while clients work: each waits while its slot is copied. What a
+    killed move leaves is finished by `resume`.
+
     **Example:** `pgkv shards init --slots 32`
 
-    **Example:** `pgkv shards --json`
+    **Example:** `pgkv shards move 8-11 --to n3`
     """
     from .._shards.admin import Servers
     from .._shards.store import settings, split
     from ..patterns.schema import tables
 
+    if (action is Action.MOVE) != (to is not None) or bool(which) != (action is Action.MOVE):
+        raise typer.BadParameter("move takes slots and --to NODE, and nothing else does")
     if slots is not None and action is not Action.INIT:
         raise typer.BadParameter("--slots goes with init")
     if call.schema is not None or call.namespace is not None:
@@ -75,6 +91,8 @@ def shards(
             }
             call.show(documents, columns, f"{cluster.slots} slots are in order")
             return NOT_FOUND if found else DONE
+        if action in (Action.MOVE, Action.RESUME):
+            return _move(call, cluster, numbers(which) if which else [*range(cluster.slots)], to)
         documents = [row._asdict() for row in cluster.shards()]
     columns = {
         "slot": ("slot", console.number),
@@ -83,4 +101,35 @@ def shards(
         "bytes": ("bytes", console.size),
     }
     call.show(documents, columns, "There are no slots.")
+    return DONE
+
+
+def numbers(text: str) -> list[int]:
+    """The slots in a text such as ``0-7,12``."""
+    found: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise typer.BadParameter(f"slots are numbers such as 3 or 0-7,12, not {text!r}")
+        found += range(int(first), int(last if dash else first) + 1)
+    return found
+
+
+def _move(call: Invocation, cluster: Servers, slots: list[int], to: str | None) -> int:
+    """Move slots, or finish their moves; one line for each."""
+    from .._shards.moves import move, resume
+
+    done = 0
+    with console.progress(quiet=call.json) as bar:
+        task = bar.add_task("slots", total=len(slots))
+
+        def report(slot: int, step: str, copied: int) -> None:
+            size = f" {console.size(copied)}" if copied else ""
+            bar.update(task, description=f"slot {slot}: {step}{size}")
+
+        for slot in slots:
+            done += resume(cluster, slot, report) if to is None else move(cluster, slot, to, report)
+            bar.advance(task)
+    what = "finished" if to is None else f"moved to {to}"
+    call.answer({"moved": done}, f"{console.count(done, 'slot')} {what}")
     return DONE

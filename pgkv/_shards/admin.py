@@ -43,7 +43,7 @@ class Server:
     def __init__(self, config: Config) -> None:
         self._target = Target(config)
         self.place = self._target.place()
-        with _translated(self.place):
+        with translated(self.place):
             dsn = self._target.dsn()
             self.conninfo = _conninfo.build(config, dsn)
             self.conn = psycopg.connect(self.conninfo, autocommit=True, prepare_threshold=None)
@@ -53,7 +53,7 @@ class Server:
         """Read its map and its schemas."""
         self.name, self.slots = "", 0
         self.rows: dict[int, MapRow] = {}
-        with _translated(self.place):
+        with translated(self.place):
             self.schemas: set[str] = {name for (name,) in self.conn.execute(SCHEMAS)}
             if self.conn.execute(HAS_MAP).fetchone() != (True,):
                 return
@@ -74,7 +74,8 @@ class Server:
 
 
 @contextlib.contextmanager
-def _translated(place: str) -> Iterator[None]:
+def translated(place: str) -> Iterator[None]:
+    """Raise pgkv's errors for psycopg's."""
     failure = None
     try:
         yield
@@ -136,11 +137,12 @@ class Servers:
         return max(found, default=0)
 
     def homes(self) -> dict[int, MapRow]:
-        """The newest row of each slot."""
+        """The newest row of each slot; of equal ones its home's, which knows of a move."""
         newest: dict[int, MapRow] = {}
         for server in self.servers:
             for slot, row in server.rows.items():
-                if slot not in newest or row.epoch > newest[slot].epoch:
+                known = newest.get(slot, MapRow(slot, "", -1))
+                if row.epoch > known.epoch or (row.epoch, row.home) == (known.epoch, server.name):
                     newest[slot] = row
         return newest
 
@@ -155,6 +157,14 @@ class Servers:
                 return server
         names = ", ".join(server.name for server in self.servers)
         raise ConfigError(f"there is no server {name!r} among the DSNs; there are {names}")
+
+    def schemas_of(self, slot: int) -> tuple[list[Server], tuple[list[Server], list[Server]]]:
+        """Where a slot is live; where a copy of it was begun, and where a move has left one."""
+        live, begun, left = (
+            [each for each in self.servers if schema_of(slot) + end in each.schemas]
+            for end in ("", "_in", "_out")
+        )
+        return live, (begun, left)
 
     # -- init
 
@@ -191,7 +201,7 @@ class Servers:
             if not server.name:
                 number = next(n for n in range(1, 10_000) if f"n{n}" not in taken)
                 taken.add(f"n{number}")
-                with _translated(server.place), server.conn.transaction():
+                with translated(server.place), server.conn.transaction():
                     server.execute(INIT_LOCK)
                     server.execute(MAP_DDL)
                     server.execute(NAME_SERVER, count, f"n{number}")
@@ -205,7 +215,7 @@ class Servers:
                 for row in rows
                 if row.slot not in server.rows or server.rows[row.slot].epoch < row.epoch
             ]
-            with _translated(server.place), server.conn.transaction():
+            with translated(server.place), server.conn.transaction():
                 for row in newer:
                     server.execute(NEWER_ROW, row.slot, row.home, row.epoch)
 
@@ -222,7 +232,7 @@ class Servers:
         if at and home not in at:
             return 0  # a move was interrupted: `resume` knows
         made = not at
-        with _translated(home.place), home.conn.transaction():
+        with translated(home.place), home.conn.transaction():
             if made:
                 home.conn.execute(
                     sql.SQL("CREATE SCHEMA IF NOT EXISTS {}").format(sql.Identifier(live))
@@ -239,7 +249,7 @@ class Servers:
         """Where each slot is, and how large."""
         sizes: dict[str, dict[str, int]] = {}
         for server in self.servers:
-            with _translated(server.place):
+            with translated(server.place):
                 found = server.conn.execute(READ_SIZES.sql)
                 sizes[server.name] = {name: int(size) for name, size in found}
         shards = []
@@ -264,12 +274,12 @@ class Servers:
             if row is None:
                 found.append(Problem(slot, "no server has it: run `pgkv shards init`"))
                 continue
-            live = [each.name for each in self.servers if name in each.schemas]
+            at, ends = self.schemas_of(slot)
+            live = [each.name for each in at]
             rest = [
                 f"{name}{end} on {each.name}"
-                for each in self.servers
-                for end in ("_in", "_out")
-                if name + end in each.schemas
+                for end, there in zip(("_in", "_out"), ends, strict=True)
+                for each in there
             ]
             if len(live) > 1:
                 found.append(Problem(slot, f"it is on {' and '.join(live)}: one of them is wrong"))

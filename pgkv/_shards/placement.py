@@ -187,7 +187,8 @@ class Router:
             )
         node.name, node.failure = found.node, None
         for row in found.rows:
-            if row.epoch > self.homes[row.slot].epoch:
+            epoch = self.homes[row.slot].epoch
+            if row.epoch > epoch or (row.epoch, row.home) == (epoch, node.name):
                 self.homes[row.slot] = row
         of_names = {each.name: each.channel for each in self.nodes if each.name}
         self.channels = [of_names.get(row.home) for row in self.homes]

@@ -457,6 +457,17 @@ def test_the_command(dsns: list[str], server: Server, capfd: pytest.CaptureFixtu
     assert run("init") == (0, [{"made": 0, "slots": 3, "servers": ["n1", "n2"]}])
     assert run("init", "--slots", "4")[0] == 2
     assert run("check") == (0, [])
+    assert run("move", "0-1", "--to", "n2") == (0, [{"moved": 2}])
+    assert run("move", "0", "--to", "n2") == (0, [{"moved": 0}])
+    assert run("move", "0,1", "--to", "n1") == (0, [{"moved": 2}])
+    for wrong in (
+        ("move", "x", "--to", "n1"),
+        ("move", "0"),
+        ("move", "0", "--to", "n9"),
+        ("check", "0"),
+    ):
+        assert run(*wrong)[0] == 2
+    assert run("resume") == (0, [{"moved": 0}])
     code, found = run()
     assert (code, [each["node"] for each in found]) == (0, ["n1", "n1", "n2"])
     with psycopg.connect(made[0], autocommit=True) as conn:
@@ -464,6 +475,7 @@ def test_the_command(dsns: list[str], server: Server, capfd: pytest.CaptureFixtu
     code, found = run("check")
     assert (code, "interrupted" in found[0]["problem"]) == (1, True)
     assert run("init")[0] == 0  # which leaves it alone
+    assert run("resume")[0] == 2  # no move leaves that
     assert run("check")[0] == 1
 
 

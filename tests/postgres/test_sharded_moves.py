@@ -1,0 +1,277 @@
+"""Moving the slots of a sharded store: nothing that was acknowledged is lost, wherever the mover dies."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import psycopg
+import pytest
+
+import pgkv
+from pgkv._shards import moves
+from pgkv._shards.admin import Servers
+from tests import FULL, sharded
+from tests.colours import Colour
+from tests.postgres.test_sharded import SLOTS, rows
+from tests.servers import Server, UserServer, wait_until
+
+STEPS = ("marked", "locked", "copying", "copied", "handed over", "live", "told")
+
+
+@pytest.fixture(scope="module")
+def dsns(server: Server | UserServer) -> list[str]:
+    """Three servers with six slots; the third one has none at first."""
+    if isinstance(server, UserServer):
+        pytest.skip("makes databases: not on the server of PGKV_TEST_DSN")
+    made = sharded.databases(server.dsn, [f"m_{secrets.token_hex(4)}" for _ in range(3)])
+    sharded.init(made[:2], SLOTS)
+    sharded.init(made, None)
+    return made
+
+
+@pytest.fixture
+def servers(dsns: list[str]) -> Iterator[Servers]:
+    """Connections for administration; everything is emptied and in order afterwards."""
+    with sharded.cluster(dsns) as found:
+        yield found
+        assert found.check() == []
+    sharded.clear(dsns)
+
+
+def quiet(slot: int, step: str, copied: int) -> None:
+    """A progress that is not shown."""
+
+
+def elsewhere(servers: Servers, slot: int) -> str:
+    """A server that does not have the slot."""
+    servers.read()
+    home = servers.homes()[slot].home
+    return next(each.name for each in servers.servers if each.name != home)
+
+
+def test_a_slot_moves_with_all_that_it_has(servers: Servers, dsns: list[str]) -> None:
+    """Rows with their versions and expiries, identities that go on, indexes, options and rights."""
+    shown = (
+        "SELECT c.relname, c.relpersistence, c.reloptions, (SELECT array_agg((attname, "
+        "format_type(atttypid, atttypmod), attnotnull, attidentity, attcollation::regcollation) "
+        "ORDER BY attnum) FROM pg_attribute WHERE attrelid = c.oid AND attnum > 0), "
+        "ARRAY(SELECT pg_get_indexdef(indexrelid) FROM pg_index WHERE indrelid = c.oid ORDER BY 1), "
+        "ARRAY(SELECT pg_get_constraintdef(oid) FROM pg_constraint WHERE conrelid = c.oid "
+        "AND contype <> 'n' ORDER BY 1), c.relacl FROM pg_class c WHERE relnamespace = "
+        "to_regnamespace(%s) AND relkind = 'r' ORDER BY 1"
+    )
+    with pgkv.Store.sharded(dsns, pool_min_size=0) as store:
+        key = next(k for k in map(str, range(99)) if store.slot_of(k) == 1)
+        store.set(key, "v", ttl=1000)
+        store.table("extra", max_entries=600).set(key, "v")
+        entry = store.get_entry(key)
+        assert entry is not None
+        before = entry.value, entry.version, entry.expires_at
+        name = next(n for n in map(str, range(99)) if store.slot_of(n) == 1)
+        queue = pgkv.Queue(store, name)
+        first = queue.put(b"1").id
+        home = servers.named(servers.homes()[1].home)
+        home.execute("GRANT SELECT ON pgkv_01.kv_store TO PUBLIC")
+        found = home.execute(shown, "pgkv_01").fetchall()
+        for to in ("n3", "n2", home.name):
+            moves.move(servers, 1, to, quiet)
+            assert servers.named(to).execute(shown, "pgkv_01").fetchall() == found
+            assert [s.node for s in store.shards()][1] == to
+            entry = store.get_entry(key)
+            assert entry is not None
+            assert (entry.value, entry.version, entry.expires_at) == before
+        assert not moves.move(servers, 1, home.name, quiet)
+        assert queue.put(b"2").id == first + 1
+        assert [job.payload for job in queue.take_many(9)] == [b"1", b"2"]
+
+
+@pytest.mark.parametrize("fenced", [True, False])
+def test_the_lock_is_the_fence(
+    servers: Servers, dsns: list[str], monkeypatch: pytest.MonkeyPatch, *, fenced: bool
+) -> None:
+    """An increment in the moment between copy and hand-over waits, and counts. Without the lock it is
+    acknowledged and lost: that shows what this test can see."""
+    if not fenced:
+        monkeypatch.setattr(moves, "_lock", lambda *_: None)
+    with pgkv.Store.sharded(dsns) as store:
+        key = next(k for k in map(str, range(99)) if store.slot_of(k) == 2)
+        store.increment(key)
+        answers: list[int] = []
+        worker = threading.Thread(target=lambda: answers.append(store.increment(key)))
+
+        def progress(slot: int, step: str, copied: int) -> None:
+            if step == "copied":
+                worker.start()
+                source = servers.named(servers.homes()[2].home)
+                waits = (
+                    "SELECT count(*) > 0 FROM pg_stat_activity WHERE datname = current_database() "
+                    "AND wait_event_type = 'Lock'"
+                )
+                with psycopg.connect(source.conninfo, autocommit=True) as conn:
+                    wait_until(
+                        lambda: bool(answers) or conn.execute(waits).fetchone() == (True,),
+                        "it is acknowledged, or waits",
+                    )
+
+        moves.move(servers, 2, elsewhere(servers, 2), progress)
+        worker.join(30)
+        assert answers == [2]
+        assert store.get(key) == (b"2" if fenced else b"1")
+
+
+KILLED = """
+import os, signal, sys
+from tests import sharded
+from pgkv._shards import moves
+def progress(slot, step, copied):
+    if step == sys.argv[1]:
+        os.kill(os.getpid(), signal.SIGKILL)
+with sharded.cluster(sys.argv[4:]) as servers:
+    moves.move(servers, int(sys.argv[2]), sys.argv[3], progress)
+"""
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_a_mover_is_killed(servers: Servers, dsns: list[str], step: str) -> None:
+    """At any step: clients go on or wait, `check` shows it, `resume` finishes it, and no count is lost."""
+    to = elsewhere(servers, 3)
+    with pgkv.Store.sharded(dsns, operation_timeout=30) as store:
+        keys = [k for k in map(str, range(300)) if store.slot_of(k) == 3]
+        store.set_many(dict.fromkeys(keys, "1"))
+        command = [sys.executable, "-c", KILLED, step, "3", to, *dsns]
+        assert subprocess.run(command, check=False).returncode == -9
+        answers: list[int] = []
+        worker = threading.Thread(target=lambda: answers.append(store.increment(keys[0])))
+        worker.start()
+
+        def resumed() -> bool:
+            try:  # the server may not have seen yet that the mover is gone
+                return moves.resume(servers, 3, quiet)
+            except pgkv.StoreUnavailableError:
+                return False
+
+        servers.read()
+        assert any(each.slot == 3 for each in servers.check())
+        wait_until(resumed, "the mover's sessions end")
+        worker.join(30)
+        assert answers == [2]
+        assert [s.node for s in store.shards()][3] == to
+        assert store.get(keys[0]) == b"2"
+        assert len(store.get_many(keys)) == len(keys)
+        assert not moves.resume(servers, 3, quiet)
+
+
+def test_what_cannot_be_moved(servers: Servers, dsns: list[str], monkeypatch: Any) -> None:
+    """A slot that is not there, one that an open transaction holds, one that is being moved."""
+    with pytest.raises(pgkv.ConfigError, match="there are 0 to 5"):
+        moves.move(servers, 6, "n1", quiet)
+    with pytest.raises(pgkv.ConfigError, match="there are n1, n2, n3"):
+        moves.move(servers, 0, "n4", quiet)
+    to = elsewhere(servers, 0)
+    with sharded.cluster(dsns) as others:
+
+        def progress(slot: int, step: str, copied: int) -> None:
+            if step == "locked":
+                with pytest.raises(pgkv.StoreUnavailableError, match="another move of slot 0"):
+                    moves.move(others, 0, to, quiet)
+
+        moves.move(servers, 0, to, progress)
+    monkeypatch.setattr(moves, "PATIENCE", 0.0)
+    servers.read()
+    home = servers.named(servers.homes()[0].home)
+    with psycopg.connect(home.conninfo) as conn:
+        conn.execute("SELECT FROM pgkv_00.kv_store")
+        with pytest.raises(pgkv.StoreUnavailableError, match="stay open"):
+            moves.move(servers, 0, elsewhere(servers, 0), quiet)
+
+
+async def test_a_lease_is_renewed_where_its_slot_is(
+    servers: Servers, dsns: list[str], colour: Colour
+) -> None:
+    """After a move its renewal finds no table, asks where the slot went, and goes on there."""
+    store = await sharded.connect(colour, dsns)
+    async with store, colour.make("Lock", store, "job", ttl=60).acquire() as lease:
+        inner = getattr(lease, "_target", lease)
+        slot, old = store.slot_of("job"), inner._runtime.background()
+        await asyncio.to_thread(moves.move, servers, slot, elsewhere(servers, slot), quiet)
+        for _ in range(2):
+            until, inner._due = inner._until, 0.0
+            async with asyncio.timeout(30):
+                while inner._until <= until:
+                    await asyncio.sleep(0.02)
+        assert inner._runtime.background() is not old
+        assert not lease.is_lost
+
+
+async def test_a_storm_over_moves(servers: Servers, dsns: list[str], colour: Colour) -> None:
+    """While slots move around, every increment counts once, a lock never has two holders, and sessions
+    keep what was saved."""
+    stop = asyncio.Event()
+    counted = dict.fromkeys((f"c{n}" for n in range(24)), 0)
+    held: dict[str, int] = {}
+    overlaps: list[str] = []
+
+    def moving() -> None:
+        for round_ in range(8 if FULL else 2):
+            for slot in range(SLOTS):
+                moves.move(servers, slot, f"n{(slot + round_) % 3 + 1}", quiet)
+
+    async with contextlib.AsyncExitStack() as stack:
+        stores = [
+            await stack.enter_async_context(
+                await sharded.connect(colour, dsns, operation_timeout=30)
+            )
+            for _ in range(2)
+        ]
+
+        async def count(store: Any, keys: list[str]) -> None:
+            while not stop.is_set():
+                for key in keys:
+                    await store.increment(key)
+                    counted[key] += 1
+
+        async def hold(store: Any, name: str) -> None:
+            lock = colour.make("Lock", store, name, ttl=30)
+            while not stop.is_set():
+                async with lock.acquire(timeout=30) as lease:
+                    if name in held:
+                        overlaps.append(name)
+                    held[name] = lease.token
+                    await asyncio.sleep(0.002)
+                    del held[name]
+
+        async def visit(store: Any) -> int:
+            sessions = colour.make("SessionStore", store)
+            session, n = await sessions.create({"n": 0}), 0
+            while not stop.is_set():
+                n += 1
+                session.data["n"] = n
+                await sessions.save(session)
+                if n % 5 == 0:
+                    await sessions.rotate(session)
+                assert (await sessions.load(session.id)).data["n"] == n
+            return n
+
+        keys = sorted(counted)
+        tasks = [
+            *(asyncio.ensure_future(count(stores[n % 2], keys[n::4])) for n in range(4)),
+            *(asyncio.ensure_future(hold(stores[n % 2], f"l{n // 2}")) for n in range(6)),
+            *(asyncio.ensure_future(visit(stores[n % 2])) for n in range(2)),
+        ]
+        try:
+            await asyncio.to_thread(moving)
+        finally:
+            stop.set()
+            await asyncio.gather(*tasks)
+        assert overlaps == []
+        values = await stores[0].get_many(keys)
+        assert {key: int(values[key]) for key in keys} == counted
+        assert min(counted.values()) > 0
+    assert len(rows(dsns)) == len(keys)
