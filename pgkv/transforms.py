@@ -39,7 +39,6 @@ class Compression(ABC):
         _require_int(f"{type(self).__name__}(min_size=)", min_size, 0, 1 << 30)
         self.min_size = min_size
         self._facts = f" min_size={min_size}"
-        self._local = threading.local()
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__}{getattr(self, '_facts', '')}>"
@@ -77,16 +76,21 @@ class Zstd(Compression):
         self._facts += f" level={level}"
         builtin = sys.version_info >= (3, 14)
         self._lib = _library("compression.zstd" if builtin else "zstandard", "compression")
+        self._local = threading.local()
 
     def _pack(self, value: bytes) -> bytes:
         """Return one Zstandard frame."""
         if sys.version_info >= (3, 14):
             return self._lib.compress(value, self.level)  # type: ignore[no-any-return]  # bytes
-        try:
-            return self._local.compressor.compress(value)  # type: ignore[no-any-return]  # bytes
-        except AttributeError:  # the first of this thread
-            self._local.compressor = self._lib.ZstdCompressor(level=self.level)
-            return self._local.compressor.compress(value)  # type: ignore[no-any-return]  # bytes
+        return self._of_this_thread().pack(value)  # type: ignore[no-any-return]  # bytes
+
+    def _of_this_thread(self) -> Any:
+        """Return the functions of objects that threads cannot share, and that are slow to make."""
+        local = self._local
+        if not hasattr(local, "pack"):
+            local.pack = self._lib.ZstdCompressor(level=self.level).compress
+            local.unpack = self._lib.ZstdDecompressor().decompress
+        return local
 
     def _size(self, body: bytes) -> int:
         """Return what the frame's header says."""
@@ -99,7 +103,7 @@ class Zstd(Compression):
         """Return the frame's content."""
         if sys.version_info >= (3, 14):  # one frame: the function would go on with those after it
             return self._lib.ZstdDecompressor().decompress(body)  # type: ignore[no-any-return]  # bytes
-        return self._lib.decompress(body)  # type: ignore[no-any-return]  # bytes
+        return self._of_this_thread().unpack(body)  # type: ignore[no-any-return]  # bytes
 
 
 class Lz4(Compression):

@@ -26,6 +26,7 @@ from tests.benchmarks.cases import (
     size,
     tasks,
     threads,
+    transforms,
 )
 
 
@@ -126,6 +127,12 @@ TOPICS = (
         "A cache with room for a tenth of its keys. *Redis* gets the memory that the same number of keys takes"
         " there, and evicts the best of five samples.",
         (bounded,),
+    ),
+    Topic(
+        "Compression and encryption",
+        "JSON of that size, compressed, encrypted, or both, beside the same value plain. `Zstd` does not"
+        " compress what is shorter than 512 bytes.",
+        (transforms,),
     ),
     Topic(
         "Size",
