@@ -23,6 +23,7 @@ FORMAT = 1
 HEAD = 6  # bytes: MAGIC, format, method, key id
 NONCE, TAG = 12, 16
 METHODS = {0: "", 1: "zstd", 2: "lz4"}
+OWN = (b"pgkv:rate:", b"pgkv:cache:")  # in the keys of limiters and cached functions
 INTEGER = re.compile(rb"-?[0-9]{1,19}")
 
 
@@ -220,6 +221,7 @@ class Transforms:
         self.cipher: AesGcmSiv | None = next(
             (each for each in steps if isinstance(each, AesGcmSiv)), None
         )
+        self.steps: tuple[Any, ...] = tuple(steps)
         self._size_max = size_max
         self._prefix = MAGIC + bytes((FORMAT,))
         if self.cipher is not None:
@@ -281,6 +283,10 @@ class Transforms:
             )
         return self._inflated(key, method, number, body) if method else body
 
+    def listed(self, key: bytes, raw: bytes) -> bytes:
+        """As `open`, for a list of rows: those that the server or a pattern reads are not transformed."""
+        return raw if is_own(key, raw) else self.open(key, raw)
+
     def _inflated(self, key: bytes, method: int, number: int, body: bytes) -> bytes:
         library = _reader(method, self.compression)
         declared, value = -1, b""
@@ -303,6 +309,11 @@ class Transforms:
         cipher = self.cipher
         numbers = cipher is not None and cipher.plain_integers
         return raw[:HEAD] == self.head or (numbers and INTEGER.fullmatch(raw) is not None)
+
+
+def is_own(key: bytes, raw: bytes) -> bool:
+    """Whether a row is one of a limiter or a cached function, of which values are not transformed."""
+    return any(mark in key for mark in OWN) and not raw.startswith(MAGIC)
 
 
 def applied(raw: bytes) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from .._ops import codec as _codec
 from .._ops.lazy import cached_property
 from .._ops.op import BINARY, TEXT, Expired, Op, Raced, Result, Signal, Statement
 from ..errors import ConfigError
-from ..transforms import Transforms, applied
+from ..transforms import Transforms, applied, is_own
 from ..types import CasResult, Entry, KeyValue, ScanOptions
 from . import SETS, Statements
 from .point import PointStatements
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from ..config import Config, Seconds
 
 T = TypeVar("T")
-
-OWN = ("pgkv:rate:", "pgkv:cache:")  # in the keys of rows that the server or a pattern reads
 
 
 class StoredRow(NamedTuple):
@@ -199,7 +197,7 @@ class TransformedStatements(Statements):
         return answer  # type: ignore[no-any-return]  # as it came
 
     def _read_rows(self, result: Result) -> list[KeyValue]:
-        opened, prefix = self.transforms.open, self.prefix_bytes
+        opened, prefix = self.transforms.listed, self.prefix_bytes
         return [
             KeyValue(key, opened(prefix + key.encode(), raw))
             for key, raw in super()._read_rows(result)
@@ -229,9 +227,9 @@ class TransformedStatements(Statements):
         """What a row's value is in the present form; None where it is already, or none of ours."""
         if row.value is None or self.transforms.is_present(row.value):
             return None
-        framed = bool(applied(row.value))
-        if not framed and any(mark in row.key.decode() for mark in OWN):
+        if is_own(row.key, row.value):
             return None
+        framed = bool(applied(row.value))
         fresh = self.transforms.seal(row.key, self.transforms.open(row.key, row.value))
         same = fresh[:6] == row.value[:6] if framed else fresh == row.value
         return None if same else fresh

@@ -129,7 +129,7 @@ class WatchStatements(ScanStatements):
             key, left = column(row, 0) or b"", column(row, 2)
             value = column(row, 3) or b"" if self.values else None
             if value is not None and self.transforms is not None:
-                value = self.transforms.open(key, value)
+                value = self.transforms.listed(key, value)
             ends = NEVER_ENDS if left is None else now + _codec.decode_float8(left)
             rows[key.decode()] = Seen(_codec.decode_int(column(row, 1)), ends, value)
         return rows

@@ -69,7 +69,8 @@ class Ears:
         self, channel: Any, sql: WatchStatements, selection: Selection, poll: float | None
     ) -> Source:
         """Return the source of those keys; made with the first watcher, and gone with the last."""
-        key = (id(channel), sql.t, sql.readable, sql.values, selection, poll)
+        steps = sql.transforms and sql.transforms.steps
+        key = (id(channel), sql.t, sql.readable, sql.values, steps, selection, poll)
         with self._lock:
             source = self._sources.get(key)
             if source is None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,9 @@ import pytest
 
 import pgkv
 from pgkv import AesGcmSiv, ConfigError, DecodingError, Zstd
+from pgkv._sql.transformed import StoredRow, TransformedStatements
 from pgkv.testing import ServerClock
+from tests import FULL
 from tests.cached import cached_in
 from tests.colours import Colour
 from tests.faults.support import newest
@@ -176,6 +177,11 @@ async def test_patterns_that_would_keep_plaintext_refuse(make_store: Any, colour
         pass
     limiter = colour.make("RateLimiter", store, "2/minute", name="l")
     assert (await limiter.hit("k")).allowed
+    await store.set("mine", TEXT)
+    rows = {row.key: row.value for row in await store.scan()}
+    assert rows.pop("mine") == TEXT
+    assert [key.startswith("pgkv:rate:") for key in rows] == [True]
+    assert await store.rewrite() == 0
 
 
 # -- rotation
@@ -297,34 +303,60 @@ async def test_a_locked_row_waits_for_its_owner(make_store: Any, peer: Peer, wit
     assert await rewriting == 3
 
 
-async def test_rotation_under_a_storm(make_store: Any) -> None:
-    """Writers that swap, increment by version and overwrite meanwhile lose nothing."""
+async def test_a_write_between_reading_and_replacing(
+    make_store: Any, dsn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """rewrite does not put what it read over what was written meanwhile."""
     old = await make_store(transforms=BEFORE)
-    keys = [f"k{n}" for n in range(40)]
-    await old.set_many(dict.fromkeys(keys, b"0"))
+    await old.set_many({"a": b"1", "b": b"2", "c": b"3"})
     new = await make_store(transforms=BOTH)
-    done = asyncio.Event()
-    total = 0
+    again = TransformedStatements.again
+    with pgkv.Store.connect(dsn, transforms=BOTH) as other:
 
-    async def write() -> None:
-        nonlocal total
+        def late(sql: TransformedStatements, row: StoredRow) -> bytes | None:
+            if row.key == b"b":
+                other.set("b", b"newer")
+            return again(sql, row)
+
+        monkeypatch.setattr(TransformedStatements, "again", late)
+        assert await new.rewrite() == 2
+    assert await new.get_many(["a", "b", "c"]) == {"a": b"1", "b": b"newer", "c": b"3"}
+
+
+async def test_rotation_under_a_storm(make_store: Any) -> None:
+    """Writers lose no update while the keys are rotated forth and back, and every value opens with the last
+    key alone."""
+    keys = [f"k{n}" for n in range(20)]
+    stores = [
+        await make_store(transforms=[AesGcmSiv({first: secrets[first], **secrets})])
+        for secrets in [{1: OLD, 2: NEW}]
+        for first in (2, 1)
+    ]
+    await stores[1].set_many(dict.fromkeys(keys, b"0"))
+    done = asyncio.Event()
+
+    async def write(number: int) -> int:
         count = 0
-        while not done.is_set() or count < 40:
-            key = keys[count % len(keys)]
-            await new.update(key, lambda raw: b"%d" % (int(raw) + 1))
+        while not done.is_set():
+            key = keys[(count + 5 * number) % len(keys)]
+            await stores[number % 2].update(key, lambda raw: b"%d" % (int(raw) + 1))
             count += 1
-        total += count
+        return count
 
     async def rotate() -> None:
-        with contextlib.suppress(StopAsyncIteration):
-            for _ in range(3):
-                await new.rewrite(batch=7)
-        done.set()
+        try:
+            for turn in range(200 if FULL else 12):
+                await stores[turn % 2].rewrite(batch=7)
+        finally:
+            done.set()
 
-    await asyncio.gather(rotate(), *(write() for _ in range(4)))
-    last = await make_store(transforms=AFTER)
-    found = await last.get_many(keys)
-    assert sum(map(int, found.values())) == total
+    writers = [asyncio.ensure_future(write(number)) for number in range(4)]
+    await rotate()
+    counts = await asyncio.gather(*writers)
+    assert min(counts) > 0
+    await stores[0].rewrite()
+    found = await (await make_store(transforms=AFTER)).get_many(keys)
+    assert sum(map(int, found.values())) == sum(counts)
 
 
 async def test_expired_rows_are_left(make_store: Any, clock: ServerClock) -> None:
