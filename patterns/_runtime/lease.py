@@ -279,7 +279,8 @@ class LeaseRenewals:
         renewal = self._of_tables.get(sql.t)
         if renewal is None:
             renewal = self._of_tables.setdefault(sql.t, LeaseRenewal(sql, type(lease)))
-        self._renewer.add(lease, renewal)
+        # One that is ending was acknowledged in a transaction of the caller, which may yet undo that.
+        self._renewer.add(lease, renewal, quiet=lease._ending)
 
     def forget(self, lease: Held) -> None:
         """Renew it no more."""

@@ -509,6 +509,8 @@ def _end(runtime: Any, job: HeldJob[Any], op: Any, *, is_final: bool) -> Flow[st
         outcome = "done"  # by the sending whose answer was lost
     if is_final:
         job._reason = "ended"
+    elif outcome != "lost":
+        runtime.watch(job)  # on: after a rollback it is still held
     return outcome
 
 

@@ -110,9 +110,10 @@ class Renewer:
 
     # -- from any thread
 
-    def add(self, each: Renewable, renewal: Renewal) -> None:
-        """Renew and watch it from now on. Holds a weak reference."""
-        entry = _Entry(weakref.ref(each), each.name, renewal, copy_context())
+    def add(self, each: Renewable, renewal: Renewal, *, quiet: bool = False) -> None:
+        """Renew and watch it from now on. Holds a weak reference. `quiet`: it may be dropped."""
+        name = "" if quiet else each.name
+        entry = _Entry(weakref.ref(each), name, renewal, copy_context())
         first = min(each._due, each._until)
         with self._lock:
             self._entries[id(each)] = entry
@@ -200,7 +201,8 @@ class Renewer:
             with self._lock:
                 if self._entries.get(key) is entry:
                     del self._entries[key]
-            entry.renewal.abandoned(entry.name)
+            if entry.name:
+                entry.renewal.abandoned(entry.name)
         return living
 
     def _send(self, work: Coroutine[Any, Any, None], until: float) -> None:

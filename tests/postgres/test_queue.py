@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import math
 from datetime import datetime, timedelta
 from typing import Any
@@ -517,6 +518,26 @@ async def test_an_ack_on_an_older_snapshot_is_refused(
     assert refused.value.sqlstate == "40001"
     assert refused.value.retryable
     await conn.rollback()
+
+
+async def test_a_job_acknowledged_in_a_transaction_is_not_abandoned(
+    queue: Any, connect: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """When its object is dropped after the commit the log says nothing; of one that was not
+    acknowledged it does."""
+    for payload in (b"one", b"two"):
+        await queue.put(payload)
+    conn = await connect()
+    job = await taken(queue)
+    await queue.using(conn).ack(job)
+    await conn.commit()
+    job = await taken(queue)
+    name = job.name
+    del job
+    gc.collect()
+    with caplog.at_level("WARNING", "pgkv"):
+        await until(lambda: f"pgkv.queue.abandoned job={name}" in caplog.text, "it is noticed")
+    assert caplog.text.count("pgkv.queue.abandoned") == 1
 
 
 async def test_an_ack_needs_a_transaction(queue: Any, connect: Any) -> None:
