@@ -222,6 +222,7 @@ class SessionStatements(Sweep):
             retry_safe=True,
             # A touch changes no answer: a load is repeated, and counted, as a read.
             writes=False,
+            one_key=True,
         )
 
     def load(self, id: bytes, *, timed: bool = False) -> Op[Loaded | None]:

@@ -67,13 +67,11 @@ def install(
         ConfigError: `store` is no `Store`.
     """
     if store is not None:
-        if hasattr(store._config, "shards"):
-            raise ConfigError(
-                "prometheus.install() asks one server: give it a store of one, not a sharded store"
-            )
         require(
             store, Store, "prometheus.install()", "prometheus.install() with a Store of its own"
         )
+        if hasattr(store._config, "shards"):
+            raise ConfigError("prometheus.install() asks one server: give it a store on one server")
     return _Metrics(registry, store).remove
 
 
@@ -129,6 +127,7 @@ class _Metrics(Collector):
         pool_wait = add(
             Histogram, "pgkv_pool_wait_seconds", "Waits for a connection.", buckets=BUCKETS
         )
+        timeouts = add(Counter, "pgkv_pool_timeouts", "Calls that no connection became free for.")
         lock_wait = add(
             Histogram,
             "pgkv_lock_wait_seconds",
@@ -172,6 +171,7 @@ class _Metrics(Collector):
 
         self._measures: dict[str, Callable[[Any], None]] = {
             "pgkv.pool.waited": lambda of: pool_wait.observe(of["seconds"]),
+            "pgkv.pool.timeout": lambda _: timeouts.inc(),
             "pgkv.lock.acquired": lambda of: named(lock_wait, "lock", of).observe(of["seconds"]),
             "pgkv.lock.released": lambda of: named(lock_hold, "lock", of).observe(of["seconds"]),
             "pgkv.lock.lost": lambda of: named(lost, "lock", of, of["reason"]).inc(),
@@ -257,9 +257,12 @@ class _Metrics(Collector):
                 self._grow(
                     self._calls, function, "function", function.name, RESULTS, function.cache_info()
                 )
-            for counter, name in tuple(_observe.limiters.items()):
-                self._grow(self._decisions, counter, "limiter", name, DECISIONS, counter.snapshot())
-            with contextlib.suppress(RuntimeError):  # a loop's queue changed meanwhile
+            # A loop's queue, or what there is, may change meanwhile: then the next reading tells.
+            with contextlib.suppress(RuntimeError):
+                for counter, name in tuple(_observe.limiters.items()):
+                    self._grow(
+                        self._decisions, counter, "limiter", name, DECISIONS, counter.snapshot()
+                    )
                 pools = {
                     id(getattr(each._pool, "_caller_pool", each)): each
                     for each in tuple(_observe.pools)

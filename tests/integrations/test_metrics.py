@@ -85,7 +85,16 @@ def test_operations_keys_and_cached_functions_are_counted(
         text = generate_latest(registry).decode()  # a scrape reads the functions
         assert one("pgkv_cached_calls_total", function="slow:1", result="hit") == 1
         assert one("pgkv_cached_calls_total", function="slow:1", result="miss") == 1
+        assert 'pgkv_cached_calls_total{function="slow:1",result="hit"} 1.0' in text
         assert "secret" not in text
+
+        sessions = pgkv.SessionStore(store)
+        session = sessions.create({"a": 1})
+        sessions.load(session.id)
+        sessions.destroy(session)
+        assert sessions.load(session.id) is None
+        for result in ("hit", "miss"):
+            assert one("pgkv_keys_total", table="kv_store_sessions", result=result) == 1
         slow.cache_clear()
 
 
@@ -168,6 +177,7 @@ def test_a_wait_for_a_connection_is_told_to_threads_and_tasks(
         with pytest.raises(pgkv.PoolTimeoutError):
             store.get("k")
     assert counted("pgkv.pool.timeout") == 1
+    assert registry.get_sample_value("pgkv_pool_timeouts_total") == 1
 
     async def tasks() -> None:
         async with pgkv.AsyncStore.connect(dsn, pool_max_size=1) as store:

@@ -97,7 +97,7 @@ def get(bench: Bench) -> Entrants:
     "acquire and release, by who listens",
     {
         (EMPTY, PGKV): 1.1,
-        (PROMETHEUS, PGKV): 1.3,
+        (PROMETHEUS, PGKV): None,
         (OTEL_METRICS, PGKV): None,
         (OTEL_UNSAMPLED, PGKV): None,
         (OTEL_SPANS, PGKV): None,
