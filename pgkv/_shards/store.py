@@ -265,8 +265,6 @@ class ShardedStore(_Sharded, Store):
                 node.target.dsn()  # an embedded server has a time limit of its own
             drive(router.connect(slots, reach_timeout(configs[0])))
             store._begin(configs[0], channel)
-            if router.creates:
-                store.create_table()
         except BaseException:
             channel.close()
             raise
@@ -297,6 +295,8 @@ class ShardedStore(_Sharded, Store):
         progress: Callable[[int], object] | None = None,
     ) -> int:
         """Write many keys by COPY, slot by slot, and return how many; see `Store.load`."""
+        if self._channel.router.creates:
+            self.create_table()
         parts = self._loads(items, progress)
         return sum(Store.load(store, part, progress=told) for store, part, told in parts)
 
@@ -368,8 +368,6 @@ class AsyncShardedStore(_Sharded, AsyncStore):
                 await asyncio.to_thread(node.target.dsn)
             await drive_async(router.connect(slots, reach_timeout(configs[0])))
             store._begin(configs[0], channel)
-            if router.creates:
-                await store.create_table()
             yield store
         finally:
             await channel.close()
@@ -399,6 +397,8 @@ class AsyncShardedStore(_Sharded, AsyncStore):
         progress: Callable[[int], object] | None = None,
     ) -> int:
         """Write many keys by COPY, slot by slot, and return how many; see `Store.load`."""
+        if self._channel.router.creates:
+            await self.create_table()
         done = 0
         for store, part, told in self._loads(items, progress):
             done += await AsyncStore.load(store, part, progress=told)

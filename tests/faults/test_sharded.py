@@ -1,0 +1,74 @@
+"""A server of several is silent, is killed, or is away at the start: only its slots suffer."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+import pgkv
+from tests import sharded
+from tests.colours import Colour
+from tests.faults.support import newest
+from tests.servers import LATE, Server
+
+pytestmark = newest
+
+
+async def test_only_its_slots_suffer(
+    server: Server, make_server: Callable[..., Server], colour: Colour
+) -> None:
+    """The others answer meanwhile, what meets it ends by the deadline, and it comes back by itself: empty
+    where its tables are UNLOGGED and it was killed."""
+    theirs = make_server()
+    dsns = [*sharded.databases(server.dsn, [f"f_{secrets.token_hex(4)}"]), theirs.dsn]
+    sharded.init(dsns, 2)
+    store = await sharded.connect(colour, dsns, operation_timeout=1.0, retry=None)
+    async with store:
+        nodes = [shard.node for shard in await store.shards()]
+        keys = [
+            next(k for k in map(str, range(99)) if nodes[store.slot_of(k)] == name)
+            for name in ("n1", "n2")
+        ]
+        await store.set_many(dict.fromkeys(keys, "v"))
+
+        async def fails(work: Any) -> Exception:
+            started = time.monotonic()
+            with pytest.raises((pgkv.OperationTimeoutError, pgkv.StoreUnavailableError)) as caught:
+                await work
+            assert time.monotonic() - started < 2.5 + LATE
+            return caught.value
+
+        theirs.freeze()
+        try:
+            stuck = [
+                asyncio.ensure_future(fails(store.get(keys[1]))),
+                asyncio.ensure_future(fails(store.get_many(keys))),
+            ]
+            for n in range(20):
+                assert await store.increment(f"{{{keys[0]}}}n") == n + 1
+            await asyncio.gather(*stuck)
+        finally:
+            theirs.thaw()
+        assert await store.get_many(keys) == dict.fromkeys(keys, b"v")
+
+        theirs.kill()
+        await fails(store.get(keys[1]))
+        await fails(store.scan())
+        assert await store.get(keys[0]) == b"v"
+        found = {shard.slot: shard.bytes > 0 for shard in await store.shards()}
+        assert found == {store.slot_of(keys[0]): True, store.slot_of(keys[1]): False}
+        late = await sharded.connect(colour, dsns, operation_timeout=1.0, retry=None)
+        async with late:
+            assert await late.get(keys[0]) == b"v"
+            error = await fails(late.get(keys[1]))
+            assert "slot" in str(error)
+            theirs.restart()
+            assert await late.get(keys[1]) is None  # UNLOGGED
+            assert await late.get_many(keys) == {keys[0]: b"v"}
+        await store.set(keys[1], "again")
+        assert await store.get_many(keys) == {keys[0]: b"v", keys[1]: b"again"}
