@@ -143,12 +143,13 @@ def test_connections_and_who_waits(dsn: str, peer: Peer, witness: Peer) -> None:
         assert any(each.application == "waiter" for each in frame.connections)
 
 
-async def test_async(dsn: str) -> None:
-    """An AsyncStore runs the same flow."""
-    async with pgkv.AsyncStore.connect(dsn) as store:
-        await store.set("user:1", "x")
-        frame = await store._run(Overviews(store).look(), 30.0)
-        assert [each.name for each in frame.keys] == ["user:"]
+async def test_frames_of_any_store(store: Any) -> None:
+    """Sync and async stores run the same flow, also through a pooler: the next frame says what is new."""
+    overviews = Overviews(store)
+    for count in (1, 2, 3):
+        await store.set(f"user:{count}", "x")
+        frame = await store._run(overviews.look(), 30.0)
+        assert [(each.name, each.rows) for each in frame.keys] == [("user:", count)]
 
 
 def test_a_role_that_may_only_read_a_part(dsn: str, peer: Peer) -> None:
@@ -168,6 +169,7 @@ def test_a_role_that_may_only_read_a_part(dsn: str, peer: Peer) -> None:
             assert frame.queues == []
             assert list(frame.refused) == ["jobs"]
             assert "permission denied" in frame.refused["jobs"]
+            assert "not visible" in {each.state for each in frame.connections}
     finally:
         peer.conn.execute(sql.SQL("DROP OWNED BY {0}; DROP ROLE {0}").format(role))
 

@@ -39,6 +39,7 @@ from tests.postgres import (
     test_leader,
     test_lock,
     test_lock_guard,
+    test_overview,
     test_pipeline,
     test_queue,
     test_races,
@@ -61,6 +62,7 @@ MODULES = (
     *(test_cached, test_cached_invalidation, test_idempotency, test_queue),
     *(test_session, test_session_rotation, test_session_races),
     *(test_transaction, test_using, test_races, test_storms, test_pipeline, test_coalesce),
+    test_overview,
 )
 # What cannot be asked here, and why.
 _COUNTED = "counts the messages of prepared statements, which not every pooler keeps"
