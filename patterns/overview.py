@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+from urllib.parse import unquote
 
 import msgspec
 
@@ -271,7 +272,7 @@ class Overviews:
             kinds=[each for each in shares if each.name is None],
             keys=named["key"],
             functions=named["function"],
-            limiters=named["limiter"],
+            limiters=[replace(each, name=unquote(str(each.name))) for each in named["limiter"]],
             locks=sorted(locks, key=lambda lock: -lock.age)[:TOP],
             locks_held=sum(count for count, _ in held),
             sessions=answers.get("sessions"),

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from html import escape
 from time import monotonic
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from .. import __version__
 from ..patterns.cache.decorator import cached_functions
@@ -76,17 +76,12 @@ def _size(octets: float) -> str:
     return f"{octets:.3g} TB"
 
 
-def _span(seconds: float | None) -> str:
-    if seconds is None:
-        return "never"
-    for limit, divisor, unit in (
-        (1, 0.001, "ms"),
-        (120, 1, "s"),
-        (7200, 60, "min"),
-        (172_800, 3600, "h"),
-    ):
-        if seconds < limit:
-            return f"{seconds / divisor:.0f} {unit}"
+def _span(seconds: float) -> str:
+    if seconds < 1:
+        return f"{seconds * 1000:.0f} ms"
+    for most, length, unit in ((120, 1, "s"), (7200, 60, "min"), (172_800, 3600, "h")):
+        if seconds < most:
+            return f"{seconds / length:.0f} {unit}"
     return f"{seconds / 86_400:.0f} days"
 
 
@@ -105,27 +100,27 @@ def _text(value: object) -> str:
 # -- parts ---------------------------------------------------------------------------------
 
 
-def _table(head: str, rows: Iterable[Sequence[str]], nothing: str) -> str:
-    """A table of cells that are markup. In its head ``>`` is before a column of numbers, ``~`` before
-    one that a phone leaves out."""
-    names = head.split("|")
-    kinds = [
-        " ".join(kind for mark, kind in ((">", "n"), ("~", "w")) if mark in name) for name in names
-    ]
-    shown = [
-        f'<th scope="col" class="{kind}">{name.lstrip(">~")}'
-        for name, kind in zip(names, kinds, strict=True)
-    ]
-    body = [
-        "<tr>"
-        + "".join(f'<td class="{kind}">{cell}' for cell, kind in zip(row, kinds, strict=True))
-        for row in rows
-    ]
+Cell: TypeAlias = "str | int | None"  # markup, a count, or nothing to say
+
+
+def _table(head: str, rows: Iterable[Sequence[Cell]], nothing: str = "") -> str:
+    """A table. In its head ``>`` is before a column of numbers, ``~`` before one that a phone leaves
+    out."""
+    kinds = ["n " * (">" in name) + "w" * ("~" in name) for name in head.split("|")]
+
+    def line(tag: str, cells: Iterable[Cell]) -> str:
+        texts = (
+            NONE if each is None else each if isinstance(each, str) else _count(each)
+            for each in cells
+        )
+        pairs = zip(kinds, texts, strict=True)
+        return "<tr>" + "".join(f'<{tag} class="{kind}">{text}' for kind, text in pairs)
+
+    body = "".join(line("td", row) for row in rows)
     if not body:
         return f"<p class=quiet>{nothing}</p>"
-    return (
-        f"<div class=scroll><table><thead><tr>{''.join(shown)}<tbody>{''.join(body)}</table></div>"
-    )
+    top = line("th scope=col", re.sub("[>~]", "", head).split("|"))
+    return f"<div class=scroll><table><thead>{top}<tbody>{body}</table></div>"
 
 
 def _section(title: str, body: str, note: str = "") -> str:
@@ -230,9 +225,9 @@ def _bar(shares: Sequence[Share]) -> str:
 
 
 def _sections(frame: Overview, store: Any) -> Iterator[str]:
-    facts = {table.kind: table for table in frame.tables}
-    about = "store" in facts and facts["store"].sampled
-    note = "Estimates, by a sample of the table." if about else ""
+    sampled = {table.kind for table in frame.tables if table.sampled}
+    about = "store" in sampled
+    note = "Estimates, by a sample of the table." * about
 
     def shares(of: Sequence[Share], head: str, nothing: str) -> str:
         rows = (
@@ -246,138 +241,101 @@ def _sections(frame: Overview, store: Any) -> Iterator[str]:
         )
         return _table(f"{head}|>rows|>size|>~expired", rows, nothing)
 
-    yield _section(
-        "Tables",
-        _table(
-            "table|>rows|>size|>indexes|>~dead|>~heap-only|>~vacuumed",
-            (
-                (
-                    f"{_text(table.name.strip(chr(34)))}{' <small>unlogged</small>' if table.unlogged else ''}",
-                    _count(table.rows, about=True),
-                    _size(table.bytes),
-                    _size(table.index_bytes),
-                    _share(table.dead, table.dead + table.rows),
-                    _share(table.hot_updated, table.updated),
-                    _span(table.vacuumed) + (" ago" if table.vacuumed is not None else ""),
-                )
-                for table in frame.tables
-            ),
-            "The store has no table yet.",
-        ),
-    )
-    if frame.kinds:
-        yield _section(
-            "Keys",
-            _bar(frame.kinds) + shares(frame.keys, "begin with", "There are no keys."),
-            note,
+    tables = (
+        (
+            _text(each.name.strip('"')) + " <small>unlogged</small>" * each.unlogged,
+            _count(each.rows, about=True),
+            _size(each.bytes),
+            _size(each.index_bytes),
+            _share(each.dead, each.dead + each.rows),
+            _share(each.hot_updated, each.updated),
+            "never" if each.vacuumed is None else f"{_span(each.vacuumed)} ago",
         )
+        for each in frame.tables
+    )
+    head = "table|>rows|>size|>indexes|>~dead|>~heap-only|>~vacuumed"
+    yield _section("Tables", _table(head, tables, "The store has no table yet."))
+    if frame.kinds:
+        keys = shares(frame.keys, "begin with", "There are no keys.")
+        yield _section("Keys", _bar(frame.kinds) + keys, note)
+    queues = (
+        (
+            _text(each.queue),
+            each.waiting,
+            each.delayed,
+            each.running,
+            f"<b class=bad>{_count(each.dead)}</b>" if each.dead else 0,
+            _span(each.oldest) if each.waiting else None,
+        )
+        for each in frame.queues
+    )
+    head = "queue|>waiting|>~delayed|>running|>dead|>oldest"
     yield _section(
         "Queues",
-        _table(
-            "queue|>waiting|>~delayed|>running|>dead|>oldest",
-            (
-                (
-                    _text(each.queue),
-                    *(_count(n) for n in (each.waiting, each.delayed, each.running)),
-                    f"<b class=bad>{_count(each.dead)}</b>" if each.dead else "0",
-                    _span(each.oldest) if each.waiting else NONE,
-                )
-                for each in frame.queues
-            ),
-            "No queue has jobs.",
-        ),
-        "Estimates, by a sample; dead jobs are counted, at most 1,000 of each priority."
-        if any(table.sampled for table in frame.tables if table.kind.startswith("jobs"))
-        else "",
+        _table(head, queues, "No queue has jobs."),
+        "Estimates, by a sample. Dead jobs are counted, at most 1,000 of each priority."
+        * any(kind.startswith("jobs") for kind in sampled),
     )
+    locks = (
+        (
+            _text(each.name) + ("" if each.slot is None else f" <small>slot {each.slot}</small>"),
+            _text(each.owner),
+            _span(each.age),
+            _span(max(0.0, each.remaining)),
+            each.waiters,
+        )
+        for each in frame.locks
+    )
+    head = "lock|~holder|>held for|>ends in|>waiting"
+    more = f"The {len(frame.locks)} oldest of {_count(frame.locks_held)}."
     yield _section(
         "Locks",
-        _table(
-            "lock|~holder|>held for|>ends in|>waiting",
-            (
-                (
-                    _text(lock.name)
-                    + ("" if lock.slot is None else f" <small>slot {lock.slot}</small>"),
-                    _text(lock.owner),
-                    _span(lock.age),
-                    _span(max(0.0, lock.remaining)),
-                    str(lock.waiters),
-                )
-                for lock in frame.locks
-            ),
-            "No lock is held.",
-        ),
-        f"The {len(frame.locks)} oldest of {_count(frame.locks_held)}."
-        if frame.locks_held > len(frame.locks)
-        else "",
+        _table(head, locks, "No lock is held."),
+        more * (frame.locks_held > len(frame.locks)),
     )
-    infos = {each.name: each.cache_info() for each in cached_functions()}
-    stored = {str(each.name): each for each in frame.functions}
-    rows = []
-    for name in sorted({*infos, *stored}):
-        each, info = stored.get(name), infos.get(name)
-        rows.append(
+    entries = {str(each.name): each for each in frame.functions}
+    calls = {each.name: each.cache_info() for each in cached_functions()}
+    functions: list[tuple[Cell, ...]] = []
+    for name in sorted({*entries, *calls}):
+        kept, info = entries.get(name), calls.get(name)
+        hits = info.hits + info.stale_hits if info else 0
+        functions.append(
             (
                 _text(name),
-                _count(each.rows, about) if each else "0",
-                _size(each.bytes) if each else NONE,
-                _count(info.hits + info.stale_hits) if info else NONE,
-                _share(info.hits + info.stale_hits, info.hits + info.stale_hits + info.misses)
-                if info
-                else NONE,
+                _count(kept.rows, about) if kept else None,
+                _size(kept.bytes) if kept else None,
+                hits if info else None,
+                _share(hits, hits + info.misses) if info else None,
             )
         )
     yield _section(
         "Cached functions",
-        _table("function|>entries|>size|>~hits here|>ratio here", rows, "There is none."),
-        "Hits and their ratio are those of this process." * bool(infos),
+        _table("function|>entries|>size|>~hits here|>ratio here", functions, "There is none."),
+        "Hits and their ratio are those of this process." * bool(calls),
     )
-    yield _section(
-        "Rate limiters",
-        shares(frame.limiters, "limiter", "No limiter has a bucket that is not full."),
-        note,
-    )
-    counts: list[tuple[Any, ...]] = []
-    if (sessions := frame.sessions) is not None:
-        counts.append(("sessions", sessions.live, sessions.with_user, None, sessions.expired))
-    if (keys := frame.idempotency) is not None:
-        counts.append(("idempotency keys", keys.done, None, keys.running, keys.expired))
+    limiters = shares(frame.limiters, "limiter", "No limiter has a bucket that is not full.")
+    yield _section("Rate limiters", limiters, note)
+    counts: list[tuple[Cell, ...]] = []
+    if (some := frame.sessions) is not None:
+        counts.append(("sessions", some.live, some.with_user, None, some.expired))
+    if (ids := frame.idempotency) is not None:
+        counts.append(("idempotency keys", ids.done, None, ids.running, ids.expired))
     if counts:
-        yield _section(
-            "Sessions and idempotency keys",
-            _table(
-                "|>live|>~with user|>running|>expired",
-                (
-                    (
-                        name,
-                        *(
-                            NONE if n is None else _count(n, facts[name.split()[0]].sampled)
-                            for n in numbers
-                        ),
-                    )
-                    for name, *numbers in counts
-                ),
-                "",
-            ),
-        )
+        title = "Sessions and idempotency keys"
+        body = _table("|>live|>~with user|>running|>expired", counts)
+        estimates = "Estimates, by a sample." * bool(sampled & {"sessions", "idempotency"})
+        yield _section(title, body, estimates)
+    connections = (
+        (_text(each.application or "no name"), _text(each.state), each.count, _span(each.longest))
+        for each in frame.connections
+    )
+    head = "application|state|>connections|>~longest"
+    pool = store.pool_stats()
     yield _section(
         "Connections",
-        _table(
-            "application|state|>connections|>~longest",
-            (
-                (
-                    _text(each.application or "no name"),
-                    _text(each.state),
-                    str(each.count),
-                    _span(each.longest),
-                )
-                for each in frame.connections
-            ),
-            "There is no other connection to this database.",
-        ),
-        "This process: {0.size} of {0.max_size} in its pool, {0.idle} idle, {0.waiting} callers wait.".format(
-            store.pool_stats()
-        ),
+        _table(head, connections, "There is no other connection to this database."),
+        f"This process: {pool.size} of {pool.max_size} in its pool, {pool.idle} idle, {pool.waiting} "
+        "callers wait.",
     )
 
 
@@ -450,7 +408,7 @@ h2{font-size:1rem;margin:0 0 .5rem}h3{font-size:.8rem;font-weight:500;margin:0;c
 section,.card{background:var(--card);border:1px solid var(--line);border-radius:.6rem;padding:.9rem 1rem;min-width:0}
 .alert,.warn{margin-bottom:1rem;border-left:.3rem solid var(--red)}.warn{border-left-color:var(--amber)}
 .alert p,.warn ul{margin:.2rem 0 0}.warn ul{padding-left:1.1rem}
-.stale>:not(.alert){opacity:.55}
+.stale>:not(.alert){opacity:.65}
 .cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(10rem,1fr));gap:.75rem;margin-bottom:.75rem}
 .card p{font-size:1.5rem;font-weight:600;margin:.1rem 0 .3rem;font-variant-numeric:tabular-nums;white-space:nowrap}
 small{font-size:.8rem;font-weight:400;color:var(--soft)}

@@ -90,7 +90,7 @@ def test_what_a_frame_says(dsn: str) -> None:
         assert {each.name: each.rows for each in frame.keys} == {"user:": 2, "a:": 1, "": 1}
         assert [each.rows for each in frame.functions] == [3]
         assert frame.functions[0].name == square.name
-        assert [each.name for each in frame.limiters] == ["a%3ab%23c"]
+        assert [each.name for each in frame.limiters] == ["a:b#c"]
         assert [(lock.name, lock.slot, lock.metadata) for lock in frame.locks] == [
             ("nightly", None, {"by": "cron"}),
             ("gpu", frame.locks[1].slot, None),
