@@ -83,7 +83,7 @@ class LimiterView(Generic[S]):
         self._store = store
         self._flows = flows
         self._store_run = store._run
-        self._call = store._channel.call
+        self._call = store._bare.call
 
     def _inside(self, conn: Any) -> Self:
         view = type(self).__new__(type(self))

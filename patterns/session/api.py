@@ -18,7 +18,8 @@ from ...aio import AsyncStore
 from ...store import Store
 from .._runtime.checks import require
 from .data import KEEP, Keep, Session, SessionInfo
-from .flows import SessionFlows
+from .flows import SessionFlows, session_from
+from .sql import LOOK_AGAIN
 
 if TYPE_CHECKING:
     from ..._ops.op import Flow
@@ -59,6 +60,7 @@ class SessionView(Generic[StoreT]):
 
     def _bind(self, store: StoreT, flows: SessionFlows) -> None:
         self._store: StoreT = store
+        self._call: Any = store._bare.call
         inside = isinstance(store._bare, BoundChannel | AsyncBoundChannel)
         self._flows = flows.inside() if inside else flows
         store._bare.watch(self._flows.sql)
@@ -156,8 +158,8 @@ class SessionStore(SessionView[Store]):
     def load(self, token: str) -> Session | None:
         """Return the live session of that token, or None: unknown, ended, expired, malformed.
 
-        One round trip, which also notes the use and waits for no lock. A token of the wrong form
-        costs none. During the grace of a rotation the old token still loads the session, read-only
+        One round trip, and a second one where the use has to be noted. It waits for no lock. A token
+        of the wrong form costs none. During the grace of a rotation the old token still loads the session, read-only
         and as it was before.
 
         Args:
@@ -166,7 +168,12 @@ class SessionStore(SessionView[Store]):
         Raises:
             SerializationError: another program wrote something else into the row.
         """
-        return self._run(self._flows.load(token))
+        look = self._flows.look(token)
+        # `AsyncSessionStore.load` is this with an await.
+        loaded = LOOK_AGAIN if look is None else self._call(look.statement, look.params)
+        if loaded is LOOK_AGAIN:
+            return self._run(self._flows.load(token, looked=look is not None))
+        return None if loaded is None else session_from(token, loaded)
 
     def exists(self, token: str) -> bool:
         """Tell whether `load` would find a session, without noting a use.
@@ -344,7 +351,11 @@ class AsyncSessionStore(SessionView[AsyncStore]):
 
     async def load(self, token: str) -> Session | None:
         """Return the live session of that token, or None; see `SessionStore.load`."""
-        return await self._run(self._flows.load(token))
+        look = self._flows.look(token)
+        loaded = LOOK_AGAIN if look is None else await self._call(look.statement, look.params)
+        if loaded is LOOK_AGAIN:
+            return await self._run(self._flows.load(token, looked=look is not None))
+        return None if loaded is None else session_from(token, loaded)
 
     async def exists(self, token: str) -> bool:
         """Tell whether `load` would find a session, without noting a use."""

@@ -16,7 +16,7 @@ import msgspec
 
 from ..._engine.schema import companion, ensure
 from ..._ops.codec import TTL_MAX
-from ..._ops.op import Flow, do
+from ..._ops.op import Flow, Op, do
 from ...config import VALUE_SIZE_MAX, Config, Table, require_int
 from ...errors import (
     ConfigError,
@@ -47,6 +47,7 @@ from .data import (
 )
 from .request import RequestSession
 from .sql import (
+    LOOK_AGAIN,
     REPEATS,
     SESSIONS,
     UNCHANGED,
@@ -195,13 +196,25 @@ class SessionFlows:
         data = session.data
         return texts_of(data.as_json() if isinstance(data, RequestSession) else data, self.size_max)
 
-    def load(self, token: object, *, timed: bool = False) -> Flow[Session | None]:
+    def load(
+        self, token: object, *, timed: bool = False, looked: bool = False
+    ) -> Flow[Session | None]:
         """Return the live session of that token; None for anything else. `timed`: with what
-        `Session._enters_period` needs."""
+        `Session._enters_period` needs; `looked`: a look did not answer."""
         if not isinstance(token, str) or not is_token(token):
             return None
-        loaded = yield from do(self.sql.load(id_of(token), timed=timed))
-        return None if loaded is None else _session_of(token, loaded)
+        loaded: Loaded | None = LOOK_AGAIN
+        if self.lifetimes.touch and not looked:
+            loaded = yield self.sql.look(id_of(token), timed=timed)
+        if loaded is LOOK_AGAIN:
+            loaded = yield self.sql.load(id_of(token), timed=timed)
+        return None if loaded is None else session_from(token, loaded)
+
+    def look(self, token: object) -> Op[Loaded | None] | None:
+        """What mostly answers a load by itself; None where `load` has to see to it."""
+        if self.lifetimes.touch and isinstance(token, str) and is_token(token):
+            return self.sql.look(id_of(token))
+        return None
 
     def exists(self, token: object) -> Flow[bool]:
         """Whether a load would find a session."""
@@ -434,7 +447,7 @@ def _rotated_by_another() -> SessionConflictError:
     )
 
 
-def _session_of(token: str, loaded: Loaded) -> Session:
+def session_from(token: str, loaded: Loaded) -> Session:
     try:
         texts = read_document(loaded.data)
         session = Session(values_of(texts), id=token, user_id=loaded.user_id)

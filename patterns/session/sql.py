@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from itertools import chain
 from operator import attrgetter
 from typing import Literal, NamedTuple
@@ -81,6 +81,10 @@ class Loaded(NamedTuple):
     moved: bool  # it is a stub
     idle: float | None = None  # its own idle timeout
     times: tuple[float, float] | None = None  # (of the use before this one, now), since 1970
+
+
+_NEVER = datetime.fromtimestamp(0, UTC)
+LOOK_AGAIN = Loaded(None, b"", 0, _NEVER, _NEVER, moved=False)
 
 
 class Outcome(NamedTuple):
@@ -189,15 +193,48 @@ class SessionStatements(Sweep):
             meta = b"[%b,%b]" % (meta or b"null", kept.encode())
         return Op(self._create, (id, user, data, meta, idle, absolute))
 
+    # What a load tells besides; `timed` for the middleware.
+    _more = "s.meta->>1"
+    _more_timed = (
+        f"concat_ws(' ', extract(epoch from seen_at), extract(epoch from {NOW}), s.meta->>1)"
+    )
+
     @cached_property
     def _load(self) -> Statement[Loaded | None]:
-        return self._make_load("s.meta->>1")
+        return self._make_load(self._more)
 
     @cached_property
     def _load_timed(self) -> Statement[Loaded | None]:
-        return self._make_load(
-            f"concat_ws(' ', extract(epoch from seen_at), extract(epoch from {NOW}), s.meta->>1)"
+        return self._make_load(self._more_timed)
+
+    @cached_property
+    def _look(self) -> Statement[Loaded | None]:
+        return self._make_look(self._more)
+
+    @cached_property
+    def _look_timed(self) -> Statement[Loaded | None]:
+        return self._make_look(self._more_timed)
+
+    def _make_look(self, more: str) -> Statement[Loaded | None]:
+        # NULL in the first column: a stub, or a use to be noted.
+        return self.statement(
+            "session_load",
+            f"SELECT CASE WHEN successor IS NULL AND (expires_at <= {NOW} OR seen_at > {NOW} - $2::interval)"
+            f" THEN expires_at > {NOW} END, {more}, user_id, data::text, version, created_at, "
+            f"least(expires_at, ends_at) FROM {self.t} s WHERE id = $1",
+            (BINARY, BINARY),
+            lambda result: (
+                LOOK_AGAIN
+                if result.ntuples and result.get_value(0, 0) is None
+                else self._read_loaded(result)
+            ),
+            retry_safe=True,
+            writes=False,
         )
+
+    def look(self, id: bytes, *, timed: bool = False) -> Op[Loaded | None]:
+        """What mostly answers a load, for much less: LOOK_AGAIN where it does not. It notes no use."""
+        return Op(self._look_timed if timed else self._look, (id, self._touch))
 
     def _make_load(self, more: str) -> Statement[Loaded | None]:
         # One column for what few sessions have: another one would cost each load.

@@ -48,9 +48,10 @@ async def test_absolute_timeout(make_sessions: Make, clock: ServerClock) -> None
 
 
 async def test_use_is_noted_once_per_touch_interval(
-    make_sessions: Make, clock: ServerClock, peer: Peer
+    make_sessions: Make, clock: ServerClock, peer: Peer, operations: list[tuple[str, str, int]]
 ) -> None:
-    """Loads within touch_interval write nothing; the first after it notes the use."""
+    """Loads within touch_interval are one statement that writes nothing; the first after it is two, and
+    notes the use."""
     sessions = await make_sessions(idle_timeout=1800, touch_interval=60)
     made = await sessions.create()
     seen = f"SELECT extract(epoch from seen_at)::float8 FROM {TABLE}"
@@ -59,8 +60,12 @@ async def test_use_is_noted_once_per_touch_interval(
     loaded = await sessions.load(made.id)
     assert peer.one(seen) == first
     assert loaded.expires_at == made.expires_at
+    operations.clear()
+    await sessions.load(made.id)
+    assert len(operations) == 1
     clock.advance(2)
     loaded = await sessions.load(made.id)
+    assert len(operations) == 3
     assert 61 <= peer.one(seen) - first < 70
     assert loaded.expires_at > made.expires_at + timedelta(seconds=60)
 

@@ -10,14 +10,18 @@ import psycopg
 
 import pgkv
 from pgkv import Session, SessionStore
+from pgkv._ops.codec import encode_interval
+from pgkv._ops.op import Op
 from pgkv.patterns.session.data import id_of
+from pgkv.patterns.session.flows import session_from
+from pgkv.patterns.session.sql import LOOK_AGAIN
 from tests.interleavings import pairs
 from tests.interleavings.pairs import Subject
 from tests.interleavings.scenarios import failed_by_itself, truncate
 from tests.interleavings.schedule import Scenario, World
 
 STATEMENTS = ("pgkv.patterns.session.sql",)
-READS = frozenset(("exists",))
+READS = frozenset(("exists", "look", "look_timed"))
 TABLE = "kv_store_sessions"
 _issued = threading.local()
 
@@ -60,6 +64,15 @@ def shape(answer: Any) -> Any:
     return answer
 
 
+def looked(sessions: SessionStore, name: str) -> Any:
+    """What a load sends first, where uses are noted once an hour."""
+    params = id_of(name), encode_interval(3600.0)
+    found: Any = sessions._store._execute(Op(sessions._flows.sql._look, params))
+    if found is None or found is LOOK_AGAIN:
+        return found is None
+    return shape(session_from(name, found))
+
+
 def upkeep(operation: Operation) -> Operation:
     """An operation that passes over what others hold: how much it did says nothing."""
 
@@ -74,6 +87,8 @@ OPERATIONS: dict[str, Operation] = {
     "load": lambda s, p: s.load(NOW),
     "load timed": lambda s, p: s._run(s._flows.load(NOW, timed=True)),
     "load stub": lambda s, p: s.load(MID),
+    "look": lambda s, p: looked(s, NOW),
+    "look stub": lambda s, p: looked(s, MID),
     "exists": lambda s, p: s.exists(NOW),
     "merge": lambda s, p: s.save(p.changed(**{p.side: 1})),
     "merge same key": lambda s, p: s.save(p.changed(a=p.side)),
