@@ -74,7 +74,7 @@ def passed(dsn: str, *arguments: str | Path, cwd: Path = ROOT, path: str = "") -
 
 
 def test_pgkv_in_a_django_project(suite_dsn: str) -> None:
-    assert passed(suite_dsn, SUITES / "django_suite.py") >= 26
+    assert passed(suite_dsn, SUITES / "django_suite.py") >= 28
 
 
 def test_dogpiles_backend_serializer_and_mutex(suite_dsn: str) -> None:
@@ -86,7 +86,7 @@ def test_langchains_byte_stores(suite_dsn: str) -> None:
 
 
 def test_other_adapters(suite_dsn: str) -> None:
-    assert passed(suite_dsn, SUITES / "adapters_suite.py") >= 16
+    assert passed(suite_dsn, SUITES / "adapters_suite.py") >= 17
 
 
 @pytest.fixture(scope="session")

@@ -165,6 +165,28 @@ def test_celery_keeps_results_and_counts_chords():
     backend._store.close()
 
 
+def test_a_chord_of_a_worker_is_counted_in_the_table():
+    """Its last task finds that it is the last one, by an increment; groups keep their order."""
+    from celery import chord, group
+    from celery.contrib.testing.worker import start_worker
+
+    app = celery_app("pgkv+postgresql" + URL)
+    app.conf.update(task_always_eager=False, task_store_eager_result=False)
+
+    @app.task
+    def double(n):
+        return 2 * n
+
+    @app.task
+    def total(found):
+        return sum(found)
+
+    with start_worker(app, pool="solo", perform_ping_check=False, loglevel="error"):
+        assert group(double.s(n) for n in range(5)).delay().get(timeout=60) == [0, 2, 4, 6, 8]
+        assert chord((double.s(n) for n in range(5)), total.s()).delay().get(timeout=60) == 20
+    app.backend._store.close()
+
+
 # -- dramatiq
 
 
