@@ -15,7 +15,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, TypeAlias, cast
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.registry import Collector
@@ -45,6 +45,46 @@ RESULTS = {  # the fields of CacheInfo, as labels
     "discarded_fills": "discarded",
 }
 DECISIONS = {name: name for name in ("allowed", "denied", "degraded")}
+OPERATIONS, LOCKS = {"buckets": BUCKETS}, {"buckets": LOCK_BUCKETS}
+WORKERS, SERVERS = {"multiprocess_mode": "livesum"}, {"multiprocess_mode": "mostrecent"}
+_Metric: TypeAlias = "tuple[type[Any], str, tuple[str, ...], dict[str, Any]]"
+OF_PROCESS: dict[str, _Metric] = {
+    "operation_duration_seconds": (
+        Histogram, "Time of one operation with its repeats.", ("operation", "table", "outcome"), OPERATIONS),
+    "operation_retries": (Counter, "Attempts beyond the first.", ("operation",), {}),
+    "keys": (Counter, "Keys that reads named.", ("table", "result"), {}),
+    "cached_calls": (Counter, "Calls of cached functions.", ("function", "result"), {}),
+    "limiter_decisions": (Counter, "Hits of limiters.", ("limiter", "decision"), {}),
+    "lock_wait_seconds": (Histogram, "From acquire() to the grant.", ("lock",), LOCKS),
+    "lock_hold_seconds": (Histogram, "From the grant to release().", ("lock",), LOCKS),
+    "lock_lost": (Counter, "Leases that ended early.", ("lock", "reason"), {}),
+    "pool_connections": (Gauge, "Connections of all stores.", ("state",), WORKERS),
+    "pool_waiting": (Gauge, "Calls that wait for a connection.", (), WORKERS),
+    "pool_wait_seconds": (Histogram, "Waits for a connection.", (), OPERATIONS),
+    "pool_timeouts": (Counter, "Calls that no connection became free for.", (), {}),
+    "swept_rows": (Counter, "Expired rows deleted.", ("table",), {}),
+    "evicted_rows": (Counter, "Rows evicted by a bound.", ("table",), {}),
+    "events": (Counter, "Changes of state.", ("event",), {}),
+}  # fmt: skip
+OF_SERVER: dict[str, _Metric] = {
+    "up": (Gauge, "Whether the server answered.", (), SERVERS),
+    "locks_held": (Gauge, "Locks and slots that are held.", (), SERVERS),
+    "table_rows": (Gauge, "Rows, estimated.", ("table",), SERVERS),
+    "table_dead_rows": (Gauge, "Row versions to vacuum, estimated.", ("table",), SERVERS),
+    "table_bytes": (Gauge, "Size on disk with indexes.", ("table",), SERVERS),
+    "queue_jobs": (Gauge, "Jobs, estimated.", ("queue", "state"), SERVERS),
+    "queue_oldest_seconds": (Gauge, "Since when a waiting job is due.", ("queue",), SERVERS),
+}
+# Of an event: a metric, the fields that are its labels, and the field that it takes (None: it counts).
+MEASURES: dict[str, tuple[str, tuple[str, ...], str | None]] = {
+    "pgkv.pool.waited": ("pool_wait_seconds", (), "seconds"),
+    "pgkv.pool.timeout": ("pool_timeouts", (), None),
+    "pgkv.lock.acquired": ("lock_wait_seconds", ("lock",), "seconds"),
+    "pgkv.lock.released": ("lock_hold_seconds", ("lock",), "seconds"),
+    "pgkv.lock.lost": ("lock_lost", ("lock", "reason"), None),
+    "pgkv.sweep.swept": ("swept_rows", ("table",), "rows"),
+    "pgkv.evict.evicted": ("evicted_rows", ("table",), "rows"),
+}
 REFRESH = 5.0  # seconds between two looks at the server, and two readings under several workers
 LOOK_TIME = 1.0  # seconds for the server's answer
 
@@ -86,98 +126,16 @@ class _Metrics(Collector):
         self._many: bool = "PROMETHEUS_MULTIPROC_DIR" in os.environ
         self._idle = self._many
         self._removed = threading.Event()
-        self._all: list[Any] = [self]
         registry.register(self)  # the first: a scrape brings the others up to date
-
-        def add(kind: Any, name: str, text: str, *labels: str, **options: Any) -> Any:
-            self._all.append(kind(name, text, labels, registry=registry, **options))
-            return self._all[-1]
-
-        self._duration = add(
-            Histogram,
-            "pgkv_operation_duration_seconds",
-            "Time of one operation, its repeats included.",
-            "operation", "table", "outcome",
-            buckets=BUCKETS,
-        )  # fmt: skip
-        self._retries = add(
-            Counter, "pgkv_operation_retries", "Attempts beyond the first.", "operation"
-        )
-        self._keys = add(Counter, "pgkv_keys", "Keys that reads named.", "table", "result")
-        self._calls = add(
-            Counter, "pgkv_cached_calls", "Calls of cached functions.", "function", "result"
-        )
-        self._decisions = add(
-            Counter, "pgkv_limiter_decisions", "Hits of limiters.", "limiter", "decision"
-        )
-        self._events = add(Counter, "pgkv_events", "Changes of state.", "event")
-        self._connections = add(
-            Gauge,
-            "pgkv_pool_connections",
-            "Connections of all stores.",
-            "state",
-            multiprocess_mode="livesum",
-        )
-        self._waiting = add(
-            Gauge,
-            "pgkv_pool_waiting",
-            "Calls that wait for a connection.",
-            multiprocess_mode="livesum",
-        )
-        pool_wait = add(
-            Histogram, "pgkv_pool_wait_seconds", "Waits for a connection.", buckets=BUCKETS
-        )
-        timeouts = add(Counter, "pgkv_pool_timeouts", "Calls that no connection became free for.")
-        lock_wait = add(
-            Histogram,
-            "pgkv_lock_wait_seconds",
-            "From acquire() to the grant.",
-            "lock",
-            buckets=LOCK_BUCKETS,
-        )
-        lock_hold = add(
-            Histogram,
-            "pgkv_lock_hold_seconds",
-            "From the grant to release().",
-            "lock",
-            buckets=LOCK_BUCKETS,
-        )
-        lost = add(Counter, "pgkv_lock_lost", "Leases that ended early.", "lock", "reason")
-        swept = add(Counter, "pgkv_swept_rows", "Expired rows deleted.", "table")
-        evicted = add(Counter, "pgkv_evicted_rows", "Rows evicted by a bound.", "table")
-
+        self._metrics: dict[str, Any] = {
+            name: kind(f"pgkv_{name}", text, labels, registry=registry, **options)
+            for name, (kind, text, labels, options) in (
+                OF_PROCESS | ({} if store is None else OF_SERVER)
+            ).items()
+        }
         self._store = store
         self._overviews = None if store is None else Overviews(store)
         self._look_at = 0.0
-
-        def gauge(name: str, text: str, *labels: str) -> Any:
-            return add(Gauge, name, text, *labels, multiprocess_mode="mostrecent")
-
-        if store is not None:
-            self._up = gauge("pgkv_up", "Whether the server answered.")
-            self._rows = gauge("pgkv_table_rows", "Rows, estimated.", "table")
-            self._dead = gauge(
-                "pgkv_table_dead_rows", "Row versions to vacuum, estimated.", "table"
-            )
-            self._bytes = gauge("pgkv_table_bytes", "Size on disk with indexes.", "table")
-            self._held = gauge("pgkv_locks_held", "Locks and slots that are held.")
-            self._jobs = gauge("pgkv_queue_jobs", "Jobs, estimated.", "queue", "state")
-            self._oldest = gauge(
-                "pgkv_queue_oldest_seconds", "Since when a waiting job is due.", "queue"
-            )
-
-        def named(metric: Any, label: str, fields: Mapping[str, Any], *more: str) -> Any:
-            return metric.labels(self._bounded(label, fields[label]), *more)
-
-        self._measures: dict[str, Callable[[Any], None]] = {
-            "pgkv.pool.waited": lambda of: pool_wait.observe(of["seconds"]),
-            "pgkv.pool.timeout": lambda _: timeouts.inc(),
-            "pgkv.lock.acquired": lambda of: named(lock_wait, "lock", of).observe(of["seconds"]),
-            "pgkv.lock.released": lambda of: named(lock_hold, "lock", of).observe(of["seconds"]),
-            "pgkv.lock.lost": lambda of: named(lost, "lock", of, of["reason"]).inc(),
-            "pgkv.sweep.swept": lambda of: named(swept, "table", of).inc(of["rows"]),
-            "pgkv.evict.evicted": lambda of: named(evicted, "table", of).inc(of["rows"]),
-        }
         self._removes = [on_event(self._operation), on_event(self._event, kinds=KINDS)]
         atexit.register(self._read)
         survives_fork(self)
@@ -193,7 +151,7 @@ class _Metrics(Collector):
         for remove in self._removes:
             remove()
         atexit.unregister(self._read)
-        for each in self._all:
+        for each in (self, *self._metrics.values()):
             self._registry.unregister(each)
 
     def collect(self) -> Iterable[Any]:
@@ -217,16 +175,18 @@ class _Metrics(Collector):
         return value
 
     def _operation(self, event: OperationEvent) -> None:
+        metrics = self._metrics
         table = self._bounded("table", event.table)
-        self._duration.labels(event.name, table, event.outcome).observe(event.seconds)
+        outcome = metrics["operation_duration_seconds"].labels(event.name, table, event.outcome)
+        outcome.observe(event.seconds)
         if event.retries:
-            self._retries.labels(event.name).inc(event.retries)
+            metrics["operation_retries"].labels(event.name).inc(event.retries)
         hits = event.hits
         if hits is not None:
             if hits:
-                self._keys.labels(table, "hit").inc(hits)
+                metrics["keys"].labels(table, "hit").inc(hits)
             if misses := event.misses:
-                self._keys.labels(table, "miss").inc(misses)
+                metrics["keys"].labels(table, "miss").inc(misses)
         if self._idle:
             self._start()
 
@@ -244,34 +204,41 @@ class _Metrics(Collector):
             self._removed.wait(REFRESH)
 
     def _event(self, event: StateEvent) -> None:
-        self._events.labels(event.name).inc()
-        measure = self._measures.get(event.name)
-        if measure is not None:
-            measure(event.fields)
+        self._metrics["events"].labels(event.name).inc()
+        if event.name not in MEASURES:
+            return
+        name, labels, field = MEASURES[event.name]
+        metric, fields = self._metrics[name], cast("Mapping[str, Any]", event.fields)
+        if labels:
+            metric = metric.labels(*(self._bounded(label, fields[label]) for label in labels))
+        take = metric.observe if name.endswith("_seconds") else metric.inc
+        take(1 if field is None else fields[field])
 
     def _read(self) -> None:
         """Bring up to date what is not told per call. Counters grow by the difference: those of a
         worker must be real ones, which a scrape in another process can add up."""
-        with self._lock:
-            for function in cached_functions():
-                self._grow(
-                    self._calls, function, "function", function.name, RESULTS, function.cache_info()
-                )
-            # A loop's queue, or what there is, may change meanwhile: then the next reading tells.
-            with contextlib.suppress(RuntimeError):
-                for counter, name in tuple(_observe.limiters.items()):
-                    self._grow(
-                        self._decisions, counter, "limiter", name, DECISIONS, counter.snapshot()
-                    )
-                pools = {
-                    id(getattr(each._pool, "_caller_pool", each)): each
-                    for each in tuple(_observe.pools)
-                }
-                counts = [each.pool_stats() for each in pools.values()]
-                idle = sum(each.idle for each in counts)
-                self._connections.labels("idle").set(idle)
-                self._connections.labels("used").set(sum(each.size for each in counts) - idle)
-                self._waiting.set(sum(each.waiting for each in counts))
+        # What there is, or a loop's queue, may change meanwhile: then the next reading tells.
+        with self._lock, contextlib.suppress(RuntimeError):
+            for metric, label, name, source, fields, now in tuple(_counts()):
+                seen = self._seen.setdefault(source, {})
+                for field, result in fields.items():
+                    count = getattr(now, field)
+                    # Two threads that read at one moment may see one call less.
+                    if (grown := count - seen.get(field, 0)) > 0:
+                        bounded = self._bounded(label, name)
+                        self._metrics[metric].labels(bounded, result).inc(grown)
+                        seen[field] = count
+            channels = tuple(_observe.pools)
+            pools = {id(getattr(each._pool, "_caller_pool", each)): each for each in channels}
+            counts = [each.pool_stats() for each in pools.values()]
+            idle = sum(each.idle for each in counts)
+            self._set("pool_connections", idle, "idle")
+            self._set("pool_connections", sum(each.size for each in counts) - idle, "used")
+            self._set("pool_waiting", sum(each.waiting for each in counts))
+
+    def _set(self, name: str, value: float, *labels: str) -> None:
+        metric = self._metrics[name]
+        (metric.labels(*labels) if labels else metric).set(value)
 
     def _look(self) -> None:
         """Ask the server, unless it was asked a moment ago."""
@@ -285,39 +252,31 @@ class _Metrics(Collector):
             except PgkvError:
                 frame = None
             self._look_at = time.monotonic() + REFRESH
-            self._up.set(frame is not None)
+            self._set("up", frame is not None)
             if not self._many:  # which cannot forget
-                for each in (self._rows, self._dead, self._bytes, self._jobs, self._oldest):
-                    each.clear()
+                for name, (_, _, labels, _) in OF_SERVER.items():
+                    if labels:
+                        self._metrics[name].clear()
             if frame is not None:
                 self._show(frame)
 
     def _show(self, frame: Overview) -> None:
-        self._held.set(frame.locks_held)
+        self._set("locks_held", frame.locks_held)
         for table in frame.tables:
             name = self._bounded("table", table.name.replace('"', ""))
-            self._rows.labels(name).set(table.rows)
-            self._dead.labels(name).set(table.dead)
-            self._bytes.labels(name).set(table.bytes + table.index_bytes)
+            self._set("table_rows", table.rows, name)
+            self._set("table_dead_rows", table.dead, name)
+            self._set("table_bytes", table.bytes + table.index_bytes, name)
         for queue in frame.queues:
             name = self._bounded("queue", queue.queue)
-            self._oldest.labels(name).set(queue.oldest)
+            self._set("queue_oldest_seconds", queue.oldest, name)
             for state in ("waiting", "delayed", "running", "dead"):
-                self._jobs.labels(name, state).set(getattr(queue, state))
+                self._set("queue_jobs", getattr(queue, state), name, state)
 
-    def _grow(
-        self,
-        metric: Any,
-        source: object,
-        label: str,
-        name: str,
-        fields: Mapping[str, str],
-        now: Any,
-    ) -> None:
-        seen = self._seen.setdefault(source, {})
-        for field, result in fields.items():
-            count = getattr(now, field)
-            # Two threads that read at one moment may see one call less.
-            if (grown := count - seen.get(field, 0)) > 0:
-                metric.labels(self._bounded(label, name), result).inc(grown)
-                seen[field] = count
+
+def _counts() -> Iterable[tuple[str, str, str, object, Mapping[str, str], Any]]:
+    """What is counted per call: metric, label with its name, object, and its counts by field."""
+    for function in cached_functions():
+        yield "cached_calls", "function", function.name, function, RESULTS, function.cache_info()
+    for counter, name in _observe.limiters.items():
+        yield "limiter_decisions", "limiter", name, counter, DECISIONS, counter.snapshot()
