@@ -227,6 +227,23 @@ async def test_mounted(dsn: str, colour: Colour) -> None:
         assert "<title>kv_store" in response.text
 
 
+async def test_other_protocols_of_asgi(dsn: str) -> None:
+    """A WebSocket is refused; what a server asks at its start is not answered, as by any mounted app."""
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        return {"type": "websocket.connect"}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async with pgkv.AsyncStore.connect(dsn) as store:
+        app = dashboard(store, authorize=everyone)
+        await app({"type": "lifespan"}, receive, send)
+        await app({"type": "websocket", "path": "/"}, receive, send)
+    assert sent == [{"type": "websocket.close", "code": 1008}]
+
+
 def test_how_it_looks(dsn: str, tmp_path: Path) -> None:
     """On a desktop and a phone, light and dark: nothing is wider than the screen, nothing is loaded, no
     script runs, and the style is applied."""
