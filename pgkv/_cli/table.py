@@ -126,6 +126,9 @@ def schema(
         bool, flag("--idempotency/--no-idempotency", help="With the table of idempotency keys.")
     ] = True,
     queues: Annotated[bool, flag("--queues/--no-queues", help="With the tables of queues.")] = True,
+    watch: Annotated[
+        bool, flag("--watch", help="With triggers that tell watchers of every writer.")
+    ] = False,
 ) -> int:
     """Print the DDL of the tables, for a migration tool. Needs no server.
 
@@ -133,6 +136,7 @@ def schema(
 
     **Example:** `pgkv schema --table cache | psql "$PGKV_DSN"`
     """
+    from .._watch.api import watch_sql
     from ..patterns.schema import schema_sql
 
     named = Invocation(dsn=call.dsn or "postgresql://", table=call.table, schema=call.schema)
@@ -141,6 +145,8 @@ def schema(
         named.config(table_type=kind), locks=locks, sessions=sessions, idempotency=idempotency,
         queues=queues,
     )  # fmt: skip
+    if watch:
+        sql += "\n" + watch_sql(named.config())
     if call.json:
         console.say_json({"sql": sql})
     else:

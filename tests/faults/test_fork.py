@@ -72,6 +72,23 @@ def test_parent_and_child_go_on(dsn: str, witness: Witness) -> None:
         wait_until(lambda: len(witness.backends()) <= 3, "the children's connections end")
 
 
+def test_a_watcher_is_its_parents(dsn: str) -> None:
+    """In the child the parent's iterator ends, and one of its own works; the parent's goes on."""
+    with Store.connect(dsn, notify=True) as store, store.watch("k", poll=None) as events:
+
+        def work() -> None:
+            assert list(events) == []
+            with store.watch("k", poll=None) as own:
+                store.set("k", b"child")
+                assert own.next(60) is not None
+
+        store.set("other", b"waits to be told")
+        assert exit_code(in_child(work), 90) == 0
+        assert events.next(60) is not None
+        store.set("k", b"parent")
+        assert events.next(60) is not None
+
+
 @pytest.mark.parametrize("how", ["exit", "close", "collect"])
 def test_the_child_leaves_the_parents_connections_alone(
     dsn: str, witness: Witness, how: str

@@ -280,3 +280,17 @@ async def test_two_server_connections(make_store: Any, peer: Peer) -> None:
         " (SELECT application_name FROM pg_stat_activity WHERE pid = pg_backend_pid())"
     )
     assert 1 <= found <= 2
+
+
+async def test_a_watcher_polls_and_a_writer_tells(
+    make_store: Any, colour: Colour, dsn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through the pooler a watcher hears nothing and sees the change by itself; a writer's notification
+    passes."""
+    monkeypatch.setattr("pgkv._watch.source.POLL_DEAF", 0.1)
+    store = await make_store(notify=True)
+    direct = await make_store(dsn=dsn, pooler=Pooler.NONE)
+    async with store.watch("k") as polling, direct.watch("k", poll=None) as hearing:
+        await store.set("k", b"1")
+        for events in (polling, hearing):
+            assert (await events.next(timeout=60)).kind == "set"

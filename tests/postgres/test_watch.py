@@ -8,6 +8,7 @@ import json
 import time
 from typing import Any
 
+import psycopg_pool
 import pytest
 from psycopg import sql
 
@@ -535,6 +536,23 @@ async def test_a_prefix_with_too_many_keys(
             pass
     async with store.watch("k", prefix=True, poll=None, initial=True) as events:
         assert await told(events, 7) == [("set", f"k{n}") for n in range(6)] + [("resync", "")]
+
+
+async def test_values_are_opened(make_store: Any, colour: Colour) -> None:
+    """The values of a table with transforms."""
+    store = await make_store(notify=True, transforms=[pgkv.AesGcmSiv({1: b"k" * 32})])
+    async with store.watch("k", values=True, poll=None) as events:
+        await store.set("k", b"secret")
+        assert (await events.next(timeout=LONG)).value == b"secret"
+
+
+def test_what_cannot_be_watched(dsn: str) -> None:
+    """A pool that does not tell where its server is; stores of several servers."""
+    pool = psycopg_pool.ConnectionPool("", open=False)
+    with pytest.raises(pgkv.ConfigError, match=r"give from_pool\(\) a dsn"):
+        pgkv.Store.from_pool(pool).watch("k")
+    with pytest.raises(pgkv.ConfigError, match="no notify="):
+        pgkv.Store.sharded([dsn], notify=True)
 
 
 # -- all at once
