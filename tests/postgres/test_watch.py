@@ -228,24 +228,27 @@ async def test_writing_without_watchers_opens_nothing(
 async def test_a_change_while_the_first_read_is_under_way(
     store: Any, colour: Colour, peer: Peer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A change after the first read took its snapshot, told before the watcher has the answer, is an
+    """A change after the first read took its snapshot, told before the watcher has used the answer, is an
     event: with poll=None nothing else would find it."""
     await store.set("k", b"1")
-    compare = _source.Source._compare
+    rows = _source.Source._rows
     late: list[int] = []
 
-    def slow(source: Any, *args: Any) -> None:
+    def slow(source: Any, keys: Any) -> Any:
+        found = yield from rows(source, keys)
         if not late:
             late.append(1)
             touch(peer, "k")
             hint(peer, "k")
-            # It is heard before the answer is used.
-            time.sleep(0.05)
-        compare(source, *args)
+            while not source._hinted:
+                yield from pause(0.005)
+        return found
 
-    monkeypatch.setattr(_source.Source, "_compare", slow)
-    async with store.watch("k", poll=None) as events:
-        assert await told(events) == [("set", "k")]
+    async with store.watch("other", poll=None) as first:
+        await quiet(first)  # or the comparison that follows would find it
+        monkeypatch.setattr(_source.Source, "_rows", slow)
+        async with store.watch("k", poll=None) as events:
+            assert await told(events) == [("set", "k")]
 
 
 async def test_a_change_before_listen_is_in_the_first_read(
@@ -477,13 +480,19 @@ async def test_triggers_tell_of_every_writer(make_store: Any, colour: Colour, pe
 # -- ends
 
 
-async def test_close_ends_the_iteration(store: Any, colour: Colour) -> None:
-    """close() from elsewhere, and closing the store, end a `for` that waits."""
+async def test_close_ends_the_iteration(make_store: Any, store: Any, colour: Colour) -> None:
+    """close() from elsewhere, and closing the store, end a `for` that waits; another store with the same
+    background goes on."""
 
     async def everything(events: Any) -> list[Any]:
         return [event async for event in events]
 
-    async with store.watch("k") as events, store.watch("k") as left:
+    other = await make_store()
+    async with (
+        other.watch("k", poll=None),
+        store.watch("k", poll=None) as events,
+        store.watch("k", poll=None) as left,
+    ):
         waiting = [asyncio.ensure_future(everything(each)) for each in (events, left)]
         await until(lambda: len(plain(events)._source.waiting) == 2, "both wait")
         await asyncio.to_thread(plain(events).close)
