@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar
 
 from .._ops import codec as _codec
 from .._ops.lazy import cached_property
@@ -149,11 +149,11 @@ class TransformedStatements(Statements):
             raise _in_pipeline("compare_and_swap", "set(if_version=...)")
         return self._sealed(self._opened(super().compare_and_swap(key, None, new, ttl)))
 
-    def compare_and_delete(self, *_: Any) -> Op[bool]:
+    def compare_and_delete(self, *_: Any) -> NoReturn:
         """Refused: the server cannot compare; a flow does."""
         raise _in_pipeline("compare_and_delete", "delete(if_version=...)")
 
-    def append(self, *_: Any) -> Op[int]:
+    def append(self, *_: Any) -> NoReturn:
         """Refused: the server would add plain bytes to a frame."""
         raise ConfigError(
             "append: the values of this table are transformed, and the server cannot add to them; "

@@ -162,6 +162,10 @@ def test_what_another_compression_wrote_is_read() -> None:
         (lambda: Lz4(min_size=None), "min_size"),  # type: ignore[arg-type]  # likewise
         (lambda: Config("postgresql://", transforms=[cipher(), Zstd()]), "at most one"),
         (lambda: Config("postgresql://", transforms=[Zstd(), Lz4()]), "at most one"),
+        (
+            lambda: pgkv.Store.sharded(["postgresql://h/a"], transforms=[Zstd()]),
+            "has no transforms",
+        ),
         (lambda: Config("postgresql://", transforms=[Zstd]), "at most one"),  # type: ignore[list-item]  # likewise
         (lambda: Config("postgresql://", transforms=Zstd()), "must be a list"),  # type: ignore[arg-type]  # likewise
     ],

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, cast
 
 import psycopg
 
-from pgkv import CasResult, Store
+from pgkv import CasResult, Store, Zstd
 from pgkv._ops.codec import encode_ttl
 from pgkv._sql import INCREMENTS, SETS, Statements
-from tests.interleavings.pairs import PASSED_OVER, Operation, Subject
+from tests.interleavings.pairs import NONE, PASSED_OVER, Operation, Subject
 from tests.interleavings.scenarios import bounded
 from tests.interleavings.schedule import Scenario
 
 STATEMENTS = tuple(
-    f"pgkv._sql{each}" for each in ("", ".point", ".batch", ".scan", ".sweep", ".evict", ".watch")
+    f"pgkv._sql{each}"
+    for each in ("", ".point", ".batch", ".scan", ".sweep", ".evict", ".watch", ".transformed")
 )
 READS = frozenset((
-    "get", "get_entry", "exists", "ttl", "get_many", "get_raw", "exists_many", "keys", "scan", "count", "stats",
+    "get", "get_entry", "exists", "ttl", "get_many", "get_raw", "exists_many", "exist_many", "keys", "scan", "count", "stats",
     "now", "get_statement", "exists_statement", "ping", "reach", "may_maintain", "pages", "vacuum", "analyze", "Sweep.collect", "notify", "name", "read", "page", "dump", "vacuum_idle",
+    "stored",
 ))  # fmt: skip
 KEYS = ["a", "k", "z"]
 # What a side writes: integers, so that all of it can be added to.
@@ -151,13 +153,13 @@ class StoreSubject(Subject[Store]):
     bounded: Statements
 
     operations = OPERATIONS
-    only_second = (
+    only_second: Mapping[str, Operation[Store]] = (
         VARIANTS
         | {f"{name} of existing": operation for name, operation in ON_EXISTING.items()}
         | {"set the same": lambda s, x: s.set("k", "1") > 0}
     )
     states = STATES
-    transactions = TRANSACTIONS
+    transactions: Mapping[str, tuple[str, ...]] = TRANSACTIONS
     explained: Mapping[tuple[str, str], str] = {
         (name, "part"): f"{name} of existing" for name in ON_EXISTING
     } | {("evict", state): PASSED_OVER for state in STATES}
@@ -166,7 +168,7 @@ class StoreSubject(Subject[Store]):
     def __init__(self, dsn: str) -> None:
         super().__init__(dsn)
         StoreSubject.bounded = bounded(self.store._config, 2)
-        self.conn.execute("ALTER TABLE kv_store ADD COLUMN used_at timestamptz")
+        self.conn.execute("ALTER TABLE kv_store ADD COLUMN IF NOT EXISTS used_at timestamptz")
 
     def reset(self, state: str) -> None:
         keys = {"absent": [], "live": KEYS, "expired": KEYS, "part": ["k"]}[state]
@@ -192,5 +194,48 @@ class StoreSubject(Subject[Store]):
         ).fetchall()
 
 
-SUBJECTS = (StoreSubject,)
+class TransformedSubject(StoreSubject):
+    """The same table with transforms, which leave short values plain: what they do in another way.
+
+    `rewrite` puts the same value in another form.
+    """
+
+    only_second = NONE
+    transactions = NONE
+    operations = {
+        name: OPERATIONS[name]
+        for name in (
+            *(
+                "set",
+                "delete",
+                "compare_and_swap",
+                "compare_and_swap of none",
+                "compare_and_delete",
+            ),
+            *("update", "get_and_set", "get_and_delete", "get_and_touch", "increment"),
+            "increment_many",
+        )
+    } | {
+        "increment with ttl": VARIANTS["increment with ttl"],
+        "replaced": lambda s, x: upkeep(
+            s._execute(cast(Any, s._sql).replaced([(b"k", b"1", VERSION)]))
+        ),
+        "replaced_one": lambda s, x: s._execute(
+            cast(Any, s._sql).replaced_one(b"k", b"1", VERSION)
+        ),
+    }
+    explained: Mapping[tuple[str, str], str] = {
+        ("replaced", state): PASSED_OVER for state in STATES
+    }
+    repeatable = operations.keys() - {"replaced"}
+
+    def __init__(self, dsn: str) -> None:
+        super().__init__(dsn)
+        self.transformed = self.store.table("kv_store", transforms=[Zstd()])
+
+    def on(self, conn: psycopg.Connection | None) -> Store:
+        return self.transformed if conn is None else self.transformed.using(conn)
+
+
+SUBJECTS = (StoreSubject, TransformedSubject)
 SCENARIOS: tuple[Scenario, ...] = ()
