@@ -102,6 +102,7 @@ def settings(
         ("schema", "each slot is a schema"),
         ("coalesce", "the operations of one turn go to several servers"),
         ("transforms", "its values are stored plain"),
+        ("notify", "watch() is of one server"),
         ("notify", "watchers hear of one server"),
     ):
         if options.pop(name, None):

@@ -143,6 +143,8 @@ async def test_what_is_refused(store: Any, dsns: list[str], colour: Colour) -> N
             pass
     with pytest.raises(pgkv.ConfigError, match=r"connection is of one: use store.on\(key\)"):
         store.using(None)
+    with pytest.raises(pgkv.ConfigError, match="watch: a sharded store has several servers"):
+        (store if colour.name == "async" else store._target).watch("k")
     with pytest.raises(pgkv.ConfigError, match="several DSNs"):
         _ = store.dsn
     with pytest.raises(pgkv.ConfigError, match="only slot"):
@@ -491,6 +493,7 @@ def test_an_overview_is_of_one_slot(dsns: list[str]) -> None:
             Overviews(store)
         with pytest.raises(pgkv.ConfigError, match=r"store\.on\(key\)"):
             dashboard(store, authorize=lambda _: True)
+        store.clear()
         store.set_many({"{a}:1": "x", "{a}:2": "x"})
         one = store.on("{a}:1")
         frame = one._run(Overviews(one).look(), 30.0)

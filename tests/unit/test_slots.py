@@ -8,11 +8,13 @@ from hypothesis import strategies as st
 
 import pgkv
 from pgkv._ops.op import TEXT, Statement
+from pgkv._shards.placement import Router
 from pgkv._shards.slots import ANY, ShardedConfig, Slots, hashed_part, schema_of
-from pgkv._shards.sql import located
-from pgkv._shards.store import settings, split
+from pgkv._shards.sql import ShardedStatements, located
+from pgkv._shards.store import settings, sharded_config, split
 from pgkv._sql import Statements
 from pgkv.patterns.rate_limit.sql import LimiterStatements
+from tests.unit.test_statements import ALL, KEYS, ops_of
 
 SLOTS = Slots(32)
 
@@ -76,6 +78,46 @@ def test_a_statement_in_a_slot() -> None:
     assert [schema_of(7), schema_of(100)] == ["pgkv_07", "pgkv_100"]
 
 
+EVERYWHERE = ("keys", "dump", "scan", "count", "stats", "delete_prefix", "clear")
+OF_NO_TABLE = ("ping", "now", "reach")
+# Performed for each slot by itself, or never for a sharded store.
+WITHIN = (
+    "pages",
+    "may_maintain",
+    "collect",
+    "mark",
+    "sweep",
+    "truncate",
+    "vacuum",
+    "analyze",
+    "evict",
+    "get_raw",
+)
+
+
+@pytest.mark.parametrize("name", sorted(ALL))
+def test_where_an_operation_goes(name: str) -> None:
+    """To the slots of its keys, to all, or to any server, and nothing by accident."""
+    config = sharded_config(pgkv.Config("postgresql://", schema=ANY), SLOTS)
+    router = Router(config, [], lambda _: [])
+    router.slots, router.channels = SLOTS, [None] * SLOTS.count
+    if name.startswith(WITHIN) or "merged" in name:
+        pytest.skip("not routed")
+    slots = {
+        slot
+        for op in ops_of(ALL[name](ShardedStatements(config)))
+        for slot, _ in router.parts(op, 0)
+    }
+    if name.startswith(EVERYWHERE):
+        assert slots == {*range(SLOTS.count)}
+    elif name in OF_NO_TABLE:
+        assert slots == {0}
+    else:
+        assert slots in [
+            {SLOTS.of(key.encode()) for key in keys} for keys in (["k"], KEYS, KEYS[:3])
+        ]
+
+
 def test_a_statement_of_no_table_is_the_same_everywhere() -> None:
     """There is nothing to replace."""
     ping = Statement("ping", "SELECT $1", (TEXT,), lambda _: None)
@@ -105,6 +147,7 @@ def test_several_dsns_in_one_setting(text: str, dsns: list[str]) -> None:
         (([], None, "auto"), {}, "at least one"),
         ((["postgresql://"], None, "auto"), {"schema": "s"}, "no schema="),
         ((["postgresql://"], None, "auto"), {"coalesce": True}, "no coalesce="),
+        ((["postgresql://"], None, "auto"), {"notify": True}, "no notify="),
         ((["postgresql://"], None, "auto"), {"colour": 1}, "no option 'colour'"),
         ((["mysql://"], None, "auto"), {}, "scheme"),
     ],
