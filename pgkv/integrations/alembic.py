@@ -15,6 +15,7 @@ make and drop them in a migration.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +26,7 @@ from ..patterns.schema import schema_sql, tables
 
 __all__ = ["PgkvTablesOp", "include_object"]
 
+_PARTS = inspect.signature(tables).parameters.keys() - {"config"}
 IncludeObject = Callable[[Any, Any, str, bool, Any], bool]
 
 
@@ -103,8 +105,8 @@ class PgkvTablesOp(MigrateOperation):
 
     def sql(self) -> str:
         """Return the statements."""
-        parts = {name: self.options[name] for name in ("locks", "sessions") if name in self.options}
-        fields = {name: value for name, value in self.options.items() if name not in parts}
+        parts = {name: value for name, value in self.options.items() if name in _PARTS}
+        fields = {name: value for name, value in self.options.items() if name not in _PARTS}
         config = _config(self.table_name, self.schema, fields)
         if not self.is_drop:
             return schema_sql(config, **parts)

@@ -436,6 +436,9 @@ def test_alembics_operation_is_undone_and_printed():
 
     from pgkv.integrations.alembic import PgkvTablesOp
 
+    none = {"locks": False, "sessions": False, "idempotency": False, "queues": False}
+    assert PgkvTablesOp("app", None, False, none).sql().count("CREATE UNLOGGED TABLE") == 1
+    assert PgkvTablesOp("app", None, True, none).sql() == 'DROP TABLE IF EXISTS "app"'
     made = PgkvTablesOp("app", "cache", False, {"locks": False})
     assert "CREATE UNLOGGED TABLE" in made.sql()
     assert "_locks" not in made.sql()
