@@ -40,6 +40,11 @@ TOP = 50  # rows of each list, at most
 NAME_MAX = 40  # characters of the first part of a key
 LOCK_PAGES = 512  # about 40,000 names
 DEAD_MAX = 1_000  # dead jobs of one priority, at most, that are counted
+# From where the doctor and the dashboard call for attention.
+OLD_TRANSACTION = 300.0  # seconds: rows that died since cannot be reclaimed
+DEAD_SHARE, DEAD_ROWS = 0.2, 10_000
+HOT_RATIO, HOT_UPDATES = 0.8, 10_000
+OVER = 1.25  # times the bound: eviction lags behind a burst of writes by less
 SHAPES = {  # kind: shape, whether it is logged
     "locks": (LOCKS, True),
     "locks_unlogged": (LOCKS_UNLOGGED, False),

@@ -11,17 +11,25 @@ from typing import Any, NamedTuple, TypeAlias
 
 from .. import __version__
 from ..patterns.cache.decorator import cached_functions
-from ..patterns.overview import Overview, Share, rates_between
+from ..patterns.overview import (
+    DEAD_ROWS,
+    DEAD_SHARE,
+    HOT_RATIO,
+    HOT_UPDATES,
+    OLD_TRANSACTION,
+    OVER,
+    Overview,
+    Share,
+    rates_between,
+)
 
 RELOAD = 5  # seconds
 HISTORY = 600.0  # seconds that are drawn
 HINTS = 12
 NONE = "\N{EN DASH}"
 NAME_MAX = 100  # characters of a name
-OLD_TRANSACTION, LATE_JOB = 300.0, 60.0  # seconds
-DEAD_ROWS, DEAD_SHARE = 10_000, 0.2
-HOT_UPDATES, HOT_SHARE = 10_000, 0.8
-FULL = 0.9  # of a limit
+BLOCKED, LATE_JOB = 1.0, 60.0  # seconds from which a wait is told
+FULL, QUEUE_FULL = 0.9, 0.5  # of the connections, of the queue of notifications
 
 # Control characters, also those that change the direction of what follows.
 _CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
@@ -159,7 +167,7 @@ def _cards(frame: Overview, points: Sequence[Point]) -> str:
         line = [(each.at, n) for each in points if (n := getattr(each, name)) is not None]
         value = text(line[-1][1]) if line else NONE
         parts.append(
-            f"<div class=card><h3>{title}</h3><p>{value}</p>{_sparkline(line, title)}</div>"
+            f"<div class=card><h2>{title}</h2><p>{value}</p>{_sparkline(line, title)}</div>"
         )
     return f"<div class=cards>{''.join(parts)}</div>"
 
@@ -176,9 +184,11 @@ def _attention(frame: Overview) -> Iterator[str]:
             f"A transaction has been open for {_span(server.oldest_transaction)}: rows that died since "
             "cannot be reclaimed."
         )
-    if server.notify_queue > 0.5:
+    if server.notify_queue > QUEUE_FULL:
         yield f"The queue of notifications is {server.notify_queue:.0%} full: a listener does not read."
     for each in frame.blocked:
+        if each.seconds < BLOCKED:
+            continue
         yield (
             f"Process {each.pid} ({_text(each.application or 'no name')}) has waited for "
             f"{_span(each.seconds)} for a lock of process {', '.join(map(str, each.blockers)) or '?'}."
@@ -186,7 +196,7 @@ def _attention(frame: Overview) -> Iterator[str]:
     for table in frame.tables:
         if table.dead > max(DEAD_ROWS, DEAD_SHARE * (table.rows + table.dead)):
             yield f"{_text(table.name)} has {_count(table.dead)} dead rows: VACUUM it."
-        if table.updated > HOT_UPDATES and table.hot_updated < HOT_SHARE * table.updated:
+        if table.updated > HOT_UPDATES and table.hot_updated < HOT_RATIO * table.updated:
             yield (
                 f"Only {_share(table.hot_updated, table.updated)} of the updates of {_text(table.name)} "
                 "are heap-only: see pgkv doctor."
@@ -201,7 +211,7 @@ def _attention(frame: Overview) -> Iterator[str]:
         (rows, frame.max_entries, _count),
         (size, frame.max_bytes, _size),
     ):
-        if most and have > 1.25 * most:
+        if most and have > OVER * most:
             yield f"The store holds {text(have)}; its bound is {text(most)}."
     for kind, why in frame.refused.items():
         yield f"The server says nothing about {kind.replace('_', ', ')}: {_text(why)}."
@@ -404,7 +414,7 @@ h1{font-size:1.35rem;margin:0}h1 span{font-weight:400;color:var(--soft)}
 header p{margin:0 0 0 auto;color:var(--soft);font-size:.87rem}
 header a{text-decoration:none;font-size:.8rem;font-weight:600;padding:.05rem .6rem;border-radius:1rem;border:1px solid currentColor}
 .on{color:var(--green)}.off,.bad{color:var(--red)}
-h2{font-size:1rem;margin:0 0 .5rem}h3{font-size:.8rem;font-weight:500;margin:0;color:var(--soft)}
+h2{font-size:1rem;margin:0 0 .5rem}.card h2{font-size:.8rem;font-weight:500;margin:0;color:var(--soft)}
 section,.card{background:var(--card);border:1px solid var(--line);border-radius:.6rem;padding:.9rem 1rem;min-width:0}
 .alert,.warn{margin-bottom:1rem;border-left:.3rem solid var(--red)}.warn{border-left-color:var(--amber)}
 .alert p,.warn ul{margin:.2rem 0 0}.warn ul{padding-left:1.1rem}

@@ -393,7 +393,7 @@ def test_a_clock_that_differs(dsn: str, clock: ServerClock) -> None:
 
 def test_an_old_transaction(dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Somebody's open transaction is named by its process."""
-    monkeypatch.setattr("pgkv._cli.doctor.server.MINUTES_OPEN", 0)
+    monkeypatch.setattr("pgkv._cli.doctor.server.OLD_TRANSACTION", 0)
     with psycopg.connect(dsn) as conn:
         conn.execute("CREATE TABLE anything (id int)")  # takes a transaction id
         pid = conn.info.backend_pid

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import os
 import re
 import signal
@@ -10,6 +11,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,9 @@ from starlette.applications import Starlette
 from werkzeug.middleware.dispatcher import DispatcherMiddleware
 
 import pgkv
+from pgkv.integrations._page import page, point_of
 from pgkv.integrations.dashboard import dashboard
+from pgkv.patterns.overview import BlockedBackend, Overview, Overviews, QueueDepth
 from tests.browser import chromium
 from tests.colours import Colour, in_thread
 from tests.faults.support import newest
@@ -160,6 +164,57 @@ async def test_names_are_text_and_secrets_stay(dsn: str, colour: Colour) -> None
     assert text.count("&lt;img/src=x onerror=document.title=&#x27;broken&#x27;&gt;") >= 4
     assert "secret" not in text
     assert "dead job" in text
+
+
+def test_what_needs_attention(dsn: str) -> None:
+    """Each limit as one sentence; a healthy server has none. Names in them are text."""
+    with pgkv.Store.connect(dsn, max_entries=100) as store:
+        store.set("a", "b")
+        frame = store._run(Overviews(store).look(), 30.0)
+        point = point_of(None, frame, 0.0)
+
+        def hints(frame: Overview) -> list[str]:
+            text = page(frame, [point], None, store, "nonce", paused=True)
+            assert EVIL not in text
+            found = re.search(r"Needs attention</h2><ul>(.*?)</ul>", text)
+            return [] if found is None else re.sub(r"</?bdi>", "", found[1]).split("<li>")[1:]
+
+        assert hints(frame) == []
+        table = frame.tables[0]
+        share = frame.kinds[0]
+        evil = html.escape(EVIL)
+        ill = replace(
+            frame,
+            server=replace(
+                frame.server,
+                standby=True,
+                connections=99,
+                max_connections=100,
+                oldest_transaction=7200.0,
+                notify_queue=0.75,
+            ),
+            blocked=[
+                BlockedBackend(7, EVIL, "tuple", 90.0, [8, 9]),
+                BlockedBackend(8, "", "", 0.1, []),
+            ],
+            tables=[replace(table, rows=50_000, dead=20_000, updated=20_000, hot_updated=2_000)],
+            kinds=[replace(share, rows=200)],
+            queues=[QueueDepth(EVIL, 1, 0, 0, 2, 600.0)],
+            refused={"jobs_unlogged": f"permission denied for {EVIL}"},
+        )
+        assert hints(ill) == [
+            "The server is a standby: it accepts no writes.",
+            "99 of 100 connections are in use.",
+            "A transaction has been open for 2 h: rows that died since cannot be reclaimed.",
+            "The queue of notifications is 75% full: a listener does not read.",
+            f"Process 7 ({evil}) has waited for 90 s for a lock of process 8, 9.",
+            "&quot;kv_store&quot; has 20 k dead rows: VACUUM it.",
+            "Only 10% of the updates of &quot;kv_store&quot; are heap-only: see pgkv doctor.",
+            f"The queue {evil} has 2 dead jobs.",
+            f"A job of the queue {evil} has waited for 10 min.",
+            "The store holds 200; its bound is 100.",
+            f"The server says nothing about jobs, unlogged: permission denied for {evil}.",
+        ]
 
 
 async def test_visitors_share_a_frame(

@@ -12,11 +12,11 @@ from psycopg.pq import TransactionStatus
 from psycopg.rows import dict_row
 
 from ...config import Pooler
+from ...patterns.overview import OLD_TRANSACTION
 from .. import console
 from .context import Check, Context, Result, fail, ok, warn
 
 OLDEST_MAJOR = 14
-MINUTES_OPEN = 5  # a transaction older than this keeps dead rows from being reclaimed
 SLOT_AGE = 10_000_000  # transactions that a replication slot may hold back
 CLOCK_SECONDS = 1.0
 ANSWER_TIMEOUT = 3  # seconds for the answer of a second session
@@ -198,10 +198,10 @@ def transactions(context: Context) -> Result:
         else ""
     )
     age = oldest.get("age") or 0.0
-    if others["prepared"] is not None and others["prepared"] > max(age, MINUTES_OPEN * 60):
+    if others["prepared"] is not None and others["prepared"] > max(age, OLD_TRANSACTION):
         detail = f"a prepared transaction is {console.duration(others['prepared'])} old"
         return warn(detail, "COMMIT PREPARED or ROLLBACK PREPARED it (pg_prepared_xacts)")
-    if age > MINUTES_OPEN * 60:
+    if age > OLD_TRANSACTION:
         detail = f"process {oldest['pid']} ({oldest['state']}) has a transaction open for {console.duration(age)}"
         advice = (
             "rows that died since cannot be reclaimed, and updates slow down. End it: "

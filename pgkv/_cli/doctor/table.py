@@ -12,15 +12,13 @@ from ..._sql.evict import ROW_BYTES
 from ..._sql.sample import sampled
 from ...config import TableType, quote_identifier
 from ...patterns.lock.sql import LOCKS, LOCKS_UNLOGGED
+from ...patterns.overview import DEAD_ROWS, DEAD_SHARE, HOT_RATIO, HOT_UPDATES, OVER
 from ...transforms import applied
 from .. import console
 from .context import Check, Context, Result, fail, ok, warn
 
 SAMPLED_PAGES = 2048  # 16 MB
-DEAD_SHARE, DEAD_ROWS = 0.2, 10_000
 EXPIRED_SHARE, EXPIRED_ROWS = 0.25, 1000
-OVER = 1.25  # times the bound: eviction lags behind a burst of writes by less
-HOT_RATIO, HOT_UPDATES = 0.8, 10_000
 
 
 def describe(context: Context) -> dict[str, Any] | None:
