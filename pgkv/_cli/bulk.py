@@ -24,13 +24,13 @@ PAGE = 500  # rows fetched at a time: values may be large
 
 def load(
     call: Invocation,
-    file: Annotated[str, typer.Argument(metavar="FILE", help="The file; - reads standard input.")],
+    file: Annotated[str, typer.Argument(metavar="FILE", help="The file. - reads standard input.")],
     as_csv: Annotated[bool, flag("--csv", help="Lines of key,value or key,value,ttl.")] = False,
 ) -> int:
     """Write many keys from a file, in transactions of 20,000.
 
     One JSON object a line, as `dump` and `scan --json` print them: key, value, and optionally
-    encoding (utf-8 or base64) and ttl (seconds); or CSV, without a heading. A key that is there is
+    encoding (utf-8 or base64) and ttl (seconds). Or CSV, without a heading. A key that exists is
     overwritten.
 
     **Example:** `pgkv load users.jsonl`
@@ -90,7 +90,7 @@ def dump(
 ) -> int:
     """Print keys and values for `load`, one JSON object a line, with the seconds each has left.
 
-    Each page of 500 rows is a snapshot of its own; memory use stays constant.
+    Each page of 500 rows is a snapshot of its own. Memory use stays constant.
 
     **Example:** `pgkv dump > backup.jsonl`
     """

@@ -23,7 +23,7 @@ Key: TypeAlias = Annotated[str, typer.Argument(metavar="KEY", help="The key.")]
 def get(call: Invocation, key: Key) -> int:
     """Write the value of a key to standard output, byte for byte.
 
-    With --json the version and times too; a value that is not UTF-8 is given in base64. Exit code
+    --json adds version and times. A value that is not UTF-8 is then in base64. Exit code
     1: the key does not exist.
 
     **Example:** `pgkv get user:1 > user.bin`
@@ -57,7 +57,7 @@ def set_(
     call: Invocation,
     key: Key,
     value: Annotated[
-        str, typer.Argument(metavar="VALUE", help="The value; - reads standard input, as bytes.")
+        str, typer.Argument(metavar="VALUE", help="The value. - reads standard input, as bytes.")
     ],
     ttl: Annotated[
         Seconds,
@@ -70,7 +70,7 @@ def set_(
     if_version: Annotated[
         int | None,
         typer.Option("--if-version", metavar="N", min=0,
-                     help="Only if the key has this version (see get --json); 0: if it is absent."),
+                     help="Only if the key has this version (see get --json). 0: only if it does not exist."),
     ] = None,
 ) -> int:  # fmt: skip
     """Write a value. Without --ttl the key no longer expires.
@@ -167,14 +167,14 @@ def scan(
     limit: Annotated[
         int | None,
         typer.Option("--limit", "-l", metavar="N", min=0,
-                     help=f"At most N rows; 0: all. Default: all, on a terminal {TERMINAL_LIMIT}."),
+                     help=f"At most N rows. 0 means all. Default: all, on a terminal {TERMINAL_LIMIT}."),
     ] = None,
     values: Annotated[bool, flag("--values/--keys", help="Keys and values, or keys alone.")] = True,
 ) -> int:  # fmt: skip
     r"""List keys and values in the order of the keys' bytes.
 
-    On a terminal a table; in a pipe lines of key, tab, value, with `\n`, `\t`, `\\` and `\xHH` for
-    characters that would break a line; with --json one object a line. Memory use stays constant.
+    A terminal shows a table. A pipe gets lines of key, tab, value, with `\n`, `\t`, `\\` and `\xHH`
+    for characters that would break a line. --json prints one object a line. Memory use stays constant.
 
     **Example:** `pgkv scan user: --limit 20`
 

@@ -18,7 +18,7 @@ def limits(
         str | None, typer.Argument(metavar="[KEY]", help="The buckets of this key.")
     ] = None,
     limiter: Annotated[
-        str | None, typer.Option("--limiter", metavar="NAME", help="Of this limiter only.")
+        str | None, typer.Option("--limiter", metavar="NAME", help="Show this limiter only.")
     ] = None,
     reset: Annotated[bool, flag("--reset", help="Fill the buckets of KEY.")] = False,
 ) -> int:

@@ -25,14 +25,14 @@ def locks(
     ] = None,
     revoke: Annotated[
         int | None,
-        typer.Option("--revoke", metavar="TOKEN", help="End this token; the lock becomes free when "
+        typer.Option("--revoke", metavar="TOKEN", help="End this token. The lock becomes free when "
                      "its lease would have ended. Never two holders."),
     ] = None,
 ) -> int:  # fmt: skip
     """List the holders of locks: age, time left, waiters.
 
-    Below the holders, the open transactions that have guarded a lease. A waiter of a lock that is not
-    fair is counted after its first second. Exit code 1: no lease has that token.
+    Below the holders it lists the open transactions that have guarded a lease. A waiter of a lock that
+    is not fair is counted after its first second. Exit code 1: no lease has that token.
 
     **Example:** `pgkv locks`
 

@@ -33,9 +33,9 @@ def queue(
     purge: Annotated[bool, flag("--purge", help="Delete all dead jobs.")] = False,
     unlogged: Annotated[bool, flag("--unlogged", help="A queue with durable=False.")] = False,
 ) -> int:  # fmt: skip
-    """List queues with their jobs by state, or the jobs of one queue; put, retry or drop a job.
+    """List queues with their jobs by state, or the jobs of one queue. Put, retry or drop a job.
 
-    Of a queue at most 100 jobs are listed, in the order in which they would be taken. Exit code 1:
+    At most 100 jobs of a queue are listed, in the order in which they would be taken. Exit code 1:
     there is no such job.
 
     **Example:** `pgkv queue`

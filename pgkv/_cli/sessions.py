@@ -20,13 +20,15 @@ def sessions(
     user: Annotated[str, typer.Argument(metavar="USER", help="The sessions' user_id.")],
     end: Annotated[
         str | None,
-        typer.Option("--end", metavar="HANDLE", help="End the session that the list shows so."),
+        typer.Option(
+            "--end", metavar="HANDLE", help="End the session with this handle in the list."
+        ),
     ] = None,
     end_all: Annotated[bool, flag("--end-all", help="End all sessions of the user.")] = False,
 ) -> int:
     """List a user's live sessions, the last used first, or end them.
 
-    A handle names a session and is no secret: it is not the token, which the table does not have. A
+    A handle names a session and is not a secret: the token is not in the table. A
     session that was ended is dead at once, in every process. Exit code 1: no session was ended.
 
     **Example:** `pgkv sessions user:17`

@@ -46,12 +46,12 @@ def shards(
 
     PGKV_DSN or --dsn has the DSN of every server, as URIs with spaces between.
 
-    `init` makes the slots and their tables, divided among the servers; run again with one more server, it
+    `init` makes the slots and their tables, divided among the servers. Run again with one more server, it
     prepares that one. The number of slots is the most servers that the store can ever have, and cannot be
-    changed. `check` compares the servers' maps with what is there. Exit code 1: something is not in order.
+    changed. `check` compares the servers' maps with what is there. Exit code 1: the check found a fault.
 
-    `move` copies slots to another server while clients work: each waits while its slot is copied. What a
-    killed move leaves is finished by `resume`.
+    `move` copies slots to another server while clients work: each waits while its slot is copied. `resume`
+    finishes a move that was killed.
 
     **Example:** `pgkv shards init --slots 32`
 

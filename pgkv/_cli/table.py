@@ -51,7 +51,7 @@ def sweep(
 ) -> int:
     """Delete expired rows in short steps that block no other client.
 
-    Run it from cron with ttl_cleanup_strategy MANUAL; the other strategies collect by themselves.
+    Run it from cron with ttl_cleanup_strategy MANUAL. The other strategies need no command.
     It processes the whole table, also with --namespace.
 
     **Example:** `pgkv sweep`
@@ -157,7 +157,7 @@ def schema(
 def migrate(
     call: Invocation,
     dry_run: Annotated[
-        bool, flag("--dry-run", help="Print the SQL; exit code 1 if there is any.")
+        bool, flag("--dry-run", help="Print the SQL. Exit code 1 if there is any.")
     ] = False,
 ) -> int:
     """Bring the tables of an earlier version up to this one. Programs of both may run meanwhile.

@@ -22,7 +22,7 @@ def worker(
     queues: Annotated[
         list[str],
         typer.Option("--queue", "-q", metavar="NAME",
-                     help="A queue. Several: later ones when earlier ones are empty."),
+                     help="A queue. Later ones are used when earlier ones are empty."),
     ],
     concurrency: Annotated[
         int, typer.Option("--concurrency", metavar="N", min=1, max=1000, help="Jobs at a time.")
@@ -30,20 +30,20 @@ def worker(
     lease: Annotated[
         float,
         typer.Option("--lease", metavar="TIME", parser=duration,
-                     help="After which the job of a dead worker is given to another."),
+                     help="When the job of a dead worker is given to another."),
     ] = "60s",  # type: ignore[assignment]  # typer parses it
     grace: Annotated[
         float,
         typer.Option("--grace", metavar="TIME", parser=duration,
-                     help="For running jobs to end after SIGTERM or SIGINT."),
+                     help="How long running jobs may take to end after SIGTERM."),
     ] = "30s",  # type: ignore[assignment]  # as above
-    notify: Annotated[bool, flag("--notify", help='Be woken by puts with wakeup="notify".')] = False,
+    notify: Annotated[bool, flag("--notify", help='Wake up at puts with wakeup="notify".')] = False,
     unlogged: Annotated[bool, flag("--unlogged", help="Queues with durable=False.")] = False,
 ) -> int:  # fmt: skip
-    """Do the jobs of queues with a function of your program, until SIGTERM or SIGINT.
+    """Run the jobs of queues with a function of your program, until SIGTERM or SIGINT.
 
     The module is found from the working directory. The function gets the job: when it returns, the
-    job is done; when it raises, the job waits for its next attempt.
+    job is done. When it raises, the job waits for its next attempt.
 
     **Example:** `pgkv worker app.jobs:send --queue emails`
     """

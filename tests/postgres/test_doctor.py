@@ -344,7 +344,7 @@ def test_a_bound(dsn: str) -> None:
     with Store.connect(dsn, ttl_cleanup_strategy=TtlCleanupStrategy.MANUAL) as store:
         store.set_many({f"k{number}": "v" for number in range(300)})
         found = examine(dsn, max_entries=200)["bound"]
-        assert (found.status, "the first eviction adds it" in found.detail) == ("ok", True)
+        assert (found.status, "the first eviction adds" in found.detail) == ("ok", True)
         bounded = store.table("kv_store", max_entries=200)
         bounded.evict()
         found = examine(dsn, max_entries=200, max_bytes=1 << 20)["bound"]

@@ -16,8 +16,9 @@ _STYLES: dict[Status, str] = {"ok": "green", "warn": "yellow", "fail": "bold red
 def doctor(call: Invocation, max_entries: MaxEntries = None, max_bytes: MaxBytes = None) -> int:
     """Check the server, the table and the connection, and suggest fixes.
 
-    Changes nothing. Checks the store's own table; of those of locks and sessions only what an early
-    version left behind. The bound of a table that evicts is checked where it is given. Exit code 1: a check failed. A table or schema that is named and does not exist is a failure.
+    Changes nothing. Checks the store's own table, and whether those of locks and sessions have leftovers
+    of an early version. Checks a bound on size if it is given. Exit code 1: a check failed. A table or
+    schema that is named and does not exist is a failure.
 
     **Example:** `pgkv doctor --table cache --json`
     """

@@ -76,7 +76,7 @@ def pooler(context: Context) -> Result:
         # A pooler invents the process id (and key) with which its client can cancel.
         detail = "a pooler is in between; it was not seen to share server processes"
         if told:
-            return ok(detail + "; configured for transaction mode")
+            return ok(detail + ", configured for transaction mode")
         return warn(detail, "in session mode there is nothing to do; in transaction mode " + advice)
     if told:
         advice = "leave pooler at Pooler.NONE here: prepared statements are faster"
@@ -137,7 +137,7 @@ def pool(context: Context) -> Result:
     ceiling = min([seen["slots"], *limits])
     free = ceiling - seen["used"]
     detail = (
-        f"pool_max_size {most}; {seen['used']} of {console.count(ceiling, 'connection')} in use"
+        f"pool_max_size {most}, {seen['used']} of {console.count(ceiling, 'connection')} in use"
     )
     if most > ceiling:
         advice = (
@@ -152,7 +152,7 @@ def pool(context: Context) -> Result:
         return warn(detail, advice)
     if seen["idle"] != "0":
         advice = "ALTER ROLE ... SET idle_session_timeout = 0, so that the store need not reconnect"
-        return warn(f"{detail}; idle sessions end after {seen['idle']}", advice)
+        return warn(f"{detail}, idle sessions end after {seen['idle']}", advice)
     return ok(detail)
 
 
@@ -213,7 +213,7 @@ def transactions(context: Context) -> Result:
         detail = f"a replication slot holds back {others['slot_age']:,} transactions"
         advice = "drop the slot if its standby is gone (pg_replication_slots)"
         return warn(detail, advice)
-    detail = f"the oldest is {console.duration(age)} old" if oldest else "none is open"
+    detail = f"the oldest is {console.duration(age)} old" if oldest else "no transaction is open"
     return ok(detail + limit)
 
 

@@ -251,7 +251,7 @@ def owner_and_triggers(context: Context) -> Result:
             f"created the table there: REVOKE CREATE ON SCHEMA {schema} FROM it, or from PUBLIC"
         )
         return warn(detail, advice)
-    return ok(f"owned by {owner}; no triggers")
+    return ok(f"owned by {owner}, no triggers")
 
 
 def indexes(context: Context) -> Result:
@@ -271,7 +271,7 @@ def indexes(context: Context) -> Result:
         drop = "; ".join(f"DROP INDEX CONCURRENTLY {row['index']}" for row in found)
         advice = f"pgkv does not need it: {drop} (a Rust client creates it again)"
         return warn(f"{names}: no update can be heap-only", advice)
-    return ok("none, nor on another column that updates change")
+    return ok("no index slows down updates")
 
 
 def hot_updates(context: Context) -> Result:
@@ -283,7 +283,7 @@ def hot_updates(context: Context) -> Result:
     )
     count = seen.get("n", 0)
     if count < HOT_UPDATES:
-        return ok(f"{console.count(count, 'update')}: too few to judge")
+        return ok(f"{console.count(count, 'update')} so far, too few for a ratio")
     ratio = seen["hot"] / count
     detail = f"{ratio:.1%} of {console.count(count, 'update')}"
     if ratio < HOT_RATIO:
@@ -307,12 +307,12 @@ def dead_rows(context: Context) -> Result:
     )
     dead, live = seen.get("dead") or 0, seen.get("live") or 0
     since = seen.get("since")
-    when = "never vacuumed" if since is None else f"vacuumed {console.duration(since)} ago"
-    detail = f"{dead:,} dead, {live:,} live (estimates); {when}"
+    when = "not vacuumed yet" if since is None else f"vacuumed {console.duration(since)} ago"
+    detail = f"{live:,} live, {dead:,} dead (estimates), {when}"
     own = _option(context.facts, "autovacuum_enabled", "true")
     if seen.get("auto") == "off" or own in ("false", "off"):
         advice = f"turn autovacuum on again: ALTER TABLE {context.name} RESET (autovacuum_enabled), autovacuum = on"
-        return warn(f"{detail}; autovacuum is off", advice)
+        return warn(f"{detail}, autovacuum is off", advice)
     # A new table waits for autovacuum's first round: until then much can be dead.
     enough = 10 * DEAD_ROWS if since is None else DEAD_ROWS
     if dead > enough and dead > DEAD_SHARE * (dead + live):
@@ -351,7 +351,7 @@ def bound(context: Context) -> Result | None:
     if "used_at" not in _columns_of(context):
         detail = "no column used_at: the table was made without a bound"
         if context.facts["owned"]:
-            return ok(f"{detail}; the first eviction adds it")
+            return ok("made without a bound: the first eviction adds the column used_at")
         alter = f"ALTER TABLE {context.name} ADD COLUMN used_at TIMESTAMPTZ"
         return fail(detail, f"as the owner ({context.facts['owner']}): {alter}")
     size_of = f"pg_column_size(value) + octet_length(key) + {ROW_BYTES} AS size, used_at"
@@ -367,7 +367,7 @@ def bound(context: Context) -> Result | None:
     ]
     detail = ", ".join(text for text, _, most in of if most) + _of_a_sample(seen)
     if seen["n"]:
-        detail += f"; {seen['marked'] / seen['n']:.0%} were read since they came"
+        detail += f", {seen['marked'] / seen['n']:.0%} were read since they were written"
     if any(most and have > OVER * most for _, have, most in of):
         advice = (
             "run `pgkv evict`; if it returns, no process that writes has this bound, or all have "
@@ -424,9 +424,9 @@ def emptied(context: Context) -> Result | None:
         )
         return warn(detail, advice)
     if facts["relpages"] == 0 or facts["reltuples"] < 0:
-        detail = "no sign of it; a table that was never vacuumed or analyzed shows none"
+        detail = "no sign of a crash (shown from the first vacuum or analyze on)"
         return ok(detail)
-    return ok("no sign of it since the last vacuum or analyze")
+    return ok("no sign of a crash since the last vacuum or analyze")
 
 
 def _option(facts: dict[str, Any], name: str, default: str) -> str:
