@@ -188,7 +188,7 @@ def rewrite(
     and raised at the end.
     """
     if sql.transforms is None:
-        raise ConfigError("rewrite: the table has no transforms")
+        raise ConfigError("rewrite: the table has no transforms: give the store transforms=[...]")
     from .._sql.transformed import TransformedStatements
 
     assert isinstance(sql, TransformedStatements)
