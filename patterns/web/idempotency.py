@@ -120,6 +120,11 @@ def refusal(status: int, title: str, retry_after: int | None = None) -> RefusedR
     return RefusedRequest(StoredResponse(status, headers, body))
 
 
+def cut_off() -> RefusedRequest:
+    """Return the answer to half a body: by its content the retry would be another request."""
+    return refusal(400, "The body ended before its end")
+
+
 class IdempotentRequests:
     """An adapter's idempotency and options, checked once, and what it asks of a request. `twin` is the
     adapter for an idempotency of the other class."""
@@ -351,6 +356,8 @@ async def _read(receive: Any, messages: list[Any], size_max: int) -> bytes:
     parts, size = [], 0
     while size <= size_max:
         messages.append(await receive())
+        if messages[-1]["type"] == "http.disconnect":
+            raise cut_off()
         parts.append(messages[-1].get("body", b""))
         size += len(parts[-1])
         if not messages[-1].get("more_body"):
@@ -496,5 +503,7 @@ def _read_input(environ: Environ, size_max: int) -> bytes:
     if not length and not environ.get("wsgi.input_terminated"):
         size = 0  # such a server has nothing to read, or would wait for ever
     body: bytes = environ["wsgi.input"].read(min(size, size_max + 1))
+    if length and len(body) < min(size, size_max + 1):
+        raise cut_off()
     environ["wsgi.input"], environ["CONTENT_LENGTH"] = io.BytesIO(body), str(len(body))
     return body

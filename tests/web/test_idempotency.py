@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import io
 import subprocess
 import sys
 import threading
@@ -256,6 +257,56 @@ def test_a_client_that_goes_away(start: Start) -> None:
     servers.wait_until(lambda: post(browser, "/slow").status_code != 409, "it is done")
     assert post(browser, "/slow").headers["idempotent-replayed"] == "true"
     assert site.runs == ["/slow"]
+
+
+async def test_a_body_that_ends_early_runs_nothing(dsn: str) -> None:
+    """A client that goes away while it sends leaves no key with half of its content: the retry runs."""
+    ran, sent = [], []
+
+    async def app(_scope: Any, _receive: Any, send: Any) -> None:
+        ran.append(1)  # and reads no body
+        await send({"type": "http.response.start", "status": 201, "headers": []})
+        await send({"type": "http.response.body", "body": b"done"})
+
+    async def send(message: Any) -> None:
+        sent.append(message.get("status"))
+
+    half = {"type": "http.request", "body": b"ha", "more_body": True}
+    whole = [half, {"type": "http.request", "body": b"lf"}]
+    scope = {"type": "http", "method": "POST", "path": "/", "headers": [(b"idempotency-key", b"k")]}
+    async with pgkv.AsyncStore.connect(dsn) as store:
+        keys = pgkv.AsyncIdempotency(store)
+        served = pgkv.IdempotencyMiddleware(app, idempotency=keys, scope="")
+        for messages in ([half, {"type": "http.disconnect"}], whole):
+
+            async def receive(messages: list[Any] = messages) -> Any:
+                return messages.pop(0)
+
+            await served(dict(scope), receive, send)
+    assert sent[::2] == [400, 201]
+    assert ran == [1]
+
+
+def test_an_input_that_ends_early_runs_nothing(dsn: str) -> None:
+    """The same of WSGI, where the server finds less than the client has promised."""
+    ran, statuses = [], []
+
+    def app(_environ: Any, start_response: Any) -> list[bytes]:
+        ran.append(1)
+        start_response("201 Created", [])
+        return [b"done"]
+
+    with pgkv.Store.connect(dsn) as store:
+        keys = pgkv.Idempotency(store)
+        served = pgkv.WSGIIdempotencyMiddleware(app, idempotency=keys, scope="")
+        for body in (b"ha", b"half"):
+            environ = {
+                "REQUEST_METHOD": "POST", "PATH_INFO": "/", "HTTP_IDEMPOTENCY_KEY": "k",
+                "CONTENT_LENGTH": "4", "wsgi.version": (1, 0), "wsgi.input": io.BytesIO(body),
+            }  # fmt: skip
+            list(served(environ, lambda status, _headers: statuses.append(status[:3])))
+    assert statuses == ["400", "201"]
+    assert ran == [1]
 
 
 def test_a_store_that_is_away(make_server: Callable[..., servers.Server]) -> None:
