@@ -289,7 +289,7 @@ class Idempotency(_Idempotency[T]):
                 self._release(attempt)
             raise
         else:
-            if attempt._dropped:
+            if attempt._dropped and not attempt._completed:
                 self._release(attempt)
             elif not attempt.is_replay and not attempt._completed:
                 raw = attempt._encoded(attempt._value)
@@ -390,7 +390,7 @@ class AsyncIdempotency(_Idempotency[T]):
                 await self._release(attempt)
             raise
         else:
-            if attempt._dropped:
+            if attempt._dropped and not attempt._completed:
                 await self._release(attempt)
             elif not attempt.is_replay and not attempt._completed:
                 raw = attempt._encoded(attempt._value)

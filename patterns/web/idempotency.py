@@ -212,6 +212,7 @@ class IdempotentRequests:
             raise refusal(503, "Service Unavailable", RETRY_AFTER) from None
         if attempt.is_replay:
             raise RefusedRequest(attempt.result.replayed())
+        attempt._dropped = True  # until there is a whole response
         request.scope[ATTEMPT] = attempt  # type: ignore[index]  # a scope or environ is a dict
         return attempt
 
@@ -233,9 +234,8 @@ class IdempotentRequests:
     def give(self, attempt: Any, response: StoredResponse) -> None:
         """Store that response at the block's end, unless a route has completed the attempt: or let the
         next attempt run."""
-        if response.status in RELEASED or response.status >= 500:
-            attempt._dropped = not attempt._completed
-        elif not attempt._completed:
+        attempt._dropped = response.status in RELEASED or response.status >= 500
+        if not attempt._completed:
             attempt.result = response
 
     def run(self, *given: Any) -> Any:

@@ -287,6 +287,30 @@ async def test_a_body_that_ends_early_runs_nothing(dsn: str) -> None:
     assert ran == [1]
 
 
+async def test_half_a_response_is_not_kept(dsn: str) -> None:
+    """An application that returns before its response's end has failed: the retry runs."""
+    sent: list[Any] = []
+
+    async def app(_scope: Any, _receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 201, "headers": []})
+        await send({"type": "http.response.body", "body": b"half", "more_body": not sent})
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": b""}
+
+    async def send(message: Any) -> None:
+        sent.append(message.get("body", message.get("headers")))
+
+    scope = {"type": "http", "method": "POST", "path": "/", "headers": [(b"idempotency-key", b"k")]}
+    async with pgkv.AsyncStore.connect(dsn) as store:
+        keys = pgkv.AsyncIdempotency(store)
+        served = pgkv.IdempotencyMiddleware(app, idempotency=keys, scope="")
+        for _ in range(3):
+            await served(dict(scope), receive, send)
+    assert sent[3] == b"half"
+    assert (b"idempotent-replayed", b"true") in sent[4]
+
+
 def test_an_input_that_ends_early_runs_nothing(dsn: str) -> None:
     """The same of WSGI, where the server finds less than the client has promised."""
     ran, statuses = [], []
