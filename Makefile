@@ -55,7 +55,7 @@ bench: $(VENV)/.dev ## the benchmarks; ARGS are passed on
 
 docs: $(VENV)/.dev ## the documentation, into docs/_build/html
 	@echo "Building the documentation (about half a minute) ..."
-	@$(BIN)/sphinx-build -q -W --keep-going -b html docs docs/_build/html
+	@$(BIN)/sphinx-build -q -W --keep-going -j auto -b html docs docs/_build/html
 	@echo "Built without a warning. Open docs/_build/html/index.html"
 
 package: $(VENV)/.dev ## the wheel and the sdist, into dist/, checked as PyPI will
