@@ -7,7 +7,7 @@ import contextlib
 import math
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from dataclasses import dataclass
 from time import monotonic
 from types import TracebackType
@@ -60,6 +60,9 @@ class Event:
 
 class Watching:
     """What a `Watch` and an `AsyncWatch` share."""
+
+    _wait: Callable[[float], Any]
+    _wake: Callable[[], None]  # ends the wait, from any thread
 
     def __init__(
         self,
@@ -139,15 +142,11 @@ class Watching:
     # -- as a source sees it
 
     def _hear(self, changed: dict[str, tuple[int | None, int | None]], *, gap: bool) -> None:
-        """Take note of changes."""
+        """Take note of keys with their versions of before and after; None: there was no such key."""
         self._gap = self._gap or gap
         for key, (old, new) in changed.items():
             if self._pending.setdefault(key, old) == new:
                 del self._pending[key]  # it is again as it was told
-
-    def _wake(self) -> None:
-        """End the wait. From any thread."""
-        raise NotImplementedError
 
     # -- the next event
 
@@ -178,9 +177,6 @@ class Watching:
             source.waiting.pop(self, None)
             if source.due() <= monotonic():
                 source.wake_one()  # what this one leaves to do
-
-    def _wait(self, seconds: float) -> Any:
-        raise NotImplementedError
 
     def _take(self, source: Source) -> Event | None:
         if self._gap:
@@ -251,7 +247,6 @@ class Watch(Watching):
         self._awake.clear()
 
     def _wake(self) -> None:
-        """End the wait. From any thread."""
         self._awake.set()
 
 
@@ -301,7 +296,6 @@ class AsyncWatch(Watching):
         self._awake.clear()
 
     def _wake(self) -> None:
-        """End the wait. From any thread."""
         if self._loop is not None:
             with contextlib.suppress(RuntimeError):  # the loop is closed: no one waits there
                 self._loop.call_soon_threadsafe(self._awake.set)

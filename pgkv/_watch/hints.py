@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import weakref
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .. import _observe
@@ -19,7 +19,7 @@ from .._engine.base import InTransaction
 from .._fork import survives_fork
 from .._ops.codec import decode_array
 from .._ops.drivers import drive, drive_async
-from .._ops.op import Flow, Op, Param, Pipelined, Statement, do, pause
+from .._ops.op import Flow, Op, Param, Pipelined, Statement, Step, do, pause
 from .._sql.watch import WatchStatements
 from ..errors import PgkvError
 
@@ -101,6 +101,8 @@ class Noting:
         config: names the table.
     """
 
+    _noted: Callable[[Any, Step], Any]  # the answer, once what the step wrote is noted
+
     def __init__(self, inner: Any, config: Config) -> None:
         self._inner = inner
         self._sql = WatchStatements(config)
@@ -113,6 +115,18 @@ class Noting:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
+
+    def call(self, statement: Statement[Any], params: Sequence[Param]) -> Any:
+        """Perform one statement."""
+        answer = self._inner.call(statement, params)
+        return self._noted(answer, Op(statement, params)) if statement.writes else answer
+
+    def execute(self, op: Op[Any], timeout: float | None = None) -> Any:
+        """Perform one operation."""
+        return self._noted(self._inner.execute(op, timeout), op)
+
+    def _together(self, step: Transaction[Any] | Pipelined, timeout: float | None) -> Any:
+        return self._noted(self._pool._together(step, timeout), step)
 
     def tell_all(self) -> None:
         """Say that any key may have been written, outside of transactions."""
@@ -131,62 +145,31 @@ class Noting:
 class NotingChannel(Noting):
     """For a `Store`."""
 
-    def call(self, statement: Statement[Any], params: Sequence[Param]) -> Any:
-        """Perform one statement."""
-        if not statement.writes:
-            return self._inner.call(statement, params)
-        return self.execute(Op(statement, params))
-
-    def execute(self, op: Op[Any], timeout: float | None = None) -> Any:
-        """Perform one operation."""
-        answer = self._inner.execute(op, timeout)
-        self._tell(op)
-        return answer
-
     def run(self, flow: Flow[Any], timeout: float | None = None) -> Any:
         """Run a flow."""
         return drive(flow, self.execute, timeout, self._together)
 
-    def _together(self, step: Transaction[Any] | Pipelined, timeout: float | None) -> Any:
-        answer = self._pool._together(step, timeout)
-        self._tell(step)
-        return answer
-
-    def _tell(self, step: Op[Any] | Transaction[Any] | Pipelined) -> None:
+    def _noted(self, answer: Any, step: Step) -> Any:
         for op in self._ops(written(step)):
             self._inner.execute(op)
+        return answer
 
 
 class AsyncNotingChannel(Noting):
     """For an `AsyncStore`."""
 
-    async def call(self, statement: Statement[Any], params: Sequence[Param]) -> Any:
-        """Perform one statement."""
-        if not statement.writes:
-            return await self._inner.call(statement, params)
-        return await self.execute(Op(statement, params))
-
-    async def execute(self, op: Op[Any], timeout: float | None = None) -> Any:
-        """Perform one operation."""
-        answer = await self._inner.execute(op, timeout)
-        await self._tell(op)
-        return answer
-
     async def run(self, flow: Flow[Any], timeout: float | None = None) -> Any:
         """Run a flow."""
         return await drive_async(flow, self.execute, timeout, self._together)
 
-    async def _together(self, step: Transaction[Any] | Pipelined, timeout: float | None) -> Any:
-        answer = await self._pool._together(step, timeout)
-        await self._tell(step)
-        return answer
-
-    async def _tell(self, step: Op[Any] | Transaction[Any] | Pipelined) -> None:
+    async def _noted(self, answer: Any, step: Step) -> Any:
+        found = await answer
         for op in self._ops(written(step)):
             await self._inner.execute(op)
+        return found
 
 
-def written(step: Op[Any] | Transaction[Any] | Pipelined) -> Sequence[bytes]:
+def written(step: Step) -> Sequence[bytes]:
     """The keys that a step wrote; `ALL` where it does not name them, or names many."""
     if isinstance(step, Pipelined):
         return [key for op in step.ops for key in written(op)]

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from functools import partial
 from random import uniform
 from time import monotonic
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .. import _observe
 from .._background.listener import RETRY_FIRST, RETRY_MAX, Listener, say_polling
@@ -42,18 +42,6 @@ class Selection(NamedTuple):
         if prefix is None:
             return self.keys.intersection(keys)  # type: ignore[return-value]  # a frozenset serves
         return {key for key in keys if key.startswith(prefix)}
-
-
-class Hearer(Protocol):
-    """A watcher, as a source sees it."""
-
-    def _hear(self, changed: dict[str, tuple[int | None, int | None]], *, gap: bool) -> None:
-        """Take note of keys with their versions of before and after; None: there was no such key."""
-        ...
-
-    def _wake(self) -> None:
-        """End its wait. From any thread."""
-        ...
 
 
 class Ears:
@@ -98,7 +86,7 @@ class Ears:
             return
         try:
             schema, table, *keys = json.loads(payload)
-        except ValueError:
+        except (ValueError, TypeError):
             return  # it is not ours
         for source in self.all():
             if source.name == (schema, table):
@@ -118,6 +106,8 @@ class Source:
     Attributes:
         name: the table's schema and name; None before the first read.
         known: the rows as they were last read.
+        hearers: the watchers.
+        waiting: those of them that wait for an event.
     """
 
     def __init__(
@@ -133,8 +123,8 @@ class Source:
         self.selection = selection
         self.name: tuple[str, str] | None = None
         self.known: dict[str, Seen] = {}
-        self.hearers: weakref.WeakSet[Hearer] = weakref.WeakSet()
-        self.waiting: dict[Hearer, None] = {}
+        self.hearers: weakref.WeakSet[Any] = weakref.WeakSet()
+        self.waiting: dict[Any, None] = {}
         self._poll = NEVER_ENDS if poll is None else poll
         self._listener = listener
         self.lock = new_lock(self, "lock")
@@ -241,7 +231,8 @@ class Source:
             rows = yield from self._rows(None if everything else keys)
             self._pause = RETRY_FIRST
         except (StoreUnavailableError, OperationTimeoutError) as error:
-            if opening or not (error.retryable or self.is_closed):
+            refused = isinstance(error, StoreUnavailableError) and not error.retryable
+            if opening or (refused and not self.is_closed):
                 raise
             self._retry_at = now + uniform(self._pause / 2, self._pause)  # noqa: S311  # no secret
             self._pause = min(2 * self._pause, RETRY_MAX)
