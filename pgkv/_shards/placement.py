@@ -309,10 +309,44 @@ class Router:
 
     def perform(self, op: Op[Any], timeout: float | None, own: int) -> Flow[Any]:
         """Perform an operation that is of several slots, or of none."""
+        if isinstance(op, Spread) and op.unite is not None:
+            found = yield from self._united(op, timeout)
+            if found:
+                return op.join(found)
         answers = yield from self.pipeline([op], atomic=False, own=own, timeout=timeout)
         if isinstance(answers[0], PgkvError):
             raise answers[0]
         return answers[0]
+
+    def _united(self, op: Spread[Any], timeout: float | None) -> Flow[list[Any]]:
+        """Read in all slots of a server by one statement, where keys are in most; the answers of the servers.
+        Empty where they are to be asked slot by slot: keys are in few, or a slot moved."""
+        unite, deadline = op.unite, monotonic() + (self.timeout if timeout is None else timeout)
+        slots: dict[Any, list[int]] = {}
+        for slot, channel in enumerate(self.channels):
+            slots.setdefault(channel, []).append(slot)
+        wanted = {self.channels[slot] for slot in op.by_slot}
+        if (
+            unite is None
+            or None in wanted
+            or len(op.by_slot) * 2 < sum(len(slots[c]) for c in wanted)
+        ):
+            return []
+        calls = [
+            partial(
+                channel.execute,
+                unite([(slot, op.by_slot.get(slot, [])) for slot in slots[channel]]),
+                max(0.001, deadline - monotonic()),
+            )
+            for channel in wanted
+        ]
+        found: list[Any] = yield from call(self._gather, calls)
+        failures = [each for each in found if isinstance(each, PgkvError)]
+        if any(isinstance(each, TableNotFoundError) for each in failures):
+            return []
+        if failures:
+            raise failures[0]
+        return found
 
     def pipeline(
         self,

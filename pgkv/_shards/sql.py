@@ -13,6 +13,7 @@ from itertools import chain
 from typing import Any, NamedTuple, TypeVar
 
 from .._engine.schema import create_sql
+from .._ops.codec import encode_array
 from .._ops.op import Op, Result, Statement
 from .._sql import Statements
 from .._sql.table import Expiry, read_nothing
@@ -34,14 +35,24 @@ class Spread(Op[T]):
     Args:
         parts: one or more for each slot, in the order of the slots.
         join: makes one answer of theirs.
+        by_slot: the keys of each slot, where `unite` makes one statement of several slots' on one server.
+        unite: from the keys of each of its slots.
     """
 
-    __slots__ = ("join", "parts")
+    __slots__ = ("by_slot", "join", "parts", "unite")
 
-    def __init__(self, parts: Sequence[Op[Any]], join: Callable[[list[Any]], T]) -> None:
+    def __init__(
+        self,
+        parts: Sequence[Op[Any]],
+        join: Callable[[list[Any]], T],
+        by_slot: dict[int, list[bytes]] | None = None,
+        unite: Callable[[list[tuple[int, list[bytes]]]], Op[T]] | None = None,
+    ) -> None:
         super().__init__(parts[0].statement, [each for op in parts for each in op.params])
         self.parts: Sequence[Op[Any]] = parts
         self.join: Callable[[list[Any]], T] = join
+        self.by_slot: dict[int, list[bytes]] = by_slot or {}
+        self.unite = unite
 
 
 def located(statement: Statement[T], slot: int) -> Statement[T]:
@@ -100,12 +111,12 @@ class ShardedStatements(Statements):
         self.slots: Slots = config.shards  # type: ignore[attr-defined]  # a ShardedConfig
         self.every: list[InSlot] = [InSlot(self, slot) for slot in range(self.slots.count)]
 
-    def _by_slot(self, keys: Sequence[bytes]) -> list[tuple[InSlot, list[bytes]]]:
+    def _keys_by_slot(self, keys: Sequence[bytes]) -> dict[int, list[bytes]]:
         found: dict[int, list[bytes]] = {}
         of = self.slots.of
         for key in keys:
             found.setdefault(of(key), []).append(key)
-        return [(self.every[slot], found[slot]) for slot in sorted(found)]
+        return dict(sorted(found.items()))
 
     def _spread(
         self,
@@ -113,16 +124,40 @@ class ShardedStatements(Statements):
         make: Callable[[list[bytes]], Sequence[Op[Any]]],
         join: Callable[[list[Any]], Any],
     ) -> list[Op[Any]]:
-        parts = [sql.at(op) for sql, few in self._by_slot(keys) for op in make(few)]
+        by_slot = self._keys_by_slot(keys)
+        parts = [self.every[slot].at(op) for slot, few in by_slot.items() for op in make(few)]
         return [Spread(parts, join)] if parts else []
 
     def _get_many(self, raw: list[bytes]) -> Op[dict[str, bytes]]:
-        make = super()._get_many
-        return self._spread(raw, lambda few: [make(few)], _united)[0]
+        return self._reading(
+            raw,
+            super()._get_many,
+            lambda: super(ShardedStatements, self)._make_get_many(0),
+            _united,
+        )
 
     def _exist_many(self, raw: list[bytes]) -> Op[set[str]]:
-        make = super()._exist_many
-        return self._spread(raw, lambda few: [make(few)], lambda all_: set().union(*all_))[0]
+        return self._reading(
+            raw, super()._exist_many, lambda: self._exists_many, lambda all_: set().union(*all_)
+        )
+
+    def _reading(
+        self,
+        raw: list[bytes],
+        make: Callable[[list[bytes]], Op[T]],
+        of_array: Callable[[], Statement[T]],
+        join: Callable[[list[T]], T],
+    ) -> Spread[T]:
+        """A read of keys: a statement for each slot, or one for each server."""
+        keys = self._keys_by_slot(raw)
+
+        def unite(chosen: list[tuple[int, list[bytes]]]) -> Op[T]:
+            slots = tuple(slot for slot, _ in chosen)
+            statement = self.made((make.__name__, slots), lambda: _all_of(of_array(), slots))
+            return Op(statement, [encode_array(few) for _, few in chosen])
+
+        parts: list[Op[Any]] = [self.every[slot].at(make(few)) for slot, few in keys.items()]
+        return Spread(parts, join, keys, unite)
 
     def _set_many(
         self,
@@ -174,6 +209,15 @@ class ShardedStatements(Statements):
             return sorted(chain.from_iterable(answers))[options.offset :][: options.limit]
 
         return Spread([sql.at(op) for sql in self.every], join)
+
+
+def _all_of(statement: Statement[T], slots: Sequence[int]) -> Statement[T]:
+    """One statement that reads in several slots, with an array of keys for each."""
+    text = " UNION ALL ".join(
+        located(statement, slot).sql.replace("$1", f"${n}") for n, slot in enumerate(slots, 1)
+    )
+    formats = statement.formats * len(slots)
+    return replace(statement, sql=text, sql_18=None, formats=formats, table=None)
 
 
 def _united(answers: list[dict[Any, Any]]) -> dict[Any, Any]:
