@@ -40,6 +40,8 @@ TOP = 50  # rows of each list, at most
 NAME_MAX = 40  # characters of the first part of a key
 LOCK_PAGES = 512  # about 40,000 names
 DEAD_MAX = 1_000  # dead jobs of one priority, at most, that are counted
+# Finished jobs that no vacuum may remove yet come first in the index: with more of them it is not asked.
+FINISHED_MAX = 20_000
 # From where the doctor and the dashboard call for attention.
 OLD_TRANSACTION = 300.0  # seconds: rows that died since cannot be reclaimed
 DEAD_SHARE, DEAD_ROWS = 0.2, 10_000
@@ -168,7 +170,8 @@ class IdempotencyCounts:
 
 @dataclass(frozen=True, slots=True)
 class QueueDepth:
-    """The jobs of a queue by state, by a sample, the dead ones counted: 1,000 of each priority."""
+    """The jobs of a queue by state, by a sample. The dead ones are counted, 1,000 of each priority, where
+    the table has few dead rows; else a queue that the sample has not met is missing."""
 
     queue: str
     waiting: int
@@ -225,7 +228,7 @@ class Overviews:
             for kind, (shape, logged) in SHAPES.items()
         }
         self._found: dict[str, TableFacts] = {}
-        self._made: dict[tuple[str, int], Op[Any]] = {}
+        self._made: dict[tuple[str, int, bool], Op[Any]] = {}
         kinds, names = (
             [each.encode() for each in part] for part in zip(*self._tables.items(), strict=True)
         )
@@ -293,9 +296,10 @@ class Overviews:
     def _op(self, table: TableFacts) -> Op[Any]:
         """What is asked about a table. A plan that was made while the table was small, which may read
         all of it, stays with its connection: so each factor of eight has a text of its own."""
-        key = table.kind, table.bytes.bit_length() // 3
+        is_finished = table.kind.startswith("jobs") and table.dead > FINISHED_MAX
+        key = table.kind, table.bytes.bit_length() // 3, is_finished
         if key not in self._made:
-            make, type_ = _QUESTIONS[table.kind]
+            make, type_ = _QUESTIONS["finished" if is_finished else table.kind]
             sql = f"/* {key[1]} */ {make(self._tables[table.kind])}"
             params = (self._sql.prefix_bytes,) if "$1" in sql else ()
             self._made[key] = Op(
@@ -500,11 +504,20 @@ def _idempotency(table: str) -> str:
     )
 
 
-def _jobs(table: str) -> str:
+def _jobs_sampled(table: str) -> str:
     states = ", ".join(
         f"coalesce(sum(scale) FILTER (WHERE state = '{state}'), 0)::int8 AS {state}"
-        for state in ("waiting", "delayed", "running")
+        for state in ("waiting", "delayed", "running", "dead")
     )
+    return (
+        f"SELECT queue, {states}, coalesce(max({_seconds_since('due_at')}) "
+        "FILTER (WHERE state = 'waiting'), 0) AS oldest FROM (SELECT scale, queue, due_at, "
+        f"{STATE} AS state FROM {sampled(table, 'queue, due_at, leased_until')} s "
+        f"WHERE starts_with(queue, $1)) s GROUP BY queue ORDER BY sum(scale) DESC LIMIT {TOP}"
+    )
+
+
+def _jobs(table: str) -> str:
     # What is dead is few among many: it is counted in the index. So are the names found.
     dead = (
         "SELECT count(*) FROM generate_series(0, 9) p CROSS JOIN LATERAL (SELECT FROM "
@@ -515,20 +528,19 @@ def _jobs(table: str) -> str:
         f"WITH RECURSIVE n AS ((SELECT queue, 1 AS n FROM {table} WHERE queue >= $1 "
         f"ORDER BY queue LIMIT 1) UNION ALL SELECT (SELECT queue FROM {table} j "
         f"WHERE j.queue > n.queue ORDER BY queue LIMIT 1), n + 1 FROM n "
-        f"WHERE queue IS NOT NULL AND n < {TOP}), "
-        f"s AS (SELECT queue, {states}, coalesce(max({_seconds_since('due_at')}) "
-        f"FILTER (WHERE state = 'waiting'), 0) AS oldest FROM (SELECT scale, queue, due_at, {STATE} "
-        f"AS state FROM {sampled(table, 'queue, due_at, leased_until')} j) j GROUP BY queue "
-        f"ORDER BY sum(scale) DESC LIMIT {TOP}), "
-        "q AS (SELECT queue FROM n UNION SELECT queue FROM s) SELECT "
-        + _list(
-            "SELECT substr(queue, length($1::text) + 1) AS queue, coalesce(waiting, 0) AS waiting, "
-            "coalesce(delayed, 0) AS delayed, coalesce(running, 0) AS running, "
-            f"coalesce(oldest, 0) AS oldest, ({dead}) AS dead FROM q LEFT JOIN s USING (queue) "
-            "WHERE starts_with(queue, $1)"
-        )
-        + "::text"
+        f"WHERE queue IS NOT NULL AND n < {TOP}), s AS ({_jobs_sampled(table)}), "
+        "q AS (SELECT queue FROM n WHERE starts_with(queue, $1) UNION SELECT queue FROM s) "
+        f"SELECT q.queue, coalesce(waiting, 0) AS waiting, coalesce(delayed, 0) AS delayed, "
+        f"coalesce(running, 0) AS running, coalesce(oldest, 0) AS oldest, ({dead}) AS dead "
+        "FROM q LEFT JOIN s USING (queue)"
     )
+
+
+def _queues(jobs: Callable[[str], str]) -> Callable[[str], str]:
+    columns = (
+        "substr(queue, length($1::text) + 1) AS queue, waiting, delayed, running, dead, oldest"
+    )
+    return lambda table: f"SELECT {_list(f'SELECT {columns} FROM ({jobs(table)}) j')}::text"
 
 
 _HELD: Any = tuple[int, list[tuple[str, str, int, float, float]]]
@@ -539,6 +551,7 @@ _QUESTIONS: dict[str, tuple[Callable[[str], str], Any]] = {
     "tickets": (_tickets, list[tuple[str, int]]),
     "sessions": (_sessions, SessionCounts),
     "idempotency": (_idempotency, IdempotencyCounts),
-    "jobs": (_jobs, list[QueueDepth]),
-    "jobs_unlogged": (_jobs, list[QueueDepth]),
+    "jobs": (_queues(_jobs), list[QueueDepth]),
+    "jobs_unlogged": (_queues(_jobs), list[QueueDepth]),
+    "finished": (_queues(_jobs_sampled), list[QueueDepth]),
 }

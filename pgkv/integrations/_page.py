@@ -283,8 +283,7 @@ def _sections(frame: Overview, store: Any) -> Iterator[str]:
     yield _section(
         "Queues",
         _table(head, queues, "No queue has jobs."),
-        "Estimates, by a sample. Dead jobs are counted, at most 1,000 of each priority."
-        * any(kind.startswith("jobs") for kind in sampled),
+        "Estimates, by a sample of the table." * any(kind.startswith("jobs") for kind in sampled),
     )
     locks = (
         (
