@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import threading
 import time
 from typing import Any
 
@@ -40,6 +41,9 @@ async def quiet(events: Any) -> None:
     """Let the comparison that follows the first notification of a connection pass."""
     source = plain(events)._source
     await until(lambda: source._listener.is_listening(CHANNEL), "it listens")
+    turned = threading.Event()
+    source._listener._loop.call_soon_threadsafe(turned.set)
+    await until(turned.is_set, "the sources were told of it")
     assert await events.next(timeout=0.05) is None
 
 

@@ -27,6 +27,7 @@ from tests.benchmarks.cases import (
     tasks,
     threads,
     transforms,
+    watch,
 )
 
 
@@ -133,6 +134,11 @@ TOPICS = (
         "JSON of that size, compressed, encrypted, or both, beside the same value plain. `Zstd` does not"
         " compress what is shorter than 512 bytes.",
         (transforms,),
+    ),
+    Topic(
+        "Watching",
+        "A store with `notify=True` tells of the keys that it wrote, 10 ms later and for many writes at once.",
+        (watch,),
     ),
     Topic(
         "Size",
