@@ -34,9 +34,14 @@ def require(given: object, wanted: type[Any], who: str, twin: str) -> None:
     )
 
 
+def encrypts(config: Config) -> bool:
+    """Whether values of that store are encrypted. Loads nothing where there are no transforms."""
+    return any(type(each).__name__ == "AesGcmSiv" for each in config.transforms)
+
+
 def require_plain(config: Config, who: str, what: str) -> None:
     """Refuse a store that encrypts, where the pattern would keep its data in the clear."""
-    if any(type(each).__name__ == "AesGcmSiv" for each in config.transforms):
+    if encrypts(config):
         raise ConfigError(
             f"{who} does not encrypt {what}, and this store encrypts values: give it "
             "store.table(name, transforms=[])"

@@ -27,7 +27,7 @@ from ...errors import (
     SessionError,
     SessionGoneError,
 )
-from .._runtime.checks import require_plain
+from .._runtime.checks import encrypts
 from .._runtime.sql import sweep_slots
 from .data import (
     KEEP,
@@ -98,7 +98,6 @@ class SessionFlows:
             raise ConfigError(
                 "touch_interval must be shorter than idle_timeout: a session in use would end"
             )
-        require_plain(config, "SessionStore", "sessions")
         require_int("max_data_size", max_data_size, 2, VALUE_SIZE_MAX)
         self.size_max: int = min(max_data_size, config.max_value_size)
         self.config = config
@@ -109,7 +108,7 @@ class SessionFlows:
                 "not the store of one slot"
             )
         self.table: Table = companion(config, SESSIONS, durable=durable)
-        self.sql = SessionStatements(config, self.table, self.lifetimes, inside=False)
+        self.sql = self._statements(inside=False)
         self._inside: SessionFlows | None = None
 
     def inside(self) -> SessionFlows:
@@ -117,8 +116,15 @@ class SessionFlows:
         if self._inside is None:
             twin = self._inside = object.__new__(SessionFlows)
             twin.__dict__.update(self.__dict__, _inside=twin)
-            twin.sql = SessionStatements(self.config, self.table, self.lifetimes, inside=True)
+            twin.sql = self._statements(inside=True)
         return self._inside
+
+    def _statements(self, *, inside: bool) -> SessionStatements:
+        if not encrypts(self.config):
+            return SessionStatements(self.config, self.table, self.lifetimes, inside=inside)
+        from .encrypted import EncryptedSessionStatements
+
+        return EncryptedSessionStatements(self.config, self.table, self.lifetimes, inside=inside)
 
     def facts(self) -> str:
         """What a repr says of a session store."""

@@ -166,9 +166,9 @@ async def test_a_cached_value_that_does_not_open(make_store: Any, colour: Colour
 
 
 async def test_patterns_that_would_keep_plaintext_refuse(make_store: Any, colour: Colour) -> None:
-    """Sessions, jobs and stored results are not encrypted: a store that encrypts is refused."""
+    """Jobs and stored results are not encrypted: a store that encrypts is refused."""
     store = await make_store(transforms=AFTER)
-    for kind, args in (("SessionStore", ()), ("Queue", ("q",)), ("Idempotency", ())):
+    for kind, args in (("Queue", ("q",)), ("Idempotency", ())):
         with pytest.raises(ConfigError, match=r"does not encrypt .* transforms=\[\]"):
             colour.make(kind, store, *args)
         colour.make(kind, store.table("kv_store", transforms=[]), *args)
@@ -182,6 +182,62 @@ async def test_patterns_that_would_keep_plaintext_refuse(make_store: Any, colour
     assert rows.pop("mine") == TEXT
     assert [key.startswith("pgkv:rate:") for key in rows] == [True]
     assert await store.rewrite() == 0
+
+
+# -- sessions
+
+
+async def test_session_data_is_encrypted(make_sessions: Any, peer: Peer) -> None:
+    """Values are unreadable in the table, and merged key by key as always, also by a rotation."""
+    sessions = await make_sessions({"transforms": AFTER})
+    session = await sessions.create({"name": "secret", "n": 1}, user_id="u")
+    other = await sessions.load(session.id)
+    session.data["n"] = 2
+    other.data["cart"] = ["secret", 1e22]
+    await sessions.save(session)
+    await sessions.save(other)
+    await sessions.rotate(other)
+    found = (await sessions.load(other.id)).data
+    assert found == {"name": "secret", "n": 2, "cart": ["secret", 1e22]}
+    (data,) = peer.run("SELECT data::text FROM kv_store_sessions WHERE successor IS NULL")[0]
+    assert "secret" not in data
+    assert data.count("AHBr") == 3
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "data = jsonb_build_object('role', data->'name')",
+        'data = data || \'{"role": "\\"admin\\""}\'',
+        "data = jsonb_set(data, '{name}', to_jsonb(overlay(data->>'name' placing 'x' from 40)))",
+        'data = \'{"name": "AHBr"}\'',
+        "data = '[]'",
+    ],
+    ids=["moved", "plain", "changed", "cut", "foreign"],
+)
+async def test_a_session_that_does_not_open(
+    make_sessions: Any, peer: Peer, caplog: pytest.LogCaptureFixture, change: str
+) -> None:
+    """Belongs to no one, and is logged without its data."""
+    sessions = await make_sessions({"transforms": AFTER})
+    session = await sessions.create({"name": "secret"})
+    peer.run(f"UPDATE kv_store_sessions SET {change}")
+    assert await sessions.load(session.id) is None
+    assert "pgkv.session.unreadable" in caplog.text
+    assert "secret" not in caplog.text
+
+
+async def test_keys_of_sessions_rotate(make_sessions: Any) -> None:
+    """The old key reads while it is given; without it a session is over. read_plain takes over what was
+    there before."""
+    plain = await (await make_sessions()).create({"k": [1]})
+    reading = await make_sessions({"transforms": [AesGcmSiv({1: OLD}, read_plain=True)]})
+    session = await reading.load(plain.id)
+    assert session.data == {"k": [1]}
+    session.data["k"] = [2]
+    await reading.save(session)
+    assert (await (await make_sessions({"transforms": BOTH})).load(plain.id)).data == {"k": [2]}
+    assert await (await make_sessions({"transforms": AFTER})).load(plain.id) is None
 
 
 # -- rotation

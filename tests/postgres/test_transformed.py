@@ -26,6 +26,11 @@ from tests.postgres import (
     test_races,
     test_rate_limit,
     test_scan,
+    test_session,
+    test_session_lifetimes,
+    test_session_races,
+    test_session_rotation,
+    test_session_time,
     test_storms,
     test_transaction,
     test_typed,
@@ -36,7 +41,8 @@ from tests.postgres import (
 MODULES = (
     *(test_basic, test_batch, test_atomic, test_scan, test_expiry, test_races, test_storms),
     *(test_transaction, test_using, test_views, test_typed, test_pipeline, test_coalesce),
-    *(test_cached, test_cached_invalidation, test_rate_limit),
+    *(test_cached, test_cached_invalidation, test_rate_limit, test_session),
+    *(test_session_lifetimes, test_session_races, test_session_rotation, test_session_time),
 )
 # Sums over values that were set: compressed only, so that numbers are plain.
 NUMBERS = {
@@ -86,6 +92,14 @@ LEFT_OUT = {
             "test_pipeline__merged_into_few_statements",
         ),
         "counts statements, of which only those that write values are merged",
+    ),
+    **dict.fromkeys(
+        (
+            "test_session__somebody_elses_data",
+            "test_session_races__a_save_that_waited_for_a_rotation",
+            "test_session_rotation__without_grace",
+        ),
+        "looks at the text in the table",
     ),
     **dict.fromkeys(
         ("test_races__a_conflict_that_never_ends",),
