@@ -46,7 +46,7 @@ def load(
             raise console.InputOutputError(
                 f"cannot read {file!r}: {error.strerror or error}"
             ) from error
-        store = stack.enter_context(call.store(create=True))
+        store = stack.enter_context(call.store(create=True, notify=True))
         bar = stack.enter_context(console.progress(quiet=call.json))
         task = bar.add_task("keys", total=None)
         items = _csv(lines) if as_csv else _json(lines)

@@ -89,7 +89,7 @@ def set_(
     if keep_ttl and (nx or xx or ttl is not None):
         raise typer.BadParameter("--keep-ttl cannot be combined with --ttl, --nx and --xx")
     data = console.read() if value == "-" else os.fsencode(value)
-    with call.store(create=True) as store:
+    with call.store(create=True, notify=True) as store:
         if xx:
             new = _set_existing(store, key, data, ttl)
         else:
@@ -132,7 +132,7 @@ def delete(
     if bool(keys) == (prefix is not None):
         raise typer.BadParameter("give either keys or --prefix")
     many = list(dict.fromkeys(keys or ()))
-    with call.store() as store:
+    with call.store(notify=True) as store:
         if prefix is not None:
             what = f"that begin with {prefix!r}" if prefix else "there are"
             _confirm(yes, lambda: f"Remove all {console.count(store.count(prefix), 'key')} {what}?")

@@ -130,6 +130,21 @@ def test_conditions_of_set(pgkv: Terminal) -> None:
     assert pgkv("get", "dash")[1] == b"-5"
 
 
+def test_watchers_are_told(pgkv: Terminal, dsn: str) -> None:
+    """What a person sets, removes or loads is an event at once."""
+    with Store.connect(dsn) as store, store.watch("k", poll=None) as events:
+        for arguments, stdin, kind in (
+            (["set", "k", "v"], b"", "set"),
+            (["set", "k", "w", "--xx"], b"", "set"),
+            (["delete", "k"], b"", "gone"),
+            (["load", "-"], b'{"key": "k", "value": "v"}', "set"),
+        ):
+            assert pgkv(*arguments, stdin=stdin)[0] == 0
+            event = events.next(timeout=60)
+            assert event is not None
+            assert event.kind == kind
+
+
 def test_several_keys_are_removed_only_when_confirmed(pgkv: Terminal) -> None:
     """More than one key, or a prefix, needs --yes where nobody can be asked."""
     for key in ("a1", "a2", "b1", "b2"):
