@@ -143,7 +143,7 @@ def _sparkline(values: Sequence[tuple[float, float]], label: str) -> str:
     first, last = values[0][0], values[-1][0]
     top = 1.2 * max(value for _, value in values) or 1
     points = " ".join(
-        f"{(at - first) / (last - first) * 120:.1f},{29 - value / top * 27:.1f}"
+        f"{(at - first) / (last - first or 1) * 120:.1f},{29 - value / top * 27:.1f}"
         for at, value in values
     )
     return (
@@ -357,7 +357,7 @@ def page(
     paused: bool,
 ) -> str:
     """Return the page: the last frame, and above it why there is no newer one."""
-    drawn = [*points]
+    drawn = sorted(points)  # those of visitors at the same time come in any order
     drawn = [each for each in drawn if each.at > drawn[-1].at - HISTORY]
     table = _text(store._config.table_name)
     state, parts = "paused" if paused else "live", []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import html
 import os
 import re
@@ -223,7 +224,7 @@ def test_what_needs_attention(dsn: str) -> None:
 async def test_visitors_share_a_frame(
     dsn: str, colour: Colour, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Within a second the server is asked once, whether it answers or not."""
+    """Within a second the server is asked once, but for those who come before the first frame."""
     monkeypatch.setattr("pgkv.integrations.dashboard.FRESH", 60.0)
     async with visiting(colour, dsn) as (ask, app):
         looks: list[int] = []
@@ -234,8 +235,11 @@ async def test_visitors_share_a_frame(
             return look()
 
         app._overviews.look = counted
-        assert {(await ask("GET", "/")).status_code for _ in range(5)} == {200}
-        assert len(looks) == 1
+        first = await asyncio.gather(*(ask("GET", "/") for _ in range(5)))
+        asked = len(looks)
+        more = await asyncio.gather(*(ask("GET", "/") for _ in range(5)))
+        assert {each.status_code for each in (*first, *more)} == {200}
+        assert 1 <= asked == len(looks) <= 5
 
 
 async def test_a_stopped_server(make_server: Callable[..., Any], colour: Colour) -> None:
