@@ -129,11 +129,13 @@ def test_py_key_values_own(suite_dsn: str) -> None:
 
 @needs_checkouts
 def test_limits_own(suite_dsn: str) -> None:
-    """All of its strategies, blocking and async."""
-    modules = ("tests/test_strategy.py", "tests/aio/test_strategy.py")
+    """Its strategies, one by one and with many threads or tasks at once, and its storages; blocking and
+    async."""
+    names = ("test_strategy", "aio/test_strategy", "test_storage", "aio/test_storage")
+    modules = [f"tests/{name}.py" for name in (*names, "integration/test_concurrency")]
     options = ("-p", "limits_plugin", "-o", "python_files=test_*.py", "--rootdir=.")
     assert (
-        passed(suite_dsn, *options, *modules, cwd=Path(UPSTREAM, "limits"), path=str(SUITES)) >= 37
+        passed(suite_dsn, *options, *modules, cwd=Path(UPSTREAM, "limits"), path=str(SUITES)) >= 113
     )
 
 

@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 from psycopg.conninfo import conninfo_to_dict
 
-import pgkv.integrations.limits  # noqa: F401  # registers the schemes
 from pgkv import Store
+from pgkv.integrations.limits import AsyncPgkvStorage, PgkvStorage
 
 sys.path.append(str(Path(os.environ["PGKV_UPSTREAM"], "limits")))  # the installed limits first
 
-from tests import utils
+from tests import test_storage, utils
+from tests.aio import test_storage as async_storage
 
 told = conninfo_to_dict(os.environ["PGKV_SUITE_DSN"])
 URI = f"pgkv:///{told['dbname']}?host={told['host']}&port={told['port']}&user={told['user']}"
@@ -33,3 +34,10 @@ for scheme, storages, lists in (
     storages["pgkv"] = param
     for mark in lists:
         mark.args[1][:] = [param]
+
+for scheme, kind, module in (
+    ("", PgkvStorage, test_storage),
+    ("async+", AsyncPgkvStorage, async_storage),
+):
+    [mark] = [each for each in module.TestConcreteStorages.pytestmark if each.name == "parametrize"]
+    mark.args[1][:] = [pytest.param(scheme + URI, {}, kind, None, id="pgkv")]
