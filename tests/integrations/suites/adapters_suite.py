@@ -61,6 +61,7 @@ async def test_litestar(astore):
 
 async def test_litestar_serves_cached_responses_and_sessions():
     from litestar import Litestar, Request, get
+    from litestar.middleware.rate_limit import RateLimitConfig
     from litestar.middleware.session.server_side import ServerSideSessionConfig
     from litestar.testing import AsyncTestClient
 
@@ -78,13 +79,18 @@ async def test_litestar_serves_cached_responses_and_sessions():
         request.session["n"] = request.session.get("n", 0) + 1
         return request.session["n"]
 
+    @get("/limited", middleware=[RateLimitConfig(("day", 2), store="limits").middleware])
+    async def limited() -> str:
+        return "ok"
+
     astore = AsyncStore(Config(DSN))  # belongs to the loop of its first operation, the client's
     root = LitestarStore(astore)
     app = Litestar(
-        [cached, count],
+        [cached, count, limited],
         stores={
             "response_cache": root.with_namespace("responses"),
             "sessions": root.with_namespace("sessions"),
+            "limits": root.with_namespace("limits"),
         },
         middleware=[ServerSideSessionConfig().middleware],
         on_shutdown=[astore.close],
@@ -92,6 +98,8 @@ async def test_litestar_serves_cached_responses_and_sessions():
     async with AsyncTestClient(app) as client:
         assert [(await client.get("/cached")).text for _ in range(2)] == ["once", "once"]
         assert [(await client.get("/count")).json() for _ in range(3)] == [1, 2, 3]
+        codes = [(await client.get("/limited")).status_code for _ in range(3)]
+        assert codes == [200, 200, 429]
     assert calls == [1]
 
 
@@ -126,6 +134,33 @@ async def test_langgraph_async(astore):
     assert await cache.aget([key]) == {}
     with pytest.raises(ConfigError, match="blocking"):
         cache.get([key])
+
+
+async def test_a_graph_runs_a_node_once(store, astore):
+    """LangGraph's own graph, blocking and async: the second run takes the node's value from the cache."""
+    from typing import TypedDict
+
+    from langgraph.graph import StateGraph
+    from langgraph.types import CachePolicy
+
+    from pgkv.integrations.langgraph import LangGraphCache
+
+    class State(TypedDict):
+        n: int
+
+    calls = []
+
+    def double(state):
+        calls.append(state["n"])
+        return {"n": 2 * state["n"]}
+
+    graph = StateGraph(State).add_node("double", double, cache_policy=CachePolicy(ttl=60))
+    graph = graph.set_entry_point("double").set_finish_point("double")
+    made = graph.compile(cache=LangGraphCache(store, astore=astore))
+    assert [made.invoke({"n": 2})["n"] for _ in range(2)] == [4, 4]
+    assert (await made.ainvoke({"n": 2}))["n"] == 4
+    assert [(await made.ainvoke({"n": 3}))["n"] for _ in range(2)] == [6, 6]
+    assert calls == [2, 3]
 
 
 # -- Celery
