@@ -154,6 +154,7 @@ class SessionStatements(Sweep):
         self._idle = _codec.encode_interval(lifetimes.idle)
         self._absolute = _codec.encode_interval(lifetimes.absolute)
         self._touch = _codec.encode_interval(lifetimes.touch)
+        self._looks = bool(lifetimes.touch)  # before it loads
         # A relation of one row to join, and a condition on rows that are to be deleted: an
         # expression that nothing refers to would not be evaluated.
         self._lazily = "(SELECT 1) n" if inside else f"(SELECT {ASYNC}) n"
@@ -230,6 +231,7 @@ class SessionStatements(Sweep):
             ),
             retry_safe=True,
             writes=False,
+            one_key=True,
         )
 
     def look(self, id: bytes, *, timed: bool = False) -> Op[Loaded | None]:
@@ -259,7 +261,7 @@ class SessionStatements(Sweep):
             retry_safe=True,
             # A touch changes no answer: a load is repeated, and counted, as a read.
             writes=False,
-            one_key=True,
+            one_key=not self._looks,  # each load is counted once
         )
 
     def load(self, id: bytes, *, timed: bool = False) -> Op[Loaded | None]:

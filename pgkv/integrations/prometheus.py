@@ -118,7 +118,8 @@ def install(
 class _Metrics(Collector):
     def __init__(self, registry: CollectorRegistry, store: Store | None) -> None:
         self._registry = registry
-        self._lock = new_lock(self)
+        # Held while the process forks: a child could not free a lock of prometheus_client.
+        self._lock = new_lock(self, hold=True)
         self._labels: dict[str, set[str]] = {}
         # What was read last of an object's counts, by their names.
         self._seen: weakref.WeakKeyDictionary[object, dict[str, int]] = weakref.WeakKeyDictionary()
@@ -247,11 +248,12 @@ class _Metrics(Collector):
         with self._lock:
             if time.monotonic() < self._look_at:
                 return
-            try:
-                frame = self._store._run(self._overviews.look(), LOOK_TIME)
-            except PgkvError:
-                frame = None
             self._look_at = time.monotonic() + REFRESH
+        try:
+            frame = self._store._run(self._overviews.look(), LOOK_TIME)
+        except PgkvError:
+            frame = None
+        with self._lock:
             self._set("up", frame is not None)
             if not self._many:  # which cannot forget
                 for name, (_, _, labels, _) in OF_SERVER.items():
