@@ -95,9 +95,10 @@ def _print(call: Invocation, reading: Reading) -> None:
         sys.stdout.flush()
         return
     console.say("  ".join(_facts(reading)))
-    for _, view in VIEWS.values():
-        for title, rows, columns in view(reading):
-            console.show_documents(rows, columns, title=title)
+    rows = _rows_of(reading)
+    for _, tables in VIEWS.values():
+        for title, name, columns in tables:
+            console.show_documents(rows[name], columns, title=title)
 
 
 def _live(look: Callable[[float | None], Reading], reading: Reading, interval: float) -> None:
@@ -168,17 +169,15 @@ def _screen(shown: str, reading: Reading, failure: str) -> RenderableType:
     parts: list[RenderableType] = [Text("  ".join(_facts(reading))), menu]
     if failure:
         parts.append(Text(console.one_line(failure), style="bold red"))
-    for title, rows, columns in VIEWS[shown][1](reading):
-        if rows:
-            cells = ([text(row[field]) for field, text in columns.values()] for row in rows)
+    rows = _rows_of(reading)
+    for title, name, columns in VIEWS[shown][1]:
+        if rows[name]:
+            cells = ([text(row[field]) for field, text in columns.values()] for row in rows[name])
             parts.append(console.table(list(columns), cells, title=title))
     return Group(*parts)
 
 
-# -- views: titles, rows and columns -------------------------------------------------------
-
-
-_View = list[tuple[str, list[dict[str, Any]], console.Columns]]
+# -- views ---------------------------------------------------------------------------------
 
 
 def _facts(reading: Reading) -> list[str]:
@@ -197,124 +196,99 @@ def _facts(reading: Reading) -> list[str]:
     return [console.printable(each) for each in facts]
 
 
-def _rows(items: Any) -> list[dict[str, Any]]:
+def _rows_of(reading: Reading) -> dict[str, list[dict[str, Any]]]:
+    """The rows of each table that a view shows."""
     import msgspec
 
-    rows: list[dict[str, Any]] = msgspec.to_builtins(items)
-    return rows
+    frame, rates = msgspec.to_builtins(reading.frame), reading.rates.get("tables", {})
+    for table in frame["tables"]:
+        table |= {"changes": None, "hot": None} | rates.get(table["kind"], {})
+    for lock in frame["locks"]:
+        lock["name"] += "" if lock["slot"] is None else f" [{lock['slot']}]"
+    frame["refused"] = [{"kind": kind, "why": why} for kind, why in frame["refused"].items()]
+    for name in ("sessions", "idempotency"):
+        frame[name] = [] if frame[name] is None else [frame[name]]
+    return frame  # type: ignore[no-any-return]  # of what views name
 
 
-def _rate(rate: float | None) -> str:
-    return "" if rate is None else f"{rate:,.1f}"
+def _unless_none(text: Callable[[Any], str], otherwise: str = "") -> Callable[[Any], str]:
+    return lambda value: otherwise if value is None else text(value)
 
 
-def _tables(reading: Reading) -> _View:
-    frame, by_kind = reading.frame, reading.rates.get("tables", {})
-    rows = [
-        {"changes": None, "hot": None} | row | by_kind.get(row["kind"], {})
-        for row in _rows(frame.tables)
-    ]
-    columns: console.Columns = {
-        "table": ("kind", str),
-        "rows": ("rows", console.number),
-        "dead": ("dead", console.number),
-        "size": ("bytes", console.size),
-        "indexes": ("index_bytes", console.size),
-        "writes/s": ("changes", _rate),
-        "heap-only": ("hot", lambda hot: "" if hot is None else f"{hot:.0%}"),
-        "vacuum": (
-            "vacuumed",
-            lambda ago: "never" if ago is None else f"{console.duration(ago)} ago",
-        ),
-    }
-    refused = [{"kind": kind, "why": why} for kind, why in frame.refused.items()]
-    return [
-        ("Tables", rows, columns),
-        ("Not readable", refused, {"table": ("kind", str), "why": ("why", console.one_line)}),
-    ]
+def _counts(*names: str) -> console.Columns:
+    return {name: (name, console.number) for name in names}
 
 
-def _shares(reading: Reading) -> _View:
-    columns: console.Columns = {
-        "name": ("name", lambda name: console.one_line(name or "(no prefix)")),
-        "rows": ("rows", console.number),
-        "size": ("bytes", console.size),
-        "expired": ("expired", console.number),
-    }
-    kinds: console.Columns = {"kind": ("kind", str)} | dict(list(columns.items())[1:])
-    return [
-        ("What the rows are", _rows(reading.frame.kinds), kinds),
-        ("Keys by prefix", _rows(reading.frame.keys), columns),
-        ("Cached functions", _rows(reading.frame.functions), columns),
-        ("Limiters", _rows(reading.frame.limiters), columns),
-    ]
-
-
-def _locks(reading: Reading) -> _View:
-    held = [
-        row | {"name": row["name"] if row["slot"] is None else f"{row['name']} [{row['slot']}]"}
-        for row in _rows(reading.frame.locks)
-    ]
-    return [
-        (
-            f"Locks held: {reading.frame.locks_held:,}",
-            held,
-            {
-                "name": ("name", console.one_line),
-                "holder": ("owner", console.one_line),
-                "age": ("age", console.duration),
-                "remaining": ("remaining", console.duration),
-                "waiters": ("waiters", console.number),
-            },
-        ),
-        (
-            "Waiting for a lock of the server",
-            _rows(reading.frame.blocked),
-            {
-                "pid": ("pid", str),
-                "application": ("application", console.one_line),
-                "waits for": ("waits_for", str),
-                "for": ("seconds", console.duration),
-                "blocked by": ("blockers", lambda pids: ", ".join(map(str, pids))),
-            },
-        ),
-    ]
-
-
-def _work(reading: Reading) -> _View:
-    number = console.number
-    states = ("waiting", "delayed", "running", "dead")
-    queues: console.Columns = {
-        "queue": ("queue", console.one_line),
-        **{state: (state, number) for state in states},
-        "oldest": ("oldest", console.duration),
-    }
-    frame = reading.frame
-    counted: list[tuple[str, Any, tuple[str, ...]]] = [
-        ("Sessions", frame.sessions, ("live", "with_user", "expired")),
-        ("Idempotency keys", frame.idempotency, ("done", "running", "expired")),
-    ]
-    view: _View = [("Queues", _rows(frame.queues), queues)]
-    for title, counts, names in counted:
-        rows = [] if counts is None else _rows([counts])
-        view.append((title, rows, {name: (name, number) for name in names}))
-    return view
-
-
-def _connections(reading: Reading) -> _View:
-    columns: console.Columns = {
-        "application": ("application", console.one_line),
-        "state": ("state", str),
-        "connections": ("count", console.number),
-        "longest": ("longest", console.duration),
-    }
-    return [("Connections", _rows(reading.frame.connections), columns)]
-
-
-VIEWS: dict[str, tuple[str, Callable[[Reading], _View]]] = {
-    "1": ("tables", _tables),
-    "2": ("keys", _shares),
-    "3": ("locks", _locks),
-    "4": ("work", _work),
-    "5": ("connections", _connections),
+_SHARES: console.Columns = {
+    "rows": ("rows", console.number),
+    "size": ("bytes", console.size),
+    "expired": ("expired", console.number),
+}
+_NAMED: console.Columns = {
+    "name": ("name", lambda name: console.one_line(name or "(no prefix)")),
+    **_SHARES,
+}
+_TABLES: console.Columns = {
+    "table": ("kind", str),
+    **_counts("rows", "dead"),
+    "size": ("bytes", console.size),
+    "indexes": ("index_bytes", console.size),
+    "writes/s": ("changes", _unless_none("{:,.1f}".format)),
+    "heap-only": ("hot", _unless_none("{:.0%}".format)),
+    "vacuum": ("vacuumed", _unless_none(lambda ago: f"{console.duration(ago)} ago", "never")),
+}
+_LOCKS: console.Columns = {
+    "name": ("name", console.one_line),
+    "holder": ("owner", console.one_line),
+    "age": ("age", console.duration),
+    "remaining": ("remaining", console.duration),
+    **_counts("waiters"),
+}
+_BLOCKED: console.Columns = {
+    "pid": ("pid", str),
+    "application": ("application", console.one_line),
+    "waits for": ("waits_for", str),
+    "for": ("seconds", console.duration),
+    "blocked by": ("blockers", lambda pids: ", ".join(map(str, pids))),
+}
+_QUEUES: console.Columns = {
+    "queue": ("queue", console.one_line),
+    **_counts("waiting", "delayed", "running", "dead"),
+    "oldest": ("oldest", console.duration),
+}
+_CONNECTIONS: console.Columns = {
+    "application": ("application", console.one_line),
+    "state": ("state", str),
+    "connections": ("count", console.number),
+    "longest": ("longest", console.duration),
+}
+_REFUSED: console.Columns = {"table": ("kind", str), "why": ("why", console.one_line)}
+# By key: the view's name, and its tables: title, rows, columns.
+VIEWS: dict[str, tuple[str, list[tuple[str, str, console.Columns]]]] = {
+    "1": ("tables", [("Tables", "tables", _TABLES), ("Not readable", "refused", _REFUSED)]),
+    "2": (
+        "keys",
+        [
+            ("What the rows are", "kinds", {"kind": ("kind", str), **_SHARES}),
+            ("Keys by prefix", "keys", _NAMED),
+            ("Cached functions", "functions", _NAMED),
+            ("Limiters", "limiters", _NAMED),
+        ],
+    ),
+    "3": (
+        "locks",
+        [
+            ("Locks held", "locks", _LOCKS),
+            ("Waiting for a lock of the server", "blocked", _BLOCKED),
+        ],
+    ),
+    "4": (
+        "work",
+        [
+            ("Queues", "queues", _QUEUES),
+            ("Sessions", "sessions", _counts("live", "with_user", "expired")),
+            ("Idempotency keys", "idempotency", _counts("done", "running", "expired")),
+        ],
+    ),
+    "5": ("connections", [("Connections", "connections", _CONNECTIONS)]),
 }

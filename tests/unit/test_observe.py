@@ -249,6 +249,27 @@ def test_a_listener_that_fails_does_not_hear_of_itself_for_ever() -> None:
     assert heard == ["pgkv.lock.lost"]
 
 
+def test_what_is_too_frequent_for_the_log_is_told_to_listeners_only(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """And a listener may take itself away while it is told."""
+    caplog.set_level(logging.DEBUG, "pgkv")
+    heard: list[str] = []
+
+    def hear(event: pgkv.StateEvent) -> None:
+        heard.append(event.name)
+        remove()
+
+    remove = pgkv.on_event(hear, kinds=["pool"])
+    also = pgkv.on_event(lambda event: heard.append(event.kind), kinds=["pool"])
+    _observe.event("pgkv.pool.opened", seconds=0.1)
+    _observe.event("pgkv.pool.opened", seconds=0.1)
+    also()
+    _observe.event("pgkv.pool.opened", seconds=0.1)
+    assert heard == ["pgkv.pool.opened", "pool", "pool"]
+    assert caplog.records == []
+
+
 def test_a_wrong_hook_is_refused() -> None:
     with pytest.raises(pgkv.ConfigError, match=r"on_event\(\) takes a function"):
         pgkv.on_event(None)  # type: ignore[arg-type]
