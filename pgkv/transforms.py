@@ -11,8 +11,7 @@ import os
 import re
 import sys
 import threading
-from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
@@ -27,7 +26,7 @@ OWN = (b"pgkv:rate:", b"pgkv:cache:")  # in the keys of limiters and cached func
 INTEGER = re.compile(rb"-?[0-9]{1,19}")
 
 
-class Compression(ABC):
+class Compression:
     """What `Zstd` and `Lz4` share.
 
     Args:
@@ -35,6 +34,9 @@ class Compression(ABC):
     """
 
     method: int
+    _pack: Callable[[bytes], bytes]
+    _size: Callable[[bytes], int]  # that a packed value declares; negative for none
+    _unpack: Callable[[bytes], bytes]  # may raise anything for a damaged one
 
     def __init__(self, min_size: int) -> None:
         _require_int(f"{type(self).__name__}(min_size=)", min_size, 0, 1 << 30)
@@ -43,18 +45,6 @@ class Compression(ABC):
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__}{getattr(self, '_facts', '')}>"
-
-    @abstractmethod
-    def _pack(self, value: bytes) -> bytes:
-        """Return the value compressed, with its size."""
-
-    @abstractmethod
-    def _size(self, body: bytes) -> int:
-        """Return the size that the body declares; negative where it declares none."""
-
-    @abstractmethod
-    def _unpack(self, body: bytes) -> bytes:
-        """Return what was compressed. May raise anything for a damaged body."""
 
 
 class Zstd(Compression):
@@ -75,36 +65,25 @@ class Zstd(Compression):
         _require_int("Zstd(level=)", level, 1, 19)
         self.level = level
         self._facts += f" level={level}"
-        builtin = sys.version_info >= (3, 14)
-        self._lib = _library("compression.zstd" if builtin else "zstandard", "compression")
-        self._local = threading.local()
-
-    def _pack(self, value: bytes) -> bytes:
-        """Return one Zstandard frame."""
         if sys.version_info >= (3, 14):
-            return self._lib.compress(value, self.level)  # type: ignore[no-any-return]  # bytes
-        return self._of_this_thread().pack(value)  # type: ignore[no-any-return]  # bytes
+            lib = _library("compression.zstd", "compression")
+            self._pack = lambda value: lib.compress(value, level)
+            self._size = lambda body: lib.get_frame_info(body).decompressed_size or -1
+            # One frame: the library's function goes on with those after it.
+            self._unpack = lambda body: lib.ZstdDecompressor().decompress(body)
+            return
+        lib = _library("zstandard", "compression")
+        local = threading.local()
 
-    def _of_this_thread(self) -> Any:
-        """Return the functions of objects that threads cannot share, and that are slow to make."""
-        local = self._local
-        if not hasattr(local, "pack"):
-            local.pack = self._lib.ZstdCompressor(level=self.level).compress
-            local.unpack = self._lib.ZstdDecompressor().decompress
-        return local
+        def own() -> Any:  # objects that threads cannot share, and that are slow to make
+            if not hasattr(local, "pack"):
+                local.pack = lib.ZstdCompressor(level=level).compress
+                local.unpack = lib.ZstdDecompressor().decompress
+            return local
 
-    def _size(self, body: bytes) -> int:
-        """Return what the frame's header says."""
-        if sys.version_info >= (3, 14):
-            declared = self._lib.get_frame_info(body).decompressed_size
-            return -1 if declared is None else declared
-        return self._lib.frame_content_size(body)  # type: ignore[no-any-return]  # int
-
-    def _unpack(self, body: bytes) -> bytes:
-        """Return the frame's content."""
-        if sys.version_info >= (3, 14):  # one frame: the function would go on with those after it
-            return self._lib.ZstdDecompressor().decompress(body)  # type: ignore[no-any-return]  # bytes
-        return self._of_this_thread().unpack(body)  # type: ignore[no-any-return]  # bytes
+        self._pack = lambda value: own().pack(value)
+        self._size = lib.frame_content_size
+        self._unpack = lambda body: own().unpack(body)
 
 
 class Lz4(Compression):
@@ -121,19 +100,10 @@ class Lz4(Compression):
 
     def __init__(self, min_size: int = 512) -> None:
         super().__init__(min_size)
-        self._lib = _library("lz4.block", "compression")
-
-    def _pack(self, value: bytes) -> bytes:
-        """Return an LZ4 block behind its size."""
-        return self._lib.compress(value, store_size=True)  # type: ignore[no-any-return]  # bytes
-
-    def _size(self, body: bytes) -> int:
-        """Return the number before the block."""
-        return int.from_bytes(body[:4], "little") if len(body) > 4 else -1
-
-    def _unpack(self, body: bytes) -> bytes:
-        """Return the block's content."""
-        return self._lib.decompress(body)  # type: ignore[no-any-return]  # bytes
+        lib = _library("lz4.block", "compression")  # its blocks stand behind their size
+        self._pack = lib.compress
+        self._size = lambda body: int.from_bytes(body[:4], "little") if len(body) > 4 else -1
+        self._unpack = lib.decompress
 
 
 class AesGcmSiv:
@@ -345,7 +315,7 @@ _readers: dict[int, Compression] = {}
 
 
 def _reader(method: int, own: Compression | None) -> Compression:
-    """What reads values of that method, also where another one writes."""
+    """Return what reads values of that method, also where another one writes."""
     if own is not None and own.method == method:
         return own
     if method not in _readers:
