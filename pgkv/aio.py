@@ -510,7 +510,8 @@ class AsyncStore:
     async def compare_and_delete(self, key: str, expected: Value) -> bool:
         """Remove the key if its value is `expected`; True if it was removed."""
         if self._sql.transforms is not None:
-            return await self._channel.run(_flows.delete_equal(self._sql, key, expected))
+            found = await self._channel.run(_flows.take(self._sql, key, expected))
+            return found is not None
         return await self._channel.execute(self._sql.compare_and_delete(key, expected))
 
     async def get_and_set(
@@ -522,6 +523,8 @@ class AsyncStore:
 
     async def get_and_delete(self, key: str) -> bytes | None:
         """Remove the key and return its value, None when there was no such key."""
+        if self._sql.transforms is not None:
+            return await self._channel.run(_flows.take(self._sql, key))
         return await self._channel.execute(self._sql.get_and_delete(key))
 
     async def update(

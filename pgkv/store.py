@@ -632,7 +632,7 @@ class Store:
     def compare_and_delete(self, key: str, expected: Value) -> bool:
         """Remove the key if its value is `expected`; True if it was removed."""
         if self._sql.transforms is not None:
-            return self._channel.run(_flows.delete_equal(self._sql, key, expected))
+            return self._channel.run(_flows.take(self._sql, key, expected)) is not None
         return self._channel.execute(self._sql.compare_and_delete(key, expected))
 
     def get_and_set(self, key: str, value: Value, *, ttl: Seconds | None = None) -> bytes | None:
@@ -642,6 +642,8 @@ class Store:
 
     def get_and_delete(self, key: str) -> bytes | None:
         """Remove the key and return its value, None when there was no such key."""
+        if self._sql.transforms is not None:
+            return self._channel.run(_flows.take(self._sql, key))
         return self._channel.execute(self._sql.get_and_delete(key))
 
     def update(

@@ -153,16 +153,17 @@ def swap(
     raise _never_settled("compare_and_swap")
 
 
-def delete_equal(sql: Statements, key: str, expected: Value) -> Flow[bool]:
-    """Remove the key if its value, which is transformed, is `expected`."""
-    wanted = sql.value(expected)
+def take(sql: Statements, key: str, expected: Value | None = None) -> Flow[bytes | None]:
+    """Remove the key and return its value, which is transformed, if it is `expected` (None: whatever it
+    is). A value that does not open is left."""
+    wanted = None if expected is None else sql.value(expected)
     for _ in range(REPEATS):
         entry = yield from _live(sql, key)
-        if entry is None or entry.value != wanted:
-            return False
+        if entry is None or wanted not in (None, entry.value):
+            return None
         if (yield from do(sql.delete(key, entry.version))):
-            return True
-    raise _never_settled("compare_and_delete")
+            return entry.value
+    raise _never_settled("get_and_delete" if expected is None else "compare_and_delete")
 
 
 def _live(sql: Statements, key: str) -> Flow[Entry | None]:

@@ -101,6 +101,7 @@ async def test_a_value_that_was_moved(make_store: Any, peer: Peer) -> None:
             store.update(key, lambda _: b"never"),
             store.compare_and_swap(key, b"secret", b"never"),
             store.compare_and_delete(key, b"secret"),
+            store.get_and_delete(key),
             store.get_string(key),
         )
         for read in reads:
@@ -108,6 +109,7 @@ async def test_a_value_that_was_moved(make_store: Any, peer: Peer) -> None:
                 await read
             assert "secret" not in str(caught.value)
             assert "plaintext" not in str(caught.value)
+    assert peer.keys() == {"mine", "other", "plain"}
     assert await store.get("mine") == b"secret"
     async with store.transaction() as tx:
         with pytest.raises(DecodingError):

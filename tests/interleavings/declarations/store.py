@@ -217,6 +217,7 @@ class TransformedSubject(StoreSubject):
         )
     } | {
         "increment with ttl": VARIANTS["increment with ttl"],
+        "get_and_delete queued": lambda s, x: s._execute(s._sql.get_and_delete("k")),
         "replaced": lambda s, x: upkeep(
             s._execute(cast(Any, s._sql).replaced([(b"k", b"1", VERSION)]))
         ),
