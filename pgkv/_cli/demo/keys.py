@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import random
-import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from threading import Barrier
 from time import monotonic
 
 from .. import console
@@ -15,19 +16,6 @@ KEYS = 10_000
 WRITTEN, COUNTED = "demo:written:", "demo:counted:"  # the data set itself is not changed
 SHARED, OPENING, CLAIMS = 4, 1_000_000, 300
 SHORT, SHORT_KEYS, TTL = "demo:short:", 20_000, 1.0
-
-
-def _count(stage: Stage, what: str, call: Callable[[int], object], seconds: float) -> int:
-    """Call it with growing numbers from all threads until the time is up; how often that was."""
-    calls = [0] * WORKERS
-
-    def work(number: int, go_on: Callable[[], bool]) -> None:
-        while go_on():
-            call(number + calls[number])
-            calls[number] += 1
-
-    stage.together(what, work, seconds=seconds)
-    return sum(calls)
 
 
 @scene("Throughput", f"{WORKERS} threads at a time. Every answer is checked.")
@@ -56,7 +44,7 @@ def throughput(stage: Stage) -> Iterator[str | Check]:
         if not operations[name](key):
             wrong.append(key)
 
-    calls = {name: _count(stage, name, partial(check, name), seconds) for name in operations}
+    calls = {name: stage.together(name, partial(check, name), seconds) for name in operations}
     counted = calls["increment"] + calls["pipeline"]
     total = sum(int(value) for _, value in store.scan(COUNTED))
     yield "calls a second: " + ", ".join(f"{name} {n / seconds:,.0f}" for name, n in calls.items())
@@ -69,13 +57,13 @@ def throughput(stage: Stage) -> Iterator[str | Check]:
 @scene("Races", "Threads change the same keys. Every change must count once.")
 def races(stage: Stage) -> Iterator[str | Check]:
     """Count, draw money, and race for names; the totals must be exact."""
-    store, seconds = stage.store, stage.size.seconds
+    store, seconds = stage.store, stage.size.seconds / 3
     counters = [f"demo:counter:{number}" for number in range(SHARED)]
     accounts = [f"demo:account:{number}" for number in range(SHARED)]
     store.set_many(dict.fromkeys(accounts, str(OPENING)))
     booked: list[str] = []  # one entry for each successful swap
     won: list[int] = []  # the names that a thread won
-    gate = threading.Barrier(WORKERS)
+    gate = Barrier(WORKERS)
 
     def draw(number: int) -> None:
         name = accounts[number % SHARED]
@@ -83,15 +71,17 @@ def races(stage: Stage) -> Iterator[str | Check]:
         if store.compare_and_swap(name, seen, str(int(seen) - 1)):
             booked.append(name)
 
-    def claim(number: int, _: Callable[[], bool]) -> None:
+    def claim(number: int) -> None:
         gate.wait(timeout=30)
         won.extend(n for n in range(CLAIMS) if store.set_nx(f"demo:claim:{n}", str(number)))
 
-    counting = _count(
-        stage, "increment", lambda number: store.increment(counters[number % SHARED]), seconds / 3
-    )
-    swapping = _count(stage, "get, compare_and_swap", draw, seconds / 3)
-    stage.together("racing", claim, seconds=seconds)
+    def count(number: int) -> None:
+        store.increment(counters[number % SHARED])
+
+    counting = stage.together("increment", count, seconds)
+    swapping = stage.together("get, compare_and_swap", draw, seconds)
+    with ThreadPoolExecutor(WORKERS) as threads:
+        list(threads.map(claim, range(WORKERS)))
     total = sum(map(int, store.get_many(counters).values()))
     debited = SHARED * OPENING - sum(map(int, store.get_many(accounts).values()))
     retried = swapping - len(booked)

@@ -83,7 +83,7 @@ def call(store: Store, orders: Orders, *, share: float) -> None:
 
 # -- a rate limit --------------------------------------------------------------------------
 #
-# The right number is known exactly. The first hit finds the bucket full, the last one finds less than
+# The right number is known exactly. The first hit empties a full bucket, the last one finds less than
 # one token in it, and between them the rate gives `flow` tokens by the server's clock: admitted are
 # ``floor(burst + flow)``. The clock is read right before and after both hits, so `flow` is known but
 # for a fraction of a token.
@@ -106,13 +106,13 @@ def rate_limit(stage: Stage) -> Iterator[str | Check]:
     """Let them hammer for a while; count what was admitted, and what should have been."""
     limiter = limiter_of(stage.store)
 
-    def timed_hit() -> tuple[Decision, datetime, datetime]:
+    def timed_hit(cost: int = 1) -> tuple[Decision, datetime, datetime]:
         before = stage.store.now()
-        return limiter.hit(KEY), before, stage.store.now()
+        return limiter.hit(KEY, cost=cost), before, stage.store.now()
 
     with stage.workers(hammer, PROCESSES) as workers:
-        decision, *opened = timed_hit()
-        own = int(decision.allowed)
+        decision, *opened = timed_hit(BURST)
+        own = BURST if decision else 0
         workers.tell("go")
         stage.wait("hammering", stage.size.seconds * 2 / 3)
         workers.tell(None)

@@ -61,12 +61,14 @@ def run(
     say: Callable[..., None] = (lambda *_, **__: None) if as_json else _say
     started = time.monotonic()
     played: list[dict[str, Any]] = []
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    machine = f"Python {platform.python_version()}, {cores} cores for both."
     say("Starting a temporary PostgreSQL ..." if dsn is None else "Connecting ...")
     with contextlib.ExitStack() as cleanup:
         try:
             stage = _open_stage(cleanup, dsn, options, size, quiet=as_json)
             took = console.duration(time.monotonic() - started)
-            say(f"PostgreSQL is ready after {took}. {_machine()}\n")
+            say(f"PostgreSQL is ready after {took}. {machine}\n")
             for title, stake, play in scenes:
                 say(title, "bold cyan")
                 say(stake, "dim", mark="")
@@ -95,11 +97,6 @@ def run(
     else:
         say("Next: pgkv --help, and help(pgkv) in Python.")
     return all(held)
-
-
-def _machine() -> str:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"Python {platform.python_version()}, {cores} cores for both."
 
 
 # -- on the screen -------------------------------------------------------------------------

@@ -81,21 +81,22 @@ class Stage:
         name = f"{work.__module__}:{work.__name__}"
         return running(name, size, {"settings": self.settings, "terms": terms})
 
-    def together(
-        self, what: str, work: Callable[[int, Callable[[], bool]], None], *, seconds: float
-    ) -> None:
-        """Run ``work(number, go_on)`` in threads until the time is up.
+    def together(self, what: str, step: Callable[[int], object], seconds: float) -> int:
+        """Call `step` with growing numbers from all threads until the time is up; return how often.
 
-        A worker looks at ``go_on()`` before each step. The first failure of a worker ends all of
-        them and is raised here, as is Ctrl-C.
+        The first failure ends all of them and is raised here, as is Ctrl-C.
         """
         until, stop = time.monotonic() + seconds, threading.Event()
 
-        def go_on() -> bool:
-            return not stop.is_set() and time.monotonic() < until
+        def work(number: int) -> int:
+            calls = 0
+            while not stop.is_set() and time.monotonic() < until:
+                step(number + calls)
+                calls += 1
+            return calls
 
         with ThreadPoolExecutor(WORKERS) as pool, self.bar(what, round(seconds * 10)) as advance:
-            rest = {pool.submit(work, number, go_on) for number in range(WORKERS)}
+            started = rest = {pool.submit(work, number) for number in range(WORKERS)}
             try:
                 while rest:
                     done, rest = wait(rest, timeout=0.05, return_when=FIRST_EXCEPTION)
@@ -103,3 +104,4 @@ class Stage:
                     advance(0.5)
             finally:
                 stop.set()
+        return sum(future.result() for future in started)
