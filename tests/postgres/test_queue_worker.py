@@ -146,6 +146,43 @@ async def test_a_limit_holds_jobs_back(store: Any, colour: Colour, clock: Server
     assert all(row.attempt == 0 for row in await queue.jobs())
 
 
+async def test_a_limit_that_fails_costs_a_job_no_attempt(store: Any, colour: Colour) -> None:
+    """While the limit's store is away, a job that was taken for it goes back at once."""
+    queue = queue_of(colour, store)
+    await queue.put("x")
+    limiter = colour.make("RateLimiter", store, "9/h", name="jobs")
+    away = [pgkv.StoreUnavailableError("away")] * 2
+    done: list[int] = []
+
+    class Failing:
+        def peek(self, name: str) -> Any:
+            return limiter._target.peek(name)
+
+        def hit(self, name: str) -> Any:
+            if away:
+                raise away.pop()
+            return limiter._target.hit(name)
+
+    class AsyncFailing:
+        async def peek(self, name: str) -> Any:
+            return await limiter.peek(name)
+
+        async def hit(self, name: str) -> Any:
+            if away:
+                raise away.pop()
+            return await limiter.hit(name)
+
+    limit = AsyncFailing() if colour.name == "async" else Failing()
+
+    async def work(job: Any) -> None:
+        done.append(job.attempt)
+
+    async with working(colour, queue, work, limit=limit):
+        await until(lambda: bool(done), "it is done")
+    assert done == [1]
+    assert not away
+
+
 async def test_queues_are_served_in_order(store: Any, colour: Colour) -> None:
     """A later queue is looked at when the earlier ones are empty."""
     first, second = queue_of(colour, store, "first"), queue_of(colour, store, "second")
