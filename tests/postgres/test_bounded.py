@@ -93,15 +93,12 @@ async def test_stats_tell_the_bound(make_store: MakeStore) -> None:
         await store.set("n", "v")
     await store.evict()
     found = await store.stats()
-    assert (found.max_entries, found.max_bytes) == (100, 1 << 20)
-    assert 300 < found.evicted_keys < 500
-    assert found.estimated_keys is not None
-    while (
-        found.estimated_keys > 101
-    ):  # a round in the background sampled before evict, and told after
+    # A round in the background may have sampled before evict, or have the rows locked meanwhile.
+    while found.estimated_keys is None or found.estimated_keys > 101:
         await store.evict()
         found = await store.stats()
-        assert found.estimated_keys is not None
+    assert (found.max_entries, found.max_bytes) == (100, 1 << 20)
+    assert 300 < found.evicted_keys < 500
 
 
 async def test_transactions_are_left_alone(make_store: MakeStore, peer: Peer) -> None:
