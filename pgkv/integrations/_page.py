@@ -363,10 +363,12 @@ def page(
     state, parts = "paused" if paused else "live", []
     if failure is not None:
         state = "no answer"
-        last = f"The figures are {_span(monotonic() - drawn[-1].at)} old." if drawn else ""
+        last = f"The figures are {_span(monotonic() - drawn[-1].at)} old. " if drawn else ""
+        again = "" if paused else f"This page asks again every {RELOAD} s."
+        why = _text(str(failure).partition(": ")[2] or failure)
         parts.append(
             "<section class=alert><h2>The database does not answer</h2>"
-            f"<p>{last} This page asks again every {RELOAD} s.<p class=quiet>{_text(str(failure).partition(': ')[2] or failure)}</section>"
+            f"<p>{last}{again}<p class=quiet>{why}</section>"
         )
     if frame is not None:
         if hints := [*_attention(frame)]:
