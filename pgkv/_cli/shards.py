@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from enum import Enum
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +17,12 @@ if TYPE_CHECKING:
     from .._shards.admin import Servers
 
 
+# Microseconds of a server's processor for one operation, measured on PostgreSQL 15.
+COSTS = {"get": 22, "set": 46, "increment": 58, "hit": 100, "grant": 97, "cached": 42, "load": 36}
+COSTS |= {"save": 71}
+LOAD_MAX = 0.7  # of the processor: the rest is for vacuum, checkpoints and bursts
+
+
 class Action(Enum):
     """What `pgkv shards` does."""
 
@@ -24,23 +31,36 @@ class Action(Enum):
     CHECK = "check"
     MOVE = "move"
     RESUME = "resume"
+    PLAN = "plan"
 
 
 def shards(
     call: Invocation,
     action: Annotated[
-        Action, typer.Argument(metavar="[ACTION]", help="list, init, check, move or resume.")
+        Action, typer.Argument(metavar="[ACTION]", help="list, init, check, move, resume or plan.")
     ] = Action.LIST,
     which: Annotated[
         str, typer.Argument(metavar="[SLOTS]", help="Which slots to move, such as 3 or 0-7,12.")
     ] = "",
     slots: Annotated[
         int | None,
-        typer.Option("--slots", metavar="N", min=1, help="How many slots init makes. Default: 32."),
+        typer.Option(
+            "--slots", metavar="N", min=1, help="How many slots, for init and plan. Default: 32."
+        ),
     ] = None,
     to: Annotated[
         str | None, typer.Option("--to", metavar="NODE", help="The server to move to, such as n2.")
     ] = None,
+    rate: Annotated[
+        float | None,
+        typer.Option("--rate", metavar="N", min=1, help="For plan: operations a second."),
+    ] = None,
+    mix: Annotated[
+        str, typer.Option("--mix", metavar="MIX", help="For plan: shares, such as get=80,set=20.")
+    ] = "get=80,set=20",
+    cores: Annotated[
+        float, typer.Option("--cores", metavar="N", min=0.1, help="For plan: cores of a server.")
+    ] = 4,
 ) -> int:
     """List the slots of a store on several servers, make them, check them, or move them.
 
@@ -51,7 +71,7 @@ def shards(
     changed. `check` compares the servers' maps with what is there. Exit code 1: the check found a fault.
 
     `move` copies slots to another server while clients work: each waits while its slot is copied. `resume`
-    finishes a move that was killed.
+    finishes a move that was killed. `plan` works out how many servers a load needs.
 
     **Example:** `pgkv shards init --slots 32`
 
@@ -63,8 +83,12 @@ def shards(
 
     if (action is Action.MOVE) != (to is not None) or bool(which) != (action is Action.MOVE):
         raise typer.BadParameter("move takes slots and --to NODE, and nothing else does")
+    if (rate is not None) != (action is Action.PLAN):
+        raise typer.BadParameter("plan takes --rate, and nothing else does")
+    if rate is not None:
+        return _plan(call, rate, mix, cores, slots or 32)
     if slots is not None and action is not Action.INIT:
-        raise typer.BadParameter("--slots goes with init")
+        raise typer.BadParameter("--slots goes with init and plan")
     if call.schema is not None or call.namespace is not None:
         raise typer.BadParameter("slots have schemas of their own, and are of no namespace")
     given: dict[str, Any] = {"application_name": "pgkv cli"}
@@ -132,4 +156,28 @@ def _move(call: Invocation, cluster: Servers, slots: list[int], to: str | None) 
             bar.advance(task)
     what = "finished" if to is None else f"moved to {to}"
     call.answer({"moved": done}, f"{console.count(done, 'slot')} {what}")
+    return DONE
+
+
+def _plan(call: Invocation, rate: float, mix: str, cores: float, slots: int) -> int:
+    """Work out how many servers a load needs. The one with the most slots decides."""
+    shares = {name: share for name, _, share in (each.partition("=") for each in mix.split(","))}
+    if not shares.keys() <= COSTS.keys() or not all(map(str.isdecimal, shares.values())):
+        raise typer.BadParameter(f"--mix is such as get=80,set=20, of {', '.join(COSTS)}")
+    total = sum(map(int, shares.values()))
+    cost = sum(COSTS[name] * int(share) for name, share in shares.items()) / max(1, total)
+    if not cost:
+        raise typer.BadParameter("--mix needs a share above 0")
+    most = cores * LOAD_MAX * 1e6 / cost  # operations a second
+    fits = (n for n in range(1, slots + 1) if rate * math.ceil(slots / n) / slots <= most)
+    servers = next(fits, None)
+    found = {
+        "rate": rate,
+        "microseconds": round(cost, 1),
+        "a_server": round(most),
+        "servers": servers,
+    }
+    need = f"more than {slots} servers" if servers is None else console.count(servers, "server")
+    each = f"{cost:.1f} us of processor each; a server of {cores:g} cores takes {most:,.0f}/s"
+    call.answer(found, f"{rate:,.0f}/s need {need}: {each}")
     return DONE

@@ -224,14 +224,14 @@ class _Sharded:
         self, items: Iterable[Any], progress: Callable[[int], object] | None
     ) -> Iterator[tuple[Any, list[Any], Callable[[int], object] | None]]:
         """What to load into which slot, and what to tell of it."""
-        stores, rest, done = self._each(), iter(items), 0
+        rest, done = iter(items), 0
         while batch := list(islice(rest, LOAD_ROWS)):
             of_slots: dict[int, list[Any]] = {}
             for item in batch:
                 of_slots.setdefault(self.slot_of(item[0]), []).append(item)
             for slot, part in sorted(of_slots.items()):
                 told = None if progress is None else _told(progress, done)
-                yield (stores[slot] if len(stores) > 1 else self), part, told
+                yield self._in_slot(slot), part, told
                 done += len({item[0] for item in part})
 
 

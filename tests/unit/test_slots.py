@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,6 +15,7 @@ from pgkv._shards.slots import ANY, ShardedConfig, Slots, hashed_part, schema_of
 from pgkv._shards.sql import ShardedStatements, located
 from pgkv._shards.store import settings, sharded_config, split
 from pgkv._sql import Statements
+from pgkv.cli import main
 from pgkv.patterns.rate_limit.sql import LimiterStatements
 from tests.unit.test_statements import ALL, KEYS, ops_of
 
@@ -158,3 +161,31 @@ def test_wrong_settings(
     """Are refused before anything is connected."""
     with pytest.raises(pgkv.ConfigError, match=message):
         settings(*args, options)
+
+
+@pytest.mark.parametrize(
+    ("args", "servers"),
+    [
+        (("--rate", "104000"), 1),
+        (("--rate", "105000"), 2),
+        (("--rate", "250000"), 3),
+        (("--rate", "250000", "--slots", "3", "--cores", "3.5"), 3),
+        (("--rate", "250000", "--slots", "4", "--cores", "3.5"), 4),  # with 3 one has 2 of the 4
+        (("--rate", "5000000", "--slots", "8"), None),
+        (("--rate", "28000", "--mix", "hit=1"), 1),
+    ],
+)
+def test_the_plan(
+    args: tuple[str, ...], servers: int | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As many servers as keep the one with the most slots at 70 % of its processor."""
+    assert main(["shards", "plan", *args, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["servers"] == servers
+
+
+@pytest.mark.parametrize(
+    "args", [("plan",), ("plan", "--rate", "5", "--mix", "x=1"), ("check", "--rate", "5")]
+)
+def test_a_plan_that_cannot_be(args: tuple[str, ...]) -> None:
+    """Is wrong usage."""
+    assert main(["shards", *args]) == 2
