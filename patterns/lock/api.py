@@ -120,7 +120,19 @@ class Lease(LeaseState):
 
     def release(self) -> bool:
         """Free the lock; True if it was still held. After a failure it may be called again."""
-        return self._to_the_end(partial(flows.release, self._runtime, self))
+        runtime = self._runtime
+        try:
+            if (ending := flows.begin_release(runtime, self)) is None:
+                return False
+            op = ending.op
+            answer = runtime.channel.call(op.statement, op.params, None, op)
+            return flows.end_release(self, ending, answer)
+        except Exception:
+            raise
+        except BaseException:  # as of `_to_the_end`
+            with contextlib.suppress(PgkvError):
+                runtime.clean_up(partial(flows.release, runtime, self), *flows.CLEAN_UP)
+            raise
 
     def __enter__(self) -> Self:
         return self
@@ -189,7 +201,18 @@ class AsyncLease(LeaseState):
 
     async def release(self) -> bool:
         """As `Lease.release`. A cancellation does not cut it short."""
-        return await self._to_the_end(partial(flows.release, self._runtime, self))
+        runtime = self._runtime
+        try:
+            if (ending := flows.begin_release(runtime, self)) is None:
+                return False
+            op = ending.op
+            answer = await runtime.channel.call(op.statement, op.params, None, op)
+            return flows.end_release(self, ending, answer)
+        except asyncio.CancelledError:  # as of `_to_the_end`
+            again = partial(flows.release, runtime, self)
+            with contextlib.suppress(Exception):
+                await runtime.clean_up(again, *flows.CLEAN_UP)
+            raise
 
     async def __aenter__(self) -> Self:
         self._body = asyncio.current_task()
@@ -416,10 +439,22 @@ class Acquirer(_Leasable[Store]):
         self, timeout: float | None, check: Callable[..., Lease] | None = None
     ) -> Any:  # cast() would be one more call, after which an interrupt could lose the lease
         runtime = self._runtime
+        call = runtime.channel.call
         acquisition = flows.Acquisition(runtime, self._options, timeout)
         try:
-            # Whatever interrupts this, up to the return, is met below.
-            lease: Lease | None = runtime.channel.run(acquisition.flow())
+            # Whatever interrupts this, up to the return, is met below. AsyncAcquirer has the same
+            # with an await.
+            lease: Lease | None = None
+            if (take := acquisition.take()) is not None:
+                reply = None
+                try:
+                    reply = call(take.statement, take.params, acquisition.seconds(), take)
+                except PgkvError as error:
+                    if not acquisition.is_locked(error):
+                        raise
+                lease = acquisition.taken(reply)
+            if lease is None:
+                lease = runtime.channel.run(acquisition.flow())
             return lease if check is None else check(lease, acquisition, timeout)
         except LockTimeoutError:
             raise
@@ -465,9 +500,20 @@ class AsyncAcquirer(_Leasable[AsyncStore]):
         self, timeout: float | None, check: Callable[..., AsyncLease] | None = None
     ) -> AsyncLease | None:
         runtime = self._runtime
+        call = runtime.channel.call
         acquisition = flows.Acquisition(runtime, self._options, timeout)
         try:
-            lease: AsyncLease | None = await runtime.channel.run(acquisition.flow())
+            lease: AsyncLease | None = None
+            if (take := acquisition.take()) is not None:
+                reply = None
+                try:
+                    reply = await call(take.statement, take.params, acquisition.seconds(), take)
+                except PgkvError as error:
+                    if not acquisition.is_locked(error):
+                        raise
+                lease = acquisition.taken(reply)
+            if lease is None:
+                lease = await runtime.channel.run(acquisition.flow())
             return lease if check is None else check(lease, acquisition, timeout)
         except (GeneratorExit, LockTimeoutError):  # nothing can be awaited, nothing is left
             raise

@@ -15,7 +15,7 @@ import os
 import weakref
 from collections.abc import Callable
 from random import random, randrange, uniform
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import psycopg
 from psycopg import pq
@@ -126,6 +126,7 @@ class Acquisition(Generic[L]):
     note_at: float = 0.0
     noted: bool = False
     began: float = 0.0  # set where a listener may be told of the wait
+    took: float = 0.0  # when `take` was sent, whose answer decided nothing
 
     def __init__(
         self,
@@ -153,6 +154,23 @@ class Acquisition(Generic[L]):
         self.granted = None
         self.in_doubt = self.overtook = self.queued = False
 
+    def take(self) -> Op[Granted | Denied | None] | None:
+        """What mostly grants a lock, to be sent without a flow; None where `flow` asks otherwise."""
+        options = self.options
+        if options.fair or options.contended or options.slots is not None:
+            return None
+        self.took, self.in_doubt = clock(), True
+        self.last = op = options.sql.take(options.keys[0], self.asking, options.ttl)
+        return op
+
+    def taken(self, reply: Granted | Denied | None) -> L | None:
+        """The lease by its answer; None where `flow` goes on."""
+        if isinstance(reply, Granted):
+            sent_at, self.took = self.took, 0.0
+            return self._trusted(reply, sent_at)
+        self.overtook = getattr(self.last, "retries", 0) > 0
+        return None
+
     def flow(self) -> Flow[L | None]:
         """Try, and wait, until granted; None when the time has passed."""
         lease: L | None = None
@@ -166,9 +184,6 @@ class Acquisition(Generic[L]):
                         raise
                     break  # no connection came free in time for a last look
                 if lease is not None:
-                    if self.began:
-                        waited = clock() - self.began
-                        _observe.event("pgkv.lock.acquired", lock=options.name, seconds=waited)
                     return lease
                 if self._is_over():
                     break
@@ -256,9 +271,10 @@ class Acquisition(Generic[L]):
         for _ in range(LATE_MAX):
             if os.getpid() != self.pid:
                 self._ask_afresh()  # a forked child: what was asked for is its parent's
-            sent_at = clock()
+            took, self.took = self.took, 0.0
+            sent_at = took or clock()
             self.in_doubt = True
-            reply = yield from self.ask(sent_at, self.seconds())
+            reply = yield from self.ask(sent_at, self.seconds(), took=took > 0)
             if isinstance(reply, Denied):
                 # A statement that was sent again may have overtaken the one whose answer was lost.
                 self.overtook = self.overtook or getattr(self.last, "retries", 0) > 0
@@ -277,21 +293,29 @@ class Acquisition(Generic[L]):
                 # The sending whose answer was lost may be granted another slot.
                 for op in options.sql.take_back(others, self.asking):
                     yield from self._quietly(op)
-            if clock() < sent_at + options.ttl - margin_of(options.ttl):
-                if self.queued:
-                    self.queued = False
-                lease = self.runtime.lease(
-                    options, reply.key, reply.token, self.asking.owner, sent_at
-                )
-                self.granted = weakref.ref(lease)
-                options.contended = False
-                if random() < CLEAN_CHANCE:  # noqa: S311  # a sample, no secret
-                    self.runtime.clean_later(options)
+            if (lease := self._trusted(reply, sent_at)) is not None:
                 return lease, _IN_FLIGHT
         _observe.warning("pgkv.lock.late_grant", lock=options.name, ttl=options.ttl)
         yield from self.take_back()
         self._ask_afresh()
         return None, _IN_FLIGHT
+
+    def _trusted(self, reply: Granted, sent_at: float) -> L | None:
+        """The lease of a grant, unless it leaves no time to trust it."""
+        options = self.options
+        if clock() >= sent_at + options.ttl - margin_of(options.ttl):
+            return None
+        if self.queued:
+            self.queued = False
+        lease = self.runtime.lease(options, reply.key, reply.token, self.asking.owner, sent_at)
+        self.granted = weakref.ref(lease)
+        options.contended = False
+        if random() < CLEAN_CHANCE:  # noqa: S311  # a sample, no secret
+            self.runtime.clean_later(options)
+        if self.began:
+            waited = clock() - self.began
+            _observe.event("pgkv.lock.acquired", lock=options.name, seconds=waited)
+        return lease
 
     def seconds(self) -> float:
         """The time for one statement: a grant older than its ttl is of no use."""
@@ -303,8 +327,8 @@ class Acquisition(Generic[L]):
         self.hurried = self.runtime.is_exhausted()
         return min(seconds, max(left, ROUND_TRIP if self.hurried else ANSWER_TIME))
 
-    def ask(self, sent_at: float, seconds: float) -> Flow[Granted | Denied]:
-        """Send the statements that grant, the likeliest to answer first."""
+    def ask(self, sent_at: float, seconds: float, *, took: bool = False) -> Flow[Granted | Denied]:
+        """Send the statements that grant, the likeliest to answer first. `took`: without the first."""
         options, sql = self.options, self.options.sql
         lock_timeout = min(margin_of(options.ttl) / 2, MARGIN_MIN)
         key = options.keys[0]
@@ -323,7 +347,11 @@ class Acquisition(Generic[L]):
                 self.fresh_until = sent_at + TICKET_FRESH
                 op = sql.grant_fair(key, self.asking, options.ttl, lock_timeout, TICKET_TTL)
             else:
-                for make in (sql.look,) * options.contended + (sql.take, sql.look):
+                makers = (sql.look,) * options.contended + (sql.take, sql.look)
+                if took:
+                    makers = makers[-1:]
+                    seconds = max(seconds - (clock() - sent_at), ROUND_TRIP)
+                for make in makers:
                     step = make(key, self.asking, options.ttl)
                     self.last = step
                     reply: Granted | Denied | None = yield from do_within(
@@ -344,11 +372,18 @@ class Acquisition(Generic[L]):
             yield from call(self.runtime.create_missing_table, sql.tickets)
             return (yield from self.ask(sent_at, seconds))
         except PgkvError as error:
-            if error._sqlstate == "55P03":  # its row was locked for all of that time
+            if self.is_locked(error):
                 return _IN_FLIGHT
-            if not error.outcome_unknown and not getattr(self.last, "retries", 0):
-                self.in_doubt = self.overtook  # nothing was sent, or it was refused
             raise
+
+    def is_locked(self, error: PgkvError) -> bool:
+        """Whether a statement failed as its row was locked for all of its time; or what else the error
+        says of the grant is noted."""
+        if error._sqlstate == "55P03":
+            return True
+        if not error.outcome_unknown and not getattr(self.last, "retries", 0):
+            self.in_doubt = self.overtook  # nothing was sent, or it was refused
+        return False
 
     def _ask_slot(
         self, sql: SemaphoreStatements, seconds: float, lock_timeout: float
@@ -429,20 +464,37 @@ def granted(lease: L | None, acquisition: Acquisition[L], timeout: float | None)
 
 def release(runtime: LeasingRuntime[Any], lease: LeaseState) -> Flow[bool]:
     """End the lease; whether it was still held. After a failure it may be called again."""
+    ending = begin_release(runtime, lease)
+    return ending is not None and end_release(lease, ending, (yield from do(ending.op)))
+
+
+class Ending(NamedTuple):
+    """A release: its statement, and whether the lease was trusted before."""
+
+    op: Op[bool]
+    trusted: bool
+
+
+def begin_release(runtime: LeasingRuntime[Any], lease: LeaseState) -> Ending | None:
+    """What comes before the statement that ends a lease; None where there is nothing to end."""
     if lease._reason == "released" or lease._is_inherited():
-        return False
+        return None
     trusted = not lease.is_lost
     with lease._state:
         lease._ending = True
     # First, or a renewal would outlive its lease.
     runtime.forget(lease)
     op = lease._options.sql.release(lease._key, lease._token, lease._options.notify)
-    released = yield from do(op)
+    return Ending(op, trusted)
+
+
+def end_release(lease: LeaseState, ending: Ending, released: bool) -> bool:
+    """What comes after it: whether the lease was still held."""
     lease._end()
     if _observe.listeners:
         _observe.event("pgkv.lock.released", lock=lease.name, seconds=clock() - lease._began)
     # Asked twice because the first answer was lost: then that was the one that ended it.
-    return released or (trusted and getattr(op, "retries", 0) > 0)
+    return released or (ending.trusted and getattr(ending.op, "retries", 0) > 0)
 
 
 def leave(runtime: LeasingRuntime[Any], lease: LeaseState, *, failed: bool) -> Flow[None]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 import socket
 import time
 from collections.abc import Callable
@@ -121,7 +120,7 @@ def new_asking(metadata: bytes) -> Asking:
         owner = f"{socket.gethostname()}:{os.getpid()}"
         encoded = msgspec.json.encode(owner)
         _owner = os.getpid(), owner, encoded
-    nonce = secrets.token_hex(12).encode()
+    nonce = os.urandom(12).hex().encode()
     row = b'{"owner":%s,"nonce":"%s","metadata":%s}' % (encoded, nonce, metadata)
     return Asking(owner, row, b"\x1f" + nonce)
 
