@@ -35,6 +35,7 @@ BUCKETS = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.05, 0.25, 1, 5, 30)
 LOCK_BUCKETS = (0.001, 0.005, 0.02, 0.1, 0.5, 1, 5, 30, 120, 600, 3600)
 LABELS_MAX = 100
 OTHER = "other"
+TAKERS_MAX = 10_000  # kinds of operations by table and outcome
 RESULTS = {  # the fields of CacheInfo, as labels
     "hits": "hit",
     "misses": "miss",
@@ -134,6 +135,7 @@ class _Metrics(Collector):
                 OF_PROCESS | ({} if store is None else OF_SERVER)
             ).items()
         }
+        self._takers: dict[tuple[str, str | None, str, bool], Any] = {}
         self._store = store
         self._overviews = None if store is None else Overviews(store)
         self._look_at = 0.0
@@ -176,20 +178,35 @@ class _Metrics(Collector):
         return value
 
     def _operation(self, event: OperationEvent) -> None:
-        metrics = self._metrics
-        table = self._bounded("table", event.table)
-        outcome = metrics["operation_duration_seconds"].labels(event.name, table, event.outcome)
-        outcome.observe(event.seconds)
-        if event.retries:
-            metrics["operation_retries"].labels(event.name).inc(event.retries)
         hits = event.hits
+        key = event.name, event.table, event.outcome, hits is None
+        takers = self._takers.get(key)
+        if takers is None:
+            takers = self._takers_of(event)
+            if len(self._takers) < TAKERS_MAX:
+                self._takers[key] = takers
+        observe, hit, miss = takers
+        observe(event.seconds)
+        if event.retries:
+            self._metrics["operation_retries"].labels(event.name).inc(event.retries)
         if hits is not None:
             if hits:
-                metrics["keys"].labels(table, "hit").inc(hits)
+                hit(hits)
             if misses := event.misses:
-                metrics["keys"].labels(table, "miss").inc(misses)
+                miss(misses)
         if self._idle:
             self._start()
+
+    def _takers_of(self, event: OperationEvent) -> tuple[Any, Any, Any]:
+        """What takes the seconds, hits and misses of such operations: to look for it by its labels
+        costs more than all else."""
+        table = self._bounded("table", event.table)
+        duration = self._metrics["operation_duration_seconds"]
+        observe = duration.labels(event.name, table, event.outcome).observe
+        if event.hits is None:
+            return observe, None, None
+        keys = self._metrics["keys"]
+        return observe, keys.labels(table, "hit").inc, keys.labels(table, "miss").inc
 
     def _start(self) -> None:
         """Begin to read from time to time, in a thread of this process."""
