@@ -21,7 +21,7 @@ from .._ops.codec import decode_array
 from .._ops.drivers import drive, drive_async
 from .._ops.op import Flow, Op, Param, Pipelined, Statement, Step, do, pause
 from .._sql.watch import WatchStatements
-from ..errors import PgkvError
+from ..errors import ConfigError, PgkvError
 
 if TYPE_CHECKING:
     from .._ops.op import Transaction
@@ -104,6 +104,8 @@ class Noting:
     _noted: Callable[[Any, Step], Any]  # the answer, once what the step wrote is noted
 
     def __init__(self, inner: Any, config: Config) -> None:
+        if hasattr(config, "shards"):
+            raise ConfigError("a sharded store has no notify=: watchers hear of one server")
         self._inner = inner
         self._sql = WatchStatements(config)
         self._pool = getattr(inner, "_inner", inner)  # under a channel that coalesces

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import math
 import threading
 import time
 from typing import Any
@@ -17,8 +18,11 @@ import pgkv
 from pgkv._background import listener as _listener
 from pgkv._ops.drivers import drive
 from pgkv._ops.op import pause
+from pgkv._shards.slots import Slots
+from pgkv._shards.store import sharded_config
 from pgkv._sql.watch import CHANNEL, KEYS_MAX, PAYLOADS_MAX, _payloads
 from pgkv._watch import source as _source
+from pgkv._watch.hints import NotingChannel
 from tests import FULL
 from tests.cached import plain_store
 from tests.colours import Colour
@@ -90,21 +94,28 @@ async def test_what_is_told(make_store: Any, colour: Colour) -> None:
         await space.set("other", b"1")
         assert await told(wide) == [("set", "app:other")]
         assert await events.next(timeout=0.1) is None
-        await space.set("a", b"2", ttl=0.4)
-        assert await told(events, 2) == [("set", "a"), ("gone", "a")]
+        await space.set("a", b"2", ttl=3600)
+        assert await told(events) == [("set", "a")]
+        await space.expire("a", 0.3)
+        assert await told(events) == [("gone", "a")]
     assert await events.next(timeout=1) is None
 
 
 async def test_a_key_ends_without_a_sweep(make_store: Any, colour: Colour) -> None:
-    """The end of a key by its ttl is an event soon after it, although nothing removes the row; a ttl
-    that is renewed meanwhile moves it."""
+    """The end of a key by its ttl is an event, although nothing removes the row; a new ttl moves it, and
+    is no event itself."""
     store = await make_store(notify=True, ttl_cleanup_strategy=pgkv.TtlCleanupStrategy.MANUAL)
-    await store.set("k", b"v", ttl=0.5)
+    await store.set("k", b"v", ttl=3600)
     async with store.watch("k", poll=None) as events:
-        await store.expire("k", 1.0)
-        ends = time.monotonic() + 1.0
+        source = plain(events)._source
+        for ttl in (1800, 7200):
+            await store.expire("k", ttl)
+            while abs(source.known["k"].ends - time.monotonic() - ttl) > 900:
+                assert await events.next(timeout=0.02) is None
+        await store.expire("k", 0.3)
         assert await told(events) == [("gone", "k")]
-        assert time.monotonic() >= ends - 0.1
+        assert source._ends == math.inf
+        assert await store.count(include_expired=True) == 1
 
 
 async def test_initial(store: Any, colour: Colour) -> None:
@@ -578,6 +589,9 @@ def test_what_cannot_be_watched(dsn: str) -> None:
         pgkv.Store.from_pool(pool).watch("k")
     with pytest.raises(pgkv.ConfigError, match="no notify="):
         pgkv.Store.sharded([dsn], notify=True)
+    sharded = sharded_config(pgkv.Config(dsn, notify=True), Slots(4, None))
+    with pytest.raises(pgkv.ConfigError, match="no notify="):
+        NotingChannel(None, sharded)
 
 
 # -- all at once
