@@ -34,7 +34,7 @@ from ..patterns.web.session import (
 )
 from ..patterns.web.wsgi import lazy_handler, made_private
 
-__all__ = ["PgkvSessionInterface", "rate_limit"]
+__all__ = ["PgkvSessionInterface", "idempotent", "rate_limit"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
