@@ -12,7 +12,7 @@ MINUTES ?= 10
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL: # one check after the other: the first failure is the last thing on the screen
-.PHONY: help demo servers test test-all lint types imports tests interleavings soak bench docs package fmt clean
+.PHONY: help demo servers test test-all lint types imports tests interleavings soak bench bench-growth docs package fmt clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -52,6 +52,9 @@ soak: $(VENV)/.dev ## all patterns under random faults for MINUTES; ends with ex
 
 bench: $(VENV)/.dev ## the benchmarks; ARGS are passed on
 	@$(BIN)/python -m tests.benchmarks $(ARGS)
+
+bench-growth: $(VENV)/.dev ## what grows with use and where it stops, for ten minutes; figures go into the page
+	@$(BIN)/python -m tests.benchmarks --big --only growth --output docs $(ARGS)
 
 docs: $(VENV)/.dev ## the documentation, into docs/_build/html
 	@echo "Building the documentation (about half a minute) ..."

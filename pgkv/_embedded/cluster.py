@@ -48,8 +48,9 @@ _SETTINGS: Final[Mapping[str, str]] = {
     "listen_addresses": "",
     "port": "5432",  # names the socket; no port is opened
     "unix_socket_permissions": "0700",
-    "shared_buffers": "128MB",
     "max_connections": "200",
+    # Keys that are written once and expire leave dead rows as fast as a store runs.
+    "autovacuum_naptime": "5s",
     "cluster_name": "pgkv",
     "log_checkpoints": "off",
     "log_error_verbosity": "terse",  # DETAIL lines would quote keys
@@ -58,6 +59,8 @@ _SETTINGS: Final[Mapping[str, str]] = {
 # 103: sun_path on macOS; Linux allows 107.
 _SOCKET_PATH_MAX: Final = 103
 _NO_PROCESS: Final = b"99999999"  # above every system's largest process id
+_BUFFERS_MIN, _BUFFERS_MAX, _BUFFERS_SHARE = 128, 4096, 0.25  # megabytes, and of the memory
+_CGROUP: Final = Path("/sys/fs/cgroup/memory.max")  # of a container
 _PLAIN: Final = re.compile(r"[A-Za-z0-9_./+-]+")
 # What the environment or a service file of libpq may say of another server, and what holds here.
 _OWN_PARAMETERS: Final[Mapping[str, str]] = {
@@ -116,6 +119,17 @@ def ping(server: _Postmaster) -> Ping:
     if not answer:
         return Ping.NO_RESPONSE
     return Ping.REJECT if _STARTING_UP in answer else Ping.OK
+
+
+def shared_buffers() -> int:
+    """Megabytes: a quarter of the memory of the machine, or of its container. They are used as pages
+    are read into them."""
+    memory = _BUFFERS_MIN << 20
+    with contextlib.suppress(OSError, ValueError):  # unknown here
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with contextlib.suppress(OSError, ValueError):  # no container, or one without a limit
+        memory = min(memory, int(_CGROUP.read_text("ascii")))
+    return max(_BUFFERS_MIN, min(_BUFFERS_MAX, int(memory * _BUFFERS_SHARE) >> 20))
 
 
 @dataclass(slots=True)
@@ -310,6 +324,7 @@ class Cluster:
         assert self.binaries is not None
         options = {
             **_SETTINGS,
+            "shared_buffers": f"{shared_buffers()}MB",
             "unix_socket_directories": self._socket_path(),
             **settings,
         }

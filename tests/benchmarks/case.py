@@ -135,14 +135,14 @@ def case(
 
 
 def facts(
-    name: str,
+    name: str, *, only_big: bool = False
 ) -> Callable[[Callable[[Bench], Iterator[Fact]]], Callable[[Bench], Iterator[Fact]]]:
     """Make a generator of `Fact` a case."""
 
     def register(
         measure: Callable[[Bench], Iterator[Fact]],
     ) -> Callable[[Bench], Iterator[Fact]]:
-        CASES.append(FactCase(name, measure))
+        CASES.append(FactCase(name, measure, only_big))
         return measure
 
     return register

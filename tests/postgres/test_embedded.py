@@ -160,6 +160,25 @@ def postmaster(path: Path) -> int | None:
 # --- one process ----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("pages", "limit", "megabytes"),
+    [
+        (1 << 20, "max", 1024),  # 4 GB
+        (1 << 20, str(2 << 30), 512),
+        (1 << 25, "max", 4096),
+        (1 << 14, "", 128),
+    ],
+)
+def test_shared_buffers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pages: int, limit: str, megabytes: int
+) -> None:
+    """A quarter of the memory, or of what a container may use, between 128 MB and 4 GB."""
+    monkeypatch.setattr(_cluster, "_CGROUP", tmp_path / "memory.max")
+    (tmp_path / "memory.max").write_text(limit)
+    monkeypatch.setattr(os, "sysconf", {"SC_PHYS_PAGES": pages, "SC_PAGE_SIZE": 4096}.__getitem__)
+    assert _cluster.shared_buffers() == megabytes
+
+
 def test_first_start(empty: Path, binaries: Binaries) -> None:
     """A path that does not exist becomes a server: UTF-8, no TCP port, fsync on, a log."""
     with embedded.start(empty / "a" / "b", settings={"work_mem": "7MB"}) as server:
@@ -167,6 +186,7 @@ def test_first_start(empty: Path, binaries: Binaries) -> None:
         assert ask(server.dsn, "SHOW listen_addresses") == ""
         assert ask(server.dsn, "SHOW fsync") == "on"
         assert ask(server.dsn, "SHOW work_mem") == "7MB"
+        assert ask(server.dsn, "SHOW autovacuum_naptime") == "5s"
         assert ask(server.dsn, "SHOW server_version_num").startswith(str(binaries.major))
         assert server.path == empty / "a" / "b"
         assert "ready to accept connections" in server.log_path.read_text()

@@ -13,6 +13,7 @@ from tests.benchmarks.cases import (
     bounded,
     cached,
     counter,
+    growth,
     idempotency,
     limiter,
     listeners,
@@ -144,6 +145,12 @@ TOPICS = (
         "Size",
         "The cost of a large table, of a hot key, and of an iteration.",
         (size, counter, memory),
+    ),
+    Topic(
+        "Growth",
+        "The size of what is written again and again, half-way and at the end. Where both are alike, it does"
+        " not grow further.",
+        (growth,),
     ),
     Topic(
         "Listeners",
