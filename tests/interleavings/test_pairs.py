@@ -75,7 +75,7 @@ def test_every_pattern_is_declared() -> None:
 
 def test_every_module_with_statements_is_declared() -> None:
     """A module that makes statements is part of a declaration, but for what opens transactions, makes and
-    drops tables, and passes on the statements of others."""
+    drops tables, only looks, and passes on the statements of others."""
     roots = {"pgkv": pgkv.__path__[0], "pgkv.patterns": pgkv.patterns.__path__[0]}
     modules = {
         ".".join((name, *path.relative_to(root).with_suffix("").parts))
@@ -86,5 +86,6 @@ def test_every_module_with_statements_is_declared() -> None:
     declared = {module for each in DECLARATIONS.values() for module in each.STATEMENTS}
     assert modules - declared == {
         "pgkv._cli.demo.show", "pgkv._engine._sync.cursor_connection", "pgkv._engine.results",
-        "pgkv._engine.schema", "pgkv._sql.control", "pgkv._sql.table",
+        "pgkv._engine.schema", "pgkv._sql.control", "pgkv._sql.table", "pgkv._shards.sql",
+        "pgkv.patterns.overview",
     }  # fmt: skip

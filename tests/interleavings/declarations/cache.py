@@ -19,7 +19,7 @@ from tests.interleavings.scenarios import Client, evicting, no_errors, truncate,
 from tests.interleavings.schedule import Call, Inline, Scenario, World, ended
 
 STATEMENTS = ("pgkv.patterns.cache.sql",)
-READS = frozenset(("usage", "notify"))
+READS = frozenset(("usage", "reports", "notify"))
 VERSION = 7
 ENTRY_KEY, TAG_KEY, FUNCTION_KEY = b"entry", b"tag", b"function"
 PLACEHOLDER = b"~" * 17
@@ -84,6 +84,7 @@ OPERATIONS: dict[str, Operation[Rows]] = {
     "invalidate": lambda r, x: r.run(r.sql.invalidate(ENTRY_KEY)),
     "bump_tag": lambda r, x: r.run(r.sql.bump_tag(TAG_KEY)),
     "bump_function": lambda r, x: r.run(r.sql.bump_function(FUNCTION_KEY)),
+    "report": lambda r, x: r.run(r.sql.report("host:1", value(x))),
     "clear": lambda r, x: upkeep(r.store.clear()),
     "collect": lambda r, x: upkeep(r.run(r.store._sql.collect([ENTRY_KEY, TAG_KEY]))),
 }

@@ -216,6 +216,7 @@ class NamedLock(LockSubject):
         "guard": sent(lambda s: s.sql.guard(s.sql.t, b"n", TOKEN, None)),
         "holder": sent(lambda s: [s.sql.holder(b"n")], answers=False),
         "clean": sent(lambda s: s.sql.clean(0), answers=False),
+        "note": sent(lambda s: s.sql.note(b"n", ASKINGS["b"], TICKET_TTL), answers=False),
         "clean tickets": sent(lambda s: s.sql.clean_tickets(0), answers=False),
     }
 
