@@ -310,6 +310,8 @@ def _selection(sql: Any, keys: Any, *, prefix: bool) -> Selection:
     if prefix:
         _codec.encode_bound(keys, "prefix")
         return Selection(prefix=sql.prefix + keys)
+    if not isinstance(keys, Iterable):
+        raise InvalidKeyError(f"watch: give a key or several, not {type(keys).__name__}")
     names = [keys] if isinstance(keys, str) else list(keys)
     if not 0 < len(names) <= KEYS_MAX:
         raise InvalidKeyError(f"watch: give from 1 to {KEYS_MAX:,} keys, not {len(names):,}")

@@ -550,6 +550,8 @@ async def test_bad_input_is_refused_before_anything_is_sent(
     await refused(pgkv.InvalidKeyError, "from 1 to 10,000 keys", store, [])
     await refused(pgkv.InvalidKeyError, "from 1 to 10,000 keys", store, map(str, range(10_001)))
     await refused(pgkv.InvalidKeyError, "key", store, "")
+    await refused(pgkv.InvalidKeyError, "give a key or several, not int", store, 1)
+    await refused(pgkv.InvalidKeyError, "key", store, b"k")
     await refused(pgkv.InvalidKeyError, "prefix must be a str", store, ["a"], prefix=True)
     events = plain(plain_store(store).watch("k"))
     with pytest.raises(pgkv.ConfigError, match="enter it first"):
