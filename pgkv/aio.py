@@ -198,7 +198,7 @@ class AsyncStore:
         store = cls(config_of(dsn, config))
         try:
             await asyncio.to_thread(store._target.dsn)  # an embedded server starts in its own time
-            await store._channel.execute(store._sql.reach(), reach_timeout(store._config))
+            await store._channel.run(_flows.reach(store._sql), reach_timeout(store._config))
             if store._config.auto_create_table:
                 await store.create_table()
             else:

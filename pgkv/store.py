@@ -212,7 +212,7 @@ class Store:
         store = cls(config_of(dsn, config))
         try:
             store._target.dsn()  # an embedded server has a time limit of its own
-            store._channel.execute(store._sql.reach(), reach_timeout(store._config))
+            store._channel.run(_flows.reach(store._sql), reach_timeout(store._config))
             store.create_table() if store._config.auto_create_table else store.exists("-")
         except BaseException:
             store.close()

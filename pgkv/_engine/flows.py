@@ -102,6 +102,27 @@ def increment_many(
     return sums
 
 
+def reach(sql: Statements) -> Flow[None]:
+    """Meet the server of a new store.
+
+    Raises:
+        ConfigError: Citus would accept the store's statements there and break its promises.
+    """
+    if not (yield from do(sql.reach()))[0]:
+        return
+    group, method = yield from do(sql.citus())
+    if group not in ("", "0"):
+        raise ConfigError(
+            f"this server is a worker of a Citus cluster (group {group}): a table made here would be on "
+            "it alone; connect to the coordinator"
+        )
+    if method not in ("", "n"):
+        raise ConfigError(
+            f"Citus has distributed the table {sql.t} by key: pgkv's promises do not hold on it. "
+            f"undistribute_table('{sql.t}') makes it an ordinary one; or choose another table_name"
+        )
+
+
 def update(
     sql: Statements,
     key: str,

@@ -231,12 +231,26 @@ class ScanStatements(Sweep):
         return Op(self._now)
 
     @cached_property
-    def _reach(self) -> Statement[None]:
-        return Statement("connect", "SELECT 1", (), read_nothing, retry_safe=True, writes=False)
+    def _reach(self) -> Statement[list[str]]:
+        text = "SELECT to_regclass('pg_catalog.pg_dist_local_group')::text"
+        return Statement("connect", text, (), _texts(1), retry_safe=True, writes=False)
 
-    def reach(self) -> Op[None]:
-        """A round trip that errors call "connect": the first statement of a new store."""
+    def reach(self) -> Op[list[str]]:
+        """A round trip that errors call "connect": the first statement of a new store. Empty texts where
+        the database is not one of Citus."""
         return Op(self._reach)
+
+    @cached_property
+    def _citus(self) -> Statement[list[str]]:
+        text = (
+            "SELECT (SELECT groupid::text FROM pg_catalog.pg_dist_local_group), (SELECT partmethod::text "
+            "FROM pg_catalog.pg_dist_partition WHERE logicalrelid = to_regclass($1))"
+        )
+        return Statement("connect", text, (TEXT,), _texts(2), retry_safe=True, writes=False)
+
+    def citus(self) -> Op[list[str]]:
+        """On Citus: which group of servers this is (0: the coordinator), and how the table is distributed."""
+        return Op(self._citus, (self.t.encode(),))
 
 
 def namespace_prefix(outer: str, prefix: object) -> str:
@@ -249,6 +263,10 @@ def namespace_prefix(outer: str, prefix: object) -> str:
         raise InvalidKeyError("a namespace's prefix must be a non-empty str")
     _codec.encode_bound(prefix, "the namespace's prefix")
     return outer + prefix
+
+
+def _texts(count: int) -> Callable[[Result], list[str]]:
+    return lambda result: [(result.get_value(0, n) or b"").decode() for n in range(count)]
 
 
 def _read_now(result: Result) -> datetime:

@@ -82,7 +82,7 @@ def test_a_statement_in_a_slot() -> None:
 
 
 EVERYWHERE = ("keys", "dump", "scan", "count", "stats", "delete_prefix", "clear")
-OF_NO_TABLE = ("ping", "now", "reach")
+OF_NO_TABLE = ("ping", "now", "reach", "citus")
 # Performed for each slot by itself, or never for a sharded store.
 WITHIN = (
     "pages",

@@ -40,6 +40,7 @@ SAFE: dict[str, Call] = {
     "ping": lambda s: s.ping(),
     "now": lambda s: s.now(),
     "reach": lambda s: s.reach(),
+    "citus": lambda s: s.citus(),
     "may_maintain": lambda s: s.may_maintain("vacuum"),
     "pages": lambda s: s.pages(),
     "set": lambda s: s.set("k", b"v"),

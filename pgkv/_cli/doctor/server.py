@@ -13,6 +13,7 @@ from psycopg.rows import dict_row
 
 from ...config import Pooler
 from ...patterns.overview import OLD_TRANSACTION
+from ...patterns.schema import tables
 from .. import console
 from .context import Check, Context, Result, fail, ok, warn
 
@@ -26,12 +27,27 @@ def server(context: Context) -> Result:
     """The server's version, and the database's encoding."""
     seen = context.row(
         "SELECT current_setting('server_version') AS v, current_database() AS d, "
-        "current_setting('server_encoding') AS encoding"
+        "current_setting('server_encoding') AS encoding, "
+        "to_regclass('pg_catalog.pg_dist_local_group') IS NOT NULL AS citus"
     )
     detail = f"PostgreSQL {seen['v']}, database {seen['d']}"
     if context.version < OLDEST_MAJOR * 10_000:
         advice = f"upgrade: pgkv needs PostgreSQL {OLDEST_MAJOR} or newer"
         return fail(detail, advice)
+    if seen["citus"]:
+        group = context.row("SELECT groupid FROM pg_catalog.pg_dist_local_group")["groupid"]
+        if group:
+            advice = "connect to the coordinator: a table made here would be on this server alone"
+            return fail(f"{detail}, a worker of a Citus cluster (group {group})", advice)
+        found = context.row(
+            "SELECT coalesce(string_agg(logicalrelid::regclass::text, ', '), '') AS tables "
+            "FROM pg_catalog.pg_dist_partition WHERE partmethod <> 'n' AND logicalrelid = ANY ("
+            "SELECT to_regclass(name) FROM unnest(%s::text[]) name)",
+            [table.quoted for table in tables(context.config)],
+        )["tables"]
+        if found:
+            advice = "pgkv's promises do not hold there: SELECT undistribute_table('...') for each"
+            return fail(f"{detail}: Citus has distributed by key {found}", advice)
     if seen["encoding"] != "UTF8":
         detail += f", encoding {seen['encoding']}"
         advice = "keys with characters outside that encoding are refused: use a database in UTF8"

@@ -21,7 +21,7 @@ STATEMENTS = tuple(
 )
 READS = frozenset((
     "get", "get_entry", "exists", "ttl", "get_many", "get_raw", "exists_many", "exist_many", "keys", "scan", "count", "stats",
-    "now", "get_statement", "exists_statement", "ping", "reach", "may_maintain", "pages", "vacuum", "analyze", "Sweep.collect", "notify", "name", "read", "page", "dump", "vacuum_idle",
+    "now", "get_statement", "exists_statement", "ping", "reach", "citus", "may_maintain", "pages", "vacuum", "analyze", "Sweep.collect", "notify", "name", "read", "page", "dump", "vacuum_idle",
     "stored",
 ))  # fmt: skip
 KEYS = ["a", "k", "z"]
