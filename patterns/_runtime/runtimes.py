@@ -4,6 +4,7 @@ threads, one for event loops."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -182,7 +183,18 @@ class AsyncRuntime(Runtime):
             note(answer)
             return answer
 
-        return await shielded(perform(), self.timeout + PATIENCE)
+        async def end() -> None:
+            await asyncio.wait((task,))
+            if not task.cancelled():
+                task.exception()  # looked at: or asyncio logs that nothing did
+
+        task = asyncio.get_running_loop().create_task(perform())
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            with contextlib.suppress(TimeoutError):
+                await shielded(end(), self.timeout + PATIENCE)
+            raise
 
     async def wait(self, waiter: Any, seconds: float) -> None:
         """Let time pass, less if the waiter is woken."""
