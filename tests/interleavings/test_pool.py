@@ -35,6 +35,8 @@ class FakePool:
         out: the connections in use. One that is dropped is closed: it does not count.
     """
 
+    closed = False
+
     def __init__(self) -> None:
         self.out: weakref.WeakSet[FakeConnection] = weakref.WeakSet()
 
