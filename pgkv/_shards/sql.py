@@ -93,6 +93,11 @@ class InSlot:
 
         return call
 
+    def sweep_alone(self, page: int) -> Op[tuple[int, int, int]]:
+        """As of `Sweep`: each slot's table is swept by one process at a time."""
+        op = self.at(self._sql.sweep_alone(page))
+        return Op(op.statement, (*op.params[:-1], self.t.encode()))
+
     def at(self, op: Op[T]) -> Op[T]:
         """That operation in the slot."""
         statement = self._made.get(op.statement)

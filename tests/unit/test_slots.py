@@ -12,7 +12,7 @@ import pgkv
 from pgkv._ops.op import TEXT, Statement
 from pgkv._shards.placement import Router
 from pgkv._shards.slots import ANY, ShardedConfig, Slots, hashed_part, schema_of
-from pgkv._shards.sql import ShardedStatements, located
+from pgkv._shards.sql import InSlot, ShardedStatements, located
 from pgkv._shards.store import settings, sharded_config, split
 from pgkv._sql import Statements
 from pgkv.cli import main
@@ -119,6 +119,14 @@ def test_where_an_operation_goes(name: str) -> None:
         assert slots in [
             {SLOTS.of(key.encode()) for key in keys} for keys in (["k"], KEYS, KEYS[:3])
         ]
+
+
+def test_a_sweep_in_a_slot() -> None:
+    """Is kept from others by the slot's own table."""
+    sql = InSlot(Statements(pgkv.Config("postgresql://", schema=ANY)), 7)
+    op = sql.sweep_alone(0)
+    assert op.params[-1] == b'"pgkv_07"."kv_store"'
+    assert 'FROM "pgkv_07"."kv_store"' in op.statement.sql
 
 
 def test_a_statement_of_no_table_is_the_same_everywhere() -> None:
