@@ -131,10 +131,12 @@ def make_store(
     request: pytest.FixtureRequest,
     layout: list[str],
     colour: Colour,
-    event_loop_runner: asyncio.Runner,
     dsn: str,
+    event_loop_runner: asyncio.Runner,
 ) -> Iterator[Callable[..., Coroutine[Any, Any, Any]]]:
-    del dsn  # its fixture looks for connections that are left open: after the stores were closed
+    # Its fixture looks for connections that are left open: after the stores were closed, and the
+    # loop, whose last tasks may have some in use.
+    del dsn
     dsns = layout
     if "clock" in request.fixturenames:
         dsns = [clock.dsn for clock in request.getfixturevalue("clock").each]
