@@ -20,7 +20,7 @@ from tests.benchmarks.rounds import ROUNDS_MIN, measure
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 README, WHY = DOCS.parent / "README.md", DOCS / "why.md"
 RECORD, PLOT, PAGE = "benchmarks.json", "benchmarks.svg", "performance.md"
-ROUNDS = 41
+ROUNDS = 31
 WIDTH = 180  # of the table where it goes to a file
 
 Chosen = list[tuple[Topic, list[Case | FactCase]]]

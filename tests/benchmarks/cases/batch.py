@@ -123,7 +123,7 @@ def set_many(bench: Bench) -> Entrants:
 
 
 LOADED = b"v" * 100
-LOAD_ROUNDS = 3
+LOAD_ROUNDS = 2
 
 
 @facts("load")
