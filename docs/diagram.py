@@ -17,6 +17,7 @@ BANDS = {
     "integrations": ("Integrations", "adapters of frameworks"),
     "patterns": ("Patterns", "locks, limits, caches, sessions"),
     "aio": ("Stores", "what users call, sync and async"),
+    "_background": ("Background", "renewals, notifications"),
     "_engine": ("Engine", "who performs an operation"),
     "embedded": ("Embedded", "a server of one's own"),
     "_sql": ("Statements", "the store's SQL"),
