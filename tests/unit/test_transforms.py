@@ -10,7 +10,8 @@ import pytest
 import pgkv
 from pgkv import AesGcmSiv, Config, ConfigError, DecodingError, Lz4, Zstd
 from pgkv import transforms as _transforms
-from pgkv.transforms import MAGIC, Transforms, applied
+from pgkv._sql.evict import KEPT
+from pgkv.transforms import MAGIC, OWN, Transforms, applied
 
 OLD, NEW = b"1" * 32, b"2" * 32
 JSON = b'{"name": "Ada", "tags": ["a", "b"]}' * 100
@@ -244,3 +245,8 @@ FIXTURES = {  # of JSON[:200] under "key"
         "5b2262225d7d020022a38818ed1c03"
     ),
 }
+
+
+def test_the_rows_of_patterns_are_those_that_are_never_evicted() -> None:
+    """Both lists name the prefixes under which patterns keep rows in the store's table."""
+    assert {mark.encode() for mark in KEPT} == set(OWN)
