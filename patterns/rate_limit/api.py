@@ -179,7 +179,7 @@ class RateLimiter(LimiterView[Store]):
             return flows.outage(key, error)
         decision = flows.decided(key, usual, arrival)
         if decision is None:
-            return self._store_run(flows.hit(key, 1, None, None, began), flows.left(began))  # type: ignore[no-any-return]  # of either store
+            return self._run(flows.go_on(key, usual, arrival, began))
         return decision
 
     def acquire(
@@ -383,8 +383,7 @@ class AsyncRateLimiter(LimiterView[AsyncStore]):
             return flows.outage(key, error)
         decision = flows.decided(key, usual, arrival)
         if decision is None:
-            left = flows.left(began)
-            return await self._store_run(flows.hit(key, 1, None, None, began), left)  # type: ignore[no-any-return]  # of either store
+            return await self._run(flows.go_on(key, usual, arrival, began))
         return decision
 
     async def acquire(

@@ -175,15 +175,9 @@ class LimiterFlows:
     # -- one key
 
     def hit(
-        self,
-        key: str,
-        cost: int,
-        limits: Rates | None,
-        on_error: OnError | None = None,
-        began: float | None = None,
+        self, key: str, cost: int, limits: Rates | None, on_error: OnError | None = None
     ) -> Flow[Decision]:
-        """Charge the key, or refuse. `on_error` is used instead of the limiter's own; the call may
-        have `began` with a statement that decided nothing."""
+        """Charge the key, or refuse. `on_error` is used instead of the limiter's own."""
         policy = self.policy if limits is None else self.policy_of(limits)
         row = self.row(key, policy)
         charge = policy.charge(cost)
@@ -196,7 +190,7 @@ class LimiterFlows:
             known = self.prepaid.spend(row, policy, cost)
         if known is not None:
             return self._settled(key, known)
-        sent = began or monotonic()
+        sent = monotonic()
         try:
             if self.prepaid is not None:
                 decision = yield from self._hit_prefetching(row, policy, cost, sent)
@@ -215,6 +209,9 @@ class LimiterFlows:
         return self._settled(key, decision)
 
     def _remember(self, key: str, row: bytes, charge: Charge, *, refused: bool) -> None:
+        if row not in self._lately:
+            self.usual.pop(key, None)
+            return
         if len(self.usual) >= ENTRIES_MAX:
             self.usual.clear()
         op = self._likely(refused)(row, charge)
@@ -228,15 +225,24 @@ class LimiterFlows:
             return None
 
     def decided(self, key: str, usual: Usual, arrival: Arrival | None) -> Decision | None:
-        """The decision of a hit that sent what is usual; None where `hit` has to go on."""
+        """The decision of a hit that sent what is usual; None where `go_on` has to."""
         if arrival is not None and not (usual.refused and arrival.stepped_back()):
             return self._settled(key, self.policy.decide(arrival, 1))
-        self.usual.pop(key, None)
-        if arrival is None and usual.refused:
-            self._lately[usual.row] = False
-        elif arrival is None:
-            self._lately.pop(usual.row, None)
         return None
+
+    def go_on(
+        self, key: str, usual: Usual, arrival: Arrival | None, began: float
+    ) -> Flow[Decision]:
+        """The rest of a hit that began with what is usual, which did not decide it."""
+        charge = self._one_token
+        self._lately[usual.row] = usual.refused
+        try:
+            arrival = yield from self._decided(usual.row, arrival, charge, began)
+        except OUTAGES as error:
+            return self.outage(key, error)
+        if usual.refused is arrival.charged or arrival.is_new():
+            self._remember(key, usual.row, charge, refused=not arrival.charged)
+        return self._settled(key, self.policy.decide(arrival, 1))
 
     def outage(
         self,
@@ -275,6 +281,9 @@ class LimiterFlows:
             arrival = yield from self._again(self.sql.hit(row, charge), started)
         if arrival.stepped_back():
             arrival = yield from self._rebased(row, arrival, charge, started)
+        if arrival.is_new():  # its row had been collected, and may be when the key comes again
+            self._lately.pop(row, None)
+            return arrival
         if len(self._lately) >= ENTRIES_MAX:
             self._lately.clear()
         self._lately[row] = not arrival.charged

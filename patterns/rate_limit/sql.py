@@ -83,6 +83,12 @@ class Arrival:
         """When each counter's window ends; 0 for a bucket."""
         return (0,) * len(self.tats)
 
+    def is_new(self) -> bool:
+        """Whether the charge made the row."""
+        if not self.charged or self.stamp is None:
+            return False
+        return _codec.decode_int(self.stamp) + EPOCH_2000_US == self.now // 1000
+
     def stepped_back(self) -> bool:
         """Whether this denial is due to the server's clock having been set back."""
         if self.charged or self.stamp is None:

@@ -377,6 +377,7 @@ async def test_a_hit_without_a_flow_decides_as_one_with_it(
                 told.append((made.allowed, made.remaining, made.degraded))
 
         await hit(5)
+        known = set(usual)
         clock.advance(5.5)
         await hit(3)
         clock.advance(60)
@@ -397,7 +398,7 @@ async def test_a_hit_without_a_flow_decides_as_one_with_it(
         with psycopg.connect(clock.dsn) as peer:
             peer.execute("LOCK kv_store")
             await hit(1)
-        return told, sent, limiter.counts, set(usual)
+        return told, sent, limiter.counts, known
 
     *ways, known = await story("usual", {})
     *expected, forgotten = await story("flow", Forgetful())

@@ -96,7 +96,7 @@ LIFETIME = timedelta(hours=1)
 def load(bench: Bench) -> Entrants:
     sessions, tokens = filled(bench)
     yield PGKV, each(sessions.load, cycle(tokens))
-    ops = [sessions._flows.sql.load(id_of(token)) for token in tokens]
+    ops = [sessions._flows.sql.look(id_of(token)) for token in tokens]
     yield RAW, each(bench.raw().sender(ops[0]), cycle([op.params for op in ops]))
     django, keys = django_sessions(bench)
     yield DJANGO, each(lambda key: django(key).load(), cycle(keys))
