@@ -1,4 +1,4 @@
-"""Cached functions in both colours behind one interface: tests write the function and the calls as
+"""Cached functions in both variants behind one interface: tests write the function and the calls as
 `async def`, once."""
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pgkv
-from tests.colours import Colour, Threaded, in_thread
+from tests.variants import Threaded, Variant, in_thread
 
 PATIENT = {"store_timeout": 20.0}  # a busy machine is no outage
 
@@ -33,16 +33,16 @@ class Awaited:
 
 
 def cached_in(
-    colour: Colour, store: Any, ttl: Any = 60, **options: Any
+    variant: Variant, store: Any, ttl: Any = 60, **options: Any
 ) -> Callable[[Callable[..., Any]], Any]:
-    """`@cached_in(colour, store)` decorates an `async def` in the test's colour."""
+    """`@cached_in(variant, store)` decorates an `async def` in the test's variant."""
     options = {"store": store, **PATIENT, **options}
 
     def decorate(fn: Callable[..., Any]) -> Any:
         # Each parametrization of a test defines its function again, closing over lists of its own.
-        suffix = "" if colour.name == "async" else ".blocking"
+        suffix = "" if variant.name == "async" else ".blocking"
         options.setdefault("name", f"{fn.__module__}.{fn.__qualname__}{suffix}")
-        if colour.name == "async":
+        if variant.name == "async":
             return pgkv.cached(ttl, **options)(fn)
         if isinstance(options["store"], Threaded):
             options["store"] = options["store"]._target
@@ -58,9 +58,9 @@ def cached_in(
     return decorate
 
 
-async def invalidate_tag(colour: Colour, tag: str, store: Any, conn: Any = None) -> None:
-    """`pgkv.invalidate_tag` in the test's colour."""
-    if colour.name == "async":
+async def invalidate_tag(variant: Variant, tag: str, store: Any, conn: Any = None) -> None:
+    """`pgkv.invalidate_tag` in the test's variant."""
+    if variant.name == "async":
         await pgkv.invalidate_tag(tag, store=store, conn=conn)
         return
     conn = conn._target if isinstance(conn, Threaded) else conn
@@ -68,5 +68,5 @@ async def invalidate_tag(colour: Colour, tag: str, store: Any, conn: Any = None)
 
 
 def plain_store(store: Any) -> Any:
-    """The store itself, out of its colour's wrapper."""
+    """The store itself, out of its variant's wrapper."""
     return store._target if isinstance(store, Threaded) else store

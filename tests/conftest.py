@@ -1,5 +1,5 @@
 """Fixtures of all tests: servers, a private schema per test, a movable clock, a store in both
-colours.
+variants.
 
 Tests that ask for `server`, `dsn`, `clock`, `store` or `make_store` run once per PostgreSQL found
 here (ids pg18, pg15, ...) or, with PGKV_TEST_DSN set, on the server it names (its role needs CREATE
@@ -30,8 +30,8 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from pgkv import _observe
 from pgkv.testing import ServerClock
 from tests import FULL, servers
-from tests.colours import Colour, available
 from tests.servers import Server, UserServer
+from tests.variants import Variant, available
 
 # A loaded machine may take any time for one example, and for making one.
 hypothesis.settings.register_profile(
@@ -74,7 +74,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             server in others and file.startswith("test_sharded")
         ):
             left_out.add(item)
-        elif "colour" in params and (server in others or file == "test_poolers.py"):
+        elif "variant" in params and (server in others or file == "test_poolers.py"):
             name = re.sub(r"\b(a?sync|older|newer)\b", "", item.nodeid)
             alike.setdefault(name, []).append(item)
     for name, each in alike.items():
@@ -251,14 +251,14 @@ def clock(_sandbox: _Sandbox) -> ServerClock:
 
 
 @pytest.fixture(params=available())
-def colour(request: pytest.FixtureRequest) -> Colour:
-    """The blocking and the asynchronous colour, used alike: see tests/colours.py."""
-    return Colour(request.param)
+def variant(request: pytest.FixtureRequest) -> Variant:
+    """The blocking and the asynchronous variant, used alike: see tests/variants.py."""
+    return Variant(request.param)
 
 
 @pytest.fixture
 def make_store(
-    dsn: str, colour: Colour, event_loop_runner: asyncio.Runner
+    dsn: str, variant: Variant, event_loop_runner: asyncio.Runner
 ) -> Iterator[Callable[..., Coroutine[Any, Any, Any]]]:
     """`await make_store(table_name=...)` connects a store, closed after the test; used as an
     AsyncStore.
@@ -266,7 +266,7 @@ def make_store(
     made: list[Any] = []
 
     async def make(**config: Any) -> Any:
-        made.append(await colour.connect(config.pop("dsn", dsn), **config))
+        made.append(await variant.connect(config.pop("dsn", dsn), **config))
         return made[-1]
 
     yield make

@@ -11,7 +11,7 @@ from typing import Any
 
 import psycopg
 
-from tests.colours import Colour, Threaded, in_thread
+from tests.variants import Threaded, Variant, in_thread
 
 
 async def until(condition: Callable[[], Any], what: str, seconds: float = 20.0) -> None:
@@ -68,9 +68,9 @@ class Peer:
         await until(lambda: self.waiting() >= count, "a statement waits for a lock")
 
 
-async def caller_connection(colour: Colour, dsn: str, **options: Any) -> Any:
-    """The caller's own connection in the test's colour; awaited in both."""
-    if colour.name == "async":
+async def caller_connection(variant: Variant, dsn: str, **options: Any) -> Any:
+    """The caller's own connection in the test's variant; awaited in both."""
+    if variant.name == "async":
         return await psycopg.AsyncConnection.connect(dsn, **options)
     return Threaded(await in_thread(psycopg.Connection.connect, dsn, **options))
 

@@ -13,7 +13,7 @@ import pgkv
 from pgkv._shards.admin import Servers
 from pgkv._shards.slots import ANY
 from pgkv.patterns.schema import tables
-from tests.colours import Colour, Threaded, in_thread
+from tests.variants import Threaded, Variant, in_thread
 
 
 def databases(dsn: str, names: Sequence[str]) -> list[str]:
@@ -35,9 +35,9 @@ def init(dsns: Sequence[str], slots: int | None) -> int:
         return servers.init(slots, tables(pgkv.Config(dsns[0], schema=ANY)))
 
 
-async def connect(colour: Colour, dsns: Sequence[str], **config: Any) -> Any:
+async def connect(variant: Variant, dsns: Sequence[str], **config: Any) -> Any:
     """A sharded store; used as an AsyncStore."""
-    if colour.name == "async":
+    if variant.name == "async":
         return await pgkv.AsyncStore.sharded(dsns, **config)
     return Threaded(await in_thread(pgkv.Store.sharded, dsns, **config))
 

@@ -2,7 +2,7 @@
 
 `Proxy(dsn)` listens on loopback; its own `dsn` leads through it. What happens to the answers is said
 by `answers`, for all connections, or once by `arm`. The proxy runs on an event loop in a thread of
-its own, so that a test of either colour may block as it likes.
+its own, so that a test of either variant may block as it likes.
 """
 
 from __future__ import annotations

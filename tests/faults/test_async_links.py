@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 from pgkv import AsyncStore, InvalidValueError, StoreUnavailableError
-from tests.colours import Colour
 from tests.faults.proxy import Proxy, certificate
 from tests.faults.support import Witness, newest, until
 from tests.servers import LATE
+from tests.variants import Variant
 
 MakeStore = Callable[..., Coroutine[Any, Any, AsyncStore]]
 pytestmark = newest
@@ -27,9 +27,9 @@ LONGEST_GAP = 0.25  # generous: other processes share the machine
 
 
 @pytest.fixture(params=["async"])
-def colour(request: pytest.FixtureRequest) -> Colour:
+def variant(request: pytest.FixtureRequest) -> Variant:
     """Links of a loop."""
-    return Colour(request.param)
+    return Variant(request.param)
 
 
 class Ticker:

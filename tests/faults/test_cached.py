@@ -19,9 +19,9 @@ import pytest
 import pgkv
 from pgkv._engine import breaker as _breaker
 from tests.cached import cached_in
-from tests.colours import Colour
 from tests.faults.support import Witness, exit_code, newest
 from tests.servers import LATE, Server, wait_until
+from tests.variants import Variant
 
 ROOT = Path(__file__).parents[2]
 MakeStore = Callable[..., Any]
@@ -31,14 +31,14 @@ MakeStore = Callable[..., Any]
 PROGRAM = """
 import asyncio, sys, threading, time
 import psycopg, pgkv
-dsn, colour, threads, seconds, lease = sys.argv[1], sys.argv[2], *map(float, sys.argv[3:6])
+dsn, variant, threads, seconds, lease = sys.argv[1], sys.argv[2], *map(float, sys.argv[3:6])
 
 def ran():
     with psycopg.connect(dsn, autocommit=True) as conn:
         conn.execute("INSERT INTO runs VALUES (pg_backend_pid(), %s)", [__import__("os").getpid()])
 
 options = dict(compute_timeout=lease, max_wait=60, store_timeout=30)
-if colour == "sync":
+if variant == "sync":
     store = pgkv.Store.connect(dsn)
 
     @pgkv.cached(60, store=store, **options)
@@ -84,10 +84,12 @@ class Fleet:
                 "CREATE TABLE runs (backend int, process int, at timestamptz DEFAULT clock_timestamp())"
             )
 
-    def start(self, count: int, colour: str, *, threads: int, seconds: float, lease: float) -> None:
+    def start(
+        self, count: int, variant: str, *, threads: int, seconds: float, lease: float
+    ) -> None:
         new = [
             subprocess.Popen(
-                [sys.executable, "-c", PROGRAM, self.dsn, colour, str(threads), str(seconds), str(lease)],
+                [sys.executable, "-c", PROGRAM, self.dsn, variant, str(threads), str(seconds), str(lease)],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
                 env={**os.environ, "PYTHONPATH": str(ROOT)},
             )
@@ -129,10 +131,10 @@ def fleet(dsn: str) -> Iterator[Fleet]:
 
 
 @newest
-@pytest.mark.parametrize("colour_name", ["sync", "async"])
-def test_stampede_of_8_processes_with_8_callers_each(fleet: Fleet, colour_name: str) -> None:
+@pytest.mark.parametrize("variant_name", ["sync", "async"])
+def test_stampede_of_8_processes_with_8_callers_each(fleet: Fleet, variant_name: str) -> None:
     """On one cold key: the function runs once, everybody gets its value."""
-    fleet.start(8, colour_name, threads=8, seconds=0.2, lease=30)
+    fleet.start(8, variant_name, threads=8, seconds=0.2, lease=30)
     fleet.go()
     fleet.finish(fleet.members)
     assert len(fleet.runs()) == 1
@@ -158,7 +160,7 @@ def test_a_killed_leader_has_one_successor(fleet: Fleet) -> None:
 
 
 async def test_an_outage_costs_little_and_ends(
-    make_server: Callable[..., Server], make_store: MakeStore, colour: Colour, monkeypatch: pytest.MonkeyPatch
+    make_server: Callable[..., Server], make_store: MakeStore, variant: Variant, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
     """While the server is down calls run the function, after a few failures without a stall; with
     on_error="raise" they raise. When it is back the cache is."""
@@ -173,8 +175,8 @@ async def test_an_outage_costs_little_and_ends(
         calls.append(n)
         return n
 
-    cached = cached_in(colour, store, store_timeout=1)(f)
-    raising = cached_in(colour, raising_store, on_error="raise", store_timeout=1)(f)
+    cached = cached_in(variant, store, store_timeout=1)(f)
+    raising = cached_in(variant, raising_store, on_error="raise", store_timeout=1)(f)
     assert [await cached(1), await cached(1), await raising(1)] == [1, 1, 1]
     assert len(calls) == 1
     server.stop()
@@ -203,13 +205,13 @@ async def test_an_outage_costs_little_and_ends(
 
 @newest
 async def test_a_frozen_store_costs_the_timeout(
-    make_store: MakeStore, colour: Colour, witness: Witness
+    make_store: MakeStore, variant: Variant, witness: Witness
 ) -> None:
     """A server that does not answer (here: a locked table) delays a call by store_timeout, not by
     the store's own operation_timeout."""
     store = await make_store()
 
-    @cached_in(colour, store, store_timeout=0.3)
+    @cached_in(variant, store, store_timeout=0.3)
     async def f() -> int:
         return 1
 
@@ -225,14 +227,14 @@ async def test_a_frozen_store_costs_the_timeout(
 
 @newest
 async def test_the_functions_own_errors_are_no_outage(
-    make_store: MakeStore, colour: Colour
+    make_store: MakeStore, variant: Variant
 ) -> None:
     """A function that raises pgkv's own errors (it may use a store itself) is not called again, and
     opens no circuit."""
     store = await make_store()
     calls: list[int] = []
 
-    @cached_in(colour, store)
+    @cached_in(variant, store)
     async def f() -> int:
         calls.append(1)
         raise pgkv.StoreUnavailableError("its own")
@@ -248,11 +250,16 @@ async def test_the_functions_own_errors_are_no_outage(
 @pytest.mark.parametrize("on_error", ["call", "raise"])
 @pytest.mark.parametrize("wrong", ["right", "loop", "transaction"])
 async def test_what_the_program_does_wrong_is_no_outage(
-    make_store: MakeStore, colour: Colour, limited: str, witness: Witness, on_error: str, wrong: str
+    make_store: MakeStore,
+    variant: Variant,
+    limited: str,
+    witness: Witness,
+    on_error: str,
+    wrong: str,
 ) -> None:
     """A missing right, a store of another event loop, a view of a transaction that has ended: raised
     by every call, whatever on_error says. The function is not called and no circuit opens."""
-    if wrong == "loop" and colour.name == "sync":
+    if wrong == "loop" and variant.name == "sync":
         pytest.skip("threads share a store")
     store = await make_store()
     await store.set("k", b"v")  # the table exists
@@ -269,7 +276,7 @@ async def test_what_the_program_does_wrong_is_no_outage(
         error = pgkv.TransactionError
         async with store.transaction() as view:
             store = view
-    cached = cached_in(colour, store, on_error=on_error)(f)
+    cached = cached_in(variant, store, on_error=on_error)(f)
     if wrong == "loop":
         assert await cached() == 1
         calls.clear()
@@ -298,7 +305,7 @@ async def _awaited(fn: Any) -> Any:
 
 @newest
 async def test_a_crash_of_the_server_makes_the_cache_cold(
-    make_server: Callable[..., Server], make_store: MakeStore, colour: Colour
+    make_server: Callable[..., Server], make_store: MakeStore, variant: Variant
 ) -> None:
     """An UNLOGGED table comes back empty: a fill that was under way is refused, nothing old shows."""
     server = make_server()
@@ -306,7 +313,7 @@ async def test_a_crash_of_the_server_makes_the_cache_cold(
     gate, begun = asyncio.Event(), asyncio.Event()
     calls: list[int] = []
 
-    @cached_in(colour, store, store_timeout=20)
+    @cached_in(variant, store, store_timeout=20)
     async def f() -> int:
         calls.append(1)
         begun.set()

@@ -306,7 +306,7 @@ def test_deadline_on_a_callers_connection(dsn: str, own_store: Store, witness: W
 
 
 def test_wrong_connections(dsn: str, own_store: Store) -> None:
-    """What is no psycopg 3 connection of this colour is refused by its name."""
+    """What is no psycopg 3 connection of this variant is refused by its name."""
     psycopg2 = pytest.importorskip("psycopg2")
     conn = psycopg2.connect(dsn)
     with pytest.raises(ConfigError, match="psycopg2"):

@@ -231,9 +231,9 @@ def test_storm(dsn: str, witness: Witness, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_forgotten_and_huge(
-    make_store: Callable[..., Awaitable[Any]], event_loop_runner: asyncio.Runner, colour: Any
+    make_store: Callable[..., Awaitable[Any]], event_loop_runner: asyncio.Runner, variant: Any
 ) -> None:
     """Batches larger than the socket's buffers."""
-    if colour.name == "async":
+    if variant.name == "async":
         pytest.skip("AsyncStore has no such fallback")
     event_loop_runner.run(test_tables.test_huge_batches(make_store))

@@ -22,9 +22,9 @@ import pytest
 
 import pgkv
 from pgkv import OperationTimeoutError, PgkvError, PoolTimeoutError, Store
-from tests.colours import Colour, Threaded
 from tests.faults.support import Crew, Witness, newest, until
 from tests.servers import LATE, wait_until
+from tests.variants import Threaded, Variant
 
 MakeStore = Callable[..., Awaitable[Any]]
 pytestmark = newest
@@ -431,9 +431,9 @@ async def test_close_while_a_connection_is_handed_over(
     await until(lambda: not witness.backends(), "connections end")
 
 
-async def test_close_while_the_pool_is_opened(dsn: str, colour: Colour, witness: Witness) -> None:
+async def test_close_while_the_pool_is_opened(dsn: str, variant: Variant, witness: Witness) -> None:
     """A store that is closed while its first operation opens the pool opens none."""
-    store = colour.make("Store", pgkv.Config(dsn, retry=None))
+    store = variant.make("Store", pgkv.Config(dsn, retry=None))
     owner: Any = store._target if isinstance(store, Threaded) else store
     pool = owner._channel._pool
     asked, closing, conninfo = threading.Event(), threading.Event(), pool.conninfo

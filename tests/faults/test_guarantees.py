@@ -23,10 +23,10 @@ from pgkv.patterns.session.data import id_of
 from pgkv.testing import ServerClock
 from tests import servers
 from tests.cached import cached_in
-from tests.colours import Colour
 from tests.faults.proxy import Proxy
 from tests.faults.support import Witness, newest
 from tests.servers import Server, wait_until
+from tests.variants import Variant
 
 pytestmark = newest
 ROOT = Path(__file__).resolve().parents[2]
@@ -209,13 +209,15 @@ def test_sessions_move_with_the_servers_clock(dsn: str, clock: ServerClock) -> N
         assert sessions.load(token) is None
 
 
-async def test_answers_of_patterns_that_are_lost(dsn: str, make_store: Any, colour: Colour) -> None:
+async def test_answers_of_patterns_that_are_lost(
+    dsn: str, make_store: Any, variant: Variant
+) -> None:
     """The server has committed and its answer is lost. A hit is not sent again: charged once, and
     decided by on_error. A value whose fill was lost is returned. A session's load is repeated, its
     creation is not."""
     with Proxy(dsn) as proxy:
         store = await make_store(dsn=proxy.dsn)
-        limiter = colour.make("RateLimiter", store, "3/h", name="n", timeout=10)
+        limiter = variant.make("RateLimiter", store, "3/h", name="n", timeout=10)
         assert await limiter.hit("u")
         proxy.arm(b"pgkv:rate:n:u")
         with pytest.raises(pgkv.StoreUnavailableError) as caught:
@@ -225,7 +227,7 @@ async def test_answers_of_patterns_that_are_lost(dsn: str, make_store: Any, colo
 
         calls: list[int] = []
 
-        @cached_in(colour, store)
+        @cached_in(variant, store)
         async def slow() -> str:
             calls.append(1)
             return "marked value"
@@ -234,7 +236,7 @@ async def test_answers_of_patterns_that_are_lost(dsn: str, make_store: Any, colo
         assert [await slow(), await slow()] == ["marked value"] * 2
         assert lost.met == len(calls) == 1  # the fill had happened: the second call is a hit
 
-        sessions = colour.make("SessionStore", store)
+        sessions = variant.make("SessionStore", store)
         proxy.arm(b"marked data")
         with pytest.raises(pgkv.StoreUnavailableError) as caught:
             await sessions.create({"a": "marked data"})
@@ -245,15 +247,15 @@ async def test_answers_of_patterns_that_are_lost(dsn: str, make_store: Any, colo
         assert lost.met == 1
 
 
-async def test_an_exhausted_pool(make_store: Any, colour: Colour) -> None:
+async def test_an_exhausted_pool(make_store: Any, variant: Variant) -> None:
     """While a transaction has the only connection a limiter goes by on_error, a cached function runs,
     and sessions raise, each in its time."""
     store = await make_store(pool_max_size=1, pool_timeout=0.3)
-    limiter = colour.make("RateLimiter", store, "3/h", name="n", on_error="open", timeout=0.1)
-    sessions = colour.make("SessionStore", store)
+    limiter = variant.make("RateLimiter", store, "3/h", name="n", on_error="open", timeout=0.1)
+    sessions = variant.make("SessionStore", store)
     token = (await sessions.create({"a": 1})).id
 
-    @cached_in(colour, store, store_timeout=0.1)
+    @cached_in(variant, store, store_timeout=0.1)
     async def one() -> int:
         return 1
 

@@ -13,12 +13,12 @@ import pytest
 
 import pgkv
 from pgkv import TableType
-from tests.colours import Colour
 from tests.faults.idempotency_worker import KEYS, LEASE
 from tests.faults.proxy import Proxy
 from tests.faults.support import newest
 from tests.hammer import Start, Storm, count, kill_when_done, starting
 from tests.servers import Server
+from tests.variants import Variant
 
 pytestmark = newest
 # A storm goes on until that much was done, however slow the machine is.
@@ -78,12 +78,12 @@ def test_killed_between_effect_and_record(
     assert count(effects, "SELECT count(*) FROM effects") == effects_done
 
 
-async def test_the_answer_to_a_claim_is_lost(dsn: str, make_store: Any, colour: Colour) -> None:
+async def test_the_answer_to_a_claim_is_lost(dsn: str, make_store: Any, variant: Variant) -> None:
     """A claim whose answer never came is not sent again: the key is held to the lease's end, and then
     free."""
     with Proxy(dsn) as proxy:
         store = await make_store(dsn=proxy.dsn)
-        idem = colour.make("Idempotency", store, lease=LEASE)
+        idem = variant.make("Idempotency", store, lease=LEASE)
         async with idem.once("warm"):
             pass
         proxy.arm(b"unheard")
@@ -102,21 +102,21 @@ async def claimed(idem: Any, key: str, **options: Any) -> bool:
 
 
 async def test_a_crash_of_the_server(
-    make_server: Callable[..., Server], make_store: Any, colour: Colour
+    make_server: Callable[..., Server], make_store: Any, variant: Variant
 ) -> None:
     """A claim, and what was completed, are on disk: after a crash the key is held, and the record there.
     Of a transaction that was open nothing is left."""
     server = make_server(durable=True)
     retry = pgkv.RetryPolicy(attempts=100, deadline=20)
     store = await make_store(dsn=server.dsn, retry=retry, table_type=TableType.REGULAR)
-    idem = colour.make("Idempotency", store, lease=60)
+    idem = variant.make("Idempotency", store, lease=60)
     async with idem.once("done") as attempt:
         attempt.result = b"r"
     await store.set("effect", "none")
     async with idem.once("claimed"):
         with pytest.raises(pgkv.PgkvError):
             async with store.transaction() as inside:
-                async with colour.make("Idempotency", inside).once("inside") as attempt:
+                async with variant.make("Idempotency", inside).once("inside") as attempt:
                     await inside.set("effect", "half")
                     attempt.result = b"half"
                 server.kill()

@@ -27,10 +27,10 @@ from pgkv.patterns.lock.sql import (
     SemaphoreStatements,
     slot_keys,
 )
-from tests.colours import Colour
 from tests.faults.support import Crew, Witness, newest
 from tests.peers import until
 from tests.servers import wait_until
+from tests.variants import Variant
 
 pytestmark = newest
 
@@ -148,11 +148,11 @@ def test_others_leases_are_not_taken_back(arranged: Arranged) -> None:
 
 
 async def test_an_asking_that_was_ended_by_force_asks_afresh(
-    store: Any, colour: Colour, dsn: str, witness: Witness, monkeypatch: pytest.MonkeyPatch
+    store: Any, variant: Variant, dsn: str, witness: Witness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A lease was granted and ended by force before its holder heard of it: the acquire that repeats
     its question is granted a new one."""
-    lock = colour.make("Lock", store, "n")
+    lock = variant.make("Lock", store, "n")
     sql = getattr(lock, "_target", lock)._options.sql
     grant = sql.grant
     tokens: list[int] = []

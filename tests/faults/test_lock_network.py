@@ -16,11 +16,11 @@ import pytest
 import pgkv
 from pgkv._ops.op import Flow
 from pgkv.patterns.lock import flows
-from tests.colours import Colour
 from tests.faults.proxy import Proxy
 from tests.faults.support import newest
 from tests.peers import until
 from tests.servers import LATE
+from tests.variants import Variant
 
 pytestmark = newest
 
@@ -40,28 +40,28 @@ def make_store(proxy: Proxy, make_store: Any) -> Any:
 
 
 async def test_a_grant_whose_reply_is_lost_is_the_same_grant(
-    make_store: Any, colour: Colour, proxy: Proxy, store: Any
+    make_store: Any, variant: Variant, proxy: Proxy, store: Any
 ) -> None:
     """The reply after COMMIT is dropped: the repeat returns the first grant, extended, at once."""
     through = await make_store(dsn=proxy.dsn)
-    lock = colour.make("Lock", through, "lost-reply", ttl=30)
+    lock = variant.make("Lock", through, "lost-reply", ttl=30)
     async with lock.acquire():
         pass
     fault = proxy.arm(b"lost-reply")
     async with lock.acquire(timeout=20) as lease:
         assert fault.met == 1
-        info = await colour.make("Lock", store, "lost-reply").holder()
+        info = await variant.make("Lock", store, "lost-reply").holder()
         assert info.token == lease.token
         assert (info.expires_at - info.acquired_at).total_seconds() > 30, "granted, then extended"
 
 
 async def test_a_release_whose_reply_is_lost_is_no_loss(
-    make_store: Any, colour: Colour, proxy: Proxy
+    make_store: Any, variant: Variant, proxy: Proxy
 ) -> None:
     """The release happened, its answer was lost, its repeat found nothing: that is True, and the
     block ends in peace."""
     through = await make_store(dsn=proxy.dsn)
-    lock = colour.make("Lock", through, "n", ttl=30)
+    lock = variant.make("Lock", through, "n", ttl=30)
     async with lock.acquire():
         pass
     async with lock.acquire() as lease:
@@ -72,15 +72,15 @@ async def test_a_release_whose_reply_is_lost_is_no_loss(
 
 @pytest.mark.parametrize("fault", ["silence", "refusal"])
 async def test_loss_is_signalled_before_the_servers_expiry(
-    make_store: Any, colour: Colour, proxy: Proxy, store: Any, fault: str
+    make_store: Any, variant: Variant, proxy: Proxy, store: Any, fault: str
 ) -> None:
     """Renewals hang, or cannot connect: the holder is told while nobody else can be granted the
     name yet."""
     through = await make_store(dsn=proxy.dsn)
     lost: list[float] = []
-    lock = colour.make("Lock", through, "n", ttl=6, on_lost=lambda: lost.append(time.monotonic()))
+    lock = variant.make("Lock", through, "n", ttl=6, on_lost=lambda: lost.append(time.monotonic()))
     lease = await lock.acquire()
-    outside = colour.make("Lock", store, "n")
+    outside = variant.make("Lock", store, "n")
     if fault == "silence":
         proxy.hold()
     else:
@@ -104,15 +104,15 @@ async def test_loss_is_signalled_before_the_servers_expiry(
 
 
 async def test_an_async_body_is_cancelled_though_the_network_is_silent(
-    make_store: Any, colour: Colour, proxy: Proxy
+    make_store: Any, variant: Variant, proxy: Proxy
 ) -> None:
     """No answer, no error: trust ends all the same, and the body with it."""
-    if colour.name == "sync":
+    if variant.name == "sync":
         pytest.skip("a thread cannot be cancelled")
     through = await make_store(dsn=proxy.dsn, operation_timeout=0.5, retry=None)
     started = time.monotonic()
     with pytest.raises(pgkv.LeaseLostError):  # the block itself is tested
-        async with colour.make("Lock", through, "n", ttl=3).acquire():
+        async with variant.make("Lock", through, "n", ttl=3).acquire():
             proxy.hold()
             await asyncio.sleep(30)
     assert time.monotonic() - started < 2 + LATE
@@ -120,10 +120,10 @@ async def test_an_async_body_is_cancelled_though_the_network_is_silent(
     proxy.reset_all()
 
 
-async def test_renewals_survive_resets(make_store: Any, colour: Colour, proxy: Proxy) -> None:
+async def test_renewals_survive_resets(make_store: Any, variant: Variant, proxy: Proxy) -> None:
     """Connections are reset again and again: no lease is lost while the trust lasts."""
     through = await make_store(dsn=proxy.dsn)
-    lease = await colour.make("Lock", through, "n", ttl=3).acquire()
+    lease = await variant.make("Lock", through, "n", ttl=3).acquire()
     end = time.monotonic() + 3.5
     while time.monotonic() < end:
         await asyncio.sleep(0.5)
@@ -132,10 +132,10 @@ async def test_renewals_survive_resets(make_store: Any, colour: Colour, proxy: P
     assert await lease.release()
 
 
-async def test_late_renewals_are_in_time(make_store: Any, colour: Colour, proxy: Proxy) -> None:
+async def test_late_renewals_are_in_time(make_store: Any, variant: Variant, proxy: Proxy) -> None:
     """Every answer takes 100 ms: trust is counted from the sending, and the lease lives."""
     through = await make_store(dsn=proxy.dsn)
-    lease = await colour.make("Lock", through, "n", ttl=3).acquire()
+    lease = await variant.make("Lock", through, "n", ttl=3).acquire()
     proxy.shape(delay=0.1)
     await asyncio.sleep(3.5)
     lease.check()
@@ -146,10 +146,10 @@ async def test_late_renewals_are_in_time(make_store: Any, colour: Colour, proxy:
 # -- cancelled or failing at every await
 
 
-async def test_cancelled_at_every_await(store: Any, colour: Colour) -> None:
+async def test_cancelled_at_every_await(store: Any, variant: Variant) -> None:
     """acquire() and release() cancelled after k turns of the loop: the name is free again within
     its ttl, and the lease that was granted can still be released."""
-    if colour.name == "sync":
+    if variant.name == "sync":
         pytest.skip("see the next test")
     for fair in (False, True):
         lock = pgkv.AsyncLock(store, f"cancel {fair}", ttl=1, fair=fair)
@@ -179,11 +179,11 @@ async def test_cancelled_at_every_await(store: Any, colour: Colour) -> None:
 
 
 async def test_extend_and_guard_cancelled_at_every_await(
-    store: Any, colour: Colour, dsn: str
+    store: Any, variant: Variant, dsn: str
 ) -> None:
     """extend() and guard() cancelled after k turns of the loop: the lease is held on and can be
     released, its token is the same, and the caller's connection answers its own questions."""
-    if colour.name == "sync":
+    if variant.name == "sync":
         pytest.skip("a thread cannot be cancelled; a failing flow is swept in the next test")
     lock = pgkv.AsyncLock(store, "cancel extend", ttl=30)
     finished = 0

@@ -13,8 +13,8 @@ import pytest
 
 import pgkv
 from pgkv._engine import breaker as _breaker
-from tests.colours import Colour
 from tests.servers import Server
+from tests.variants import Variant
 
 MakeStore = Callable[..., Coroutine[Any, Any, Any]]
 
@@ -79,7 +79,7 @@ PATTERNS: dict[str, tuple[str, dict[str, Any], Callable[[Any], Any]]] = {
 async def test_misses(
     make_server: Callable[..., Server],
     make_store: MakeStore,
-    colour: Colour,
+    variant: Variant,
     coalesce: bool,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -113,7 +113,7 @@ async def test_misses(
             await call(store)
     for what, options, call in PATTERNS.values():
         with pytest.raises(pgkv.StoreUnavailableError):
-            await call(colour.make(what, store, **options))
+            await call(variant.make(what, store, **options))
     for call, _ in (MISSES["get"], MISSES["set"]):
         with pytest.raises(pgkv.StoreUnavailableError):
             await call(strict)
@@ -145,12 +145,12 @@ async def test_mistakes_are_no_misses(make_store: MakeStore, store: Any, dsn: st
 
 
 async def test_a_circuit_that_is_open_asks_no_server(
-    colour: Colour, monkeypatch: pytest.MonkeyPatch
+    variant: Variant, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After five failures in a row reads are misses at once, until the pause is over."""
     monkeypatch.setattr(_breaker, "PAUSE_FIRST", 30.0)
     nowhere = "postgresql://nobody@127.0.0.1:1/nowhere?connect_timeout=1"
-    store = colour.make("Store", pgkv.Config(nowhere, on_error="miss", retry=None))
+    store = variant.make("Store", pgkv.Config(nowhere, on_error="miss", retry=None))
     asked: list[str] = []
     remove = pgkv.on_operation(lambda name, *_: asked.append(name))
     try:

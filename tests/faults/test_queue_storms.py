@@ -13,12 +13,12 @@ import psycopg
 import pytest
 
 import pgkv
-from tests.colours import Colour
 from tests.faults.proxy import Proxy
 from tests.faults.queue_worker import LEASE, orders
 from tests.faults.support import newest
 from tests.hammer import Start, Storm, count, kill_when_done, starting
 from tests.servers import Server, wait_until
+from tests.variants import Variant
 
 pytestmark = newest
 # A storm goes on until that much was done, however slow the machine is.
@@ -117,11 +117,11 @@ def test_killed_between_effect_and_ack(
     assert count(world, "SELECT count(*) FROM effects") == effects
 
 
-async def test_lost_answers(dsn: str, make_store: Any, colour: Colour) -> None:
+async def test_lost_answers(dsn: str, make_store: Any, variant: Variant) -> None:
     """A put whose answer is lost is not repeated; an ack is, and counts; a take is, and the job that it
     had been given comes back at its lease's end."""
     with Proxy(dsn) as proxy:
-        queue = colour.make("Queue", await make_store(dsn=proxy.dsn), "the queue", lease=LEASE)
+        queue = variant.make("Queue", await make_store(dsn=proxy.dsn), "the queue", lease=LEASE)
         await queue.put("warm")
         job = await queue.take()
         proxy.arm(b"DELETE FROM")
@@ -142,15 +142,15 @@ async def test_lost_answers(dsn: str, make_store: Any, colour: Colour) -> None:
 
 
 async def test_a_crash_of_the_server(
-    make_server: Callable[..., Server], make_store: Any, colour: Colour
+    make_server: Callable[..., Server], make_store: Any, variant: Variant
 ) -> None:
     """A committed put survives; the lease of a moment before may not: then the job is given again, and the
     first worker's ack is refused. An UNLOGGED queue is empty."""
     server = make_server(durable=True)
     retry = pgkv.RetryPolicy(attempts=100, deadline=20)
     store = await make_store(dsn=server.dsn, retry=retry)
-    queue = colour.make("Queue", store, "q", lease=LEASE)
-    unlogged = colour.make("Queue", store, "q", durable=False)
+    queue = variant.make("Queue", store, "q", lease=LEASE)
+    unlogged = variant.make("Queue", store, "q", durable=False)
     ids = await queue.put_many(["a", "b"])
     await unlogged.put("c")
     job = await queue.take()

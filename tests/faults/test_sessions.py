@@ -1,6 +1,6 @@
 """Sessions when the server crashes, and what an intruder finds: in its files, and in the logs.
 
-Durability is the statements', the same in both colours: one of them will do.
+Durability is the statements', the same in both variants: one of them will do.
 """
 
 from __future__ import annotations

@@ -12,22 +12,22 @@ import pytest
 
 import pgkv
 from tests import sharded
-from tests.colours import Colour
 from tests.faults.support import newest
 from tests.servers import LATE, Server
+from tests.variants import Variant
 
 pytestmark = newest
 
 
 async def test_only_its_slots_suffer(
-    server: Server, make_server: Callable[..., Server], colour: Colour
+    server: Server, make_server: Callable[..., Server], variant: Variant
 ) -> None:
     """The others answer meanwhile, what meets it ends by the deadline, and it comes back by itself: empty
     where its tables are UNLOGGED and it was killed."""
     theirs = make_server()
     dsns = [*sharded.databases(server.dsn, [f"f_{secrets.token_hex(4)}"]), theirs.dsn]
     sharded.init(dsns, 2)
-    store = await sharded.connect(colour, dsns, operation_timeout=1.0, retry=None)
+    store = await sharded.connect(variant, dsns, operation_timeout=1.0, retry=None)
     async with store:
         nodes = [shard.node for shard in await store.shards()]
         keys = [
@@ -62,7 +62,7 @@ async def test_only_its_slots_suffer(
         assert await store.get(keys[0]) == b"v"
         found = {shard.slot: shard.bytes > 0 for shard in await store.shards()}
         assert found == {store.slot_of(keys[0]): True, store.slot_of(keys[1]): False}
-        late = await sharded.connect(colour, dsns, operation_timeout=1.0, retry=None)
+        late = await sharded.connect(variant, dsns, operation_timeout=1.0, retry=None)
         async with late:
             assert await late.get(keys[0]) == b"v"
             error = await fails(late.get(keys[1]))

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from pgkv import ConfigError, PgkvError, Store, TableNotFoundError, TableType
-from tests.colours import Threaded
 from tests.faults.proxy import Proxy, error_answer
 from tests.faults.support import Crew, Witness, newest
+from tests.variants import Threaded
 
 MakeStore = Callable[..., Awaitable[Any]]
 

@@ -883,6 +883,9 @@ class Later:
     def background(self) -> Later:
         return self
 
+    def backgrounds(self) -> list[Later]:
+        return [self]
+
     def placed(self, op: Op[Any]) -> tuple[Op[Any], Later]:
         return op, self
 

@@ -20,7 +20,7 @@ from typing import Any
 import psycopg
 
 import pgkv
-from tests.colours import Colour, Threaded, in_thread
+from tests.variants import Threaded, Variant, in_thread
 
 COUNTERS = ("a", "b", "c")
 ENTRIES = 200  # of the bounded table
@@ -66,7 +66,7 @@ class Soaked:
     def __init__(self, dsn: str, kind: str, ledger: Ledger, seed: int, pause: float) -> None:
         self.dsn = dsn
         self.pause = pause
-        self.kind = Colour(kind)
+        self.kind = Variant(kind)
         self.ledger = ledger
         self.random = random.Random(seed)
         self.store: Any = None

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 import pgkv
-from tests.colours import Colour
 from tests.peers import Peer, caller_connection
+from tests.variants import Variant
 
 
 @pytest.fixture
@@ -31,13 +31,13 @@ def witness(dsn: str) -> Iterator[Peer]:
 
 @pytest.fixture
 def connect(
-    dsn: str, colour: Colour, event_loop_runner: asyncio.Runner
+    dsn: str, variant: Variant, event_loop_runner: asyncio.Runner
 ) -> Iterator[Callable[..., Coroutine[Any, Any, Any]]]:
-    """`await connect(autocommit=True)` is the caller's own connection, in the store's colour."""
+    """`await connect(autocommit=True)` is the caller's own connection, in the store's variant."""
     made: list[Any] = []
 
     async def make(**options: Any) -> Any:
-        made.append(await caller_connection(colour, options.pop("dsn", dsn), **options))
+        made.append(await caller_connection(variant, options.pop("dsn", dsn), **options))
         return made[-1]
 
     yield make
@@ -70,13 +70,13 @@ def operations(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, str,
 
 @pytest.fixture
 def make_sessions(
-    make_store: Callable[..., Coroutine[Any, Any, Any]], colour: Colour
+    make_store: Callable[..., Coroutine[Any, Any, Any]], variant: Variant
 ) -> Callable[..., Coroutine[Any, Any, Any]]:
     """`await make_sessions(idle_timeout=60)` is a session store on a store of its own; settings of
     the store go into `config`."""
 
     async def make(config: dict[str, Any] | None = None, **options: Any) -> Any:
-        return colour.make("SessionStore", await make_store(**(config or {})), **options)
+        return variant.make("SessionStore", await make_store(**(config or {})), **options)
 
     return make
 

@@ -22,9 +22,9 @@ from pgkv import AsyncStore, ConfigError, OperationTimeoutError, PoolTimeoutErro
 from pgkv._engine._async.connection import AsyncPgConnection
 from pgkv._ops.op import Op
 from pgkv.config import EMBEDDED_SCHEME
-from tests.colours import Colour
 from tests.peers import Peer, until
 from tests.servers import LATE
+from tests.variants import Variant
 
 T = TypeVar("T")
 MakeStore = Callable[..., Coroutine[Any, Any, AsyncStore]]
@@ -34,9 +34,9 @@ WAITING = "SELECT count(*) FROM pg_locks WHERE NOT granted"
 
 
 @pytest.fixture(params=["async"])
-def colour(request: pytest.FixtureRequest) -> Colour:
-    """Only the colour that can be cancelled."""
-    return Colour(request.param)
+def variant(request: pytest.FixtureRequest) -> Variant:
+    """Only the variant that can be cancelled."""
+    return Variant(request.param)
 
 
 def sizes(store: AsyncStore) -> tuple[int, int]:

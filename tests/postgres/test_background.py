@@ -20,10 +20,10 @@ import pgkv
 from pgkv._background import listener as _listener
 from pgkv._background.background import backgrounds
 from tests.cached import cached_in, plain_store
-from tests.colours import Colour
 from tests.faults.support import newest
 from tests.peers import Peer, until
 from tests.servers import LATE, wait_until
+from tests.variants import Variant
 
 pytestmark = newest
 
@@ -49,18 +49,18 @@ def cancel_all_tasks() -> None:
 # -- one connection that listens ------------------------------------------------------------
 
 
-async def test_one_connection_listens_for_all(store: Any, colour: Colour, peer: Peer) -> None:
+async def test_one_connection_listens_for_all(store: Any, variant: Variant, peer: Peer) -> None:
     """Waiting locks and first levels of all stores on a database hear over one connection, which
     ends with the last of them."""
 
-    @cached_in(colour, store, l1=pgkv.L1(ttl=600))
+    @cached_in(variant, store, l1=pgkv.L1(ttl=600))
     async def f() -> int:
         return 1
 
     await f()
     await until(lambda: len(listening(peer)) == 1, "the process listens")
-    lease = await colour.make("Lock", store, "name").acquire()
-    waiting = asyncio.ensure_future(acquired(colour.make("Lock", store, "name", wakeup="notify")))
+    lease = await variant.make("Lock", store, "name").acquire()
+    waiting = asyncio.ensure_future(acquired(variant.make("Lock", store, "name", wakeup="notify")))
     await until(lambda: "pgkv_locks" in listening(peer)[0], "it listens for locks too")
     assert "pgkv_cache" in listening(peer)[0]
     await lease.release()
@@ -72,19 +72,19 @@ async def test_one_connection_listens_for_all(store: Any, colour: Colour, peer: 
 
 
 async def test_a_refused_listen_does_not_delay_an_acquire(
-    store: Any, colour: Colour, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    store: Any, variant: Variant, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """LISTEN is refused: an acquire keeps to its timeout, each time, a release still lets a waiter
     in, and the log says it once."""
     monkeypatch.setattr(_listener, "listen_sql", lambda channels: sql.SQL("SELECT 1/0"))
-    lease = await colour.make("Lock", store, "name").acquire()
+    lease = await variant.make("Lock", store, "name").acquire()
     for _ in range(3):
         started = time.monotonic()
         with pytest.raises(pgkv.LockTimeoutError):
-            await acquired(colour.make("Lock", store, "name", wakeup="notify"), timeout=0.3)
+            await acquired(variant.make("Lock", store, "name", wakeup="notify"), timeout=0.3)
         assert time.monotonic() - started < 3.0 + LATE
     await until(lambda: "pgkv.listener.lost" in caplog.text, "it is logged")
-    waiting = asyncio.ensure_future(acquired(colour.make("Lock", store, "name", wakeup="notify")))
+    waiting = asyncio.ensure_future(acquired(variant.make("Lock", store, "name", wakeup="notify")))
     await asyncio.sleep(0.2)
     await lease.release()
     await (await asyncio.wait_for(waiting, 30)).release()
@@ -92,15 +92,15 @@ async def test_a_refused_listen_does_not_delay_an_acquire(
 
 
 async def test_a_trial_that_failed_is_repeated(
-    store: Any, colour: Colour, monkeypatch: pytest.MonkeyPatch
+    store: Any, variant: Variant, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A server that is too busy to deliver the trial notification in time is tried again later."""
     listen_sql = _listener.listen_sql
     monkeypatch.setattr(_listener, "TRIAL_TIME", 0.2)
     monkeypatch.setattr(_listener, "TRIAL_AGAIN", 0.2)
     monkeypatch.setattr(_listener, "listen_sql", lambda channels: sql.SQL("LISTEN pgkv_elsewhere"))
-    lock = colour.make("Lock", store, "name", wakeup="notify")
-    async with colour.make("Lock", store, "name").acquire():
+    lock = variant.make("Lock", store, "name", wakeup="notify")
+    async with variant.make("Lock", store, "name").acquire():
         with pytest.raises(pgkv.LockTimeoutError):
             await acquired(lock, timeout=0.1)
         background = backgrounds._of_channels[plain_store(store)._channel]
@@ -112,13 +112,13 @@ async def test_a_trial_that_failed_is_repeated(
 
 
 async def test_an_invalidation_in_a_transaction_reaches_this_process_at_its_commit(
-    store: Any, colour: Colour, connect: Any
+    store: Any, variant: Variant, connect: Any
 ) -> None:
     """A call before the commit puts the old value into the first level again; the commit removes
     it, in the process that invalidated as well."""
     calls: list[int] = []
 
-    @cached_in(colour, store, l1=pgkv.L1(ttl=600))
+    @cached_in(variant, store, l1=pgkv.L1(ttl=600))
     async def f() -> int:
         calls.append(1)
         return len(calls)
@@ -210,11 +210,11 @@ async def test_cancelled_sweeps_come_again(dsn: str, peer: Peer) -> None:
 tenant: contextvars.ContextVar[str] = contextvars.ContextVar("tenant", default="none")
 
 
-async def test_a_refresh_runs_in_the_context_of_its_call(store: Any, colour: Colour) -> None:
+async def test_a_refresh_runs_in_the_context_of_its_call(store: Any, variant: Variant) -> None:
     """A stale value is computed again with the context variables of the call that met it."""
     seen: list[str] = []
 
-    @cached_in(colour, store, ttl=0.05, stale=600)
+    @cached_in(variant, store, ttl=0.05, stale=600)
     async def f() -> str:
         seen.append(tenant.get())
         return tenant.get()

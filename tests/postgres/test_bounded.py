@@ -22,8 +22,8 @@ from pgkv._engine.evict import Evictor
 from pgkv._ops.op import Noted
 from pgkv._sql.evict import KEPT
 from pgkv.testing import ServerClock
-from tests.colours import Colour, in_thread
 from tests.peers import Peer, until
+from tests.variants import Variant, in_thread
 
 MakeStore = Callable[..., Coroutine[Any, Any, Any]]
 MANUAL = pgkv.TtlCleanupStrategy.MANUAL
@@ -115,14 +115,14 @@ async def test_transactions_are_left_alone(make_store: MakeStore, peer: Peer) ->
 
 
 async def test_what_patterns_need_is_kept(
-    make_store: MakeStore, colour: Colour, peer: Peer, clock: ServerClock
+    make_store: MakeStore, variant: Variant, peer: Peer, clock: ServerClock
 ) -> None:
     """Limiters keep their count and invalidated values stay away, also in a namespace; a user's
     own key that only looks like theirs is evicted."""
     store = await make_store(max_entries=100, ttl_cleanup_strategy=MANUAL)
     stores = (store, store.namespace("app:"))
     limiters = [
-        colour.make("RateLimiter", each, "3/day", name="api", timeout=20) for each in stores
+        variant.make("RateLimiter", each, "3/day", name="api", timeout=20) for each in stores
     ]
     for limiter in limiters:
         assert await limiter.hit("u", cost=3)
@@ -234,12 +234,12 @@ async def test_a_lowered_bound_after_deletes_with_large_values(
 
 
 async def test_limiters_and_caches_under_constant_eviction(
-    make_store: MakeStore, colour: Colour
+    make_store: MakeStore, variant: Variant
 ) -> None:
     """While writes evict all the time a limiter admits exactly its count, and a value that was
     invalidated does not come back."""
     store = await make_store(max_entries=100)
-    limiter = colour.make("RateLimiter", store, "40/d", name="l", timeout=20)
+    limiter = variant.make("RateLimiter", store, "40/d", name="l", timeout=20)
     admitted: list[bool] = []
     versions: list[int] = []
 
@@ -259,7 +259,7 @@ async def test_limiters_and_caches_under_constant_eviction(
         async def coroutine() -> int:
             return current
 
-        blocking = colour.name == "sync"
+        blocking = variant.name == "sync"
         inner = store._target if blocking else store
         fn: Any = pgkv.cached(60, store=inner)(plain if blocking else coroutine)
 

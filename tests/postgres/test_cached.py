@@ -1,4 +1,4 @@
-"""`cached`: what a hit is, what is stored and for how long, single flight, tags, and the colours."""
+"""`cached`: what a hit is, what is stored and for how long, single flight, tags, and the variants."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ import pytest
 import pgkv
 from pgkv.testing import ServerClock
 from tests.cached import cached_in, invalidate_tag, plain_store
-from tests.colours import Colour, in_thread
 from tests.peers import Peer
+from tests.variants import Variant, in_thread
 
 
 @dataclass
@@ -26,12 +26,12 @@ class User:
     name: str | None
 
 
-async def test_one_entry_for_one_call_however_written(store: Any, colour: Colour) -> None:
+async def test_one_entry_for_one_call_however_written(store: Any, variant: Variant) -> None:
     """f(1), f(a=1) and f() with the default 1 run the function once; 1, True, 1.0 and "1" do not
     share."""
     calls: list[Any] = []
 
-    @cached_in(colour, store)
+    @cached_in(variant, store)
     async def f(a: Any = 1, *, b: int = 2) -> Any:
         calls.append(a)
         return [repr(a), b]
@@ -44,11 +44,11 @@ async def test_one_entry_for_one_call_however_written(store: Any, colour: Colour
 
 
 @pytest.mark.parametrize("value", [None, 0, "", False, []])
-async def test_falsy_results_are_cached(store: Any, colour: Colour, value: Any) -> None:
+async def test_falsy_results_are_cached(store: Any, variant: Variant, value: Any) -> None:
     """None and falsy results are hits like any other."""
     calls: list[int] = []
 
-    @cached_in(colour, store)
+    @cached_in(variant, store)
     async def f() -> Any:
         calls.append(1)
         return value
@@ -57,11 +57,11 @@ async def test_falsy_results_are_cached(store: Any, colour: Colour, value: Any) 
     assert len(calls) == 1
 
 
-async def test_exceptions_are_not_cached(store: Any, colour: Colour) -> None:
+async def test_exceptions_are_not_cached(store: Any, variant: Variant) -> None:
     """A function that raises runs again, its exception unchanged, and leaves no row behind."""
     calls: list[int] = []
 
-    @cached_in(colour, store)
+    @cached_in(variant, store)
     async def f() -> int:
         calls.append(1)
         if len(calls) == 1:
@@ -76,24 +76,24 @@ async def test_exceptions_are_not_cached(store: Any, colour: Colour) -> None:
     assert len(calls) == 2
 
 
-async def test_values_come_back_as_annotated(store: Any, colour: Colour) -> None:
+async def test_values_come_back_as_annotated(store: Any, variant: Variant) -> None:
     """A dataclass comes back as that dataclass, on the miss and on the hit. Without an annotation a
     tuple is a tuple for both, those inside it lists, and what JSON would change into another type is
     refused."""
 
-    @cached_in(colour, store)
+    @cached_in(variant, store)
     async def annotated(n: int) -> User:
         return User(n, None)
 
-    @cached_in(colour, store)
+    @cached_in(variant, store)
     async def plain(n: int):  # type: ignore[no-untyped-def]  # on purpose
         return "x", (n, 2)
 
-    @cached_in(colour, store, codec="msgpack")
+    @cached_in(variant, store, codec="msgpack")
     async def packed(n: int):  # type: ignore[no-untyped-def]  # on purpose
         return "x", n
 
-    @cached_in(colour, store)
+    @cached_in(variant, store)
     async def unknown(n: int):  # type: ignore[no-untyped-def]  # on purpose
         return User(n, None), n
 
@@ -105,15 +105,15 @@ async def test_values_come_back_as_annotated(store: Any, colour: Colour) -> None
             await unknown(1)
 
 
-async def test_a_result_that_does_not_fit_is_refused_at_once(store: Any, colour: Colour) -> None:
+async def test_a_result_that_does_not_fit_is_refused_at_once(store: Any, variant: Variant) -> None:
     """A result that contradicts the annotation, or that the codec cannot write, raises on the
     first call: not on some later hit, and not a miss for ever."""
 
-    @cached_in(colour, store)
+    @cached_in(variant, store)
     async def wrong() -> User:
         return None  # type: ignore[return-value]  # on purpose
 
-    @cached_in(colour, store)
+    @cached_in(variant, store)
     async def unwritable() -> Any:
         return object()
 
@@ -123,13 +123,13 @@ async def test_a_result_that_does_not_fit_is_refused_at_once(store: Any, colour:
 
 
 @pytest.mark.parametrize("codec", ["json", "msgpack", pgkv.SignedPickle(b"k" * 16)])
-async def test_codecs(store: Any, colour: Colour, codec: Any) -> None:
+async def test_codecs(store: Any, variant: Variant, codec: Any) -> None:
     """JSON, msgpack and signed pickle keep a value; each takes the others' entries for misses."""
     calls: list[int] = []
     for each in (codec, "json"):
         calls.clear()
 
-        @cached_in(colour, store, codec=each)
+        @cached_in(variant, store, codec=each)
         async def f(n: int) -> User:
             calls.append(n)
             return User(n, "x")
@@ -141,11 +141,11 @@ async def test_codecs(store: Any, colour: Colour, codec: Any) -> None:
 
 
 async def test_pickle_is_loaded_only_with_its_signature(
-    store: Any, colour: Colour, peer: Peer
+    store: Any, variant: Variant, peer: Peer
 ) -> None:
     """Bytes that somebody else wrote, and a signed entry moved to another key, are misses."""
 
-    @cached_in(colour, store, codec=pgkv.SignedPickle(b"secret" * 4))
+    @cached_in(variant, store, codec=pgkv.SignedPickle(b"secret" * 4))
     async def f(n: int) -> Any:
         return (n, object)
 
@@ -162,12 +162,12 @@ async def test_pickle_is_loaded_only_with_its_signature(
 
 @pytest.mark.parametrize("damage", ["", "'~'", "'\\x01'", "value || 'x'", "'hello'"])
 async def test_damaged_entries_are_misses(
-    store: Any, colour: Colour, peer: Peer, damage: str
+    store: Any, variant: Variant, peer: Peer, damage: str
 ) -> None:
     """Foreign and damaged bytes are computed anew, never an exception."""
     calls: list[int] = []
 
-    @cached_in(colour, store)
+    @cached_in(variant, store)
     async def f() -> int:
         calls.append(1)
         return 1
@@ -179,12 +179,14 @@ async def test_damaged_entries_are_misses(
     assert len(calls) == 2
 
 
-async def test_ttl_is_judged_by_the_server(store: Any, colour: Colour, clock: ServerClock) -> None:
+async def test_ttl_is_judged_by_the_server(
+    store: Any, variant: Variant, clock: ServerClock
+) -> None:
     """An entry is a hit until its ttl by the server's clock, and a miss after; peek tells its age.
     Without beta no hit refreshes early."""
     calls: list[int] = []
 
-    @cached_in(colour, store, beta=0)
+    @cached_in(variant, store, beta=0)
     async def f() -> int:
         calls.append(1)
         return len(calls)
@@ -202,7 +204,7 @@ async def test_ttl_is_judged_by_the_server(store: Any, colour: Colour, clock: Se
 
 
 async def test_ttl_of_the_result_and_condition(
-    store: Any, colour: Colour, clock: ServerClock
+    store: Any, variant: Variant, clock: ServerClock
 ) -> None:
     """ttl may be a function of result and arguments, None keeps for ever, 0 stores nothing, and
     neither does a condition that is false."""
@@ -210,7 +212,7 @@ async def test_ttl_of_the_result_and_condition(
     seconds = {1: 10, 2: None, 3: 0}
 
     @cached_in(
-        colour,
+        variant,
         store,
         ttl=lambda result, n: seconds.get(n, 5),
         condition=lambda result: result != [4],
@@ -232,10 +234,10 @@ async def test_ttl_of_the_result_and_condition(
     assert len(calls) == 7
 
 
-async def test_jitter_only_shortens(store: Any, colour: Colour, peer: Peer) -> None:
+async def test_jitter_only_shortens(store: Any, variant: Variant, peer: Peer) -> None:
     """jitter=0.5 spreads the ends of entries over the second half of the ttl."""
 
-    @cached_in(colour, store, ttl=100, jitter=0.5)
+    @cached_in(variant, store, ttl=100, jitter=0.5)
     async def f(n: int) -> int:
         return n
 
@@ -247,7 +249,7 @@ async def test_jitter_only_shortens(store: Any, colour: Colour, peer: Peer) -> N
     assert 49 < min(ends) < 75 < max(ends) <= 100
 
 
-async def test_every_call_returns_what_a_hit_would(store: Any, colour: Colour) -> None:
+async def test_every_call_returns_what_a_hit_would(store: Any, variant: Variant) -> None:
     """Also the call that computes, one whose result is not stored, and one that cannot reach the
     store's row. What the codec cannot write can be no hit: where `condition` refuses it, it is
     returned as it is."""
@@ -258,7 +260,7 @@ async def test_every_call_returns_what_a_hit_would(store: Any, colour: Colour) -
 
         f.__annotations__["return"] = returns
         f.__qualname__ = f"{returns} {condition} {ttl} {result}"
-        return cached_in(colour, store, ttl=ttl, condition=condition)(f)
+        return cached_in(variant, store, ttl=ttl, condition=condition)(f)
 
     for ttl in (60, lambda *_: 0):
         for condition in (None, lambda _: True, lambda _: False):
@@ -287,12 +289,12 @@ class Size(enum.IntEnum):
 @pytest.mark.parametrize("codec", ["json", "msgpack", pgkv.SignedPickle(b"k" * 16)])
 @pytest.mark.parametrize("value", [Text("<b>"), Size.BIG, {"a": [Text("x")]}, date(2020, 1, 1)])
 async def test_a_type_that_would_change_is_refused(
-    store: Any, colour: Colour, codec: Any, value: Any
+    store: Any, variant: Variant, codec: Any, value: Any
 ) -> None:
     """Without an annotation a subclass would come back as its base: the call is refused at once and
     says what to do. Pickle keeps it, and so does an annotation."""
 
-    @cached_in(colour, store, codec=codec)
+    @cached_in(variant, store, codec=codec)
     async def f() -> Any:
         return value
 
@@ -305,7 +307,7 @@ async def test_a_type_that_would_change_is_refused(
         with pytest.raises(pgkv.SerializationError, match="SignedPickle"):
             await f()
 
-    @cached_in(colour, store)
+    @cached_in(variant, store)
     async def annotated() -> Size:
         return Size.BIG
 
@@ -336,7 +338,7 @@ class Admin(Hidden):
     ],
 )
 async def test_models_come_back_equal_or_are_refused(
-    store: Any, colour: Colour, codec: Any, value: Any, type_: Any
+    store: Any, variant: Variant, codec: Any, value: Any, type_: Any
 ) -> None:
     """Secrets, aliases, excluded fields and the fields of subclasses: no call shows another object."""
 
@@ -345,7 +347,7 @@ async def test_models_come_back_equal_or_are_refused(
 
     f.__annotations__["return"] = type_
     f.__qualname__ += str(type_)
-    cached = cached_in(colour, store, codec=codec)(f)
+    cached = cached_in(variant, store, codec=codec)(f)
     try:
         shown = [await cached(), await cached()]
     except pgkv.SerializationError as error:
@@ -356,11 +358,11 @@ async def test_models_come_back_equal_or_are_refused(
     assert "hush" not in refused
 
 
-async def test_stampede_of_64_callers(store: Any, colour: Colour) -> None:
+async def test_stampede_of_64_callers(store: Any, variant: Variant) -> None:
     """64 threads, or tasks, on one cold key: the function runs once, all get its value."""
     calls: list[int] = []
 
-    @cached_in(colour, store)
+    @cached_in(variant, store)
     async def f() -> int:
         calls.append(1)
         await asyncio.sleep(0.05)
@@ -372,11 +374,11 @@ async def test_stampede_of_64_callers(store: Any, colour: Colour) -> None:
     assert (info.hits, info.misses, info.fills, info.errors) == (63, 1, 1, 0)
 
 
-async def test_a_leader_that_raises(store: Any, colour: Colour) -> None:
+async def test_a_leader_that_raises(store: Any, variant: Variant) -> None:
     """Each waiter sees its own attempt's outcome: the failures are the failing runs, nobody hangs."""
     calls: list[int] = []
 
-    @cached_in(colour, store)
+    @cached_in(variant, store)
     async def f() -> int:
         calls.append(1)
         await asyncio.sleep(0.01)
@@ -391,7 +393,7 @@ async def test_a_leader_that_raises(store: Any, colour: Colour) -> None:
     assert len(calls) == 4
 
 
-async def test_two_stores_compute_once(make_store: Any, colour: Colour) -> None:
+async def test_two_stores_compute_once(make_store: Any, variant: Variant) -> None:
     """Callers with different stores, as different processes have, wait for the lease's holder; with
     lock=False each computes, and one stores."""
     calls: list[int] = []
@@ -403,14 +405,14 @@ async def test_two_stores_compute_once(make_store: Any, colour: Colour) -> None:
             await asyncio.sleep(0.1)
             return 7
 
-        first, second = [cached_in(colour, await make_store(), lock=lock)(f) for _ in range(2)]
+        first, second = [cached_in(variant, await make_store(), lock=lock)(f) for _ in range(2)]
         assert list(await asyncio.gather(first(lock), second(lock))) == [7, 7]
         assert len(calls) == expected
         fills = first.cache_info().fills + second.cache_info().fills
         assert fills == 1
 
 
-async def test_max_wait(make_store: Any, colour: Colour) -> None:
+async def test_max_wait(make_store: Any, variant: Variant) -> None:
     """A waiter waits no longer than max_wait, then computes itself and does not store."""
     gate = asyncio.Event()
 
@@ -420,7 +422,7 @@ async def test_max_wait(make_store: Any, colour: Colour) -> None:
             await asyncio.sleep(0.6)
         return 7
 
-    first, second = [cached_in(colour, await make_store(), max_wait=0.1)(f) for _ in range(2)]
+    first, second = [cached_in(variant, await make_store(), max_wait=0.1)(f) for _ in range(2)]
     slow = asyncio.ensure_future(first())
     await gate.wait()
     for other in (first, second):
@@ -431,12 +433,12 @@ async def test_max_wait(make_store: Any, colour: Colour) -> None:
     assert second.cache_info().fills == 0
 
 
-async def test_reentrant_calls_do_not_wait_for_themselves(store: Any, colour: Colour) -> None:
+async def test_reentrant_calls_do_not_wait_for_themselves(store: Any, variant: Variant) -> None:
     """A function that calls itself for the same key, also by way of another, computes."""
     depth: list[int] = []
     plain = plain_store(store)
     options: dict[str, Any] = {"store": plain, "store_timeout": 20, "max_wait": 60}
-    if colour.name == "async":
+    if variant.name == "async":
 
         @pgkv.cached(60, name="f", **options)
         async def f() -> int:
@@ -464,7 +466,7 @@ async def test_reentrant_calls_do_not_wait_for_themselves(store: Any, colour: Co
 
 
 async def test_the_lease_is_renewed_while_the_function_runs(
-    make_store: Any, colour: Colour
+    make_store: Any, variant: Variant
 ) -> None:
     """A function that runs longer than its lease is not replaced as long as its process lives."""
     calls: list[int] = []
@@ -474,13 +476,13 @@ async def test_the_lease_is_renewed_while_the_function_runs(
         await asyncio.sleep(1.5)
         return 7
 
-    both = [cached_in(colour, await make_store(), compute_timeout=0.45)(f) for _ in range(2)]
+    both = [cached_in(variant, await make_store(), compute_timeout=0.45)(f) for _ in range(2)]
     assert await asyncio.gather(*(each() for each in both)) == [7, 7]
     assert len(calls) == 1
 
 
 async def test_the_mark_against_recursion_ends_with_the_computation(
-    store: Any, colour: Colour
+    store: Any, variant: Variant
 ) -> None:
     """A task that a computation starts and leaves behind is a caller like any other afterwards: its
     calls are hits, and of those that miss one computes."""
@@ -492,7 +494,7 @@ async def test_the_mark_against_recursion_ends_with_the_computation(
 
     async def later() -> list[int]:
         await ended.wait()
-        if colour.name == "async":
+        if variant.name == "async":
             first = await load()
             await load.invalidate()
             return [first, *await asyncio.gather(*(load() for _ in range(8)))]
@@ -510,7 +512,7 @@ async def test_the_mark_against_recursion_ends_with_the_computation(
             left.append(asyncio.get_running_loop().create_task(later()))
 
     load: Any
-    if colour.name == "async":
+    if variant.name == "async":
 
         @pgkv.cached(60, **options, name="left behind, in a task")
         async def load() -> int:
@@ -535,14 +537,14 @@ async def test_the_mark_against_recursion_ends_with_the_computation(
     assert len(calls) == 2
 
 
-async def test_cancelling_a_leader_frees_the_key(make_store: Any, colour: Colour) -> None:
+async def test_cancelling_a_leader_frees_the_key(make_store: Any, variant: Variant) -> None:
     """A cancelled leader leaves no placeholder: the next caller computes at once."""
-    if colour.name == "sync":
+    if variant.name == "sync":
         pytest.skip("threads are not cancelled")
     store = await make_store()
     begun = asyncio.Event()
 
-    @cached_in(colour, store)
+    @cached_in(variant, store)
     async def f(quick: list[int]) -> int:
         begun.set()
         await asyncio.sleep(0 if quick else 60)
@@ -556,17 +558,17 @@ async def test_cancelling_a_leader_frees_the_key(make_store: Any, colour: Colour
     assert not await store.keys("pgkv:cache:e:")
 
 
-async def test_tags(store: Any, colour: Colour) -> None:
+async def test_tags(store: Any, variant: Variant) -> None:
     """invalidate_tag makes misses of all entries with the tag, of every function, and of no other;
     one query, however many there are."""
     calls: list[Any] = []
 
-    @cached_in(colour, store, tags=("user:{user_id}", "all"))
+    @cached_in(variant, store, tags=("user:{user_id}", "all"))
     async def f(user_id: int, n: int = 0) -> int:
         calls.append((user_id, n))
         return n
 
-    @cached_in(colour, store, tags=("user:{u.id}",))
+    @cached_in(variant, store, tags=("user:{u.id}",))
     async def g(u: User) -> int:
         calls.append(u.id)
         return u.id
@@ -581,41 +583,41 @@ async def test_tags(store: Any, colour: Colour) -> None:
     assert len(calls) == 5
     await call_all()
     assert len(calls) == 5
-    await invalidate_tag(colour, "user:1", store)
+    await invalidate_tag(variant, "user:1", store)
     assert await f.peek(1, 0) is None
     assert await f.peek(2) is not None
     await call_all()
     assert len(calls) == 9
-    await invalidate_tag(colour, "all", store)
+    await invalidate_tag(variant, "all", store)
     await call_all()
     assert len(calls) == 13
 
 
-async def test_many_tags(store: Any, colour: Colour) -> None:
+async def test_many_tags(store: Any, variant: Variant) -> None:
     """More tags than a statement names one by one."""
 
-    @cached_in(colour, store, tags=tuple(f"t{n}" for n in range(20)))
+    @cached_in(variant, store, tags=tuple(f"t{n}" for n in range(20)))
     async def f() -> int:
         return 1
 
     await f()
     assert await f.peek() is not None
-    await invalidate_tag(colour, "t17", store)
+    await invalidate_tag(variant, "t17", store)
     assert await f.peek() is None
 
 
 async def test_tag_rows_outlive_tagged_entries(
-    store: Any, colour: Colour, clock: ServerClock, peer: Peer
+    store: Any, variant: Variant, clock: ServerClock, peer: Peer
 ) -> None:
     """A tagged entry lives at most 30 days, its tag's row an hour more: no old value returns when
     the tag's row ends."""
 
-    @cached_in(colour, store, ttl=None, tags=("t",))
+    @cached_in(variant, store, ttl=None, tags=("t",))
     async def f() -> int:
         return 1
 
     await f()
-    await invalidate_tag(colour, "t", store)
+    await invalidate_tag(variant, "t", store)
     assert await f.peek() is None
     clock.advance(30 * 86400 - 5)
     assert await f.peek() is None
@@ -626,14 +628,14 @@ async def test_tag_rows_outlive_tagged_entries(
     assert await f.peek() is None
 
 
-async def test_cache_clear(store: Any, colour: Colour) -> None:
+async def test_cache_clear(store: Any, variant: Variant) -> None:
     """cache_clear makes all entries of that function misses, in one write, and of no other."""
 
     async def f(n: int) -> int:
         return n
 
-    one = cached_in(colour, store)(f)
-    two = cached_in(colour, store, version=2)(f)
+    one = cached_in(variant, store)(f)
+    two = cached_in(variant, store, version=2)(f)
     for n in range(3):
         await one(n)
         await two(n)
@@ -644,12 +646,12 @@ async def test_cache_clear(store: Any, colour: Colour) -> None:
     assert await one.peek(1) is not None
 
 
-async def test_refresh(store: Any, colour: Colour) -> None:
+async def test_refresh(store: Any, variant: Variant) -> None:
     """refresh computes and stores, whether or not something was there; ignored parameters are its
     own."""
     values = iter(range(10))
 
-    @cached_in(colour, store, ignore=("db",))
+    @cached_in(variant, store, ignore=("db",))
     async def f(n: int, db: object) -> int:
         return next(values)
 
@@ -662,12 +664,12 @@ async def test_refresh(store: Any, colour: Colour) -> None:
     assert await f.peek(1, "any db") is None
 
 
-async def test_the_refresh_that_began_last_wins(store: Any, colour: Colour) -> None:
+async def test_the_refresh_that_began_last_wins(store: Any, variant: Variant) -> None:
     """Of two refreshes at once the fill of the earlier one is discarded, whichever ends first."""
     gates = [asyncio.Event(), asyncio.Event()]
     begun: list[int] = []
 
-    @cached_in(colour, store)
+    @cached_in(variant, store)
     async def f() -> int:
         me = len(begun)
         begun.append(me)
@@ -691,28 +693,28 @@ async def test_the_refresh_that_began_last_wins(store: Any, colour: Colour) -> N
     assert f.cache_info().discarded_fills == 1
 
 
-async def test_a_namespaced_store_keeps_apart(store: Any, colour: Colour) -> None:
+async def test_a_namespaced_store_keeps_apart(store: Any, variant: Variant) -> None:
     """Entries, clears and tags of one namespace do not touch another's."""
 
     async def f() -> int:
         return 1
 
-    one, two = [cached_in(colour, store.namespace(each), tags=("t",))(f) for each in "ab"]
+    one, two = [cached_in(variant, store.namespace(each), tags=("t",))(f) for each in "ab"]
     await one()
     assert await two.peek() is None
     await two()
     await one.cache_clear()
     assert await two.peek() is not None
-    await invalidate_tag(colour, "t", store.namespace("a"))
+    await invalidate_tag(variant, "t", store.namespace("a"))
     assert await two.peek() is not None
 
 
-async def test_methods(store: Any, colour: Colour) -> None:
+async def test_methods(store: Any, variant: Variant) -> None:
     """A method counts its object by __cache_key__, a classmethod its class, a staticmethod nothing;
     helpers come bound."""
     plain = plain_store(store)
     calls: list[Any] = []
-    if colour.name == "async":
+    if variant.name == "async":
         pytest.skip("the binding is the same")
 
     class Repo:
@@ -755,11 +757,11 @@ async def test_methods(store: Any, colour: Colour) -> None:
 
 
 async def test_a_hit_is_one_query_and_writes_nothing(
-    store: Any, colour: Colour, operations: list[tuple[str, str, int]]
+    store: Any, variant: Variant, operations: list[tuple[str, str, int]]
 ) -> None:
     """A hit, tags and generations included, is one statement; a miss three."""
 
-    @cached_in(colour, store, tags=("t:{n}",))
+    @cached_in(variant, store, tags=("t:{n}",))
     async def f(n: int) -> int:
         return n
 
@@ -770,10 +772,10 @@ async def test_a_hit_is_one_query_and_writes_nothing(
     assert [name for name, _, _ in operations] == ["cache_read"]
 
 
-async def test_a_missing_table_is_made(store: Any, colour: Colour) -> None:
+async def test_a_missing_table_is_made(store: Any, variant: Variant) -> None:
     """The first call on a new database makes the table."""
 
-    @cached_in(colour, store.table("brand_new"))
+    @cached_in(variant, store.table("brand_new"))
     async def f() -> int:
         return 1
 

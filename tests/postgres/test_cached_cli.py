@@ -15,8 +15,8 @@ from pgkv.cli import main
 from pgkv.patterns.cache.call import context_of
 from pgkv.patterns.cache.sql import CacheStatements
 from tests.cached import cached_in, plain_store
-from tests.colours import Colour
 from tests.peers import until
+from tests.variants import Variant
 
 
 def test_cache_lists_and_clears(dsn: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -76,11 +76,11 @@ def test_idempotency_shows_and_forgets(dsn: str, capsys: pytest.CaptureFixture[s
 
 
 async def test_cache_shows_the_hit_ratio_of_processes(
-    store: Any, colour: Colour, dsn: str, capsys: pytest.CaptureFixture[str]
+    store: Any, variant: Variant, dsn: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Processes report their counts when they fill, at most once a minute."""
 
-    @cached_in(colour, store, store_timeout=20)
+    @cached_in(variant, store, store_timeout=20)
     async def load(n: int) -> int:
         return n
 

@@ -19,22 +19,22 @@ import pytest
 import pgkv
 from pgkv.errors import TransactionError
 from tests.cached import cached_in, invalidate_tag, plain_store
-from tests.colours import Colour, in_thread
 from tests.peers import Peer, fetch, until
+from tests.variants import Variant, in_thread
 
 Connect = Callable[..., Awaitable[Any]]
 TAG = "data:{n}"
 
 
 class World:
-    def __init__(self, colour: Colour, store: Any, peer: Peer, connect: Connect) -> None:
-        self.colour, self.store, self.peer, self.connect = colour, store, peer, connect
+    def __init__(self, variant: Variant, store: Any, peer: Peer, connect: Connect) -> None:
+        self.variant, self.store, self.peer, self.connect = variant, store, peer, connect
         self.hold: asyncio.Event | None = None
         self.held = asyncio.Event()
         peer.run("CREATE TABLE data (n int PRIMARY KEY, v text)")
         peer.run("INSERT INTO data VALUES (1, 'old')")
 
-        @cached_in(colour, store, tags=(TAG,), beta=0)
+        @cached_in(variant, store, tags=(TAG,), beta=0)
         async def load(n: int) -> str:
             value: str = peer.one("SELECT v FROM data WHERE n = %s", n)
             if self.hold is not None:
@@ -62,7 +62,7 @@ class World:
         if how != "invalidate first":
             await conn.execute(write)
         if how == "tag":
-            await invalidate_tag(self.colour, "data:1", self.store, conn)
+            await invalidate_tag(self.variant, "data:1", self.store, conn)
         else:
             await self.load.using(conn).invalidate(1)
         if how == "invalidate first":
@@ -73,10 +73,10 @@ class World:
 
 @pytest.fixture
 def world(
-    store: Any, colour: Colour, peer: Peer, connect: Connect, event_loop_runner: asyncio.Runner
+    store: Any, variant: Variant, peer: Peer, connect: Connect, event_loop_runner: asyncio.Runner
 ) -> World:
     async def make() -> World:
-        return World(colour, store, peer, connect)
+        return World(variant, store, peer, connect)
 
     return event_loop_runner.run(make())
 
@@ -168,7 +168,7 @@ async def test_miss_during_on_a_row_of_an_old_generation(
     """The same where an entry stands that its tag has made a miss: the call does not ask again and
     again, and does not wait for the transaction."""
     await world.load(1)
-    await invalidate_tag(world.colour, "data:1", world.store)
+    await invalidate_tag(world.variant, "data:1", world.store)
     async with world.transaction("data first", end):
         operations.clear()
         assert await asyncio.wait_for(world.load(1), 20) == "old"
@@ -217,7 +217,7 @@ async def test_whatever_removes_a_placeholder_refuses_its_fill(
     elif what == "cache_clear":
         await world.load.cache_clear()
     elif what == "tag":
-        await invalidate_tag(world.colour, "data:1", world.store)
+        await invalidate_tag(world.variant, "data:1", world.store)
     else:
         await world.load.invalidate(1)
         await world.load.refresh(1)
@@ -244,7 +244,7 @@ async def test_a_tagged_waiter_gets_the_new_value(world: World, peer: Peer) -> N
     value not."""
     hold, filling = await world.begin_fill()
     peer.run("UPDATE data SET v = 'new'")
-    await invalidate_tag(world.colour, "data:1", world.store)
+    await invalidate_tag(world.variant, "data:1", world.store)
     joined = asyncio.ensure_future(world.load(1))
     await until(lambda: world.load.cache_info().waits == 1, "the second call waits")
     hold.set()
@@ -280,11 +280,11 @@ async def test_using_wants_a_sound_connection(world: World, connect: Connect) ->
 
 
 async def test_using_makes_the_table_beforehand(
-    store: Any, colour: Colour, connect: Connect
+    store: Any, variant: Variant, connect: Connect
 ) -> None:
     """On a database without the table, invalidating inside a transaction does not fail it."""
 
-    @cached_in(colour, store.table("not_there_yet"))
+    @cached_in(variant, store.table("not_there_yet"))
     async def f() -> int:
         return 1
 
@@ -299,7 +299,7 @@ async def test_using_makes_the_table_beforehand(
 @pytest.mark.parametrize("way", ["invalidate", "transaction", "tag", "clear"])
 async def test_storm_no_reader_sees_an_older_value(
     make_store: Callable[..., Coroutine[Any, Any, Any]], connect: Connect,
-    colour: Colour, peer: Peer, dsn: str, way: str,
+    variant: Variant, peer: Peer, dsn: str, way: str,
 ) -> None:  # fmt: skip
     """Readers on several stores against a writer: no read that begins after an invalidation
     returned shows a value older than that."""
@@ -325,7 +325,7 @@ async def test_storm_no_reader_sees_an_older_value(
 
     options = {"tags": ("row:{n}",)} if way == "tag" else {}
     stores = [await make_store() for _ in range(3)]
-    readers = [cached_in(colour, each, max_wait=5, **options)(load) for each in stores]
+    readers = [cached_in(variant, each, max_wait=5, **options)(load) for each in stores]
     invalidated = [0, 0, 0]
     old: list[tuple[int, int]] = []
     reads = 0
@@ -353,7 +353,7 @@ async def test_storm_no_reader_sees_an_older_value(
             if way == "invalidate":
                 await readers[0].invalidate(n)
             elif way == "tag":
-                await invalidate_tag(colour, f"row:{n}", stores[0])
+                await invalidate_tag(variant, f"row:{n}", stores[0])
             elif way == "clear":
                 await readers[0].cache_clear()
             invalidated[n] = round_

@@ -13,14 +13,14 @@ import pgkv
 from pgkv.patterns.cache import flows as _cached_core
 from pgkv.testing import ServerClock
 from tests.cached import cached_in, invalidate_tag, plain_store
-from tests.colours import Colour, in_thread
 from tests.peers import Peer, until
+from tests.variants import Variant, in_thread
 
 MakeStore = Callable[..., Coroutine[Any, Any, Any]]
 
 
 async def test_stale_values_are_served_while_one_refresh_runs(
-    make_store: MakeStore, colour: Colour, clock: ServerClock
+    make_store: MakeStore, variant: Variant, clock: ServerClock
 ) -> None:
     """Past its ttl a value is served at once, one refresh runs behind all callers of all processes,
     and past ttl + stale it is a miss."""
@@ -34,7 +34,7 @@ async def test_stale_values_are_served_while_one_refresh_runs(
         await gate.wait()
         return me
 
-    one, two = [cached_in(colour, await make_store(), stale=30, beta=0)(f) for _ in range(2)]
+    one, two = [cached_in(variant, await make_store(), stale=30, beta=0)(f) for _ in range(2)]
     await one()
     clock.advance(61)
     gate.clear()
@@ -51,13 +51,13 @@ async def test_stale_values_are_served_while_one_refresh_runs(
 
 
 async def test_a_refresh_that_fails_leaves_the_stale_value(
-    store: Any, colour: Colour, clock: ServerClock, caplog: pytest.LogCaptureFixture
+    store: Any, variant: Variant, clock: ServerClock, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Stale-if-error: callers get the old value, the failure is counted, logged with the function's
     name and without its message, and tried again."""
     calls: list[int] = []
 
-    @cached_in(colour, store, stale=1000, beta=0)
+    @cached_in(variant, store, stale=1000, beta=0)
     async def f() -> int:
         calls.append(1)
         if len(calls) == 2:
@@ -84,7 +84,7 @@ async def test_a_refresh_that_fails_leaves_the_stale_value(
 
 
 async def test_a_refresh_runs_in_the_context_of_its_call(
-    store: Any, colour: Colour, clock: ServerClock
+    store: Any, variant: Variant, clock: ServerClock
 ) -> None:
     """A refresh behind the callers sees the context variables of the call that met the stale value:
     where key= reads one, no caller is served another one's value. So do ttl= and condition=."""
@@ -107,7 +107,7 @@ async def test_a_refresh_runs_in_the_context_of_its_call(
         return note()
 
     load: Any
-    if colour.name == "async":
+    if variant.name == "async":
 
         @pgkv.cached(ttl, **options, name="invoices, in a task")
         async def load(month: str) -> list[str]:
@@ -121,7 +121,7 @@ async def test_a_refresh_runs_in_the_context_of_its_call(
 
     async def as_tenant(name: str) -> list[str]:
         tenant.set(name)
-        if colour.name == "async":
+        if variant.name == "async":
             return await load("May")  # type: ignore[no-any-return]  # a list
         return await asyncio.to_thread(load, "May")
 
@@ -137,12 +137,12 @@ async def test_a_refresh_runs_in_the_context_of_its_call(
 
 
 async def test_invalidated_values_are_not_served_stale(
-    store: Any, colour: Colour, clock: ServerClock
+    store: Any, variant: Variant, clock: ServerClock
 ) -> None:
     """stale bridges the end of a ttl, not an invalidation."""
     calls: list[int] = []
 
-    @cached_in(colour, store, stale=1000, beta=0, tags=("t",))
+    @cached_in(variant, store, stale=1000, beta=0, tags=("t",))
     async def f() -> int:
         calls.append(1)
         return len(calls)
@@ -150,7 +150,7 @@ async def test_invalidated_values_are_not_served_stale(
     await f()
     await f.invalidate()
     assert await f() == 2
-    await invalidate_tag(colour, "t", store)
+    await invalidate_tag(variant, "t", store)
     assert await f() == 3
     await f.cache_clear()
     assert await f() == 4
@@ -158,13 +158,13 @@ async def test_invalidated_values_are_not_served_stale(
 
 @pytest.mark.parametrize("stale", [0, 30])
 async def test_early_refresh(
-    store: Any, colour: Colour, clock: ServerClock, monkeypatch: pytest.MonkeyPatch, stale: int
+    store: Any, variant: Variant, clock: ServerClock, monkeypatch: pytest.MonkeyPatch, stale: int
 ) -> None:
     """XFetch: the dice decide by compute time, beta and the time left. The caller whom they choose
     gets the new value, or with `stale` the old one while it is computed behind him."""
     calls: list[int] = []
 
-    @cached_in(colour, store, stale=stale, beta=2.0)
+    @cached_in(variant, store, stale=stale, beta=2.0)
     async def f() -> int:
         calls.append(1)
         await asyncio.sleep(0.1)
@@ -185,12 +185,12 @@ async def test_early_refresh(
 
 
 async def test_an_early_refresh_that_fails_serves_the_valid_value(
-    store: Any, colour: Colour, clock: ServerClock, monkeypatch: pytest.MonkeyPatch
+    store: Any, variant: Variant, clock: ServerClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The caller has a valid value without it."""
     calls: list[int] = []
 
-    @cached_in(colour, store)
+    @cached_in(variant, store)
     async def f() -> int:
         calls.append(1)
         await asyncio.sleep(0.05)
@@ -210,13 +210,13 @@ async def test_an_early_refresh_that_fails_serves_the_valid_value(
 
 
 async def test_a_hit_in_l1_costs_no_query(
-    make_store: MakeStore, colour: Colour, operations: list[tuple[str, str, int]]
+    make_store: MakeStore, variant: Variant, operations: list[tuple[str, str, int]]
 ) -> None:
     """Each caller gets a value of its own."""
     # Nobody listens here, so that nothing is forgotten when a listener begins.
     store = await make_store(pooler=pgkv.Pooler.TRANSACTION)
 
-    @cached_in(colour, store, l1=pgkv.L1(ttl=60))
+    @cached_in(variant, store, l1=pgkv.L1(ttl=60))
     async def f(n: int) -> list[int]:
         return [n]
 
@@ -229,11 +229,11 @@ async def test_a_hit_in_l1_costs_no_query(
     assert f.cache_info().hits == 2
 
 
-async def test_l1_sees_its_own_invalidations_at_once(store: Any, colour: Colour) -> None:
+async def test_l1_sees_its_own_invalidations_at_once(store: Any, variant: Variant) -> None:
     """invalidate, invalidate_tag, cache_clear and refresh in this process."""
     calls: list[int] = []
 
-    @cached_in(colour, store, l1=pgkv.L1(ttl=600), tags=("t",))
+    @cached_in(variant, store, l1=pgkv.L1(ttl=600), tags=("t",))
     async def f() -> int:
         calls.append(1)
         return len(calls)
@@ -243,7 +243,7 @@ async def test_l1_sees_its_own_invalidations_at_once(store: Any, colour: Colour)
     assert await f() == 2
     await f.cache_clear()
     assert await f() == 3
-    await invalidate_tag(colour, "t", store)
+    await invalidate_tag(variant, "t", store)
     assert await f() == 4
     await f.refresh()
     assert await f() == 5
@@ -252,7 +252,7 @@ async def test_l1_sees_its_own_invalidations_at_once(store: Any, colour: Colour)
 @pytest.mark.parametrize("how", ["key", "tag"])
 @pytest.mark.parametrize("end", ["commit", "rollback", "close"])
 async def test_l1_and_an_invalidation_inside_a_transaction(
-    make_store: MakeStore, colour: Colour, connect: Any, peer: Peer, how: str, end: str
+    make_store: MakeStore, variant: Variant, connect: Any, peer: Peer, how: str, end: str
 ) -> None:
     """Calls before the end of the transaction do not bring the old value back into the first level,
     neither one that began before the end and is late: after a commit no call of this process sees
@@ -266,12 +266,14 @@ async def test_l1_and_an_invalidation_inside_a_transaction(
     async def load() -> int:
         return peer.one("SELECT v FROM data")  # type: ignore[no-any-return]  # an int
 
-    cached, twin = [cached_in(colour, store, l1=each, tags=("t",))(load) for each in (level, other)]
+    cached, twin = [
+        cached_in(variant, store, l1=each, tags=("t",))(load) for each in (level, other)
+    ]
     assert [await cached(), await twin()] == [1, 1]
     conn = await connect()
     await conn.execute("UPDATE data SET v = 2")
     if how == "tag":
-        await invalidate_tag(colour, "t", store, conn)
+        await invalidate_tag(variant, "t", store, conn)
     else:
         await cached.using(conn).invalidate()
     put = level.put
@@ -296,7 +298,7 @@ async def test_l1_and_an_invalidation_inside_a_transaction(
 
 @pytest.mark.parametrize("how", ["plain", "transaction", "tag", "clear"])
 async def test_l1_hears_of_other_processes(
-    make_store: MakeStore, colour: Colour, connect: Any, how: str
+    make_store: MakeStore, variant: Variant, connect: Any, how: str
 ) -> None:
     """An invalidation elsewhere reaches a first level by NOTIFY, long before its ttl; inside a
     transaction with its commit."""
@@ -309,7 +311,7 @@ async def test_l1_hears_of_other_processes(
     stores = [await make_store() for _ in range(2)]
     levels = [pgkv.L1(ttl=600), pgkv.L1(ttl=600)]
     here, there = [
-        cached_in(colour, store, l1=level, tags=("t",))(f)
+        cached_in(variant, store, l1=level, tags=("t",))(f)
         for store, level in zip(stores, levels, strict=True)
     ]
     assert [await here(), await here()] == [1, 1]
@@ -326,7 +328,7 @@ async def test_l1_hears_of_other_processes(
     elif how == "clear":
         await there.cache_clear()
     elif how == "tag":
-        await invalidate_tag(colour, "t", stores[1])
+        await invalidate_tag(variant, "t", stores[1])
     else:
         conn = await connect()
         await there.using(conn).invalidate()
@@ -341,12 +343,12 @@ async def test_l1_hears_of_other_processes(
 
 
 async def test_without_news_l1_ends_by_its_ttl(
-    make_store: MakeStore, colour: Colour, peer: Peer
+    make_store: MakeStore, variant: Variant, peer: Peer
 ) -> None:
     """Behind a pooler nobody listens: an old value is served for the level's ttl at most."""
     pooled = await make_store(pooler=pgkv.Pooler.TRANSACTION)
 
-    @cached_in(colour, pooled, l1=pgkv.L1(ttl=0.3))
+    @cached_in(variant, pooled, l1=pgkv.L1(ttl=0.3))
     async def f() -> int:
         return peer.one("SELECT v FROM data")  # type: ignore[no-any-return]  # an int
 
@@ -371,8 +373,8 @@ async def test_without_news_l1_ends_by_its_ttl(
 # -- default stores and tests ----------------------------------------------------------------
 
 
-async def test_default_store(dsn: str, colour: Colour, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Resolved at the first call: configure(dsn) makes a store in the function's colour; a loop's
+async def test_default_store(dsn: str, variant: Variant, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Resolved at the first call: configure(dsn) makes a store in the function's variant; a loop's
     own is closed with it; without one the error says what to do."""
     monkeypatch.delenv("PGKV_DSN", raising=False)
     monkeypatch.delenv("DATABASE_URL", raising=False)
@@ -409,13 +411,13 @@ async def _awaited(fn: Any, *args: Any) -> Any:
     return await fn(*args)
 
 
-async def test_the_wrong_colour_of_store_is_refused(store: Any, colour: Colour) -> None:
+async def test_the_wrong_variant_of_store_is_refused(store: Any, variant: Variant) -> None:
     """A sync function needs a Store, an async one an AsyncStore: said when decorating, or by
     configure()'s first call."""
     plain = plain_store(store)
     try:
         pgkv.configure(plain)
-        if colour.name == "async":
+        if variant.name == "async":
 
             def f() -> int:
                 return 1
@@ -437,14 +439,14 @@ async def test_the_wrong_colour_of_store_is_refused(store: Any, colour: Colour) 
         pgkv.configure(None)
 
 
-async def test_disabled(store: Any, colour: Colour) -> None:
+async def test_disabled(store: Any, variant: Variant) -> None:
     """Inside pgkv.testing.disabled() cached functions are the functions themselves, and no helper
     asks a store."""
     from pgkv.testing import disabled
 
     calls: list[int] = []
 
-    @cached_in(colour, store)
+    @cached_in(variant, store)
     async def f() -> int:
         calls.append(1)
         return len(calls)

@@ -13,8 +13,8 @@ import pytest
 import pgkv
 from pgkv._cli.doctor.examine import examine
 from tests import sharded
-from tests.colours import Colour
 from tests.servers import Server, UserServer
+from tests.variants import Variant
 
 CATALOG = """
 SET allow_system_table_mods = on;
@@ -51,37 +51,37 @@ def said(dsn: str) -> tuple[str, str]:
     return found.status, f"{found.detail} {found.advice}"
 
 
-async def test_local_tables_are_ordinary(citus: str, colour: Colour) -> None:
+async def test_local_tables_are_ordinary(citus: str, variant: Variant) -> None:
     """On a coordinator a store works as anywhere."""
-    store = await colour.connect(citus)
+    store = await variant.connect(citus)
     await store.set("k", "v")
     await store.close()
     assert said(citus)[0] == "ok"
 
 
 async def test_a_worker_is_refused(
-    citus: str, conn: psycopg.Connection[Any], colour: Colour
+    citus: str, conn: psycopg.Connection[Any], variant: Variant
 ) -> None:
     """Its tables would be on that server alone."""
     conn.execute("UPDATE pg_catalog.pg_dist_local_group SET groupid = 3")
     with pytest.raises(
         pgkv.ConfigError, match=r"worker .* \(group 3\).* connect to the coordinator"
     ):
-        await colour.connect(citus)
+        await variant.connect(citus)
     status, text = said(citus)
     assert (status, "worker" in text, "coordinator" in text) == ("fail", True, True)
 
 
 async def test_a_table_that_is_distributed_by_key_is_refused(
-    citus: str, conn: psycopg.Connection[Any], colour: Colour
+    citus: str, conn: psycopg.Connection[Any], variant: Variant
 ) -> None:
     """Statements there lose what they promise; a table of a distributed schema, and another one, may be."""
-    await (await colour.connect(citus)).close()
+    await (await variant.connect(citus)).close()
     conn.execute("INSERT INTO pg_catalog.pg_dist_partition VALUES ('kv_store', 'n')")
-    await (await colour.connect(citus)).close()
+    await (await variant.connect(citus)).close()
     conn.execute("UPDATE pg_catalog.pg_dist_partition SET partmethod = 'h'")
     with pytest.raises(pgkv.ConfigError, match="undistribute_table"):
-        await colour.connect(citus)
+        await variant.connect(citus)
     status, text = said(citus)
     assert (status, "kv_store" in text, "undistribute_table" in text) == ("fail", True, True)
-    await (await colour.connect(citus, table_name="other")).close()
+    await (await variant.connect(citus, table_name="other")).close()

@@ -116,11 +116,12 @@ def test_a_pipe_gets_lines(filled: str, command: str) -> None:
 
 
 def test_what_is_cached_in_a_pipe(dsn: str) -> None:
-    """One line for each function, with the cells of the table."""
+    """One line for each function, with the cells of the table. The last, the share of hits, is empty:
+    no process has told it yet."""
     with Store.connect(dsn) as store:
         pgkv.cached(3600, store=store, store_timeout=20)(lambda_like)(1)
     name = f"{__name__}.lambda_like:1"
-    assert re.fullmatch(rf"{re.escape(name)}\t1\t0\t\d+ B\n", shell("pgkv cache", dsn).stdout)
+    assert re.fullmatch(rf"{re.escape(name)}\t1\t0\t\d+ B\t\n", shell("pgkv cache", dsn).stdout)
 
 
 # -- what is answered

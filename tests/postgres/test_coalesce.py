@@ -14,9 +14,9 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 import pgkv
 from pgkv import AsyncStore, InvalidValueError
 from pgkv.testing import ServerClock
-from tests.colours import Colour
 from tests.peers import Peer, gather, until
 from tests.postgres.test_pipeline import Tape
+from tests.variants import Variant
 
 MakeStore = Callable[..., Coroutine[Any, Any, AsyncStore]]
 
@@ -24,9 +24,9 @@ WAITING = "SELECT count(*) FROM pg_locks WHERE NOT granted"
 
 
 @pytest.fixture(params=["async"])
-def colour(request: pytest.FixtureRequest) -> Colour:
+def variant(request: pytest.FixtureRequest) -> Variant:
     """Turns are a thing of event loops."""
-    return Colour(request.param)
+    return Variant(request.param)
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ import pytest
 import pgkv
 from pgkv.testing import ServerClock
 from pgkv.types import CasStatus, IncrementResult
-from tests.colours import in_thread
 from tests.peers import Peer
+from tests.variants import in_thread
 
 MANUAL = pgkv.TtlCleanupStrategy.MANUAL
 ON_READ = pgkv.TtlCleanupStrategy.ON_READ

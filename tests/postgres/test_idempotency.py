@@ -15,19 +15,19 @@ import pytest
 import pgkv
 from pgkv.patterns._runtime.lease import RENEWED
 from pgkv.testing import ServerClock
-from tests.colours import Colour, Threaded
 from tests.peers import Peer, fetch, gather, until
+from tests.variants import Threaded, Variant
 
 Make = Callable[..., Coroutine[Any, Any, Any]]
 TABLE = "kv_store_idempotency"
 
 
 @pytest.fixture
-def idem(store: Any, colour: Colour, event_loop_runner: asyncio.Runner, peer: Peer) -> Any:
+def idem(store: Any, variant: Variant, event_loop_runner: asyncio.Runner, peer: Peer) -> Any:
     """Keys that are remembered for an hour, and a table for effects."""
 
     async def make() -> Any:
-        made = colour.make("Idempotency", store, ttl=3600, lease=30)
+        made = variant.make("Idempotency", store, ttl=3600, lease=30)
         await made.create_table()
         return made
 
@@ -157,18 +157,18 @@ async def test_an_exception_after_the_commit_does_not_release(idem: Any, connect
     assert await run(idem) == (True, b"paid")
 
 
-async def test_inside_the_stores_own_transaction(store: Any, idem: Any, colour: Colour) -> None:
+async def test_inside_the_stores_own_transaction(store: Any, idem: Any, variant: Variant) -> None:
     """A store of store.transaction() gives the first mode: the record commits with its writes."""
     with pytest.raises(ZeroDivisionError):
         async with store.transaction() as tx:
             await tx.set("effect", "1")
-            async with colour.make("Idempotency", tx).once("k") as attempt:
+            async with variant.make("Idempotency", tx).once("k") as attempt:
                 attempt.result = b"r"
             raise ZeroDivisionError
     assert await idem.get("k") is None
     async with store.transaction() as tx:
         await tx.set("effect", "1")
-        async with colour.make("Idempotency", tx).once("k") as attempt:
+        async with variant.make("Idempotency", tx).once("k") as attempt:
             attempt.result = b"r"
     assert await run(idem) == (True, b"r")
 
@@ -209,17 +209,17 @@ async def test_get_and_forget(idem: Any, clock: ServerClock) -> None:
             assert await idem.forget("k", scope="u") is True
 
 
-async def test_scopes_are_apart(idem: Any, make_store: Make, colour: Colour) -> None:
+async def test_scopes_are_apart(idem: Any, make_store: Make, variant: Variant) -> None:
     """One key of two users, and of two namespaces, is two keys."""
     assert await run(idem, scope="ann") == (False, b"done")
     assert await run(idem, scope="bob") == (False, b"done")
     assert await run(idem, scope="ann") == (True, b"done")
-    other = colour.make("Idempotency", (await make_store()).namespace("app:"))
+    other = variant.make("Idempotency", (await make_store()).namespace("app:"))
     assert await run(other, scope="ann") == (False, b"done")
 
 
 async def test_bad_input_sends_nothing(
-    idem: Any, store: Any, colour: Colour, connect: Make, operations: list[Any]
+    idem: Any, store: Any, variant: Variant, connect: Make, operations: list[Any]
 ) -> None:
     """What cannot be kept is refused before anything is sent, and names no value."""
     operations.clear()
@@ -229,7 +229,7 @@ async def test_bad_input_sends_nothing(
                 pass
     for wrong in ({"ttl": 1, "lease": 2}, {"lease": 0.5}, {"ttl": 0}, {"ttl": -1}):
         with pytest.raises(pgkv.InvalidValueError):
-            colour.make("Idempotency", store, **wrong)
+            variant.make("Idempotency", store, **wrong)
     with pytest.raises(pgkv.InvalidValueError, match="wait"):
         async with idem.once("k", wait=-1):
             pass
@@ -240,7 +240,7 @@ async def test_bad_input_sends_nothing(
     assert operations == []
 
 
-async def test_completed_once(idem: Any, make_store: Make, colour: Colour, connect: Make) -> None:
+async def test_completed_once(idem: Any, make_store: Make, variant: Variant, connect: Make) -> None:
     """A second complete(), one of a replay, and one outside a transaction are refused; so is a
     result that the store cannot hold."""
     conn = await connect(autocommit=True)
@@ -253,7 +253,7 @@ async def test_completed_once(idem: Any, make_store: Make, colour: Colour, conne
     async with idem.once("k") as attempt:
         with pytest.raises(pgkv.TransactionError, match="replay"):
             await attempt.complete(b"s")
-    small = colour.make("Idempotency", await make_store(max_value_size=10))
+    small = variant.make("Idempotency", await make_store(max_value_size=10))
     with pytest.raises(pgkv.InvalidValueError, match="max_value_size"):
         async with small.once("large") as attempt:
             attempt.result = b"x" * 11
@@ -489,18 +489,18 @@ async def test_work_longer_than_the_ttl(store: Any, idem: Any, clock: ServerCloc
     assert await run(idem) == (True, b"")
 
 
-async def test_renewed_while_it_runs(store: Any, colour: Colour, idem: Any, peer: Peer) -> None:
+async def test_renewed_while_it_runs(store: Any, variant: Variant, idem: Any, peer: Peer) -> None:
     """An attempt is renewed in the background, at a third of its lease."""
-    short = colour.make("Idempotency", store, lease=3)
+    short = variant.make("Idempotency", store, lease=3)
     async with short.once("k") as attempt:
         first = peer.one(f"SELECT leased_until FROM {TABLE}")
         await until(lambda: peer.one(f"SELECT leased_until FROM {TABLE}") > first, "a renewal")
         attempt.check()
 
 
-async def test_a_lost_lease_is_noticed(store: Any, colour: Colour, idem: Any, peer: Peer) -> None:
+async def test_a_lost_lease_is_noticed(store: Any, variant: Variant, idem: Any, peer: Peer) -> None:
     """When another took the key over, the next renewal tells: check() raises."""
-    short = colour.make("Idempotency", store, lease=1)
+    short = variant.make("Idempotency", store, lease=1)
     with pytest.raises(pgkv.LeaseLostError):
         async with short.once("k") as attempt:
             peer.run(f"UPDATE {TABLE} SET token = token + 1")
@@ -533,11 +533,11 @@ async def test_a_replay_and_a_refusal_take_no_xid(idem: Any, connect: Make, peer
 
 
 async def test_swept_when_their_time_has_passed(
-    make_store: Make, colour: Colour, clock: ServerClock, peer: Peer
+    make_store: Make, variant: Variant, clock: ServerClock, peer: Peer
 ) -> None:
     """The store's own sweeps collect expired keys, done and abandoned; those under way stay."""
     background = await make_store(ttl_cleanup_strategy=pgkv.TtlCleanupStrategy.BACKGROUND)
-    idem = colour.make("Idempotency", background, ttl=60)
+    idem = variant.make("Idempotency", background, ttl=60)
     for n in range(50):
         await run(idem, f"k{n}")
     clock.advance(61)
@@ -545,7 +545,7 @@ async def test_swept_when_their_time_has_passed(
         await until(lambda: peer.keys(TABLE) == {"\x1frunning"}, "the expired are swept")
     await background.close()
     manual = await make_store(ttl_cleanup_strategy=pgkv.TtlCleanupStrategy.MANUAL)
-    mine = colour.make("Idempotency", manual)
+    mine = variant.make("Idempotency", manual)
     clock.advance(100)
     assert await mine.purge() == 1
 
@@ -568,7 +568,7 @@ async def test_a_sweep_and_a_claim_of_an_expired_key(
 
 
 async def test_the_decorator(
-    store: Any, idem: Any, colour: Colour, connect: Make, peer: Peer
+    store: Any, idem: Any, variant: Variant, connect: Make, peer: Peer
 ) -> None:
     """A decorated function runs once for a key: by a lease, and in the caller's transaction."""
     calls: list[int] = []
@@ -583,14 +583,14 @@ async def test_the_decorator(
     async def async_work(n: int, key: str, conn: Any = None) -> dict[str, int]:
         return work(n, key)
 
-    fn: Any = work if colour.name == "sync" else async_work
+    fn: Any = work if variant.name == "sync" else async_work
     by_lease = pgkv.idempotent(lambda _n, key, conn=None: key, **options)(fn)
     inside = pgkv.idempotent(
         lambda _n, key, conn=None: key, conn=lambda _n, _key, conn: conn, scope="t", **options
     )(fn)
 
     async def ask(function: Any, *args: Any) -> Any:
-        if colour.name == "async":
+        if variant.name == "async":
             return await function(*args)
         return await asyncio.to_thread(function, *args)
 
@@ -610,9 +610,9 @@ async def test_the_decorator(
         pgkv.idempotent("k")  # type: ignore[arg-type]  # no function
 
 
-async def test_cancelled_anywhere(idem: Any, colour: Colour) -> None:
+async def test_cancelled_anywhere(idem: Any, variant: Variant) -> None:
     """A cancellation, whichever step it strikes, leaves the key done or free, never held."""
-    if colour.name == "sync":
+    if variant.name == "sync":
         pytest.skip("threads are not cancelled")
     done = 0
     for steps in range(40):

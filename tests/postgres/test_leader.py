@@ -13,22 +13,22 @@ import pytest
 import pgkv
 from pgkv.patterns.lock.api import statements_of
 from pgkv.patterns.lock.sql import Asking, LockStatements
-from tests.colours import Colour, Threaded, in_thread
 from tests.peers import Peer, until
+from tests.variants import Threaded, Variant, in_thread
 
 
-def stop_event(colour: Colour) -> Any:
-    return asyncio.Event() if colour.name == "async" else threading.Event()
+def stop_event(variant: Variant) -> Any:
+    return asyncio.Event() if variant.name == "async" else threading.Event()
 
 
-async def test_one_leads_and_another_follows(store: Any, colour: Colour) -> None:
+async def test_one_leads_and_another_follows(store: Any, variant: Variant) -> None:
     """Of three candidates one is elected; when it stops it resigns, and another takes over with a
     higher term."""
-    stops = [stop_event(colour) for _ in range(3)]
+    stops = [stop_event(variant) for _ in range(3)]
     terms: list[int] = []
     lost: list[int] = []
     leaders = [
-        colour.make(
+        variant.make(
             "Leader", store, "cron", 5,
             on_elected=lambda lease: terms.append(lease.token),
             on_lost=lambda lease: lost.append(lease.token),
@@ -54,10 +54,10 @@ async def _run(leader: Any, stop: Any) -> None:
     await leader.run(stop)
 
 
-async def test_a_leader_steps_down_when_its_lease_is_lost(store: Any, colour: Colour) -> None:
+async def test_a_leader_steps_down_when_its_lease_is_lost(store: Any, variant: Variant) -> None:
     """After a revocation on_lost is called before another one can be elected, then it campaigns
     again; async work is cancelled."""
-    stop, events = stop_event(colour), []
+    stop, events = stop_event(variant), []
     cancelled: list[bool] = []
 
     async def work(lease: Any) -> None:
@@ -71,43 +71,43 @@ async def test_a_leader_steps_down_when_its_lease_is_lost(store: Any, colour: Co
     def note(lease: Any) -> None:
         events.append(("elected", lease.token))
 
-    leader = colour.make(
+    leader = variant.make(
         "Leader", store, "cron", 3,
-        on_elected=work if colour.name == "async" else note,
+        on_elected=work if variant.name == "async" else note,
         on_lost=lambda lease: events.append(("lost", lease.token)),
     )  # fmt: skip
     run = asyncio.ensure_future(_run(leader, stop))
     await until(lambda: len(events) == 1, "it is elected")
     first = events[0][1]
-    assert await colour.make("Lock", store, "cron").revoke(first)
+    assert await variant.make("Lock", store, "cron").revoke(first)
     await until(lambda: len(events) >= 3, "it is elected again")
     stop.set()
     await asyncio.wait_for(run, 30)
     assert [kind for kind, _ in events] == ["elected", "lost", "elected", "lost"]
     assert events[2][1] > first
-    if colour.name == "async":
+    if variant.name == "async":
         assert cancelled == [True, True]
 
 
-async def test_what_the_work_raises_ends_run(store: Any, colour: Colour) -> None:
+async def test_what_the_work_raises_ends_run(store: Any, variant: Variant) -> None:
     """An exception of on_elected resigns and comes out of run()."""
 
     def fail() -> None:
         raise ZeroDivisionError
 
-    leader = colour.make("Leader", store, "cron", 5, on_elected=fail)
+    leader = variant.make("Leader", store, "cron", 5, on_elected=fail)
     with pytest.raises(ZeroDivisionError):
-        await asyncio.wait_for(_run(leader, stop_event(colour)), 30)
-    assert await colour.make("Lock", store, "cron").holder() is None
+        await asyncio.wait_for(_run(leader, stop_event(variant)), 30)
+    assert await variant.make("Lock", store, "cron").holder() is None
 
 
-async def test_locked_functions_run_one_at_a_time(store: Any, colour: Colour) -> None:
+async def test_locked_functions_run_one_at_a_time(store: Any, variant: Variant) -> None:
     """@locked waits, skips or raises while another call runs."""
     inner = store._target if isinstance(store, Threaded) else store
     running = 0
 
     def decorated(**options: Any) -> Any:
-        if colour.name == "async":
+        if variant.name == "async":
 
             @pgkv.locked("job", store=inner, **options)
             async def job(seconds: float) -> str:
@@ -143,7 +143,7 @@ async def test_locked_functions_run_one_at_a_time(store: Any, colour: Colour) ->
     assert await slow == "done"
 
 
-async def test_locked_by_a_name_of_the_arguments(store: Any, colour: Colour) -> None:
+async def test_locked_by_a_name_of_the_arguments(store: Any, variant: Variant) -> None:
     """With name= the lock is that of the call's arguments: a busy one does not keep another out."""
     inner = store._target if isinstance(store, Threaded) else store
 
@@ -152,7 +152,7 @@ async def test_locked_by_a_name_of_the_arguments(store: Any, colour: Colour) -> 
 
     decorate = pgkv.locked(name=name, store=inner, on_busy="raise")
     call: Any
-    if colour.name == "async":
+    if variant.name == "async":
 
         @decorate
         async def pay(account: str, *, amount: int) -> int:
@@ -168,7 +168,7 @@ async def test_locked_by_a_name_of_the_arguments(store: Any, colour: Colour) -> 
         def call(*args: Any, **kwargs: Any) -> Any:
             return in_thread(blocking_pay, *args, **kwargs)
 
-    async with colour.make("Lock", store, "account:ada").acquire():
+    async with variant.make("Lock", store, "account:ada").acquire():
         with pytest.raises(pgkv.LockTimeoutError):
             await call("ada", amount=1)
         assert await call("bob", amount=2) == 2
@@ -182,8 +182,8 @@ def test_locked_takes_one_name() -> None:
             pgkv.locked(**given)
 
 
-async def test_locked_refuses_what_cannot_work(store: Any, colour: Colour) -> None:
-    """A generator, an unknown on_busy, a lock of the other colour, a name without a store."""
+async def test_locked_refuses_what_cannot_work(store: Any, variant: Variant) -> None:
+    """A generator, an unknown on_busy, a lock of the other variant, a name without a store."""
     inner = store._target if isinstance(store, Threaded) else store
 
     async def coroutine() -> None: ...
@@ -197,9 +197,9 @@ async def test_locked_refuses_what_cannot_work(store: Any, colour: Colour) -> No
         pgkv.locked("x", store=inner)(generator)
     with pytest.raises(pgkv.ConfigError, match="on_busy"):
         pgkv.locked("x", store=inner, on_busy="cry")  # type: ignore[arg-type]  # that is the test
-    lock = (pgkv.AsyncLock if colour.name == "async" else pgkv.Lock)(inner, "x")
+    lock = (pgkv.AsyncLock if variant.name == "async" else pgkv.Lock)(inner, "x")
     with pytest.raises(pgkv.ConfigError, match="needs a"):
-        pgkv.locked(lock)(plain if colour.name == "async" else coroutine)
+        pgkv.locked(lock)(plain if variant.name == "async" else coroutine)
 
 
 def wrapped(fn: Any) -> Any:
@@ -222,10 +222,10 @@ class Job:
         return await self.lock.holder()
 
 
-async def test_locked_holds_while_an_awaitable_runs(store: Any, colour: Colour) -> None:
+async def test_locked_holds_while_an_awaitable_runs(store: Any, variant: Variant) -> None:
     """Wrappers that are not async, partials, objects with an async call, static and class methods:
     the lock is held while the body runs."""
-    if colour.name == "sync":
+    if variant.name == "sync":
         pytest.skip("plain functions are tested below")
     lock = pgkv.AsyncLock(store, "n")
 
@@ -268,10 +268,12 @@ async def test_locked_holds_while_an_awaitable_runs(store: Any, colour: Colour) 
     assert info is not None
 
 
-async def test_plain_functions_under_a_lock_return_no_awaitable(store: Any, colour: Colour) -> None:
+async def test_plain_functions_under_a_lock_return_no_awaitable(
+    store: Any, variant: Variant
+) -> None:
     """What would run after the release is refused, and the lock is free again; static and class
     methods are functions."""
-    if colour.name == "async":
+    if variant.name == "async":
         pytest.skip("see above")
     lock = pgkv.Lock(store._target, "n")
 
@@ -301,9 +303,9 @@ async def test_plain_functions_under_a_lock_return_no_awaitable(store: Any, colo
     assert info is not None
 
 
-async def test_a_second_acquire_of_the_process_says_so(store: Any, colour: Colour) -> None:
+async def test_a_second_acquire_of_the_process_says_so(store: Any, variant: Variant) -> None:
     """Its timeout names the cause: a lock is not reentrant."""
-    lock = colour.make("Lock", store, "n")
+    lock = variant.make("Lock", store, "n")
     async with lock.acquire():
         with pytest.raises(pgkv.LockTimeoutError, match="this process holds it already"):
             await lock.acquire(timeout=0.05)

@@ -1,4 +1,4 @@
-"""Locks: grants, tokens, time, loss, and what an operator may do; in both colours."""
+"""Locks: grants, tokens, time, loss, and what an operator may do; in both variants."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import pytest
 import pgkv
 from pgkv import LeaseLostError, LockTimeoutError
 from pgkv.testing import ServerClock
-from tests.colours import Colour, Threaded
 from tests.peers import Peer, gather, until
 from tests.servers import LATE, wait_until
+from tests.variants import Threaded, Variant
 
 TABLE = "kv_store_locks"
 
 
-def lock_of(colour: Colour, store: Any, name: str = "billing", **options: Any) -> Any:
-    return colour.make("Lock", store, name, **options)
+def lock_of(variant: Variant, store: Any, name: str = "billing", **options: Any) -> Any:
+    return variant.make("Lock", store, name, **options)
 
 
 def xmax(peer: Peer) -> int:
@@ -31,9 +31,9 @@ def xmax(peer: Peer) -> int:
 # -- granting
 
 
-async def test_one_holder_at_a_time(store: Any, colour: Colour) -> None:
+async def test_one_holder_at_a_time(store: Any, variant: Variant) -> None:
     """While one holds it nobody else is granted it; after the release somebody is."""
-    lock, other = lock_of(colour, store), lock_of(colour, store)
+    lock, other = lock_of(variant, store), lock_of(variant, store)
     lease = await lock.acquire(timeout=20)
     assert await other.try_acquire() is None
     with pytest.raises(LockTimeoutError, match="billing"):
@@ -45,9 +45,9 @@ async def test_one_holder_at_a_time(store: Any, colour: Colour) -> None:
     await second.release()
 
 
-async def test_a_timeout_ends_the_wait(store: Any, colour: Colour) -> None:
+async def test_a_timeout_ends_the_wait(store: Any, variant: Variant) -> None:
     """acquire(timeout) raises LockTimeoutError when its time is over, not much later."""
-    lock = lock_of(colour, store)
+    lock = lock_of(variant, store)
     async with lock.acquire():
         started = time.monotonic()
         with pytest.raises(LockTimeoutError):
@@ -55,9 +55,9 @@ async def test_a_timeout_ends_the_wait(store: Any, colour: Colour) -> None:
         assert 0.3 <= time.monotonic() - started < 1.5 + LATE
 
 
-async def test_a_waiter_is_granted_after_the_release(store: Any, colour: Colour) -> None:
+async def test_a_waiter_is_granted_after_the_release(store: Any, variant: Variant) -> None:
     """acquire() without a timeout returns when the holder has let go."""
-    lock = lock_of(colour, store)
+    lock = lock_of(variant, store)
     lease = await lock.acquire()
     waiting = asyncio.ensure_future(_acquired(lock))
     await asyncio.sleep(0.05)
@@ -72,9 +72,9 @@ async def _acquired(lock: Any, **options: Any) -> Any:
     return await lock.acquire(**options)
 
 
-async def test_the_holder_is_shown(store: Any, colour: Colour, peer: Peer) -> None:
+async def test_the_holder_is_shown(store: Any, variant: Variant, peer: Peer) -> None:
     """holder() tells who, since when, until when by the server's clock, and the metadata."""
-    lock = lock_of(colour, store, ttl=30, metadata={"job": 7})
+    lock = lock_of(variant, store, ttl=30, metadata={"job": 7})
     assert await lock.holder() is None
     async with lock.acquire() as lease:
         info = await lock.holder()
@@ -87,9 +87,9 @@ async def test_the_holder_is_shown(store: Any, colour: Colour, peer: Peer) -> No
     assert peer.one(f"SELECT count(*) FROM {TABLE}") == 1, "the row stays, with its token"
 
 
-async def test_a_denied_try_leaves_no_trace(store: Any, colour: Colour, peer: Peer) -> None:
+async def test_a_denied_try_leaves_no_trace(store: Any, variant: Variant, peer: Peer) -> None:
     """A try that is denied takes no transaction id and writes no WAL."""
-    lock = lock_of(colour, store)
+    lock = lock_of(variant, store)
     async with lock.acquire():
         await lock.try_acquire()
         before: Any = None
@@ -105,11 +105,11 @@ async def test_a_denied_try_leaves_no_trace(store: Any, colour: Colour, peer: Pe
 
 
 async def test_a_usual_pair_is_two_statements_that_move_no_index(
-    store: Any, colour: Colour, peer: Peer, operations: list[tuple[str, str, int]]
+    store: Any, variant: Variant, peer: Peer, operations: list[tuple[str, str, int]]
 ) -> None:
     """Taking and releasing a free lock are one UPDATE each, heap-only: neither the table nor its
     index grows with the grants."""
-    lock = lock_of(colour, store)
+    lock = lock_of(variant, store)
     await (await lock.acquire()).release()
     operations.clear()
     for _ in range(20):
@@ -122,7 +122,7 @@ async def test_a_usual_pair_is_two_statements_that_move_no_index(
     assert updates == heap_only
 
 
-async def test_a_repeated_grant_is_the_same_grant(store: Any, colour: Colour) -> None:
+async def test_a_repeated_grant_is_the_same_grant(store: Any, variant: Variant) -> None:
     """A grant sent twice by the same acquire() (its first reply was lost) has one token."""
     from pgkv.patterns.lock.api import statements_of
     from pgkv.patterns.lock.lease import new_asking
@@ -143,9 +143,9 @@ async def test_a_repeated_grant_is_the_same_grant(store: Any, colour: Colour) ->
     assert await store._execute(sql.grant(b"n", stranger, 30.0, 1.0)) == taken
 
 
-async def test_racing_first_grants_have_one_winner(store: Any, colour: Colour) -> None:
+async def test_racing_first_grants_have_one_winner(store: Any, variant: Variant) -> None:
     """Of many who ask for a name that never was, exactly one is granted it."""
-    locks = [lock_of(colour, store, "fresh") for _ in range(20)]
+    locks = [lock_of(variant, store, "fresh") for _ in range(20)]
     await locks[0].holder()
     leases = await gather(*(lock.try_acquire() for lock in locks))
     granted = [lease for lease in leases if lease is not None]
@@ -153,9 +153,9 @@ async def test_racing_first_grants_have_one_winner(store: Any, colour: Colour) -
     await granted[0].release()
 
 
-async def test_tokens_rise_through_a_storm(store: Any, colour: Colour) -> None:
+async def test_tokens_rise_through_a_storm(store: Any, variant: Variant) -> None:
     """Every grant's token is above all earlier ones, and the critical sections never overlap."""
-    lock = lock_of(colour, store, "storm")
+    lock = lock_of(variant, store, "storm")
     tokens: list[int] = []
     inside = 0
 
@@ -178,37 +178,37 @@ async def test_tokens_rise_through_a_storm(store: Any, colour: Colour) -> None:
 
 
 async def test_an_expired_lease_is_taken_over(
-    store: Any, colour: Colour, clock: ServerClock
+    store: Any, variant: Variant, clock: ServerClock
 ) -> None:
     """When the holder's time has passed by the server's clock, the next asker is granted it."""
-    lease = await lock_of(colour, store, renew=False).acquire()
+    lease = await lock_of(variant, store, renew=False).acquire()
     clock.advance(31)
-    second = await lock_of(colour, store).acquire(timeout=0)
+    second = await lock_of(variant, store).acquire(timeout=0)
     assert second.token > lease.token
     assert await lease.release() is False, "an expired holder cannot release its successor's lease"
-    assert (await lock_of(colour, store).holder()).token == second.token
+    assert (await lock_of(variant, store).holder()).token == second.token
     with pytest.raises(LeaseLostError) as lost:
         await lease.extend(30)
     assert lost.value.reason in ("replaced", "released")
     await second.release()
 
 
-async def test_a_waiter_takes_over_within_a_second_of_expiry(store: Any, colour: Colour) -> None:
+async def test_a_waiter_takes_over_within_a_second_of_expiry(store: Any, variant: Variant) -> None:
     """A waiter sleeps no longer than the lease that keeps it out."""
-    lease = await lock_of(colour, store, ttl=1, renew=False).acquire()
+    lease = await lock_of(variant, store, ttl=1, renew=False).acquire()
     started = time.monotonic()
-    second = await lock_of(colour, store).acquire(timeout=20)
+    second = await lock_of(variant, store).acquire(timeout=20)
     assert time.monotonic() - started < 2 + LATE
     assert lease.is_lost
     await second.release()
 
 
 async def test_tokens_rise_though_the_clock_steps_back(
-    store: Any, colour: Colour, clock: ServerClock
+    store: Any, variant: Variant, clock: ServerClock
 ) -> None:
     """A server clock that steps back, by an hour or a day, does not lower the next token, nor
     lock a released name again."""
-    lock = lock_of(colour, store)
+    lock = lock_of(variant, store)
     last = 0
     for offset in (0, -3600, -86_400, 3600, 0):
         clock.set_offset(offset)
@@ -218,20 +218,20 @@ async def test_tokens_rise_though_the_clock_steps_back(
 
 
 async def test_a_step_back_prolongs_a_dead_holders_lease_by_the_step(
-    store: Any, colour: Colour, clock: ServerClock
+    store: Any, variant: Variant, clock: ServerClock
 ) -> None:
     """The stated limit: a holder that died before a step back keeps the name for the step."""
-    lease = await lock_of(colour, store, ttl=5, renew=False).acquire()
+    lease = await lock_of(variant, store, ttl=5, renew=False).acquire()
     clock.advance(-100)
-    info = await lock_of(colour, store).holder()
+    info = await lock_of(variant, store).holder()
     assert 100 < info.remaining() <= 105
-    assert await lock_of(colour, store).try_acquire() is None
+    assert await lock_of(variant, store).try_acquire() is None
     await lease.release()
 
 
-async def test_leases_are_renewed(store: Any, colour: Colour, operations: Any) -> None:
+async def test_leases_are_renewed(store: Any, variant: Variant, operations: Any) -> None:
     """A lease lives beyond its ttl while its holder does; the token stays."""
-    lock = lock_of(colour, store, ttl=3)
+    lock = lock_of(variant, store, ttl=3)
     async with lock.acquire() as lease:
         first = (await lock.holder()).expires_at
         await asyncio.sleep(3.2)
@@ -242,14 +242,14 @@ async def test_leases_are_renewed(store: Any, colour: Colour, operations: Any) -
         lease.check()
 
 
-async def test_without_renewal_a_lease_ends(store: Any, colour: Colour) -> None:
+async def test_without_renewal_a_lease_ends(store: Any, variant: Variant) -> None:
     """renew=False: trust ends a margin before the ttl, and on_lost is told."""
     lost: list[Any] = []
 
     def on_lost(lease: Any) -> None:
         lost.append(lease.token)
 
-    lock = lock_of(colour, store, ttl=3, renew=False, on_lost=on_lost)
+    lock = lock_of(variant, store, ttl=3, renew=False, on_lost=on_lost)
     lease = await lock.acquire()
     assert lease.remaining() <= 2
     await until(lambda: bool(lost), "on_lost is called")
@@ -261,9 +261,9 @@ async def test_without_renewal_a_lease_ends(store: Any, colour: Colour) -> None:
     assert lease.remaining() == 0
 
 
-async def test_extend_sets_the_remaining_time(store: Any, colour: Colour) -> None:
+async def test_extend_sets_the_remaining_time(store: Any, variant: Variant) -> None:
     """extend(60) makes 60 s remain, not 60 more; it may also shorten."""
-    lock = lock_of(colour, store, ttl=30)
+    lock = lock_of(variant, store, ttl=30)
     async with lock.acquire() as lease:
         await lease.extend(60)
         assert 59 < (await lock.holder()).remaining() <= 60
@@ -274,10 +274,12 @@ async def test_extend_sets_the_remaining_time(store: Any, colour: Colour) -> Non
         assert 4 < lease.remaining() <= 5
 
 
-async def test_one_locked_row_costs_no_other_lease(store: Any, colour: Colour, peer: Peer) -> None:
+async def test_one_locked_row_costs_no_other_lease(
+    store: Any, variant: Variant, peer: Peer
+) -> None:
     """A stranger's transaction holds one lease's row for longer than any lease may be trusted
     without renewal: the other leases of the process are renewed."""
-    locks = [lock_of(colour, store, name, ttl=3) for name in ("a", "b", "c")]
+    locks = [lock_of(variant, store, name, ttl=3) for name in ("a", "b", "c")]
     leases = [await lock.acquire() for lock in locks]
     with peer.conn.transaction():
         peer.run(f"SELECT 1 FROM {TABLE} WHERE key = 'b' FOR UPDATE")
@@ -288,9 +290,9 @@ async def test_one_locked_row_costs_no_other_lease(store: Any, colour: Colour, p
     assert await leases[2].release()
 
 
-async def test_a_locked_row_is_renewed_later(store: Any, colour: Colour, peer: Peer) -> None:
+async def test_a_locked_row_is_renewed_later(store: Any, variant: Variant, peer: Peer) -> None:
     """A lease whose row a stranger held at the first renewal is renewed when that has gone."""
-    lease = await lock_of(colour, store, "b", ttl=6).acquire()
+    lease = await lock_of(variant, store, "b", ttl=6).acquire()
     with peer.conn.transaction():
         peer.run(f"SELECT 1 FROM {TABLE} WHERE key = 'b' FOR UPDATE")
         await asyncio.sleep(2.4)
@@ -302,19 +304,19 @@ async def test_a_locked_row_is_renewed_later(store: Any, colour: Colour, peer: P
 # -- loss
 
 
-async def test_a_lost_lease_ends_its_block(store: Any, colour: Colour) -> None:
+async def test_a_lost_lease_ends_its_block(store: Any, variant: Variant) -> None:
     """After force_release the holder hears at its next renewal: check() raises, an async body is
     cancelled, the block raises LeaseLostError."""
-    lock = lock_of(colour, store, ttl=3)
+    lock = lock_of(variant, store, ttl=3)
     lost: list[str] = []
     ended = False
     with pytest.raises(LeaseLostError) as error:  # noqa: PT012  # the block itself is tested
         async with lock_of(
-            colour, store, ttl=3, on_lost=lambda: lost.append("told")
+            variant, store, ttl=3, on_lost=lambda: lost.append("told")
         ).acquire() as lease:
             assert await lock.force_release(lease.token) is True
             other = await lock.acquire(timeout=0)
-            if colour.name == "async":
+            if variant.name == "async":
                 await asyncio.sleep(30)
                 ended = True
             else:
@@ -342,9 +344,9 @@ def test_two_leases_of_one_name_are_due_at_once(dsn: str) -> None:
         new.check()
 
 
-async def test_the_bodys_own_exception_is_not_masked(store: Any, colour: Colour) -> None:
+async def test_the_bodys_own_exception_is_not_masked(store: Any, variant: Variant) -> None:
     """A block that raises lets that out, also when its lease was lost."""
-    lock = lock_of(colour, store, ttl=30)
+    lock = lock_of(variant, store, ttl=30)
     with pytest.raises(ZeroDivisionError):  # noqa: PT012  # as above
         async with lock.acquire() as lease:
             await lock.force_release(lease.token)
@@ -352,9 +354,11 @@ async def test_the_bodys_own_exception_is_not_masked(store: Any, colour: Colour)
     assert await lock.try_acquire() is not None
 
 
-async def test_a_block_whose_lease_was_taken_raises_at_its_end(store: Any, colour: Colour) -> None:
+async def test_a_block_whose_lease_was_taken_raises_at_its_end(
+    store: Any, variant: Variant
+) -> None:
     """A loss that nobody noticed before the release is noticed by it."""
-    lock = lock_of(colour, store, ttl=30)
+    lock = lock_of(variant, store, ttl=30)
     with pytest.raises(LeaseLostError):
         async with lock.acquire() as lease:
             await lock.force_release(lease.token)
@@ -363,10 +367,10 @@ async def test_a_block_whose_lease_was_taken_raises_at_its_end(store: Any, colou
 
 
 async def test_revoke_never_makes_two_holders(
-    store: Any, colour: Colour, clock: ServerClock
+    store: Any, variant: Variant, clock: ServerClock
 ) -> None:
     """revoke(token) ends the token at once, and the name stays taken to the lease's old expiry."""
-    lock = lock_of(colour, store, ttl=30)
+    lock = lock_of(variant, store, ttl=30)
     lease = await lock.acquire()
     assert await lock.revoke(lease.token) is True
     assert await lock.revoke(lease.token) is False
@@ -379,19 +383,19 @@ async def test_revoke_never_makes_two_holders(
     await second.release()
 
 
-async def test_force_release_needs_the_token(store: Any, colour: Colour) -> None:
+async def test_force_release_needs_the_token(store: Any, variant: Variant) -> None:
     """Another grant's token frees nothing."""
-    lock = lock_of(colour, store)
+    lock = lock_of(variant, store)
     async with lock.acquire() as lease:
         assert await lock.force_release(lease.token - 1) is False
         assert await lock.revoke(lease.token + 1) is False
         lease.check()
 
 
-async def test_a_closed_store_loses_its_leases(make_store: Any, colour: Colour) -> None:
+async def test_a_closed_store_loses_its_leases(make_store: Any, variant: Variant) -> None:
     """With the store its renewal ends; the lease says so."""
     store = await make_store()
-    lease = await lock_of(colour, store).acquire()
+    lease = await lock_of(variant, store).acquire()
     await store.close()
     assert lease.is_lost
     with pytest.raises(LeaseLostError) as error:
@@ -403,13 +407,13 @@ async def test_a_closed_store_loses_its_leases(make_store: Any, colour: Colour) 
 
 
 async def test_grants_are_logged_unless_told_otherwise(
-    store: Any, colour: Colour, peer: Peer
+    store: Any, variant: Variant, peer: Peer
 ) -> None:
     """Durable grants are in a logged table, the others in an UNLOGGED one of another name, and
     neither knows of the other."""
     async with (
-        lock_of(colour, store).acquire(),
-        lock_of(colour, store, durable=False).acquire(timeout=0),
+        lock_of(variant, store).acquire(),
+        lock_of(variant, store, durable=False).acquire(timeout=0),
     ):
         kinds = dict(
             peer.run(
@@ -419,9 +423,9 @@ async def test_grants_are_logged_unless_told_otherwise(
     assert kinds == {"kv_store_locks": "p", "kv_store_locks_u": "u"}
 
 
-async def test_clearing_the_store_frees_no_lock(store: Any, colour: Colour) -> None:
+async def test_clearing_the_store_frees_no_lock(store: Any, variant: Variant) -> None:
     """clear(), truncate() and sweeps know nothing of locks."""
-    lock = lock_of(colour, store)
+    lock = lock_of(variant, store)
     async with lock.acquire():
         await store.clear()
         await store.truncate()
@@ -429,22 +433,22 @@ async def test_clearing_the_store_frees_no_lock(store: Any, colour: Colour) -> N
         assert await lock.try_acquire() is None
 
 
-async def test_a_namespace_has_locks_of_its_own(store: Any, colour: Colour) -> None:
+async def test_a_namespace_has_locks_of_its_own(store: Any, variant: Variant) -> None:
     """Names in a namespace carry its prefix, and are shown without."""
-    inner, outer = lock_of(colour, store.namespace("a:"), "x"), lock_of(colour, store, "x")
+    inner, outer = lock_of(variant, store.namespace("a:"), "x"), lock_of(variant, store, "x")
     async with inner.acquire(), outer.acquire(timeout=0):
         assert (await inner.holder()).name == "x"
-        assert await lock_of(colour, store, "a:x").try_acquire() is None
+        assert await lock_of(variant, store, "a:x").try_acquire() is None
 
 
-async def test_no_lock_inside_a_transaction(store: Any, colour: Colour, connect: Any) -> None:
+async def test_no_lock_inside_a_transaction(store: Any, variant: Variant, connect: Any) -> None:
     """A grant that can be rolled back would give its token twice: refused at construction."""
     async with store.transaction() as tx:
         with pytest.raises(pgkv.TransactionError, match="guard"):
-            lock_of(colour, tx)
+            lock_of(variant, tx)
     conn = await connect()
     with pytest.raises(pgkv.TransactionError, match="guard"):
-        lock_of(colour, store.using(conn))
+        lock_of(variant, store.using(conn))
     await conn.rollback()
 
 
@@ -459,37 +463,37 @@ async def test_no_lock_inside_a_transaction(store: Any, colour: Colour, connect:
     ],
 )
 async def test_what_is_wrong_is_named(
-    store: Any, colour: Colour, options: dict[str, Any], error: type[Exception], text: str
+    store: Any, variant: Variant, options: dict[str, Any], error: type[Exception], text: str
 ) -> None:
     """Bad settings are refused when the lock is made, by name."""
     with pytest.raises(error, match=text):
-        lock_of(colour, store, **options)
+        lock_of(variant, store, **options)
 
 
-async def test_names_are_checked(store: Any, colour: Colour) -> None:
+async def test_names_are_checked(store: Any, variant: Variant) -> None:
     """A name is a key: not empty, no NUL, not too long; and without the separator of tickets."""
     for name in ("", "a\0b", "a\x1fb", "x" * 2000):
         with pytest.raises(pgkv.InvalidKeyError):
-            lock_of(colour, store, name)
+            lock_of(variant, store, name)
 
 
-async def test_the_lock_itself_is_not_entered(store: Any, colour: Colour) -> None:
+async def test_the_lock_itself_is_not_entered(store: Any, variant: Variant) -> None:
     """`with lock:` could not know which lease to end, if two are entered in turns: it is refused
     with what to write, and nothing is acquired."""
     for made, what in (
-        (lock_of(colour, store, "n"), "lock"),
-        (colour.make("Semaphore", store, "s", 2), "semaphore"),
+        (lock_of(variant, store, "n"), "lock"),
+        (variant.make("Semaphore", store, "s", 2), "semaphore"),
     ):
         with pytest.raises(TypeError, match=rf"write `(async )?with {what}.acquire\(\) as lease:`"):
             async with made:
                 pass
-    assert await lock_of(colour, store, "n").holder() is None
+    assert await lock_of(variant, store, "n").holder() is None
 
 
-async def test_each_block_ends_its_own_lease(store: Any, colour: Colour) -> None:
+async def test_each_block_ends_its_own_lease(store: Any, variant: Variant) -> None:
     """Blocks that are left in another order, or in another task or thread, than they were entered
     in: each ends the lease that it began with."""
-    gpus = colour.make("Semaphore", store, "gpus", 3)
+    gpus = variant.make("Semaphore", store, "gpus", 3)
 
     async def gpu() -> Any:
         async with gpus.acquire() as lease:
@@ -498,7 +502,7 @@ async def test_each_block_ends_its_own_lease(store: Any, colour: Colour) -> None
     generators = [gpu() for _ in range(3)]
     leases = [await anext(each) for each in generators]
     stack = contextlib.AsyncExitStack()
-    entered = await asyncio.create_task(_entered(stack, lock_of(colour, store, "stack")))
+    entered = await asyncio.create_task(_entered(stack, lock_of(variant, store, "stack")))
     for ended in (0, 2, 1):
         await asyncio.create_task(_await(generators[ended].aclose()))
         assert leases[ended].is_lost
@@ -506,7 +510,7 @@ async def test_each_block_ends_its_own_lease(store: Any, colour: Colour) -> None
     assert not entered.is_lost
     await stack.aclose()
     assert entered.is_lost
-    assert await lock_of(colour, store, "stack").holder() is None
+    assert await lock_of(variant, store, "stack").holder() is None
 
 
 async def _entered(stack: contextlib.AsyncExitStack, lock: Any) -> Any:
@@ -518,7 +522,7 @@ async def _await(awaitable: Any) -> Any:
 
 
 async def test_only_names_unused_for_a_week_are_forgotten(
-    store: Any, colour: Colour, peer: Peer, clock: ServerClock
+    store: Any, variant: Variant, peer: Peer, clock: ServerClock
 ) -> None:
     """Cleaning deletes free rows whose last grant is older than seven days; tokens rise on."""
     from pgkv.patterns.lock.api import statements_of
@@ -526,29 +530,29 @@ async def test_only_names_unused_for_a_week_are_forgotten(
 
     inner = store._target if isinstance(store, Threaded) else store
     sql = statements_of(inner, LockStatements, durable=True)
-    async with lock_of(colour, store, "old").acquire() as lease:
+    async with lock_of(variant, store, "old").acquire() as lease:
         last = lease.token
-    held = await lock_of(colour, store, "held", ttl=30 * 86_400, renew=False).acquire()
+    held = await lock_of(variant, store, "held", ttl=30 * 86_400, renew=False).acquire()
     clock.advance(6.9 * 86_400)
     await store._execute(sql.clean(0))
     assert peer.one(f"SELECT count(*) FROM {TABLE}") == 2
     clock.advance(0.2 * 86_400)
     await store._execute(sql.clean(0))
     assert peer.run(f"SELECT key FROM {TABLE}") == [("held",)]
-    async with lock_of(colour, store, "old").acquire() as lease:
+    async with lock_of(variant, store, "old").acquire() as lease:
         assert lease.token > last
     await held.release()
 
 
 async def test_grants_are_durable_for_a_role_that_is_not(
-    make_store: Any, dsn: str, colour: Colour, peer: Peer
+    make_store: Any, dsn: str, variant: Variant, peer: Peer
 ) -> None:
     """With synchronous_commit off for the role each grant and renewal still waits for the disk."""
     from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
     options = conninfo_to_dict(dsn).get("options") or ""
     relaxed = make_conninfo(dsn, options=f"{options} -c synchronous_commit=off")
-    lock = lock_of(colour, await make_store(dsn=relaxed), "n")
+    lock = lock_of(variant, await make_store(dsn=relaxed), "n")
     async with lock.acquire():
         pass
     for _ in range(5):

@@ -13,9 +13,9 @@ from psycopg import IsolationLevel
 import pgkv
 from pgkv import LeaseLostError, TransactionError
 from pgkv.testing import ServerClock
-from tests.colours import Colour
 from tests.peers import Peer, fetch
 from tests.servers import LATE
+from tests.variants import Variant
 
 LEVELS = [
     IsolationLevel.READ_COMMITTED,
@@ -24,8 +24,8 @@ LEVELS = [
 ]
 
 
-def lock_of(colour: Colour, store: Any, **options: Any) -> Any:
-    return colour.make("Lock", store, "guarded", **options)
+def lock_of(variant: Variant, store: Any, **options: Any) -> Any:
+    return variant.make("Lock", store, "guarded", **options)
 
 
 async def isolated(connect: Any, level: IsolationLevel) -> Any:
@@ -36,15 +36,15 @@ async def isolated(connect: Any, level: IsolationLevel) -> Any:
 
 @pytest.mark.parametrize("level", LEVELS)
 async def test_a_guard_keeps_everybody_out(
-    store: Any, colour: Colour, connect: Any, clock: ServerClock, level: IsolationLevel
+    store: Any, variant: Variant, connect: Any, clock: ServerClock, level: IsolationLevel
 ) -> None:
     """While a guarded transaction is open nobody is granted the lock, though the lease has
     expired; a try answers at once, and after the commit it is granted."""
-    lease = await lock_of(colour, store, renew=False).acquire()
+    lease = await lock_of(variant, store, renew=False).acquire()
     conn = await isolated(connect, level)
     await lease.guard(conn)
     clock.advance(31)
-    other = lock_of(colour, store)
+    other = lock_of(variant, store)
     started = time.monotonic()
     assert await other.try_acquire() is None
     assert time.monotonic() - started < LATE
@@ -60,15 +60,15 @@ async def test_a_guard_keeps_everybody_out(
     ids=["lock", "fair", "semaphore"],
 )
 async def test_a_guard_stops_every_kind_of_grant(
-    store: Any, colour: Colour, connect: Any, clock: ServerClock, kind: str, options: Any
+    store: Any, variant: Variant, connect: Any, clock: ServerClock, kind: str, options: Any
 ) -> None:
     """First tries, tries after a denied one, fair ones and those of semaphores: none changes the
     token of a lease that has expired while its guard is open."""
-    lease = await colour.make(kind, store, "guarded", renew=False, **options).acquire()
+    lease = await variant.make(kind, store, "guarded", renew=False, **options).acquire()
     conn = await connect()
     await lease.guard(conn)
     clock.advance(31)
-    other = colour.make(kind, store, "guarded", **options)
+    other = variant.make(kind, store, "guarded", **options)
     for _ in range(3):
         assert await asyncio.wait_for(other.try_acquire(), 30) is None
     await conn.commit()
@@ -77,27 +77,27 @@ async def test_a_guard_stops_every_kind_of_grant(
 
 @pytest.mark.parametrize("level", LEVELS)
 async def test_renewals_pass_a_guard(
-    store: Any, colour: Colour, connect: Any, level: IsolationLevel
+    store: Any, variant: Variant, connect: Any, level: IsolationLevel
 ) -> None:
     """An open guard stops neither renewal nor release of its own lease."""
-    lease = await lock_of(colour, store).acquire()
+    lease = await lock_of(variant, store).acquire()
     conn = await isolated(connect, level)
     await lease.guard(conn)
     await asyncio.wait_for(lease.extend(40), 30)
     await asyncio.wait_for(lease.release(), 30)
-    assert await lock_of(colour, store).try_acquire() is None, "still excluded: the guard is open"
+    assert await lock_of(variant, store).try_acquire() is None, "still excluded: the guard is open"
     await conn.commit()
 
 
 async def test_a_waiter_behind_a_guard_gets_a_whole_lease(
-    store: Any, colour: Colour, connect: Any, clock: ServerClock
+    store: Any, variant: Variant, connect: Any, clock: ServerClock
 ) -> None:
     """Who waited while a guard was open is granted a lease with its time before it."""
-    lease = await lock_of(colour, store, renew=False).acquire()
+    lease = await lock_of(variant, store, renew=False).acquire()
     conn = await connect()
     await lease.guard(conn)
     clock.advance(31)
-    short = lock_of(colour, store, ttl=1, renew=False)
+    short = lock_of(variant, store, ttl=1, renew=False)
     waiting = asyncio.ensure_future(_acquired(short))
     await asyncio.sleep(1.2)
     assert not waiting.done()
@@ -112,12 +112,12 @@ async def _acquired(lock: Any) -> Any:
 
 
 async def test_a_guard_of_a_lost_lease_raises(
-    store: Any, colour: Colour, connect: Any, clock: ServerClock
+    store: Any, variant: Variant, connect: Any, clock: ServerClock
 ) -> None:
     """The token of an earlier grant guards nothing, whatever its holder believes."""
-    lease = await lock_of(colour, store, renew=False).acquire()
+    lease = await lock_of(variant, store, renew=False).acquire()
     clock.advance(31)
-    async with lock_of(colour, store).acquire(timeout=0):
+    async with lock_of(variant, store).acquire(timeout=0):
         conn = await connect()
         with pytest.raises(LeaseLostError):
             await lease.guard(conn)
@@ -126,14 +126,14 @@ async def test_a_guard_of_a_lost_lease_raises(
 
 @pytest.mark.parametrize("level", LEVELS[1:])
 async def test_taken_over_after_the_snapshot(
-    store: Any, colour: Colour, connect: Any, clock: ServerClock, level: IsolationLevel
+    store: Any, variant: Variant, connect: Any, clock: ServerClock, level: IsolationLevel
 ) -> None:
     """A snapshot from before the takeover does not make the lease look alive."""
-    lease = await lock_of(colour, store, renew=False).acquire()
+    lease = await lock_of(variant, store, renew=False).acquire()
     conn = await isolated(connect, level)
     await fetch(conn, "SELECT count(*) FROM kv_store_locks")
-    await lock_of(colour, store).force_release(lease.token)
-    second = await lock_of(colour, store).acquire(timeout=0)
+    await lock_of(variant, store).force_release(lease.token)
+    second = await lock_of(variant, store).acquire(timeout=0)
     with pytest.raises(LeaseLostError) as error:
         await lease.guard(conn)
     assert error.value.reason == "replaced"
@@ -142,11 +142,11 @@ async def test_taken_over_after_the_snapshot(
 
 
 async def test_a_snapshot_older_than_the_last_renewal_is_said(
-    store: Any, colour: Colour, connect: Any, clock: ServerClock
+    store: Any, variant: Variant, connect: Any, clock: ServerClock
 ) -> None:
     """REPEATABLE READ, guard not first, and the expiry that the snapshot shows has passed: not a
     loss, and the error says what to do."""
-    lease = await lock_of(colour, store, renew=False).acquire()
+    lease = await lock_of(variant, store, renew=False).acquire()
     conn = await isolated(connect, IsolationLevel.REPEATABLE_READ)
     await fetch(conn, "SELECT count(*) FROM kv_store_locks")
     await lease.extend(600)
@@ -160,10 +160,10 @@ async def test_a_snapshot_older_than_the_last_renewal_is_said(
     await lease.release()
 
 
-async def test_autocommit_is_refused(store: Any, colour: Colour, connect: Any) -> None:
+async def test_autocommit_is_refused(store: Any, variant: Variant, connect: Any) -> None:
     """Outside a transaction a guard would protect nothing; inside one on such a connection it
     does."""
-    async with lock_of(colour, store).acquire() as lease:
+    async with lock_of(variant, store).acquire() as lease:
         conn = await connect(autocommit=True)
         with pytest.raises(TransactionError, match="autocommit"):
             await lease.guard(conn)
@@ -172,9 +172,11 @@ async def test_autocommit_is_refused(store: Any, colour: Colour, connect: Any) -
         await conn.execute("COMMIT")
 
 
-async def test_a_read_only_transaction_is_refused(store: Any, colour: Colour, connect: Any) -> None:
+async def test_a_read_only_transaction_is_refused(
+    store: Any, variant: Variant, connect: Any
+) -> None:
     """It cannot lock the row, so it cannot be guarded."""
-    async with lock_of(colour, store).acquire() as lease:
+    async with lock_of(variant, store).acquire() as lease:
         conn = await connect()
         await conn.set_read_only(True)
         with pytest.raises(TransactionError, match="read-only"):
@@ -184,10 +186,10 @@ async def test_a_read_only_transaction_is_refused(store: Any, colour: Colour, co
 
 
 async def test_another_database_is_refused(
-    store: Any, colour: Colour, connect: Any, peer: Peer
+    store: Any, variant: Variant, connect: Any, peer: Peer
 ) -> None:
     """A guard on another database protects nothing there: TransactionError, not a loss."""
-    lock = lock_of(colour, store)
+    lock = lock_of(variant, store)
     async with lock.acquire() as lease:
         for text in ("CREATE DATABASE other_for_guard", None):
             if text:
@@ -216,19 +218,19 @@ def _in_database(peer: Peer, name: str) -> str:
 
 
 async def test_another_search_path_finds_the_same_table(
-    store: Any, colour: Colour, connect: Any
+    store: Any, variant: Variant, connect: Any
 ) -> None:
     """The guard names the table with its schema: the caller's search_path does not matter."""
-    async with lock_of(colour, store).acquire() as lease:
+    async with lock_of(variant, store).acquire() as lease:
         conn = await connect()
         await conn.execute("SET search_path = pg_catalog")
         await lease.guard(conn)
         await conn.rollback()
 
 
-async def test_max_hold_ends_an_idle_guard(store: Any, colour: Colour, connect: Any) -> None:
+async def test_max_hold_ends_an_idle_guard(store: Any, variant: Variant, connect: Any) -> None:
     """max_hold: the server ends a guarded transaction that lies idle, and the lock moves on."""
-    lock = lock_of(colour, store, ttl=1, renew=False)
+    lock = lock_of(variant, store, ttl=1, renew=False)
     lease = await lock.acquire()
     conn = await connect()
     await lease.guard(conn, max_hold=0.2)
@@ -241,37 +243,37 @@ async def test_max_hold_ends_an_idle_guard(store: Any, colour: Colour, connect: 
 
 
 async def test_a_savepoint_takes_its_guard_along(
-    store: Any, colour: Colour, connect: Any, clock: ServerClock
+    store: Any, variant: Variant, connect: Any, clock: ServerClock
 ) -> None:
     """The stated limit: a guard inside a savepoint that is rolled back protects no longer."""
-    lease = await lock_of(colour, store, renew=False).acquire()
+    lease = await lock_of(variant, store, renew=False).acquire()
     conn = await connect()
     await conn.execute("SAVEPOINT here")
     await lease.guard(conn)
     await conn.execute("ROLLBACK TO SAVEPOINT here")
     clock.advance(31)
-    second = await lock_of(colour, store).acquire(timeout=0)
+    second = await lock_of(variant, store).acquire(timeout=0)
     await conn.rollback()
     await second.release()
 
 
 async def test_revoke_waits_for_a_guard_and_says_so(
-    store: Any, colour: Colour, connect: Any
+    store: Any, variant: Variant, connect: Any
 ) -> None:
     """revoke() changes the token, so it waits for an open guard, at most a second or so."""
-    lock = lock_of(colour, store)
+    lock = lock_of(variant, store)
     lease = await lock.acquire()
     conn = await connect()
     await lease.guard(conn)
     with pytest.raises(pgkv.ConflictError, match="guard"):
-        await lock_of(colour, store).revoke(lease.token)
+        await lock_of(variant, store).revoke(lease.token)
     assert not lease.is_lost
     await conn.commit()
     assert await lock.revoke(lease.token)
 
 
 async def test_work_under_guard_is_never_overwritten(
-    store: Any, colour: Colour, connect: Any, peer: Peer
+    store: Any, variant: Variant, connect: Any, peer: Peer
 ) -> None:
     """Workers that outstay a 50 ms lease inside guarded transactions lose no update."""
     peer.run("CREATE TABLE counter (n int NOT NULL)")
@@ -281,7 +283,7 @@ async def test_work_under_guard_is_never_overwritten(
     async def work(worker: int) -> None:
         nonlocal done
         conn = await connect()
-        lock = lock_of(colour, store, ttl=0.05, renew=False)
+        lock = lock_of(variant, store, ttl=0.05, renew=False)
         end = time.monotonic() + 1.2
         while time.monotonic() < end or done <= 5:
             lease = await lock.acquire()

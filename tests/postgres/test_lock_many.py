@@ -1,4 +1,4 @@
-"""Several locks at once: all or none, in one order, in both colours."""
+"""Several locks at once: all or none, in one order, in both variants."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import pytest
 
 import pgkv
 from pgkv import ConfigError, InvalidValueError, LeaseLostError, LockTimeoutError
-from tests.colours import Colour
 from tests.peers import Peer, until
+from tests.variants import Variant
 
 HELD = "SELECT key FROM kv_store_locks WHERE expires_at > clock_timestamp() ORDER BY version"
 
 
-def locks_of(colour: Colour, store: Any, names: str, **options: Any) -> list[Any]:
-    return [colour.make("Lock", store, name, **options) for name in names]
+def locks_of(variant: Variant, store: Any, names: str, **options: Any) -> list[Any]:
+    return [variant.make("Lock", store, name, **options) for name in names]
 
 
 def held(peer: Peer) -> list[str]:
@@ -27,9 +27,9 @@ def held(peer: Peer) -> list[str]:
     return [key for (key,) in peer.run(HELD)]
 
 
-async def test_all_are_granted_in_one_order(store: Any, colour: Colour, peer: Peer) -> None:
+async def test_all_are_granted_in_one_order(store: Any, variant: Variant, peer: Peer) -> None:
     """The leases come in the order of the locks, the grants in that of the names."""
-    locks = locks_of(colour, store, "cab")
+    locks = locks_of(variant, store, "cab")
     async with locks[0].acquire_many(locks, timeout=5) as leases:
         assert [lease.name for lease in leases] == ["c", "a", "b"]
         assert held(peer) == ["a", "b", "c"]
@@ -40,9 +40,9 @@ async def test_all_are_granted_in_one_order(store: Any, colour: Colour, peer: Pe
     assert held(peer) == []
 
 
-async def test_release_ends_all_in_reverse_order(store: Any, colour: Colour, peer: Peer) -> None:
+async def test_release_ends_all_in_reverse_order(store: Any, variant: Variant, peer: Peer) -> None:
     """release() without a block; the second one says that nothing was held."""
-    locks = locks_of(colour, store, "ba")
+    locks = locks_of(variant, store, "ba")
     leases = await locks[0].acquire_many(locks)
     released: list[str] = []
     peer.run(
@@ -60,12 +60,12 @@ async def test_release_ends_all_in_reverse_order(store: Any, colour: Colour, pee
 
 
 async def test_a_release_that_fails_keeps_no_other(
-    store: Any, colour: Colour, peer: Peer, monkeypatch: pytest.MonkeyPatch
+    store: Any, variant: Variant, peer: Peer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its error is raised when all the others have been released; a second call ends it too."""
     from pgkv.patterns.lock.sql import LockStatements
 
-    locks = locks_of(colour, store, "abc")
+    locks = locks_of(variant, store, "abc")
     leases = await locks[0].acquire_many(locks)
     real = LockStatements.release
 
@@ -84,11 +84,11 @@ async def test_a_release_that_fails_keeps_no_other(
 
 
 async def test_none_is_kept_where_one_is_not_granted(
-    store: Any, colour: Colour, peer: Peer
+    store: Any, variant: Variant, peer: Peer
 ) -> None:
     """The deadline is one for all; what was granted before it is released; the error names the lock
     that was held."""
-    locks = locks_of(colour, store, "abc")
+    locks = locks_of(variant, store, "abc")
     async with locks[1].acquire() as other:
         for timeout in (0, 0.3):
             started = time.monotonic()
@@ -100,13 +100,13 @@ async def test_none_is_kept_where_one_is_not_granted(
         other.check()
 
 
-async def test_calls_do_not_wait_for_each_other_in_a_circle(store: Any, colour: Colour) -> None:
+async def test_calls_do_not_wait_for_each_other_in_a_circle(store: Any, variant: Variant) -> None:
     """Callers that name the same locks in all orders all get them."""
     inside: list[int] = []
 
     async def caller(n: int) -> None:
         names = ("abc", "cba", "bca", "cab")[n % 4]
-        locks = locks_of(colour, store, names)
+        locks = locks_of(variant, store, names)
         async with locks[0].acquire_many(locks, timeout=60):
             inside.append(n)
             assert inside == [n], "two hold the same locks"
@@ -117,10 +117,10 @@ async def test_calls_do_not_wait_for_each_other_in_a_circle(store: Any, colour: 
 
 
 async def test_the_first_is_renewed_while_the_second_is_waited_for(
-    store: Any, colour: Colour, peer: Peer
+    store: Any, variant: Variant, peer: Peer
 ) -> None:
     """A wait that is longer than the ttl loses nothing."""
-    a, b = locks_of(colour, store, "ab", ttl=9)
+    a, b = locks_of(variant, store, "ab", ttl=9)
     expires = "SELECT expires_at FROM kv_store_locks WHERE key = 'a'"
     other = await b.acquire()
     waiting = asyncio.ensure_future(_acquired(a, [a, b]))
@@ -138,10 +138,10 @@ async def _acquired(lock: Any, locks: list[Any], **options: Any) -> Any:
 
 
 async def test_one_that_is_lost_meanwhile_is_an_error(
-    store: Any, colour: Colour, peer: Peer, caplog: pytest.LogCaptureFixture
+    store: Any, variant: Variant, peer: Peer, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A lease that ended while the others were waited for is not handed out, nor are these."""
-    a, b = locks_of(colour, store, "ab", ttl=6)
+    a, b = locks_of(variant, store, "ab", ttl=6)
     other = await b.acquire()
     waiting = asyncio.ensure_future(_acquired(a, [b, a]))
     await until(lambda: held(peer) == ["b", "a"], "a is held, b waited for")
@@ -154,10 +154,10 @@ async def test_one_that_is_lost_meanwhile_is_an_error(
 
 
 async def test_a_loss_in_the_block_is_told_and_the_others_are_released(
-    store: Any, colour: Colour, peer: Peer
+    store: Any, variant: Variant, peer: Peer
 ) -> None:
     """The block raises LeaseLostError at its end, and leaves nothing held."""
-    a, b = locks_of(colour, store, "ab")
+    a, b = locks_of(variant, store, "ab")
     with pytest.raises(LeaseLostError, match="'b'"):
         async with a.acquire_many([a, b]) as leases:
             await b.force_release(list(leases)[1].token)

@@ -13,15 +13,15 @@ import psycopg_pool
 import pytest
 
 import pgkv
-from tests.colours import Colour, Threaded
 from tests.peers import until
+from tests.variants import Threaded, Variant
 
 
 @contextlib.asynccontextmanager
-async def opened(kind: str, colour: Colour, dsn: str) -> AsyncIterator[Any]:
+async def opened(kind: str, variant: Variant, dsn: str) -> AsyncIterator[Any]:
     """A store of that kind."""
     if kind == "own pool":
-        if colour.name == "async":
+        if variant.name == "async":
             async with psycopg_pool.AsyncConnectionPool(dsn, min_size=2, open=False) as pool:
                 store: Any = pgkv.AsyncStore.from_pool(pool)
                 yield store
@@ -33,7 +33,7 @@ async def opened(kind: str, colour: Colour, dsn: str) -> AsyncIterator[Any]:
                 await store.close()
         return
     options: dict[str, Any] = {"coalesce": True} if kind == "coalescing" else {}
-    store = await colour.connect(dsn, **options)
+    store = await variant.connect(dsn, **options)
     yield store.namespace("inner:") if kind == "namespace" else store
     await store.close()
 
@@ -42,13 +42,13 @@ KINDS = ["plain", "coalescing", "namespace", "own pool"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_everything_about_locks_works(kind: str, colour: Colour, dsn: str) -> None:
+async def test_everything_about_locks_works(kind: str, variant: Variant, dsn: str) -> None:
     """Locks in all their ways of waiting, semaphores, leaders, guards of holders: with any store."""
-    if kind == "coalescing" and colour.name == "sync":
+    if kind == "coalescing" and variant.name == "sync":
         pytest.skip("only AsyncStore coalesces")
-    async with opened(kind, colour, dsn) as store:
+    async with opened(kind, variant, dsn) as store:
         for options in ({}, {"fair": True}, {"wakeup": "notify"}, {"durable": False}):
-            lock = colour.make("Lock", store, "n", **options)
+            lock = variant.make("Lock", store, "n", **options)
             async with lock.acquire() as lease:
                 assert await lock.try_acquire() is None
                 assert (await lock.holder()).token == lease.token
@@ -59,14 +59,14 @@ async def test_everything_about_locks_works(kind: str, colour: Colour, dsn: str)
             lease = await lock.acquire(timeout=0)
             assert await lock.revoke(lease.token)
             assert await lock.force_release((await lock.holder()).token)
-        gpus = colour.make("Semaphore", store, "gpus", 2)
+        gpus = variant.make("Semaphore", store, "gpus", 2)
         async with gpus.acquire(), gpus.acquire():
             assert await gpus.try_acquire() is None
         elected: list[int] = []
-        leader = colour.make(
+        leader = variant.make(
             "Leader", store, "cron", on_elected=lambda lease: elected.append(lease.token)
         )
-        stop = asyncio.Event() if colour.name == "async" else threading.Event()
+        stop = asyncio.Event() if variant.name == "async" else threading.Event()
         run = asyncio.ensure_future(_run(leader, stop))
         await until(lambda: bool(elected), "it is elected")
         stop.set()
@@ -82,12 +82,12 @@ async def _run(leader: Any, stop: Any) -> None:
 
 
 async def test_an_exhausted_pool_does_not_prolong_a_wait(
-    make_store: Callable[..., Coroutine[Any, Any, Any]], colour: Colour
+    make_store: Callable[..., Coroutine[Any, Any, Any]], variant: Variant
 ) -> None:
     """All connections are in transactions: a try ends within a second or so, an acquire about when
     its timeout ends, though pool_timeout is half a minute; and nothing is left to be taken back."""
     store = await make_store(pool_max_size=1, pool_timeout=30)
-    lock = colour.make("Lock", store, "n")
+    lock = variant.make("Lock", store, "n")
     async with lock.acquire():
         pass
     async with store.transaction() as tx:

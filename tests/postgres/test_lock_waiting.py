@@ -13,14 +13,14 @@ import pgkv
 from pgkv.patterns.lock import flows
 from pgkv.patterns.lock.api import statements_of
 from pgkv.patterns.lock.sql import LockStatements
-from tests.colours import Colour
 from tests.faults.support import newest
 from tests.peers import Peer, until
 from tests.servers import LATE
+from tests.variants import Variant
 
 
-def lock_of(colour: Colour, store: Any, **options: Any) -> Any:
-    return colour.make("Lock", store, "queue", **options)
+def lock_of(variant: Variant, store: Any, **options: Any) -> Any:
+    return variant.make("Lock", store, "queue", **options)
 
 
 async def _acquired(lock: Any, **options: Any) -> Any:
@@ -42,10 +42,10 @@ def tickets(peer: Peer) -> int:
     return int(peer.one("SELECT count(*) FROM kv_store_tickets"))
 
 
-async def test_a_release_wakes_a_waiter(store: Any, colour: Colour, peer: Peer) -> None:
+async def test_a_release_wakes_a_waiter(store: Any, variant: Variant, peer: Peer) -> None:
     """wakeup="notify": a waiter is granted the lock well before its next look, and one connection
     listens for all of the process."""
-    locks = [lock_of(colour, store, wakeup="notify") for _ in range(4)]
+    locks = [lock_of(variant, store, wakeup="notify") for _ in range(4)]
     lease = await locks[0].acquire()
     waiting = [asyncio.ensure_future(_acquired(lock)) for lock in locks[1:]]
     await until(lambda: listeners(peer) == 1, "the process listens")
@@ -64,7 +64,7 @@ async def test_a_release_wakes_a_waiter(store: Any, colour: Colour, peer: Peer) 
     assert listeners(peer) == 1
 
 
-async def test_a_waiter_that_gives_up_passes_its_chance_on(store: Any, colour: Colour) -> None:
+async def test_a_waiter_that_gives_up_passes_its_chance_on(store: Any, variant: Variant) -> None:
     """A waiter that was woken and did not try leaves the chance to the next one."""
     from pgkv._background.background import Background
     from pgkv.patterns._runtime.wakeup import TaskWaiter
@@ -83,14 +83,14 @@ async def test_a_waiter_that_gives_up_passes_its_chance_on(store: Any, colour: C
 
 
 async def test_behind_a_transaction_pooler_waiters_poll(
-    make_store: Any, colour: Colour, peer: Peer, caplog: pytest.LogCaptureFixture
+    make_store: Any, variant: Variant, peer: Peer, caplog: pytest.LogCaptureFixture
 ) -> None:
     """pooler=TRANSACTION: no LISTEN, said once, and the lock is handed over all the same."""
     from pgkv._background import listener as _listener
 
     _listener._said.clear()
     store = await make_store(pooler=pgkv.Pooler.TRANSACTION)
-    locks = [lock_of(colour, store, wakeup="notify") for _ in range(3)]
+    locks = [lock_of(variant, store, wakeup="notify") for _ in range(3)]
     lease = await locks[0].acquire()
     waiting = [asyncio.ensure_future(_acquired(lock)) for lock in locks[1:]]
     await asyncio.sleep(0.1)
@@ -104,7 +104,7 @@ async def test_behind_a_transaction_pooler_waiters_poll(
 
 
 async def test_where_nothing_is_heard_waiters_poll(
-    store: Any, colour: Colour, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    store: Any, variant: Variant, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A trial notification that does not arrive (an undeclared pooler) means polling."""
     from pgkv._background import listener as _listener
@@ -112,21 +112,21 @@ async def test_where_nothing_is_heard_waiters_poll(
     _listener._said.clear()
     monkeypatch.setattr(_listener, "TRIAL_TIME", 0.2)
     monkeypatch.setattr(_listener, "listen_sql", lambda channels: sql.SQL("LISTEN pgkv_elsewhere"))
-    lease = await lock_of(colour, store).acquire()
-    waiting = asyncio.ensure_future(_acquired(lock_of(colour, store, wakeup="notify")))
+    lease = await lock_of(variant, store).acquire()
+    waiting = asyncio.ensure_future(_acquired(lock_of(variant, store, wakeup="notify")))
     await until(lambda: "pgkv.listener.polling" in caplog.text, "it is said")
     await lease.release()
     await (await asyncio.wait_for(waiting, 30)).release()
 
 
-async def test_waiters_are_served_in_order(store: Any, colour: Colour, peer: Peer) -> None:
+async def test_waiters_are_served_in_order(store: Any, variant: Variant, peer: Peer) -> None:
     """fair=True: first come, first served; and no ticket is left behind."""
-    lock = lock_of(colour, store, fair=True)
+    lock = lock_of(variant, store, fair=True)
     order: list[int] = []
     lease = await lock.acquire()
 
     async def wait(number: int) -> None:
-        async with lock_of(colour, store, fair=True).acquire():
+        async with lock_of(variant, store, fair=True).acquire():
             order.append(number)
 
     waiting = []
@@ -140,13 +140,13 @@ async def test_waiters_are_served_in_order(store: Any, colour: Colour, peer: Pee
 
 
 async def test_a_dead_waiter_stalls_the_queue_for_its_ticket_only(
-    store: Any, colour: Colour, peer: Peer
+    store: Any, variant: Variant, peer: Peer
 ) -> None:
     """A ticket whose owner no longer asks loses its place after its two seconds."""
-    lock = lock_of(colour, store, fair=True)
+    lock = lock_of(variant, store, fair=True)
     with pytest.raises(pgkv.LockTimeoutError):
         async with lock.acquire():
-            await lock_of(colour, store, fair=True).acquire(timeout=0.05)
+            await lock_of(variant, store, fair=True).acquire(timeout=0.05)
     assert tickets(peer) == 0, "one that gives up leaves the queue"
     peer.run(
         "INSERT INTO kv_store_tickets VALUES ('queue' || E'\\x1f' || 'dead', 1,"
@@ -157,9 +157,9 @@ async def test_a_dead_waiter_stalls_the_queue_for_its_ticket_only(
         assert 0.5 < time.monotonic() - started < 2.5 + LATE
 
 
-async def test_a_fair_try_does_not_overtake(store: Any, colour: Colour, peer: Peer) -> None:
+async def test_a_fair_try_does_not_overtake(store: Any, variant: Variant, peer: Peer) -> None:
     """try_acquire of a free lock is denied while somebody waits in order, and leaves no ticket."""
-    lock = lock_of(colour, store, fair=True)
+    lock = lock_of(variant, store, fair=True)
     async with lock.acquire():
         pass
     peer.run("UPDATE kv_store_locks SET expires_at = to_timestamp(0)")
@@ -172,17 +172,17 @@ async def test_a_fair_try_does_not_overtake(store: Any, colour: Colour, peer: Pe
     )
     assert await lock.try_acquire() is None
     assert tickets(peer) == 1
-    barger = await lock_of(colour, store).try_acquire()
+    barger = await lock_of(variant, store).try_acquire()
     assert barger is not None, "fair binds those who use it"
     await barger.release()
 
 
 @newest
 async def test_waiting_costs_few_statements(
-    store: Any, colour: Colour, operations: list[tuple[str, str, int]]
+    store: Any, variant: Variant, operations: list[tuple[str, str, int]]
 ) -> None:
     """Waiters settle at two to four looks a second each."""
-    lock = lock_of(colour, store)
+    lock = lock_of(variant, store)
     async with lock.acquire():
         waiting = [asyncio.ensure_future(_acquired(lock, timeout=3.0)) for _ in range(5)]
         await asyncio.sleep(1.5)
@@ -197,12 +197,12 @@ async def test_waiting_costs_few_statements(
 
 
 async def test_waiters_without_a_ticket_are_counted(
-    store: Any, colour: Colour, dsn: str, peer: Peer, monkeypatch: pytest.MonkeyPatch
+    store: Any, variant: Variant, dsn: str, peer: Peer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Who waits for a while for a lock that is not fair, or a semaphore, leaves a note. A grant at once
     leaves none, and neither does it once it has the lock. A note is no place in a queue."""
     monkeypatch.setattr(flows, "NOTE_AFTER", 0.0)
-    lock, slots = lock_of(colour, store), colour.make("Semaphore", store, "queue", 1)
+    lock, slots = lock_of(variant, store), variant.make("Semaphore", store, "queue", 1)
     held = [await lock.acquire(), await slots.acquire()]
     assert tickets(peer) == 0
     waiting = [asyncio.ensure_future(_acquired(each)) for each in (lock, slots)]
@@ -210,7 +210,7 @@ async def test_waiters_without_a_ticket_are_counted(
     with pgkv.Store.connect(dsn) as other:
         counted = other._execute(statements_of(other, LockStatements, durable=True).queue())
     assert counted == {"queue": 2}
-    fair = colour.make("Lock", store, "queue", fair=True, durable=False)
+    fair = variant.make("Lock", store, "queue", fair=True, durable=False)
     await (await fair.acquire(timeout=30)).release()
     for each in held:
         await each.release()

@@ -771,10 +771,10 @@ async def test_a_late_one(make_store: MakeStore, peer: Peer, witness: Peer) -> N
     assert await store.get("n") is None
 
 
-async def test_a_pool_of_the_callers(dsn: str, colour: Any) -> None:
+async def test_a_pool_of_the_callers(dsn: str, variant: Any) -> None:
     """Over a caller's pool whose connections are reset with DISCARD ALL, pipelines work all the
     same."""
-    if colour.name == "async":
+    if variant.name == "async":
         from psycopg_pool import AsyncConnectionPool
 
         async def forget(conn: psycopg.AsyncConnection[Any]) -> None:

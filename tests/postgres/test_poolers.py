@@ -2,7 +2,7 @@
 connections: one that keeps prepared statements, and one that does not.
 
 Every test of the modules below that works with a store runs here with ``pooler=Pooler.TRANSACTION``,
-in both colours, on one version of PostgreSQL. The peers of a test, and its own connections, go to the
+in both variants, on one version of PostgreSQL. The peers of a test, and its own connections, go to the
 server directly.
 """
 
@@ -23,7 +23,6 @@ from pgkv import Pooler
 from pgkv._engine import pooling
 from tests import pgbouncer
 from tests.again import adopt
-from tests.colours import Colour, Threaded
 from tests.faults.support import newest
 from tests.peers import Peer, caller_connection
 from tests.postgres import (
@@ -55,6 +54,7 @@ from tests.postgres import (
 )
 from tests.postgres.test_pipeline import Tape
 from tests.servers import Server, UserServer
+from tests.variants import Threaded, Variant
 
 MODULES = (
     *(test_basic, test_batch, test_atomic, test_scan, test_expiry, test_collection),
@@ -132,14 +132,14 @@ def pooled(server: Server | UserServer, dsn: str, program: str) -> Iterator[str]
 
 @pytest.fixture
 def make_store(
-    pooled: str, colour: Colour, event_loop_runner: asyncio.Runner
+    pooled: str, variant: Variant, event_loop_runner: asyncio.Runner
 ) -> Iterator[Callable[..., Coroutine[Any, Any, Any]]]:
     """As everywhere, but through the pooler."""
     made: list[Any] = []
 
     async def make(**config: Any) -> Any:
         config = {"dsn": pooled, "pooler": Pooler.TRANSACTION, **config}
-        made.append(await colour.connect(config.pop("dsn"), **config))
+        made.append(await variant.connect(config.pop("dsn"), **config))
         return made[-1]
 
     yield make
@@ -153,14 +153,14 @@ def make_store(
 
 @pytest.fixture
 def connect(
-    pooled: str, colour: Colour, event_loop_runner: asyncio.Runner
+    pooled: str, variant: Variant, event_loop_runner: asyncio.Runner
 ) -> Iterator[Callable[..., Coroutine[Any, Any, Any]]]:
     """The caller's own connection, which passes through the pooler too."""
     made: list[Any] = []
 
     async def make(**options: Any) -> Any:
         options = {"dsn": pooled, "prepare_threshold": None, **options}
-        made.append(await caller_connection(colour, options.pop("dsn"), **options))
+        made.append(await caller_connection(variant, options.pop("dsn"), **options))
         return made[-1]
 
     yield make
@@ -182,9 +182,9 @@ def tape(pooled: str) -> Iterator[Tape]:
 adopt(
     globals(),
     MODULES,
-    own={"make_store", "connect", "tape", "colour"},
+    own={"make_store", "connect", "tape", "variant"},
     left_out=LEFT_OUT,
-    marks={test_coalesce: pytest.mark.parametrize("colour", ["async"], indirect=True)},
+    marks={test_coalesce: pytest.mark.parametrize("variant", ["async"], indirect=True)},
 )
 
 
@@ -209,10 +209,10 @@ async def test_statements_are_prepared_where_the_pooler_keeps_them(
 
 
 @pgbouncer.newer_needed
-async def test_a_newer_pooler_that_keeps_none(dsn: str, colour: Colour) -> None:
+async def test_a_newer_pooler_that_keeps_none(dsn: str, variant: Variant) -> None:
     """max_prepared_statements = 0, the default until 1.23: nothing is prepared."""
     with pooler(dsn, "max_prepared_statements = 0", program="newer") as through:
-        store = await colour.connect(through, pooler=Pooler.TRANSACTION)
+        store = await variant.connect(through, pooler=Pooler.TRANSACTION)
         await asyncio.gather(*(store.increment("n") for _ in range(50)))
         assert await store.get("n") == b"50"
         assert allowed(store) is False
@@ -249,12 +249,12 @@ async def test_a_statement_that_the_pooler_lost(
 
 
 @pytest.mark.parametrize("told", [Pooler.NONE, Pooler.TRANSACTION])
-async def test_session_mode(dsn: str, colour: Colour, program: str, told: Pooler) -> None:
+async def test_session_mode(dsn: str, variant: Variant, program: str, told: Pooler) -> None:
     """A client has a server connection of its own, and statements may be prepared, where the pooler
     ignores the settings that pgkv sends."""
     ignored = "ignore_startup_parameters = options"
     with pooler(dsn, ignored, program=program, mode="session") as through:
-        store = await colour.connect(through, pooler=told, pool_max_size=2)
+        store = await variant.connect(through, pooler=told, pool_max_size=2)
         await asyncio.gather(*(store.increment("n") for _ in range(50)))
         async with store.transaction() as tx:
             await tx.increment("n")
@@ -262,11 +262,13 @@ async def test_session_mode(dsn: str, colour: Colour, program: str, told: Pooler
         await store.close()
 
 
-async def test_prepared_statements_through_a_pooler(pooled: str, colour: Colour, dsn: str) -> None:
+async def test_prepared_statements_through_a_pooler(
+    pooled: str, variant: Variant, dsn: str
+) -> None:
     """A store that does not know of the pooler is told what to set, by connect() or by the first
     operation that meets another server connection."""
     with pytest.raises(pgkv.PgkvError, match=r"Pooler\.TRANSACTION"):
-        await colour.connect(pooled, retry=None)
+        await variant.connect(pooled, retry=None)
 
 
 async def test_two_server_connections(make_store: Any, peer: Peer) -> None:
@@ -283,7 +285,7 @@ async def test_two_server_connections(make_store: Any, peer: Peer) -> None:
 
 
 async def test_a_watcher_polls_and_a_writer_tells(
-    make_store: Any, colour: Colour, dsn: str, monkeypatch: pytest.MonkeyPatch
+    make_store: Any, variant: Variant, dsn: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Through the pooler a watcher hears nothing and sees the change by itself; a writer's notification
     passes."""

@@ -23,21 +23,21 @@ from pgkv import (
     TransactionError,
 )
 from pgkv.testing import ServerClock
-from tests.colours import Colour
 from tests.peers import Peer, fetch, until
+from tests.variants import Variant
 
 LEASE = 60
 JOBS = "kv_store_jobs"
 
 
 @pytest.fixture
-def queue(store: Any, colour: Colour) -> Any:
+def queue(store: Any, variant: Variant) -> Any:
     """A queue with the default settings, but no pause between attempts."""
-    return queue_of(colour, store)
+    return queue_of(variant, store)
 
 
-def queue_of(colour: Colour, store: Any, name: str = "q", **options: Any) -> Any:
-    return colour.make("Queue", store, name, **{"backoff": Backoff(0), **options})
+def queue_of(variant: Variant, store: Any, name: str = "q", **options: Any) -> Any:
+    return variant.make("Queue", store, name, **{"backoff": Backoff(0), **options})
 
 
 async def taken(queue: Any) -> Any:
@@ -103,9 +103,9 @@ async def test_a_released_job_has_lost_no_attempt(queue: Any) -> None:
     assert (await taken(queue)).attempt == 2
 
 
-async def test_out_of_attempts_a_job_is_dead(store: Any, colour: Colour) -> None:
+async def test_out_of_attempts_a_job_is_dead(store: Any, variant: Variant) -> None:
     """After its last failed attempt it is kept apart until it is retried or purged."""
-    queue = queue_of(colour, store, max_attempts=2)
+    queue = queue_of(variant, store, max_attempts=2)
     await queue.put("a")
     for _ in range(2):
         await (await taken(queue)).nack(error="bad luck")
@@ -123,10 +123,10 @@ async def test_out_of_attempts_a_job_is_dead(store: Any, colour: Colour) -> None
 
 
 async def test_a_job_that_kills_its_workers_dies(
-    store: Any, colour: Colour, clock: ServerClock, caplog: pytest.LogCaptureFixture
+    store: Any, variant: Variant, clock: ServerClock, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Each take is an attempt: leases that end use them up, and the take after that buries it."""
-    queue = queue_of(colour, store, max_attempts=2)
+    queue = queue_of(variant, store, max_attempts=2)
     await queue.put("poison")
     held = []
     for _ in range(2):
@@ -146,12 +146,12 @@ async def look_at_all(queue: Any) -> None:
     inner._options.marks._full_from = 0.0
 
 
-async def test_a_failed_job_waits_longer_each_time(store: Any, colour: Colour) -> None:
+async def test_a_failed_job_waits_longer_each_time(store: Any, variant: Variant) -> None:
     """The backoff grows by its factor, up to its longest; a given delay counts instead."""
     backoff = Backoff(10, 2, max=25)
     for attempt, longest in ((1, 10), (2, 20), (3, 25), (50, 25)):
         assert longest / 2 <= backoff.seconds(attempt) <= longest
-    queue = queue_of(colour, store, backoff=backoff)
+    queue = queue_of(variant, store, backoff=backoff)
     await queue.put("a")
     await (await taken(queue)).nack()
     assert await counts(queue) == (0, 1, 0, 0)
@@ -241,10 +241,10 @@ async def test_typed_payloads(queue: Any) -> None:
     assert await job.bury("no order")
 
 
-async def test_queues_do_not_mix(store: Any, colour: Colour) -> None:
+async def test_queues_do_not_mix(store: Any, variant: Variant) -> None:
     """Each name, and each namespace, is a queue of its own."""
-    one, two = (queue_of(colour, store, name) for name in ("one", "two"))
-    inner = queue_of(colour, store.namespace("ns:"), "one")
+    one, two = (queue_of(variant, store, name) for name in ("one", "two"))
+    inner = queue_of(variant, store.namespace("ns:"), "one")
     for queue in (one, two, inner):
         await queue.put(queue.name if queue is not inner else "inner")
     assert (await taken(inner)).payload == b"inner"
@@ -286,38 +286,38 @@ async def test_bad_input_is_refused(
     assert not operations
 
 
-async def test_settings_are_checked(store: Any, colour: Colour) -> None:
+async def test_settings_are_checked(store: Any, variant: Variant) -> None:
     """Names, leases and modes that cannot be."""
     with pytest.raises(InvalidKeyError):
-        queue_of(colour, store, "")
+        queue_of(variant, store, "")
     for lease in (0.5, math.nan):
         with pytest.raises(InvalidValueError):
-            queue_of(colour, store, lease=lease)
+            queue_of(variant, store, lease=lease)
     bad: list[dict[str, Any]] = [
         {"wakeup": "x"}, {"max_attempts": 0}, {"backoff": 3},
     ]  # fmt: skip
     for settings in bad:
         with pytest.raises(ConfigError):
-            queue_of(colour, store, **settings)
+            queue_of(variant, store, **settings)
     with pytest.raises(InvalidValueError):
         Backoff(1, 0.5)
     async with store.transaction() as tx:
         with pytest.raises(TransactionError, match="taken"):
-            queue_of(colour, tx)
+            queue_of(variant, tx)
 
 
 # -- leases --------------------------------------------------------------------------------
 
 
 async def test_after_its_lease_a_job_is_given_to_another(
-    store: Any, queue: Any, colour: Colour, clock: ServerClock
+    store: Any, queue: Any, variant: Variant, clock: ServerClock
 ) -> None:
     """The job of a worker that is gone comes back, with a larger token; what the old worker says of
     it then is refused."""
     await queue.put("a")
     old = await taken(queue)
     clock.advance(LEASE - 1)
-    other = queue_of(colour, store)
+    other = queue_of(variant, store)
     assert await other.take() is None
     clock.advance(2)
     await look_at_all(other)
@@ -340,9 +340,9 @@ async def test_a_late_ack_counts_if_nobody_took_the_job(queue: Any, clock: Serve
     assert await counts(queue) == (0, 0, 0, 0)
 
 
-async def test_renewal_keeps_a_job(store: Any, colour: Colour, peer: Peer) -> None:
+async def test_renewal_keeps_a_job(store: Any, variant: Variant, peer: Peer) -> None:
     """A job is renewed in the background at a third of its lease."""
-    queue = queue_of(colour, store, lease=1.5)
+    queue = queue_of(variant, store, lease=1.5)
     await queue.put("a")
     job = await taken(queue)
     first = peer.one(f"SELECT leased_until FROM {JOBS}")
@@ -363,7 +363,7 @@ async def test_extend(queue: Any, peer: Peer) -> None:
 
 
 async def test_a_job_that_was_taken_over_is_noticed(
-    store: Any, queue: Any, colour: Colour, clock: ServerClock, caplog: pytest.LogCaptureFixture
+    store: Any, queue: Any, variant: Variant, clock: ServerClock, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The next renewal finds out that a job has another worker: check raises, and it is logged."""
     await queue.put("a")
@@ -448,7 +448,7 @@ async def test_a_put_in_the_stores_transaction(store: Any, queue: Any) -> None:
 
 
 async def test_an_ack_commits_with_its_effect(
-    store: Any, queue: Any, colour: Colour, connect: Any, clock: ServerClock
+    store: Any, queue: Any, variant: Variant, connect: Any, clock: ServerClock
 ) -> None:
     """While the transaction is open nobody is given the job, though its lease has ended; after the
     commit it is gone."""
@@ -457,7 +457,7 @@ async def test_an_ack_commits_with_its_effect(
     conn = await connect()
     await queue.using(conn).ack(job)
     clock.advance(LEASE + 1)
-    other = queue_of(colour, store)
+    other = queue_of(variant, store)
     assert await other.take() is None
     await conn.commit()
     await look_at_all(other)
@@ -643,13 +643,13 @@ async def test_a_dead_job_does_not_keep_its_key(queue: Any) -> None:
 
 
 async def test_a_put_inside_a_transaction_holds_its_twin_back(
-    store: Any, queue: Any, colour: Colour, connect: Any
+    store: Any, queue: Any, variant: Variant, connect: Any
 ) -> None:
     """A job that waits does not run on what was there before the caller's commit."""
     await queue.put("a", dedupe="k")
     conn = await connect()
     assert (await queue.using(conn).put("b", dedupe="k")).outcome == "waiting"
-    assert await queue_of(colour, store).take() is None
+    assert await queue_of(variant, store).take() is None
     await conn.commit()
     await look_at_all(queue)
     assert (await taken(queue)).payload == b"a"
@@ -710,9 +710,9 @@ async def test_two_puts_of_a_key_at_once_are_one_job(queue: Any) -> None:
 # -- concurrency ---------------------------------------------------------------------------
 
 
-async def test_each_job_goes_to_one_taker(store: Any, colour: Colour) -> None:
+async def test_each_job_goes_to_one_taker(store: Any, variant: Variant) -> None:
     """Many takers at once share the jobs, and none is given to two."""
-    queues = [queue_of(colour, store) for _ in range(6)]
+    queues = [queue_of(variant, store) for _ in range(6)]
     ids = await queues[0].put_many(["x"] * 60)
 
     async def drain(queue: Any) -> list[int]:
@@ -761,9 +761,9 @@ async def test_a_take_is_cancelled_anywhere(dsn: str) -> None:
             assert await counts(queue) == (1, 0, 0, 0), steps
 
 
-async def test_notified_takers_wake(store: Any, colour: Colour) -> None:
+async def test_notified_takers_wake(store: Any, variant: Variant) -> None:
     """wakeup="notify": a put ends a wait at once, from outside and from inside a transaction."""
-    queue = queue_of(colour, store, wakeup="notify")
+    queue = queue_of(variant, store, wakeup="notify")
     await queue.create_table()
     waiting = asyncio.ensure_future(queue.take(timeout=60))
     inner = getattr(queue, "_target", queue)
@@ -780,10 +780,10 @@ async def test_notified_takers_wake(store: Any, colour: Colour) -> None:
 
 
 async def test_puts_are_notified_of_together(
-    store: Any, colour: Colour, operations: list[tuple[str, str, int]]
+    store: Any, variant: Variant, operations: list[tuple[str, str, int]]
 ) -> None:
     """Of many puts in a moment the first and the last are notified of, and none is left out."""
-    queue = queue_of(colour, store, wakeup="notify")
+    queue = queue_of(variant, store, wakeup="notify")
     for _ in range(50):
         await queue.put("a")
     sent = [name for name, *_ in operations]
@@ -818,9 +818,9 @@ async def test_leases_stay_heap_only(queue: Any, peer: Peer) -> None:
     assert peer.one(f"SELECT pg_stat_get_tuples_hot_updated('{JOBS}'::regclass)") == 10
 
 
-async def test_an_unlogged_queue(store: Any, colour: Colour, peer: Peer) -> None:
+async def test_an_unlogged_queue(store: Any, variant: Variant, peer: Peer) -> None:
     """durable=False has a table of its own."""
-    queue = queue_of(colour, store, durable=False)
+    queue = queue_of(variant, store, durable=False)
     await queue.put("a")
     assert peer.one("SELECT relpersistence FROM pg_class WHERE relname = 'kv_store_jobs_u'") == "u"
     async with await taken(queue):

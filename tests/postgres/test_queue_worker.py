@@ -17,20 +17,20 @@ import pgkv
 from pgkv import Backoff, Bury, ConfigError, Later
 from pgkv.patterns.queue import flows as queue_flows
 from pgkv.testing import ServerClock
-from tests.colours import Colour, _outward
 from tests.peers import until
 from tests.postgres.test_queue import counts, queue_of
+from tests.variants import Variant, _outward
 
 
 class Station:
     """A worker at work, in sync or async, and the event that ends it."""
 
-    def __init__(self, colour: Colour, queues: Any, fn: Any, **options: Any) -> None:
-        self.is_async = colour.name == "async"
+    def __init__(self, variant: Variant, queues: Any, fn: Any, **options: Any) -> None:
+        self.is_async = variant.name == "async"
         if not self.is_async:
             loop = asyncio.get_running_loop()
             queues, fn = _outward(queues, loop), _outward(fn, loop)
-        self.worker = colour.make("Worker", queues, fn, **options)
+        self.worker = variant.make("Worker", queues, fn, **options)
         self.stop: Any = asyncio.Event() if self.is_async else threading.Event()
         self.task: asyncio.Future[Any] | None = None
 
@@ -45,29 +45,29 @@ class Station:
 
 
 @contextlib.asynccontextmanager
-async def working(colour: Colour, queues: Any, fn: Any, **options: Any) -> AsyncIterator[Any]:
-    async with Station(colour, queues, fn, **options) as station:
+async def working(variant: Variant, queues: Any, fn: Any, **options: Any) -> AsyncIterator[Any]:
+    async with Station(variant, queues, fn, **options) as station:
         yield station
 
 
-async def test_a_worker_does_all_jobs_once(store: Any, colour: Colour) -> None:
+async def test_a_worker_does_all_jobs_once(store: Any, variant: Variant) -> None:
     """Each job is done once, and acknowledged when its function returns."""
-    queue = queue_of(colour, store)
+    queue = queue_of(variant, store)
     ids = await queue.put_many(["x"] * 40)
     done: list[int] = []
 
     async def work(job: Any) -> None:
         done.append(job.id)
 
-    async with working(colour, queue, work):
+    async with working(variant, queue, work):
         await until(lambda: len(done) == 40, "all are done")
     assert sorted(done) == ids
     assert await counts(queue) == (0, 0, 0, 0)
 
 
-async def test_what_a_function_does_decides(store: Any, colour: Colour) -> None:
+async def test_what_a_function_does_decides(store: Any, variant: Variant) -> None:
     """Raise: put back. Later: put back without its attempt. Bury: dead. Its own end stands."""
-    queue = queue_of(colour, store, backoff=Backoff(100))
+    queue = queue_of(variant, store, backoff=Backoff(100))
     for payload in ("fails", "later", "bury", "acks", "returns"):
         await queue.put(payload)
 
@@ -83,7 +83,7 @@ async def test_what_a_function_does_decides(store: Any, colour: Colour) -> None:
             await job.ack()
             raise ValueError("after the end")
 
-    async with working(colour, queue, work):
+    async with working(variant, queue, work):
         for _ in range(2000):
             if await counts(queue) == (0, 2, 0, 1):
                 break
@@ -98,9 +98,9 @@ async def test_what_a_function_does_decides(store: Any, colour: Colour) -> None:
     assert (rows["later"].attempt, rows["bury"].error) == (0, "Bury: hopeless"[6:])
 
 
-async def test_no_more_at_a_time_than_allowed(store: Any, colour: Colour) -> None:
+async def test_no_more_at_a_time_than_allowed(store: Any, variant: Variant) -> None:
     """`concurrency` bounds one worker, and `slots` all workers that share the semaphore."""
-    queue = queue_of(colour, store)
+    queue = queue_of(variant, store)
     await queue.put_many(["x"] * 12)
     busy, most, done = 0, 0, 0
 
@@ -112,31 +112,31 @@ async def test_no_more_at_a_time_than_allowed(store: Any, colour: Colour) -> Non
         busy -= 1
         done += 1
 
-    async with working(colour, queue, work, concurrency=3):
+    async with working(variant, queue, work, concurrency=3):
         await until(lambda: done == 12, "all are done")
     assert most <= 3
     await queue.put_many(["x"] * 6)
     most = done = 0
-    slots = [colour.make("Semaphore", store, "api", slots=2) for _ in range(2)]
+    slots = [variant.make("Semaphore", store, "api", slots=2) for _ in range(2)]
     async with (
-        working(colour, queue, work, slots=slots[0]),
-        working(colour, queue, work, slots=slots[1]),
+        working(variant, queue, work, slots=slots[0]),
+        working(variant, queue, work, slots=slots[1]),
     ):
         await until(lambda: done == 6, "all are done")
     assert most <= 2
 
 
-async def test_a_limit_holds_jobs_back(store: Any, colour: Colour, clock: ServerClock) -> None:
+async def test_a_limit_holds_jobs_back(store: Any, variant: Variant, clock: ServerClock) -> None:
     """Jobs of a queue begin at the limiter's rates; those that are refused wait, and lose no attempt."""
-    queue = queue_of(colour, store)
+    queue = queue_of(variant, store)
     await queue.put_many(["x"] * 6)
-    limiter = colour.make("RateLimiter", store, "2/h", name="jobs")
+    limiter = variant.make("RateLimiter", store, "2/h", name="jobs")
     done: list[int] = []
 
     async def work(job: Any) -> None:
         done.append(job.attempt)
 
-    async with working(colour, queue, work, limit=limiter):
+    async with working(variant, queue, work, limit=limiter):
         await until(lambda: len(done) == 2, "as many as the bucket has")
         await asyncio.sleep(0.05)
         assert len(done) == 2
@@ -146,11 +146,11 @@ async def test_a_limit_holds_jobs_back(store: Any, colour: Colour, clock: Server
     assert all(row.attempt == 0 for row in await queue.jobs())
 
 
-async def test_a_limit_that_fails_costs_a_job_no_attempt(store: Any, colour: Colour) -> None:
+async def test_a_limit_that_fails_costs_a_job_no_attempt(store: Any, variant: Variant) -> None:
     """While the limit's store is away, a job that was taken for it goes back at once."""
-    queue = queue_of(colour, store)
+    queue = queue_of(variant, store)
     await queue.put("x")
-    limiter = colour.make("RateLimiter", store, "9/h", name="jobs")
+    limiter = variant.make("RateLimiter", store, "9/h", name="jobs")
     away = [pgkv.StoreUnavailableError("away")] * 2
     done: list[int] = []
 
@@ -172,20 +172,20 @@ async def test_a_limit_that_fails_costs_a_job_no_attempt(store: Any, colour: Col
                 raise away.pop()
             return await limiter.hit(name)
 
-    limit = AsyncFailing() if colour.name == "async" else Failing()
+    limit = AsyncFailing() if variant.name == "async" else Failing()
 
     async def work(job: Any) -> None:
         done.append(job.attempt)
 
-    async with working(colour, queue, work, limit=limit):
+    async with working(variant, queue, work, limit=limit):
         await until(lambda: bool(done), "it is done")
     assert done == [1]
     assert not away
 
 
-async def test_queues_are_served_in_order(store: Any, colour: Colour) -> None:
+async def test_queues_are_served_in_order(store: Any, variant: Variant) -> None:
     """A later queue is looked at when the earlier ones are empty."""
-    first, second = queue_of(colour, store, "first"), queue_of(colour, store, "second")
+    first, second = queue_of(variant, store, "first"), queue_of(variant, store, "second")
     await second.put_many(["second"] * 2)
     await first.put_many(["first"] * 2)
     done: list[bytes] = []
@@ -193,14 +193,14 @@ async def test_queues_are_served_in_order(store: Any, colour: Colour) -> None:
     async def work(job: Any) -> None:
         done.append(job.payload)
 
-    async with working(colour, [first, second], work, concurrency=1):
+    async with working(variant, [first, second], work, concurrency=1):
         await until(lambda: len(done) == 4, "all are done")
     assert done == [b"first"] * 2 + [b"second"] * 2
 
 
-async def test_a_notified_worker_wakes(store: Any, colour: Colour) -> None:
+async def test_a_notified_worker_wakes(store: Any, variant: Variant) -> None:
     """With wakeup="notify" a put ends the worker's wait."""
-    queue = queue_of(colour, store, wakeup="notify")
+    queue = queue_of(variant, store, wakeup="notify")
     await queue.create_table()
     done = asyncio.Event()
 
@@ -208,7 +208,7 @@ async def test_a_notified_worker_wakes(store: Any, colour: Colour) -> None:
         done.set()
 
     inner = getattr(queue, "_target", queue)
-    async with working(colour, queue, work):
+    async with working(variant, queue, work):
         listener = inner._runtime.background().listener
         await until(lambda: listener.is_listening("pgkv_jobs"), "it listens")
         await asyncio.sleep(0.05)
@@ -216,9 +216,9 @@ async def test_a_notified_worker_wakes(store: Any, colour: Colour) -> None:
         await asyncio.wait_for(done.wait(), 20)
 
 
-async def test_an_end_waits_for_what_runs(store: Any, colour: Colour) -> None:
+async def test_an_end_waits_for_what_runs(store: Any, variant: Variant) -> None:
     """Told to stop, a worker takes no more and lets running jobs end."""
-    queue = queue_of(colour, store)
+    queue = queue_of(variant, store)
     await queue.put_many(["x"] * 2)
     began, go = asyncio.Event(), asyncio.Event()
 
@@ -226,7 +226,7 @@ async def test_an_end_waits_for_what_runs(store: Any, colour: Colour) -> None:
         began.set()
         await go.wait()
 
-    async with working(colour, queue, work, concurrency=1) as station:
+    async with working(variant, queue, work, concurrency=1) as station:
         await asyncio.wait_for(began.wait(), 20)
         station.stop.set()
         await asyncio.sleep(0.1)
@@ -235,9 +235,9 @@ async def test_an_end_waits_for_what_runs(store: Any, colour: Colour) -> None:
     assert await counts(queue) == (1, 0, 0, 0)
 
 
-async def test_after_its_grace_jobs_are_put_back(store: Any, colour: Colour) -> None:
+async def test_after_its_grace_jobs_are_put_back(store: Any, variant: Variant) -> None:
     """What has not ended by then is put back without losing its attempt."""
-    queue = queue_of(colour, store)
+    queue = queue_of(variant, store)
     await queue.put("x")
     began, go = asyncio.Event(), asyncio.Event()
 
@@ -245,7 +245,7 @@ async def test_after_its_grace_jobs_are_put_back(store: Any, colour: Colour) -> 
         began.set()
         await go.wait()
 
-    async with working(colour, queue, work, grace=0.1):
+    async with working(variant, queue, work, grace=0.1):
         await asyncio.wait_for(began.wait(), 20)
     (row,) = await queue.jobs()
     assert (row.state, row.attempt) == ("waiting", 0)
@@ -254,12 +254,12 @@ async def test_after_its_grace_jobs_are_put_back(store: Any, colour: Colour) -> 
 
 
 async def test_a_server_that_is_away_is_waited_for(
-    store: Any, colour: Colour, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    store: Any, variant: Variant, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """An outage ends no worker: it says so, and goes on afterwards."""
     from pgkv.patterns.queue import flows
 
-    queue = queue_of(colour, store)
+    queue = queue_of(variant, store)
     await queue.put("x")
     right, failures = flows.look, [2]
 
@@ -275,7 +275,7 @@ async def test_a_server_that_is_away_is_waited_for(
     async def work(job: Any) -> None:
         done.append(job.id)
 
-    async with working(colour, queue, work):
+    async with working(variant, queue, work):
         await until(lambda: done, "it is done")
     assert caplog.text.count("pgkv.queue.waiting") == 2
 
@@ -362,17 +362,17 @@ async def test_a_job_that_was_taken_and_not_begun_is_put_back(dsn: str) -> None:
         assert (row.state, row.attempt) == ("waiting", 0)
 
 
-async def test_settings_of_a_worker(store: Any, colour: Colour) -> None:
+async def test_settings_of_a_worker(store: Any, variant: Variant) -> None:
     """What cannot be is refused when the worker is made."""
-    queue = queue_of(colour, store)
+    queue = queue_of(variant, store)
     with pytest.raises(ConfigError):
-        colour.make("Worker", [], print)
+        variant.make("Worker", [], print)
     with pytest.raises(ConfigError):
-        colour.make("Worker", queue, None)
+        variant.make("Worker", queue, None)
     with pytest.raises(ConfigError):
-        colour.make("Worker", queue, print, concurrency=0)
+        variant.make("Worker", queue, print, concurrency=0)
     with pytest.raises(ConfigError):
-        colour.make("Worker", 17, print)
+        variant.make("Worker", 17, print)
 
 
 def test_kinds_are_not_mixed(dsn: str) -> None:

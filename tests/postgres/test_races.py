@@ -12,8 +12,8 @@ import pytest
 import pgkv
 from pgkv._ops.op import Op, Raced
 from pgkv.types import CasStatus, IncrementResult
-from tests.colours import Colour
 from tests.peers import Peer
+from tests.variants import Variant
 
 
 @pytest.fixture
@@ -221,12 +221,12 @@ async def test_get_many_is_one_snapshot(store: Any) -> None:
     assert all(len(set(answer.values())) == 1 and len(answer) == 20 for answer in answers)
 
 
-async def test_who_opens_a_store_waits_for_a_connection_only(colour: Colour, dsn: str) -> None:
+async def test_who_opens_a_store_waits_for_a_connection_only(variant: Variant, dsn: str) -> None:
     """Of several first operations at once none waits until the time to connect is over, though the
     others may have taken the pool's first connection before it looked.
     """
     for _ in range(5):
-        store = colour.make("Store", pgkv.Config(dsn, connect_timeout=60, operation_timeout=60))
+        store = variant.make("Store", pgkv.Config(dsn, connect_timeout=60, operation_timeout=60))
         async with asyncio.timeout(20):
             assert await asyncio.gather(*(store.get("k") for _ in range(4))) == [None] * 4
         await store.close()

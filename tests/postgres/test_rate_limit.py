@@ -18,20 +18,20 @@ from pgkv.patterns.rate_limit import local
 from pgkv.patterns.rate_limit.policy import Policy
 from pgkv.patterns.rate_limit.rate import rates_of
 from pgkv.testing import ServerClock, disabled
-from tests.colours import Colour
 from tests.peers import Peer, fetch
+from tests.variants import Variant
 
 Make = Callable[..., Any]
 
 
 @pytest.fixture
-def make(colour: Colour, store: Any) -> Make:
+def make(variant: Variant, store: Any) -> Make:
     """`make("10/s", name=...)` is a limiter on the test's store, sync or async. It waits longer
     than the default for a busy machine."""
 
     def limiter(rates: Any, **options: Any) -> Any:
         options = {"name": "api", "timeout": 20, **options}
-        return colour.make("RateLimiter", options.pop("store", store), rates, **options)
+        return variant.make("RateLimiter", options.pop("store", store), rates, **options)
 
     return limiter
 

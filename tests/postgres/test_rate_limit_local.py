@@ -14,9 +14,9 @@ import pytest
 import pgkv
 from pgkv.patterns.rate_limit import local as _local
 from pgkv.testing import ServerClock
-from tests.colours import Colour
 from tests.peers import Peer
 from tests.servers import LATE
+from tests.variants import Variant
 
 Make = Callable[..., Any]
 
@@ -32,12 +32,12 @@ class LocalClock:
 
 
 @pytest.fixture
-def make(colour: Colour, store: Any) -> Make:
+def make(variant: Variant, store: Any) -> Make:
     """`make("10/s", local_deny=True)` is a limiter on the test's store, sync or async."""
 
     def limiter(rates: Any, **options: Any) -> Any:
         options = {"name": "api", "timeout": 20, **options}
-        return colour.make("RateLimiter", options.pop("store", store), rates, **options)
+        return variant.make("RateLimiter", options.pop("store", store), rates, **options)
 
     return limiter
 
@@ -251,13 +251,13 @@ def test_the_wrong_kind_of_store(dsn: str) -> None:
 
 
 @pytest.fixture
-def nowhere(colour: Colour) -> Any:
+def nowhere(variant: Variant) -> Any:
     """A store whose server does not exist."""
     config = pgkv.Config("host=127.0.0.1 port=1 dbname=none", retry=None)
-    return (pgkv.AsyncStore if colour.name == "async" else pgkv.Store)(config)
+    return (pgkv.AsyncStore if variant.name == "async" else pgkv.Store)(config)
 
 
-async def test_outages(make: Make, nowhere: Any, colour: Colour, caplog: Any) -> None:
+async def test_outages(make: Make, nowhere: Any, variant: Variant, caplog: Any) -> None:
     """raise raises; open admits and closed refuses, both degraded, counted, and logged once."""
     with pytest.raises(pgkv.StoreUnavailableError):
         await make("9/s", store=nowhere).hit("u")
@@ -280,17 +280,17 @@ async def test_outages(make: Make, nowhere: Any, colour: Colour, caplog: Any) ->
                     await limiter.acquire("u")
     messages = [each.getMessage() for each in caplog.records]
     assert len([text for text in messages if text.startswith("pgkv.limit.degraded")]) == 2
-    await nowhere.close() if colour.name == "async" else nowhere.close()
+    await nowhere.close() if variant.name == "async" else nowhere.close()
 
 
-async def test_the_strictest_decides_for_many(make: Make, nowhere: Any, colour: Colour) -> None:
+async def test_the_strictest_decides_for_many(make: Make, nowhere: Any, variant: Variant) -> None:
     """Of limiters charged together, raise outdoes closed, and closed open."""
     modes = [make("9/s", store=nowhere, on_error=mode, name=mode) for mode in ("open", "closed")]
     assert not await modes[0].hit_many([(each, "u", 1) for each in modes])
     modes.append(make("9/s", store=nowhere, name="raise"))
     with pytest.raises(pgkv.StoreUnavailableError):
         await modes[0].hit_many([(each, "u", 1) for each in modes])
-    await nowhere.close() if colour.name == "async" else nowhere.close()
+    await nowhere.close() if variant.name == "async" else nowhere.close()
 
 
 async def test_a_locked_key_is_no_stall(make: Make, peer: Peer) -> None:
@@ -324,10 +324,10 @@ async def test_events(make: Make, caplog: Any, monkeypatch: pytest.MonkeyPatch) 
 # -- the decorator ----------------------------------------------------------------------------------
 
 
-async def test_decorator(store: Any, colour: Colour) -> None:
+async def test_decorator(store: Any, variant: Variant) -> None:
     """Each call is a hit; a refused one raises RateLimitedError and does not begin."""
     began = []
-    if colour.name == "async":
+    if variant.name == "async":
         limiter = pgkv.AsyncRateLimiter(store, "5/h", name="api", timeout=20)
 
         @limiter.limit(key=lambda user, **_: user, cost=lambda user, size=1: size)

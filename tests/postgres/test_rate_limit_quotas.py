@@ -12,18 +12,18 @@ import pytest
 from pgkv import ConfigError, InvalidValueError, Quota, Rate, RateLimitedError
 from pgkv.patterns.rate_limit import flows
 from pgkv.testing import ServerClock
-from tests.colours import Colour
 from tests.peers import Peer
+from tests.variants import Variant
 
 Make = Callable[..., Any]
 
 
 @pytest.fixture
-def make(colour: Colour, store: Any) -> Make:
+def make(variant: Variant, store: Any) -> Make:
     """`make("5/month")` is a limiter on the test's store, sync or async."""
 
     def limiter(rates: Any, **options: Any) -> Any:
-        return colour.make("RateLimiter", store, rates, **{"name": "q", "timeout": 20, **options})
+        return variant.make("RateLimiter", store, rates, **{"name": "q", "timeout": 20, **options})
 
     return limiter
 
@@ -317,7 +317,7 @@ def test_wrong_quotas(make_it: Callable[[], object], named: str) -> None:
 
 
 async def test_the_decorator_waits(
-    make: Make, at: Callable[[str], None], colour: Colour, sleeps: list[float]
+    make: Make, at: Callable[[str], None], variant: Variant, sleeps: list[float]
 ) -> None:
     """limit(timeout=) waits for its turn as acquire does; without it a call is refused at once."""
     at("2027-05-10 12:00:00+00:00")
@@ -330,13 +330,13 @@ async def test_the_decorator_waits(
     async def note_async(n: int) -> None:
         calls.append(n)
 
-    fn = note if colour.name == "sync" else note_async
+    fn = note if variant.name == "sync" else note_async
     target: Any = getattr(limiter, "_target", limiter)
     patient = target.limit(key="u", timeout=90)(fn)
     hasty = target.limit(key="u")(fn)
 
     async def call(function: Any, n: int) -> None:
-        if colour.name == "sync":
+        if variant.name == "sync":
             await asyncio.to_thread(function, n)
         else:
             await function(n)

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 import pgkv
-from tests.colours import Colour
 from tests.peers import Peer
+from tests.variants import Variant
 
 ROOT = Path(__file__).resolve().parents[2]
 NS = 10**9
@@ -23,12 +23,12 @@ Make = Callable[..., Any]
 
 
 @pytest.fixture
-def make(colour: Colour, store: Any) -> Make:
+def make(variant: Variant, store: Any) -> Make:
     """`make("10/s", name=...)` is a limiter on the test's store, sync or async."""
 
     def limiter(rates: Any, **options: Any) -> Any:
         options = {"name": "api", "timeout": 20, **options}
-        return colour.make("RateLimiter", store, rates, **options)
+        return variant.make("RateLimiter", store, rates, **options)
 
     return limiter
 
@@ -112,9 +112,9 @@ async def test_the_row_was_replaced_meanwhile(
     assert (await limiter.peek("u")).remaining == (5 if method == "reset" else 4)
 
 
-async def test_a_cancelled_wait_gives_its_place_back(store: Any, colour: Colour) -> None:
+async def test_a_cancelled_wait_gives_its_place_back(store: Any, variant: Variant) -> None:
     """acquire() that is cancelled while it sleeps leaves the queue as it was."""
-    if colour.name == "sync":
+    if variant.name == "sync":
         pytest.skip("a thread cannot be cancelled")
     limiter = pgkv.AsyncRateLimiter(store, "1/m burst 1", name="api", timeout=20)
     await limiter.hit("u")

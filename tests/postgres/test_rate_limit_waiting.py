@@ -14,9 +14,9 @@ import anyio
 import pytest
 
 import pgkv
-from tests.colours import Colour
 from tests.faults.support import exit_code
 from tests.peers import Peer
+from tests.variants import Variant
 
 Make = Callable[..., Any]
 forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
@@ -25,13 +25,13 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 
 
 @pytest.fixture
-def make(colour: Colour, store: Any) -> Make:
+def make(variant: Variant, store: Any) -> Make:
     """`make("10/s")` is a limiter on the test's store. It waits longer than the default for a busy
     machine."""
 
     def limiter(rates: Any, **options: Any) -> Any:
         options = {"name": "api", "timeout": 20, **options}
-        return colour.make("RateLimiter", options.pop("store", store), rates, **options)
+        return variant.make("RateLimiter", options.pop("store", store), rates, **options)
 
     return limiter
 

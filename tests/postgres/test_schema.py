@@ -13,8 +13,8 @@ from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
 import pgkv
-from tests.colours import Colour
 from tests.peers import Peer, until
+from tests.variants import Variant
 
 KIND = "SELECT relpersistence FROM pg_class WHERE oid = 'kv_store'::regclass"
 
@@ -219,7 +219,7 @@ async def test_no_table_and_none_to_be_made(make_store: Any, peer: Peer) -> None
 
 
 async def test_a_table_made_is_logged_once(
-    colour: Colour, make_store: Any, peer: Peer, caplog: pytest.LogCaptureFixture
+    variant: Variant, make_store: Any, peer: Peer, caplog: pytest.LogCaptureFixture
 ) -> None:
     """pgkv.table.create is logged when a table was made, and only then: not by a process that finds
     it, be it in its first transaction or under a lock.
@@ -236,7 +236,7 @@ async def test_a_table_made_is_logged_once(
         async with store.transaction() as tx:
             await tx.set("k", b"v")
         for _ in range(2):
-            lease = await colour.make("Lock", store, "n", fair=True).acquire()
+            lease = await variant.make("Lock", store, "n", fair=True).acquire()
             await lease.release()
 
     caplog.set_level("INFO", logger="pgkv")
@@ -280,9 +280,9 @@ async def test_a_missing_table_that_may_not_be_made(
     assert await other.get("k") is None
 
 
-async def test_many_make_the_table_at_once(colour: Colour, dsn: str) -> None:
+async def test_many_make_the_table_at_once(variant: Variant, dsn: str) -> None:
     """Of processes that all start at once every one finds the table made."""
-    stores = await asyncio.gather(*(colour.connect(dsn, table_name="new") for _ in range(12)))
+    stores = await asyncio.gather(*(variant.connect(dsn, table_name="new") for _ in range(12)))
     try:
         sums = await asyncio.gather(*(each.increment("k") for each in stores))
         assert sorted(sums) == list(range(1, 13))

@@ -15,8 +15,8 @@ import structlog
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 import pgkv
-from tests.colours import Threaded
 from tests.peers import Peer
+from tests.variants import Threaded
 
 VALUE = "VALUE-1f6c"
 PASSWORD = "PASSWORD-9d2e:@/"

@@ -51,7 +51,7 @@ class Ratio(float):
     __slots__ = ()
 
 
-class Colour(StrEnum):
+class Variant(StrEnum):
     RED = "red"
 
 
@@ -250,7 +250,7 @@ async def test_last_wins_overwrites(sessions: Any) -> None:
         ({"a": 10**5000}, "too long for JSON"),
         ([1], "data must be a mapping"),
         ({"a": [Word("x")]}, r"data\['a'\]\[0\] is of type Word.* plain str; store str\(value\)"),
-        ({"a": Colour.RED}, r"data\['a'\] is of type Colour.* plain str"),
+        ({"a": Variant.RED}, r"data\['a'\] is of type Variant.* plain str"),
         ({"a": Level.HIGH}, r"data\['a'\] is of type Level.* plain int"),
         ({"a": Ratio(0.5)}, r"data\['a'\] is of type Ratio.* plain float"),
         ({"a": OrderedDict(b=1)}, r"data\['a'\] is of type OrderedDict.* plain dict"),
@@ -310,7 +310,7 @@ async def test_bad_users(sessions: Any, user_id: Any) -> None:
 
 async def test_users_are_text(sessions: Any) -> None:
     """An int is a user too, and comes back as text; so do members of enums and other subclasses."""
-    for user_id, text in ((Colour.RED, "red"), (Level.HIGH, "3"), (Word("w"), "w")):
+    for user_id, text in ((Variant.RED, "red"), (Level.HIGH, "3"), (Word("w"), "w")):
         one = await sessions.create(user_id=user_id)
         assert type(one.user_id) is str
         assert one.user_id == (await sessions.load(one.id)).user_id == text
@@ -351,15 +351,15 @@ async def test_using_leaves_the_commit_alone(sessions: Any, connect: Make) -> No
     assert await fetch(conn, "SHOW synchronous_commit") == [("on",)]
 
 
-async def test_in_the_stores_transaction(make_store: Make, colour: Any) -> None:
+async def test_in_the_stores_transaction(make_store: Make, variant: Any) -> None:
     """A SessionStore made from a transaction's store is part of that transaction."""
     store = await make_store()
-    sessions = colour.make("SessionStore", store)
+    sessions = variant.make("SessionStore", store)
     made = await sessions.create({"a": 1})
 
     async def undone() -> None:
         async with store.transaction() as tx:
-            assert await colour.make("SessionStore", tx).destroy(made.id)
+            assert await variant.make("SessionStore", tx).destroy(made.id)
             raise RuntimeError("undo")
 
     with pytest.raises(RuntimeError, match="undo"):
@@ -438,8 +438,8 @@ async def test_writes_sweep(
     for _ in range(5):
         await sessions.create()
     clock.advance(1801)
-    for colour in ("_sync", "_async"):
-        monkeypatch.setattr(f"pgkv._engine.{colour}.channel.random", lambda: 0.0)
+    for variant in ("_sync", "_async"):
+        monkeypatch.setattr(f"pgkv._engine.{variant}.channel.random", lambda: 0.0)
     await sessions.create()
     await until(lambda: peer.one(f"SELECT count(*) FROM {TABLE}") == 1, "the chunk is swept")
 
@@ -463,8 +463,8 @@ async def test_bad_settings(make_sessions: Make, options: Any) -> None:
         await make_sessions(**options)
 
 
-async def test_the_wrong_colour(dsn: str) -> None:
-    """Each colour takes its own kind of store and says so."""
+async def test_the_wrong_variant(dsn: str) -> None:
+    """Each variant takes its own kind of store and says so."""
     with pgkv.Store(pgkv.Config(dsn)) as store, pytest.raises(ConfigError, match="AsyncStore"):
         pgkv.AsyncSessionStore(store)  # type: ignore[arg-type]  # that is the point
     with pytest.raises(ConfigError, match="not AsyncStore"):

@@ -22,9 +22,9 @@ from pgkv.cli import main
 from pgkv.integrations.dashboard import dashboard
 from pgkv.patterns.overview import Overviews
 from tests import FULL, sharded
-from tests.colours import Colour
 from tests.peers import caller_connection
 from tests.servers import Server, UserServer
+from tests.variants import Variant
 
 SLOTS = 6
 
@@ -41,13 +41,13 @@ def dsns(server: Server | UserServer) -> list[str]:
 
 @pytest.fixture
 def make(
-    dsns: list[str], colour: Colour, event_loop_runner: asyncio.Runner
+    dsns: list[str], variant: Variant, event_loop_runner: asyncio.Runner
 ) -> Iterator[Callable[..., Coroutine[Any, Any, Any]]]:
     """`await make()` is a sharded store."""
     made: list[Any] = []
 
     async def connect(**config: Any) -> Any:
-        made.append(await sharded.connect(colour, config.pop("dsns", dsns), **config))
+        made.append(await sharded.connect(variant, config.pop("dsns", dsns), **config))
         return made[-1]
 
     yield connect
@@ -119,7 +119,7 @@ async def test_tags_keep_keys_together(store: Any) -> None:
     assert await store.on("user:7").run_transaction(work) == 1
 
 
-async def test_what_is_refused(store: Any, dsns: list[str], colour: Colour) -> None:
+async def test_what_is_refused(store: Any, dsns: list[str], variant: Variant) -> None:
     """Nothing is sent of what one transaction cannot have, and the message says what to do."""
     a, b = "a", next(key for key in "bcdefgh" if store.slot_of(key) != store.slot_of("a"))
     message = (
@@ -144,7 +144,7 @@ async def test_what_is_refused(store: Any, dsns: list[str], colour: Colour) -> N
     with pytest.raises(pgkv.ConfigError, match=r"connection is of one: use store.on\(key\)"):
         store.using(None)
     with pytest.raises(pgkv.ConfigError, match="watch: a sharded store has several servers"):
-        (store if colour.name == "async" else store._target).watch("k")
+        (store if variant.name == "async" else store._target).watch("k")
     with pytest.raises(pgkv.ConfigError, match="several DSNs"):
         _ = store.dsn
     with pytest.raises(pgkv.ConfigError, match="only slot"):
@@ -156,7 +156,7 @@ async def test_what_is_refused(store: Any, dsns: list[str], colour: Colour) -> N
     with psycopg.connect(store.on(a).dsn) as conn:
         here = conn.info.dbname
     elsewhere = next(dsn for dsn in dsns if here not in dsn)
-    conn = await caller_connection(colour, elsewhere)
+    conn = await caller_connection(variant, elsewhere)
     try:
         with pytest.raises(
             pgkv.ConfigError, match=f"not to the one that has slot {store.slot_of(a)}"
@@ -166,9 +166,9 @@ async def test_what_is_refused(store: Any, dsns: list[str], colour: Colour) -> N
         await conn.close()
 
 
-async def test_in_the_callers_transaction(store: Any, colour: Colour) -> None:
+async def test_in_the_callers_transaction(store: Any, variant: Variant) -> None:
     """On a connection to the slot's server, whose DSN the slot's store tells."""
-    conn = await caller_connection(colour, store.on("k").dsn)
+    conn = await caller_connection(variant, store.on("k").dsn)
     try:
         async with conn.transaction():
             await store.on("k").using(conn).set("k", "1")
@@ -236,21 +236,21 @@ async def test_tables_are_made_where_slots_live(
         await never.table("other").set("k", "v")
 
 
-async def test_limiters_are_in_the_slots_of_their_keys(store: Any, colour: Colour) -> None:
+async def test_limiters_are_in_the_slots_of_their_keys(store: Any, variant: Variant) -> None:
     """Each bucket is a key; several are charged together where a tag keeps them together."""
-    limiter = colour.make("RateLimiter", store, "1/h", name="n")
+    limiter = variant.make("RateLimiter", store, "1/h", name="n")
     assert [(await limiter.hit(f"k{n}")).allowed for n in range(12)] == [True] * 12
     assert not (await limiter.hit("k3")).allowed
-    other = colour.make("RateLimiter", store, "2/h", name="m")
+    other = variant.make("RateLimiter", store, "2/h", name="m")
     both = [(limiter, "{o}a", 1), (other, "{o}", 2)]
     assert (await limiter.hit_many(both)).allowed
     assert not (await limiter.hit_many(both)).allowed
     with pytest.raises(pgkv.ConfigError, match=r"this hit_many is in slot \d: give both keys one"):
         await limiter.hit_many([(other, f"k{n}", 1) for n in range(12)])
     assert (await other.peek("k0")).remaining == 2
-    conn = await caller_connection(colour, store.on("{o}").dsn)
+    conn = await caller_connection(variant, store.on("{o}").dsn)
     try:
-        inside = colour.make("RateLimiter", store.on("{o}"), "1/h", name="i").using(conn)
+        inside = variant.make("RateLimiter", store.on("{o}"), "1/h", name="i").using(conn)
         async with conn.transaction():
             assert (await inside.hit("{o}b")).allowed
             with pytest.raises(pgkv.ConfigError, match="give both keys one"):
@@ -259,23 +259,23 @@ async def test_limiters_are_in_the_slots_of_their_keys(store: Any, colour: Colou
         await conn.close()
 
 
-async def test_names_have_their_slots(store: Any, colour: Colour) -> None:
+async def test_names_have_their_slots(store: Any, variant: Variant) -> None:
     """A lock, a semaphore and a queue are in the slot of their name, and nowhere else."""
-    lock = colour.make("Lock", store, "job")
+    lock = variant.make("Lock", store, "job")
     async with lock.acquire() as lease:
         token = lease.token
-        assert await colour.make("Lock", store.on("job"), "job").try_acquire() is None
+        assert await variant.make("Lock", store.on("job"), "job").try_acquire() is None
     async with lock.acquire() as lease:
         assert lease.token > token
-    many = [colour.make("Lock", store, f"l{n}") for n in range(8)]
-    async with await colour.make("Lock", store, "l").acquire_many(many):
+    many = [variant.make("Lock", store, f"l{n}") for n in range(8)]
+    async with await variant.make("Lock", store, "l").acquire_many(many):
         assert await many[3].try_acquire() is None
     assert (await many[3].holder()) is None
     elsewhere = next(key for key in "abcdef" if store.slot_of(key) != store.slot_of("job"))
     for name in ("Lock", "Queue"):
         with pytest.raises(pgkv.ConfigError, match="'job' is in slot"):
-            colour.make(name, store.on(elsewhere), "job")
-    queue = colour.make("Queue", store, "job")
+            variant.make(name, store.on(elsewhere), "job")
+    queue = variant.make("Queue", store, "job")
     await queue.create_table()
     async with store.on("job").transaction() as tx:
         await queue.using(tx).put("a")
@@ -287,22 +287,22 @@ async def test_names_have_their_slots(store: Any, colour: Colour) -> None:
     await job.ack()
 
 
-async def test_idempotency_keys_have_their_slots(store: Any, colour: Colour) -> None:
+async def test_idempotency_keys_have_their_slots(store: Any, variant: Variant) -> None:
     """A key's work is done once, from wherever it is asked; in a transaction of the key's slot too."""
-    idem = colour.make("Idempotency", store)
+    idem = variant.make("Idempotency", store)
     await idem.create_table()
     for n in range(12):
         async with idem.once(f"{{k{n}}}", scope="s") as attempt:
             assert not attempt.is_replay
             attempt.result = b"%d" % n
-    here = colour.make("Idempotency", store.on("k7"))
+    here = variant.make("Idempotency", store.on("k7"))
     async with here.once("{k7}", scope="s") as attempt:
         assert attempt.is_replay
     assert (await here.get("{k7}", scope="s")).result == b"7"
     with pytest.raises(pgkv.ConfigError, match="give both keys one"):
         await here.get("{k0}" if store.slot_of("k0") != store.slot_of("k7") else "{k1}")
     async with store.on("k0").transaction() as tx:
-        inside = colour.make("Idempotency", tx)
+        inside = variant.make("Idempotency", tx)
         async with inside.once("{k0}:again") as attempt:
             attempt.result = b"in"
     assert await idem.forget("{k0}:again")
@@ -310,10 +310,10 @@ async def test_idempotency_keys_have_their_slots(store: Any, colour: Colour) -> 
 
 
 async def test_sessions_have_the_slots_of_their_tokens(
-    store: Any, colour: Colour, dsns: list[str]
+    store: Any, variant: Variant, dsns: list[str]
 ) -> None:
     """A rotation stays in the slot; a user's sessions are found in all of them."""
-    sessions = colour.make("SessionStore", store)
+    sessions = variant.make("SessionStore", store)
     made = [await sessions.create({"n": n}, user_id="u") for n in range(20)]
     for each in made[:10]:
         old = each.id
@@ -326,11 +326,11 @@ async def test_sessions_have_the_slots_of_their_tokens(
     assert await sessions.destroy_user("u", keep=made[0]) == 18
     assert [(await sessions.load(each.id)) is not None for each in made] == [True] + [False] * 19
     with pytest.raises(pgkv.ConfigError, match="sessions are in the slots of their tokens"):
-        colour.make("SessionStore", store.on("a"))
+        variant.make("SessionStore", store.on("a"))
     assert len(dsns) == 3
 
 
-async def test_tags_and_functions_begin_anew_in_every_slot(store: Any, colour: Colour) -> None:
+async def test_tags_and_functions_begin_anew_in_every_slot(store: Any, variant: Variant) -> None:
     """invalidate_tag and cache_clear reach entries wherever they are, and listeners on every server."""
     calls: list[int] = []
 
@@ -343,7 +343,7 @@ async def test_tags_and_functions_begin_anew_in_every_slot(store: Any, colour: C
 
     level = pgkv.L1(max_entries=100, ttl=600)
     options: dict[str, Any] = {"ttl": 600, "tags": ["t"], "l1": level, "beta": 0}
-    if colour.name == "async":
+    if variant.name == "async":
         here = pgkv.cached(store=store, **options)(square_later)
         ask: Any = here
         invalidate: Any = functools.partial(pgkv.invalidate_tag, "t", store=store)

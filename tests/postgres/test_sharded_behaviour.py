@@ -18,7 +18,6 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from pgkv.testing import ServerClock
 from tests import FULL, again, sharded
-from tests.colours import Colour
 from tests.postgres import (
     test_atomic,
     test_basic,
@@ -45,6 +44,7 @@ from tests.postgres import (
     test_views,
 )
 from tests.servers import Server, UserServer
+from tests.variants import Variant
 
 MODULES = (
     *(test_atomic, test_basic, test_batch, test_expiry, test_scan, test_views),
@@ -58,7 +58,7 @@ OF_ONE_SERVER = {"peer", "witness", "operations", "connect", "dsn", "make_server
 NOT_SHARDED = {
     "test_inside_the_stores_own_transaction": "a transaction is in a slot",
     "test_in_the_stores_transaction": "likewise",
-    "test_the_wrong_colour_of_store_is_refused": "it names another class",
+    "test_the_wrong_variant_of_store_is_refused": "it names another class",
     "test_work_longer_than_the_ttl": "it renews by hand, not in the slot",
     "test_racing_first_grants_have_one_winner": "new connections to three servers take their time",
     "test_pool_stats": "each server has a pool",
@@ -72,7 +72,7 @@ NOT_SHARDED = {
     "test_increment_many_refuses_a_value_that_is_no_integer": "the other servers' part is done",
     "test_increment_many_refuses_an_overflow": "the other servers' part is done",
 }
-OWN_FIXTURES = {"make_store", "clock", "colour"}
+OWN_FIXTURES = {"make_store", "clock", "variant"}
 PART = 1 if FULL else 12
 
 
@@ -130,7 +130,7 @@ def clock(layout: list[str]) -> Iterator[Clocks]:
 def make_store(
     request: pytest.FixtureRequest,
     layout: list[str],
-    colour: Colour,
+    variant: Variant,
     dsn: str,
     event_loop_runner: asyncio.Runner,
 ) -> Iterator[Callable[..., Coroutine[Any, Any, Any]]]:
@@ -146,7 +146,7 @@ def make_store(
         if (dsn := config.pop("dsn", None)) is not None:
             options = conninfo_to_dict(dsn).get("options")
             config["dsns"] = [make_conninfo(each, options=options) for each in dsns]
-        made.append(await sharded.connect(colour, config.pop("dsns", dsns), **config))
+        made.append(await sharded.connect(variant, config.pop("dsns", dsns), **config))
         return made[-1]
 
     yield make

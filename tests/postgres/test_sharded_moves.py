@@ -18,9 +18,9 @@ import pgkv
 from pgkv._shards import moves
 from pgkv._shards.admin import Servers
 from tests import FULL, sharded
-from tests.colours import Colour
 from tests.postgres.test_sharded import SLOTS, rows
 from tests.servers import Server, UserServer, wait_until
+from tests.variants import Variant
 
 STEPS = ("marked", "locked", "copying", "copied", "handed over", "live", "told")
 
@@ -193,11 +193,11 @@ def test_what_cannot_be_moved(servers: Servers, dsns: list[str], monkeypatch: An
 
 
 async def test_a_lease_is_renewed_where_its_slot_is(
-    servers: Servers, dsns: list[str], colour: Colour
+    servers: Servers, dsns: list[str], variant: Variant
 ) -> None:
     """After a move its renewal finds no table, asks where the slot went, and goes on there."""
-    store = await sharded.connect(colour, dsns)
-    async with store, colour.make("Lock", store, "job", ttl=60).acquire() as lease:
+    store = await sharded.connect(variant, dsns)
+    async with store, variant.make("Lock", store, "job", ttl=60).acquire() as lease:
         inner = getattr(lease, "_target", lease)
         slot, old = store.slot_of("job"), inner._runtime.background()
         await asyncio.to_thread(moves.move, servers, slot, elsewhere(servers, slot), quiet)
@@ -210,7 +210,7 @@ async def test_a_lease_is_renewed_where_its_slot_is(
         assert not lease.is_lost
 
 
-async def test_a_storm_over_moves(servers: Servers, dsns: list[str], colour: Colour) -> None:
+async def test_a_storm_over_moves(servers: Servers, dsns: list[str], variant: Variant) -> None:
     """While slots move around, every increment counts once, a lock never has two holders, and sessions
     keep what was saved."""
     stop = asyncio.Event()
@@ -226,7 +226,7 @@ async def test_a_storm_over_moves(servers: Servers, dsns: list[str], colour: Col
     async with contextlib.AsyncExitStack() as stack:
         stores = [
             await stack.enter_async_context(
-                await sharded.connect(colour, dsns, operation_timeout=30)
+                await sharded.connect(variant, dsns, operation_timeout=30)
             )
             for _ in range(2)
         ]
@@ -238,7 +238,7 @@ async def test_a_storm_over_moves(servers: Servers, dsns: list[str], colour: Col
                     counted[key] += 1
 
         async def hold(store: Any, name: str) -> None:
-            lock = colour.make("Lock", store, name, ttl=30)
+            lock = variant.make("Lock", store, name, ttl=30)
             while not stop.is_set():
                 async with lock.acquire(timeout=30) as lease:
                     if name in held:
@@ -248,7 +248,7 @@ async def test_a_storm_over_moves(servers: Servers, dsns: list[str], colour: Col
                     del held[name]
 
         async def visit(store: Any) -> int:
-            sessions = colour.make("SessionStore", store)
+            sessions = variant.make("SessionStore", store)
             session, n = await sessions.create({"n": 0}), 0
             while not stop.is_set():
                 n += 1

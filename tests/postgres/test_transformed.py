@@ -12,7 +12,6 @@ import pytest
 import pgkv
 from tests import FULL
 from tests.again import adopt
-from tests.colours import Colour
 from tests.faults.support import newest
 from tests.postgres import (
     test_atomic,
@@ -37,6 +36,7 @@ from tests.postgres import (
     test_using,
     test_views,
 )
+from tests.variants import Variant
 
 MODULES = (
     *(test_basic, test_batch, test_atomic, test_scan, test_expiry, test_races, test_storms),
@@ -119,7 +119,7 @@ def transforms() -> list[Any]:
 
 @pytest.fixture
 def make_store(
-    request: Any, dsn: str, colour: Colour, event_loop_runner: asyncio.Runner
+    request: Any, dsn: str, variant: Variant, event_loop_runner: asyncio.Runner
 ) -> Iterator[Callable[..., Coroutine[Any, Any, Any]]]:
     """As everywhere, but with transforms."""
     made: list[Any] = []
@@ -129,7 +129,7 @@ def make_store(
             pytest.skip("append is refused")
         which = transforms()[: 1 if request.node.originalname in NUMBERS else 2]
         config = {"dsn": dsn, "transforms": which, **config}
-        made.append(await colour.connect(config.pop("dsn"), **config))
+        made.append(await variant.connect(config.pop("dsn"), **config))
         return made[-1]
 
     yield make
@@ -144,9 +144,9 @@ def make_store(
 adopt(
     globals(),
     MODULES,
-    own={"make_store", "colour"},
+    own={"make_store", "variant"},
     left_out=LEFT_OUT,
-    marks={test_coalesce: pytest.mark.parametrize("colour", ["async"], indirect=True)},
+    marks={test_coalesce: pytest.mark.parametrize("variant", ["async"], indirect=True)},
 )
 if not FULL:
     for _name in [*globals()]:

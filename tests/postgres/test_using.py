@@ -13,8 +13,8 @@ import pytest
 import pgkv
 from pgkv._engine.sweep import Collector
 from pgkv.testing import ServerClock
-from tests.colours import Colour, Threaded
 from tests.peers import Peer, fetch
+from tests.variants import Threaded, Variant
 
 
 def bare(conn: Any) -> Any:
@@ -178,9 +178,9 @@ async def test_another_encoding(store: Any, connect: Any, dsn: str) -> None:
         await store.using(conn).get("k")
 
 
-async def test_the_connection_of_the_other_colour(store: Any, colour: Colour, dsn: str) -> None:
-    """A connection of the other colour is refused, naming the store that takes it."""
-    if colour.name == "sync":
+async def test_the_connection_of_the_other_variant(store: Any, variant: Variant, dsn: str) -> None:
+    """A connection of the other variant is refused, naming the store that takes it."""
+    if variant.name == "sync":
         other: Any = await psycopg.AsyncConnection.connect(dsn)
         wanted = "AsyncStore"
     else:

@@ -11,8 +11,8 @@ import pytest
 
 import pgkv
 from pgkv.testing import ServerClock
-from tests.colours import Colour, Threaded, in_thread
 from tests.peers import Peer, fetch
+from tests.variants import Threaded, Variant, in_thread
 
 
 async def test_namespace(store: Any) -> None:
@@ -108,39 +108,39 @@ async def test_a_closed_store(make_store: Any) -> None:
         assert not caught.value.retryable
 
 
-async def test_as_context_manager(colour: Colour, dsn: str) -> None:
+async def test_as_context_manager(variant: Variant, dsn: str) -> None:
     """Leaving the `with` block closes the store."""
-    async with await colour.connect(dsn) as store:
+    async with await variant.connect(dsn) as store:
         await store.set("k", b"v")
     with pytest.raises(pgkv.StoreUnavailableError, match="closed"):
         await store.get("k")
 
 
-async def test_connecting_nowhere(colour: Colour, server: Any) -> None:
+async def test_connecting_nowhere(variant: Variant, server: Any) -> None:
     """connect() to a server that is not there says so at once."""
     with pytest.raises(pgkv.StoreUnavailableError, match="no connection to PostgreSQL") as caught:
-        await colour.connect("postgresql://127.0.0.1:1/db", connect_timeout=5, retry=None)
+        await variant.connect("postgresql://127.0.0.1:1/db", connect_timeout=5, retry=None)
     assert isinstance(caught.value, ConnectionError)
 
 
 async def test_dsn_from_the_environment(
-    colour: Colour, dsn: str, monkeypatch: pytest.MonkeyPatch
+    variant: Variant, dsn: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without a DSN connect() takes PGKV_DSN, else DATABASE_URL."""
     nothing: Any = None
     monkeypatch.delenv("PGKV_DSN", raising=False)
     monkeypatch.setenv("DATABASE_URL", dsn)
-    async with await colour.connect(nothing) as store:
+    async with await variant.connect(nothing) as store:
         assert await store.ping() > 0
     monkeypatch.setenv("DATABASE_URL", "postgresql://127.0.0.1:1/db")
     monkeypatch.setenv("PGKV_DSN", dsn)
-    async with await colour.connect(nothing) as store:
+    async with await variant.connect(nothing) as store:
         assert await store.ping() > 0
 
 
-async def test_a_store_that_is_made_lazily(colour: Colour, dsn: str, peer: Peer) -> None:
+async def test_a_store_that_is_made_lazily(variant: Variant, dsn: str, peer: Peer) -> None:
     """A store made of a Config connects, and makes its table, at its first operation."""
-    store = colour.make("Store", pgkv.Config(dsn, table_name="lazy"))
+    store = variant.make("Store", pgkv.Config(dsn, table_name="lazy"))
     assert peer.one("SELECT to_regclass('lazy')") is None
     try:
         assert await store.increment("k") == 1
@@ -166,13 +166,13 @@ async def test_settings_of_the_connections(make_store: Any, dsn: str, peer: Peer
     }
 
 
-async def test_from_pool(colour: Colour, dsn: str) -> None:
+async def test_from_pool(variant: Variant, dsn: str) -> None:
     """from_pool uses the caller's pool, one checkout per operation, and never closes it."""
     pool: Any
-    if colour.name == "sync":
+    if variant.name == "sync":
         pool = psycopg_pool.ConnectionPool(dsn, min_size=1, max_size=2, open=True)
         store: Any = Threaded(pgkv.Store.from_pool(pool, table_name="pooled"))
-        close: Any = lambda: in_thread(pool.close)  # noqa: E731  one name for both colours
+        close: Any = lambda: in_thread(pool.close)  # noqa: E731  one name for both variants
     else:
         pool = psycopg_pool.AsyncConnectionPool(dsn, min_size=1, max_size=2, open=False)
         await pool.open()
@@ -185,7 +185,7 @@ async def test_from_pool(colour: Colour, dsn: str) -> None:
         assert pool.get_stats()["requests_num"] >= 2
         await store.close()
         assert not pool.closed
-        conn = Threaded(pool.getconn()) if colour.name == "sync" else await pool.getconn()
+        conn = Threaded(pool.getconn()) if variant.name == "sync" else await pool.getconn()
         try:
             query = "SELECT value FROM pooled WHERE key = %s"
             assert await fetch(conn, query, "k") == [(b"2",)]

@@ -25,8 +25,8 @@ from pgkv._watch import source as _source
 from pgkv._watch.hints import NotingChannel
 from tests import FULL
 from tests.cached import plain_store
-from tests.colours import Colour
 from tests.peers import Peer, until
+from tests.variants import Variant
 
 LONG = 60.0  # seconds in which an event comes, on the slowest machine
 
@@ -76,7 +76,7 @@ def listening(peer: Peer) -> list[tuple[int]]:
 # -- events
 
 
-async def test_what_is_told(make_store: Any, colour: Colour) -> None:
+async def test_what_is_told(make_store: Any, variant: Variant) -> None:
     """A write, a removal and an end of a key by its ttl, of the keys that are watched, with version and
     value; a namespace's keys without its prefix."""
     store = await make_store(notify=True)
@@ -101,7 +101,7 @@ async def test_what_is_told(make_store: Any, colour: Colour) -> None:
     assert await events.next(timeout=1) is None
 
 
-async def test_a_key_ends_without_a_sweep(make_store: Any, colour: Colour) -> None:
+async def test_a_key_ends_without_a_sweep(make_store: Any, variant: Variant) -> None:
     """The end of a key by its ttl is an event, although nothing removes the row; a new ttl moves it, and
     is no event itself."""
     store = await make_store(notify=True, ttl_cleanup_strategy=pgkv.TtlCleanupStrategy.MANUAL)
@@ -118,7 +118,7 @@ async def test_a_key_ends_without_a_sweep(make_store: Any, colour: Colour) -> No
         assert await store.count(include_expired=True) == 1
 
 
-async def test_initial(store: Any, colour: Colour) -> None:
+async def test_initial(store: Any, variant: Variant) -> None:
     """What is there comes first, then a resync; what changes meanwhile is told once."""
     await store.set_many({f"k:{n}": b"v" for n in range(3)})
     async with store.watch("k:", prefix=True, initial=True, values=True) as events:
@@ -133,7 +133,7 @@ async def test_initial(store: Any, colour: Colour) -> None:
         assert await events.next(timeout=0) is None
 
 
-async def test_many_kinds_of_writes(make_store: Any, colour: Colour) -> None:
+async def test_many_kinds_of_writes(make_store: Any, variant: Variant) -> None:
     """Every way to write is told: batches, counters, pipelines, scans, whole tables, transactions."""
     store = await make_store(notify=True)
     async with store.watch("", prefix=True, poll=None) as events:
@@ -174,7 +174,7 @@ async def rolled_back(store: Any, key: str) -> None:
 
 
 async def test_a_transaction_tells_at_its_commit(
-    make_store: Any, colour: Colour, connect: Any
+    make_store: Any, variant: Variant, connect: Any
 ) -> None:
     """Nothing is told before the commit, and nothing of what was rolled back, also to a savepoint; the
     same on a caller's connection."""
@@ -201,7 +201,7 @@ async def test_a_transaction_tells_at_its_commit(
     assert not any("lost" in payload for payload in heard)
 
 
-async def test_who_tells(make_store: Any, colour: Colour, peer: Peer) -> None:
+async def test_who_tells(make_store: Any, variant: Variant, peer: Peer) -> None:
     """`notify` of a store, a namespace and a table; what is written without it is not told, and goes
     through no more than before."""
     store = await make_store()
@@ -217,7 +217,7 @@ async def test_who_tells(make_store: Any, colour: Colour, peer: Peer) -> None:
         assert not plain_store(store.table("other"))._config.notify
 
 
-async def test_closing_a_store_sends_what_it_has_to_tell(make_store: Any, colour: Colour) -> None:
+async def test_closing_a_store_sends_what_it_has_to_tell(make_store: Any, variant: Variant) -> None:
     """A program that writes and ends is heard."""
     store = await make_store()
     async with store.watch("k", poll=None) as events:
@@ -229,7 +229,7 @@ async def test_closing_a_store_sends_what_it_has_to_tell(make_store: Any, colour
 
 
 async def test_writing_without_watchers_opens_nothing(
-    make_store: Any, colour: Colour, peer: Peer
+    make_store: Any, variant: Variant, peer: Peer
 ) -> None:
     """notify=True listens to nothing by itself."""
     store = await make_store(notify=True)
@@ -253,7 +253,7 @@ async def test_what_travels_together_is_told(dsn: str) -> None:
 
 
 async def test_a_change_while_the_first_read_is_under_way(
-    store: Any, colour: Colour, peer: Peer, monkeypatch: pytest.MonkeyPatch
+    store: Any, variant: Variant, peer: Peer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A change after the first read took its snapshot, told before the watcher has used the answer, is an
     event: with poll=None nothing else would find it."""
@@ -279,7 +279,7 @@ async def test_a_change_while_the_first_read_is_under_way(
 
 
 async def test_a_change_before_listen_is_in_the_first_read(
-    store: Any, colour: Colour, peer: Peer, monkeypatch: pytest.MonkeyPatch
+    store: Any, variant: Variant, peer: Peer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is written while LISTEN is on its way is read with the rest: no event, and no loss."""
     await store.set("k", b"1")
@@ -296,7 +296,7 @@ async def test_a_change_before_listen_is_in_the_first_read(
         assert plain(events)._source.known["k"].version == version
 
 
-async def test_a_lost_hint_is_found_by_poll(store: Any, colour: Colour, peer: Peer) -> None:
+async def test_a_lost_hint_is_found_by_poll(store: Any, variant: Variant, peer: Peer) -> None:
     """A change of which nothing tells is found by the next comparison; hints without a change, or
     twice, are no event."""
     await store.set("k", b"1")
@@ -313,7 +313,7 @@ async def test_a_lost_hint_is_found_by_poll(store: Any, colour: Colour, peer: Pe
 
 
 async def test_a_lost_connection_is_a_resync(
-    store: Any, colour: Colour, peer: Peer, monkeypatch: pytest.MonkeyPatch
+    store: Any, variant: Variant, peer: Peer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The LISTEN connection is ended by the server, and a key changes meanwhile: a resync, then the key.
     Nothing polls."""
@@ -330,7 +330,7 @@ async def test_a_lost_connection_is_a_resync(
 
 async def test_behind_a_transaction_pooler_it_polls(
     make_store: Any,
-    colour: Colour,
+    variant: Variant,
     peer: Peer,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -349,7 +349,7 @@ async def test_behind_a_transaction_pooler_it_polls(
 
 
 async def test_an_undeclared_pooler_is_noticed(
-    store: Any, colour: Colour, peer: Peer, monkeypatch: pytest.MonkeyPatch
+    store: Any, variant: Variant, peer: Peer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """LISTEN is accepted and nothing is heard: the table is polled from the beginning."""
     monkeypatch.setattr(_source, "POLL_DEAF", 0.1)
@@ -366,7 +366,7 @@ async def test_an_undeclared_pooler_is_noticed(
 
 
 async def test_watchers_of_one_key_share_a_read(
-    make_store: Any, colour: Colour, peer: Peer, operations: list[tuple[str, str, int]]
+    make_store: Any, variant: Variant, peer: Peer, operations: list[tuple[str, str, int]]
 ) -> None:
     """Of twenty watchers of a key all hear of a change, and one reads; one connection listens."""
     store = await make_store(notify=True)
@@ -388,10 +388,10 @@ async def test_watchers_of_one_key_share_a_read(
 
 
 async def test_a_reader_that_gives_up_leaves_its_work(
-    make_store: Any, colour: Colour, monkeypatch: pytest.MonkeyPatch
+    make_store: Any, variant: Variant, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The watcher that was woken to read is cancelled: another reads."""
-    if colour.name == "sync":
+    if variant.name == "sync":
         pytest.skip("a thread is not cancelled")
     store = await make_store(notify=True)
     rows = _source.Source._rows
@@ -424,7 +424,7 @@ async def test_a_reader_that_gives_up_leaves_its_work(
 
 
 async def test_many_hints_become_a_resync(
-    store: Any, colour: Colour, peer: Peer, monkeypatch: pytest.MonkeyPatch
+    store: Any, variant: Variant, peer: Peer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A consumer that was busy meanwhile gets a resync, and each key once."""
     monkeypatch.setattr(_source, "HINTS_MAX", 10)
@@ -441,7 +441,7 @@ async def test_many_hints_become_a_resync(
         assert sorted(await told(events, 20)) == [("set", f"k{n:02}") for n in range(20)]
 
 
-async def test_memory_of_a_slow_consumer(make_store: Any, colour: Colour) -> None:
+async def test_memory_of_a_slow_consumer(make_store: Any, variant: Variant) -> None:
     """Keys that come and go while a consumer does not look leave nothing behind."""
     store = await make_store(notify=True)
     async with store.watch("k", prefix=True) as slow, store.watch("k", prefix=True) as quick:
@@ -458,7 +458,7 @@ async def test_memory_of_a_slow_consumer(make_store: Any, colour: Colour) -> Non
 ODD = ['"', "\\", "\x1e", "\x01" * 2600, "\U0001f600" * 650, "é" * 1300, "[1]", "a\nb"]
 
 
-async def test_keys_of_any_kind_are_told(make_store: Any, colour: Colour) -> None:
+async def test_keys_of_any_kind_are_told(make_store: Any, variant: Variant) -> None:
     """Quotes, separators, control characters, the longest keys in one to four bytes."""
     store = await make_store(notify=True, max_key_length=2600)
     async with store.watch("", prefix=True, poll=None) as events:
@@ -480,7 +480,7 @@ def test_payloads_fit() -> None:
     assert _payloads([]) == [b""]
 
 
-async def test_triggers_tell_of_every_writer(make_store: Any, colour: Colour, peer: Peer) -> None:
+async def test_triggers_tell_of_every_writer(make_store: Any, variant: Variant, peer: Peer) -> None:
     """With the triggers of `watch_sql` any program's writes are heard; the text may be run again."""
     store = await make_store(max_key_length=2600)
     config = plain_store(store)._config
@@ -507,7 +507,7 @@ async def test_triggers_tell_of_every_writer(make_store: Any, colour: Colour, pe
 # -- ends
 
 
-async def test_close_ends_the_iteration(make_store: Any, store: Any, colour: Colour) -> None:
+async def test_close_ends_the_iteration(make_store: Any, store: Any, variant: Variant) -> None:
     """close() from elsewhere, and closing the store, end a `for` that waits; another store with the same
     background goes on."""
 
@@ -531,7 +531,7 @@ async def test_close_ends_the_iteration(make_store: Any, store: Any, colour: Col
 
 
 async def test_bad_input_is_refused_before_anything_is_sent(
-    make_store: Any, colour: Colour, operations: list[tuple[str, str, int]]
+    make_store: Any, variant: Variant, operations: list[tuple[str, str, int]]
 ) -> None:
     """Each with an error that says what is wrong."""
     store = await make_store()
@@ -562,7 +562,7 @@ async def test_bad_input_is_refused_before_anything_is_sent(
 
 
 async def test_a_prefix_with_too_many_keys(
-    store: Any, colour: Colour, monkeypatch: pytest.MonkeyPatch
+    store: Any, variant: Variant, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They are not compared every few seconds; with poll=None they may be watched, page by page."""
     monkeypatch.setattr(_source, "KEYS_MAX", 5)
@@ -576,7 +576,7 @@ async def test_a_prefix_with_too_many_keys(
         assert await told(events, 7) == [("set", f"k{n}") for n in range(6)] + [("resync", "")]
 
 
-async def test_values_are_opened(make_store: Any, colour: Colour) -> None:
+async def test_values_are_opened(make_store: Any, variant: Variant) -> None:
     """The values of a table with transforms."""
     store = await make_store(notify=True, transforms=[pgkv.AesGcmSiv({1: b"k" * 32})])
     async with store.watch("k", values=True, poll=None) as events:
@@ -599,7 +599,7 @@ def test_what_cannot_be_watched(dsn: str) -> None:
 # -- all at once
 
 
-async def test_storms_converge(make_store: Any, colour: Colour, peer: Peer, dsn: str) -> None:
+async def test_storms_converge(make_store: Any, variant: Variant, peer: Peer, dsn: str) -> None:
     """Writers, of which some tell and some do not, while connections are killed: in the end each watcher
     has seen what the table has."""
     store = await make_store(notify=True)

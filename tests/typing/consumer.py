@@ -203,7 +203,7 @@ async def wrong_unawaited(store: AsyncStore) -> None:
     print((await store.get("k")).decode())  # type: ignore[union-attr]  # pyright: ignore[reportOptionalMemberAccess]
 
 
-def wrong_colours(store: Store, other: AsyncStore) -> None:
+def wrong_variants(store: Store, other: AsyncStore) -> None:
     pgkv.Lock(other, "l")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     pgkv.AsyncSemaphore(store, "l", 2)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     pgkv.RateLimiter(other, "1/s", name="l")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]

@@ -35,7 +35,7 @@ from pgkv.patterns.cache.key import Binder, Unencodable, encode
 from tests import FULL
 
 
-class Colour(enum.Enum):
+class Variant(enum.Enum):
     RED = 1
     BLUE = 2
 
@@ -138,7 +138,7 @@ plain_values = (
     | st.floats(allow_nan=True)
     | st.text()
     | st.binary()
-    | st.sampled_from(Colour)
+    | st.sampled_from(Variant)
     | st.datetimes(timezones=st.none() | st.just(UTC))
     | st.dates()
     | st.timedeltas()
@@ -301,7 +301,7 @@ def test_order_does_not_count_where_the_type_has_none() -> None:
 def test_classes_count() -> None:
     """Equal members of different classes are different; a member of an enum is not its value."""
     seen = [encode(each) for each in (
-        Point(1), Other(1), Struct(1), Model(x=1), Pair(1, 0), (1, 0), Colour.RED, Number.ONE, 1,
+        Point(1), Other(1), Struct(1), Model(x=1), Pair(1, 0), (1, 0), Variant.RED, Number.ONE, 1,
         Tenant("a"), "a", UUID(int=1), Point, Other, PurePosixPath("a"), date(2020, 1, 1), "2020-01-01",
     )]  # fmt: skip
     assert len(set(seen)) == len(seen)
@@ -495,7 +495,7 @@ def test_tag_templates() -> None:
 PROGRAM = """
 import sys; sys.path.insert(0, {root!r})
 from tests.unit.test_cached_keys import *
-print(encode([{{'b': 1, 'a': {{Colour.RED, 'x', 2.5, None}}}}, frozenset('hello world'), Point(1, Struct(2)),
+print(encode([{{'b': 1, 'a': {{Variant.RED, 'x', 2.5, None}}}}, frozenset('hello world'), Point(1, Struct(2)),
   Model(x={{'q', 'r', 's'}}), Decimal('1.50'), UUID(int=7), Path('/a'), Tenant('t'), b'x', timedelta(1), date(2020, 1, 1)]).hex())
 """
 

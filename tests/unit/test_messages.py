@@ -311,7 +311,7 @@ def cookie(**options: Any) -> Any:
 
 
 def twins(pattern: str, /, *args: Any, **options: Any) -> Mistakes:
-    """Each colour of a pattern given the other colour's store."""
+    """Each variant of a pattern given the other variant's store."""
     made: Mistakes = {}
     for one, wrong, other in (
         (pattern, astore, f"Async{pattern}"),
@@ -694,7 +694,7 @@ def test_connecting_ends_in_time(silent: str) -> None:
 
 
 async def test_connecting_ends_in_time_async(silent: str) -> None:
-    """So does the other colour's."""
+    """So does the other variant's."""
     began = monotonic()
     with pytest.raises(pgkv.StoreUnavailableError, match=r"0\.5 s \(connect_timeout\)"):
         await pgkv.AsyncStore.connect(silent, connect_timeout=0.5)

@@ -37,7 +37,7 @@ LOOP: list[Any] = []
 LOOP.append(LOOP)
 
 
-class Colour(enum.Enum):
+class Variant(enum.Enum):
     RED = "red"
     BLUE = "blue"
 
@@ -54,7 +54,7 @@ class User:
     name: str
     tags: list[str] = dataclasses.field(default_factory=list)
     home: Address | None = None
-    colour: Colour = Colour.RED
+    variant: Variant = Variant.RED
 
 
 class Movie(TypedDict):
@@ -101,7 +101,7 @@ class Closed(pydantic.BaseModel, extra="forbid"):
 
 NOW = datetime(2024, 2, 29, 12, 30, tzinfo=UTC)
 VALUES: list[tuple[Any, Any]] = [
-    (User, User(1, "é", ["a", "b"], Address("x", 2), Colour.BLUE)),
+    (User, User(1, "é", ["a", "b"], Address("x", 2), Variant.BLUE)),
     (User, User(2, "")),
     (Movie, {"title": "M", "year": 1931}),
     (Point, Point(1.5)),
@@ -132,7 +132,7 @@ VALUES: list[tuple[Any, Any]] = [
     (uuid.UUID, uuid.UUID(int=7)),
     (Decimal, Decimal("1.10")),
     (bytes, b"\x00\xff"),
-    (Colour, Colour.BLUE),
+    (Variant, Variant.BLUE),
 ]
 
 
@@ -291,7 +291,7 @@ KEPT: list[tuple[Any, Any]] = [
     (dict[int, str], {2: "b", 1: "a"}),
     (dict[uuid.UUID, int], {uuid.UUID(int=2): 1}),
     (dict[date, int], {DAY: 1}),
-    (dict[Colour, int], {Colour.RED: 1}),
+    (dict[Variant, int], {Variant.RED: 1}),
     (dict[float, int], {1.5: 1}),
     (set[int | str], {1, "a"}),
     (frozenset[str], frozenset("ab")),
@@ -523,7 +523,7 @@ MISFITS: list[tuple[Any, Any, str]] = [
     (User, {"id": 1}, "$"),
     (User, {"id": 1, "name": "x", "tags": ["a", 7]}, "$.tags[1]"),
     (User, {"id": 1, "name": "x", "home": {"street": SECRET, "number": SECRET}}, "$.home.number"),
-    (User, {"id": 1, "name": "x", "colour": SECRET}, "$.colour"),
+    (User, {"id": 1, "name": "x", "variant": SECRET}, "$.variant"),
     (User, [SECRET], "$"),
     (User, None, "$"),
     (Movie, {"title": SECRET}, "$"),

@@ -159,7 +159,7 @@ def test_several_dsns_in_one_setting(text: str, dsns: list[str]) -> None:
         ((["postgresql://"], None, "auto"), {"schema": "s"}, "no schema="),
         ((["postgresql://"], None, "auto"), {"coalesce": True}, "no coalesce="),
         ((["postgresql://"], None, "auto"), {"notify": True}, "no notify="),
-        ((["postgresql://"], None, "auto"), {"colour": 1}, "no option 'colour'"),
+        ((["postgresql://"], None, "auto"), {"variant": 1}, "no option 'variant'"),
         ((["mysql://"], None, "auto"), {}, "scheme"),
     ],
 )

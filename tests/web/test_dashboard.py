@@ -27,8 +27,8 @@ from pgkv.integrations._page import page, point_of
 from pgkv.integrations.dashboard import dashboard
 from pgkv.patterns.overview import BlockedBackend, Overview, Overviews, QueueDepth
 from tests.browser import chromium
-from tests.colours import Colour, in_thread
 from tests.faults.support import newest
+from tests.variants import Variant, in_thread
 from tests.web.running import wsgi
 
 pytestmark = newest
@@ -42,10 +42,10 @@ def everyone(_: Any) -> bool:
 
 @asynccontextmanager
 async def visiting(
-    colour: Colour, dsn: str, authorize: Any = everyone, **config: Any
+    variant: Variant, dsn: str, authorize: Any = everyone, **config: Any
 ) -> AsyncIterator[Any]:
     """`await ask("GET", "/")`, of the WSGI or the ASGI application; and that application."""
-    if colour.name == "async":
+    if variant.name == "async":
         async with pgkv.AsyncStore.connect(dsn, **config) as store:
             app: Any = dashboard(store, authorize=authorize)
             transport = httpx.ASGITransport(app)
@@ -93,7 +93,7 @@ def test_it_is_never_public_by_mistake(dsn: str) -> None:
         assert repr(dashboard(store, authorize=everyone)) == '<WSGIDashboard "kv_store">'
 
 
-async def test_who_may_look(dsn: str, colour: Colour) -> None:
+async def test_who_may_look(dsn: str, variant: Variant) -> None:
     """Only True lets a visitor in. What the function raises is raised; an outage of what it asks is a 503
     that shows nothing."""
     answer: Any = True
@@ -103,7 +103,7 @@ async def test_who_may_look(dsn: str, colour: Colour) -> None:
             raise answer
         return answer if request.headers["host"] == "test" and request.path == "/" else False
 
-    async with visiting(colour, dsn, authorize) as (ask, _):
+    async with visiting(variant, dsn, authorize) as (ask, _):
         assert (await ask("GET", "/")).status_code == 200
         for answer in (False, None, 1, "yes", object()):  # noqa: B007  # authorize() returns it
             response = await ask("GET", "/")
@@ -117,23 +117,23 @@ async def test_who_may_look(dsn: str, colour: Colour) -> None:
         assert (response.status_code, "away" in response.text) == (503, False)
 
 
-async def test_an_async_function_decides(dsn: str, colour: Colour) -> None:
+async def test_an_async_function_decides(dsn: str, variant: Variant) -> None:
     """ASGI awaits it. WSGI raises: a coroutine, which is true, must let nobody in."""
 
     async def authorize(_: Any) -> bool:
         return True
 
-    async with visiting(colour, dsn, authorize) as (ask, _):
-        if colour.name == "async":
+    async with visiting(variant, dsn, authorize) as (ask, _):
+        if variant.name == "async":
             assert (await ask("GET", "/")).status_code == 200
         else:
             with pytest.raises(TypeError, match="awaitable"):
                 await ask("GET", "/")
 
 
-async def test_it_only_reads(dsn: str, colour: Colour) -> None:
+async def test_it_only_reads(dsn: str, variant: Variant) -> None:
     """GET and HEAD of one path; headers that keep the page out of caches, frames and logs of others."""
-    async with visiting(colour, dsn) as (ask, _):
+    async with visiting(variant, dsn) as (ask, _):
         page, head = await ask("GET", "/"), await ask("HEAD", "/")
         assert (page.status_code, head.status_code, head.text) == (200, 200, "")
         assert page.headers["content-length"] == str(len(page.content))
@@ -156,11 +156,11 @@ async def test_it_only_reads(dsn: str, colour: Colour) -> None:
         assert not re.search(r"<script|\son\w+=|\sstyle=|src=|https?://", page.text)
 
 
-async def test_names_are_text_and_secrets_stay(dsn: str, colour: Colour) -> None:
+async def test_names_are_text_and_secrets_stay(dsn: str, variant: Variant) -> None:
     """Names of keys, queues, locks and limiters are never markup; values, keys, users, payloads, data and
     metadata are not there at all."""
     fill(dsn)
-    async with visiting(colour, dsn) as (ask, _):
+    async with visiting(variant, dsn) as (ask, _):
         with psycopg.connect(dsn, application_name=EVIL):
             text = (await ask("GET", "/")).text
     assert "<img" not in text
@@ -222,11 +222,11 @@ def test_what_needs_attention(dsn: str) -> None:
 
 
 async def test_visitors_share_a_frame(
-    dsn: str, colour: Colour, monkeypatch: pytest.MonkeyPatch
+    dsn: str, variant: Variant, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Within a second the server is asked once, but for those who come before the first frame."""
     monkeypatch.setattr("pgkv.integrations.dashboard.FRESH", 60.0)
-    async with visiting(colour, dsn) as (ask, app):
+    async with visiting(variant, dsn) as (ask, app):
         looks: list[int] = []
         look = app._overviews.look
 
@@ -242,13 +242,13 @@ async def test_visitors_share_a_frame(
         assert 1 <= asked == len(looks) <= 5
 
 
-async def test_a_stopped_server(make_server: Callable[..., Any], colour: Colour) -> None:
+async def test_a_stopped_server(make_server: Callable[..., Any], variant: Variant) -> None:
     """The page says so with 503 and shows the last figures; a new process shows none. It comes back."""
     server = make_server()
     fill(server.dsn)
     async with (
-        visiting(colour, server.dsn) as (ask, app),
-        visiting(colour, server.dsn) as (ask_new, _),
+        visiting(variant, server.dsn) as (ask, app),
+        visiting(variant, server.dsn) as (ask_new, _),
     ):
         assert (await ask("GET", "/")).status_code == 200
         server.stop()
@@ -269,10 +269,10 @@ async def test_a_stopped_server(make_server: Callable[..., Any], colour: Colour)
         assert "does not answer" not in response.text
 
 
-async def test_mounted(dsn: str, colour: Colour) -> None:
+async def test_mounted(dsn: str, variant: Variant) -> None:
     """Below a path of an application, with and without a slash."""
-    async with visiting(colour, dsn) as (_, app):
-        if colour.name == "async":
+    async with visiting(variant, dsn) as (_, app):
+        if variant.name == "async":
             outer = Starlette()
             outer.mount("/admin/pgkv", app)
             transport = httpx.ASGITransport(outer)
@@ -315,7 +315,7 @@ def test_how_it_looks(dsn: str, tmp_path: Path) -> None:
         wsgi(dashboard(store, authorize=everyone)) as address,
         chromium(tmp_path / "profile") as browser,
     ):
-        colours = set()
+        variants = set()
         for width, height, scheme in (
             (1280, 900, "light"),
             (390, 844, "light"),
@@ -339,10 +339,10 @@ def test_how_it_looks(dsn: str, tmp_path: Path) -> None:
             )
             assert browser.save_screenshot(str(tmp_path / f"{width}-{scheme}.png"))
             style = "return getComputedStyle(document.body).backgroundColor"
-            colours.add(browser.execute_script(style))
+            variants.add(browser.execute_script(style))
             wide = browser.find_elements("css selector", "th.w")
             assert [each.is_displayed() for each in wide] == [width > 500] * len(wide)
-        assert len(colours) == 2
+        assert len(variants) == 2
         console: Any = browser
         messages = [each["message"] for each in console.get_log("browser")]
         assert [each for each in messages if "favicon" not in each] == []

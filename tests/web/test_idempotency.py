@@ -350,7 +350,7 @@ def test_settings_that_are_wrong(dsn: str) -> None:
     """The scope must be said; other options and the other kind of store are refused."""
     with pgkv.Store.connect(dsn) as store:
         keys = pgkv.Idempotency(store)
-        for wrong in ({"scope": "user"}, {"scope": None}, {"scope": "", "colour": 1}):
+        for wrong in ({"scope": "user"}, {"scope": None}, {"scope": "", "variant": 1}):
             with pytest.raises(pgkv.ConfigError):
                 pgkv.WSGIIdempotencyMiddleware(lambda *_: [], idempotency=keys, **wrong)
         with pytest.raises(pgkv.ConfigError, match="WSGIIdempotencyMiddleware"):

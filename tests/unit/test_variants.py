@@ -1,4 +1,4 @@
-"""The two colours are one API: the same names, the same signatures, other waiting."""
+"""The two variants are one API: the same names, the same signatures, other waiting."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TWINS = [
 ]
 # The mapping protocol cannot be awaited.
 BLOCKING_ONLY = {"__getitem__", "__setitem__", "__delitem__", "__contains__", "__iter__"}
-# Calls that return at once, in both colours: what is awaited or entered, views, iterators.
+# Calls that return at once, in both variants: what is awaited or entered, views, iterators.
 TO_AWAIT_OR_ENTER = {"connect", "embedded", "sharded", "transaction", "pipeline"}
 PLAIN = {
     "from_pool",
@@ -35,7 +35,7 @@ PLAIN = {
     "iter_keys",
     "iter_items",
 }
-# How each colour is opened and closed.
+# How each variant is opened and closed.
 COLOURED = {"__enter__", "__exit__", "__aenter__", "__aexit__", "__await__"}
 
 
@@ -67,7 +67,7 @@ def function(cls: type, name: str) -> Any:
 
 @pytest.mark.parametrize(("blocking", "awaited"), TWINS)
 def test_same_names(blocking: type, awaited: type) -> None:
-    """Whatever one colour offers, the other offers by the same name."""
+    """Whatever one variant offers, the other offers by the same name."""
     mine, twins = set(public(blocking)), set(public(awaited))
     assert mine - twins == (BLOCKING_ONLY if blocking is pgkv.Store else set())
     assert twins - mine == set()
@@ -75,7 +75,7 @@ def test_same_names(blocking: type, awaited: type) -> None:
 
 @pytest.mark.parametrize(("blocking", "awaited"), TWINS)
 def test_same_signatures(blocking: type, awaited: type) -> None:
-    """Each method takes the same parameters in both colours: names, kinds and defaults."""
+    """Each method takes the same parameters in both variants: names, kinds and defaults."""
     differing = {
         name: (parameters(blocking, name), parameters(awaited, name))
         for name in public(awaited)
@@ -99,7 +99,7 @@ def test_what_is_awaited(cls: type) -> None:
 
 
 def test_queueing_is_never_awaited() -> None:
-    """A pipeline's methods return a handle at once, in both colours."""
+    """A pipeline's methods return a handle at once, in both variants."""
     for cls in (Pipeline, AsyncPipeline):
         for name in public(cls):
             assert not inspect.iscoroutinefunction(function(cls, name)), name
@@ -142,7 +142,7 @@ def test_views_need_no_loop() -> None:
     ],
 )
 def test_docstrings(cls: type) -> None:
-    """Every method of either colour has a docstring: help() must answer."""
+    """Every method of either variant has a docstring: help() must answer."""
     own = {name for name in public(cls) if not name.startswith("_")}
     missing = sorted(name for name in own if not (function(cls, name).__doc__ or "").strip())
     assert missing == []

@@ -1,7 +1,7 @@
-"""Both colours of pgkv behind one interface, so that a behaviour test is written once, as `async
+"""Both variants of pgkv behind one interface, so that a behaviour test is written once, as `async
 def`.
 
-The asynchronous colour is used as it is. The blocking one is wrapped in `Threaded`, whose methods
+The asynchronous variant is used as it is. The blocking one is wrapped in `Threaded`, whose methods
 are awaited as AsyncStore's are and run in threads, so that `asyncio.gather` races real calls in
 both.
 """
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
-# Names that differ from "a call to await": in both colours these return at once ...
+# Names that differ from "a call to await": in both variants these return at once ...
 VIEWS = {"namespace", "table", "typed", "using", "on"}
 PLAIN = {"check", "pool_stats", "remaining", "headers", "cache_key", "limit", "slot_of"}
 # ... these return (async) iterators ...
@@ -48,7 +48,7 @@ WRAPPED = {
 
 # One thread per racing call: with fewer, a caller that waits could keep the one it waits for from
 # running.
-_threads = ThreadPoolExecutor(max_workers=256, thread_name_prefix="blocking-colour")
+_threads = ThreadPoolExecutor(max_workers=256, thread_name_prefix="blocking-variant")
 _END = object()
 
 
@@ -179,13 +179,13 @@ def _pgkv() -> Any:
 
 
 @dataclass(frozen=True, slots=True)
-class Colour:
-    """Makes pgkv's objects in one colour; what it returns is used as the asynchronous one."""
+class Variant:
+    """Makes pgkv's objects in one variant; what it returns is used as the asynchronous one."""
 
     name: str  # "sync" or "async"
 
     def make(self, what: str, *args: Any, **kwargs: Any) -> Any:
-        """`colour.make("Lock", store, "billing", ttl=30)` is pgkv.Lock(...), wrapped, or
+        """`variant.make("Lock", store, "billing", ttl=30)` is pgkv.Lock(...), wrapped, or
         pgkv.AsyncLock(...).
         """
         pgkv = _pgkv()
@@ -206,5 +206,5 @@ class Colour:
 
 
 def available() -> list[str]:
-    """The colours that pgkv has."""
+    """The variants that pgkv has."""
     return ["sync", "async"] if hasattr(_pgkv(), "AsyncStore") else ["sync"]
