@@ -7,7 +7,7 @@ SHELL := /bin/sh
 MAKEFLAGS += --no-print-directory
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet install
 ARGS ?=
-JOBS ?= 4
+JOBS ?= 6
 MINUTES ?= 10
 
 .DEFAULT_GOAL := help
