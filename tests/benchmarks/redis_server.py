@@ -55,7 +55,7 @@ def open_redis(**settings: str) -> Iterator[tuple[Any, str]]:
             return
         version = client.info("server")["redis_version"]
         parser = "hiredis" if importlib.util.find_spec("hiredis") else "without hiredis"
-        yield client, f"Redis {version} beside it (redis-py {redis.__version__}, {parser})"
+        yield client, f"Redis {version} next to it (redis-py {redis.__version__}, {parser})"
 
 
 def _answers(client: Any, process: subprocess.Popen[bytes]) -> bool:

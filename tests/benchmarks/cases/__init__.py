@@ -132,7 +132,7 @@ TOPICS = (
     ),
     Topic(
         "Compression and encryption",
-        "JSON of that size, compressed, encrypted, or both, beside the same value plain. `Zstd` does not"
+        "JSON of that size, compressed, encrypted, or both, compared with the same value plain. `Zstd` does not"
         " compress what is shorter than 512 bytes.",
         (transforms,),
     ),

@@ -231,7 +231,7 @@ def pgmq_worker(bench: Bench) -> Callable[[], object]:
     return lambda: (add(), get())
 
 
-@facts("queue: a put, take and ack beside dead rows under an old snapshot")
+@facts("queue: a put, take and ack with dead rows under an old snapshot")
 def dead_rows(bench: Bench) -> Iterator[Fact]:
     """The median beside rows of finished jobs that no vacuum may remove; pgmq's statements too."""
     count = DEAD if bench.big else DEAD // 20
@@ -261,7 +261,7 @@ def dead_rows(bench: Bench) -> Iterator[Fact]:
         )
         conn.execute("DELETE FROM bench_pgmq")
         through()  # sets the marks
-        name = f"queue: put, take, ack beside {count:,} dead rows"
+        name = f"queue: put, take, ack with {count:,} dead rows"
         yield Fact(name, 1e3 * middle(through), "ms")
         yield Fact(f"{name}, {PGMQ}", 1e3 * middle(lambda: (add(), get()), 20), "ms")
 
