@@ -76,20 +76,32 @@ def server_pids(dsn: str) -> list[int]:
 
 @contextlib.contextmanager
 def cpu_clock(pids: Iterable[int]) -> Iterator[Callable[[], float] | None]:
-    """A clock of the seconds that those processes have run; None where the system has none."""
+    """A clock of the seconds that those processes, and what they start, have run; None where the
+    system has none. A store replaces its connections after a while, and so servers their processes.
+    """
     with contextlib.ExitStack() as opened:
-        files: list[int] = []
-        for pid in pids:
+        last: dict[int, int] = {}  # of each file
+        known: set[int] = set()
+
+        def add(pid: int) -> None:
+            known.add(pid)
             for path in Path(f"/proc/{pid}/task").glob("*/schedstat"):
                 with contextlib.suppress(OSError):  # it has ended
-                    files.append(os.open(path, os.O_RDONLY))
-                    opened.callback(os.close, files[-1])
-        last = dict.fromkeys(files, 0)
+                    file = os.open(path, os.O_RDONLY)
+                    opened.callback(os.close, file)
+                    last[file] = 0
 
         def clock() -> float:
-            for file in files:
+            for pid in tuple(known):
+                with contextlib.suppress(OSError):
+                    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+                        if int(child) not in known:
+                            add(int(child))
+            for file in last:
                 with contextlib.suppress(OSError):  # what it has used stays
                     last[file] = int(os.pread(file, 64, 0).split()[0])
             return sum(last.values()) / 1e9
 
-        yield clock if files else None
+        for each in pids:
+            add(each)
+        yield clock if last else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import socket
+import subprocess
 import sys
 import time
 import tomllib
@@ -94,6 +95,27 @@ def test_what_processes_have_run_is_told() -> None:
         before = clock()
         sum(range(10**6))
         assert clock() > before
+
+
+def test_what_is_started_later_is_told() -> None:
+    """A server starts a process for a new connection."""
+    busy = "i=0; while [ $i -lt 100000 ]; do i=$((i+1)); done; echo done; read y"
+    with subprocess.Popen(
+        ["/bin/sh", "-c", f"read x; sh -c '{busy}'; true"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as parent:
+        assert parent.stdin is not None
+        assert parent.stdout is not None
+        with cpu_clock([parent.pid]) as clock:
+            if clock is None or not Path(f"/proc/{parent.pid}/task/{parent.pid}/children").exists():
+                pytest.skip("no schedstat, or no list of children, here")
+            before = clock()
+            print(file=parent.stdin, flush=True)
+            assert parent.stdout.readline() == "done\n"
+            assert clock() - before > 0.005
+        parent.stdin.close()
 
 
 def test_a_message_through_the_relay_is_held_back(tmp_path: Path) -> None:
