@@ -47,6 +47,7 @@ CLOSED_RETRY_SECONDS = 1.0  # the retry_after of a refusal by on_error="closed"
 WAIT_SECONDS_MAX = 10 * 366 * 86400.0  # acquire(timeout=None)
 ROUND_TRIP_SECONDS = 0.05  # of an answer, which acquire's timeout does not include
 STATEMENT_SECONDS_MIN = 0.05  # what a further statement of a call gets when the time is used up
+HOLD_SECONDS = 1.0  # for which rows are not expected, after an expected one had been collected
 RACES_MAX = 10  # attempts that other callers' changes of a row may spoil
 # What `on_error` is about. A wrong argument or a missing right is no outage.
 OUTAGES = (
@@ -114,6 +115,7 @@ class LimiterFlows:
         _observe.limiters[self.counter] = name
         # A mere hint: whether the last hit of a key was refused. Keys that are new are not in it.
         self._lately: dict[bytes, bool] = {}
+        self._hold_until = 0.0
         # Likewise of keys charged with one token: their next hit runs no flow while nothing changes.
         self.usual: dict[str, Usual] = {}
         self._policies: dict[tuple[Rate, ...], Policy] = {self.rates: self.policy}
@@ -275,13 +277,18 @@ class LimiterFlows:
         self, row: bytes, arrival: Arrival | None, charge: Charge, started: float
     ) -> Flow[Arrival]:
         """Decide a hit of which the first statement said nothing, and remember what became of it."""
+        expected = arrival is None and self._lately.get(row) is False
         if arrival is None and self._lately.get(row):
             arrival = yield from self._again(self.sql.charge(row, charge), started)
         if arrival is None:
             arrival = yield from self._again(self.sql.hit(row, charge), started)
         if arrival.stepped_back():
             arrival = yield from self._rebased(row, arrival, charge, started)
-        if arrival.is_new():  # its row had been collected, and may be when the key comes again
+        # A row that had been collected may be so when its key comes again. Rows that were expected
+        # and are gone show that others go as fast: no more are expected for a while.
+        if arrival.is_new() and expected:
+            self._hold_until = monotonic() + HOLD_SECONDS
+        if arrival.is_new() or (arrival.charged and monotonic() < self._hold_until):
             self._lately.pop(row, None)
             return arrival
         if len(self._lately) >= ENTRIES_MAX:

@@ -19,7 +19,7 @@ import pytest
 from psycopg.conninfo import conninfo_to_dict
 
 import pgkv
-from pgkv import Pooler
+from pgkv import Pooler, StoreUnavailableError
 from pgkv._engine import pooling
 from tests import pgbouncer
 from tests.again import adopt
@@ -139,7 +139,13 @@ def make_store(
 
     async def make(**config: Any) -> Any:
         config = {"dsn": pooled, "pooler": Pooler.TRANSACTION, **config}
-        made.append(await variant.connect(config.pop("dsn"), **config))
+        dsn = config.pop("dsn")
+        for _ in range(5 if dsn != pooled else 0):
+            # PgBouncer 1.18 hangs up on some clients that come through a proxy: see LEFT_OUT.
+            with contextlib.suppress(StoreUnavailableError):
+                made.append(await variant.connect(dsn, **config))
+                return made[-1]
+        made.append(await variant.connect(dsn, **config))
         return made[-1]
 
     yield make

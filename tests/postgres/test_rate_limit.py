@@ -19,7 +19,7 @@ from pgkv.patterns.rate_limit.policy import Policy
 from pgkv.patterns.rate_limit.rate import rates_of
 from pgkv.testing import ServerClock, disabled
 from tests.peers import Peer, fetch
-from tests.variants import Variant
+from tests.variants import Threaded, Variant
 
 Make = Callable[..., Any]
 
@@ -61,6 +61,23 @@ async def test_no_token_is_lost(
         admitted += bool(await limiter.hit("u"))
     flowed = (time.monotonic() - begun) * limiter.rates[0].count / limiter.rates[0].period
     assert ideal - 1 <= admitted <= ideal + 2 + flowed  # the real clock moves on meanwhile
+
+
+async def test_rows_that_were_collected_are_not_expected_for_a_while(
+    make: Make, peer: Peer
+) -> None:
+    """An expected row that is gone costs a second statement: for a moment none is expected, and each
+    hit is the one statement that needs none."""
+    limiter = make("60/m")
+    flows = (limiter._target if isinstance(limiter, Threaded) else limiter)._flows
+    assert await attempts(limiter, 3) == 3
+    assert "u" in flows.usual
+    peer.run("DELETE FROM kv_store")
+    assert await attempts(limiter, 3) == 3
+    assert "u" not in flows.usual
+    flows._hold_until = 0.0
+    assert await attempts(limiter, 2) == 2
+    assert "u" in flows.usual
 
 
 async def test_a_burst_and_what_flows_back(make: Make, clock: ServerClock) -> None:
