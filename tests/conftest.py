@@ -31,7 +31,7 @@ from pgkv import _observe
 from pgkv.testing import ServerClock
 from tests import FULL, servers
 from tests.servers import Server, UserServer
-from tests.variants import Variant, available
+from tests.variants import Variant, available, closing_all
 
 # A loaded machine may take any time for one example, and for making one.
 hypothesis.settings.register_profile(
@@ -263,19 +263,13 @@ def make_store(
     """`await make_store(table_name=...)` connects a store, closed after the test; used as an
     AsyncStore.
     """
-    made: list[Any] = []
+    with closing_all(event_loop_runner) as made:
 
-    async def make(**config: Any) -> Any:
-        made.append(await variant.connect(config.pop("dsn", dsn), **config))
-        return made[-1]
+        async def make(**config: Any) -> Any:
+            made.append(await variant.connect(config.pop("dsn", dsn), **config))
+            return made[-1]
 
-    yield make
-
-    async def close() -> None:
-        for each in made[::-1]:
-            await each.close()
-
-    event_loop_runner.run(close())
+        yield make
 
 
 @pytest.fixture

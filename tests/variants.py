@@ -9,6 +9,7 @@ both.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import importlib
 import inspect
@@ -208,3 +209,16 @@ class Variant:
 def available() -> list[str]:
     """The variants that pgkv has."""
     return ["sync", "async"] if hasattr(_pgkv(), "AsyncStore") else ["sync"]
+
+
+@contextlib.contextmanager
+def closing_all(runner: asyncio.Runner) -> Iterator[list[Any]]:
+    """A list of stores or connections, which are closed at the end on that loop, the last one first."""
+    made: list[Any] = []
+    yield made
+
+    async def close() -> None:
+        for each in made[::-1]:
+            await each.close()
+
+    runner.run(close())

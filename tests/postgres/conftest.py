@@ -10,7 +10,7 @@ import pytest
 
 import pgkv
 from tests.peers import Peer, caller_connection
-from tests.variants import Variant
+from tests.variants import Variant, closing_all
 
 
 @pytest.fixture
@@ -34,19 +34,13 @@ def connect(
     dsn: str, variant: Variant, event_loop_runner: asyncio.Runner
 ) -> Iterator[Callable[..., Coroutine[Any, Any, Any]]]:
     """`await connect(autocommit=True)` is the caller's own connection, in the store's variant."""
-    made: list[Any] = []
+    with closing_all(event_loop_runner) as made:
 
-    async def make(**options: Any) -> Any:
-        made.append(await caller_connection(variant, options.pop("dsn", dsn), **options))
-        return made[-1]
+        async def make(**options: Any) -> Any:
+            made.append(await caller_connection(variant, options.pop("dsn", dsn), **options))
+            return made[-1]
 
-    yield make
-
-    async def close() -> None:
-        for each in made:
-            await each.close()
-
-    event_loop_runner.run(close())
+        yield make
 
 
 @pytest.fixture

@@ -54,7 +54,7 @@ from tests.postgres import (
 )
 from tests.postgres.test_pipeline import Tape
 from tests.servers import Server, UserServer
-from tests.variants import Threaded, Variant
+from tests.variants import Threaded, Variant, closing_all
 
 MODULES = (
     *(test_basic, test_batch, test_atomic, test_scan, test_expiry, test_collection),
@@ -135,26 +135,20 @@ def make_store(
     pooled: str, variant: Variant, event_loop_runner: asyncio.Runner
 ) -> Iterator[Callable[..., Coroutine[Any, Any, Any]]]:
     """As everywhere, but through the pooler."""
-    made: list[Any] = []
+    with closing_all(event_loop_runner) as made:
 
-    async def make(**config: Any) -> Any:
-        config = {"dsn": pooled, "pooler": Pooler.TRANSACTION, **config}
-        dsn = config.pop("dsn")
-        for _ in range(5 if dsn != pooled else 0):
-            # PgBouncer 1.18 hangs up on some clients that come through a proxy: see LEFT_OUT.
-            with contextlib.suppress(StoreUnavailableError):
-                made.append(await variant.connect(dsn, **config))
-                return made[-1]
-        made.append(await variant.connect(dsn, **config))
-        return made[-1]
+        async def make(**config: Any) -> Any:
+            config = {"dsn": pooled, "pooler": Pooler.TRANSACTION, **config}
+            dsn = config.pop("dsn")
+            for _ in range(5 if dsn != pooled else 0):
+                # PgBouncer 1.18 hangs up on some clients that come through a proxy: see LEFT_OUT.
+                with contextlib.suppress(StoreUnavailableError):
+                    made.append(await variant.connect(dsn, **config))
+                    return made[-1]
+            made.append(await variant.connect(dsn, **config))
+            return made[-1]
 
-    yield make
-
-    async def close() -> None:
-        for each in made[::-1]:
-            await each.close()
-
-    event_loop_runner.run(close())
+        yield make
 
 
 @pytest.fixture
@@ -162,20 +156,14 @@ def connect(
     pooled: str, variant: Variant, event_loop_runner: asyncio.Runner
 ) -> Iterator[Callable[..., Coroutine[Any, Any, Any]]]:
     """The caller's own connection, which passes through the pooler too."""
-    made: list[Any] = []
+    with closing_all(event_loop_runner) as made:
 
-    async def make(**options: Any) -> Any:
-        options = {"dsn": pooled, "prepare_threshold": None, **options}
-        made.append(await caller_connection(variant, options.pop("dsn"), **options))
-        return made[-1]
+        async def make(**options: Any) -> Any:
+            options = {"dsn": pooled, "prepare_threshold": None, **options}
+            made.append(await caller_connection(variant, options.pop("dsn"), **options))
+            return made[-1]
 
-    yield make
-
-    async def close() -> None:
-        for each in made:
-            await each.close()
-
-    event_loop_runner.run(close())
+        yield make
 
 
 @pytest.fixture

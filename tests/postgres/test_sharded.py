@@ -24,7 +24,7 @@ from pgkv.patterns.overview import Overviews
 from tests import FULL, sharded
 from tests.peers import caller_connection
 from tests.servers import Server, UserServer
-from tests.variants import Variant
+from tests.variants import Variant, closing_all
 
 SLOTS = 6
 
@@ -44,19 +44,13 @@ def make(
     dsns: list[str], variant: Variant, event_loop_runner: asyncio.Runner
 ) -> Iterator[Callable[..., Coroutine[Any, Any, Any]]]:
     """`await make()` is a sharded store."""
-    made: list[Any] = []
+    with closing_all(event_loop_runner) as made:
 
-    async def connect(**config: Any) -> Any:
-        made.append(await sharded.connect(variant, config.pop("dsns", dsns), **config))
-        return made[-1]
+        async def connect(**config: Any) -> Any:
+            made.append(await sharded.connect(variant, config.pop("dsns", dsns), **config))
+            return made[-1]
 
-    yield connect
-
-    async def close() -> None:
-        for each in made:
-            await each.close()
-
-    event_loop_runner.run(close())
+        yield connect
     sharded.clear(dsns)
 
 

@@ -44,7 +44,7 @@ from tests.postgres import (
     test_views,
 )
 from tests.servers import Server, UserServer
-from tests.variants import Variant
+from tests.variants import Variant, closing_all
 
 MODULES = (
     *(test_atomic, test_basic, test_batch, test_expiry, test_scan, test_views),
@@ -140,20 +140,14 @@ def make_store(
     dsns = layout
     if "clock" in request.fixturenames:
         dsns = [clock.dsn for clock in request.getfixturevalue("clock").each]
-    made: list[Any] = []
+    with closing_all(event_loop_runner) as made:
 
-    async def make(**config: Any) -> Any:
-        if (dsn := config.pop("dsn", None)) is not None:
-            options = conninfo_to_dict(dsn).get("options")
-            config["dsns"] = [make_conninfo(each, options=options) for each in dsns]
-        made.append(await sharded.connect(variant, config.pop("dsns", dsns), **config))
-        return made[-1]
+        async def make(**config: Any) -> Any:
+            if (dsn := config.pop("dsn", None)) is not None:
+                options = conninfo_to_dict(dsn).get("options")
+                config["dsns"] = [make_conninfo(each, options=options) for each in dsns]
+            made.append(await sharded.connect(variant, config.pop("dsns", dsns), **config))
+            return made[-1]
 
-    yield make
-
-    async def close() -> None:
-        for each in made[::-1]:
-            await each.close()
-
-    event_loop_runner.run(close())
+        yield make
     sharded.clear(layout)

@@ -36,7 +36,7 @@ from tests.postgres import (
     test_using,
     test_views,
 )
-from tests.variants import Variant
+from tests.variants import Variant, closing_all
 
 MODULES = (
     *(test_basic, test_batch, test_atomic, test_scan, test_expiry, test_races, test_storms),
@@ -122,23 +122,17 @@ def make_store(
     request: Any, dsn: str, variant: Variant, event_loop_runner: asyncio.Runner
 ) -> Iterator[Callable[..., Coroutine[Any, Any, Any]]]:
     """As everywhere, but with transforms."""
-    made: list[Any] = []
+    with closing_all(event_loop_runner) as made:
 
-    async def make(**config: Any) -> Any:
-        if "append" in request.node.name:
-            pytest.skip("append is refused")
-        which = transforms()[: 1 if request.node.originalname in NUMBERS else 2]
-        config = {"dsn": dsn, "transforms": which, **config}
-        made.append(await variant.connect(config.pop("dsn"), **config))
-        return made[-1]
+        async def make(**config: Any) -> Any:
+            if "append" in request.node.name:
+                pytest.skip("append is refused")
+            which = transforms()[: 1 if request.node.originalname in NUMBERS else 2]
+            config = {"dsn": dsn, "transforms": which, **config}
+            made.append(await variant.connect(config.pop("dsn"), **config))
+            return made[-1]
 
-    yield make
-
-    async def close() -> None:
-        for each in made[::-1]:
-            await each.close()
-
-    event_loop_runner.run(close())
+        yield make
 
 
 adopt(
