@@ -23,7 +23,7 @@ from ..config import Config, Table
 from ..errors import ConfigError, PgkvError, TableNotFoundError
 from ..types import PoolStats
 from .placement import Router
-from .slots import ANY
+from .slots import ANY, schema_of, slot_of_schema
 from .sql import InSlot, Spread
 
 if TYPE_CHECKING:
@@ -122,15 +122,14 @@ class Sharding(PooledOperations):
 
     def _missing(self, table: Table) -> Flow[None]:
         """Create a table in the view's slot, or in all."""
-        schema = table.schema or ""
-        slots = None if schema == ANY else [int(schema.removeprefix("pgkv_"))]
-        return self.router.create([table], slots)
+        slot = slot_of_schema(table.schema)
+        return self.router.create([table], None if slot is None else [slot])
 
     def _beforehand(self) -> Flow[None]:
         """Create the tables of the slot that are missing: inside a transaction it is too late."""
         assert self.slot is not None
         if self.router.creates:
-            schema = f"pgkv_{self.slot:02d}"
+            schema = schema_of(self.slot)
             tables = [t for t in self._collectors if t.schema == schema and t not in self._known]
             yield from self.router.create(tables, [self.slot])
             self._known.update(tables)

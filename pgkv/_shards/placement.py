@@ -22,7 +22,7 @@ from ..errors import (
     StoreUnavailableError,
     TableNotFoundError,
 )
-from .slots import ANY, Slots, apart, schema_of
+from .slots import Slots, apart, schema_of, slot_of_schema
 from .sql import (
     READ_MAP,
     READ_SIZES,
@@ -270,11 +270,8 @@ class Router:
         """The route of a statement of one slot; None of one that is of all of them, or of none."""
         route = self.routes.get(statement)
         if route is None and statement.table is not None and statement.name != "create_table":
-            schema = statement.table.schema or ""
-            slot = None
-            if schema != ANY:
-                slot = int(schema.removeprefix("pgkv_"))
-            elif statement.join is not None:
+            slot = slot_of_schema(statement.table.schema)
+            if slot is None and statement.join is not None:
                 return None
             if len(self.routes) >= ROUTES_MAX:
                 self.routes.clear()

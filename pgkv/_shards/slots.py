@@ -24,6 +24,11 @@ def schema_of(slot: int) -> str:
     return f"pgkv_{slot:02d}"
 
 
+def slot_of_schema(schema: str | None) -> int | None:
+    """The slot of a schema; None for `ANY`, which is that of all."""
+    return None if schema == ANY else int((schema or "").removeprefix("pgkv_"))
+
+
 def hashed_part(key: bytes) -> bytes:
     """The text in the first braces, if there is some; else the whole key."""
     begin = key.find(b"{")

@@ -245,7 +245,8 @@ CREATE TABLE IF NOT EXISTS pgkv_map.slots (
     target TEXT
 );"""
 INIT_LOCK = "SELECT pg_advisory_xact_lock(hashtext('pgkv shards'))"
-SCHEMAS = "SELECT nspname FROM pg_namespace WHERE nspname ~ '^pgkv_[0-9]{2,}(_in|_out)?$'"
+IS_SLOT = "nspname ~ '^pgkv_[0-9]{2,}(_in|_out)?$'"
+SCHEMAS = f"SELECT nspname FROM pg_namespace WHERE {IS_SLOT}"
 HAS_MAP = "SELECT to_regclass('pgkv_map.slots') IS NOT NULL"
 NAME_SERVER = "INSERT INTO pgkv_map.settings (slots, node) VALUES (%s, %s) ON CONFLICT DO NOTHING"
 NEWER_ROW = (
@@ -371,7 +372,7 @@ READ_SIZES: Statement[dict[str, int]] = Statement(
     "shards_sizes",
     "SELECT n.nspname::text, coalesce(sum(pg_total_relation_size(c.oid)), 0)::text "
     "FROM pg_namespace n LEFT JOIN pg_class c ON c.relnamespace = n.oid AND c.relkind = 'r' "
-    r"WHERE n.nspname ~ '^pgkv_[0-9]{2,}(_in|_out)?$' GROUP BY 1",
+    f"WHERE {IS_SLOT} GROUP BY 1",
     (),
     _read_sizes,
     retry_safe=True,

@@ -25,7 +25,7 @@ from .._ops.drivers import drive, drive_async
 from .._settings import Target, options_of, reach_timeout
 from .._sql import Statements
 from ..aio import AsyncStore, Opening
-from ..config import Config, dsn_from_environment
+from ..config import BYTES_MIN, ENTRIES_MIN, Config, dsn_from_environment
 from ..errors import ConfigError
 from ..store import Store
 from .channel import AsyncShardedChannel, ShardedChannel, at_once, one_by_one
@@ -103,7 +103,6 @@ def settings(
         ("coalesce", "the operations of one turn go to several servers"),
         ("transforms", "its values are stored plain"),
         ("notify", "watch() is of one server"),
-        ("notify", "watchers hear of one server"),
     ):
         if options.pop(name, None):
             raise ConfigError(f"a sharded store has no {name}=: {why}")
@@ -114,7 +113,7 @@ def sharded_config(config: Config, slots: Slots) -> ShardedConfig:
     """The settings of a store over all slots: a bound is shared out among them, and a missing table is
     created by the store itself."""
     values = {field.name: getattr(config, field.name) for field in fields(Config)}
-    for name, least in (("max_entries", 100), ("max_bytes", 1 << 20)):
+    for name, least in (("max_entries", ENTRIES_MIN), ("max_bytes", BYTES_MIN)):
         if values[name] is not None:
             values[name] = max(least, -(-values[name] // slots.count))
     return ShardedConfig(**values | {"auto_create_table": False}, shards=slots)
