@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import fields, replace
 from itertools import islice
 from time import monotonic
@@ -22,7 +22,7 @@ from .._engine._sync.channel import PoolChannel
 from .._engine._sync.pool import StorePool
 from .._ops import codec as _codec
 from .._ops.drivers import drive, drive_async
-from .._settings import Target, options_of, reach_timeout
+from .._settings import Target, options_of, reach_timeout, table_config
 from .._sql import Statements
 from ..aio import AsyncStore, Opening
 from ..config import BYTES_MIN, ENTRIES_MIN, Config, dsn_from_environment
@@ -113,10 +113,18 @@ def sharded_config(config: Config, slots: Slots) -> ShardedConfig:
     """The settings of a store over all slots: a bound is shared out among them, and a missing table is
     created by the store itself."""
     values = {field.name: getattr(config, field.name) for field in fields(Config)}
-    for name, least in (("max_entries", ENTRIES_MIN), ("max_bytes", BYTES_MIN)):
-        if values[name] is not None:
-            values[name] = max(least, -(-values[name] // slots.count))
-    return ShardedConfig(**values | {"auto_create_table": False}, shards=slots)
+    values |= shares(config, slots, values) | {"auto_create_table": False}
+    return ShardedConfig(**values, shards=slots)
+
+
+def shares(config: Config, slots: Slots, given: Container[str]) -> dict[str, Any]:
+    """Each slot's part of those bounds that were given."""
+    least = {"max_entries": ENTRIES_MIN, "max_bytes": BYTES_MIN}
+    return {
+        name: max(least[name], -(-bound // slots.count))
+        for name in least
+        if name in given and (bound := getattr(config, name)) is not None
+    }
 
 
 class _Sharded:
@@ -184,10 +192,15 @@ class _Sharded:
             return [self]
         return [self._in_slot(slot) for slot in range(self._slots.count)]
 
-    def _check_table(self, options: TableOptions) -> None:
-        for name in ("schema", "auto_create_table", "transforms", "notify"):
-            if name in options:
-                raise ConfigError(f"the tables of a sharded store have no {name}= of their own")
+    def table(self, name: str, **options: Unpack[TableOptions]) -> Self:
+        """Return a store for another table in the same slots; see `Store.table`."""
+        for option in ("schema", "auto_create_table", "transforms", "notify"):
+            if option in options:
+                raise ConfigError(f"the tables of a sharded store have no {option}= of their own")
+        config = table_config(self._config, name, options)
+        config = replace(config, **shares(config, self._slots, options))
+        view: Self = self._view(config=config, sql=self._sql.of(config))
+        return view
 
     def _check_connection(self, conn: Any) -> None:
         """Refuse the caller's connection where it is plainly another server's."""
@@ -273,11 +286,6 @@ class ShardedStore(_Sharded, Store):
     def shards(self) -> list[Shard]:
         """Return where each slot is, and how large."""
         return drive(self._channel.router.shards())
-
-    def table(self, name: str, **options: Unpack[TableOptions]) -> Self:
-        """Return a store for another table in the same slots; see `Store.table`."""
-        self._check_table(options)
-        return super().table(name, **options)
 
     def using(self, conn: Any) -> Self:
         """Return the store of one slot inside the caller's own connection; see `Store.using`."""
@@ -375,11 +383,6 @@ class AsyncShardedStore(_Sharded, AsyncStore):
     async def shards(self) -> list[Shard]:
         """Return where each slot is, and how large."""
         return await drive_async(self._channel.router.shards())
-
-    def table(self, name: str, **options: Unpack[TableOptions]) -> Self:
-        """Return a store for another table in the same slots; see `Store.table`."""
-        self._check_table(options)
-        return super().table(name, **options)
 
     def using(self, conn: Any) -> Self:
         """Return the store of one slot inside the caller's own connection; see `Store.using`."""

@@ -196,6 +196,13 @@ async def test_bounds_are_shared_out(make: Callable[..., Coroutine[Any, Any, Any
     assert found.total_keys <= 1200
     assert found.max_entries == 1200
     await store.recreate_table()
+    other = store.table("bounded_too", max_entries=1800)
+    await other.load((f"k{n}", "v") for n in range(2400))
+    await other.evict()
+    found = await other.stats()
+    assert found.total_keys <= 1800
+    assert found.max_entries == 1800
+    await other.recreate_table()
 
 
 async def test_sweeps_reach_every_slot(store: Any) -> None:
