@@ -55,7 +55,7 @@ class Statement(Generic[T_co]):
         retried: False where a failure is not worth a second attempt: the work comes again.
         missed: makes the answer while the server is away, under ``on_error="miss"``; None: raise.
         key: which parameter has the key that a sharded store finds the slot by.
-        join: of a statement on no one key: makes one answer of all slots' answers.
+        join: of a statement on no one key: makes one answer of several slots' answers.
     """
 
     name: str

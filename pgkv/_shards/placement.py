@@ -384,9 +384,9 @@ class Router:
                 raise apart(_key_of(op), slot, f"this transaction in slot {slots[0]}")
 
     def _joined(self, op: Op[Any], answers: list[Any], parts: list[tuple[int, Op[Any]]]) -> Any:
-        join = op.join if isinstance(op, Spread) else op.statement.join
-        if join is None:
+        if parts[0][1] is op:  # of one slot
             return answers[0]
+        join: Any = op.join if isinstance(op, Spread) else op.statement.join
         given: list[Any] = []
         for answer, (slot, part) in zip(answers, parts, strict=True):
             if isinstance(answer, PgkvError):

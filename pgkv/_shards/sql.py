@@ -7,7 +7,7 @@ map points the way. A server whose row is older than another's does not know yet
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import chain
 from typing import Any, NamedTuple, TypeVar
@@ -16,7 +16,7 @@ from .._engine.schema import create_sql
 from .._ops.codec import encode_array
 from .._ops.op import Op, Result, Statement
 from .._sql import Statements
-from .._sql.table import Expiry, read_nothing
+from .._sql.table import read_nothing
 from ..config import Config, Table
 from ..types import ScanOptions
 from .slots import ANY, Slots, schema_of
@@ -34,7 +34,7 @@ class Spread(Op[T]):
 
     Args:
         parts: one or more for each slot, in the order of the slots.
-        join: makes one answer of theirs.
+        join: makes one answer of theirs; without one their statement's.
         by_slot: the keys of each slot, where `unite` makes one statement of several slots' on one server.
         unite: from the keys of each of its slots.
     """
@@ -44,13 +44,13 @@ class Spread(Op[T]):
     def __init__(
         self,
         parts: Sequence[Op[Any]],
-        join: Callable[[list[Any]], T],
+        join: Callable[[list[Any]], T] | None = None,
         by_slot: dict[int, list[bytes]] | None = None,
         unite: Callable[[list[tuple[int, list[bytes]]]], Op[T]] | None = None,
     ) -> None:
         super().__init__(parts[0].statement, [each for op in parts for each in op.params])
         self.parts: Sequence[Op[Any]] = parts
-        self.join: Callable[[list[Any]], T] = join
+        self.join: Any = join or parts[0].statement.join
         self.by_slot: dict[int, list[bytes]] = by_slot or {}
         self.unite = unite
 
@@ -123,35 +123,23 @@ class ShardedStatements(Statements):
             found.setdefault(of(key), []).append(key)
         return dict(sorted(found.items()))
 
-    def _spread(
-        self,
-        keys: Sequence[bytes],
-        make: Callable[[list[bytes]], Sequence[Op[Any]]],
-        join: Callable[[list[Any]], Any],
-    ) -> list[Op[Any]]:
+    def parted(self, keys: list[bytes], make: Callable[[list[bytes]], list[Op[T]]]) -> list[Op[T]]:
+        """The operations on sorted keys: one, of which each slot has a part."""
         by_slot = self._keys_by_slot(keys)
         parts = [self.every[slot].at(op) for slot, few in by_slot.items() for op in make(few)]
-        return [Spread(parts, join)] if parts else []
+        return [Spread(parts)] if parts else []
 
     def _get_many(self, raw: list[bytes]) -> Op[dict[str, bytes]]:
-        return self._reading(
-            raw,
-            super()._get_many,
-            lambda: super(ShardedStatements, self)._make_get_many(0),
-            _united,
-        )
+        return self._reading(raw, super()._get_many, lambda: self._make_get_many(0))
 
     def _exist_many(self, raw: list[bytes]) -> Op[set[str]]:
-        return self._reading(
-            raw, super()._exist_many, lambda: self._exists_many, lambda all_: set().union(*all_)
-        )
+        return self._reading(raw, super()._exist_many, lambda: self._exists_many)
 
     def _reading(
         self,
         raw: list[bytes],
         make: Callable[[list[bytes]], Op[T]],
         of_array: Callable[[], Statement[T]],
-        join: Callable[[list[T]], T],
     ) -> Spread[T]:
         """A read of keys: a statement for each slot, or one for each server."""
         keys = self._keys_by_slot(raw)
@@ -162,42 +150,7 @@ class ShardedStatements(Statements):
             return Op(statement, [encode_array(few) for _, few in chosen])
 
         parts: list[Op[Any]] = [self.every[slot].at(make(few)) for slot, few in keys.items()]
-        return Spread(parts, join, keys, unite)
-
-    def _set_many(
-        self,
-        keys: list[bytes],
-        latest: Mapping[bytes, bytes],
-        expiry: Expiry,
-        extra: tuple[bytes, ...],
-    ) -> list[Op[None]]:
-        make = super()._set_many
-        return self._spread(
-            keys,
-            lambda few: make(few, latest, expiry, extra),
-            lambda all_: next((each for each in all_ if each is not None), None),
-        )
-
-    def _increment_many(
-        self,
-        keys: list[bytes],
-        latest: Mapping[bytes, bytes],
-        expiry: Expiry,
-        extra: tuple[bytes, ...],
-    ) -> list[Op[tuple[dict[str, int], list[str]]]]:
-        make = super()._increment_many
-        return self._spread(
-            keys,
-            lambda few: make(few, latest, expiry, extra),
-            lambda all_: (
-                _united([sums for sums, _ in all_]),
-                [k for _, raced in all_ for k in raced],
-            ),
-        )
-
-    def _chunked(self, statement: Statement[T], keys: list[bytes], *extra: bytes) -> list[Op[T]]:
-        make = super()._chunked
-        return self._spread(keys, lambda few: make(statement, few, *extra), sum)
+        return Spread(parts, None, keys, unite)
 
     def _scan(
         self,
@@ -223,10 +176,6 @@ def _all_of(statement: Statement[T], slots: Sequence[int]) -> Statement[T]:
     )
     formats = statement.formats * len(slots)
     return replace(statement, sql=text, sql_18=None, formats=formats, table=None)
-
-
-def _united(answers: list[dict[Any, Any]]) -> dict[Any, Any]:
-    return {key: value for each in answers for key, value in each.items()}
 
 
 # -- the map -------------------------------------------------------------------------------------

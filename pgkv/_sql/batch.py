@@ -85,6 +85,7 @@ class BatchStatements(TableStatements):
             self._read_pairs,
             retry_safe=True,
             writes=False,
+            join=_united,
         )
 
     def _read_pairs(self, result: Result) -> dict[str, bytes] | Signal:
@@ -112,6 +113,7 @@ class BatchStatements(TableStatements):
             self._read_key_set,
             retry_safe=True,
             writes=False,
+            join=_all_keys,
         )
 
     def _read_key_set(self, result: Result) -> set[str]:
@@ -127,24 +129,22 @@ class BatchStatements(TableStatements):
         """Write all pairs; of a repeated key the last. How many keys, and the operations."""
         expiry, extra = choose_expiry(ttl, None, False)
         latest = dict(zip(*self.columns(*_columns(items)), strict=True))
-        return len(latest), self._set_many(sorted(latest), latest, expiry, extra)
-
-    def _set_many(
-        self,
-        keys: list[bytes],
-        latest: Mapping[bytes, bytes],
-        expiry: Expiry,
-        extra: tuple[bytes, ...],
-    ) -> list[Op[None]]:
-        values = [latest[key] for key in keys]
-        sizes = list(map(add, map(len, keys), map(len, values)))
         statement = self.made(("set_many", expiry), lambda: self._make_set_many(expiry))
-        cuts = _codec.chunks(keys, sizes, CHUNK_ROWS, CHUNK_BYTES)
         array = _codec.encode_array
-        return [
-            Op(statement, (array(keys[cut]), array(values[cut], _codec.BYTEA_OID), *extra))
-            for cut in cuts
-        ]
+
+        def make(keys: list[bytes]) -> list[Op[None]]:
+            values = [latest[key] for key in keys]
+            sizes = list(map(add, map(len, keys), map(len, values)))
+            return [
+                Op(statement, (array(keys[cut]), array(values[cut], _codec.BYTEA_OID), *extra))
+                for cut in _codec.chunks(keys, sizes, CHUNK_ROWS, CHUNK_BYTES)
+            ]
+
+        return len(latest), self.parted(sorted(latest), make)
+
+    def parted(self, keys: list[bytes], make: Callable[[list[bytes]], list[Op[T]]]) -> list[Op[T]]:
+        """The operations on sorted keys, made for those that are kept together: here for all."""
+        return make(keys)
 
     def _make_set_many(
         self,
@@ -154,7 +154,8 @@ class BatchStatements(TableStatements):
     ) -> Statement[Any]:
         source = "unnest($1::text[], $2::bytea[]) u(k, v)"
         sql = self.upsert(expiry, source=source, returning=returning)
-        return self.statement("set_many", sql, _array_formats(expiry), decode, retry_safe=True)
+        formats = _array_formats(expiry)
+        return self.statement("set_many", sql, formats, decode, retry_safe=True, join=_first_told)
 
     @cached_property
     def load_sql(self) -> LoadTexts:
@@ -183,22 +184,17 @@ class BatchStatements(TableStatements):
             raw = self.key(key)
             summed[raw] = summed.get(raw, 0) + _codec.integer(delta, "delta")
         latest = {key: b"%d" % _codec.integer(summed[key], "delta") for key in sorted(summed)}
-        return self._increment_many(list(latest), latest, expiry, extra)
-
-    def _increment_many(
-        self,
-        keys: list[bytes],
-        latest: Mapping[bytes, bytes],
-        expiry: Expiry,
-        extra: tuple[bytes, ...],
-    ) -> list[Op[tuple[dict[str, int], list[str]]]]:
-        values = [latest[key] for key in keys]
         statement = self.made(("increment_many", expiry), lambda: self._make_increment_many(expiry))
         array = _codec.encode_array
-        return [
-            Op(statement, (array(keys[cut]), array(values[cut], _codec.BYTEA_OID), *extra))
-            for cut in _codec.chunks(keys, [len(k) + 20 for k in keys], CHUNK_ROWS, CHUNK_BYTES)
-        ]
+
+        def make(keys: list[bytes]) -> list[Op[tuple[dict[str, int], list[str]]]]:
+            values = [latest[key] for key in keys]
+            return [
+                Op(statement, (array(keys[cut]), array(values[cut], _codec.BYTEA_OID), *extra))
+                for cut in _codec.chunks(keys, [len(k) + 20 for k in keys], CHUNK_ROWS, CHUNK_BYTES)
+            ]
+
+        return self.parted(list(latest), make)
 
     def _make_increment_many(self, expiry: Expiry) -> Statement[tuple[dict[str, int], list[str]]]:
         upsert = self.upsert(
@@ -216,6 +212,7 @@ class BatchStatements(TableStatements):
             self._read_sums,
             savepoint=True,
             refused=REFUSED_INCREMENT,
+            join=_all_sums,
         )
 
     def _read_sums(self, result: Result) -> tuple[dict[str, int], list[str]]:
@@ -248,10 +245,13 @@ class BatchStatements(TableStatements):
         return self._chunked(self._delete_many, self.distinct(keys))
 
     def _chunked(self, statement: Statement[T], keys: list[bytes], *extra: bytes) -> list[Op[T]]:
-        return [
-            Op(statement, (_codec.encode_array(keys[begin : begin + CHUNK_ROWS]), *extra))
-            for begin in range(0, len(keys), CHUNK_ROWS)
-        ]
+        def make(keys: list[bytes]) -> list[Op[T]]:
+            return [
+                Op(statement, (_codec.encode_array(keys[begin : begin + CHUNK_ROWS]), *extra))
+                for begin in range(0, len(keys), CHUNK_ROWS)
+            ]
+
+        return self.parted(keys, make)
 
     @cached_property
     def _delete_many(self) -> Statement[int]:
@@ -262,6 +262,7 @@ class BatchStatements(TableStatements):
             (BINARY,),
             read_count,
             retry_safe=True,
+            join=sum,
         )
 
     def expire_many(self, keys: Iterable[str], ttl: Seconds) -> list[Op[int]]:
@@ -279,6 +280,7 @@ class BatchStatements(TableStatements):
             (BINARY, BINARY),
             read_count,
             retry_safe=True,
+            join=sum,
         )
 
     @cached_property
@@ -338,6 +340,26 @@ def _read_raw_sums(result: Result) -> dict[bytes, int | Raced]:
         total = int(column(row, 1) or b"")
         sums[column(row, 0) or b""] = Raced(total) if column(row, 2) == b"\1" else total
     return sums
+
+
+def _united(answers: list[dict[K, T]]) -> dict[K, T]:
+    return {key: value for each in answers for key, value in each.items()}
+
+
+def _all_keys(answers: list[set[K]]) -> set[K]:
+    return set().union(*answers)
+
+
+def _first_told(answers: list[Any]) -> Any:
+    return next((each for each in answers if each is not None), None)
+
+
+def _all_sums(
+    answers: list[tuple[dict[str, int], list[str]]],
+) -> tuple[dict[str, int], list[str]]:
+    return _united([sums for sums, _ in answers]), [
+        key for _, expired in answers for key in expired
+    ]
 
 
 def _read_raw_pairs(result: Result) -> dict[bytes, bytes] | Signal:
