@@ -122,8 +122,7 @@ class RetryPolicy:
 
     def __post_init__(self) -> None:
         require_int("attempts", self.attempts, 1, 1000)
-        if not isinstance(self.repeat_writes, bool):
-            raise ConfigError("repeat_writes must be True or False")
+        require_bool("repeat_writes", self.repeat_writes)
         for name in ("wait_initial", "wait_max", "deadline"):
             object.__setattr__(self, name, require_seconds(name, getattr(self, name), zero=True))
 
@@ -228,8 +227,7 @@ class Config:
                 choices = ", ".join(f"{kind.__name__}.{member.name}" for member in kind)
                 raise ConfigError(f"{name} must be one of {choices}, not {value!r}")
         for name in ("auto_create_table", "coalesce", "notify"):
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name} must be True or False")
+            require_bool(name, getattr(self, name))
         if self.on_error not in ("raise", "miss"):
             raise ConfigError(f"on_error must be 'raise' or 'miss', not {self.on_error!r}")
         for name, least in (("max_entries", ENTRIES_MIN), ("max_bytes", BYTES_MIN)):
@@ -471,6 +469,16 @@ def _require_name(name: str, value: object, length_max: int) -> None:
             f"{name} is {length} bytes long; at most {length_max} fit "
             "(PostgreSQL would cut the rest off in silence)"
         )
+
+
+def require_bool(name: str, value: object) -> None:
+    """Refuse a setting that is neither True nor False.
+
+    Raises:
+        ConfigError: names the setting.
+    """
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name} must be True or False")
 
 
 def require_int(name: str, value: object, low: int, high: int) -> None:

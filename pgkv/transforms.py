@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
+from .config import require_bool, require_int
 from .errors import ConfigError, DecodingError
 
 MAGIC = b"\x00pk"
@@ -39,7 +40,7 @@ class Compression:
     _unpack: Callable[[bytes], bytes]  # may raise anything for a damaged one
 
     def __init__(self, min_size: int) -> None:
-        _require_int(f"{type(self).__name__}(min_size=)", min_size, 0, 1 << 30)
+        require_int(f"{type(self).__name__}(min_size=)", min_size, 0, 1 << 30)
         self.min_size = min_size
         self._facts = f" min_size={min_size}"
 
@@ -62,7 +63,7 @@ class Zstd(Compression):
 
     def __init__(self, level: int = 3, min_size: int = 512) -> None:
         super().__init__(min_size)
-        _require_int("Zstd(level=)", level, 1, 19)
+        require_int("Zstd(level=)", level, 1, 19)
         self.level = level
         self._facts += f" level={level}"
         if sys.version_info >= (3, 14):
@@ -136,15 +137,14 @@ class AesGcmSiv:
         if not isinstance(given, Mapping) or not given:
             raise ConfigError("AesGcmSiv(keys=) must map at least one id to a key")
         for number, key in given.items():
-            _require_int("an id in AesGcmSiv(keys=)", number, 1, 255)
+            require_int("an id in AesGcmSiv(keys=)", number, 1, 255)
             if not isinstance(key, bytes) or len(key) != 32:
                 raise ConfigError(f"AesGcmSiv(keys=): key {number} must be 32 bytes")
         given = context
         if not isinstance(given, str):
             raise ConfigError("AesGcmSiv(context=) must be a str")
         for name, flag in (("read_plain", read_plain), ("plain_integers", plain_integers)):
-            if not isinstance(flag, bool):
-                raise ConfigError(f"AesGcmSiv({name}=) must be True or False")
+            require_bool(f"AesGcmSiv({name}=)", flag)
         aead = _library("cryptography.hazmat.primitives.ciphers.aead", "encryption")
         try:
             self._ciphers: dict[int, Any] = {n: aead.AESGCMSIV(key) for n, key in keys.items()}
@@ -335,8 +335,3 @@ def _library(name: str, extra: str) -> Any:
     except ImportError:
         pass
     raise ConfigError(f"{name} is not installed: pip install 'pgkv-toolkit[{extra}]'")
-
-
-def _require_int(name: str, value: object, low: int, high: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        raise ConfigError(f"{name} must be an integer from {low:,} to {high:,}, not {value!r}")

@@ -22,7 +22,7 @@ from .._ops import codec as _codec
 from .._ops.op import Flow, call
 from .._settings import refuse_pickle
 from .._sql.watch import WatchStatements
-from ..config import Config, Pooler, require_config, require_seconds
+from ..config import Config, Pooler, require_bool, require_config, require_seconds
 from ..errors import ConfigError, InvalidKeyError
 from ..types import shown_value
 from .source import KEYS_MAX, Ears, Selection, Source
@@ -74,8 +74,7 @@ class Watching:
         values: bool,
     ) -> None:
         for name, flag in (("prefix", prefix), ("initial", initial), ("values", values)):
-            if not isinstance(flag, bool):
-                raise ConfigError(f"watch: {name} must be True or False")
+            require_bool(f"watch: {name}", flag)
         self._selection = _selection(store._sql, keys, prefix=prefix)
         self._channel: Any = pool_channel(store)
         if self._channel is None:
