@@ -46,6 +46,8 @@ class Sharding(PooledOperations):
     router: Router
     slot: int | None
     _background: Any
+    _drive: Callable[[Flow[Any]], Any]
+    _in_slot: Callable[[IsolationLevel | None], Any]
 
     def _set_up(self, config: Config, router: Router, slot: int | None) -> None:
         PooledOperations.__init__(self, config, None)
@@ -108,13 +110,7 @@ class Sharding(PooledOperations):
                 collector = Collector(each, weakly(self._background))
                 self._collectors[each.table] = collector
                 if any(channel._patrolling for channel in self._channels()):
-                    self._start_patrol(collector)
-
-    def _start_patrol(self, collector: Collector) -> None:
-        collector.start_patrol()
-
-    def _deadline(self, timeout: float | None) -> float:
-        return monotonic() + (self._timeout if timeout is None else timeout)
+                    collector.start_patrol()
 
     def pipeline(self, ops: Sequence[Op[Any]], *, atomic: bool) -> Flow[list[Any]]:
         """Send operations, those of one server together."""
@@ -124,6 +120,26 @@ class Sharding(PooledOperations):
         """Create a table in the view's slot, or in all."""
         slot = slot_of_schema(table.schema)
         return self.router.create([table], None if slot is None else [slot])
+
+    def _elsewhere(self, op: Op[Any], timeout: float | None) -> Flow[Any]:
+        """Perform an operation that is of several slots, or of none."""
+        if op.statement.name == "create_table" and op.statement.table is not None:
+            yield from self._missing(op.statement.table)
+            return complete_columns()  # what the statement asks for
+        return (yield from self.router.perform(op, timeout, self.slot or 0))
+
+    def create_missing_table(self, table: Table, deadline: float | None = None) -> Any:
+        """Create a table where it is missing."""
+        del deadline
+        return self._drive(self._missing(table))
+
+    def _together(self, step: Transaction[Any] | Pipelined, timeout: float | None) -> Any:
+        return self._one("a transaction")._together(step, timeout)
+
+    def transaction(self, isolation: IsolationLevel | None = None) -> Any:
+        """Open a transaction in the slot of this view."""
+        self._one("a transaction")
+        return self._in_slot(isolation)
 
     def _beforehand(self) -> Flow[None]:
         """Create the tables of the slot that are missing: inside a transaction it is too late."""
@@ -137,7 +153,7 @@ class Sharding(PooledOperations):
     def _moved(self, error: TableNotFoundError, channel: Any) -> Flow[None]:
         """Read the map after a transaction that met no table: it may be repeated elsewhere."""
         assert self.slot is not None
-        settled = self.router._settled(self.slot, channel, None, self._deadline(None), False)
+        settled = self.router._settled(self.slot, channel, None, self.until(), False)
         with contextlib.suppress(PgkvError):
             error.retryable = yield from settled
 
@@ -150,6 +166,8 @@ class ShardedChannel(Sharding, PoolChannel):
         router: knows the map.
         slot: the one that a view is limited to; None for all.
     """
+
+    _drive = staticmethod(drive)
 
     def __init__(self, config: Config, router: Router, slot: int | None = None) -> None:
         self._set_up(config, router, slot)
@@ -179,7 +197,7 @@ class ShardedChannel(Sharding, PoolChannel):
         router = self.router
         route = router.routes.get(statement) or router.route(statement)
         if route is None:
-            return self._elsewhere(op or Op(statement, params), timeout)
+            return drive(self._elsewhere(op or Op(statement, params), timeout))  # type: ignore[no-any-return]  # decoded by op
         slot = route.find(params)
         channel = router.channels[slot]
         there = route.at(slot)
@@ -194,27 +212,6 @@ class ShardedChannel(Sharding, PoolChannel):
                 flow = router.follow(op or Op(there, params), slot, channel, error, deadline)
             return drive(flow)  # type: ignore[no-any-return]  # decoded by op
         return drive(router.perform(op or Op(there, params), timeout, slot))  # type: ignore[no-any-return]  # as above
-
-    def _elsewhere(self, op: Op[T], timeout: float | None) -> T:
-        if op.statement.name == "create_table" and op.statement.table is not None:
-            drive(self._missing(op.statement.table))
-            return complete_columns()  # type: ignore[return-value]  # what the statement asks for
-        return drive(self.router.perform(op, timeout, self.slot or 0))  # type: ignore[no-any-return]  # decoded by op
-
-    def _together(self, step: Transaction[Any] | Pipelined, timeout: float | None) -> Any:
-        return self._one("a transaction")._together(step, timeout)
-
-    def create_missing_table(self, table: Table, deadline: float | None = None) -> None:
-        """Create a table where it is missing."""
-        del deadline
-        drive(self._missing(table))
-
-    def transaction(
-        self, isolation: IsolationLevel | None = None
-    ) -> contextlib.AbstractContextManager[BoundChannel]:
-        """Open a transaction in the slot of this view."""
-        self._one("a transaction")
-        return self._in_slot(isolation)
 
     @contextlib.contextmanager
     def _in_slot(self, isolation: IsolationLevel | None) -> Iterator[BoundChannel]:
@@ -240,6 +237,8 @@ class ShardedChannel(Sharding, PoolChannel):
 class AsyncShardedChannel(Sharding, AsyncPoolChannel):
     """Operations of a sharded `AsyncStore`; see `ShardedChannel`."""
 
+    _drive = staticmethod(drive_async)
+
     def __init__(self, config: Config, router: Router, slot: int | None = None) -> None:
         self._set_up(config, router, slot)
         self._tasks: set[asyncio.Task[None]] = set()
@@ -261,7 +260,7 @@ class AsyncShardedChannel(Sharding, AsyncPoolChannel):
         router = self.router
         route = router.routes.get(statement) or router.route(statement)
         if route is None:
-            return await self._elsewhere(op or Op(statement, params), timeout)
+            return await drive_async(self._elsewhere(op or Op(statement, params), timeout))
         slot = route.find(params)
         channel = router.channels[slot]
         there = route.at(slot)
@@ -276,27 +275,6 @@ class AsyncShardedChannel(Sharding, AsyncPoolChannel):
                 flow = router.follow(op or Op(there, params), slot, channel, error, deadline)
             return await drive_async(flow)
         return await drive_async(router.perform(op or Op(there, params), timeout, slot))
-
-    async def _elsewhere(self, op: Op[T], timeout: float | None) -> T:
-        if op.statement.name == "create_table" and op.statement.table is not None:
-            await drive_async(self._missing(op.statement.table))
-            return complete_columns()  # type: ignore[return-value]  # what the statement asks for
-        return await drive_async(self.router.perform(op, timeout, self.slot or 0))
-
-    async def _together(self, step: Transaction[Any] | Pipelined, timeout: float | None) -> Any:
-        return await self._one("a transaction")._together(step, timeout)
-
-    async def create_missing_table(self, table: Table, deadline: float | None = None) -> None:
-        """Create a table where it is missing."""
-        del deadline
-        await drive_async(self._missing(table))
-
-    def transaction(
-        self, isolation: IsolationLevel | None = None
-    ) -> contextlib.AbstractAsyncContextManager[AsyncBoundChannel]:
-        """Open a transaction in the slot of this view."""
-        self._one("a transaction")
-        return self._in_slot(isolation)
 
     @contextlib.asynccontextmanager
     async def _in_slot(self, isolation: IsolationLevel | None) -> AsyncIterator[AsyncBoundChannel]:
