@@ -97,9 +97,10 @@ def shards(
     if call.timeout is not None:
         given["operation_timeout"] = call.timeout
     dsns = split(call.dsn if call.dsn is not None else dsn_from_environment())
-    with Servers(settings(dsns, None, "auto", given)) as cluster:
+    configs = settings(dsns, None, "auto", given)
+    with Servers(configs) as cluster:
         if action is Action.INIT:
-            made = cluster.init(slots, tables(settings(dsns, None, "auto", given)[0]))
+            made = cluster.init(slots, tables(configs[0]))
             names = [server.name for server in cluster.servers]
             text = f"{console.count(made, 'slot')} made; {cluster.slots} on {', '.join(names)}"
             call.answer({"made": made, "slots": cluster.slots, "servers": names}, text)

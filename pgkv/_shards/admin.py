@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple, Self
 
 import psycopg
@@ -12,10 +13,11 @@ from psycopg import sql
 
 from .._engine import conninfo as _conninfo
 from .._engine.schema import create_sql
+from .._ops.op import Statement
 from .._settings import Target
 from ..config import Config, Table
 from ..errors import ConfigError, translate
-from .placement import Shard
+from .placement import Shard, shard_of
 from .slots import SLOTS, SLOTS_MAX, schema_of
 from .sql import (
     HAS_MAP,
@@ -57,11 +59,19 @@ class Server:
             self.schemas: set[str] = {name for (name,) in self.conn.execute(SCHEMAS)}
             if self.conn.execute(HAS_MAP).fetchone() != (True,):
                 return
-            for slots, name, slot, home, epoch, target, live in self.conn.execute(READ_MAP.sql):
-                self.name, self.slots = name, int(slots)
-                if slot is not None:
-                    found = MapRow(int(slot), home, int(epoch), target, live == "true")
-                    self.rows[found.slot] = found
+            found = self.ask(READ_MAP)
+        if found is not None:
+            self.name, self.slots = found.node, found.slots
+            self.rows = {row.slot: row for row in found.rows}
+
+    def ask(self, statement: Statement[Any]) -> Any:
+        """Run a statement of the stores that has no parameters, and return its answer."""
+        result: Any = self.conn.execute(statement.sql).pgresult
+        return statement.decode(result)
+
+    def lacks(self, row: MapRow) -> bool:
+        """Whether its map does not know that row yet."""
+        return row.slot not in self.rows or self.rows[row.slot].epoch < row.epoch
 
     def execute(self, text: str, *params: Any) -> psycopg.Cursor[Any]:
         """Run one statement; several in one transaction where `params` are none."""
@@ -137,12 +147,11 @@ class Servers:
         return max(found, default=0)
 
     def homes(self) -> dict[int, MapRow]:
-        """The newest row of each slot; of equal ones its home's, which knows of a move."""
+        """The newest row of each slot."""
         newest: dict[int, MapRow] = {}
         for server in self.servers:
             for slot, row in server.rows.items():
-                known = newest.get(slot, MapRow(slot, "", -1))
-                if row.epoch > known.epoch or (row.epoch, row.home) == (known.epoch, server.name):
+                if row.replaces(newest.get(slot, MapRow(slot, "", -1)), server.name):
                     newest[slot] = row
         return newest
 
@@ -210,24 +219,15 @@ class Servers:
     def spread(self, rows: Any) -> None:
         """Tell every server what is newer than its map."""
         for server in self.servers:
-            newer = [
-                row
-                for row in rows
-                if row.slot not in server.rows or server.rows[row.slot].epoch < row.epoch
-            ]
             with translated(server.place), server.conn.transaction():
-                for row in newer:
+                for row in filter(server.lacks, rows):
                     server.execute(NEWER_ROW, row.slot, row.home, row.epoch)
 
     def _make(self, row: MapRow, tables: Sequence[Table]) -> int:
         """Make a slot's schema, unless it is somewhere, also under a move's name, and its tables."""
         live = schema_of(row.slot)
-        at = [
-            each
-            for each in self.servers
-            for name in ("", "_in", "_out")
-            if live + name in each.schemas
-        ]
+        there, (begun, left) = self.schemas_of(row.slot)
+        at = there + begun + left
         home = self.named(row.home)
         if at and home not in at:
             return 0  # a move was interrupted: `resume` knows
@@ -239,8 +239,7 @@ class Servers:
                 )
             if made or live in home.schemas:
                 for table in tables:
-                    one = Table(table.name, live, table.type, table.shape, bounded=table.bounded)
-                    home.execute(create_sql(one))
+                    home.execute(create_sql(replace(table, schema=live)))
         return int(made)
 
     # -- looking
@@ -250,23 +249,15 @@ class Servers:
         sizes: dict[str, dict[str, int]] = {}
         for server in self.servers:
             with translated(server.place):
-                found = server.conn.execute(READ_SIZES.sql)
-                sizes[server.name] = {name: int(size) for name, size in found}
-        shards = []
-        for slot, row in sorted(self.homes().items()):
-            there = schema_of(slot) in sizes.get(row.home, {})
-            state = (
-                "moving" if row.target or (row.epoch and not there) else "live" if there else "lost"
-            )
-            size = sizes.get(row.home, {}).get(schema_of(slot), 0)
-            shards.append(Shard(slot, row.home, state, size))
-        return shards
+                sizes[server.name] = server.ask(READ_SIZES)
+        return [
+            shard_of(row, schema_of(slot) in sizes.get(row.home, {}), sizes.get(row.home, {}))
+            for slot, row in sorted(self.homes().items())
+        ]
 
     def check(self) -> list[Problem]:
         """What is not in order: slots with no home or with two, moves that were interrupted, and
         servers that do not know of a move yet."""
-        if not self.slots:
-            raise ConfigError("the servers have no slots: run `pgkv shards init`")
         found: list[Problem] = []
         homes = self.homes()
         for slot in range(self.slots):
@@ -289,11 +280,7 @@ class Servers:
             elif live != [row.home]:
                 where = live[0] if live else "no server here"
                 found.append(Problem(slot, f"the map says {row.home}, and {where} has it"))
-            behind = [
-                each.name
-                for each in self.servers
-                if slot not in each.rows or each.rows[slot].epoch < row.epoch
-            ]
+            behind = [each.name for each in self.servers if each.lacks(row)]
             if behind:
                 found.append(Problem(slot, f"{', '.join(behind)} does not know where it is yet"))
         return found

@@ -182,7 +182,7 @@ def resume(servers: Servers, slot: int, progress: Progress) -> bool:
             return False
         home = servers.named(row.home)
         live, (begun, left) = servers.schemas_of(slot)
-        behind = any(slot not in s.rows or s.rows[slot].epoch < row.epoch for s in servers.servers)
+        behind = any(server.lacks(row) for server in servers.servers)
         if not (begun or left or row.target or behind):
             return False
         if not live and home in begun:

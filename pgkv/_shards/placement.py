@@ -6,7 +6,7 @@ then nothing happened, and the operation is sent to where the slot went.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from random import uniform
 from time import monotonic
@@ -53,6 +53,12 @@ class Shard(NamedTuple):
     node: str
     state: str
     bytes: int
+
+
+def shard_of(row: MapRow, there: bool, sizes: Mapping[str, int]) -> Shard:
+    """What is told of a slot: whether its home has its schema, and how large each schema is there."""
+    state = "live" if there and not row.target else "moving" if row.target or row.epoch else "lost"
+    return Shard(row.slot, row.home, state, sizes.get(schema_of(row.slot), 0))
 
 
 class Node:
@@ -187,8 +193,7 @@ class Router:
             )
         node.name, node.failure = found.node, None
         for row in found.rows:
-            epoch = self.homes[row.slot].epoch
-            if row.epoch > epoch or (row.epoch, row.home) == (epoch, node.name):
+            if row.replaces(self.homes[row.slot], node.name):
                 self.homes[row.slot] = row
         of_names = {each.name: each.channel for each in self.nodes if each.name}
         self.channels = [of_names.get(row.home) for row in self.homes]
@@ -255,14 +260,12 @@ class Router:
                 self.learn(node, found)
                 live[node.name] = {row.slot for row in found.rows if row.live}
                 sizes[node.name] = size if isinstance(size, dict) else {}
-        shards = []
-        for slot, row in enumerate(self.homes):
-            state = "moving" if row.target else "live"
-            if row.home in live and slot not in live[row.home]:
-                state = "moving" if row.epoch else "lost"
-            size = sizes.get(row.home, {}).get(schema_of(slot), 0)
-            shards.append(Shard(slot, row.home, state, size))
-        return shards
+        return [
+            shard_of(
+                row, row.home not in live or row.slot in live[row.home], sizes.get(row.home, {})
+            )
+            for row in self.homes
+        ]
 
     # -- where an operation goes
 

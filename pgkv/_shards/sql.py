@@ -274,6 +274,10 @@ class MapRow(NamedTuple):
     target: str = ""
     live: bool = False
 
+    def replaces(self, known: MapRow, said_by: str) -> bool:
+        """Whether it is newer; of equal ones its home's counts, which knows of a move."""
+        return self.epoch > known.epoch or (self.epoch, self.home) == (known.epoch, said_by)
+
 
 class NodeMap(NamedTuple):
     """One server's map: how many slots there are, its own name, and its rows."""
