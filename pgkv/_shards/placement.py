@@ -103,7 +103,7 @@ class Route:
             if is_id
             else lambda raw: slots.of(_first_of(raw))
         )
-        self.located: list[Statement[Any] | None] = [None] * slots.count
+        self.located: list[Statement[Any] | None] = [None] * (slots.count if slot is None else 0)
 
     def find(self, params: Sequence[Param]) -> int:
         """The slot of a call with those parameters."""

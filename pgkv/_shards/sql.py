@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from .._engine.schema import create_sql
 from .._ops.codec import encode_array
+from .._ops.lazy import cached_property
 from .._ops.op import Op, Result, Statement
 from .._sql import Statements
 from .._sql.table import read_nothing
@@ -114,7 +115,21 @@ class ShardedStatements(Statements):
     def __init__(self, config: Config, prefix: str = "") -> None:
         super().__init__(config, prefix)
         self.slots: Slots = config.shards  # type: ignore[attr-defined]  # a ShardedConfig
-        self.every: list[InSlot] = [InSlot(self, slot) for slot in range(self.slots.count)]
+        self._of_slots: dict[int, Statements] = {}
+
+    @cached_property
+    def every(self) -> list[InSlot]:
+        """These statements in each slot, for operations on several."""
+        return [InSlot(self, slot) for slot in range(self.slots.count)]
+
+    def of_slot(self, slot: int) -> Statements:
+        """The statements of the store of one slot, made once."""
+        found = self._of_slots.get(slot)
+        if found is None:
+            own: Any = {"schema": schema_of(slot), "shards": Slots(self.slots.count, slot)}
+            made = Statements(replace(self.config, **own), self.prefix)
+            found = self._of_slots.setdefault(slot, made)
+        return found
 
     def _keys_by_slot(self, keys: Sequence[bytes]) -> dict[int, list[bytes]]:
         found: dict[int, list[bytes]] = {}

@@ -23,14 +23,13 @@ from .._engine._sync.pool import StorePool
 from .._ops import codec as _codec
 from .._ops.drivers import drive, drive_async
 from .._settings import Target, options_of, reach_timeout, table_config
-from .._sql import Statements
 from ..aio import AsyncStore, Opening
 from ..config import BYTES_MIN, ENTRIES_MIN, Config, dsn_from_environment
 from ..errors import ConfigError
 from ..store import Store
 from .channel import AsyncShardedChannel, ShardedChannel, at_once, one_by_one
 from .placement import Node, Router, Shard
-from .slots import ANY, ShardedConfig, Slots, apart, schema_of
+from .slots import ANY, ShardedConfig, Slots, apart
 from .sql import ShardedStatements
 
 if TYPE_CHECKING:
@@ -169,13 +168,10 @@ class _Sharded:
         return self._home(key)
 
     def _in_slot(self, slot: int) -> Self:
-        own, count = self._slots.own, self._slots.count
-        if own is not None:
+        if self._slots.own is not None:
             return self
-        config = replace(self._config, schema=schema_of(slot), shards=Slots(count, slot))
-        channel = self._channel.of_slot(slot)
-        sql = Statements(config, self._sql.prefix)
-        view: Self = self._view(config=config, sql=sql, channel=channel)
+        sql, channel = self._sql.of_slot(slot), self._channel.of_slot(slot)
+        view: Self = self._view(config=sql.config, sql=sql, channel=channel)
         view._target = ShardedTarget(channel.router, slot)
         return view
 
