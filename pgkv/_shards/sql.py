@@ -13,7 +13,7 @@ from itertools import chain
 from typing import Any, NamedTuple, TypeVar
 
 from .._engine.schema import create_sql
-from .._ops.codec import encode_array
+from .._ops.codec import encode_array, whole
 from .._ops.lazy import cached_property
 from .._ops.op import Op, Result, Statement
 from .._sql import Statements
@@ -174,12 +174,12 @@ class ShardedStatements(Statements):
         decode: Callable[[Result], Any],
         options: ScanOptions,
     ) -> Op[Any]:
-        most = None if options.limit is None else options.limit + options.offset
+        offset = whole("offset", options.offset, 0)
+        most = None if options.limit is None else whole("limit", options.limit, 0) + offset
         op = super()._scan(name, columns, decode, replace(options, limit=most, offset=0))
-        super()._scan(name, columns, decode, options)  # checks the numbers
 
         def join(answers: list[list[Any]]) -> list[Any]:
-            return sorted(chain.from_iterable(answers))[options.offset :][: options.limit]
+            return sorted(chain.from_iterable(answers))[offset:][: options.limit]
 
         return Spread([sql.at(op) for sql in self.every], join)
 

@@ -178,6 +178,9 @@ async def test_scans_are_merged(store: Any) -> None:
     await store.set_many(dict.fromkeys(keys, "v"))
     assert await store.keys() == keys
     assert await store.keys(limit=4, offset=3) == keys[3:7]
+    for wrong in ({"limit": "4"}, {"limit": -1, "offset": 2}, {"limit": 4, "offset": None}):
+        with pytest.raises(pgkv.InvalidValueError, match="must be an integer of 0 or more"):
+            await store.keys(**wrong)
     assert [row.key for row in await store.scan("k1", after="k12")] == keys[13:20]
     assert [key async for key in store.iter_keys(page_size=7)] == keys
     assert await store.count("k2") == 10
