@@ -129,6 +129,19 @@ def _every_warning() -> None:
     _observe._windows.clear()
 
 
+@pytest.fixture
+def nothing_by_chance(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What comes by chance after one operation in 256, the removal of old rows, does not come: it would
+    use a connection of its own.
+    """
+    for module in (
+        "_engine._sync.channel.SWEEP",
+        "_engine._async.channel.SWEEP",
+        "patterns.lock.flows.CLEAN",
+    ):
+        monkeypatch.setattr(f"pgkv.{module}_CHANCE", 0.0)
+
+
 @pytest.fixture(scope="session", params=_server_params())
 def server(request: pytest.FixtureRequest) -> Iterator[Server | UserServer]:
     """The server of the test, shared with all others: to be used, not broken. Each version starts

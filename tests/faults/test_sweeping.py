@@ -23,14 +23,7 @@ EXPIRED = "expires_at <= pg_catalog.statement_timestamp()"
 def _eager(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every write is followed by a sweep."""
     for module in ("_engine._sync.channel", "_engine._async.channel"):
-        monkeypatch.setattr(f"pgkv.{module}.SWEEP_CHANCE", 1.0, raising=False)
-
-
-@pytest.fixture
-def _lazy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No write is followed by a sweep."""
-    for module in ("_engine._sync.channel", "_engine._async.channel"):
-        monkeypatch.setattr(f"pgkv.{module}.SWEEP_CHANCE", 0.0, raising=False)
+        monkeypatch.setattr(f"pgkv.{module}.SWEEP_CHANCE", 1.0)
 
 
 async def expired_rows(store: Any, witness: Witness, count: int, prefix: str = "old") -> list[str]:
@@ -43,7 +36,7 @@ async def expired_rows(store: Any, witness: Witness, count: int, prefix: str = "
     return keys
 
 
-@pytest.mark.usefixtures("_lazy")
+@pytest.mark.usefixtures("nothing_by_chance")
 async def test_a_read_collects(make_store: MakeStore, witness: Witness) -> None:
     """ON_READ: an expired row that a read met is deleted soon; those that nobody read are not."""
     store = await make_store()
@@ -58,7 +51,7 @@ async def test_a_read_collects(make_store: MakeStore, witness: Witness) -> None:
     assert 18 <= witness.rows() <= 19 + 1
 
 
-@pytest.mark.usefixtures("_lazy")
+@pytest.mark.usefixtures("nothing_by_chance")
 async def test_a_fresh_value_is_never_collected(make_store: MakeStore, witness: Witness) -> None:
     """A value written between the read and the deletion, or by others at that moment, stays."""
     store = await make_store(pool_max_size=4)
@@ -78,7 +71,7 @@ async def test_a_fresh_value_is_never_collected(make_store: MakeStore, witness: 
         await store.truncate()
 
 
-@pytest.mark.usefixtures("_lazy")
+@pytest.mark.usefixtures("nothing_by_chance")
 async def test_a_locked_row_is_skipped(make_store: MakeStore, witness: Witness) -> None:
     """Somebody holds an expired row's lock: the reader does not wait, nor does the collector, and
     other rows are collected."""
@@ -135,13 +128,10 @@ async def test_a_sweep_blocks_no_writer(make_store: MakeStore, witness: Witness)
     assert await store.count() == 200
 
 
-async def test_sweeps_leave_transactions_alone(
-    make_store: MakeStore, witness: Witness, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("nothing_by_chance")
+async def test_sweeps_leave_transactions_alone(make_store: MakeStore, witness: Witness) -> None:
     """Inside transaction() nothing is collected: rows that are met stay."""
     store = await make_store(ttl_cleanup_strategy=TtlCleanupStrategy.ON_READ)
-    for module in ("_engine._sync.channel", "_engine._async.channel"):
-        monkeypatch.setattr(f"pgkv.{module}.SWEEP_CHANCE", 0.0, raising=False)
     keys = await expired_rows(store, witness, 5)
     async with store.transaction() as tx:
         assert await tx.get(keys[0]) is None

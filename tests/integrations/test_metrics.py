@@ -117,6 +117,7 @@ def test_changes_of_state_are_counted(registry: CollectorRegistry) -> None:
 
 
 @newest
+@pytest.mark.usefixtures("nothing_by_chance")
 def test_locks_limiters_sweeps_and_pools_are_counted(dsn: str, registry: CollectorRegistry) -> None:
     def one(name: str, **labels: str) -> float | None:
         generate_latest(registry)  # a scrape brings gauges up to date

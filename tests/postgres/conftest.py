@@ -44,16 +44,8 @@ def connect(
 
 
 @pytest.fixture
-def operations(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, str, int]]]:
-    """Every operation of every store during the test: name, outcome, retries. What comes by chance
-    after one in 256, the removal of old rows, does not come.
-    """
-    for module in (
-        "_engine._sync.channel.SWEEP",
-        "_engine._async.channel.SWEEP",
-        "patterns.lock.flows.CLEAN",
-    ):
-        monkeypatch.setattr(f"pgkv.{module}_CHANCE", 0.0)
+def operations(nothing_by_chance: None) -> Iterator[list[tuple[str, str, int]]]:
+    """Every operation of every store during the test: name, outcome, retries."""
     seen: list[tuple[str, str, int]] = []
     remove = pgkv.on_operation(
         lambda name, _seconds, outcome, retries: seen.append((name, outcome, retries))
