@@ -29,12 +29,11 @@ from .._sql.sample import SAMPLE_PAGES, sampled
 from ..errors import ConfigError, PgkvError
 from .cache.sql import DIGEST_LENGTH, ENTRY
 from .cache.sql import PREFIX as CACHE
-from .idempotency.sql import IDEMPOTENCY
 from .lock.lease import read_owner
-from .lock.sql import LOCKS, LOCKS_UNLOGGED, MARK_LENGTH, SEPARATOR, TICKETS
-from .queue.sql import JOBS, JOBS_UNLOGGED, STATE
+from .lock.sql import MARK_LENGTH, SEPARATOR
+from .queue.sql import STATE
 from .rate_limit.sql import ROWS as BUCKETS
-from .session.sql import SESSIONS
+from .schema import SHAPES
 
 TOP = 50  # rows of each list, at most
 NAME_MAX = 40  # characters of the first part of a key
@@ -47,15 +46,6 @@ OLD_TRANSACTION = 300.0  # seconds: rows that died since cannot be reclaimed
 DEAD_SHARE, DEAD_ROWS = 0.2, 10_000
 HOT_RATIO, HOT_UPDATES = 0.8, 10_000
 OVER = 1.25  # times the bound: eviction lags behind a burst of writes by less
-SHAPES = {  # kind: shape, whether it is logged
-    "locks": (LOCKS, True),
-    "locks_unlogged": (LOCKS_UNLOGGED, False),
-    "tickets": (TICKETS, False),
-    "sessions": (SESSIONS, True),
-    "idempotency": (IDEMPOTENCY, True),
-    "jobs": (JOBS, True),
-    "jobs_unlogged": (JOBS_UNLOGGED, False),
-}
 NOW = "statement_timestamp()"
 
 
@@ -104,7 +94,7 @@ class BlockedBackend:
 class TableFacts:
     """A table, by the server's statistics. The last four count since these were reset."""
 
-    kind: str  # "store", or a key of `SHAPES`
+    kind: str  # "store", or a key of `schema.SHAPES`
     name: str  # as in SQL
     unlogged: bool
     sampled: bool  # a frame reads a part of it: what it says of its rows are estimates
@@ -225,7 +215,7 @@ class Overviews:
         config = store._config
         self._tables = {"store": config.table.quoted} | {
             kind: companion(config, shape, durable=logged).quoted
-            for kind, (shape, logged) in SHAPES.items()
+            for kind, (_, shape, logged) in SHAPES.items()
         }
         self._found: dict[str, TableFacts] = {}
         self._made: dict[tuple[str, int, bool], Op[Any]] = {}

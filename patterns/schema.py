@@ -9,6 +9,16 @@ from .lock.sql import LOCKS, LOCKS_UNLOGGED, TICKETS
 from .queue.sql import JOBS, JOBS_UNLOGGED
 from .session.sql import SESSIONS
 
+SHAPES = {  # kind of table: of which part of `tables`, its shape, whether it is logged
+    "locks": ("locks", LOCKS, True),
+    "locks_unlogged": ("locks", LOCKS_UNLOGGED, False),
+    "tickets": ("locks", TICKETS, False),
+    "sessions": ("sessions", SESSIONS, True),
+    "idempotency": ("idempotency", IDEMPOTENCY, True),
+    "jobs": ("queues", JOBS, True),
+    "jobs_unlogged": ("queues", JOBS_UNLOGGED, False),
+}
+
 
 def tables(
     config: Config,
@@ -19,20 +29,12 @@ def tables(
     queues: bool = True,
 ) -> list[Table]:
     """Return the store's table and those of the patterns that are wanted."""
-    found = [config.table]
-    if locks:
-        found += (
-            companion(config, LOCKS),
-            companion(config, LOCKS_UNLOGGED, durable=False),
-            companion(config, TICKETS, durable=False),
-        )
-    if sessions:
-        found.append(companion(config, SESSIONS))
-    if idempotency:
-        found.append(companion(config, IDEMPOTENCY))
-    if queues:
-        found += companion(config, JOBS), companion(config, JOBS_UNLOGGED, durable=False)
-    return found
+    wanted = {"locks": locks, "sessions": sessions, "idempotency": idempotency, "queues": queues}
+    return [config.table] + [
+        companion(config, shape, durable=logged)
+        for part, shape, logged in SHAPES.values()
+        if wanted[part]
+    ]
 
 
 def schema_sql(
