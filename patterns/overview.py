@@ -31,7 +31,7 @@ from .cache.sql import DIGEST_LENGTH, ENTRY
 from .cache.sql import PREFIX as CACHE
 from .lock.lease import read_owner
 from .lock.sql import MARK_LENGTH, SEPARATOR
-from .queue.sql import STATE
+from .queue.sql import STATE, STATES
 from .rate_limit.sql import ROWS as BUCKETS
 from .schema import SHAPES
 
@@ -497,7 +497,7 @@ def _idempotency(table: str) -> str:
 def _jobs_sampled(table: str) -> str:
     states = ", ".join(
         f"coalesce(sum(scale) FILTER (WHERE state = '{state}'), 0)::int8 AS {state}"
-        for state in ("waiting", "delayed", "running", "dead")
+        for state in STATES
     )
     return (
         f"SELECT queue, {states}, coalesce(max({_seconds_since('due_at')}) "

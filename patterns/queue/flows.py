@@ -26,7 +26,18 @@ from ...errors import ConflictError, InvalidValueError, LeaseLostError, PgkvErro
 from .._runtime.lease import Held
 from .._runtime.runtimes import Runtime
 from .._runtime.wakeup import Waiter, Waiters
-from .sql import CHANNEL, FIRST, NEVER, PRIORITIES, JobInfo, JobStatements, Look, QueueStats, Taken
+from .sql import (
+    CHANNEL,
+    FIRST,
+    NEVER,
+    PRIORITIES,
+    STATES,
+    JobInfo,
+    JobStatements,
+    Look,
+    QueueStats,
+    Taken,
+)
 
 if TYPE_CHECKING:
     from ...config import Seconds
@@ -578,7 +589,7 @@ def stats(options: QueueOptions) -> Flow[QueueStats]:
 
 def jobs(options: QueueOptions, state: str | None, limit: int) -> Flow[list[JobInfo]]:
     """A queue's jobs of one state, or of all."""
-    if state not in (None, "waiting", "delayed", "running", "dead"):
+    if state not in (None, *STATES):
         raise InvalidValueError(
             f"state must be 'waiting', 'delayed', 'running', 'dead' or None, not {state!r}"
         )

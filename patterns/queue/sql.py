@@ -66,6 +66,7 @@ EPOCH = "'epoch'::timestamptz"
 ASYNC = "set_config('synchronous_commit', 'off', true)"
 LIVES = "due_at < 'infinity'"
 MINE = f"id = $1 AND token = $2 AND {LIVES} AND leased_until > {EPOCH}"
+STATES = ("waiting", "delayed", "running", "dead")
 STATE = (
     f"CASE WHEN due_at = 'infinity' THEN 'dead' WHEN leased_until > {NOW} THEN 'running' "
     f"WHEN due_at > {NOW} THEN 'delayed' ELSE 'waiting' END"
@@ -445,10 +446,7 @@ class JobStatements:
 
     @cached_property
     def _stats(self) -> Statement[list[QueueStats]]:
-        counts = ", ".join(
-            f"count(*) FILTER (WHERE s = '{state}')"
-            for state in ("waiting", "delayed", "running", "dead")
-        )
+        counts = ", ".join(f"count(*) FILTER (WHERE s = '{state}')" for state in STATES)
         sql = (
             f"SELECT queue, {counts}, coalesce(extract(epoch FROM {NOW} - min(due_at) "
             f"FILTER (WHERE s = 'waiting')), 0)::float8 FROM (SELECT queue, due_at, {STATE} s "

@@ -85,6 +85,7 @@ def _purge(call: Invocation, of: Queue[Any]) -> None:
 
 def _list_queues(call: Invocation, store: Store, *, durable: bool) -> None:
     from ..patterns.queue.api import Queue
+    from ..patterns.queue.sql import STATES
 
     sql = Queue(store, "any", durable=durable)._options.sql
     prefix = store._sql.prefix_bytes
@@ -92,10 +93,9 @@ def _list_queues(call: Invocation, store: Store, *, durable: bool) -> None:
         found = store._execute(sql.stats(None, prefix))
     except TableNotFoundError:
         found = []
-    states = ("waiting", "delayed", "running", "dead")
     columns: console.Columns = {
         "queue": ("queue", console.one_line),
-        **{state: (state, console.number) for state in states},
+        **{state: (state, console.number) for state in STATES},
         "oldest": ("oldest", console.duration),
     }
     documents = [{**each._asdict(), "queue": each.queue[len(prefix.decode()) :]} for each in found]

@@ -27,6 +27,7 @@ from ..errors import ConfigError, PgkvError
 from ..patterns._runtime.checks import require
 from ..patterns.cache.decorator import cached_functions
 from ..patterns.overview import Overview, Overviews
+from ..patterns.queue.sql import STATES
 from ..store import Store
 
 __all__ = ["install"]
@@ -289,7 +290,7 @@ class _Metrics(Collector):
         for queue in frame.queues:
             name = self._bounded("queue", queue.queue)
             self._set("queue_oldest_seconds", queue.oldest, name)
-            for state in ("waiting", "delayed", "running", "dead"):
+            for state in STATES:
                 self._set("queue_jobs", getattr(queue, state), name, state)
 
 
