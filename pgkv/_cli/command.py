@@ -97,6 +97,11 @@ def flag(*names: str, help: str) -> Any:  # as typer calls it
     return typer.Option(*names, metavar="", help=help)
 
 
+def span(*names: str, help: str) -> Any:  # as above
+    """Return the option of a time, such as 90 (seconds), 15m or 1h30m."""
+    return typer.Option(*names, metavar="TIME", parser=duration, help=help)
+
+
 # Of what is about a bound on a table's size.
 MaxEntries: TypeAlias = Annotated[
     int | None,

@@ -12,7 +12,7 @@ import typer
 from ..errors import NotFoundError
 from ..store import Store
 from . import console
-from .command import DONE, NOT_FOUND, Invocation, Seconds, duration, flag
+from .command import DONE, NOT_FOUND, Invocation, Seconds, flag, span
 
 TERMINAL_LIMIT = 100  # rows of a scan on a terminal, unless --limit says otherwise
 PAGE_KEYS, PAGE_ITEMS = 5000, 500  # rows fetched at a time: values may be large
@@ -60,9 +60,7 @@ def set_(
         str, typer.Argument(metavar="VALUE", help="The value. - reads standard input, as bytes.")
     ],
     ttl: Annotated[
-        Seconds,
-        typer.Option("--ttl", metavar="TIME", parser=duration,
-                     help="Expire after this time: 90 (seconds), 15m, 1h30m, 7d."),
+        Seconds, span("--ttl", help="Expire after this time: 90 (seconds), 15m, 1h30m, 7d.")
     ] = None,
     keep_ttl: Annotated[bool, flag("--keep-ttl", help="Keep the expiry that the key has.")] = False,
     nx: Annotated[bool, flag("--nx", help="Only if the key does not exist.")] = False,

@@ -21,7 +21,7 @@ import typer
 
 from ..errors import LeaseLostError, LockTimeoutError
 from . import console
-from .command import Invocation, Seconds, duration, flag
+from .command import Invocation, Seconds, flag, span
 
 if TYPE_CHECKING:
     from ..patterns.lock.api import Lease
@@ -44,14 +44,10 @@ def lock(
         typer.Argument(metavar="-- COMMAND...", help="The command to run, with its arguments."),
     ],
     ttl: Annotated[
-        float,
-        typer.Option("--ttl", metavar="TIME", parser=duration,
-                     help="How long the lock stays held after its holder has died."),
+        float, span("--ttl", help="How long the lock stays held after its holder has died.")
     ] = "30s",  # type: ignore[assignment]  # typer parses it
     wait: Annotated[
-        Seconds,
-        typer.Option("--wait", metavar="TIME", parser=duration,
-                     help="Wait at most this long. Default: without limit."),
+        Seconds, span("--wait", help="Wait at most this long. Default: without limit.")
     ] = None,
     skip: Annotated[bool, flag("--skip", help="Do not wait: exit with 75 if the lock is held.")] = False,
 ) -> int:  # fmt: skip

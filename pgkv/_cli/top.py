@@ -14,7 +14,7 @@ import typer
 
 from ..errors import PgkvError
 from . import console
-from .command import DONE, Invocation, duration, flag
+from .command import DONE, Invocation, flag, span
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -36,9 +36,7 @@ class Reading(NamedTuple):
 def top(
     call: Invocation,
     interval: Annotated[
-        float,
-        typer.Option("--interval", metavar="TIME", parser=duration,
-                     help="The time between two looks. Default: 2s, at least 1s."),
+        float, span("--interval", help="The time between two looks. Default: 2s, at least 1s.")
     ] = "2s",  # type: ignore[assignment]  # typer parses it
     once: Annotated[bool, flag("--once", help="Show all views once, with the rates of one interval.")] = False,
 ) -> int:  # fmt: skip

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from . import console
-from .command import DONE, Invocation, duration, flag, load_object
+from .command import DONE, Invocation, flag, load_object, span
 
 
 def worker(
@@ -28,14 +28,10 @@ def worker(
         int, typer.Option("--concurrency", metavar="N", min=1, max=1000, help="Jobs at a time.")
     ] = 8,
     lease: Annotated[
-        float,
-        typer.Option("--lease", metavar="TIME", parser=duration,
-                     help="When the job of a dead worker is given to another."),
+        float, span("--lease", help="When the job of a dead worker is given to another.")
     ] = "60s",  # type: ignore[assignment]  # typer parses it
     grace: Annotated[
-        float,
-        typer.Option("--grace", metavar="TIME", parser=duration,
-                     help="How long running jobs may take to end after SIGTERM."),
+        float, span("--grace", help="How long running jobs may take to end after SIGTERM.")
     ] = "30s",  # type: ignore[assignment]  # as above
     notify: Annotated[bool, flag("--notify", help='Wake up at puts with wakeup="notify".')] = False,
     unlogged: Annotated[bool, flag("--unlogged", help="Queues with durable=False.")] = False,
