@@ -63,10 +63,9 @@ def cache(
             return _clear(call, store, sql, clear, usages)
     columns: console.Columns = {
         "function": ("function", console.one_line),
-        "entries": ("entries", console.number),
-        "computing": ("computing", console.number),
+        **console.numbers("entries", "computing"),
         "values": ("value_bytes", console.size),
-        "hit ratio": ("hit_ratio", lambda ratio: "" if ratio is None else f"{ratio:.1%}"),
+        "hit ratio": ("hit_ratio", console.unless_none("{:.1%}".format)),
     }
     call.show(
         _with_ratios(usages, reports),

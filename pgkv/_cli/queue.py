@@ -95,7 +95,7 @@ def _list_queues(call: Invocation, store: Store, *, durable: bool) -> None:
         found = []
     columns: console.Columns = {
         "queue": ("queue", console.one_line),
-        **{state: (state, console.number) for state in STATES},
+        **console.numbers(*STATES),
         "oldest": ("oldest", console.duration),
     }
     documents = [{**each._asdict(), "queue": each.queue[len(prefix.decode()) :]} for each in found]

@@ -170,7 +170,7 @@ def _screen(shown: str, reading: Reading, failure: str) -> RenderableType:
     rows = _rows_of(reading)
     for title, name, columns in VIEWS[shown][1]:
         if rows[name]:
-            cells = ([text(row[field]) for field, text in columns.values()] for row in rows[name])
+            cells = console.cells_of(rows[name], columns)
             parts.append(console.table(list(columns), cells, title=title))
     return Group(*parts)
 
@@ -209,14 +209,6 @@ def _rows_of(reading: Reading) -> dict[str, list[dict[str, Any]]]:
     return frame  # type: ignore[no-any-return]  # of what views name
 
 
-def _unless_none(text: Callable[[Any], str], otherwise: str = "") -> Callable[[Any], str]:
-    return lambda value: otherwise if value is None else text(value)
-
-
-def _counts(*names: str) -> console.Columns:
-    return {name: (name, console.number) for name in names}
-
-
 _SHARES: console.Columns = {
     "rows": ("rows", console.number),
     "size": ("bytes", console.size),
@@ -228,19 +220,22 @@ _NAMED: console.Columns = {
 }
 _TABLES: console.Columns = {
     "table": ("kind", str),
-    **_counts("rows", "dead"),
+    **console.numbers("rows", "dead"),
     "size": ("bytes", console.size),
     "indexes": ("index_bytes", console.size),
-    "writes/s": ("changes", _unless_none("{:,.1f}".format)),
-    "heap-only": ("hot", _unless_none("{:.0%}".format)),
-    "vacuum": ("vacuumed", _unless_none(lambda ago: f"{console.duration(ago)} ago", "never")),
+    "writes/s": ("changes", console.unless_none("{:,.1f}".format)),
+    "heap-only": ("hot", console.unless_none("{:.0%}".format)),
+    "vacuum": (
+        "vacuumed",
+        console.unless_none(lambda ago: f"{console.duration(ago)} ago", "never"),
+    ),
 }
 _LOCKS: console.Columns = {
     "name": ("name", console.one_line),
     "holder": ("owner", console.one_line),
     "age": ("age", console.duration),
     "remaining": ("remaining", console.duration),
-    **_counts("waiters"),
+    **console.numbers("waiters"),
 }
 _BLOCKED: console.Columns = {
     "pid": ("pid", str),
@@ -251,7 +246,7 @@ _BLOCKED: console.Columns = {
 }
 _QUEUES: console.Columns = {
     "queue": ("queue", console.one_line),
-    **_counts("waiting", "delayed", "running", "dead"),
+    **console.numbers("waiting", "delayed", "running", "dead"),
     "oldest": ("oldest", console.duration),
 }
 _CONNECTIONS: console.Columns = {
@@ -284,8 +279,8 @@ VIEWS: dict[str, tuple[str, list[tuple[str, str, console.Columns]]]] = {
         "work",
         [
             ("Queues", "queues", _QUEUES),
-            ("Sessions", "sessions", _counts("live", "with_user", "expired")),
-            ("Idempotency keys", "idempotency", _counts("done", "running", "expired")),
+            ("Sessions", "sessions", console.numbers("live", "with_user", "expired")),
+            ("Idempotency keys", "idempotency", console.numbers("done", "running", "expired")),
         ],
     ),
     "5": ("connections", [("Connections", "connections", _CONNECTIONS)]),
