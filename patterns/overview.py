@@ -24,7 +24,7 @@ from .._engine.evict import evictor_of
 from .._engine.schema import companion
 from .._ops import codec as _codec
 from .._ops.op import BINARY, TEXT, Flow, Op, Pipelined, Statement, send
-from .._sql.evict import ROW_BYTES
+from .._sql.evict import ROW_SIZE
 from .._sql.sample import SAMPLE_PAGES, sampled
 from ..errors import ConfigError, PgkvError
 from .cache.sql import DIGEST_LENGTH, ENTRY
@@ -413,10 +413,7 @@ _SIZES = _statement(
 
 
 def _store(table: str) -> str:
-    columns = (
-        f"key, pg_column_size(value) + octet_length(key) + {ROW_BYTES} AS size, "
-        f"coalesce(expires_at <= {NOW}, false) AS dead"
-    )
+    columns = f"key, {ROW_SIZE} AS size, coalesce(expires_at <= {NOW}, false) AS dead"
     bucket = f"split_part(key, '{BUCKETS}', 2)"  # of a limiter's name these are escaped
     for mark in ":#~":
         bucket = f"split_part({bucket}, '{mark}', 1)"

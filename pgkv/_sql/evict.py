@@ -18,7 +18,8 @@ from .table import read_count, read_nothing
 
 PLACES = 32  # of a sample, one in each 32nd of the table
 PLACE_PAGES, PLACE_PAGES_MAX = 4, 32
-ROW_BYTES = 80  # of a row besides its key and value
+# Bytes of a row: 80 of them besides its key and value.
+ROW_SIZE = "pg_column_size(value) + octet_length(key) + 80"
 YOUNGER = 8
 SAMPLE_SHARE = 8  # at most an eighth of a sample goes: the oldest of it are old
 # Known by what the key contains and by the form of the value: a user's own key may look alike.
@@ -117,8 +118,7 @@ class EvictStatements(Sweep):
         )
         return self.statement(
             "evict",
-            f"WITH s AS MATERIALIZED (SELECT at, key, version, pg_column_size(value) "
-            f"+ octet_length(key) + {ROW_BYTES} AS size, "
+            f"WITH s AS MATERIALIZED (SELECT at, key, version, {ROW_SIZE} AS size, "
             "coalesce(expires_at <= statement_timestamp(), false) AS dead, extract(epoch from "
             "statement_timestamp() - greatest(updated_at, used_at)) "
             f"/ CASE WHEN used_at IS NULL THEN 1 ELSE {YOUNGER} END AS age, ({_KEPT}) AS kept "

@@ -8,7 +8,7 @@ from typing import Any
 import psycopg
 
 from ..._engine.schema import _EXPECTED, companion
-from ..._sql.evict import ROW_BYTES
+from ..._sql.evict import ROW_SIZE
 from ..._sql.sample import sampled
 from ...config import TableType, quote_identifier
 from ...patterns.lock.sql import LOCKS, LOCKS_UNLOGGED
@@ -354,11 +354,10 @@ def bound(context: Context) -> Result | None:
             return ok("made without a bound: the first eviction adds the column used_at")
         alter = f"ALTER TABLE {context.name} ADD COLUMN used_at TIMESTAMPTZ"
         return fail(detail, f"as the owner ({context.facts['owner']}): {alter}")
-    size_of = f"pg_column_size(value) + octet_length(key) + {ROW_BYTES} AS size, used_at"
     seen = context.row(
         "SELECT count(*) AS n, coalesce(sum(size), 0)::int8 AS size, count(used_at) AS marked, "
         "coalesce(max(scale), 1) AS scale "
-        f"FROM {sampled(context.name, size_of, SAMPLED_PAGES)} s"
+        f"FROM {sampled(context.name, f'{ROW_SIZE} AS size, used_at', SAMPLED_PAGES)} s"
     )
     rows, size = round(seen["n"] * seen["scale"]), round(seen["size"] * seen["scale"])
     of = [
