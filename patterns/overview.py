@@ -30,7 +30,7 @@ from ..errors import ConfigError, PgkvError
 from .cache.sql import DIGEST_LENGTH, ENTRY
 from .cache.sql import PREFIX as CACHE
 from .lock.lease import read_owner
-from .lock.sql import MARK_LENGTH, SEPARATOR
+from .lock.sql import MARK_LENGTH, name_and_slot
 from .queue.sql import STATE, STATES
 from .rate_limit.sql import ROWS as BUCKETS
 from .schema import SHAPES
@@ -327,10 +327,9 @@ def rates_between(before: Overview, after: Overview) -> dict[str, Any]:
 def _held_lock(
     waiters: dict[str, int], key: str, row: str, token: int, age: float, remaining: float
 ) -> HeldLock:
-    name, separator, slot = key.partition(SEPARATOR)
+    name, slot = name_and_slot(key)
     owner, metadata = read_owner(bytes.fromhex(row))
-    number = int(slot) if separator else None
-    return HeldLock(name, number, owner, token, age, remaining, waiters.get(name, 0), metadata)
+    return HeldLock(name, slot, owner, token, age, remaining, waiters.get(name, 0), metadata)
 
 
 # -- statements: each answers with one JSON document ---------------------------------------

@@ -794,6 +794,12 @@ def slot_keys(key: bytes, slots: int) -> list[bytes]:
     return [key + SEPARATOR.encode() + b"%d" % slot for slot in range(slots)]
 
 
+def name_and_slot(key: str) -> tuple[str, int | None]:
+    """The name in a row's key, and which slot of a semaphore the row is."""
+    name, separator, slot = key.partition(SEPARATOR)
+    return name, int(slot) if separator else None
+
+
 def size_key(keys: Sequence[bytes]) -> bytes:
     """The row that says how many there are."""
     return keys[0].rpartition(SEPARATOR.encode())[0] + SEPARATOR.encode()

@@ -107,13 +107,13 @@ def held(store: Store) -> tuple[list[dict[str, Any]], list[Guarding]]:
 
 def _shown(holder: Holder) -> dict[str, Any]:
     from ..patterns.lock.lease import info_of
-    from ..patterns.lock.sql import SEPARATOR
+    from ..patterns.lock.sql import name_and_slot
 
     info = info_of(holder)
-    name, separator, slot = info.name.partition(SEPARATOR)
+    name, slot = name_and_slot(info.name)
     return {
         "name": name,
-        "slot": int(slot) if separator else None,
+        "slot": slot,
         "owner": info.owner,
         "token": info.token,
         "age": round(info.age(), 3),
