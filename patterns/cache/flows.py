@@ -457,7 +457,7 @@ class FunctionCache:
         }
         process = f"{socket.gethostname()}:{os.getpid()}"
         op = context.sql.report(process, msgspec.json.encode(counts))
-        self._run_later(call, lambda: quietly(op), _nothing)
+        self._run_later(call, lambda: quietly(op))
 
     def _ttl(self, call: CachedCall, value: Any) -> float:
         """Seconds for which this value is fresh: inf for ever, 0 for not at all."""
@@ -473,7 +473,10 @@ class FunctionCache:
     # -- background work
 
     def _run_later(
-        self, call: CachedCall, make: Callable[[], Flow[Any]], done: Callable[[], None]
+        self,
+        call: CachedCall,
+        make: Callable[[], Flow[Any]],
+        done: Callable[[], None] | None = None,
     ) -> bool:
         """Run a flow in a thread or task; False when there is no room. `done` is called when it has
         ended in any way."""
