@@ -26,6 +26,10 @@ if TYPE_CHECKING:
 
 OperationHook: TypeAlias = Callable[[str, float, str, int], object]
 
+# Control characters, also those that change the direction of what follows: a terminal obeys them, and
+# in a page names would show as something else. Compiled by who shows names.
+CONTROLS = r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]"
+
 _standard = logging.getLogger("pgkv")
 
 

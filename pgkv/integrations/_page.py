@@ -10,6 +10,7 @@ from time import monotonic
 from typing import Any, NamedTuple, TypeAlias
 
 from .. import __version__
+from .._observe import CONTROLS
 from ..patterns.cache.decorator import cached_functions
 from ..patterns.overview import (
     DEAD_ROWS,
@@ -31,8 +32,7 @@ NAME_MAX = 100  # characters of a name
 BLOCKED, LATE_JOB = 1.0, 60.0  # seconds from which a wait is told
 FULL, QUEUE_FULL = 0.9, 0.5  # of the connections, of the queue of notifications
 
-# Control characters, also those that change the direction of what follows.
-_CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+_CONTROLS = re.compile(CONTROLS)
 KINDS = {
     "key": "keys",
     "function": "cached results",
