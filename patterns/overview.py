@@ -46,6 +46,11 @@ OLD_TRANSACTION = 300.0  # seconds: rows that died since cannot be reclaimed
 DEAD_SHARE, DEAD_ROWS = 0.2, 10_000
 HOT_RATIO, HOT_UPDATES = 0.8, 10_000
 OVER = 1.25  # times the bound: eviction lags behind a burst of writes by less
+# Of pg_stat_activity: who keeps rows that died from being reclaimed, by an open transaction.
+HOLDS_BACK = (
+    "pid <> pg_backend_pid() AND (backend_xmin IS NOT NULL OR backend_xid IS NOT NULL) "
+    "AND NOT starts_with(backend_type, 'autovacuum')"
+)
 NOW = "statement_timestamp()"
 
 
@@ -365,9 +370,8 @@ _SERVER = _statement(
     f"{_seconds_since('pg_postmaster_start_time()')} AS uptime, pg_is_in_recovery() AS standby, "
     "current_setting('max_connections')::int AS max_connections, "
     "(SELECT sum(numbackends)::int FROM pg_stat_database) AS connections, "
-    f"(SELECT {_seconds_since('min(xact_start)')} FROM pg_stat_activity WHERE "
-    "pid <> pg_backend_pid() AND (backend_xmin IS NOT NULL OR backend_xid IS NOT NULL) "
-    "AND backend_type NOT LIKE 'autovacuum%') AS oldest_transaction, "
+    f"(SELECT {_seconds_since('min(xact_start)')} FROM pg_stat_activity WHERE {HOLDS_BACK}) "
+    "AS oldest_transaction, "
     "pg_notification_queue_usage() AS notify_queue, xact_commit AS commits, "
     "xact_rollback AS rollbacks, blks_read AS blocks_read, blks_hit AS blocks_hit "
     "FROM pg_stat_database WHERE datname = current_database()) r), "

@@ -12,7 +12,7 @@ from psycopg.pq import TransactionStatus
 from psycopg.rows import dict_row
 
 from ...config import Pooler
-from ...patterns.overview import OLD_TRANSACTION
+from ...patterns.overview import HOLDS_BACK, OLD_TRANSACTION
 from ...patterns.schema import tables
 from .. import console
 from .context import Check, Context, Result, fail, ok, warn
@@ -196,9 +196,8 @@ def transactions(context: Context) -> Result:
     """The oldest snapshot. Rows that died after it cannot be reclaimed."""
     oldest = context.row(
         "SELECT pid, state, extract(epoch FROM clock_timestamp() - xact_start)::float8 AS age "
-        "FROM pg_stat_activity WHERE xact_start IS NOT NULL AND pid <> pg_backend_pid() "
-        "AND (backend_xmin IS NOT NULL OR backend_xid IS NOT NULL) "
-        "AND backend_type NOT LIKE 'autovacuum%%' ORDER BY xact_start LIMIT 1"
+        f"FROM pg_stat_activity WHERE xact_start IS NOT NULL AND {HOLDS_BACK} "
+        "ORDER BY xact_start LIMIT 1"
     )
     others = context.row(
         "SELECT (SELECT extract(epoch FROM clock_timestamp() - min(prepared))::float8 "
