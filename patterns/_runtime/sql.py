@@ -10,7 +10,6 @@ from ..._ops import codec as _codec
 from ..._ops.op import Flow, Result
 from .lease import EXPIRED, GONE, LOCKED, RELEASED, RENEWED, REPLACED
 
-INT8_OID, FLOAT8_OID = 20, 701
 NOW = "statement_timestamp()"
 
 
@@ -69,8 +68,8 @@ def renewed(leases: Sequence[tuple[bytes, int, float]]) -> tuple[bytes, bytes, b
     keys, tokens, ttls = zip(*leases, strict=True)
     return (
         _codec.encode_array(keys),
-        _codec.encode_array(list(map(_codec.encode_int8, tokens)), INT8_OID),
-        _codec.encode_array(list(map(_codec.encode_float8, ttls)), FLOAT8_OID),
+        _codec.encode_int8s(tokens),
+        _codec.encode_array(list(map(_codec.encode_float8, ttls)), _codec.FLOAT8_OID),
     )
 
 

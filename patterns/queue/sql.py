@@ -16,7 +16,7 @@ worker comes back by itself, and a lease, which changes no indexed column, stays
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from datetime import datetime
 from struct import Struct
@@ -59,7 +59,7 @@ PRIORITIES = range(9, -1, -1)  # high to low
 REPEATS = 10  # of a statement that met a job in flight
 FIRST = _codec.INT8_MIN  # the binary timestamp before all others; the largest is 'infinity'
 NEVER = _codec.INT8_MAX
-INT2_OID, INT8_OID, FLOAT8_OID, TIMESTAMPTZ_OID = 21, 20, 701, 1184
+INT2_OID, TIMESTAMPTZ_OID = 21, 1184
 
 NOW = "statement_timestamp()"
 EPOCH = "'epoch'::timestamptz"
@@ -377,7 +377,8 @@ class JobStatements:
 
     def ack_many(self, jobs: Sequence[tuple[int, int]]) -> Op[list[int]]:
         """End jobs without a key for good: (id, token) of each; the ids of those that were held."""
-        return Op(self._ack_many, tuple(_int8s(each[column] for each in jobs) for column in (0, 1)))
+        ids, tokens = (_codec.encode_int8s(each[column] for each in jobs) for column in (0, 1))
+        return Op(self._ack_many, (ids, tokens))
 
     def _put_back(self) -> str:
         dead = "$5::bool OR ($4::smallint = 0 AND attempt >= max_attempts)"
@@ -438,8 +439,9 @@ class JobStatements:
     def renew(self, leases: Sequence[tuple[int, int, float]]) -> Op[dict[int, int]]:
         """Extend leases: (id, token, seconds from now). For each id, what became of it."""
         float8 = _codec.encode_float8
-        ttls = _codec.encode_array([float8(ttl) for _, _, ttl in leases], FLOAT8_OID)
-        ids, tokens = _int8s(key for key, *_ in leases), _int8s(token for _, token, _ in leases)
+        ttls = _codec.encode_array([float8(ttl) for _, _, ttl in leases], _codec.FLOAT8_OID)
+        ids = _codec.encode_int8s(key for key, *_ in leases)
+        tokens = _codec.encode_int8s(token for _, token, _ in leases)
         return Op(self._renew, (ids, tokens, ttls))
 
     # -- inspecting
@@ -520,10 +522,6 @@ class JobStatements:
 
 def _due(clock: str) -> str:
     return f"coalesce($4::timestamptz, {clock} + $3::float8 * interval '1 second')"
-
-
-def _int8s(numbers: Iterable[int]) -> bytes:
-    return _codec.encode_array([_codec.encode_int8(n) for n in numbers], INT8_OID)
 
 
 _int2 = Struct("!h").pack

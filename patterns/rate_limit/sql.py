@@ -30,7 +30,7 @@ from .rate import WINDOWS
 ROWS = "pgkv:rate:"
 KEY_CHARACTERS_MAX = 256  # a longer key is hashed: a client may choose it
 RACES_MAX = 3  # repeats of a statement that lost a race; after the last a hit counts as denied
-INT4_OID, INT8_OID = 23, 20
+INT4_OID = 23
 # How many buckets a row has; or, where there are windows among its counters, for each "" (a bucket)
 # or unit and time zone.
 Shape: TypeAlias = int | tuple[str, ...]
@@ -431,7 +431,7 @@ class LimiterStatements(TableStatements):
             for index, (_, charge) in enumerate(charges, 1)
             for place, (inc, cap) in enumerate(zip(charge.incs, charge.caps, strict=True), 1)
         ]
-        int4, int8 = _codec.encode_int4, _codec.encode_int8
+        int4 = _codec.encode_int4
         windows = [window for _, charge in charges for window in _windows_of(charge.shape)]
         fixed: tuple[bytes, ...] = ()
         if any(windows):
@@ -445,8 +445,8 @@ class LimiterStatements(TableStatements):
                 _codec.encode_array([row for row, _ in charges]),
                 _codec.encode_array([int4(place[0]) for place in places], INT4_OID),
                 _codec.encode_array([int4(place[1]) for place in places], INT4_OID),
-                _codec.encode_array([int8(place[2]) for place in places], INT8_OID),
-                _codec.encode_array([int8(place[3]) for place in places], INT8_OID),
+                _codec.encode_int8s(place[2] for place in places),
+                _codec.encode_int8s(place[3] for place in places),
                 *fixed,
             ),
             ManyReader({row: charge.shape for row, charge in charges}),

@@ -34,7 +34,7 @@ _INT4 = Struct("!i")
 _FLOAT8 = Struct("!d")
 _INTERVAL = Struct("!qii")  # microseconds, days, months
 _ARRAY = Struct("!iiiii")  # dimensions, has nulls, element type, length, lower bound
-TEXT_OID, BYTEA_OID = 25, 17
+TEXT_OID, BYTEA_OID, INT8_OID, FLOAT8_OID = 25, 17, 20, 701
 _LENGTHS = [_INT4.pack(length) for length in range(512)]  # of most keys
 
 
@@ -271,6 +271,11 @@ def encode_array(items: Sequence[bytes], oid: int = TEXT_OID) -> bytes:
         parts[1::2] = map(_INT4.pack, map(len, items))
     parts[2::2] = items
     return b"".join(parts)
+
+
+def encode_int8s(numbers: Iterable[int]) -> bytes:
+    """Return integers as one binary array of bigint."""
+    return encode_array(list(map(encode_int8, numbers)), INT8_OID)
 
 
 def decode_array(raw: bytes) -> list[bytes]:

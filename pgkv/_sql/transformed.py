@@ -261,23 +261,19 @@ class TransformedStatements(Statements):
     def replaced(self, rows: Sequence[tuple[bytes, bytes, int]]) -> Op[list[bytes]]:
         """Put values in place of others if the rows have their versions still, which they keep. The
         keys of those that were replaced; a row that another client has locked is passed over."""
-        array, int8 = _codec.encode_array, _codec.encode_int8
         keys, values, versions = zip(*rows, strict=True)
         return Op(
             self._replace,
             (
-                array(keys),
-                array(values, _codec.BYTEA_OID),
-                array([int8(version) for version in versions], INT8_OID),
+                _codec.encode_array(keys),
+                _codec.encode_array(values, _codec.BYTEA_OID),
+                _codec.encode_int8s(versions),
             ),
         )
 
     def replaced_one(self, key: bytes, value: bytes, version: int) -> Op[bool]:
         """The same for one row, waiting for who has locked it."""
         return Op(self._replace_one, (key, value, _codec.encode_int8(version)))
-
-
-INT8_OID = 20
 
 
 def _in_pipeline(action: str, instead: str) -> ConfigError:
