@@ -21,7 +21,7 @@ from .errors import ConfigError, DecodingError
 MAGIC = b"\x00pk"
 FORMAT = 1
 HEAD = 6  # bytes: MAGIC, format, method, key id
-NONCE, TAG = 12, 16
+NONCE = 12  # bytes
 METHODS = {0: "", 1: "zstd", 2: "lz4"}
 OWN = (b"pgkv:rate:", b"pgkv:cache:")  # in the keys of limiters and cached functions
 INTEGER = re.compile(rb"-?[0-9]{1,19}")
@@ -170,9 +170,12 @@ class AesGcmSiv:
         nonce = os.urandom(NONCE)
         return nonce + self._ciphers[self.ids[0]].encrypt(nonce, body, bound)  # type: ignore[no-any-return]  # bytes
 
-    def _decrypt(self, number: int, body: bytes, bound: bytes) -> bytes:
-        """Return what was encrypted. May raise anything for a damaged body."""
-        return self._ciphers[number].decrypt(body[:NONCE], body[NONCE:], bound)  # type: ignore[no-any-return]  # bytes
+    def _decrypt(self, number: int, body: bytes, bound: bytes) -> bytes | None:
+        """Return what was encrypted; None where it is damaged, or bound to something else."""
+        try:
+            return self._ciphers[number].decrypt(body[:NONCE], body[NONCE:], bound)  # type: ignore[no-any-return]  # bytes
+        except Exception:  # noqa: BLE001  # whatever the library makes of damage
+            return None
 
 
 class Transforms:
@@ -225,9 +228,7 @@ class Transforms:
         """
         cipher = self.cipher
         if not raw.startswith(MAGIC):
-            if cipher is None or cipher.read_plain:
-                return raw
-            if cipher.plain_integers and INTEGER.fullmatch(raw):
+            if cipher is None or cipher.read_plain or self.is_plain_number(raw):
                 return raw
             raise _unreadable(key, 0, "it is not encrypted, and read_plain is off")
         if len(raw) < HEAD or raw[3] != FORMAT or raw[4] not in METHODS:
@@ -238,19 +239,16 @@ class Transforms:
                 raise _unreadable(
                     key, number, f"it is encrypted with key {number}, which is not given"
                 )
-            try:
-                body = cipher._decrypt(number, body, self._bound + head + key)
-            except Exception:  # noqa: BLE001  # whatever the library makes of damage
-                body = b""
-                method = -1
+            opened = cipher._decrypt(number, body, self._bound + head + key)
+            if opened is None:
+                raise _unreadable(
+                    key,
+                    number,
+                    f"key {number} does not open it: another key, place, context, or damage",
+                )
+            body = opened
         elif cipher is not None and not cipher.read_plain:
             raise _unreadable(key, 0, "it is not encrypted, and read_plain is off")
-        if method < 0:
-            raise _unreadable(
-                key,
-                number,
-                f"key {number} does not open it: another key, place, context, or damage",
-            )
         return self._inflated(key, method, number, body) if method else body
 
     def listed(self, key: bytes, raw: bytes) -> bytes:
@@ -274,11 +272,11 @@ class Transforms:
             raise _unreadable(key, number, "what was compressed is damaged")
         return value
 
-    def is_present(self, raw: bytes) -> bool:
-        """Whether `seal` would leave a stored value as it is, as far as its first bytes tell."""
+    def is_plain_number(self, raw: bytes) -> bool:
+        """Whether a stored value is a number that is not encrypted, and need not be."""
         cipher = self.cipher
         numbers = cipher is not None and cipher.plain_integers
-        return raw[:HEAD] == self.head or (numbers and INTEGER.fullmatch(raw) is not None)
+        return numbers and INTEGER.fullmatch(raw) is not None
 
 
 def is_own(key: bytes, raw: bytes) -> bool:

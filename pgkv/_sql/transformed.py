@@ -15,7 +15,7 @@ from .._ops import codec as _codec
 from .._ops.lazy import cached_property
 from .._ops.op import BINARY, TEXT, Expired, Op, Raced, Result, Signal, Statement
 from ..errors import ConfigError
-from ..transforms import Transforms, applied, is_own
+from ..transforms import HEAD, Transforms, applied, is_own
 from ..types import CasResult, Entry, KeyValue, ScanOptions
 from . import SETS, Statements
 from .point import PointStatements
@@ -213,7 +213,7 @@ class TransformedStatements(Statements):
             ("rewrite", where),
             lambda: self.statement(
                 "rewrite",
-                "SELECT key, CASE WHEN substring(value from 1 for 6) <> $2 THEN value END, version "
+                f"SELECT key, CASE WHEN substring(value from 1 for {HEAD}) <> $2 THEN value END, version "
                 f'FROM {self.t} WHERE {where} ORDER BY key COLLATE "C" LIMIT $1::bigint',
                 (BINARY, BINARY, *(TEXT,) * len(params)),
                 _read_stored,
@@ -225,13 +225,13 @@ class TransformedStatements(Statements):
 
     def again(self, row: StoredRow) -> bytes | None:
         """What a row's value is in the present form; None where it is already, or none of ours."""
-        if row.value is None or self.transforms.is_present(row.value):
+        if row.value is None or self.transforms.is_plain_number(row.value):
             return None
         if is_own(row.key, row.value):
             return None
         framed = bool(applied(row.value))
         fresh = self.transforms.seal(row.key, self.transforms.open(row.key, row.value))
-        same = fresh[:6] == row.value[:6] if framed else fresh == row.value
+        same = fresh[:HEAD] == row.value[:HEAD] if framed else fresh == row.value
         return None if same else fresh
 
     @cached_property
