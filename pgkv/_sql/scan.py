@@ -22,6 +22,12 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+# The seconds that a row has left; NULL for no expiry.
+LEFT = (
+    "nullif((extract(epoch from expires_at) - extract(epoch from statement_timestamp()))::float8, "
+    "'Infinity')"
+)
+
 
 class ScanStatements(Sweep):
     """Ranges, counts and upkeep."""
@@ -38,9 +44,7 @@ class ScanStatements(Sweep):
 
     def dump(self, options: ScanOptions) -> Op[list[tuple[str, bytes, float | None]]]:
         """The rows selected, each with the seconds it has left; None for no expiry."""
-        left = "extract(epoch from expires_at) - extract(epoch from statement_timestamp())"
-        columns = f"key, value, nullif(({left})::float8, 'Infinity')"
-        return self._scan("scan", columns, self._read_dump, options)
+        return self._scan("scan", f"key, value, {LEFT}", self._read_dump, options)
 
     def _read_dump(self, result: Result) -> list[tuple[str, bytes, float | None]]:
         left = [result.get_value(row, 2) for row in range(result.ntuples)]
@@ -233,7 +237,7 @@ class ScanStatements(Sweep):
     @cached_property
     def _reach(self) -> Statement[list[str]]:
         text = "SELECT to_regclass('pg_catalog.pg_dist_local_group')::text"
-        return Statement("connect", text, (), _texts(1), retry_safe=True, writes=False)
+        return Statement("connect", text, (), read_texts(1), retry_safe=True, writes=False)
 
     def reach(self) -> Op[list[str]]:
         """A round trip that errors call "connect": the first statement of a new store. Empty texts where
@@ -246,7 +250,7 @@ class ScanStatements(Sweep):
             "SELECT (SELECT groupid::text FROM pg_catalog.pg_dist_local_group), (SELECT partmethod::text "
             "FROM pg_catalog.pg_dist_partition WHERE logicalrelid = to_regclass($1))"
         )
-        return Statement("connect", text, (TEXT,), _texts(2), retry_safe=True, writes=False)
+        return Statement("connect", text, (TEXT,), read_texts(2), retry_safe=True, writes=False)
 
     def citus(self) -> Op[list[str]]:
         """On Citus: which group of servers this is (0: the coordinator), and how the table is distributed."""
@@ -265,7 +269,8 @@ def namespace_prefix(outer: str, prefix: object) -> str:
     return outer + prefix
 
 
-def _texts(count: int) -> Callable[[Result], list[str]]:
+def read_texts(count: int) -> Callable[[Result], list[str]]:
+    """Return a decoder of a row's first columns, as text; empty where they are NULL."""
     return lambda result: [(result.get_value(0, n) or b"").decode() for n in range(count)]
 
 

@@ -15,7 +15,7 @@ from .._ops.lazy import cached_property
 from .._ops.op import BINARY, TEXT, Op, Result, Statement
 from ..config import Config, TtlCleanupStrategy, quote_identifier
 from ..types import ScanOptions
-from .scan import ScanStatements
+from .scan import LEFT, ScanStatements, read_texts
 from .table import read_nothing
 
 if TYPE_CHECKING:
@@ -50,13 +50,10 @@ class WatchStatements(ScanStatements):
         self, config: Config, *, values: bool = False, transforms: Transforms | None = None
     ) -> None:
         super().__init__(config)
-        left = (
-            "extract(epoch from expires_at) - extract(epoch from statement_timestamp())"
-            if config.ttl_cleanup_strategy is not TtlCleanupStrategy.DISABLED
-            else "NULL"
-        )
+        expires = config.ttl_cleanup_strategy is not TtlCleanupStrategy.DISABLED
+        left = LEFT if expires else "NULL::float8"
         value = ", value" if values else ""
-        self.selected: str = f"key, version, nullif(({left})::float8, 'Infinity'){value}"
+        self.selected: str = f"key, version, {left}{value}"
         self.values: bool = values
         self.transforms = transforms
 
@@ -88,17 +85,17 @@ class WatchStatements(ScanStatements):
     # -- asking
 
     @cached_property
-    def _name(self) -> Statement[tuple[str, str]]:
+    def _name(self) -> Statement[list[str]]:
         return self.statement(
             "watch",
             f"SELECT n.nspname::text, c.relname::text {self._named}",
             (),
-            _read_name,
+            read_texts(2),
             retry_safe=True,
             writes=False,
         )
 
-    def name(self) -> Op[tuple[str, str]]:
+    def name(self) -> Op[list[str]]:
         """The table's schema and name, as notifications have them."""
         return Op(self._name)
 
@@ -198,7 +195,3 @@ def _payloads(keys: Iterable[bytes]) -> list[bytes]:
         payloads[-1] += item
         room -= len(item)
     return payloads or [b""]
-
-
-def _read_name(result: Result) -> tuple[str, str]:
-    return (result.get_value(0, 0) or b"").decode(), (result.get_value(0, 1) or b"").decode()

@@ -89,7 +89,7 @@ class Ears:
         except (ValueError, TypeError):
             return  # it is not ours
         for source in self.all():
-            if source.name == (schema, table):
+            if source.name == [schema, table]:
                 source.hint(keys)
 
 
@@ -121,7 +121,7 @@ class Source:
         self.channel = channel
         self.sql = sql
         self.selection = selection
-        self.name: tuple[str, str] | None = None
+        self.name: list[str] | None = None
         self.known: dict[str, Seen] = {}
         self.hearers: weakref.WeakSet[Any] = weakref.WeakSet()
         self.waiting: dict[Any, None] = {}
