@@ -95,8 +95,7 @@ class Waiters:
         with self._lock:
             self._lines.setdefault(waiter.payload, deque()).append(waiter)
         self._listener.subscribe(self.channel, self._receive)
-        if self._listener.unavailable:
-            say_polling(self._listener.unavailable)
+        say_polling(self._listener.unavailable)
 
     def remove(self, waiter: Waiter, *, granted: bool) -> None:
         """It waits no more. A chance that it was given and did not take goes to the next."""
@@ -118,8 +117,7 @@ class Waiters:
             self._wake(payload.encode())
             return
         # Notifications may have been missed.
-        if self._listener.unavailable:
-            say_polling(self._listener.unavailable)
+        say_polling(self._listener.unavailable)
         with self._lock:
             waiters = [waiter for line in self._lines.values() for waiter in line]
         for waiter in waiters:

@@ -248,7 +248,7 @@ _said: set[str] = set()
 
 
 def say_polling(reason: str) -> None:
-    """Log once that waiters poll, and why notifications do not arrive."""
-    if not _said:
+    """Log once that waiters poll, if there is a reason why notifications do not arrive."""
+    if reason and not _said:
         _said.add(reason)
         _observe.warning("pgkv.listener.polling", reason=reason)

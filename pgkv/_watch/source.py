@@ -67,8 +67,7 @@ class Ears:
                 self._channels.add(channel)
                 channel.on_close(partial(_closed, weakref.ref(self), id(channel)))
         self.listener.subscribe(CHANNEL, self.receive)
-        if self.listener.unavailable:
-            say_polling(self.listener.unavailable)
+        say_polling(self.listener.unavailable)
         return source
 
     def all(self) -> list[Source]:
@@ -79,8 +78,7 @@ class Ears:
     def receive(self, payload: str | None) -> None:
         """Pass on a notification; None: some may have been missed."""
         if payload is None:
-            if self.listener.unavailable:
-                say_polling(self.listener.unavailable)
+            say_polling(self.listener.unavailable)
             for source in self.all():
                 source.missed(lost=self.listener.has_lost(CHANNEL))
             return
