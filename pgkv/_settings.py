@@ -15,7 +15,7 @@ from ._engine.base import InTransaction
 from ._engine.pooling import closed
 from ._fork import new_lock
 from ._sql import Statements
-from .config import EMBEDDED_SCHEME, Config, TableOptions, dsn_from_environment
+from .config import ANONYMOUS, EMBEDDED_SCHEME, Config, TableOptions, dsn_from_environment
 from .errors import ConfigError, InvalidValueError, SerializationError
 from .types import ScanOptions
 
@@ -144,7 +144,7 @@ def config_of_pool(pool: Any, dsn: str | None, given: Mapping[str, Any]) -> Conf
         # A pool may be told its database by keywords, among others that are psycopg's.
         known = {option.keyword.decode() for option in pq.Conninfo.get_defaults()}
         own = make_conninfo(own, **{k: v for k, v in pool.kwargs.items() if k in known})
-    return Config(dsn or own or "postgresql://", **given)
+    return Config(dsn or own or ANONYMOUS, **given)
 
 
 def conninfo_of(store: Any) -> str:

@@ -33,6 +33,7 @@ Seconds: TypeAlias = float | int | timedelta
 OnAway: TypeAlias = Literal["raise", "miss"]
 
 EMBEDDED_SCHEME = "embedded://"
+ANONYMOUS = "postgresql://"  # says of no server where it is: libpq's defaults
 KEY_LENGTH_MAX = 2600  # bytes; a btree entry must fit a third of an 8 kB page (2,704)
 ENTRIES_MIN, BYTES_MIN = 100, 1 << 20  # of a bound: a smaller one cannot be kept by samples
 IDENTIFIER_MAX = 63  # bytes; PostgreSQL cuts a longer name
@@ -280,7 +281,7 @@ class Config:
             given[name] = value
         # An empty conninfo is no DSN, although libpq then has its defaults.
         settings: Any = config  # timedeltas are converted when the Config is made
-        return cls(make_conninfo("", **given) or "postgresql://", **settings)
+        return cls(make_conninfo("", **given) or ANONYMOUS, **settings)
 
     @property
     def table(self) -> Table:

@@ -10,7 +10,6 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from dataclasses import dataclass
 from time import monotonic
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from .._background.background import backgrounds, pool_channel
@@ -22,7 +21,7 @@ from .._ops import codec as _codec
 from .._ops.op import Flow, call
 from .._settings import refuse_pickle
 from .._sql.watch import WatchStatements
-from ..config import Config, Pooler, require_bool, require_config, require_seconds
+from ..config import ANONYMOUS, Config, Pooler, require_bool, require_config, require_seconds
 from ..errors import ConfigError, InvalidKeyError
 from ..types import shown_value
 from .source import KEYS_MAX, Ears, Selection, Source
@@ -31,7 +30,6 @@ if TYPE_CHECKING:
     from ..config import Seconds
 
 POLL_MIN = 0.1  # seconds
-ANONYMOUS = "postgresql://"  # the DSN of a pool that tells none
 WAIT_MAX = 3600.0  # seconds of one wait; threads cannot wait for an unlimited number
 
 
@@ -215,12 +213,7 @@ class Watch(Watching):
         self._channel.run(self._join(None))
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def __iter__(self) -> Iterator[Event]:
@@ -264,12 +257,7 @@ class AsyncWatch(Watching):
         await self._channel.run(self._join(loop))
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         self.close()
 
     def __aiter__(self) -> AsyncIterator[Event]:

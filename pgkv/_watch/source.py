@@ -40,7 +40,7 @@ class Selection(NamedTuple):
         """Those of the keys that are selected."""
         prefix = self.prefix
         if prefix is None:
-            return self.keys.intersection(keys)  # type: ignore[return-value]  # a frozenset serves
+            return set(keys) & self.keys
         return {key for key in keys if key.startswith(prefix)}
 
 
