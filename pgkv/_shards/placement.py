@@ -284,7 +284,7 @@ class Router:
     def parts(self, op: Op[Any], place: int) -> list[tuple[int, Op[Any]]]:
         """An operation as one for each slot that it concerns."""
         if isinstance(op, Spread):
-            return [(self.route(part.statement).slot, part) for part in op.parts]  # type: ignore[union-attr, misc]  # located
+            return op.parts
         route = self.route(op.statement)
         if route is not None:
             slot = route.find(op.params)

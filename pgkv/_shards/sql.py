@@ -34,7 +34,7 @@ class Spread(Op[T]):
     """An operation whose parts are in several slots.
 
     Args:
-        parts: one or more for each slot, in the order of the slots.
+        parts: each with its slot: one or more for each, in the order of the slots.
         join: makes one answer of theirs; without one their statement's.
         by_slot: the keys of each slot, where `unite` makes one statement of several slots' on one server.
         unite: from the keys of each of its slots.
@@ -44,14 +44,15 @@ class Spread(Op[T]):
 
     def __init__(
         self,
-        parts: Sequence[Op[Any]],
+        parts: list[tuple[int, Op[Any]]],
         join: Callable[[list[Any]], T] | None = None,
         by_slot: dict[int, list[bytes]] | None = None,
         unite: Callable[[list[tuple[int, list[bytes]]]], Op[T]] | None = None,
     ) -> None:
-        super().__init__(parts[0].statement, [each for op in parts for each in op.params])
-        self.parts: Sequence[Op[Any]] = parts
-        self.join: Any = join or parts[0].statement.join
+        first = parts[0][1].statement
+        super().__init__(first, [each for _, op in parts for each in op.params])
+        self.parts: list[tuple[int, Op[Any]]] = parts
+        self.join: Any = join or first.join
         self.by_slot: dict[int, list[bytes]] = by_slot or {}
         self.unite = unite
 
@@ -141,7 +142,8 @@ class ShardedStatements(Statements):
     def parted(self, keys: list[bytes], make: Callable[[list[bytes]], list[Op[T]]]) -> list[Op[T]]:
         """The operations on sorted keys: one, of which each slot has a part."""
         by_slot = self._keys_by_slot(keys)
-        parts = [self.every[slot].at(op) for slot, few in by_slot.items() for op in make(few)]
+        every = self.every
+        parts = [(slot, every[slot].at(op)) for slot, few in by_slot.items() for op in make(few)]
         return [Spread(parts)] if parts else []
 
     def _get_many(self, raw: list[bytes]) -> Op[dict[str, bytes]]:
@@ -164,8 +166,10 @@ class ShardedStatements(Statements):
             statement = self.made((make.__name__, slots), lambda: _all_of(of_array(), slots))
             return Op(statement, [encode_array(few) for _, few in chosen])
 
-        parts: list[Op[Any]] = [self.every[slot].at(make(few)) for slot, few in keys.items()]
-        return Spread(parts, None, keys, unite)
+        every = self.every
+        return Spread(
+            [(slot, every[slot].at(make(few))) for slot, few in keys.items()], None, keys, unite
+        )
 
     def _scan(
         self,
@@ -181,7 +185,7 @@ class ShardedStatements(Statements):
         def join(answers: list[list[Any]]) -> list[Any]:
             return sorted(chain.from_iterable(answers))[offset:][: options.limit]
 
-        return Spread([sql.at(op) for sql in self.every], join)
+        return Spread([(slot, sql.at(op)) for slot, sql in enumerate(self.every)], join)
 
 
 def _all_of(statement: Statement[T], slots: Sequence[int]) -> Statement[T]:
