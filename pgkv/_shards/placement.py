@@ -236,7 +236,7 @@ class Router:
     def _read(self, node: Node, deadline: float) -> Flow[NodeMap | None]:
         try:
             found: NodeMap | None = yield from call(
-                node.channel.execute, Op(READ_MAP), max(0.001, deadline - monotonic())
+                node.channel.execute, Op(READ_MAP), left(deadline)
             )
         except (StoreUnavailableError, OperationTimeoutError) as error:
             node.failure = error
@@ -336,7 +336,7 @@ class Router:
             partial(
                 channel.execute,
                 unite([(slot, op.by_slot.get(slot, [])) for slot in slots[channel]]),
-                max(0.001, deadline - monotonic()),
+                left(deadline),
             )
             for channel in wanted
         ]
@@ -410,11 +410,11 @@ class Router:
         whole: bool,
         deadline: float,
     ) -> Flow[None]:
-        left = list(range(len(parts)))
+        waiting = list(range(len(parts)))
         creations = 0
-        while left:
+        while waiting:
             groups: dict[Any, list[int]] = {}
-            for index in left:
+            for index in waiting:
                 slot = parts[index][0]
                 try:
                     channel = yield from self._find(slot, deadline)
@@ -447,16 +447,15 @@ class Router:
                         follow.add(slot)
                 else:
                     again += (group if whole else lost) if lost else []
-            left = again
+            waiting = again
 
     def _calling(
         self, channel: Any, ops: list[Op[Any]], whole: bool, deadline: float
     ) -> Callable[[], Any]:
-        left = max(0.001, deadline - monotonic())
         if len(ops) == 1:
-            return partial(channel.execute, ops[0], left)
+            return partial(channel.execute, ops[0], left(deadline))
         sending = _flows.pipeline(ops, atomic=whole, engine=channel, sql=UNMERGED)
-        return partial(channel.run, sending, left)
+        return partial(channel.run, sending, left(deadline))
 
     def follow(
         self, op: Op[Any], slot: int, channel: Any, error: PgkvError, deadline: float
@@ -472,9 +471,7 @@ class Router:
                     raise failure
                 channel = yield from self._find(slot, deadline)
                 try:
-                    return (
-                        yield from call(channel.execute, op, max(0.001, deadline - monotonic()))
-                    )
+                    return (yield from call(channel.execute, op, left(deadline)))
                 except TableNotFoundError as again:
                     failure = again
         finally:
@@ -511,7 +508,7 @@ class Router:
                 yield from call(
                     channel.execute,
                     create_in_slot(table, slot),
-                    max(0.001, deadline - monotonic()),
+                    left(deadline),
                 )
                 return True
             # Between its two commits: the map of its next home does not say so yet.
@@ -526,6 +523,11 @@ class Router:
             for table in tables:
                 channel = yield from self._find(slot, monotonic() + self.timeout)
                 yield from call(channel.execute, create_in_slot(table, slot))
+
+
+def left(deadline: float) -> float:
+    """Seconds until then; never 0, so that the call itself says that its time is over."""
+    return max(0.001, deadline - monotonic())
 
 
 def _key_of(op: Op[Any]) -> bytes:
