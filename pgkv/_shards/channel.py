@@ -54,6 +54,7 @@ class Sharding(PooledOperations):
         self.router = router
         self.slot = slot
         self._views: dict[int, Any] = {}
+        self._watched: set[Table] = set()
 
     def of_slot(self, slot: int) -> Any:
         """The channel that is limited to that slot, over the same connections."""
@@ -102,6 +103,8 @@ class Sharding(PooledOperations):
 
     def watch(self, sql: Sweep) -> None:
         """Collect the expired rows of a table in every slot, or in the one that it names."""
+        if sql.table in self._watched:
+            return
         parts: list[Any] = [sql]
         if sql.table.schema == ANY:
             parts = [InSlot(sql, slot) for slot in range(self.router.slots.count)]
@@ -111,6 +114,7 @@ class Sharding(PooledOperations):
                 self._collectors[each.table] = collector
                 if any(channel._patrolling for channel in self._channels()):
                     collector.start_patrol()
+        self._watched.add(sql.table)
 
     def pipeline(self, ops: Sequence[Op[Any]], *, atomic: bool) -> Flow[list[Any]]:
         """Send operations, those of one server together."""
