@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from ..._background.listener import say_polling
 from ..._fork import new_lock
+from ..._ops.drivers import is_set_within
 
 if TYPE_CHECKING:
     from ..._background.background import Background
@@ -67,9 +68,7 @@ class TaskWaiter(Waiter):
         """Sleep until woken, at most that long."""
         if not self._event.is_set():
             self.trying = False
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                await self._event.wait()
+        await is_set_within(self._event, seconds)
         self._event.clear()
 
 

@@ -19,6 +19,7 @@ from ... import _observe
 from ..._background.connection import DedicatedConnection
 from ..._background.renewal import clock
 from ..._fork import new_lock, survives_fork
+from ..._ops.drivers import is_set_within
 from ..._ops.op import Op
 from ...errors import PgkvError
 
@@ -86,12 +87,7 @@ class TaskFlight(ThreadFlight):
 
     async def wait(self, seconds: float) -> bool:
         """Wait for its end; False when that took longer."""
-        try:
-            async with asyncio.timeout(seconds):
-                await self._done.wait()
-        except TimeoutError:
-            return False
-        return True
+        return await is_set_within(self._done, seconds)
 
 
 class Extended:

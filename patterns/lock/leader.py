@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from ... import _observe
 from ..._observe import shown
+from ..._ops.drivers import is_set_within
 from ..._ops.op import Flow, call
 from ..._settings import refuse_pickle
 from ...aio import AsyncStore
@@ -200,11 +201,7 @@ class _TaskElection(AsyncLockRuntime[AsyncLease]):
     async def wait(self, waiter: Any, seconds: float) -> None:
         """Sleep, unless told to stop."""
         del waiter  # as above
-        try:
-            async with asyncio.timeout(seconds):
-                await self.stop.wait()
-        except TimeoutError:
-            pass
+        await is_set_within(self.stop, seconds)
 
     def begin(self, fn: Callable[..., Any] | None, lease: LeaseState) -> None:
         """Start the work as a task."""

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from ... import _observe
 from ..._observe import shown
 from ..._ops import codec as _codec
-from ..._ops.drivers import drive, drive_async, shielded
+from ..._ops.drivers import drive, drive_async, is_set_within, shielded
 from ..._ops.op import Flow, call
 from ..._settings import refuse_pickle
 from ...config import require_int
@@ -277,9 +277,7 @@ class _TaskCrew(_Crew):
 
     async def wait(self, seconds: float) -> None:
         """Wait for news."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                await self._news.wait()
+        await is_set_within(self._news, seconds)
         self._news.clear()
 
     wait_for_jobs = wait

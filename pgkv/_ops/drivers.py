@@ -125,6 +125,16 @@ async def drive_async(
             failure = error
 
 
+async def is_set_within(event: asyncio.Event, seconds: float) -> bool:
+    """Wait for an event at most that long; whether it was set, as `threading.Event.wait`."""
+    try:
+        async with asyncio.timeout(seconds):
+            await event.wait()
+    except TimeoutError:
+        return False
+    return True
+
+
 _left: set[asyncio.Task[Any]] = set()  # the loop keeps only weak references to tasks
 
 

@@ -18,6 +18,7 @@ from .._engine._sync.pool import CallerPool
 from .._fork import survives_fork
 from .._observe import shown
 from .._ops import codec as _codec
+from .._ops.drivers import is_set_within
 from .._ops.op import Flow, call
 from .._settings import refuse_pickle
 from .._sql.watch import WatchStatements
@@ -277,9 +278,7 @@ class AsyncWatch(Watching):
         return event
 
     async def _wait(self, seconds: float) -> None:
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                await self._awake.wait()
+        await is_set_within(self._awake, seconds)
         self._awake.clear()
 
     def _wake(self) -> None:
