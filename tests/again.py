@@ -10,9 +10,12 @@ import types
 from collections.abc import Iterable
 from types import ModuleType
 from typing import Any
+from zlib import crc32
 
 import pytest
 from _pytest.fixtures import FixtureFunctionDefinition
+
+from tests import FULL
 
 NEEDS_STORE = {
     *("store", "make_store", "queue", "idem", "race", "coalescing", "sessions", "make_sessions")
@@ -26,6 +29,7 @@ def adopt(
     own: set[str],
     left_out: dict[str, str],
     marks: dict[ModuleType, pytest.MarkDecorator] | None = None,
+    one_in: int = 1,
 ) -> None:
     """Make the modules' fixtures, and their tests that ask for a store, those of another module.
 
@@ -35,6 +39,7 @@ def adopt(
         own: fixtures that it has itself.
         left_out: tests (as ``test_module__name``) that are skipped there, and why.
         marks: for all tests of a module.
+        one_in: take one test of that many; with ``PGKV_TESTS=full`` all.
     """
     for module in modules:
         short = module.__name__.rpartition(".")[2]
@@ -43,6 +48,8 @@ def adopt(
                 if not NEEDS_STORE & set(inspect.signature(member).parameters):
                     continue
                 full = f"{short}__{name.removeprefix('test_')}"
+                if not FULL and crc32(full.encode()) % one_in:
+                    continue
                 more = [] if marks is None or module not in marks else [marks[module]]
                 if full in left_out:
                     more.append(pytest.mark.skip(left_out[full]))

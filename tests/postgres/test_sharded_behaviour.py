@@ -11,13 +11,12 @@ import inspect
 import secrets
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
-from zlib import crc32
 
 import pytest
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from pgkv.testing import ServerClock
-from tests import FULL, again, sharded
+from tests import again, sharded
 from tests.postgres import (
     test_atomic,
     test_basic,
@@ -73,10 +72,9 @@ NOT_SHARDED = {
     "test_increment_many_refuses_an_overflow": "the other servers' part is done",
 }
 OWN_FIXTURES = {"make_store", "clock", "variant"}
-PART = 1 if FULL else 12
 
 
-again.adopt(globals(), MODULES, own=OWN_FIXTURES, left_out={})
+again.adopt(globals(), MODULES, own=OWN_FIXTURES, left_out={}, one_in=12)
 for _name, _test in [*globals().items()]:
     if (
         _name.startswith("test_")
@@ -84,7 +82,6 @@ for _name, _test in [*globals().items()]:
         and (
             f"test_{_name.partition('__')[2]}" in NOT_SHARDED
             or not OF_ONE_SERVER.isdisjoint(inspect.signature(_test).parameters)
-            or crc32(_name.encode()) % PART
         )
     ):
         del globals()[_name]

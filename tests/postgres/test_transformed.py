@@ -5,12 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
-from zlib import crc32
 
 import pytest
 
 import pgkv
-from tests import FULL
 from tests.again import adopt
 from tests.faults.support import newest
 from tests.postgres import (
@@ -141,8 +139,5 @@ adopt(
     own={"make_store", "variant"},
     left_out=LEFT_OUT,
     marks={test_coalesce: pytest.mark.parametrize("variant", ["async"], indirect=True)},
+    one_in=12,
 )
-if not FULL:
-    for _name in [*globals()]:
-        if _name.startswith("test_") and "__" in _name and crc32(_name.encode()) % 12:
-            del globals()[_name]
