@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -118,7 +119,12 @@ def test_changes_of_state_are_counted(registry: CollectorRegistry) -> None:
 
 @newest
 @pytest.mark.usefixtures("nothing_by_chance")
-def test_locks_limiters_sweeps_and_pools_are_counted(dsn: str, registry: CollectorRegistry) -> None:
+def test_locks_limiters_sweeps_and_pools_are_counted(
+    dsn: str, registry: CollectorRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A store of an earlier test lives on with its pool while a traceback keeps it.
+    monkeypatch.setattr(_observe, "pools", weakref.WeakSet())
+
     def one(name: str, **labels: str) -> float | None:
         generate_latest(registry)  # a scrape brings gauges up to date
         return registry.get_sample_value(name, labels)
