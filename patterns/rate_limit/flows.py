@@ -116,8 +116,6 @@ class LimiterFlows:
         # A mere hint: whether the last hit of a key was refused. Keys that are new are not in it.
         self._lately: dict[bytes, bool] = {}
         self._hold_until = 0.0
-        # Likewise of keys charged with one token: their next hit runs no flow while nothing changes.
-        self.usual: dict[str, Usual] = {}
         self._policies: dict[tuple[Rate, ...], Policy] = {self.rates: self.policy}
         # Escaped, so that no name and key make the row of another name and key.
         safe = "".join(f"%{ord(c):02x}" if c in "%:~#" else c for c in name)
@@ -131,7 +129,8 @@ class LimiterFlows:
         # Limiters with the same home can be charged by one statement.
         self._home = getattr(channel, "_conn", channel)
         self.is_bound: bool = isinstance(channel, BoundChannel | AsyncBoundChannel)
-        self.usual = {}
+        # Of keys in `_lately` charged with one token: their next hit runs no flow while nothing changes.
+        self.usual: dict[str, Usual] = {}
         if self.is_bound:
             # What a transaction sees may be rolled back, so nothing local may be learnt from it;
             # and a failed statement has failed the transaction, so that it cannot admit.
@@ -200,7 +199,7 @@ class LimiterFlows:
                 refused = self._lately.get(row)
                 arrival: Arrival | None = yield self._likely(refused)(row, charge)
                 if arrival is None or refused is not False:
-                    arrival = yield from self._decided(row, arrival, charge, sent)
+                    arrival = yield from self._decided(row, arrival, refused, charge, sent)
                 decision = policy.decide(arrival, cost)
                 if charge is self._one_token and self.denied is None and not self.is_bound:
                     self._remember(key, row, charge, refused=not arrival.charged)
@@ -237,13 +236,11 @@ class LimiterFlows:
     ) -> Flow[Decision]:
         """The rest of a hit that began with what is usual, which did not decide it."""
         charge = self._one_token
-        self._lately[usual.row] = usual.refused
         try:
-            arrival = yield from self._decided(usual.row, arrival, charge, began)
+            arrival = yield from self._decided(usual.row, arrival, usual.refused, charge, began)
         except OUTAGES as error:
             return self.outage(key, error)
-        if usual.refused is arrival.charged or arrival.is_new():
-            self._remember(key, usual.row, charge, refused=not arrival.charged)
+        self._remember(key, usual.row, charge, refused=not arrival.charged)
         return self._settled(key, self.policy.decide(arrival, 1))
 
     def outage(
@@ -256,17 +253,15 @@ class LimiterFlows:
         """What `on_error` decides; or raise the error."""
         return self._settled(key, self._degraded(policy or self.policy, error, on_error))
 
-    def left(self, began: float) -> float:
-        """The time that a call has for another statement."""
-        return max(began + self.timeout - monotonic(), STATEMENT_SECONDS_MIN)
-
     def _again(self, op: Op[Any], started: float) -> Flow[Any]:
         """Perform another statement of a call, within the time the call has left."""
-        return (yield from call(self._execute, op, self.left(started)))
+        left = started + self.timeout - monotonic()
+        return (yield from call(self._execute, op, max(left, STATEMENT_SECONDS_MIN)))
 
     def _charge(self, row: bytes, charge: Charge, started: float) -> Flow[Arrival]:
-        arrival = yield from do(self._likely(self._lately.get(row))(row, charge))
-        return (yield from self._decided(row, arrival, charge, started))
+        refused = self._lately.get(row)
+        arrival = yield from do(self._likely(refused)(row, charge))
+        return (yield from self._decided(row, arrival, refused, charge, started))
 
     def _likely(self, refused: bool | None) -> Callable[[bytes, Charge], Op[Any]]:
         """The statement that probably decides a hit, from what became of the last one of its key."""
@@ -274,11 +269,17 @@ class LimiterFlows:
         return sql.hit if refused is None else sql.refusal if refused else sql.charge
 
     def _decided(
-        self, row: bytes, arrival: Arrival | None, charge: Charge, started: float
+        self,
+        row: bytes,
+        arrival: Arrival | None,
+        refused: bool | None,
+        charge: Charge,
+        started: float,
     ) -> Flow[Arrival]:
-        """Decide a hit of which the first statement said nothing, and remember what became of it."""
-        expected = arrival is None and self._lately.get(row) is False
-        if arrival is None and self._lately.get(row):
+        """Decide a hit of which the first statement, sent for `refused`, may have said nothing; and
+        remember what became of it."""
+        expected = arrival is None and refused is False
+        if arrival is None and refused:
             arrival = yield from self._again(self.sql.charge(row, charge), started)
         if arrival is None:
             arrival = yield from self._again(self.sql.hit(row, charge), started)
@@ -388,7 +389,7 @@ class LimiterFlows:
         try:
             arrival = yield from self._charge(row, charge, monotonic())
         except OUTAGES as error:
-            decision = self._settled(key, self._degraded(policy, error, None))
+            decision = self.outage(key, error, policy)
             if not decision.allowed:
                 raise self.refusal(decision) from error
             return Reserved(decision, 0.0, None)
