@@ -107,23 +107,6 @@ class AsyncAttempt(AttemptState[T]):
         await (channel or self._lease._runtime.channel).run(self._finish(raw, inside=inside))  # type: ignore[union-attr]  # as above
 
 
-class _Parts:
-    """What an `Idempotency` of a sharded store has in each slot, made when first needed."""
-
-    def __init__(self, store: Any, *settings: Any) -> None:
-        self._store = store
-        self._settings = settings
-        self._made: dict[int, dict[str, Any]] = {}
-
-    def find(self, slot: int) -> dict[str, Any]:
-        """The attributes for a slot."""
-        if slot not in self._made:
-            part: _Idempotency[Any] = _Idempotency()
-            part._begin(self._store._in_slot(slot), *self._settings)
-            self._made[slot] = part.__dict__
-        return self._made[slot]
-
-
 class _Idempotency(Generic[T]):
     """What `Idempotency` and `AsyncIdempotency` share."""
 
@@ -136,7 +119,9 @@ class _Idempotency(Generic[T]):
     def _begin(self, store: Any, ttl: Seconds, lease: Seconds, runtime: Any) -> None:
         self._flows = IdempotencyFlows(store._config, store._sql.prefix_bytes, ttl, lease)
         self._store = store
-        self._parts = _Parts(store, ttl, lease, runtime)
+        self._settings = ttl, lease, runtime
+        # Of a sharded store: the attributes in each slot, made when first needed.
+        self._in_slots: dict[int, dict[str, Any]] = {}
         if not isinstance(store._bare, BoundChannel | AsyncBoundChannel):
             self._runtime = runtime(store, "")
         store._bare.watch(self._flows.sql)
@@ -165,8 +150,13 @@ class _Idempotency(Generic[T]):
         shards = self._flows.shards
         if shards is None or shards.own is not None:
             return self
+        slot = shards.of(self._flows.key(key, scope))
+        if slot not in self._in_slots:
+            part: _Idempotency[Any] = _Idempotency()
+            part._begin(self._store._in_slot(slot), *self._settings)
+            self._in_slots[slot] = part.__dict__
         view: Self = self._view(self._codec)
-        view.__dict__.update(self._parts.find(shards.of(self._flows.key(key, scope))))
+        view.__dict__.update(self._in_slots[slot])
         return view
 
     def using(self, conn: Any) -> Any:
