@@ -55,8 +55,7 @@ def build(config: Config, dsn: str) -> str:
 
 def connect_time(config: Config, conninfo: str) -> float:
     """Return the seconds in which one of the hosts answers, or none of them does."""
-    params = {name: str(value) for name, value in conninfo_to_dict(conninfo).items()}
-    params = _service(params) | params
+    params = _params(conninfo)
     seconds = params.get("connect_timeout", os.environ.get("PGCONNECT_TIMEOUT", ""))
     hosts = len(_hosts(params))
     if hosts == 1 or not seconds.isdigit():
@@ -66,8 +65,7 @@ def connect_time(config: Config, conninfo: str) -> float:
 
 def server_of(conninfo: str) -> tuple[str | None, int | None, str | None]:
     """Return host, port and database, as far as they are given; None for the host if there are several."""
-    given = {name: str(value) for name, value in conninfo_to_dict(conninfo).items()}
-    params = _service(given) | given
+    params = _params(conninfo)
 
     def value(name: str, variable: str) -> str:
         return params.get(name) or os.environ.get(variable, "")
@@ -77,6 +75,11 @@ def server_of(conninfo: str) -> tuple[str | None, int | None, str | None]:
     database = value("dbname", "PGDATABASE") or value("user", "PGUSER")
     alone = "," not in host
     return host if host and alone else None, int(port) if port.isdigit() else None, database or None
+
+
+def _params(conninfo: str) -> dict[str, str]:
+    given = {name: str(value) for name, value in conninfo_to_dict(conninfo).items()}
+    return _service(given) | given
 
 
 def _host_timeout(config: Config, hosts: int) -> int:
