@@ -50,10 +50,8 @@ LOOK_ALL_PAUSE, LOOK_ALL_SHARE = 1.0, 20  # seconds, and times its own length, b
 LATE_US = 250_000  # within which a put may commit late and is found without a full look
 CHUNK_ROWS, CHUNK_BYTES = 1000, 8 * 1024 * 1024  # of put_many's statements
 ERROR_MAX = 1000  # characters of a failure that are kept
-CLEAN_UP = (
-    1.0,
-    3.0,
-)  # seconds for each statement that puts back what a cancelled take has, and for all
+# Seconds for each statement that puts back what a cancelled take has, and for all.
+CLEAN_UP = 1.0, 3.0
 REFUSAL = (
     "jobs are put and acknowledged, but not taken, inside a transaction: take them with the queue "
     "itself, then acknowledge them with queue.using(conn).ack(job)"
