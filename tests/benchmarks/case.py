@@ -21,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from itertools import islice
+from time import perf_counter
 from typing import Any, TypeAlias, TypeVar
 
 import psycopg
@@ -36,6 +37,7 @@ from tests.benchmarks.services import Services, memcached_client
 T = TypeVar("T")
 
 PGKV = "pgkv"
+GET = "pgkv, get"
 COALESCING = "pgkv, coalescing"
 RAW = "raw libpq"
 PSYCOPG = "psycopg"
@@ -361,6 +363,13 @@ def each(call: Callable[[Any], object], inputs: Iterator[Any]) -> Run:
             call(item)
 
     return run
+
+
+def spent(work: Callable[[], object]) -> float:
+    """Seconds."""
+    started = perf_counter()
+    work()
+    return perf_counter() - started
 
 
 def parted(keys: list[str], worker: int, workers: int) -> Iterator[str]:

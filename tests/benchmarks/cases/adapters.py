@@ -20,9 +20,9 @@ from tests.benchmarks.cases.session import (
     DATA,
     FLASK,
     LIFETIME,
-    SESSIONS,
     django_sessions,
     flask_sessions,
+    flask_sessions_in,
 )
 
 DJANGO_REDIS = "django-redis"
@@ -106,9 +106,7 @@ def django_session(bench: Bench) -> Entrants:
 @case("Flask-Session: load + save", {FLASK: 1.5})
 def flask_session(bench: Bench) -> Entrants:
     """Flask-Session's interface over cachelib, as its requests use it; and its own one of Redis."""
-    flask: Any = import_module("flask")
-    kind: Any = import_module("flask_session.cachelib").CacheLibSessionInterface
-    ours = kind(flask.Flask("bench"), client=CachelibCache(bench.store()))
+    ours, names = flask_sessions_in("cachelib", "CacheLib", CachelibCache(bench.store()))
     numbers = count()
 
     def save(interface: Any, name: str) -> None:
@@ -116,9 +114,6 @@ def flask_session(bench: Bench) -> Entrants:
         data["n"] = next(numbers)
         interface._upsert_session(LIFETIME, data, name)
 
-    names = [f"session:{n}" for n in range(SESSIONS)]
-    for name in names:
-        ours._upsert_session(LIFETIME, DATA, name)
     yield PGKV, each(partial(save, ours), cycle(names))
     if theirs := flask_sessions(bench):
         yield FLASK, each(partial(save, theirs[0]), cycle(theirs[1]))

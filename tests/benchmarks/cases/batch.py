@@ -10,13 +10,12 @@ import importlib
 import importlib.util
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import timedelta
 from functools import partial
 from itertools import cycle
 from statistics import median
 from subprocess import DEVNULL, run
-from time import perf_counter
 from typing import Any
 
 from tests.benchmarks.case import (
@@ -32,6 +31,7 @@ from tests.benchmarks.case import (
     case,
     each,
     facts,
+    spent,
     statements,
 )
 from tests.benchmarks.figures import Fact, Goal
@@ -159,13 +159,6 @@ def load(bench: Bench) -> Iterator[Fact]:
     if PIPE in rates:
         goal = Goal(1.5, at_least=True)
         yield Fact(f"load of {size:,} keys: rate, {PIPE} is 1", rates[PGKV] / rates[PIPE], "", goal)
-
-
-def spent(work: Callable[[], object]) -> float:
-    """Seconds."""
-    started = perf_counter()
-    work()
-    return perf_counter() - started
 
 
 def piped(client: Any, rows: list[tuple[str, bytes]]) -> None:

@@ -15,9 +15,9 @@ from itertools import count, cycle
 from typing import Any
 
 import pgkv
-from tests.benchmarks.case import KEYS, PGKV, Bench, Entrants, case, each
+from tests.benchmarks.case import GET, KEYS, PGKV, Bench, Entrants, case, each
 
-GET, GET_MANY = "pgkv, get", "get_many of 2"
+GET_MANY = "get_many of 2"
 L1 = "pgkv with l1"
 DOGPILE, CASHEWS, AIOCACHE = "dogpile.cache", "cashews", "aiocache"
 DISKCACHE, LRU = "diskcache", "functools.lru_cache"

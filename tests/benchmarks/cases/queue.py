@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 import psycopg
 
 import pgkv
-from tests.benchmarks.case import PGKV, REDIS, Bench, Entrants, Run, case, facts
+from tests.benchmarks.case import PGKV, REDIS, Bench, Entrants, Run, case, facts, spent
 from tests.benchmarks.figures import Fact
 
 # Redis keeps its list as safe as that: a crash may lose it.
@@ -268,9 +267,4 @@ def dead_rows(bench: Bench) -> Iterator[Fact]:
 
 def middle(call: Callable[[], object], times: int = 200) -> float:
     """The median of some calls, in seconds."""
-    found = []
-    for _ in range(times):
-        began = time.perf_counter()
-        call()
-        found.append(time.perf_counter() - began)
-    return median(found)
+    return median(spent(call) for _ in range(times))

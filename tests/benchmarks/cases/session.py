@@ -12,9 +12,8 @@ from psycopg.conninfo import conninfo_to_dict
 
 import pgkv
 from pgkv.patterns.session.data import id_of
-from tests.benchmarks.case import KEYS, PGKV, RAW, Bench, Entrants, case, each
+from tests.benchmarks.case import GET, KEYS, PGKV, RAW, Bench, Entrants, case, each
 
-GET = "pgkv, get"
 DJANGO = "Django db sessions"
 FLASK = "Flask-Session, Redis"
 STARSESSIONS = "starsessions, Redis"
@@ -77,12 +76,15 @@ def django_sessions(bench: Bench) -> tuple[Any, list[str]]:
 def flask_sessions(bench: Bench) -> tuple[Any, list[str]] | None:
     """Flask-Session's interface on Redis, and the names of some sessions; None without Redis."""
     client = bench.redis()
-    if client is None:
-        return None
+    return None if client is None else flask_sessions_in("redis", "Redis", client)
+
+
+def flask_sessions_in(module: str, kind: str, client: Any) -> tuple[Any, list[str]]:
+    """Flask-Session's interface of that kind, and the names of some sessions."""
     import flask
 
-    kind: Any = import_module("flask_session.redis").RedisSessionInterface
-    interface = kind(flask.Flask("bench"), client=client)
+    made: Any = getattr(import_module(f"flask_session.{module}"), f"{kind}SessionInterface")
+    interface = made(flask.Flask("bench"), client=client)
     names = [f"session:{n}" for n in range(SESSIONS)]
     for name in names:
         interface._upsert_session(LIFETIME, DATA, name)
