@@ -28,7 +28,7 @@ OPENED = ("_engine", "patterns")
 # In these packages the modules themselves are drawn.
 SHOWN = {
     "_async": ("channel", "transaction", "pool", "connection", "coalesce"),
-    "_sync": ("channel", "transaction", "pool", "connection", "cursor_connection"),
+    "_sync": ("channel", "transaction", "pool", "connection"),
 }
 # The path of store.get().
 HOPS = {

@@ -127,7 +127,7 @@ def _scheduled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(pool_module, "threading", Threading)
     monkeypatch.setattr(pool_module, "time", Time)
     monkeypatch.setattr(pool_module, "monotonic", now)
-    monkeypatch.setattr(pool_module, "connection_class", FakePgConnection)
+    monkeypatch.setattr(pool_module, "PgConnection", FakePgConnection)
     monkeypatch.setattr(pool_module, "SimpleQueue", Queue)
     gc.collect()
     gc.freeze()  # each schedule collects what it made, and nothing else

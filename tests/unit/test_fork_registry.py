@@ -162,7 +162,6 @@ def test_owners_are_collected() -> None:
 PLAIN = re.compile(r"threading\.(Lock|RLock|Condition)\(\)")
 PLAIN_LOCKS = {
     "pgkv/_fork.py",  # makes them
-    "pgkv/_engine/_sync/cursor_connection.py",  # within one statement, which a child does not go on with
     "pgkv/_engine/_sync/pool.py",  # renewed with the pool
     "pgkv/_engine/_sync/transaction.py",  # a child is refused before it gets there
     "patterns/_runtime/lease.py",  # of the turn: only tried, never waited for

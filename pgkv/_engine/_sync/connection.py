@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 import select
+import selectors
 from collections import deque
 from time import monotonic
 from typing import TYPE_CHECKING, Any
@@ -39,7 +40,8 @@ CANCEL_TIMEOUT = 1.0  # seconds that a cancel request may take
 TLS_NAP_MS = 50.0
 LONGEST_NAP_MS = 1e9  # poll() refuses what does not fit a C int
 
-HAS_POLL = hasattr(select, "poll")
+HAS_POLL = hasattr(select, "poll")  # Windows has none
+SELECT_NAP = 0.1  # seconds; no Ctrl-C ends a select() on Windows before its time
 
 
 class PgConnection:
@@ -74,7 +76,6 @@ class PgConnection:
         "retire_at",
         "send_prepared",
     )
-    takes_lock = False  # psycopg's, of the connection
 
     def __init__(
         self,
@@ -330,15 +331,15 @@ class PgConnection:
     def _finish_sending(self, deadline: float) -> None:
         """Push out what the socket did not take at once, reading meanwhile: a server whose
         answers are not read stops reading questions."""
-        both = select.poll()
-        both.register(self.pgconn.socket, select.POLLIN | select.POLLOUT)
-        while self.flush():
-            left = (deadline - monotonic()) * 1000.0
-            if left <= 0:
-                raise _PastDeadlineError
-            for _, events in both.poll(min(left, LONGEST_NAP_MS)):
-                if events & ~select.POLLOUT:
-                    self.consume()
+        with selectors.DefaultSelector() as both:
+            both.register(self.pgconn.socket, selectors.EVENT_READ | selectors.EVENT_WRITE)
+            while self.flush():
+                left = deadline - monotonic()
+                if left <= 0:
+                    raise _PastDeadlineError
+                for _, events in both.select(min(left, SELECT_NAP)):
+                    if events & selectors.EVENT_READ:
+                        self.consume()
 
     # -- statements on the server
 
@@ -433,4 +434,13 @@ def poller(fd: int) -> Callable[[float], Sequence[Any]]:
         poll = select.poll()
         poll.register(fd, select.POLLIN)
         return poll.poll
-    return lambda milliseconds: select.select([fd], [], [], milliseconds / 1000.0)[0]
+
+    def wait(milliseconds: float) -> Sequence[Any]:
+        until = monotonic() + milliseconds / 1000.0
+        while True:
+            left = until - monotonic()
+            ready = select.select([fd], [], [], max(0.0, min(left, SELECT_NAP)))[0]
+            if ready or left <= SELECT_NAP:
+                return ready
+
+    return wait

@@ -61,7 +61,6 @@ from ..pooling import (
     unreachable,
 )
 from .connection import PgConnection
-from .cursor_connection import connection_class
 
 # What a waiter gets: a connection, or None, which means "look again".
 _Turn = SimpleQueue["PgConnection | None"]
@@ -348,7 +347,7 @@ class StorePool:
         prepared = self._prepared.setdefault(inner, set())
         preparing = self._preparing
         prepares = preparing is None or preparing.allowed is not False
-        conn = connection_class(inner, prepares=prepares, prepared=prepared, preparing=preparing)
+        conn = PgConnection(inner, prepares=prepares, prepared=prepared, preparing=preparing)
         if preparing is not None and preparing.allowed is None:
             try:
                 conn.try_preparing(deadline)
@@ -389,7 +388,7 @@ class StorePool:
             except PoolClosed:
                 raise closed(action) from None
             else:
-                if not connection_class(conn, prepares=False).is_stale():
+                if not PgConnection(conn, prepares=False).is_stale():
                     self._connected = True
                     return conn
                 # Another connection's loss makes all suspect, also those that lay in the pool.
@@ -508,7 +507,7 @@ class CallerPool:
                 failure = translate(error, action=action)
             else:
                 prepared = self._prepared.setdefault(conn, set())
-                connection = connection_class(conn, prepares=self._prepares, prepared=prepared)
+                connection = PgConnection(conn, prepares=self._prepares, prepared=prepared)
                 connection.keep_place(PoolPlace(), self._lost)
                 if not connection.is_stale():
                     return self._checked(connection, action)

@@ -28,7 +28,6 @@ from ..caller import Reentrant, check_connection
 from ..flows import RefusedError
 from ..nesting import NESTED_NAP, never_free
 from .connection import PgConnection
-from .cursor_connection import connection_class
 
 if TYPE_CHECKING:
     from psycopg import IsolationLevel
@@ -241,9 +240,9 @@ class CallerChannel(BoundChannel):
     """
 
     def __init__(self, conn: psycopg.Connection[Any], timeout: float) -> None:
-        super().__init__(connection_class(conn, prepares=False), timeout)
+        super().__init__(PgConnection(conn, prepares=False), timeout)
         self._conn = conn
-        self._lock = threading.RLock() if self._connection.takes_lock else Reentrant(conn.lock)
+        self._lock = Reentrant(conn.lock)
 
     @property
     def state(self) -> str:
