@@ -17,7 +17,7 @@ from ._fork import new_lock
 from ._sql import Statements
 from .config import ANONYMOUS, EMBEDDED_SCHEME, Config, TableOptions, dsn_from_environment
 from .errors import ConfigError, InvalidValueError, SerializationError
-from .types import ScanOptions
+from .types import ScanOptions, ScanRange
 
 if TYPE_CHECKING:
     from .embedded import EmbeddedServer
@@ -212,36 +212,13 @@ def text_of(key: str, value: bytes) -> str:
     raise SerializationError(f"the value of {key!r} is not UTF-8 text; use get()")
 
 
-def scan_options(
-    prefix: str | ScanOptions,
-    start: str | None,
-    end: str | None,
-    after: str | None,
-    limit: int | None,
-    offset: int,
-    include_expired: bool,
-) -> ScanOptions:
-    """Return what the keywords of a scan select."""
-    if isinstance(prefix, ScanOptions):
-        if (start, end, after, limit, offset, include_expired) != (
-            None,
-            None,
-            None,
-            None,
-            0,
-            False,
-        ):
-            raise InvalidValueError("give a ScanOptions or keywords, not both")
-        return prefix
-    return ScanOptions(
-        prefix=prefix,
-        start=start,
-        end=end,
-        after=after,
-        limit=limit,
-        offset=offset,
-        include_expired=include_expired,
-    )
+def scan_options(prefix: str | ScanOptions, options: ScanRange) -> ScanOptions:
+    """Return what the arguments of a scan select."""
+    if not isinstance(prefix, ScanOptions):
+        return ScanOptions(prefix=prefix, **options)
+    if options:
+        raise InvalidValueError("give a ScanOptions or keywords, not both")
+    return prefix
 
 
 def facts_of(store: Any) -> str:

@@ -64,10 +64,12 @@ from .types import (
     AtMost,
     CasResult,
     Entry,
+    ExpiryOptions,
     IncrementResult,
     KeyValue,
     PoolStats,
     ScanOptions,
+    ScanRange,
     Stats,
 )
 
@@ -315,25 +317,10 @@ class AsyncStore:
         return await self._channel.execute(self._sql.get_entry(key))
 
     @overload
-    async def set(
-        self,
-        key: str,
-        value: Value,
-        *,
-        ttl: Seconds | None = None,
-        expires_at: datetime | None = None,
-        keep_ttl: bool = False,
-    ) -> int: ...
+    async def set(self, key: str, value: Value, **expiry: Unpack[ExpiryOptions]) -> int: ...
     @overload
     async def set(
-        self,
-        key: str,
-        value: Value,
-        *,
-        ttl: Seconds | None = None,
-        expires_at: datetime | None = None,
-        keep_ttl: bool = False,
-        if_version: int | None,
+        self, key: str, value: Value, *, if_version: int | None, **expiry: Unpack[ExpiryOptions]
     ) -> int | None: ...
     async def set(
         self,
@@ -561,35 +548,15 @@ class AsyncStore:
 
     # -- scan
 
-    async def keys(
-        self,
-        prefix: str | ScanOptions = "",
-        *,
-        start: str | None = None,
-        end: str | None = None,
-        after: str | None = None,
-        limit: int | None = None,
-        offset: int = 0,
-        include_expired: bool = False,
-    ) -> list[str]:
+    async def keys(self, prefix: str | ScanOptions = "", **options: Unpack[ScanRange]) -> list[str]:
         """Return the selected keys, ordered by their UTF-8 bytes; see `Store.keys`."""
-        options = scan_options(prefix, start, end, after, limit, offset, include_expired)
-        return await self._channel.execute(self._sql.keys(options))
+        return await self._channel.execute(self._sql.keys(scan_options(prefix, options)))
 
     async def scan(
-        self,
-        prefix: str | ScanOptions = "",
-        *,
-        start: str | None = None,
-        end: str | None = None,
-        after: str | None = None,
-        limit: int | None = None,
-        offset: int = 0,
-        include_expired: bool = False,
+        self, prefix: str | ScanOptions = "", **options: Unpack[ScanRange]
     ) -> list[KeyValue]:
         """Return the selected rows, ordered by their keys' UTF-8 bytes. See `Store.scan`."""
-        options = scan_options(prefix, start, end, after, limit, offset, include_expired)
-        return await self._channel.execute(self._sql.scan(options))
+        return await self._channel.execute(self._sql.scan(scan_options(prefix, options)))
 
     def iter_keys(self, prefix: str = "", *, page_size: int = 1000) -> AsyncIterator[str]:
         """Iterate over the keys with a prefix in constant memory, page by page. See

@@ -18,7 +18,17 @@ from ._settings import scan_options, text_of
 from ._sql import Statements
 from ._sql.point import negated
 from .errors import NotFoundError, PgkvError, TransactionError
-from .types import AtLeast, AtMost, CasResult, Entry, IncrementResult, KeyValue, ScanOptions
+from .types import (
+    AtLeast,
+    AtMost,
+    CasResult,
+    Entry,
+    ExpiryOptions,
+    IncrementResult,
+    KeyValue,
+    ScanOptions,
+    ScanRange,
+)
 
 if TYPE_CHECKING:
     from ._engine._async.coalesce import AsyncChannel
@@ -163,25 +173,10 @@ class _Queue:
         return self._queue(self._sql.get_entry(key))
 
     @overload
-    def set(
-        self,
-        key: str,
-        value: Value,
-        *,
-        ttl: Seconds | None = None,
-        expires_at: datetime | None = None,
-        keep_ttl: bool = False,
-    ) -> Handle[int]: ...
+    def set(self, key: str, value: Value, **expiry: Unpack[ExpiryOptions]) -> Handle[int]: ...
     @overload
     def set(
-        self,
-        key: str,
-        value: Value,
-        *,
-        ttl: Seconds | None = None,
-        expires_at: datetime | None = None,
-        keep_ttl: bool = False,
-        if_version: int | None,
+        self, key: str, value: Value, *, if_version: int | None, **expiry: Unpack[ExpiryOptions]
     ) -> Handle[int | None]: ...
     def set(
         self,
@@ -336,34 +331,16 @@ class _Queue:
         return self._queue(self._sql.ttl(key))
 
     def keys(
-        self,
-        prefix: str | ScanOptions = "",
-        *,
-        start: str | None = None,
-        end: str | None = None,
-        after: str | None = None,
-        limit: int | None = None,
-        offset: int = 0,
-        include_expired: bool = False,
+        self, prefix: str | ScanOptions = "", **options: Unpack[ScanRange]
     ) -> Handle[list[str]]:
         """Queue `Store.keys`."""
-        options = scan_options(prefix, start, end, after, limit, offset, include_expired)
-        return self._queue(self._sql.keys(options))
+        return self._queue(self._sql.keys(scan_options(prefix, options)))
 
     def scan(
-        self,
-        prefix: str | ScanOptions = "",
-        *,
-        start: str | None = None,
-        end: str | None = None,
-        after: str | None = None,
-        limit: int | None = None,
-        offset: int = 0,
-        include_expired: bool = False,
+        self, prefix: str | ScanOptions = "", **options: Unpack[ScanRange]
     ) -> Handle[list[KeyValue]]:
         """Queue `Store.scan`."""
-        options = scan_options(prefix, start, end, after, limit, offset, include_expired)
-        return self._queue(self._sql.scan(options))
+        return self._queue(self._sql.scan(scan_options(prefix, options)))
 
     def count(self, prefix: str = "", *, include_expired: bool = False) -> Handle[int]:
         """Queue `Store.count`."""

@@ -63,10 +63,12 @@ from .types import (
     AtMost,
     CasResult,
     Entry,
+    ExpiryOptions,
     IncrementResult,
     KeyValue,
     PoolStats,
     ScanOptions,
+    ScanRange,
     Stats,
 )
 
@@ -361,25 +363,10 @@ class Store:
         return self._channel.execute(self._sql.get_entry(key))
 
     @overload
-    def set(
-        self,
-        key: str,
-        value: Value,
-        *,
-        ttl: Seconds | None = None,
-        expires_at: datetime | None = None,
-        keep_ttl: bool = False,
-    ) -> int: ...
+    def set(self, key: str, value: Value, **expiry: Unpack[ExpiryOptions]) -> int: ...
     @overload
     def set(
-        self,
-        key: str,
-        value: Value,
-        *,
-        ttl: Seconds | None = None,
-        expires_at: datetime | None = None,
-        keep_ttl: bool = False,
-        if_version: int | None,
+        self, key: str, value: Value, *, if_version: int | None, **expiry: Unpack[ExpiryOptions]
     ) -> int | None: ...
     def set(
         self,
@@ -693,55 +680,25 @@ class Store:
 
     # -- scan
 
-    def keys(
-        self,
-        prefix: str | ScanOptions = "",
-        *,
-        start: str | None = None,
-        end: str | None = None,
-        after: str | None = None,
-        limit: int | None = None,
-        offset: int = 0,
-        include_expired: bool = False,
-    ) -> list[str]:
+    def keys(self, prefix: str | ScanOptions = "", **options: Unpack[ScanRange]) -> list[str]:
         """Return the selected keys, ordered by their UTF-8 bytes.
 
         Args:
-            prefix: what the keys begin with; or a `ScanOptions` with all of these.
-            start: the first key that may appear (inclusive).
-            end: the first key that may not (exclusive).
-            after: only keys beyond this one (exclusive): the last of the previous page.
-            limit: the most keys to return.
-            offset: how many to skip; this costs as much as reading them, `after` does not.
-            include_expired: also expired keys that are not collected yet.
+            prefix: what the keys begin with; or a `ScanOptions`.
+            **options: the other fields of `ScanOptions`: `start`, `end`, `after`, `limit`, `offset`,
+                `include_expired`.
         """
-        options = scan_options(prefix, start, end, after, limit, offset, include_expired)
-        return self._channel.execute(self._sql.keys(options))
+        return self._channel.execute(self._sql.keys(scan_options(prefix, options)))
 
-    def scan(
-        self,
-        prefix: str | ScanOptions = "",
-        *,
-        start: str | None = None,
-        end: str | None = None,
-        after: str | None = None,
-        limit: int | None = None,
-        offset: int = 0,
-        include_expired: bool = False,
-    ) -> list[KeyValue]:
+    def scan(self, prefix: str | ScanOptions = "", **options: Unpack[ScanRange]) -> list[KeyValue]:
         """Return the selected rows, ordered by their keys' UTF-8 bytes.
 
         Args:
-            prefix: what the keys begin with; or a `ScanOptions` with all of these.
-            start: the first key that may appear (inclusive).
-            end: the first key that may not (exclusive).
-            after: only keys beyond this one (exclusive): the last of the previous page.
-            limit: the most keys to return.
-            offset: how many to skip; this costs as much as reading them, `after` does not.
-            include_expired: also expired rows that are not collected yet.
+            prefix: what the keys begin with; or a `ScanOptions`.
+            **options: the other fields of `ScanOptions`: `start`, `end`, `after`, `limit`, `offset`,
+                `include_expired`.
         """
-        options = scan_options(prefix, start, end, after, limit, offset, include_expired)
-        return self._channel.execute(self._sql.scan(options))
+        return self._channel.execute(self._sql.scan(scan_options(prefix, options)))
 
     def iter_keys(self, prefix: str = "", *, page_size: int = 1000) -> Iterator[str]:
         """Iterate over the keys with a prefix in constant memory, page by page.

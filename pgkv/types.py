@@ -82,6 +82,14 @@ class KeyValue(NamedTuple):
         return f"KeyValue(key={self.key!r}, value={shown_value(self.value)})"
 
 
+class ExpiryOptions(TypedDict, total=False):
+    """How `set` sets the expiry: by one of these."""
+
+    ttl: Seconds | None
+    expires_at: datetime | None
+    keep_ttl: bool
+
+
 class Counting(TypedDict, total=False):
     """What `increment` takes with any bound."""
 
@@ -219,6 +227,17 @@ class ScanOptions:
     limit: int | None = None
     offset: int = 0
     include_expired: bool = False
+
+
+class ScanRange(TypedDict, total=False):
+    """The fields of `ScanOptions` but for the prefix, as keywords."""
+
+    start: str | None
+    end: str | None
+    after: str | None
+    limit: int | None
+    offset: int
+    include_expired: bool
 
 
 @dataclass(frozen=True, slots=True)
