@@ -10,22 +10,20 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Annotated, Any
-
-import typer
+from typing import IO, Any
 
 from ..errors import InvalidValueError
 from ..types import ScanOptions
 from . import console
-from .command import DONE, Invocation, flag
+from .command import DONE, PREFIX, Invocation, argument, flag
 
 PAGE = 500  # rows fetched at a time: values may be large
 
 
 def load(
     call: Invocation,
-    file: Annotated[str, typer.Argument(metavar="FILE", help="The file. - reads standard input.")],
-    as_csv: Annotated[bool, flag("--csv", help="Lines of key,value or key,value,ttl.")] = False,
+    file: str = argument("FILE", "The file. - reads standard input."),
+    as_csv: bool = flag("--csv", "Lines of key,value or key,value,ttl."),
 ) -> int:
     """Write many keys from a file, in transactions of 20,000.
 
@@ -84,9 +82,7 @@ def _csv(lines: IO[str]) -> Iterator[tuple[str, str, float | None]]:
 
 def dump(
     call: Invocation,
-    prefix: Annotated[
-        str, typer.Option("--prefix", "-p", metavar="TEXT", help="Keys that begin with this.")
-    ] = "",
+    prefix: str = PREFIX,
 ) -> int:
     """Print keys and values for `load`, one JSON object a line, with the seconds each has left.
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import typer
 
 from ..errors import NotFoundError
 from . import console
-from .command import DONE, Invocation
+from .command import DONE, Invocation, option
 
 if TYPE_CHECKING:
     from ..patterns.cache.sql import CacheStatements, Usage
@@ -21,16 +21,8 @@ _REPORT = dict[str, tuple[int, int]]  # hits and misses by function
 
 def cache(
     call: Invocation,
-    clear: Annotated[
-        str | None,
-        typer.Option(
-            "--clear", metavar="FUNCTION", help="Invalidate all entries of this function."
-        ),
-    ] = None,
-    tag: Annotated[
-        str | None,
-        typer.Option("--tag", metavar="TAG", help="Invalidate all entries with this tag."),
-    ] = None,
+    clear: str | None = option("--clear FUNCTION", "Invalidate all entries of this function."),
+    tag: str | None = option("--tag TAG", "Invalidate all entries with this tag."),
 ) -> int:
     """List cached functions with their entries, or clear one function or tag.
 

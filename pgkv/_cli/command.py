@@ -15,9 +15,9 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, Any, TypeAlias, get_type_hints
+from typing import Any, get_type_hints
 
 import typer
 from typer.core import TyperCommand, TyperGroup, TyperOption
@@ -85,63 +85,66 @@ def duration(text: str) -> float:
         raise typer.BadParameter(str(error)) from None
 
 
-Seconds: TypeAlias = "float | None"
+def option(usage: str, help: str, default: Any = None, **more: Any) -> Any:  # as typer calls it
+    """Return the default of a parameter that is an option. Its usage is the names and what stands for
+    the value, such as ``--limit -l N``; a flag has no value."""
+    names = [each for each in usage.split() if each.startswith("-")]
+    more.setdefault("metavar", "".join(usage.split()[len(names) :]))
+    return typer.Option(default, *names, help=help, **more)
 
 
-def _common(kind: Any, *names: str, **more: Any) -> Any:
-    return Annotated[kind, typer.Option(*names, rich_help_panel="Store and output", **more)]
+def flag(usage: str, help: str, default: bool = False) -> Any:  # as above
+    """Return the default of a parameter that is a flag."""
+    return option(usage, help, default)
 
 
-def flag(*names: str, help: str) -> Any:  # as typer calls it
-    """Return the option of a flag, which `--help` lists without a value."""
-    return typer.Option(*names, metavar="", help=help)
+def span(name: str, help: str, default: str | None = None) -> Any:  # as above
+    """Return the default of an option that takes a time, such as 90 (seconds), 15m or 1h30m."""
+    return option(f"{name} TIME", help, default, parser=duration)
 
 
-def span(*names: str, help: str) -> Any:  # as above
-    """Return the option of a time, such as 90 (seconds), 15m or 1h30m."""
-    return typer.Option(*names, metavar="TIME", parser=duration, help=help)
+def argument(metavar: str, help: str, default: Any = ...) -> Any:  # as above
+    """Return the default of a parameter that is an argument: one without a default must be given."""
+    return typer.Argument(default, metavar=metavar or None, help=help)
 
 
-# Of what is about a bound on a table's size.
-MaxEntries: TypeAlias = Annotated[
-    int | None,
-    typer.Option("--max-entries", metavar="N", min=ENTRIES_MIN, help="Keep about N keys."),
-]
-MaxBytes: TypeAlias = Annotated[
-    int | None, typer.Option("--max-bytes", metavar="N", min=BYTES_MIN, help="Keep about N bytes.")
-]
+# Options that several commands have.
+MAX_ENTRIES = option("--max-entries N", "Keep about N keys.", min=ENTRIES_MIN)
+MAX_BYTES = option("--max-bytes N", "Keep about N bytes.", min=BYTES_MIN)
+PREFIX = option("--prefix -p TEXT", "Keys that begin with this.", "")
 
-# Options of every command. One after the command's name overrides one before it.
-COMMON: dict[str, Any] = {
-    "dsn": _common(
-        str | None, "--dsn", metavar="DSN",
-        help="postgresql://user@host/db, or embedded:///path. Default: PGKV_DSN, else "
-        "DATABASE_URL. Keep passwords out of it: use PGPASSWORD or ~/.pgpass."),
-    "table": _common(str | None, "--table", "-t", metavar="NAME",
-                     help="The store's table. Default: kv_store."),
-    "schema": _common(str | None, "--schema", metavar="NAME",
-                      help="The table's schema. Default: as search_path has it."),
-    "namespace": _common(str | None, "--namespace", "-n", metavar="PREFIX",
-                         help="Prefix of every key, left out where keys are shown."),
-    "pooler": _common(Pooler | None, "--pooler",
-                      help="transaction: behind PgBouncer in transaction mode. Default: none."),
-    "timeout": _common(Seconds, "--timeout", metavar="TIME", parser=duration,
-                       help="The time limit of one operation. Default: 30s."),
-    "json": _common(bool, "--json", metavar="", help="Print JSON, one document a line."),
-}  # fmt: skip
+
+def _common(usage: str, help: str, default: Any = None, **more: Any) -> Any:
+    more["rich_help_panel"] = "Store and output"
+    return field(default=default, metadata={"option": option(usage, help, default, **more)})
 
 
 @dataclass(frozen=True, slots=True)
 class Invocation:
-    """The common options: the store, and the output format."""
+    """The options of every command: the store, and the output format. One after the command's name
+    overrides one before it."""
 
-    dsn: str | None = None
-    table: str | None = None
-    schema: str | None = None
-    namespace: str | None = None
-    pooler: Pooler | None = None
-    timeout: float | None = None
-    json: bool = False
+    dsn: str | None = _common(
+        "--dsn DSN",
+        "postgresql://user@host/db, or embedded:///path. Default: PGKV_DSN, else DATABASE_URL. "
+        "Keep passwords out of it: use PGPASSWORD or ~/.pgpass.",
+    )
+    table: str | None = _common("--table -t NAME", "The store's table. Default: kv_store.")
+    schema: str | None = _common(
+        "--schema NAME", "The table's schema. Default: as search_path has it."
+    )
+    namespace: str | None = _common(
+        "--namespace -n PREFIX", "Prefix of every key, left out where keys are shown."
+    )
+    pooler: Pooler | None = _common(
+        "--pooler",
+        "transaction: behind PgBouncer in transaction mode. Default: none.",
+        metavar=None,
+    )
+    timeout: float | None = _common(
+        "--timeout TIME", "The time limit of one operation. Default: 30s.", parser=duration
+    )
+    json: bool = _common("--json", "Print JSON, one document a line.", False)
 
     def config(self, **options: Any) -> Config:
         """Return the requested settings; the default DSN comes from the environment."""
@@ -213,52 +216,49 @@ def require_database(config: Config) -> None:
 
 def register(name: str, fn: Callable[..., int]) -> None:
     """Register ``fn(call, ...) -> exit code`` under that name, with the common options added."""
-    hints = get_type_hints(fn, include_extras=True)
-    own = [
-        parameter.replace(annotation=hints[parameter.name], kind=parameter.KEYWORD_ONLY)
-        for parameter in list(inspect.signature(fn).parameters.values())[1:]
-    ]
 
     def run(ctx: typer.Context, **given: Any) -> None:
-        after = {option: given.pop(option) for option in COMMON}
-        common = (ctx.obj or {}) | {k: v for k, v in after.items() if v not in (None, False)}
-        raise typer.Exit(fn(Invocation(**common), **given))
+        after = _set({each.name: given.pop(each.name) for each in fields(Invocation)})
+        raise typer.Exit(fn(Invocation(**ctx.obj | after), **given))
 
-    _sign(run, own)
+    _sign(run, fn)
     app.command(name, cls=_Command, help=inspect.getdoc(fn))(run)
 
 
-def _parameter(
-    name: str, annotation: Any, default: Any = inspect.Parameter.empty
-) -> inspect.Parameter:
-    kind = inspect.Parameter.KEYWORD_ONLY
-    return inspect.Parameter(name, kind, annotation=annotation, default=default)
+def _set(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value not in (None, False)}
 
 
-def _sign(fn: Any, own: list[inspect.Parameter]) -> None:
-    """Give `fn` a context, those parameters and the common options: typer reads the signature."""
-    first = _parameter("ctx", typer.Context)
-    common = [
-        _parameter(name, annotation, False if name == "json" else None)
-        for name, annotation in COMMON.items()
-    ]
-    parameters = [first, *own, *common]
-    fn.__signature__ = inspect.Signature(parameters)
-    fn.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+def _sign(fn: Any, options: Callable[..., Any]) -> None:
+    """Give `fn` a context, the options of a function and the common ones: typer reads the signature."""
+    hints = get_type_hints(options) | get_type_hints(Invocation) | {"ctx": typer.Context}
+    _, *own = inspect.signature(options).parameters.values()  # the first one is no option
+    defaults = {"ctx": inspect.Parameter.empty}
+    defaults |= {each.name: each.default for each in own if each.kind is not each.VAR_KEYWORD}
+    defaults |= {each.name: each.metadata["option"] for each in fields(Invocation)}
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    fn.__annotations__ = {name: hints[name] for name in defaults}
+    fn.__signature__ = inspect.Signature(
+        [
+            inspect.Parameter(name, keyword, annotation=hints[name], default=default)
+            for name, default in defaults.items()
+        ]
+    )
 
 
-def _root(ctx: typer.Context, **given: Any) -> None:
-    if given.pop("version"):
+def _root(
+    ctx: typer.Context, version: bool = flag("--version", "Show the version."), **given: Any
+) -> None:
+    if version:
         console.say(f"pgkv {__version__}")
         raise typer.Exit(DONE)
-    ctx.obj = {k: v for k, v in given.items() if v not in (None, False)}
+    ctx.obj = _set(given)
     if ctx.invoked_subcommand is None:
         console.say(ctx.get_help())
         raise typer.Exit(USAGE)
 
 
-_VERSION = Annotated[bool, typer.Option("--version", metavar="", help="Show the version.")]
-_sign(_root, [_parameter("version", _VERSION, False)])
+_sign(_root, _root)
 app.callback(invoke_without_command=True)(_root)
 
 

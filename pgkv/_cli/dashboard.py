@@ -8,13 +8,11 @@ import sys
 from collections.abc import Callable, Iterable
 from http.cookies import CookieError, SimpleCookie
 from socketserver import ThreadingMixIn
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
-import typer
-
-from .command import DONE, Invocation
+from .command import DONE, Invocation, option
 
 if TYPE_CHECKING:
     from ..patterns.web.request import HttpRequest
@@ -25,9 +23,7 @@ LOOPBACK = "127.0.0.1"
 
 def dashboard(
     call: Invocation,
-    port: Annotated[
-        int, typer.Option("--port", metavar="N", min=0, max=65535, help="Default: a free one.")
-    ] = 0,
+    port: int = option("--port N", "Default: a free one.", 0, min=0, max=65535),
 ) -> int:
     """Show the store and its patterns on a page in the browser, until Ctrl-C. It only reads.
 

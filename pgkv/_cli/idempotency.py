@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated
-
-import typer
 
 from ..errors import NotFoundError
 from . import console
-from .command import DONE, Invocation
+from .command import DONE, Invocation, argument, option
 
 
 class KeyAction(StrEnum):
@@ -21,11 +18,9 @@ class KeyAction(StrEnum):
 
 def idempotency(
     call: Invocation,
-    action: Annotated[KeyAction, typer.Argument(help="show, or forget.")],
-    key: Annotated[str, typer.Argument(help="The idempotency key.")],
-    scope: Annotated[
-        str, typer.Option("--scope", metavar="SCOPE", help="Whose key it is. Default: none.")
-    ] = "",
+    action: KeyAction = argument("", "show, or forget."),
+    key: str = argument("", "The idempotency key."),
+    scope: str = option("--scope SCOPE", "Whose key it is. Default: none.", ""),
 ) -> int:
     """Show what is known of an idempotency key, or make it new.
 

@@ -5,22 +5,22 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from itertools import islice
-from typing import Annotated, Any, TypeAlias
+from typing import Any
 
 import typer
 
 from ..errors import NotFoundError
 from ..store import Store
 from . import console
-from .command import DONE, NOT_FOUND, Invocation, Seconds, flag, span
+from .command import DONE, NOT_FOUND, Invocation, argument, flag, option, span
 
 TERMINAL_LIMIT = 100  # rows of a scan on a terminal, unless --limit says otherwise
 PAGE_KEYS, PAGE_ITEMS = 5000, 500  # rows fetched at a time: values may be large
 
-Key: TypeAlias = Annotated[str, typer.Argument(metavar="KEY", help="The key.")]
+KEY = argument("KEY", "The key.")
 
 
-def get(call: Invocation, key: Key) -> int:
+def get(call: Invocation, key: str = KEY) -> int:
     """Write the value of a key to standard output, byte for byte.
 
     --json adds version and times. A value that is not UTF-8 is then in base64. Exit code
@@ -55,22 +55,18 @@ def get(call: Invocation, key: Key) -> int:
 
 def set_(
     call: Invocation,
-    key: Key,
-    value: Annotated[
-        str, typer.Argument(metavar="VALUE", help="The value. - reads standard input, as bytes.")
-    ],
-    ttl: Annotated[
-        Seconds, span("--ttl", help="Expire after this time: 90 (seconds), 15m, 1h30m, 7d.")
-    ] = None,
-    keep_ttl: Annotated[bool, flag("--keep-ttl", help="Keep the expiry that the key has.")] = False,
-    nx: Annotated[bool, flag("--nx", help="Only if the key does not exist.")] = False,
-    xx: Annotated[bool, flag("--xx", help="Only if the key exists.")] = False,
-    if_version: Annotated[
-        int | None,
-        typer.Option("--if-version", metavar="N", min=0,
-                     help="Only if the key has this version (see get --json). 0: only if it does not exist."),
-    ] = None,
-) -> int:  # fmt: skip
+    key: str = KEY,
+    value: str = argument("VALUE", "The value. - reads standard input, as bytes."),
+    ttl: float | None = span("--ttl", "Expire after this time: 90 (seconds), 15m, 1h30m, 7d."),
+    keep_ttl: bool = flag("--keep-ttl", "Keep the expiry that the key has."),
+    nx: bool = flag("--nx", "Only if the key does not exist."),
+    xx: bool = flag("--xx", "Only if the key exists."),
+    if_version: int | None = option(
+        "--if-version N",
+        "Only if the key has this version (see get --json). 0: only if it does not exist.",
+        min=0,
+    ),
+) -> int:
     """Write a value. Without --ttl the key no longer expires.
 
     Exit code 1: the condition did not hold, and nothing was written. Put -- before a value that
@@ -111,12 +107,9 @@ def _set_existing(store: Store, key: str, data: bytes, ttl: float | None) -> int
 
 def delete(
     call: Invocation,
-    keys: Annotated[list[str] | None, typer.Argument(metavar="KEY", help="The keys.")] = None,
-    prefix: Annotated[
-        str | None,
-        typer.Option("--prefix", "-p", metavar="TEXT", help="Every key that begins with this."),
-    ] = None,
-    yes: Annotated[bool, flag("--yes", "-y", help="Do not ask.")] = False,
+    keys: list[str] | None = argument("KEY", "The keys.", None),
+    prefix: str | None = option("--prefix -p TEXT", "Every key that begins with this."),
+    yes: bool = flag("--yes -y", "Do not ask."),
 ) -> int:
     """Remove one key, several, or all with a prefix.
 
@@ -156,19 +149,15 @@ def _confirm(given: bool, question: Callable[[], str]) -> None:
 
 def scan(
     call: Invocation,
-    start: Annotated[
-        str | None, typer.Argument(metavar="[PREFIX]", help="Keys that begin with this.")
-    ] = None,
-    prefix: Annotated[
-        str | None, typer.Option("--prefix", "-p", metavar="TEXT", help="The same, as an option.")
-    ] = None,
-    limit: Annotated[
-        int | None,
-        typer.Option("--limit", "-l", metavar="N", min=0,
-                     help=f"At most N rows. 0 means all. Default: all, on a terminal {TERMINAL_LIMIT}."),
-    ] = None,
-    values: Annotated[bool, flag("--values/--keys", help="Keys and values, or keys alone.")] = True,
-) -> int:  # fmt: skip
+    start: str | None = argument("[PREFIX]", "Keys that begin with this.", None),
+    prefix: str | None = option("--prefix -p TEXT", "The same, as an option."),
+    limit: int | None = option(
+        "--limit -l N",
+        f"At most N rows. 0 means all. Default: all, on a terminal {TERMINAL_LIMIT}.",
+        min=0,
+    ),
+    values: bool = flag("--values/--keys", "Keys and values, or keys alone.", True),
+) -> int:
     r"""List keys and values in the order of the keys' bytes.
 
     A terminal shows a table. A pipe gets lines of key, tab, value, with `\n`, `\t`, `\\` and `\xHH`

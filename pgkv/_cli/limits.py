@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Annotated
 
 import typer
 
 from ..errors import NotFoundError
 from . import console
-from .command import DONE, Invocation, flag
+from .command import DONE, Invocation, argument, flag, option
 
 
 def limits(
     call: Invocation,
-    key: Annotated[
-        str | None, typer.Argument(metavar="[KEY]", help="The buckets of this key.")
-    ] = None,
-    limiter: Annotated[
-        str | None, typer.Option("--limiter", metavar="NAME", help="Show this limiter only.")
-    ] = None,
-    reset: Annotated[bool, flag("--reset", help="Fill the buckets of KEY.")] = False,
+    key: str | None = argument("[KEY]", "The buckets of this key.", None),
+    limiter: str | None = option("--limiter NAME", "Show this limiter only."),
+    reset: bool = flag("--reset", "Fill the buckets of KEY."),
 ) -> int:
     """List rate limiters with their buckets, or those of one key, or fill them again.
 

@@ -15,13 +15,13 @@ from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import typer
 
 from ..errors import LeaseLostError, LockTimeoutError
 from . import console
-from .command import Invocation, Seconds, flag, span
+from .command import Invocation, argument, flag, span
 
 if TYPE_CHECKING:
     from ..patterns.lock.api import Lease
@@ -38,19 +38,12 @@ PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 def lock(
     call: Invocation,
-    name: Annotated[str, typer.Argument(metavar="NAME", help="The lock.")],
-    program: Annotated[
-        list[str],
-        typer.Argument(metavar="-- COMMAND...", help="The command to run, with its arguments."),
-    ],
-    ttl: Annotated[
-        float, span("--ttl", help="How long the lock stays held after its holder has died.")
-    ] = "30s",  # type: ignore[assignment]  # typer parses it
-    wait: Annotated[
-        Seconds, span("--wait", help="Wait at most this long. Default: without limit.")
-    ] = None,
-    skip: Annotated[bool, flag("--skip", help="Do not wait: exit with 75 if the lock is held.")] = False,
-) -> int:  # fmt: skip
+    name: str = argument("NAME", "The lock."),
+    program: list[str] = argument("-- COMMAND...", "The command to run, with its arguments."),
+    ttl: float = span("--ttl", "How long the lock stays held after its holder has died.", "30s"),
+    wait: float | None = span("--wait", "Wait at most this long. Default: without limit."),
+    skip: bool = flag("--skip", "Do not wait: exit with 75 if the lock is held."),
+) -> int:
     """Run a command while holding a lock: for cron jobs on many machines.
 
     The command finds its fencing token in PGKV_LOCK_TOKEN. Signals are passed on to it, and it is

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from ..errors import NotFoundError, TableNotFoundError
 from . import console
-from .command import DONE, Invocation
+from .command import DONE, Invocation, option
 
 if TYPE_CHECKING:
     from ..patterns.lock.sql import Guarding, Holder, LockStatements
@@ -18,17 +18,15 @@ if TYPE_CHECKING:
 
 def locks(
     call: Invocation,
-    break_: Annotated[
-        int | None,
-        typer.Option("--break", metavar="TOKEN", help="Free the lock of this token at once. Its "
-                     "holder continues until its next renewal."),
-    ] = None,
-    revoke: Annotated[
-        int | None,
-        typer.Option("--revoke", metavar="TOKEN", help="End this token. The lock becomes free when "
-                     "its lease would have ended. Never two holders."),
-    ] = None,
-) -> int:  # fmt: skip
+    break_: int | None = option(
+        "--break TOKEN",
+        "Free the lock of this token at once. Its holder continues until its next renewal.",
+    ),
+    revoke: int | None = option(
+        "--revoke TOKEN",
+        "End this token. The lock becomes free when its lease would have ended. Never two holders.",
+    ),
+) -> int:
     """List the holders of locks: age, time left, waiters.
 
     Below the holders it lists the open transactions that have guarded a lease. A waiter of a lock that

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from ..errors import NotFoundError, TableNotFoundError
 from . import console
-from .command import DONE, Invocation, flag
+from .command import DONE, Invocation, argument, flag, option
 
 if TYPE_CHECKING:
     from ..patterns.queue.api import Queue
@@ -18,21 +18,14 @@ if TYPE_CHECKING:
 
 def queue(
     call: Invocation,
-    name: Annotated[str | None, typer.Argument(metavar="NAME", help="The queue.")] = None,
-    dead: Annotated[bool, flag("--dead", help="List dead jobs only.")] = False,
-    put: Annotated[
-        str | None, typer.Option("--put", metavar="PAYLOAD", help="Put a job.")
-    ] = None,
-    retry: Annotated[
-        int | None, typer.Option("--retry", metavar="ID", help="Let this dead job wait again.")
-    ] = None,
-    drop: Annotated[
-        int | None,
-        typer.Option("--drop", metavar="ID", help="Delete this job, unless a worker has it."),
-    ] = None,
-    purge: Annotated[bool, flag("--purge", help="Delete all dead jobs.")] = False,
-    unlogged: Annotated[bool, flag("--unlogged", help="A queue with durable=False.")] = False,
-) -> int:  # fmt: skip
+    name: str | None = argument("NAME", "The queue.", None),
+    dead: bool = flag("--dead", "List dead jobs only."),
+    put: str | None = option("--put PAYLOAD", "Put a job."),
+    retry: int | None = option("--retry ID", "Let this dead job wait again."),
+    drop: int | None = option("--drop ID", "Delete this job, unless a worker has it."),
+    purge: bool = flag("--purge", "Delete all dead jobs."),
+    unlogged: bool = flag("--unlogged", "A queue with durable=False."),
+) -> int:
     """List queues with their jobs by state, or the jobs of one queue. Put, retry or drop a job.
 
     At most 100 jobs of a queue are listed, in the order in which they would be taken. Exit code 1:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
 from ..errors import NotFoundError, TableNotFoundError
 from . import console
-from .command import DONE, Invocation, flag
+from .command import DONE, Invocation, argument, flag, option
 
 if TYPE_CHECKING:
     from ..patterns.session.data import SessionInfo
@@ -17,14 +17,9 @@ if TYPE_CHECKING:
 
 def sessions(
     call: Invocation,
-    user: Annotated[str, typer.Argument(metavar="USER", help="The sessions' user_id.")],
-    end: Annotated[
-        str | None,
-        typer.Option(
-            "--end", metavar="HANDLE", help="End the session with this handle in the list."
-        ),
-    ] = None,
-    end_all: Annotated[bool, flag("--end-all", help="End all sessions of the user.")] = False,
+    user: str = argument("USER", "The sessions' user_id."),
+    end: str | None = option("--end HANDLE", "End the session with this handle in the list."),
+    end_all: bool = flag("--end-all", "End all sessions of the user."),
 ) -> int:
     """List a user's live sessions, the last used first, or end them.
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from enum import Enum
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from ..config import dsn_from_environment
 from ..errors import ConfigError
 from . import console
-from .command import DONE, NOT_FOUND, Invocation
+from .command import DONE, NOT_FOUND, Invocation, argument, option
 
 if TYPE_CHECKING:
     from .._shards.admin import Servers
@@ -36,31 +36,15 @@ class Action(Enum):
 
 def shards(
     call: Invocation,
-    action: Annotated[
-        Action, typer.Argument(metavar="[ACTION]", help="list, init, check, move, resume or plan.")
-    ] = Action.LIST,
-    which: Annotated[
-        str, typer.Argument(metavar="[SLOTS]", help="Which slots to move, such as 3 or 0-7,12.")
-    ] = "",
-    slots: Annotated[
-        int | None,
-        typer.Option(
-            "--slots", metavar="N", min=1, help="How many slots, for init and plan. Default: 32."
-        ),
-    ] = None,
-    to: Annotated[
-        str | None, typer.Option("--to", metavar="NODE", help="The server to move to, such as n2.")
-    ] = None,
-    rate: Annotated[
-        float | None,
-        typer.Option("--rate", metavar="N", min=1, help="For plan: operations a second."),
-    ] = None,
-    mix: Annotated[
-        str, typer.Option("--mix", metavar="MIX", help="For plan: shares, such as get=80,set=20.")
-    ] = "get=80,set=20",
-    cores: Annotated[
-        float, typer.Option("--cores", metavar="N", min=0.1, help="For plan: cores of a server.")
-    ] = 4,
+    action: Action = argument("[ACTION]", "list, init, check, move, resume or plan.", Action.LIST),
+    which: str = argument("[SLOTS]", "Which slots to move, such as 3 or 0-7,12.", ""),
+    slots: int | None = option(
+        "--slots N", "How many slots, for init and plan. Default: 32.", min=1
+    ),
+    to: str | None = option("--to NODE", "The server to move to, such as n2."),
+    rate: float | None = option("--rate N", "For plan: operations a second.", min=1),
+    mix: str = option("--mix MIX", "For plan: shares, such as get=80,set=20.", "get=80,set=20"),
+    cores: float = option("--cores N", "For plan: cores of a server.", 4, min=0.1),
 ) -> int:
     """List the slots of a store on several servers, make them, check them, or move them.
 

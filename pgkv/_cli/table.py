@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Annotated
 
 import typer
 
@@ -11,7 +10,18 @@ from .._engine.schema import change, changes
 from .._engine.sweep import sweep_all
 from ..config import TableType
 from . import console
-from .command import DONE, NOT_FOUND, Invocation, MaxBytes, MaxEntries, flag, load_object
+from .command import (
+    DONE,
+    MAX_BYTES,
+    MAX_ENTRIES,
+    NOT_FOUND,
+    PREFIX,
+    Invocation,
+    argument,
+    flag,
+    load_object,
+    option,
+)
 
 
 def stats(call: Invocation) -> int:
@@ -44,10 +54,7 @@ def stats(call: Invocation) -> int:
 
 def sweep(
     call: Invocation,
-    limit: Annotated[
-        int | None,
-        typer.Option("--limit", "-l", metavar="N", min=1, help="Stop after N rows."),
-    ] = None,
+    limit: int | None = option("--limit -l N", "Stop after N rows.", min=1),
 ) -> int:
     """Delete expired rows in short steps that block no other client.
 
@@ -71,8 +78,8 @@ def sweep(
 
 def evict(
     call: Invocation,
-    max_entries: MaxEntries = None,
-    max_bytes: MaxBytes = None,
+    max_entries: int | None = MAX_ENTRIES,
+    max_bytes: int | None = MAX_BYTES,
 ) -> int:
     """Delete the oldest keys of a cache until it is within a bound.
 
@@ -91,12 +98,8 @@ def evict(
 
 def rewrite(
     call: Invocation,
-    transforms: Annotated[
-        str, typer.Argument(metavar="MODULE:NAME", help="The list of transforms in your program.")
-    ],
-    prefix: Annotated[
-        str, typer.Option("--prefix", "-p", metavar="TEXT", help="Keys that begin with this.")
-    ] = "",
+    transforms: str = argument("MODULE:NAME", "The list of transforms in your program."),
+    prefix: str = PREFIX,
 ) -> int:
     """Bring stored values to the present transforms, after a new encryption key was put first.
 
@@ -115,20 +118,14 @@ def rewrite(
 
 def schema(
     call: Invocation,
-    regular: Annotated[
-        bool, flag("--regular", help="A logged table, which survives a server crash.")
-    ] = False,
-    locks: Annotated[bool, flag("--locks/--no-locks", help="With the tables of locks.")] = True,
-    sessions: Annotated[
-        bool, flag("--sessions/--no-sessions", help="With the table of sessions.")
-    ] = True,
-    idempotency: Annotated[
-        bool, flag("--idempotency/--no-idempotency", help="With the table of idempotency keys.")
-    ] = True,
-    queues: Annotated[bool, flag("--queues/--no-queues", help="With the tables of queues.")] = True,
-    watch: Annotated[
-        bool, flag("--watch", help="With triggers that tell watchers of every writer.")
-    ] = False,
+    regular: bool = flag("--regular", "A logged table, which survives a server crash."),
+    locks: bool = flag("--locks/--no-locks", "With the tables of locks.", True),
+    sessions: bool = flag("--sessions/--no-sessions", "With the table of sessions.", True),
+    idempotency: bool = flag(
+        "--idempotency/--no-idempotency", "With the table of idempotency keys.", True
+    ),
+    queues: bool = flag("--queues/--no-queues", "With the tables of queues.", True),
+    watch: bool = flag("--watch", "With triggers that tell watchers of every writer."),
 ) -> int:
     """Print the DDL of the tables, for a migration tool. Needs no server.
 
@@ -156,9 +153,7 @@ def schema(
 
 def migrate(
     call: Invocation,
-    dry_run: Annotated[
-        bool, flag("--dry-run", help="Print the SQL. Exit code 1 if there is any.")
-    ] = False,
+    dry_run: bool = flag("--dry-run", "Print the SQL. Exit code 1 if there is any."),
 ) -> int:
     """Bring the tables of an earlier version up to this one. Programs of both may run meanwhile.
 

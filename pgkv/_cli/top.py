@@ -8,7 +8,7 @@ import select
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import typer
 
@@ -35,11 +35,11 @@ class Reading(NamedTuple):
 
 def top(
     call: Invocation,
-    interval: Annotated[
-        float, span("--interval", help="The time between two looks. Default: 2s, at least 1s.")
-    ] = "2s",  # type: ignore[assignment]  # typer parses it
-    once: Annotated[bool, flag("--once", help="Show all views once, with the rates of one interval.")] = False,
-) -> int:  # fmt: skip
+    interval: float = span(
+        "--interval", "The time between two looks. Default: 2s, at least 1s.", "2s"
+    ),
+    once: bool = flag("--once", "Show all views once, with the rates of one interval."),
+) -> int:
     """Show live what the server knows: sizes, rates, keys, locks, queues, connections.
 
     Keys: 1 to 5 choose a view, q ends. A look is one read-only round trip that costs the same however

@@ -6,36 +6,26 @@ import asyncio
 import inspect
 import logging
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
 from . import console
-from .command import DONE, Invocation, flag, load_object, span
+from .command import DONE, Invocation, argument, flag, load_object, option, span
 
 
 def worker(
     call: Invocation,
-    function: Annotated[
-        str, typer.Argument(metavar="MODULE:FUNCTION", help="Called with each job. May be async.")
-    ],
-    queues: Annotated[
-        list[str],
-        typer.Option("--queue", "-q", metavar="NAME",
-                     help="A queue. Later ones are used when earlier ones are empty."),
-    ],
-    concurrency: Annotated[
-        int, typer.Option("--concurrency", metavar="N", min=1, max=1000, help="Jobs at a time.")
-    ] = 8,
-    lease: Annotated[
-        float, span("--lease", help="When the job of a dead worker is given to another.")
-    ] = "60s",  # type: ignore[assignment]  # typer parses it
-    grace: Annotated[
-        float, span("--grace", help="How long running jobs may take to end after SIGTERM.")
-    ] = "30s",  # type: ignore[assignment]  # as above
-    notify: Annotated[bool, flag("--notify", help='Wake up at puts with wakeup="notify".')] = False,
-    unlogged: Annotated[bool, flag("--unlogged", help="Queues with durable=False.")] = False,
-) -> int:  # fmt: skip
+    function: str = argument("MODULE:FUNCTION", "Called with each job. May be async."),
+    queues: list[str] = option(
+        "--queue -q NAME", "A queue. Later ones are used when earlier ones are empty.", ...
+    ),
+    concurrency: int = option("--concurrency N", "Jobs at a time.", 8, min=1, max=1000),
+    lease: float = span("--lease", "When the job of a dead worker is given to another.", "60s"),
+    grace: float = span("--grace", "How long running jobs may take to end after SIGTERM.", "30s"),
+    notify: bool = flag("--notify", 'Wake up at puts with wakeup="notify".'),
+    unlogged: bool = flag("--unlogged", "Queues with durable=False."),
+) -> int:
     """Run the jobs of queues with a function of your program, until SIGTERM or SIGINT.
 
     The module is found from the working directory. The function gets the job: when it returns, the

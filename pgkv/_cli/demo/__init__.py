@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
 from ...config import Pooler
-from ..command import DONE, NOT_FOUND, Invocation
+from ..command import DONE, NOT_FOUND, Invocation, option
 
 
 def demo(
     call: Invocation,
-    keys: Annotated[int, typer.Option("--keys", metavar="N", min=1000, hidden=True)] = 400_000,
-    seconds: Annotated[float, typer.Option("--seconds", min=0.1, hidden=True)] = 3.0,
+    keys: int = option("--keys N", "", 400_000, min=1000, hidden=True),
+    seconds: float = option("--seconds N", "", 3.0, min=0.1, hidden=True),
 ) -> int:
     """Show pgkv at work, in less than a minute.
 
@@ -29,9 +29,9 @@ def demo(
     from .stage import Size
 
     given = {"--table": call.table, "--namespace": call.namespace, "--timeout": call.timeout}
-    for option, value in given.items():
+    for name, value in given.items():
         if value is not None:
-            raise typer.BadParameter(f"the demo uses its own tables: it takes no {option}")
+            raise typer.BadParameter(f"the demo uses its own tables: it takes no {name}")
     options: dict[str, Any] = {"schema": call.schema, "pooler": call.pooler or Pooler.NONE}
     held = show.run(call.dsn, options, Size(keys, seconds), as_json=call.json)
     return DONE if held else NOT_FOUND

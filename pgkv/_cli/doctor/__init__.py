@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .. import console
-from ..command import DONE, NOT_FOUND, Invocation, MaxBytes, MaxEntries, require_database
+from ..command import DONE, MAX_BYTES, MAX_ENTRIES, NOT_FOUND, Invocation, require_database
 
 if TYPE_CHECKING:
     from .context import Finding, Status
@@ -13,7 +13,9 @@ if TYPE_CHECKING:
 _STYLES: dict[Status, str] = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 
 
-def doctor(call: Invocation, max_entries: MaxEntries = None, max_bytes: MaxBytes = None) -> int:
+def doctor(
+    call: Invocation, max_entries: int | None = MAX_ENTRIES, max_bytes: int | None = MAX_BYTES
+) -> int:
     """Check the server, the table and the connection, and suggest fixes.
 
     Changes nothing. Checks the store's own table, and whether those of locks and sessions have leftovers
