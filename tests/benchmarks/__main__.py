@@ -32,7 +32,9 @@ def arguments() -> argparse.Namespace:
         description="Measure pgkv beside libpq, other drivers, Redis and memcached.",
     )
     parser.add_argument("--quick", action="store_true", help="few rounds, small tables")
-    parser.add_argument("--big", action="store_true", help="also a table of 5 million keys")
+    parser.add_argument(
+        "--big", action="store_true", help="also growth, and a table of 5 million keys"
+    )
     parser.add_argument("--rounds", type=int, help=f"per case ({ROUNDS}; at least {ROUNDS_MIN})")
     parser.add_argument("--only", metavar="TEXT", help="cases whose name or topic contains it")
     parser.add_argument(
@@ -135,16 +137,16 @@ def main() -> None:
             machine.costs(running),
         )  # fmt: skip
         earlier = None
-        if given.only and given.output and (given.output / RECORD).exists():
+        if given.output and (given.output / RECORD).exists():
             earlier = record.read(given.output / RECORD)
-            record.merged(
-                earlier, made
-            )  # what cannot be merged is better known now than at the end
+            if given.only:
+                # What cannot be merged is better known now than at the end.
+                record.merged(earlier, made)
         measured(chosen, given, running, console, made)
     show(console, made)
     if given.output is not None:
         if earlier is not None:
-            made = record.merged(earlier, made)
+            made = (record.merged if given.only else record.completed)(earlier, made)
         record.write(given.output / RECORD, made)
         publish(given.output, made)
         console.print(f"Written: {RECORD}, {PLOT} and {PAGE}")

@@ -107,9 +107,18 @@ def merged(old: Record, new: Record) -> Record:
             _replaced(before.results, section.results),
             _replaced(before.facts, section.facts),
         )
-    return Record(
-        new.machine, new.versions | old.versions, new.rounds, list(sections.values()), new.costs
-    )
+    # The costs belong to times; sizes and shares do not depend on them.
+    costs = new.costs if new.results else old.costs
+    versions = new.versions | old.versions
+    return Record(new.machine, versions, new.rounds, list(sections.values()), costs)
+
+
+def completed(old: Record, new: Record) -> Record:
+    """The new record of a whole run, with the topics that only other runs measure."""
+    if old.machine == new.machine:
+        topics = {section.topic for section in new.sections}
+        new.sections += [section for section in old.sections if section.topic not in topics]
+    return new
 
 
 def _replaced(old: list[Measured], new: list[Measured]) -> list[Measured]:

@@ -22,6 +22,7 @@ HEADINGS = (
     "",
 )
 NUMBERS = frozenset(("ours", "theirs", "ratio", "quietest", "CPU"))
+COUNTED = ("rows", "times")  # units of whole numbers
 ABSENT = "not measured"
 
 
@@ -95,7 +96,7 @@ def spread(ratio: Summary) -> str:
 
 def amount(value: float, unit: str = "") -> str:
     """A number with as many digits as it deserves."""
-    digits = 1 if abs(value) < 100 else 0
+    digits = 1 if abs(value) < 100 and unit not in COUNTED else 0
     return f"{value:,.{digits}f} {unit}".rstrip()
 
 

@@ -32,7 +32,7 @@ from tests.benchmarks.figures import (
 )
 from tests.benchmarks.page import BEGIN, END, NBSP, figures, updated
 from tests.benchmarks.placement import LINK, ONE_CORE, TWO_CORES, cpu_clock
-from tests.benchmarks.record import LIBRARIES, Record, Section, merged, read, write
+from tests.benchmarks.record import LIBRARIES, Record, Section, completed, merged, read, write
 from tests.benchmarks.relay import DELAY, relayed
 from tests.benchmarks.table import absent, rendered, rows
 
@@ -279,6 +279,27 @@ def test_a_merged_record_knows_the_versions_of_both_runs(record: Record) -> None
     old = msgspec.structs.replace(record, versions={"Python": "3.11", "Redis": "7"})
     new = msgspec.structs.replace(record, versions={"Python": "3.11", "memcached": "1.6"})
     assert merged(old, new).versions == {"Python": "3.11", "Redis": "7", "memcached": "1.6"}
+
+
+def test_sizes_that_are_measured_alone_leave_the_costs_of_the_times(record: Record) -> None:
+    """The machine may be busy then: it is the times that need to know."""
+    sizes = msgspec.structs.replace(record, sections=[Section("Growth", [], [Fact("a", 1, "MiB")])])
+    found = merged(record, msgspec.structs.replace(sizes, costs={"system call": 9.0}))
+    assert found.costs == record.costs
+    assert [each.topic for each in found.sections] == [
+        *(each.topic for each in record.sections),
+        "Growth",
+    ]
+
+
+def test_a_whole_run_keeps_the_topics_that_others_measure(record: Record) -> None:
+    """`make bench` does not measure growth, and does not remove it; on another machine it does."""
+    growth = Section("Growth", [], [Fact("a", 1, "MiB")])
+    old = msgspec.structs.replace(record, sections=[*record.sections, growth])
+    new = msgspec.structs.replace(record, sections=list(record.sections))
+    assert completed(old, new).sections == old.sections
+    other = msgspec.structs.replace(record, machine={"cores": "4"}, sections=list(record.sections))
+    assert growth not in completed(old, other).sections
 
 
 def test_page_and_plot_are_made_from_the_record_alone(

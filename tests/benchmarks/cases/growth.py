@@ -31,22 +31,29 @@ with pgkv.Store.connect(sys.argv[1]).table("hot_growth") as store:
 
 
 class Sizes(NamedTuple):
-    """Of a table, in MiB, and its rows."""
+    """Of a table, in MiB, its rows, and what the server has counted: updates, those of them that were
+    HOT, deleted rows, vacuums."""
 
     table: float
     indexes: float
     rows: int
+    updates: int
+    hot: int
+    deleted: int
+    vacuums: int
 
 
 def sizes(dsn: str, table: str) -> Sizes:
     query = (
-        "SELECT pg_table_size(t) / 1048576.0, pg_indexes_size(t) / 1048576.0,"
-        f" (SELECT count(*) FROM {table}) FROM (SELECT '{table}'::regclass t) _"
+        "SELECT pg_table_size(relid) / 1048576.0, pg_indexes_size(relid) / 1048576.0,"
+        f" (SELECT count(*) FROM {table}), n_tup_upd, n_tup_hot_upd, n_tup_del,"
+        " vacuum_count + autovacuum_count"
+        f" FROM pg_stat_user_tables WHERE relid = '{table}'::regclass"
     )
     with psycopg.connect(dsn) as conn:
         found = conn.execute(query.encode()).fetchone()
     assert found is not None
-    return Sizes(float(found[0]), float(found[1]), found[2])
+    return Sizes(float(found[0]), float(found[1]), *found[2:])
 
 
 def amount(bench: Bench, full: int) -> int:
@@ -64,25 +71,31 @@ def halves(
             work(number)
         found.append(sizes(bench.dsn, table))
     half, end = found
-    yield Fact(f"{what}: rows half-way", half.rows, "")
-    yield Fact(f"{what}: rows", end.rows, "")
+    yield Fact(f"{what}: left half-way", half.rows, "rows")
+    yield Fact(f"{what}: left", end.rows, "rows")
     for name in ("table", "indexes"):
         yield Fact(f"{what}: {name} half-way", getattr(half, name), "MiB")
         limit = Goal(max(1.0, HALF * getattr(half, name))) if ends and not bench.quick else None
         yield Fact(f"{what}: {name}", getattr(end, name), "MiB", limit)
+    if end.updates:
+        yield Fact(f"{what}: HOT updates", 100 * end.hot / end.updates, "%")
+    yield Fact(f"{what}: swept", end.deleted, "rows")
+    yield Fact(f"{what}: vacuums", end.vacuums, "times")
 
 
 @facts("growth: new keys", only_big=True)
 def churn(bench: Bench) -> Iterator[Fact]:
-    """Random keys that live for a moment."""
+    """Random keys that live for a moment, each written twice."""
     store = bench.store().table("churned")
     store.create_table()
     count = amount(bench, CHURNED)
 
     def write(_: int) -> None:
-        store.set_many({str(uuid.uuid4()): VALUE for _ in range(BATCH)}, ttl=TTL)
+        batch = {str(uuid.uuid4()): VALUE for _ in range(BATCH)}
+        store.set_many(batch, ttl=TTL)
+        store.set_many(batch, ttl=TTL)
 
-    what = f"{count:,} new keys that live {TTL:g} s"
+    what = f"{count:,} new keys that live {TTL:g} s, each written twice"
     yield from halves(bench, what, "churned", write, max(2, count // BATCH))
 
 
