@@ -57,7 +57,7 @@ def cache(
         "function": ("function", console.one_line),
         **console.numbers("entries", "computing"),
         "values": ("value_bytes", console.size),
-        "hit ratio": ("hit_ratio", console.unless_none("{:.1%}".format)),
+        "hit ratio": ("hit_ratio", lambda n: "" if n is None else f"{n:.1%}"),
     }
     call.show(
         _with_ratios(usages, reports),

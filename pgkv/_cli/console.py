@@ -16,7 +16,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -267,22 +267,13 @@ def show_documents(
     documents: Iterable[dict[str, Any]], columns: Columns, *, title: str | None = None
 ) -> None:
     """Show documents as rows: for each column a field, and what makes a text of it."""
-    show_table(list(columns), cells_of(documents, columns), title=title)
-
-
-def cells_of(documents: Iterable[dict[str, Any]], columns: Columns) -> Iterator[list[str]]:
-    """Return the cells of documents, row by row."""
-    return ([text(each[field]) for field, text in columns.values()] for each in documents)
+    rows = ([text(each[field]) for field, text in columns.values()] for each in documents)
+    show_table(list(columns), rows, title=title)
 
 
 def numbers(*names: str) -> Columns:
     """Return columns of numbers, under the names of their fields."""
     return {name: (name, number) for name in names}
-
-
-def unless_none(text: Callable[[Any], str], otherwise: str = "") -> Callable[[Any], str]:
-    """Return what makes the text of a value that may be None."""
-    return lambda value: otherwise if value is None else text(value)
 
 
 def number(value: int) -> str:

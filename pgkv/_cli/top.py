@@ -93,10 +93,9 @@ def _print(call: Invocation, reading: Reading) -> None:
         sys.stdout.flush()
         return
     console.say("  ".join(_facts(reading)))
-    rows = _rows_of(reading)
-    for _, tables in VIEWS.values():
-        for title, name, columns in tables:
-            console.show_documents(rows[name], columns, title=title)
+    for key in VIEWS:
+        for title, columns, rows in _tables(key, reading):
+            console.show_table(columns, rows, title=title)
 
 
 def _live(look: Callable[[float | None], Reading], reading: Reading, interval: float) -> None:
@@ -167,11 +166,8 @@ def _screen(shown: str, reading: Reading, failure: str) -> RenderableType:
     parts: list[RenderableType] = [Text("  ".join(_facts(reading))), menu]
     if failure:
         parts.append(Text(console.one_line(failure), style="bold red"))
-    rows = _rows_of(reading)
-    for title, name, columns in VIEWS[shown][1]:
-        if rows[name]:
-            cells = console.cells_of(rows[name], columns)
-            parts.append(console.table(list(columns), cells, title=title))
+    for title, columns, rows in _tables(shown, reading):
+        parts.append(console.table(columns, rows, title=title))
     return Group(*parts)
 
 
@@ -194,94 +190,26 @@ def _facts(reading: Reading) -> list[str]:
     return [console.printable(each) for each in facts]
 
 
-def _rows_of(reading: Reading) -> dict[str, list[dict[str, Any]]]:
-    """The rows of each table that a view shows."""
-    import msgspec
-
-    frame, rates = msgspec.to_builtins(reading.frame), reading.rates.get("tables", {})
-    for table in frame["tables"]:
-        table |= {"changes": None, "hot": None} | rates.get(table["kind"], {})
-    for lock in frame["locks"]:
-        lock["name"] += "" if lock["slot"] is None else f" [{lock['slot']}]"
-    frame["refused"] = [{"kind": kind, "why": why} for kind, why in frame["refused"].items()]
-    for name in ("sessions", "idempotency"):
-        frame[name] = [] if frame[name] is None else [frame[name]]
-    return frame  # type: ignore[no-any-return]  # of what views name
+# By key: the view's name, and the titles of its tables.
+VIEWS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "1": ("tables", ("Tables", "Not readable")),
+    "2": ("keys", ("Kinds of rows", "Keys", "Cached functions", "Rate limiters")),
+    "3": ("locks", ("Locks", "Waiting for the server")),
+    "4": ("work", ("Queues", "Sessions and idempotency keys")),
+    "5": ("connections", ("Connections",)),
+}
 
 
-_SHARES: console.Columns = {
-    "rows": ("rows", console.number),
-    "size": ("bytes", console.size),
-    "expired": ("expired", console.number),
-}
-_NAMED: console.Columns = {
-    "name": ("name", lambda name: console.one_line(name or "(no prefix)")),
-    **_SHARES,
-}
-_TABLES: console.Columns = {
-    "table": ("kind", str),
-    **console.numbers("rows", "dead"),
-    "size": ("bytes", console.size),
-    "indexes": ("index_bytes", console.size),
-    "writes/s": ("changes", console.unless_none("{:,.1f}".format)),
-    "heap-only": ("hot", console.unless_none("{:.0%}".format)),
-    "vacuum": (
-        "vacuumed",
-        console.unless_none(lambda ago: f"{console.duration(ago)} ago", "never"),
-    ),
-}
-_LOCKS: console.Columns = {
-    "name": ("name", console.one_line),
-    "holder": ("owner", console.one_line),
-    "age": ("age", console.duration),
-    "remaining": ("remaining", console.duration),
-    **console.numbers("waiters"),
-}
-_BLOCKED: console.Columns = {
-    "pid": ("pid", str),
-    "application": ("application", console.one_line),
-    "waits for": ("waits_for", str),
-    "for": ("seconds", console.duration),
-    "blocked by": ("blockers", lambda pids: ", ".join(map(str, pids))),
-}
-_QUEUES: console.Columns = {
-    "queue": ("queue", console.one_line),
-    **console.numbers("waiting", "delayed", "running", "dead"),
-    "oldest": ("oldest", console.duration),
-}
-_CONNECTIONS: console.Columns = {
-    "application": ("application", console.one_line),
-    "state": ("state", str),
-    "connections": ("count", console.number),
-    "longest": ("longest", console.duration),
-}
-_REFUSED: console.Columns = {"table": ("kind", str), "why": ("why", console.one_line)}
-# By key: the view's name, and its tables: title, rows, columns.
-VIEWS: dict[str, tuple[str, list[tuple[str, str, console.Columns]]]] = {
-    "1": ("tables", [("Tables", "tables", _TABLES), ("Not readable", "refused", _REFUSED)]),
-    "2": (
-        "keys",
-        [
-            ("What the rows are", "kinds", {"kind": ("kind", str), **_SHARES}),
-            ("Keys by prefix", "keys", _NAMED),
-            ("Cached functions", "functions", _NAMED),
-            ("Limiters", "limiters", _NAMED),
-        ],
-    ),
-    "3": (
-        "locks",
-        [
-            ("Locks held", "locks", _LOCKS),
-            ("Waiting for a lock of the server", "blocked", _BLOCKED),
-        ],
-    ),
-    "4": (
-        "work",
-        [
-            ("Queues", "queues", _QUEUES),
-            ("Sessions", "sessions", console.numbers("live", "with_user", "expired")),
-            ("Idempotency keys", "idempotency", console.numbers("done", "running", "expired")),
-        ],
-    ),
-    "5": ("connections", [("Connections", "connections", _CONNECTIONS)]),
-}
+def _tables(key: str, reading: Reading) -> Iterator[tuple[str, list[str], list[list[str]]]]:
+    """The tables of a view that have rows: title, columns, cells."""
+    from ..integrations._tables import tables_of
+
+    about = console.symbol("≈", "~")
+    for table in tables_of(reading.frame, reading.rates.get("tables", {})):
+        if table.rows and table.title in VIEWS[key][1]:
+            columns = [name.strip("~>") for name in table.head.split("|")]
+            cells = [
+                [console.one_line(each or "").replace("≈", about) for each in row]
+                for row in table.rows
+            ]
+            yield table.title, columns, cells
