@@ -36,6 +36,8 @@ __all__ = ["AsyncPgkvStorage", "PgkvStorage"]
 
 Change = Callable[[bytes | None], bytes]
 _ATTEMPTS = 1000  # of an acquisition that meets others; each failure is another's success
+# Each strategy has a row of its own, so that a limit may change it. limits' keys end with a unit of time.
+_MOVING, _SLIDING = "/moving", "/sliding"
 
 
 class Refused(Exception):  # noqa: N818  # no error: it leaves the update of a full window
@@ -139,9 +141,11 @@ class Windows(TimestampedSlidingWindow):
         """Remove all limits; return how many there were."""
         return self._store.clear()
 
-    def clear(self, key: str) -> Any:
-        """Remove the limit of a key."""
-        return self._store.delete(key)
+    def clear(self, key: str, expiry: int = 0) -> Any:  # noqa: ARG002  # limits' signature
+        """Remove the limit of a key, as every strategy counts it."""
+        return self._store.delete_many([key, key + _MOVING, key + _SLIDING])
+
+    clear_sliding_window = clear
 
     def close(self) -> Any:
         """Close its connections."""
@@ -149,25 +153,21 @@ class Windows(TimestampedSlidingWindow):
 
     def acquire_entry(self, key: str, limit: int, expiry: int, amount: int = 1) -> Any:
         """Enter a moving window; False, and nothing written, if it is full."""
-        return self._acquire(key, _entered(limit, expiry, amount), expiry)
+        return self._acquire(key + _MOVING, _entered(limit, expiry, amount), expiry)
 
     def get_moving_window(self, key: str, limit: int, expiry: int) -> Any:  # noqa: ARG002  # limits' signature
         """Return when the oldest entry of the window came, and how many there are."""
-        return self._then(lambda data: _moving(data, expiry), self._store.get, key)
+        return self._then(lambda data: _moving(data, expiry), self._store.get, key + _MOVING)
 
     def acquire_sliding_window_entry(
         self, key: str, limit: int, expiry: int, amount: int = 1
     ) -> Any:
         """Enter a window that is weighted with the one before; False if it is full."""
-        return self._acquire(key, _counted(limit, expiry, amount), 2 * expiry)
+        return self._acquire(key + _SLIDING, _counted(limit, expiry, amount), 2 * expiry)
 
     def get_sliding_window(self, key: str, expiry: int) -> Any:
         """Return count and seconds left of the window before, and of the current one."""
-        return self._then(lambda data: _sliding(data, expiry), self._store.get, key)
-
-    def clear_sliding_window(self, key: str, expiry: int) -> Any:  # noqa: ARG002  # limits' signature
-        """Remove both windows of a key."""
-        return self._store.delete(key)
+        return self._then(lambda data: _sliding(data, expiry), self._store.get, key + _SLIDING)
 
     def _then(self, reader: Callable[[Any], Any], *asked: Any) -> Any:
         def flow() -> Flow[Any]:

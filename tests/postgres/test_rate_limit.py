@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from pgkv.patterns.rate_limit import local
 from pgkv.patterns.rate_limit.policy import Policy
 from pgkv.patterns.rate_limit.rate import rates_of
 from pgkv.testing import ServerClock, disabled
+from tests.faults.support import newest
 from tests.peers import Peer, fetch
 from tests.variants import Threaded, Variant
 
@@ -574,3 +576,42 @@ async def test_disabled(make: Make, operations: Any) -> None:
     assert operations == []
     assert limiter.counts.allowed == 0
     assert await attempts(limiter, 3) == 1
+
+
+# Kinds of rates, and the row of a key that counts them. Within a row a change keeps what was used; another
+# row begins with nothing used.
+ROWS_OF = {
+    "3/h": "bucket",
+    "4/d": "bucket",
+    "5/w burst 4": "bucket",
+    "3/quarter": "quarter",
+    "4/quarter": "quarter",
+    "3/quarter Asia/Tokyo": "quarter in Tokyo",
+    "3/h; 4/d": "h and d",
+    "2/h; 4/d": "other h and d",
+    "3/h; 4/year": "h and year",
+}
+
+
+@newest
+async def test_the_rates_of_a_live_key_change(make: Make) -> None:
+    """From each kind of rates to each other, while processes with the old ones go on: nothing raises, and
+    what one row counts does not show in another."""
+    limiters = {rates: make(rates) for rates in ROWS_OF}
+    bursts = {rates: min(each.burst for each in made.rates) for rates, made in limiters.items()}
+    for old, new in itertools.permutations(ROWS_OF, 2):
+        before, after, key = limiters[old], limiters[new], f"{old} {new}"
+        fresh = ROWS_OF[old] != ROWS_OF[new]
+        assert await before.hit(key)
+        assert ((await after.peek(key)).remaining == bursts[new]) is fresh
+        turns = [await each.hit(key) for _ in range(bursts[new]) for each in (after, before)]
+        if fresh:
+            assert sum(map(bool, turns[::2])) == bursts[new]
+            assert sum(map(bool, turns[1::2])) == min(bursts[new], bursts[old] - 1)
+        assert not await after.hit(key)
+        assert not await after.hit_many([(after, key, 1)])
+        assert await after.refund(key)
+        assert await after.reset(key)
+        assert await after.acquire(key, timeout=0)
+        assert await before.reset(key)
+        assert await before.hit(key)

@@ -1,6 +1,8 @@
 """Adapters whose projects ship no tests for others: each contract, method by method."""
 
 import asyncio
+import inspect
+import itertools
 import os
 import threading
 
@@ -332,6 +334,64 @@ def test_flask_limiter():
     client = app.test_client()
     assert [client.get("/").status_code for _ in range(3)] == [200, 200, 429]
     limiter.storage.close()
+
+
+STRATEGIES = ("FixedWindow", "MovingWindow", "SlidingWindowCounter")
+
+
+async def awaited(answer):
+    return await answer if inspect.isawaitable(answer) else answer
+
+
+@pytest.mark.parametrize("scheme", ["pgkv", "async+pgkv"])
+@pytest.mark.parametrize(("old", "new"), [*itertools.permutations(STRATEGIES, 2)])
+async def test_a_limit_whose_strategy_changes(old, new, scheme):
+    """The new strategy begins with nothing used, while processes with the old one go on with theirs, and
+    both clear what belongs to the limit."""
+    from limits import RateLimitItemPerDay, strategies
+    from limits.aio import strategies as aio_strategies
+    from limits.storage import storage_from_string
+
+    storage = storage_from_string(scheme + URL)
+    module = aio_strategies if scheme.startswith("async") else strategies
+    before, after = (getattr(module, f"{each}RateLimiter")(storage) for each in (old, new))
+    item = RateLimitItemPerDay(3)
+    await awaited(storage.reset())
+    for rounds in range(3):
+        assert await awaited(before.hit(item, "k"))
+        assert await awaited(after.test(item, "k"))
+        assert (await awaited(after.get_window_stats(item, "k"))).remaining == 3 - rounds
+        assert await awaited(after.hit(item, "k"))
+    for each in (before, after):
+        assert not await awaited(each.hit(item, "k"))
+        assert (await awaited(each.get_window_stats(item, "k"))).remaining == 0
+    await awaited(after.clear(item, "k"))
+    assert [await awaited(each.hit(item, "k")) for each in (before, after)] == [True, True]
+    wider = RateLimitItemPerDay(4)
+    assert [await awaited(after.hit(wider, "k")) for _ in range(5)] == [True] * 4 + [False]
+    await awaited(storage.close())
+
+
+def test_flask_limiter_with_another_strategy():
+    from flask import Flask
+    from flask_limiter import Limiter
+
+    import pgkv.integrations.limits  # noqa: F401  # registers pgkv://
+
+    for strategy in ("fixed-window", "sliding-window-counter", "moving-window", "fixed-window"):
+        app = Flask("app")
+        limiter = Limiter(
+            lambda: "changed",
+            app=app,
+            storage_uri="pgkv" + URL,
+            strategy=strategy,
+            default_limits=["2/day"],
+        )
+        app.get("/")(lambda: "ok")
+        codes = [app.test_client().get("/").status_code for _ in range(3)]
+        expected = [429] * 3 if codes[0] == 429 else [200, 200, 429]
+        assert codes == expected
+        limiter.storage.close()
 
 
 def test_slowapi():
