@@ -1,11 +1,11 @@
-"""What sync and async stores make of their arguments, before any operation exists."""
+"""What sync and async stores share: what they make of their arguments, and `StoreBase`."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
 from dataclasses import fields, replace
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, Self, Unpack
 
 from psycopg import IsolationLevel, pq
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
@@ -14,10 +14,12 @@ from ._engine import conninfo as _conninfo
 from ._engine.base import InTransaction
 from ._engine.pooling import closed
 from ._fork import new_lock
+from ._observe import shown
 from ._sql import Statements
+from ._sql.scan import namespace_prefix
 from .config import ANONYMOUS, EMBEDDED_SCHEME, Config, TableOptions, dsn_from_environment
 from .errors import ConfigError, InvalidValueError, SerializationError
-from .types import ScanOptions, ScanRange
+from .types import PoolStats, ScanOptions, ScanRange
 
 if TYPE_CHECKING:
     from .embedded import EmbeddedServer
@@ -147,18 +149,6 @@ def config_of_pool(pool: Any, dsn: str | None, given: Mapping[str, Any]) -> Conf
     return Config(dsn or own or ANONYMOUS, **given)
 
 
-def conninfo_of(store: Any) -> str:
-    """Return what a connection outside the pool is opened with.
-
-    Raises:
-        ConfigError: the store is inside a transaction.
-    """
-    channel = store._bare
-    if isinstance(channel, InTransaction):
-        raise ConfigError("load: it has a transaction of its own; call it on the store itself")
-    return str(getattr(channel, "_inner", channel).conninfo())
-
-
 def require_bound(config: Config) -> None:
     """Refuse to evict from a table without a bound.
 
@@ -167,19 +157,6 @@ def require_bound(config: Config) -> None:
     """
     if not config.bounded:
         raise ConfigError("evict: the table has no bound; set max_entries or max_bytes")
-
-
-def require_whole_table(sql: Statements, action: str) -> None:
-    """Refuse, on a namespace, what would touch other namespaces' keys.
-
-    Raises:
-        ConfigError: this is a namespace.
-    """
-    if sql.prefix:
-        raise ConfigError(
-            f"{action}() acts on the whole table; call it on the store, not on its namespace "
-            f"{sql.prefix!r} (clear() keeps to a namespace)"
-        )
 
 
 def check_transaction(fn: object, isolation: object) -> None:
@@ -221,21 +198,6 @@ def scan_options(prefix: str | ScanOptions, options: ScanRange) -> ScanOptions:
     return prefix
 
 
-def facts_of(store: Any) -> str:
-    """Return what a store's repr says: which table and keys, where, and whether it can be used."""
-    config, prefix = store._config, store._sql.prefix
-    schema = "" if config.schema is None else f"{config.schema}."
-    name = f"{schema}{config.table_name}"
-    place = store._target.place()
-    state = store._channel.state
-    return (
-        f"{name!r}"
-        + (f" namespace={prefix!r}" if prefix else "")
-        + (f" at {place}" if place else "")
-        + (f", {state}" if state else "")
-    )
-
-
 def refuse_pickle(thing: object, /, *_: object) -> NoReturn:
     """The `__reduce__` of what lives on connections: these stay in their process.
 
@@ -246,3 +208,119 @@ def refuse_pickle(thing: object, /, *_: object) -> NoReturn:
         f"this {type(thing).__name__} cannot be pickled or copied: its connections belong to this "
         "process; make one in each process, from the same settings"
     )
+
+
+class StoreBase:
+    """What a `Store` and an `AsyncStore` share: everything that sends nothing."""
+
+    def _bind(
+        self, config: Config, target: Target, sql: Statements, channel: Any, *, owner: bool = True
+    ) -> None:
+        self._config = config
+        self._target = target
+        self._sql = sql
+        self._channel = self._bare = channel
+        self._owner = owner
+        channel.watch(sql)
+
+    def _view(
+        self, *, config: Config | None = None, sql: Statements | None = None, channel: Any = None
+    ) -> Self:
+        """Return a store that shares everything not given here; it does not own the connections."""
+        view = type(self).__new__(type(self))
+        view._bind(
+            config or self._config,
+            self._target,
+            sql or self._sql,
+            channel or self._bare,
+            owner=False,
+        )
+        return view
+
+    @shown
+    def __repr__(self) -> str:
+        config, prefix = self._config, self._sql.prefix
+        schema = "" if config.schema is None else f"{config.schema}."
+        name = f"{schema}{config.table_name}"
+        place, state = self._target.place(), self._channel.state
+        return (
+            f"{name!r}"
+            + (f" namespace={prefix!r}" if prefix else "")
+            + (f" at {place}" if place else "")
+            + (f", {state}" if state else "")
+        )
+
+    __reduce__ = refuse_pickle
+
+    def __bool__(self) -> bool:
+        # A store is always true, even when it is empty.
+        return True
+
+    @property
+    def dsn(self) -> str:
+        """The libpq DSN of this store's server, for connections of your own.
+
+        For ``embedded://`` it names the embedded server, which is started if it is not running.
+        **It contains the password**, if there is one: do not log it.
+        """
+        return self._target.dsn()
+
+    def pool_stats(self) -> PoolStats:
+        """Return how many connections this process has, and how many callers wait for one. Sends
+        nothing.
+
+        Raises:
+            TransactionError: this store is inside a transaction, which has one connection.
+        """
+        found: PoolStats = self._channel.pool_stats()
+        return found
+
+    def namespace(self, prefix: str, *, notify: bool | None = None) -> Self:
+        """Return a view of the keys with a prefix, which is added to keys on the way in and removed
+        on the way out.
+
+        Views nest. `clear`, `count` and scans keep to the prefix; operations on the whole table
+        (`truncate`, `vacuum`, `recreate_table`) raise `ConfigError`.
+
+        Args:
+            prefix: a non-empty str. Nothing is put between it and the key, so end it with a separator
+                such as a colon.
+            notify: tell watchers of what is written through this view; None as this store does.
+
+        Raises:
+            InvalidKeyError: no key can begin with it.
+        """
+        joined = namespace_prefix(self._sql.prefix, prefix)
+        config = self._config if notify is None else replace(self._config, notify=notify)
+        return self._view(config=config, sql=self._sql.of(config, joined))
+
+    def table(self, name: str, **options: Unpack[TableOptions]) -> Self:
+        """Return a store for another table over the same connections.
+
+        Args:
+            name: the table's name.
+            **options: ``schema``, ``table_type``, ``auto_create_table``, ``ttl_cleanup_strategy``,
+                ``max_key_length``, ``max_value_size``, ``on_error``, ``max_entries``, ``max_bytes``,
+                ``transforms``, ``notify``; the others are this store's.
+
+        Raises:
+            ConfigError: the name cannot be a table name, or there is no such option.
+        """
+        config = table_config(self._config, name, options)
+        return self._view(config=config, sql=self._sql.of(config))
+
+    def _whole_table(self, action: str) -> Statements:
+        """The statements, for what acts on the whole table; a namespace refuses that."""
+        if self._sql.prefix:
+            raise ConfigError(
+                f"{action}() acts on the whole table; call it on the store, not on its namespace "
+                f"{self._sql.prefix!r} (clear() keeps to a namespace)"
+            )
+        return self._sql
+
+    def _conninfo(self) -> str:
+        """What the connection of `load` is opened with; refused inside a transaction."""
+        channel = self._bare
+        if isinstance(channel, InTransaction):
+            raise ConfigError("load: it has a transaction of its own; call it on the store itself")
+        return str(getattr(channel, "_inner", channel).conninfo())

@@ -11,7 +11,6 @@ import contextlib
 import inspect
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from datetime import datetime
 from operator import attrgetter
 from pathlib import Path
@@ -35,28 +34,22 @@ from ._engine._async.pool import AsyncCallerPool, AsyncStorePool
 from ._engine._async.transaction import AsyncCallerChannel
 from ._engine.caller import unwrap
 from ._engine.unopened import Unawaited
-from ._observe import shown
 from ._ops.codec import seconds, whole
 from ._settings import (
+    StoreBase,
     Target,
     check_pool,
     check_transaction,
     config_of,
     config_of_pool,
-    conninfo_of,
-    facts_of,
     options_of,
     reach_timeout,
-    refuse_pickle,
     require_bound,
-    require_whole_table,
     scan_options,
-    table_config,
     text_of,
 )
 from ._sql import Statements
 from ._sql.point import decimal, negated
-from ._sql.scan import namespace_prefix
 from .config import EMBEDDED_SCHEME, Config, require_config
 from .errors import NotFoundError
 from .types import (
@@ -67,7 +60,6 @@ from .types import (
     ExpiryOptions,
     IncrementResult,
     KeyValue,
-    PoolStats,
     ScanOptions,
     ScanRange,
     Stats,
@@ -80,7 +72,7 @@ if TYPE_CHECKING:
     from ._ops.serialize import CodecName
     from ._shards.store import AsyncShardedStore
     from ._watch.api import AsyncWatch
-    from .config import Options, Seconds, TableOptions
+    from .config import Options, Seconds
     from .pipeline import AsyncPipeline
     from .typed import AsyncTypedStore
 
@@ -120,7 +112,7 @@ class Opening(Unawaited[T]):
         return await self._manager.__aexit__(kind, error, traceback)
 
 
-class AsyncStore:
+class AsyncStore(StoreBase):
     """A key-value store in one PostgreSQL table, for asyncio: :class:`Store`, awaited.
 
     It belongs to the event loop of its first operation and serves any number of tasks with at most
@@ -131,6 +123,8 @@ class AsyncStore:
     On Windows a selector event loop is required.
     """
 
+    _bare: AsyncChannel
+    _channel: AsyncChannel
     _ending: contextlib.AbstractAsyncContextManager[Any] | None = None
 
     def __init__(self, config: Config) -> None:
@@ -150,37 +144,12 @@ class AsyncStore:
         *,
         owner: bool = True,
     ) -> None:
-        self._config = config
-        self._target = target
-        self._sql = sql
-        self._channel = channel
+        super()._bind(config, target, sql, channel, owner=owner)
+        self._execute, self._run = channel.execute, channel.run  # for the patterns
         if config.notify:
             from ._watch.hints import AsyncNotingChannel
 
             self._channel = cast("AsyncChannel", AsyncNotingChannel(channel, config))
-        self._owner = owner
-        self._bare = channel  # this and the next two are for the patterns
-        self._execute = channel.execute
-        self._run = channel.run
-        channel.watch(sql)
-
-    def _view(
-        self,
-        *,
-        config: Config | None = None,
-        sql: Statements | None = None,
-        channel: AsyncChannel | None = None,
-    ) -> Self:
-        """Return a store that shares everything not given here; it does not own the connections."""
-        view = type(self).__new__(type(self))
-        view._bind(
-            config or self._config,
-            self._target,
-            sql or self._sql,
-            channel or self._bare,
-            owner=False,
-        )
-        return view
 
     # -- beginning and end
 
@@ -271,20 +240,6 @@ class AsyncStore:
             return await ending.__aexit__(kind, error, traceback)
         await self.close()
         return None
-
-    @shown
-    def __repr__(self) -> str:
-        return facts_of(self)
-
-    __reduce__ = refuse_pickle
-
-    def __bool__(self) -> bool:
-        return True
-
-    @property
-    def dsn(self) -> str:
-        """The libpq DSN of this store's server; see `Store.dsn`."""
-        return self._target.dsn()
 
     # -- basic
 
@@ -407,7 +362,7 @@ class AsyncStore:
         transaction under way."""
         from ._engine.load import load
 
-        conninfo, stop = conninfo_of(self), Event()
+        conninfo, stop = self._conninfo(), Event()
         if self._config.auto_create_table:
             await self.create_table()
         try:
@@ -621,8 +576,7 @@ class AsyncStore:
 
     async def truncate(self) -> None:
         """Empty the whole table at once. Waits at most 2 s for transactions that use it."""
-        require_whole_table(self._sql, "truncate")
-        await self._channel.execute(self._sql.truncate())
+        await self._channel.execute(self._whole_table("truncate").truncate())
 
     async def stats(self) -> Stats:
         """Return sizes and health of the whole table. Reads all of it: linear."""
@@ -631,8 +585,7 @@ class AsyncStore:
 
     async def vacuum(self) -> None:
         """Reclaim dead rows now. Normally autovacuum does this; see `Store.vacuum`."""
-        require_whole_table(self._sql, "vacuum")
-        await self._channel.run(_flows.maintain(self._sql, self._sql.vacuum()))
+        await self._channel.run(_flows.maintain(self._sql, self._whole_table("vacuum").vacuum()))
 
     async def analyze(self) -> None:
         """Refresh the planner's statistics of the table; see `Store.analyze`."""
@@ -645,8 +598,7 @@ class AsyncStore:
 
     async def recreate_table(self) -> None:
         """Drop the table **with everything in it** and create it again, in one transaction."""
-        require_whole_table(self._sql, "recreate_table")
-        await self._channel.run(_schema.recreate(self._sql.table))
+        await self._channel.run(_schema.recreate(self._whole_table("recreate_table").table))
 
     async def ping(self, timeout: Seconds | None = None) -> float:
         """Make a round trip to the server and return the seconds it took. See `Store.ping`."""
@@ -659,11 +611,6 @@ class AsyncStore:
     async def now(self) -> datetime:
         """Return what the server's clock says (UTC): the clock that decides every expiry."""
         return await self._channel.execute(self._sql.now())
-
-    def pool_stats(self) -> PoolStats:
-        """Return how many connections this process has, and how many tasks wait for one. Sends
-        nothing. See `Store.pool_stats`."""
-        return self._channel.pool_stats()
 
     # -- scope
 
@@ -723,13 +670,6 @@ class AsyncStore:
         inner = unwrap(conn, psycopg.AsyncConnection)
         return self._view(channel=AsyncCallerChannel(inner, self._config.operation_timeout))
 
-    def namespace(self, prefix: str, *, notify: bool | None = None) -> Self:
-        """Return a view of the keys with a prefix, which is added to keys on the way in and removed
-        on the way out. See `Store.namespace`."""
-        joined = namespace_prefix(self._sql.prefix, prefix)
-        config = self._config if notify is None else replace(self._config, notify=notify)
-        return self._view(config=config, sql=self._sql.of(config, joined))
-
     def watch(
         self,
         keys: str | Iterable[str],
@@ -743,11 +683,6 @@ class AsyncStore:
         from ._watch.api import AsyncWatch
 
         return AsyncWatch(self, keys, prefix, initial, poll, values)
-
-    def table(self, name: str, **options: Unpack[TableOptions]) -> Self:
-        """Return a store for another table over the same connections; see `Store.table`."""
-        config = table_config(self._config, name, options)
-        return self._view(config=config, sql=self._sql.of(config))
 
 
 builtin_set = set  # inside the class body the name means the method

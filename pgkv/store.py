@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from datetime import datetime
 from operator import attrgetter
 from pathlib import Path
@@ -33,29 +32,23 @@ from ._engine._sync.pool import CallerPool, StorePool
 from ._engine._sync.transaction import CallerChannel
 from ._engine.caller import unwrap
 from ._engine.unopened import Unopened
-from ._observe import shown
 from ._ops.codec import seconds, whole
 from ._ops.drivers import invoke
 from ._settings import (
+    StoreBase,
     Target,
     check_pool,
     check_transaction,
     config_of,
     config_of_pool,
-    conninfo_of,
-    facts_of,
     options_of,
     reach_timeout,
-    refuse_pickle,
     require_bound,
-    require_whole_table,
     scan_options,
-    table_config,
     text_of,
 )
 from ._sql import Statements
 from ._sql.point import decimal, negated
-from ._sql.scan import namespace_prefix
 from .config import EMBEDDED_SCHEME, Config, require_config
 from .errors import NotFoundError
 from .types import (
@@ -66,7 +59,6 @@ from .types import (
     ExpiryOptions,
     IncrementResult,
     KeyValue,
-    PoolStats,
     ScanOptions,
     ScanRange,
     Stats,
@@ -79,7 +71,7 @@ if TYPE_CHECKING:
     from ._ops.serialize import CodecName
     from ._shards.store import ShardedStore
     from ._watch.api import Watch
-    from .config import Options, Seconds, TableOptions
+    from .config import Options, Seconds
     from .pipeline import Pipeline
     from .typed import TypedStore
 
@@ -109,7 +101,7 @@ class Entering(Unopened, Generic[T]):
         return self._manager.__exit__(kind, error, traceback)
 
 
-class Store:
+class Store(StoreBase):
     """A key-value store in one PostgreSQL table, for threads.
 
     Keys are strings, values bytes (a str goes in as UTF-8). Every operation on one key is atomic
@@ -146,6 +138,9 @@ class Store:
         ConfigError: `config` is not a `Config`.
     """
 
+    _bare: Channel
+    _channel: Channel
+
     def __init__(self, config: Config) -> None:
         require_config(config, "Store")
         target = Target(config)
@@ -162,37 +157,12 @@ class Store:
         *,
         owner: bool = True,
     ) -> None:
-        self._config = config
-        self._target = target
-        self._sql = sql
-        self._channel = channel
+        super()._bind(config, target, sql, channel, owner=owner)
+        self._execute, self._run = channel.execute, channel.run  # for the patterns
         if config.notify:
             from ._watch.hints import NotingChannel
 
             self._channel = cast("Channel", NotingChannel(channel, config))
-        self._owner = owner
-        self._bare = channel  # this and the next two are for the patterns
-        self._execute = channel.execute
-        self._run = channel.run
-        channel.watch(sql)
-
-    def _view(
-        self,
-        *,
-        config: Config | None = None,
-        sql: Statements | None = None,
-        channel: Channel | None = None,
-    ) -> Self:
-        """Return a store that shares everything not given here; it does not own the connections."""
-        view = type(self).__new__(type(self))
-        view._bind(
-            config or self._config,
-            self._target,
-            sql or self._sql,
-            channel or self._bare,
-            owner=False,
-        )
-        return view
 
     # -- beginning and end
 
@@ -308,21 +278,6 @@ class Store:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
-
-    @shown
-    def __repr__(self) -> str:
-        return facts_of(self)
-
-    __reduce__ = refuse_pickle
-
-    @property
-    def dsn(self) -> str:
-        """The libpq DSN of this store's server, for connections of your own.
-
-        For ``embedded://`` it names the embedded server, which is started if it is not running.
-        **It contains the password**, if there is one: do not log it.
-        """
-        return self._target.dsn()
 
     # -- basic
 
@@ -503,7 +458,7 @@ class Store:
         """
         from ._engine.load import load
 
-        conninfo = conninfo_of(self)
+        conninfo = self._conninfo()
         if self._config.auto_create_table:
             self.create_table()
         try:
@@ -798,8 +753,7 @@ class Store:
 
     def truncate(self) -> None:
         """Empty the whole table at once. Waits at most 2 s for transactions that use it."""
-        require_whole_table(self._sql, "truncate")
-        self._channel.execute(self._sql.truncate())
+        self._channel.execute(self._whole_table("truncate").truncate())
 
     def stats(self) -> Stats:
         """Return sizes and health of the whole table. Reads all of it: linear."""
@@ -812,8 +766,7 @@ class Store:
         Raises:
             ConfigError: the role neither owns the table nor has MAINTAIN (PostgreSQL 17 and newer).
         """
-        require_whole_table(self._sql, "vacuum")
-        self._channel.run(_flows.maintain(self._sql, self._sql.vacuum()))
+        self._channel.run(_flows.maintain(self._sql, self._whole_table("vacuum").vacuum()))
 
     def analyze(self) -> None:
         """Refresh the planner's statistics of the table.
@@ -834,8 +787,7 @@ class Store:
 
     def recreate_table(self) -> None:
         """Drop the table **with everything in it** and create it again, in one transaction."""
-        require_whole_table(self._sql, "recreate_table")
-        self._channel.run(_schema.recreate(self._sql.table))
+        self._channel.run(_schema.recreate(self._whole_table("recreate_table").table))
 
     def ping(self, timeout: Seconds | None = None) -> float:
         """Make a round trip to the server and return the seconds it took.
@@ -852,15 +804,6 @@ class Store:
     def now(self) -> datetime:
         """Return what the server's clock says (UTC): the clock that decides every expiry."""
         return self._channel.execute(self._sql.now())
-
-    def pool_stats(self) -> PoolStats:
-        """Return how many connections this process has, and how many callers wait for one. Sends
-        nothing.
-
-        Raises:
-            TransactionError: this store is inside a transaction, which has one connection.
-        """
-        return self._channel.pool_stats()
 
     # -- scope
 
@@ -964,25 +907,6 @@ class Store:
         inner = unwrap(conn, psycopg.Connection)
         return self._view(channel=CallerChannel(inner, self._config.operation_timeout))
 
-    def namespace(self, prefix: str, *, notify: bool | None = None) -> Self:
-        """Return a view of the keys with a prefix, which is added to keys on the way in and removed
-        on the way out.
-
-        Views nest. `clear`, `count` and scans keep to the prefix; operations on the whole table
-        (`truncate`, `vacuum`, `recreate_table`) raise `ConfigError`.
-
-        Args:
-            prefix: a non-empty str. Nothing is put between it and the key, so end it with a separator
-                such as a colon.
-            notify: tell watchers of what is written through this view; None as this store does.
-
-        Raises:
-            InvalidKeyError: no key can begin with it.
-        """
-        joined = namespace_prefix(self._sql.prefix, prefix)
-        config = self._config if notify is None else replace(self._config, notify=notify)
-        return self._view(config=config, sql=self._sql.of(config, joined))
-
     def watch(
         self,
         keys: str | Iterable[str],
@@ -1018,21 +942,6 @@ class Store:
         from ._watch.api import Watch
 
         return Watch(self, keys, prefix, initial, poll, values)
-
-    def table(self, name: str, **options: Unpack[TableOptions]) -> Self:
-        """Return a store for another table over the same connections.
-
-        Args:
-            name: the table's name.
-            **options: ``schema``, ``table_type``, ``auto_create_table``, ``ttl_cleanup_strategy``,
-                ``max_key_length``, ``max_value_size``, ``on_error``, ``max_entries``, ``max_bytes``,
-                ``transforms``, ``notify``; the others are this store's.
-
-        Raises:
-            ConfigError: the name cannot be a table name, or there is no such option.
-        """
-        config = table_config(self._config, name, options)
-        return self._view(config=config, sql=self._sql.of(config))
 
 
 builtin_set = set  # inside the class body the name means the method
