@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable
 from typing import Any
 
 from ...errors import SessionError
@@ -68,44 +69,9 @@ class RequestSession(dict[str, Any]):
         """Return what is stored of it."""
         return self
 
-    # Everything that reads or changes a dict. Views and iterators are taken from a loaded one.
-
-    def __getitem__(self, key: str) -> Any:
-        self.mark_accessed()
-        return super().__getitem__(key)
-
-    def __setitem__(self, key: str, value: Any) -> None:
-        self.mark_modified()
-        super().__setitem__(key, value)
-
-    def __delitem__(self, key: str) -> None:
-        self.mark_modified()
-        super().__delitem__(key)
-
-    def __contains__(self, key: object) -> bool:
-        self.mark_accessed()
-        return super().__contains__(key)
-
-    def __iter__(self) -> Iterator[str]:
-        self.mark_accessed()
-        return super().__iter__()
-
-    def __reversed__(self) -> Iterator[str]:
-        self.mark_accessed()
-        return super().__reversed__()
-
-    def __len__(self) -> int:
-        self.mark_accessed()
-        return super().__len__()
-
-    def __eq__(self, other: object) -> bool:
-        self.mark_accessed()
-        return super().__eq__(other)
-
-    def __ne__(self, other: object) -> bool:
-        return not self == other
-
     __hash__ = None  # as every dict
+
+    # The methods of dict that are not here load the session first too: see below the class.
 
     def __or__(self, other: Any) -> Any:
         return dict(self.items()) | other
@@ -113,33 +79,9 @@ class RequestSession(dict[str, Any]):
     def __ror__(self, other: Any) -> Any:
         return other | dict(self.items())
 
-    def __ior__(self, other: Any) -> Any:
-        self.mark_modified()
-        return super().__ior__(other)
-
     def __repr__(self) -> str:
         # Sessions end up in tracebacks and logs; what they hold must not. Looking loads nothing.
         return f"<{type(self).__name__} {'not loaded' if self._session is None else self._session}>"
-
-    def get(self, key: str, default: Any = None) -> Any:
-        """As dict's."""
-        self.mark_accessed()
-        return super().get(key, default)
-
-    def keys(self) -> Any:
-        """As dict's."""
-        self.mark_accessed()
-        return super().keys()
-
-    def values(self) -> Any:
-        """As dict's."""
-        self.mark_accessed()
-        return super().values()
-
-    def items(self) -> Any:
-        """As dict's."""
-        self.mark_accessed()
-        return super().items()
 
     def copy(self) -> dict[str, Any]:
         """Return a plain dict."""
@@ -151,21 +93,11 @@ class RequestSession(dict[str, Any]):
         self.modified |= super().__contains__(key)
         return super().pop(key, *default)
 
-    def popitem(self) -> tuple[str, Any]:
-        """As dict's."""
-        self.mark_modified()
-        return super().popitem()
-
     def setdefault(self, key: str, default: Any = None) -> Any:
         """As dict's."""
         self.mark_accessed()
         self.modified |= not super().__contains__(key)
         return super().setdefault(key, default)
-
-    def update(self, *args: Any, **kwargs: Any) -> None:
-        """As dict's."""
-        self.mark_modified()
-        super().update(*args, **kwargs)
 
     def clear(self) -> None:
         """End the session. What is put in afterwards begins a new one."""
@@ -173,3 +105,25 @@ class RequestSession(dict[str, Any]):
         self.cleared = True
         self.lifetimes = (KEEP, KEEP)
         super().clear()
+
+
+def _loading(mark: str, *names: str) -> None:
+    """Have methods of dict call `mark` first. Views and iterators are those of a loaded one."""
+    for name in names:
+        setattr(RequestSession, name, _marked(mark, getattr(dict, name)))
+
+
+def _marked(mark: str, method: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def marked(self: RequestSession, *args: Any, **kwargs: Any) -> Any:
+        getattr(self, mark)()
+        return method(self, *args, **kwargs)
+
+    return marked
+
+
+_loading(
+    "mark_accessed", "__contains__", "__eq__", "__getitem__", "__iter__", "__len__", "__ne__",
+    "__reversed__", "get", "items", "keys", "values",
+)  # fmt: skip
+_loading("mark_modified", "__delitem__", "__ior__", "__setitem__", "popitem", "update")
