@@ -44,17 +44,16 @@ if TYPE_CHECKING:
         TableNotFoundError,
         TransactionError,
     )
-    from .patterns.cache.decorator import (
-        L1,
+    from .patterns.cache.decorator import cached, invalidate_tag
+    from .patterns.cache.envelope import SignedPickle
+    from .patterns.cache.function import (
         AsyncCachedFunction,
         CachedFunction,
         CachedValue,
         CacheInfo,
-        SignedPickle,
-        cached,
         cached_functions,
-        invalidate_tag,
     )
+    from .patterns.cache.l1 import L1
     from .patterns.defaults import configure
     from .patterns.idempotency.api import (
         AsyncAttempt,
@@ -64,16 +63,9 @@ if TYPE_CHECKING:
         IdempotencyRecord,
         idempotent,
     )
-    from .patterns.lock.api import (
-        AsyncLease,
-        AsyncLock,
-        AsyncSemaphore,
-        Lease,
-        Lock,
-        LockInfo,
-        Semaphore,
-    )
+    from .patterns.lock.api import AsyncLease, AsyncLock, AsyncSemaphore, Lease, Lock, Semaphore
     from .patterns.lock.leader import AsyncLeader, Leader
+    from .patterns.lock.lease import LockInfo
     from .patterns.lock.locked import fence_sql, locked
     from .patterns.lock.many import AsyncLeases, Leases
     from .patterns.queue.api import (
@@ -92,15 +84,15 @@ if TYPE_CHECKING:
     from .patterns.rate_limit.api import (
         AsyncRateLimiter,
         AsyncReservation,
-        Decision,
-        LimiterCounts,
-        Quota,
-        Rate,
         RateLimiter,
         Reservation,
     )
+    from .patterns.rate_limit.local import LimiterCounts
+    from .patterns.rate_limit.policy import Decision
+    from .patterns.rate_limit.rate import Quota, Rate
     from .patterns.schema import schema_sql
-    from .patterns.session.api import AsyncSessionStore, Session, SessionInfo, SessionStore
+    from .patterns.session.api import AsyncSessionStore, SessionStore
+    from .patterns.session.data import Session, SessionInfo
     from .patterns.web.asgi import RateLimitMiddleware, SessionMiddleware, load_session
     from .patterns.web.client_ip import client_ip
     from .patterns.web.idempotency import (
@@ -259,18 +251,26 @@ _NAMES_OF = {
     ".aio": "AsyncStore",
     ".config": "Config Pooler RetryPolicy TableType TtlCleanupStrategy",
     ".errors": "ConfigError ConflictError DecodingError IdempotencyError InProgressError InvalidKeyError InvalidValueError KeyReusedError LeaseLostError LockError LockTimeoutError NotFoundError OperationTimeoutError PgkvError PoolTimeoutError QueryError RateLimitedError SerializationError SessionConflictError SessionError SessionGoneError StoreUnavailableError TableNotFoundError TransactionError",
-    ".patterns.cache.decorator": "L1 AsyncCachedFunction CachedFunction CachedValue CacheInfo SignedPickle cached cached_functions invalidate_tag",
+    ".patterns.cache.decorator": "cached invalidate_tag",
+    ".patterns.cache.envelope": "SignedPickle",
+    ".patterns.cache.function": "AsyncCachedFunction CachedFunction CachedValue CacheInfo cached_functions",
+    ".patterns.cache.l1": "L1",
     ".patterns.defaults": "configure",
     ".patterns.idempotency.api": "AsyncAttempt AsyncIdempotency Attempt Idempotency IdempotencyRecord idempotent",
-    ".patterns.lock.api": "AsyncLease AsyncLock AsyncSemaphore Lease Lock LockInfo Semaphore",
+    ".patterns.lock.api": "AsyncLease AsyncLock AsyncSemaphore Lease Lock Semaphore",
     ".patterns.lock.leader": "AsyncLeader Leader",
+    ".patterns.lock.lease": "LockInfo",
     ".patterns.lock.locked": "fence_sql locked",
     ".patterns.lock.many": "AsyncLeases Leases",
     ".patterns.queue.api": "AsyncJob AsyncQueue Backoff Bury Job JobInfo Later Put Queue QueueStats",
     ".patterns.queue.worker": "AsyncWorker Worker",
-    ".patterns.rate_limit.api": "AsyncRateLimiter AsyncReservation Decision LimiterCounts Quota Rate RateLimiter Reservation",
+    ".patterns.rate_limit.api": "AsyncRateLimiter AsyncReservation RateLimiter Reservation",
+    ".patterns.rate_limit.local": "LimiterCounts",
+    ".patterns.rate_limit.policy": "Decision",
+    ".patterns.rate_limit.rate": "Quota Rate",
     ".patterns.schema": "schema_sql",
-    ".patterns.session.api": "AsyncSessionStore Session SessionInfo SessionStore",
+    ".patterns.session.api": "AsyncSessionStore SessionStore",
+    ".patterns.session.data": "Session SessionInfo",
     ".patterns.web.asgi": "RateLimitMiddleware SessionMiddleware load_session",
     ".patterns.web.client_ip": "client_ip",
     ".patterns.web.idempotency": "IdempotencyMiddleware WSGIIdempotencyMiddleware idempotent_attempt",

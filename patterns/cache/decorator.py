@@ -32,9 +32,6 @@ from .function import (
     AsyncCachedFunction,
     Binds,
     CachedFunction,
-    CachedValue,
-    CacheInfo,
-    cached_functions,
     steps_inside,
 )
 from .identity import Definition, claim
@@ -386,16 +383,3 @@ def _is_async_connection(conn: object) -> bool:
     if isinstance(conn, psycopg.AsyncConnection):
         return True
     return hasattr(conn, "sync_connection") or hasattr(conn, "sync_session")  # SQLAlchemy's
-
-
-__all__ = [
-    "L1",
-    "AsyncCachedFunction",
-    "CacheInfo",
-    "CachedFunction",
-    "CachedValue",
-    "SignedPickle",
-    "cached",
-    "cached_functions",
-    "invalidate_tag",
-]

@@ -785,6 +785,3 @@ class AsyncSemaphore(_Slotted[AsyncStore], AsyncAcquirer):
     """At most `slots` holders of a name at a time, for asyncio: :class:`Semaphore`, awaited."""
 
     _needs = AsyncStore, "AsyncSemaphore", "Semaphore"
-
-
-__all__ = ["AsyncLease", "AsyncLock", "AsyncSemaphore", "Lease", "Lock", "LockInfo", "Semaphore"]

@@ -299,6 +299,3 @@ def _check_stop(stop: object, *, is_async: bool) -> None:
     wanted = "an asyncio.Event" if is_async else "a threading.Event"
     given = f"{type(stop).__module__.partition('.')[0]}.{type(stop).__name__}"
     raise ConfigError(f"run() waits for {wanted}, not {given}")
-
-
-__all__ = ["AsyncLeader", "Leader"]

@@ -185,6 +185,3 @@ def fence_sql(table: str, column: str) -> str:
         column: a BIGINT of it, with a default such as 0.
     """
     return fence(table, column)
-
-
-__all__ = ["fence_sql", "locked"]

@@ -36,18 +36,7 @@ from .flows import (
 )
 from .local import LimiterCounts
 from .policy import Decision
-from .rate import Quota, Rate, Rates
-
-__all__ = [
-    "AsyncRateLimiter",
-    "AsyncReservation",
-    "Decision",
-    "LimiterCounts",
-    "Quota",
-    "Rate",
-    "RateLimiter",
-    "Reservation",
-]
+from .rate import Rate, Rates
 
 F = TypeVar("F", bound=Callable[..., Any])
 P = ParamSpec("P")

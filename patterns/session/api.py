@@ -410,6 +410,3 @@ class AsyncSessionStore(SessionView[AsyncStore]):
     async def create_table(self) -> None:
         """Create the table if it is missing."""
         await self._run(self._flows.create_table())
-
-
-__all__ = ["AsyncSessionStore", "Session", "SessionInfo", "SessionStore"]

@@ -686,6 +686,3 @@ def _read_listed(result: Result) -> list[Listed]:
         )
         for row in range(result.ntuples)
     ]
-
-
-__all__ = ["Lifetimes", "Listed", "Loaded", "Mode", "Outcome", "SessionStatements"]

@@ -30,8 +30,6 @@ from .session import (
     SessionSettings,
 )
 
-__all__ = ["RateLimitMiddleware", "SessionMiddleware", "load_session"]
-
 Scope: TypeAlias = "MutableMapping[str, Any]"
 Message: TypeAlias = "MutableMapping[str, Any]"
 Receive: TypeAlias = "Callable[[], Awaitable[Message]]"

@@ -14,8 +14,6 @@ from ...config import require_int
 from ...errors import ConfigError
 from .request import scope_of
 
-__all__ = ["client_ip"]
-
 HOPS_MAX = 50  # entries of X-Forwarded-For that are read, from the right
 UNIX = "unix"
 

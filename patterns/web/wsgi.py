@@ -27,8 +27,6 @@ from .session import (
     SessionSettings,
 )
 
-__all__ = ["WSGIRateLimitMiddleware", "WSGISessionMiddleware"]
-
 Environ: TypeAlias = "dict[str, Any]"
 HeaderList: TypeAlias = "list[tuple[str, str]]"
 StartResponse: TypeAlias = "Callable[..., Any]"

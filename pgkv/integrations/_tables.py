@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from ..patterns.cache.decorator import cached_functions
+from ..patterns.cache.function import cached_functions
 from ..patterns.overview import Overview, Share
 
 ESTIMATES = "Estimates, by a sample of the table."

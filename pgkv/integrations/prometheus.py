@@ -25,7 +25,7 @@ from .._fork import new_lock, survives_fork
 from .._observe import KINDS, OperationEvent, StateEvent, on_event
 from ..errors import ConfigError, PgkvError
 from ..patterns._runtime.checks import require
-from ..patterns.cache.decorator import cached_functions
+from ..patterns.cache.function import cached_functions
 from ..patterns.overview import Overview, Overviews
 from ..patterns.queue.sql import STATES
 from ..store import Store

@@ -13,8 +13,10 @@ from time import monotonic
 
 from ...errors import SessionGoneError
 from ...patterns.cache.decorator import cached
-from ...patterns.rate_limit.api import Decision, RateLimiter
-from ...patterns.session.api import Session, SessionStore
+from ...patterns.rate_limit.api import RateLimiter
+from ...patterns.rate_limit.policy import Decision
+from ...patterns.session.api import SessionStore
+from ...patterns.session.data import Session
 from ...store import Store
 from .. import console
 from . import dataset
