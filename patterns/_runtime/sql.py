@@ -1,16 +1,50 @@
-"""The statement that renews leases: of locks, and of idempotency keys. That of jobs has a plan of its own."""
+"""What the patterns' statements share: decoders of rows, sweeping, and the statement that renews the leases
+of locks and of idempotency keys. That of jobs has a plan of its own.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias, TypeVar
 
 from ..._engine.sweep import sweep_all
 from ..._ops import codec as _codec
 from ..._ops.op import Flow, Result
 from .lease import EXPIRED, GONE, LOCKED, RELEASED, RENEWED, REPLACED
 
+T = TypeVar("T")
+Decode: TypeAlias = Callable[[bytes | None], Any]
+
 NOW = "statement_timestamp()"
+
+
+def as_bytes(column: bytes | None) -> bytes:
+    """The bytes of a column, none for NULL."""
+    return column or b""
+
+
+def as_text(column: bytes | None) -> str:
+    """The text of a column, empty for NULL."""
+    return (column or b"").decode()
+
+
+def rows_of(make: Callable[..., T], *columns: Decode) -> Callable[[Result], list[T]]:
+    """Return a decoder of all rows: of each it makes one from its columns, each read by its function."""
+
+    def read(result: Result) -> list[T]:
+        value = result.get_value
+        return [
+            make(*[decode(value(row, n)) for n, decode in enumerate(columns)])
+            for row in range(result.ntuples)
+        ]
+
+    return read
+
+
+def row_of(make: Callable[..., T], *columns: Decode) -> Callable[[Result], T | None]:
+    """Return a decoder of the only row; None without one."""
+    read = rows_of(make, *columns)
+    return lambda result: next(iter(read(result)), None)
 
 
 def in_slots(sql: Any) -> list[Any]:
@@ -77,5 +111,5 @@ def read_renewed(result: Result) -> dict[bytes, int]:
     """Its answer: for each key what became of it."""
     column = result.get_value
     return {
-        column(row, 0) or b"": _codec.decode_int(column(row, 1)) for row in range(result.ntuples)
+        as_bytes(column(row, 0)): _codec.decode_int(column(row, 1)) for row in range(result.ntuples)
     }

@@ -26,6 +26,7 @@ from ..._sql.table import (
     read_int_or_none,
 )
 from ...errors import InvalidKeyError
+from .._runtime.sql import as_bytes, as_text, rows_of
 
 if TYPE_CHECKING:
     from ...config import Seconds
@@ -290,8 +291,7 @@ class CacheStatements(TableStatements):
     def usage(self) -> Op[list[Usage]]:
         """What each function keeps. Reads every entry: linear."""
         start = self.key(ENTRY)
-        params = (start, _codec.successor(start))
-        return Op(self._usage, params, _read_usage)
+        return Op(self._usage, (start, _codec.successor(start)))
 
     @cached_property
     def _usage(self) -> Statement[list[Usage]]:
@@ -305,7 +305,7 @@ class CacheStatements(TableStatements):
             f'FROM {self.t} WHERE key COLLATE "C" >= $1 AND key COLLATE "C" < $2 AND {LIVE} '
             "GROUP BY 1 ORDER BY 1",
             (TEXT, TEXT),
-            _in_each_call,
+            rows_of(Usage, as_text, *(_codec.decode_int,) * 3),
             retry_safe=True,
             writes=False,
         )
@@ -325,7 +325,12 @@ class CacheStatements(TableStatements):
             f"AND {LIVE} LIMIT {REPORTS_MAX}"
         )
         statement = self.statement(
-            "cache_reports", sql, (TEXT, TEXT), _read_values, retry_safe=True, writes=False
+            "cache_reports",
+            sql,
+            (TEXT, TEXT),
+            rows_of(bytes, as_bytes),
+            retry_safe=True,
+            writes=False,
         )
         return Op(statement, (start, _codec.successor(start)))
 
@@ -392,18 +397,3 @@ def _read_lease(result: Result) -> ComputeLease | Signal:
     remaining = result.get_value(0, 2)
     seconds = None if remaining is None else _codec.decode_float8(remaining)
     return ComputeLease(None, result.get_value(0, 1) or b"", seconds)
-
-
-def _read_values(result: Result) -> list[bytes]:
-    return [result.get_value(n, 0) or b"" for n in range(result.ntuples)]
-
-
-def _read_usage(result: Result) -> list[Usage]:
-    column = result.get_value
-    return [
-        Usage(
-            (column(n, 0) or b"").decode(),
-            *(_codec.decode_int(column(n, index)) for index in (1, 2, 3)),
-        )
-        for n in range(result.ntuples)
-    ]

@@ -27,7 +27,7 @@ from ..._ops.op import BINARY, TEXT, Op, Raced, Result, Signal, Statement
 from ..._sql.table import STATEMENT_US, read_changed, read_found, read_int
 from ...config import Table, TableShape, quote_identifier, short_identifier
 from ...errors import InvalidValueError
-from .._runtime.sql import read_renewed, renewal, renewed
+from .._runtime.sql import as_bytes, as_text, read_renewed, renewal, renewed, row_of, rows_of
 
 T = TypeVar("T")
 
@@ -171,9 +171,9 @@ class LockStatements:
             f"{self.t} AS t {COLUMNS} SELECT {key}, {value}, {expires}, n.ts, n.ts, {version} FROM"
         )
 
-    def name_of(self, key: bytes) -> str:
+    def _name_of(self, key: bytes | None) -> str | None:
         """A key as users see it: without the namespace's prefix."""
-        return key[len(self.prefix) :].decode()
+        return None if key is None else key[len(self.prefix) :].decode()
 
     # -- granting
 
@@ -490,13 +490,22 @@ class LockStatements:
             "c.oid, extract(epoch from pg_postmaster_start_time())) FROM pg_class c "
             "JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = to_regclass($1)"
         )
-        made = Statement("lock_place", sql, (TEXT,), _read_place, retry_safe=True, writes=False)
+        made = Statement(
+            "lock_place",
+            sql,
+            (TEXT,),
+            row_of(Place, as_text, as_text),
+            retry_safe=True,
+            writes=False,
+        )
         return Op(made, ((quoted or self.t).encode(),))
 
     def isolation(self) -> Op[str]:
         """The isolation level of the transaction."""
         sql = "SELECT current_setting('transaction_isolation')"
-        return Op(Statement("isolation", sql, (), _read_text, retry_safe=True, writes=False))
+        return Op(
+            Statement("isolation", sql, (), row_of(str, as_text), retry_safe=True, writes=False)
+        )
 
     # -- looking
 
@@ -506,7 +515,9 @@ class LockStatements:
         sql = (
             f"SELECT key, value, version, updated_at, expires_at, {NOW} FROM {self.t} WHERE {where}"
         )
-        return self._statement(name, sql, formats, self._read_holders, writes=False)
+        moments = (_codec.decode_moment,) * 3
+        read = rows_of(Holder, self._name_of, as_bytes, _codec.decode_int, *moments)
+        return self._statement(name, sql, formats, read, writes=False)
 
     @cached_property
     def _holder(self) -> Statement[list[Holder]]:
@@ -524,8 +535,9 @@ class LockStatements:
     def queue(self) -> Op[dict[str, int]]:
         """How many wait, by name."""
         sql = f"SELECT left(key, {-MARK_LENGTH}), count(*) FROM {self.q} WHERE {LIVE} GROUP BY 1"
+        pairs = rows_of(lambda *pair: pair, self._name_of, _codec.decode_int)
         options: dict[str, Any] = {"table": self.tickets, "writes": False}
-        return Op(self._statement("lock_queue", sql, (), self._read_queue, **options))
+        return Op(self._statement("lock_queue", sql, (), lambda rows: dict(pairs(rows)), **options))
 
     def guards(self) -> Op[list[Guarding]]:
         """Open transactions that have locked rows here: guards, as a rule. The name is known
@@ -539,7 +551,10 @@ class LockStatements:
             "AND k.mode = 'RowShareLock' AND k.granted AND a.pid <> pg_backend_pid() "
             "AND a.xact_start IS NOT NULL ORDER BY a.xact_start"
         )
-        made = self._statement("lock_guards", sql, (TEXT,), self._read_guards, writes=False)
+        read = rows_of(
+            Guarding, _codec.decode_int, as_text, as_text, _codec.decode_float8, self._name_of
+        )
+        made = self._statement("lock_guards", sql, (TEXT,), read, writes=False)
         return Op(made, (self.t.encode(),))
 
     # -- cleaning
@@ -573,42 +588,6 @@ class LockStatements:
     def clean_tickets(self, page: int) -> Op[int]:
         """Drop tickets of the dead, in one chunk; the table's pages."""
         return Op(self._clean_tickets, _pages(page))
-
-    # -- reading
-
-    def _read_holders(self, result: Result) -> list[Holder]:
-        column, moment = result.get_value, _codec.decode_moment
-        return [
-            Holder(
-                self.name_of(column(row, 0) or b""),
-                column(row, 1) or b"",
-                _codec.decode_int(column(row, 2)),
-                moment(column(row, 3)),
-                moment(column(row, 4)),
-                moment(column(row, 5)),
-            )
-            for row in range(result.ntuples)
-        ]
-
-    def _read_queue(self, result: Result) -> dict[str, int]:
-        column = result.get_value
-        return {
-            self.name_of(column(row, 0) or b""): _codec.decode_int(column(row, 1))
-            for row in range(result.ntuples)
-        }
-
-    def _read_guards(self, result: Result) -> list[Guarding]:
-        column = result.get_value
-        return [
-            Guarding(
-                _codec.decode_int(column(row, 0)),
-                (column(row, 1) or b"").decode(),
-                (column(row, 2) or b"").decode(),
-                _codec.decode_float8(column(row, 3)),
-                None if (key := column(row, 4)) is None else self.name_of(key),
-            )
-            for row in range(result.ntuples)
-        ]
 
 
 def _note_key(key: bytes, asking: Asking) -> bytes:
@@ -661,16 +640,6 @@ def _read_held(result: Result) -> Denied | None:
 def _read_turn(result: Result) -> Granted | Denied | None:
     reply = _read_grant_fair(result) if result.ntuples else None
     return None if isinstance(reply, Signal) else reply
-
-
-def _read_place(result: Result) -> Place | None:
-    if not result.ntuples:
-        return None
-    return Place((result.get_value(0, 0) or b"").decode(), (result.get_value(0, 1) or b"").decode())
-
-
-def _read_text(result: Result) -> str:
-    return (result.get_value(0, 0) or b"").decode()
 
 
 # -- semaphores ----------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from urllib.parse import unquote
 from ..._ops import codec as _codec
 from ..._ops.op import BINARY, TEXT, Op, Raced, Result, Signal, Statement
 from ..._sql.table import CLOCK_US, LIVE, STATEMENT_US, TableStatements, read_changed
+from .._runtime.sql import as_bytes, as_text, rows_of
 from .rate import WINDOWS
 
 ROWS = "pgkv:rate:"
@@ -676,18 +677,14 @@ def hashed(key: str) -> str:
     return f"#:{blake2b(key.encode(errors='surrogatepass'), digest_size=24).hexdigest()}"
 
 
-def _read_usage(result: Result) -> list[BucketUsage]:
-    column = result.get_value
-    return [
-        BucketUsage(
-            unquote((column(n, 0) or b"").decode()),
-            _codec.decode_int(column(n, 1)),
-            max(0.0, _codec.decode_float8(column(n, 2))),
-            _codec.decode_float8(column(n, 3)),
-            column(n, 4) or b"",
-        )
-        for n in range(result.ntuples)
-    ]
+_read_usage = rows_of(
+    BucketUsage,
+    lambda name: unquote(as_text(name)),
+    _codec.decode_int,
+    lambda idle: max(0.0, _codec.decode_float8(idle)),
+    _codec.decode_float8,
+    as_bytes,
+)
 
 
 def _read_changed_or_raced(result: Result) -> bool | Signal:

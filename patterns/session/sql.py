@@ -29,6 +29,7 @@ from ..._ops.op import BINARY, TEXT, Expired, Op, Raced, Result, Signal, Stateme
 from ..._sql.sweep import Sweep
 from ..._sql.table import STATEMENT_US, read_count, read_found
 from ...config import Config, Table, TableShape
+from .._runtime.sql import as_bytes, rows_of
 
 SESSIONS = TableShape(
     "_sessions",
@@ -672,17 +673,6 @@ def _read_ended(result: Result) -> tuple[int, bool]:
     return _codec.decode_int(result.get_value(0, 0)), result.get_value(0, 1) == b"\1"
 
 
-def _read_listed(result: Result) -> list[Listed]:
-    moment, column = _codec.decode_moment, result.get_value
-    return [
-        Listed(
-            column(row, 0) or b"",
-            moment(column(row, 1)),
-            moment(column(row, 2)),
-            moment(column(row, 3)),
-            moment(column(row, 4)),
-            column(row, 5),
-            moment(column(row, 6)),
-        )
-        for row in range(result.ntuples)
-    ]
+_read_listed = rows_of(
+    Listed, as_bytes, *(_codec.decode_moment,) * 4, lambda meta: meta, _codec.decode_moment
+)
