@@ -138,6 +138,7 @@ class Table:
     shape: TableShape | None = None  # None: the store's own
     auto_create: bool = True
     bounded: bool = False  # has a column for eviction
+    fences: Any = field(default=None, compare=False, repr=False)  # of a slot on Citus
     quoted: str = field(init=False)
 
     def __post_init__(self) -> None:
@@ -292,6 +293,7 @@ class Config:
             self.table_type,
             auto_create=self.auto_create_table,
             bounded=self.bounded,
+            fences=getattr(self, "fences", None),
         )
 
     @property

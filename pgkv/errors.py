@@ -238,6 +238,7 @@ _UNAVAILABLE = {
     "57P03": "the server is not accepting connections yet",
     "57P05": "the server closed the idle session",
 }
+_FENCE = "pgkv_map.fence("  # of a slot on Citus
 _MISSING = {"42P01": "the table {}", "3F000": "the schema of {}"}
 # A server that refuses a login says so before there is an SQLSTATE to read: by its own text, or by
 # libpq's, or PgBouncer's. In another language than English it counts as unreachable.
@@ -329,6 +330,10 @@ def _from_sqlstate(
         found = TableNotFoundError(
             f"{action}: {_MISSING[state].format(table)} does not exist; call create_table(), "
             "run the DDL that `pgkv schema` prints, or set auto_create_table=True"
+        )
+    elif state == "PK001" or (state == "55P03" and _FENCE in (error.diag.context or "")):
+        found = TableNotFoundError(
+            f"{action}: the slot of {table} is being moved, or is on another node by now; repeat it"
         )
     elif state == "42501" and error.diag.source_function in _ROW_SECURITY:
         found = ConfigError(

@@ -169,6 +169,9 @@ class JobStatements:
         self.told: str = f", (SELECT {notifying})" if inside and notify else ""
         self.notifying = notifying
         self.sized: str = f"pg_relation_size('{literal}'::regclass)"
+        # A shard of Citus has no identity of its own: the sequence is the table's.
+        next_id = f"nextval(pg_get_serial_sequence('{literal}', 'id')), "
+        self.next_id: tuple[str, str] = ("", "") if table.fences is None else ("id, ", next_id)
         self._made: dict[tuple[str, int], Statement[Any]] = {}
 
     def _statement(
@@ -208,9 +211,10 @@ class JobStatements:
     # -- putting. None is repeated when its reply was lost: the job may have been done already.
 
     def _inserted(self, payload: str, due: str, source: str, dedupe: str = "NULL") -> str:
+        column, value = self.next_id
         return (
-            f"INSERT INTO {self.t} AS t (queue, payload, due_at, priority, max_attempts, created_at, "
-            f"dedupe) SELECT $1, {payload}, {due}, $5::smallint, $6::smallint, n.c, {dedupe} "
+            f"INSERT INTO {self.t} AS t ({column}queue, payload, due_at, priority, max_attempts, "
+            f"created_at, dedupe) SELECT {value}$1, {payload}, {due}, $5::smallint, $6::smallint, n.c, {dedupe} "
             f"FROM {source}"
         )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from enum import Enum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import typer
 
@@ -15,6 +15,7 @@ from .command import DONE, NOT_FOUND, Invocation, argument, option
 
 if TYPE_CHECKING:
     from .._shards.admin import Servers
+    from .._shards.cluster import CitusCluster
 
 
 # Microseconds of a server's processor for one operation, measured on PostgreSQL 15.
@@ -61,7 +62,7 @@ def shards(
 
     **Example:** `pgkv shards move 8-11 --to n3`
     """
-    from .._shards.admin import Servers
+    from .._shards.cluster import CitusCluster, administered
     from .._shards.store import settings, split
     from ..patterns.schema import tables
 
@@ -82,10 +83,10 @@ def shards(
         given["operation_timeout"] = call.timeout
     dsns = split(call.dsn if call.dsn is not None else dsn_from_environment())
     configs = settings(dsns, None, "auto", given)
-    with Servers(configs) as cluster:
+    with administered(configs, "auto") as cluster:
         if action is Action.INIT:
             made = cluster.init(slots, tables(configs[0]))
-            names = [server.name for server in cluster.servers]
+            names = cluster.names
             text = f"{console.count(made, 'slot')} made; {cluster.slots} on {', '.join(names)}"
             call.answer({"made": made, "slots": cluster.slots, "servers": names}, text)
             return DONE
@@ -100,6 +101,8 @@ def shards(
             }
             call.show(documents, columns, f"{cluster.slots} slots are in order")
             return NOT_FOUND if found else DONE
+        if isinstance(cluster, CitusCluster) and action is Action.RESUME:
+            raise ConfigError("Citus finishes or undoes a move that was interrupted by itself")
         if action in (Action.MOVE, Action.RESUME):
             return _move(call, cluster, numbers(which) if which else [*range(cluster.slots)], to)
         documents = [row._asdict() for row in cluster.shards()]
@@ -124,8 +127,11 @@ def numbers(text: str) -> list[int]:
     return found
 
 
-def _move(call: Invocation, cluster: Servers, slots: list[int], to: str | None) -> int:
+def _move(
+    call: Invocation, cluster: Servers | CitusCluster, slots: list[int], to: str | None
+) -> int:
     """Move slots, or finish their moves; one line for each."""
+    from .._shards.admin import Servers
     from .._shards.moves import move, resume
 
     done = 0
@@ -137,7 +143,12 @@ def _move(call: Invocation, cluster: Servers, slots: list[int], to: str | None) 
             bar.update(task, description=f"slot {slot}: {step}{size}")
 
         for slot in slots:
-            done += resume(cluster, slot, report) if to is None else move(cluster, slot, to, report)
+            if to is None:
+                done += resume(cast("Servers", cluster), slot, report)
+            elif isinstance(cluster, Servers):
+                done += move(cluster, slot, to, report)
+            else:
+                done += cluster.move(slot, to, report)
             bar.advance(task)
     what = "finished" if to is None else f"moved to {to}"
     call.answer({"moved": done}, f"{console.count(done, 'slot')} {what}")

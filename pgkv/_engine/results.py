@@ -99,6 +99,38 @@ def is_outdated(error: psycopg.Error) -> bool:
     return error.sqlstate == "0A000" and error.diag.source_function == "RevalidateCachedQuery"
 
 
+def is_fenced(ops: Sequence[Op[Any]]) -> bool:
+    """Whether one of them is of a table that Citus may move: see `_shards.fences`."""
+    for op in ops:
+        table = op.statement.table
+        if table is not None and table.fences is not None:
+            return True
+    return False
+
+
+def behind_fences(ops: Sequence[Op[Any]]) -> tuple[list[Op[Any]], int]:
+    """What is sent as one implicit transaction, and how many fences come first in it."""
+    fences: dict[Any, Op[Any]] = {}
+    sent: list[Op[Any]] = []
+    for op in ops:
+        table = op.statement.table
+        plan = None if table is None or table.fences is None else table.fences.plan(op.statement)
+        if plan is None:
+            sent.append(op)
+        else:
+            fences[plan.fence.params] = plan.fence
+            sent.append(plan.of(op))
+    return [*fences.values(), *sent], len(fences)
+
+
+def without_fences(results: list[PGresult], fences: int) -> list[PGresult]:
+    """The results of the operations: that of a fence for each, where it was refused."""
+    for result in results[:fences]:
+        if result.status not in OK and result.status != PIPELINE_ABORTED:
+            return [result] * (len(results) - fences)
+    return results[fences:]
+
+
 def past_deadline(name: str, seconds: float) -> OperationTimeoutError:
     """The error when the time passes after sending."""
     return OperationTimeoutError(

@@ -51,21 +51,26 @@ _EXPECTED = {
 
 def create_sql(table: Table) -> str:
     """Return the commands that create the table where it is missing."""
+    return "\n".join(create_commands(table))
+
+
+def create_commands(table: Table) -> list[str]:
+    """The same, one by one."""
     shape = table.shape or STORE
     columns = shape.columns + (f",\n    {USED_AT}" if table.bounded else "")
     unlogged = "UNLOGGED " if table.type is TableType.UNLOGGED else ""
-    sql = (
+    commands = [
         f"CREATE {unlogged}TABLE IF NOT EXISTS {table.quoted} (\n{columns}\n) "
         f"WITH (fillfactor = {shape.fillfactor}, {_AUTOVACUUM});"
-    )
+    ]
     for name, definition in shape.indexes:
         unique = "UNIQUE " if definition.startswith("UNIQUE ") else ""
         index = quote_identifier(short_identifier(f"{table.name}_{name}"))
-        sql += (
-            f"\nCREATE {unique}INDEX IF NOT EXISTS {index} "
+        commands.append(
+            f"CREATE {unique}INDEX IF NOT EXISTS {index} "
             f"ON {table.quoted} {definition.removeprefix('UNIQUE ')};"
         )
-    return sql
+    return commands
 
 
 def create_schema_sql(schema: str) -> str:
@@ -90,6 +95,7 @@ def companion(config: Config, shape: TableShape, *, durable: bool = True) -> Tab
         TableType.REGULAR if durable else TableType.UNLOGGED,
         shape,
         config.auto_create_table,
+        fences=config.table.fences,
     )
 
 

@@ -18,7 +18,7 @@ from .._settings import Target
 from ..config import Config, Table
 from ..errors import ConfigError, translate
 from .placement import Shard, shard_of
-from .slots import SLOTS, SLOTS_MAX, schema_of
+from .slots import schema_of, settled_count
 from .sql import (
     HAS_MAP,
     INIT_LOCK,
@@ -146,6 +146,11 @@ class Servers:
             )
         return max(found, default=0)
 
+    @property
+    def names(self) -> list[str]:
+        """The names of all servers."""
+        return [server.name for server in self.servers]
+
     def homes(self) -> dict[int, MapRow]:
         """The newest row of each slot."""
         newest: dict[int, MapRow] = {}
@@ -184,14 +189,7 @@ class Servers:
         Raises:
             ConfigError: the servers have another number of slots.
         """
-        count = self.slots or SLOTS if slots is None else slots
-        if not 1 <= count <= SLOTS_MAX:
-            raise ConfigError(f"slots must be from 1 to {SLOTS_MAX:,}, not {count}")
-        if self.slots not in (0, count):
-            raise ConfigError(
-                f"the servers have {self.slots} slots, not {count}: their number is for the life of "
-                "a store"
-            )
+        count = settled_count(slots, self.slots)
         self._name_servers(count)
         homes = self.homes()
         for slot in range(count):

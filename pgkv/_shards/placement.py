@@ -135,8 +135,9 @@ class Router:
     """
 
     def __init__(self, config: Config, nodes: Sequence[Node], gather: Callable[..., Any]) -> None:
-        self.nodes = nodes
+        self.nodes = [*nodes]
         self.slots = Slots(0)
+        self.fences: Any = None  # on Citus
         self.creates = config.auto_create_table
         self.timeout: float = config.operation_timeout
         self.routes: dict[Statement[Any], Route] = {}
@@ -309,7 +310,8 @@ class Router:
 
     def perform(self, op: Op[Any], timeout: float | None, own: int) -> Flow[Any]:
         """Perform an operation that is of several slots, or of none."""
-        if isinstance(op, Spread) and op.unite is not None:
+        # Citus takes no statement of several slots.
+        if isinstance(op, Spread) and op.unite is not None and self.fences is None:
             found = yield from self._united(op, timeout)
             if found:
                 return op.join(found)

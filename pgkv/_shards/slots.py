@@ -7,7 +7,7 @@ schema is put in that one's place.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from zlib import crc32
 
@@ -22,6 +22,26 @@ ANY = "pgkv_slot"  # no schema of this name exists
 def schema_of(slot: int) -> str:
     """The schema of a slot."""
     return f"pgkv_{slot:02d}"
+
+
+def settled_count(wanted: int | None, found: int) -> int:
+    """How many slots a store is to have.
+
+    Args:
+        wanted: None for what it has, or the default.
+        found: how many it has; 0 for none.
+
+    Raises:
+        ConfigError: it has another number, or that is none.
+    """
+    count = found or SLOTS if wanted is None else wanted
+    if not 1 <= count <= SLOTS_MAX:
+        raise ConfigError(f"slots must be from 1 to {SLOTS_MAX:,}, not {count}")
+    if found not in (0, count):
+        raise ConfigError(
+            f"the servers have {found} slots, not {count}: their number is for the life of a store"
+        )
+    return count
 
 
 def slot_of_schema(schema: str | None) -> int | None:
@@ -97,6 +117,11 @@ def apart(key: bytes, slot: int, other: str) -> ConfigError:
 
 @dataclass(frozen=True, repr=False)
 class ShardedConfig(Config):
-    """The settings of a sharded store, or of its part in one slot."""
+    """The settings of a sharded store, or of its part in one slot.
+
+    Attributes:
+        fences: of its tables on Citus; None elsewhere.
+    """
 
     shards: Slots | None = None
+    fences: Any = field(default=None, compare=False)

@@ -7,6 +7,7 @@ map points the way. A server whose row is older than another's does not know yet
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import chain
@@ -15,10 +16,10 @@ from typing import Any, NamedTuple, TypeVar
 from .._engine.schema import create_sql
 from .._ops.codec import encode_array, whole
 from .._ops.lazy import cached_property
-from .._ops.op import Op, Result, Statement
+from .._ops.op import BINARY, Op, Result, Statement
 from .._sql import Statements
 from .._sql.table import read_nothing
-from ..config import Config, Table
+from ..config import Config, Table, quote_identifier
 from ..types import ScanOptions
 from .slots import ANY, Slots, schema_of
 
@@ -350,6 +351,168 @@ READ_SIZES: Statement[dict[str, int]] = Statement(
     retry_safe=True,
     writes=False,
 )
+
+
+# -- Citus ---------------------------------------------------------------------------------------
+
+
+FENCE: Statement[None] = Statement(
+    "fence", "SELECT pgkv_map.fence($1)", (BINARY,), read_nothing, retry_safe=True, writes=False
+)
+_NOT_PLAIN = re.compile(
+    r"\(SELECT|\bctid\b|\bFOR |regclass|\bpg_\w+\(|set_config|TABLESAMPLE|UNION"
+)
+
+
+def is_plain_read(text: str) -> bool:
+    """Whether a statement of one table only reads it, in a way that Citus forwards unchanged."""
+    return text.startswith("SELECT ") and not _NOT_PLAIN.search(text)
+
+
+class Relation(NamedTuple):
+    """The shard of a slot's table.
+
+    Attributes:
+        shard: its id, which moves do not change.
+        name: of its relation, quoted, the same on every node.
+    """
+
+    shard: int
+    name: str
+
+
+class NodeAddress(NamedTuple):
+    """Where Citus' metadata say that a node is."""
+
+    host: str
+    port: str
+
+    @property
+    def name(self) -> str:
+        """What the node is called in lists and by ``--to``."""
+        return f"{self.host}:{self.port}"
+
+
+class Placement(NamedTuple):
+    """What Citus' metadata say.
+
+    Attributes:
+        nodes: the address of each group of nodes; 0 is the coordinator's.
+        owners: the group that has each slot.
+        relations: of each table of a slot, by its quoted name.
+    """
+
+    nodes: dict[int, NodeAddress]
+    owners: dict[int, int]
+    relations: dict[str, Relation]
+
+
+def _read_placement(result: Result) -> Placement:
+    found = Placement({}, {}, {})
+    for row in range(result.ntuples):
+        group, schema, *rest = ((result.get_value(row, n) or b"").decode() for n in range(5))
+        if not schema:
+            found.nodes[int(group)] = NodeAddress(*rest[:2])
+            continue
+        table, relation, shard = rest
+        found.owners[int(schema.removeprefix("pgkv_"))] = int(group)
+        quoted = f"{quote_identifier(schema)}.{quote_identifier(table)}"
+        found.relations[quoted] = Relation(int(shard), relation)
+    return found
+
+
+_SHARDS = (
+    "FROM pg_catalog.pg_dist_placement p JOIN pg_catalog.pg_dist_shard s USING (shardid) "
+    "JOIN pg_catalog.pg_class c ON c.oid = s.logicalrelid "
+    "JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace AND n.nspname ~ '^pgkv_[0-9]{2,}$' "
+)
+READ_PLACEMENT: Statement[Placement] = Statement(
+    "shards_placement",
+    "SELECT groupid::text, '', nodename::text, nodeport::text, '' FROM pg_catalog.pg_dist_node "
+    "WHERE noderole = 'primary' AND isactive UNION ALL "
+    "SELECT p.groupid::text, n.nspname::text, c.relname::text, "
+    f"pg_catalog.shard_name(c.oid, s.shardid), s.shardid::text {_SHARDS}",
+    (),
+    _read_placement,
+    retry_safe=True,
+    writes=False,
+)
+CITUS_SIZES: Statement[dict[str, int]] = replace(  # of the slots that a node has
+    READ_SIZES,
+    sql="SELECT n.nspname::text, coalesce(sum(pg_total_relation_size(to_regclass("
+    f"pg_catalog.shard_name(c.oid, s.shardid)))), 0)::text {_SHARDS} "
+    "JOIN pg_catalog.pg_dist_local_group g USING (groupid) GROUP BY 1",
+)
+HAS_FENCE: Statement[bool] = Statement(
+    "shards_fence",
+    "SELECT to_regprocedure('pgkv_map.fence(bigint)') IS NOT NULL",
+    (),
+    lambda result: result.get_value(0, 0) == b"\x01",
+    retry_safe=True,
+    writes=False,
+)
+READ_GROUP: Statement[tuple[int, int]] = Statement(
+    "shards_group",
+    "SELECT g.groupid::text, s.slots::text FROM pg_catalog.pg_dist_local_group g "
+    "LEFT JOIN pgkv_map.settings s ON true",
+    (),
+    lambda result: (int(result.get_value(0, 0) or b"0"), int(result.get_value(0, 1) or b"0")),
+    retry_safe=True,
+    writes=False,
+)
+
+
+HAS_CITUS = "SELECT to_regclass('pg_catalog.pg_dist_node') IS NOT NULL"
+CITUS_LOCAL = "SELECT groupid FROM pg_catalog.pg_dist_local_group"
+CITUS_NODES = "SELECT groupid FROM pg_catalog.pg_dist_node WHERE noderole = 'primary' AND isactive"
+CITUS_SETTINGS = (
+    "SELECT to_regclass('pgkv_map.settings') IS NOT NULL",
+    "SELECT coalesce(max(slots), 0) FROM pgkv_map.settings",
+)
+# One command a string. The fence takes the lock that Citus' executor takes for a write, in its mode, and
+# a move takes exclusively. Operators are named with their schema: the function has its owner's rights.
+CITUS_SETUP = (
+    "CREATE SCHEMA IF NOT EXISTS pgkv_map",
+    "CREATE TABLE IF NOT EXISTS pgkv_map.settings (one BOOLEAN PRIMARY KEY DEFAULT true CHECK (one), "
+    "slots INTEGER NOT NULL)",
+    "SELECT create_reference_table('pgkv_map.settings') WHERE NOT EXISTS (SELECT FROM "
+    "pg_catalog.pg_dist_partition WHERE logicalrelid = 'pgkv_map.settings'::regclass)",
+    "SELECT replicate_reference_tables()",
+    """\
+CREATE OR REPLACE FUNCTION pgkv_map.fence(bigint) RETURNS void
+LANGUAGE plpgsql VOLATILE SECURITY DEFINER AS $pgkv$
+BEGIN
+  PERFORM pg_catalog.lock_shard_metadata(5, ARRAY[$1]);
+  IF NOT EXISTS (SELECT FROM pg_catalog.pg_dist_placement p, pg_catalog.pg_dist_local_group g
+      WHERE p.shardid OPERATOR(pg_catalog.=) $1 AND p.groupid OPERATOR(pg_catalog.=) g.groupid)
+    OR pg_catalog.current_setting('transaction_isolation') OPERATOR(pg_catalog.<>) 'read committed'
+  THEN RAISE EXCEPTION 'pgkv: the slot is not here' USING ERRCODE = 'PK001';
+  END IF;
+END $pgkv$""",
+)
+CITUS_COUNT = "INSERT INTO pgkv_map.settings (slots) VALUES (%s) ON CONFLICT DO NOTHING"
+CITUS_PLAIN = (
+    "SELECT nspname FROM pg_catalog.pg_namespace n WHERE nspname ~ '^pgkv_[0-9]{2,}$' AND NOT EXISTS "
+    "(SELECT FROM pg_catalog.pg_dist_schema s WHERE s.schemaid = n.oid)"
+)
+CITUS_UNLOGGED = (
+    "SELECT FROM pg_catalog.pg_class WHERE relnamespace = to_regnamespace(%s) AND relkind = 'r' "
+    "AND relpersistence = 'u' LIMIT 1"
+)
+CITUS_MOVE = "SELECT citus_schema_move(%s::regnamespace, %s::text, %s::int, %s::text::citus.shard_transfer_mode)"
+CITUS_SELF = "SELECT citus_backend_gpid()"
+CITUS_MOVING = (
+    "SELECT DISTINCT n.nspname::text, format('%s:%s to %s:%s', p.sourcename, p.sourceport, "
+    "p.targetname, p.targetport) FROM get_rebalance_progress() p "
+    "JOIN pg_catalog.pg_class c ON c.oid = p.table_name JOIN pg_catalog.pg_namespace n ON "
+    "n.oid = c.relnamespace WHERE p.progress = 1"
+)
+CITUS_MOVING_STATUS = (
+    "SELECT max(p.status), sum(p.target_shard_size)::bigint FROM get_rebalance_progress() p "
+    "JOIN pg_catalog.pg_class c ON c.oid = p.table_name "
+    "WHERE c.relnamespace = to_regnamespace(%s) HAVING count(*) > 0"
+)
+CITUS_WAITS = "SELECT EXISTS (SELECT FROM citus_stat_activity WHERE global_pid = %s AND wait_event_type = 'Lock')"
 
 
 def create_in_slot(table: Table, slot: int) -> Op[None]:

@@ -28,6 +28,7 @@ from ..config import BYTES_MIN, ENTRIES_MIN, Config, dsn_from_environment
 from ..errors import ConfigError
 from ..store import Store
 from .channel import AsyncShardedChannel, ShardedChannel, at_once, one_by_one
+from .citus import opened
 from .placement import Node, Router, Shard
 from .slots import ANY, ShardedConfig, Slots, apart
 from .sql import ShardedStatements
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     from ..types import Stats
 
 LOAD_ROWS = 50_000  # items sorted by slot at a time
-PLACEMENTS = ("auto", "servers")
+PLACEMENTS = ("auto", "servers", "citus")
 
 
 class ShardedTarget:
@@ -108,12 +109,12 @@ def settings(
     return [Config(dsn, schema=ANY, **options) for dsn in found]
 
 
-def sharded_config(config: Config, slots: Slots) -> ShardedConfig:
+def sharded_config(config: Config, slots: Slots, fences: Any = None) -> ShardedConfig:
     """The settings of a store over all slots: a bound is shared out among them, and a missing table is
     created by the store itself."""
     values = {field.name: getattr(config, field.name) for field in fields(Config)}
     values |= shares(config, slots, values) | {"auto_create_table": False}
-    return ShardedConfig(**values, shards=slots)
+    return ShardedConfig(**values, shards=slots, fences=fences)
 
 
 def shares(config: Config, slots: Slots, given: Container[str]) -> dict[str, Any]:
@@ -139,7 +140,7 @@ class _Sharded:
     def _begin(self, config: Config, channel: Any) -> None:
         """Bind it, when the map was read."""
         router: Router = channel.router
-        settled = sharded_config(config, router.slots)
+        settled = sharded_config(config, router.slots, router.fences)
         for node in router.nodes:
             node.channel._collectors = channel._collectors
         channel.on_close(lambda: [node.target.close() for node in router.nodes])
@@ -243,6 +244,18 @@ class _Sharded:
                 done += len({item[0] for item in part})
 
 
+def _node(config: Config) -> Node:
+    """A server of a `ShardedStore`."""
+    target, own = Target(config), replace(config, auto_create_table=False)
+    return Node(PoolChannel(own, StorePool(own, target.conninfo)), target)
+
+
+def _async_node(config: Config) -> Node:
+    """The same for an `AsyncShardedStore`."""
+    target, own = Target(config), replace(config, auto_create_table=False)
+    return Node(AsyncPoolChannel(own, AsyncStorePool(own, target.conninfo)), target)
+
+
 def _told(progress: Callable[[int], object], before: int) -> Callable[[int], object]:
     return lambda count: progress(before + count)
 
@@ -261,21 +274,18 @@ class ShardedStore(_Sharded, Store):
         cls, dsns: object, slots: int | None, placement: str, options: Mapping[str, Any]
     ) -> Self:
         configs = settings(dsns, slots, placement, options)
-        nodes = []
-        for config in configs:
-            target = Target(config)
-            own = replace(config, auto_create_table=False)
-            nodes.append(Node(PoolChannel(own, StorePool(own, target.conninfo)), target))
-        router = Router(configs[0], nodes, one_by_one)
-        channel = ShardedChannel(configs[0], router)
+        nodes = [*map(_node, configs)]
         store = cls.__new__(cls)
         try:
             for node in nodes:
                 node.target.dsn()  # an embedded server has a time limit of its own
-            drive(router.connect(slots, reach_timeout(configs[0])))
-            store._begin(configs[0], channel)
+            timeout = reach_timeout(configs[0])
+            found = opened(configs[0], nodes, one_by_one, _node, placement, slots, timeout)
+            store._begin(configs[0], ShardedChannel(configs[0], drive(found)))
         except BaseException:
-            channel.close()
+            for node in nodes:
+                node.channel.close()
+                node.target.close()
             raise
         return store
 
@@ -359,22 +369,21 @@ class AsyncShardedStore(_Sharded, AsyncStore):
         cls, dsns: object, slots: int | None, placement: str, options: Mapping[str, Any]
     ) -> AsyncIterator[Self]:
         configs = settings(dsns, slots, placement, options)
-        nodes = []
-        for config in configs:
-            target = Target(config)
-            own = replace(config, auto_create_table=False)
-            nodes.append(Node(AsyncPoolChannel(own, AsyncStorePool(own, target.conninfo)), target))
-        router = Router(configs[0], nodes, at_once)
-        channel = AsyncShardedChannel(configs[0], router)
+        nodes = [*map(_async_node, configs)]
         store = cls.__new__(cls)
-        try:
+        async with contextlib.AsyncExitStack() as stack:
+            for node in nodes:
+                stack.push_async_callback(node.channel.close)
             for node in nodes:
                 await asyncio.to_thread(node.target.dsn)
-            await drive_async(router.connect(slots, reach_timeout(configs[0])))
+            timeout = reach_timeout(configs[0])
+            router = await drive_async(
+                opened(configs[0], nodes, at_once, _async_node, placement, slots, timeout)
+            )
+            channel = AsyncShardedChannel(configs[0], router)
+            stack.push_async_callback(channel.close)
             store._begin(configs[0], channel)
             yield store
-        finally:
-            await channel.close()
 
     async def shards(self) -> list[Shard]:
         """Return where each slot is, and how large."""

@@ -28,11 +28,14 @@ from ..results import (
     OK,
     PIPELINE,
     PipelineReader,
+    behind_fences,
     failed,
     forgotten,
+    is_fenced,
     is_outdated,
     past_deadline,
     refusal,
+    without_fences,
 )
 
 if TYPE_CHECKING:
@@ -258,6 +261,8 @@ class AsyncPgConnection:
         """
         deadline = monotonic() + seconds
         statement = op.statement
+        if waiter is not None and statement.table is not None and statement.table.fences:
+            return None  # its task sends the fence as well
         if self.prepares and not statement.script:
             if statement.prepared_name not in self._prepared:
                 return None
@@ -317,6 +322,11 @@ class AsyncPgConnection:
             PgkvError: the server refused it, the connection was lost, or the time passed.
         """
         statement = op.statement
+        table = statement.table
+        if table is not None and table.fences is not None:
+            plan = table.fences.plan(statement)
+            if plan is not None:
+                return await self._execute_fenced(op, plan, seconds)
         deadline = monotonic() + seconds
         sent = False
         failure: PgkvError
@@ -341,10 +351,34 @@ class AsyncPgConnection:
         finally:
             del failure  # its traceback holds this frame, and the callers'
 
+    async def _execute_fenced(self, op: Op[Any], plan: Any, seconds: float) -> PGresult:
+        """Send one operation behind the fence of its slot."""
+        until = monotonic() + seconds
+        (result,) = await self.execute_all((op,), seconds, sync_each=False)
+        if result.status not in OK and await self._forget(plan.statement, result):
+            (result,) = await self.execute_all((op,), until - monotonic(), sync_each=False)
+        if result.status in OK:
+            return result
+        raise refusal(result, op.statement)
+
     async def execute_all(
         self, ops: Sequence[Op[Any]], seconds: float, *, sync_each: bool
     ) -> list[PGresult]:
         """Send many operations in one round trip; see `_sync.connection.PgConnection.execute_all`."""
+        if not is_fenced(ops):
+            return await self._send_all(ops, seconds, sync_each=sync_each)
+        if sync_each:
+            until = monotonic() + seconds
+            return [
+                (await self.execute_all((op,), until - monotonic(), sync_each=False))[0]
+                for op in ops
+            ]
+        sent, fences = behind_fences(ops)
+        return without_fences(await self._send_all(sent, seconds, sync_each=False), fences)
+
+    async def _send_all(
+        self, ops: Sequence[Op[Any]], seconds: float, *, sync_each: bool
+    ) -> list[PGresult]:
         failure: PgkvError
         about = PIPELINE
         deadline = monotonic() + seconds

@@ -26,7 +26,18 @@ from ..._ops.op import BINARY, Op, Result, Statement
 from ..._sql.control import PREPARE_TRIAL
 from ...errors import PgkvError, from_result
 from ..pooling import HAS_CLOSE_PREPARED, PoolPlace, Preparing
-from ..results import OK, PIPELINE, PipelineReader, failed, is_outdated, past_deadline, refusal
+from ..results import (
+    OK,
+    PIPELINE,
+    PipelineReader,
+    behind_fences,
+    failed,
+    is_fenced,
+    is_outdated,
+    past_deadline,
+    refusal,
+    without_fences,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -171,6 +182,11 @@ class PgConnection:
         """
         deadline = monotonic() + seconds
         statement = op.statement
+        table = statement.table
+        if table is not None and table.fences is not None:
+            plan = table.fences.plan(statement)
+            if plan is not None:
+                return self._execute_fenced(op, plan, seconds)
         try:
             if result is not None:
                 pass
@@ -253,6 +269,16 @@ class PgConnection:
         finally:
             del failure  # its traceback holds this frame, and the callers'
 
+    def _execute_fenced(self, op: Op[Any], plan: Any, seconds: float) -> Result:
+        """Send one operation behind the fence of its slot."""
+        until = monotonic() + seconds
+        (result,) = self.execute_all((op,), seconds, sync_each=False)
+        if result.status not in OK and self._forget(plan.statement, result):
+            (result,) = self.execute_all((op,), until - monotonic(), sync_each=False)
+        if result.status in OK:
+            return result
+        raise refusal(result, op.statement)
+
     def execute_all(
         self, ops: Sequence[Op[Any]], seconds: float, *, sync_each: bool
     ) -> list[PGresult]:
@@ -267,6 +293,17 @@ class PgConnection:
         Raises:
             OperationTimeoutError, StoreUnavailableError: as of `execute`, for all of them.
         """
+        if not is_fenced(ops):
+            return self._send_all(ops, seconds, sync_each=sync_each)
+        if sync_each:
+            until = monotonic() + seconds
+            return [self.execute_all((op,), until - monotonic(), sync_each=False)[0] for op in ops]
+        sent, fences = behind_fences(ops)
+        return without_fences(self._send_all(sent, seconds, sync_each=False), fences)
+
+    def _send_all(
+        self, ops: Sequence[Op[Any]], seconds: float, *, sync_each: bool
+    ) -> list[PGresult]:
         failure: PgkvError
         about = PIPELINE
         deadline = monotonic() + seconds
