@@ -44,6 +44,7 @@ T = TypeVar("T")
 KEY_MAX = 512  # bytes of a key, and of a scope, in UTF-8
 LEASE_MIN = 1.0  # seconds
 LOCK_WAIT_MAX = 0.2  # seconds that one claim waits for a transaction that is about to take the key
+REPEATS_INSIDE = 20  # of a claim in a transaction: each waited for another one's end
 POLL_FIRST, POLL_GROWTH, POLL_MAX = 0.01, 1.5, 0.5  # seconds between claims; jittered down by half
 CLEAN_UP = 1.0, 3.0  # seconds for a statement that ends a claim, and with its connection
 RETRY_AFTER = 1.0  # seconds, where another transaction has the key: nothing tells when it ends
@@ -276,19 +277,19 @@ class AttemptState(Generic[T]):
     def _claim_inside(self, channel: Any) -> Flow[None]:
         """The same in the caller's transaction, within a savepoint."""
         self._inside = channel
-        sql, ttl = self._flows.sql, self._flows.ttl
         until, poll = clock() + self._wait, POLL_FIRST
         while True:
-            left = max(0.0, until - clock())
+            ask = claim_inside(
+                self._flows.sql, self._key, self._fingerprint, self._flows.ttl, until
+            )
             try:
-                self._answer = yield from do(
-                    sql.claim_inside(self._key, self._fingerprint, ttl, left)
-                )
+                self._answer = yield from ask
             except PgkvError as error:
                 if error._sqlstate != "55P03":
                     raise
                 raise self._busy() from None  # the savepoint is rolled back
-            if self._answer.status != "busy" or not left:
+            left = until - clock()
+            if self._answer.status != "busy" or left <= 0:
                 return self._settle()
             poll = min(poll * POLL_GROWTH, POLL_MAX)
             yield from pause(min(left, uniform(poll / 2, poll)))  # noqa: S311  # no secret
@@ -331,6 +332,23 @@ class AttemptState(Generic[T]):
         if lease is not None and os.getpid() == pid:
             lease._runtime.background().part(LeaseRenewals).forget(lease)
             lease._end()
+
+
+def claim_inside(
+    sql: IdempotencyStatements, key: bytes, fingerprint: bytes, ttl: float, until: float
+) -> Flow[Answer]:
+    """Take the key in a caller's transaction, or learn what became of it."""
+
+    def wait() -> float:
+        return max(0.0, until - clock())
+
+    for _ in range(REPEATS_INSIDE):
+        answer = yield from do(sql.insert(key, fingerprint, ttl, wait()))
+        answer = answer or (yield from do(sql.look(key, fingerprint)))
+        answer = answer or (yield from do(sql.take_over(key, fingerprint, ttl, wait())))
+        if answer:
+            return answer
+    return BUSY
 
 
 def check_inside(conn: Any, what: str) -> None:

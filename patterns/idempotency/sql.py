@@ -40,9 +40,10 @@ IDEMPOTENCY = TableShape(
 
 SEPARATOR = b"\x1f"  # between scope and key
 REPEATS = 3  # of a claim that met a row in flight, before the key counts as busy
-REPEATS_INSIDE = 20  # the same in a transaction, where each waited for another one's end
 NOW = "statement_timestamp()"
 EPOCH = "'epoch'::timestamptz"
+US = "(extract(epoch from n.ts) * 1000000)::bigint"
+ENDS = "n.ts + $3::float8 * interval '1 second'"
 DURABLE = (
     "set_config('synchronous_commit', CASE current_setting('synchronous_commit') "
     "WHEN 'remote_apply' THEN 'remote_apply' ELSE 'on' END, true)"
@@ -83,41 +84,30 @@ class IdempotencyStatements(Sweep):
 
     # -- claiming
 
-    def _grant(self, lease: str, where: str) -> str:
-        """The upsert of both claims, under a condition on the snapshot: $1 key, $2 fingerprint,
-        $3 ttl."""
-        us = "(extract(epoch from n.ts) * 1000000)::bigint"
-        return (
-            f"g AS (INSERT INTO {self.t} AS t (key, fingerprint, token, leased_until, expires_at, "
-            f"created_at) SELECT $1, $2, {us}, {lease}, n.ts + $3::float8 * interval '1 second', "
-            f"n.ts FROM n WHERE {where} ON CONFLICT (key) DO UPDATE SET "
-            "token = greatest(t.token + 1, EXCLUDED.token), leased_until = EXCLUDED.leased_until, "
-            "expires_at = EXCLUDED.expires_at, fingerprint = EXCLUDED.fingerprint, result = NULL, "
-            "created_at = EXCLUDED.created_at WHERE t.expires_at <= EXCLUDED.created_at "
-            "OR t.result IS NULL AND t.leased_until <= EXCLUDED.created_at "
-            "AND t.fingerprint = EXCLUDED.fingerprint RETURNING token)"
-        )
-
     @cached_property
     def _claim(self) -> Statement[Answer]:
         one = f"FROM {self.t} WHERE key = $1"
+        row = self._new_row("n.ts + $5::float8 * interval '1 second'")
         sql = (
             f"WITH n AS MATERIALIZED (SELECT clock_timestamp() ts, {DURABLE}, "
             "set_config('lock_timeout', $4, true)), "
             f"free AS MATERIALIZED (SELECT key {one} AND (expires_at <= {NOW} OR result IS NULL "
             f"AND leased_until <= {NOW} AND fingerprint = $2) FOR UPDATE SKIP LOCKED), "
-            + self._grant(
-                "n.ts + $5::float8 * interval '1 second'",
-                f"EXISTS (SELECT 1 FROM free) OR NOT EXISTS (SELECT 1 {one})",
-            )
-            + " SELECT 'mine', token, NULL::bytea, NULL::float8 FROM g UNION ALL SELECT "
+            f"g AS ({row} WHERE EXISTS (SELECT 1 FROM free) OR NOT EXISTS (SELECT 1 {one}) "
+            "ON CONFLICT (key) DO UPDATE SET "
+            "token = greatest(t.token + 1, EXCLUDED.token), leased_until = EXCLUDED.leased_until, "
+            "expires_at = EXCLUDED.expires_at, fingerprint = EXCLUDED.fingerprint, result = NULL, "
+            "created_at = EXCLUDED.created_at WHERE t.expires_at <= EXCLUDED.created_at "
+            "OR t.result IS NULL AND t.leased_until <= EXCLUDED.created_at "
+            "AND t.fingerprint = EXCLUDED.fingerprint RETURNING token)"
+            " SELECT 'mine', token, NULL::bytea, NULL::float8 FROM g UNION ALL SELECT "
             f"CASE WHEN expires_at <= {NOW} THEN 'raced' WHEN fingerprint <> $2 THEN 'mismatch' "
             "WHEN result IS NOT NULL THEN 'done' "
             f"WHEN leased_until <= {NOW} THEN 'raced' ELSE 'busy' END, token, result, "
             f"extract(epoch from leased_until - {NOW})::float8 {one} AND NOT EXISTS (SELECT 1 FROM g)"
         )
         formats = (TEXT, BINARY, BINARY, TEXT, BINARY)
-        return self.statement("idempotency_claim", sql, formats, _read_answer, repeats=REPEATS)
+        return self.statement("idempotency_claim", sql, formats, _read_claim, repeats=REPEATS)
 
     def claim(
         self, key: bytes, fingerprint: bytes, ttl: float, wait: float, lease: float
@@ -127,32 +117,62 @@ class IdempotencyStatements(Sweep):
         float8 = _codec.encode_float8
         return Op(self._claim, (key, fingerprint, float8(ttl), _ms(wait), float8(lease)))
 
-    @cached_property
-    def _claim_inside(self) -> Statement[Answer]:
-        # The last SELECT puts the caller's own lock_timeout back; o keeps a replay free of an xid.
-        sql = (
-            "WITH n AS MATERIALIZED (SELECT clock_timestamp() ts, current_setting('lock_timeout') "
-            "old, set_config('lock_timeout', $4, true)), "
-            f"o AS MATERIALIZED (SELECT fingerprint, result, leased_until FROM {self.t} WHERE key = $1 "
-            f"AND expires_at > {NOW} AND (result IS NOT NULL OR fingerprint <> $2 "
-            f"OR leased_until > {NOW})), "
-            + self._grant(EPOCH, "NOT EXISTS (SELECT 1 FROM o)")
-            + ", c AS MATERIALIZED (SELECT count(*) c, max(token) token FROM g) SELECT "
-            "CASE WHEN c.c > 0 THEN 'mine' WHEN o.fingerprint IS NULL THEN 'raced' "
-            "WHEN o.fingerprint <> $2 THEN 'mismatch' WHEN o.result IS NOT NULL THEN 'done' "
-            f"ELSE 'busy' END, c.token, o.result, extract(epoch from o.leased_until - {NOW})::float8, "
-            "set_config('lock_timeout', n.old, true) FROM c CROSS JOIN n LEFT JOIN o ON true"
-        )
-        formats = (TEXT, BINARY, BINARY, TEXT)
-        return self.statement(
-            "idempotency_claim", sql, formats, _read_answer, repeats=REPEATS_INSIDE
+    # Inside a caller's transaction nothing is prepared, and planning costs the most: so the usual case has a
+    # statement of its own. Each of the three answers None where it is for the next.
+
+    def _new_row(self, lease: str) -> str:
+        """The insert of both kinds of claim: $1 key, $2 fingerprint, $3 ttl."""
+        return (
+            f"INSERT INTO {self.t} AS t (key, fingerprint, token, leased_until, expires_at, created_at) "
+            f"SELECT $1, $2, {US}, {lease}, {ENDS}, n.ts FROM n"
         )
 
-    def claim_inside(self, key: bytes, fingerprint: bytes, ttl: float, wait: float) -> Op[Answer]:
-        """Take the key in the caller's transaction; another transaction that has it is waited for
+    def _make_inside(self, change: str) -> Statement[Answer | None]:
+        # The last SELECT puts the caller's own lock_timeout back.
+        sql = (
+            "WITH n AS MATERIALIZED (SELECT clock_timestamp() ts, current_setting('lock_timeout') "
+            f"old, set_config('lock_timeout', $4, true)), g AS ({change} RETURNING token) "
+            "SELECT g.token, set_config('lock_timeout', n.old, true) FROM n LEFT JOIN g ON true"
+        )
+        return self.statement("idempotency_claim", sql, (TEXT, BINARY, BINARY, TEXT), _read_token)
+
+    @cached_property
+    def _insert(self) -> Statement[Answer | None]:
+        return self._make_inside(f"{self._new_row(EPOCH)} ON CONFLICT DO NOTHING")
+
+    def insert(self, key: bytes, fingerprint: bytes, ttl: float, wait: float) -> Op[Answer | None]:
+        """Take a new key in the caller's transaction; another transaction that has it is waited for
         `wait` seconds, then it fails with 55P03."""
-        params = (key, fingerprint, _codec.encode_float8(ttl), _ms(wait))
-        return Op(self._claim_inside, params)
+        return Op(self._insert, (key, fingerprint, _codec.encode_float8(ttl), _ms(wait)))
+
+    @cached_property
+    def _look(self) -> Statement[Answer | None]:
+        sql = (
+            "SELECT CASE WHEN fingerprint <> $2 THEN 'mismatch' WHEN result IS NOT NULL THEN 'done' "
+            f"ELSE 'busy' END, token, result, extract(epoch from leased_until - {NOW})::float8 "
+            f"FROM {self.t} WHERE key = $1 AND expires_at > {NOW} "
+            f"AND (result IS NOT NULL OR fingerprint <> $2 OR leased_until > {NOW})"
+        )
+        return self.statement("idempotency_claim", sql, (TEXT, BINARY), _read_answer, writes=False)
+
+    def look(self, key: bytes, fingerprint: bytes) -> Op[Answer | None]:
+        """What became of a key that is not new."""
+        return Op(self._look, (key, fingerprint))
+
+    @cached_property
+    def _take_over(self) -> Statement[Answer | None]:
+        return self._make_inside(
+            f"UPDATE {self.t} SET token = greatest(token + 1, {US}), leased_until = {EPOCH}, "
+            f"expires_at = {ENDS}, fingerprint = $2, result = NULL, created_at = n.ts FROM n "
+            "WHERE key = $1 AND (expires_at <= n.ts OR result IS NULL AND leased_until <= n.ts "
+            "AND fingerprint = $2)"
+        )
+
+    def take_over(
+        self, key: bytes, fingerprint: bytes, ttl: float, wait: float
+    ) -> Op[Answer | None]:
+        """Take a key that has expired, or that an attempt left, as of `insert`."""
+        return Op(self._take_over, (key, fingerprint, _codec.encode_float8(ttl), _ms(wait)))
 
     # -- ending
 
@@ -251,16 +271,11 @@ def _ms(seconds: float) -> bytes:
     return str(max(1, round(seconds * 1000))).encode()
 
 
-_RACED = Raced(BUSY)
-
-
-def _read_answer(result: Result) -> Answer | Signal:
-    if not result.ntuples:
-        return _RACED
+def _read_answer(result: Result) -> Answer | None:
     column = result.get_value
-    status = (column(0, 0) or b"").decode()
+    status = (column(0, 0) or b"").decode() if result.ntuples else "raced"
     if status == "raced":
-        return _RACED
+        return None
     token, remaining = column(0, 1), column(0, 3)
     return Answer(
         status,
@@ -268,6 +283,18 @@ def _read_answer(result: Result) -> Answer | Signal:
         column(0, 2) or b"",
         0.0 if remaining is None else max(0.0, _codec.decode_float8(remaining)),
     )
+
+
+_RACED = Raced(BUSY)
+
+
+def _read_claim(result: Result) -> Answer | Signal:
+    return _read_answer(result) or _RACED
+
+
+def _read_token(result: Result) -> Answer | None:
+    token = result.get_value(0, 0)
+    return None if token is None else Answer("mine", _codec.decode_int(token))
 
 
 def _read_record(result: Result) -> Record | None:

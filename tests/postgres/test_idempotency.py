@@ -636,23 +636,19 @@ async def test_no_statement_reads_the_table(store: Any, idem: Any, peer: Peer, m
     peer.run(f"ANALYZE {TABLE}")
     peer.run(f"SET plan_cache_mode = {mode}")
     sql = idem._flows.sql
-    ops = [
-        sql.claim(b"k1", b"f", 60.0, 1.0, 30.0),
-        sql.claim_inside(b"k1", b"f", 60.0, 1.0),
-        sql.complete(b"k1", 1, b"r", 60.0, inside=False),
-        sql.complete(b"k1", 1, b"r", 60.0, inside=True),
-        sql.release(b"k1", 1),
-        sql.get(b"k1"),
-        sql.forget(b"k1"),
-    ]
-    values = {2: ["'k1'", "1"], 1: ["'k1'"]}
-    for number, op in enumerate(ops):
+    ops = {
+        sql.claim(b"k1", b"f", 60.0, 1.0, 30.0): "'k1', 'f', 60, '1000', 30",
+        sql.insert(b"k1", b"f", 60.0, 1.0): "'k1', 'f', 60, '1000'",
+        sql.look(b"k1", b"f"): "'k1', 'f'",
+        sql.take_over(b"k1", b"f", 60.0, 1.0): "'k1', 'f', 60, '1000'",
+        sql.complete(b"k1", 1, b"r", 60.0, inside=False): "'r', 'k1', 1, 60",
+        sql.complete(b"k1", 1, b"r", 60.0, inside=True): "'r', 'k1', 1, 60",
+        sql.release(b"k1", 1): "'k1', 1",
+        sql.get(b"k1"): "'k1'",
+        sql.forget(b"k1"): "'k1'",
+    }
+    for number, (op, arguments) in enumerate(ops.items()):
         text = op.statement.text(peer.conn.info.server_version).decode()
         peer.run(f"PREPARE p{number} AS {text}".replace("%", "%%"))
-        count = len(op.params)
-        given = {5: ["'k1'", "'f'", "60", "'1000'", "30"], 4: ["'k1'", "'f'", "60", "'1000'"]}
-        if op.statement.name == "idempotency_complete":
-            given[4] = ["'r'", "'k1'", "1", "60"]
-        arguments = ", ".join({**values, **given}[count])
         plan = "\n".join(row[0] for row in peer.run(f"EXPLAIN EXECUTE p{number} ({arguments})"))
         assert f"Seq Scan on {TABLE}" not in plan, plan

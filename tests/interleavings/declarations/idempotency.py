@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 import psycopg
 
 import pgkv
+from pgkv._background.renewal import clock
 from pgkv._ops.op import Op
 from pgkv.patterns._runtime.lease import LOCKED
-from pgkv.patterns.idempotency.flows import IdempotencyFlows
+from pgkv.patterns.idempotency.flows import IdempotencyFlows, claim_inside
 from pgkv.patterns.idempotency.sql import Answer
 from tests.interleavings.pairs import Operation, Subject
 from tests.interleavings.scenarios import at_most, failed_by_itself, truncate
@@ -51,6 +52,17 @@ def sent(make: Callable[[Any, bytes], Op[Any]], *, answers: bool = True) -> Oper
     return run
 
 
+def claimed(fingerprint: bytes) -> Operation[Bound]:
+    """The claim inside a transaction, which takes up to three statements."""
+
+    def run(bound: Bound, _side: str) -> Any:
+        until = clock() + PATIENCE
+        flow = claim_inside(bound.subject.sql, KEY, fingerprint, TTL, until)
+        return said(bound.store._channel.run(flow))
+
+    return run
+
+
 class Keys(Subject[Bound]):
     """A key that is new, worked on, abandoned, done, or whose time has passed."""
 
@@ -59,8 +71,8 @@ class Keys(Subject[Bound]):
     operations: Mapping[str, Operation[Bound]] = {
         "claim": sent(lambda s, _: s.claim(KEY, b"f", TTL, PATIENCE, LEASE)),
         "claim, other payload": sent(lambda s, _: s.claim(KEY, b"g", TTL, PATIENCE, LEASE)),
-        "claim inside": sent(lambda s, _: s.claim_inside(KEY, b"f", TTL, PATIENCE)),
-        "claim inside, other payload": sent(lambda s, _: s.claim_inside(KEY, b"g", TTL, PATIENCE)),
+        "claim inside": claimed(b"f"),
+        "claim inside, other payload": claimed(b"g"),
         "complete": sent(lambda s, x: s.complete(KEY, TOKEN, x, TTL, inside=False)),
         "complete inside": sent(lambda s, x: s.complete(KEY, TOKEN, x, TTL, inside=True)),
         "release": sent(lambda s, _: s.release(KEY, TOKEN)),
