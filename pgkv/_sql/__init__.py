@@ -60,7 +60,7 @@ class Statements(PointStatements, BatchStatements, ScanStatements, EvictStatemen
         kinds: dict[Statement[Any], int] = {
             self.get_statement: GETS,
             self.set_statement: SETS,
-            self.made(("set", AFTER), lambda: self._make_set(AFTER)): SETS,
+            self.shaped(self._make_set, AFTER): SETS,
             self.increment_statement: INCREMENTS,
         }
         return {statement.prepared_name: kind for statement, kind in kinds.items()}

@@ -14,11 +14,12 @@ from .._ops import codec as _codec
 from .._ops.lazy import cached_property
 from .._ops.op import BINARY, TEXT, Expired, Op, Param, Raced, Result, Signal, Statement
 from ..errors import InvalidKeyError, InvalidValueError
-from .point import ADDED, REFUSED_INCREMENT, WINDOW
+from .point import ADDED, LATE, REFUSED_INCREMENT, WINDOW
 from .table import (
     AFTER,
     LIVE,
     NEVER,
+    VALUE_OR_EXPIRED,
     Expiry,
     TableStatements,
     choose_expiry,
@@ -72,19 +73,16 @@ class BatchStatements(TableStatements):
 
     def _get_many(self, raw: list[bytes]) -> Op[dict[str, bytes]]:
         few = len(raw) if len(raw) <= IN_LIST_MAX else 0
-        statement = self.made(("get_many", few), lambda: self._make_get_many(few))
+        statement = self.shaped(self._make_get_many, few)
         return Op(statement, raw if few else (_codec.encode_array(raw),))
 
     def _make_get_many(self, few: int) -> Statement[dict[str, bytes]]:
-        value = "CASE WHEN expires_at <= statement_timestamp() THEN NULL ELSE value END"
-        return self.statement(
+        return self.reading(
             "get_many",
-            f"SELECT key, {value if self.collects else 'value'} FROM {self.t} "
+            f"SELECT key, {VALUE_OR_EXPIRED if self.collects else 'value'} FROM {self.t} "
             f"WHERE {_among(few)}" + ("" if self.collects else f" AND {self.readable}"),
             (TEXT,) * few or (BINARY,),
             self._read_pairs,
-            retry_safe=True,
-            writes=False,
             join=_united,
         )
 
@@ -106,13 +104,11 @@ class BatchStatements(TableStatements):
 
     @cached_property
     def _exists_many(self) -> Statement[set[str]]:
-        return self.statement(
+        return self.reading(
             "exists_many",
             f"SELECT key FROM {self.t} WHERE {_among(0)} AND {self.readable}",
             (BINARY,),
             self._read_key_set,
-            retry_safe=True,
-            writes=False,
             join=_all_keys,
         )
 
@@ -129,10 +125,17 @@ class BatchStatements(TableStatements):
         """Write all pairs; of a repeated key the last. How many keys, and the operations."""
         expiry, extra = choose_expiry(ttl, None, False)
         latest = dict(zip(*self.columns(*_columns(items)), strict=True))
-        statement = self.made(("set_many", expiry), lambda: self._make_set_many(expiry))
+        return len(latest), self._in_chunks(
+            self.shaped(self._make_set_many, expiry), latest, *extra
+        )
+
+    def _in_chunks(
+        self, statement: Statement[T], latest: Mapping[bytes, bytes], *extra: bytes
+    ) -> list[Op[T]]:
+        """The operations that write those values by key, in the order of the keys."""
         array = _codec.encode_array
 
-        def make(keys: list[bytes]) -> list[Op[None]]:
+        def make(keys: list[bytes]) -> list[Op[T]]:
             values = [latest[key] for key in keys]
             sizes = list(map(add, map(len, keys), map(len, values)))
             return [
@@ -140,7 +143,7 @@ class BatchStatements(TableStatements):
                 for cut in _codec.chunks(keys, sizes, CHUNK_ROWS, CHUNK_BYTES)
             ]
 
-        return len(latest), self.parted(sorted(latest), make)
+        return self.parted(sorted(latest), make)
 
     def parted(self, keys: list[bytes], make: Callable[[list[bytes]], list[Op[T]]]) -> list[Op[T]]:
         """The operations on sorted keys, made for those that are kept together: here for all."""
@@ -183,18 +186,8 @@ class BatchStatements(TableStatements):
         for key, delta in _pairs(deltas):
             raw = self.key(key)
             summed[raw] = summed.get(raw, 0) + _codec.integer(delta, "delta")
-        latest = {key: b"%d" % _codec.integer(summed[key], "delta") for key in sorted(summed)}
-        statement = self.made(("increment_many", expiry), lambda: self._make_increment_many(expiry))
-        array = _codec.encode_array
-
-        def make(keys: list[bytes]) -> list[Op[tuple[dict[str, int], list[str]]]]:
-            values = [latest[key] for key in keys]
-            return [
-                Op(statement, (array(keys[cut]), array(values[cut], _codec.BYTEA_OID), *extra))
-                for cut in _codec.chunks(keys, [len(k) + 20 for k in keys], CHUNK_ROWS, CHUNK_BYTES)
-            ]
-
-        return self.parted(list(latest), make)
+        latest = {key: b"%d" % _codec.integer(total, "delta") for key, total in summed.items()}
+        return self._in_chunks(self.shaped(self._make_increment_many, expiry), latest, *extra)
 
     def _make_increment_many(self, expiry: Expiry) -> Statement[tuple[dict[str, int], list[str]]]:
         upsert = self.upsert(
@@ -206,8 +199,7 @@ class BatchStatements(TableStatements):
         )
         return self.statement(
             "increment_many",
-            f"WITH up AS ({upsert}) "
-            "SELECT key, value, coalesce(expires_at <= clock_timestamp(), false) FROM up",
+            f"WITH up AS ({upsert}) SELECT key, value, {LATE} FROM up",
             _array_formats(expiry),
             self._read_sums,
             savepoint=True,
@@ -229,15 +221,13 @@ class BatchStatements(TableStatements):
 
     def merged_set(self, expiry: Expiry, params: Sequence[Sequence[Param]]) -> Op[Any]:
         """Writes of different keys, sorted by key; their versions by key."""
-        statement = self.made(
-            ("set_many", expiry, "versions"),
-            lambda: self._make_set_many(expiry, "key, version", _read_raw_versions),
-        )
+        make = self._make_set_many
+        statement = self.shaped(make, expiry, "key, version", _read_raw_versions)
         return Op(statement, _merged_columns(params))
 
     def merged_increment(self, params: Sequence[Sequence[Param]]) -> Op[Any]:
         """Increments of different keys; the sums by key, `Raced` where one had expired."""
-        statement = self.made(("increment_many", NEVER), lambda: self._make_increment_many(NEVER))
+        statement = self.shaped(self._make_increment_many, NEVER)
         return Op(statement, _merged_columns(params), _read_raw_sums)
 
     def delete_many(self, keys: Iterable[str]) -> list[Op[int]]:

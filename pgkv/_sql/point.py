@@ -20,6 +20,7 @@ from .table import (
     LIVE,
     NEVER,
     UPDATED,
+    VALUE_OR_EXPIRED,
     Expiry,
     TableStatements,
     choose_expiry,
@@ -55,6 +56,8 @@ ADDED = (
     + INTEGER.format(value="t.value")
     + " + encode(EXCLUDED.value, 'escape')::bigint)::text::bytea END"
 )
+# Whether a row that was just written had expired meanwhile.
+LATE = "coalesce(expires_at <= clock_timestamp(), false)"
 # An increment applies its ttl only when it creates the key: a fixed window.
 WINDOW = f"CASE WHEN {DEAD} THEN EXCLUDED.expires_at ELSE t.expires_at END"
 
@@ -72,29 +75,33 @@ class PointStatements(TableStatements):
     ) -> Statement[T]:
         return self.statement(name, sql, formats, decode, one_key=True, **options)
 
+    def _with_ttl(
+        self,
+        make: Callable[[Expiry], Statement[Any]],
+        ttl: Seconds | None,
+        params: tuple[bytes, ...],
+        decode: Callable[[Result], T | Signal] | None = None,
+    ) -> Op[T]:
+        expiry, extra = choose_expiry(ttl, None, False)
+        return Op(self.shaped(make, expiry), (*params, *extra), decode)
+
     # -- reading
+
+    def _read_key(
+        self, name: str, columns: str, decode: Callable[[Result], T | Signal], where: str = ""
+    ) -> Statement[T]:
+        sql = f"SELECT {columns} FROM {self.t} WHERE key = $1{where}"
+        return self.reading(name, sql, (TEXT,), decode, one_key=True)
+
+    @cached_property
+    def _and_readable(self) -> str:
+        return f" AND {self.readable}"
 
     @cached_property
     def get_statement(self) -> Statement[bytes | None]:
         if self.collects:
-            # value is NOT NULL, so a NULL can only mean "expired".
-            return self._of_one_key(
-                "get",
-                "SELECT CASE WHEN expires_at <= statement_timestamp() THEN NULL ELSE value END "
-                f"FROM {self.t} WHERE key = $1",
-                (TEXT,),
-                _read_value_or_expired,
-                retry_safe=True,
-                writes=False,
-            )
-        return self._of_one_key(
-            "get",
-            f"SELECT value FROM {self.t} WHERE key = $1 AND {self.readable}",
-            (TEXT,),
-            read_value,
-            retry_safe=True,
-            writes=False,
-        )
+            return self._read_key("get", VALUE_OR_EXPIRED, _read_value_or_expired)
+        return self._read_key("get", "value", read_value, self._and_readable)
 
     def get(self, key: str) -> Op[bytes | None]:
         """The value, or None."""
@@ -102,15 +109,12 @@ class PointStatements(TableStatements):
 
     @cached_property
     def _get_entry(self) -> Statement[Entry | None]:
-        return self._of_one_key(
+        return self._read_key(
             "get_entry",
-            "SELECT value, version, expires_at, created_at, updated_at, statement_timestamp(), "
-            f"coalesce(expires_at <= statement_timestamp(), false) FROM {self.t} "
-            f"WHERE key = $1 AND {'TRUE' if self.collects else self.readable}",
-            (TEXT,),
+            "value, version, expires_at, created_at, updated_at, statement_timestamp(), "
+            "coalesce(expires_at <= statement_timestamp(), false)",
             _in_each_call,
-            retry_safe=True,
-            writes=False,
+            "" if self.collects else self._and_readable,
         )
 
     def get_entry(self, key: str) -> Op[Entry | None]:
@@ -136,14 +140,7 @@ class PointStatements(TableStatements):
 
     @cached_property
     def exists_statement(self) -> Statement[bool]:
-        return self._of_one_key(
-            "exists",
-            f"SELECT 1 FROM {self.t} WHERE key = $1 AND {self.readable}",
-            (TEXT,),
-            read_found,
-            retry_safe=True,
-            writes=False,
-        )
+        return self._read_key("exists", "1", read_found, self._and_readable)
 
     def exists(self, key: str) -> Op[bool]:
         """Whether the key exists."""
@@ -151,17 +148,11 @@ class PointStatements(TableStatements):
 
     @cached_property
     def _ttl(self) -> Statement[float | None]:
-        return self._of_one_key(
-            "ttl",
-            # Not expires_at - now: before 17 the difference to 'infinity' is an error.
-            "SELECT (extract(epoch from expires_at) - "
-            "extract(epoch from statement_timestamp()))::float8 "
-            f"FROM {self.t} WHERE key = $1 AND {self.readable}",
-            (TEXT,),
-            _read_seconds,
-            retry_safe=True,
-            writes=False,
+        # Not expires_at - now: before 17 the difference to 'infinity' is an error.
+        left = (
+            "(extract(epoch from expires_at) - extract(epoch from statement_timestamp()))::float8"
         )
+        return self._read_key("ttl", left, _read_seconds, self._and_readable)
 
     def ttl(self, key: str) -> Op[float | None]:
         """Seconds left; inf without an expiry; None without the key."""
@@ -184,11 +175,10 @@ class PointStatements(TableStatements):
         expiry, extra = choose_expiry(ttl, expires_at, keep_ttl)
         params = (*self.pair(key, value), *extra)
         if if_version is None:
-            return Op(self.made(("set", expiry), lambda: self._make_set(expiry)), params)
+            return Op(self.shaped(self._make_set, expiry), params)
         if _codec.integer(if_version, "if_version") == 0:
-            return Op(self.made(("set_nx", expiry), lambda: self._make_set_nx(expiry)), params)
-        statement = self.made(("set_if", expiry), lambda: self._make_set_if(expiry))
-        return Op(statement, (*params, _codec.encode_int8(if_version)))
+            return Op(self.shaped(self._make_set_nx, expiry), params)
+        return Op(self.shaped(self._make_set_if, expiry), (*params, _codec.encode_int8(if_version)))
 
     @cached_property
     def set_statement(self) -> Statement[int | None]:
@@ -223,15 +213,11 @@ class PointStatements(TableStatements):
 
     def set_nx(self, key: str, value: Value, ttl: Seconds | None = None) -> Op[bool]:
         """Write if there is no such key."""
-        expiry, extra = choose_expiry(ttl, None, False)
-        statement = self.made(("set_nx", expiry), lambda: self._make_set_nx(expiry))
-        return Op(statement, (*self.pair(key, value), *extra), read_found)
+        return self._with_ttl(self._make_set_nx, ttl, self.pair(key, value), read_found)
 
     def set_xx(self, key: str, value: Value, ttl: Seconds | None = None) -> Op[bool]:
         """Write if the key exists."""
-        expiry, extra = choose_expiry(ttl, None, False)
-        statement = self.made(("set_xx", expiry), lambda: self._make_set_xx(expiry))
-        return Op(statement, (*self.pair(key, value), *extra))
+        return self._with_ttl(self._make_set_xx, ttl, self.pair(key, value))
 
     def _make_set_xx(self, expiry: Expiry) -> Statement[bool]:
         return self._of_one_key(
@@ -283,9 +269,7 @@ class PointStatements(TableStatements):
 
     def get_and_set(self, key: str, value: Value, ttl: Seconds | None = None) -> Op[bytes | None]:
         """Write and return the previous value."""
-        expiry, extra = choose_expiry(ttl, None, False)
-        statement = self.made(("get_and_set", expiry), lambda: self._make_get_and_set(expiry))
-        return Op(statement, (*self.pair(key, value), *extra))
+        return self._with_ttl(self._make_get_and_set, ttl, self.pair(key, value))
 
     def _make_get_and_set(self, expiry: Expiry) -> Statement[bytes | None]:
         # Before 18 RETURNING has no old row. FOR UPDATE returns the newest value and holds it;
@@ -332,9 +316,7 @@ class PointStatements(TableStatements):
             return self._conditional(key, delta, ttl, only_if_exists, minimum, maximum)
         if ttl is None:
             return Op(self.increment_statement, (self.key(key), decimal(delta)))
-        expiry, extra = choose_expiry(ttl, None, False)
-        statement = self.made(("increment", expiry), lambda: self._make_increment(expiry))
-        return Op(statement, (self.key(key), decimal(delta), *extra))
+        return self._with_ttl(self._make_increment, ttl, (self.key(key), decimal(delta)))
 
     @cached_property
     def increment_statement(self) -> Statement[int]:
@@ -347,8 +329,7 @@ class PointStatements(TableStatements):
         upsert = self.upsert(expiry, value=ADDED, expires_at=WINDOW, returning="value, expires_at")
         return self._of_one_key(
             "increment",
-            f"WITH up AS ({upsert}) "
-            "SELECT value, coalesce(expires_at <= clock_timestamp(), false) FROM up",
+            f"WITH up AS ({upsert}) SELECT value, {LATE} FROM up",
             formats(2, expiry),
             _read_sum,
             savepoint=True,
@@ -384,9 +365,7 @@ class PointStatements(TableStatements):
         expiry, extra = choose_expiry(ttl, None, False)
         if not creates:
             expiry, extra = NEVER, ()
-        statement = self.made(
-            ("increment", creates, expiry), lambda: self._make_conditional(expiry, creates)
-        )
+        statement = self.shaped(self._make_conditional, expiry, creates)
         bounds = (
             b"-Infinity" if low is None else b"%d" % low,
             b"Infinity" if high is None else b"%d" % high,
@@ -425,7 +404,7 @@ class PointStatements(TableStatements):
         return self._of_one_key(
             "increment",
             f"WITH up AS ({change}) "
-            "SELECT 0, value, coalesce(expires_at <= clock_timestamp(), false) FROM up UNION ALL "
+            f"SELECT 0, value, {LATE} FROM up UNION ALL "
             f"SELECT CASE WHEN {within('value')} THEN 2 ELSE 1 END, value, false "
             f"FROM {self.t} WHERE key = $1 AND {LIVE} AND NOT EXISTS (SELECT 1 FROM up)",
             formats(2, expiry, TEXT, TEXT),
@@ -437,9 +416,7 @@ class PointStatements(TableStatements):
 
     def append(self, key: str, value: Value, ttl: Seconds | None = None) -> Op[int]:
         """Add bytes to the end of a value; how long it is then."""
-        expiry, extra = choose_expiry(ttl, None, False)
-        statement = self.made(("append", expiry), lambda: self._make_append(expiry))
-        return Op(statement, (self.key(key), self.value(value), *extra))
+        return self._with_ttl(self._make_append, ttl, (self.key(key), self.value(value)))
 
     def _make_append(self, expiry: Expiry) -> Statement[int]:
         # A value that would be too long becomes NULL, which the column refuses.
@@ -451,8 +428,7 @@ class PointStatements(TableStatements):
         upsert = self.upsert(expiry, value=longer, expires_at=WINDOW, returning="value, expires_at")
         return self._of_one_key(
             "append",
-            f"WITH up AS ({upsert}) SELECT octet_length(value), "
-            "coalesce(expires_at <= clock_timestamp(), false) FROM up",
+            f"WITH up AS ({upsert}) SELECT octet_length(value), {LATE} FROM up",
             formats(2, expiry),
             _read_length,
             savepoint=True,
@@ -466,11 +442,10 @@ class PointStatements(TableStatements):
         """Write if the value is `expected` (None: if there is no such key)."""
         value = self.value(new)
         if expected is None:
-            expiry, extra = choose_expiry(ttl, None, False)
-            statement = self.made(("cas_new", expiry), lambda: self._make_cas_new(expiry))
-            return Op(statement, (self.key(key), value, *extra), CasReader(value, Raced()))
+            reader = CasReader(value, Raced())
+            return self._with_ttl(self._make_cas_new, ttl, (self.key(key), value), reader)
         expiry, extra = choose_expiry(ttl, None, False, KEEP)
-        statement = self.made(("cas", expiry), lambda: self._make_cas(expiry, "value"))
+        statement = self.shaped(self._make_cas, expiry, "value")
         params = (self.key(key), value, *extra, self.value(expected))
         return Op(statement, params, CasReader(value, NOT_FOUND))
 
@@ -479,7 +454,7 @@ class PointStatements(TableStatements):
     ) -> Op[CasResult]:
         """Write if the row still has that version: the inner step of `update`."""
         expiry, extra = choose_expiry(ttl, None, False, KEEP)
-        statement = self.made(("cas_version", expiry), lambda: self._make_cas(expiry, "version"))
+        statement = self.shaped(self._make_cas, expiry, "version")
         params = (self.key(key), new, *extra, _codec.encode_int8(version))
         return Op(statement, params, CasReader(new, NOT_FOUND))
 
@@ -533,23 +508,20 @@ class PointStatements(TableStatements):
         """Give the key a new ttl."""
         params = (self.key(key), _codec.encode_ttl(ttl))
         if if_version is None:
-            return Op(self.made(("expire", AFTER), lambda: self._make_expire(AFTER)), params)
-        statement = self.made(
-            ("expire_if", AFTER), lambda: self._make_expire(AFTER, versioned=True)
-        )
+            return Op(self.shaped(self._make_expire, AFTER), params)
+        statement = self.shaped(self._make_expire, AFTER, True)
         version = _codec.encode_int8(_codec.integer(if_version, "if_version"))
         return Op(statement, (*params, version))
 
     def expire_at(self, key: str, moment: datetime) -> Op[bool]:
         """Give the key a moment at which it ends."""
-        statement = self.made(("expire", AT), lambda: self._make_expire(AT))
-        return Op(statement, (self.key(key), _codec.encode_moment(moment)))
+        return Op(self.shaped(self._make_expire, AT), (self.key(key), _codec.encode_moment(moment)))
 
     def persist(self, key: str) -> Op[bool]:
         """Let the key never expire."""
-        return Op(self.made(("expire", NEVER), lambda: self._make_expire(NEVER)), (self.key(key),))
+        return Op(self.shaped(self._make_expire, NEVER), (self.key(key),))
 
-    def _make_expire(self, expiry: Expiry, *, versioned: bool = False) -> Statement[bool]:
+    def _make_expire(self, expiry: Expiry, versioned: bool = False) -> Statement[bool]:
         name = {AFTER: "expire", AT: "expire_at", NEVER: "persist"}[expiry]
         return self._of_one_key(
             name,

@@ -65,14 +65,12 @@ class ScanStatements(Sweep):
         where, params = self._range(options)
         statement: Statement[T] = self.made(
             (name, columns, where),
-            lambda: self.statement(
+            lambda: self.reading(
                 name,
                 f"SELECT {columns} FROM {self.t} WHERE {where} "
                 f'ORDER BY key COLLATE "C" LIMIT $1::bigint OFFSET $2::bigint',
                 (BINARY, BINARY, *(TEXT,) * len(params)),
                 decode,
-                retry_safe=True,
-                writes=False,
             ),
         )
         encode = _codec.encode_int8
@@ -123,13 +121,11 @@ class ScanStatements(Sweep):
         where, params = self._range(options, first=1)
         statement = self.made(
             ("count", where),
-            lambda: self.statement(
+            lambda: self.reading(
                 "count",
                 f"SELECT count(*) FROM {self.t} WHERE {where}",
                 (TEXT,) * len(params),
                 read_int,
-                retry_safe=True,
-                writes=False,
                 join=sum,
             ),
         )
@@ -157,7 +153,7 @@ class ScanStatements(Sweep):
 
     @cached_property
     def _stats(self) -> Statement[Stats]:
-        return self.statement(
+        return self.reading(
             "stats",
             "SELECT count(*), count(*) FILTER (WHERE expires_at <= statement_timestamp()), "
             "coalesce(sum(octet_length(value)), 0)::bigint, "
@@ -169,8 +165,6 @@ class ScanStatements(Sweep):
             f"pg_stat_get_tuples_hot_updated({self._regclass}) FROM {self.t}",
             (),
             _read_stats,
-            retry_safe=True,
-            writes=False,
             join=_stats_of_all,
         )
 
@@ -183,7 +177,7 @@ class ScanStatements(Sweep):
         return Op(self._command("truncate", f"SET LOCAL lock_timeout = '2s'; TRUNCATE {self.t}"))
 
     def _make_may_maintain(self, action: str) -> Statement[bool]:
-        return self.statement(
+        return self.reading(
             action,
             "SELECT FROM pg_class c, pg_database d "
             f"WHERE c.oid = {self._regclass} AND d.datname = current_database() "
@@ -194,14 +188,11 @@ class ScanStatements(Sweep):
             "ELSE pg_has_role(c.relowner, 'USAGE') END)",
             (),
             read_found,
-            retry_safe=True,
-            writes=False,
         )
 
     def may_maintain(self, action: str) -> Op[bool]:
         """Whether the role may vacuum and analyze: without the right the server skips the table."""
-        made = self.made(("may_maintain", action), lambda: self._make_may_maintain(action))
-        return Op(made)
+        return Op(self.shaped(self._make_may_maintain, action))
 
     def vacuum(self) -> Op[None]:
         """Reclaim dead rows."""

@@ -25,14 +25,8 @@ class Sweep(TableStatements):
 
     @cached_property
     def _pages(self) -> Statement[int]:
-        return self.statement(
-            "cleanup",
-            f"SELECT pg_relation_size({self._regclass}) / current_setting('block_size')::bigint",
-            (),
-            read_int,
-            retry_safe=True,
-            writes=False,
-        )
+        size = f"SELECT pg_relation_size({self._regclass}) / current_setting('block_size')::bigint"
+        return self.reading("cleanup", size, (), read_int)
 
     def pages(self) -> Op[int]:
         """The table's size in pages."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from random import random
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from .._ops import codec as _codec
 from .._ops.lazy import cached_property
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from ..config import Seconds
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 # The version of a row is a hybrid logical clock in microseconds: an insert takes the server's
@@ -25,6 +26,8 @@ T = TypeVar("T")
 CLOCK_US = "(extract(epoch from clock_timestamp()) * 1000000)::bigint"
 STATEMENT_US = "(extract(epoch from statement_timestamp()) * 1000000)::bigint"
 LIVE = "(expires_at IS NULL OR expires_at > statement_timestamp())"
+# A value, or NULL where its time has passed: the column is NOT NULL.
+VALUE_OR_EXPIRED = "CASE WHEN expires_at <= statement_timestamp() THEN NULL ELSE value END"
 UPDATED = f"updated_at = statement_timestamp(), version = greatest(version + 1, {STATEMENT_US})"
 # The row that an upsert found had expired when the statement arrived.
 DEAD = "t.expires_at <= EXCLUDED.updated_at"
@@ -155,6 +158,16 @@ class TableStatements:
         self.lenient: bool = self.may_miss and config.on_error == "miss"
         self._made: dict[object, Statement[Any]] = {}
 
+    def shaped(
+        self, make: Callable[P, Statement[T]], *args: P.args, **kwargs: P.kwargs
+    ) -> Statement[T]:
+        """Return what that method makes of those arguments, made once."""
+        shape = (make.__name__, *args, *kwargs.values())
+        try:
+            return self._made[shape]
+        except KeyError:
+            return self._made.setdefault(shape, make(*args, **kwargs))
+
     def made(self, shape: object, make: Callable[[], Statement[T]]) -> Statement[T]:
         """Return the statement of that shape, made once."""
         try:
@@ -176,6 +189,17 @@ class TableStatements:
         if self.config.bounded and self.table.shape is None:
             decode = noted(name, sql, decode, self.config)
         return Statement(name, sql, formats, decode, table=self.table, **options)
+
+    def reading(
+        self,
+        name: str,
+        sql: str,
+        formats: tuple[int, ...],
+        decode: Callable[[Result], T | Signal],
+        **options: Any,
+    ) -> Statement[T]:
+        """Make a statement of this table that only reads."""
+        return self.statement(name, sql, formats, decode, retry_safe=True, writes=False, **options)
 
     def strict(self, op: Op[T]) -> Op[T]:
         """An operation that raises while the server is away, whatever `on_error` says."""

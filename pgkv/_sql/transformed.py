@@ -110,7 +110,7 @@ class TransformedStatements(Statements):
     @cached_property
     def mergeable(self) -> dict[bytes, int]:
         """Writes only: another view of the table may read by other transforms, or refuse sums."""
-        sets = (self.set_statement, self.made(("set", AFTER), lambda: self._make_set(AFTER)))
+        sets = (self.set_statement, self.shaped(self._make_set, AFTER))
         return {statement.prepared_name: SETS for statement in sets}
 
     def get_entry(self, key: str) -> Op[Entry | None]:
@@ -211,14 +211,12 @@ class TransformedStatements(Statements):
         where, params = self._range(ScanOptions(prefix=prefix, after=start))
         statement = self.made(
             ("rewrite", where),
-            lambda: self.statement(
+            lambda: self.reading(
                 "rewrite",
                 f"SELECT key, CASE WHEN substring(value from 1 for {HEAD}) <> $2 THEN value END, version "
                 f'FROM {self.t} WHERE {where} ORDER BY key COLLATE "C" LIMIT $1::bigint',
                 (BINARY, BINARY, *(TEXT,) * len(params)),
                 _read_stored,
-                retry_safe=True,
-                writes=False,
             ),
         )
         return Op(statement, (_codec.encode_int8(limit), self.transforms.head, *params))

@@ -68,14 +68,12 @@ class WatchStatements(ScanStatements):
 
     @cached_property
     def _notify(self) -> Statement[None]:
-        return self.statement(
+        return self.reading(
             "watch_notify",
             f"SELECT pg_notify('{CHANNEL}', '[' || to_json(n.nspname::text) || ',' || "
             f"to_json(c.relname::text) || $1::text || ']') {self._named}",
             (TEXT,),
             read_nothing,
-            retry_safe=True,
-            writes=False,
         )
 
     def notify(self, keys: Iterable[bytes]) -> list[Op[None]]:
@@ -86,13 +84,11 @@ class WatchStatements(ScanStatements):
 
     @cached_property
     def _name(self) -> Statement[list[str]]:
-        return self.statement(
+        return self.reading(
             "watch",
             f"SELECT n.nspname::text, c.relname::text {self._named}",
             (),
             read_texts(2),
-            retry_safe=True,
-            writes=False,
         )
 
     def name(self) -> Op[list[str]]:
@@ -101,13 +97,11 @@ class WatchStatements(ScanStatements):
 
     @cached_property
     def _read(self) -> Statement[dict[str, Seen]]:
-        return self.statement(
+        return self.reading(
             "watch",
             f"SELECT {self.selected} FROM {self.t} WHERE key = ANY($1::text[]) AND {self.readable}",
             (BINARY,),
             self._rows,
-            retry_safe=True,
-            writes=False,
         )
 
     def read(self, keys: Iterable[str]) -> Op[dict[str, Seen]]:
