@@ -39,12 +39,13 @@ def effects(dsn: str) -> Iterator[psycopg.Connection]:
 
 @pytest.mark.parametrize("mode", ["inside", "lease"])
 def test_a_storm_of_kills(dsn: str, effects: psycopg.Connection, start: Start, mode: str) -> None:
-    """Processes are killed, their backends terminated, their transactions rolled back and some commits
-    come past the lease: every key has one effect and its record, and a key asked again is a replay."""
+    """Processes are killed, paused past their leases, their backends terminated, their transactions rolled
+    back and some commits come past the lease: every key has one effect and its record, and a key asked again is a replay."""
     with pgkv.Store.connect(dsn) as store:
         idem = pgkv.Idempotency(store)
         idem.create_table()
-        storm = Storm(start, (mode, dsn), effects, "kill cut", LEASE)
+        fates = "kill cut" if mode == "inside" else "kill kill cut cut pause"
+        storm = Storm(start, (mode, dsn), effects, fates, LEASE)
         while storm.kills < KILLS or count(effects, "SELECT count(*) FROM effects") < EFFECTS:
             storm.strike()
         storm.end()

@@ -279,6 +279,7 @@ async def test_the_wait_is_over(idem: Any, connect: Make, peer: Peer) -> None:
     """Busy after `wait`: the transaction stays usable, and its lock_timeout is the caller's."""
     one, two = await connect(autocommit=True), await connect(autocommit=True)
     await two.execute("SET lock_timeout = '12345ms'")
+    peer.run(f"INSERT INTO {TABLE} VALUES ('\x1fleft', '', 1, 'epoch', 'epoch', now(), 'old')")
     async with one.transaction(), idem.using(one).once("k"):
         async with two.transaction():
             await effect(two, "before")
@@ -287,8 +288,9 @@ async def test_the_wait_is_over(idem: Any, connect: Make, peer: Peer) -> None:
                     pass
             assert busy.value.retry_after > 0
             assert await fetch(two, "SHOW lock_timeout") == [("12345ms",)]
-            async with idem.using(two).once("other"):
-                assert await fetch(two, "SHOW lock_timeout") == [("12345ms",)]
+            for key in ("other", "other", "left", "left"):  # new, known, taken over, known
+                async with idem.using(two).once(key):
+                    assert await fetch(two, "SHOW lock_timeout") == [("12345ms",)]
         # The other mode is told as well.
         with pytest.raises(pgkv.InProgressError):
             await run(idem)

@@ -437,6 +437,23 @@ async def test_a_put_commits_with_the_callers_transaction(queue: Any, connect: A
     assert (await taken(queue)).payload == b"a"
 
 
+async def test_a_put_that_commits_late_is_found(
+    queue: Any, connect: Any, clock: ServerClock
+) -> None:
+    """The mark has passed the due time of a put that was not committed yet: the next full look goes back."""
+    await queue.create_table()
+    conn = await connect()
+    await queue.using(conn).put("late")
+    clock.advance(5)
+    assert await queue.take() is None, "a full look, which sets the mark"
+    await conn.commit()
+    assert await queue.take() is None, "the mark hides it"
+    await queue.put("next")
+    assert (await taken(queue)).payload == b"next"
+    await look_at_all(queue)
+    assert (await taken(queue)).payload == b"late"
+
+
 async def test_a_put_in_the_stores_transaction(store: Any, queue: Any) -> None:
     """using() takes the store of store.transaction() as well."""
     await queue.create_table()

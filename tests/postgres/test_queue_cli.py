@@ -1,4 +1,4 @@
-"""`pgkv queue` and `pgkv worker`."""
+"""`pgkv queue`, `pgkv worker` and `pgkv idempotency`."""
 
 from __future__ import annotations
 
@@ -77,3 +77,26 @@ def test_what_cannot_be_a_workers_function(text: str, capsys: pytest.CaptureFixt
     """Wrong usage is told in a line."""
     assert main(["worker", text, "--queue", "q", "--dsn", "postgresql://"]) == 2
     assert text.partition(":")[0] in capsys.readouterr().err
+
+
+def test_a_key_by_hand(dsn: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A key is shown without its result, and forgotten; one that is not known is an error."""
+
+    def ask(action: str, *more: str) -> int:
+        return main(["idempotency", action, "k", "--scope", "ann", "--dsn", dsn, *more])
+
+    assert ask("show") == 1
+    with pgkv.Store.connect(dsn) as store:
+        idem = pgkv.Idempotency(store)
+        with idem.once("k", scope="ann") as attempt:
+            assert ask("show", "--json") == 0
+            attempt.result = b"secret"
+        assert ask("show", "--json") == 0
+        out = capsys.readouterr().out
+        running, done = map(json.loads, out.splitlines())
+        assert (running["status"], running["result_bytes"]) == ("running", None)
+        assert (done["status"], done["result_bytes"], done["token"]) == ("done", 6, attempt.token)
+        assert "secret" not in out
+        assert ask("forget") == 0
+        assert idem.get("k", scope="ann") is None
+    assert ask("forget") == 1

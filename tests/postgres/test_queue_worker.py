@@ -146,6 +146,32 @@ async def test_a_limit_holds_jobs_back(store: Any, variant: Variant, clock: Serv
     assert all(row.attempt == 0 for row in await queue.jobs())
 
 
+async def test_a_job_that_the_limit_refuses_gives_its_slot_back(
+    store: Any, variant: Variant, clock: ServerClock
+) -> None:
+    """With a limiter and a semaphore both must allow a job; one that is refused by the limiter keeps no
+    slot of the other workers."""
+    queue = queue_of(variant, store)
+    await queue.put_many(["x"] * 4)
+    limiter = variant.make("RateLimiter", store, "2/h", name="jobs")
+    slots = variant.make("Semaphore", store, "api", slots=2)
+    done: list[int] = []
+
+    async def work(job: Any) -> None:
+        done.append(job.attempt)
+
+    workers = [working(variant, queue, work, limit=limiter, slots=slots) for _ in range(2)]
+    async with workers[0], workers[1]:
+        await until(lambda: len(done) == 2, "as many as the bucket has")
+    leases = [await slots.try_acquire() for _ in range(2)]
+    assert all(leases)
+    for lease in leases:
+        await lease.release()
+    assert done == [1, 1]
+    assert (await queue.stats()).running == 0
+    assert [row.attempt for row in await queue.jobs()] == [0, 0]
+
+
 async def test_a_limit_that_fails_costs_a_job_no_attempt(store: Any, variant: Variant) -> None:
     """While the limit's store is away, a job that was taken for it goes back at once."""
     queue = queue_of(variant, store)

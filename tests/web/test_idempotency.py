@@ -370,6 +370,91 @@ def payments(dsn: str) -> Iterator[psycopg.Connection]:
         yield conn
 
 
+SERVER = """
+import asyncio, os, signal, socket, sys
+from types import SimpleNamespace
+from wsgiref.simple_server import make_server
+import psycopg, uvicorn, pgkv
+dsn, kind = sys.argv[1:]
+paid = SimpleNamespace(status_code=201, headers={}, body=b"paid")
+count = "SELECT count(*) FROM payments WHERE id = %s"
+
+def app(environ, start_response):
+    way = int(environ["PATH_INFO"][1:])
+    with psycopg.connect(dsn) as conn:
+        (before,) = conn.execute(count, [way]).fetchone()
+        conn.execute("INSERT INTO payments VALUES (%s)", [way])
+        if way == 2:
+            pgkv.idempotent_attempt(environ).complete(paid, conn)
+    if not before:
+        os.kill(os.getpid(), signal.SIGKILL)
+    start_response("201 Created", [])
+    return [b"paid"]
+
+async def async_app(scope, receive, send):
+    way = int(scope["path"][1:])
+    async with await psycopg.AsyncConnection.connect(dsn) as conn:
+        (before,) = await (await conn.execute(count, [way])).fetchone()
+        await conn.execute("INSERT INTO payments VALUES (%s)", [way])
+        if way == 2:
+            await pgkv.idempotent_attempt(scope).complete(paid, conn)
+    if not before:
+        os.kill(os.getpid(), signal.SIGKILL)
+    await send({"type": "http.response.start", "status": 201, "headers": []})
+    await send({"type": "http.response.body", "body": b"paid"})
+
+async def main():
+    async with pgkv.AsyncStore.connect(dsn) as store:
+        keys = pgkv.AsyncIdempotency(store, lease=1)
+        served = pgkv.IdempotencyMiddleware(async_app, idempotency=keys, scope="")
+        listener = socket.create_server(("127.0.0.1", 0))
+        print(listener.getsockname()[1], flush=True)
+        config = uvicorn.Config(served, log_level="critical", lifespan="off")
+        await uvicorn.Server(config).serve([listener])
+
+if kind == "asgi":
+    asyncio.run(main())
+else:
+    keys = pgkv.Idempotency(pgkv.Store.connect(dsn), lease=1)
+    served = pgkv.WSGIIdempotencyMiddleware(app, idempotency=keys, scope="")
+    server = make_server("127.0.0.1", 0, served)
+    print(server.server_port, flush=True)
+    server.serve_forever()
+"""
+
+
+@pytest.mark.parametrize("kind", ["asgi", "wsgi"])
+def test_a_server_that_is_killed(dsn: str, payments: psycopg.Connection, kind: str) -> None:
+    """Killed between the effect and the response: under the middleware alone the retry does the effect
+    again, the control; a route that completed its attempt with the effect is not run again."""
+    with contextlib.ExitStack() as stack:
+
+        def serve() -> httpx.Client:
+            command = [sys.executable, "-c", SERVER, dsn, kind]
+            pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+            process: Any = stack.enter_context(subprocess.Popen(command, **pipes))
+            stack.callback(process.kill)
+            return stack.enter_context(client(f"127.0.0.1:{process.stdout.readline().strip()}"))
+
+        browser, answers = serve(), []
+        for path in ("/1", "/2"):
+            with pytest.raises(httpx.TransportError):
+                post(browser, path, path)
+            browser = serve()
+            last = "in progress"
+            while "in progress" in last:  # until the killed attempt's lease has ended
+                answers.append(post(browser, path, path))
+                last = answers[-1].text
+        assert [each.status_code for each in answers if each.status_code != 409] == [201, 201]
+        assert [each.headers.get("idempotent-replayed") for each in answers][-1] == "true"
+    assert payments.execute(
+        "SELECT id, count(*) FROM payments GROUP BY id ORDER BY id"
+    ).fetchall() == [
+        (1, 2),
+        (2, 1),
+    ]
+
+
 def test_fastapi_hands_the_route_its_attempt(dsn: str, payments: psycopg.Connection) -> None:
     """The dependency's attempt commits the response with the effect; retries and refusals never reach
     the route."""
