@@ -335,6 +335,11 @@ def _from_sqlstate(
         found = TableNotFoundError(
             f"{action}: the slot of {table} is being moved, or is on another node by now; repeat it"
         )
+    elif state == "PK002":
+        found = ConfigError(
+            f"{action}: no REPEATABLE READ on a Citus slot: its snapshot may be older than a move; "
+            "use READ COMMITTED"
+        )
     elif state == "42501" and error.diag.source_function in _ROW_SECURITY:
         found = ConfigError(
             f"{action}: {text}. Row-level security is not a matter of GRANT: run as the table's "

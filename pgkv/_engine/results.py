@@ -108,18 +108,20 @@ def is_fenced(ops: Sequence[Op[Any]]) -> bool:
     return False
 
 
-def behind_fences(ops: Sequence[Op[Any]]) -> tuple[list[Op[Any]], int]:
-    """What is sent as one implicit transaction, and how many fences come first in it."""
-    fences: dict[Any, Op[Any]] = {}
-    sent: list[Op[Any]] = []
-    for op in ops:
-        table = op.statement.table
-        plan = None if table is None or table.fences is None else table.fences.plan(op.statement)
-        if plan is None:
-            sent.append(op)
-        else:
-            fences[plan.fence.params] = plan.fence
-            sent.append(plan.of(op))
+def fence_of(op: Op[Any]) -> Any:
+    """How an operation is sent to a slot on Citus; None for one that is sent as everywhere."""
+    table = op.statement.table
+    return None if table is None or table.fences is None else table.fences.plan(op.statement)
+
+
+def behind_fences(ops: Sequence[Op[Any]], *, inside: bool) -> tuple[list[Op[Any]], int]:
+    """What is sent as one transaction, or inside one, and how many fences come first in it. Plain reads
+    alone go without."""
+    plans = [*map(fence_of, ops)]
+    if not inside and all(plan is None or plan.plain for plan in plans):
+        return [*ops], 0
+    fences = {plan.fence.params: plan.fence for plan in plans if plan is not None}
+    sent = [op if plan is None else plan.of(op) for op, plan in zip(ops, plans, strict=True)]
     return [*fences.values(), *sent], len(fences)
 
 

@@ -10,6 +10,8 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from psycopg import IsolationLevel
+
 from .._engine._async.channel import AsyncPoolChannel
 from .._engine._sync.channel import PoolChannel
 from .._engine.base import PooledOperations
@@ -27,8 +29,6 @@ from .slots import ANY, schema_of, slot_of_schema
 from .sql import InSlot, Spread
 
 if TYPE_CHECKING:
-    from psycopg import IsolationLevel
-
     from .._engine._async.transaction import AsyncBoundChannel
     from .._engine._sync.transaction import BoundChannel
 
@@ -141,8 +141,16 @@ class Sharding(PooledOperations):
         return self._one("a transaction")._together(step, timeout)
 
     def transaction(self, isolation: IsolationLevel | None = None) -> Any:
-        """Open a transaction in the slot of this view."""
+        """Open a transaction in the slot of this view.
+
+        Raises:
+            ConfigError: with a snapshot for all of it, on Citus.
+        """
         self._one("a transaction")
+        if self.router.fences is not None and (isolation or 0) > IsolationLevel.READ_COMMITTED:
+            raise ConfigError(
+                "no REPEATABLE READ on a Citus slot: its snapshot may be older than a move"
+            )
         return self._in_slot(isolation)
 
     def _beforehand(self) -> Flow[None]:
@@ -211,7 +219,7 @@ class ShardedChannel(Sharding, PoolChannel):
             started = monotonic()
             try:
                 return channel.call(there, params, timeout, op)  # type: ignore[no-any-return]  # decoded by op
-            except TableNotFoundError as error:
+            except router.strays as error:
                 deadline = started + (self._timeout if timeout is None else timeout)
                 flow = router.follow(op or Op(there, params), slot, channel, error, deadline)
             return drive(flow)  # type: ignore[no-any-return]  # decoded by op
@@ -274,7 +282,7 @@ class AsyncShardedChannel(Sharding, AsyncPoolChannel):
             started = monotonic()
             try:
                 return await channel.call(there, params, timeout, op)  # type: ignore[no-any-return]  # decoded by op
-            except TableNotFoundError as error:
+            except router.strays as error:
                 deadline = started + (self._timeout if timeout is None else timeout)
                 flow = router.follow(op or Op(there, params), slot, channel, error, deadline)
             return await drive_async(flow)

@@ -6,6 +6,7 @@ a store is made, and again when a fence or a node says that a slot is not there.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -19,7 +20,13 @@ from .._engine.schema import CREATED_BY_ANOTHER, create_commands
 from .._ops.op import Flow, Op, Statement, call, pause
 from .._sql.table import read_nothing
 from ..config import Config, Table
-from ..errors import ConfigError, OperationTimeoutError, PgkvError, StoreUnavailableError
+from ..errors import (
+    ConfigError,
+    OperationTimeoutError,
+    PgkvError,
+    StoreUnavailableError,
+    TableNotFoundError,
+)
 from .fences import Fences
 from .placement import PAUSE_FIRST, PAUSE_MAX, Node, Router, Shard, left
 from .slots import Slots, schema_of
@@ -32,6 +39,8 @@ from .sql import (
     NodeAddress,
     Placement,
 )
+
+LOOK_AGAIN = 0.3  # seconds between two looks for the successor of a node that is away
 
 
 class CitusRouter(Router):
@@ -50,6 +59,8 @@ class CitusRouter(Router):
     ) -> None:
         super().__init__(config, nodes, gather)
         self.fences = Fences()
+        self.strays = (TableNotFoundError, StoreUnavailableError)
+        self._looked_at = 0.0
         self._config = config
         self._make = make
         self._of_groups: dict[int, Node] = {}
@@ -174,6 +185,23 @@ class CitusRouter(Router):
             yield from self._read_placement(deadline)
             return None
         return (yield from super().perform(op, timeout, own))
+
+    def follow(
+        self, op: Op[Any], slot: int, channel: Any, error: PgkvError, deadline: float
+    ) -> Flow[Any]:
+        """Bring an operation to its end that met no table, or no node: Citus may know another one."""
+        if isinstance(error, TableNotFoundError):
+            return (yield from super().follow(op, slot, channel, error, deadline))
+        try:
+            if self.channels[slot] is channel and monotonic() > self._looked_at + LOOK_AGAIN:
+                self._looked_at = monotonic()
+                with contextlib.suppress(PgkvError):
+                    yield from self._read_placement(deadline)
+            if self.channels[slot] is channel or error.outcome_unknown:
+                raise error
+        finally:
+            del error  # its traceback holds this frame
+        return (yield from call(self.channel(slot).execute, op, left(deadline)))
 
     def _settled(
         self, slot: int, channel: Any, table: Table | None, deadline: float, may_create: bool

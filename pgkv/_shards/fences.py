@@ -32,10 +32,12 @@ class Plan(NamedTuple):
 
     Attributes:
         renamed: the table's name and the relation's, where a parameter has it.
+        plain: outside a transaction the statement itself is sent, by the table's name.
     """
 
     fence: Op[None]
     statement: Statement[Any]
+    plain: bool
     renamed: tuple[bytes, bytes] | None
 
     def of(self, op: Op[Any]) -> Op[Any]:
@@ -89,8 +91,6 @@ class Fences:
         # Citus hides the relations of shards from those who read pg_class.
         if statement.script or not (names or by_name) or "pg_class" in text:
             return None
-        if len(names) == 1 and is_plain_read(text):
-            return None
         own = self._relation(table.quoted, statement)
 
         def relation(match: re.Match[str]) -> str:
@@ -103,7 +103,8 @@ class Fences:
             table=replace(table, fences=None),
         )
         renamed = (table.quoted.encode(), own.name.encode()) if by_name else None
-        return Plan(Op(FENCE, (encode_int8(own.shard),)), made, renamed)
+        plain = len(names) == 1 and is_plain_read(text)
+        return Plan(Op(FENCE, (encode_int8(own.shard),)), made, plain, renamed)
 
     def _relation(self, quoted: str, statement: Statement[Any]) -> Relation:
         found = self._relations.get(quoted.replace("''", "'"))

@@ -138,6 +138,7 @@ class Router:
         self.nodes = [*nodes]
         self.slots = Slots(0)
         self.fences: Any = None  # on Citus
+        self.strays: tuple[type[PgkvError], ...] = (TableNotFoundError,)  # what `follow` takes
         self.creates = config.auto_create_table
         self.timeout: float = config.operation_timeout
         self.routes: dict[Statement[Any], Route] = {}

@@ -485,8 +485,10 @@ BEGIN
   PERFORM pg_catalog.lock_shard_metadata(5, ARRAY[$1]);
   IF NOT EXISTS (SELECT FROM pg_catalog.pg_dist_placement p, pg_catalog.pg_dist_local_group g
       WHERE p.shardid OPERATOR(pg_catalog.=) $1 AND p.groupid OPERATOR(pg_catalog.=) g.groupid)
-    OR pg_catalog.current_setting('transaction_isolation') OPERATOR(pg_catalog.<>) 'read committed'
   THEN RAISE EXCEPTION 'pgkv: the slot is not here' USING ERRCODE = 'PK001';
+  END IF;
+  IF pg_catalog.current_setting('transaction_isolation') OPERATOR(pg_catalog.<>) 'read committed'
+  THEN RAISE EXCEPTION 'pgkv: an old snapshot' USING ERRCODE = 'PK002';
   END IF;
 END $pgkv$""",
 )

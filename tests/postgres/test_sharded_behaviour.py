@@ -74,17 +74,22 @@ NOT_SHARDED = {
 OWN_FIXTURES = {"make_store", "clock", "variant"}
 
 
+def leave_out(into: dict[str, Any], fixtures: set[str] = OF_ONE_SERVER) -> None:
+    """Take out of a module what was adopted and is of one server."""
+    for name, test in [*into.items()]:
+        if (
+            name.startswith("test_")
+            and inspect.isfunction(test)
+            and (
+                f"test_{name.partition('__')[2]}" in NOT_SHARDED
+                or not fixtures.isdisjoint(inspect.signature(test).parameters)
+            )
+        ):
+            del into[name]
+
+
 again.adopt(globals(), MODULES, own=OWN_FIXTURES, left_out={}, one_in=12)
-for _name, _test in [*globals().items()]:
-    if (
-        _name.startswith("test_")
-        and inspect.isfunction(_test)
-        and (
-            f"test_{_name.partition('__')[2]}" in NOT_SHARDED
-            or not OF_ONE_SERVER.isdisjoint(inspect.signature(_test).parameters)
-        )
-    ):
-        del globals()[_name]
+leave_out(globals())
 
 LAYOUTS = [(1, 1), (1, 32), (3, 32)]
 

@@ -6,7 +6,6 @@ PGKV_TEST_CITUS_DSN names the coordinator; its role is a superuser on every node
 from __future__ import annotations
 
 import asyncio
-import inspect
 import os
 import secrets
 from collections.abc import Callable, Coroutine, Iterator
@@ -22,7 +21,12 @@ from pgkv._shards.cluster import CitusCluster, administered
 from pgkv._shards.slots import ANY
 from pgkv.patterns.schema import tables
 from tests import again, sharded
-from tests.postgres.test_sharded_behaviour import MODULES, NOT_SHARDED, OF_ONE_SERVER
+from tests.postgres.test_sharded_behaviour import (
+    MODULES,
+    OF_ONE_SERVER,
+    OWN_FIXTURES,
+    leave_out,
+)
 from tests.variants import Variant, closing_all
 
 DSN = os.environ.get("PGKV_TEST_CITUS_DSN", "")
@@ -106,14 +110,5 @@ def make_store(
     clear(nodes)
 
 
-again.adopt(globals(), MODULES, own={"make_store", "clock", "variant"}, left_out={}, one_in=12)
-for _name, _test in [*globals().items()]:
-    if (
-        _name.startswith("test_")
-        and inspect.isfunction(_test)
-        and (
-            f"test_{_name.partition('__')[2]}" in NOT_SHARDED
-            or not (OF_ONE_SERVER | {"clock"}).isdisjoint(inspect.signature(_test).parameters)
-        )
-    ):
-        del globals()[_name]
+again.adopt(globals(), MODULES, own=OWN_FIXTURES, left_out={}, one_in=12)
+leave_out(globals(), OF_ONE_SERVER | {"clock"})

@@ -325,7 +325,7 @@ class AsyncPgConnection:
         table = statement.table
         if table is not None and table.fences is not None:
             plan = table.fences.plan(statement)
-            if plan is not None:
+            if plan is not None and not (plan.plain and self.pgconn.transaction_status == IDLE):
                 return await self._execute_fenced(op, plan, seconds)
         deadline = monotonic() + seconds
         sent = False
@@ -373,7 +373,8 @@ class AsyncPgConnection:
                 (await self.execute_all((op,), until - monotonic(), sync_each=False))[0]
                 for op in ops
             ]
-        sent, fences = behind_fences(ops)
+        inside = self.pgconn.transaction_status != IDLE
+        sent, fences = behind_fences(ops, inside=inside)
         return without_fences(await self._send_all(sent, seconds, sync_each=False), fences)
 
     async def _send_all(

@@ -185,7 +185,7 @@ class PgConnection:
         table = statement.table
         if table is not None and table.fences is not None:
             plan = table.fences.plan(statement)
-            if plan is not None:
+            if plan is not None and not (plan.plain and self.pgconn.transaction_status == IDLE):
                 return self._execute_fenced(op, plan, seconds)
         try:
             if result is not None:
@@ -298,7 +298,8 @@ class PgConnection:
         if sync_each:
             until = monotonic() + seconds
             return [self.execute_all((op,), until - monotonic(), sync_each=False)[0] for op in ops]
-        sent, fences = behind_fences(ops)
+        inside = self.pgconn.transaction_status != IDLE
+        sent, fences = behind_fences(ops, inside=inside)
         return without_fences(self._send_all(sent, seconds, sync_each=False), fences)
 
     def _send_all(

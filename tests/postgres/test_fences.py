@@ -1,0 +1,226 @@
+"""The way of a store over Citus, on plain servers with stand-ins for what it reads of Citus' catalog: its writes
+go behind a fence, and without one they are lost. The real thing is in test_sharded_citus."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import threading
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Any
+
+import psycopg
+import pytest
+
+import pgkv
+from pgkv._ops.op import BINARY, Op, Statement
+from pgkv._shards import fences
+from pgkv._shards.sql import Relation
+from pgkv._sql.table import read_nothing
+from tests import again, sharded
+from tests.peers import caller_connection
+from tests.postgres.test_sharded_behaviour import (
+    MODULES,
+    OF_ONE_SERVER,
+    OWN_FIXTURES,
+    leave_out,
+)
+from tests.servers import Server, UserServer, wait_until
+from tests.variants import Variant, closing_all
+
+SLOTS = 4
+
+
+@pytest.fixture(scope="module")
+def citus(server: Server | UserServer) -> sharded.CitusStandIn:
+    """Two nodes with four slots."""
+    if isinstance(server, UserServer):
+        pytest.skip("changes the catalog: not on the server of PGKV_TEST_DSN")
+    made = sharded.databases(server.dsn, [f"c_{secrets.token_hex(4)}" for _ in range(2)])
+    return sharded.CitusStandIn(made, SLOTS)
+
+
+@pytest.fixture
+def make_store(
+    citus: sharded.CitusStandIn, variant: Variant, event_loop_runner: asyncio.Runner
+) -> Iterator[Callable[..., Coroutine[Any, Any, Any]]]:
+    """`await make_store()` is a store over both."""
+    with closing_all(event_loop_runner) as made:
+
+        async def make(**config: Any) -> Any:
+            assert "dsn" not in config
+            made.append(await sharded.connect(variant, citus.dsns, **config))
+            return made[-1]
+
+        yield make
+    citus.clear()
+
+
+again.adopt(globals(), MODULES, own=OWN_FIXTURES, left_out={}, one_in=60)
+leave_out(globals(), OF_ONE_SERVER | {"clock"})
+
+
+@pytest.fixture
+def keys(citus: sharded.CitusStandIn) -> Iterator[list[str]]:
+    """A key of each slot, all at home again afterwards."""
+    with pgkv.Store.sharded(citus.dsns) as store:
+        yield [next(k for k in map(str, range(99)) if store.slot_of(k) == n) for n in range(SLOTS)]
+        for slot, shard in enumerate(store.shards()):
+            home, now = slot % 2, int(shard.node.partition(":")[2])
+            if home != now:
+                citus.move(slot, now, home, lambda: None)
+    citus.clear()
+
+
+def unfenced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fence that lets everything pass."""
+    nothing = Statement("fence", "SELECT $1::bigint", (BINARY,), read_nothing, writes=False)
+    monkeypatch.setattr(fences, "FENCE", nothing)
+
+
+@pytest.mark.parametrize("fenced", [True, False])
+async def test_an_increment_by_an_old_route_counts(
+    citus: sharded.CitusStandIn,
+    keys: list[str],
+    variant: Variant,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    fenced: bool,
+) -> None:
+    """After a move the old node still has the relation. Without the fence increments there are acknowledged and
+    lost: that shows what this test can see."""
+    if not fenced:
+        unfenced(monkeypatch)
+    async with await sharded.connect(variant, citus.dsns) as store:
+        assert await store.increment(keys[1]) == 1
+        citus.move(1, 1, 0, lambda: None)
+        assert await store.increment(keys[1]) == 2
+        async with store.pipeline() as p:
+            both = p.increment(keys[1]), p.increment(keys[0])
+        assert [each.result() for each in both] == [3, 1]
+        async with await sharded.connect(variant, citus.dsns) as other:
+            assert await other.get(keys[1]) == (b"3" if fenced else b"1")
+            assert (await store.shards())[1].node == "node:0"
+
+
+@pytest.mark.parametrize("fenced", [True, False])
+async def test_an_increment_during_a_move_waits(
+    citus: sharded.CitusStandIn,
+    keys: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    fenced: bool,
+) -> None:
+    """Between the copy and the new placement it waits for the move's lock, and then goes where the slot went."""
+    if not fenced:
+        unfenced(monkeypatch)
+    with pgkv.Store.sharded(citus.dsns) as store:
+        store.increment(keys[2])
+        answers: list[int] = []
+        worker = threading.Thread(target=lambda: answers.append(store.increment(keys[2])))
+
+        def meanwhile() -> None:
+            worker.start()
+            waits = "SELECT count(*) > 0 FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
+            with psycopg.connect(citus.dsns[0], autocommit=True) as conn:
+                wait_until(
+                    lambda: bool(answers) or conn.execute(waits).fetchone() == (True,),
+                    "it is acknowledged, or waits",
+                )
+
+        citus.move(2, 0, 1, meanwhile)
+        worker.join(30)
+        assert answers == [2]
+    with pgkv.Store.sharded(citus.dsns) as store:
+        assert store.get(keys[2]) == (b"2" if fenced else b"1")
+
+
+async def test_a_transaction_holds_its_slot(
+    citus: sharded.CitusStandIn, keys: list[str], variant: Variant
+) -> None:
+    """A move waits for it. One that begins by an old route fails, may be repeated, and is repeated elsewhere."""
+    async with await sharded.connect(variant, citus.dsns) as store:
+        held = "SELECT lock_shard_metadata(7, ARRAY[1100::bigint])"
+        with psycopg.connect(citus.dsns[1], autocommit=True) as conn:
+            conn.execute("SET lock_timeout = '100ms'")
+            async with store.on(keys[1]).transaction() as tx:
+                assert await tx.get(keys[1]) is None  # a read, too
+                with pytest.raises(psycopg.errors.LockNotAvailable):
+                    conn.execute(held)
+            conn.execute(held)
+        citus.move(1, 1, 0, lambda: None)
+        with pytest.raises(pgkv.TableNotFoundError, match="on another node by now") as caught:
+            async with store.on(keys[1]).transaction() as tx:
+                await tx.increment(keys[1])
+        assert caught.value.retryable
+        citus.move(1, 0, 1, lambda: None)
+
+        async def work(tx: Any) -> int:
+            return int(await tx.increment(keys[1]))
+
+        assert await store.on(keys[1]).run_transaction(work) == 1
+
+
+async def test_old_snapshots_are_refused(
+    citus: sharded.CitusStandIn, keys: list[str], variant: Variant
+) -> None:
+    """One that is older than a move would see the placement of before it."""
+    async with await sharded.connect(variant, citus.dsns) as store:
+        one = store.on(keys[0])
+        with pytest.raises(pgkv.ConfigError, match="no REPEATABLE READ on a Citus slot"):
+            await one.run_transaction(
+                lambda tx: tx.get(keys[0]), isolation=psycopg.IsolationLevel.REPEATABLE_READ
+            )
+        conn = await caller_connection(variant, citus.dsns[0])
+        try:
+            async with conn.transaction():
+                await conn.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
+                with pytest.raises(pgkv.ConfigError, match="no REPEATABLE READ on a Citus slot"):
+                    await one.using(conn).set(keys[0], "v")
+        finally:
+            await conn.close()
+
+
+async def test_placements_are_checked(citus: sharded.CitusStandIn, variant: Variant) -> None:
+    """`auto` finds Citus; a number of slots that is wrong, a DSN given twice and a server without Citus are said."""
+    dsns = citus.dsns
+    async with await sharded.connect(variant, dsns[:1], placement="citus", slots=SLOTS) as store:
+        assert len(await store.shards()) == SLOTS
+    with pytest.raises(pgkv.ConfigError, match="has 4 slots, not 5"):
+        await sharded.connect(variant, dsns, slots=5)
+    with pytest.raises(pgkv.ConfigError, match="lead to one node of Citus"):
+        await sharded.connect(variant, [dsns[0], dsns[0]])
+    plain = psycopg.conninfo.make_conninfo(dsns[0], dbname="postgres")
+    with pytest.raises(pgkv.ConfigError, match="no slots on Citus"):
+        await sharded.connect(variant, [plain], placement="citus")
+
+
+def test_which_statements_are_fenced() -> None:
+    """A plain read keeps its name, whatever else is sent has the relation; a payload's word stays."""
+    found = fences.Fences()
+    found.learn({'"pgkv_00"."t"': Relation(7, "pgkv_00.t_7")})
+    table = pgkv.Config("postgresql:///", schema="pgkv_00", table_name="t").table
+
+    def plan(text: str) -> Any:
+        return found.plan(Statement("s", text, (), read_nothing, table))
+
+    assert plan('SELECT value FROM "pgkv_00"."t" WHERE key = $1').plain
+    for text in (
+        'SELECT value FROM "pgkv_00"."t" WHERE key = $1 FOR UPDATE',
+        'WITH x AS (DELETE FROM "pgkv_00"."t") SELECT 1',
+        'SELECT pg_relation_size(\'"pgkv_00"."t"\'::regclass)',
+    ):
+        made = plan(text)
+        assert not made.plain
+        assert "pgkv_00.t_7" in made.statement.sql
+        assert '"t"' not in made.statement.sql
+    told = plan('INSERT INTO "pgkv_00"."t" SELECT pg_notify(\'c\', \'"pgkv_00"."t"\' || $1)')
+    assert told.statement.sql.startswith("INSERT INTO pgkv_00.t_7 SELECT")
+    assert told.statement.sql.count('"pgkv_00"."t"') == 1
+    assert plan("SELECT 1") is None
+    with pytest.raises(pgkv.TableNotFoundError):
+        plan('DELETE FROM "pgkv_00"."other"')
+    named = Statement("s", "SELECT to_regclass($1)", (), read_nothing, table)
+    op = found.plan(named)
+    assert op is not None
+    assert op.of(Op(named, [b'"pgkv_00"."t"'])).params == [b"pgkv_00.t_7"]
