@@ -108,6 +108,16 @@ def argument(metavar: str, help: str, default: Any = ...) -> Any:  # as above
     return typer.Argument(default, metavar=metavar or None, help=help)
 
 
+def confirm(given: bool, what: str, question: Callable[[], str]) -> None:
+    """Ask before something that cannot be taken back, unless ``--yes`` was given; `what` it does."""
+    if given:
+        return
+    if not console.can_ask():
+        raise typer.BadParameter(f"{what}: confirm with --yes")
+    if not typer.confirm(question(), err=True):
+        raise typer.Exit(NOT_FOUND)
+
+
 # Options that several commands have.
 MAX_ENTRIES = option("--max-entries N", "Keep about N keys.", min=ENTRIES_MIN)
 MAX_BYTES = option("--max-bytes N", "Keep about N bytes.", min=BYTES_MIN)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
@@ -12,10 +12,11 @@ import typer
 from ..errors import NotFoundError
 from ..store import Store
 from . import console
-from .command import DONE, NOT_FOUND, Invocation, argument, flag, option, span
+from .command import DONE, NOT_FOUND, Invocation, argument, confirm, flag, option, span
 
 TERMINAL_LIMIT = 100  # rows of a scan on a terminal, unless --limit says otherwise
 PAGE_KEYS, PAGE_ITEMS = 5000, 500  # rows fetched at a time: values may be large
+SEVERAL = "this removes more than one key"
 
 KEY = argument("KEY", "The key.")
 
@@ -126,25 +127,20 @@ def delete(
     with call.store(notify=True) as store:
         if prefix is not None:
             what = f"that begin with {prefix!r}" if prefix else "there are"
-            _confirm(yes, lambda: f"Remove all {console.count(store.count(prefix), 'key')} {what}?")
+            confirm(
+                yes,
+                SEVERAL,
+                lambda: f"Remove all {console.count(store.count(prefix), 'key')} {what}?",
+            )
             removed = store.delete_prefix(prefix)
         else:
-            _confirm(yes or len(many) == 1, lambda: f"Remove {len(many)} keys?")
+            confirm(yes or len(many) == 1, SEVERAL, lambda: f"Remove {len(many)} keys?")
             removed = store.delete_many(many)
     several = prefix is not None or len(many) > 1
     call.answer({"deleted": removed}, f"deleted {removed:,}" if several else "")
     if not (removed or several or call.json):
         console.fail("", f"no such key: {many[0]!r}", as_json=False)
     return DONE if removed else NOT_FOUND
-
-
-def _confirm(given: bool, question: Callable[[], str]) -> None:
-    if given:
-        return
-    if not console.can_ask():
-        raise typer.BadParameter("this removes more than one key: confirm with --yes")
-    if not typer.confirm(question(), err=True):
-        raise typer.Exit(NOT_FOUND)
 
 
 def scan(

@@ -11,11 +11,12 @@ import typer
 from ..config import dsn_from_environment
 from ..errors import ConfigError
 from . import console
-from .command import DONE, NOT_FOUND, Invocation, argument, option
+from .command import DONE, NOT_FOUND, Invocation, argument, confirm, flag, option
 
 if TYPE_CHECKING:
     from .._shards.admin import Servers
     from .._shards.cluster import CitusCluster
+    from .._shards.moves import How
 
 
 # Microseconds of a server's processor for one operation, measured on PostgreSQL 15.
@@ -46,6 +47,9 @@ def shards(
     rate: float | None = option("--rate N", "For plan: operations a second.", min=1),
     mix: str = option("--mix MIX", "For plan: shares, such as get=80,set=20.", "get=80,set=20"),
     cores: float = option("--cores N", "For plan: cores of a server.", 4, min=0.1),
+    online: bool = flag("--online", "For move: copy first, and lock only for what changed since."),
+    drop: bool = flag("--drop", "For move: give up the rows of UNLOGGED tables, as a crash does."),
+    yes: bool = flag("--yes -y", "For --drop: do not ask."),
 ) -> int:
     """List the slots of a store on several servers, make them, check them, or move them.
 
@@ -55,19 +59,24 @@ def shards(
     prepares that one. The number of slots is the most servers that the store can ever have, and cannot be
     changed. `check` compares the servers' maps with what is there. Exit code 1: the check found a fault.
 
-    `move` copies slots to another server while clients work: each waits while its slot is copied. `resume`
-    finishes a move that was killed. `plan` works out how many servers a load needs.
+    `move` copies slots to another server while clients work: each waits while its slot is copied. With
+    --online it waits only for the last changes. With --drop UNLOGGED tables arrive empty. `resume` finishes a
+    move that was killed; one with --drop is then finished with all its rows. `plan` works out how many servers
+    a load needs.
 
     **Example:** `pgkv shards init --slots 32`
 
     **Example:** `pgkv shards move 8-11 --to n3`
     """
     from .._shards.cluster import CitusCluster, administered
+    from .._shards.moves import How
     from .._shards.store import settings, split
     from ..patterns.schema import tables
 
     if (action is Action.MOVE) != (to is not None) or bool(which) != (action is Action.MOVE):
         raise typer.BadParameter("move takes slots and --to NODE, and nothing else does")
+    if ((online or drop or yes) and action is not Action.MOVE) or (online and drop):
+        raise typer.BadParameter("--online, or --drop with --yes, goes with move")
     if (rate is not None) != (action is Action.PLAN):
         raise typer.BadParameter("plan takes --rate, and nothing else does")
     if rate is not None:
@@ -103,8 +112,23 @@ def shards(
             return NOT_FOUND if found else DONE
         if isinstance(cluster, CitusCluster) and action is Action.RESUME:
             raise ConfigError("Citus finishes or undoes a move that was interrupted by itself")
+        if isinstance(cluster, CitusCluster) and (online or drop):
+            raise ConfigError(
+                "Citus moves slots in its own way: --online and --drop are for servers"
+            )
         if action in (Action.MOVE, Action.RESUME):
-            return _move(call, cluster, numbers(which) if which else [*range(cluster.slots)], to)
+            moving = numbers(which) if which else [*range(cluster.slots)]
+            if drop:
+                confirm(
+                    yes,
+                    "--drop loses the rows of UNLOGGED tables",
+                    lambda: (
+                        f"Move {console.count(len(moving), 'slot')} and lose the rows of UNLOGGED "
+                        "tables, as in a crash of the server?"
+                    ),
+                )
+            how = How.ONLINE if online else How.DROP if drop else How.COPY
+            return _move(call, cluster, moving, to, how)
         documents = [row._asdict() for row in cluster.shards()]
     columns = {
         "slot": ("slot", console.number),
@@ -128,7 +152,11 @@ def numbers(text: str) -> list[int]:
 
 
 def _move(
-    call: Invocation, cluster: Servers | CitusCluster, slots: list[int], to: str | None
+    call: Invocation,
+    cluster: Servers | CitusCluster,
+    slots: list[int],
+    to: str | None,
+    how: How,
 ) -> int:
     """Move slots, or finish their moves; one line for each."""
     from .._shards.admin import Servers
@@ -146,7 +174,7 @@ def _move(
             if to is None:
                 done += resume(cast("Servers", cluster), slot, report)
             elif isinstance(cluster, Servers):
-                done += move(cluster, slot, to, report)
+                done += move(cluster, slot, to, report, how)
             else:
                 done += cluster.move(slot, to, report)
             bar.advance(task)

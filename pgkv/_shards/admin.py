@@ -31,6 +31,12 @@ from .sql import (
     MapRow,
 )
 
+ENDS = (
+    "_in",
+    "_log",
+    "_out",
+)  # of schemas during a move: the copy, its changes, what was moved away
+
 
 class Server:
     """One server of a sharded store, with a connection for administration.
@@ -172,13 +178,13 @@ class Servers:
         names = ", ".join(server.name for server in self.servers)
         raise ConfigError(f"there is no server {name!r} among the DSNs; there are {names}")
 
-    def schemas_of(self, slot: int) -> tuple[list[Server], tuple[list[Server], list[Server]]]:
-        """Where a slot is live; where a copy of it was begun, and where a move has left one."""
-        live, begun, left = (
+    def schemas_of(self, slot: int) -> tuple[list[Server], list[list[Server]]]:
+        """Where a slot is live, and where a move has left something, for each of `ENDS`."""
+        live, *rest = (
             [each for each in self.servers if schema_of(slot) + end in each.schemas]
-            for end in ("", "_in", "_out")
+            for end in ("", *ENDS)
         )
-        return live, (begun, left)
+        return live, rest
 
     # -- init
 
@@ -224,8 +230,8 @@ class Servers:
     def _make(self, row: MapRow, tables: Sequence[Table]) -> int:
         """Make a slot's schema, unless it is somewhere, also under a move's name, and its tables."""
         live = schema_of(row.slot)
-        there, (begun, left) = self.schemas_of(row.slot)
-        at = there + begun + left
+        there, rest = self.schemas_of(row.slot)
+        at = sum(rest, there)
         home = self.named(row.home)
         if at and home not in at:
             return 0  # a move was interrupted: `resume` knows
@@ -267,7 +273,7 @@ class Servers:
             live = [each.name for each in at]
             rest = [
                 f"{name}{end} on {each.name}"
-                for end, there in zip(("_in", "_out"), ends, strict=True)
+                for end, there in zip(ENDS, ends, strict=True)
                 for each in there
             ]
             if len(live) > 1:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -165,7 +166,7 @@ class Sharding(PooledOperations):
     def _moved(self, error: TableNotFoundError, channel: Any) -> Flow[None]:
         """Read the map after a transaction that met no table: it may be repeated elsewhere."""
         assert self.slot is not None
-        settled = self.router._settled(self.slot, channel, None, self.until(), False)
+        settled = self.router._settled(self.slot, channel, None, self.until(), Counter())
         with contextlib.suppress(PgkvError):
             error.retryable = yield from settled
 

@@ -5,9 +5,12 @@ server's schema is renamed with the map, in one transaction: from then on no sta
 there. Then the copy gets the live name. Lock and name are the fence: nothing is written that the copy
 does not have. Between the two commits the slot is nowhere, and clients wait.
 
+An online move copies before it locks. Triggers note the keys of all rows that change meanwhile, and the
+copy is brought up to date several times, the last time under the lock.
+
 A move that was killed leaves one of four states, and `resume` tells them by what is where:
 
-* the slot is live on the old server: the copy is thrown away, and the move begins again;
+* the slot is live on the old server: copy and notes are thrown away, and the move begins again;
 * it is live nowhere, and the new server, which the map names, has the copy: that becomes live;
 * it is live on the new server: the old server's schema is dropped;
 * other servers' maps are older: they are told.
@@ -16,7 +19,9 @@ A move that was killed leaves one of four states, and `resume` tells them by wha
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from enum import Enum
+from functools import partial
 from time import monotonic, sleep
 from typing import Any
 
@@ -24,27 +29,46 @@ import psycopg
 from psycopg import errors, sql
 
 from ..errors import ConfigError, StoreUnavailableError
-from .admin import Server, Servers, translated
+from .admin import ENDS, Server, Servers, translated
 from .slots import schema_of
 from .sql import (
     CLEAR_TARGET,
+    COUNT_NOTES,
+    CREATE_GONE,
+    DELETE_GONE,
+    DELETE_NOTES,
     DESCRIBE,
     HAND_OVER,
+    KEYS,
     MARK_TARGET,
     MOVE_LOCK,
     MOVE_UNLOCK,
     NEWER_ROW,
+    NOTE_CHANGES,
+    NOTED_KEYS,
+    NOTED_ROWS,
     SLOT_TABLES,
+    MapRow,
 )
 
 PATIENCE = 60.0  # seconds for which open transactions of the slot are waited for
 LOCK_SECONDS = 1  # for one try: behind it every client of the slot waits
 PAUSE = 0.5  # seconds between two tries
+ROUNDS = 20  # of bringing a copy up to date before the lock
+FEW = 500  # changes that are left to be copied under the lock
 
 Progress = Callable[[int, str, int], object]  # slot, step, bytes copied so far
 
 
-def move(servers: Servers, slot: int, to: str, progress: Progress) -> bool:
+class How(Enum):
+    """How a slot moves."""
+
+    COPY = "copy"  # it is locked while it is copied
+    ONLINE = "online"  # it is copied first, then locked
+    DROP = "drop"  # as COPY, without the rows of UNLOGGED tables
+
+
+def move(servers: Servers, slot: int, to: str, progress: Progress, how: How = How.COPY) -> bool:
     """Move a slot to a server; False where it is there already.
 
     Raises:
@@ -67,50 +91,175 @@ def move(servers: Servers, slot: int, to: str, progress: Progress) -> bool:
             )
         if source is target:
             return False
-        with translated(source.place):
-            if not source.execute(MARK_TARGET, to, slot, row.home, row.epoch).rowcount:
-                raise ConfigError(f"slot {slot} was moved meanwhile: run the command again")
-        progress(slot, "marked", 0)
+        begun = _Move(source, target, row, progress)
         try:
-            _hand_over(source, target, slot, row.epoch, progress)
+            with translated(f"{source.place} or {target.place}"):
+                begun.run(how)
         except BaseException:
             # Before the commit nothing has changed for clients, and after it the copy is all there is.
             # A connection that is gone leaves both to `resume`.
-            with contextlib.suppress(psycopg.Error):
+            with contextlib.suppress(psycopg.Error, StoreUnavailableError):
                 if source.execute(CLEAR_TARGET, slot, row.home, row.epoch).rowcount:
-                    _drop(target, slot, "_in")
+                    _drop(target, begun.into)
+                    locking(source, slot, partial(_drop, source, begun.log))
             raise
         _finish(servers, slot, to, row.epoch + 1, progress)
     return True
 
 
-def _hand_over(source: Server, target: Server, slot: int, epoch: int, progress: Progress) -> None:
-    """Copy the slot under its lock, and rename it away."""
+class _Move:
+    """A move of one slot, up to the commit by which the old server gives it away."""
+
+    def __init__(self, source: Server, target: Server, row: MapRow, progress: Progress) -> None:
+        self.source, self.target, self.row = source, target, row
+        self.live, self.into, self.log = (schema_of(row.slot) + end for end in ("", "_in", "_log"))
+        self.parts: dict[str, dict[str, sql.Composable]] = {}  # of tables whose changes are noted
+        self.done = 0
+        self._progress = progress
+
+    def run(self, how: How) -> None:
+        """Mark the slot, copy it, and give it away."""
+        if how is How.ONLINE:
+            self._locking(self._note_changes)
+            self._tell("marked")
+            with self._snapshot():
+                self._copy(how)
+            for _ in range(ROUNDS):
+                with self._snapshot():
+                    changes = self._catch_up()
+                self._tell("following")
+                if changes < FEW:
+                    break
+        else:
+            self._change_map(MARK_TARGET, self.target.name)
+            self._tell("marked")
+        self._locking(partial(self._hand_over, how))
+        self._tell("handed over")
+
+    def _tell(self, step: str) -> None:
+        self._progress(self.row.slot, step, self.done)
+
+    def _change_map(self, text: str, *params: Any) -> None:
+        row = self.row
+        if not self.source.execute(text, *params, row.slot, row.home, row.epoch).rowcount:
+            raise ConfigError(f"slot {row.slot} was moved meanwhile: run the command again")
+
+    def _locking(self, work: Callable[[], None]) -> None:
+        locking(self.source, self.row.slot, work)
+
+    @contextlib.contextmanager
+    def _snapshot(self) -> Iterator[None]:
+        """A transaction that reads the slot as of one moment: its unique indexes hold in the copy too."""
+        with self.source.conn.transaction():
+            self.source.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
+            yield
+
+    def _note_changes(self) -> None:
+        self._change_map(MARK_TARGET, self.target.name)
+        self.source.conn.execute(sql.SQL("CREATE SCHEMA {}").format(sql.Identifier(self.log)))
+        for name, keys, _ in self.source.execute(KEYS, self.live).fetchall():
+            if not keys:
+                raise ConfigError(
+                    f"slot {self.row.slot} cannot move online: {self.live}.{name} has no primary key"
+                )
+            parts = self.parts[name] = {
+                "live": sql.Identifier(self.live, name),
+                "copy": sql.Identifier(self.into, name),
+                "log": sql.Identifier(self.log, name),
+                **{
+                    part: sql.SQL(", ").join(sql.SQL(prefix + key) for key in keys)
+                    for part, prefix in (("keys", ""), ("old", "OLD."), ("new", "NEW."))
+                },
+            }
+            _filled(self.source, NOTE_CHANGES, parts)
+
+    def _hand_over(self, how: How) -> None:
+        _lock(self.source, self.row.slot)
+        self._tell("locked")
+        if how is How.ONLINE:
+            found = self.source.execute(KEYS, self.live).fetchall()
+            if [(name, True) for name in self.parts] != [(name, noted) for name, _, noted in found]:
+                raise StoreUnavailableError(
+                    f"tables of slot {self.row.slot} were made or dropped meanwhile: run the command again"
+                )
+            self._catch_up()
+            for *_, sequence in self._described():
+                if sequence:
+                    self.target.execute(sequence)
+            _drop(self.source, self.log)
+        else:
+            self._copy(how)
+        self._tell("copied")
+        _rename(self.source, self.live, f"{self.live}_out")
+        self._change_map(HAND_OVER, self.target.name)
+
+    def _described(self) -> list[Any]:
+        names = {"live": self.live, "into": self.into}
+        return self.source.conn.execute(DESCRIBE, names).fetchall()
+
+    def _copy(self, how: How) -> None:
+        with self.target.conn.transaction():
+            _drop(self.target, self.into)
+            self.target.conn.execute(sql.SQL("CREATE SCHEMA {}").format(sql.Identifier(self.into)))
+            for name, unlogged, create, after, sequence in self._described():
+                self.target.conn.execute(create)
+                if not (unlogged and how is How.DROP):
+                    self._copy_rows(
+                        sql.Identifier(self.live, name), sql.Identifier(self.into, name)
+                    )
+                for command in [*after, *([sequence] if sequence else [])]:
+                    self.target.conn.execute(command)
+
+    def _copy_rows(self, what: sql.Composable, into: sql.Composable) -> None:
+        read = sql.SQL("COPY {} TO STDOUT (FORMAT binary)").format(what)
+        write = sql.SQL("COPY {} FROM STDIN (FORMAT binary)").format(into)
+        with (
+            self.source.conn.cursor().copy(read) as rows,
+            self.target.conn.cursor().copy(write) as copied,
+        ):
+            for data in rows:
+                copied.write(data)
+                self.done += len(data)
+                self._tell("copying")
+
+    def _catch_up(self) -> int:
+        """Copy the rows whose keys were noted; how many notes there were."""
+        notes = 0
+        for parts in self.parts.values():
+            ((count,),) = _filled(self.source, COUNT_NOTES, parts)
+            if count:
+                with self.target.conn.transaction():
+                    _filled(self.target, CREATE_GONE, parts)
+                    self._copy_rows(
+                        sql.SQL(NOTED_KEYS).format(**parts), sql.Identifier("pgkv_gone")
+                    )
+                    _filled(self.target, DELETE_GONE, parts)
+                    self._copy_rows(sql.SQL(NOTED_ROWS).format(**parts), parts["copy"])
+                _filled(self.source, DELETE_NOTES, parts)
+                notes += count
+        return notes
+
+
+def _filled(server: Server, text: str, parts: Mapping[str, sql.Composable]) -> psycopg.Cursor[Any]:
+    return server.conn.execute(sql.SQL(text).format(**parts))
+
+
+def locking(server: Server, slot: int, work: Callable[[], None]) -> None:
+    """Do what locks tables of a slot in one transaction, and again while others hold them for long."""
     until = monotonic() + PATIENCE
     while True:
         try:
-            with source.conn.transaction():
-                source.execute(f"SET LOCAL lock_timeout = '{LOCK_SECONDS}s'")
-                _lock(source, slot)
-                progress(slot, "locked", 0)
-                _copy(source, target, slot, progress)
-                progress(slot, "copied", 0)
-                live = schema_of(slot)
-                _rename(source, live, f"{live}_out")
-                if not source.execute(HAND_OVER, target.name, slot, source.name, epoch).rowcount:
-                    raise ConfigError(f"slot {slot} was moved meanwhile: run the command again")
-            break
+            with server.conn.transaction():
+                server.execute(f"SET LOCAL lock_timeout = '{LOCK_SECONDS}s'")
+                work()
+            return
         except (errors.LockNotAvailable, errors.DeadlockDetected) as error:
             if monotonic() > until:
                 raise StoreUnavailableError(
                     f"slot {slot} could not be locked for {PATIENCE:g} s: transactions on its tables "
-                    f"at {source.place} stay open"
+                    f"at {server.place} stay open"
                 ) from error
             sleep(PAUSE)
-        except psycopg.Error as error:
-            with translated(f"{source.place} or {target.place}"):
-                raise error from None
-    progress(slot, "handed over", 0)
 
 
 def _lock(source: Server, slot: int) -> None:
@@ -120,29 +269,6 @@ def _lock(source: Server, slot: int) -> None:
         tables = sql.SQL(", ").join(sql.Identifier(live, name) for name in sorted(names))
         source.conn.execute(sql.SQL("LOCK TABLE {} IN ACCESS EXCLUSIVE MODE").format(tables))
         locked |= names
-
-
-def _copy(source: Server, target: Server, slot: int, progress: Progress) -> None:
-    live, into = schema_of(slot), f"{schema_of(slot)}_in"
-    done = 0
-    with target.conn.transaction():
-        _drop(target, slot, "_in")
-        target.conn.execute(sql.SQL("CREATE SCHEMA {}").format(sql.Identifier(into)))
-        described = source.conn.execute(DESCRIBE, {"live": live, "into": into}).fetchall()
-        for name, create, after, sequence in described:
-            target.conn.execute(create)
-            read = sql.SQL("COPY {} TO STDOUT (FORMAT binary)").format(sql.Identifier(live, name))
-            write = sql.SQL("COPY {} FROM STDIN (FORMAT binary)").format(sql.Identifier(into, name))
-            with (
-                source.conn.cursor().copy(read) as rows,
-                target.conn.cursor().copy(write) as copied,
-            ):
-                for data in rows:
-                    copied.write(data)
-                    done += len(data)
-                    progress(slot, "copying", done)
-            for command in [*after, *([sequence] if sequence else [])]:
-                target.conn.execute(command)
 
 
 def _finish(servers: Servers, slot: int, to: str, epoch: int, progress: Progress) -> None:
@@ -163,8 +289,8 @@ def _tidy(servers: Servers, slot: int) -> None:
     """Drop what moves have left; the slot is live where the map says."""
     for server in servers.servers:
         with translated(server.place):
-            for end in ("_in", "_out"):
-                _drop(server, slot, end)
+            for end in ENDS:
+                locking(server, slot, partial(_drop, server, schema_of(slot) + end))
     servers.read()
 
 
@@ -181,11 +307,12 @@ def resume(servers: Servers, slot: int, progress: Progress) -> bool:
         if row is None:
             return False
         home = servers.named(row.home)
-        live, (begun, left) = servers.schemas_of(slot)
+        live, rest = servers.schemas_of(slot)
         behind = any(server.lacks(row) for server in servers.servers)
-        if not (begun or left or row.target or behind):
+        if not (any(rest) or row.target or behind):
             return False
-        if not live and home in begun:
+        copied, noted, _ = rest
+        if not live and home in copied:
             _finish(servers, slot, row.home, row.epoch, progress)
             return True
         if live != [home]:
@@ -200,7 +327,7 @@ def resume(servers: Servers, slot: int, progress: Progress) -> bool:
             with translated(home.place):
                 home.execute(CLEAR_TARGET, slot, row.home, row.epoch)
     if row.target:
-        move(servers, slot, row.target, progress)
+        move(servers, slot, row.target, progress, How.ONLINE if noted else How.COPY)
     servers.read()
     return True
 
@@ -230,6 +357,5 @@ def _rename(server: Server, old: str, new: str) -> None:
     server.conn.execute(sql.SQL("ALTER SCHEMA {} RENAME TO {}").format(*names))
 
 
-def _drop(server: Server, slot: int, end: str) -> None:
-    name: Any = sql.Identifier(schema_of(slot) + end)
-    server.conn.execute(sql.SQL("DROP SCHEMA IF EXISTS {} CASCADE").format(name))
+def _drop(server: Server, schema: str) -> None:
+    server.conn.execute(sql.SQL("DROP SCHEMA IF EXISTS {} CASCADE").format(sql.Identifier(schema)))

@@ -6,6 +6,7 @@ then nothing happened, and the operation is sent to where the slot went.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from random import uniform
@@ -414,7 +415,7 @@ class Router:
         deadline: float,
     ) -> Flow[None]:
         waiting = list(range(len(parts)))
-        creations = 0
+        missed: Counter[Any] = Counter()
         while waiting:
             groups: dict[Any, list[int]] = {}
             for index in waiting:
@@ -441,11 +442,7 @@ class Router:
                     slot, op = parts[index]
                     if slot not in follow:
                         table = op.statement.table
-                        may_create = creations < CREATIONS_MAX * self.slots.count
-                        creations += 1
-                        if not (
-                            yield from self._settled(slot, channel, table, deadline, may_create)
-                        ):
+                        if not (yield from self._settled(slot, channel, table, deadline, missed)):
                             break
                         follow.add(slot)
                 else:
@@ -466,11 +463,11 @@ class Router:
         """Bring an operation to its end that met no table where its slot was thought to be."""
         failure: PgkvError | None = error
         del error
+        table, missed = op.statement.table, Counter[Any]()
         try:
-            for attempt in range(1_000_000):
+            while True:
                 assert failure is not None
-                table, may_create = op.statement.table, attempt < CREATIONS_MAX
-                if not (yield from self._settled(slot, channel, table, deadline, may_create)):
+                if not (yield from self._settled(slot, channel, table, deadline, missed)):
                     raise failure
                 channel = yield from self._find(slot, deadline)
                 try:
@@ -479,12 +476,17 @@ class Router:
                     failure = again
         finally:
             failure = None  # its traceback holds this frame
-        raise AssertionError("unreachable")
 
     def _settled(
-        self, slot: int, channel: Any, table: Table | None, deadline: float, may_create: bool
+        self,
+        slot: int,
+        channel: Any,
+        table: Table | None,
+        deadline: float,
+        missed: Counter[Any],
     ) -> Flow[bool]:
-        """After a server said that a slot's table is not there: whether to try again."""
+        """After a server said that a slot's table is not there: whether to try again. `missed` counts
+        how often a call did not meet that table in a slot that is live."""
         if self.channels[slot] is not channel:
             return True  # another call has read the map meanwhile
         if slot in self._reading:
@@ -506,7 +508,10 @@ class Router:
             if self.channels[slot] is not channel:
                 return True
             if row.home == node.name and row.epoch == known.epoch and row.live and not row.target:
-                if table is None or not self.creates or not may_create:
+                missed[slot, table] += 1
+                if table is None or not self.creates:
+                    return missed[slot, table] == 1  # it may have got its live name since
+                if missed[slot, table] > CREATIONS_MAX:
                     return False
                 yield from call(
                     channel.execute,

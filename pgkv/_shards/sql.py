@@ -214,7 +214,7 @@ CREATE TABLE IF NOT EXISTS pgkv_map.slots (
     target TEXT
 );"""
 INIT_LOCK = "SELECT pg_advisory_xact_lock(hashtext('pgkv shards'))"
-IS_SLOT = "nspname ~ '^pgkv_[0-9]{2,}(_in|_out)?$'"
+IS_SLOT = "nspname ~ '^pgkv_[0-9]{2,}(_in|_log|_out)?$'"
 SCHEMAS = f"SELECT nspname FROM pg_namespace WHERE {IS_SLOT}"
 HAS_MAP = "SELECT to_regclass('pgkv_map.slots') IS NOT NULL"
 NAME_SERVER = "INSERT INTO pgkv_map.settings (slots, node) VALUES (%s, %s) ON CONFLICT DO NOTHING"
@@ -236,10 +236,10 @@ HAND_OVER = (
 SLOT_TABLES = (
     "SELECT relname FROM pg_class WHERE relnamespace = to_regnamespace(%s) AND relkind = 'r'"
 )
-# Each table of a slot: its name, the command that makes it in another schema, what follows when it has
-# its rows (indexes, rights), and where its identity goes on.
+# Each table of a slot: its name, whether it is UNLOGGED, the command that makes it in another schema, what
+# follows when it has its rows (indexes, rights), and where its identity goes on.
 DESCRIBE = """\
-SELECT c.relname,
+SELECT c.relname, c.relpersistence = 'u',
   format('CREATE %%sTABLE %%I.%%I (%%s)%%s', CASE c.relpersistence WHEN 'u' THEN 'UNLOGGED ' ELSE '' END,
     %(into)s::text, c.relname,
     (SELECT string_agg(format('%%I %%s%%s%%s%%s', a.attname, format_type(a.atttypid, a.atttypmod),
@@ -275,6 +275,30 @@ SELECT c.relname,
       WHERE a.attrelid = c.oid AND a.attidentity <> '' LIMIT 1)
 FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
 WHERE c.relnamespace = to_regnamespace(%(live)s) AND c.relkind = 'r' ORDER BY c.relname"""
+# Each table of a slot, the columns of its primary key, and whether its changes are noted.
+KEYS = """\
+SELECT c.relname, ARRAY(SELECT quote_ident(attname) FROM pg_index, pg_attribute WHERE indrelid = c.oid
+    AND indisprimary AND attrelid = c.oid AND attnum = ANY (indkey) ORDER BY attnum),
+  EXISTS (SELECT FROM pg_trigger WHERE tgrelid = c.oid AND tgname = 'pgkv_move')
+FROM pg_class c WHERE relnamespace = to_regnamespace(%s) AND relkind = 'r' ORDER BY 1"""
+# The keys of rows that change are noted, with the rights of the mover.
+NOTE_CHANGES = """\
+CREATE UNLOGGED TABLE {log} AS SELECT {keys} FROM {live} LIMIT 0;
+CREATE FUNCTION {log}() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog
+AS $note$ BEGIN
+  IF TG_OP IN ('UPDATE', 'DELETE') THEN INSERT INTO {log} VALUES ({old}); END IF;
+  IF TG_OP IN ('UPDATE', 'INSERT') THEN INSERT INTO {log} VALUES ({new}); END IF;
+  IF TG_OP = 'TRUNCATE' THEN INSERT INTO {log} SELECT {keys} FROM {live}; END IF;
+  RETURN NULL;
+END $note$;
+CREATE TRIGGER pgkv_move AFTER INSERT OR UPDATE OR DELETE ON {live} FOR EACH ROW EXECUTE FUNCTION {log}();
+CREATE TRIGGER pgkv_move_all BEFORE TRUNCATE ON {live} EXECUTE FUNCTION {log}();"""
+COUNT_NOTES = "SELECT count(*) FROM {log}"
+CREATE_GONE = "CREATE TEMP TABLE pgkv_gone ON COMMIT DROP AS SELECT {keys} FROM {copy} LIMIT 0"
+NOTED_KEYS = "(SELECT DISTINCT {keys} FROM {log})"
+DELETE_GONE = "DELETE FROM {copy} WHERE ({keys}) IN (SELECT {keys} FROM pgkv_gone)"
+NOTED_ROWS = "(SELECT * FROM {live} WHERE ({keys}) IN (SELECT {keys} FROM {log}))"
+DELETE_NOTES = "DELETE FROM {log}"
 _SCHEMA = "'pgkv_' || CASE WHEN s.slot < 10 THEN '0' ELSE '' END || s.slot"
 
 
