@@ -8,6 +8,9 @@ import asyncio
 import contextlib
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
+from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -20,7 +23,7 @@ from .._engine.schema import complete_columns
 from .._engine.sweep import Collector, weakly
 from .._fork import CONNECTIONS, survives_fork
 from .._ops.drivers import drive, drive_async
-from .._ops.op import Flow, Op, Param, Pipelined, Statement, Transaction
+from .._ops.op import Flow, Op, Param, Pipelined, Statement, Transaction, call
 from .._sql.sweep import Sweep
 from ..config import Config, Table
 from ..errors import ConfigError, PgkvError, TableNotFoundError
@@ -34,6 +37,8 @@ if TYPE_CHECKING:
     from .._engine._sync.transaction import BoundChannel
 
 T = TypeVar("T")
+
+THREADS_MAX = 1000  # of a store: each call needs as many as it asks servers, less one
 
 
 class Sharding(PooledOperations):
@@ -85,6 +90,13 @@ class Sharding(PooledOperations):
         """The connections and waiters of all servers."""
         counts = [channel._pool.counts() for channel in self._channels()]
         return PoolStats(*map(sum, zip(*counts, strict=True)))
+
+    def ping(self, op: Op[Any], timeout: float | None) -> Flow[None]:
+        """Make a round trip to every server, or to that of this view."""
+        calls = [partial(channel.execute, op, timeout) for channel in self._channels()]
+        for found in (yield from call(self.router.gather, calls)):
+            if isinstance(found, PgkvError):
+                raise found
 
     def conninfo(self) -> str:
         """What a connection to the slot's server is opened with.
@@ -312,15 +324,38 @@ class AsyncShardedChannel(Sharding, AsyncPoolChannel):
             await asyncio.to_thread(self._on_close.pop())
 
 
-def one_by_one(calls: Sequence[Callable[[], Any]]) -> list[Any]:
-    """Call each; what it returned, or its `PgkvError`."""
-    found: list[Any] = []
-    for each in calls:
+class InThreads:
+    """Calls functions at the same time; of each what it returned, or its `PgkvError`."""
+
+    def __init__(self) -> None:
+        self.after_fork()
+        survives_fork(self)
+
+    def after_fork(self) -> None:
+        """Forget the threads; the next call starts some."""
+        self._threads = ThreadPoolExecutor(THREADS_MAX, "pgkv-shards")
+
+    def __call__(self, calls: Sequence[Callable[[], Any]]) -> list[Any]:
+        """Call each: the last one here, the others in threads."""
         try:
-            found.append(each())
-        except PgkvError as error:
-            found.append(error)
-    return found
+            futures = [
+                self._threads.submit(copy_context().run, _outcome, each) for each in calls[:-1]
+            ]
+        except RuntimeError:  # the store is closed, or the interpreter ends
+            return [*map(_outcome, calls)]
+        here = [_outcome(each) for each in calls[-1:]]
+        return [future.result() for future in futures] + here
+
+    def close(self) -> None:
+        """End the threads."""
+        self._threads.shutdown(wait=False)
+
+
+def _outcome(function: Callable[[], Any]) -> Any:
+    try:
+        return function()
+    except PgkvError as error:
+        return error
 
 
 async def at_once(calls: Sequence[Callable[[], Any]]) -> list[Any]:

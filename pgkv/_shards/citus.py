@@ -7,6 +7,7 @@ a store is made, and again when a fence or a node says that a slot is not there.
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -28,7 +29,7 @@ from ..errors import (
     TableNotFoundError,
 )
 from .fences import Fences
-from .placement import PAUSE_FIRST, PAUSE_MAX, Node, Router, Shard, left
+from .placement import CREATIONS_MAX, PAUSE_FIRST, PAUSE_MAX, Node, Router, Shard, left
 from .slots import Slots, schema_of
 from .sql import (
     CITUS_SIZES,
@@ -69,7 +70,7 @@ class CitusRouter(Router):
     def connect(self, wanted: int | None, timeout: float) -> Flow[None]:
         """Read which node each DSN leads to, and the placement."""
         calls = [partial(node.channel.execute, Op(READ_GROUP), timeout) for node in self.nodes]
-        for node, found in zip(self.nodes, (yield from call(self._gather, calls)), strict=True):
+        for node, found in zip(self.nodes, (yield from call(self.gather, calls)), strict=True):
             if isinstance(found, StoreUnavailableError | OperationTimeoutError):
                 node.failure = found
                 continue
@@ -165,7 +166,7 @@ class CitusRouter(Router):
         """Where each slot is."""
         yield from self._read_placement(monotonic() + self.timeout)
         calls = [partial(node.channel.execute, Op(CITUS_SIZES)) for node in self.nodes]
-        answers: list[Any] = yield from call(self._gather, calls)
+        answers: list[Any] = yield from call(self.gather, calls)
         sizes = {
             node.name: found
             for node, found in zip(self.nodes, answers, strict=True)
@@ -204,7 +205,12 @@ class CitusRouter(Router):
         return (yield from call(self.channel(slot).execute, op, left(deadline)))
 
     def _settled(
-        self, slot: int, channel: Any, table: Table | None, deadline: float, may_create: bool
+        self,
+        slot: int,
+        channel: Any,
+        table: Table | None,
+        deadline: float,
+        missed: Counter[Any],
     ) -> Flow[bool]:
         """After a node said that a slot, or its table, is not there: whether to try again."""
         if self.channels[slot] is not channel:
@@ -217,7 +223,8 @@ class CitusRouter(Router):
             if (yield from self._read_placement(deadline)):
                 return True
             if table is not None and table.quoted not in self.fences:
-                if not self.creates or not may_create:
+                missed[slot, table] += 1
+                if not self.creates or missed[slot, table] > CREATIONS_MAX:
                     return False
                 yield from self._create(table, deadline)
                 yield from self._read_placement(deadline)

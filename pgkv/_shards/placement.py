@@ -147,7 +147,7 @@ class Router:
         self.homes: list[MapRow] = []
         self.channels: list[Any] = []  # of each slot; None where its server is not known
         self.closed = False
-        self._gather = gather
+        self.gather = gather
         self._reading: set[int] = set()
 
     # -- the map
@@ -155,7 +155,7 @@ class Router:
     def connect(self, wanted: int | None, timeout: float) -> Flow[None]:
         """Read the map of every server that answers."""
         calls = [partial(node.channel.execute, Op(READ_MAP), timeout) for node in self.nodes]
-        for node, found in zip(self.nodes, (yield from call(self._gather, calls)), strict=True):
+        for node, found in zip(self.nodes, (yield from call(self.gather, calls)), strict=True):
             if isinstance(found, TableNotFoundError) or found is None:
                 raise ConfigError(
                     f"the server at {node.target.place()} has no map of slots: run `pgkv shards init` "
@@ -255,7 +255,7 @@ class Router:
             for node in self.nodes
             for statement in (READ_MAP, READ_SIZES)
         ]
-        answers: list[Any] = yield from call(self._gather, calls)
+        answers: list[Any] = yield from call(self.gather, calls)
         sizes: dict[str, dict[str, int]] = {}
         live: dict[str, set[int]] = {}
         for node, found, size in zip(self.nodes, answers[::2], answers[1::2], strict=True):
@@ -344,7 +344,7 @@ class Router:
             )
             for channel in wanted
         ]
-        found: list[Any] = yield from call(self._gather, calls)
+        found: list[Any] = yield from call(self.gather, calls)
         failures = [each for each in found if isinstance(each, PgkvError)]
         if any(isinstance(each, TableNotFoundError) for each in failures):
             return []
@@ -430,7 +430,7 @@ class Router:
                 self._calling(channel, [parts[index][1] for index in group], whole, deadline)
                 for channel, group in groups.items()
             ]
-            sent: list[Any] = yield from call(self._gather, calls)
+            sent: list[Any] = yield from call(self.gather, calls)
             again: list[int] = []
             for (channel, group), found in zip(groups.items(), sent, strict=True):
                 alone = len(group) == 1 or isinstance(found, PgkvError)

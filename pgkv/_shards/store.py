@@ -27,7 +27,7 @@ from ..aio import AsyncStore, Opening
 from ..config import BYTES_MIN, ENTRIES_MIN, Config, dsn_from_environment
 from ..errors import ConfigError
 from ..store import Store
-from .channel import AsyncShardedChannel, ShardedChannel, at_once, one_by_one
+from .channel import AsyncShardedChannel, InThreads, ShardedChannel, at_once
 from .citus import opened
 from .placement import Node, Router, Shard
 from .slots import ANY, ShardedConfig, Slots, apart
@@ -260,6 +260,10 @@ def _told(progress: Callable[[int], object], before: int) -> Callable[[int], obj
     return lambda count: progress(before + count)
 
 
+def _given(timeout: Seconds | None) -> float | None:
+    return None if timeout is None else _codec.seconds(timeout)
+
+
 class ShardedStore(_Sharded, Store):
     """A `Store` whose keys are spread over slots on several servers; made by `Store.sharded`.
 
@@ -275,14 +279,17 @@ class ShardedStore(_Sharded, Store):
     ) -> Self:
         configs = settings(dsns, slots, placement, options)
         nodes = [*map(_node, configs)]
+        gather = InThreads()
         store = cls.__new__(cls)
         try:
             for node in nodes:
                 node.target.dsn()  # an embedded server has a time limit of its own
             timeout = reach_timeout(configs[0])
-            found = opened(configs[0], nodes, one_by_one, _node, placement, slots, timeout)
+            found = opened(configs[0], nodes, gather, _node, placement, slots, timeout)
             store._begin(configs[0], ShardedChannel(configs[0], drive(found)))
+            store._channel.on_close(gather.close)
         except BaseException:
+            gather.close()
             for node in nodes:
                 node.channel.close()
                 node.target.close()
@@ -353,8 +360,7 @@ class ShardedStore(_Sharded, Store):
     def ping(self, timeout: Seconds | None = None) -> float:
         """Make a round trip to every server and return the seconds that all took."""
         started = monotonic()
-        for channel in self._channel._channels():
-            channel.execute(self._sql.ping(), None if timeout is None else _codec.seconds(timeout))
+        drive(self._channel.ping(self._sql.ping(), _given(timeout)))
         return monotonic() - started
 
 
@@ -451,9 +457,7 @@ class AsyncShardedStore(_Sharded, AsyncStore):
     async def ping(self, timeout: Seconds | None = None) -> float:
         """Make a round trip to every server and return the seconds that all took."""
         started = monotonic()
-        seconds = None if timeout is None else _codec.seconds(timeout)
-        for channel in self._channel._channels():
-            await channel.execute(self._sql.ping(), seconds)
+        await drive_async(self._channel.ping(self._sql.ping(), _given(timeout)))
         return monotonic() - started
 
 

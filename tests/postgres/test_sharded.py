@@ -6,6 +6,7 @@ The servers are databases of one server. What happens when slots move is in test
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import json
 import secrets
@@ -22,6 +23,7 @@ from pgkv.cli import main
 from pgkv.integrations.dashboard import dashboard
 from pgkv.patterns.overview import Overviews
 from tests import FULL, sharded
+from tests.faults.support import until
 from tests.peers import caller_connection
 from tests.servers import Server, UserServer
 from tests.variants import Variant, closing_all
@@ -214,6 +216,32 @@ async def test_sweeps_reach_every_slot(store: Any) -> None:
     await asyncio.sleep(0.01)
     assert await store.cleanup_expired(limit=7) == 7
     assert await store.cleanup_expired() == 23
+
+
+async def test_servers_are_asked_at_the_same_time(store: Any, dsns: list[str]) -> None:
+    """A batch whose rows are locked on all servers waits on all of them at once."""
+    keys = [f"k{n}" for n in range(20)]
+    await store.set_many(dict.fromkeys(keys, "v"))
+    waiting = (
+        "SELECT count(DISTINCT datname) FROM pg_stat_activity "
+        "WHERE wait_event_type = 'Lock' AND datname = ANY (%s)"
+    )
+    with contextlib.ExitStack() as stack:
+        conns = [stack.enter_context(psycopg.connect(dsn)) for dsn in dsns]
+        for number, conn in enumerate(conns):
+            for slot in range(2):
+                conn.execute(f"SELECT FROM pgkv_{2 * number + slot:02d}.kv_store FOR UPDATE")
+        batch = asyncio.ensure_future(store.set_many(dict.fromkeys(keys, "w")))
+        try:
+            look = stack.enter_context(psycopg.connect(dsns[0], autocommit=True))
+            names = [conn.info.dbname for conn in conns]
+            await until(
+                lambda: look.execute(waiting, [names]).fetchone() == (3,), "it waits on all three"
+            )
+        finally:
+            for conn in conns:
+                conn.rollback()
+            assert await batch == 20
 
 
 async def test_tables_are_made_where_slots_live(
