@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -189,6 +191,20 @@ def test_the_plan(
     """As many servers as keep the one with the most slots at 70 % of its processor."""
     assert main(["shards", "plan", *args, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["servers"] == servers
+
+
+def test_the_table_of_the_page(capsys: pytest.CaptureFixture[str]) -> None:
+    """Is what the command says."""
+    page = (Path(__file__).parents[2] / "docs/scaling.md").read_text("utf-8")
+    found = re.findall(r"^\| `(\S+=\S+)`( on Citus)? \| ([\d,]+)/s \| (.*) \|$", page, re.MULTILINE)
+    assert len(found) == 4
+    for mix, citus, each, servers in found:
+        for rate, count in zip((50_000, 250_000, 1_000_000), servers.split(" | "), strict=True):
+            args = ["--mix", mix, "--rate", str(rate), *(["--citus"] if citus else [])]
+            assert main(["shards", "plan", *args, "--json"]) == 0
+            said = json.loads(capsys.readouterr().out)
+            assert f"{said['a_server']:,}" == each
+            assert str(said["servers"] or "more than 32") == count
 
 
 @pytest.mark.parametrize(
