@@ -178,15 +178,6 @@ class Counts:
             setattr(self, name, getattr(self, name) + 1)
 
 
-@dataclass(frozen=True, slots=True)
-class State:
-    """One state of an entry's row, which a fill may replace: no other."""
-
-    key: bytes
-    version: int
-    mark: bytes
-
-
 def quietly(op: Op[Any]) -> Flow[None]:
     """Perform what need not succeed: a lease that is not given up ends by itself."""
     with contextlib.suppress(PgkvError):

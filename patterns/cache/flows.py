@@ -19,7 +19,7 @@ from dataclasses import replace
 from datetime import timedelta
 from random import random
 from time import monotonic
-from typing import Any
+from typing import Any, TypeAlias
 
 import msgspec
 
@@ -47,7 +47,6 @@ from .call import (
     CacheOptions,
     Counts,
     Found,
-    State,
     StoreContext,
     Unreachable,
     breaker_open,
@@ -72,6 +71,8 @@ from .sql import (
 # The program is wrong (a key or value that no store holds, another event loop's store, a right that
 # its role lacks), and not the store away: raised, whatever `on_error` says.
 PROGRAM_ERRORS = (ConfigError, InvalidKeyError, InvalidValueError, TransactionError)
+
+State: TypeAlias = tuple[int, bytes]  # version and mark of a row: a fill replaces no other state
 
 PAUSE_FIRST, PAUSE_MAX = 0.002, 0.1  # seconds between looks at another caller's placeholder
 PATIENCE = LOCK_TIMEOUT_MS / 1000  # with a row that an open transaction holds
@@ -346,18 +347,18 @@ class FunctionCache:
         except (Busy, Unreachable):
             flight.alone = True
             raise
-        state = State(call.key, lease.version, mark)
-        value, outcome = yield from self._compute_and_fill(call, state, read, lease.version)
+        state = lease.version, mark
+        value, outcome = yield from self._compute_and_fill(call, state, read, leased=True)
         flight.alone = outcome in ("unwanted", "failed")
         return value
 
     def _compute_and_fill(
-        self, call: CachedCall, state: State, read: CacheRead, lease: int | None
+        self, call: CachedCall, state: State, read: CacheRead, *, leased: bool
     ) -> Flow[tuple[Any, str]]:
-        """Compute for a caller, and store; with a lease in the entry's row, give it up where no fill
-        has ended it."""
+        """Compute for a caller, and store. Where the state is that of a lease, give it up if no fill has
+        ended it."""
         sql, timeout = call.context.sql, self.options.compute_timeout
-        beat = None if lease is None else sql.extend(call.key, lease, state.mark, timeout)
+        beat = sql.extend(call.key, *state, timeout) if leased else None
         outcome = ""
         try:
             self.counts.add("misses")
@@ -365,8 +366,8 @@ class FunctionCache:
             value, outcome = yield from self._fill(call, state, read.generations, value, took)
             return value, outcome
         finally:
-            if lease is not None and outcome not in ("stored", "refused"):
-                yield from quietly(sql.give_up(call.key, lease, state.mark))
+            if leased and outcome not in ("stored", "refused"):
+                yield from quietly(sql.give_up(call.key, *state))
 
     def _read(self, call: CachedCall) -> Flow[CacheRead]:
         if self.l1 is not None:
@@ -424,13 +425,8 @@ class FunctionCache:
         transforms = call.context.transforms
         sealed = payload if transforms is None else transforms.seal(call.key, payload)
         envelope = Envelope(soft, hard, took, generations, sealed)
-        op = call.context.sql.fill(
-            call.key,
-            state.version,
-            state.mark,
-            envelope.pack(self.codec.letter),
-            None if math.isinf(hard) else hard,
-        )
+        packed, life = envelope.pack(self.codec.letter), None if math.isinf(hard) else hard
+        op = call.context.sql.fill(call.key, *state, packed, life)
         call.sent = monotonic()
         try:
             version = yield from self.ask(call, op)
@@ -506,13 +502,7 @@ class FunctionCache:
             self._refresh_later(call)
             return found.value
         # Without `stale` nothing runs in the background: the chosen caller computes.
-        refreshed = MISSING
-        try:
-            refreshed = yield from self._refresh(call)
-        except (Busy, Unreachable):
-            pass
-        except Exception as error:  # noqa: BLE001  # the caller has a valid value without it
-            self._refresh_failed(error)
+        refreshed = yield from self._try_refresh(call)
         self.counts.add("hits" if refreshed is MISSING else "misses")
         return found.value if refreshed is MISSING else refreshed
 
@@ -522,25 +512,24 @@ class FunctionCache:
             return
         self.flights.refreshing.add(name)
 
-        def flow() -> Flow[None]:
-            try:
-                yield from self._refresh(call)
-            except (Busy, Unreachable):
-                pass
-            except Exception as error:  # noqa: BLE001  # no caller waits for it
-                self._refresh_failed(error)
-
         def done() -> None:
             self.flights.refreshing.discard(name)
 
-        if not self._run_later(call, flow, done):
+        if not self._run_later(call, lambda: self._try_refresh(call), done):
             done()
 
-    def _refresh_failed(self, error: Exception) -> None:
-        self.counts.add("errors")
-        _observe.warning(
-            "pgkv.cached.refresh_failed", function=self.name, error=type(error).__name__
-        )
+    def _try_refresh(self, call: CachedCall) -> Flow[Any]:
+        """Refresh an entry that is valid as it is: a failure concerns no caller."""
+        try:
+            return (yield from self._refresh(call))
+        except (Busy, Unreachable):
+            pass
+        except Exception as error:  # noqa: BLE001  # of the function too
+            self.counts.add("errors")
+            _observe.warning(
+                "pgkv.cached.refresh_failed", function=self.name, error=type(error).__name__
+            )
+        return MISSING
 
     def _refresh(self, call: CachedCall) -> Flow[Any]:
         """Compute again while the old value is served; MISSING when another caller does, or did."""
@@ -558,7 +547,7 @@ class FunctionCache:
             found = self.interpret(call, read)
             if found is None or read.row is None or not self._is_due(found):
                 return MISSING
-            state = State(call.key, read.row.version, mark_of(read.row.value))
+            state = read.row.version, mark_of(read.row.value)
             beat = sql.extend(key, lease.version, mark, self.options.compute_timeout)
             value, took = yield from self._compute(call, beat)
             value, _ = yield from self._fill(call, state, read.generations, value, took)
@@ -580,8 +569,8 @@ class FunctionCache:
         for _ in range(3):
             read = yield from self._read(call)
             row = read.row
-            lease = None
-            if row is not None and not is_placeholder(row.value):
+            leased = row is None or is_placeholder(row.value)
+            if row is not None and not leased:
                 mark = mark_of(row.value)
                 version = yield from self.ask(call, sql.claim(call.key, row.version))
             else:
@@ -590,10 +579,10 @@ class FunctionCache:
                 granted: ComputeLease = yield from self.ask(
                     call, sql.lease(call.key, mark, self.options.compute_timeout, replace)
                 )
-                version = lease = granted.version
+                version = granted.version
             if version is not None:
-                state = State(call.key, version, mark)
-                return (yield from self._compute_and_fill(call, state, read, lease))[0]
+                flow = self._compute_and_fill(call, (version, mark), read, leased=leased)
+                return (yield from flow)[0]
         raise Busy
 
 

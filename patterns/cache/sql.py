@@ -20,7 +20,9 @@ from ..._sql.table import (
     LIVE,
     STATEMENT_US,
     UPDATED,
+    Expiry,
     TableStatements,
+    choose_expiry,
     formats,
     read_changed,
     read_int_or_none,
@@ -106,14 +108,9 @@ class CacheStatements(TableStatements):
 
     def read(self, keys: Sequence[bytes]) -> Op[CacheRead]:
         """Read an entry, and the generations (function, tags) it depends on, in one snapshot."""
-        count = len(keys)
-        if count <= KEYS_NAMED_MAX:
-            statement = self.made(("cache_read", count), lambda: self._make_read(count))
-            return Op(statement, keys, ReadDecoder(keys))
-        params = (_codec.encode_array(keys),)
-        return Op(
-            self.made(("cache_read", 0), lambda: self._make_read(0)), params, ReadDecoder(keys)
-        )
+        count = len(keys) if len(keys) <= KEYS_NAMED_MAX else 0
+        statement = self.made(("cache_read", count), lambda: self._make_read(count))
+        return Op(statement, keys if count else (_codec.encode_array(keys),), ReadDecoder(keys))
 
     def _make_read(self, count: int) -> Statement[CacheRead]:
         # IN with few keys keeps its plan; `= ANY` of a small array is planned at every call.
@@ -210,22 +207,17 @@ class CacheStatements(TableStatements):
 
         Never an INSERT: whatever removed or changed the row meanwhile has the last word.
         """
-        head = (key, _codec.encode_int8(version), mark, self.value(value))
-        if ttl is None:
-            statement = self.made("cache_fill", lambda: self._make_fill("NULL"))
-            return Op(statement, head)
-        statement = self.made(
-            "cache_fill_ttl", lambda: self._make_fill("statement_timestamp() + $5::interval")
-        )
-        return Op(statement, (*head, _codec.encode_ttl(ttl)))
+        expiry, life = choose_expiry(ttl, None, keep_ttl=False)
+        statement = self.made(("cache_fill", expiry.name), lambda: self._make_fill(expiry))
+        return Op(statement, (key, _codec.encode_int8(version), mark, self.value(value), *life))
 
-    def _make_fill(self, expires_at: str) -> Statement[int | None]:
+    def _make_fill(self, expiry: Expiry) -> Statement[int | None]:
         return self.statement(
             "cache_fill",
-            f"UPDATE {self.t} SET value = $4, expires_at = {expires_at}, {UPDATED} "
+            f"UPDATE {self.t} SET value = $4, expires_at = {expiry.updated.format(n=5)}, {UPDATED} "
             f"WHERE key = $1 AND version = $2 AND {_MARK} = $3 AND {_LOCK_TIMEOUT} IS NOT NULL "
             "RETURNING version",
-            (TEXT, BINARY, BINARY, BINARY) + (() if expires_at == "NULL" else (BINARY,)),
+            (TEXT, BINARY, BINARY, BINARY, *formats(0, expiry)),
             read_int_or_none,
             retried=False,
         )
