@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ...store import Store
     from .lease import Held
 
+H = TypeVar("H", bound="Held")
 T = TypeVar("T")
 
 PATIENCE = 3.0  # seconds beyond its timeout for an answer that a cancelled task waits for
@@ -67,9 +68,10 @@ class Runtime:
         """The background of a channel's server; of all servers any one."""
         raise NotImplementedError
 
-    def watch(self, held: Held) -> None:
-        """Renew it until it is forgotten, and tell its holder of its end."""
+    def watch(self, held: H) -> H:
+        """Renew it until it is forgotten, and tell its holder of its end. Return it."""
         self.background().part(LeaseRenewals).watch(held)
+        return held
 
     def forget(self, held: Held) -> None:
         """Renew it no more."""

@@ -35,18 +35,18 @@ from ...errors import ConfigError, InvalidValueError, LockTimeoutError, PgkvErro
 from ...store import Store
 from .._runtime.checks import home_of, require, require_callback
 from .._runtime.lease import extend
+from .._runtime.runtimes import AsyncRuntime, SyncRuntime
 from . import flows
 from .lease import (
     LeaseState,
     LockInfo,
     LockOptions,
     encode_metadata,
-    failed_callback,
     key_of,
-    report,
+    tell,
+    tell_async,
 )
 from .many import Acquisitions, AsyncLeases, Leases, in_order
-from .runtime import AsyncLockRuntime, LockRuntime
 from .sql import LOCKS, LOCKS_UNLOGGED, TICKETS, LockStatements, SemaphoreStatements, slot_keys
 
 if TYPE_CHECKING:
@@ -59,6 +59,10 @@ S = TypeVar("S", Store, AsyncStore)
 T = TypeVar("T")
 Wakeup: TypeAlias = Literal["poll", "notify"]
 SLOTS_MAX = 10_000
+REFUSAL = (
+    "a lock cannot be taken inside transaction() or through using(conn): a grant that is rolled "
+    "back would give its token twice; take it with the store itself, then guard() the transaction"
+)
 
 
 # -- leases --------------------------------------------------------------------------------
@@ -77,7 +81,7 @@ class Lease(LeaseState):
     database.
     """
 
-    _runtime: LockRuntime[Lease]
+    _runtime: SyncRuntime
 
     def extend(self, ttl: Seconds) -> None:
         """Let the remaining time become `ttl` seconds, counted from now, and later renewals give
@@ -162,16 +166,9 @@ class Lease(LeaseState):
 
     def _signal(self, context: dict[str, Any]) -> None:
         super()._signal(context)
-        if (fn := self._options.on_lost) is None:
-            return
-        # Not in the renewal's thread: a slow callback must not cost other leases.
-        threading.Thread(target=self._report, args=(fn,), name="pgkv-lost", daemon=True).start()
-
-    def _report(self, fn: Callable[..., Any]) -> None:
-        try:
-            report(fn, self)
-        except Exception as error:  # noqa: BLE001  # the user's code
-            failed_callback(self.name, error)
+        if (fn := self._options.on_lost) is not None:
+            # Not in the renewal's thread: a slow callback must not cost other leases.
+            threading.Thread(target=tell, args=(fn, self), name="pgkv-lost", daemon=True).start()
 
 
 class AsyncLease(LeaseState):
@@ -182,7 +179,7 @@ class AsyncLease(LeaseState):
     for longer than the ttl loses its leases.
     """
 
-    _runtime: AsyncLockRuntime[AsyncLease]
+    _runtime: AsyncRuntime
     _body: asyncio.Task[Any] | None = None
     _cancelling = 0
     _cancelled = False
@@ -263,17 +260,10 @@ class AsyncLease(LeaseState):
             body.cancel(f"the lease on {self.name!r} was lost")
         if self._options.on_lost is not None:
             with contextlib.suppress(RuntimeError):  # no loop runs any more
-                task = asyncio.get_running_loop().create_task(self._report(self._options.on_lost))
+                told = tell_async(self._options.on_lost, self)
+                task = asyncio.get_running_loop().create_task(told)
                 _reports.add(task)
                 task.add_done_callback(_reports.discard)
-
-    async def _report(self, fn: Callable[..., Any]) -> None:
-        try:
-            answer = report(fn, self)
-            if hasattr(answer, "__await__"):
-                await answer
-        except Exception as error:  # noqa: BLE001  # the user's code
-            failed_callback(self.name, error)
 
 
 _reports: set[asyncio.Task[None]] = set()  # the loop keeps only weak references to tasks
@@ -353,12 +343,14 @@ def make_options(
     """Check what a lock is made with; `who` is the class that is made, in its sync form."""
     if wakeup not in ("poll", "notify"):
         raise ConfigError(f"wakeup must be 'poll' or 'notify', not {wakeup!r}")
-    require_callback(on_lost, "on_lost", who, blocking=isinstance(store, Store))
+    blocking = isinstance(store, Store)
+    require_callback(on_lost, "on_lost", who, blocking=blocking)
     key = key_of(name, store._sql.prefix_bytes, store._config.max_key_length)
     return LockOptions(
         name,
         [key],
         statements_of(store, LockStatements, durable=durable),
+        Lease if blocking else AsyncLease,
         seconds(ttl, endless=""),
         renew,
         wakeup == "notify",
@@ -373,7 +365,7 @@ class _Leasable(Generic[S]):
 
     # The class of store that is needed, the name of the class, and that of its twin.
     _needs: tuple[type[Any], str, str]
-    _runtime_of: Callable[[Any], Any]
+    _runtime_of: type[Any]
     _options: LockOptions
     _runtime: Any
 
@@ -382,7 +374,7 @@ class _Leasable(Generic[S]):
         who = self._needs[1].removeprefix("Async")
         store = home_of(store, options["name"])
         self._options = made = make_options(store, who=who, **options)
-        self._runtime = type(self)._runtime_of(store)
+        self._runtime = self._runtime_of(store, REFUSAL)
         return made
 
     @property
@@ -400,11 +392,8 @@ class _Leasable(Generic[S]):
 class Acquirer(_Leasable[Store]):
     """A `Lock` or a `Semaphore`."""
 
-    _runtime: LockRuntime[Lease]
-
-    @staticmethod
-    def _runtime_of(store: Store) -> LockRuntime[Lease]:
-        return LockRuntime(store, Lease)
+    _runtime: SyncRuntime
+    _runtime_of = SyncRuntime
 
     def acquire(self, timeout: Seconds | None = None) -> Lease:
         """Wait until it is granted.
@@ -440,7 +429,7 @@ class Acquirer(_Leasable[Store]):
     ) -> Any:  # cast() would be one more call, after which an interrupt could lose the lease
         runtime = self._runtime
         call = runtime.channel.call
-        acquisition = flows.Acquisition(runtime, self._options, timeout)
+        acquisition = flows.Acquisition[Lease](runtime, self._options, timeout)
         try:
             # Whatever interrupts this, up to the return, is met below. AsyncAcquirer has the same
             # with an await.
@@ -474,11 +463,8 @@ class Acquirer(_Leasable[Store]):
 class AsyncAcquirer(_Leasable[AsyncStore]):
     """An `AsyncLock` or an `AsyncSemaphore`."""
 
-    _runtime: AsyncLockRuntime[AsyncLease]
-
-    @staticmethod
-    def _runtime_of(store: AsyncStore) -> AsyncLockRuntime[AsyncLease]:
-        return AsyncLockRuntime(store, AsyncLease)
+    _runtime: AsyncRuntime
+    _runtime_of = AsyncRuntime
 
     def acquire(self, timeout: Seconds | None = None) -> AsyncGrant[AsyncLease]:
         """As `Lock.acquire`; the result is awaited, or entered with ``async with``. A cancelled
@@ -501,7 +487,7 @@ class AsyncAcquirer(_Leasable[AsyncStore]):
     ) -> AsyncLease | None:
         runtime = self._runtime
         call = runtime.channel.call
-        acquisition = flows.Acquisition(runtime, self._options, timeout)
+        acquisition = flows.Acquisition[AsyncLease](runtime, self._options, timeout)
         try:
             lease: AsyncLease | None = None
             if (take := acquisition.take()) is not None:

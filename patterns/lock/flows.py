@@ -1,6 +1,6 @@
 """The algorithms of locks, each written once for sync and async: acquire, extend, release, guard.
 
-What differs between threads and asyncio (how to wait, how to make a lease) is behind a `LeasingRuntime`.
+What differs between threads and asyncio is behind a `Runtime`, and in `LockOptions.kind` of lease.
 The statements are in `sql`, the state of a lease in `lease`.
 
 The protocol is a compare-and-swap with a lease, fenced by the token (Kleppmann, "How to do
@@ -46,7 +46,7 @@ from .sql import (
 )
 
 if TYPE_CHECKING:
-    from .runtime import LeasingRuntime
+    from .._runtime.runtimes import Runtime
 
 POLL_FIRST, POLL_GROWTH, POLL_MAX = 0.005, 1.6, 0.5  # seconds; jittered down by half
 NOTIFIED_FIRST, NOTIFIED_MAX = 0.5, 5.0  # the same where a release is notified
@@ -58,7 +58,7 @@ TICKET_TTL = 2.0  # seconds that a dead waiter can stall its queue
 TICKET_FRESH = 0.25  # seconds in which a ticket needs no renewal
 QUEUE_MAX = 0.9  # the most seconds between looks in a queue; each look renews the ticket
 CLEAN_UP_TIME = 1.0  # seconds for each statement that takes back what a failed acquire has left
-CLEAN_UP = CLEAN_UP_TIME, 3 * CLEAN_UP_TIME  # for `LeasingRuntime.clean_up`
+CLEAN_UP = CLEAN_UP_TIME, 3 * CLEAN_UP_TIME  # for `Runtime.clean_up`
 BEYOND_EXPIRY = 0.02  # seconds, at most, after a lease's end at which waiters look
 CLEAN_CHANCE = 1 / 256  # of a grant being followed by the removal of a chunk of old names
 CLEAN_TIME = 5.0  # seconds for each of its statements
@@ -83,13 +83,13 @@ class LockWaiters(Waiters):
 
 
 def acquire(
-    runtime: LeasingRuntime[L],
+    runtime: Runtime,
     options: LockOptions,
     timeout: float | None,
     stop: Callable[[], bool] | None = None,
-) -> Flow[L | None]:
+) -> Flow[LeaseState | None]:
     """Try until the lock is granted, the time has passed (None), or `stop()` is true (None)."""
-    acquisition = Acquisition(runtime, options, timeout, stop)
+    acquisition = Acquisition[LeaseState](runtime, options, timeout, stop)
     try:
         return (yield from acquisition.flow())
     except GeneratorExit:
@@ -130,7 +130,7 @@ class Acquisition(Generic[L]):
 
     def __init__(
         self,
-        runtime: LeasingRuntime[L],
+        runtime: Runtime,
         options: LockOptions,
         timeout: float | None,
         stop: Callable[[], bool] | None = None,
@@ -307,11 +307,15 @@ class Acquisition(Generic[L]):
             return None
         if self.queued:
             self.queued = False
-        lease = self.runtime.lease(options, reply.key, reply.token, self.asking.owner, sent_at)
+        runtime, owner = self.runtime, self.asking.owner
+        lease: L = runtime.watch(
+            options.kind(runtime, options, reply.key, reply.token, owner, sent_at)
+        )
         self.granted = weakref.ref(lease)
         options.contended = False
         if random() < CLEAN_CHANCE:  # noqa: S311  # a sample, no secret
-            self.runtime.clean_later(options)
+            # In a thread or task that nothing waits for.
+            runtime.run_later(lambda: runtime.channel.run(clean(options), CLEAN_TIME))
         if self.began:
             waited = clock() - self.began
             _observe.event("pgkv.lock.acquired", lock=options.name, seconds=waited)
@@ -462,7 +466,7 @@ def granted(lease: L | None, acquisition: Acquisition[L], timeout: float | None)
 # -- holding -------------------------------------------------------------------------------
 
 
-def release(runtime: LeasingRuntime[Any], lease: LeaseState) -> Flow[bool]:
+def release(runtime: Runtime, lease: LeaseState) -> Flow[bool]:
     """End the lease; whether it was still held. After a failure it may be called again."""
     ending = begin_release(runtime, lease)
     return ending is not None and end_release(lease, ending, (yield from do(ending.op)))
@@ -475,7 +479,7 @@ class Ending(NamedTuple):
     trusted: bool
 
 
-def begin_release(runtime: LeasingRuntime[Any], lease: LeaseState) -> Ending | None:
+def begin_release(runtime: Runtime, lease: LeaseState) -> Ending | None:
     """What comes before the statement that ends a lease; None where there is nothing to end."""
     if lease._reason == "released" or lease._is_inherited():
         return None
@@ -497,7 +501,7 @@ def end_release(lease: LeaseState, ending: Ending, released: bool) -> bool:
     return released or (ending.trusted and getattr(ending.op, "retries", 0) > 0)
 
 
-def leave(runtime: LeasingRuntime[Any], lease: LeaseState, *, failed: bool) -> Flow[None]:
+def leave(runtime: Runtime, lease: LeaseState, *, failed: bool) -> Flow[None]:
     """The end of a ``with`` block: release, and say so if the lease did not last, unless the block
     itself `failed`: its error must not be masked."""
     if lease._reason == "released":

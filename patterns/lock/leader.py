@@ -22,10 +22,10 @@ from ...aio import AsyncStore
 from ...errors import ConfigError, PgkvError
 from ...store import Store
 from .._runtime.checks import home_of, require, require_callback
+from .._runtime.runtimes import AsyncRuntime, SyncRuntime
 from . import flows
-from .api import AsyncLease, Lease, make_options
-from .lease import LeaseState, failed_callback, report
-from .runtime import AsyncLockRuntime, LockRuntime
+from .api import REFUSAL, make_options
+from .lease import LeaseState, report, report_async, tell, tell_async
 
 if TYPE_CHECKING:
     from ...config import Seconds
@@ -145,14 +145,16 @@ class _Candidate(Generic[S]):
             )
 
 
-class _ThreadElection(LockRuntime[Lease]):
+class _ThreadElection(SyncRuntime):
     """One run of a Leader: the event that ends it, and the user's work while leading."""
 
-    def __init__(self, store: Store, stop: threading.Event) -> None:
-        super().__init__(store, Lease)
-        self.stop = stop
-        self.failure: BaseException | None = None  # what the work raised
-        self._work: threading.Thread | None = None
+    failure: BaseException | None = None  # what the work raised
+    tell = staticmethod(tell)
+    _work: threading.Thread | None = None
+
+    def __init__(self, store: Store, stop: threading.Event | None) -> None:
+        super().__init__(store, REFUSAL)
+        self.stop = stop or threading.Event()
 
     def wait(self, waiter: Any, seconds: float) -> None:
         """Sleep, unless told to stop."""
@@ -161,25 +163,18 @@ class _ThreadElection(LockRuntime[Lease]):
 
     def begin(self, fn: Callable[..., Any] | None, lease: LeaseState) -> None:
         """Start the work in a thread of its own."""
-        if fn is None:
-            return
-
-        def work() -> None:
-            try:
-                report(fn, lease)
-            except BaseException as error:  # noqa: BLE001  # raised again by run()
-                self.failure = error
-
-        self._work = threading.Thread(target=work, name="pgkv-leader", daemon=True)
-        self._work.start()
-
-    def tell(self, fn: Callable[..., Any] | None, lease: LeaseState) -> None:
-        """Call `on_lost`."""
         if fn is not None:
-            try:
-                report(fn, lease)
-            except Exception as error:  # noqa: BLE001  # the user's code
-                failed_callback(lease.name, error)
+            args = fn, lease
+            self._work = threading.Thread(
+                target=self._run, args=args, name="pgkv-leader", daemon=True
+            )
+            self._work.start()
+
+    def _run(self, fn: Callable[..., Any], lease: LeaseState) -> None:
+        try:
+            report(fn, lease)
+        except BaseException as error:  # noqa: BLE001  # raised again by run()
+            self.failure = error
 
     def end(self, lease: LeaseState) -> bool:
         """Wait for the work, for as long as the lease lasts; whether it has ended."""
@@ -189,14 +184,16 @@ class _ThreadElection(LockRuntime[Lease]):
         return work is None or not work.is_alive()
 
 
-class _TaskElection(AsyncLockRuntime[AsyncLease]):
+class _TaskElection(AsyncRuntime):
     """One run of an AsyncLeader; see `_ThreadElection`."""
 
-    def __init__(self, store: AsyncStore, stop: asyncio.Event) -> None:
-        super().__init__(store, AsyncLease)
-        self.stop = stop
-        self.failure: BaseException | None = None
-        self._work: asyncio.Task[None] | None = None
+    failure: BaseException | None = None
+    tell = staticmethod(tell_async)
+    _work: asyncio.Task[None] | None = None
+
+    def __init__(self, store: AsyncStore, stop: asyncio.Event | None) -> None:
+        super().__init__(store, REFUSAL)
+        self.stop = stop or asyncio.Event()
 
     async def wait(self, waiter: Any, seconds: float) -> None:
         """Sleep, unless told to stop."""
@@ -210,21 +207,9 @@ class _TaskElection(AsyncLockRuntime[AsyncLease]):
 
     async def _run(self, fn: Callable[..., Any], lease: LeaseState) -> None:
         try:
-            answer = report(fn, lease)
-            if inspect.isawaitable(answer):
-                await answer
+            await report_async(fn, lease)
         except Exception as error:  # noqa: BLE001  # raised again by run()
             self.failure = error
-
-    async def tell(self, fn: Callable[..., Any] | None, lease: LeaseState) -> None:
-        """Call `on_lost`, and await what it returns."""
-        if fn is not None:
-            try:
-                answer = report(fn, lease)
-                if inspect.isawaitable(answer):
-                    await answer
-            except Exception as error:  # noqa: BLE001  # the user's code
-                failed_callback(lease.name, error)
 
     async def end(self, lease: LeaseState) -> bool:
         """Cancel the work and wait for it; see `_ThreadElection.end`."""
@@ -272,7 +257,7 @@ class Leader(_Candidate[Store]):
             ConfigError: `stop` is not an event that can be waited for here.
         """
         _check_stop(stop, is_async=False)
-        election = _ThreadElection(self._store, stop or threading.Event())
+        election = _ThreadElection(self._store, stop)
         election.channel.run(self._campaign(election))
 
 
@@ -287,7 +272,7 @@ class AsyncLeader(_Candidate[AsyncStore]):
     async def run(self, stop: asyncio.Event | None = None) -> None:
         """As `Leader.run`; cancelling it resigns too."""
         _check_stop(stop, is_async=True)
-        election = _TaskElection(self._store, stop or asyncio.Event())
+        election = _TaskElection(self._store, stop)
         await election.channel.run(self._campaign(election))
 
 

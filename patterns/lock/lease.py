@@ -7,10 +7,11 @@ sends what holders ask for.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ import msgspec
 from ... import _observe
 from ..._background.renewal import clock
 from ..._observe import shown
+from ..._ops.codec import encode_key
 from ...errors import InvalidKeyError, InvalidValueError
 from .._runtime.lease import Held
 from .sql import SEPARATOR, Asking, LockStatements
@@ -40,8 +42,6 @@ LOST_BECAUSE = {
 
 def key_of(name: str, prefix: bytes, length_max: int) -> bytes:
     """Check a lock's name and return its key."""
-    from ..._ops.codec import encode_key
-
     key = encode_key(name, prefix, length_max, "lock's name")
     if SEPARATOR in name:
         raise InvalidKeyError("a lock's name must not contain U+001F, which parts its tickets")
@@ -145,6 +145,7 @@ class LockOptions:
         name: as the user gave it.
         keys: the row, or the rows of a semaphore's slots.
         sql: the statements of its table.
+        kind: the class of its leases.
         ttl: seconds.
         renew: extend its leases until they are released.
         notify: a release tells waiting processes.
@@ -160,6 +161,7 @@ class LockOptions:
     name: str
     keys: list[bytes]
     sql: LockStatements
+    kind: type[Any]
     ttl: float
     renew: bool = True
     notify: bool = False
@@ -262,16 +264,42 @@ class LeaseState(Held):
         _observe.warning("pgkv.lock.abandoned", lock=name)
 
 
+# -- the user's callbacks ------------------------------------------------------------------
+
+
 def report(fn: Callable[..., Any], lease: Any) -> Any:
     """Call the user's callback with the lease, or without where it takes no argument."""
-    import inspect
-
     takes_none = False
     with contextlib.suppress(TypeError, ValueError):
         takes_none = not inspect.signature(fn).parameters
     return fn() if takes_none else fn(lease)
 
 
-def failed_callback(name: str, error: BaseException) -> None:
-    """A callback of the user's raised: that is logged, and stops nothing."""
-    _observe.warning("pgkv.lock.callback_failed", lock=name, error=type(error).__name__)
+async def report_async(fn: Callable[..., Any], lease: Any) -> None:
+    """`report`, and await what the callback returns."""
+    answer = report(fn, lease)
+    if inspect.isawaitable(answer):
+        await answer
+
+
+@contextlib.contextmanager
+def failures_logged(name: str) -> Iterator[None]:
+    """Log what a callback raises: it stops nothing."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001  # the user's code
+        _observe.warning("pgkv.lock.callback_failed", lock=name, error=type(error).__name__)
+
+
+def tell(fn: Callable[..., Any] | None, lease: Any) -> None:
+    """Call a callback, if there is one, that may fail."""
+    if fn is not None:
+        with failures_logged(lease.name):
+            report(fn, lease)
+
+
+async def tell_async(fn: Callable[..., Any] | None, lease: Any) -> None:
+    """`tell`, awaited."""
+    if fn is not None:
+        with failures_logged(lease.name):
+            await report_async(fn, lease)

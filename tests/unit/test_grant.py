@@ -195,10 +195,10 @@ def test_old_names_are_removed_by_who_is_granted_a_lock(
         def execute(self, op: Op[Any], timeout: float | None = None) -> Any:
             return Granted(1, b"n")
 
-        def lease(self, *args: Any) -> Any:
-            return GrantingPort()
+        def watch(self, held: Any) -> Any:
+            return held
 
-        def clean_later(self, _: object) -> None:
+        def run_later(self, _: object) -> None:
             granted.append(1)
 
     port: Any = GrantingPort()
@@ -237,8 +237,8 @@ def test_a_slot_granted_to_a_statement_that_was_sent_again_is_the_only_one(
             op.retries = 1
             return Granted(7, b"n\x1f1") if op.statement.name == "semaphore_grant" else True
 
-        def lease(self, *args: Any) -> Any:
-            return RepeatingPort()
+        def watch(self, held: Any) -> Any:
+            return held
 
     port: Any = RepeatingPort()
     assert drive(flows.acquire(port, pgkv.Semaphore(store, "n", 3)._options, 0.0)) is not None
