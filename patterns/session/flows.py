@@ -6,16 +6,14 @@ of a changed session, and which error an outcome means.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
-from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from ..._engine.schema import companion, ensure
-from ..._ops.codec import TTL_MAX
+from ..._ops.codec import seconds
 from ..._ops.op import Flow, Op, do
 from ...config import VALUE_SIZE_MAX, Config, Table, require_int
 from ...errors import (
@@ -90,9 +88,9 @@ class SessionFlows:
         max_data_size: int,
     ) -> None:
         self.lifetimes: Lifetimes = Lifetimes(
-            _duration("idle_timeout", idle_timeout),
-            _duration("absolute_timeout", absolute_timeout),
-            _duration("touch_interval", touch_interval, zero=True),
+            _setting("idle_timeout", idle_timeout),
+            _setting("absolute_timeout", absolute_timeout),
+            _setting("touch_interval", touch_interval, zero=True),
         )
         if self.lifetimes.touch >= self.lifetimes.idle:
             raise ConfigError(
@@ -146,7 +144,8 @@ class SessionFlows:
         data = {} if data is None else data
         require_mapping(data, "data")
         session = Session(dict(data), user_id=user)
-        session._meta = None if not metadata else self._metadata(metadata)
+        if metadata:
+            session._meta = document(texts_of(metadata, self.size_max, "metadata"))
         own = self._own(
             session, KEEP if idle is None else idle, KEEP if absolute is None else absolute
         )
@@ -173,9 +172,6 @@ class SessionFlows:
                 f"{self.lifetimes.absolute:g} seconds; give absolute_timeout as well"
             )
         return own
-
-    def _metadata(self, metadata: Mapping[str, Any]) -> bytes:
-        return document(texts_of(metadata, self.size_max, "metadata"))
 
     def _store(self, session: Session, own: NewLifetimes) -> Flow[None]:
         """Insert a session that was never stored, under a token of its own."""
@@ -289,7 +285,7 @@ class SessionFlows:
         """Move the session to a new token, its unsaved changes with it."""
         session = session_of(given)
         own = self._own(session, idle, absolute)
-        seconds = _grace(grace)
+        kept = seconds(grace, "grace", zero=True)
         user: tuple[str | None] | None = None
         if not isinstance(user_id, Keep):
             user = (None if user_id is None else user_of(user_id),)
@@ -312,7 +308,7 @@ class SessionFlows:
                 id_of(token),
                 document(changed),
                 [key.encode() for key in removed],
-                grace=seconds,
+                grace=kept,
                 user=user,
                 own=own,
             )
@@ -366,33 +362,21 @@ class SessionFlows:
         user = user_of(user_id)
         if not isinstance(handle, str) or not _HANDLE.fullmatch(handle):
             return False
-        return (yield from do(self.sql.destroy_of_user(bytes.fromhex(handle), user)))
+        return (yield from do(self.sql.destroy(bytes.fromhex(handle), user)))
 
     def list_user(self, user_id: object) -> Flow[list[SessionInfo]]:
         """Return a user's live sessions."""
-        rows = yield from do(self.sql.list_user(user_of(user_id)))
-        return [
-            SessionInfo(
-                row.id.hex(),
-                row.created_at,
-                row.seen_at,
-                row.expires_at,
-                row.ends_at,
-                values_of(read_document(row.meta)) if row.meta else {},
-                row.read_at,
-            )
-            for row in rows
-        ]
+        return (yield from do(self.sql.list_user(user_of(user_id))))
 
     # -- upkeep
 
     def purge(self, limit: int) -> Flow[int]:
         """Delete expired rows, chunk by chunk."""
-        return (yield from sweep_slots(self.sql, limit))
+        return sweep_slots(self.sql, limit)
 
     def create_table(self) -> Flow[None]:
         """Create the table where it is missing."""
-        yield from ensure(self.table)
+        return ensure(self.table)
 
 
 def session_of(given: object) -> Session:
@@ -413,10 +397,7 @@ def _own(name: str, value: Any) -> float | None:
         return None
     if value is None:
         return 0.0
-    try:
-        return _duration(name, value)
-    except ConfigError as error:
-        raise InvalidValueError(str(error)) from None
+    return seconds(value, name, endless="")
 
 
 def _note(session: Session, own: NewLifetimes) -> None:
@@ -435,15 +416,12 @@ def _begun(session: Session) -> None:
 
 def gone(reason: str) -> SessionGoneError:
     """Return the error for a session that cannot be changed any more."""
-    if reason == "rotated":
-        error = SessionGoneError(
-            "the session moved to a new id while this request had the old one; nothing was saved"
-        )
-    else:
-        error = SessionGoneError(
-            "the session has ended; nothing was saved. create() begins another"
-        )
-    error.reason = "rotated" if reason == "rotated" else "gone"
+    error = SessionGoneError(
+        "the session moved to a new id while this request had the old one; nothing was saved"
+        if reason == "rotated"
+        else "the session has ended; nothing was saved. create() begins another"
+    )
+    error.reason = reason
     return error
 
 
@@ -469,18 +447,8 @@ def session_from(token: str, loaded: Loaded) -> Session:
     return session
 
 
-def _duration(name: str, value: Seconds, *, zero: bool = False) -> float:
-    seconds: object = value.total_seconds() if isinstance(value, timedelta) else value
-    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or math.isnan(seconds):
-        raise ConfigError(f"{name} must be seconds (a number or a timedelta), not {value!r}")
-    if not 0 <= seconds <= TTL_MAX or (not seconds and not zero):
-        least = "0 seconds or more" if zero else "more than 0 seconds"
-        raise ConfigError(f"{name} must be {least}, and at most 1,000 years, not {value!r}")
-    return float(seconds)
-
-
-def _grace(value: Seconds) -> float:
+def _setting(name: str, value: Seconds, *, zero: bool = False) -> float:
     try:
-        return _duration("grace", value, zero=True)
-    except ConfigError as error:
-        raise InvalidValueError(str(error)) from None
+        return seconds(value, name, zero, endless="")
+    except InvalidValueError as error:
+        raise ConfigError(str(error)) from None

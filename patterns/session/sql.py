@@ -30,6 +30,7 @@ from ..._sql.sweep import Sweep
 from ..._sql.table import STATEMENT_US, read_count, read_found
 from ...config import Config, Table, TableShape
 from .._runtime.sql import as_bytes, rows_of
+from .data import SessionInfo, read_document, values_of
 
 SESSIONS = TableShape(
     "_sessions",
@@ -60,6 +61,11 @@ DURABLE = (
 METADATA = "CASE jsonb_typeof(s.meta) WHEN 'array' THEN nullif(s.meta->0, 'null') ELSE s.meta END"
 OWN_IDLE, OWN_ABSOLUTE = "(s.meta->>1)::float8", "(s.meta->>2)::float8"
 
+# What a load tells besides; the second for the middleware (`timed`).
+MORE = (
+    "s.meta->>1",
+    f"concat_ws(' ', extract(epoch from seen_at), extract(epoch from {NOW}), s.meta->>1)",
+)
 RACED_OR_ROTATED = "CASE WHEN successor IS NULL THEN 'raced' ELSE 'rotated' END"
 # How often a statement that met a concurrent change is asked again. A save and a rotation know
 # their outcome the second time; a destroy can meet another rotation each time.
@@ -99,18 +105,6 @@ class Outcome(NamedTuple):
     version: int = 0
     expires_at: datetime | None = None
     before: int = 0
-
-
-class Listed(NamedTuple):
-    """A live session of a user."""
-
-    id: bytes
-    created_at: datetime
-    seen_at: datetime
-    expires_at: datetime
-    ends_at: datetime
-    meta: bytes | None
-    read_at: datetime
 
 
 class NewLifetimes(NamedTuple):
@@ -195,27 +189,13 @@ class SessionStatements(Sweep):
             meta = b"[%b,%b]" % (meta or b"null", kept.encode())
         return Op(self._create, (id, user, data, meta, idle, absolute))
 
-    # What a load tells besides; `timed` for the middleware.
-    _more = "s.meta->>1"
-    _more_timed = (
-        f"concat_ws(' ', extract(epoch from seen_at), extract(epoch from {NOW}), s.meta->>1)"
-    )
+    @cached_property
+    def _load(self) -> list[Statement[Loaded | None]]:
+        return [self._make_load(more) for more in MORE]
 
     @cached_property
-    def _load(self) -> Statement[Loaded | None]:
-        return self._make_load(self._more)
-
-    @cached_property
-    def _load_timed(self) -> Statement[Loaded | None]:
-        return self._make_load(self._more_timed)
-
-    @cached_property
-    def _look(self) -> Statement[Loaded | None]:
-        return self._make_look(self._more)
-
-    @cached_property
-    def _look_timed(self) -> Statement[Loaded | None]:
-        return self._make_look(self._more_timed)
+    def _look(self) -> list[Statement[Loaded | None]]:
+        return [self._make_look(more) for more in MORE]
 
     def _make_look(self, more: str) -> Statement[Loaded | None]:
         # NULL in the first column: a stub, or a use to be noted.
@@ -237,7 +217,7 @@ class SessionStatements(Sweep):
 
     def look(self, id: bytes, *, timed: bool = False) -> Op[Loaded | None]:
         """What mostly answers a load, for much less: LOOK_AGAIN where it does not. It notes no use."""
-        return Op(self._look_timed if timed else self._look, (id, self._touch))
+        return Op(self._look[timed], (id, self._touch))
 
     def _make_load(self, more: str) -> Statement[Loaded | None]:
         # One column for what few sessions have: another one would cost each load.
@@ -267,7 +247,7 @@ class SessionStatements(Sweep):
 
     def load(self, id: bytes, *, timed: bool = False) -> Op[Loaded | None]:
         """Read a live session, and note its use once per touch_interval; `timed`: with `times`."""
-        return Op(self._load_timed if timed else self._load, (id, self._idle, self._touch))
+        return Op(self._load[timed], (id, self._idle, self._touch))
 
     @property
     def _readable(self) -> str:
@@ -516,15 +496,8 @@ class SessionStatements(Sweep):
             repeats=REPEATS,
         )
 
-    @cached_property
-    def _destroy(self) -> Statement[bool]:
-        return self._make_destroy("", ())
-
-    @cached_property
-    def _destroy_of_user(self) -> Statement[bool]:
-        return self._make_destroy(" AND user_id = $2", (TEXT,))
-
-    def _make_destroy(self, condition: str, more: tuple[int, ...]) -> Statement[bool]:
+    def _make_destroy(self, more: tuple[int, ...]) -> Statement[bool]:
+        condition = " AND user_id = $2" if more else ""
         # The token's row may be a stub: it leads to the session, over several rotations as well.
         # A row that is there and was not deleted has just been moved or deleted by another
         # transaction, for whose end this statement waited: asked again, the stub leads on.
@@ -548,13 +521,11 @@ class SessionStatements(Sweep):
             f"SELECT h.id, h.user_id, h.successor FROM chain c JOIN {self.t} h ON h.id = c.successor)"
         )
 
-    def destroy(self, id: bytes) -> Op[bool]:
-        """End a session; whether it was alive."""
-        return Op(self._destroy, (id,))
-
-    def destroy_of_user(self, id: bytes, user_id: str) -> Op[bool]:
-        """End a session if it is that user's; whether it was alive."""
-        return Op(self._destroy_of_user, (id, user_id.encode()))
+    def destroy(self, id: bytes, *user_id: str) -> Op[bool]:
+        """End a session, or only if it is that user's; whether it was alive."""
+        formats = (TEXT,) * len(user_id)
+        statement = self.made(("session_destroy", formats), lambda: self._make_destroy(formats))
+        return Op(statement, (id, *(each.encode() for each in user_id)))
 
     # -- a user's sessions
 
@@ -584,7 +555,7 @@ class SessionStatements(Sweep):
         return Op(self._destroy_user, (user_id.encode(), keep))
 
     @cached_property
-    def _list_user(self) -> Statement[list[Listed]]:
+    def _list_user(self) -> Statement[list[SessionInfo]]:
         return self.statement(
             "session_list",
             f"SELECT id, created_at, seen_at, expires_at, ends_at, ({METADATA})::text, "
@@ -597,7 +568,7 @@ class SessionStatements(Sweep):
             join=_latest,
         )
 
-    def list_user(self, user_id: str) -> Op[list[Listed]]:
+    def list_user(self, user_id: str) -> Op[list[SessionInfo]]:
         """A user's live sessions, the last used first."""
         return Op(self._list_user, (user_id.encode(),))
 
@@ -621,8 +592,8 @@ class SessionStatements(Sweep):
         return Op(self._collect, (_codec.encode_array(sorted(set(keys)), _codec.BYTEA_OID),))
 
 
-def _latest(parts: list[list[Listed]]) -> list[Listed]:
-    rows = sorted(chain.from_iterable(parts), key=attrgetter("id"))
+def _latest(parts: list[list[SessionInfo]]) -> list[SessionInfo]:
+    rows = sorted(chain.from_iterable(parts), key=attrgetter("handle"))
     return sorted(rows, key=attrgetter("seen_at"), reverse=True)[:LIST_MAX]
 
 
@@ -674,5 +645,9 @@ def _read_ended(result: Result) -> tuple[int, bool]:
 
 
 _read_listed = rows_of(
-    Listed, as_bytes, *(_codec.decode_moment,) * 4, lambda meta: meta, _codec.decode_moment
+    SessionInfo,
+    lambda key: as_bytes(key).hex(),
+    *(_codec.decode_moment,) * 4,
+    lambda metadata: values_of(read_document(metadata or b"{}")),
+    _codec.decode_moment,
 )

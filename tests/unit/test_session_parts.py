@@ -355,7 +355,7 @@ def statements(*, inside: bool = False, table: str = "s") -> dict[str, Op[Any]]:
         "load timed": sql.load(b"id", timed=True),
         "destroy": sql.destroy(b"id"),
         "destroy_user": sql.destroy_user("u", None),
-        "destroy_of_user": sql.destroy_of_user(b"id", "u"),
+        "destroy_of_user": sql.destroy(b"id", "u"),
         "list_user": sql.list_user("u"),
         "collect": sql.collect([b"id"]),
         "pages": sql.pages(),

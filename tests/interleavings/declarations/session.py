@@ -67,7 +67,7 @@ def shape(answer: Any) -> Any:
 def looked(sessions: SessionStore, name: str) -> Any:
     """What a load sends first, where uses are noted once an hour."""
     params = id_of(name), encode_interval(3600.0)
-    found: Any = sessions._store._execute(Op(sessions._flows.sql._look, params))
+    found: Any = sessions._store._execute(Op(sessions._flows.sql._look[False], params))
     if found is None or found is LOOK_AGAIN:
         return found is None
     return shape(session_from(name, found))
