@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from typing import Any, TypeAlias, Unpack
 
 from ..._observe import shown
@@ -16,7 +16,6 @@ from ..rate_limit.api import AsyncRateLimiter
 from ..session.api import AsyncSessionStore
 from ..session.data import Session
 from ..session.request import RequestSession
-from .cookie import private, varying
 from .limit import STATUS, Guard, LimitOptions, heard_by_servers
 from .request import HttpRequest, path_of
 from .session import (
@@ -86,7 +85,9 @@ class RateLimitMiddleware:
             verdict = await drive_async(self._guard.check(HttpRequest(scope)))
         if verdict is not None and verdict.refuse:
             headers, body = self._guard.refusal(scope, verdict)
-            await _refuse(scope, receive, send, _encoded(headers), body)
+            if scope["type"] == "websocket":
+                await receive()  # the handshake
+            await _answer(scope, send, STATUS, _encoded(headers.items()), body)
             return
         if not self._guard.is_shown(verdict):
             await self.app(scope, receive, send)
@@ -94,7 +95,7 @@ class RateLimitMiddleware:
 
         async def sending(message: Message) -> None:
             if message["type"] in _HEADS:
-                added = _encoded(self._guard.headers(scope))
+                added = _encoded(self._guard.headers(scope).items())
                 names = {name for name, _ in added}
                 others = [
                     each for each in message.get("headers", ()) if each[0].lower() not in names
@@ -105,8 +106,8 @@ class RateLimitMiddleware:
         await self.app(scope, receive, sending)
 
 
-def _encoded(headers: dict[str, str]) -> list[tuple[bytes, bytes]]:
-    return [(name.lower().encode(), value.encode()) for name, value in headers.items()]
+def _encoded(headers: Iterable[tuple[str, str]]) -> list[tuple[bytes, bytes]]:
+    return [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in headers]
 
 
 def is_websocket_without_denials(scope: Any) -> bool:
@@ -115,14 +116,6 @@ def is_websocket_without_denials(scope: Any) -> bool:
     return scope["type"] == "websocket" and "websocket.http.response" not in (
         scope.get("extensions") or {}
     )
-
-
-async def _refuse(
-    scope: Any, receive: Receive, send: Send, headers: list[tuple[bytes, bytes]], body: bytes
-) -> None:
-    if scope["type"] == "websocket":
-        await receive()  # the handshake
-    await _answer(scope, send, STATUS, headers, body)
 
 
 async def _answer(
@@ -222,7 +215,12 @@ class SessionMiddleware:
                     replaced = True
                     await _answer_unavailable(scope, send)
                     return
-                _amend(message, handler)
+                given = [
+                    (name.decode("latin-1"), value.decode("latin-1"))
+                    for name, value in message.get("headers") or ()
+                ]
+                is_answer = message["type"] != "websocket.accept"
+                message["headers"] = _encoded(handler.head(given, cached=is_answer))
             await send(message)
 
         try:
@@ -233,7 +231,7 @@ class SessionMiddleware:
             # The error of load_session() is raised out of the application.
             if error is not handler.failure:
                 raise
-            if handler.is_closed or not settings.answers(error):
+            if handler.closed or not settings.answers(error):
                 with heard_by_servers(FAILED):
                     raise
             await _answer_unavailable(scope, send)
@@ -255,27 +253,15 @@ async def _settle(handler: SessionHandler) -> None:
     try:
         await settings.run(handler.settle())
     except asyncio.CancelledError:
-        handler.close()  # the response will not be sent: a new session is not stored
+        handler.closed = True  # the response will not be sent: a new session is not stored
         with contextlib.suppress(PgkvError, TimeoutError):
             await shielded(settings.run(handler.settle()), settings.timeout)
         raise
 
 
 async def _answer_unavailable(scope: Scope, send: Send) -> None:
-    await _answer(scope, send, UNAVAILABLE, _encoded(UNAVAILABLE_HEADERS), UNAVAILABLE_BODY)
-
-
-def _amend(head: Message, handler: SessionHandler) -> None:
-    """Add the cookie to the response's head, and the headers that keep it out of shared caches."""
-    headers = [(name, value) for name, value in head.get("headers") or ()]
-    headers += [(name.lower().encode(), text.encode()) for name, text in handler.headers()]
-    if handler.is_private and head["type"] != "websocket.accept":
-        for name, revise in ((b"vary", varying), (b"cache-control", private)):
-            found = [value for each, value in headers if each.lower() == name]
-            text = revise(b", ".join(found).decode("latin-1"))
-            headers = [header for header in headers if header[0].lower() != name]
-            headers.append((name, text.encode("latin-1")))
-    head["headers"] = headers
+    headers = _encoded(UNAVAILABLE_HEADERS.items())
+    await _answer(scope, send, UNAVAILABLE, headers, UNAVAILABLE_BODY)
 
 
 def _refuse_unloaded() -> None:

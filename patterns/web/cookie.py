@@ -136,18 +136,27 @@ def _is_text(value: object, pattern: re.Pattern[str]) -> bool:
     return isinstance(value, str) and pattern.fullmatch(value) is not None
 
 
-def private(cache_control: str | None) -> str:
-    """Return the Cache-Control of a response that depends on a session: no shared cache keeps it."""
-    parts = [part.strip() for part in (cache_control or "").split(",") if part.strip()]
+def made_private(headers: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Return the headers of a response that depends on a session: no shared cache keeps it."""
+    for name, revise in (("Vary", varying), ("Cache-Control", private)):
+        found = [value for each, value in headers if each.lower() == name.lower()]
+        headers = [header for header in headers if header[0].lower() != name.lower()]
+        headers.append((name, revise(", ".join(found))))
+    return headers
+
+
+def private(cache_control: str) -> str:
+    """Return the Cache-Control of such a response."""
+    parts = [part.strip() for part in cache_control.split(",") if part.strip()]
     kept = [part for part in parts if not _SHARED.fullmatch(part)]
     if not {"private", "no-store"} & {part.lower() for part in kept}:
         kept.append("private")
     return ", ".join(kept)
 
 
-def varying(vary: str | None) -> str:
-    """Return the Vary of a response that depends on a session."""
-    parts = [part.strip() for part in (vary or "").split(",") if part.strip()]
+def varying(vary: str) -> str:
+    """Return the Vary of such a response."""
+    parts = [part.strip() for part in vary.split(",") if part.strip()]
     if not {"cookie", "*"} & {part.lower() for part in parts}:
         parts.append("Cookie")
     return ", ".join(parts)

@@ -27,7 +27,7 @@ from .._runtime.checks import require
 from ..session.data import Session
 from ..session.flows import SessionFlows
 from ..session.request import RequestSession
-from .cookie import Cookie, CookieOptions
+from .cookie import Cookie, CookieOptions, made_private
 from .request import Exempt, exemption
 
 OnSessionError: TypeAlias = Literal["503", "anonymous", "raise"]
@@ -116,6 +116,7 @@ class SessionHandler:
 
     Attributes:
         failure: the error that prevented loading or saving the session.
+        closed: the head of the response is on its way.
     """
 
     def __init__(
@@ -128,8 +129,8 @@ class SessionHandler:
         # The token that the browser has, and the one that it will have.
         self._had = self._browser = self._tokens[0] if self._tokens else ""
         self._dropped = False  # a save was refused: later changes of this request are refused too
-        self._closed = False  # the head of the response is on its way
-        self._sets_cookie = False
+        self.closed = False
+        self._cookie: list[tuple[str, str]] | None = None  # of the response's head
 
     def open(self) -> Flow[Session]:
         """Load the session, once. Without a live session, return a new one that is not stored
@@ -203,7 +204,7 @@ class SessionHandler:
     def _store_new(self, session: Session) -> Flow[None]:
         if self._dropped or (not dict.__len__(self.data) and session.user_id is None):
             return
-        if self._closed:
+        if self.closed:
             self.drop("response started")  # the token could not reach the browser any more
         elif self.failure is not None and self._had:
             # Its own session could not be read: a new one would take that one's place.
@@ -236,12 +237,21 @@ class SessionHandler:
 
     # -- the response's head
 
-    def headers(self) -> list[tuple[str, str]]:
-        """Return the Set-Cookie header if one is due. Call it once, after `settle`."""
-        self._closed = True
+    def head(
+        self, headers: Iterable[tuple[str, str]], *, cached: bool = True
+    ) -> list[tuple[str, str]]:
+        """Return the headers of the response with the cookie, if one is due, and with those that keep
+        it out of shared caches if it depends on the session, and may be `cached`. Call it after
+        `settle`; a second head gets the same cookie."""
+        self.closed = True
+        if self._cookie is None:
+            self._cookie = self._due()
+        found = [*headers, *self._cookie]
+        return made_private(found) if cached and (self.data.accessed or self._cookie) else found
+
+    def _due(self) -> list[tuple[str, str]]:
         if self._browser == self._had and not self._renews():
             return []
-        self._sets_cookie = True
         session = self.data._session
         own = session.idle_timeout if session is not None and session.id == self._browser else None
         return [("Set-Cookie", self.settings.cookie.set(self._browser, own))]
@@ -254,17 +264,3 @@ class SessionHandler:
             return False
         age = session.idle_timeout or self.settings.cookie.max_age
         return session._has_new_life or (age is not None and session._enters_period(age / 3))
-
-    def close(self) -> None:
-        """Take the head of the response as sent."""
-        self._closed = True
-
-    @property
-    def is_closed(self) -> bool:
-        """Whether the head of the response is on its way."""
-        return self._closed
-
-    @property
-    def is_private(self) -> bool:
-        """Whether the response depends on the session."""
-        return self.data.accessed or self._sets_cookie

@@ -13,7 +13,6 @@ from ..._ops.drivers import drive
 from ..rate_limit.api import RateLimiter
 from ..session.api import SessionStore
 from ..session.request import RequestSession
-from .cookie import private, varying
 from .limit import STATUS, Guard, LimitOptions, heard_by_servers
 from .request import HttpRequest, path_of
 from .session import (
@@ -145,7 +144,6 @@ class _SettledResponse:
         self.body: Iterable[bytes] = ()
         self._handler = handler
         self._start_response = start_response
-        self._cookies: HeaderList | None = None  # the cookies of the first head
         self._replaced = False  # by this middleware's 503
 
     def start(self, status: str, headers: HeaderList, exc_info: Any = None) -> Any:
@@ -153,7 +151,7 @@ class _SettledResponse:
         handler, settings = self._handler, self._handler.settings
         if self._replaced:
             return _write_nothing
-        if self._cookies is None:
+        if not handler.closed:
             failure = handler.failure
             # The application turned the failed loading into an error page of its own.
             if failure is not None and settings.answers(failure) and status.startswith("500"):
@@ -164,11 +162,9 @@ class _SettledResponse:
                 if not settings.answers(error):
                     raise
                 return self._answer_unavailable()
-            self._cookies = handler.headers()
-        headers = [*headers, *self._cookies]
-        if handler.is_private:
-            headers = made_private(headers)
-        return self._start_response(status, headers, *([exc_info] if exc_info else []))
+        return self._start_response(
+            status, handler.head(headers), *([exc_info] if exc_info else [])
+        )
 
     @contextlib.contextmanager
     def answering(self) -> Iterator[None]:
@@ -178,7 +174,7 @@ class _SettledResponse:
         except OUTAGES as error:
             if error is not self._handler.failure:
                 raise
-            if self._cookies is not None or not self._handler.settings.answers(error):
+            if self._handler.closed or not self._handler.settings.answers(error):
                 with heard_by_servers(FAILED):
                     raise
             self._answer_unavailable()
@@ -225,15 +221,5 @@ def lazy_handler(
     def load() -> None:
         settings.run(handler.open())
 
-    header = environ.get("HTTP_COOKIE")
-    handler = SessionHandler(settings, [header] if header else [], kind(load))
+    handler = SessionHandler(settings, [environ.get("HTTP_COOKIE") or ""], kind(load))
     return handler
-
-
-def made_private(headers: HeaderList) -> HeaderList:
-    """Return a response's headers, with those that keep it out of shared caches."""
-    for name, revise in (("Vary", varying), ("Cache-Control", private)):
-        found = [value for each, value in headers if each.lower() == name.lower()]
-        headers = [header for header in headers if header[0].lower() != name.lower()]
-        headers.append((name, revise(", ".join(found))))
-    return headers

@@ -32,7 +32,7 @@ from ..patterns.web.session import (
     SessionOptions,
     SessionSettings,
 )
-from ..patterns.web.wsgi import lazy_handler, made_private
+from ..patterns.web.wsgi import lazy_handler
 
 __all__ = ["PgkvSessionInterface", "idempotent", "rate_limit"]
 
@@ -260,11 +260,9 @@ class PgkvSessionInterface(SessionInterface):
             response.set_data(UNAVAILABLE_BODY)
             response.headers.update(UNAVAILABLE_HEADERS)
             return
-        headers = list(response.headers.items())
-        headers += handler.headers()
-        if handler.is_private:
-            response.headers.clear()
-            response.headers.extend(made_private(headers))
+        headers = handler.head(response.headers.items())
+        response.headers.clear()
+        response.headers.extend(headers)
 
 
 def _refuse_exempt() -> None:
