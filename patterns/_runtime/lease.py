@@ -17,7 +17,7 @@ import asyncio
 import contextlib
 import os
 import threading
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 from ..._background.renewal import clock
@@ -294,11 +294,6 @@ class LeaseRenewal:
         self._sql = sql
         self._kind = kind
         self._failing = False
-
-    @property
-    def key(self) -> Hashable:
-        """The table."""
-        return self
 
     async def renew(
         self, connection: DedicatedConnection, batch: list[Held], seconds: float

@@ -110,11 +110,6 @@ class Extended:
         self._until = clock() + ttl
         self._due = clock() + ttl / 3
 
-    @property
-    def key(self) -> object:
-        """Each is extended by itself."""
-        return self
-
     async def renew(
         self, connection: DedicatedConnection, batch: list[Any], seconds: float
     ) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import time
 import weakref
-from collections.abc import Coroutine, Hashable
+from collections.abc import Coroutine
 from contextvars import Context, copy_context
 from typing import Any, NamedTuple, Protocol
 
@@ -58,12 +58,7 @@ class Renewable(Protocol):
 
 
 class Renewal(Protocol):
-    """How objects of one kind are renewed."""
-
-    @property
-    def key(self) -> Hashable:
-        """Objects whose renewals have equal keys are renewed together."""
-        ...
+    """How objects of one kind are renewed. Those with the same `Renewal` are renewed together."""
 
     async def renew(
         self, connection: DedicatedConnection, batch: list[Any], seconds: float
@@ -249,11 +244,11 @@ class Renewer:
 
 
 def _grouped(due: list[tuple[Renewal, Any]]) -> list[tuple[Renewal, list[Any]]]:
-    groups: dict[Hashable, tuple[Renewal, list[Any]]] = {}
+    groups: dict[Renewal, list[Any]] = {}
     for renewal, each in due:
-        groups.setdefault(renewal.key, (renewal, []))[1].append(each)
+        groups.setdefault(renewal, []).append(each)
     due.clear()
-    return list(groups.values())
+    return list(groups.items())
 
 
 def _is_lost(each: Renewable) -> bool:

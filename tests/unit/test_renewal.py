@@ -40,10 +40,6 @@ class FakeRenewal:
         self.ended: list[Any] = []
         self.gate: asyncio.Event | None = None
 
-    @property
-    def key(self) -> object:
-        return self
-
     async def renew(self, connection: Any, batch: list[Any], seconds: float) -> None:
         if self.gate is not None:
             await self.gate.wait()
