@@ -249,7 +249,7 @@ def extend(runtime: Runtime, lease: Held, ttl: float) -> Flow[None]:
 
 def do_within(runtime: Runtime, op: Op[T], seconds: float) -> Flow[T]:
     """Perform one operation of a flow within a time of its own."""
-    answer: T = yield from call(runtime.execute, op, seconds)
+    answer: T = yield from call(runtime.channel.execute, op, seconds)
     return answer
 
 

@@ -20,7 +20,6 @@ from .wakeup import TaskWaiter, ThreadWaiter, Waiter, Waiters
 if TYPE_CHECKING:
     from ..._ops.op import Flow, Op
     from ...aio import AsyncStore
-    from ...config import Table
     from ...store import Store
     from .lease import Held
 
@@ -47,18 +46,6 @@ class Runtime:
             raise TransactionError(refusal)
         self.channel = channel
         self.timeout: float = store._config.operation_timeout
-
-    def execute(self, op: Op[T], timeout: float | None = None) -> Any:
-        """Perform one operation over the store's pool; the async class returns a coroutine."""
-        return self.channel.execute(op, timeout)
-
-    def create_missing_table(self, table: Table) -> Any:
-        """Create a missing table; the async class returns a coroutine."""
-        return self.channel.create_missing_table(table)
-
-    def is_exhausted(self) -> bool:
-        """Whether all connections of the pool are in use."""
-        return bool(self.channel.is_exhausted())
 
     def background(self) -> Background:
         """Return the background of the store's database."""

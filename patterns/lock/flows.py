@@ -327,8 +327,9 @@ class Acquisition(Generic[L]):
         left = self.left()
         if left is None:
             is_try = self.stop is _at_once
-            return min(seconds, BUSY_TIME) if is_try and self.runtime.is_exhausted() else seconds
-        self.hurried = self.runtime.is_exhausted()
+            is_busy = is_try and self.runtime.channel.is_exhausted()
+            return min(seconds, BUSY_TIME) if is_busy else seconds
+        self.hurried = self.runtime.channel.is_exhausted()
         return min(seconds, max(left, ROUND_TRIP if self.hurried else ANSWER_TIME))
 
     def ask(self, sent_at: float, seconds: float, *, took: bool = False) -> Flow[Granted | Denied]:
@@ -373,7 +374,7 @@ class Acquisition(Generic[L]):
             if self.created or not options.fair or not sql.tickets.auto_create:
                 raise
             self.created = True
-            yield from call(self.runtime.create_missing_table, sql.tickets)
+            yield from call(self.runtime.channel.create_missing_table, sql.tickets)
             return (yield from self.ask(sent_at, seconds))
         except PgkvError as error:
             if self.is_locked(error):

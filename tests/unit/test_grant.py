@@ -25,6 +25,7 @@ class BusyPort:
 
     def __init__(self) -> None:
         self.asked: list[float | None] = []
+        self.channel = self
 
     def execute(self, op: Op[Any], timeout: float | None = None) -> Denied:
         self.asked.append(timeout)
