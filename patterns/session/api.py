@@ -317,16 +317,8 @@ class SessionStore(SessionView[Store]):
 
 
 class AsyncSessionStore(SessionView[AsyncStore]):
-    """Sessions in a PostgreSQL table of their own, for asyncio: `SessionStore`, awaited.
-
-    Args:
-        store: an `AsyncStore`.
-        idle_timeout: see `SessionStore`, as for all that follows.
-        absolute_timeout: seconds.
-        touch_interval: seconds.
-        durable: a logged table.
-        max_data_size: bytes.
-    """
+    """Sessions in a PostgreSQL table of their own, for asyncio: `SessionStore`, awaited, over an
+    `AsyncStore`."""
 
     _needs = (AsyncStore, "AsyncSessionStore", "SessionStore")
 
