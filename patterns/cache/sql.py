@@ -116,13 +116,11 @@ class CacheStatements(TableStatements):
         # IN with few keys keeps its plan; `= ANY` of a small array is planned at every call.
         names = ", ".join(f"${n}" for n in range(1, count + 1))
         where = f"key IN ({names})" if count else "key = ANY($1::text[])"
-        return self.statement(
+        return self.reading(
             "cache_read",
             f"SELECT key, value, version, {_AGE} FROM {self.t} WHERE {where} AND {LIVE}",
             (TEXT,) * count or (BINARY,),
             _in_each_call,
-            retry_safe=True,
-            writes=False,
         )
 
     # -- leases and fills
@@ -208,8 +206,8 @@ class CacheStatements(TableStatements):
         Never an INSERT: whatever removed or changed the row meanwhile has the last word.
         """
         expiry, life = choose_expiry(ttl, None, keep_ttl=False)
-        statement = self.made(("cache_fill", expiry.name), lambda: self._make_fill(expiry))
-        return Op(statement, (key, _codec.encode_int8(version), mark, self.value(value), *life))
+        params = (key, _codec.encode_int8(version), mark, self.value(value), *life)
+        return Op(self.shaped(self._make_fill, expiry), params)
 
     def _make_fill(self, expiry: Expiry) -> Statement[int | None]:
         return self.statement(
@@ -244,20 +242,17 @@ class CacheStatements(TableStatements):
         """Put a tombstone in an entry's place, also where none is: an upsert, so that inside a
         transaction it holds the lock that fills wait for. It is written expired and may be
         collected at once: it matters only while it is uncommitted."""
-        return self._bump("cache_invalidate", "to_timestamp(0)", key)
+        return Op(self.shaped(self._make_bump, "cache_invalidate", "to_timestamp(0)"), (key,))
 
     def bump_tag(self, key: bytes) -> Op[bool]:
         """Begin a new generation of a tag: entries that carry the old one are misses from now."""
         # An hour longer than any entry with the tag: a row that dies earlier revives old values.
-        hours = TAG_DAYS * 24 + 1
-        return self._bump("cache_bump_tag", f"clock_timestamp() + interval '{hours} hours'", key)
+        until = f"clock_timestamp() + interval '{TAG_DAYS * 24 + 1} hours'"
+        return Op(self.shaped(self._make_bump, "cache_bump_tag", until), (key,))
 
     def bump_function(self, key: bytes) -> Op[bool]:
         """Begin a new generation of a function: all of its entries are misses from now."""
-        return self._bump("cache_bump_function", "NULL", key)
-
-    def _bump(self, name: str, expires_at: str, key: bytes) -> Op[bool]:
-        return Op(self.made(name, lambda: self._make_bump(name, expires_at)), (key,))
+        return Op(self.shaped(self._make_bump, "cache_bump_function", "NULL"), (key,))
 
     def _make_bump(self, name: str, expires_at: str) -> Statement[bool]:
         return self.statement(
@@ -288,7 +283,7 @@ class CacheStatements(TableStatements):
     @cached_property
     def _usage(self) -> Statement[list[Usage]]:
         name = f"substr(key, {len(self.prefix) + len(ENTRY) + 1})"
-        return self.statement(
+        return self.reading(
             "cache_usage",
             f"SELECT left({name}, {-DIGEST_LENGTH - 1}), "
             "count(*) FILTER (WHERE substring(value from 1 for 1) <> '~'), "
@@ -298,8 +293,6 @@ class CacheStatements(TableStatements):
             "GROUP BY 1 ORDER BY 1",
             (TEXT, TEXT),
             rows_of(Usage, as_text, *(_codec.decode_int,) * 3),
-            retry_safe=True,
-            writes=False,
         )
 
     def report(self, process: str, counts: bytes) -> Op[bool]:
@@ -316,13 +309,11 @@ class CacheStatements(TableStatements):
             f'SELECT value FROM {self.t} WHERE key COLLATE "C" >= $1 AND key COLLATE "C" < $2 '
             f"AND {LIVE} LIMIT {REPORTS_MAX}"
         )
-        statement = self.statement(
+        statement = self.reading(
             "cache_reports",
             sql,
             (TEXT, TEXT),
             rows_of(bytes, as_bytes),
-            retry_safe=True,
-            writes=False,
         )
         return Op(statement, (start, _codec.successor(start)))
 

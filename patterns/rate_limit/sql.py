@@ -256,24 +256,21 @@ class LimiterStatements(TableStatements):
     def peek(self, row: bytes, shape: Shape) -> Op[Arrival]:
         """Read the arrival times; charge nothing."""
         told = _told(shape, "u.ts", "u.us")
-        statement = self.made(("peek", told), lambda: self._make_peek(told))
+        statement = self.shaped(self._make_peek, told)
         return Op(statement, (row,), lambda result: _read_arrival(result, 0, shape))
 
     def _make_peek(self, told: str) -> Statement[Arrival]:
-        return self.statement(
+        return self.reading(
             "limit_peek",
             f"SELECT FALSE, t.value, u.us, t.updated_at, t.version{told} "
             f"FROM (SELECT statement_timestamp() AS ts, {STATEMENT_US} AS us) u LEFT JOIN {self.t} t ON t.key = $1",
             (TEXT,),
             _in_each_call,
-            retry_safe=True,
-            writes=False,
         )
 
     def reset(self, row: bytes) -> Op[bool]:
         """Forget the row: a full bucket."""
-        statement = self.made("reset", self._make_reset)
-        return Op(statement, (row,))
+        return Op(self.shaped(self._make_reset), (row,))
 
     def _make_reset(self) -> Statement[bool]:
         return self.statement(
@@ -293,13 +290,13 @@ class LimiterStatements(TableStatements):
             text = f":{key}" if len(key) <= KEY_CHARACTERS_MAX else hashed(key)
             part = _codec.encode_key(text, b"", self.key_length_max)
         params = (start, _codec.successor(start), part)
-        return Op(self.made("usage", self._make_usage), params)
+        return Op(self.shaped(self._make_usage), params)
 
     def _make_usage(self) -> Statement[list[BucketUsage]]:
         # A limiter's name has no ":", "#" or "~": they are escaped. Limiters of several rates have
         # "~" and a digest of these behind the name.
         rest = f"substr(key, {len(self.prefix) + len(ROWS) + 1})"
-        return self.statement(
+        return self.reading(
             "limit_usage",
             "SELECT name, count(*), "
             "extract(epoch from statement_timestamp() - max(updated_at))::float8, "
@@ -311,8 +308,6 @@ class LimiterStatements(TableStatements):
             "GROUP BY name, CASE WHEN $3 = '' THEN '' ELSE key END ORDER BY 1, 5",
             (TEXT, TEXT, TEXT),
             _read_usage,
-            retry_safe=True,
-            writes=False,
         )
 
     def _seen(self, change: str) -> str:
@@ -327,8 +322,8 @@ class LimiterStatements(TableStatements):
     def refund(self, row: bytes, amounts: Sequence[int], shape: Shape | None = None) -> Op[bool]:
         """Take nanoseconds off the arrival times. A full bucket stays full."""
         shape = shape or len(amounts)
-        statement = self.made(("refund", shape), lambda: self._make_refund(shape))
-        return Op(statement, (row, *map(_codec.encode_int8, amounts)))
+        params = (row, *map(_codec.encode_int8, amounts))
+        return Op(self.shaped(self._make_refund, shape), params)
 
     def _make_refund(self, shape: Shape) -> Statement[bool]:
         windows = _windows_of(shape)
@@ -356,9 +351,8 @@ class LimiterStatements(TableStatements):
         `created_at` is that of the row that was charged, since a row made after a reset does not
         contain it; `tats` are the arrival times that the charge made."""
         shape = shape or len(incs)
-        statement = self.made(("cancel", shape), lambda: self._make_cancel(shape))
         pairs = [_codec.encode_int8(n) for pair in zip(incs, tats, strict=True) for n in pair]
-        return Op(statement, (row, created_at, *pairs))
+        return Op(self.shaped(self._make_cancel, shape), (row, created_at, *pairs))
 
     def _make_cancel(self, shape: Shape) -> Statement[bool]:
         windows = _windows_of(shape)
@@ -390,8 +384,7 @@ class LimiterStatements(TableStatements):
 
     def rebase(self, row: bytes, version: bytes, shape: Shape) -> Op[bool]:
         """After the clock was set back: let the debt of that version of the row count from now."""
-        statement = self.made(("rebase", shape), lambda: self._make_rebase(shape))
-        return Op(statement, (row, version))
+        return Op(self.shaped(self._make_rebase, shape), (row, version))
 
     def _make_rebase(self, shape: Shape) -> Statement[bool]:
         windows = _windows_of(shape)
@@ -441,7 +434,7 @@ class LimiterStatements(TableStatements):
                 _codec.encode_array([each.encode() for each in p]) for p in zip(*parts, strict=True)
             )
         return Op(
-            self.made(("hit_many", bool(fixed)), lambda: self._make_hit_many(bool(fixed))),
+            self.shaped(self._make_hit_many, bool(fixed)),
             (
                 _codec.encode_array([row for row, _ in charges]),
                 _codec.encode_array([int4(place[0]) for place in places], INT4_OID),

@@ -199,7 +199,7 @@ class SessionStatements(Sweep):
 
     def _make_look(self, more: str) -> Statement[Loaded | None]:
         # NULL in the first column: a stub, or a use to be noted.
-        return self.statement(
+        return self.reading(
             "session_load",
             f"SELECT CASE WHEN successor IS NULL AND (expires_at <= {NOW} OR seen_at > {NOW} - $2::interval)"
             f" THEN expires_at > {NOW} END, {more}, user_id, data::text, version, created_at, "
@@ -210,8 +210,6 @@ class SessionStatements(Sweep):
                 if result.ntuples and result.get_value(0, 0) is None
                 else self._read_loaded(result)
             ),
-            retry_safe=True,
-            writes=False,
             one_key=True,
         )
 
@@ -224,7 +222,7 @@ class SessionStatements(Sweep):
         state = f"CASE WHEN successor IS NOT NULL THEN 'moved' ELSE {more} END"
         # The touch locks nothing that is locked, so a load never waits; and it locks nothing at
         # all within touch_interval, so a load then takes no transaction id.
-        return self.statement(
+        return self.reading(
             "session_load",
             "WITH c AS MATERIALIZED ("
             "SELECT user_id, data, version, created_at, least(expires_at, ends_at) AS expires_at, "
@@ -239,9 +237,7 @@ class SessionStatements(Sweep):
             "coalesce((SELECT expires_at FROM u), expires_at) FROM c",
             (BINARY, BINARY, BINARY),
             self._read_loaded,
-            retry_safe=True,
             # A touch changes no answer: a load is repeated, and counted, as a read.
-            writes=False,
             one_key=not self._looks,  # each load is counted once
         )
 
@@ -259,13 +255,11 @@ class SessionStatements(Sweep):
 
     @cached_property
     def _exists(self) -> Statement[bool]:
-        return self.statement(
+        return self.reading(
             "session_exists",
             f"SELECT 1 FROM {self.t} s WHERE id = $1 AND expires_at > {NOW} AND {self._readable}",
             (BINARY,),
             read_found,
-            retry_safe=True,
-            writes=False,
         )
 
     def exists(self, id: bytes) -> Op[bool]:
@@ -322,61 +316,51 @@ class SessionStatements(Sweep):
         timed = own != UNCHANGED
         if timed:
             params += (*own.encoded(), self._absolute)
-        return Op(
-            self.made(
-                ("session_save", mode, timed),
-                lambda: (
-                    self._make_merge(timed) if mode == "merge" else self._make_replace(mode, timed)
-                ),
-            ),
-            params,
-        )
+        return Op(self.shaped(self._make_save, mode, timed), params)
 
-    def _make_merge(self, timed: bool) -> Statement[Outcome]:
-        sets = "data = (s.data - $4::text[]) || $2::jsonb, " + self._used(5 if timed else None)
-        # Which version the merge found tells whether the caller still knows the whole document.
-        # Before 18 RETURNING has no old row; there the row is locked first, which also reads it.
+    def _make_save(self, mode: Mode, timed: bool) -> Statement[Outcome]:
         live = f"id = $1 AND successor IS NULL AND expires_at > {NOW}"
-        found = f"SELECT id, version FROM {self.t} WHERE {live} FOR NO KEY UPDATE"
-        before_18 = (
-            f"WITH o AS MATERIALIZED ({found}), "
-            f"u AS (UPDATE {self.t} s SET {sets} FROM o, {self._lazily} "
-            "WHERE s.id = o.id RETURNING s.version, s.expires_at, o.version AS before)"
-        )
-        since_18 = (
-            f"WITH u AS (UPDATE {self.t} s SET {sets} FROM {self._lazily} "
-            f"WHERE {live} RETURNING new.version, new.expires_at, old.version AS before)"
-        )
-        return self._save(before_18, RACED_OR_ROTATED, 4 + 3 * timed, since_18)
-
-    def _make_replace(self, mode: Mode, timed: bool) -> Statement[Outcome]:
-        condition, status, count = "", RACED_OR_ROTATED, 3
-        if mode == "error":
-            condition, count = " AND s.version = $4::bigint", 4
+        data, count, status = "$2::jsonb", 4, RACED_OR_ROTATED
+        if mode == "merge":
+            data = "(s.data - $4::text[]) || $2::jsonb"
+        elif mode == "error":
+            live += " AND s.version = $4::bigint"
             status = (
                 "CASE WHEN successor IS NOT NULL THEN 'rotated' "
                 "WHEN version <> $4::bigint THEN 'conflict' ELSE 'raced' END"
             )
-        sets = "data = $2::jsonb, " + self._used(count + 1 if timed else None)
+        else:
+            count = 3
         update = (
-            f"WITH u AS (UPDATE {self.t} s SET {sets} FROM {self._lazily} "
-            f"WHERE id = $1 AND successor IS NULL AND expires_at > {NOW}{condition} "
-            "RETURNING s.version, s.expires_at, s.version AS before)"
+            f"UPDATE {self.t} s SET data = {data}, {self._used(count + 1 if timed else None)} FROM"
         )
-        return self._save(update, status, count + 3 * timed)
-
-    def _save(
-        self, update: str, status: str, count: int, since_18: str | None = None
-    ) -> Statement[Outcome]:
-        otherwise = self._why_not(status)
-        return self.statement(
-            "session_save",
-            update + otherwise,
-            (BINARY, TEXT, *(BINARY,) * (count - 2)),
-            _read_outcome,
-            repeats=REPEATS,
-            sql_18=None if since_18 is None else since_18 + otherwise,
+        # The second half sees the statement's snapshot, the UPDATE the newest row: "live and not
+        # changed" means that another transaction was faster. Asked again, the row tells.
+        then = (
+            " SELECT 'done', version, expires_at, before FROM u UNION ALL "
+            f"SELECT {status}, version, expires_at, version FROM {self.t} "
+            f"WHERE id = $1 AND expires_at > {NOW} AND NOT EXISTS (SELECT 1 FROM u)"
         )
+        sql = (
+            f"WITH u AS ({update} {self._lazily} WHERE {live} "
+            f"RETURNING s.version, s.expires_at, s.version AS before){then}"
+        )
+        sql_18 = None
+        if mode == "merge":
+            # Which version the merge found tells whether the caller still knows the whole document.
+            # Before 18 RETURNING has no old row; there the row is locked first, which also reads it.
+            sql = (
+                f"WITH o AS MATERIALIZED (SELECT id, version FROM {self.t} WHERE {live} "
+                f"FOR NO KEY UPDATE), u AS ({update} o, {self._lazily} "
+                f"WHERE s.id = o.id RETURNING s.version, s.expires_at, o.version AS before){then}"
+            )
+            sql_18 = (
+                f"WITH u AS ({update} {self._lazily} WHERE {live} "
+                f"RETURNING new.version, new.expires_at, old.version AS before){then}"
+            )
+        formats = (BINARY, TEXT, *(BINARY,) * (count - 2 + 3 * timed))
+        options = {"repeats": REPEATS, "sql_18": sql_18}
+        return self.statement("session_save", sql, formats, _read_outcome, **options)
 
     def _used(self, first: int | None) -> str:
         """What every save notes in addition to the data; with lifetimes from that parameter on."""
@@ -410,15 +394,6 @@ class SessionStatements(Sweep):
             f"meta = CASE WHEN {idle}::interval IS NULL AND {absolute}::interval IS NULL THEN s.meta "
             f"ELSE jsonb_build_array({METADATA}, {new_idle}, {new_absolute}) END, "
             f"ends_at = {ends}, expires_at = least({NOW} + {_own(new_idle, idle_of_store)}, {ends})"
-        )
-
-    def _why_not(self, status: str) -> str:
-        # This half sees the statement's snapshot, the UPDATE the newest row: "live and not
-        # changed" means that another transaction was faster. Asked again, the row tells.
-        return (
-            " SELECT 'done', version, expires_at, before FROM u UNION ALL "
-            f"SELECT {status}, version, expires_at, version FROM {self.t} "
-            f"WHERE id = $1 AND expires_at > {NOW} AND NOT EXISTS (SELECT 1 FROM u)"
         )
 
     def rotate(
@@ -524,8 +499,8 @@ class SessionStatements(Sweep):
     def destroy(self, id: bytes, *user_id: str) -> Op[bool]:
         """End a session, or only if it is that user's; whether it was alive."""
         formats = (TEXT,) * len(user_id)
-        statement = self.made(("session_destroy", formats), lambda: self._make_destroy(formats))
-        return Op(statement, (id, *(each.encode() for each in user_id)))
+        params = (id, *(each.encode() for each in user_id))
+        return Op(self.shaped(self._make_destroy, formats), params)
 
     # -- a user's sessions
 
@@ -556,15 +531,13 @@ class SessionStatements(Sweep):
 
     @cached_property
     def _list_user(self) -> Statement[list[SessionInfo]]:
-        return self.statement(
+        return self.reading(
             "session_list",
             f"SELECT id, created_at, seen_at, expires_at, ends_at, ({METADATA})::text, "
             f"{NOW} FROM {self.t} s WHERE user_id = $1 AND successor IS NULL AND expires_at > {NOW} "
             f"ORDER BY seen_at DESC, id LIMIT {LIST_MAX}",
             (TEXT,),
             _read_listed,
-            retry_safe=True,
-            writes=False,
             join=_latest,
         )
 
@@ -576,14 +549,12 @@ class SessionStatements(Sweep):
 
     @cached_property
     def _collect(self) -> Statement[int]:
-        return self.statement(
+        return self.reading(
             "session_collect",
             f"DELETE FROM {self.t} WHERE id IN (SELECT id FROM {self.t} WHERE id = ANY($1::bytea[])"
             f" AND expires_at <= {NOW} FOR UPDATE SKIP LOCKED) AND expires_at <= {NOW}",
             (BINARY,),
             read_count,
-            retry_safe=True,
-            writes=False,
             retried=False,
         )
 
