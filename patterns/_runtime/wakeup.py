@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import threading
 from collections import deque
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..._background.listener import say_polling
 from ..._fork import new_lock
@@ -24,9 +24,10 @@ if TYPE_CHECKING:
 class Waiter:
     """One caller who waits; `payload` is what the notification says that wakes it."""
 
-    _event: threading.Event | asyncio.Event
+    _event_class: ClassVar[type[Any]]
 
     def __init__(self, waiters: Waiters, payload: bytes) -> None:
+        self._event = self._event_class()
         self.payload = payload
         self.trying: bool = False  # woken, and its try has not ended yet
         self._waiters = waiters
@@ -45,9 +46,7 @@ class Waiter:
 class ThreadWaiter(Waiter):
     """A thread that waits."""
 
-    def __init__(self, waiters: Waiters, payload: bytes) -> None:
-        super().__init__(waiters, payload)
-        self._event: threading.Event = threading.Event()
+    _event_class = threading.Event
 
     def wait(self, seconds: float) -> None:
         """Sleep until woken, at most that long."""
@@ -60,9 +59,7 @@ class ThreadWaiter(Waiter):
 class TaskWaiter(Waiter):
     """A task that waits."""
 
-    def __init__(self, waiters: Waiters, payload: bytes) -> None:
-        super().__init__(waiters, payload)
-        self._event: asyncio.Event = asyncio.Event()
+    _event_class = asyncio.Event
 
     async def wait(self, seconds: float) -> None:
         """Sleep until woken, at most that long."""

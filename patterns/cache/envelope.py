@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from struct import Struct
 from struct import error as StructError  # noqa: N812  # as a class is called
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
 from ..._ops.serialize import CodecName, Serializer
 from ...errors import ConfigError, SerializationError
@@ -25,7 +25,6 @@ from .sql import MARK_LENGTH
 
 # The first byte: the kind of row, and the format's version.
 PLACEHOLDER, FORMAT_1 = b"~", b"\x01"
-_GENERATIONS_MAX = 65535
 _HEAD = Struct("!IcdddH")  # checksum, codec, soft, hard, compute, number of generations
 _CHECKSUM = Struct("!I")
 
@@ -93,20 +92,6 @@ def read(raw: bytes, codec: bytes) -> Envelope | None:
 # -- values --------------------------------------------------------------------------------
 
 
-class Codec(Protocol):
-    """Values to bytes and back. `letter` stands in the entry: another codec's is a miss."""
-
-    letter: bytes
-
-    def encode(self, key: str, value: Any) -> bytes:
-        """Return the value's bytes, or raise SerializationError."""
-        ...
-
-    def decode(self, key: str, raw: bytes) -> Any:
-        """Return the value, or raise SerializationError."""
-        ...
-
-
 # Put before an untyped tuple: what msgspec never writes first.
 TUPLE_MARKS = {"json": b" ", "msgpack": b"\xc1"}
 
@@ -114,6 +99,7 @@ TUPLE_MARKS = {"json": b" ", "msgpack": b"\xc1"}
 class TypedCodec:
     """JSON or msgpack, checked against a type. Without a type a tuple comes back as a tuple all the
     same: to a web framework, ``(body, status)`` and ``[body, status]`` are different responses.
+    `letter` is in the entry: one of another codec is a miss.
     """
 
     def __init__(self, type_: Any, codec: CodecName) -> None:
@@ -205,3 +191,6 @@ class SignedPickle:
         except Exception as error:  # noqa: BLE001  # whatever a class's __setstate__ raises
             why = type(error).__name__
         raise SerializationError(f"the value of {key!r} cannot be unpickled: {why}")
+
+
+Codec: TypeAlias = TypedCodec | SignedPickle

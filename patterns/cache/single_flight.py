@@ -13,7 +13,7 @@ import threading
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from ... import _observe
 from ..._background.connection import DedicatedConnection
@@ -62,10 +62,11 @@ class ThreadFlight:
     """
 
     __slots__ = ("_done", "alone")
+    _event: ClassVar[type[Any]] = threading.Event
 
     def __init__(self) -> None:
         self.alone: bool = False
-        self._done: Any = threading.Event()
+        self._done: Any = self._event()
 
     def wait(self, seconds: float) -> Any:
         """Wait for its end; False when that took longer."""
@@ -80,10 +81,7 @@ class TaskFlight(ThreadFlight):
     """A computation for which the tasks of one event loop wait."""
 
     __slots__ = ()
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._done = asyncio.Event()
+    _event = asyncio.Event
 
     async def wait(self, seconds: float) -> bool:
         """Wait for its end; False when that took longer."""
@@ -133,11 +131,7 @@ class Extended:
 
 
 class Flights:
-    """The flights of one cached function.
-
-    Args:
-        kind: `ThreadFlight` or `TaskFlight`.
-    """
+    """The flights of one cached function."""
 
     def __init__(self, kind: type[ThreadFlight]) -> None:
         self._kind = kind

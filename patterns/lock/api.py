@@ -27,11 +27,11 @@ from ..._engine._sync.transaction import CallerChannel
 from ..._engine.caller import unwrap
 from ..._engine.unopened import Unawaited
 from ..._observe import shown
-from ..._ops.codec import integer, seconds, waiting
+from ..._ops.codec import encode_key, integer, seconds, waiting
 from ..._settings import refuse_pickle
 from ...aio import AsyncStore
 from ...config import Config, require_int
-from ...errors import ConfigError, InvalidValueError, LockTimeoutError, PgkvError
+from ...errors import ConfigError, InvalidKeyError, InvalidValueError, LockTimeoutError, PgkvError
 from ...store import Store
 from .._runtime.checks import home_of, require, require_callback
 from .._runtime.lease import extend
@@ -42,12 +42,19 @@ from .lease import (
     LockInfo,
     LockOptions,
     encode_metadata,
-    key_of,
     tell,
     tell_async,
 )
 from .many import Acquisitions, AsyncLeases, Leases, in_order
-from .sql import LOCKS, LOCKS_UNLOGGED, TICKETS, LockStatements, SemaphoreStatements, slot_keys
+from .sql import (
+    LOCKS,
+    LOCKS_UNLOGGED,
+    SEPARATOR,
+    TICKETS,
+    LockStatements,
+    SemaphoreStatements,
+    slot_keys,
+)
 
 if TYPE_CHECKING:
     from ..._ops.op import Flow
@@ -345,7 +352,9 @@ def make_options(
         raise ConfigError(f"wakeup must be 'poll' or 'notify', not {wakeup!r}")
     blocking = isinstance(store, Store)
     require_callback(on_lost, "on_lost", who, blocking=blocking)
-    key = key_of(name, store._sql.prefix_bytes, store._config.max_key_length)
+    key = encode_key(name, store._sql.prefix_bytes, store._config.max_key_length, "lock's name")
+    if SEPARATOR in name:
+        raise InvalidKeyError("a lock's name must not contain U+001F, which parts its tickets")
     return LockOptions(
         name,
         [key],

@@ -21,8 +21,7 @@ import msgspec
 from ... import _observe
 from ..._background.renewal import clock
 from ..._observe import shown
-from ..._ops.codec import encode_key
-from ...errors import InvalidKeyError, InvalidValueError
+from ...errors import InvalidValueError
 from .._runtime.lease import Held
 from .sql import SEPARATOR, Asking, LockStatements
 
@@ -38,14 +37,6 @@ LOST_BECAUSE = {
     "closed": "its store was closed",
     "released": "it was released",
 }
-
-
-def key_of(name: str, prefix: bytes, length_max: int) -> bytes:
-    """Check a lock's name and return its key."""
-    key = encode_key(name, prefix, length_max, "lock's name")
-    if SEPARATOR in name:
-        raise InvalidKeyError("a lock's name must not contain U+001F, which parts its tickets")
-    return key
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,16 +172,7 @@ class LockOptions:
 
 
 class LeaseState(Held):
-    """What `Lease` and `AsyncLease` share. Safe to use from any thread.
-
-    Args:
-        runtime: of threads or asyncio.
-        options: its lock's.
-        key: the row.
-        token: the grant's.
-        owner: ``host:pid``.
-        sent_at: `clock()` before the grant was sent.
-    """
+    """What `Lease` and `AsyncLease` share. Safe to use from any thread."""
 
     _lost_because = LOST_BECAUSE
     _noun = "the lease on"

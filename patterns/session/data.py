@@ -88,11 +88,7 @@ def texts_of(data: Mapping[str, Any], size_max: int, name: str = "data") -> dict
 
 
 def require_mapping(data: object, name: str) -> None:
-    """Refuse what has no keys.
-
-    Raises:
-        InvalidValueError: it is no mapping.
-    """
+    """Refuse what has no keys, with InvalidValueError."""
     if not isinstance(data, Mapping):
         raise InvalidValueError(f"{name} must be a mapping, not {type(data).__name__}")
 
@@ -109,11 +105,7 @@ def read_document(raw: bytes) -> dict[str, str]:
 
 
 def values_of(texts: Mapping[str, str]) -> dict[str, Any]:
-    """Return the values behind the texts.
-
-    Raises:
-        ValueError: one is not JSON.
-    """
+    """Return the values behind the texts; ValueError where one is not JSON."""
     values: dict[str, Any] = {}
     for key, text in texts.items():
         # json.loads less its searches for whitespace, which cost as much as a short value.

@@ -64,16 +64,7 @@ MODES = ("merge", "error", "last_wins")
 
 
 class SessionFlows:
-    """The operations on the sessions of one table.
-
-    Args:
-        config: the store's.
-        idle_timeout: seconds.
-        absolute_timeout: seconds.
-        touch_interval: seconds.
-        durable: keep the table logged.
-        max_data_size: bytes of a session's data as JSON.
-    """
+    """The operations on the sessions of one table; the arguments are those of `SessionStore`."""
 
     sql: SessionStatements
 

@@ -132,14 +132,7 @@ class Lifetimes:
 
 
 class SessionStatements(Sweep):
-    """All statements of one store's session table.
-
-    Args:
-        config: the store's.
-        table: the session table.
-        lifetimes: the timeouts.
-        inside: for a caller's transaction.
-    """
+    """All statements of one store's session table; `inside`: for a caller's transaction."""
 
     def __init__(self, config: Config, table: Table, lifetimes: Lifetimes, *, inside: bool) -> None:
         super().__init__(config)
