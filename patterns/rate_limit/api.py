@@ -158,15 +158,16 @@ class RateLimiter(LimiterView[Store]):
             StoreUnavailableError, OperationTimeoutError: with ``on_error="raise"``.
         """
         flows = self._flows
-        usual = flows.usual_of(key) if limits is None and cost == 1 and type(cost) is int else None
+        began = monotonic()
+        plain = limits is None and cost == 1 and type(cost) is int
+        usual = flows.usual_of(key, began) if plain else None
         if usual is None:
             return self._run(flows.hit(key, cost, limits))
-        began = monotonic()
         try:
             arrival = self._call(usual.statement, usual.params, flows.timeout)
         except OUTAGES as error:
             return flows.outage(key, error)
-        decision = flows.decided(key, usual, arrival)
+        decision = flows.decided(key, usual, arrival, began)
         if decision is None:
             return self._run(flows.go_on(key, usual, arrival, began))
         return decision
@@ -362,15 +363,16 @@ class AsyncRateLimiter(LimiterView[AsyncStore]):
     async def hit(self, key: str, cost: int = 1, *, limits: Rates | None = None) -> Decision:
         """Charge the key, or refuse. Never waits for tokens; see :meth:`RateLimiter.hit`."""
         flows = self._flows
-        usual = flows.usual_of(key) if limits is None and cost == 1 and type(cost) is int else None
+        began = monotonic()
+        plain = limits is None and cost == 1 and type(cost) is int
+        usual = flows.usual_of(key, began) if plain else None
         if usual is None:
             return await self._run(flows.hit(key, cost, limits))
-        began = monotonic()
         try:
             arrival = await self._call(usual.statement, usual.params, flows.timeout)
         except OUTAGES as error:
             return flows.outage(key, error)
-        decision = flows.decided(key, usual, arrival)
+        decision = flows.decided(key, usual, arrival, began)
         if decision is None:
             return await self._run(flows.go_on(key, usual, arrival, began))
         return decision

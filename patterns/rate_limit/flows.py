@@ -35,7 +35,16 @@ from .._runtime import switch as _switch
 from .local import ENTRIES_MAX, Counter, DenyCache, PrepaidTokens
 from .policy import Decision, Policy, require_cost
 from .rate import NS, Rate, Rates, rates_of
-from .sql import KEY_CHARACTERS_MAX, ROWS, Arrival, Charge, LimiterStatements, Shape, hashed
+from .sql import (
+    KEPT_SECONDS,
+    KEY_CHARACTERS_MAX,
+    ROWS,
+    Arrival,
+    Charge,
+    LimiterStatements,
+    Shape,
+    hashed,
+)
 
 L = TypeVar("L")
 
@@ -47,7 +56,6 @@ CLOSED_RETRY_SECONDS = 1.0  # the retry_after of a refusal by on_error="closed"
 WAIT_SECONDS_MAX = 10 * 366 * 86400.0  # acquire(timeout=None)
 ROUND_TRIP_SECONDS = 0.05  # of an answer, which acquire's timeout does not include
 STATEMENT_SECONDS_MIN = 0.05  # what a further statement of a call gets when the time is used up
-HOLD_SECONDS = 1.0  # for which rows are not expected, after an expected one had been collected
 RACES_MAX = 10  # attempts that other callers' changes of a row may spoil
 # What `on_error` is about. A wrong argument or a missing right is no outage.
 OUTAGES = (
@@ -80,13 +88,26 @@ class Reserved(NamedTuple):
     receipt: Receipt | None
 
 
-class Usual(NamedTuple):
-    """What mostly decides the next hit of a key: `LimiterStatements.charge`, or `refusal`."""
+class Lately(NamedTuple):
+    """Whether the last hit of a key was refused, and until when no sweep takes its row."""
 
-    statement: Statement[Arrival | None]
-    params: Sequence[Param]
-    row: bytes
     refused: bool
+    until: float
+
+
+class Usual:
+    """What mostly decides the next hit of a key, `LimiterStatements.charge` or `refusal`, until its
+    row may be gone."""
+
+    __slots__ = ("params", "refused", "row", "statement", "until")
+
+    def __init__(self, op: Op[Arrival | None], row: bytes, lately: Lately) -> None:
+        self.statement: Statement[Arrival | None] = op.statement
+        self.params: Sequence[Param] = op.params
+        self.row: bytes = row
+        self.refused: bool
+        self.until: float
+        self.refused, self.until = lately
 
 
 class LimiterFlows:
@@ -113,9 +134,7 @@ class LimiterFlows:
         self.prepaid: PrepaidTokens | None = PrepaidTokens() if prefetch > 1 else None
         self.counter: Counter = Counter()
         _observe.limiters[self.counter] = name
-        # A mere hint: whether the last hit of a key was refused. Keys that are new are not in it.
-        self._lately: dict[bytes, bool] = {}
-        self._hold_until = 0.0
+        self._lately: dict[bytes, Lately] = {}  # a mere hint
         self._policies: dict[tuple[Rate, ...], Policy] = {self.rates: self.policy}
         # Escaped, so that no name and key make the row of another name and key.
         safe = "".join(f"%{ord(c):02x}" if c in "%:~#" else c for c in name)
@@ -129,7 +148,7 @@ class LimiterFlows:
         # Limiters with the same home can be charged by one statement.
         self._home = getattr(channel, "_conn", channel)
         self.is_bound: bool = isinstance(channel, BoundChannel | AsyncBoundChannel)
-        # Of keys in `_lately` charged with one token: their next hit runs no flow while nothing changes.
+        # Likewise of keys charged with one token: their next hit runs no flow while nothing changes.
         self.usual: dict[str, Usual] = {}
         if self.is_bound:
             # What a transaction sees may be rolled back, so nothing local may be learnt from it;
@@ -196,39 +215,38 @@ class LimiterFlows:
             if self.prepaid is not None:
                 decision = yield from self._hit_prefetching(row, policy, cost, sent)
             else:
-                refused = self._lately.get(row)
-                arrival: Arrival | None = yield self._likely(refused)(row, charge)
-                if arrival is None or refused is not False:
-                    arrival = yield from self._decided(row, arrival, refused, charge, sent)
+                arrival = yield from self._charge(row, charge, sent)
                 decision = policy.decide(arrival, cost)
                 if charge is self._one_token and self.denied is None and not self.is_bound:
-                    self._remember(key, row, charge, refused=not arrival.charged)
+                    self._remember(key, row, charge)
         except OUTAGES as error:
             return self.outage(key, error, policy, on_error)
         if self.denied is not None and not decision.allowed:
             self.denied.remember(row, policy, cost, sent, decision)
         return self._settled(key, decision)
 
-    def _remember(self, key: str, row: bytes, charge: Charge, *, refused: bool) -> None:
-        if row not in self._lately:
-            self.usual.pop(key, None)
-            return
+    def _remember(self, key: str, row: bytes, charge: Charge) -> None:
         if len(self.usual) >= ENTRIES_MAX:
             self.usual.clear()
-        op = self._likely(refused)(row, charge)
-        self.usual[key] = Usual(op.statement, op.params, row, refused)
+        lately = self._lately[row]
+        self.usual[key] = Usual(self._likely(lately.refused)(row, charge), row, lately)
 
-    def usual_of(self, key: str) -> Usual | None:
+    def usual_of(self, key: str, began: float) -> Usual | None:
         """What the next hit of a key sends first, as far as that is known."""
         try:
-            return None if _switch.off else self.usual.get(key)
+            usual = self.usual.get(key)
         except TypeError:  # no str: `hit` refuses it
             return None
+        return None if usual is None or usual.until < began or _switch.off else usual
 
-    def decided(self, key: str, usual: Usual, arrival: Arrival | None) -> Decision | None:
+    def decided(
+        self, key: str, usual: Usual, arrival: Arrival | None, began: float
+    ) -> Decision | None:
         """The decision of a hit that sent what is usual; None where `go_on` has to."""
         if arrival is not None and not (usual.refused and arrival.stepped_back()):
-            return self._settled(key, self.policy.decide(arrival, 1))
+            decision = self._settled(key, self.policy.decide(arrival, 1))
+            usual.until = began + decision.reset_after + KEPT_SECONDS
+            return decision
         return None
 
     def go_on(
@@ -240,7 +258,7 @@ class LimiterFlows:
             arrival = yield from self._decided(usual.row, arrival, usual.refused, charge, began)
         except OUTAGES as error:
             return self.outage(key, error)
-        self._remember(key, usual.row, charge, refused=not arrival.charged)
+        self._remember(key, usual.row, charge)
         return self._settled(key, self.policy.decide(arrival, 1))
 
     def outage(
@@ -259,8 +277,9 @@ class LimiterFlows:
         return (yield from call(self._execute, op, max(left, STATEMENT_SECONDS_MIN)))
 
     def _charge(self, row: bytes, charge: Charge, started: float) -> Flow[Arrival]:
-        refused = self._lately.get(row)
-        arrival = yield from do(self._likely(refused)(row, charge))
+        lately = self._lately.get(row)
+        refused = lately.refused if lately is not None and lately.until > started else None
+        arrival: Arrival | None = yield self._likely(refused)(row, charge)
         return (yield from self._decided(row, arrival, refused, charge, started))
 
     def _likely(self, refused: bool | None) -> Callable[[bytes, Charge], Op[Any]]:
@@ -278,23 +297,16 @@ class LimiterFlows:
     ) -> Flow[Arrival]:
         """Decide a hit of which the first statement, sent for `refused`, may have said nothing; and
         remember what became of it."""
-        expected = arrival is None and refused is False
         if arrival is None and refused:
             arrival = yield from self._again(self.sql.charge(row, charge), started)
         if arrival is None:
             arrival = yield from self._again(self.sql.hit(row, charge), started)
         if arrival.stepped_back():
             arrival = yield from self._rebased(row, arrival, charge, started)
-        # A row that had been collected may be so when its key comes again. Rows that were expected
-        # and are gone show that others go as fast: no more are expected for a while.
-        if arrival.is_new() and expected:
-            self._hold_until = monotonic() + HOLD_SECONDS
-        if arrival.is_new() or (arrival.charged and monotonic() < self._hold_until):
-            self._lately.pop(row, None)
-            return arrival
         if len(self._lately) >= ENTRIES_MAX:
             self._lately.clear()
-        self._lately[row] = not arrival.charged
+        filling = (max(arrival.tats) - arrival.now) / NS
+        self._lately[row] = Lately(not arrival.charged, started + filling + KEPT_SECONDS)
         return arrival
 
     def _rebased(

@@ -4,7 +4,8 @@ The counter is the bucket's theoretical arrival time (TAT; GCRA, ITU-T I.371), i
 1970: the moment at which the bucket will be full again. A hit is admitted if it moves that moment
 no further than `cap` ahead of now, and then moves it by `inc`. A row holds one TAT per rate,
 separated by spaces, as decimal text. A missing TAT, or one that has passed, is a full bucket, so
-the row expires at its last TAT, rounded up, and collecting it is always safe.
+collecting a row after its last TAT is always safe. The row expires `KEPT_SECONDS` later: most clients
+come when their bucket is full again, and then update a row instead of inserting what a sweep took.
 
 A calendar window is counted by the same arithmetic: its beginning takes the place of now, a token is
 one nanosecond, and its counter is full again at the window's end. The shape of a row says which
@@ -36,6 +37,8 @@ INT4_OID = 23
 # or unit and time zone.
 Shape: TypeAlias = int | tuple[str, ...]
 EPOCH_2000_US = 946_684_800_000_000  # a timestamptz on the wire counts from 2000
+KEPT_SECONDS = 10  # for which the row of a full bucket stays
+NOT_FULL = LIVE.replace("()", f"() + interval '{KEPT_SECONDS} seconds'")
 STEP_BACK_US = 1_000_000  # a row this far ahead of the clock was written before a step back
 
 LENGTHS = {unit: "3 months" if unit == "quarter" else f"1 {unit}" for unit in WINDOWS}
@@ -83,12 +86,6 @@ class Arrival:
     def ends(self) -> Sequence[int]:
         """When each counter's window ends; 0 for a bucket."""
         return (0,) * len(self.tats)
-
-    def is_new(self) -> bool:
-        """Whether the charge made the row."""
-        if not self.charged or self.stamp is None:
-            return False
-        return _codec.decode_int(self.stamp) + EPOCH_2000_US == self.now // 1000
 
     def stepped_back(self) -> bool:
         """Whether this denial is due to the server's clock having been set back."""
@@ -183,7 +180,7 @@ class LimiterStatements(TableStatements):
     def _make_charge(self, shape: Shape) -> Statement[Arrival | None]:
         windows = _windows_of(shape)
         terms = _terms(windows, "t", "statement_timestamp()", _US)
-        until = _full_at(terms.moved, windows, "statement_timestamp()", "1e6::float8")
+        until = _expiry(terms.moved, windows, "statement_timestamp()", "1e6::float8")
         # The clock is read from updated_at: Citus takes no function that changes in RETURNING.
         told = _told(shape, "t.updated_at", _in_us("t.updated_at"))
         return self.statement(
@@ -236,10 +233,10 @@ class LimiterStatements(TableStatements):
             f"WITH u AS MATERIALIZED ({_CLOCK}), cur AS MATERIALIZED ("
             f"SELECT value, updated_at, version FROM {self.t} WHERE key = $1), h AS ("
             f"INSERT INTO {self.t} AS t (key, value, expires_at, created_at, updated_at, version) "
-            f"SELECT $1::text, {_joined(first)}, {_full_at(first, windows, 'ts')}, ts, ts, us FROM u "
+            f"SELECT $1::text, {_joined(first)}, {_expiry(first, windows, 'ts')}, ts, ts, us FROM u "
             f"WHERE NOT EXISTS (SELECT 1 FROM cur WHERE NOT ({snapshot.admitted})) "
             f"ON CONFLICT (key) DO UPDATE SET value = {_joined(moved)}, "
-            f"expires_at = {_full_at(moved, windows, 'EXCLUDED.updated_at')}, "
+            f"expires_at = {_expiry(moved, windows, 'EXCLUDED.updated_at')}, "
             "updated_at = EXCLUDED.updated_at, "
             f"version = greatest(t.version + 1, EXCLUDED.version) WHERE {locked.admitted} "
             "RETURNING value, created_at) "
@@ -275,7 +272,7 @@ class LimiterStatements(TableStatements):
     def _make_reset(self) -> Statement[bool]:
         return self.statement(
             "limit_reset",
-            self._seen(f"DELETE FROM {self.t} WHERE key = $1 AND {LIVE}"),
+            self._seen(f"DELETE FROM {self.t} WHERE key = $1 AND {NOT_FULL}"),
             (TEXT,),
             _read_changed_or_raced,
             retry_safe=True,
@@ -300,10 +297,10 @@ class LimiterStatements(TableStatements):
             "limit_usage",
             "SELECT name, count(*), "
             "extract(epoch from statement_timestamp() - max(updated_at))::float8, "
-            "extract(epoch from max(expires_at) - statement_timestamp())::float8, min(key) "
+            f"extract(epoch from max(expires_at) - statement_timestamp())::float8 - {KEPT_SECONDS}, min(key) "
             f"FROM (SELECT regexp_replace({rest}, '[:#~].*', '') AS name, "
             f"regexp_replace({rest}, '^[^:#]*', '') AS part, key, updated_at, expires_at "
-            f'FROM {self.t} WHERE key COLLATE "C" >= $1 AND key COLLATE "C" < $2 AND {LIVE}) b '
+            f'FROM {self.t} WHERE key COLLATE "C" >= $1 AND key COLLATE "C" < $2 AND {NOT_FULL}) b '
             "WHERE $3 IN ('', part) "
             "GROUP BY name, CASE WHEN $3 = '' THEN '' ELSE key END ORDER BY 1, 5",
             (TEXT, TEXT, TEXT),
@@ -314,7 +311,7 @@ class LimiterStatements(TableStatements):
         """A change of one row that also says whether the row existed. A change that waits for a row
         finds none when another transaction replaces it, and has to be repeated."""
         return (
-            f"WITH seen AS MATERIALIZED (SELECT 1 FROM {self.t} WHERE key = $1 AND {LIVE}), "
+            f"WITH seen AS MATERIALIZED (SELECT 1 FROM {self.t} WHERE key = $1 AND {NOT_FULL}), "
             f"changed AS ({change} RETURNING 1) "
             "SELECT EXISTS (SELECT 1 FROM changed), EXISTS (SELECT 1 FROM seen)"
         )
@@ -331,7 +328,7 @@ class LimiterStatements(TableStatements):
         lowered = [f"({_field('t', n, rates)} - ${n + 1}::bigint)" for n in range(1, rates + 1)]
         return self.statement(
             "limit_refund",
-            self._seen(self._moved(lowered, f" AND {LIVE}", windows)),
+            self._seen(self._moved(lowered, f" AND {NOT_FULL}", windows)),
             (TEXT, *(BINARY,) * rates),
             _read_changed_or_raced,
             refused=FOREIGN,
@@ -371,7 +368,7 @@ class LimiterStatements(TableStatements):
         lowered = [f"({_field('t', n, rates)} - greatest(0, {back(n)}))" for n in numbers]
         where = (
             " AND created_at = $2::timestamptz "
-            f"AND greatest({', '.join(back(n) for n in numbers)}) > 0 AND {LIVE}"
+            f"AND greatest({', '.join(back(n) for n in numbers)}) > 0 AND {NOT_FULL}"
         )
         formats = (TEXT, BINARY, *(BINARY,) * (2 * rates))
         return self.statement(
@@ -412,7 +409,7 @@ class LimiterStatements(TableStatements):
         it."""
         return (
             f"UPDATE {self.t} AS t SET value = {_joined(tats)}, "
-            f"expires_at = {_full_at(tats, windows, 'statement_timestamp()')}, "
+            f"expires_at = {_expiry(tats, windows, 'statement_timestamp()')}, "
             f"{stamps}, version = greatest(version + 1, {STATEMENT_US}) WHERE key = $1{where}"
         )
 
@@ -491,11 +488,11 @@ class LimiterStatements(TableStatements):
             f"max({until}) AS top FROM s "
             "WHERE (SELECT ok FROM ok) GROUP BY key, absent), "
             f"up AS (UPDATE {self.t} t SET value = x.value, "
-            "expires_at = to_timestamp((top / 1000 + 1) / 1e6), updated_at = ts, "
+            f"expires_at = to_timestamp((top / 1000 + {LAST_US}) / 1e6), updated_at = ts, "
             "version = greatest(t.version + 1, us) FROM x, u WHERE t.key = x.key AND NOT absent "
             f"RETURNING 1), ins AS (INSERT INTO {self.t} "
             "(key, value, expires_at, created_at, updated_at, version) "
-            "SELECT key, x.value, to_timestamp((top / 1000 + 1) / 1e6), ts, ts, us FROM x, u "
+            f"SELECT key, x.value, to_timestamp((top / 1000 + {LAST_US}) / 1e6), ts, ts, us FROM x, u "
             'WHERE absent ORDER BY key COLLATE "C" RETURNING 1) '
             f"SELECT (SELECT ok FROM ok), z.value, us, z.updated_at, z.version, k.key{told} "
             "FROM u CROSS JOIN unnest($1::text[]) k(key) LEFT JOIN ("
@@ -512,6 +509,7 @@ class LimiterStatements(TableStatements):
 
 # -- clauses -------------------------------------------------------------------------------
 
+LAST_US = KEPT_SECONDS * 1_000_000 + 1  # rounded up
 # In float8, which holds microseconds exactly and costs less than the numeric of extract().
 _US = "(date_part('epoch', statement_timestamp()) * 1000000)::bigint"
 _CLOCK = (
@@ -602,16 +600,14 @@ def _joined(tats: Sequence[str]) -> str:
     return "(" + " || ' ' || ".join(f"{tat}::text" for tat in tats) + ")::bytea"
 
 
-def _full_at(
+def _expiry(
     tats: Sequence[str], windows: Sequence[str] = (), ts: str = "", million: str = "1e6"
 ) -> str:
-    """The moment at which every bucket of the row is full and every window over, rounded up."""
-    filling = [tat for n, tat in enumerate(tats) if not any(windows[n : n + 1])]
-    ends = [_window_bounds(window, ts)[1] for window in windows if window]
-    if filling:
-        last = filling[0] if len(filling) == 1 else f"greatest({', '.join(filling)})"
-        ends.append(f"to_timestamp(({last} / 1000 + 1) / {million})")
-    return ends[0] if len(ends) == 1 else f"greatest({', '.join(ends)})"
+    """When a row expires: some time after every bucket of it is full and every window over."""
+    ends = [f"{tat} / 1000" for n, tat in enumerate(tats) if not any(windows[n : n + 1])]
+    ends += [_in_us(_window_bounds(window, ts)[1]) for window in windows if window]
+    last = ends[0] if len(ends) == 1 else f"greatest({', '.join(ends)})"
+    return f"to_timestamp(({last} + {LAST_US}) / {million})"
 
 
 # -- reading results -----------------------------------------------------------------------

@@ -11,6 +11,7 @@ import pytest
 
 from pgkv import ConfigError, InvalidValueError, Quota, Rate, RateLimitedError
 from pgkv.patterns.rate_limit import flows
+from pgkv.patterns.rate_limit.sql import KEPT_SECONDS
 from pgkv.testing import ServerClock
 from tests.peers import Peer
 from tests.variants import Variant
@@ -182,11 +183,12 @@ async def test_the_clock_steps(make: Make, at: Callable[[str], None], clock: Ser
 async def test_a_row_ends_with_its_window(
     make: Make, at: Callable[[str], None], peer: Peer
 ) -> None:
-    """Its expiry is the window's end, or that of the bucket beside it, whichever is later."""
+    """It expires some time after the window's end, or after the bucket beside it is full, whichever is
+    later."""
     at("2027-05-10 12:00:00+00:00")
     expires = "SELECT expires_at AT TIME ZONE 'UTC' FROM kv_store WHERE key LIKE %s"
     await make("3/month Europe/Berlin", name="a").hit("u")
-    assert peer.one(expires, "pgkv:rate:a%") == datetime(2027, 5, 31, 22)  # noqa: DTZ001  # UTC
+    assert peer.one(expires, "pgkv:rate:a%") == datetime(2027, 5, 31, 22, 0, KEPT_SECONDS, 1)  # noqa: DTZ001  # UTC
     await make("3/day fixed; 1/7d", name="b").hit("u")
     assert peer.one(expires, "pgkv:rate:b%") > datetime(2027, 5, 17)  # noqa: DTZ001  # UTC
 

@@ -193,9 +193,9 @@ def test_a_child_forked_by_a_signal_handler_gives_no_place_back(
         raise InterruptedError  # ends the parent's wait as well, so that the test goes on
 
     previous = signal.signal(signal.SIGALRM, fork)
-    signal.setitimer(signal.ITIMER_REAL, 0.2)
     parent = os.getpid()
     place = blocking.reserve("u")
+    signal.setitimer(signal.ITIMER_REAL, 1.0)  # acquire() sleeps by then
     try:
         blocking.acquire("u")
     except SystemExit:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import struct
 from typing import Any
@@ -12,7 +13,8 @@ import psycopg
 import pgkv
 from pgkv import Decision, RateLimitedError, RateLimiter
 from pgkv._ops.op import Op
-from pgkv.patterns.rate_limit.flows import Receipt
+from pgkv.patterns.rate_limit.flows import Lately, Receipt
+from pgkv.patterns.rate_limit.sql import KEPT_SECONDS
 from tests.interleavings.pairs import Operation, Subject
 from tests.interleavings.scenarios import Client, evicting, failed_by_itself, truncate, with_marks
 from tests.interleavings.schedule import Scenario, World
@@ -47,7 +49,7 @@ def hinted(limiter: RateLimiter, side: str, refused: bool | None) -> Any:
     flows._lately.clear()
     flows.usual.clear()
     if refused is not None:
-        flows._lately[flows.row("k", flows.policy)] = refused
+        flows._lately[flows.row("k", flows.policy)] = Lately(refused, math.inf)
     return told(limiter.hit("k", COST[side]))
 
 
@@ -128,7 +130,7 @@ class OneRate(Subject[RateLimiter]):
         OneRate.receipt = Receipt(os.getpid(), rows[0], CREATED, incs, values, flows.policy.shape)
         if tokens is not None:
             self.conn.execute(
-                "INSERT INTO kv_store SELECT k, %s::text::bytea, to_timestamp(%s / 1e9),"
+                f"INSERT INTO kv_store SELECT k, %s::text::bytea, to_timestamp(%s / 1e9 + {KEPT_SECONDS}),"
                 " '2000-01-01 00:00:00+00', now(), %s FROM unnest(%s::text[]) k",
                 [" ".join(map(str, values)), tat, VERSION, [row.decode() for row in rows]],
             )
