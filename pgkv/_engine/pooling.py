@@ -15,12 +15,9 @@ from typing import Any
 
 import psycopg
 import psycopg_pool
-from psycopg import capabilities
 
 from .. import _observe
-from .._ops.op import Result
-from .._sql.table import read_int
-from ..config import Config, Pooler
+from ..config import Config
 from ..errors import (
     OperationTimeoutError,
     PgkvError,
@@ -42,44 +39,6 @@ OPENING_NAP = 0.05
 FIRST_NAP = 0.001  # seconds between two looks whether a new pool has its first connection
 # How long closing waits for the pool's threads: one may be connecting to a server that is silent.
 CLOSE_TIMEOUT = 0.5
-
-
-HAS_CLOSE_PREPARED = capabilities.has_send_close_prepared()  # as of libpq 17
-TRIALS_MAX = 3  # connections that may be lost by a trial
-
-
-class Preparing:
-    """Whether statements may be prepared through a pooler in transaction mode.
-
-    A pooler that keeps them (PgBouncer since 1.21) gives them other names on the server. So the
-    first connection prepares `PREPARE_TRIAL`, which looks for its own name there. A pooler that
-    passes the name on would lose the statement with the next transaction. After a refusal nothing
-    is prepared any more.
-
-    Attributes:
-        allowed: None before the trial.
-    """
-
-    __slots__ = ("_lost", "allowed")
-
-    def __init__(self) -> None:
-        self.allowed: bool | None = None
-        self._lost = 0
-
-    @classmethod
-    def through(cls, pooler: Pooler) -> Preparing | None:
-        """None for a direct connection, where it is no question."""
-        return None if pooler is Pooler.NONE else cls()
-
-    def learn(self, result: Result) -> None:
-        """Note how many statements of that name the trial saw."""
-        self.allowed = not read_int(result)
-
-    def learn_failure(self, *, is_usable: bool) -> None:
-        """Note that the trial was refused, or that the connection was lost by it."""
-        self._lost += not is_usable
-        if is_usable or self._lost >= TRIALS_MAX:
-            self.allowed = False
 
 
 class Attempts:

@@ -67,14 +67,6 @@ class PipelineReader:
         return False
 
 
-def forgotten(results: Sequence[PGresult]) -> bool:
-    """Whether the server says that a prepared statement is gone (DISCARD ALL): then all are."""
-    return any(
-        result.status not in OK and result.error_field(pq.DiagnosticField.SQLSTATE) == b"26000"
-        for result in results
-    )
-
-
 def outcomes(batch: Pipelined, results: Sequence[PGresult]) -> list[tuple[Op[Any], Any]]:
     """Each operation of a batch with its answer, or the exception by which it was refused."""
     return [(op, _outcome(op, result)) for op, result in zip(batch.ops, results, strict=True)]

@@ -7,11 +7,11 @@ from __future__ import annotations
 import asyncio
 import inspect
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Generator
 from time import monotonic
 from typing import Any, TypeVar
 
-from .op import Call, Expired, Flow, Op, Sleep
+from .op import Call, Expired, Op, Sleep
 
 T = TypeVar("T")
 
@@ -21,7 +21,7 @@ def _unexpected(step: Any, _timeout: float | None) -> Any:
 
 
 def drive(
-    flow: Flow[T],
+    flow: Generator[Any, Any, T],
     execute: Callable[[Op[Any], float | None], Any] = _unexpected,
     timeout: float | None = None,
     together: Callable[[Any, float | None], Any] = _unexpected,
@@ -33,7 +33,7 @@ def drive(
         flow: yields the steps.
         execute: performs an `Op`; called with the operation and `timeout`.
         timeout: passed on unchanged.
-        together: performs a `Transaction` or a `Pipelined`; called like `execute`.
+        together: performs any other step; called like `execute`.
         sleep: performs a `Sleep`; called with the seconds.
     """
     outcome: Any = None
@@ -90,7 +90,7 @@ async def _unexpected_async(step: Any, _timeout: float | None) -> Any:
 
 
 async def drive_async(
-    flow: Flow[T],
+    flow: Generator[Any, Any, T],
     execute: Callable[[Op[Any], float | None], Awaitable[Any]] = _unexpected_async,
     timeout: float | None = None,
     together: Callable[[Any, float | None], Awaitable[Any]] = _unexpected_async,

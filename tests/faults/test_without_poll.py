@@ -22,7 +22,7 @@ pytestmark = newest
 
 @pytest.fixture(autouse=True)
 def _select(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pgkv._engine._sync.connection.HAS_POLL", False)
+    monkeypatch.setattr("pgkv._engine.wire.HAS_POLL", False)
 
 
 @pytest.fixture

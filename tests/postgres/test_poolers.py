@@ -20,7 +20,7 @@ from psycopg.conninfo import conninfo_to_dict
 
 import pgkv
 from pgkv import Pooler, StoreUnavailableError
-from pgkv._engine import pooling
+from pgkv._engine.wire import Preparing
 from tests import pgbouncer
 from tests.again import adopt
 from tests.faults.support import newest
@@ -221,7 +221,7 @@ async def test_a_statement_that_the_pooler_lost(
     unprepared, as are all that follow."""
     if program == "newer":
         pytest.skip("it loses none")
-    monkeypatch.setattr(pooling.Preparing, "learn", lambda self, _: setattr(self, "allowed", True))
+    monkeypatch.setattr(Preparing, "learn", lambda self, _: setattr(self, "allowed", True))
     store = await make_store(pool_max_size=1)
     await store.set("k", b"v")
 

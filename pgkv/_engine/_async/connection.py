@@ -12,34 +12,32 @@ import asyncio
 import contextlib
 import math
 from collections.abc import Callable, Sequence
-from collections.abc import Set as AbstractSet
 from time import monotonic
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import psycopg
 from psycopg import pq
 
+from ..._ops.drivers import drive_async
 from ..._ops.op import BINARY, Op, Statement
-from ..._sql.control import PREPARE_TRIAL
-from ...errors import ConfigError, PgkvError, from_result
-from .._sync.connection import CANCEL_TIMEOUT, IDLE, poller
-from ..pooling import HAS_CLOSE_PREPARED, Preparing
+from ...errors import ConfigError, PgkvError
 from ..results import (
     OK,
     PIPELINE,
     PipelineReader,
     behind_fences,
     failed,
-    forgotten,
     is_fenced,
-    is_outdated,
     past_deadline,
     refusal,
     without_fences,
 )
+from ..wire import CANCEL_TIMEOUT, Conversation, Preparing, WireConnection
 
 if TYPE_CHECKING:
-    from psycopg.pq.abc import PGconn, PGresult
+    from psycopg.pq.abc import PGresult
+
+T = TypeVar("T")
 
 
 class Watched(Protocol):
@@ -102,50 +100,21 @@ class Watchdog:
             self.look_at(soonest)
 
 
-class AsyncPgConnection:
+class AsyncPgConnection(WireConnection):
     """One connection of an event loop, and the operations that cross it.
 
     Args:
-        conn: an open psycopg connection; no other caller uses it meanwhile.
+        conn, prepares, prepared, preparing: as of a `WireConnection`.
         watchdog: minds its deadlines.
-        prepares: keep prepared statements on it.
-        prepared: the names prepared on it already, kept up to date.
-        preparing: through a pooler, whether it lets statements be prepared.
 
     Attributes:
-        ready: the names that `AsyncPoolChannel.call` may send by itself, without `execute`.
         on_free: called when the answer to the connection's operation has arrived.
     """
 
     __slots__ = (
-        "_consume",
-        "_flush",
-        "_get_result",
-        "_is_busy",
-        "_loop",
-        "_pending",
-        "_pipeline",
-        "_poll",
-        "_prepared",
-        "_result",
-        "_seconds",
-        "_socket",
-        "_statement",
-        "_tls",
-        "_waiter",
-        "_watchdog",
-        "_writing",
-        "conn",
-        "deadline",
-        "lost",
-        "on_free",
-        "pgconn",
-        "prepares",
-        "preparing",
-        "ready",
-        "retire_at",
-        "send_prepared",
-    )
+        "_loop", "_pending", "_pipeline", "_result", "_seconds", "_socket", "_statement", "_tls",
+        "_waiter", "_watchdog", "_writing", "deadline", "lost", "on_free",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -156,16 +125,10 @@ class AsyncPgConnection:
         prepared: set[bytes] | None = None,
         preparing: Preparing | None = None,
     ) -> None:
-        self.conn: psycopg.AsyncConnection[Any] = conn
-        self.preparing: Preparing | None = preparing
-        self.pgconn: PGconn = conn.pgconn
-        self.prepares: bool = prepares
-        self.retire_at: float = math.inf
+        super().__init__(conn, prepares=prepares, prepared=prepared, preparing=preparing)
         self.deadline: float = math.inf
         self.lost: bool = False
         self.on_free: Callable[[AsyncPgConnection], None] | None = None
-        self._prepared = set() if prepared is None else prepared
-        self.ready: AbstractSet[bytes] = self._prepared if prepares else frozenset()
         self._watchdog = watchdog
         self._loop = asyncio.get_running_loop()
         self._waiter: asyncio.Future[Any] | None = None
@@ -175,15 +138,8 @@ class AsyncPgConnection:
         self._result: PGresult | None = None
         self._pipeline: PipelineReader | None = None
         self._writing = False
-        pgconn = self.pgconn
-        self._socket = pgconn.socket
-        self._poll = poller(self._socket)
-        self.send_prepared: Callable[..., None] = pgconn.send_query_prepared
-        self._flush = pgconn.flush
-        self._consume = pgconn.consume_input
-        self._is_busy = pgconn.is_busy
-        self._get_result = pgconn.get_result
-        self._tls = bool(pgconn.ssl_in_use)
+        self._socket = self.pgconn.socket
+        self._tls = bool(self.pgconn.ssl_in_use)
         watchdog.watch(self)
         try:
             self._loop.add_reader(self._socket, self._on_readable)
@@ -197,17 +153,11 @@ class AsyncPgConnection:
 
     def is_usable(self) -> bool:
         """Whether another operation may follow."""
-        pgconn = self.pgconn
-        return (
-            not self.lost
-            and self._waiter is None
-            and pgconn.status == pq.ConnStatus.OK
-            and pgconn.transaction_status == IDLE
-        )
+        return not self.lost and self._waiter is None and super().is_usable()
 
     def is_stale(self) -> bool:
         """Whether anything is readable while nothing was asked: a FATAL message, or the end."""
-        return self.lost or bool(self._poll(0))
+        return self.lost or bool(self.poll(0))
 
     def is_running(self) -> bool:
         """Whether the server still works on something that no task waits for any more."""
@@ -268,7 +218,7 @@ class AsyncPgConnection:
                 return None
             self.send_prepared(statement.prepared_name, op.params, statement.formats, BINARY)
         else:
-            self._send_unprepared(op)
+            self._send_unprepared(op, script=statement.script)
         return self.expect(statement, seconds, deadline, waiter)
 
     def send_pending(self, op: Op[Any], pending: PendingRequest, seconds: float) -> bool:
@@ -301,7 +251,7 @@ class AsyncPgConnection:
         self.deadline = deadline
         if deadline < self._watchdog.next_look:
             self._watchdog.look_at(deadline)
-        if self._flush():
+        if self.flush():
             self._writing = True
             self._loop.add_writer(self._socket, self._on_writable)
         return waiter
@@ -341,7 +291,7 @@ class AsyncPgConnection:
                 result = await waiter
             if result.status in OK:
                 return result
-            if await self._forget(statement, result) and again:
+            if await self._converse(self._refused(statement, result), seconds, deadline) and again:
                 return await self.execute(op, deadline - monotonic(), again=False)
             failure = refusal(result, statement)
         except psycopg.Error as error:
@@ -355,7 +305,9 @@ class AsyncPgConnection:
         """Send one operation behind the fence of its slot."""
         until = monotonic() + seconds
         (result,) = await self.execute_all((op,), seconds, sync_each=False)
-        if result.status not in OK and await self._forget(plan.statement, result):
+        if result.status not in OK and await self._converse(
+            self._refused(plan.statement, result), seconds, until
+        ):
             (result,) = await self.execute_all((op,), until - monotonic(), sync_each=False)
         if result.status in OK:
             return result
@@ -390,23 +342,9 @@ class AsyncPgConnection:
                     await self._prepare(about, seconds, deadline)
             about = PIPELINE
             self._pipeline = PipelineReader(self.pgconn, len(ops) if sync_each else 1)
-            self.pgconn.enter_pipeline_mode()
-            for op in ops:
-                if self.prepares:
-                    self.send_prepared(
-                        op.statement.prepared_name, op.params, op.statement.formats, BINARY
-                    )
-                else:
-                    self._send_unprepared(op)
-                if sync_each:
-                    self.pgconn.pipeline_sync()
-            if not sync_each:
-                self.pgconn.pipeline_sync()
+            self._send_pipeline(ops, sync_each=sync_each)
             answers: list[PGresult] = await self.expect(PIPELINE, seconds, deadline)
-            if forgotten(answers):
-                self._prepared.clear()
-                if self.preparing is not None:
-                    self._stop_preparing(self.preparing)
+            await self._converse(self._all_refused(ops, answers), seconds, deadline)
         except psycopg.Error as error:
             failure = failed(error, about, sent=True)
         else:
@@ -420,9 +358,9 @@ class AsyncPgConnection:
 
     def _on_readable(self) -> None:
         try:
-            self._consume()
-            if self._tls and self._is_busy():
-                self._consume()  # what OpenSSL holds back, the loop will never hear of
+            self.consume()
+            if self._tls and self.is_busy():
+                self.consume()  # what OpenSSL holds back, the loop will never hear of
             if self._waiter is None:
                 # Nothing was asked: this is the end, or a notice, which costs a reconnect at worst.
                 self.lost = True
@@ -435,8 +373,8 @@ class AsyncPgConnection:
                     self.pgconn.exit_pipeline_mode()
                     self._resolve(answers)
                 return
-            while not self._is_busy():
-                result = self._get_result()
+            while not self.is_busy():
+                result = self.get_result()
                 if result is None:
                     answer, self._result = self._result, None
                     self._resolve(answer)
@@ -448,7 +386,7 @@ class AsyncPgConnection:
 
     def _on_writable(self) -> None:
         try:
-            if not self._flush():
+            if not self.flush():
                 self._stop_writing()
         except psycopg.Error as error:
             self._break(error)
@@ -493,74 +431,19 @@ class AsyncPgConnection:
 
     # -- statements on the server
 
-    async def try_preparing(self, deadline: float) -> None:
-        """Find out whether the pooler lets statements be prepared."""
-        assert self.preparing is not None
-        try:
-            self.preparing.learn(await self.execute(PREPARE_TRIAL, deadline - monotonic()))
-        except PgkvError:
-            self.preparing.learn_failure(is_usable=self.is_usable())
-            if not self.is_usable():
-                raise
-        if not self.preparing.allowed:
-            self._stop_preparing(self.preparing)
-
-    def _stop_preparing(self, preparing: Preparing) -> None:
-        self.prepares = preparing.allowed = False
-        self.ready = frozenset()
-
-    def _send_unprepared(self, op: Op[Any]) -> None:
-        statement = op.statement
-        sql = statement.text(self.pgconn.server_version)
-        if statement.script and self._pipeline is None:
-            self.pgconn.send_query(sql)
-        else:
-            self.pgconn.send_query_params(
-                sql, op.params, param_formats=statement.formats, result_format=BINARY
-            )
+    async def _converse(self, flow: Conversation[T], seconds: float, deadline: float) -> T:
+        return await drive_async(
+            flow, together=lambda each, _: self.expect(each, seconds, deadline)
+        )
 
     async def _prepare(self, statement: Statement[Any], seconds: float, deadline: float) -> None:
-        self.pgconn.send_prepare(
-            statement.prepared_name, statement.text(self.pgconn.server_version)
-        )
         try:
-            result = await self.expect(statement, seconds, deadline)
-        except PgkvError as failure:
-            failure.outcome_unknown = False  # preparing changes nothing
-            raise
+            await self._converse(self._preparation(statement), seconds, deadline)
         except asyncio.CancelledError:
             # It may be prepared: a transaction that prepared it again would be refused.
             self.lost = True
             raise
-        # The name is a hash of the text: one that exists is the one we want.
-        if result.status not in OK and from_result(result).sqlstate != "42P05":
-            if self.preparing is not None:
-                await self._give_name_back(self.preparing, statement, seconds, deadline)
-            raise from_result(result)
-        self._prepared.add(statement.prepared_name)
 
-    async def _give_name_back(
-        self, preparing: Preparing, statement: Statement[Any], seconds: float, deadline: float
-    ) -> None:
-        """As in `_sync.connection.PgConnection`."""
-        if HAS_CLOSE_PREPARED:
-            self.pgconn.send_close_prepared(statement.prepared_name)
-            await self.expect(statement, seconds, deadline)
-        else:
-            self._stop_preparing(preparing)
-
-    async def _forget(self, statement: Statement[Any], result: PGresult) -> bool:
-        """Whether the refusal only says that the prepared statement is gone or outdated."""
-        error = from_result(result)
-        if self.preparing is not None and (error.sqlstate == "26000" or is_outdated(error)):
-            self._stop_preparing(self.preparing)
-            return self.is_usable()
-        if error.sqlstate == "26000":
-            self._prepared.clear()  # what forgot one forgot them all
-            return self.is_usable()
-        if not is_outdated(error) or not self.is_usable():
-            return False
-        self.pgconn.send_query(b"DEALLOCATE " + statement.prepared_name)
-        await self.expect(statement, self._seconds, monotonic() + self._seconds)
-        self._prepared.discard(statement.prepared_name)
-        return True
+    async def try_preparing(self, deadline: float) -> None:
+        """Find out whether the pooler lets statements be prepared."""
+        await drive_async(self._trial(), lambda op, _: self.execute(op, deadline - monotonic()))

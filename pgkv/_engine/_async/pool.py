@@ -23,7 +23,6 @@ from ... import _observe
 from ...config import Config, Pooler
 from ...errors import ConfigError, PgkvError, translate
 from .. import conninfo as _conninfo
-from .._sync.connection import poller
 from ..caller import check_connection
 from ..pooling import (
     CLOSE_TIMEOUT,
@@ -34,7 +33,6 @@ from ..pooling import (
     POOL_NAME,
     Attempts,
     OwnConnection,
-    Preparing,
     busy,
     closed,
     counts_of,
@@ -43,6 +41,7 @@ from ..pooling import (
     still_opening,
     unreachable,
 )
+from ..wire import Preparing, poller
 from .connection import AsyncPgConnection, Watchdog
 
 if TYPE_CHECKING:

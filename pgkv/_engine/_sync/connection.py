@@ -12,20 +12,18 @@ others' business. Every failure leaves as a `PgkvError` that says whether the ou
 
 from __future__ import annotations
 
-import math
-import select
 import selectors
 from collections import deque
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import psycopg
 from psycopg import pq
 
+from ..._ops.drivers import drive
 from ..._ops.op import BINARY, Op, Result, Statement
-from ..._sql.control import PREPARE_TRIAL
-from ...errors import PgkvError, from_result
-from ..pooling import HAS_CLOSE_PREPARED, PoolPlace, Preparing
+from ...errors import PgkvError
+from ..pooling import PoolPlace
 from ..results import (
     OK,
     PIPELINE,
@@ -33,60 +31,28 @@ from ..results import (
     behind_fences,
     failed,
     is_fenced,
-    is_outdated,
     past_deadline,
     refusal,
     without_fences,
 )
+from ..wire import CANCEL_TIMEOUT, SELECT_NAP, Conversation, Preparing, WireConnection
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-    from collections.abc import Set as AbstractSet
+    from collections.abc import Sequence
 
-    from psycopg.pq.abc import PGconn, PGresult
+    from psycopg.pq.abc import PGresult
 
-IDLE = pq.TransactionStatus.IDLE
-CANCEL_TIMEOUT = 1.0  # seconds that a cancel request may take
 # Bytes can wait inside OpenSSL while the socket is silent: under TLS no sleep is longer.
 TLS_NAP_MS = 50.0
 LONGEST_NAP_MS = 1e9  # poll() refuses what does not fit a C int
 
-HAS_POLL = hasattr(select, "poll")  # Windows has none
-SELECT_NAP = 0.1  # seconds; no Ctrl-C ends a select() on Windows before its time
+T = TypeVar("T")
 
 
-class PgConnection:
-    """One connection, and the operations that cross it.
+class PgConnection(WireConnection):
+    """One connection of a thread, and the operations that cross it."""
 
-    Args:
-        conn: an open psycopg connection; no other caller uses it meanwhile.
-        prepares: keep prepared statements on it. Not behind a transaction pooler, and not on a
-            connection that belongs to the caller.
-        prepared: the names prepared on it already, kept up to date.
-        preparing: through a pooler, whether it lets statements be prepared.
-
-    Attributes:
-        ready: the names that `PoolChannel.call` may send by itself, without `execute`.
-    """
-
-    __slots__ = (
-        "_lost",
-        "_nap_ms",
-        "_prepared",
-        "conn",
-        "consume",
-        "flush",
-        "get_result",
-        "is_busy",
-        "pgconn",
-        "place",
-        "poll",
-        "prepares",
-        "preparing",
-        "ready",
-        "retire_at",
-        "send_prepared",
-    )
+    __slots__ = ("_lost", "_nap_ms", "place")
 
     def __init__(
         self,
@@ -96,26 +62,12 @@ class PgConnection:
         prepared: set[bytes] | None = None,
         preparing: Preparing | None = None,
     ) -> None:
-        self.conn: psycopg.Connection[Any] = conn
-        self.preparing: Preparing | None = preparing
-        self.pgconn: PGconn = conn.pgconn
-        self.prepares: bool = prepares
-        self.retire_at: float = math.inf
+        super().__init__(conn, prepares=prepares, prepared=prepared, preparing=preparing)
         self.place: PoolPlace = PoolPlace()
         self._lost: deque[Any] | None = None
-        self._prepared = set() if prepared is None else prepared
-        pgconn = self.pgconn
-        # One poller for the connection's life; bound methods spare a look-up for each of some ten calls.
-        self.poll: Callable[[float], Sequence[Any]] = poller(pgconn.socket)
-        self.send_prepared: Callable[..., None] = pgconn.send_query_prepared
-        self.flush: Callable[[], int] = pgconn.flush
-        self.consume: Callable[[], None] = pgconn.consume_input
-        self.is_busy: Callable[[], int] = pgconn.is_busy
-        self.get_result: Callable[[], PGresult | None] = pgconn.get_result
-        self._nap_ms = TLS_NAP_MS if pgconn.ssl_in_use else LONGEST_NAP_MS
-        self.ready: AbstractSet[bytes] = (
-            self._prepared if prepares and not pgconn.ssl_in_use else frozenset()
-        )
+        self._nap_ms = LONGEST_NAP_MS
+        if self.pgconn.ssl_in_use:
+            self._nap_ms, self.ready = TLS_NAP_MS, frozenset()
 
     # -- whose it is
 
@@ -143,11 +95,6 @@ class PgConnection:
             return bool(self.poll(0))
         except OSError:
             return True
-
-    def is_usable(self) -> bool:
-        """Whether another operation may follow."""
-        pgconn = self.pgconn
-        return pgconn.status == pq.ConnStatus.OK and pgconn.transaction_status == IDLE
 
     def abandon(self, seconds: float = CANCEL_TIMEOUT) -> None:
         """Stop what runs (one request, bounded) and close: a late cancel must not hit another caller.
@@ -191,10 +138,10 @@ class PgConnection:
             if result is not None:
                 pass
             elif not self.prepares or statement.script:
-                self._send_unprepared(op)
+                self._send_unprepared(op, script=statement.script)
             else:
                 if statement.prepared_name not in self._prepared:
-                    self._prepare(statement, seconds, deadline)
+                    self._converse(self._preparation(statement), seconds, deadline)
                     seconds = deadline - monotonic()
                 self.send_prepared(statement.prepared_name, op.params, statement.formats, BINARY)
         except psycopg.Error as error:
@@ -209,7 +156,7 @@ class PgConnection:
                 result = self.receive(statement, seconds, deadline)
             if result.status in OK:
                 return result
-            if self._forget(statement, result) and again:
+            if self._converse(self._refused(statement, result), seconds, deadline) and again:
                 return self.execute(op, max(0.0, deadline - monotonic()), again=False)
             failure = refusal(result, statement)
         try:
@@ -273,7 +220,9 @@ class PgConnection:
         """Send one operation behind the fence of its slot."""
         until = monotonic() + seconds
         (result,) = self.execute_all((op,), seconds, sync_each=False)
-        if result.status not in OK and self._forget(plan.statement, result):
+        if result.status not in OK and self._converse(
+            self._refused(plan.statement, result), seconds, until
+        ):
             (result,) = self.execute_all((op,), until - monotonic(), sync_each=False)
         if result.status in OK:
             return result
@@ -312,16 +261,10 @@ class PgConnection:
             for op in ops:
                 if self.prepares and op.statement.prepared_name not in self._prepared:
                     about = op.statement
-                    self._prepare(about, seconds, deadline)
+                    self._converse(self._preparation(about), seconds, deadline)
             about = PIPELINE
             reader = PipelineReader(self.pgconn, len(ops) if sync_each else 1)
-            self.pgconn.enter_pipeline_mode()
-            for op in ops:
-                self.queue(op)
-                if sync_each:
-                    self.pgconn.pipeline_sync()
-            if not sync_each:
-                self.pgconn.pipeline_sync()
+            self._send_pipeline(ops, sync_each=sync_each)
             if self.flush():
                 self._finish_sending(deadline)
             while not reader.advance():
@@ -332,9 +275,7 @@ class PgConnection:
                 if self.poll(min(left, self._nap_ms)) or self._nap_ms < LONGEST_NAP_MS:
                     self.consume()
             self.pgconn.exit_pipeline_mode()
-            for op, answer in zip(ops, reader.answers, strict=False):
-                if answer.status not in OK:
-                    self._forget(op.statement, answer)  # the batch is sent again by its flow
+            self._converse(self._all_refused(ops, reader.answers), seconds, deadline)
         except psycopg.Error as error:
             failure = failed(error, about, sent=True)
         except _PastDeadlineError:
@@ -381,104 +322,13 @@ class PgConnection:
 
     # -- statements on the server
 
+    def _converse(self, flow: Conversation[T], seconds: float, deadline: float) -> T:
+        return drive(flow, together=lambda each, _: self.receive(each, seconds, deadline))
+
     def try_preparing(self, deadline: float) -> None:
         """Find out whether the pooler lets statements be prepared."""
-        assert self.preparing is not None
-        try:
-            self.preparing.learn(self.execute(PREPARE_TRIAL, deadline - monotonic()))
-        except PgkvError:
-            self.preparing.learn_failure(is_usable=self.is_usable())
-            if not self.is_usable():
-                raise
-        if not self.preparing.allowed:
-            self._stop_preparing(self.preparing)
-
-    def _stop_preparing(self, preparing: Preparing) -> None:
-        self.prepares = preparing.allowed = False
-        self.ready = frozenset()
-
-    def queue(self, op: Op[Any]) -> None:
-        """Send one operation of a pipeline."""
-        statement = op.statement
-        if self.prepares:
-            self.send_prepared(statement.prepared_name, op.params, statement.formats, BINARY)
-        else:
-            self._send_unprepared(op)
-
-    def _send_unprepared(self, op: Op[Any]) -> None:
-        statement = op.statement
-        sql = statement.text(self.pgconn.server_version)
-        if statement.script:
-            self.pgconn.send_query(sql)
-        else:
-            self.pgconn.send_query_params(
-                sql, op.params, param_formats=statement.formats, result_format=BINARY
-            )
-
-    def _prepare(self, statement: Statement[Any], seconds: float, deadline: float) -> None:
-        self.pgconn.send_prepare(
-            statement.prepared_name, statement.text(self.pgconn.server_version)
-        )
-        try:
-            result = self.receive(statement, seconds, deadline)
-        except PgkvError as failure:
-            failure.outcome_unknown = False  # preparing changes nothing
-            raise
-        # The name is a hash of the text: one that exists is the one we want.
-        if result.status not in OK and from_result(result).sqlstate != "42P05":
-            if self.preparing is not None:
-                self._give_name_back(self.preparing, statement, seconds, deadline)
-            raise from_result(result)
-        self._prepared.add(statement.prepared_name)
-
-    def _give_name_back(
-        self, preparing: Preparing, statement: Statement[Any], seconds: float, deadline: float
-    ) -> None:
-        """PgBouncer keeps the name of a statement that the server refused, and closes the connection
-        of a client that prepares it again."""
-        if HAS_CLOSE_PREPARED:
-            self.pgconn.send_close_prepared(statement.prepared_name)
-            self.receive(statement, seconds, deadline)
-        else:
-            self._stop_preparing(preparing)
-
-    def _forget(self, statement: Statement[Any], result: PGresult) -> bool:
-        """Whether a refusal only says that the prepared statement is gone (DISCARD ALL) or
-        outdated (ALTER TABLE), so that it is prepared again and sent once more."""
-        error = from_result(result)
-        if self.preparing is not None and (error.sqlstate == "26000" or is_outdated(error)):
-            self._stop_preparing(self.preparing)
-            return self.is_usable()
-        if error.sqlstate == "26000":
-            # What forgot one forgot them all; preparing one that is still there does no harm.
-            self._prepared.clear()
-            return self.is_usable()
-        if not is_outdated(error) or not self.is_usable():
-            return False
-        # Under another name the old one would stay behind for the connection's life.
-        self.pgconn.exec_(b"DEALLOCATE " + statement.prepared_name)
-        self._prepared.discard(statement.prepared_name)
-        return True
+        drive(self._trial(), lambda op, _: self.execute(op, deadline - monotonic()))
 
 
 class _PastDeadlineError(Exception):
     """The deadline passed while waiting: turned into an OperationTimeoutError at once."""
-
-
-def poller(fd: int) -> Callable[[float], Sequence[Any]]:
-    """Return a function that waits some milliseconds for the socket to become readable, and
-    returns an empty sequence if it did not."""
-    if HAS_POLL:
-        poll = select.poll()
-        poll.register(fd, select.POLLIN)
-        return poll.poll
-
-    def wait(milliseconds: float) -> Sequence[Any]:
-        until = monotonic() + milliseconds / 1000.0
-        while True:
-            left = until - monotonic()
-            ready = select.select([fd], [], [], max(0.0, min(left, SELECT_NAP)))[0]
-            if ready or left <= SELECT_NAP:
-                return ready
-
-    return wait

@@ -51,7 +51,6 @@ from ..pooling import (
     Attempts,
     OwnConnection,
     PoolPlace,
-    Preparing,
     busy,
     closed,
     counts_of,
@@ -60,6 +59,7 @@ from ..pooling import (
     still_opening,
     unreachable,
 )
+from ..wire import Preparing
 from .connection import PgConnection
 
 # What a waiter gets: a connection, or None, which means "look again".
