@@ -160,8 +160,6 @@ def pool_channel(store: Any) -> PoolChannel | AsyncPoolChannel | None:
 
 
 class _Backgrounds:
-    """All backgrounds of this process."""
-
     def __init__(self) -> None:
         self._lock = new_lock(self)
         self._inherited: list[object] = []
@@ -309,7 +307,6 @@ class Workers:
             thread.join(max(0.0, deadline - monotonic()))
 
     def after_fork(self) -> None:
-        """Start again: threads do not survive a fork."""
         self._begin()
 
 

@@ -228,7 +228,6 @@ class Listener:
             conn.pgconn.finish()
 
     def stop(self) -> None:
-        """Stop listening."""
         self._ended = True
         listened = self._listening
         self._close()

@@ -47,9 +47,7 @@ class Renewable(Protocol):
     _until: float  # when it ends
 
     @property
-    def name(self) -> str:
-        """The name in messages."""
-        ...
+    def name(self) -> str: ...
 
     @property
     def is_lost(self) -> bool:
@@ -119,7 +117,6 @@ class Renewer:
             self._loop.call_soon_threadsafe(self._look, context=self._context)
 
     def discard(self, each: Renewable) -> None:
-        """Stop renewing and watching it."""
         with self._lock:
             self._entries.pop(id(each), None)
 

@@ -62,7 +62,6 @@ class PooledOperations:
 
     @property
     def state(self) -> str:
-        """Whether it was closed."""
         return "closed" if getattr(self._pool, "_closed", False) else ""
 
     def is_exhausted(self) -> bool:
@@ -251,7 +250,6 @@ class InTransaction:
         return host, None if port is None else int(port), name
 
     def call(self, statement: Statement[Any], params: Sequence[Param]) -> Any:
-        """Perform one statement."""
         return self.execute(Op(statement, params))
 
     def end(self) -> None:

@@ -33,7 +33,6 @@ class Nesting:
         self._depth += 1
 
     def leave(self) -> None:
-        """End one."""
         self._depth -= 1
         if not self._depth:
             self.owner = None

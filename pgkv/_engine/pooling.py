@@ -57,7 +57,6 @@ class Attempts:
 
     @contextlib.contextmanager
     def attempt(self) -> Iterator[None]:
-        """Take note of one."""
         token = object()
         self.running.add(token)
         started = monotonic()

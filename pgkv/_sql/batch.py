@@ -52,8 +52,6 @@ class LoadTexts(NamedTuple):
 
 
 class BatchStatements(TableStatements):
-    """Reads and writes of many keys."""
-
     def distinct(self, keys: Iterable[str]) -> list[bytes]:
         """Check the keys and return them distinct, in the order of their bytes: that of locks."""
         return sorted(dict.fromkeys(self._listed(keys)))
@@ -231,7 +229,6 @@ class BatchStatements(TableStatements):
         return Op(statement, _merged_columns(params), _read_raw_sums)
 
     def delete_many(self, keys: Iterable[str]) -> list[Op[int]]:
-        """Remove the keys."""
         return self._chunked(self._delete_many, self.distinct(keys))
 
     def _chunked(self, statement: Statement[T], keys: list[bytes], *extra: bytes) -> list[Op[T]]:
@@ -256,7 +253,6 @@ class BatchStatements(TableStatements):
         )
 
     def expire_many(self, keys: Iterable[str], ttl: Seconds) -> list[Op[int]]:
-        """Give the keys a new ttl."""
         interval = _codec.encode_ttl(ttl)
         return self._chunked(self._expire_many, self.distinct(keys), interval)
 

@@ -1,4 +1,6 @@
-"""Statements that touch one key. Each names it as ``key = $1``, so that a sharded server routes it."""
+"""Statements that touch one key. Each names it as ``key = $1``, so that a sharded server routes it.
+A method that a store has as well makes the operation of the store's method.
+"""
 
 from __future__ import annotations
 
@@ -63,8 +65,6 @@ WINDOW = f"CASE WHEN {DEAD} THEN EXCLUDED.expires_at ELSE t.expires_at END"
 
 
 class PointStatements(TableStatements):
-    """Reads, writes and compare-and-swap of one key."""
-
     def _of_one_key(
         self,
         name: str,
@@ -104,7 +104,6 @@ class PointStatements(TableStatements):
         return self._read_key("get", "value", read_value, self._and_readable)
 
     def get(self, key: str) -> Op[bytes | None]:
-        """The value, or None."""
         return Op(self.get_statement, (self.key(key),))
 
     @cached_property
@@ -118,7 +117,6 @@ class PointStatements(TableStatements):
         )
 
     def get_entry(self, key: str) -> Op[Entry | None]:
-        """The whole row, or None."""
 
         def decode(result: Result) -> Entry | Signal | None:
             if not result.ntuples:
@@ -143,7 +141,6 @@ class PointStatements(TableStatements):
         return self._read_key("exists", "1", read_found, self._and_readable)
 
     def exists(self, key: str) -> Op[bool]:
-        """Whether the key exists."""
         return Op(self.exists_statement, (self.key(key),))
 
     @cached_property
@@ -155,7 +152,6 @@ class PointStatements(TableStatements):
         return self._read_key("ttl", left, _read_seconds, self._and_readable)
 
     def ttl(self, key: str) -> Op[float | None]:
-        """Seconds left; inf without an expiry; None without the key."""
         return Op(self._ttl, (self.key(key),))
 
     # -- writing
@@ -169,7 +165,6 @@ class PointStatements(TableStatements):
         keep_ttl: bool = False,
         if_version: int | None = None,
     ) -> Op[int | None]:
-        """Write; the new version, or None where `if_version` did not match."""
         if ttl is None and expires_at is None and not keep_ttl and if_version is None:
             return Op(self.set_statement, self.pair(key, value))
         expiry, extra = choose_expiry(ttl, expires_at, keep_ttl)
@@ -212,11 +207,9 @@ class PointStatements(TableStatements):
         )
 
     def set_nx(self, key: str, value: Value, ttl: Seconds | None = None) -> Op[bool]:
-        """Write if there is no such key."""
         return self._with_ttl(self._make_set_nx, ttl, self.pair(key, value), read_found)
 
     def set_xx(self, key: str, value: Value, ttl: Seconds | None = None) -> Op[bool]:
-        """Write if the key exists."""
         return self._with_ttl(self._make_set_xx, ttl, self.pair(key, value))
 
     def _make_set_xx(self, expiry: Expiry) -> Statement[bool]:
@@ -248,7 +241,6 @@ class PointStatements(TableStatements):
         )
 
     def delete(self, key: str, if_version: int | None = None) -> Op[bool]:
-        """Remove the key."""
         if if_version is None:
             return Op(self.delete_statement, (self.key(key),))
         version = _codec.encode_int8(_codec.integer(if_version, "if_version"))
@@ -264,11 +256,9 @@ class PointStatements(TableStatements):
         )
 
     def get_and_delete(self, key: str) -> Op[bytes | None]:
-        """Remove the key and return its value."""
         return Op(self._get_and_delete, (self.key(key),))
 
     def get_and_set(self, key: str, value: Value, ttl: Seconds | None = None) -> Op[bytes | None]:
-        """Write and return the previous value."""
         return self._with_ttl(self._make_get_and_set, ttl, self.pair(key, value))
 
     def _make_get_and_set(self, expiry: Expiry) -> Statement[bytes | None]:
@@ -311,7 +301,6 @@ class PointStatements(TableStatements):
         minimum: int | None = None,
         maximum: int | None = None,
     ) -> Op[Any]:
-        """Add to an integer; the sum, or an `IncrementResult` where there are bounds."""
         if only_if_exists or minimum is not None or maximum is not None:
             return self._conditional(key, delta, ttl, only_if_exists, minimum, maximum)
         if ttl is None:
@@ -415,7 +404,6 @@ class PointStatements(TableStatements):
         )
 
     def append(self, key: str, value: Value, ttl: Seconds | None = None) -> Op[int]:
-        """Add bytes to the end of a value; how long it is then."""
         return self._with_ttl(self._make_append, ttl, (self.key(key), self.value(value)))
 
     def _make_append(self, expiry: Expiry) -> Statement[int]:
@@ -439,7 +427,6 @@ class PointStatements(TableStatements):
     def compare_and_swap(
         self, key: str, expected: Value | None, new: Value, ttl: Seconds | None = None
     ) -> Op[CasResult]:
-        """Write if the value is `expected` (None: if there is no such key)."""
         value = self.value(new)
         if expected is None:
             reader = CasReader(value, Raced())
@@ -499,13 +486,11 @@ class PointStatements(TableStatements):
         )
 
     def compare_and_delete(self, key: str, expected: Value) -> Op[bool]:
-        """Remove the key if it holds `expected`."""
         return Op(self._compare_and_delete, (self.key(key), self.value(expected)))
 
     # -- expiry
 
     def expire(self, key: str, ttl: Seconds, if_version: int | None = None) -> Op[bool]:
-        """Give the key a new ttl."""
         params = (self.key(key), _codec.encode_ttl(ttl))
         if if_version is None:
             return Op(self.shaped(self._make_expire, AFTER), params)
@@ -514,11 +499,9 @@ class PointStatements(TableStatements):
         return Op(statement, (*params, version))
 
     def expire_at(self, key: str, moment: datetime) -> Op[bool]:
-        """Give the key a moment at which it ends."""
         return Op(self.shaped(self._make_expire, AT), (self.key(key), _codec.encode_moment(moment)))
 
     def persist(self, key: str) -> Op[bool]:
-        """Let the key never expire."""
         return Op(self.shaped(self._make_expire, NEVER), (self.key(key),))
 
     def _make_expire(self, expiry: Expiry, versioned: bool = False) -> Statement[bool]:
@@ -543,7 +526,6 @@ class PointStatements(TableStatements):
         )
 
     def get_and_touch(self, key: str, ttl: Seconds) -> Op[bytes | None]:
-        """The value, and a new ttl for it."""
         return Op(self._get_and_touch, (self.key(key), _codec.encode_ttl(ttl)))
 
 

@@ -30,16 +30,12 @@ LEFT = (
 
 
 class ScanStatements(Sweep):
-    """Ranges, counts and upkeep."""
-
     # -- ranges
 
     def keys(self, options: ScanOptions) -> Op[list[str]]:
-        """The keys selected, in the order of their bytes."""
         return self._scan("keys", "key", self._read_keys, options)
 
     def scan(self, options: ScanOptions) -> Op[list[KeyValue]]:
-        """The rows selected, in the order of their keys' bytes."""
         return self._scan("scan", "key, value", self._read_rows, options)
 
     def dump(self, options: ScanOptions) -> Op[list[tuple[str, bytes, float | None]]]:
@@ -116,7 +112,6 @@ class ScanStatements(Sweep):
         ]
 
     def count(self, prefix: str, include_expired: bool) -> Op[int]:
-        """How many keys begin with the prefix."""
         options = ScanOptions(prefix=prefix, include_expired=include_expired)
         where, params = self._range(options, first=1)
         statement = self.made(
@@ -132,7 +127,6 @@ class ScanStatements(Sweep):
         return Op(statement, params)
 
     def delete_prefix(self, prefix: str) -> Op[int]:
-        """Remove every row with the prefix, the expired ones too; how many live ones."""
         options = ScanOptions(prefix=prefix, include_expired=True)
         where, params = self._range(options, first=1)
         statement = self.made(
@@ -169,11 +163,9 @@ class ScanStatements(Sweep):
         )
 
     def stats(self) -> Op[Stats]:
-        """Sizes and health of the table."""
         return Op(self._stats)
 
     def truncate(self) -> Op[None]:
-        """Empty the table at once."""
         return Op(self._command("truncate", f"SET LOCAL lock_timeout = '2s'; TRUNCATE {self.t}"))
 
     def _make_may_maintain(self, action: str) -> Statement[bool]:
@@ -195,11 +187,9 @@ class ScanStatements(Sweep):
         return Op(self.shaped(self._make_may_maintain, action))
 
     def vacuum(self) -> Op[None]:
-        """Reclaim dead rows."""
         return Op(self._command("vacuum", f"VACUUM {self.t}"))
 
     def analyze(self) -> Op[None]:
-        """Refresh the planner's statistics."""
         return Op(self._command("analyze", f"ANALYZE {self.t}"))
 
     def _command(self, name: str, sql: str) -> Statement[None]:
@@ -212,7 +202,6 @@ class ScanStatements(Sweep):
         return Statement("ping", "SELECT 1", (), read_nothing, retry_safe=True, writes=False)
 
     def ping(self) -> Op[None]:
-        """A round trip to the server."""
         return Op(self._ping)
 
     @cached_property
@@ -222,7 +211,6 @@ class ScanStatements(Sweep):
         )
 
     def now(self) -> Op[datetime]:
-        """What the server's clock says."""
         return Op(self._now)
 
     @cached_property

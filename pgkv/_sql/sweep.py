@@ -29,7 +29,6 @@ class Sweep(TableStatements):
         return self.reading("cleanup", size, (), read_int)
 
     def pages(self) -> Op[int]:
-        """The table's size in pages."""
         return Op(self._pages)
 
     @cached_property

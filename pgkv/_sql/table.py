@@ -183,7 +183,6 @@ class TableStatements:
         decode: Callable[[Result], T | Signal],
         **options: Any,
     ) -> Statement[T]:
-        """Make a statement of this table."""
         if self.lenient and options.get("retry_safe"):
             options["missed"] = MISSED.get(name)
         if self.config.bounded and self.table.shape is None:
@@ -211,19 +210,15 @@ class TableStatements:
     # -- parameters
 
     def key(self, key: str) -> bytes:
-        """Check and encode one key."""
         return _codec.encode_key(key, self.prefix_bytes, self.key_length_max)
 
     def many_keys(self, keys: Iterable[str]) -> list[bytes]:
-        """Check and encode many keys."""
         return _codec.encode_keys(keys, self.prefix_bytes, self.key_length_max)
 
     def value(self, value: _codec.Value) -> bytes:
-        """Check and encode one value."""
         return _codec.encode_value(value, self.value_size_max)
 
     def pair(self, key: str, value: _codec.Value) -> tuple[bytes, bytes]:
-        """Check and encode a key and its value."""
         return (
             _codec.encode_key(key, self.prefix_bytes, self.key_length_max),
             _codec.encode_value(value, self.value_size_max),
@@ -232,7 +227,6 @@ class TableStatements:
     def columns(
         self, names: Sequence[str], contents: Sequence[_codec.Value]
     ) -> tuple[list[bytes], Sequence[bytes]]:
-        """Check and encode many keys and their values."""
         return self.many_keys(names), _codec.encode_values(contents, self.value_size_max)
 
     @cached_property
@@ -307,17 +301,14 @@ def read_nothing(result: Result) -> None:
 
 
 def read_changed(result: Result) -> bool:
-    """Whether the command changed a row."""
     return bool(result.command_tuples)
 
 
 def read_count(result: Result) -> int:
-    """How many rows the command changed."""
     return result.command_tuples or 0
 
 
 def read_found(result: Result) -> bool:
-    """Whether a row came back."""
     return result.ntuples > 0
 
 

@@ -36,8 +36,6 @@ class StoredRow(NamedTuple):
 
 
 class TransformedStatements(Statements):
-    """All statements of one key-value table whose values are transformed."""
-
     def __init__(self, config: Config, prefix: str = "") -> None:
         super().__init__(config, prefix)
         self.transforms: Transforms = Transforms(
@@ -114,21 +112,17 @@ class TransformedStatements(Statements):
         return {statement.prepared_name: SETS for statement in sets}
 
     def get_entry(self, key: str) -> Op[Entry | None]:
-        """The whole row, or None."""
         return self._opened(super().get_entry(key))
 
     def get_and_touch(self, key: str, ttl: Seconds) -> Op[bytes | None]:
-        """The value, and a new ttl for it."""
         return self._opened(super().get_and_touch(key, ttl))
 
     def get_and_delete(self, key: str) -> Op[bytes | None]:
-        """Remove the key and return its value."""
         return self._opened(super().get_and_delete(key))
 
     def get_and_set(
         self, key: str, value: _codec.Value, ttl: Seconds | None = None
     ) -> Op[bytes | None]:
-        """Write and return the previous value."""
         return self._opened(super().get_and_set(key, value, ttl))
 
     def swap_version(
@@ -171,7 +165,6 @@ class TransformedStatements(Statements):
             )
 
     def increment(self, *args: Any, **kwargs: Any) -> Op[Any]:
-        """Add to an integer that is stored as plain text."""
         self._require_numbers("increment")
         return super().increment(*args, **kwargs)
 
@@ -183,7 +176,6 @@ class TransformedStatements(Statements):
     def increment_many(
         self, deltas: Mapping[str, int], ttl: Seconds | None = None
     ) -> list[Op[tuple[dict[str, int], list[str]]]]:
-        """Add to integers that are stored as plain text."""
         self._require_numbers("increment_many")
         return super().increment_many(deltas, ttl)
 

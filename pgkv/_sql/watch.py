@@ -105,7 +105,6 @@ class WatchStatements(ScanStatements):
         )
 
     def read(self, keys: Iterable[str]) -> Op[dict[str, Seen]]:
-        """Those of the keys that exist."""
         return Op(self._read, (_codec.encode_array([key.encode() for key in keys]),))
 
     def page(self, prefix: str, after: str | None) -> Op[dict[str, Seen]]:

@@ -119,12 +119,10 @@ class Noting:
         return getattr(self._inner, name)
 
     def call(self, statement: Statement[Any], params: Sequence[Param]) -> Any:
-        """Perform one statement."""
         answer = self._inner.call(statement, params)
         return self._noted(answer, Op(statement, params)) if statement.writes else answer
 
     def execute(self, op: Op[Any], timeout: float | None = None) -> Any:
-        """Perform one operation."""
         return self._noted(self._inner.execute(op, timeout), op)
 
     def _together(self, step: Transaction[Any] | Pipelined, timeout: float | None) -> Any:
@@ -145,10 +143,7 @@ class Noting:
 
 
 class NotingChannel(Noting):
-    """For a `Store`."""
-
     def run(self, flow: Flow[Any], timeout: float | None = None) -> Any:
-        """Run a flow."""
         return drive(flow, self.execute, timeout, self._together)
 
     def _noted(self, answer: Any, step: Step) -> Any:
@@ -158,10 +153,7 @@ class NotingChannel(Noting):
 
 
 class AsyncNotingChannel(Noting):
-    """For an `AsyncStore`."""
-
     async def run(self, flow: Flow[Any], timeout: float | None = None) -> Any:
-        """Run a flow."""
         return await drive_async(flow, self.execute, timeout, self._together)
 
     async def _noted(self, answer: Any, step: Step) -> Any:

@@ -71,7 +71,6 @@ class Ears:
         return source
 
     def all(self) -> list[Source]:
-        """The sources of now."""
         with self._lock:
             return list(self._sources.values())
 
@@ -134,7 +133,6 @@ class Source:
 
     @property
     def is_closed(self) -> bool:
-        """Whether the store was closed."""
         return bool(self.channel.state)
 
     # -- what may have changed
@@ -168,7 +166,6 @@ class Source:
             hearer._wake()
 
     def wake_all(self) -> None:
-        """Let all look again."""
         for hearer in tuple(self.waiting):
             hearer._wake()
 

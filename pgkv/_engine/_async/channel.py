@@ -42,13 +42,6 @@ T = TypeVar("T")
 
 
 class AsyncPoolChannel(PooledOperations):
-    """Operations over pooled connections, each by itself.
-
-    Args:
-        config: timeouts and the retry policy.
-        pool: where connections come from.
-    """
-
     _pool: AsyncStorePool | AsyncCallerPool
 
     def __init__(self, config: Config, pool: AsyncStorePool | AsyncCallerPool) -> None:
@@ -58,7 +51,6 @@ class AsyncPoolChannel(PooledOperations):
     # -- one operation
 
     async def execute(self, op: Op[T], timeout: float | None = None) -> T:
-        """Perform one operation."""
         return await self.call(op.statement, op.params, timeout, op)
 
     async def call(
@@ -68,7 +60,6 @@ class AsyncPoolChannel(PooledOperations):
         timeout: float | None = None,
         op: Op[T] | None = None,
     ) -> T:
-        """Perform one statement, with all that is usual in one coroutine; see `_sync/channel`."""
         started = monotonic()
         seconds = self._timeout if timeout is None else timeout
         pool = self._pool
@@ -125,7 +116,6 @@ class AsyncPoolChannel(PooledOperations):
     async def _recover(
         self, op: Op[T], started: float, timeout: float | None, outcome: PgkvError | Raced | None
     ) -> T:
-        """Bring an operation to its end that `call` could not."""
         deadline = started + (self._timeout if timeout is None else timeout)
         flow = self._recovering(op, started, deadline, outcome)
         del outcome  # an error's traceback holds this frame
@@ -154,7 +144,6 @@ class AsyncPoolChannel(PooledOperations):
     # -- flows
 
     async def run(self, flow: Flow[T], timeout: float | None = None) -> T:
-        """Run a flow, each of its operations by itself and within that time."""
         return await drive_async(flow, self.execute, timeout, self._together)
 
     async def _together(self, step: Transaction[Any] | Pipelined, timeout: float | None) -> Any:
@@ -167,7 +156,6 @@ class AsyncPoolChannel(PooledOperations):
     def transaction(
         self, isolation: IsolationLevel | None = None
     ) -> contextlib.AbstractAsyncContextManager[AsyncBoundChannel]:
-        """Open a transaction on a connection of its own, its tables made beforehand."""
         return self._bound(isolation, ensure=True)
 
     @contextlib.asynccontextmanager
@@ -199,7 +187,6 @@ class AsyncPoolChannel(PooledOperations):
             self._pool.check_in(connection)
 
     async def create_missing_table(self, table: Table, deadline: float | None = None) -> None:
-        """Create a table that the server says is missing."""
         until = monotonic() + self._timeout if deadline is None else deadline
 
         async def execute(op: Op[Any], _: float | None) -> Any:
@@ -211,7 +198,6 @@ class AsyncPoolChannel(PooledOperations):
     # -- the background
 
     def watch(self, sql: Sweep) -> None:
-        """Collect that table's expired rows by its strategy."""
         if sql.table not in self._collectors:
             collector = self._collectors[sql.table] = Collector(sql, weakly(self._background))
             try:
@@ -237,7 +223,6 @@ class AsyncPoolChannel(PooledOperations):
         task.add_done_callback(ended)
 
     async def close(self) -> None:
-        """Close every connection. What is under way ends first or fails."""
         if isinstance(self._pool, AsyncStorePool):
             self._pool.refuse_other(asyncio.get_running_loop())
         for task in tuple(self._tasks):

@@ -64,12 +64,10 @@ class CoalescingChannel:
 
     @property
     def state(self) -> str:
-        """As the inner one's."""
         return self._inner.state
 
     @property
     def server(self) -> tuple[str | None, int | None, str | None]:
-        """As the inner one's."""
         return self._inner.server
 
     def watch(self, sql: Sweep) -> None:

@@ -41,8 +41,6 @@ T = TypeVar("T")
 
 
 class Watched(Protocol):
-    """Something with a deadline."""
-
     @property
     def deadline(self) -> float:
         """When, in the time of `monotonic`."""
@@ -156,7 +154,6 @@ class AsyncPgConnection(WireConnection):
         return not self.lost and self._waiter is None and super().is_usable()
 
     def is_stale(self) -> bool:
-        """Whether anything is readable while nothing was asked: a FATAL message, or the end."""
         return self.lost or bool(self.poll(0))
 
     def is_running(self) -> bool:
@@ -183,7 +180,6 @@ class AsyncPgConnection(WireConnection):
             self._loop.remove_writer(self._socket)
 
     def close(self) -> None:
-        """Close the connection at once."""
         self.detach()
         self.lost = True
         self.conn.pgconn.finish()
@@ -302,7 +298,6 @@ class AsyncPgConnection(WireConnection):
             del failure  # its traceback holds this frame, and the callers'
 
     async def _execute_fenced(self, op: Op[Any], plan: Any, seconds: float) -> PGresult:
-        """Send one operation behind the fence of its slot."""
         until = monotonic() + seconds
         (result,) = await self.execute_all((op,), seconds, sync_each=False)
         if result.status not in OK and await self._converse(
@@ -316,7 +311,6 @@ class AsyncPgConnection(WireConnection):
     async def execute_all(
         self, ops: Sequence[Op[Any]], seconds: float, *, sync_each: bool
     ) -> list[PGresult]:
-        """Send many operations in one round trip; see `_sync.connection.PgConnection.execute_all`."""
         if not is_fenced(ops):
             return await self._send_all(ops, seconds, sync_each=sync_each)
         if sync_each:
@@ -445,5 +439,4 @@ class AsyncPgConnection(WireConnection):
             raise
 
     async def try_preparing(self, deadline: float) -> None:
-        """Find out whether the pooler lets statements be prepared."""
         await drive_async(self._trial(), lambda op, _: self.execute(op, deadline - monotonic()))

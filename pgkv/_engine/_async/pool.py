@@ -51,12 +51,7 @@ if TYPE_CHECKING:
 
 
 class AsyncStorePool:
-    """The connections of one store, and the loop they belong to.
-
-    Args:
-        config: sizes and timeouts.
-        conninfo: returns what libpq is given; asked when the first connection is needed.
-    """
+    """The connections of one store, and the loop they belong to."""
 
     def __init__(self, config: Config, conninfo: Callable[[], str]) -> None:
         self._config = config
@@ -106,11 +101,9 @@ class AsyncStorePool:
             )
 
     def is_exhausted(self) -> bool:
-        """Whether all connections are in use."""
         return not self.idle and self._size >= self._config.pool_max_size
 
     def counts(self) -> tuple[int, int, int, int]:
-        """What `PoolStats` tells."""
         waiting = sum(not each.turn.done() for each in self.waiters)
         return self._size, len(self.idle), waiting, self._config.pool_max_size
 
@@ -129,7 +122,6 @@ class AsyncStorePool:
             self.check_in(connection)
 
     async def check_out(self, deadline: float, action: str) -> AsyncPgConnection:
-        """Return a live connection, waiting in order while all are busy; see `_sync.pool.StorePool.check_out`."""
         connection, _ = await self._check_out(deadline, action)
         assert connection is not None
         return connection
@@ -296,7 +288,6 @@ class AsyncStorePool:
         )
 
     def time_out(self) -> None:
-        """A task has waited long enough."""
         now = monotonic()
         for waiter in self.waiters:
             if waiter.deadline <= now:
@@ -391,7 +382,6 @@ class AsyncStorePool:
             return self._pool, opened_now
 
     async def close(self) -> None:
-        """Close every connection; those in use as they come back."""
         self._closed = True
         while self.waiters:
             self._wake()
@@ -468,13 +458,6 @@ class TaskInQueue:
 
 
 class AsyncCallerPool:
-    """The caller's own psycopg_pool: one checkout per operation, nothing kept between.
-
-    Args:
-        pool: open, and the caller's.
-        config: whether statements may be prepared.
-    """
-
     def __init__(self, pool: psycopg_pool.AsyncConnectionPool[Any], config: Config) -> None:
         self._config = config
         self._caller_pool = pool
@@ -486,20 +469,16 @@ class AsyncCallerPool:
         self._tasks: set[asyncio.Task[None]] = set()
 
     def is_exhausted(self) -> bool:
-        """Whether all connections are in use."""
         stats = self._caller_pool.get_stats()
         return not stats.get("pool_available") and stats["pool_size"] >= stats["pool_max"]
 
     def counts(self) -> tuple[int, int, int, int]:
-        """What `PoolStats` tells."""
         return counts_of(self._caller_pool)
 
     def conninfo(self) -> str:
-        """What reaches the same database without the caller's pool."""
         return _conninfo.build(self._config, self._config.dsn)
 
     async def check_out(self, deadline: float, action: str) -> AsyncPgConnection:
-        """Check out a live connection."""
         if self._watchdog is None:
             self._watchdog = Watchdog(asyncio.get_running_loop())
         pool = self._caller_pool
@@ -536,7 +515,6 @@ class AsyncCallerPool:
             self.check_in(connection)
 
     def check_in(self, connection: AsyncPgConnection) -> None:
-        """Check it in, whatever became of it."""
         task = asyncio.get_running_loop().create_task(self._check_in(connection))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -565,7 +543,6 @@ def stale(conn: psycopg.AsyncConnection[Any]) -> bool:
 
 
 def _recording(attempts: Attempts) -> type[psycopg.AsyncConnection[Any]]:
-    """A connection class that tells how connecting goes."""
 
     class AsyncRecordingConnection(psycopg.AsyncConnection[Any], OwnConnection):
         @classmethod

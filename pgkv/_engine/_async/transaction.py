@@ -30,14 +30,6 @@ T = TypeVar("T")
 
 
 class AsyncBoundChannel(InTransaction):
-    """Operations inside one open transaction. Nothing is retried, created or collected.
-
-    Args:
-        connection: the transaction's, and no other caller's until `end`.
-        timeout: seconds for one operation.
-        deadline: the monotonic time at which the whole must end; None for no such time.
-    """
-
     _connection: AsyncPgConnection
 
     def __init__(
@@ -48,7 +40,6 @@ class AsyncBoundChannel(InTransaction):
         self._lock = AsyncReentrant(asyncio.Lock())
 
     async def execute(self, op: Op[T], timeout: float | None = None) -> T:
-        """Perform one operation of the transaction."""
         if not _observe.hooks:
             return await self._execute(op, timeout)
         started = monotonic()
@@ -100,7 +91,6 @@ class AsyncBoundChannel(InTransaction):
         """The connection is not the store's to close."""
 
     async def run(self, flow: Flow[T], timeout: float | None = None) -> T:
-        """Run a flow inside the transaction, each of its operations within that time."""
         return await drive_async(flow, self.execute, timeout, self._together)
 
     async def _together(self, step: Transaction[Any] | Pipelined, timeout: float | None) -> Any:
@@ -131,7 +121,6 @@ class AsyncBoundChannel(InTransaction):
 
     @contextlib.asynccontextmanager
     async def _aside(self, action: str) -> AsyncIterator[None]:
-        """Hold the connection for what may be refused without harm to what the caller did."""
         await self._free(action)
         async with self._using():
             self._check(action)
@@ -142,7 +131,6 @@ class AsyncBoundChannel(InTransaction):
     async def transaction(
         self, isolation: IsolationLevel | None = None
     ) -> AsyncIterator[AsyncBoundChannel]:
-        """Open a savepoint."""
         if isolation is not None:
             raise TransactionError("the isolation level belongs to the outermost transaction")
         self._check("transaction")
@@ -177,7 +165,6 @@ class AsyncBoundChannel(InTransaction):
     async def span(
         self, begin: Op[None], commit: Op[None], rollback: Op[None]
     ) -> AsyncIterator[None]:
-        """Open and close a transaction or savepoint around a body."""
         try:
             async with self._using():
                 await self._send(begin)
@@ -203,13 +190,6 @@ class AsyncBoundChannel(InTransaction):
 
 
 class AsyncCallerChannel(AsyncBoundChannel):
-    """Operations over the caller's own psycopg connection, inside its transaction.
-
-    Args:
-        conn: the caller's. Its lock is taken for each operation; nothing is prepared on it.
-        timeout: seconds for one operation.
-    """
-
     def __init__(self, conn: psycopg.AsyncConnection[Any], timeout: float) -> None:
         InTransaction.__init__(self, timeout)  # its connection is attached for each operation
         self._conn = conn
@@ -217,7 +197,6 @@ class AsyncCallerChannel(AsyncBoundChannel):
 
     @property
     def state(self) -> str:
-        """That its connection is the caller's, or how its own transaction ended."""
         return super().state if self._ended else "on a caller's connection"
 
     def _using(self, *, failed: bool = False) -> contextlib.AbstractAsyncContextManager[Any]:
@@ -251,7 +230,6 @@ class AsyncCallerChannel(AsyncBoundChannel):
     async def transaction(
         self, isolation: IsolationLevel | None = None
     ) -> AsyncIterator[AsyncBoundChannel]:
-        """Open a savepoint, or a transaction on a connection in autocommit."""
         async with self._using():
             self._check("transaction")
             inside = self._in_transaction()
@@ -285,7 +263,6 @@ class AsyncReentrant:
         self._depth = 0
 
     def is_mine(self) -> bool:
-        """Whether the running task holds it."""
         return self._owner is not None and self._owner is asyncio.current_task()
 
     async def __aenter__(self) -> None:

@@ -76,7 +76,6 @@ class PoolChannel(PooledOperations):
     # -- one operation
 
     def execute(self, op: Op[T], timeout: float | None = None) -> T:
-        """Perform one operation."""
         return self.call(op.statement, op.params, timeout, op)  # type: ignore[no-any-return]  # decoded by op
 
     def call(

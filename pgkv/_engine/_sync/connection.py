@@ -217,7 +217,6 @@ class PgConnection(WireConnection):
             del failure  # its traceback holds this frame, and the callers'
 
     def _execute_fenced(self, op: Op[Any], plan: Any, seconds: float) -> Result:
-        """Send one operation behind the fence of its slot."""
         until = monotonic() + seconds
         (result,) = self.execute_all((op,), seconds, sync_each=False)
         if result.status not in OK and self._converse(
@@ -326,7 +325,6 @@ class PgConnection(WireConnection):
         return drive(flow, together=lambda each, _: self.receive(each, seconds, deadline))
 
     def try_preparing(self, deadline: float) -> None:
-        """Find out whether the pooler lets statements be prepared."""
         drive(self._trial(), lambda op, _: self.execute(op, deadline - monotonic()))
 
 

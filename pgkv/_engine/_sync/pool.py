@@ -105,11 +105,9 @@ class StorePool:
         self._attempts = Attempts()
 
     def is_exhausted(self) -> bool:
-        """Whether all connections are in use."""
         return not self.idle and len(self._places) >= self._config.pool_max_size
 
     def counts(self) -> tuple[int, int, int, int]:
-        """What `PoolStats` tells."""
         size = self._config.pool_max_size
         return len(self._places), len(self.idle), len(self.waiters), size
 
@@ -480,12 +478,10 @@ class CallerPool:
         self._lost: deque[psycopg.Connection[Any]] = deque()
 
     def is_exhausted(self) -> bool:
-        """Whether all connections are in use."""
         stats = self._caller_pool.get_stats()
         return not stats.get("pool_available") and stats["pool_size"] >= stats["pool_max"]
 
     def counts(self) -> tuple[int, int, int, int]:
-        """What `PoolStats` tells."""
         return counts_of(self._caller_pool)
 
     def conninfo(self) -> str:
@@ -493,7 +489,6 @@ class CallerPool:
         return _conninfo.build(self._config, self._config.dsn)
 
     def check_out(self, deadline: float, action: str) -> PgConnection:
-        """Check out a live connection."""
         pool = self._caller_pool
         while self._lost:  # see `StorePool`: an interrupted call may lose one
             with contextlib.suppress(IndexError):

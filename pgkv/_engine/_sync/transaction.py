@@ -36,12 +36,10 @@ T = TypeVar("T")
 
 
 class BoundChannel(InTransaction):
-    """Operations inside one open transaction. Nothing is retried, created or collected.
+    """Operations inside one open transaction; see `InTransaction`.
 
     Args:
         connection: the transaction's, and no other caller's until `end`.
-        timeout: seconds for one operation.
-        deadline: the monotonic time at which the whole must end; None for no such time.
     """
 
     _connection: PgConnection
