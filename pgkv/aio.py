@@ -16,7 +16,6 @@ from operator import attrgetter
 from pathlib import Path
 from threading import Event
 from time import monotonic
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, Unpack, cast, overload
 from urllib.parse import quote
 
@@ -91,25 +90,21 @@ class Opening(Unawaited[T]):
 
     def __init__(self, manager: contextlib.AbstractAsyncContextManager[T], call: str) -> None:
         super().__init__(call, f"`await {call}` or `async with {call} as ...`")
-        self._manager = manager
+        self._manager: Any = manager
 
     async def _open(self) -> T:
-        opened = await self._manager.__aenter__()
+        opened: T = await self._manager.__aenter__()
         if isinstance(opened, AsyncStore):
             opened._ending = self._manager
         return opened
 
     async def __aenter__(self) -> T:
         self._use()
-        return await self._manager.__aenter__()
+        entered: T = await self._manager.__aenter__()
+        return entered
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> bool | None:
-        return await self._manager.__aexit__(kind, error, traceback)
+    async def __aexit__(self, *error: object) -> bool | None:
+        return bool(await self._manager.__aexit__(*error))
 
 
 class AsyncStore(StoreBase):
@@ -125,7 +120,7 @@ class AsyncStore(StoreBase):
 
     _bare: AsyncChannel
     _channel: AsyncChannel
-    _ending: contextlib.AbstractAsyncContextManager[Any] | None = None
+    _ending: Any = None
 
     def __init__(self, config: Config) -> None:
         require_config(config, "AsyncStore")
@@ -229,17 +224,12 @@ class AsyncStore(StoreBase):
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> bool | None:
+    async def __aexit__(self, *error: object) -> bool | None:
         if self._ending is not None:
             ending, self._ending = self._ending, None
-            return await ending.__aexit__(kind, error, traceback)
+            return bool(await ending.__aexit__(*error))
         await self.close()
-        return None
+        return False
 
     # -- basic
 

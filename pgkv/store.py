@@ -15,7 +15,6 @@ from operator import attrgetter
 from pathlib import Path
 from threading import Event
 from time import monotonic
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, Literal, Self, TypeVar, Unpack, cast, overload
 from urllib.parse import quote
 
@@ -87,18 +86,14 @@ class Entering(Unopened, Generic[T]):
 
     def __init__(self, manager: contextlib.AbstractContextManager[T]) -> None:
         super().__init__("store.transaction()", "`with store.transaction() as tx`")
-        self._manager = manager
+        self._manager: Any = manager
 
     def __enter__(self) -> T:
-        return self._manager.__enter__()
+        entered: T = self._manager.__enter__()
+        return entered
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> bool | None:
-        return self._manager.__exit__(kind, error, traceback)
+    def __exit__(self, *error: object) -> bool | None:
+        return bool(self._manager.__exit__(*error))
 
 
 class Store(StoreBase):
@@ -271,12 +266,7 @@ class Store(StoreBase):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     # -- basic

@@ -11,7 +11,6 @@ import re
 import secrets
 from collections.abc import Iterator
 from datetime import datetime, timedelta
-from types import TracebackType
 from typing import LiteralString, Self
 
 import psycopg
@@ -131,9 +130,7 @@ class ServerClock:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _set(self, query: LiteralString, seconds: float | timedelta) -> None:

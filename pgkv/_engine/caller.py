@@ -4,7 +4,6 @@ cannot carry our statements."""
 from __future__ import annotations
 
 import threading
-from types import TracebackType
 from typing import Any, TypeVar
 
 import psycopg
@@ -97,12 +96,7 @@ class Reentrant:
             self._owner = me
         self._depth += 1
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._depth -= 1
         if not self._depth:
             self._owner = None
