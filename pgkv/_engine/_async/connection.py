@@ -32,7 +32,7 @@ from ..results import (
     refusal,
     without_fences,
 )
-from ..wire import CANCEL_TIMEOUT, Conversation, Preparing, WireConnection
+from ..wire import CANCEL_TIMEOUT, IDLE, Conversation, Preparing, WireConnection
 
 if TYPE_CHECKING:
     from psycopg.pq.abc import PGresult

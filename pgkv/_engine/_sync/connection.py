@@ -35,10 +35,11 @@ from ..results import (
     refusal,
     without_fences,
 )
-from ..wire import CANCEL_TIMEOUT, SELECT_NAP, Conversation, Preparing, WireConnection
+from ..wire import CANCEL_TIMEOUT, IDLE, SELECT_NAP, Conversation, Preparing, WireConnection
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from collections.abc import Set as AbstractSet
 
     from psycopg.pq.abc import PGresult
 
@@ -67,7 +68,8 @@ class PgConnection(WireConnection):
         self._lost: deque[Any] | None = None
         self._nap_ms = LONGEST_NAP_MS
         if self.pgconn.ssl_in_use:
-            self._nap_ms, self.ready = TLS_NAP_MS, frozenset()
+            self._nap_ms = TLS_NAP_MS
+            self.ready: AbstractSet[bytes] = frozenset()
 
     # -- whose it is
 
