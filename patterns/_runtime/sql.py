@@ -79,16 +79,15 @@ def renewal(
         until: its column with the end of the lease.
         setting: an expression that is evaluated once.
         alive: what else is true of a row ``t`` that can be renewed.
-        also: what else is set, with ``{end}`` for the new end.
+        also: what else is set; ``k.till`` is the new end.
     """
-    end = f"{NOW} + k.ttl * interval '1 second'"
     return (
         f"WITH n AS MATERIALIZED (SELECT {setting}), u AS (SELECT * FROM "
         f"unnest($1::text[], $2::bigint[], $3::float8[]) AS u (key, {token}, ttl)), "
-        f"k AS MATERIALIZED (SELECT t.key, t.{token}, u.ttl FROM {table} t "
+        f"k AS MATERIALIZED (SELECT t.key, t.{token}, {NOW} + u.ttl * interval '1 second' till FROM {table} t "
         f"JOIN u USING (key, {token}), n WHERE {alive} AND t.{until} > {NOW} "
         'ORDER BY t.key COLLATE "C" FOR NO KEY UPDATE OF t SKIP LOCKED), '
-        f"r AS (UPDATE {table} t SET {until} = {end}{also.format(end=end)} "
+        f"r AS (UPDATE {table} t SET {until} = k.till{also} "
         f"FROM k WHERE t.key = k.key AND t.{token} = k.{token} RETURNING t.key) "
         f"SELECT u.key, CASE WHEN r.key IS NOT NULL THEN {RENEWED} WHEN t.key IS NULL THEN {GONE} "
         f"WHEN t.{token} <> u.{token} THEN {REPLACED} WHEN t.{until} > {NOW} THEN {LOCKED} "

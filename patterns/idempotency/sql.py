@@ -223,7 +223,7 @@ class IdempotencyStatements(Sweep):
     @cached_property
     def _renew(self) -> Statement[dict[bytes, int]]:
         # A key that is worked on does not expire, however short its ttl.
-        also = ", expires_at = greatest(t.expires_at, {end})"
+        also = ", expires_at = greatest(t.expires_at, k.till)"
         sql = renewal(self.t, "token", "leased_until", DURABLE, alive="t.result IS NULL", also=also)
         formats = (BINARY, BINARY, BINARY)
         return self.statement("idempotency_renew", sql, formats, read_renewed, retry_safe=True)

@@ -184,8 +184,8 @@ class LockStatements:
         that `take_back` leaves for this asking."""
         row = self._inserted(key, "$2", "n.ts + $3::float8 * interval '1 second'")
         return (
-            f"g AS (INSERT INTO {row} {source} WHERE ({where}) "
-            f"AND NOT EXISTS (SELECT 1 FROM {self.t} WHERE key = {revoked}) "
+            f"revoked AS (SELECT FROM {self.t} WHERE key = {revoked}), "
+            f"g AS (INSERT INTO {row} {source} WHERE ({where}) AND NOT EXISTS (SELECT FROM revoked) "
             "ON CONFLICT (key) DO UPDATE SET "
             f"version = CASE WHEN {STILL_MINE} THEN t.version "
             "ELSE greatest(t.version + 1, EXCLUDED.version) END, "
@@ -240,9 +240,10 @@ class LockStatements:
 
     @cached_property
     def _grant(self) -> Statement[Granted | Denied]:
-        free, absent = FOUND, f"NOT EXISTS (SELECT 1 FROM {self.t} WHERE key = $1)"
+        free, absent = FOUND, "NOT EXISTS (SELECT FROM there)"
         sql = (
-            f"WITH {self.clock}, free AS MATERIALIZED (SELECT key FROM {self.t} WHERE key = $1 "
+            f"WITH {self.clock}, there AS (SELECT FROM {self.t} WHERE key = $1), "
+            f"free AS MATERIALIZED (SELECT key FROM {self.t} WHERE key = $1 "
             f"AND {FREE} FOR UPDATE SKIP LOCKED), "
             + self.granting("$1", "n", f"{free} OR {absent}", free, "$5")
             + " SELECT version, key, NULL::bytea, NULL::float8 FROM g UNION ALL "
@@ -264,10 +265,10 @@ class LockStatements:
 
     @cached_property
     def _grant_fair(self) -> Statement[Granted | Denied]:
-        free, absent = FOUND, f"NOT EXISTS (SELECT 1 FROM {self.t} WHERE key = $1)"
+        free, absent = FOUND, "NOT EXISTS (SELECT FROM there)"
         first = "(SELECT c FROM ahead) = 0"
         sql = (
-            f"WITH {self.clock}, "
+            f"WITH {self.clock}, there AS (SELECT FROM {self.t} WHERE key = $1), "
             f"tick AS MATERIALIZED (SELECT key, version, expires_at, key = $5 AS mine FROM {self.q}, n "
             'WHERE key COLLATE "C" > $6 AND key COLLATE "C" < $7 AND expires_at > n.ts), '
             "ahead AS MATERIALIZED (SELECT count(*) c FROM tick WHERE NOT mine AND coalesce("

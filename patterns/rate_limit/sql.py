@@ -385,7 +385,8 @@ class LimiterStatements(TableStatements):
 
     def _make_rebase(self, shape: Shape) -> Statement[bool]:
         windows = _windows_of(shape)
-        written = "(extract(epoch from updated_at) * 1000000)::bigint"
+        since = "updated_at - timestamptz '1970-01-01 00:00+00'"  # the epoch of a moment costs more
+        written = f"(extract(epoch from {since}) * 1000000)::bigint"
         moved = [
             f"({_origin(window, 'statement_timestamp()', STATEMENT_US)} + greatest(0, "
             f"{_field('t', n, len(windows))} - {_origin(window, 'updated_at', written)}))"

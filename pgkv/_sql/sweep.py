@@ -58,8 +58,9 @@ class Sweep(TableStatements):
     @cached_property
     def _sweep_alone(self) -> Statement[tuple[int, int, int]]:
         # Only one process at a time sweeps a table; for the others the chunk is empty.
-        alone = "(SELECT pg_try_advisory_xact_lock(hashtext('pgkv sweep'), hashtext($4)))"
-        sql = self._sweep.sql.replace("LIMIT $3", f"AND {alone} LIMIT $3", 1)
+        alone = "SELECT pg_try_advisory_xact_lock(hashtext('pgkv sweep'), hashtext($4)) AS it"
+        sql = self._sweep.sql.replace("WITH", f"WITH alone AS MATERIALIZED ({alone}),", 1)
+        sql = sql.replace("LIMIT $3", "AND (SELECT it FROM alone) LIMIT $3", 1)
         return self.statement(
             "cleanup",
             sql,
