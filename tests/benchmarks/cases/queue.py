@@ -21,7 +21,6 @@ from tests.benchmarks.figures import LATENCY, Fact, Goal
 NOT_DURABLE = "pgkv, durable=False"
 PGMQ, PROCRASTINATE, RQ = "pgmq's statements", "procrastinate's statements", "RQ"
 PAYLOAD = b"p" * 100
-WORKERS, BATCH = 4, 100
 DEAD = 1_000_000
 
 # pgmq's table and texts, as `pgmq.send`, `read` and `delete` run them.
@@ -58,11 +57,10 @@ def queue(bench: Bench, **options: Any) -> pgkv.Queue[bytes]:
     return made
 
 
-def pgmq(bench: Bench, *, empty: bool = True) -> tuple[Callable[[], object], Callable[[], object]]:
+def pgmq(bench: Bench) -> tuple[Callable[[], object], Callable[[], object]]:
     """Its put, and its take with the ack."""
-    if empty:
-        with psycopg.connect(bench.dsn, autocommit=True) as plain:
-            plain.execute(PGMQ_TABLE.encode())
+    with psycopg.connect(bench.dsn, autocommit=True) as plain:
+        plain.execute(PGMQ_TABLE.encode())
     conn = prepared(bench)
 
     def take() -> None:
@@ -92,8 +90,10 @@ def procrastinate(bench: Bench) -> tuple[Callable[[], object], Callable[[], obje
     )
 
     def take() -> None:
-        fetch = "SELECT id, args FROM procrastinate_fetch_job_v2(NULL, $1)"
-        (job, _) = conn.execute(fetch, [worker]).fetchone() or (0, 0)
+        fetch = "SELECT id FROM procrastinate_fetch_job_v2(NULL, $1) WHERE id IS NOT NULL"
+        while (row := conn.execute(fetch, [worker]).fetchone()) is None:
+            pass  # as above
+        (job,) = row
         finish = "SELECT procrastinate_finish_job_v1($1, 'succeeded', true)"
         conn.execute(finish, [job])
 
@@ -182,52 +182,59 @@ def take(bench: Bench) -> Entrants:
         yield name, through(add, get)
 
 
-@case("queue: put_many, take_many, ack_many of 100", {"one by one": 0.2})
-def batches(bench: Bench) -> Entrants:
-    """A hundred jobs in three statements; the time is of one batch."""
-    jobs, single = queue(bench), queue(bench)
+def batches(size: int) -> Callable[[Bench], Entrants]:
+    """So many jobs in three statements; the time is of one batch."""
 
-    def batch() -> None:
-        jobs.put_many([PAYLOAD] * BATCH)
-        assert not jobs.ack_many(jobs.take_many(BATCH))
+    def made(bench: Bench) -> Entrants:
+        jobs, single = queue(bench), queue(bench)
 
-    def one_by_one() -> None:
-        for _ in range(BATCH):
-            single.put(PAYLOAD)
-            doing(single)
+        def batch() -> None:
+            jobs.put_many([PAYLOAD] * size)
+            assert not jobs.ack_many(jobs.take_many(size))
 
-    yield PGKV, repeated(batch)
-    yield "one by one", repeated(one_by_one)
+        def one_by_one() -> None:
+            for _ in range(size):
+                single.put(PAYLOAD)
+                doing(single)
 
+        yield PGKV, repeated(batch)
+        yield "one by one", repeated(one_by_one)
 
-@case("queue: put, take, ack, four threads", {PGMQ: 0.9}, workers=WORKERS)
-def threads(bench: Bench) -> Entrants:
-    """Four workers of one queue, each with a job of its own in it."""
-    pool = ThreadPoolExecutor(WORKERS)
-    bench.closing(pool.shutdown)
-
-    def shared(calls: list[Callable[[], object]]) -> Run:
-        def run(n: int) -> None:
-            for future in [pool.submit(repeated(call), n // WORKERS) for call in calls]:
-                future.result()
-
-        return run
-
-    jobs = queue(bench)
-
-    def one() -> None:
-        jobs.put(PAYLOAD)
-        doing(jobs)
-
-    yield PGKV, shared([one] * WORKERS)
-    pgmq(bench)
-    yield PGMQ, shared([pgmq_worker(bench) for _ in range(WORKERS)])
+    return made
 
 
-def pgmq_worker(bench: Bench) -> Callable[[], object]:
-    """One of several, on a connection of its own."""
-    add, get = pgmq(bench, empty=False)
-    return lambda: (add(), get())
+for size, share in ((10, 1 / 6), (100, 1 / 15)):
+    case(f"queue: put_many, take_many, ack_many of {size}", {"one by one": share})(batches(size))
+
+
+def threads(workers: int) -> Callable[[Bench], Entrants]:
+    """Workers of one queue, each with a job of its own in it."""
+
+    def made(bench: Bench) -> Entrants:
+        pool = ThreadPoolExecutor(workers)
+        bench.closing(pool.shutdown)
+
+        def shared(clients: list[tuple[Callable[[], object], Callable[[], object]]]) -> Run:
+            def run(n: int) -> None:
+                calls = [lambda add=add, get=get: (add(), get()) for add, get in clients]
+                for future in [pool.submit(repeated(call), n // workers) for call in calls]:
+                    future.result()
+
+            return run
+
+        jobs = queue(bench)
+        yield PGKV, shared([(lambda: jobs.put(PAYLOAD), lambda: doing(jobs))] * workers)
+        for name, make in ((PGMQ, pgmq), (PROCRASTINATE, procrastinate), (REDIS, redis_list)):
+            clients = [made for _ in range(workers) if (made := make(bench))]
+            if clients:
+                yield name, shared(clients)
+
+    return made
+
+
+for count in (4, 8):
+    name = f"queue: put, take, ack, {count} threads"
+    case(name, {PGMQ: 0.9, PROCRASTINATE: 1.1, REDIS: None}, workers=count)(threads(count))
 
 
 # What leaves that many finished jobs in each table. Triggers are off meanwhile: they leave nothing there.
