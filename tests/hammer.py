@@ -6,6 +6,7 @@ A worker is a module that is run as a process; it works with `work_until_killed`
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import signal
 import subprocess
@@ -38,10 +39,17 @@ def work_until_killed(dsn: str, seed: str, work: Work) -> NoReturn:
     """Do it again and again, with a new connection after each failure."""
     rng = random.Random(int(seed))
     with pgkv.Store.connect(dsn) as store:
+        print("begins", flush=True)
         while True:
             with contextlib.suppress(*EXPECTED), psycopg.connect(dsn) as conn:
                 while True:
                     work(conn, store, rng)
+
+
+def pause(seconds: float) -> None:
+    """Stop the whole process for that long, as no thread of it could."""
+    subprocess.Popen(["sh", "-c", f"sleep {seconds}; kill -CONT {os.getpid()}"])
+    os.kill(os.getpid(), signal.SIGSTOP)
 
 
 def wait_to_be_killed() -> None:
@@ -112,6 +120,7 @@ class Storm:
         self._start, self._args, self._conn = start, args, conn
         self._fates, self._lease = fates.split(), lease
         self._rng, self._seeds = random.Random(17), iter(range(100_000))
+        self._begun: set[int] = set()
         self._workers = [self._begin() for _ in range(WORKERS)]
         self._until = time.monotonic() + STORM_SECONDS
 
@@ -119,8 +128,13 @@ class Storm:
         return self._start("storm", *self._args, next(self._seeds))
 
     def strike(self) -> None:
-        """Wait a little, then harm one of them."""
+        """Let all of them work for a moment, then harm one."""
         assert time.monotonic() < self._until, "the storm makes no progress"
+        for worker in self._workers:
+            if worker.pid not in self._begun:
+                assert worker.stdout is not None
+                assert worker.stdout.readline() == "begins\n"
+                self._begun.add(worker.pid)
         time.sleep(self._rng.uniform(0.1, 0.4))
         fate, number = self._rng.choice(self._fates), self._rng.randrange(WORKERS)
         if fate == "cut":
@@ -138,6 +152,13 @@ class Storm:
             self._workers[number].kill()
             self.kills += 1
             self._workers[number] = self._begin()
+
+    def wait_for_paused(self) -> None:
+        """Wait until none is stopped, and what it does then is done."""
+        pids = ",".join(str(worker.pid) for worker in self._workers)
+        states = ["ps", "-o", "state=", "-p", pids]
+        wait_until(lambda: b"T" not in subprocess.check_output(states), "all go on")
+        time.sleep(0.3)
 
     def end(self) -> None:
         """Kill them, and wait until their transactions have ended."""

@@ -11,10 +11,10 @@ import time
 import psycopg
 
 import pgkv
-from tests.hammer import wait_to_be_killed, work_until_killed
+from tests.hammer import pause, wait_to_be_killed, work_until_killed
 
 LEASE = 1.0
-KEYS = 300
+KEYS_A_SECOND, SECONDS = 8, 5  # new keys, and for how long they are asked for
 
 
 def inside(store: pgkv.Store, conn: psycopg.Connection, key: str, rng: random.Random) -> None:
@@ -29,25 +29,29 @@ def inside(store: pgkv.Store, conn: psycopg.Connection, key: str, rng: random.Ra
 
 
 def lease(store: pgkv.Store, conn: psycopg.Connection, key: str, rng: random.Random) -> None:
-    """The work by a lease, completed in its transaction, of which some commit past the lease."""
+    """The work by a lease, completed in its transaction, of which some commit past the lease; some processes
+    are paused past it in between."""
     with pgkv.Idempotency(store, lease=LEASE).once(key) as attempt:
         if not attempt.is_replay:
             conn.execute("INSERT INTO effects VALUES (%s)", [key])
             time.sleep(rng.uniform(0, 0.02))
             if rng.random() < 0.1:
                 raise ZeroDivisionError
+            if rng.random() < 0.05:
+                pause(LEASE * 2)
             attempt.complete(b"done", conn)
             time.sleep(LEASE * 1.3 if rng.random() < 0.02 else 0)
             conn.commit()
 
 
 def storm(mode: str, dsn: str, seed: str) -> None:
-    """Work on random keys until killed."""
+    """Work on the keys of the last seconds until killed."""
 
     def work(conn: psycopg.Connection, store: pgkv.Store, rng: random.Random) -> None:
         if rng.random() < 1 / 3:
             conn.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
-        {"inside": inside, "lease": lease}[mode](store, conn, str(rng.randrange(KEYS)), rng)
+        key = int(time.time() * KEYS_A_SECOND) - rng.randrange(SECONDS * KEYS_A_SECOND)
+        {"inside": inside, "lease": lease}[mode](store, conn, str(key), rng)
         conn.commit()
         conn.isolation_level = None
 

@@ -9,7 +9,7 @@ import time
 import psycopg
 
 import pgkv
-from tests.hammer import wait_to_be_killed, work_until_killed
+from tests.hammer import pause, wait_to_be_killed, work_until_killed
 
 LEASE = 1.0
 
@@ -22,7 +22,8 @@ def orders(store: pgkv.Store) -> pgkv.Queue[bytes]:
 
 
 def ship(conn: psycopg.Connection, store: pgkv.Store, rng: random.Random) -> None:
-    """An order's effect and its ack in one transaction, of which some commit past the lease."""
+    """An order's effect and its ack in one transaction. Some commit past the lease, and some processes are
+    paused past it between the two."""
     queue = orders(store)
     job = queue.take(timeout=1)
     if job is None:
@@ -32,6 +33,8 @@ def ship(conn: psycopg.Connection, store: pgkv.Store, rng: random.Random) -> Non
         time.sleep(rng.uniform(0, 0.02))
         if rng.random() < 0.1:
             raise ZeroDivisionError
+        if job.attempt == 1 and int(job.payload) % 16 == 0:
+            pause(LEASE * 3)
         queue.using(conn).ack(job)
         time.sleep(LEASE * 1.3 if rng.random() < 0.02 else 0)
         conn.commit()
@@ -50,7 +53,7 @@ def index(conn: psycopg.Connection, store: pgkv.Store, rng: random.Random) -> No
             conn.execute("INSERT INTO meetings VALUES (%s)", [key])
         read = "SELECT version FROM documents WHERE id = %s"
         (version,) = conn.execute(read, [key]).fetchone() or (0,)
-        time.sleep(rng.uniform(0, 0.02))
+        time.sleep(rng.uniform(0, 0.04))
         write = "UPDATE documents SET indexed = greatest(indexed, %s) WHERE id = %s"
         conn.execute(write, [version, key])
         conn.execute("SELECT pg_advisory_unlock(%s)", [key])

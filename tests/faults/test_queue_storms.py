@@ -23,7 +23,11 @@ from tests.variants import Variant
 pytestmark = newest
 # A storm goes on until that much was done, however slow the machine is.
 ORDERS = int(os.environ.get("PGKV_QUEUE_ORDERS", "60"))
-KILLS, DOCUMENTS = max(6, ORDERS // 20), 6
+KILLS, CHANGES, HOT = (
+    max(6, ORDERS // 20),
+    6,
+    8,
+)  # changes of a document; documents changed at a time
 
 
 start = starting("tests.faults.queue_worker")
@@ -36,13 +40,14 @@ def world(dsn: str) -> Iterator[psycopg.Connection]:
         conn.execute("CREATE TABLE orders (id int)")
         conn.execute("CREATE TABLE effects (id int)")
         conn.execute("CREATE TABLE meetings (id int)")
-        conn.execute("CREATE TABLE documents (id int, version int, indexed int)")
+        conn.execute("CREATE TABLE documents (id int PRIMARY KEY, version int, indexed int)")
         yield conn
 
 
 def calm(storm: Storm, queue: pgkv.Queue[Any]) -> None:
     """Let the workers do what is left, then end them."""
     wait_until(lambda: sum(queue.stats()[1:4]) == 0, "all jobs are done", seconds=60)
+    storm.wait_for_paused()
     storm.end()
 
 
@@ -70,20 +75,21 @@ def test_a_storm_of_kills(dsn: str, world: psycopg.Connection, start: Start) -> 
 
 
 def test_a_storm_of_changes(dsn: str, world: psycopg.Connection, start: Start) -> None:
-    """Documents change, and a job of each is put with a key, alone or in the change's transaction, while
-    workers are killed: in the end none is stale, and never do two work on one at once."""
+    """Documents change a few times each, and a job of each is put with a key, alone or in the change's
+    transaction, while workers are killed: in the end none is stale, and never do two work on one at once."""
     with pgkv.Store.connect(dsn) as store, psycopg.connect(dsn) as conn:
         queue = orders(store)
         queue.create_table()
-        for key in range(DOCUMENTS):
-            world.execute("INSERT INTO documents VALUES (%s, 0, 0)", [key])
         storm = Storm(start, ("index", dsn), world, "kill", LEASE)
         rng, changes = random.Random(4), 0
         change = "UPDATE documents SET version = version + 1 WHERE id = %s"
-        while storm.kills < KILLS or changes < ORDERS * 2:
-            for _ in range(8):
-                key = rng.randrange(DOCUMENTS)
+        while storm.kills < KILLS or changes < ORDERS * 4:
+            for _ in range(24):
+                key = changes // CHANGES + rng.randrange(HOT)
                 changes += 1
+                world.execute(
+                    "INSERT INTO documents VALUES (%s, 0, 0) ON CONFLICT DO NOTHING", [key]
+                )
                 if changes % 2:
                     world.execute(change, [key])
                     queue.put(b"", dedupe=str(key))
