@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
-from psycopg.conninfo import make_conninfo
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
-from tests.faults.support import Witness
+from tests.faults.support import Standby, Witness
 from tests.servers import Server, UserServer
 
 
@@ -31,3 +31,23 @@ def limited(dsn: str, server: Server | UserServer, witness: Witness) -> Iterator
     yield make_conninfo(dsn, user=role)
     witness.conn.execute(f"DROP OWNED BY {role}")
     witness.conn.execute(f"DROP ROLE {role}")
+
+
+@pytest.fixture
+def pair(make_server: Callable[..., Server]) -> Iterator[tuple[Server, Standby, str]]:
+    """A server, its replica, and a DSN that finds whichever of them takes writes."""
+    primary = make_server()
+    standby = Standby(primary)
+    places = [conninfo_to_dict(dsn) for dsn in (primary.dsn, standby.dsn)]
+    yield (
+        primary,
+        standby,
+        make_conninfo(
+            host=",".join(str(place["host"]) for place in places),
+            port=",".join(str(place["port"]) for place in places),
+            user="postgres",
+            dbname="postgres",
+            target_session_attrs="read-write",
+        ),
+    )
+    standby.remove()

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ import psycopg
 import pytest
 from psycopg.conninfo import conninfo_to_dict
 
+from pgkv._embedded.cluster import Cluster
 from pgkv.errors import PgkvError
 from tests import servers
 
@@ -153,3 +155,51 @@ def exit_code(pid: int, seconds: float = 20.0) -> int:
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
     raise TimeoutError(f"the child did not end within {seconds:g} s")
+
+
+def one(dsn: str, query: str) -> Any:
+    """The only value that a query returns."""
+    with psycopg.connect(dsn, autocommit=True) as conn:
+        row = conn.execute(query.encode()).fetchone()
+    assert row is not None
+    return row[0]
+
+
+class Standby:
+    """An asynchronous replica of a test's server."""
+
+    def __init__(self, primary: servers.Server) -> None:
+        self._primary = primary
+        self._cluster = Cluster.open(servers.new_directory("standby"), primary.binaries)
+        account = servers.server_account()
+        subprocess.run(
+            [
+                *(f"{primary.binaries.directory}/pg_basebackup", "--write-recovery-conf"),
+                *("--checkpoint=fast", "--dbname", primary.dsn, "--pgdata", self._cluster.pgdata),
+            ],
+            check=True,
+            capture_output=True,
+            cwd="/tmp",
+            user=account.uid if account else None,
+            group=account.gid if account else None,
+            extra_groups=[] if account else None,
+        )
+        self.dsn = self._cluster.start(primary.settings)
+
+    def catch_up(self) -> None:
+        """Wait until it has everything that the primary has."""
+        written = one(self._primary.dsn, "SELECT pg_current_wal_lsn()::text")
+        replayed = f"SELECT pg_last_wal_replay_lsn() >= '{written}'::pg_lsn"
+        servers.wait_until(lambda: bool(one(self.dsn, replayed)), "the standby catches up")
+
+    def cut_off(self) -> None:
+        """What the primary does from now on does not reach it."""
+        self._cluster.stop("fast")
+
+    def promote(self) -> None:
+        """Make it the primary."""
+        self._cluster.start(self._primary.settings)
+        assert one(self.dsn, "SELECT pg_promote()")
+
+    def remove(self) -> None:
+        self._cluster.stop("immediate")

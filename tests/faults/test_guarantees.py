@@ -8,95 +8,24 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import psycopg
 import pytest
-from psycopg.conninfo import conninfo_to_dict, make_conninfo
+from psycopg.conninfo import make_conninfo
 
 import pgkv
 from pgkv import TableType
-from pgkv._embedded.cluster import Cluster
 from pgkv.patterns.session.data import id_of
 from pgkv.testing import ServerClock
-from tests import servers
 from tests.cached import cached_in
 from tests.faults.proxy import Proxy
-from tests.faults.support import Witness, newest
+from tests.faults.support import Standby, Witness, newest
 from tests.servers import Server, wait_until
 from tests.variants import Variant
 
 pytestmark = newest
 ROOT = Path(__file__).resolve().parents[2]
-
-
-class Standby:
-    """An asynchronous replica of a test's server."""
-
-    def __init__(self, primary: Server) -> None:
-        self._primary = primary
-        self._cluster = Cluster.open(servers.new_directory("standby"), primary.binaries)
-        account = servers.server_account()
-        subprocess.run(
-            [
-                *(f"{primary.binaries.directory}/pg_basebackup", "--write-recovery-conf"),
-                *("--checkpoint=fast", "--dbname", primary.dsn, "--pgdata", self._cluster.pgdata),
-            ],
-            check=True,
-            capture_output=True,
-            cwd="/tmp",
-            user=account.uid if account else None,
-            group=account.gid if account else None,
-            extra_groups=[] if account else None,
-        )
-        self.dsn = self._cluster.start(primary.settings)
-
-    def catch_up(self) -> None:
-        """Wait until it has everything that the primary has."""
-        written = _one(self._primary.dsn, "SELECT pg_current_wal_lsn()::text")
-        replayed = f"SELECT pg_last_wal_replay_lsn() >= '{written}'::pg_lsn"
-        wait_until(lambda: bool(_one(self.dsn, replayed)), "the standby catches up")
-
-    def cut_off(self) -> None:
-        """What the primary does from now on does not reach it."""
-        self._cluster.stop("fast")
-
-    def promote(self) -> None:
-        """Make it the primary."""
-        self._cluster.start(self._primary.settings)
-        assert _one(self.dsn, "SELECT pg_promote()")
-
-    def remove(self) -> None:
-        self._cluster.stop("immediate")
-
-
-def _one(dsn: str, query: str) -> Any:
-    with psycopg.connect(dsn, autocommit=True) as conn:
-        row = conn.execute(query.encode()).fetchone()
-    assert row is not None
-    return row[0]
-
-
-@pytest.fixture
-def pair(make_server: Callable[..., Server]) -> Iterator[tuple[Server, Standby, str]]:
-    """A server, its replica, and a DSN that finds whichever of them takes writes."""
-    primary = make_server()
-    standby = Standby(primary)
-    places = [conninfo_to_dict(dsn) for dsn in (primary.dsn, standby.dsn)]
-    yield (
-        primary,
-        standby,
-        make_conninfo(
-            host=",".join(str(place["host"]) for place in places),
-            port=",".join(str(place["port"]) for place in places),
-            user="postgres",
-            dbname="postgres",
-            target_session_attrs="read-write",
-        ),
-    )
-    standby.remove()
 
 
 def test_a_failover_to_an_asynchronous_replica(pair: tuple[Server, Standby, str]) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 import pgkv
 from tests import sharded
-from tests.faults.support import newest
+from tests.faults.support import Standby, newest
 from tests.servers import LATE, Server
 from tests.variants import Variant
 
@@ -72,3 +72,37 @@ async def test_only_its_slots_suffer(
             assert await late.get_many(keys) == {keys[0]: b"v"}
         await store.set(keys[1], "again")
         assert await store.get_many(keys) == {keys[0]: b"v", keys[1]: b"again"}
+
+
+async def test_a_server_is_replaced_by_its_standby(
+    server: Server, pair: tuple[Server, Standby, str], variant: Variant
+) -> None:
+    """Its slots fail in the meantime and the others go on. Then they are where the DSN leads, without what
+    was UNLOGGED; the map and every other server need no word about it."""
+    primary, standby, dsn = pair
+    dsns = [*sharded.databases(server.dsn, [f"f_{secrets.token_hex(4)}"]), dsn]
+    sharded.init(dsns, 2)
+    store = await sharded.connect(variant, dsns, operation_timeout=10.0)
+    async with store:
+        logged = store.table("logged", table_type=pgkv.TableType.REGULAR)
+        nodes = [shard.node for shard in await store.shards()]
+        here, there = (
+            next(k for k in map(str, range(99)) if nodes[store.slot_of(k)] == name)
+            for name in ("n1", "n2")
+        )
+        for each in (store, logged):
+            await each.set_many({here: "v", there: "v"})
+        await asyncio.to_thread(standby.catch_up)
+        await asyncio.to_thread(primary.kill)
+        waiting = asyncio.ensure_future(logged.get(there))
+        for n in range(20):
+            assert await store.increment(f"{{{here}}}n") == n + 1
+        with pytest.raises(pgkv.StoreUnavailableError):
+            await waiting
+        await asyncio.to_thread(standby.promote)
+        assert await logged.get_many([here, there]) == {here: b"v", there: b"v"}
+        assert await store.get_many([here, there]) == {here: b"v"}
+        await store.set(there, "w")
+        assert [shard.state for shard in await store.shards()] == ["live", "live"]
+    with sharded.cluster(dsns) as servers:
+        assert servers.check() == []
