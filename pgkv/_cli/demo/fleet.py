@@ -11,7 +11,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from itertools import pairwise
-from time import monotonic
+from time import monotonic, sleep
 from typing import TypeVar
 
 import psycopg
@@ -20,8 +20,7 @@ from ...errors import LeaseLostError, LockTimeoutError
 from ...patterns.lock.api import Lock
 from ...store import Store
 from .. import console
-from .stage import Check, Stage, scene
-from .workers import DemoWorker, Orders, answer
+from .stage import Check, DemoWorker, Orders, Stage, scene
 
 T = TypeVar("T")
 PROCESSES = 4
@@ -124,7 +123,7 @@ def work(store: Store, orders: Orders, *, ttl: float, pause: float) -> None:
     lock = lock_of(store, ttl)
     with psycopg.connect(store.dsn, autocommit=True, prepare_threshold=None) as conn:
         orders.next()
-        while not orders.ended.is_set():
+        while not orders.ended:
             try:
                 lease = lock.acquire(timeout=3 * ttl)
             except LockTimeoutError:
@@ -134,8 +133,8 @@ def work(store: Store, orders: Orders, *, ttl: float, pause: float) -> None:
             mine = info is not None and info.token == lease.token
             at = info.acquired_at.timestamp() if info is not None and mine else None
             stays = orders.one_waits()
-            answer(["granted", lease.token, at, stays])
-            orders.next() if stays else orders.ended.wait(pause)
+            orders.answer(["granted", lease.token, at, stays])
+            orders.next() if stays else sleep(pause)
             what = "done"
             try:
                 with conn.transaction():
@@ -146,5 +145,5 @@ def work(store: Store, orders: Orders, *, ttl: float, pause: float) -> None:
                 what = "refused"
             finally:
                 lease.release()
-            answer([what, lease.token, None, False])
-    answer(["left", -os.getpid(), None, False])
+            orders.answer([what, lease.token, None, False])
+    orders.answer(["left", -os.getpid(), None, False])

@@ -20,8 +20,7 @@ from ...patterns.session.data import Session
 from ...store import Store
 from .. import console
 from . import dataset
-from .stage import Check, Stage, scene
-from .workers import Orders, answer
+from .stage import Check, Orders, Stage, scene
 
 PROCESSES, THREADS = 4, 16
 CALLERS = PROCESSES * THREADS
@@ -80,7 +79,7 @@ def call(store: Store, orders: Orders, *, share: float) -> None:
 
     with ThreadPoolExecutor(THREADS) as threads:
         while (how := orders.next()) is not None:
-            answer(list(threads.map(call_at_once, [how] * THREADS)))
+            orders.answer(list(threads.map(call_at_once, [how] * THREADS)))
 
 
 # -- a rate limit --------------------------------------------------------------------------
@@ -144,9 +143,10 @@ def hammer(store: Store, orders: Orders) -> None:
     limiter = limiter_of(store)
     admitted = 0
     orders.next()
-    while not orders.ended.is_set():
+    while not orders.ended:
         admitted += limiter.hit(KEY).allowed
-    answer(admitted)
+        orders.one_waits()
+    orders.answer(admitted)
 
 
 # -- sessions ------------------------------------------------------------------------------

@@ -28,8 +28,7 @@ from ...patterns.schema import tables
 from ...store import Store
 from .. import console
 from . import dataset, fleet, keys, patterns
-from .stage import WORKERS, Check, Scene, Size, Stage
-from .workers import config_of
+from .stage import WORKERS, Check, Scene, Size, Stage, config_of
 
 SCENES: tuple[Scene, ...] = (
     dataset.loading,
@@ -154,7 +153,7 @@ def _open_stage(
     elif dsn.startswith(EMBEDDED_SCHEME):
         dsn = cleanup.enter_context(embedded.start(embedded.parse(dsn))).dsn
     table = f"pgkv_demo_{secrets.token_hex(4)}"
-    settings = {**options, "dsn": dsn, "table_name": table, "pooler": options["pooler"].value}
+    settings = {**options, "dsn": dsn, "table_name": table}
     store = cleanup.enter_context(Store(config_of(settings, WORKERS + 2)))
     store.create_table()
     cleanup.callback(_drop, store)
