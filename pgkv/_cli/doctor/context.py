@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import psycopg
@@ -45,7 +45,7 @@ class Context:
     conninfo: str  # of `conn`
     refuses_settings: bool = False  # a pooler refused the settings of a session
     named: bool = False  # the table or its schema was asked for by name, so it must exist
-    table: dict[str, Any] | None = None  # what pg_class has about the table
+    facts: dict[str, Any] = field(default_factory=dict)  # what the server has about the table
 
     def row(self, query: str, *params: Any) -> dict[str, Any]:
         """Return the first row of a query; empty without one."""
@@ -54,12 +54,6 @@ class Context:
     def rows(self, query: str, *params: Any) -> list[dict[str, Any]]:
         """Return the rows of a query. A literal percent sign is written twice."""
         return self.conn.execute(query.encode(), params).fetchall()
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        """`table`, which exists."""
-        assert self.table is not None
-        return self.table
 
     @property
     def version(self) -> int:

@@ -60,8 +60,8 @@ def _connect(config: Config, conninfo: str) -> tuple[psycopg.Connection[dict[str
 def _findings(context: Context) -> Iterator[Finding]:
     for name, check in server.CHECKS.items():
         yield from _made(name, check, context)
-    context.table = table.describe(context)
-    there = context.table is not None and context.table["relkind"] in ("r", "p")
+    context.facts = table.describe(context)
+    there = context.facts.get("relkind") in ("r", "p")
     for name, check in (table.CHECKS if there else {"table": table.missing}).items():
         yield from _made(name, check, context)
 

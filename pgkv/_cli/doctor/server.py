@@ -79,8 +79,7 @@ def pooler(context: Context) -> Result:
     told = context.config.pooler is Pooler.TRANSACTION
     advice = "set pooler=pgkv.Pooler.TRANSACTION (on the command line --pooler transaction)"
     if context.refuses_settings:
-        detail = "a pooler is in between and refuses the settings of a session"
-        return fail(detail, advice)
+        return fail("a pooler is in between and refuses the settings of a session", advice)
     announced = context.conn.info.backend_pid
     pids = [_backend(context.conn) for _ in range(3)]
     if len(set(pids)) > 1 or _is_shared(context, pids[-1]):
@@ -226,8 +225,7 @@ def transactions(context: Context) -> Result:
         return warn(detail + limit, advice)
     if (others["slot_age"] or 0) > SLOT_AGE:
         detail = f"a replication slot holds back {others['slot_age']:,} transactions"
-        advice = "drop the slot if its standby is gone (pg_replication_slots)"
-        return warn(detail, advice)
+        return warn(detail, "drop the slot if its standby is gone (pg_replication_slots)")
     detail = f"the oldest is {console.duration(age)} old" if oldest else "no transaction is open"
     return ok(detail + limit)
 

@@ -21,24 +21,35 @@ SAMPLED_PAGES = 2048  # 16 MB
 EXPIRED_SHARE, EXPIRED_ROWS = 0.25, 1000
 
 
-def describe(context: Context) -> dict[str, Any] | None:
-    """Return what pg_class has about the table; None without one."""
+def describe(context: Context) -> dict[str, Any]:
+    """Return what the catalogue and the statistics have about the table; nothing without one."""
     query = (
-        "SELECT c.oid::int8 AS oid, c.relkind::text, c.relpersistence::text, c.reltuples::float8, "
+        "SELECT c.relkind::text, c.relpersistence::text, c.reltuples::float8, "
         "c.relpages, c.relnamespace::regnamespace::text AS schema, c.reloptions, "
         "pg_get_userbyid(c.relowner) AS owner, "
-        "pg_has_role(current_user, c.relowner, 'USAGE') AS owned FROM pg_class c "
+        "pg_has_role(current_user, c.relowner, 'USAGE') AS owned, "
+        "(SELECT coalesce(json_object_agg(attname, format_type(atttypid, NULL)), '{}') FROM pg_attribute "
+        "WHERE attrelid = c.oid AND attnum > 0 AND NOT attisdropped) AS columns, "
+        "EXISTS (SELECT FROM pg_index WHERE indrelid = c.oid AND indisunique AND indisvalid "
+        "AND indpred IS NULL AND indnkeyatts = 1 AND indkey[0] = k.attnum) AS unique, "
+        "(SELECT collname::text FROM pg_collation WHERE oid = k.attcollation) AS collation, "
+        "coalesce(n_tup_upd, 0) AS updated, coalesce(n_tup_hot_upd, 0) AS hot, "
+        "coalesce(n_live_tup, 0) AS live, coalesce(n_dead_tup, 0) AS dead, "
+        "extract(epoch FROM clock_timestamp() - greatest(last_vacuum, last_autovacuum))::float8 "
+        "AS since_vacuum, current_setting('autovacuum') AS autovacuum "
+        "FROM pg_class c LEFT JOIN pg_stat_all_tables s ON s.relid = c.oid "
+        "LEFT JOIN pg_attribute k ON k.attrelid = c.oid AND k.attname = 'key' "
         "WHERE c.oid = to_regclass(%s)"
     )
     try:
-        return context.row(query, context.name) or None
+        return context.row(query, context.name)
     except psycopg.Error:
-        return None  # to_regclass refuses a schema that the role may not use: `missing` says so
+        return {}  # to_regclass refuses a schema that the role may not use: `missing` says so
 
 
 def missing(context: Context) -> Result:
     """What to do about a table that does not exist."""
-    if context.table is not None:
+    if context.facts:
         kinds = {"v": "a view", "m": "a materialized view", "f": "a foreign table", "S": "a sequence",
                  "i": "an index", "c": "a type"}  # fmt: skip
         what = kinds.get(context.facts["relkind"], "something else")
@@ -59,8 +70,7 @@ def missing(context: Context) -> Result:
     if not there:
         detail = f"the schema {name} does not exist"
         if seen["may_schema"]:
-            advice = "the first write creates it, with the table"
-            return _unless_named(context, detail, advice)
+            return _unless_named(context, detail, "the first write creates it, with the table")
         return fail(detail, f"{ddl}, and GRANT USAGE on the schema to {role}")
     rights = context.row(
         "SELECT has_schema_privilege(%s, 'USAGE') AS usage, has_schema_privilege(%s, 'CREATE') AS make",
@@ -100,26 +110,16 @@ def table(context: Context) -> Result:
     return ok(f"{name}, logged: survives a crash")
 
 
-def _columns_of(context: Context) -> dict[str, str]:
-    rows = context.rows(
-        "SELECT attname::text AS name, format_type(atttypid, NULL) AS type FROM pg_attribute "
-        "WHERE attrelid = to_regclass(%s) AND attnum > 0 AND NOT attisdropped",
-        context.name,
-    )
-    return {row["name"]: row["type"] for row in rows}
-
-
 def columns(context: Context) -> Result:
     """Whether the columns are those of pgkv."""
-    found = _columns_of(context)
+    found = context.facts["columns"]
     wrong = [
         f"{name} is {found.get(name, 'missing')}"
         for name, types in _EXPECTED.items()
         if found.get(name) not in types and not (name == "version" and name not in found)
     ]
     if wrong:
-        advice = "this is not a table of pgkv: choose another table name"
-        return fail("; ".join(wrong), advice)
+        return fail("; ".join(wrong), "this is not a table of pgkv: choose another table name")
     if "version" not in found:
         detail = "no column version: the table was made by another client (the Rust crate pgkv)"
         if context.facts["owned"]:
@@ -134,14 +134,7 @@ def columns(context: Context) -> Result:
 
 def key_index(context: Context) -> Result:
     """Whether keys are unique: ON CONFLICT (key) needs that."""
-    seen = context.row(
-        "SELECT count(*)::int AS n FROM pg_index i JOIN pg_attribute a "
-        "ON a.attrelid = i.indrelid AND a.attname = 'key' WHERE i.indrelid = to_regclass(%s) "
-        "AND i.indisunique AND i.indisvalid AND i.indpred IS NULL AND i.indnkeyatts = 1 "
-        "AND i.indkey[0] = a.attnum",
-        context.name,
-    )
-    if not seen["n"]:
+    if not context.facts["unique"]:
         return fail(
             "no unique index on key: no write can work",
             f"ALTER TABLE {context.name} ADD PRIMARY KEY (key)",
@@ -165,21 +158,16 @@ def lock_tables(context: Context) -> Result | None:
 
 def collation(context: Context) -> Result:
     """Whether scans by prefix can use the key's index."""
-    seen = context.row(
-        "SELECT c.collname::text AS name, c.collprovider::text AS provider FROM pg_attribute a "
-        "JOIN pg_collation c ON c.oid = a.attcollation "
-        "WHERE a.attrelid = to_regclass(%s) AND a.attname = 'key'",
-        context.name,
-    )
-    if seen.get("name") == "C":
+    found = context.facts["collation"]
+    if found == "C":
         return ok('"C": scans use the index')
-    name = "the database's" if seen.get("name") == "default" else f'"{seen.get("name")}"'
+    name = "the database's" if found == "default" else f'"{found}"'
     advice = (
         "at a quiet time (it locks the table and rebuilds its index): "
         f'ALTER TABLE {context.name} ALTER COLUMN key TYPE text COLLATE "C"'
     )
     detail = f"{name}: results are correct, but scans by prefix read the whole table"
-    if context.version >= 150000 and seen.get("name") == "default":
+    if context.version >= 150000 and found == "default":
         version = context.row(
             "SELECT datcollversion AS made, pg_database_collation_actual_version(oid) AS now "
             "FROM pg_database WHERE datname = current_database()"
@@ -196,20 +184,17 @@ def collation(context: Context) -> Result:
 
 def rights(context: Context) -> Result:
     """The role's rights on the table."""
-    needed = ("SELECT", "INSERT", "UPDATE", "DELETE")
-    asked = ", ".join(
-        f"has_table_privilege(to_regclass(%s), '{right}') AS {right.lower()}" for right in needed
-    )
     seen = context.row(
-        f"SELECT current_user AS role, row_security_active(to_regclass(%s)) AS filtered, {asked}",
-        *[context.name] * (len(needed) + 1),
+        "SELECT current_user AS role, row_security_active(t) AS filtered, "
+        "(SELECT string_agg(r, ', ') FROM unnest('{SELECT,INSERT,UPDATE,DELETE}'::text[]) r "
+        "WHERE NOT has_table_privilege(t, r)) AS lacking FROM to_regclass(%s) t",
+        context.name,
     )
-    lacking = [right for right in needed if not seen[right.lower()]]
-    if lacking:
+    if seen["lacking"]:
         role = quote_identifier(seen["role"])
         return fail(
-            f"the role {seen['role']} lacks {', '.join(lacking)}",
-            f"as the table's owner: GRANT {', '.join(lacking)} ON {context.name} TO {role}",
+            f"the role {seen['role']} lacks {seen['lacking']}",
+            f"as the table's owner: GRANT {seen['lacking']} ON {context.name} TO {role}",
         )
     if seen["filtered"]:
         detail = (
@@ -218,10 +203,9 @@ def rights(context: Context) -> Result:
         advice = f"as the table's owner: ALTER TABLE {context.name} DISABLE ROW LEVEL SECURITY"
         return warn(detail, advice)
     if not context.facts["owned"]:
-        detail = (
+        return ok(
             "reads and writes; truncate(), vacuum() and recreate_table() need the table's owner"
         )
-        return ok(detail)
     return ok("all: the role owns the table")
 
 
@@ -276,15 +260,10 @@ def indexes(context: Context) -> Result:
 
 def hot_updates(context: Context) -> Result:
     """The share of updates that wrote to no index."""
-    seen = context.row(
-        "SELECT coalesce(n_tup_upd, 0) AS n, coalesce(n_tup_hot_upd, 0) AS hot "
-        "FROM pg_stat_all_tables WHERE relid = to_regclass(%s)",
-        context.name,
-    )
-    count = seen.get("n", 0)
+    count = context.facts["updated"]
     if count < HOT_UPDATES:
         return ok(f"{console.count(count, 'update')} so far, too few for a ratio")
-    ratio = seen["hot"] / count
+    ratio = context.facts["hot"] / count
     detail = f"{ratio:.1%} of {console.count(count, 'update')}"
     if ratio < HOT_RATIO:
         fill = int(_option(context.facts, "fillfactor", "100"))
@@ -299,18 +278,11 @@ def hot_updates(context: Context) -> Result:
 
 def dead_rows(context: Context) -> Result:
     """Dead row versions that vacuum has not removed yet."""
-    seen = context.row(
-        "SELECT n_dead_tup AS dead, n_live_tup AS live, current_setting('autovacuum') AS auto, "
-        "extract(epoch FROM clock_timestamp() - greatest(last_vacuum, last_autovacuum))::float8 "
-        "AS since FROM pg_stat_all_tables WHERE relid = to_regclass(%s)",
-        context.name,
-    )
-    dead, live = seen.get("dead") or 0, seen.get("live") or 0
-    since = seen.get("since")
+    live, dead, since = (context.facts[name] for name in ("live", "dead", "since_vacuum"))
     when = "not vacuumed yet" if since is None else f"vacuumed {console.duration(since)} ago"
     detail = f"{live:,} live, {dead:,} dead (estimates), {when}"
     own = _option(context.facts, "autovacuum_enabled", "true")
-    if seen.get("auto") == "off" or own in ("false", "off"):
+    if context.facts["autovacuum"] == "off" or own in ("false", "off"):
         advice = f"turn autovacuum on again: ALTER TABLE {context.name} RESET (autovacuum_enabled), autovacuum = on"
         return warn(f"{detail}, autovacuum is off", advice)
     # A new table waits for autovacuum's first round: until then much can be dead.
@@ -348,7 +320,7 @@ def bound(context: Context) -> Result | None:
     config = context.config
     if not config.bounded:
         return None
-    if "used_at" not in _columns_of(context):
+    if "used_at" not in context.facts["columns"]:
         detail = "no column used_at: the table was made without a bound"
         if context.facts["owned"]:
             return ok("made without a bound: the first eviction adds the column used_at")
@@ -423,8 +395,7 @@ def emptied(context: Context) -> Result | None:
         )
         return warn(detail, advice)
     if facts["relpages"] == 0 or facts["reltuples"] < 0:
-        detail = "no sign of a crash (shown from the first vacuum or analyze on)"
-        return ok(detail)
+        return ok("no sign of a crash (shown from the first vacuum or analyze on)")
     return ok("no sign of a crash since the last vacuum or analyze")
 
 
