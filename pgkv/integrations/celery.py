@@ -12,6 +12,7 @@ from typing import Any
 
 from celery.backends.base import KeyValueStoreBackend
 
+from .._ops.lazy import cached_property
 from ..config import TableType
 from ..store import Store
 
@@ -48,16 +49,10 @@ class CeleryBackend(KeyValueStoreBackend):
     ) -> None:
         super().__init__(app, **{**kwargs, "expires": expires})
         self.url = url
-        self._opened: Store | None = None
         self.expires = self.prepare_expires(expires, type=int)
 
-    @property
+    @cached_property
     def _store(self) -> Store:
-        if self._opened is None:
-            self._opened = self._open()
-        return self._opened
-
-    def _open(self) -> Store:
         options = {"table_name": "celery_results", "table_type": TableType.REGULAR}
         options |= self.app.conf.get("result_backend_transport_options", {}).get("pgkv", {})
         return Store.connect(self.url, **options)  # type: ignore[arg-type]  # checked by Config

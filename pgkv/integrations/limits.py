@@ -127,15 +127,7 @@ class Windows(TimestampedSlidingWindow):
 
     def check(self) -> Any:
         """Tell whether the server answers."""
-
-        def flow() -> Flow[bool]:
-            try:
-                yield from call(self._store.ping)
-            except PgkvError:
-                return False
-            return True
-
-        return self._drive(flow())
+        return self._unless(PgkvError, self._store.ping)
 
     def reset(self) -> Any:
         """Remove all limits; return how many there were."""
@@ -176,12 +168,17 @@ class Windows(TimestampedSlidingWindow):
         return self._drive(flow())
 
     def _acquire(self, key: str, change: Change, ttl: int) -> Any:
-        update = partial(self._store.update, key, change, ttl=ttl, attempts=_ATTEMPTS)
+        return self._unless(
+            Refused, partial(self._store.update, key, change, ttl=ttl, attempts=_ATTEMPTS)
+        )
+
+    def _unless(self, error: type[Exception], do: Callable[[], Any]) -> Any:
+        """Return whether a call succeeds; False if it raises that error."""
 
         def flow() -> Flow[bool]:
             try:
-                yield from call(update)
-            except Refused:
+                yield from call(do)
+            except error:
                 return False
             return True
 

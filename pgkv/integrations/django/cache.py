@@ -18,6 +18,7 @@ from django.core.cache.backends.base import (
 from django.db import DEFAULT_DB_ALIAS, connections
 from django.utils.module_loading import import_string
 
+from ..._ops.lazy import cached_property
 from ...config import ENTRIES_MIN, Config
 from ...errors import ConfigError, InvalidValueError
 from ...store import Store
@@ -75,7 +76,6 @@ class PgkvCache(BaseCache):
             serializer = import_string(serializer)
         self._serializer: Any = serializer() if isinstance(serializer, type) else serializer
         self._location = location
-        self._config: Config | None = None
         self._atomic: bool = options.pop("atomic", False)
         self._options = {name: value for name, value in options.items() if name not in _DJANGOS}
         if options.get("MAX_ENTRIES", params.get("max_entries")) is not None:
@@ -91,12 +91,10 @@ class PgkvCache(BaseCache):
                 "the transactions of that database"
             )
 
-    @property
+    @cached_property
     def config(self) -> Config:
         """The settings of its store."""
-        if self._config is None:
-            self._config = config_for(self._location, self._options)
-        return self._config
+        return config_for(self._location, self._options)
 
     @property
     def database(self) -> str:

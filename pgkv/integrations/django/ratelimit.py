@@ -6,12 +6,13 @@ import functools
 from collections.abc import Callable
 from typing import Any, TypeVar, Unpack, cast
 
-from asgiref.sync import iscoroutinefunction
+from asgiref.sync import iscoroutinefunction, markcoroutinefunction
 from django.http import HttpResponse
 
 from ..._ops.drivers import drive, drive_async
+from ..._ops.op import Flow, call
 from ...patterns.rate_limit.api import AsyncRateLimiter, RateLimiter
-from ...patterns.web.limit import STATUS, Guard, LimitOptions, Verdict
+from ...patterns.web.limit import STATUS, Guard, LimitOptions
 
 __all__ = ["ratelimit"]
 
@@ -46,36 +47,23 @@ def ratelimit(limiter: Any, **options: Unpack[LimitOptions]) -> Callable[[View],
             kind, f"{_NAME} of this view", f"{_NAME} of the other kind of view", limiter, options
         )
 
-        def refused(request: Any, verdict: Verdict | None) -> HttpResponse | None:
-            if verdict is None or not verdict.refuse:
-                return None
-            headers, body = guard.refusal(request, verdict)
-            return HttpResponse(body, status=STATUS, headers=headers)
-
-        def shown(request: Any, response: Any, verdict: Verdict | None) -> Any:
+        def flow(request: Any, answer: Callable[[], Any]) -> Flow[Any]:
+            verdict = yield from guard.check(request)
+            if verdict is not None and verdict.refuse:
+                headers, body = guard.refusal(request, verdict)
+                return HttpResponse(body, status=STATUS, headers=headers)
+            response = yield from call(answer)
             if guard.is_shown(verdict):
                 for name, value in guard.headers(request).items():
                     response[name] = value
             return response
 
-        if is_async:
+        run: Any = drive_async if is_async else drive
 
-            @functools.wraps(view)
-            async def limited(request: Any, *args: Any, **kwargs: Any) -> Any:
-                verdict = await drive_async(guard.check(request))
-                return refused(request, verdict) or shown(
-                    request, await view(request, *args, **kwargs), verdict
-                )
+        @functools.wraps(view)
+        def limited(request: Any, *args: Any, **kwargs: Any) -> Any:
+            return run(flow(request, functools.partial(view, request, *args, **kwargs)))
 
-        else:
-
-            @functools.wraps(view)
-            def limited(request: Any, *args: Any, **kwargs: Any) -> Any:
-                verdict = drive(guard.check(request))
-                return refused(request, verdict) or shown(
-                    request, view(request, *args, **kwargs), verdict
-                )
-
-        return cast("View", limited)
+        return cast("View", markcoroutinefunction(limited) if is_async else limited)
 
     return decorate
