@@ -8,23 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ._cli.bulk import dump, load
-from ._cli.cache import cache
 from ._cli.command import app, main, register
 from ._cli.dashboard import dashboard
 from ._cli.demo import demo
 from ._cli.doctor import doctor
-from ._cli.idempotency import idempotency
-from ._cli.keys import delete, get, scan, set_
-from ._cli.limits import limits
+from ._cli.keys import delete, dump, get, load, scan, set_
 from ._cli.lock import lock
-from ._cli.locks import locks
-from ._cli.queue import queue
-from ._cli.sessions import sessions
+from ._cli.patterns import cache, idempotency, limits, locks, queue, sessions, worker
 from ._cli.shards import shards
 from ._cli.table import evict, migrate, rewrite, schema, stats, sweep
 from ._cli.top import top
-from ._cli.worker import worker
 
 # The help shows them in this order.
 COMMANDS: dict[str, Callable[..., int]] = {

@@ -8,15 +8,16 @@ adds the common options, which can stand before or after the command's name.
 from __future__ import annotations
 
 import contextlib
-import importlib
 import inspect
 import logging
+import math
 import os
 import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any, get_type_hints
 
 import typer
@@ -45,6 +46,9 @@ from . import console
 
 DONE, NOT_FOUND, USAGE, UNAVAILABLE, INTERRUPTED = 0, 1, 2, 3, 130
 INTERNAL, INPUT_OUTPUT = 70, 74  # sysexits' EX_SOFTWARE and EX_IOERR
+
+_UNITS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
+_DURATION = re.compile(r"(\d+(?:\.\d+)?|\.\d+)(ms|[smhdw])", re.IGNORECASE)
 
 # The base of what typer raises for wrong usage. Its name depends on the version: click's, or a
 # copy of it within typer.
@@ -79,10 +83,20 @@ app: typer.Typer = typer.Typer(
 
 
 def duration(text: str) -> float:
+    """Return the seconds in ``90``, ``1.5h`` or ``1h30m``; BadParameter for anything else."""
+    compact = text.strip().replace(" ", "")
     try:
-        return console.parse_duration(text)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
+        found = float(compact)
+    except ValueError:
+        parts = _DURATION.findall(compact)
+        if not parts or "".join(number + unit for number, unit in parts) != compact:
+            raise typer.BadParameter(
+                f"{text!r} is not a duration: give seconds, or units as in 30s, 15m, 1h30m, 7d"
+            ) from None
+        found = sum(float(number) * _UNITS[unit.lower()] for number, unit in parts)
+    if not math.isfinite(found) or found <= 0:
+        raise typer.BadParameter(f"{text!r} must be more than 0 seconds")
+    return found
 
 
 def option(usage: str, help: str, default: Any = None, **more: Any) -> Any:  # as typer calls it
@@ -179,14 +193,15 @@ class Invocation:
         with Store(config) as store:
             yield store if self.namespace is None else store.namespace(self.namespace)
 
-    def answer(self, document: dict[str, Any], text: str) -> None:
-        """Print the document with --json, else the text."""
+    def answer(self, document: dict[str, Any], text: str) -> int:
+        """Print the document with --json, else the text; return the exit code."""
         if self.json:
             console.say_json(document)
         elif text:
             console.say(text)
+        return DONE
 
-    def show(self, documents: list[dict[str, Any]], columns: console.Columns, nothing: str) -> None:
+    def show(self, documents: list[dict[str, Any]], columns: console.Columns, nothing: str) -> int:
         """Print one document a line with --json, else a table, or a note that there is nothing."""
         if self.json:
             for document in documents:
@@ -195,21 +210,18 @@ class Invocation:
             console.show_documents(documents, columns)
         else:
             console.note(nothing)
+        return DONE
 
 
 def load_object(text: str, form: str) -> Any:
     """Return what the user's program has under MODULE:NAME, found from the working directory."""
-    module, colon, name = text.partition(":")
-    if not colon or not module or not name:
+    if not all(text.partition(":")):
         raise typer.BadParameter(f"{text!r} is not {form}")
     sys.path.insert(0, "")
     try:
-        found: Any = importlib.import_module(module)
-        for part in name.split("."):
-            found = getattr(found, part)
-    except (ImportError, AttributeError) as error:
+        return resolve_name(text)
+    except (ImportError, AttributeError, ValueError) as error:
         raise typer.BadParameter(f"cannot load {text}: {error}") from None
-    return found
 
 
 def require_database(config: Config) -> None:

@@ -12,7 +12,6 @@ import contextlib
 import errno
 import io
 import json
-import math
 import os
 import re
 import sys
@@ -34,8 +33,6 @@ PREVIEW = 100  # characters of a value in a table
 
 _ESCAPES = {ord("\\"): "\\\\", ord("\n"): "\\n", ord("\t"): "\\t", ord("\r"): "\\r"}
 _CONTROLS = re.compile(CONTROLS)
-_UNITS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
-_DURATION = re.compile(r"(\d+(?:\.\d+)?|\.\d+)(ms|[smhdw])", re.IGNORECASE)
 # Where a password can appear in a DSN that was given in the wrong place.
 _SECRETS = (
     (re.compile(r"(://[^:/@\s]*):[^\s]*@"), r"\1:***@"),
@@ -213,23 +210,6 @@ def duration(seconds: float) -> str:
         return f"{seconds / 60:.0f} min"
     hours = seconds / 3600
     return f"{hours:.1f} h" if hours < 48 else f"{hours / 24:.1f} days"
-
-
-def parse_duration(text: str) -> float:
-    """Return the seconds in ``90``, ``1.5h`` or ``1h30m``; a ValueError for anything else."""
-    compact = text.strip().replace(" ", "")
-    try:
-        found = float(compact)
-    except ValueError:
-        parts = _DURATION.findall(compact)
-        if not parts or "".join(number + unit for number, unit in parts) != compact:
-            raise ValueError(
-                f"{text!r} is not a duration: give seconds, or units as in 30s, 15m, 1h30m, 7d"
-            ) from None
-        found = sum(float(number) * _UNITS[unit.lower()] for number, unit in parts)
-    if not math.isfinite(found) or found <= 0:
-        raise ValueError(f"{text!r} must be more than 0 seconds")
-    return found
 
 
 def table(

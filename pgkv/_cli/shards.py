@@ -98,8 +98,7 @@ def shards(
             made = cluster.init(slots, tables(configs[0]))
             names = cluster.names
             text = f"{console.count(made, 'slot')} made; {cluster.slots} on {', '.join(names)}"
-            call.answer({"made": made, "slots": cluster.slots, "servers": names}, text)
-            return DONE
+            return call.answer({"made": made, "slots": cluster.slots, "servers": names}, text)
         if not cluster.slots:
             raise ConfigError("the servers have no slots: run `pgkv shards init`")
         if action is Action.CHECK:
@@ -137,8 +136,7 @@ def shards(
         "state": ("state", console.one_line),
         "bytes": ("bytes", console.size),
     }
-    call.show(documents, columns, "There are no slots.")
-    return DONE
+    return call.show(documents, columns, "There are no slots.")
 
 
 def numbers(text: str) -> list[int]:
@@ -180,8 +178,7 @@ def _move(
                 done += cluster.move(slot, to, report)
             bar.advance(task)
     what = "finished" if to is None else f"moved to {to}"
-    call.answer({"moved": done}, f"{console.count(done, 'slot')} {what}")
-    return DONE
+    return call.answer({"moved": done}, f"{console.count(done, 'slot')} {what}")
 
 
 def _plan(call: Invocation, rate: float, mix: str, cores: float, slots: int, citus: bool) -> int:
@@ -204,5 +201,4 @@ def _plan(call: Invocation, rate: float, mix: str, cores: float, slots: int, cit
     }
     need = f"more than {slots} servers" if servers is None else console.count(servers, "server")
     each = f"{cost:.1f} us of processor each; a server of {cores:g} cores takes {most:,.0f}/s"
-    call.answer(found, f"{rate:,.0f}/s need {need}: {each}")
-    return DONE
+    return call.answer(found, f"{rate:,.0f}/s need {need}: {each}")

@@ -72,8 +72,7 @@ def sweep(
                 store._sql, limit, lambda done, total: bar.update(task, completed=done, total=total)
             )
         )
-    call.answer({"deleted": removed}, f"deleted {console.count(removed, 'expired row')}")
-    return DONE
+    return call.answer({"deleted": removed}, f"deleted {console.count(removed, 'expired row')}")
 
 
 def evict(
@@ -92,8 +91,7 @@ def evict(
         raise typer.BadParameter("give --max-entries or --max-bytes")
     with call.store(max_entries=max_entries, max_bytes=max_bytes) as store:
         removed = store.evict()
-    call.answer({"deleted": removed}, f"evicted {console.count(removed, 'key')}")
-    return DONE
+    return call.answer({"deleted": removed}, f"evicted {console.count(removed, 'key')}")
 
 
 def rewrite(
@@ -112,8 +110,7 @@ def rewrite(
     with call.store(transforms=steps) as store, console.progress(quiet=call.json) as bar:
         task = bar.add_task("values", total=None)
         count = store.rewrite(prefix, progress=lambda done: bar.update(task, completed=done))
-    call.answer({"rewritten": count}, f"rewrote {console.count(count, 'value')}")
-    return DONE
+    return call.answer({"rewritten": count}, f"rewrote {console.count(count, 'value')}")
 
 
 def schema(

@@ -14,6 +14,7 @@ pytest.importorskip("rich")
 
 from pgkv import __main__ as entry
 from pgkv._cli import console
+from pgkv._cli.command import UsageError, duration
 from pgkv.cli import main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -221,16 +222,16 @@ def test_schema_prints_ddl_without_a_server(capsys: pytest.CaptureFixture[str]) 
 )  # fmt: skip
 def test_durations_are_read(text: str, seconds: float) -> None:
     """Seconds, or numbers with units."""
-    assert console.parse_duration(text) == pytest.approx(seconds)
+    assert duration(text) == pytest.approx(seconds)
 
 
 @pytest.mark.parametrize(
     "text", ["", "h", "1x", "1h30", "-1", "0", "0s", "nan", "inf", "1h-5m", "1e"]
 )
 def test_what_is_no_duration_is_refused(text: str) -> None:
-    """Anything else, zero included, is a ValueError."""
-    with pytest.raises(ValueError, match=r"duration|more than 0"):
-        console.parse_duration(text)
+    """Anything else, zero included, is wrong usage."""
+    with pytest.raises(UsageError, match=r"duration|more than 0"):
+        duration(text)
 
 
 @pytest.mark.parametrize(
