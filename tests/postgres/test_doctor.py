@@ -27,7 +27,7 @@ from pgkv import (
     Zstd,
     fence_sql,
 )
-from pgkv._cli.doctor.context import Finding
+from pgkv._cli.doctor.examine import Finding
 from pgkv._cli.doctor.examine import examine as _examine
 from pgkv.cli import main
 from pgkv.testing import ServerClock

@@ -8,7 +8,7 @@ from .. import console
 from ..command import DONE, MAX_BYTES, MAX_ENTRIES, NOT_FOUND, Invocation, require_database
 
 if TYPE_CHECKING:
-    from .context import Finding, Status
+    from .examine import Finding, Status
 
 _STYLES: dict[Status, str] = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 

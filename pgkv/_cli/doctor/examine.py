@@ -9,9 +9,9 @@ as the store's, because that is checked too.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import psycopg
 from psycopg.rows import dict_row
@@ -20,10 +20,65 @@ from ..._engine import conninfo as _conninfo
 from ..._settings import Target
 from ...config import Config, Pooler
 from ...errors import translate
-from . import server, table
-from .context import Check, Context, Finding, Result
 
 CHECK_TIMEOUT = "5s"  # for one check
+Status: TypeAlias = Literal["ok", "warn", "fail"]
+Result: TypeAlias = tuple[Status, str, str]  # status, detail, advice
+
+
+class Finding(NamedTuple):
+    """The result of one check, by its name. "warn" works, but needs attention; with "fail" pgkv
+    cannot work. `advice` says how to fix it; it is empty if there is nothing to fix."""
+
+    check: str
+    status: Status
+    detail: str
+    advice: str = ""
+
+
+def ok(detail: str) -> Result:
+    return "ok", detail, ""
+
+
+def warn(detail: str, advice: str) -> Result:
+    return "warn", detail, advice
+
+
+def fail(detail: str, advice: str) -> Result:
+    return "fail", detail, advice
+
+
+@dataclass(slots=True)
+class Context:
+    """The input of the checks."""
+
+    conn: psycopg.Connection[dict[str, Any]]
+    config: Config
+    conninfo: str  # of `conn`
+    refuses_settings: bool = False  # a pooler refused the settings of a session
+    named: bool = False  # the table or its schema was asked for by name, so it must exist
+    facts: dict[str, Any] = field(default_factory=dict)  # what the server has about the table
+
+    def row(self, query: str, *params: Any) -> dict[str, Any]:
+        """Return the first row of a query; empty without one."""
+        return next(iter(self.rows(query, *params)), {})
+
+    def rows(self, query: str, *params: Any) -> list[dict[str, Any]]:
+        """Return the rows of a query. A literal percent sign is written twice."""
+        return self.conn.execute(query.encode(), params).fetchall()
+
+    @property
+    def version(self) -> int:
+        """The server's version, such as 180003."""
+        return self.conn.info.server_version
+
+    @property
+    def name(self) -> str:
+        """The table's name, quoted."""
+        return self.config.table.quoted
+
+
+Check: TypeAlias = Callable[[Context], Result | None]
 
 
 def examine(config: Config, *, named: bool = False) -> list[Finding]:
@@ -58,6 +113,8 @@ def _connect(config: Config, conninfo: str) -> tuple[psycopg.Connection[dict[str
 
 
 def _findings(context: Context) -> Iterator[Finding]:
+    from . import server, table
+
     for name, check in server.CHECKS.items():
         yield from _made(name, check, context)
     context.facts = table.describe(context)
@@ -69,7 +126,7 @@ def _findings(context: Context) -> Iterator[Finding]:
 def _made(name: str, check: Check, context: Context) -> Iterator[Finding]:
     found: Result | None
     try:
-        if check is server.pooler:
+        if name == "pooler":
             found = check(context)  # it examines what happens between transactions
         else:
             with context.conn.transaction():

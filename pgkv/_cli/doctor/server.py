@@ -15,7 +15,7 @@ from ...config import Pooler
 from ...patterns.overview import HOLDS_BACK, OLD_TRANSACTION
 from ...patterns.schema import tables
 from .. import console
-from .context import Check, Context, Result, fail, ok, warn
+from .examine import Check, Context, Result, fail, ok, warn
 
 OLDEST_MAJOR = 14
 SLOT_AGE = 10_000_000  # transactions that a replication slot may hold back

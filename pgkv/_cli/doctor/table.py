@@ -15,7 +15,7 @@ from ...patterns.lock.sql import LOCKS, LOCKS_UNLOGGED
 from ...patterns.overview import DEAD_ROWS, DEAD_SHARE, HOT_RATIO, HOT_UPDATES, OVER
 from ...transforms import applied
 from .. import console
-from .context import Check, Context, Result, fail, ok, warn
+from .examine import Check, Context, Result, fail, ok, warn
 
 SAMPLED_PAGES = 2048  # 16 MB
 EXPIRED_SHARE, EXPIRED_ROWS = 0.25, 1000
