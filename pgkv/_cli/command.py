@@ -108,7 +108,6 @@ def option(usage: str, help: str, default: Any = None, **more: Any) -> Any:  # a
 
 
 def flag(usage: str, help: str, default: bool = False) -> Any:  # as above
-    """Return the default of a parameter that is a flag."""
     return option(usage, help, default)
 
 

@@ -84,7 +84,6 @@ def can_ask() -> bool:
 
 
 def read() -> bytes:
-    """Return all of standard input."""
     if sys.stdin is None:
         raise InputOutputError("cannot read standard input: it is closed")
     try:
@@ -107,7 +106,6 @@ def out(*, stderr: bool = False) -> Console:
 
 
 def say(text: str) -> None:
-    """Write one plain line to standard output."""
     sys.stdout.write(text + "\n")
 
 
@@ -118,7 +116,6 @@ def note(text: str) -> None:
 
 
 def say_json(value: Any) -> None:
-    """Write one JSON document on one line."""
     say(json.dumps(value, ensure_ascii=False, allow_nan=False))
 
 
@@ -190,7 +187,6 @@ def count(number: int, noun: str, plural: str | None = None) -> str:
 
 
 def size(octets: float) -> str:
-    """Return a number of bytes as people read it."""
     for unit in ("B", "kB", "MB", "GB"):
         if abs(octets) < 1024:
             return f"{octets:.0f} {unit}" if unit == "B" else f"{octets:.1f} {unit}"
@@ -199,7 +195,6 @@ def size(octets: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Return a span of time as people read it."""
     if seconds < 0.001:
         return f"{seconds * 1e6:.0f} {symbol('µs', 'us')}"
     if seconds < 1:
@@ -257,7 +252,6 @@ def numbers(*names: str) -> Columns:
 
 
 def number(value: int) -> str:
-    """Return a number with separators."""
     return f"{value:,}"
 
 

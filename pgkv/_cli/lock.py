@@ -80,7 +80,6 @@ def lock(
 
 
 def _guarded(call: Invocation, program: list[str], lease: Lease, guardian: _Guardian) -> int:
-    """Run the command, free the lock, and report a loss."""
     try:
         # This process may have been stopped since the grant.
         code = None if lease.is_lost else guardian.run(program, lease)
@@ -204,7 +203,6 @@ class _Guardian:
         return code
 
     def note_lost(self) -> None:
-        """The lease was lost."""
         self._news.put("lost")
 
     def _handle(self, names: Iterable[str], handler: Callable[[int, Any], None]) -> None:

@@ -215,8 +215,6 @@ def sessions(
 
 
 class KeyAction(StrEnum):
-    """What `pgkv idempotency` does."""
-
     SHOW = "show"
     FORGET = "forget"
 

@@ -185,7 +185,6 @@ class Cluster:
             return open_file(directory, name, flags, self.account)
 
     def _read_data(self, name: str) -> str:
-        """Return the text of a file of the data directory."""
         with self._data() as data:
             fd = open_file(data, name, os.O_RDONLY, self.account)
         with os.fdopen(fd, encoding="utf-8", errors="surrogateescape") as file:
@@ -272,7 +271,6 @@ class Cluster:
             return "postgres" in run("/bin/ps", "-o", "comm=", "-p", str(pid)).stdout
 
     def _prepare(self, settings: Mapping[str, str]) -> None:
-        """Choose binaries; initdb where there is no data."""
         try:
             wanted = int(self._read_data("PG_VERSION").strip())
         except FileNotFoundError:

@@ -109,7 +109,6 @@ def opened(path: Path, *, make_for: Account | None = None, make: bool = False) -
 
 @contextlib.contextmanager
 def opened_below(directory: int, name: str) -> Iterator[int]:
-    """Open a directory within an open one."""
     fd = _open_directory(directory, name)
     try:
         yield fd

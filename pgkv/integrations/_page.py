@@ -50,7 +50,6 @@ class Point(NamedTuple):
 
 
 def point_of(before: Overview | None, frame: Overview, at: float) -> Point:
-    """Return what is drawn of a frame."""
     waiting = sum(queue.waiting for queue in frame.queues)
     point = Point(at, frame.server.connections, frame.locks_held, waiting)
     if before is None:
@@ -172,7 +171,6 @@ def _attention(frame: Overview) -> Iterator[str]:
 
 
 def _bar(shares: Sequence[Share]) -> str:
-    """What the store's table holds, as parts of one bar by their bytes, with its legend."""
     total = sum(each.bytes for each in shares) or 1
     x, parts, legend = 0.0, [], []
     for each in shares:

@@ -50,7 +50,6 @@ def lines_of(name: str, text: str) -> Iterator[tuple[str, str]]:
 
 @scene("Loading", "Loading real data by COPY. Every key must arrive.")
 def loading(stage: Stage) -> Iterator[str | Check]:
-    """Load everything, count it, and read a sample back."""
     stage.data = data = collect(stage.size.keys)
     with stage.bar("loading", len(data)) as advance:
         started = time.monotonic()
@@ -72,7 +71,6 @@ def loading(stage: Stage) -> Iterator[str | Check]:
 
 @scene("Scanning", "A prefix or a range comes in the order of its bytes, complete.")
 def scanning(stage: Stage) -> Iterator[str | Check]:
-    """Read everything in order, and one module back line by line."""
     started = time.monotonic()
     keys = [key for prefix in (SOURCE, UNICODE)
             for key in stage.store.iter_keys(prefix, page_size=5000)]  # fmt: skip

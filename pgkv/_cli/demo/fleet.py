@@ -41,7 +41,6 @@ def lock_of(store: Store, ttl: float) -> Lock:
     "The job must continue, with one process at a time.",
 )
 def fleet(stage: Stage) -> Iterator[str | Check]:
-    """Let them work, kill one, pause one, and check the ledger."""
     store = stage.store
     ttl = min(TTL, max(TTL_MIN, stage.size.seconds / 2))
     lock = lock_of(store, ttl)
@@ -119,7 +118,6 @@ def fleet(stage: Stage) -> Iterator[str | Check]:
 
 
 def work(store: Store, orders: Orders, *, ttl: float, pause: float) -> None:
-    """Take turns until told to end."""
     lock = lock_of(store, ttl)
     with psycopg.connect(store.dsn, autocommit=True, prepare_threshold=None) as conn:
         orders.next()

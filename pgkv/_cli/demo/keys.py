@@ -20,7 +20,6 @@ SHORT, SHORT_KEYS, TTL = "demo:short:", 20_000, 1.0
 
 @scene("Throughput", f"{WORKERS} threads at a time. Every answer is checked.")
 def throughput(stage: Stage) -> Iterator[str | Check]:
-    """Time each operation; what is read must be what was written."""
     store, seconds = stage.store, stage.size.seconds / 6
     drawn = random.sample(list(stage.data), min(KEYS, len(stage.data)))
     data = {key: stage.data[key].encode() for key in drawn}
@@ -56,7 +55,6 @@ def throughput(stage: Stage) -> Iterator[str | Check]:
 
 @scene("Races", "Threads change the same keys. Every change must count once.")
 def races(stage: Stage) -> Iterator[str | Check]:
-    """Count, draw money, and race for names; the totals must be exact."""
     store, seconds = stage.store, stage.size.seconds / 3
     counters = [f"demo:counter:{number}" for number in range(SHARED)]
     accounts = [f"demo:account:{number}" for number in range(SHARED)]
@@ -100,7 +98,6 @@ def races(stage: Stage) -> Iterator[str | Check]:
     "Expiry", "An expired key must be gone for every reader at once, and its row from the table."
 )
 def expiry(stage: Stage) -> Iterator[str | Check]:
-    """Write keys that end soon, wait for it, and collect them."""
     store = stage.store
     keys = [f"{SHORT}{number:06}" for number in range(min(SHORT_KEYS, stage.size.keys))]
     # The first batch's time runs while the last is written: all count from one statement's clock.

@@ -38,7 +38,6 @@ COMPUTED = "demo:computed"
     "One of them should compute it.",
 )
 def stampede(stage: Stage) -> Iterator[str | Check]:
-    """Let all threads call a function at once, without and with `cached`."""
     seconds, computed, results = [], [], []
     share = min(1.0, stage.size.seconds / 3)
     with stage.workers(call, PROCESSES, share=share) as workers, stage.bar("calling", 2) as advance:
@@ -94,7 +93,6 @@ KEY = "one for all"
 
 
 def limiter_of(store: Store) -> RateLimiter:
-    """Return the limiter that all processes share, by its name."""
     return RateLimiter(store, f"{COUNT}/s burst {BURST}", name="demo", timeout=TIMEOUT)
 
 
@@ -104,7 +102,6 @@ def limiter_of(store: Store) -> RateLimiter:
     "customer away.",
 )
 def rate_limit(stage: Stage) -> Iterator[str | Check]:
-    """Let them hammer for a while; count what was admitted, and what should have been."""
     limiter = limiter_of(stage.store)
 
     def timed_hit(cost: int = 1) -> tuple[Decision, datetime, datetime]:
@@ -161,7 +158,6 @@ GRACE = 1.0  # seconds in which an old token still reads
     "a thief.",
 )
 def visitors(stage: Stage) -> Iterator[str | Check]:
-    """Follow the sessions of all visitors through login, grace and logout."""
     sessions = SessionStore(stage.store)
     sessions.create_table()
 

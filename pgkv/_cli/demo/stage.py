@@ -167,13 +167,11 @@ class DemoWorker:
         os.kill(self._process.pid or 0, number)
 
     def kill(self) -> None:
-        """Kill it, and wait until it is dead."""
         self.is_dismissed = True
         self._process.kill()
         self._process.join()
 
     def leave(self) -> None:
-        """Wait until it has ended, or kill it."""
         self._process.join(END_TIMEOUT)
         self.kill()
         self._process.close()
@@ -239,7 +237,6 @@ class Orders:
         self.answer = pipe.send
 
     def next(self) -> Any:
-        """Wait for the next order; None if there are no more."""
         order = self._pipe.recv()
         self.ended = order is None
         return order

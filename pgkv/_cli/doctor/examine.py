@@ -69,12 +69,10 @@ class Context:
 
     @property
     def version(self) -> int:
-        """The server's version, such as 180003."""
         return self.conn.info.server_version
 
     @property
     def name(self) -> str:
-        """The table's name, quoted."""
         return self.config.table.quoted
 
 
