@@ -123,9 +123,7 @@ class Share:
     """
 
     kind: str
-    name: (
-        str | None
-    )  # function, limiter, or a key's first part: "user:", or "" for keys without one
+    name: str | None  # function, limiter, or a key's first part: "user:", or "" for none
     rows: int  # the expired ones included
     bytes: int
     expired: int

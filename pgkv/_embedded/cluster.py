@@ -36,9 +36,7 @@ from .binaries import (
 )
 from .directory import give, make_directory, open_file, opened, opened_below
 
-START_TIMEOUT: Final = (
-    120.0  # seconds; recovery after a crash replays up to max_wal_size (1 GB) of log
-)
+START_TIMEOUT: Final = 120.0  # seconds; recovery replays up to max_wal_size (1 GB) of log
 STOP_TIMEOUT: Final = 60.0  # seconds; the last checkpoint writes out shared_buffers
 LOG_LIMIT: Final = 16 * 1024 * 1024
 

@@ -32,18 +32,6 @@ _WARNED = re.compile(r"[\x00-\x20\x7f]")
 _INSTANT = 1e-6  # seconds: over when the next statement begins
 
 
-class PickleSerializer:
-    """Values as pickles."""
-
-    def dumps(self, value: Any) -> bytes:
-        """Return the value as bytes."""
-        return pickle.dumps(value, pickle.HIGHEST_PROTOCOL)
-
-    def loads(self, data: bytes) -> Any:
-        """Return the value again."""
-        return pickle.loads(data)  # noqa: S301  # as every backend of Django does
-
-
 class PgkvCache(BaseCache):
     """A cache backend: ``CACHES = {"default": {"BACKEND": "pgkv.integrations.django.PgkvCache"}}``.
 
@@ -71,7 +59,7 @@ class PgkvCache(BaseCache):
     def __init__(self, location: str, params: Mapping[str, Any]) -> None:
         super().__init__(dict(params))
         options = {"table_name": "django_cache", **params.get("OPTIONS", {})}
-        serializer = options.pop("serializer", PickleSerializer)
+        serializer = options.pop("serializer", pickle)
         if isinstance(serializer, str):
             serializer = import_string(serializer)
         self._serializer: Any = serializer() if isinstance(serializer, type) else serializer
