@@ -240,11 +240,9 @@ class Proxy:
         self._wires.add(wire)
         pumps: list[asyncio.Future[None]] = []
         try:
-            await self._gate.wait()
-            server[1].write(first)
-            pumps += [
-                asyncio.ensure_future(pump(wire)) for pump in (self._questions, self._answers)
-            ]
+            # PgBouncer 1.18 hangs up on a client whose first message comes in parts.
+            first += await reader.readexactly(int.from_bytes(first[:4], "big") - len(first))
+            pumps += map(asyncio.ensure_future, (self._questions(wire, first), self._answers(wire)))
             await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
         finally:
             self._wires.discard(wire)
@@ -253,9 +251,9 @@ class Proxy:
                 pump.cancel()
             await asyncio.gather(*pumps, return_exceptions=True)
 
-    async def _questions(self, wire: _Wire) -> None:
+    async def _questions(self, wire: _Wire, data: bytes) -> None:
         reader, writer = wire.client[0], wire.server[1]
-        while data := await reader.read(1 << 16):
+        while data:
             await self._gate.wait()
             fault = self._fault_for(data)
             if fault is not None and fault.before:
@@ -264,11 +262,11 @@ class Proxy:
                 await self._end(wire, fault)
                 if fault.end != "nothing":
                     return
-                continue
-            if fault is not None:
-                wire.fault = fault
-            writer.write(data)
-            await writer.drain()
+            else:
+                wire.fault = fault or wire.fault
+                writer.write(data)
+                await writer.drain()
+            data = await reader.read(1 << 16)
 
     def _fault_for(self, data: bytes) -> Fault | None:
         for fault in self._faults:

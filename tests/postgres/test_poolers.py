@@ -2,7 +2,7 @@
 connections: one that keeps prepared statements, and one that does not.
 
 Every test of the modules below that works with a store runs here with ``pooler=Pooler.TRANSACTION``,
-in both variants, on one version of PostgreSQL. The peers of a test, and its own connections, go to the
+in both variants, on one version of PostgreSQL; in `make test` every other one. The peers of a test, and its own connections, go to the
 server directly.
 """
 
@@ -19,7 +19,7 @@ import pytest
 from psycopg.conninfo import conninfo_to_dict
 
 import pgkv
-from pgkv import Pooler, StoreUnavailableError
+from pgkv import Pooler
 from pgkv._engine.wire import Preparing
 from tests import pgbouncer
 from tests.again import adopt
@@ -66,32 +66,24 @@ MODULES = (
 )
 # What cannot be asked here, and why.
 _COUNTED = "counts the messages of prepared statements, which not every pooler keeps"
-LEFT_OUT = (
-    dict.fromkeys(
-        (
-            *("test_pipeline__one_round_trip", "test_pipeline__a_refused_operation"),
-            *("test_coalesce__gets_of_a_turn", "test_coalesce__everything_else_of_a_turn"),
-            "test_coalesce__one_alone",
-        ),
-        _COUNTED,
-    )
-    | dict.fromkeys(
-        ("test_pipeline__a_lost_answer", "test_pipeline__a_lost_answer_of_an_atomic_one"),
-        "PgBouncer 1.18 refuses some clients that come through the recording proxy ('partial pkt in"
-        " startup phase'), and a store that repeats nothing shows it",
-    )
-    | {
-        "test_coalesce__a_task_does_not_wait_for_itself": "its transaction and the write that waits"
-        " hold two connections, which is all that this pooler has",
-        "test_pipeline__behind_a_pooler": "counts the messages of one that keeps no statements",
-        "test_pipeline__statements_that_were_forgotten": "PgBouncer closes the connection of a client"
-        " that deallocates all and then uses one",
-        "test_idempotency__the_wait_is_over": "sets a session's parameter, which a pooler does not keep",
-        "test_idempotency__the_first_rolls_back_or_dies": "a pooler invents the id of its process",
-        "test_queue__notified_takers_wake": "no notification comes through a pooler",
-        "test_using__nothing_is_prepared": "the server's connection has what others prepared",
-    }
-)
+LEFT_OUT = dict.fromkeys(
+    (
+        *("test_pipeline__one_round_trip", "test_pipeline__a_refused_operation"),
+        *("test_coalesce__gets_of_a_turn", "test_coalesce__everything_else_of_a_turn"),
+        "test_coalesce__one_alone",
+    ),
+    _COUNTED,
+) | {
+    "test_coalesce__a_task_does_not_wait_for_itself": "its transaction and the write that waits"
+    " hold two connections, which is all that this pooler has",
+    "test_pipeline__behind_a_pooler": "counts the messages of one that keeps no statements",
+    "test_pipeline__statements_that_were_forgotten": "PgBouncer closes the connection of a client"
+    " that deallocates all and then uses one",
+    "test_idempotency__the_wait_is_over": "sets a session's parameter, which a pooler does not keep",
+    "test_idempotency__the_first_rolls_back_or_dies": "a pooler invents the id of its process",
+    "test_queue__notified_takers_wake": "no notification comes through a pooler",
+    "test_using__nothing_is_prepared": "the server's connection has what others prepared",
+}
 
 pytestmark = [newest, pgbouncer.needed]
 
@@ -139,13 +131,7 @@ def make_store(
 
         async def make(**config: Any) -> Any:
             config = {"dsn": pooled, "pooler": Pooler.TRANSACTION, **config}
-            dsn = config.pop("dsn")
-            for _ in range(5 if dsn != pooled else 0):
-                # PgBouncer 1.18 hangs up on some clients that come through a proxy: see LEFT_OUT.
-                with contextlib.suppress(StoreUnavailableError):
-                    made.append(await variant.connect(dsn, **config))
-                    return made[-1]
-            made.append(await variant.connect(dsn, **config))
+            made.append(await variant.connect(config.pop("dsn"), **config))
             return made[-1]
 
         yield make
@@ -178,6 +164,7 @@ adopt(
     MODULES,
     own={"make_store", "connect", "tape", "variant"},
     left_out=LEFT_OUT,
+    one_in=2,
     marks={test_coalesce: pytest.mark.parametrize("variant", ["async"], indirect=True)},
 )
 
