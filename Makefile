@@ -9,6 +9,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet install
 ARGS ?=
 JOBS ?= 6
 MINUTES ?= 10
+# Where nothing may be compiled to files, each of the hundreds of processes that tests start compiles pgkv again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL: # one check after the other: the first failure is the last thing on the screen
@@ -29,8 +31,9 @@ lint: $(VENV)/.dev ## style and likely mistakes
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/ruff format --check --quiet --output-format concise . || { echo "Run: make fmt"; exit 1; }
 
+# mypy has one thread. Beside it the tests are compiled, once, or each process that runs them would do it.
 types: $(VENV)/.dev ## mypy, strict
-	@$(BIN)/mypy
+	@$(BIN)/python -m pytest --collect-only -qq >/dev/null & $(BIN)/mypy; status=$$?; wait; exit $$status
 
 imports: $(VENV)/.dev ## the direction of imports
 	@out=$$($(BIN)/lint-imports --no-cache 2>&1) || { echo "$$out"; exit 1; }

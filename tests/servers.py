@@ -111,6 +111,15 @@ def _template(binaries: Binaries) -> Path:
     return cluster.root
 
 
+def lay_out(root: Path, binaries: Binaries | None = None) -> None:
+    """Make a directory of an embedded server that has run before."""
+    binaries = binaries or next(iter(installed().values()))
+    root.mkdir(exist_ok=True)
+    if account := server_account():
+        os.chown(root, account.uid, account.gid)
+    subprocess.run(["cp", "-a", _template(binaries) / "pgdata", root], check=True)
+
+
 @dataclass(frozen=True, slots=True)
 class UserServer:
     """The server that PGKV_TEST_DSN names: used, never stopped."""
@@ -138,7 +147,7 @@ class Server:
         self.major = binaries.major
         self.settings = {**SMALL, **({} if durable else THROWAWAY), **(settings or {})}
         root = new_directory()
-        subprocess.run(["cp", "-a", _template(binaries) / "pgdata", root], check=True)
+        lay_out(root, binaries)
         self._cluster = Cluster.open(root, binaries)
         self.dsn = self._cluster.start(self.settings)
 

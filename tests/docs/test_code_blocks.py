@@ -52,6 +52,8 @@ def test_code_of_a_page_runs_as_it_stands(page: Path, request: pytest.FixtureReq
         name: value for name, value in os.environ.items() if name not in ("PGKV_DSN", "REDIS_URL")
     }
     settings["PYTHONPATH"] = str(ROOT)
+    # Pages start their servers in ./data: what initdb makes there is the same each time.
+    servers.lay_out(where / "data")
     if "REDIS_URL" in program.read_text():
         settings["REDIS_URL"] = request.getfixturevalue("redis_url")
     done = subprocess.run(

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from pgkv import AsyncStore, InvalidValueError, StoreUnavailableError
+from tests import FULL
 from tests.faults.proxy import Proxy, certificate
 from tests.faults.support import Witness, newest, until
 from tests.servers import LATE
@@ -152,9 +153,9 @@ async def large_values(store: AsyncStore, size: int) -> None:
         assert after.result() == value
 
 
-@pytest.mark.parametrize("megabytes", [1, 60])
+@pytest.mark.parametrize("megabytes", [1, 60 if FULL else 20])
 async def test_large_values(make_store: MakeStore, megabytes: int) -> None:
-    """Values of 60 MB go both ways, by single operations and pipelines, while others work."""
+    """Values of many megabytes go both ways, by single operations and pipelines, while others work."""
     store = await make_store(pool_max_size=2)
     await store.set("small", "1")
     await large_values(store, megabytes * 1_000_000)

@@ -13,6 +13,7 @@ import pytest
 
 import pgkv
 from pgkv import TableType
+from tests import FULL
 from tests.faults.idempotency_worker import LEASE
 from tests.faults.proxy import Proxy
 from tests.faults.support import newest
@@ -22,8 +23,8 @@ from tests.variants import Variant
 
 pytestmark = newest
 # A storm goes on until that much was done, however slow the machine is.
-EFFECTS = int(os.environ.get("PGKV_IDEMPOTENCY_EFFECTS", "40"))
-KILLS = max(6, EFFECTS // 20)
+EFFECTS = int(os.environ.get("PGKV_IDEMPOTENCY_EFFECTS", "40" if FULL else "20"))
+KILLS = max(6 if FULL else 3, EFFECTS // 20)
 
 
 start = starting("tests.faults.idempotency_worker")

@@ -22,6 +22,7 @@ from pgkv._engine.evict import Evictor
 from pgkv._ops.op import Noted
 from pgkv._sql.evict import KEPT
 from pgkv.testing import ServerClock
+from tests.faults.support import newest
 from tests.peers import Peer, until
 from tests.variants import Variant, in_thread
 
@@ -276,6 +277,7 @@ async def test_limiters_and_caches_under_constant_eviction(
     assert set(versions) == {0}, "an older value came back"
 
 
+@newest
 async def test_hits_are_near_an_exact_lru(make_store: MakeStore) -> None:
     """Of a tenth of the keys, drawn by Zipf's law, not much less is hit than by an exact LRU."""
     room, requests = 200, 4_000
@@ -327,6 +329,7 @@ with pgkv.Store.connect(dsn, max_entries=1000) as store:
 """
 
 
+@newest
 def test_a_storm_of_eight_processes_stays_near_the_bound(dsn: str, peer: Peer) -> None:
     """The rows are never more than `OVERSHOOT` times the bound, all processes evict, and at rest one
     call brings the table within it."""

@@ -22,6 +22,7 @@ import pgkv
 from pgkv import ScanOptions
 from pgkv.errors import InvalidValueError
 from pgkv.testing import ServerClock
+from tests import FULL
 
 # Neighbours of each other in every way: prefixes, successors, seams of UTF-8, wildcards.
 KEYS = [
@@ -319,7 +320,7 @@ def test_store_behaves_like_a_dict(
     run_state_machine_as_test(
         kind,
         settings=settings(
-            max_examples=35,
+            max_examples=60 if FULL else 12,
             stateful_step_count=40,
             deadline=None,
             suppress_health_check=list(HealthCheck),

@@ -31,6 +31,7 @@ from pgkv import (
 from pgkv._ops.op import Op, Statement
 from pgkv.testing import ServerClock
 from pgkv.types import CasStatus
+from tests import FULL
 from tests.faults.proxy import Fault, Proxy
 from tests.peers import Peer, until
 from tests.servers import LATE
@@ -89,7 +90,7 @@ def tape(dsn: str) -> Iterator[Tape]:
 
 
 @pytest.mark.parametrize("atomic", [False, True])
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(4 if FULL else 2))
 async def test_merged_as_one_by_one(
     store: Any, clock: ServerClock, seed: int, *, atomic: bool
 ) -> None:
@@ -411,22 +412,22 @@ async def test_nobody_sees_half(store: Any, peer: Peer, many: int) -> None:
 # -- very many
 
 
-async def test_ten_thousand_of_ten_kilobytes(make_store: MakeStore, tape: Tape) -> None:
-    """10,000 operations with 10 kB each way end, in bounded batches: neither side waits for the
+async def test_thousands_of_ten_kilobytes(make_store: MakeStore, tape: Tape) -> None:
+    """Thousands of operations with 10 kB each way end, in bounded batches: neither side waits for the
     other with full buffers."""
     store = await make_store(dsn=tape.dsn, pool_max_size=1)
-    value = bytes(range(250)) * 40
+    value, many = bytes(range(250)) * 40, 10_000 if FULL else 3_000
     async with store.pipeline() as p:
-        for number in range(5000):
+        for number in range(many // 2):
             p.set(f"k{number}", value)
     tape.rewind()
     begun = time.monotonic()
     async with store.pipeline() as p:
-        handles = [p.get_and_set(f"k{number % 5000}", value) for number in range(10_000)]
+        handles = [p.get_and_set(f"k{number % (many // 2)}", value) for number in range(many)]
     print(f"{time.monotonic() - begun:.2f} s")
     assert all(handle.result() == value for handle in handles)
-    assert tape.kinds.count("B") >= 10_000
-    assert 10 <= tape.syncs <= 20  # a thousand at a time
+    assert tape.kinds.count("B") >= many
+    assert many / 1000 <= tape.syncs <= many / 500  # a thousand at a time
     assert await store.get("k1") == value
 
 

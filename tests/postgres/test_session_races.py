@@ -13,13 +13,15 @@ import pytest
 from pgkv import SessionGoneError, SessionStore, Store
 from pgkv.patterns.session.data import id_of
 from pgkv.testing import ServerClock
+from tests import FULL
+from tests.faults.support import newest
 from tests.peers import Peer, gather, until
 
 Make = Callable[..., Coroutine[Any, Any, Any]]
 TABLE = "kv_store_sessions"
 MODES = ("merge", "error", "last_wins")
 
-PROCESSES, ROUNDS = 8, 25
+PROCESSES, ROUNDS = 8, 25 if FULL else 15
 # One worker: changes a key of its own and one that all share, and counts by optimistic saves.
 WORKER = """
 import sys
@@ -44,6 +46,7 @@ with pgkv.Store.connect(dsn) as store:
 """
 
 
+@newest
 def test_parallel_requests_of_eight_processes(dsn: str) -> None:
     """Eight processes that change the session at the same time lose no key and no count."""
     drops = {f"drop p{n}": 1 for n in range(PROCESSES)}

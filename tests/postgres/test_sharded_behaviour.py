@@ -16,7 +16,7 @@ import pytest
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from pgkv.testing import ServerClock
-from tests import again, sharded
+from tests import FULL, again, sharded
 from tests.postgres import (
     test_atomic,
     test_basic,
@@ -88,10 +88,10 @@ def leave_out(into: dict[str, Any], fixtures: set[str] = OF_ONE_SERVER) -> None:
             del into[name]
 
 
-again.adopt(globals(), MODULES, own=OWN_FIXTURES, left_out={}, one_in=12)
+again.adopt(globals(), MODULES, own=OWN_FIXTURES, left_out={}, one_in=16)
 leave_out(globals())
 
-LAYOUTS = [(1, 1), (1, 32), (3, 32)]
+LAYOUTS = [(1, 1), *([(1, 32)] if FULL else []), (3, 32)]
 
 
 @pytest.fixture(scope="session", params=LAYOUTS, ids=lambda each: f"{each[0]}x{each[1]}")

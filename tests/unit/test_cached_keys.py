@@ -235,7 +235,7 @@ def list_of(value: Any) -> list[Any]:
     return [value[n] for n in range(len(value))]
 
 
-@settings(max_examples=1500 if FULL else 300, deadline=None)
+@settings(max_examples=1500 if FULL else 75, deadline=None)
 @given(values, values)
 def test_two_values_share_an_encoding_only_if_they_are_the_same(a: Any, b: Any) -> None:
     """The encoding is injective, and a function of the value."""
@@ -254,7 +254,7 @@ def test_argument_lists(a: list[Any], b: list[Any]) -> None:
 tricky = st.text(alphabet="sbti12:;", max_size=5)
 
 
-@settings(max_examples=3000 if FULL else 600, deadline=None)
+@settings(max_examples=3000 if FULL else 300, deadline=None)
 @given(st.lists(tricky | tricky.map(str.encode), max_size=3), st.lists(tricky, max_size=3))
 def test_texts_that_look_like_the_encoding(a: list[Any], b: list[Any]) -> None:
     """Arguments made of the encoding's own letters do not run into each other."""
