@@ -156,12 +156,18 @@ def unreachable(error: psycopg.Error, action: str) -> PgkvError:
     # libpq tells no SQLSTATE of a refused connection: the text has to do, where it is English.
     if _HOPELESS.search(str(error)):
         failure.retryable = False
-    if "startup parameter" in str(error):
+    if refuses_settings(error):
         return StoreUnavailableError(
             f"{failure}; a pooler in front of PostgreSQL refuses session settings: "
             "set pooler=pgkv.Pooler.TRANSACTION"
         )
     return failure
+
+
+def refuses_settings(error: psycopg.Error) -> bool:
+    """Whether a pooler refused the session settings of a new connection. RDS Proxy calls them
+    command-line options."""
+    return re.search("startup parameter|command-line options", str(error)) is not None
 
 
 _HOPELESS = re.compile(

@@ -13,6 +13,7 @@ from psycopg_pool import PoolClosed, PoolTimeout
 
 import pgkv
 from pgkv import errors
+from pgkv._engine.pooling import unreachable
 from pgkv.errors import translate
 
 SECRET = "SECRET-41"
@@ -278,3 +279,18 @@ def test_an_encoding_is_named_in_any_language() -> None:
     error = translate(Refused("22P05", message_primary=text), action="set")
     assert "LATIN1" in str(error)
     assert "0xe2" not in str(error)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "FATAL:  unsupported startup parameter: options",
+        "ERROR:  unsupported startup parameter in options: jit",
+        "FATAL:  Feature not supported: RDS Proxy currently doesn't support command-line options.",
+    ],
+)
+def test_a_pooler_that_refuses_session_settings(text: str) -> None:
+    """The error of connecting names the setting that makes pgkv send none."""
+    error = unreachable(psycopg.OperationalError(f"connection failed: {text}"), "connecting")
+    assert isinstance(error, pgkv.StoreUnavailableError)
+    assert "set pooler=pgkv.Pooler.TRANSACTION" in str(error)

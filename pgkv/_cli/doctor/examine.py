@@ -17,6 +17,7 @@ import psycopg
 from psycopg.rows import dict_row
 
 from ..._engine import conninfo as _conninfo
+from ..._engine.pooling import refuses_settings
 from ..._settings import Target
 from ...config import Config, Pooler
 from ...errors import translate
@@ -104,7 +105,7 @@ def _connect(config: Config, conninfo: str) -> tuple[psycopg.Connection[dict[str
     try:
         return psycopg.connect(conninfo, **options), False
     except psycopg.OperationalError as error:
-        if "startup parameter" not in str(error):
+        if not refuses_settings(error):
             raise
     plain = replace(config, pooler=Pooler.TRANSACTION)
     return psycopg.connect(_conninfo.build(plain, config.dsn), **options), True
