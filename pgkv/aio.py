@@ -203,7 +203,7 @@ class AsyncStore(StoreBase):
         dsns: Sequence[str] | None = None,
         *,
         slots: int | None = None,
-        placement: Literal["auto", "servers"] = "auto",
+        placement: Literal["auto", "servers", "citus"] = "auto",
         **config: Unpack[Options],
     ) -> Opening[AsyncShardedStore]:
         """Connect to several servers as one store; see `Store.sharded`."""

@@ -236,7 +236,7 @@ class Store(StoreBase):
         dsns: Sequence[str] | None = None,
         *,
         slots: int | None = None,
-        placement: Literal["auto", "servers"] = "auto",
+        placement: Literal["auto", "servers", "citus"] = "auto",
         **config: Unpack[Options],
     ) -> ShardedStore:
         """Connect to several servers as one store: each key is in a slot, and each slot is a schema on
@@ -245,7 +245,8 @@ class Store(StoreBase):
         Args:
             dsns: one DSN for each server; without them those in ``PGKV_DSN``, with spaces between.
             slots: how many there must be; None for as many as there are.
-            placement: ``"servers"``: plain PostgreSQL servers, with a map on each.
+            placement: ``"servers"``: plain PostgreSQL servers, with a map on each. ``"citus"``: a Citus
+                cluster; the DSN of one node is enough. ``"auto"`` finds out.
             **config: the fields of `Config` but for ``schema`` and ``coalesce``. The sizes of the pool are
                 of each server's; bounds on the table are shared out among the slots.
 

@@ -15,7 +15,7 @@ import pgkv
 from pgkv._engine.schema import create_sql
 from pgkv._shards.admin import Servers
 from pgkv._shards.slots import ANY, schema_of
-from pgkv._shards.sql import CITUS_SETUP
+from pgkv._shards.sql import CITUS_FENCE
 from pgkv.patterns.schema import tables
 from tests.variants import Threaded, Variant, in_thread
 
@@ -76,7 +76,9 @@ CREATE FUNCTION pg_catalog.shard_name(t REGCLASS, shard BIGINT) RETURNS text STA
   $$ SELECT format('%I.%I', n.nspname, c.relname || '_' || shard)
      FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = t $$;
 CREATE SCHEMA pgkv_map;
-CREATE TABLE pgkv_map.settings (slots INTEGER)
+CREATE TABLE pgkv_map.settings (slots INTEGER);
+CREATE SEQUENCE pgkv_map.ids;
+CREATE FUNCTION pgkv_map.next_id(text) RETURNS bigint LANGUAGE sql AS $$ SELECT nextval('pgkv_map.ids') $$
 """
 
 
@@ -101,7 +103,7 @@ class CitusStandIn:
             self.shards.setdefault(slot, []).append((shard, f"{table.schema}.{table.name}"))
         commands = [
             CITUS_CATALOG,
-            CITUS_SETUP[-1],
+            CITUS_FENCE,
             f"INSERT INTO pgkv_map.settings VALUES ({slots})",
         ]
         commands += [
@@ -112,7 +114,9 @@ class CitusStandIn:
             name = f"{table.schema}.{table.name}"
             commands += [
                 f"CREATE SCHEMA IF NOT EXISTS {table.schema}",
-                create_sql(replace(table, name=f"{table.name}_{shard}")).rstrip(";"),
+                create_sql(replace(table, name=f"{table.name}_{shard}"))
+                .replace("GENERATED ALWAYS AS IDENTITY ", "")
+                .rstrip(";"),
                 # What a read by the table's name finds on the owner.
                 f"CREATE VIEW {name} AS SELECT * FROM {name}_{shard}",
                 f"INSERT INTO pg_dist_shard VALUES ('{name}', {shard})",

@@ -170,7 +170,7 @@ class JobStatements:
         self.notifying = notifying
         self.sized: str = f"pg_relation_size('{literal}'::regclass)"
         # A shard of Citus has no identity of its own: the sequence is the table's.
-        next_id = f"nextval(pg_get_serial_sequence('{literal}', 'id')), "
+        next_id = f"pgkv_map.next_id('{literal}'), "
         self.next_id: tuple[str, str] = ("", "") if table.fences is None else ("id, ", next_id)
         self._made: dict[tuple[str, int], Statement[Any]] = {}
 

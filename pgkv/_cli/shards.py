@@ -54,7 +54,7 @@ def shards(
 ) -> int:
     """List the slots of a store on several servers, make them, check them, or move them.
 
-    PGKV_DSN or --dsn has the DSN of every server, as URIs with spaces between.
+    PGKV_DSN or --dsn has the DSN of every server, as URIs with spaces between; on Citus the coordinator's.
 
     `init` makes the slots and their tables, divided among the servers. Run again with one more server, it
     prepares that one. The number of slots is the most servers that the store can ever have, and cannot be
@@ -62,8 +62,9 @@ def shards(
 
     `move` copies slots to another server while clients work: each waits while its slot is copied. With
     --online it waits only for the last changes. With --drop UNLOGGED tables arrive empty. `resume` finishes a
-    move that was killed; one with --drop is then finished with all its rows. `plan` works out how many servers
-    a load needs.
+    move that was killed; one with --drop is then finished with all its rows. On Citus `move` has Citus move
+    the slot, which finishes or undoes by itself what was interrupted. `plan` works out how many servers a load
+    needs.
 
     **Example:** `pgkv shards init --slots 32`
 

@@ -493,16 +493,9 @@ CITUS_SETTINGS = (
     "SELECT to_regclass('pgkv_map.settings') IS NOT NULL",
     "SELECT coalesce(max(slots), 0) FROM pgkv_map.settings",
 )
-# One command a string. The fence takes the lock that Citus' executor takes for a write, in its mode, and
-# a move takes exclusively. Operators are named with their schema: the function has its owner's rights.
-CITUS_SETUP = (
-    "CREATE SCHEMA IF NOT EXISTS pgkv_map",
-    "CREATE TABLE IF NOT EXISTS pgkv_map.settings (one BOOLEAN PRIMARY KEY DEFAULT true CHECK (one), "
-    "slots INTEGER NOT NULL)",
-    "SELECT create_reference_table('pgkv_map.settings') WHERE NOT EXISTS (SELECT FROM "
-    "pg_catalog.pg_dist_partition WHERE logicalrelid = 'pgkv_map.settings'::regclass)",
-    "SELECT replicate_reference_tables()",
-    """\
+# The fence takes the lock that Citus' executor takes for a write, in its mode, and a move takes exclusively.
+# Operators are named with their schema: the function has its owner's rights.
+CITUS_FENCE = """\
 CREATE OR REPLACE FUNCTION pgkv_map.fence(bigint) RETURNS void
 LANGUAGE plpgsql VOLATILE SECURITY DEFINER AS $pgkv$
 BEGIN
@@ -514,7 +507,19 @@ BEGIN
   IF pg_catalog.current_setting('transaction_isolation') OPERATOR(pg_catalog.<>) 'read committed'
   THEN RAISE EXCEPTION 'pgkv: an old snapshot' USING ERRCODE = 'PK002';
   END IF;
-END $pgkv$""",
+END $pgkv$"""
+# One command a string.
+CITUS_SETUP: tuple[str, ...] = (
+    "CREATE SCHEMA IF NOT EXISTS pgkv_map",
+    "CREATE TABLE IF NOT EXISTS pgkv_map.settings (one BOOLEAN PRIMARY KEY DEFAULT true CHECK (one), "
+    "slots INTEGER NOT NULL)",
+    "SELECT create_reference_table('pgkv_map.settings') WHERE NOT EXISTS (SELECT FROM "
+    "pg_catalog.pg_dist_partition WHERE logicalrelid = 'pgkv_map.settings'::regclass)",
+    "SELECT replicate_reference_tables()",
+    CITUS_FENCE,
+    # Rights to a sequence do not reach the workers.
+    "CREATE OR REPLACE FUNCTION pgkv_map.next_id(text) RETURNS bigint LANGUAGE sql SECURITY DEFINER AS "
+    "$pgkv$ SELECT pg_catalog.nextval(pg_catalog.pg_get_serial_sequence($1, 'id')) $pgkv$",
 )
 CITUS_COUNT = "INSERT INTO pgkv_map.settings (slots) VALUES (%s) ON CONFLICT DO NOTHING"
 CITUS_PLAIN = (

@@ -224,3 +224,31 @@ def test_which_statements_are_fenced() -> None:
     op = found.plan(named)
     assert op is not None
     assert op.of(Op(named, [b'"pgkv_00"."t"'])).params == [b"pgkv_00.t_7"]
+
+
+async def test_a_fence_that_waits_too_long(
+    citus: sharded.CitusStandIn, keys: list[str], variant: Variant
+) -> None:
+    """With a lock_timeout of the connection's it is asked again, until the move ends."""
+    dsns = [
+        psycopg.conninfo.make_conninfo(dsn, options="-c lock_timeout=20ms") for dsn in citus.dsns
+    ]
+    async with await sharded.connect(variant, dsns, retry=None) as store:
+        with psycopg.connect(citus.dsns[0]) as conn:
+            conn.execute("SELECT lock_shard_metadata(7, ARRAY[1000::bigint])")
+            waiting = asyncio.ensure_future(asyncio.wait_for(store.increment(keys[0]), 30))
+            done, _ = await asyncio.wait([waiting], timeout=0.2)
+            assert not done
+        assert await waiting == 1
+
+
+async def test_jobs_have_ids(
+    citus: sharded.CitusStandIn, keys: list[str], variant: Variant
+) -> None:
+    """A shard has no identity of its own: they come from a function that asks the table's sequence."""
+    async with await sharded.connect(variant, citus.dsns) as store:
+        queue = variant.make("Queue", store, "q")
+        first = await queue.put(b"1")
+        assert (await queue.put(b"2")).id == first.id + 1
+        assert (await queue.take()).payload == b"1"
+    assert keys
