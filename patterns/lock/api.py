@@ -148,12 +148,7 @@ class Lease(LeaseState):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         """Release it.
 
         Raises:
@@ -223,12 +218,7 @@ class AsyncLease(LeaseState):
         self._cancelling = self._body.cancelling() if self._body is not None else 0
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         """Release it, also when cancelled. Raises as of `Lease`."""
         body, self._body = self._body, None
         ours = (
@@ -238,7 +228,7 @@ class AsyncLease(LeaseState):
             and body.uncancel() <= self._cancelling
         )
         leave = partial(flows.leave, self._runtime, self, failed=error is not None)
-        if kind is None or not issubclass(kind, asyncio.CancelledError):
+        if not isinstance(error, asyncio.CancelledError):
             # A body that ended before our cancellation reached it is cancelled here.
             await self._to_the_end(leave, swallow=ours and error is None)
             return

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from contextlib import AsyncExitStack, ExitStack, suppress
 from functools import partial
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 from ..._ops.op import Flow
@@ -52,14 +51,9 @@ class Leases(_Held["Lease"]):
             self._stack.enter_context(lease)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *failure: object) -> None:
         """Release them; raises LeaseLostError as of `Lease`."""
-        self._stack.__exit__(kind, error, traceback)
+        self._stack.__exit__(*failure)
 
 
 class AsyncLeases(_Held["AsyncLease"]):
@@ -75,14 +69,9 @@ class AsyncLeases(_Held["AsyncLease"]):
             await self._stack.enter_async_context(lease)
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *failure: object) -> None:
         """As `Leases.__exit__`, also when cancelled."""
-        await self._stack.__aexit__(kind, error, traceback)
+        await self._stack.__aexit__(*failure)
 
 
 def _place(each: Any) -> tuple[str, bytes]:
