@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
 import weakref
 from collections.abc import Callable
@@ -12,10 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from ..._engine.breaker import Breaker
 from ..._fork import new_lock
-from ..._ops.op import Flow, Op, do
-from ...errors import PgkvError, StoreUnavailableError
 from .._runtime.runtimes import AsyncRuntime, SyncRuntime, runtime_of
-from .envelope import Envelope
 from .sql import CacheStatements
 
 if TYPE_CHECKING:
@@ -143,27 +139,6 @@ class CachedCall:
         return self.keys[0]
 
 
-@dataclass(frozen=True, slots=True)
-class Found:
-    """A valid entry; it is stale when `fresh`, the seconds that are left, is 0 or less."""
-
-    value: Any
-    age: float
-    fresh: float
-    envelope: Envelope
-
-
-class Unreachable(Exception):  # noqa: N818  # never leaves this module
-    """The store did not answer; before the function was called."""
-
-    def __init__(self, error: PgkvError) -> None:
-        self.error = error
-
-
-class Busy(Exception):  # noqa: N818  # never leaves this module
-    """An open transaction holds the row."""
-
-
 class Counts:
     """How calls ended; see `CacheInfo`."""
 
@@ -176,16 +151,3 @@ class Counts:
         """Count one."""
         with self._lock:  # `+= 1` alone loses counts between threads
             setattr(self, name, getattr(self, name) + 1)
-
-
-def quietly(op: Op[Any]) -> Flow[None]:
-    """Perform what need not succeed: a lease that is not given up ends by itself."""
-    with contextlib.suppress(PgkvError):
-        yield from do(op)
-
-
-def breaker_open() -> PgkvError:
-    """What stands for an answer while the circuit is open."""
-    error = StoreUnavailableError("cached: the store failed repeatedly and is left alone for now")
-    error.breaker = True  # type: ignore[attr-defined]  # told from an answer of the store
-    return error

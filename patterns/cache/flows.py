@@ -11,6 +11,7 @@ K. Lowenstein, "Optimal Probabilistic Cache Stampede Prevention", VLDB 2015.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import socket
@@ -19,7 +20,7 @@ from dataclasses import replace
 from datetime import timedelta
 from random import random
 from time import monotonic
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import msgspec
 
@@ -36,22 +37,11 @@ from ...errors import (
     PgkvError,
     QueryError,
     SerializationError,
+    StoreUnavailableError,
     TransactionError,
 )
 from . import envelope as _envelope
-from .call import (
-    MISSING,
-    REPORT_EVERY,
-    Busy,
-    CachedCall,
-    CacheOptions,
-    Counts,
-    Found,
-    StoreContext,
-    Unreachable,
-    breaker_open,
-    quietly,
-)
+from .call import MISSING, REPORT_EVERY, CachedCall, CacheOptions, Counts, StoreContext
 from .envelope import PLACEHOLDER, Codec, Envelope, is_placeholder, mark_of, new_mark
 from .key import Binder
 from .l1 import L1
@@ -78,6 +68,26 @@ PAUSE_FIRST, PAUSE_MAX = 0.002, 0.1  # seconds between looks at another caller's
 PATIENCE = LOCK_TIMEOUT_MS / 1000  # with a row that an open transaction holds
 COMPUTE_MAX = 3600.0  # seconds; a tag's row outlives the entries of older fills by no more
 TAGGED_MAX = TAG_DAYS * 86400.0
+
+
+class Found(NamedTuple):
+    """A valid entry; it is stale when `fresh`, the seconds that are left, is 0 or less."""
+
+    value: Any
+    age: float
+    fresh: float
+    envelope: Envelope
+
+
+class Unreachable(Exception):  # noqa: N818  # never leaves this module
+    """The store did not answer; before the function was called."""
+
+    def __init__(self, error: PgkvError) -> None:
+        self.error = error
+
+
+class Busy(Exception):  # noqa: N818  # never leaves this module
+    """An open transaction holds the row."""
 
 
 class FunctionCache:
@@ -588,3 +598,16 @@ class FunctionCache:
 
 def _nothing() -> None:
     """No heartbeat was begun."""
+
+
+def quietly(op: Op[Any]) -> Flow[None]:
+    """Perform what need not succeed: a lease that is not given up ends by itself."""
+    with contextlib.suppress(PgkvError):
+        yield from do(op)
+
+
+def breaker_open() -> PgkvError:
+    """What stands for an answer while the circuit is open."""
+    error = StoreUnavailableError("cached: the store failed repeatedly and is left alone for now")
+    error.breaker = True  # type: ignore[attr-defined]  # told from an answer of the store
+    return error

@@ -29,8 +29,8 @@ from ...errors import PgkvError
 from ...store import Store
 from .._runtime import switch as _switch
 from ..defaults import default_async_store, default_store
-from .call import MISSING, StoreContext, breaker_open, context_of
-from .flows import FunctionCache
+from .call import MISSING, StoreContext, context_of
+from .flows import FunctionCache, breaker_open
 from .invalidations import message, publish, subscribe
 from .sql import ENTRY, FUNCTION
 
