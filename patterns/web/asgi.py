@@ -82,14 +82,14 @@ class RateLimitMiddleware:
             await self.app(scope, receive, send)
             return
         with heard_by_servers():
-            verdict = await drive_async(self._guard.check(HttpRequest(scope)))
-        if verdict is not None and verdict.refuse:
-            headers, body = self._guard.refusal(scope, verdict)
+            decision = await drive_async(self._guard.check(HttpRequest(scope)))
+        if decision is not None and not decision.allowed:
+            headers, body = self._guard.refusal(scope, decision)
             if scope["type"] == "websocket":
                 await receive()  # the handshake
             await _answer(scope, send, STATUS, _encoded(headers.items()), body)
             return
-        if not self._guard.is_shown(verdict):
+        if decision is None:
             await self.app(scope, receive, send)
             return
 

@@ -11,7 +11,7 @@ import contextlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from time import monotonic
-from typing import Any, Literal, NamedTuple, TypeAlias, TypedDict
+from typing import Any, Literal, TypeAlias, TypedDict
 
 import msgspec
 
@@ -64,13 +64,6 @@ class LimitOptions(TypedDict, total=False):
     headers: Headers
     on_error: OnError
     shadow: bool
-
-
-class Verdict(NamedTuple):
-    """The result of judging a request: the decision, and whether to refuse."""
-
-    decision: Decision
-    refuse: bool
 
 
 class Guard:
@@ -129,8 +122,8 @@ class Guard:
     def _require(self, limiter: object) -> None:
         require(limiter, self._limiter_class, *self._names)
 
-    def check(self, request: Any) -> Flow[Verdict | None]:
-        """Judge a request. None lets it pass unseen."""
+    def check(self, request: Any) -> Flow[Decision | None]:
+        """Judge a request. None lets it pass unseen: it has no limit, or in shadow mode."""
         if self._exempt is not None and (yield from call(self._exempt, request)):
             return None
         limiter = self.limiter
@@ -155,7 +148,8 @@ class Guard:
         decision: Decision = yield from call(limiter._judge, key, cost, limits, self._on_error)
         if not self._shadow:
             scope_of(request).setdefault(DECISIONS, []).append(decision)
-        elif not decision.allowed and (refused := limiter._flows.counter.shadows.due(monotonic())):
+            return decision
+        if not decision.allowed and (refused := limiter._flows.counter.shadows.due(monotonic())):
             _observe.info(
                 "pgkv.limit.shadow",
                 limiter=limiter.name,
@@ -163,22 +157,17 @@ class Guard:
                 retry_after=round(decision.retry_after, 3),
                 refused=refused,
             )
-        return Verdict(decision, not decision.allowed and not self._shadow)
-
-    def is_shown(self, verdict: Verdict | None) -> bool:
-        """Whether a response has headers. In shadow mode it has none."""
-        return verdict is not None and not self._shadow and self._headers is not None
+        return None
 
     def headers(self, request: Any) -> dict[str, str]:
-        """The headers of the response to a request, by all limits that have judged it so far. They
-        replace headers of the same names."""
-        if self._shadow or self._headers is None:
+        """The headers of the response to a request that was judged, by all limits that have done so.
+        They replace headers of the same names."""
+        if self._headers is None:
             return {}
         return strictest(scope_of(request)[DECISIONS]).headers(self._headers)
 
-    def refusal(self, request: Any, verdict: Verdict) -> tuple[dict[str, str], bytes]:
+    def refusal(self, request: Any, decision: Decision) -> tuple[dict[str, str], bytes]:
         """Headers and body of the 429."""
-        decision = verdict.decision
         found = self.headers(request)
         # Also without the other headers: a client without Retry-After tries again at once.
         found["Retry-After"] = decision.headers("x")["Retry-After"]

@@ -68,12 +68,12 @@ class WSGIRateLimitMiddleware:
     def __call__(self, environ: dict[str, Any], start_response: StartResponse) -> Iterable[bytes]:
         """Serve one request, or refuse it."""
         with heard_by_servers():
-            verdict = drive(self._guard.check(HttpRequest(environ)))
-        if verdict is not None and verdict.refuse:
-            headers, body = self._guard.refusal(environ, verdict)
+            decision = drive(self._guard.check(HttpRequest(environ)))
+        if decision is not None and not decision.allowed:
+            headers, body = self._guard.refusal(environ, decision)
             start_response(f"{STATUS} Too Many Requests", list(headers.items()))
             return [body]
-        if not self._guard.is_shown(verdict):
+        if decision is None:
             return self.app(environ, start_response)
 
         def starting(status: str, headers: HeaderList, *more: Any) -> Any:

@@ -20,7 +20,7 @@ from ..patterns.web.idempotency import (
     RefusedRequest,
     StoredResponse,
 )
-from ..patterns.web.limit import STATUS, Guard, LimitOptions, Verdict, problem
+from ..patterns.web.limit import STATUS, Guard, LimitOptions, problem
 from ..patterns.web.request import HttpRequest
 
 __all__ = [
@@ -44,16 +44,16 @@ class RateLimited(HTTPException):
     body: bytes
     decision: Decision
 
-    def __init__(self, guard: Guard, request: HTTPConnection, verdict: Verdict) -> None:
-        headers, self.body = guard.refusal(request, verdict)
+    def __init__(self, guard: Guard, request: HTTPConnection, decision: Decision) -> None:
+        headers, self.body = guard.refusal(request, decision)
         self.all_headers = headers
-        self.decision = verdict.decision
+        self.decision = decision
         sent = {
             name: value
             for name, value in headers.items()
             if name not in ("Content-Type", "Content-Length")  # of the body that is not sent here
         }
-        super().__init__(STATUS, detail=problem(verdict.decision), headers=sent)
+        super().__init__(STATUS, detail=problem(decision), headers=sent)
 
 
 def rate_limit(
@@ -90,12 +90,12 @@ def rate_limit(
     )
 
     async def dependency(request: HTTPConnection, response: Response) -> None:
-        verdict = await drive_async(guard.check(request))
-        if verdict is not None and verdict.refuse:
+        decision = await drive_async(guard.check(request))
+        if decision is not None and not decision.allowed:
             if is_websocket_without_denials(request.scope):
                 raise WebSocketException(POLICY_VIOLATION, "rate limit")
-            raise RateLimited(guard, request, verdict)
-        if guard.is_shown(verdict):
+            raise RateLimited(guard, request, decision)
+        if decision is not None:
             response.headers.update(guard.headers(request))
 
     return dependency

@@ -74,16 +74,16 @@ def rate_limit(
         @functools.wraps(view)
         def limited(*args: P.args, **kwargs: P.kwargs) -> Any:
             environ = flask.request.environ
-            verdict = drive(guard.check(flask.request))
-            if verdict is not None and verdict.refuse:
-                found, body = guard.refusal(environ, verdict)
+            decision = drive(guard.check(flask.request))
+            if decision is not None and not decision.allowed:
+                found, body = guard.refusal(environ, decision)
                 return flask.Response(body, STATUS, found)
 
             def add(response: flask.Response) -> flask.Response:
                 response.headers.update(guard.headers(environ))
                 return response
 
-            if guard.is_shown(verdict):
+            if decision is not None:
                 flask.after_this_request(add)
             return flask.current_app.ensure_sync(view)(*args, **kwargs)
 

@@ -48,12 +48,12 @@ def ratelimit(limiter: Any, **options: Unpack[LimitOptions]) -> Callable[[View],
         )
 
         def flow(request: Any, answer: Callable[[], Any]) -> Flow[Any]:
-            verdict = yield from guard.check(request)
-            if verdict is not None and verdict.refuse:
-                headers, body = guard.refusal(request, verdict)
+            decision = yield from guard.check(request)
+            if decision is not None and not decision.allowed:
+                headers, body = guard.refusal(request, decision)
                 return HttpResponse(body, status=STATUS, headers=headers)
             response = yield from call(answer)
-            if guard.is_shown(verdict):
+            if decision is not None:
                 for name, value in guard.headers(request).items():
                     response[name] = value
             return response
