@@ -341,31 +341,23 @@ class Acquisition(Generic[L]):
             if isinstance(sql, SemaphoreStatements):
                 return (yield from self._ask_slot(sql, seconds, lock_timeout))
             if options.fair:
-                if self.queued and sent_at < self.fresh_until:
-                    turn = self.last = sql.turn(key, self.asking, options.ttl)
-                    found = yield from do_within(self.runtime, turn, seconds)
-                    if found is not None:
-                        return found
-                    self.overtook = self.overtook or getattr(turn, "retries", 0) > 0
-                    seconds = max(seconds - (clock() - sent_at), ROUND_TRIP)
-                self.queued = True
-                self.fresh_until = sent_at + TICKET_FRESH
+                makers = [sql.turn] * (self.queued and sent_at < self.fresh_until)
+            elif took:
+                makers = [sql.look]
+                seconds = max(seconds - (clock() - sent_at), ROUND_TRIP)
+            else:
+                makers = [sql.look] * options.contended + [sql.take, sql.look]
+            for make in makers:
+                self.last = step = make(key, self.asking, options.ttl)
+                reply = yield from do_within(self.runtime, step, seconds)
+                if reply is not None:
+                    return reply
+                self.overtook = self.overtook or getattr(step, "retries", 0) > 0
+                seconds = max(seconds - (clock() - sent_at), ROUND_TRIP)
+            if options.fair:
+                self.queued, self.fresh_until = True, sent_at + TICKET_FRESH
                 op = sql.grant_fair(key, self.asking, options.ttl, lock_timeout, TICKET_TTL)
             else:
-                makers = (sql.look,) * options.contended + (sql.take, sql.look)
-                if took:
-                    makers = makers[-1:]
-                    seconds = max(seconds - (clock() - sent_at), ROUND_TRIP)
-                for make in makers:
-                    step = make(key, self.asking, options.ttl)
-                    self.last = step
-                    reply: Granted | Denied | None = yield from do_within(
-                        self.runtime, step, seconds
-                    )
-                    if reply is not None:
-                        return reply
-                    self.overtook = self.overtook or getattr(step, "retries", 0) > 0
-                    seconds = max(seconds - (clock() - sent_at), ROUND_TRIP)
                 op = sql.grant(key, self.asking, options.ttl, lock_timeout)
             self.last = op
             return (yield from do_within(self.runtime, op, seconds))
