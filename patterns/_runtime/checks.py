@@ -16,7 +16,6 @@ def home_of(store: Any, name: str) -> Any:
 
 
 def named(kind: str) -> str:
-    """Return a class's name with its article."""
     return f"{'an' if kind.startswith('A') else 'a'} {kind}"
 
 

@@ -185,7 +185,6 @@ class Held:
         raise NotImplementedError
 
     def _end(self) -> None:
-        """It was released."""
         with self._state:
             self._reason = self._reason or "released"
 
@@ -274,7 +273,6 @@ class LeaseRenewals:
         self._of_tables: dict[str, LeaseRenewal] = {}
 
     def watch(self, lease: Held) -> None:
-        """Renew the lease, and tell its holder of its end."""
         sql = lease._sql
         renewal = self._of_tables.get(sql.t)
         if renewal is None:
@@ -283,7 +281,6 @@ class LeaseRenewals:
         self._renewer.add(lease, renewal, quiet=lease._ending)
 
     def forget(self, lease: Held) -> None:
-        """Renew it no more."""
         self._renewer.discard(lease)
 
 
@@ -326,11 +323,9 @@ class LeaseRenewal:
             self._kind._renewal_failed(len(batch), context)
 
     def abandoned(self, name: str) -> None:
-        """A lease was dropped without release()."""
         self._kind._abandoned(name)
 
     def closed(self, lease: Held) -> None:
-        """Its store was closed."""
         lease._lose("closed")
 
 
@@ -359,7 +354,6 @@ def _end_turns(mine: list[Held]) -> None:
 
 
 def _note(batch: list[Held], codes: dict[bytes, int], sent_at: float) -> None:
-    """Note what the server said of each."""
     for lease in batch:
         code = codes.get(lease._key, LOCKED)
         if code == RENEWED:

@@ -61,7 +61,6 @@ class Runtime:
         return held
 
     def forget(self, held: Held) -> None:
-        """Renew it no more."""
         self.background().part(LeaseRenewals).forget(held)
 
     def backgrounds(self) -> list[Background]:
@@ -97,7 +96,6 @@ class Runtime:
         return waiter
 
     def unsubscribe(self, waiter: Any, *, granted: bool) -> None:
-        """Hear no more of them."""
         waiter._waiters.remove(waiter, granted=granted)
 
     def run_later(self, work: Callable[[], Any], done: Callable[[], object] | None = None) -> bool:
@@ -112,7 +110,6 @@ class SyncRuntime(Runtime):
     _waiter = ThreadWaiter
 
     def background(self) -> Background:
-        """Return the background of this process."""
         known = self._background
         if known is None or known.ended:
             known = self._background = self._of(self.channel)
@@ -147,7 +144,6 @@ class AsyncRuntime(Runtime):
     _waiter = TaskWaiter
 
     def background(self) -> Background:
-        """Return the background of the running event loop."""
         known = self._background
         loop = asyncio.get_running_loop()
         if known is None or known.ended or known.loop is not loop:

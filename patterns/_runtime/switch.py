@@ -11,7 +11,6 @@ _lock = new_lock(sys.modules[__name__])
 
 
 def add(n: int) -> None:
-    """Add to the number of open blocks."""
     global off  # noqa: PLW0603  # read at every call: a plain name is the cheapest
     with _lock:
         off += n

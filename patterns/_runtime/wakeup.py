@@ -44,8 +44,6 @@ class Waiter:
 
 
 class ThreadWaiter(Waiter):
-    """A thread that waits."""
-
     _event_class = threading.Event
 
     def wait(self, seconds: float) -> None:
@@ -57,8 +55,6 @@ class ThreadWaiter(Waiter):
 
 
 class TaskWaiter(Waiter):
-    """A task that waits."""
-
     _event_class = asyncio.Event
 
     async def wait(self, seconds: float) -> None:
@@ -83,7 +79,6 @@ class Waiters:
 
     @property
     def is_listening(self) -> bool:
-        """Whether a notification would be heard of now."""
         return self._listener.is_listening(self.channel)
 
     def add(self, waiter: Waiter) -> None:

@@ -51,7 +51,6 @@ class CacheOptions:
     store_timeout: float
 
     def facts(self) -> str:
-        """What a repr says of them."""
         ttl: Any = self.ttl
         return f"ttl={'computed' if callable(ttl) else ttl if ttl is None else f'{ttl:g}'}"
 
@@ -96,14 +95,12 @@ class StoreContext:
 
     @property
     def store(self) -> Any:
-        """The store, sync or async."""
         store = self._store()
         assert store is not None  # each user of the context holds the store
         return store
 
 
 def context_of(store: Store | AsyncStore) -> StoreContext:
-    """Return the store's context, made at first use."""
     context = _contexts.get(store)
     if context is None:
         with _lock:
@@ -135,7 +132,6 @@ class CachedCall:
 
     @property
     def key(self) -> bytes:
-        """The entry's key."""
         return self.keys[0]
 
 
@@ -148,6 +144,5 @@ class Counts:
         self.errors = self.fills = self.discarded_fills = 0
 
     def add(self, name: str) -> None:
-        """Count one."""
         with self._lock:  # `+= 1` alone loses counts between threads
             setattr(self, name, getattr(self, name) + 1)

@@ -35,12 +35,10 @@ def new_mark(kind: bytes) -> bytes:
 
 
 def mark_of(raw: bytes) -> bytes:
-    """The mark of a row's bytes."""
     return raw[:MARK_LENGTH]
 
 
 def is_placeholder(raw: bytes) -> bool:
-    """Whether these are the bytes of a placeholder."""
     return raw[:1] == PLACEHOLDER and len(raw) == MARK_LENGTH
 
 

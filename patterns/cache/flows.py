@@ -128,7 +128,6 @@ class FunctionCache:
         *,
         lenient: bool = False,
     ) -> CachedCall:
-        """Bind one call's arguments."""
         binder = self.binder
         arguments = binder.bind(args, kwargs, lenient=lenient)
         digest = binder.digest(arguments)
@@ -176,7 +175,6 @@ class FunctionCache:
             return MISSING  # damaged, or of a type that the function no longer returns
 
     def from_l1(self, call: CachedCall) -> Any:
-        """Return the value that the first level has, or MISSING."""
         assert self.l1 is not None
         payload = self.l1.get(call.context.scope, call.key)
         if payload is None:

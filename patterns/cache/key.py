@@ -375,7 +375,6 @@ def _full_name(thing: Any) -> bytes:
 
 
 def is_importable(thing: Any) -> bool:
-    """Whether a class or function is found under its own name."""
     found: Any = sys.modules.get(thing.__module__ or "")
     for part in thing.__qualname__.split("."):
         found = getattr(found, part, None)
@@ -525,5 +524,4 @@ class Binder:
         ) from None
 
     def tags(self, arguments: dict[str, Any]) -> tuple[str, ...]:
-        """Return the call's tags."""
         return tuple(template.format_map(arguments) for template in self._tags)

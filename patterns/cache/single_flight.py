@@ -73,7 +73,6 @@ class ThreadFlight:
         return self._done.wait(seconds)
 
     def end(self) -> None:
-        """Let the others go on."""
         self._done.set()
 
 
@@ -131,8 +130,6 @@ class Extended:
 
 
 class Flights:
-    """The flights of one cached function."""
-
     def __init__(self, kind: type[ThreadFlight]) -> None:
         self._kind = kind
         self._flying: dict[object, ThreadFlight] = {}
@@ -155,7 +152,6 @@ class Flights:
             return flight, True
 
     def end(self, name: object, flight: ThreadFlight) -> None:
-        """End a flight that the caller led."""
         with self._lock:
             if self._flying.get(name) is flight:
                 del self._flying[name]

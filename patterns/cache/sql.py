@@ -81,8 +81,6 @@ class ComputeLease(NamedTuple):
 
 
 class Usage(NamedTuple):
-    """What one cached function keeps in the table."""
-
     function: str
     entries: int
     computing: int
@@ -90,8 +88,6 @@ class Usage(NamedTuple):
 
 
 class CacheStatements(TableStatements):
-    """The cache's statements on one key-value table, for keys under one prefix."""
-
     def cache_key(self, kind: str, name: str) -> bytes:
         """One of the cache's own keys; `kind` is ENTRY, FUNCTION, TAG or REFRESH.
 

@@ -148,7 +148,6 @@ class Acquisition(Generic[L]):
         self.asking: Asking = new_asking(options.metadata)
 
     def _ask_afresh(self) -> None:
-        """Ask as another: by a new nonce."""
         self.pid = os.getpid()
         self.asking = new_asking(self.options.metadata)
         self.granted = None
@@ -221,11 +220,9 @@ class Acquisition(Generic[L]):
         self.runtime.run_later(lambda: self.runtime.channel.run(self._quietly(op)))
 
     def is_held_here(self) -> bool:
-        """Whether it was denied because this process holds it."""
         return read_owner(self.denied_by)[0] == self.asking.owner
 
     def left(self) -> float | None:
-        """The seconds left."""
         return None if self.deadline is None else max(0.0, self.deadline - clock())
 
     def _is_over(self) -> bool:
@@ -234,7 +231,6 @@ class Acquisition(Generic[L]):
         return self.stop is not None and self.stop()
 
     def pause(self, reply: Denied) -> float:
-        """The seconds until the next look."""
         if self.waiter is not None and self.waiter.is_listening:
             longest = POLL_MAX if self.options.fair else NOTIFIED_MAX
             self.wait = min(max(NOTIFIED_FIRST, self.wait * POLL_GROWTH), longest)
@@ -522,13 +518,11 @@ def leave(runtime: Runtime, lease: LeaseState, *, failed: bool) -> Flow[None]:
 
 
 def holder(options: LockOptions) -> Flow[LockInfo | None]:
-    """Who holds the name, or None."""
     rows = yield from do(options.sql.holder(options.keys[0]))
     return info_of(rows[0]) if rows else None
 
 
 def force_release(options: LockOptions, token: int) -> Flow[bool]:
-    """Free the name of that token."""
     op = options.sql.release(options.keys[0], token, options.notify)
     if (yield from do(op)):
         return True
@@ -537,7 +531,6 @@ def force_release(options: LockOptions, token: int) -> Flow[bool]:
 
 
 def revoke(options: LockOptions, token: int) -> Flow[bool]:
-    """End that token, not its lease."""
     try:
         return (yield from do(options.sql.revoke(options.keys[0], token)))
     except PgkvError as error:

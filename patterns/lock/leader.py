@@ -86,7 +86,6 @@ class _Candidate(Generic[S]):
     __reduce__ = refuse_pickle
 
     def _campaign(self, election: Any) -> Flow[None]:
-        """Campaign, lead, and again, until told to stop."""
         pause = RETRY_FIRST
         while not election.stop.is_set():
             try:
@@ -157,12 +156,10 @@ class _ThreadElection(SyncRuntime):
         self.stop = stop or threading.Event()
 
     def wait(self, waiter: Any, seconds: float) -> None:
-        """Sleep, unless told to stop."""
         del waiter  # a candidate polls
         self.stop.wait(seconds)
 
     def begin(self, fn: Callable[..., Any] | None, lease: LeaseState) -> None:
-        """Start the work in a thread of its own."""
         if fn is not None:
             args = fn, lease
             self._work = threading.Thread(
@@ -201,7 +198,6 @@ class _TaskElection(AsyncRuntime):
         await is_set_within(self.stop, seconds)
 
     def begin(self, fn: Callable[..., Any] | None, lease: LeaseState) -> None:
-        """Start the work as a task."""
         if fn is not None:
             self._work = asyncio.get_running_loop().create_task(self._run(fn, lease))
 

@@ -74,7 +74,6 @@ class LockInfo:
 
 
 def info_of(holder: Holder) -> LockInfo:
-    """Return what a row says, as users see it."""
     owner, metadata = read_owner(holder.value)
     return LockInfo(
         holder.key,
@@ -166,7 +165,6 @@ class LockOptions:
     noted: bool = False
 
     def facts(self) -> str:
-        """What a repr says of a lock."""
         slots = "" if self.slots is None else f" slots={self.slots}"
         return f"{self.name!r}{slots} ttl={self.ttl:g}"
 
@@ -266,7 +264,6 @@ async def report_async(fn: Callable[..., Any], lease: Any) -> None:
 
 @contextlib.contextmanager
 def failures_logged(name: str) -> Iterator[None]:
-    """Log what a callback raises: it stops nothing."""
     try:
         yield
     except Exception as error:  # noqa: BLE001  # the user's code
@@ -274,7 +271,6 @@ def failures_logged(name: str) -> Iterator[None]:
 
 
 def tell(fn: Callable[..., Any] | None, lease: Any) -> None:
-    """Call a callback, if there is one, that may fail."""
     if fn is not None:
         with failures_logged(lease.name):
             report(fn, lease)

@@ -97,8 +97,6 @@ class Asking(NamedTuple):
 
 
 class Granted(NamedTuple):
-    """A grant: its token, and the row it took."""
-
     token: int
     key: bytes
 
@@ -502,7 +500,6 @@ class LockStatements:
         return Op(made, ((quoted or self.t).encode(),))
 
     def isolation(self) -> Op[str]:
-        """The isolation level of the transaction."""
         sql = "SELECT current_setting('transaction_isolation')"
         return Op(
             Statement("isolation", sql, (), row_of(str, as_text), retry_safe=True, writes=False)
@@ -534,7 +531,6 @@ class LockStatements:
         return Op(self._make_holders("lock_holders", where, ()))
 
     def queue(self) -> Op[dict[str, int]]:
-        """How many wait, by name."""
         sql = f"SELECT left(key, {-MARK_LENGTH}), count(*) FROM {self.q} WHERE {LIVE} GROUP BY 1"
         pairs = rows_of(lambda *pair: pair, self._name_of, _codec.decode_int)
         options: dict[str, Any] = {"table": self.tickets, "writes": False}
@@ -760,7 +756,6 @@ class SemaphoreStatements(LockStatements):
 
 
 def slot_keys(key: bytes, slots: int) -> list[bytes]:
-    """The rows of a semaphore's slots."""
     return [key + SEPARATOR.encode() + b"%d" % slot for slot in range(slots)]
 
 

@@ -159,14 +159,12 @@ class LimiterFlows:
             self.timeout = store._config.operation_timeout
 
     def inside(self, store: Any) -> LimiterFlows:
-        """Return the same limiter in a caller's transaction."""
         twin = object.__new__(LimiterFlows)
         twin.__dict__.update(self.__dict__)
         twin._attach(store)
         return twin
 
     def facts(self) -> str:
-        """What a repr says of a limiter."""
         return f"{self.name!r} {'; '.join(map(str, self.rates))}"
 
     # -- the rates and the row of a call
@@ -351,7 +349,6 @@ class LimiterFlows:
         return policy.decide(arrival, cost)
 
     def peek(self, key: str, cost: int, limits: Rates | None) -> Flow[Decision]:
-        """Tell what `hit` would decide, without charging."""
         policy = self.policy_of(limits)
         op = self.sql.peek(self.row(key, policy), policy.shape)
         policy.charge(cost)
@@ -364,7 +361,6 @@ class LimiterFlows:
         return policy.decide(arrival, cost, allowed=not any(policy.waits(arrival, cost)))
 
     def reset(self, key: str, limits: Rates | None) -> Flow[bool]:
-        """Fill the key's bucket."""
         row = self.row(key, self.policy_of(limits))
         try:
             return (yield from self._undo(row, self.sql.reset(row)))
@@ -373,7 +369,6 @@ class LimiterFlows:
                 self.prepaid.forget(row)
 
     def refund(self, key: str, cost: int, limits: Rates | None) -> Flow[bool]:
-        """Give tokens back."""
         policy = self.policy_of(limits)
         row = self.row(key, policy)
         return (yield from self._undo(row, self.sql.refund(row, policy.refund(cost), policy.shape)))
@@ -495,7 +490,6 @@ class LimiterFlows:
         return decision
 
     def refusal(self, decision: Decision) -> RateLimitedError:
-        """Return the exception for a denial."""
         error = RateLimitedError(
             f"the rate limit {self.name!r} could not be checked, and its on_error is 'closed'"
             if decision.degraded
@@ -510,8 +504,6 @@ class LimiterFlows:
 
 
 class KeyCharge(NamedTuple):
-    """What hit_many charges to one row."""
-
     limiter: LimiterFlows
     key: str
     policy: Policy
@@ -573,7 +565,6 @@ def _not_charges(given: object) -> InvalidValueError:
 
 
 def hit_many(charges: dict[bytes, KeyCharge]) -> Flow[Decision]:
-    """Charge every row, or none of them."""
     limiters = [charge.limiter for charge in charges.values()]
     first = limiters[0]
     asked = [(row, charge.policy.charge(charge.cost)) for row, charge in charges.items()]
@@ -641,7 +632,6 @@ def _decide_many(charges: dict[bytes, KeyCharge], arrivals: dict[bytes, Arrival]
 
 
 def check_mode(mode: object) -> OnError:
-    """Return a mode of `on_error`."""
     for known in MODES:
         if mode == known:
             return known
@@ -661,7 +651,6 @@ def check_name(name: object) -> str:
 
 
 def check_limit(key: object, cost: object) -> None:
-    """Check what the decorator `limit` is given."""
     if not isinstance(key, str) and not callable(key):
         raise ConfigError(
             "limit() needs a key: a str, or a function of the call's arguments, not "

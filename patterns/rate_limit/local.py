@@ -86,7 +86,6 @@ class Counter:
         survives_fork(self)
 
     def after_fork(self) -> None:
-        """Start at zero."""
         self._allowed, self._denied, self._degraded = Tally(), Tally(), Tally()
         self.outages: EventLimit = EventLimit()
         self.steps_back: EventLimit = EventLimit()
@@ -94,7 +93,6 @@ class Counter:
         self._reported = monotonic()
 
     def add(self, decision: Decision) -> None:
-        """Count a decision."""
         if decision.allowed:
             self._allowed.add()
         else:
@@ -103,7 +101,6 @@ class Counter:
             self._degraded.add()
 
     def snapshot(self) -> LimiterCounts:
-        """The counts so far."""
         return LimiterCounts(self._allowed.value(), self._denied.value(), self._degraded.value())
 
     def report_is_due(self, now: float) -> bool:
@@ -147,13 +144,11 @@ class DenyCache:
     def remember(
         self, row: bytes, policy: Policy, cost: int, sent: float, decision: Decision
     ) -> None:
-        """Note a denial by the server."""
         self._entries.pop(row, None)  # inserted again, it is the newest
         self._entries[row] = (policy, cost, sent, decision)
         _drop_oldest(self._entries)
 
     def forget(self, row: bytes) -> None:
-        """Ask the server again about that row."""
         self._entries.pop(row, None)
 
 
@@ -208,7 +203,6 @@ class PrepaidTokens:
             return True
 
     def end(self, row: bytes) -> None:
-        """The fetch has ended."""
         self._fetching.discard(row)
 
     def fill(
@@ -221,7 +215,6 @@ class PrepaidTokens:
             _drop_oldest(self._entries)
 
     def forget(self, row: bytes) -> None:
-        """Give up the tokens of that row."""
         with self._lock:
             self._entries.pop(row, None)
 

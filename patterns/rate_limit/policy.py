@@ -149,17 +149,14 @@ class QuotaGauge(Gauge):
     __slots__ = ()
 
     def inc(self, cost: int) -> int:
-        """As of `Gauge`."""
         return cost
 
     amount = inc
 
     def limit(self, inc: int, wait: int) -> int:  # noqa: ARG002  # no place beyond the window's end
-        """As of `Gauge`."""
         return self.count
 
     def remaining(self, used: int) -> int:
-        """How many tokens are left."""
         return max(0, self.count - used)
 
 
@@ -271,7 +268,6 @@ class Policy:
         return min(places, key=share)
 
     def degraded(self, *, allowed: bool, retry_after: float) -> Decision:
-        """Return the decision when the store does not answer."""
         gauge = min(self.gauges, key=lambda each: each.burst)
         return Decision(
             allowed,
@@ -287,6 +283,5 @@ class Policy:
 
 
 def require_cost(cost: object) -> None:
-    """Refuse a cost that is not an integer of 1 or more."""
     if not isinstance(cost, int) or isinstance(cost, bool) or cost < 1:
         raise InvalidValueError(f"cost must be an integer of 1 or more, not {cost!r}")

@@ -23,25 +23,20 @@ FRAME = b64encode(MAGIC).decode()  # no JSON text begins like this
 
 
 class EncryptedSessionStatements(SessionStatements):
-    """The statements of a session table whose data is encrypted."""
-
     def __init__(self, config: Any, table: Any, lifetimes: Any, *, inside: bool) -> None:
         super().__init__(config, table, lifetimes, inside=inside)
         self._cipher: AesGcmSiv = config.transforms[-1]
         self._transforms = Transforms([self._cipher], table.name, VALUE_SIZE_MAX)
 
     def create(self, id: bytes, user_id: str | None, data: bytes, *more: Any) -> Op[Any]:
-        """Insert, with sealed data."""
         return super().create(id, user_id, self._sealed(data), *more)
 
     def save(self, id: bytes, mode: Mode, version: int, changed: bytes, *more: Any) -> Op[Outcome]:
-        """Update, with sealed data."""
         return super().save(id, mode, version, self._sealed(changed), *more)
 
     def rotate(
         self, id: bytes, new_id: bytes, changed: bytes, removed: list[bytes], **more: Any
     ) -> Op[Outcome]:
-        """Move, with sealed data."""
         return super().rotate(id, new_id, self._sealed(changed), removed, **more)
 
     def _sealed(self, data: bytes) -> bytes:

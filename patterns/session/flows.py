@@ -101,7 +101,6 @@ class SessionFlows:
         self._inside: SessionFlows | None = None
 
     def inside(self) -> SessionFlows:
-        """The same for a caller's transaction."""
         if self._inside is None:
             twin = self._inside = object.__new__(SessionFlows)
             twin.__dict__.update(self.__dict__, _inside=twin)
@@ -116,7 +115,6 @@ class SessionFlows:
         return EncryptedSessionStatements(self.config, self.table, self.lifetimes, inside=inside)
 
     def facts(self) -> str:
-        """What a repr says of a session store."""
         idle, absolute = self.lifetimes.idle, self.lifetimes.absolute
         return f"{self.table.name!r} idle_timeout={idle:g} absolute_timeout={absolute:g}"
 
@@ -130,7 +128,6 @@ class SessionFlows:
         idle: Seconds | None = None,
         absolute: Seconds | None = None,
     ) -> Flow[Session]:
-        """Make a session and store it."""
         user = None if user_id is None else user_of(user_id)
         data = {} if data is None else data
         require_mapping(data, "data")
@@ -210,7 +207,6 @@ class SessionFlows:
         return None
 
     def exists(self, token: object) -> Flow[bool]:
-        """Whether a load would find a session."""
         if not isinstance(token, str) or not is_token(token):
             return False
         return (yield from do(self.sql.exists(id_of(token))))
@@ -218,7 +214,6 @@ class SessionFlows:
     def save(
         self, given: object, on_conflict: str, idle: Any = KEEP, absolute: Any = KEEP
     ) -> Flow[None]:
-        """Send what changed, if anything did."""
         session = session_of(given)
         own = self._own(session, idle, absolute)
         if on_conflict not in MODES:
@@ -273,7 +268,6 @@ class SessionFlows:
         idle: Any = KEEP,
         absolute: Any = KEEP,
     ) -> Flow[None]:
-        """Move the session to a new token, its unsaved changes with it."""
         session = session_of(given)
         own = self._own(session, idle, absolute)
         kept = seconds(grace, "grace", zero=True)
@@ -316,7 +310,6 @@ class SessionFlows:
         _begun(session)
 
     def destroy(self, given: object) -> Flow[bool]:
-        """End a session, by its token or itself."""
         if isinstance(given, str):
             if not is_token(given):
                 return False
@@ -333,7 +326,6 @@ class SessionFlows:
     # -- a user's sessions
 
     def destroy_user(self, user_id: object, keep: object) -> Flow[int]:
-        """End all sessions of a user, or all but one."""
         kept = None if keep is None else session_of(keep).id
         user = user_of(user_id)
         op = self.sql.destroy_user(user, id_of(kept) if kept else None)
@@ -349,24 +341,20 @@ class SessionFlows:
         )
 
     def destroy_handle(self, handle: object, user_id: object) -> Flow[bool]:
-        """End one of a user's sessions by its public name."""
         user = user_of(user_id)
         if not isinstance(handle, str) or not _HANDLE.fullmatch(handle):
             return False
         return (yield from do(self.sql.destroy(bytes.fromhex(handle), user)))
 
     def list_user(self, user_id: object) -> Flow[list[SessionInfo]]:
-        """Return a user's live sessions."""
         return (yield from do(self.sql.list_user(user_of(user_id))))
 
     # -- upkeep
 
     def purge(self, limit: int) -> Flow[int]:
-        """Delete expired rows, chunk by chunk."""
         return sweep_slots(self.sql, limit)
 
     def create_table(self) -> Flow[None]:
-        """Create the table where it is missing."""
         return ensure(self.table)
 
 

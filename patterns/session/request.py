@@ -33,7 +33,6 @@ class RequestSession(dict[str, Any]):
         self.lifetimes: tuple[Any, Any] = (KEEP, KEEP)  # idle and absolute, for the next save
 
     def fill(self, session: Session) -> None:
-        """Become the data of that session."""
         super().clear()
         super().update(session.data)
         session.data = self
@@ -42,7 +41,6 @@ class RequestSession(dict[str, Any]):
 
     @property
     def is_loaded(self) -> bool:
-        """Whether there is a session behind it yet."""
         return self._session is not None
 
     @property
@@ -88,13 +86,11 @@ class RequestSession(dict[str, Any]):
         return dict(self.items())
 
     def pop(self, key: str, *default: Any) -> Any:
-        """As dict's."""
         self.mark_accessed()
         self.modified |= super().__contains__(key)
         return super().pop(key, *default)
 
     def setdefault(self, key: str, default: Any = None) -> Any:
-        """As dict's."""
         self.mark_accessed()
         self.modified |= not super().__contains__(key)
         return super().setdefault(key, default)

@@ -124,8 +124,6 @@ UNCHANGED = NewLifetimes(None, None)
 
 @dataclass(frozen=True, slots=True)
 class Lifetimes:
-    """Durations in seconds."""
-
     idle: float
     absolute: float
     touch: float
@@ -535,7 +533,6 @@ class SessionStatements(Sweep):
         )
 
     def list_user(self, user_id: str) -> Op[list[SessionInfo]]:
-        """A user's live sessions, the last used first."""
         return Op(self._list_user, (user_id.encode(),))
 
     # -- upkeep
@@ -552,7 +549,6 @@ class SessionStatements(Sweep):
         )
 
     def collect(self, keys: Iterable[bytes]) -> Op[int]:
-        """Delete those of the rows whose time has passed."""
         return Op(self._collect, (_codec.encode_array(sorted(set(keys)), _codec.BYTEA_OID),))
 
 

@@ -167,7 +167,6 @@ class Guard:
         return strictest(scope_of(request)[DECISIONS]).headers(self._headers)
 
     def refusal(self, request: Any, decision: Decision) -> tuple[dict[str, str], bytes]:
-        """Headers and body of the 429."""
         found = self.headers(request)
         # Also without the other headers: a client without Retry-After tries again at once.
         found["Retry-After"] = decision.headers("x")["Retry-After"]

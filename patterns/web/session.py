@@ -99,7 +99,6 @@ class SessionSettings:
         self.cookie: Cookie = Cookie(**given)
 
     def facts(self) -> str:
-        """The adapter's settings, for its repr."""
         return f"cookie={self.cookie.name!r} sessions={self.sessions!r}"
 
     def run(self, flow: Flow[Any]) -> Any:
