@@ -68,18 +68,9 @@ if TYPE_CHECKING:
     from .patterns.lock.lease import LockInfo
     from .patterns.lock.locked import fence_sql, locked
     from .patterns.lock.many import AsyncLeases, Leases
-    from .patterns.queue.api import (
-        AsyncJob,
-        AsyncQueue,
-        Backoff,
-        Bury,
-        Job,
-        JobInfo,
-        Later,
-        Put,
-        Queue,
-        QueueStats,
-    )
+    from .patterns.queue.api import AsyncJob, AsyncQueue, Job, Queue
+    from .patterns.queue.flows import Backoff, Bury, Later, Put
+    from .patterns.queue.sql import JobInfo, QueueStats
     from .patterns.queue.worker import AsyncWorker, Worker
     from .patterns.rate_limit.api import (
         AsyncRateLimiter,
@@ -262,7 +253,9 @@ _NAMES_OF = {
     ".patterns.lock.lease": "LockInfo",
     ".patterns.lock.locked": "fence_sql locked",
     ".patterns.lock.many": "AsyncLeases Leases",
-    ".patterns.queue.api": "AsyncJob AsyncQueue Backoff Bury Job JobInfo Later Put Queue QueueStats",
+    ".patterns.queue.api": "AsyncJob AsyncQueue Job Queue",
+    ".patterns.queue.flows": "Backoff Bury Later Put",
+    ".patterns.queue.sql": "JobInfo QueueStats",
     ".patterns.queue.worker": "AsyncWorker Worker",
     ".patterns.rate_limit.api": "AsyncRateLimiter AsyncReservation RateLimiter Reservation",
     ".patterns.rate_limit.local": "LimiterCounts",

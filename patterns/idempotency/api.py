@@ -21,7 +21,7 @@ import psycopg
 
 from ..._engine._async.transaction import AsyncBoundChannel, AsyncCallerChannel
 from ..._engine._sync.transaction import BoundChannel, CallerChannel
-from ..._engine.caller import unwrap
+from ..._engine.caller import check_inside, unwrap
 from ..._observe import shown
 from ..._ops.op import do
 from ..._ops.serialize import Serializer
@@ -32,7 +32,7 @@ from ...store import Store
 from .._runtime.checks import require
 from .._runtime.runtimes import AsyncRuntime, SyncRuntime
 from ..defaults import default_async_store, default_store
-from .flows import CLEAN_UP, AttemptState, IdempotencyFlows, Raw, check_inside
+from .flows import CLEAN_UP, AttemptState, IdempotencyFlows, Raw
 from .sql import Record
 
 if TYPE_CHECKING:

@@ -12,8 +12,6 @@ import os
 from random import uniform
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from psycopg import pq
-
 from ... import _observe
 from ..._background.renewal import clock
 from ..._engine.schema import companion, ensure
@@ -349,13 +347,3 @@ def claim_inside(
         if answer:
             return answer
     return BUSY
-
-
-def check_inside(conn: Any, what: str) -> None:
-    """Refuse a psycopg connection that is not in a transaction, and will not open one."""
-    idle = conn.pgconn.transaction_status == pq.TransactionStatus.IDLE
-    if conn.autocommit and idle:
-        raise TransactionError(
-            f"{what} needs a transaction: the connection is in autocommit; write "
-            "`with conn.transaction():` around it"
-        )

@@ -9,16 +9,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from datetime import datetime
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, Literal, Self, TypeVar, cast
 
 import psycopg
 
-from ..._engine.caller import unwrap
+from ..._engine.caller import check_inside, unwrap
 from ..._engine.schema import companion, ensure
 from ..._observe import shown
 from ..._ops import codec as _codec
 from ..._ops.drivers import shielded
+from ..._ops.op import Flow, do
 from ..._ops.serialize import CodecName, Serializer
 from ..._settings import refuse_pickle
 from ...aio import AsyncStore
@@ -29,12 +29,13 @@ from .._runtime.checks import home_of, require, require_plain
 from .._runtime.lease import extend
 from .._runtime.runtimes import AsyncRuntime, SyncRuntime
 from . import flows
-from .flows import Backoff, Bury, HeldJob, Later, Notifier, Put, QueueOptions
-from .sql import JOBS, JOBS_UNLOGGED, JobInfo, JobStatements, QueueStats, Taken
+from .flows import Backoff, HeldJob, Notifier, Put, QueueOptions
+from .sql import JOBS, JOBS_UNLOGGED, JobInfo, JobStatements, QueueStats
 
 if TYPE_CHECKING:
     from ...config import Seconds
 
+R = TypeVar("R")
 T = TypeVar("T")
 U = TypeVar("U")
 
@@ -70,7 +71,7 @@ class Job(HeldJob[T]):
         Raises:
             LeaseLostError: it was acknowledged or put back already.
         """
-        return bool(self._runtime.channel.run(flows.put_back(self._runtime, self, error, delay)))
+        return bool(self._back(error, delay))
 
     def release(self, delay: Seconds = 0) -> bool:
         """Put the job back as if it had not been taken: the attempt does not count.
@@ -81,8 +82,7 @@ class Job(HeldJob[T]):
         Returns:
             Whether it was still held.
         """
-        back = flows.put_back(self._runtime, self, None, delay, free=True)
-        return bool(self._runtime.channel.run(back))
+        return bool(self._back(None, delay, free=True))
 
     def bury(self, error: object = None) -> bool:
         """Give the job up: it is dead, and kept until `Queue.retry` or `Queue.purge`. If its key was
@@ -94,8 +94,7 @@ class Job(HeldJob[T]):
         Returns:
             Whether it was still held.
         """
-        back = flows.put_back(self._runtime, self, error, 0, dead=True)
-        return bool(self._runtime.channel.run(back))
+        return bool(self._back(error, 0, dead=True))
 
     def extend(self, lease: Seconds) -> None:
         """Let the remaining time become `lease` seconds, and later renewals give that much.
@@ -112,12 +111,7 @@ class Job(HeldJob[T]):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
         self._leave(error)
 
     def _leave(self, error: BaseException | None) -> None:
@@ -133,18 +127,15 @@ class AsyncJob(HeldJob[T]):
 
     async def nack(self, delay: Seconds | None = None, error: object = None) -> bool:
         """The attempt failed; see `Job.nack`."""
-        back = flows.put_back(self._runtime, self, error, delay)
-        return bool(await self._runtime.channel.run(back))
+        return bool(await self._back(error, delay))
 
     async def release(self, delay: Seconds = 0) -> bool:
         """Put the job back as if it had not been taken; see `Job.release`."""
-        back = flows.put_back(self._runtime, self, None, delay, free=True)
-        return bool(await self._runtime.channel.run(back))
+        return bool(await self._back(None, delay, free=True))
 
     async def bury(self, error: object = None) -> bool:
         """Give the job up; see `Job.bury`."""
-        back = flows.put_back(self._runtime, self, error, 0, dead=True)
-        return bool(await self._runtime.channel.run(back))
+        return bool(await self._back(error, 0, dead=True))
 
     async def extend(self, lease: Seconds) -> None:
         """Let the remaining time become `lease` seconds; see `Job.extend`."""
@@ -155,10 +146,7 @@ class AsyncJob(HeldJob[T]):
         return self
 
     async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
+        self, _kind: object, error: BaseException | None, _traceback: object
     ) -> None:
         """As of `Job`; a cancelled block puts the job back without counting the attempt."""
         await self._leave(error)
@@ -168,32 +156,13 @@ class AsyncJob(HeldJob[T]):
         await (shielded(end, flows.CLEAN_UP[1]) if error is not None else end)
 
 
-class JobRuntime(SyncRuntime):
-    """For a `Queue`."""
-
-    def job(self, options: QueueOptions, taken: Taken, sent_at: float) -> Job[Any]:
-        """Make a job that was taken, and have it renewed."""
-        job: Job[Any] = Job(self, options, taken, sent_at)
-        self.watch(job)
-        return job
-
-
-class AsyncJobRuntime(AsyncRuntime):
-    """For an `AsyncQueue`."""
-
-    def job(self, options: QueueOptions, taken: Taken, sent_at: float) -> AsyncJob[Any]:
-        """Make a job that was taken, and have it renewed."""
-        job: AsyncJob[Any] = AsyncJob(self, options, taken, sent_at)
-        self.watch(job)
-        return job
-
-
 class _Jobs(Generic[T]):
     """What `Queue` and `AsyncQueue` share."""
 
     # The class of store that is needed, the name of the class, and that of its twin.
     _needs: tuple[type[Any], str, str]
     _runtime_of: type[Any]
+    _job_of: type[Any]
     _wanted: type[Any]  # psycopg's class of connection
     _bound: Any = None  # the channel of a caller's transaction
 
@@ -233,6 +202,7 @@ class _Jobs(Generic[T]):
             notify,
             config.max_value_size,
             config.max_key_length,
+            self._job_of,
         )
         self._store = store
         self._runtime: Any = self._runtime_of(store, flows.REFUSAL)
@@ -290,34 +260,39 @@ class _Jobs(Generic[T]):
             raise TransactionError(flows.REFUSAL)
         return self._runtime.channel
 
-    def _put(self, payload: Any, dedupe: str | None, *due: Any) -> Any:
-        sql, told = self._putting()
-        return self._channel.run(flows.put(self._options, sql, told, payload, dedupe, due))
+    def _put(self, payload: Any, dedupe: str | None, *due: Any) -> Flow[Put]:
+        return flows.put(self._options, *self._putting, payload, dedupe, due)
 
-    def _put_many(self, payloads: Any, *due: Any) -> Any:
-        sql, told = self._putting()
-        return self._channel.run(flows.put_many(self._options, sql, told, payloads, due))
+    def _put_many(self, payloads: Any, *due: Any) -> Flow[list[int]]:
+        return flows.put_many(self._options, *self._putting, payloads, due)
 
+    @property
     def _putting(self) -> tuple[JobStatements, Notifier | None]:
         if self._bound is None:
             return self._options.sql, self._notifier
         return self._options.inside, None
 
+    def _take(self, n: int, timeout: Seconds | None) -> Flow[list[Any]]:
+        require_int("n", n, 1, 10_000)
+        return flows.take(self._runtime, self._options, n, _codec.waiting(timeout))
+
     def _look(self, n: int) -> Any:
         """One look for jobs: they, and the seconds until the next look."""
         return self._pool.run(flows.look(self._runtime, self._options, n))
 
-    def _ack(self, job: HeldJob[Any]) -> Any:
-        if self._bound is None:
-            return self._channel.run(flows.ack(self._runtime, job, self._options.sql))
-        conn = self._caller
-        idle = psycopg.pq.TransactionStatus.IDLE
-        if conn is not None and conn.autocommit and conn.pgconn.transaction_status == idle:
-            raise TransactionError(
-                "ack() through using() needs an open transaction: in autocommit it would not be one "
-                "with the job's effects; write `with conn.transaction(): ...`"
-            )
-        return self._channel.run(flows.ack(self._runtime, job, self._options.inside))
+    def _ack(self, job: HeldJob[Any]) -> Flow[None]:
+        conn, sql = self._caller, self._options.sql
+        if self._bound is not None:
+            sql = self._options.inside
+            if conn is not None:
+                check_inside(conn, "ack() through using()")
+        return flows.ack(self._runtime, job, sql)
+
+    def _cancel(self, id: int) -> Flow[bool]:
+        return do(self._options.sql.cancel(self._options.key, _codec.integer(id, "id")))
+
+    def _purge(self, limit: int) -> Flow[int]:
+        return do(self._options.sql.purge(self._options.key, _codec.whole("limit", limit)))
 
 
 class Queue(_Jobs[T]):
@@ -359,7 +334,7 @@ class Queue(_Jobs[T]):
     """
 
     _needs = Store, "Queue", "AsyncQueue"
-    _runtime_of = JobRuntime
+    _runtime_of, _job_of = SyncRuntime, Job
     _wanted = psycopg.Connection
 
     if TYPE_CHECKING:  # a new queue is one of bytes
@@ -405,7 +380,7 @@ class Queue(_Jobs[T]):
             InvalidValueError: the payload is too large or of another type; a bad `delay`, `at` or
                 `priority`.
         """
-        return cast("Put", self._put(payload, dedupe, delay, at, priority))
+        return self._run(self._put(payload, dedupe, delay, at, priority))
 
     def put_many(
         self,
@@ -423,7 +398,7 @@ class Queue(_Jobs[T]):
             at: a moment.
             priority: 0 to 9.
         """
-        return cast("list[int]", self._put_many(payloads, delay, at, priority))
+        return self._run(self._put_many(payloads, delay, at, priority))
 
     def take(self, timeout: Seconds | None = 0) -> Job[T] | None:
         """Take the next job; None if there is none.
@@ -431,8 +406,7 @@ class Queue(_Jobs[T]):
         Args:
             timeout: seconds to wait for one; None waits without end.
         """
-        longest = _codec.waiting(timeout)
-        found = self._pool.run(flows.take(self._runtime, self._options, 1, longest))
+        found = self._run(self._take(1, timeout), self._pool)
         return found[0] if found else None
 
     def take_many(self, n: int, timeout: Seconds | None = 0) -> list[Job[T]]:
@@ -442,11 +416,7 @@ class Queue(_Jobs[T]):
             n: 1 to 10,000.
             timeout: seconds to wait for the first.
         """
-        require_int("n", n, 1, 10_000)
-        longest = _codec.waiting(timeout)
-        return cast(
-            "list[Job[T]]", self._pool.run(flows.take(self._runtime, self._options, n, longest))
-        )
+        return self._run(self._take(n, timeout), self._pool)
 
     def ack(self, job: Job[Any]) -> None:
         """As `Job.ack`; of ``using(conn)`` in that transaction: if it commits, the job is done, and
@@ -459,7 +429,7 @@ class Queue(_Jobs[T]):
             LeaseLostError: it was given to another: roll back.
             TransactionError: no transaction is open.
         """
-        self._ack(job)
+        self._run(self._ack(job))
 
     def ack_many(self, jobs: Sequence[Job[Any]]) -> list[Job[Any]]:
         """Acknowledge many jobs; return those that were no longer held.
@@ -467,11 +437,11 @@ class Queue(_Jobs[T]):
         Args:
             jobs: of this queue.
         """
-        return cast("list[Job[Any]]", self._pool.run(flows.ack_many(self._runtime, list(jobs))))
+        return self._run(flows.ack_many(self._runtime, list(jobs)), self._pool)
 
     def stats(self) -> QueueStats:
         """Return how many jobs there are in each state. Reads all of them."""
-        return cast("QueueStats", self._pool.run(flows.stats(self._options)))
+        return self._run(flows.stats(self._options), self._pool)
 
     def jobs(self, state: str | None = None, *, limit: int = 100) -> list[JobInfo]:
         """List jobs in the order in which they would be taken.
@@ -480,7 +450,7 @@ class Queue(_Jobs[T]):
             state: ``"waiting"``, ``"delayed"``, ``"running"`` or ``"dead"``; None for all.
             limit: how many at most.
         """
-        return cast("list[JobInfo]", self._pool.run(flows.jobs(self._options, state, limit)))
+        return self._run(flows.jobs(self._options, state, limit), self._pool)
 
     def cancel(self, id: int) -> bool:
         """Delete a job that does not run; True if there was one.
@@ -488,8 +458,7 @@ class Queue(_Jobs[T]):
         Args:
             id: the job's.
         """
-        op = self._options.sql.cancel(self._options.key, _codec.integer(id, "id"))
-        return bool(self._pool.execute(op))
+        return self._run(self._cancel(id), self._pool)
 
     def retry(self, id: int) -> bool:
         """Let a dead job wait again, with all its attempts; True if there was one.
@@ -500,17 +469,19 @@ class Queue(_Jobs[T]):
         Raises:
             ConflictError: another job of its dedupe key is there.
         """
-        return bool(self._pool.run(flows.retry(self._options, id)))
+        return self._run(flows.retry(self._options, id), self._pool)
 
     def purge(self, limit: int = 1000) -> int:
         """Delete up to `limit` dead jobs; return how many."""
-        op = self._options.sql.purge(self._options.key, _codec.whole("limit", limit))
-        return int(self._pool.execute(op))
+        return self._run(self._purge(limit), self._pool)
 
     def create_table(self) -> None:
         """Create the table if it is missing. Operations do that too, but not inside a caller's
         transaction."""
-        self._pool.run(ensure(self._options.sql.table))
+        self._run(ensure(self._options.sql.table), self._pool)
+
+    def _run(self, flow: Flow[R], channel: Any = None) -> R:
+        return cast("R", (channel or self._channel).run(flow))
 
 
 class AsyncQueue(_Jobs[T]):
@@ -523,7 +494,7 @@ class AsyncQueue(_Jobs[T]):
     """
 
     _needs = AsyncStore, "AsyncQueue", "Queue"
-    _runtime_of = AsyncJobRuntime
+    _runtime_of, _job_of = AsyncRuntime, AsyncJob
     _wanted = psycopg.AsyncConnection
 
     if TYPE_CHECKING:  # as of Queue
@@ -544,7 +515,7 @@ class AsyncQueue(_Jobs[T]):
         dedupe: str | None = None,
     ) -> Put:
         """Put a job; see `Queue.put`."""
-        return cast("Put", await self._put(payload, dedupe, delay, at, priority))
+        return await self._run(self._put(payload, dedupe, delay, at, priority))
 
     async def put_many(
         self,
@@ -555,67 +526,49 @@ class AsyncQueue(_Jobs[T]):
         priority: int = 0,
     ) -> list[int]:
         """Put many jobs, all or none; see `Queue.put_many`."""
-        return cast("list[int]", await self._put_many(payloads, delay, at, priority))
+        return await self._run(self._put_many(payloads, delay, at, priority))
 
     async def take(self, timeout: Seconds | None = 0) -> AsyncJob[T] | None:
         """Take the next job; None if there is none. A cancelled call waits for the answer to its
         statement, and puts the job back."""
-        longest = _codec.waiting(timeout)
-        found = await self._pool.run(flows.take(self._runtime, self._options, 1, longest))
+        found = await self._run(self._take(1, timeout), self._pool)
         return found[0] if found else None
 
     async def take_many(self, n: int, timeout: Seconds | None = 0) -> list[AsyncJob[T]]:
         """Take up to `n` jobs in one statement; see `Queue.take_many`."""
-        require_int("n", n, 1, 10_000)
-        longest = _codec.waiting(timeout)
-        found = await self._pool.run(flows.take(self._runtime, self._options, n, longest))
-        return cast("list[AsyncJob[T]]", found)
+        return await self._run(self._take(n, timeout), self._pool)
 
     async def ack(self, job: AsyncJob[Any]) -> None:
         """As `AsyncJob.ack`, also inside a transaction; see `Queue.ack`."""
-        await self._ack(job)
+        await self._run(self._ack(job))
 
     async def ack_many(self, jobs: Sequence[AsyncJob[Any]]) -> list[AsyncJob[Any]]:
         """Acknowledge many jobs; return those that were no longer held."""
-        found = await self._pool.run(flows.ack_many(self._runtime, list(jobs)))
-        return cast("list[AsyncJob[Any]]", found)
+        return await self._run(flows.ack_many(self._runtime, list(jobs)), self._pool)
 
     async def stats(self) -> QueueStats:
         """Count its jobs by state; see `Queue.stats`."""
-        return cast("QueueStats", await self._pool.run(flows.stats(self._options)))
+        return await self._run(flows.stats(self._options), self._pool)
 
     async def jobs(self, state: str | None = None, *, limit: int = 100) -> list[JobInfo]:
         """List jobs in the order in which they would be taken; see `Queue.jobs`."""
-        return cast("list[JobInfo]", await self._pool.run(flows.jobs(self._options, state, limit)))
+        return await self._run(flows.jobs(self._options, state, limit), self._pool)
 
     async def cancel(self, id: int) -> bool:
         """Delete a job that does not run; True if there was one."""
-        op = self._options.sql.cancel(self._options.key, _codec.integer(id, "id"))
-        return bool(await self._pool.execute(op))
+        return await self._run(self._cancel(id), self._pool)
 
     async def retry(self, id: int) -> bool:
         """Let a dead job wait again, with all its attempts; see `Queue.retry`."""
-        return bool(await self._pool.run(flows.retry(self._options, id)))
+        return await self._run(flows.retry(self._options, id), self._pool)
 
     async def purge(self, limit: int = 1000) -> int:
         """Delete up to `limit` dead jobs; return how many."""
-        op = self._options.sql.purge(self._options.key, _codec.whole("limit", limit))
-        return int(await self._pool.execute(op))
+        return await self._run(self._purge(limit), self._pool)
 
     async def create_table(self) -> None:
         """Create the table if it is missing; see `Queue.create_table`."""
-        await self._pool.run(ensure(self._options.sql.table))
+        await self._run(ensure(self._options.sql.table), self._pool)
 
-
-__all__ = [
-    "AsyncJob",
-    "AsyncQueue",
-    "Backoff",
-    "Bury",
-    "Job",
-    "JobInfo",
-    "Later",
-    "Put",
-    "Queue",
-    "QueueStats",
-]
+    async def _run(self, flow: Flow[R], channel: Any = None) -> R:
+        return cast("R", await (channel or self._channel).run(flow))

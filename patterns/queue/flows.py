@@ -32,11 +32,13 @@ from .sql import (
     NEVER,
     PRIORITIES,
     STATES,
+    Due,
     JobInfo,
     JobStatements,
     Look,
     QueueStats,
     Taken,
+    due_params,
 )
 
 if TYPE_CHECKING:
@@ -221,6 +223,7 @@ class QueueOptions:
         notify: a put wakes waiting processes.
         size_max: bytes of a payload.
         key_max: bytes of a dedupe key.
+        made: the class of its jobs.
         serializer: of typed payloads.
     """
 
@@ -234,6 +237,7 @@ class QueueOptions:
     notify: bool
     size_max: int
     key_max: int
+    made: type[HeldJob[Any]]
     serializer: Serializer[Any] | None = None
     marks: Marks = field(default_factory=Marks)
 
@@ -323,6 +327,9 @@ class HeldJob(Held, Generic[T]):
         state = self._reason or (f"{left:.1f} s left" if left > 0 else "expired")
         return f"{self._options.name!r} id={self.id} attempt={self.attempt}, {state}"
 
+    def _back(self, *how: Any, **which: bool) -> Any:
+        return self._runtime.channel.run(put_back(self._runtime, self, *how, **which))
+
     def _signal(self, context: dict[str, Any]) -> None:
         _observe.warning("pgkv.queue.lost", queue=self.queue, job=self.id, **context)
 
@@ -348,11 +355,10 @@ def put(
 ) -> Flow[Put]:
     """Put one job; `due` is delay, at and priority."""
     key = None if dedupe is None else _codec.encode_key(dedupe, b"", options.key_max, "dedupe key")
-    op = sql.put(
-        options.key, options.encode(payload), dedupe=key, size=options.marks.size,
-        **_due(options, *due),
-    )  # fmt: skip
-    answer = yield from do(op)
+    when = _due(options, *due)
+    answer = yield from do(
+        sql.put(options.key, options.encode(payload), when, key, options.marks.size)
+    )
     if told is not None:
         told.tell()
     if key is None:
@@ -370,28 +376,23 @@ def put_many(
 ) -> Flow[list[int]]:
     """Put many jobs, all or none."""
     encoded = [options.encode(payload) for payload in payloads]
-    common = _due(options, *due)
+    when = _due(options, *due)
     cuts = _codec.chunks(encoded, [len(each) for each in encoded], CHUNK_ROWS, CHUNK_BYTES)
-    ops = [sql.put_many(options.key, encoded[cut], **common) for cut in cuts]
+    ops = [sql.put_many(options.key, encoded[cut], when) for cut in cuts]
     answers = yield from all_of(ops)
     if told is not None and ops:
         told.tell()
     return [each for ids in answers for each in ids]
 
 
-def _due(
-    options: QueueOptions, delay: Seconds, at: datetime | None, priority: Any
-) -> dict[str, Any]:
+def _due(options: QueueOptions, delay: Seconds, at: datetime | None, priority: Any) -> Due:
     if at is not None and delay != 0:
         raise InvalidValueError("give delay or at, not both")
     if not isinstance(priority, int) or isinstance(priority, bool) or priority not in PRIORITIES:
         raise InvalidValueError(f"priority must be an int from 0 to 9, 9 first, not {priority!r}")
-    return {
-        "delay": _codec.seconds(delay, "delay", zero=True, endless=""),
-        "at": None if at is None else _codec.encode_moment(at, "at"),
-        "priority": priority,
-        "max_attempts": options.max_attempts,
-    }
+    moment = None if at is None else _codec.encode_moment(at, "at")
+    seconds = _codec.seconds(delay, "delay", zero=True, endless="")
+    return due_params(seconds, moment, priority, options.max_attempts)
 
 
 # -- taking --------------------------------------------------------------------------------
@@ -411,7 +412,8 @@ def look(runtime: Any, options: QueueOptions, n: int) -> Flow[tuple[list[Any], f
             if job.due_at == NEVER:
                 _observe.warning("pgkv.queue.dead", queue=options.name, job=job.id)
             else:
-                jobs.append(runtime.job(options, job, sent_at))
+                jobs.append(options.made(runtime, options, job, sent_at))
+                runtime.watch(jobs[-1])
 
     try:
         while True:

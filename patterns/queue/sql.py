@@ -16,18 +16,19 @@ worker comes back by itself, and a lease, which changes no indexed column, stays
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import datetime
 from struct import Struct
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from ..._ops import codec as _codec
 from ..._ops.lazy import cached_property
-from ..._ops.op import BINARY, TEXT, Op, Raced, Result, Signal, Statement
+from ..._ops.op import BINARY, TEXT, Op, Param, Raced, Result, Signal, Statement
 from ..._sql.table import STATEMENT_US, read_changed, read_count
 from ...config import Table, TableShape
 from .._runtime.lease import EXPIRED, GONE, LOCKED, RELEASED, RENEWED, REPLACED
+from .._runtime.sql import as_bytes, as_text, row_of, rows_of
 
 JOBS = TableShape(
     "_jobs",
@@ -258,46 +259,21 @@ class JobStatements:
         )
 
     def put(
-        self,
-        queue: bytes,
-        payload: bytes,
-        *,
-        delay: float,
-        at: bytes | None,
-        priority: int,
-        max_attempts: int,
-        dedupe: bytes | None,
-        size: int = 0,
+        self, queue: bytes, payload: bytes, due: Due, dedupe: bytes | None = None, size: int = 0
     ) -> Op[Any]:
-        """Insert a job, due after `delay` seconds or at that binary timestamp; its id, or with a key
-        its id, what became of the put, and the table's size, of which `size` was the last known."""
-        params = (
-            queue, payload, _codec.encode_float8(delay), at, _int2(priority), _int2(max_attempts),
-        )  # fmt: skip
+        """Insert a job; its id, or with a key its id, what became of the put, and the table's size, of
+        which `size` was the last known."""
         if dedupe is None:
-            return Op(self._put, params)
+            return Op(self._put, (queue, payload, *due))
         formats = (TEXT, *(BINARY,) * 5, TEXT)
         statement = self._planned(
             size, "queue_put key", self._put_deduped, formats, _read_put, repeats=REPEATS
         )
-        return Op(statement, (*params, dedupe))
+        return Op(statement, (queue, payload, *due, dedupe))
 
-    def put_many(
-        self,
-        queue: bytes,
-        payloads: Sequence[bytes],
-        *,
-        delay: float,
-        at: bytes | None,
-        priority: int,
-        max_attempts: int,
-    ) -> Op[list[int]]:
+    def put_many(self, queue: bytes, payloads: Sequence[bytes], due: Due) -> Op[list[int]]:
         """Insert jobs to be taken in this order; their ids."""
-        array = _codec.encode_array(payloads, _codec.BYTEA_OID)
-        return Op(
-            self._put_many,
-            (queue, array, _codec.encode_float8(delay), at, _int2(priority), _int2(max_attempts)),
-        )
+        return Op(self._put_many, (queue, _codec.encode_array(payloads, _codec.BYTEA_OID), *due))
 
     # -- taking
 
@@ -322,10 +298,10 @@ class JobStatements:
             f"due_at = CASE WHEN {fresh} THEN 'infinity' ELSE due_at END "
             f"FROM n WHERE ctid = ANY(ARRAY(SELECT k FROM k)) AND leased_until <= {NOW} "
             "RETURNING id, priority, token, attempt, due_at, dedupe, payload) "
-            f"SELECT {NOW}, (SELECT {self.sized}), NULL::float8, u.* FROM u UNION ALL "
-            f"SELECT {NOW}, {self.sized}, (SELECT extract(epoch FROM min(x.d) - {NOW}) "
-            f"FROM unnest($2::smallint[]) p(p) CROSS JOIN LATERAL ({due}) x)::float8, "
-            "NULL, NULL, NULL, NULL, NULL, NULL, NULL WHERE NOT EXISTS (SELECT 1 FROM u)"
+            f"SELECT u.*, {NOW}, (SELECT {self.sized}), NULL::float8 FROM u UNION ALL "
+            f"SELECT NULL, NULL, NULL, NULL, NULL, NULL, NULL, {NOW}, {self.sized}, "
+            f"(SELECT extract(epoch FROM min(x.d) - {NOW}) FROM unnest($2::smallint[]) p(p) "
+            f"CROSS JOIN LATERAL ({due}) x)::float8 WHERE NOT EXISTS (SELECT 1 FROM u)"
         )
 
     def take(self, queue: bytes, marks: Sequence[int], n: int, lease: float, size: int) -> Op[Look]:
@@ -531,42 +507,45 @@ def _due(clock: str) -> str:
 _int2 = Struct("!h").pack
 _PRIORITIES = _codec.encode_array([_int2(priority) for priority in PRIORITIES], INT2_OID)
 _int, _float8, _moment = _codec.decode_int, _codec.decode_float8, _codec.decode_moment
+Due: TypeAlias = tuple[Param, Param, Param, Param]
 
 
-def _text(raw: bytes | None) -> str:
-    return (raw or b"").decode()
+def due_params(delay: float, at: bytes | None, priority: int, max_attempts: int) -> Due:
+    """The parameters of a put: due after `delay` seconds, or at that binary timestamp."""
+    return _codec.encode_float8(delay), at, _int2(priority), _int2(max_attempts)
 
 
 def _text_or_none(raw: bytes | None) -> str | None:
     return None if raw is None else raw.decode()
 
 
+def _together(*columns: Any) -> tuple[Any, ...]:
+    return columns
+
+
 def _read_nothing(result: Result) -> None:
     """A notification was sent."""
 
 
-def _read_ids(result: Result) -> list[int]:
-    return [_int(key) for key, *_ in _rows(result, 1)]
+_read_ids = rows_of(int, _int)
+_read_row = row_of(_together, _int, as_text, _int)
+_read_taken = rows_of(Taken, *(_int,) * 5, _text_or_none, as_bytes)
+_read_codes = rows_of(_together, _int, _int)
+_read_stats = rows_of(QueueStats, as_text, *(_int,) * 4, _float8)
+_read_jobs = rows_of(
+    JobInfo, _int, as_text, _int, _int, _int, _moment, _moment, _text_or_none, _text_or_none, as_bytes
+)  # fmt: skip
 
 
-def _read_put(result: Result) -> tuple[int, str, int] | Signal:
-    for key, outcome, size in _rows(result, 3):
-        return _int(key), _text(outcome), _int(size)
-    return Raced()
+def _read_put(result: Result) -> tuple[Any, ...] | Signal:
+    return _read_row(result) or Raced()
 
 
 def _read_look(result: Result) -> Look:
-    rows = list(_rows(result, 10))
-    now, size, left = rows[0][:3]
-    jobs = [
-        Taken(
-            _int(key), _int(priority), _int(token), _int(attempt), _int(due), _text_or_none(dedupe),
-            payload or b"",
-        )
-        for _, _, _, key, priority, token, attempt, due, dedupe, payload in rows
-        if key is not None
-    ]  # fmt: skip
+    value = result.get_value
+    jobs = [] if value(0, 0) is None else _read_taken(result)
     jobs.sort(key=lambda job: (-job.priority, job.due_at, job.id))
+    now, size, left = (value(0, column) for column in (7, 8, 9))
     return Look(jobs, _int(now), _int(size), None if left is None else _float8(left))
 
 
@@ -575,35 +554,9 @@ def _read_acked(result: Result) -> str:
 
 
 def _read_outcome(result: Result) -> str | Signal:
-    outcome = _text(result.get_value(0, 0)) if result.ntuples else "lost"
+    outcome = as_text(result.get_value(0, 0)) if result.ntuples else "lost"
     return Raced() if outcome == "raced" else outcome
 
 
 def _read_renewed(result: Result) -> dict[int, int]:
-    return {_int(key): _int(code) for key, code in _rows(result, 2)}
-
-
-def _read_stats(result: Result) -> list[QueueStats]:
-    return [
-        QueueStats(
-            _text(name), _int(waiting), _int(delayed), _int(running), _int(dead), _float8(old)
-        )
-        for name, waiting, delayed, running, dead, old in _rows(result, 6)
-    ]
-
-
-def _read_jobs(result: Result) -> list[JobInfo]:
-    return [
-        JobInfo(
-            _int(key), _text(state), _int(priority), _int(attempt), _int(most), _moment(created),
-            _moment(due), _text_or_none(dedupe), _text_or_none(error), payload or b"",
-        )
-        for key, state, priority, attempt, most, created, due, dedupe, error, payload in _rows(
-            result, 10
-        )
-    ]  # fmt: skip
-
-
-def _rows(result: Result, columns: int) -> Iterator[list[bytes | None]]:
-    for row in range(result.ntuples):
-        yield [result.get_value(row, column) for column in range(columns)]
+    return dict(_read_codes(result))

@@ -14,7 +14,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from ... import _observe
 from ..._observe import shown
@@ -33,6 +33,9 @@ from .flows import Bury, JobWaiters, Later, give_back
 if TYPE_CHECKING:
     from ...config import Seconds
 
+J = TypeVar("J")
+Q = TypeVar("Q")
+
 LOOK = 0.2  # seconds, at most, between looks at a stop event of threads
 BUSY_PAUSE = 0.5  # seconds until the next try for a slot
 RETRY_FIRST, RETRY_MAX = 0.1, 5.0  # seconds, while the database cannot be reached
@@ -43,6 +46,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 class _Bell(Waiter):
     """Rings when jobs of a queue were put."""
 
+    _event_class = object  # nothing waits for it
     ring: Callable[[], object]
 
     def wake(self) -> None:
@@ -77,22 +81,22 @@ class _Crew:
         return self.stopped or (self._stop is not None and bool(self._stop.is_set()))
 
 
-class _Labour:
+class _Labour(Generic[Q, J]):
     """What `Worker` and `AsyncWorker` share."""
 
     _needs: tuple[type[Any], str, str]  # as of queues
 
     def __init__(
         self,
-        queues: Any,
-        fn: Callable[[Any], Any],
+        queues: Q | Iterable[Q],
+        fn: Callable[[J], object],
         *,
         concurrency: int = 8,
         limit: Any = None,
         slots: Any = None,
         grace: Seconds = 30,
     ) -> None:
-        self._queues: list[Any] = list(queues) if isinstance(queues, Iterable) else [queues]
+        self._queues: list[Any] = [*queues] if isinstance(queues, Iterable) else [queues]
         if not self._queues:
             raise ConfigError(f"{named(self._needs[1])} needs one queue at least")
         for each in self._queues:
@@ -304,7 +308,7 @@ class _TaskCrew(_Crew):
             await asyncio.wait(self._tasks, timeout=flows.CLEAN_UP[1])
 
 
-class Worker(_Labour):
+class Worker(_Labour[Queue[Any], Job[Any]]):
     """Takes jobs and calls a function with each, in threads.
 
     ::
@@ -332,18 +336,6 @@ class Worker(_Labour):
     """
 
     _needs = Queue, "Worker", "AsyncWorker"
-
-    def __init__(
-        self,
-        queues: Queue[Any] | Iterable[Queue[Any]],
-        fn: Callable[[Job[Any]], object],
-        *,
-        concurrency: int = 8,
-        limit: Any = None,
-        slots: Any = None,
-        grace: Seconds = 30,
-    ) -> None:
-        super().__init__(queues, fn, concurrency=concurrency, limit=limit, slots=slots, grace=grace)
 
     def run(self, stop: threading.Event | None = None) -> None:
         """Work until told to stop. Then take no more, wait for `grace` seconds for what runs, and put
@@ -384,25 +376,13 @@ def _signals(crew: _Crew) -> Iterator[None]:
         restore()
 
 
-class AsyncWorker(_Labour):
+class AsyncWorker(_Labour[AsyncQueue[Any], AsyncJob[Any]]):
     """Takes jobs and calls an async function with each, in tasks: `Worker`, awaited.
 
     After `grace` the tasks that still run are cancelled, and their jobs put back.
     """
 
     _needs = AsyncQueue, "AsyncWorker", "Worker"
-
-    def __init__(
-        self,
-        queues: AsyncQueue[Any] | Iterable[AsyncQueue[Any]],
-        fn: Callable[[AsyncJob[Any]], Any],
-        *,
-        concurrency: int = 8,
-        limit: Any = None,
-        slots: Any = None,
-        grace: Seconds = 30,
-    ) -> None:
-        super().__init__(queues, fn, concurrency=concurrency, limit=limit, slots=slots, grace=grace)
 
     async def run(self, stop: asyncio.Event | None = None) -> None:
         """Work until told to stop, or cancelled; see `Worker.run`."""
@@ -412,6 +392,3 @@ class AsyncWorker(_Labour):
                 await drive_async(self._work(crew))
             finally:
                 await shielded(crew.close(), 2 * flows.CLEAN_UP[1])
-
-
-__all__ = ["AsyncWorker", "Worker"]

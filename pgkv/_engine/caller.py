@@ -81,6 +81,15 @@ def check_connection(
         )
 
 
+def check_inside(conn: psycopg.Connection[Any] | psycopg.AsyncConnection[Any], action: str) -> None:
+    """Refuse a connection that is not in a transaction, and will not open one."""
+    if conn.autocommit and conn.pgconn.transaction_status == pq.TransactionStatus.IDLE:
+        raise TransactionError(
+            f"{action} needs a transaction: the connection is in autocommit; write "
+            "`with conn.transaction():` around it"
+        )
+
+
 class Reentrant:
     """A lock that its holder may take again, around one that does not allow it (psycopg's)."""
 

@@ -96,7 +96,7 @@ def test_a_storm_of_changes(dsn: str, world: psycopg.Connection, start: Start) -
                 else:
                     conn.execute(change, [key])
                     queue.using(conn).put(b"", dedupe=str(key))
-                    time.sleep(rng.uniform(0, 0.01))
+                    time.sleep(rng.uniform(0, 0.04))
                     conn.commit()
             storm.strike()
         calm(storm, queue)

@@ -10,12 +10,20 @@ import pytest
 from pgkv._ops.op import Op
 from pgkv.config import Table
 from pgkv.patterns.queue.flows import Marks
-from pgkv.patterns.queue.sql import FIRST, JOBS, JOBS_UNLOGGED, JobStatements, Look, Taken
+from pgkv.patterns.queue.sql import (
+    FIRST,
+    JOBS,
+    JOBS_UNLOGGED,
+    JobStatements,
+    Look,
+    Taken,
+    due_params,
+)
 
 TABLE = Table("kv_jobs", "s", shape=JOBS)
 SQL = JobStatements(TABLE)
 INSIDE = JobStatements(TABLE, inside=True, notify=True)
-PUT: dict[str, Any] = {"delay": 0.0, "at": None, "priority": 0, "max_attempts": 20}
+DUE = due_params(0.0, None, 0, 20)
 MARKS = [FIRST] * 10
 
 SAFE: dict[str, Op[Any]] = {
@@ -30,12 +38,12 @@ SAFE: dict[str, Op[Any]] = {
     "purge": SQL.purge(b"q", 10),
 }
 UNSAFE: dict[str, Op[Any]] = {
-    "put": SQL.put(b"q", b"p", dedupe=None, **PUT),
-    "put with a key": SQL.put(b"q", b"p", dedupe=b"k", **PUT),
-    "put_many": SQL.put_many(b"q", [b"p"], **PUT),
-    "put inside": INSIDE.put(b"q", b"p", dedupe=None, **PUT),
-    "put inside with a key": INSIDE.put(b"q", b"p", dedupe=b"k", **PUT),
-    "put_many inside": INSIDE.put_many(b"q", [b"p"], **PUT),
+    "put": SQL.put(b"q", b"p", DUE),
+    "put with a key": SQL.put(b"q", b"p", DUE, b"k"),
+    "put_many": SQL.put_many(b"q", [b"p"], DUE),
+    "put inside": INSIDE.put(b"q", b"p", DUE),
+    "put inside with a key": INSIDE.put(b"q", b"p", DUE, b"k"),
+    "put_many inside": INSIDE.put_many(b"q", [b"p"], DUE),
     "notify": SQL.notify(b"q"),
     "cancel": SQL.cancel(b"q", 1),
     "retry": SQL.retry(b"q", 1),

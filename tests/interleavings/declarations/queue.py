@@ -10,7 +10,7 @@ import psycopg
 import pgkv
 from pgkv._ops.op import Op
 from pgkv.patterns._runtime.lease import LOCKED
-from pgkv.patterns.queue.sql import FIRST, JobStatements, Look
+from pgkv.patterns.queue.sql import FIRST, JobStatements, Look, due_params
 from tests.interleavings.pairs import Operation, Subject
 from tests.interleavings.scenarios import at_most, failed_by_itself, truncate
 from tests.interleavings.schedule import Scenario, World
@@ -20,7 +20,7 @@ READS = frozenset(["stats", "jobs", "notify"])
 TABLE = "kv_store_jobs"
 Q, ID, TOKEN, LEASE = b"q", 1_000_000, 100, 60.0
 BUSY, NOTHING = "busy", "nothing"  # ask again
-PUT: dict[str, Any] = {"delay": 0.0, "at": None, "priority": 0, "max_attempts": 3}
+DUE = due_params(0.0, None, 0, 3)
 TAKE = ([FIRST] * 10, 1, LEASE, 0)
 
 
@@ -59,8 +59,8 @@ class Jobs(Subject[Bound]):
     states: tuple[str, ...] = ("waiting", "failed", "running", "over", "last", "dead")
     repeatable = frozenset(("put", "put many", "ack"))
     operations: Mapping[str, Operation[Bound]] = {
-        "put": sent(lambda s, x: s.put(Q, x, dedupe=None, **PUT), answers=False),
-        "put many": sent(lambda s, x: s.put_many(Q, [x, x], **PUT), answers=False),
+        "put": sent(lambda s, x: s.put(Q, x, DUE), answers=False),
+        "put many": sent(lambda s, x: s.put_many(Q, [x, x], DUE), answers=False),
         "ack": sent(lambda s, _: s.ack(ID, TOKEN, deduped=False)),
         "ack many": sent(lambda s, _: s.ack_many([(ID, TOKEN)])),
         "take": sent(lambda s, _: s.take(Q, *TAKE)),
@@ -120,7 +120,7 @@ class KeyedJobs(Jobs):
     states = ("absent", *Jobs.states, "again", "over again")
     operations: Mapping[str, Operation[Bound]] = {
         **{name: Jobs.operations[name] for name in Jobs.operations if "many" not in name},
-        "put": sent(lambda s, x: s.put(Q, x, dedupe=b"k", **PUT)),
+        "put": sent(lambda s, x: s.put(Q, x, DUE, b"k")),
         "ack": sent(lambda s, _: s.ack(ID, TOKEN, deduped=True)),
     }
 
