@@ -196,6 +196,8 @@ class InTransaction:
         self._deadline = deadline
         self._depth = 0
         self._ended = ""
+        # What opens the transaction, until it is sent with the first operation.
+        self._unbegun: Op[None] | None = None
         self._nesting = Nesting()
         self._outer: InTransaction | None = None
 
@@ -211,7 +213,9 @@ class InTransaction:
         return "" if channel is None else channel._ended
 
     def _in_transaction(self) -> bool:
-        return bool(self._connection.pgconn.transaction_status == pq.TransactionStatus.INTRANS)
+        return self._unbegun is not None or bool(
+            self._connection.pgconn.transaction_status == pq.TransactionStatus.INTRANS
+        )
 
     def _check(self, action: str) -> None:
         if (self._ended or self._outer is not None) and (ended := self._over()):

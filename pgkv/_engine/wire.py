@@ -119,6 +119,10 @@ class WireConnection:
         pgconn = self.pgconn
         return pgconn.status == pq.ConnStatus.OK and pgconn.transaction_status == IDLE
 
+    def knows(self, statement: Statement[Any]) -> bool:
+        """Whether a statement is prepared."""
+        return self.prepares and statement.prepared_name in self._prepared
+
     def _send_unprepared(self, op: Op[Any], *, script: bool = False) -> None:
         statement = op.statement
         sql = statement.text(self.pgconn.server_version)
@@ -134,7 +138,7 @@ class WireConnection:
         self.pgconn.enter_pipeline_mode()
         for op in ops:
             statement = op.statement
-            if self.prepares:
+            if self.prepares and not statement.script:
                 self.send_prepared(statement.prepared_name, op.params, statement.formats, BINARY)
             else:
                 self._send_unprepared(op)

@@ -14,7 +14,12 @@ import pytest
 from psycopg import IsolationLevel
 
 import pgkv
+from pgkv._engine._async.connection import AsyncPgConnection
+from pgkv._engine._sync.connection import PgConnection
 from pgkv._engine.sweep import Collector
+from pgkv._ops.op import Op, Statement
+from pgkv._sql import control
+from pgkv._sql.table import read_nothing
 from pgkv.testing import ServerClock
 from tests.peers import Peer
 
@@ -339,6 +344,143 @@ async def test_errors_of_psycopg_stay_inside(store: Any) -> None:
         async with store.transaction() as tx:
             await tx.table("absent", auto_create_table=False).get("k")
     assert not isinstance(caught.value, psycopg.Error)
+
+
+# -- opened with the first operation
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The operations that opened a transaction, and what was sent otherwise."""
+    sent: list[str] = []
+    for kind in (PgConnection, AsyncPgConnection):
+        begin_with, execute = kind.begin_with, kind.execute
+
+        def together(self: Any, begin: Any, op: Any, *rest: Any, _do: Any = begin_with) -> Any:
+            sent.append(f"{begin.statement.name} and {op.statement.name}")
+            return _do(self, begin, op, *rest)
+
+        def alone(self: Any, op: Any, *rest: Any, _do: Any = execute, **options: Any) -> Any:
+            sent.append(op.statement.name)
+            return _do(self, op, *rest, **options)
+
+        monkeypatch.setattr(kind, "begin_with", together)
+        monkeypatch.setattr(kind, "execute", alone)
+    return sent
+
+
+async def test_it_opens_with_its_first_operation(store: Any, peer: Peer, opened: list[str]) -> None:
+    """One round trip for both, where the connection has prepared the statement; none where nothing is
+    done."""
+    await store.set("a", b"1")
+    await store.get("a")
+    opened.clear()
+    async with store.transaction() as tx:
+        await tx.set("a", b"2")
+        await tx.get("a")
+    assert opened in (["begin and set", "get", "commit"], ["begin", "set", "get", "commit"])
+    assert peer.one("SELECT value FROM kv_store") == b"2"
+    opened.clear()
+    async with store.transaction():
+        pass
+    with pytest.raises(LookupError):
+        async with store.transaction():
+            raise LookupError
+    assert opened == []
+
+
+async def test_a_first_operation_that_is_refused(store: Any, peer: Peer) -> None:
+    """It fails the transaction, as any other does."""
+    peer.run("ALTER TABLE kv_store ADD CONSTRAINT no CHECK (key <> 'no')")
+    await store.set("a", b"1")
+    with pytest.raises(pgkv.TransactionError, match="rolled back"):
+        async with store.transaction() as tx:
+            with pytest.raises(pgkv.InvalidValueError, match="set"):
+                await tx.set("no", b"1")
+            with pytest.raises(pgkv.TransactionError, match="roll it back"):
+                await tx.set("b", b"1")
+    async with store.transaction() as tx:
+        with pytest.raises(pgkv.InvalidValueError):
+            await tx.increment("a", 2**63)  # has a savepoint of its own
+        await tx.set("c", b"1")
+    assert peer.keys() == {"a", "c"}
+
+
+async def test_a_transaction_that_cannot_begin(
+    store: Any, peer: Peer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is done outside of it: not its first operation, nor the next."""
+    await store.set("a", b"1")
+    refused: Op[None] = Op(
+        Statement("begin", "BEGIN ISOLATION LEVEL no", (), read_nothing, script=True)
+    )
+    monkeypatch.setattr(control, "begin", lambda *_: refused)
+    with pytest.raises(pgkv.TransactionError, match="not begun"):
+        async with store.transaction() as tx:
+            with pytest.raises(pgkv.QueryError, match="begin"):
+                await tx.set("a", b"2")
+            with pytest.raises(pgkv.TransactionError, match="not begun"):
+                await tx.set("b", b"2")
+    assert await store.get_many(["a", "b"]) == {"a": b"1"}
+
+
+async def test_a_connection_lost_before_the_first_operation(
+    store: Any, peer: Peer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing has happened, so that run_transaction repeats it."""
+    pids: list[int] = []
+    for kind in (PgConnection, AsyncPgConnection):
+
+        def execute(self: Any, *rest: Any, _do: Any = kind.execute, **options: Any) -> Any:
+            pids.append(self.pgconn.backend_pid)
+            return _do(self, *rest, **options)
+
+        monkeypatch.setattr(kind, "execute", execute)
+    await store.set("a", b"1")
+    await store.exists("a")  # prepared by `execute`
+    runs: list[str] = []
+
+    async def fn(tx: Any) -> None:
+        if not runs:
+            peer.run("SELECT pg_terminate_backend(%s, 10000)", pids[-1])
+        runs.append("")
+        await tx.set("a", b"2")
+
+    await store.run_transaction(fn)
+    assert (len(runs), await store.get("a")) == (2, b"2")
+
+
+async def test_a_first_operation_that_is_late(make_store: Any, peer: Peer) -> None:
+    """It ends in time, by its own name, and nothing of it stays."""
+    store = await make_store(operation_timeout=0.5)
+    await store.set("a", b"1")
+    with peer.conn.transaction():
+        peer.run("SELECT FROM kv_store FOR UPDATE")
+        with pytest.raises(pgkv.OperationTimeoutError, match="set") as caught:
+            async with store.transaction() as tx:
+                await tx.set("a", b"2")
+    assert caught.value.outcome_unknown is False
+    assert await store.get("a") == b"1"
+
+
+async def test_a_first_operation_that_is_cancelled(dsn: str, peer: Peer) -> None:
+    """The server stops it, and its row is free again."""
+    async with pgkv.AsyncStore.connect(dsn) as store:
+        await store.set("a", b"1")
+
+        async def work() -> None:
+            async with store.transaction() as tx:
+                await tx.set("a", b"2")
+
+        with peer.conn.transaction():
+            peer.run("SELECT FROM kv_store FOR UPDATE")
+            task = asyncio.create_task(work())
+            await peer.until_waiting()
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        await store.set("a", b"3")
+        assert await store.get("a") == b"3"
 
 
 # -- nested ones of several threads or tasks

@@ -173,13 +173,13 @@ class AsyncPoolChannel(PooledOperations):
                     await self.create_missing_table(table)
         until = monotonic() + self._timeout if deadline is None else deadline
         # Said each time: behind a pooler the connection's own default is the server's.
-        level = isolation or IsolationLevel.READ_COMMITTED
+        begin = control.begin(isolation or IsolationLevel.READ_COMMITTED)
         connection = await self._pool.check_out(until, "transaction")
         if isinstance(self._pool, AsyncCallerPool):
             connection.prepares = False  # as in `_sync/channel`
         bound = AsyncBoundChannel(connection, self._timeout, deadline)
         try:
-            async with bound.span(control.begin(level), control.commit(), control.rollback()):
+            async with bound.span(begin, control.commit(), control.rollback(), at_once=False):
                 yield bound
                 await bound._free("transaction")
         finally:

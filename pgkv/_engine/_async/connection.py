@@ -308,6 +308,9 @@ class AsyncPgConnection(WireConnection):
             return result
         raise refusal(result, op.statement)
 
+    async def begin_with(self, begin: Op[None], op: Op[Any], seconds: float) -> list[PGresult]:
+        return await self._send_all((begin, op), seconds, sync_each=False, about=op.statement)
+
     async def execute_all(
         self, ops: Sequence[Op[Any]], seconds: float, *, sync_each: bool
     ) -> list[PGresult]:
@@ -324,23 +327,28 @@ class AsyncPgConnection(WireConnection):
         return without_fences(await self._send_all(sent, seconds, sync_each=False), fences)
 
     async def _send_all(
-        self, ops: Sequence[Op[Any]], seconds: float, *, sync_each: bool
+        self,
+        ops: Sequence[Op[Any]],
+        seconds: float,
+        *,
+        sync_each: bool,
+        about: Statement[Any] = PIPELINE,
     ) -> list[PGresult]:
         failure: PgkvError
-        about = PIPELINE
+        asked = about
         deadline = monotonic() + seconds
         try:
             for op in ops:
-                if self.prepares and op.statement.prepared_name not in self._prepared:
-                    about = op.statement
-                    await self._prepare(about, seconds, deadline)
-            about = PIPELINE
+                if self.prepares and not (self.knows(op.statement) or op.statement.script):
+                    asked = op.statement
+                    await self._prepare(asked, seconds, deadline)
+            asked = about
             self._pipeline = PipelineReader(self.pgconn, len(ops) if sync_each else 1)
             self._send_pipeline(ops, sync_each=sync_each)
-            answers: list[PGresult] = await self.expect(PIPELINE, seconds, deadline)
+            answers: list[PGresult] = await self.expect(about, seconds, deadline)
             await self._converse(self._all_refused(ops, answers), seconds, deadline)
         except psycopg.Error as error:
-            failure = failed(error, about, sent=True)
+            failure = failed(error, asked, sent=True)
         else:
             return answers
         try:

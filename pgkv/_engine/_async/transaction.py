@@ -21,6 +21,7 @@ from ..base import InTransaction, accepted, settled
 from ..caller import check_connection
 from ..flows import RefusedError
 from ..nesting import NESTED_NAP, never_free
+from ..results import OK, is_fenced, refusal
 from .connection import AsyncPgConnection, Watchdog
 
 if TYPE_CHECKING:
@@ -79,10 +80,35 @@ class AsyncBoundChannel(InTransaction):
     async def _send(self, op: Op[T], timeout: float | None = None) -> T:
         answer: Any = None
         for _ in range(op.statement.repeats + 1):
-            answer = op.decode(await self._connection.execute(op, self._seconds(timeout)))
+            seconds = self._seconds(timeout)
+            answer = op.decode(
+                await self._connection.execute(op, seconds)
+                if self._unbegun is None
+                else await self._begin_with(op, self._unbegun, seconds)
+            )
             if not isinstance(answer, Raced):
                 break
         return settled(op, answer)  # type: ignore[no-any-return]  # decoded by op
+
+    async def _begin_with(self, op: Op[Any], begin: Op[None], seconds: float) -> Any:
+        """Open the transaction and perform its first operation, in one round trip if that is prepared."""
+        until = monotonic() + seconds
+        self._unbegun = None
+        connection = self._connection
+        try:
+            # To prepare it belongs to the transaction; a fence is a statement of its own.
+            if is_fenced((op,)) or not connection.knows(op.statement):
+                await connection.execute(begin, seconds)
+                return await connection.execute(op, until - monotonic())
+            begun, result = await connection.begin_with(begin, op, seconds)
+            if begun.status not in OK:
+                raise refusal(begun, begin.statement)
+            if result.status not in OK:
+                raise refusal(result, op.statement)
+            return result
+        finally:
+            if connection.pgconn.transaction_status == pq.TransactionStatus.IDLE:
+                self._ended = "not begun"  # or what follows would be done outside of it
 
     async def create_missing_table(self, table: Table) -> None:
         """Nothing is created inside a transaction."""
@@ -163,19 +189,22 @@ class AsyncBoundChannel(InTransaction):
 
     @contextlib.asynccontextmanager
     async def span(
-        self, begin: Op[None], commit: Op[None], rollback: Op[None]
+        self, begin: Op[None], commit: Op[None], rollback: Op[None], *, at_once: bool = True
     ) -> AsyncIterator[None]:
-        try:
-            async with self._using():
-                await self._send(begin)
-        except PgkvError as error:
-            error.outcome_unknown = False  # whether it began or not, nothing was done
-            raise
+        if not at_once:
+            self._unbegun = begin
+        else:
+            try:
+                async with self._using():
+                    await self._send(begin)
+            except PgkvError as error:
+                error.outcome_unknown = False  # whether it began or not, nothing was done
+                raise
         try:
             yield
             self._check_commit()
         except BaseException as error:
-            if not self._over() and self._connection.is_idle():
+            if self._unbegun is None and not self._over() and self._connection.is_idle():
                 with contextlib.suppress(PgkvError):
                     async with self._using(failed=True):
                         await self._connection.execute(rollback, self._timeout)
@@ -185,8 +214,9 @@ class AsyncBoundChannel(InTransaction):
             raise
         if begin.statement.name == "begin":
             self._ended = "committed"
-        async with self._using():
-            await self._connection.execute(commit, self._seconds(None))
+        if self._unbegun is None:
+            async with self._using():
+                await self._connection.execute(commit, self._seconds(None))
 
 
 class AsyncCallerChannel(AsyncBoundChannel):

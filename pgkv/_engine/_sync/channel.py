@@ -222,14 +222,14 @@ class PoolChannel(PooledOperations):
                     self.create_missing_table(table)
         until = monotonic() + self._timeout if deadline is None else deadline
         # Said each time: behind a pooler the connection's own default is the server's.
-        level = isolation or IsolationLevel.READ_COMMITTED
+        begin = control.begin(isolation or IsolationLevel.READ_COMMITTED)
         connection = self._pool.check_out(until, "transaction")
         if isinstance(self._pool, CallerPool):
             # Its `reset` may forget our statements, which a transaction would not survive.
             connection.prepares = False
         bound = BoundChannel(connection, self._timeout, deadline)
         try:
-            with bound.span(control.begin(level), control.commit(), control.rollback()):
+            with bound.span(begin, control.commit(), control.rollback(), at_once=False):
                 yield bound
                 bound._close()
         finally:

@@ -27,6 +27,7 @@ from ..pooling import PoolPlace
 from ..results import (
     OK,
     PIPELINE,
+    PIPELINE_SYNC,
     PipelineReader,
     behind_fences,
     failed,
@@ -228,6 +229,49 @@ class PgConnection(WireConnection):
         if result.status in OK:
             return result
         raise refusal(result, op.statement)
+
+    def begin_with(self, begin: Op[None], op: Op[Any], seconds: float) -> list[PGresult]:
+        """Open a transaction and send its first operation, which is prepared, in one round trip; the
+        results of both."""
+        deadline = monotonic() + seconds
+        statement, pgconn, is_busy = op.statement, self.pgconn, self.is_busy
+        results: list[PGresult] = []
+        try:
+            pgconn.enter_pipeline_mode()
+            pgconn.send_query_params(begin.statement.text(0), None)
+            self.send_prepared(statement.prepared_name, op.params, statement.formats, BINARY)
+            pgconn.pipeline_sync()
+            if self.flush():
+                self._finish_sending(deadline)
+            elif self.poll(max(0.0, min(seconds * 1000.0, self._nap_ms))):
+                self.consume()
+            while True:
+                if is_busy():
+                    self._wait(deadline)
+                result = self.get_result()
+                if result is not None:
+                    if result.status == PIPELINE_SYNC:
+                        break
+                    results.append(result)
+            pgconn.exit_pipeline_mode()
+        except psycopg.Error as error:
+            # After a FATAL message the server hangs up: the message is the answer.
+            refused = [each for each in results if each.status not in OK]
+            failure = (
+                refusal(refused[0], statement) if refused else failed(error, statement, sent=True)
+            )
+        except _PastDeadlineError:
+            self.abandon(seconds)
+            failure = past_deadline(statement.name, seconds)
+        except BaseException:
+            self.abandon()
+            raise
+        else:
+            return results
+        try:
+            raise failure
+        finally:
+            del failure  # its traceback holds this frame, and the callers'
 
     def execute_all(
         self, ops: Sequence[Op[Any]], seconds: float, *, sync_each: bool

@@ -27,6 +27,7 @@ from ..base import InTransaction, accepted, settled
 from ..caller import Reentrant, check_connection
 from ..flows import RefusedError
 from ..nesting import NESTED_NAP, never_free
+from ..results import OK, is_fenced, refusal
 from .connection import PgConnection
 
 if TYPE_CHECKING:
@@ -95,7 +96,12 @@ class BoundChannel(InTransaction):
     def _send(self, op: Op[T], timeout: float | None = None) -> T:
         answer: Any = None
         for _ in range(op.statement.repeats + 1):
-            answer = op.decode(self._connection.execute(op, self._seconds(timeout)))
+            seconds = self._seconds(timeout)
+            answer = op.decode(
+                self._connection.execute(op, seconds)
+                if self._unbegun is None
+                else self._begin_with(op, self._unbegun, seconds)
+            )
             if not isinstance(answer, Raced):
                 break
         return settled(op, answer)  # type: ignore[no-any-return]  # decoded by op
@@ -108,6 +114,26 @@ class BoundChannel(InTransaction):
         super()._check(action)
         if self.is_inherited():
             raise TransactionError(f"{action}: the transaction belongs to the parent process")
+
+    def _begin_with(self, op: Op[Any], begin: Op[None], seconds: float) -> Any:
+        """Open the transaction and perform its first operation, in one round trip if that is prepared."""
+        until = monotonic() + seconds
+        self._unbegun = None
+        connection = self._connection
+        try:
+            # To prepare it belongs to the transaction; a fence is a statement of its own.
+            if is_fenced((op,)) or not connection.knows(op.statement):
+                connection.execute(begin, seconds)
+                return connection.execute(op, until - monotonic())
+            begun, result = connection.begin_with(begin, op, seconds)
+            if begun.status not in OK:
+                raise refusal(begun, begin.statement)
+            if result.status not in OK:
+                raise refusal(result, op.statement)
+            return result
+        finally:
+            if connection.pgconn.transaction_status == pq.TransactionStatus.IDLE:
+                self._ended = "not begun"  # or what follows would be done outside of it
 
     def create_missing_table(self, table: Table) -> None:
         """Nothing is created inside a transaction."""
@@ -191,14 +217,20 @@ class BoundChannel(InTransaction):
             self._depth -= 1
 
     @contextlib.contextmanager
-    def span(self, begin: Op[None], commit: Op[None], rollback: Op[None]) -> Iterator[None]:
-        """Open and close a transaction or savepoint around a body."""
-        try:
-            with self._lock:
-                self._send(begin)
-        except PgkvError as error:
-            error.outcome_unknown = False  # whether it began or not, nothing was done
-            raise
+    def span(
+        self, begin: Op[None], commit: Op[None], rollback: Op[None], *, at_once: bool = True
+    ) -> Iterator[None]:
+        """Open and close a transaction or savepoint around a body; unless `at_once`, it opens with its
+        first operation."""
+        if not at_once:
+            self._unbegun = begin
+        else:
+            try:
+                with self._lock:
+                    self._send(begin)
+            except PgkvError as error:
+                error.outcome_unknown = False  # whether it began or not, nothing was done
+                raise
         try:
             yield
             self._check_commit()
@@ -212,7 +244,8 @@ class BoundChannel(InTransaction):
             self._ended = "committed"
         with self._lock:
             self._check_process()
-            self._connection.execute(commit, self._seconds(None))
+            if self._unbegun is None:
+                self._connection.execute(commit, self._seconds(None))
 
     def _check_process(self) -> None:
         if self.is_inherited():
@@ -221,7 +254,8 @@ class BoundChannel(InTransaction):
     def _undo(self, rollback: Op[None]) -> None:
         # In a forked child, or on a broken connection, there is nothing to say to the server.
         if (
-            not self._over()
+            self._unbegun is None
+            and not self._over()
             and not self.is_inherited()
             and self._connection.pgconn.status == pq.ConnStatus.OK
         ):
