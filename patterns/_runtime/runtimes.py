@@ -92,8 +92,21 @@ class Runtime:
         """Begin to hear of notifications with that payload."""
         waiters = self.background().part(kind)
         waiter = self._waiter(waiters, payload)
+        waiter.server = self._server()
         waiters.add(waiter)
         return waiter
+
+    def has_moved(self, waiter: Waiter) -> bool:
+        """Whether what it waits for has moved to another server, with its slot. That one's background is
+        used from then on."""
+        moved = waiter.server is not self._server()
+        if moved:
+            self.leave()
+        return moved
+
+    def _server(self) -> object:
+        router = getattr(self.channel, "router", None)
+        return router and router.channels[self.channel.slot]
 
     def unsubscribe(self, waiter: Any, *, granted: bool) -> None:
         waiter._waiters.remove(waiter, granted=granted)

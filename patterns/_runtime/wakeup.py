@@ -25,6 +25,7 @@ class Waiter:
     """One caller who waits; `payload` is what the notification says that wakes it."""
 
     _event_class: ClassVar[type[Any]]
+    server: object = None  # of a sharded store, that it hears
 
     def __init__(self, waiters: Waiters, payload: bytes) -> None:
         self._event = self._event_class()
@@ -104,10 +105,10 @@ class Waiters:
     # -- in the loop
 
     def _receive(self, payload: str | None) -> None:
-        if payload is not None:
+        if payload:
             self._wake(payload.encode())
             return
-        # Notifications may have been missed.
+        # Notifications may have been missed, or (an empty one) a slot was moved away.
         say_polling(self._listener.unavailable)
         with self._lock:
             waiters = [waiter for line in self._lines.values() for waiter in line]

@@ -186,7 +186,9 @@ class Acquisition(Generic[L]):
                     return lease
                 if self._is_over():
                     break
-                if options.notify and self.waiter is None:
+                if options.notify and (self.waiter is None or runtime.has_moved(self.waiter)):
+                    if self.waiter is not None:
+                        runtime.unsubscribe(self.waiter, granted=False)
                     payload = options.sql.payload(options.keys[0])
                     self.waiter = yield from call(runtime.subscribe, LockWaiters, payload)
                     continue  # it may have been freed before we listened

@@ -456,7 +456,9 @@ def take(runtime: Any, options: QueueOptions, n: int, timeout: float | None) -> 
             left = pause if deadline is None else deadline - clock()
             if jobs or left <= 0:
                 return jobs
-            if options.notify and waiter is None:
+            if options.notify and (waiter is None or runtime.has_moved(waiter)):
+                if waiter is not None:
+                    runtime.unsubscribe(waiter, granted=False)
                 payload = options.sql.payload(options.key)
                 waiter = yield from call(runtime.subscribe, JobWaiters, payload)
                 continue  # a job may have been put before we listened

@@ -48,6 +48,7 @@ from .sql import (
     NOTED_KEYS,
     NOTED_ROWS,
     SLOT_TABLES,
+    WAKE_WAITERS,
     MapRow,
 )
 
@@ -192,6 +193,7 @@ class _Move:
         self._tell("copied")
         _rename(self.source, self.live, f"{self.live}_out")
         self._change_map(HAND_OVER, self.target.name)
+        self.source.execute(WAKE_WAITERS)
 
     def _described(self) -> list[Any]:
         names = {"live": self.live, "into": self.into}

@@ -233,6 +233,8 @@ HAND_OVER = (
     "UPDATE pgkv_map.slots SET home = %s, epoch = epoch + 1, target = NULL "
     "WHERE slot = %s AND home = %s AND epoch = %s"
 )
+# All who wait for a lock or a job there look again, and find that the slot is gone.
+WAKE_WAITERS = "SELECT pg_notify(each, '') FROM unnest('{pgkv_locks,pgkv_jobs}'::text[]) each"
 SLOT_TABLES = (
     "SELECT relname FROM pg_class WHERE relnamespace = to_regnamespace(%s) AND relkind = 'r'"
 )

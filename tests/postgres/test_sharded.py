@@ -141,6 +141,8 @@ async def test_what_is_refused(store: Any, dsns: list[str], variant: Variant) ->
         store.using(None)
     with pytest.raises(pgkv.ConfigError, match="watch: a sharded store has several servers"):
         (store if variant.name == "async" else store._target).watch("k")
+    with pytest.raises(pgkv.ConfigError, match="no notify="):
+        store.namespace("n:", notify=True)
     with pytest.raises(pgkv.ConfigError, match="several DSNs"):
         _ = store.dsn
     with pytest.raises(pgkv.ConfigError, match="only slot"):

@@ -19,6 +19,9 @@ from pgkv._shards import moves
 from pgkv._shards.admin import Servers
 from pgkv._shards.moves import How
 from pgkv._shards.placement import Router
+from pgkv._shards.sql import WAKE_WAITERS
+from pgkv.patterns.lock.sql import CHANNEL as LOCK_CHANNEL
+from pgkv.patterns.queue.sql import CHANNEL as QUEUE_CHANNEL
 from tests import FULL, sharded
 from tests.postgres.test_sharded import SLOTS, rows
 from tests.servers import Server, UserServer, wait_until
@@ -64,6 +67,12 @@ def servers(dsns: list[str]) -> Iterator[Servers]:
         yield found
         assert found.check() == []
     sharded.clear(dsns)
+
+
+def test_waiters_are_woken_by_their_channels() -> None:
+    """The names that a move notifies are those of the patterns."""
+    names = ",".join(each.decode() for each in (LOCK_CHANNEL, QUEUE_CHANNEL))
+    assert f"'{{{names}}}'" in WAKE_WAITERS
 
 
 def quiet(slot: int, step: str, copied: int) -> None:
@@ -368,6 +377,50 @@ async def test_a_lease_is_renewed_where_its_slot_is(
                     await asyncio.sleep(0.02)
         assert inner._runtime.background() is not old
         assert not lease.is_lost
+
+
+@pytest.mark.parametrize("pattern", ["Lock", "Queue"])
+async def test_waiters_hear_the_new_server(
+    servers: Servers,
+    dsns: list[str],
+    variant: Variant,
+    monkeypatch: pytest.MonkeyPatch,
+    pattern: str,
+) -> None:
+    """Who waits for a lock or a job, and hears of it, hears of it after a move too, without looking from time
+    to time."""
+    for name in (
+        "lock.flows.NOTIFIED_FIRST",
+        "lock.flows.NOTIFIED_MAX",
+        "queue.flows.POLL_NOTIFIED",
+    ):
+        monkeypatch.setattr(f"pgkv.patterns.{name}", 600.0)
+    store = await sharded.connect(variant, dsns)
+    async with store:
+        slot = store.slot_of("job")
+        options = {"ttl": 600} if pattern == "Lock" else {}  # the end of a lease is looked at, too
+        waited = variant.make(pattern, store, "job", wakeup="notify", **options)
+        lease = await waited.acquire() if pattern == "Lock" else None
+        waiting = asyncio.ensure_future(
+            waited.acquire(timeout=60) if lease else waited.take(timeout=60)
+        )
+
+        def is_heard() -> bool:
+            home = servers.named(servers.homes()[slot].home)
+            found = home.execute(
+                "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() "
+                "AND query ~ '^LISTEN .*pgkv_(locks|jobs)'"
+            )
+            return found.fetchone() == (1,)
+
+        servers.read()
+        await asyncio.to_thread(wait_until, is_heard, "it listens")
+        await asyncio.to_thread(moves.move, servers, slot, elsewhere(servers, slot), quiet)
+        await asyncio.to_thread(wait_until, is_heard, "it listens to the new server")
+        await (lease.release() if lease else waited.put("x"))
+        got = await waiting
+        assert got is not None
+        await (got.release() if lease else got.ack())
 
 
 @pytest.mark.parametrize("how", [How.COPY, How.ONLINE], ids=str)
