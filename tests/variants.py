@@ -60,6 +60,16 @@ async def in_thread(function: Callable[..., Any], *args: Any, **kwargs: Any) -> 
     return await loop.run_in_executor(_threads, lambda: context.run(function, *args, **kwargs))
 
 
+@contextlib.contextmanager
+def in_a_hurry(store: Any, seconds: float) -> Iterator[None]:
+    """Meanwhile a call of the store may take that long. What is arranged before, and asked afterwards,
+    has the default: a loaded machine takes its time for it."""
+    channel = (store._target if isinstance(store, Threaded) else store)._channel
+    usual, channel._timeout = channel._timeout, seconds
+    yield
+    channel._timeout = usual
+
+
 class Threaded:
     """A blocking object of pgkv in the clothes of its asynchronous twin."""
 

@@ -24,7 +24,7 @@ def storm(dsn: str, path: str, seed: str, seconds: str) -> None:
     """Random acquire, extend, release and forgetting on three locks; every call is recorded."""
     rng = random.Random(int(seed))
     process = os.getpid()
-    end = time.monotonic() + float(seconds)
+    end, grants = time.monotonic() + float(seconds), 0
     with pgkv.Store.connect(dsn) as store, Path(path).open("w", encoding="utf-8") as log:
 
         def note(
@@ -33,7 +33,7 @@ def storm(dsn: str, path: str, seed: str, seconds: str) -> None:
             log.write(line(Event(process, lock, kind, start, time.monotonic(), ok, token, ttl)))
             log.flush()
 
-        while time.monotonic() < end:
+        while time.monotonic() < end or grants < 6:
             name, ttl = rng.choice("abc"), rng.choice((0.1, 0.2, 0.4))
             lock = pgkv.Lock(store, name, ttl=ttl, renew=False)
             start = time.monotonic()
@@ -43,6 +43,7 @@ def storm(dsn: str, path: str, seed: str, seconds: str) -> None:
                 note(name, "acquire", start, False, 0, ttl)
                 continue
             note(name, "acquire", start, True, lease.token, ttl)
+            grants += 1
             for _ in range(rng.randrange(3)):
                 time.sleep(rng.uniform(0, ttl))
                 start, more = time.monotonic(), rng.choice((0.1, 0.3))

@@ -25,6 +25,7 @@ from pgkv import (
 )
 from tests.faults.support import Crew, Witness, newest, until
 from tests.servers import LATE
+from tests.variants import in_a_hurry
 
 pytestmark = newest
 
@@ -119,11 +120,12 @@ def test_a_timed_out_connection_is_not_given_back_alive(
 ) -> None:
     """After a deadline the connection is closed, not returned with a statement running on it."""
     with pool_of(dsn, max_size=1, close_returns=close_returns) as pool:
-        store = Store.from_pool(pool, operation_timeout=0.2)
+        store = Store.from_pool(pool)
         store.create_table()
         store.set("k", b"old")
         with (
             witness.lock("k"),
+            in_a_hurry(store, 1.0),
             pytest.raises(PgkvError, match="may still have happened"),
         ):
             store.set("k", b"new")
@@ -296,13 +298,13 @@ def test_two_threads_on_one_connection(dsn: str, own_store: Store) -> None:
 def test_deadline_on_a_callers_connection(dsn: str, own_store: Store, witness: Witness) -> None:
     """operation_timeout cancels the statement and closes the connection: a late cancel request must
     hit nothing of the caller's."""
-    with Store.connect(dsn, operation_timeout=0.2) as store:
-        store.set("k", b"old")
-        with witness.lock("k"), psycopg.connect(dsn) as conn:
-            with pytest.raises(PgkvError, match="may still have happened"):
-                store.using(conn).set("k", b"new")
-            assert conn.closed
-        assert store.get("k") == b"old"
+    own_store.set("k", b"old")
+    hasty = Store(pgkv.Config(dsn, operation_timeout=1.0))  # opens nothing by itself
+    with witness.lock("k"), psycopg.connect(dsn) as conn:
+        with pytest.raises(PgkvError, match="may still have happened"):
+            hasty.using(conn).set("k", b"new")
+        assert conn.closed
+    assert own_store.get("k") == b"old"
 
 
 def test_wrong_connections(dsn: str, own_store: Store) -> None:
@@ -394,14 +396,14 @@ async def test_an_async_pool(dsn: str, witness: Witness) -> None:
     )
     async with pool:
         await pool.wait()
-        store = pgkv.AsyncStore.from_pool(pool, operation_timeout=0.3, retry=None)
+        store = pgkv.AsyncStore.from_pool(pool, retry=None)
         await store.create_table()
         for expected in range(1, 4):
             await asyncio.to_thread(witness.terminate)
             assert await store.increment("n") == expected
         await store.set("k", b"old")
         with witness.lock("k"):
-            with pytest.raises(pgkv.OperationTimeoutError):
+            with in_a_hurry(store, 1.0), pytest.raises(pgkv.OperationTimeoutError):
                 await store.set("k", b"new")
             task = asyncio.ensure_future(store.set("k", b"new"))
             await until(lambda: witness.waiting() == 1, "the call is blocked")

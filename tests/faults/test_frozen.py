@@ -17,6 +17,7 @@ import pytest
 from pgkv import OperationTimeoutError, RetryPolicy, Store, StoreUnavailableError
 from tests.faults.support import Witness, newest, until
 from tests.servers import LATE, Server, wait_until
+from tests.variants import in_a_hurry
 
 MakeStore = Callable[..., Awaitable[Any]]
 pytestmark = newest
@@ -26,13 +27,16 @@ ABANDON = 1.2  # seconds that the cancel request may add, and a little
 async def test_blocked_call_is_cancelled(make_store: MakeStore, witness: Witness) -> None:
     """A write that waits for a row lock ends at operation_timeout; its statement does not go on
     and the write never happens."""
-    store = await make_store(operation_timeout=0.3)
+    store = await make_store()
     await store.set("k", b"old")
     with witness.lock("k"):
         started = time.monotonic()
-        with pytest.raises(OperationTimeoutError, match="may still have happened") as caught:
+        with (
+            in_a_hurry(store, 1.0),
+            pytest.raises(OperationTimeoutError, match="may still have happened") as caught,
+        ):
             await store.set("k", b"new")
-        assert 0.28 < time.monotonic() - started < 0.3 + ABANDON + LATE
+        assert 0.9 < time.monotonic() - started < 1.0 + ABANDON + LATE
         assert caught.value.outcome_unknown
         await until(lambda: not witness.active(), "the statement is cancelled")
         assert await store.get("k") == b"old"
@@ -41,10 +45,10 @@ async def test_blocked_call_is_cancelled(make_store: MakeStore, witness: Witness
 
 async def test_deadline_in_a_transaction(make_store: MakeStore, witness: Witness) -> None:
     """In a transaction too; the transaction is over then, and says so."""
-    store = await make_store(operation_timeout=0.3)
+    store = await make_store()
     await store.set_many({"k": b"old", "other": b"old"})
     with witness.lock("k"):
-        with pytest.raises(OperationTimeoutError):
+        with in_a_hurry(store, 1.0), pytest.raises(OperationTimeoutError):
             async with store.transaction() as tx:
                 await tx.set("other", b"new")
                 await tx.set("k", b"new")
@@ -55,11 +59,11 @@ async def test_deadline_in_a_transaction(make_store: MakeStore, witness: Witness
 
 async def test_deadline_over_many_statements(make_store: MakeStore, witness: Witness) -> None:
     """A batch in chunks has one deadline for all its statements."""
-    store = await make_store(operation_timeout=0.3)
+    store = await make_store()
     await store.set("k9999", b"old")
     with witness.lock("k9999"):
         started = time.monotonic()
-        with pytest.raises(OperationTimeoutError):
+        with in_a_hurry(store, 0.3), pytest.raises(OperationTimeoutError):
             await store.set_many({f"k{i:04}": b"new" for i in range(10_000)})
         assert time.monotonic() - started < 0.3 + ABANDON + LATE
     assert await store.count() == 1
@@ -88,7 +92,6 @@ async def test_frozen_server(make_server: Callable[..., Server], make_store: Mak
     server = make_server()
     store = await make_store(
         dsn=server.dsn,
-        operation_timeout=0.5,
         pool_max_size=2,
         retry=RetryPolicy(attempts=10),
     )
@@ -104,7 +107,8 @@ async def test_frozen_server(make_server: Callable[..., Server], make_store: Mak
 
     server.freeze()
     try:
-        outcomes = await asyncio.gather(*(ask(i) for i in range(12)))
+        with in_a_hurry(store, 0.5):
+            outcomes = await asyncio.gather(*(ask(i) for i in range(12)))
     finally:
         server.thaw()
     seconds = [passed for passed, _ in outcomes]

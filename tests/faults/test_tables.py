@@ -152,7 +152,9 @@ FORGET = ["DISCARD ALL", "DEALLOCATE ALL"]
 
 @newest
 @pytest.mark.parametrize("command", FORGET)
-async def test_forgotten_statements(make_store: MakeStore, dsn: str, command: str) -> None:
+async def test_forgotten_statements(
+    make_store: MakeStore, nothing_by_chance: None, command: str
+) -> None:
     """Prepared statements that vanish behind our back are prepared again, in every kind of call."""
     store = await make_store(pool_max_size=1)
 
@@ -241,7 +243,7 @@ async def test_recreated_with_another_type(make_store: MakeStore, witness: Witne
 @newest
 async def test_huge_value(make_store: MakeStore) -> None:
     """60 MB there and back."""
-    store = await make_store()
+    store = await make_store(operation_timeout=300)
     value = random.randbytes(1 << 20) * 60
     await store.set("k", value)
     assert await store.get("k") == value

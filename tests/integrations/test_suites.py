@@ -97,7 +97,7 @@ def django_tests(tmp_path_factory: pytest.TempPathFactory) -> Path:
     subprocess.run(
         [sys.executable, "-m", "pip", *command, "--dest", where, f"django=={version('django')}"],
         check=True,
-        timeout=100,
+        timeout=400,
     )
     [packed] = where.glob("*.tar.gz")
     with tarfile.open(packed) as tar:

@@ -24,7 +24,7 @@ from pgkv._ops.op import Op
 from pgkv.config import EMBEDDED_SCHEME
 from tests.peers import Peer, until
 from tests.servers import LATE
-from tests.variants import Variant
+from tests.variants import Variant, in_a_hurry
 
 T = TypeVar("T")
 MakeStore = Callable[..., Coroutine[Any, Any, AsyncStore]]
@@ -439,10 +439,10 @@ async def test_pool_timeout(make_store: MakeStore) -> None:
 
 async def test_operation_timeout_covers_the_queue(make_store: MakeStore) -> None:
     """operation_timeout counts the wait for a connection; nothing was sent then, and it says so."""
-    store = await make_store(pool_max_size=1, pool_timeout=30, operation_timeout=0.15)
+    store = await make_store(pool_max_size=1, pool_timeout=60)
     async with store.transaction():
         begun = time.monotonic()
-        with pytest.raises(OperationTimeoutError) as caught:
+        with in_a_hurry(store, 0.15), pytest.raises(OperationTimeoutError) as caught:
             await store.increment("n")
         assert 0.1 < time.monotonic() - begun < 2 + LATE
         assert caught.value.outcome_unknown is False
@@ -818,11 +818,13 @@ async def test_many_deadlines_at_once(make_store: MakeStore, peer: Peer) -> None
 
 async def test_a_deadline_passes_while_others_work(make_store: MakeStore, peer: Peer) -> None:
     """A blocked operation's deadline disturbs no other operation."""
-    store = await make_store(pool_max_size=4, operation_timeout=0.3)
+    store = await make_store(pool_max_size=4)
     await store.set("k", "v")
     with peer.conn.transaction():
         peer.run(LOCK_ROW)
-        blocked = asyncio.create_task(store.set("k", "x"))
+        with in_a_hurry(store, 1.0):
+            blocked = asyncio.create_task(store.set("k", "x"))
+            await asyncio.sleep(0)
         while not blocked.done():
             await asyncio.gather(*(store.increment(f"n{i}") for i in range(3)))
         with pytest.raises(OperationTimeoutError):

@@ -32,7 +32,9 @@ KEYS = [
 keys = st.sampled_from(KEYS)
 bounds = st.sampled_from(["", *KEYS, "A", "ab", "z", "\U00010000"])
 values = st.sampled_from([b"", b"1", b"41", b"-7", b"007", b"x", b"\0\xff", b"9223372036854775807"])
-ttls = st.none() | st.sampled_from([5, 60])
+# Far longer than an example takes.
+TTLS = [5_000, 60_000]
+ttls = st.none() | st.sampled_from(TTLS)
 deltas = st.sampled_from([0, 1, -1, 40, 2**63 - 1, -(2**63)])
 many = st.lists(keys, max_size=12)
 
@@ -106,7 +108,7 @@ def machine(
 
             return run(perform())
 
-        @rule(seconds=st.sampled_from([1, 30, 100]))
+        @rule(seconds=st.sampled_from([1_000, 30_000, 100_000]))
         def time_passes(self, seconds: int) -> None:
             clock.advance(seconds)
             self.model.now += seconds
@@ -232,7 +234,7 @@ def machine(
             for key in live:
                 del self.model.rows[key]
 
-        @rule(chosen=many, ttl=st.sampled_from([5, 60]))
+        @rule(chosen=many, ttl=st.sampled_from(TTLS))
         def expire_many(self, chosen: list[str], ttl: int) -> None:
             live = self.model.live().keys() & {*chosen}
             assert self.call("expire_many", chosen, ttl) == len(live)
@@ -261,7 +263,7 @@ def machine(
                 assert left is None
             else:
                 wanted = self.model.rows[key][1] - self.model.now
-                assert left == wanted or wanted - 1 < left <= wanted
+                assert left == wanted or wanted - 900 < left <= wanted
 
         @rule(
             prefix=bounds,

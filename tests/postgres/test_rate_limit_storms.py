@@ -173,7 +173,7 @@ def test_eight_processes_on_one_key(dsn: str, rates: str) -> None:
 
 async def test_two_rates_and_mixed_costs(make: Make) -> None:
     """32 callers, two rates, costs of 1 to 3: what is admitted fits both rates to the token."""
-    limiter = make("60/h; 100/d")
+    limiter = make("60/d; 100/w")
 
     async def caller(seed: int) -> int:
         rng = random.Random(seed)

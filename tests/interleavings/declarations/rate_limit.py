@@ -31,8 +31,9 @@ YEAR = "(extract(epoch FROM date_trunc('year', now(), 'UTC')) * 1000000000)"  # 
 
 
 def told(decision: Decision) -> Any:
-    """What a decision says, in tokens."""
-    return decision.allowed, decision.remaining, round(decision.retry_after / TOKEN, 1)
+    """What a decision says, in tokens; a window's end is further away than counts."""
+    wait = min(decision.retry_after / TOKEN, 2 * BURST)
+    return decision.allowed, decision.remaining, round(wait, 1)
 
 
 def reserved(limiter: RateLimiter, cost: int) -> Any:
