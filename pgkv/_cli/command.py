@@ -14,7 +14,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from pkgutil import resolve_name
@@ -200,7 +200,9 @@ class Invocation:
             console.say(text)
         return DONE
 
-    def show(self, documents: list[dict[str, Any]], columns: console.Columns, nothing: str) -> int:
+    def show(
+        self, documents: list[dict[str, Any]], columns: Sequence[console.Column], nothing: str
+    ) -> int:
         """Print one document a line with --json, else a table, or a note that there is nothing."""
         if self.json:
             for document in documents:

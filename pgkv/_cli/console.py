@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
-Columns: TypeAlias = dict[str, tuple[str, Callable[[Any], str]]]
+# A title, the field if that has another name, and what makes a text of the value if `cell` does not.
+Column: TypeAlias = "str | tuple[str, str] | tuple[str, str, Callable[[Any], str]]"
 
 PREVIEW = 100  # characters of a value in a table
 
@@ -239,25 +240,25 @@ def show_table(
 
 
 def show_documents(
-    documents: Iterable[dict[str, Any]], columns: Columns, *, title: str | None = None
+    documents: Iterable[dict[str, Any]], columns: Sequence[Column], *, title: str | None = None
 ) -> None:
-    """Show documents as rows: for each column a field, and what makes a text of it."""
-    rows = ([text(each[field]) for field, text in columns.values()] for each in documents)
-    show_table(list(columns), rows, title=title)
+    """Show documents as rows. The text of a cell follows from its type, unless its column says more."""
+    parts = [(each, each, cell) if isinstance(each, str) else (*each, cell)[:3] for each in columns]
+    rows = ([text(each[field]) for _, field, text in parts] for each in documents)
+    show_table([name for name, *_ in parts], rows, title=title)
 
 
-def numbers(*names: str) -> Columns:
-    """Return columns of numbers, under the names of their fields."""
-    return {name: (name, number) for name in names}
-
-
-def number(value: int) -> str:
-    return f"{value:,}"
-
-
-def as_json(value: Any) -> str:
-    """Return JSON for a cell; nothing for None."""
-    return "" if value is None else printable(json.dumps(value, ensure_ascii=False))
+def cell(value: Any) -> str:
+    """Return the text of a value. A float is a span of time."""
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return one_line(value)
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return duration(value)
+    return printable(json.dumps(value, ensure_ascii=False))
 
 
 def progress(*, quiet: bool = False) -> Progress:

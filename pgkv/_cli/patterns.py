@@ -66,12 +66,11 @@ def cache(
         usages, reports = store._execute(sql.usage()), store._execute(sql.reports())
         if clear is not None:
             return _clear(call, store, sql, clear, usages)
-    columns: console.Columns = {
-        "function": ("function", console.one_line),
-        **console.numbers("entries", "computing"),
-        "values": ("value_bytes", console.size),
-        "hit ratio": ("hit_ratio", lambda n: "" if n is None else f"{n:.1%}"),
-    }
+    columns: list[console.Column] = [
+        *("function", "entries", "computing"),
+        ("values", "value_bytes", console.size),
+        ("hit ratio", "hit_ratio", lambda n: "" if n is None else f"{n:.1%}"),
+    ]
     documents = _with_ratios(usages, reports)
     return call.show(documents, columns, "No cached function has entries in this table.")
 
@@ -145,12 +144,7 @@ def limits(
             if not filled:
                 raise NotFoundError(f"the key {key!r} has no bucket that is not full")
             return call.answer({"reset": filled}, f"filled {console.count(filled, 'bucket')}")
-    columns: console.Columns = {
-        "limiter": ("limiter", console.one_line),
-        "buckets": ("buckets", console.number),
-        "last charged": ("idle", console.duration),
-        "full in": ("full_in", console.duration),
-    }
+    columns = ("limiter", "buckets", ("last charged", "idle"), ("full in", "full_in"))
     shown = [{k: v for k, v in asdict(each).items() if k != "row"} for each in found]
     return call.show(shown, columns, "No rate limiter has a bucket here that is not full.")
 
@@ -201,13 +195,7 @@ def sessions(
         }
         for each in found
     ]
-    columns: console.Columns = {
-        "handle": ("handle", str),
-        "age": ("age", console.duration),
-        "idle": ("idle", console.duration),
-        "remaining": ("remaining", console.duration),
-        "metadata": ("metadata", console.as_json),
-    }
+    columns = ("handle", "age", "idle", "remaining", "metadata")
     return call.show(documents, columns, f"The user {user!r} has no live session.")
 
 
@@ -323,13 +311,8 @@ def _list_queues(call: Invocation, store: Store, of: Queue[Any]) -> int:
         found = store._execute(of._options.sql.stats(None, prefix))
     except TableNotFoundError:
         found = []
-    columns: console.Columns = {
-        "queue": ("queue", console.one_line),
-        **console.numbers(*STATES),
-        "oldest": ("oldest", console.duration),
-    }
     documents = [{**each._asdict(), "queue": each.queue[len(prefix.decode()) :]} for each in found]
-    return call.show(documents, columns, "No queue has jobs in this table.")
+    return call.show(documents, ("queue", *STATES, "oldest"), "No queue has jobs in this table.")
 
 
 def _list_jobs(call: Invocation, of: Queue[Any], state: str | None) -> int:
@@ -337,14 +320,7 @@ def _list_jobs(call: Invocation, of: Queue[Any], state: str | None) -> int:
         found = of.jobs(state)
     except TableNotFoundError:
         found = []
-    columns: console.Columns = {
-        "id": ("id", str),
-        "state": ("state", str),
-        "priority": ("priority", str),
-        "attempt": ("attempt", str),
-        "payload": ("payload", console.one_line),
-        "error": ("error", console.one_line),
-    }
+    columns = (("id", "id", str), "state", "priority", "attempt", "payload", "error")
     documents = [
         {
             **each._asdict(),
@@ -394,31 +370,23 @@ def locks(
         return DONE
     for lease in leases:
         lease["name"] += "" if lease["slot"] is None else f" [{lease['slot']}]"
-    console.show_documents(
-        leases,
-        {
-            "name": ("name", console.one_line),
-            "holder": ("owner", console.one_line),
-            "token": ("token", str),
-            "age": ("age", console.duration),
-            "remaining": ("remaining", console.duration),
-            "waiters": ("waiters", str),
-            "metadata": ("metadata", console.as_json),
-        },
-        title="Locks",
-    )
-    columns: console.Columns = {
-        "name": ("key", lambda key: console.one_line(key or "?")),
-        "pid": ("pid", str),
-        "application": ("application", console.one_line),
-        "state": ("state", str),
-        "open for": ("seconds", console.duration),
-    }
-    rows = [{**each._asdict(), "what": "guard"} for each in guards]
+    columns: list[console.Column] = [
+        *("name", ("holder", "owner"), ("token", "token", str)),
+        *("age", "remaining", "waiters", "metadata"),
+    ]
+    console.show_documents(leases, columns, title="Locks")
+    columns = [
+        ("name", "key"),
+        ("pid", "pid", str),
+        "application",
+        "state",
+        ("open for", "seconds"),
+    ]
+    rows = [{**each._asdict(), "key": each.key or "?", "what": "guard"} for each in guards]
     if rows and console.on_terminal():
         console.show_documents(rows, columns, title="Open guards")
     elif rows:
-        console.show_documents(rows, {"": ("what", str), **columns})
+        console.show_documents(rows, [("", "what"), *columns])
     return DONE
 
 

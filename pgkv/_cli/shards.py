@@ -105,11 +105,7 @@ def shards(
         if action is Action.CHECK:
             found = cluster.check()
             documents = [problem._asdict() for problem in found]
-            columns: console.Columns = {
-                "slot": ("slot", console.number),
-                "problem": ("problem", console.one_line),
-            }
-            call.show(documents, columns, f"{cluster.slots} slots are in order")
+            call.show(documents, ("slot", "problem"), f"{cluster.slots} slots are in order")
             return NOT_FOUND if found else DONE
         if isinstance(cluster, CitusCluster) and action is Action.RESUME:
             raise ConfigError("Citus finishes or undoes a move that was interrupted by itself")
@@ -131,12 +127,7 @@ def shards(
             how = How.ONLINE if online else How.DROP if drop else How.COPY
             return _move(call, cluster, moving, to, how)
         documents = [row._asdict() for row in cluster.shards()]
-    columns = {
-        "slot": ("slot", console.number),
-        "node": ("node", console.one_line),
-        "state": ("state", console.one_line),
-        "bytes": ("bytes", console.size),
-    }
+    columns = ("slot", "node", "state", ("bytes", "bytes", console.size))
     return call.show(documents, columns, "There are no slots.")
 
 
