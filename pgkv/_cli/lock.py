@@ -73,8 +73,6 @@ def lock(
                 console.fail(LockTimeoutError.__name__, text, as_json=call.json)
                 return BUSY
             return _guarded(call, program, lease, guardian)
-        except _Stopped as stop:
-            return 128 + stop.number
         finally:
             _within(END_WITHIN, cleanup.close)
 
@@ -131,14 +129,6 @@ def _within(seconds: float, fn: Callable[[], object]) -> Exception | None:
     thread.start()
     thread.join(seconds)
     return found[-1]
-
-
-class _Stopped(BaseException):
-    """A signal ended the wait for the lock."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.number = number
 
 
 # Kills the session of its first line when its input ends without a second one.
@@ -216,7 +206,7 @@ class _Guardian:
 
     @staticmethod
     def _stop(number: int, _: FrameType | None) -> None:
-        raise _Stopped(number)
+        raise SystemExit(128 + number)
 
     def _pass_on(self, number: int, _: FrameType | None = None) -> None:
         if not self._session:
