@@ -276,12 +276,13 @@ def _members(session: int, *, but_group: bool = False) -> set[int]:
             os.killpg(session, 0)
             found = set() if but_group else {session}
         return found
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # it ended
+    for process in Path("/proc").iterdir():
+        with contextlib.suppress(OSError, ValueError):  # it ended; no process
+            number, stat = int(process.name), (process / "stat").read_bytes()
             # After the name in brackets: state, parent, process group, session.
-            state, _, group, its = stat.read_bytes().rpartition(b")")[2].split()[:4]
+            state, _, group, its = stat.rpartition(b")")[2].split()[:4]
             if int(its) == session and state != b"Z" and not (but_group and int(group) == session):
-                found.add(int(stat.parent.name))
+                found.add(number)
     return found
 
 

@@ -1,11 +1,13 @@
 """The command line where no database is asked: options, usage errors, exit codes, and what is never shown."""
 
+import errno
 import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +17,7 @@ pytest.importorskip("rich")
 from pgkv import __main__ as entry
 from pgkv._cli import console
 from pgkv._cli.command import UsageError, duration
+from pgkv._cli.lock import _members
 from pgkv.cli import main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -342,3 +345,15 @@ def test_completion_is_offered() -> None:
     )
     assert b"pgkv" in done.stdout
     assert b"Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="no /proc")
+def test_a_process_that_ends_while_it_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its directory in /proc is still listed, but a look into it says "no such process"."""
+
+    def gone(*_: Any, **__: Any) -> Any:
+        raise ProcessLookupError(errno.ESRCH, "No such process")
+
+    monkeypatch.setattr(Path, "exists", gone)
+    monkeypatch.setattr(Path, "read_bytes", gone)
+    assert _members(os.getsid(0)) == set()
