@@ -29,8 +29,7 @@ from .._sql.sample import SAMPLE_PAGES, sampled
 from ..errors import ConfigError, PgkvError
 from .cache.sql import DIGEST_LENGTH, ENTRY
 from .cache.sql import PREFIX as CACHE
-from .lock.lease import read_owner
-from .lock.sql import MARK_LENGTH, name_and_slot
+from .lock.sql import MARK_LENGTH, name_and_slot, read_owner
 from .queue.sql import STATE, STATES
 from .rate_limit.sql import ROWS as BUCKETS
 from .schema import SHAPES

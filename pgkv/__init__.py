@@ -65,9 +65,9 @@ if TYPE_CHECKING:
     )
     from .patterns.lock.api import AsyncLease, AsyncLock, AsyncSemaphore, Lease, Lock, Semaphore
     from .patterns.lock.leader import AsyncLeader, Leader
-    from .patterns.lock.lease import LockInfo
     from .patterns.lock.locked import fence_sql, locked
     from .patterns.lock.many import AsyncLeases, Leases
+    from .patterns.lock.sql import LockInfo
     from .patterns.queue.api import AsyncJob, AsyncQueue, Job, Queue
     from .patterns.queue.flows import Backoff, Bury, Later, Put
     from .patterns.queue.sql import JobInfo, QueueStats
@@ -250,9 +250,9 @@ _NAMES_OF = {
     ".patterns.idempotency.api": "AsyncAttempt AsyncIdempotency Attempt Idempotency IdempotencyRecord idempotent",
     ".patterns.lock.api": "AsyncLease AsyncLock AsyncSemaphore Lease Lock Semaphore",
     ".patterns.lock.leader": "AsyncLeader Leader",
-    ".patterns.lock.lease": "LockInfo",
     ".patterns.lock.locked": "fence_sql locked",
     ".patterns.lock.many": "AsyncLeases Leases",
+    ".patterns.lock.sql": "LockInfo",
     ".patterns.queue.api": "AsyncJob AsyncQueue Job Queue",
     ".patterns.queue.flows": "Backoff Bury Later Put",
     ".patterns.queue.sql": "JobInfo QueueStats",

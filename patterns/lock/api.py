@@ -39,7 +39,6 @@ from .._runtime.runtimes import AsyncRuntime, SyncRuntime
 from . import flows
 from .lease import (
     LeaseState,
-    LockInfo,
     LockOptions,
     encode_metadata,
     tell,
@@ -51,6 +50,7 @@ from .sql import (
     LOCKS_UNLOGGED,
     SEPARATOR,
     TICKETS,
+    LockInfo,
     LockStatements,
     SemaphoreStatements,
     slot_keys,

@@ -33,16 +33,18 @@ from ...errors import (
 )
 from .._runtime.lease import MARGIN_MIN, do_within, margin_of
 from .._runtime.wakeup import Waiter, Waiters
-from .lease import LeaseState, LockInfo, LockOptions, info_of, new_asking, read_owner
+from .lease import LeaseState, LockOptions, new_asking
 from .sql import (
     CHANNEL,
     CLEAN_PAGES,
     Asking,
     Denied,
     Granted,
+    LockInfo,
     Place,
     SemaphoreStatements,
     Undefined,
+    read_owner,
 )
 
 if TYPE_CHECKING:
@@ -521,7 +523,7 @@ def leave(runtime: Runtime, lease: LeaseState, *, failed: bool) -> Flow[None]:
 
 def holder(options: LockOptions) -> Flow[LockInfo | None]:
     rows = yield from do(options.sql.holder(options.keys[0]))
-    return info_of(rows[0]) if rows else None
+    return rows[0] if rows else None
 
 
 def force_release(options: LockOptions, token: int) -> Flow[bool]:

@@ -10,10 +10,8 @@ import contextlib
 import inspect
 import os
 import socket
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from datetime import datetime
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -26,7 +24,7 @@ from .._runtime.lease import Held
 from .sql import SEPARATOR, Asking, LockStatements
 
 if TYPE_CHECKING:
-    from .sql import Holder, Place
+    from .sql import Place
 
 LOST_BECAUSE = {
     "expired": "its time passed before a renewal got through",
@@ -37,53 +35,6 @@ LOST_BECAUSE = {
     "closed": "its store was closed",
     "released": "it was released",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class LockInfo:
-    """Who holds a lock, as one read saw it.
-
-    Attributes:
-        name: the lock's name.
-        owner: ``host:pid`` of the holder.
-        token: the grant's fencing token.
-        metadata: what the holder's Lock was given.
-        acquired_at: when it was granted (UTC, the server's clock).
-        expires_at: when it ends unless it is renewed.
-        read_at: the server's time of this read.
-    """
-
-    name: str
-    owner: str
-    token: int
-    metadata: Any
-    acquired_at: datetime
-    expires_at: datetime
-    read_at: datetime
-    _read_clock: float = field(default_factory=time.monotonic, repr=False, compare=False)
-
-    def remaining(self) -> float:
-        """Return the seconds left now unless it is renewed, never below 0."""
-        left_then = (self.expires_at - self.read_at).total_seconds()
-        return max(0.0, left_then - (time.monotonic() - self._read_clock))
-
-    def age(self) -> float:
-        """Return the seconds since it was granted."""
-        age_then = (self.read_at - self.acquired_at).total_seconds()
-        return age_then + (time.monotonic() - self._read_clock)
-
-
-def info_of(holder: Holder) -> LockInfo:
-    owner, metadata = read_owner(holder.value)
-    return LockInfo(
-        holder.key,
-        owner,
-        holder.token,
-        metadata,
-        holder.acquired_at,
-        holder.expires_at,
-        holder.read_at,
-    )
 
 
 # -- who asks ------------------------------------------------------------------------------
@@ -113,15 +64,6 @@ def new_asking(metadata: bytes) -> Asking:
     nonce = os.urandom(12).hex().encode()
     row = b'{"owner":%s,"nonce":"%s","metadata":%s}' % (encoded, nonce, metadata)
     return Asking(owner, row, b"\x1f" + nonce)
-
-
-def read_owner(row: bytes | None) -> tuple[str, Any]:
-    """Return owner and metadata of a row; what others wrote there is shown as unknown."""
-    try:
-        document = msgspec.json.decode(row or b"")
-        return str(document["owner"]), document["metadata"]
-    except (msgspec.DecodeError, KeyError, TypeError):
-        return "unknown", None
 
 
 # -- what is held --------------------------------------------------------------------------

@@ -16,10 +16,13 @@ grant (`version`, the fencing token). The row stays when the lease ends, so the 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any, NamedTuple, TypeVar
+
+import msgspec
 
 from ..._ops import codec as _codec
 from ..._ops.lazy import cached_property
@@ -27,7 +30,7 @@ from ..._ops.op import BINARY, TEXT, Op, Raced, Result, Signal, Statement
 from ..._sql.table import STATEMENT_US, read_changed, read_found, read_int
 from ...config import Table, TableShape, quote_identifier, short_identifier
 from ...errors import InvalidValueError
-from .._runtime.sql import as_bytes, as_text, read_renewed, renewal, renewed, row_of, rows_of
+from .._runtime.sql import as_text, read_renewed, renewal, renewed, row_of, rows_of
 
 T = TypeVar("T")
 
@@ -109,15 +112,47 @@ class Denied(NamedTuple):
     ahead: int = 0
 
 
-class Holder(NamedTuple):
-    """A live lease as the server has it."""
+@dataclass(frozen=True, slots=True)
+class LockInfo:
+    """Who holds a lock, as one read saw it.
 
-    key: str
-    value: bytes
+    Attributes:
+        name: the lock's name.
+        owner: ``host:pid`` of the holder.
+        token: the grant's fencing token.
+        metadata: what the holder's Lock was given.
+        acquired_at: when it was granted (UTC, the server's clock).
+        expires_at: when it ends unless it is renewed.
+        read_at: the server's time of this read.
+    """
+
+    name: str
+    owner: str
     token: int
+    metadata: Any
     acquired_at: datetime
     expires_at: datetime
     read_at: datetime
+    _read_clock: float = field(default_factory=time.monotonic, repr=False, compare=False)
+
+    def remaining(self) -> float:
+        """Return the seconds left now unless it is renewed, never below 0."""
+        left_then = (self.expires_at - self.read_at).total_seconds()
+        return max(0.0, left_then - (time.monotonic() - self._read_clock))
+
+    def age(self) -> float:
+        """Return the seconds since it was granted."""
+        age_then = (self.read_at - self.acquired_at).total_seconds()
+        return age_then + (time.monotonic() - self._read_clock)
+
+
+def read_owner(row: bytes | None) -> tuple[str, Any]:
+    """Return owner and metadata of a row; what others wrote there is shown as unknown."""
+    try:
+        document = msgspec.json.decode(row or b"")
+        return str(document["owner"]), document["metadata"]
+    except (msgspec.DecodeError, KeyError, TypeError):
+        return "unknown", None
 
 
 class Place(NamedTuple):
@@ -509,23 +544,28 @@ class LockStatements:
 
     def _make_holders(
         self, name: str, where: str, formats: tuple[int, ...]
-    ) -> Statement[list[Holder]]:
+    ) -> Statement[list[LockInfo]]:
         sql = (
             f"SELECT key, value, version, updated_at, expires_at, {NOW} FROM {self.t} WHERE {where}"
         )
-        moments = (_codec.decode_moment,) * 3
-        read = rows_of(Holder, self._name_of, as_bytes, _codec.decode_int, *moments)
+        read = rows_of(
+            lambda name, by, token, *times: LockInfo(name, by[0], token, by[1], *times),
+            self._name_of,
+            read_owner,
+            _codec.decode_int,
+            *(_codec.decode_moment,) * 3,
+        )
         return self._statement(name, sql, formats, read, writes=False)
 
     @cached_property
-    def _holder(self) -> Statement[list[Holder]]:
+    def _holder(self) -> Statement[list[LockInfo]]:
         return self._make_holders("lock_holder", f"key = $1 AND {LIVE}", (TEXT,))
 
-    def holder(self, key: bytes) -> Op[list[Holder]]:
+    def holder(self, key: bytes) -> Op[list[LockInfo]]:
         """The live lease of a name, if there is one."""
         return Op(self._holder, (key,))
 
-    def holders(self) -> Op[list[Holder]]:
+    def holders(self) -> Op[list[LockInfo]]:
         """Every live lease, slots of semaphores among them."""
         where = f"{LIVE} AND expires_at < 'infinity' ORDER BY key COLLATE \"C\""
         return Op(self._make_holders("lock_holders", where, ()))

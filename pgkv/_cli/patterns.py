@@ -21,7 +21,7 @@ from .command import DONE, Invocation, argument, flag, load_object, option, span
 
 if TYPE_CHECKING:
     from ..patterns.cache.sql import CacheStatements, Usage
-    from ..patterns.lock.sql import Guarding, Holder, LockStatements
+    from ..patterns.lock.sql import Guarding, LockInfo, LockStatements
     from ..patterns.queue.api import Queue
     from ..patterns.session.data import SessionInfo
     from ..store import Store
@@ -415,11 +415,9 @@ def held(store: Store) -> tuple[list[dict[str, Any]], list[Guarding]]:
     return leases, guards
 
 
-def _shown(holder: Holder) -> dict[str, Any]:
-    from ..patterns.lock.lease import info_of
+def _shown(info: LockInfo) -> dict[str, Any]:
     from ..patterns.lock.sql import name_and_slot
 
-    info = info_of(holder)
     name, slot = name_and_slot(info.name)
     return {
         "name": name,
@@ -441,7 +439,7 @@ def _end(store: Store, token: int, *, safely: bool) -> dict[str, Any]:
             for holder in store._execute(sql.holders()):
                 if holder.token != token:
                     continue
-                key = store._sql.prefix_bytes + holder.key.encode()
+                key = store._sql.prefix_bytes + holder.name.encode()
                 if safely:
                     done = store._execute(sql.revoke(key, token))
                 else:
