@@ -122,8 +122,11 @@ class Collector:
                 while self._keys:
                     self._swept((yield from do(self._sql.collect(self._take()))))
                 if self._sweeps:
-                    self._sweeps = 0
-                    yield from self._chunk(alone=False)
+                    # Batches write faster than sweeps are asked for.
+                    pays = (yield from self._chunk(alone=False)) > EXPIRED_SHARE
+                    self._sweeps = int(pays)
+                    if pays:
+                        yield from pause(PATROL_HURRY)
                 while self.evictor is not None and self.evictor.is_due:
                     yield from self.evictor.work()
                 with self._lock:

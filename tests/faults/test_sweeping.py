@@ -36,6 +36,16 @@ async def expired_rows(store: Any, witness: Witness, count: int, prefix: str = "
     return keys
 
 
+def inserted_expired(witness: Witness, count: int) -> None:
+    """The like without the store: no write of it asks for a sweep."""
+    witness.conn.execute(
+        "INSERT INTO kv_store (key, value, expires_at) SELECT 'old' || lpad(n::text, 4, '0'), "
+        "repeat('v', 200)::bytea, statement_timestamp() - interval '1 second' "
+        "FROM generate_series(0, %s) n",
+        [count - 1],
+    )
+
+
 @pytest.mark.usefixtures("nothing_by_chance")
 async def test_a_read_collects(make_store: MakeStore, witness: Witness) -> None:
     """ON_READ: an expired row that a read met is deleted soon; those that nobody read are not."""
@@ -106,19 +116,30 @@ async def test_writes_sweep(make_store: MakeStore, witness: Witness) -> None:
 
 
 @pytest.mark.usefixtures("_eager")
+async def test_a_sweep_goes_on_while_it_pays(make_store: MakeStore, witness: Witness) -> None:
+    """Batches leave more expired rows than a sweep's chunk holds: one write has all of them swept."""
+    store = await make_store()
+    await store.create_table()
+    inserted_expired(witness, 10_000)
+    await store.set("alive", b"v")
+    await until(lambda: witness.rows() == 1, "all are swept")
+
+
+@pytest.mark.usefixtures("_eager")
 async def test_a_sweep_blocks_no_writer(make_store: MakeStore, witness: Witness) -> None:
     """Writers whose rows are being swept, or who hold locks that a sweep meets, are not kept
     waiting."""
     store = await make_store(pool_max_size=4)
-    keys = await expired_rows(store, witness, 300)
+    await store.create_table()
+    inserted_expired(witness, 300)
     slowest = 0.0
-    with witness.lock(keys[5]):
+    with witness.lock("old0005"):
 
         async def write(number: int) -> None:
             nonlocal slowest
             for i in range(40):
                 started = time.monotonic()
-                await store.set(keys[10 + (number * 40 + i) % 200], b"fresh")
+                await store.set(f"old{10 + (number * 40 + i) % 200:04}", b"fresh")
                 slowest = max(slowest, time.monotonic() - started)
 
         await asyncio.gather(*(write(number) for number in range(5)))
