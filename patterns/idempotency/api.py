@@ -9,19 +9,17 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import os
 from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from dataclasses import dataclass
 from datetime import datetime
-from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, Literal, Self, TypeVar, cast, get_type_hints
 
 import psycopg
 
 from ..._engine._async.transaction import AsyncBoundChannel, AsyncCallerChannel
 from ..._engine._sync.transaction import BoundChannel, CallerChannel
-from ..._engine.caller import check_inside, unwrap
+from ..._engine.caller import check_inside
 from ..._observe import shown
 from ..._ops.op import do
 from ..._ops.serialize import Serializer
@@ -32,7 +30,7 @@ from ...store import Store
 from .._runtime.checks import require
 from .._runtime.runtimes import AsyncRuntime, SyncRuntime
 from ..defaults import default_async_store, default_store
-from .flows import CLEAN_UP, AttemptState, IdempotencyFlows, Raw
+from .flows import AttemptState, IdempotencyFlows, Raw
 from .sql import Record
 
 if TYPE_CHECKING:
@@ -83,13 +81,7 @@ class Attempt(AttemptState[T]):
             InvalidValueError: the result is larger than the store's ``max_value_size``.
             TransactionError: it was completed already, or `conn` is not in a transaction.
         """
-        raw, channel = self._encoded(result), self._inside
-        if conn is not None and channel is None:
-            inner = unwrap(conn, psycopg.Connection, "complete()")
-            check_inside(inner, "complete()")
-            channel = CallerChannel(inner, self._flows.timeout)
-        inside = channel is not None
-        (channel or self._lease._runtime.channel).run(self._finish(raw, inside=inside))  # type: ignore[union-attr]  # a claim that is no replay has one
+        self._complete(result, conn, psycopg.Connection, CallerChannel)
 
 
 class AsyncAttempt(AttemptState[T]):
@@ -98,13 +90,7 @@ class AsyncAttempt(AttemptState[T]):
 
     async def complete(self, result: T | str, conn: Any = None) -> None:
         """Record the outcome now, rather than at the block's end; see `Attempt.complete`."""
-        raw, channel = self._encoded(result), self._inside
-        if conn is not None and channel is None:
-            inner = unwrap(conn, psycopg.AsyncConnection, "complete()")
-            check_inside(inner, "complete()")
-            channel = AsyncCallerChannel(inner, self._flows.timeout)
-        inside = channel is not None
-        await (channel or self._lease._runtime.channel).run(self._finish(raw, inside=inside))  # type: ignore[union-attr]  # as above
+        await self._complete(result, conn, psycopg.AsyncConnection, AsyncCallerChannel)
 
 
 class _Idempotency(Generic[T]):
@@ -128,7 +114,8 @@ class _Idempotency(Generic[T]):
 
     @shown
     def __repr__(self) -> str:
-        return self._flows.facts()
+        flows = self._flows
+        return f"{flows.table.name!r} ttl={flows.ttl:g} lease={flows.lease:g}"
 
     __reduce__ = refuse_pickle
 
@@ -275,21 +262,15 @@ class Idempotency(_Idempotency[T]):
         try:
             yield attempt
         except BaseException:
-            with contextlib.suppress(PgkvError):
-                self._release(attempt)
+            if end := attempt._ending(failed=True):
+                with contextlib.suppress(PgkvError):
+                    runtime.clean_up(*end)
             raise
         else:
-            if attempt._dropped and not attempt._completed:
-                self._release(attempt)
-            elif not attempt.is_replay and not attempt._completed:
-                raw = attempt._encoded(attempt._value)
-                runtime.clean_up(partial(attempt._finish, raw, inside=False), None, CLEAN_UP[1])
+            if end := attempt._ending(failed=False):
+                runtime.clean_up(*end)
         finally:
             attempt._forget()
-
-    def _release(self, attempt: Attempt[T]) -> None:
-        if not attempt.is_replay and os.getpid() == attempt._pid:
-            self._runtime.clean_up(attempt._release, *CLEAN_UP)
 
     def get(self, key: str, *, scope: str = "") -> IdempotencyRecord[T] | None:
         """Return what is known of a key, or None; it claims nothing.
@@ -326,20 +307,10 @@ class Idempotency(_Idempotency[T]):
 
 
 class AsyncIdempotency(_Idempotency[T]):
-    """Runs work once for a key, for asyncio: :class:`Idempotency`, awaited.
-
-    Args:
-        store: an `AsyncStore`.
-        ttl: see `Idempotency`, as for `lease`.
-        lease: seconds.
-    """
+    """Runs work once for a key, for asyncio: :class:`Idempotency`, awaited."""
 
     def __init__(
-        self: AsyncIdempotency[bytes],
-        store: AsyncStore,
-        *,
-        ttl: Seconds = DAY,
-        lease: Seconds = 30,
+        self: AsyncIdempotency[bytes], store: AsyncStore, *, ttl: Seconds = DAY, lease: Seconds = 30
     ) -> None:
         require(store, AsyncStore, "AsyncIdempotency", "Idempotency")
         self._begin(store, ttl, lease, AsyncRuntime)
@@ -376,22 +347,15 @@ class AsyncIdempotency(_Idempotency[T]):
         except GeneratorExit:
             raise
         except BaseException:
-            with contextlib.suppress(PgkvError, TimeoutError):
-                await self._release(attempt)
+            if end := attempt._ending(failed=True):
+                with contextlib.suppress(PgkvError, TimeoutError):
+                    await runtime.clean_up(*end)
             raise
         else:
-            if attempt._dropped and not attempt._completed:
-                await self._release(attempt)
-            elif not attempt.is_replay and not attempt._completed:
-                raw = attempt._encoded(attempt._value)
-                finish = partial(attempt._finish, raw, inside=False)
-                await runtime.clean_up(finish, None, self._flows.timeout + CLEAN_UP[1])
+            if end := attempt._ending(failed=False):
+                await runtime.clean_up(*end)
         finally:
             attempt._forget()
-
-    async def _release(self, attempt: AsyncAttempt[T]) -> None:
-        if not attempt.is_replay and os.getpid() == attempt._pid:
-            await self._runtime.clean_up(attempt._release, *CLEAN_UP)
 
     async def get(self, key: str, *, scope: str = "") -> IdempotencyRecord[T] | None:
         """Return what is known of a key, or None; see `Idempotency.get`."""

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Callable
+from functools import partial
 from random import uniform
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from ... import _observe
 from ..._background.renewal import clock
+from ..._engine.caller import check_inside, unwrap
 from ..._engine.schema import companion, ensure
 from ..._observe import shown
 from ..._ops.codec import encode_key, encode_value, seconds
@@ -113,10 +116,6 @@ class IdempotencyFlows:
         self.table: Table = companion(config, IDEMPOTENCY)
         self.sql: IdempotencyStatements = IdempotencyStatements(config, self.table)
         self.ready: bool = not config.auto_create_table  # the table was looked for
-
-    def facts(self) -> str:
-        """What a repr says."""
-        return f"{self.table.name!r} ttl={self.ttl:g} lease={self.lease:g}"
 
     def key(self, key: str, scope: str) -> bytes:
         """Check a key and its scope, and return the row's key."""
@@ -238,54 +237,52 @@ class AttemptState(Generic[T]):
 
     def _claim(self, runtime: Runtime) -> Flow[None]:
         """Take the key, or learn what became of it; elsewhere than in a transaction."""
-        flows, self._sent_at = self._flows, clock()
-        until, left, poll = self._sent_at + self._wait, self._wait, POLL_FIRST
+        flows = self._flows
+
+        def claim(until: float) -> Flow[None]:
+            wait = min(max(0.0, until - clock()), LOCK_WAIT_MAX)
+            op = flows.sql.claim(self._key, self._fingerprint, flows.ttl, wait, flows.lease)
+            # Not to be interrupted: a claim whose answer is lost holds the key to its lease's end.
+            yield from call(runtime.finish, op, self._note)
+
         try:
-            while True:
-                op = flows.sql.claim(
-                    self._key, self._fingerprint, flows.ttl, min(left, LOCK_WAIT_MAX), flows.lease
-                )
-                try:
-                    # Not to be interrupted: a claim whose answer is lost holds the key to its lease's end.
-                    yield from call(runtime.finish, op, self._note)
-                except PgkvError as error:
-                    if error._sqlstate != "55P03":
-                        raise
-                    self._answer = BUSY
-                if self._answer.status != "busy" or (left := until - clock()) <= 0:
-                    break
-                poll = min(poll * POLL_GROWTH, POLL_MAX)
-                yield from pause(min(left, uniform(poll / 2, poll)))  # noqa: S311  # no secret
-                self._sent_at = clock()
-                left = max(0.0, until - self._sent_at)
+            yield from self._await(claim)
         except GeneratorExit:
             raise
         except BaseException:
             if self._answer.status == "mine":
                 yield from call(runtime.clean_up, self._release, *CLEAN_UP)
             raise
-        self._settle()
         if not self.is_replay:
             self._lease = Claim(runtime, self, self._answer, self._sent_at)
             runtime.background().part(LeaseRenewals).watch(self._lease)
 
-    def _note(self, answer: Answer) -> None:
-        self._answer = answer
-
     def _claim_inside(self, channel: Any) -> Flow[None]:
         """The same in the caller's transaction, within a savepoint."""
         self._inside = channel
+
+        def claim(until: float) -> Flow[None]:
+            key, sql = (self._key, self._fingerprint, self._flows.ttl), self._flows.sql
+            self._note((yield from claim_inside(sql, *key, until)))
+
+        yield from self._await(claim)
+
+    def _note(self, answer: Answer) -> None:
+        self._answer = answer
+
+    def _await(self, claim: Callable[[float], Flow[None]]) -> Flow[None]:
+        """Claim the key until it is not busy, or `wait` is over."""
         until, poll = clock() + self._wait, POLL_FIRST
         while True:
-            ask = claim_inside(
-                self._flows.sql, self._key, self._fingerprint, self._flows.ttl, until
-            )
+            self._sent_at = clock()
             try:
-                self._answer = yield from ask
+                yield from claim(until)
             except PgkvError as error:
                 if error._sqlstate != "55P03":
                     raise
-                raise self._busy() from None  # the savepoint is rolled back
+                self._answer = BUSY
+                if self._inside is not None:
+                    raise self._busy() from None  # the savepoint is rolled back
             left = until - clock()
             if self._answer.status != "busy" or left <= 0:
                 return self._settle()
@@ -310,6 +307,29 @@ class AttemptState(Generic[T]):
         error = InProgressError(f"another attempt of {self._name!r} is under way; try again later")
         error.retry_after = self._answer.remaining or RETRY_AFTER
         return error
+
+    def _complete(self, result: Any, conn: Any, wanted: type[Any], channel_of: type[Any]) -> Any:
+        """`complete` by those classes of connection and channel; of asyncio a coroutine."""
+        raw, channel = self._encoded(result), self._inside
+        if conn is not None and channel is None:
+            inner = unwrap(conn, wanted, "complete()")
+            check_inside(inner, "complete()")
+            channel = channel_of(inner, self._flows.timeout)
+        inside = channel is not None
+        return (channel or self._lease._runtime.channel).run(self._finish(raw, inside=inside))  # type: ignore[union-attr]  # a claim that is no replay has one
+
+    def _ending(
+        self, *, failed: bool
+    ) -> tuple[Callable[[], Flow[None]], float | None, float] | None:
+        """What a runtime's `clean_up` does when a block with a lease ends; None: nothing."""
+        if failed or (self._dropped and not self._completed):
+            if self.is_replay or os.getpid() != self._pid:
+                return None
+            return self._release, *CLEAN_UP
+        if self.is_replay or self._completed:
+            return None
+        finish = partial(self._finish, self._encoded(self._value), inside=False)
+        return finish, None, self._flows.timeout + CLEAN_UP[1]
 
     def _finish(self, raw: bytes, *, inside: bool) -> Flow[None]:
         """Record the outcome."""

@@ -210,34 +210,19 @@ class Notifier:
 
 @dataclass(slots=True)
 class QueueOptions:
-    """What a queue was made with.
-
-    Attributes:
-        name: as the user gave it.
-        key: as the table has it.
-        sql: the statements.
-        inside: the same for a caller's transaction.
-        lease: seconds.
-        max_attempts: after which a job is dead.
-        backoff: between attempts.
-        notify: a put wakes waiting processes.
-        size_max: bytes of a payload.
-        key_max: bytes of a dedupe key.
-        made: the class of its jobs.
-        serializer: of typed payloads.
-    """
+    """What a queue was made with."""
 
     name: str
-    key: bytes
+    key: bytes  # the name as the table has it
     sql: JobStatements
-    inside: JobStatements
+    inside: JobStatements  # for a caller's transaction
     lease: float
     max_attempts: int
     backoff: Backoff
     notify: bool
-    size_max: int
-    key_max: int
-    made: type[HeldJob[Any]]
+    size_max: int  # bytes of a payload
+    key_max: int  # bytes of a dedupe key
+    made: type[HeldJob[Any]]  # the class of its jobs
     serializer: Serializer[Any] | None = None
     marks: Marks = field(default_factory=Marks)
 
@@ -254,14 +239,7 @@ class QueueOptions:
 
 
 class HeldJob(Held, Generic[T]):
-    """What `Job` and `AsyncJob` share.
-
-    Args:
-        runtime: of threads or asyncio.
-        options: its queue's.
-        taken: the job.
-        sent_at: `clock()` before it was taken.
-    """
+    """What `Job` and `AsyncJob` share; `sent_at` is `clock()` before it was taken."""
 
     _lost_because: ClassVar[dict[str, str]] = {
         "expired": "its lease passed before a renewal got through",

@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AsyncExitStack, ExitStack
 from functools import partial
 from http import HTTPStatus
-from typing import Any, NamedTuple, TypeAlias, TypedDict, Unpack
+from typing import Any, Generic, NamedTuple, TypeAlias, TypedDict, TypeVar, Unpack
 
 import msgspec
 
@@ -32,7 +32,7 @@ from .limit import PROBLEM_TYPE, heard_by_servers
 from .request import HttpRequest
 from .session import OUTAGES, RETRY_AFTER
 
-__all__ = ["IdempotencyMiddleware", "WSGIIdempotencyMiddleware", "idempotent_attempt"]
+K = TypeVar("K")
 
 ATTEMPT = "pgkv.idempotency"  # in scope or environ: the request's attempt
 KEY_MAX = 255
@@ -285,7 +285,30 @@ def idempotent_attempt(request: Any) -> Any:
 # -- ASGI ------------------------------------------------------------------------------------
 
 
-class IdempotencyMiddleware:
+class _Middleware(Generic[K]):
+    """What both have in common."""
+
+    _names: tuple[
+        type[Any], str, str
+    ]  # the class of idempotency, of the middleware, and its twin's
+
+    def __init__(
+        self,
+        app: Any,
+        *,
+        idempotency: K,
+        scope: Callable[[Any], Any] | str,
+        **options: Unpack[IdempotencyOptions],
+    ) -> None:
+        self.app = app
+        self._requests = IdempotentRequests(*self._names, idempotency, scope, options)
+
+    @shown
+    def __repr__(self) -> str:
+        return repr(self._requests.responses)
+
+
+class IdempotencyMiddleware(_Middleware[AsyncIdempotency[Any]]):
     """Run a request with an ``Idempotency-Key`` once: ``app.add_middleware(IdempotencyMiddleware, ...)``.
 
     A retry gets the stored status, body, Content-Type, Location, ETag and Link, with
@@ -309,21 +332,7 @@ class IdempotencyMiddleware:
         ConfigError: a setting is wrong, or the idempotency is not async.
     """
 
-    def __init__(
-        self,
-        app: Any,
-        *,
-        idempotency: AsyncIdempotency[Any],
-        scope: Callable[[Any], Any] | str,
-        **options: Unpack[IdempotencyOptions],
-    ) -> None:
-        self.app = app
-        names = ("IdempotencyMiddleware", "WSGIIdempotencyMiddleware")
-        self._requests = IdempotentRequests(AsyncIdempotency, *names, idempotency, scope, options)
-
-    @shown
-    def __repr__(self) -> str:
-        return repr(self._requests.responses)
+    _names = AsyncIdempotency, "IdempotencyMiddleware", "WSGIIdempotencyMiddleware"
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Serve one connection."""
@@ -402,7 +411,7 @@ class _ASGIResponse:
 Environ: TypeAlias = "dict[str, Any]"
 
 
-class WSGIIdempotencyMiddleware:
+class WSGIIdempotencyMiddleware(_Middleware[Idempotency[Any]]):
     """:class:`IdempotencyMiddleware` for WSGI: ``app.wsgi_app = WSGIIdempotencyMiddleware(app.wsgi_app,
     ...)``.
 
@@ -417,21 +426,7 @@ class WSGIIdempotencyMiddleware:
         ConfigError: a setting is wrong, or the idempotency is async.
     """
 
-    def __init__(
-        self,
-        app: Any,
-        *,
-        idempotency: Idempotency[Any],
-        scope: Callable[[Any], Any] | str,
-        **options: Unpack[IdempotencyOptions],
-    ) -> None:
-        self.app = app
-        names = ("WSGIIdempotencyMiddleware", "IdempotencyMiddleware")
-        self._requests = IdempotentRequests(Idempotency, *names, idempotency, scope, options)
-
-    @shown
-    def __repr__(self) -> str:
-        return repr(self._requests.responses)
+    _names = Idempotency, "WSGIIdempotencyMiddleware", "IdempotencyMiddleware"
 
     def __call__(self, environ: Environ, start_response: Any) -> Iterable[bytes]:
         """Serve one request."""
