@@ -2,7 +2,7 @@
 # (PYTHON=/path/to/python chooses which) and brought up to date when pyproject.toml changes.
 
 VENV := .venv
-BIN := $(VENV)/bin
+BIN := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 SHELL := /bin/sh
 MAKEFLAGS += --no-print-directory
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet install

@@ -1,4 +1,4 @@
-"""A real PgBouncer in front of a test's server."""
+"""A real PgBouncer in front of a test's server: one that is started, or that of PGKV_TEST_POOLER_DSN."""
 
 from __future__ import annotations
 
@@ -11,15 +11,21 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
+import psycopg
 import pytest
+from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from tests import servers
 
 PROGRAM = shutil.which("pgbouncer", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")
 FETCHED = Path(__file__).parents[1] / ".servers" / "pgbouncer.sh"  # by `make servers`
+# In front of the server of PGKV_TEST_DSN, in transaction mode, with the same role, which is one of its
+# admin_users. Tests set the role's search_path: one process runs them.
+FOREIGN = os.environ.get("PGKV_TEST_POOLER_DSN", "")
 needed = pytest.mark.skipif(
-    PROGRAM is None, reason="no pgbouncer here (on Debian and Ubuntu: apt install pgbouncer)"
+    PROGRAM is None and not FOREIGN,
+    reason="no pgbouncer here (on Debian and Ubuntu: apt install pgbouncer)",
 )
 
 
@@ -33,12 +39,15 @@ def _version(program: str) -> tuple[int, ...]:
 @cache
 def programs() -> dict[str, str]:
     """What is here, by whether it can keep prepared statements: "older" and "newer"."""
+    if FOREIGN:
+        return {"newer": ""}
     here = [*([str(FETCHED)] if FETCHED.exists() else []), *([PROGRAM] if PROGRAM else [])]
     return {"newer" if _version(each) >= (1, 21) else "older": each for each in here}
 
 
 newer_needed = pytest.mark.skipif(
-    "newer" not in programs(), reason="no PgBouncer 1.21 or newer here: make servers"
+    FOREIGN != "" or "newer" not in programs(),
+    reason="no PgBouncer 1.21 or newer here: make servers",
 )
 
 
@@ -85,3 +94,25 @@ def started(
     finally:
         process.kill()
         process.wait()
+
+
+@contextlib.contextmanager
+def borrowed(dsn: str, schema: str) -> Iterator[str]:
+    """The one of PGKV_TEST_POOLER_DSN, whose connections to the server work in that schema."""
+    console = make_conninfo(FOREIGN, dbname="pgbouncer")
+    database = conninfo_to_dict(FOREIGN)["dbname"]
+    with (
+        psycopg.connect(dsn, autocommit=True, application_name="tests") as conn,
+        psycopg.connect(console, autocommit=True) as admin,
+    ):
+        conn.execute(
+            sql.SQL("ALTER ROLE CURRENT_USER SET search_path = {}, pg_catalog").format(
+                sql.Identifier(schema)
+            )
+        )
+        try:
+            yield make_conninfo(FOREIGN, application_name=schema)
+        finally:
+            conn.execute("ALTER ROLE CURRENT_USER RESET search_path")
+            for command in ("KILL", "RESUME"):  # connections with the old setting end
+                admin.execute(f"{command} {database}".encode())

@@ -101,6 +101,10 @@ def pooler(
     to = conninfo_to_dict(dsn)
     schema = re.search(r"search_path=(\w+)", str(to["options"]))
     assert schema is not None
+    if pgbouncer.FOREIGN:
+        if settings or mode != "transaction":
+            pytest.skip("needs a PgBouncer with settings of its own")
+        return pgbouncer.borrowed(dsn, schema[1])
     return pgbouncer.started(
         dsn,
         f"pool_mode = {mode}",
@@ -116,7 +120,7 @@ def pooler(
 @pytest.fixture
 def pooled(server: Server | UserServer, dsn: str, program: str) -> Iterator[str]:
     """The way through PgBouncer to the test's schema."""
-    if not isinstance(server, Server):
+    if not isinstance(server, Server) and not pgbouncer.FOREIGN:
         pytest.skip("PgBouncer needs the password of PGKV_TEST_DSN's server")
     with pooler(dsn, program=program) as through:
         yield through

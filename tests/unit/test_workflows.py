@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shlex
+import subprocess
+import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,8 +46,63 @@ def test_a_command_is_a_target_and_its_paths_exist(job: str, command: str) -> No
     assert target in TARGETS
     for setting in settings:
         name, _, value = setting.partition("=")
-        assert name == "ARGS"
-        assert [path for path in value.split() if not (ROOT / path).exists()] == []
+        assert name in {"ARGS", "JOBS", "PYTHON"}
+        paths = value.split() if name == "ARGS" else []
+        assert [path for path in paths if not (ROOT / path).exists()] == []
+
+
+def test_a_variable_is_one_that_is_read() -> None:
+    """A DSN that no test looks at would be a job that tests nothing."""
+    named = {
+        name
+        for _, job in jobs()
+        for each in (job, *job.get("steps", ()))
+        for name in each.get("env", {})
+        if name.startswith("PGKV_")
+    }
+    read = "".join(
+        path.read_text("utf-8") for path in [ROOT / "Makefile", *(ROOT / "tests").rglob("*.py")]
+        if path != Path(__file__)
+    )  # fmt: skip
+    assert {name for name in named if name not in read} == set()
+    assert named >= {"PGKV_TEST_DSN", "PGKV_TEST_CITUS_DSN", "PGKV_TEST_POOLER_DSN"}
+
+
+def test_a_dsn_leads_to_a_service_of_its_job() -> None:
+    """By name where the job runs in a container, else by a port that is published."""
+    for name, job in jobs():
+        services = job.get("services", {})
+        for variable, dsn in job.get("env", {}).items():
+            if services and variable.endswith("_DSN"):
+                found = re.fullmatch(r"postgresql://[\w:]+@([\w.]+)(?::(\d+))?/postgres", dsn)
+                assert found, (name, dsn)
+                host, port = found.groups()
+                if "container" in job:
+                    assert host in services
+                else:
+                    published = [
+                        each.partition(":")[0] for s in services.values() for each in s["ports"]
+                    ]
+                    assert (host, port in published) == ("127.0.0.1", True)
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("check_jsonschema") is None, reason="check-jsonschema is not installed"
+)
+@pytest.mark.parametrize(
+    ("schema", "files"), [("github-workflows", "workflows/*.yml"), ("dependabot", "dependabot.yml")]
+)
+def test_they_are_what_github_reads(schema: str, files: str) -> None:
+    """Keys, types and triggers, by the schemas that check-jsonschema brings."""
+    paths = map(str, (ROOT / ".github").glob(files))
+    options = ["--builtin-schema", f"vendor.{schema}"]
+    done = subprocess.run(
+        [sys.executable, "-m", "check_jsonschema", *options, *paths],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
 
 
 def test_the_checks_of_make_test_all_run() -> None:
@@ -53,8 +111,8 @@ def test_the_checks_of_make_test_all_run() -> None:
 
 
 def test_the_matrix_is_what_the_project_says_it_supports() -> None:
-    matrix = WORKFLOWS["test"]["jobs"]["linux"]["strategy"]["matrix"]["include"]
-    pythons = {each["python"] for each in matrix if not each.get("may-fail")}
+    matrix = WORKFLOWS["test"]["jobs"]["linux"]["strategy"]["matrix"]
+    pythons = set(matrix["python"])
     stated = {
         each.rpartition(" ")[2]
         for each in PROJECT["classifiers"]
@@ -62,8 +120,8 @@ def test_the_matrix_is_what_the_project_says_it_supports() -> None:
     }
     assert pythons == stated
     assert min(pythons, key=lambda each: int(each[2:])) == PROJECT["requires-python"][2:]
-    assert {each["postgres"] for each in matrix} == {14, 15, 16, 17, 18}
-    assert [each["python"] for each in matrix if each.get("may-fail")] == ["3.14t"]
+    assert matrix["postgres"] == [14, 15, 16, 17, 18]
+    assert [(each["python"], each["may-fail"]) for each in matrix["include"]] == [("3.14t", True)]
 
 
 def test_no_job_may_write_but_those_that_publish() -> None:
