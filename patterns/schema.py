@@ -20,20 +20,12 @@ SHAPES = {  # kind of table: of which part of `tables`, its shape, whether it is
 }
 
 
-def tables(
-    config: Config,
-    *,
-    locks: bool = True,
-    sessions: bool = True,
-    idempotency: bool = True,
-    queues: bool = True,
-) -> list[Table]:
-    """Return the store's table and those of the patterns that are wanted."""
-    wanted = {"locks": locks, "sessions": sessions, "idempotency": idempotency, "queues": queues}
+def tables(config: Config, **parts: bool) -> list[Table]:
+    """Return the store's table and those of the patterns, but for the `parts` that are False."""
     return [config.table] + [
         companion(config, shape, durable=logged)
         for part, shape, logged in SHAPES.values()
-        if wanted[part]
+        if parts.get(part, True)
     ]
 
 

@@ -291,8 +291,7 @@ class Acquisition(Generic[L]):
             others = [key for key in options.keys if key != reply.key] if repeated else []
             if others:
                 # The sending whose answer was lost may be granted another slot.
-                for op in options.sql.take_back(others, self.asking):
-                    yield from self._quietly(op)
+                yield from self._quietly(*options.sql.take_back(others, self.asking))
             if (lease := self._trusted(reply, sent_at)) is not None:
                 return lease, _IN_FLIGHT
         _observe.warning("pgkv.lock.late_grant", lock=options.name, ttl=options.ttl)
@@ -415,11 +414,9 @@ class Acquisition(Generic[L]):
             return
         options, sql = self.options, self.options.sql
         if self.in_doubt:
-            for op in sql.take_back(options.keys, self.asking):
-                yield from self._quietly(op)
+            yield from self._quietly(*sql.take_back(options.keys, self.asking))
             if self.queued:
-                for op in sql.leave_in_doubt(options.keys[0], self.asking):
-                    yield from self._quietly(op)
+                yield from self._quietly(*sql.leave_in_doubt(options.keys[0], self.asking))
         else:
             yield from self._leave_queue()
         self.in_doubt = self.queued = False
@@ -429,12 +426,13 @@ class Acquisition(Generic[L]):
             self.queued = False
             yield from self._quietly(self.options.sql.leave(self.options.keys[0], self.asking))
 
-    def _quietly(self, op: Op[Any]) -> Flow[None]:
-        try:
-            yield from do_within(self.runtime, op, CLEAN_UP_TIME)
-        except PgkvError as error:
-            # It ends by its ttl, as everything here does.
-            _observe.debug("pgkv.lock.clean_up_failed", error=type(error).__name__)
+    def _quietly(self, *ops: Op[Any]) -> Flow[None]:
+        for op in ops:
+            try:
+                yield from do_within(self.runtime, op, CLEAN_UP_TIME)
+            except PgkvError as error:
+                # It ends by its ttl, as everything here does.
+                _observe.debug("pgkv.lock.clean_up_failed", error=type(error).__name__)
 
 
 _IN_FLIGHT = Denied(None, 0.0)

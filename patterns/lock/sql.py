@@ -644,29 +644,27 @@ def _pages(first: int) -> tuple[bytes, bytes]:
 def _read_grant(result: Result) -> Granted | Denied | Signal:
     if not result.ntuples:
         return Raced(Denied(None, 0.0))
-    column = result.get_value
-    token = column(0, 0)
-    if token is not None:
-        return Granted(_codec.decode_int(token), column(0, 1) or b"")
-    denied = Denied(column(0, 2), _codec.decode_float8(column(0, 3)))
+    if (granted := _read_taken(result)) is not None:
+        return granted
+    denied = Denied(result.get_value(0, 2), _codec.decode_float8(result.get_value(0, 3)))
     # Its data say "free", but the row is in flight: a takeover, a guard, the cleaning.
     return denied if denied.remaining > 0 else Raced(denied)
 
 
 def _read_grant_fair(result: Result) -> Granted | Denied | Signal:
+    if (granted := _read_taken(result)) is not None:
+        return granted
     column = result.get_value
-    token = column(0, 0)
-    if token is not None:
-        return Granted(_codec.decode_int(token), column(0, 1) or b"")
     left, ahead = column(0, 3), _codec.decode_int(column(0, 4))
     denied = Denied(column(0, 2), 0.0 if left is None else _codec.decode_float8(left), ahead)
     return denied if denied.remaining > 0 or ahead else Raced(denied)
 
 
 def _read_taken(result: Result) -> Granted | None:
-    if not result.ntuples:
-        return None
-    return Granted(_codec.decode_int(result.get_value(0, 0)), result.get_value(0, 1) or b"")
+    token = result.get_value(0, 0) if result.ntuples else None
+    return (
+        None if token is None else Granted(_codec.decode_int(token), result.get_value(0, 1) or b"")
+    )
 
 
 def _read_held(result: Result) -> Denied | None:
@@ -743,10 +741,9 @@ class SemaphoreStatements(LockStatements):
         slots = len(keys)
 
         def decode(result: Result) -> Granted | Denied | Undefined | Signal:
+            if (granted := _read_taken(result)) is not None:
+                return granted
             column = result.get_value
-            token = column(0, 0)
-            if token is not None:
-                return Granted(_codec.decode_int(token), column(0, 1) or b"")
             size, left = column(0, 2), column(0, 3)
             if size is None or int(size) != slots:
                 return Undefined(None if size is None else int(size))

@@ -26,7 +26,7 @@ from ..patterns.schema import schema_sql, tables
 
 __all__ = ["PgkvTablesOp", "include_object"]
 
-_PARTS = inspect.signature(tables).parameters.keys() - {"config"}
+_PARTS = inspect.signature(schema_sql).parameters.keys() - {"config"}
 IncludeObject = Callable[[Any, Any, str, bool, Any], bool]
 
 
