@@ -9,7 +9,7 @@ fill replaces only the state it began from. Generation rows hold nothing but the
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..._ops import codec as _codec
 from ..._ops.lazy import cached_property
@@ -28,7 +28,7 @@ from ..._sql.table import (
     read_int_or_none,
 )
 from ...errors import InvalidKeyError
-from .._runtime.sql import as_bytes, as_text, rows_of
+from .._runtime.sql import as_bytes, as_text, in_each_call, rows_of
 
 if TYPE_CHECKING:
     from ...config import Seconds
@@ -116,7 +116,7 @@ class CacheStatements(TableStatements):
             "cache_read",
             f"SELECT key, value, version, {_AGE} FROM {self.t} WHERE {where} AND {LIVE}",
             (TEXT,) * count or (BINARY,),
-            _in_each_call,
+            in_each_call,
         )
 
     # -- leases and fills
@@ -325,11 +325,6 @@ _NOTIFY: Statement[None] = Statement(
 
 
 # -- reading results -----------------------------------------------------------------------
-
-
-def _in_each_call(result: Result) -> Any:
-    """Stands for a decoder that each call brings, because the answer holds what was asked."""
-    raise AssertionError(f"undecoded: {result!r}")
 
 
 class ReadDecoder:

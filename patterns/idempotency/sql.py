@@ -23,7 +23,7 @@ from ..._ops.op import BINARY, TEXT, Op, Raced, Result, Signal, Statement
 from ..._sql.sweep import Sweep
 from ..._sql.table import read_changed
 from ...config import Config, Table, TableShape
-from .._runtime.sql import read_renewed, renewal, renewed
+from .._runtime.sql import EPOCH, NOW, milliseconds, read_renewed, renewal, renewed
 
 IDEMPOTENCY = TableShape(
     "_idempotency",
@@ -40,8 +40,6 @@ IDEMPOTENCY = TableShape(
 
 SEPARATOR = b"\x1f"  # between scope and key
 REPEATS = 3  # of a claim that met a row in flight, before the key counts as busy
-NOW = "statement_timestamp()"
-EPOCH = "'epoch'::timestamptz"
 US = "(extract(epoch from n.ts) * 1000000)::bigint"
 ENDS = "n.ts + $3::float8 * interval '1 second'"
 DURABLE = (
@@ -115,7 +113,7 @@ class IdempotencyStatements(Sweep):
         """Take the key for `lease` seconds if nothing has it; another transaction that is about to take
         it is waited for `wait` seconds, then it fails with 55P03."""
         float8 = _codec.encode_float8
-        return Op(self._claim, (key, fingerprint, float8(ttl), _ms(wait), float8(lease)))
+        return Op(self._claim, (key, fingerprint, float8(ttl), milliseconds(wait), float8(lease)))
 
     # Inside a caller's transaction nothing is prepared, and planning costs the most: so the usual case has a
     # statement of its own. Each of the three answers None where it is for the next.
@@ -143,7 +141,7 @@ class IdempotencyStatements(Sweep):
     def insert(self, key: bytes, fingerprint: bytes, ttl: float, wait: float) -> Op[Answer | None]:
         """Take a new key in the caller's transaction; another transaction that has it is waited for
         `wait` seconds, then it fails with 55P03."""
-        return Op(self._insert, (key, fingerprint, _codec.encode_float8(ttl), _ms(wait)))
+        return Op(self._insert, (key, fingerprint, _codec.encode_float8(ttl), milliseconds(wait)))
 
     @cached_property
     def _look(self) -> Statement[Answer | None]:
@@ -172,7 +170,9 @@ class IdempotencyStatements(Sweep):
         self, key: bytes, fingerprint: bytes, ttl: float, wait: float
     ) -> Op[Answer | None]:
         """Take a key that has expired, or that an attempt left, as of `insert`."""
-        return Op(self._take_over, (key, fingerprint, _codec.encode_float8(ttl), _ms(wait)))
+        return Op(
+            self._take_over, (key, fingerprint, _codec.encode_float8(ttl), milliseconds(wait))
+        )
 
     # -- ending
 
@@ -264,11 +264,6 @@ class IdempotencyStatements(Sweep):
     def forget(self, key: bytes) -> Op[bool]:
         """Make the key new, and drop its result; an attempt under way can no longer complete it."""
         return Op(self._forget, (key,))
-
-
-def _ms(seconds: float) -> bytes:
-    """A setting's text for a duration; never 0, which would mean "without end"."""
-    return str(max(1, round(seconds * 1000))).encode()
 
 
 def _read_answer(result: Result) -> Answer | None:

@@ -30,7 +30,18 @@ from ..._ops.op import BINARY, TEXT, Op, Raced, Result, Signal, Statement
 from ..._sql.table import STATEMENT_US, read_changed, read_found, read_int
 from ...config import Table, TableShape, quote_identifier, short_identifier
 from ...errors import InvalidValueError
-from .._runtime.sql import as_text, read_renewed, renewal, renewed, row_of, rows_of
+from .._runtime.sql import (
+    ASYNC,
+    EPOCH,
+    NOW,
+    as_text,
+    milliseconds,
+    read_renewed,
+    renewal,
+    renewed,
+    row_of,
+    rows_of,
+)
 
 T = TypeVar("T")
 
@@ -67,14 +78,11 @@ KEEP_DAYS = 7  # days that an unused name's token is remembered
 MARK_US = 3_600_000_000  # the same for a request that was taken back, in microseconds
 CLEAN_PAGES = 128
 
-NOW = "statement_timestamp()"
 LIVE = f"expires_at > {NOW}"
-EPOCH = "'epoch'::timestamptz"
 DURABLE = (
     "set_config('synchronous_commit', CASE current_setting('synchronous_commit') "
     "WHEN 'remote_apply' THEN 'remote_apply' ELSE 'on' END, true)"
 )
-RELAXED = "set_config('synchronous_commit', 'off', true)"
 STILL_MINE = "t.value = EXCLUDED.value AND t.expires_at > EXCLUDED.updated_at"
 # An asking whose own grant was ended is granted nothing more: a copy of it may still be under way.
 ENDED = f"t.value = EXCLUDED.value AND t.expires_at = {EPOCH}"
@@ -184,7 +192,7 @@ class LockStatements:
         # What is not logged waits for no disk, whatever the setting.
         logged = table.shape != LOCKS_UNLOGGED
         self.durable = DURABLE if logged else "NULL"
-        self.relaxed = RELAXED if logged else "NULL"
+        self.relaxed = ASYNC if logged else "NULL"
         self.logged: bool = logged
         # MATERIALIZED and referenced: otherwise the settings in it would never be made.
         self.clock = (
@@ -630,11 +638,6 @@ class LockStatements:
 def _note_key(key: bytes, asking: Asking) -> bytes:
     """The key of a note, next to the tickets of the name. Of a semaphore the slot is left out."""
     return key.partition(SEPARATOR.encode())[0] + NOTE + asking.mark[1:]
-
-
-def milliseconds(seconds: float) -> bytes:
-    """A setting's text for a duration; never 0, which would mean "without end"."""
-    return str(max(1, round(seconds * 1000))).encode()
 
 
 def _pages(first: int) -> tuple[bytes, bytes]:

@@ -28,7 +28,7 @@ from ..._ops.op import BINARY, TEXT, Op, Param, Raced, Result, Signal, Statement
 from ..._sql.table import STATEMENT_US, read_changed, read_count
 from ...config import Table, TableShape
 from .._runtime.lease import EXPIRED, GONE, LOCKED, RELEASED, RENEWED, REPLACED
-from .._runtime.sql import as_bytes, as_text, row_of, rows_of
+from .._runtime.sql import ASYNC, EPOCH, NOW, as_bytes, as_text, row_of, rows_of
 
 JOBS = TableShape(
     "_jobs",
@@ -62,9 +62,6 @@ FIRST = _codec.INT8_MIN  # the binary timestamp before all others; the largest i
 NEVER = _codec.INT8_MAX
 INT2_OID, TIMESTAMPTZ_OID = 21, 1184
 
-NOW = "statement_timestamp()"
-EPOCH = "'epoch'::timestamptz"
-ASYNC = "set_config('synchronous_commit', 'off', true)"
 LIVES = "due_at < 'infinity'"
 MINE = f"id = $1 AND token = $2 AND {LIVES} AND leased_until > {EPOCH}"
 STATES = ("waiting", "delayed", "running", "dead")

@@ -20,13 +20,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import zip_longest
-from typing import NamedTuple, NoReturn, TypeAlias
+from typing import NamedTuple, TypeAlias
 from urllib.parse import unquote
 
 from ..._ops import codec as _codec
 from ..._ops.op import BINARY, TEXT, Op, Raced, Result, Signal, Statement
 from ..._sql.table import CLOCK_US, LIVE, STATEMENT_US, TableStatements, read_changed
-from .._runtime.sql import as_bytes, as_text, rows_of
+from .._runtime.sql import as_bytes, as_text, in_each_call, rows_of
 from .rate import WINDOWS
 
 ROWS = "pgkv:rate:"
@@ -245,7 +245,7 @@ class LimiterStatements(TableStatements):
             "FROM u LEFT JOIN cur ON TRUE "
             "WHERE NOT EXISTS (SELECT 1 FROM h)",
             (TEXT, *(BINARY,) * (2 * len(windows))),
-            _in_each_call,
+            in_each_call,
             refused=FOREIGN,
             repeats=RACES_MAX,
         )
@@ -262,7 +262,7 @@ class LimiterStatements(TableStatements):
             f"SELECT FALSE, t.value, u.us, t.updated_at, t.version{told} "
             f"FROM (SELECT statement_timestamp() AS ts, {STATEMENT_US} AS us) u LEFT JOIN {self.t} t ON t.key = $1",
             (TEXT,),
-            _in_each_call,
+            in_each_call,
         )
 
     def reset(self, row: bytes) -> Op[bool]:
@@ -502,7 +502,7 @@ class LimiterStatements(TableStatements):
             "UNION ALL SELECT key, value, updated_at, version FROM pre "
             "WHERE NOT (SELECT ok FROM ok0)) z USING (key)",
             (BINARY,) * (7 if fixed else 5),
-            _in_each_call,
+            in_each_call,
             savepoint=True,
             refused=FOREIGN,
         )
@@ -705,8 +705,3 @@ def _read_arrival(result: Result, n: int, rates: Shape, windows: int = 5) -> Arr
         found = [max(int(tat), now) for tat in value.split()][:rates]
         tats = found + [now] * (rates - len(found))
     return Arrival(column(n, 0) == b"\1", now, tats, column(n, 3), column(n, 4))
-
-
-def _in_each_call(result: Result) -> NoReturn:
-    """Placeholder: each call has a decoder of its own, which depends on the rates and the cost."""
-    raise AssertionError(f"undecoded: {result!r}")

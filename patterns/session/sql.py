@@ -29,7 +29,7 @@ from ..._ops.op import BINARY, TEXT, Expired, Op, Raced, Result, Signal, Stateme
 from ..._sql.sweep import Sweep
 from ..._sql.table import STATEMENT_US, read_count, read_found
 from ...config import Config, Table, TableShape
-from .._runtime.sql import as_bytes, rows_of
+from .._runtime.sql import ASYNC, NOW, as_bytes, rows_of
 from .data import SessionInfo, read_document, values_of
 
 SESSIONS = TableShape(
@@ -49,9 +49,7 @@ SESSIONS = TableShape(
     indexes=(("user", "(user_id)"),),
 )
 
-NOW = "statement_timestamp()"
 LIST_MAX = 1_000  # sessions of one user that a listing shows
-ASYNC = "set_config('synchronous_commit', 'off', true)"
 # A role or database may have set it to off; every other setting is at least as strict as asked.
 DURABLE = (
     "set_config('synchronous_commit', "

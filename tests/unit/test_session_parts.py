@@ -15,6 +15,7 @@ import pgkv
 from pgkv import Config, ConfigError, InvalidValueError, SessionError
 from pgkv._ops.op import Op, Statement
 from pgkv.config import Table
+from pgkv.patterns._runtime.sql import ASYNC
 from pgkv.patterns.session.data import (
     difference,
     document,
@@ -26,7 +27,7 @@ from pgkv.patterns.session.data import (
     values_of,
 )
 from pgkv.patterns.session.request import RequestSession
-from pgkv.patterns.session.sql import ASYNC, SESSIONS, Lifetimes, SessionStatements
+from pgkv.patterns.session.sql import SESSIONS, Lifetimes, SessionStatements
 from pgkv.patterns.web.cookie import Cookie, private, varying
 from pgkv.patterns.web.request import exemption
 
