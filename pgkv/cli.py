@@ -19,35 +19,12 @@ from ._cli.shards import shards
 from ._cli.table import evict, migrate, rewrite, schema, stats, sweep
 from ._cli.top import top
 
-# The help shows them in this order.
-COMMANDS: dict[str, Callable[..., int]] = {
-    "get": get,
-    "set": set_,
-    "delete": delete,
-    "scan": scan,
-    "load": load,
-    "dump": dump,
-    "stats": stats,
-    "sweep": sweep,
-    "evict": evict,
-    "rewrite": rewrite,
-    "doctor": doctor,
-    "top": top,
-    "dashboard": dashboard,
-    "schema": schema,
-    "migrate": migrate,
-    "locks": locks,
-    "lock": lock,
-    "cache": cache,
-    "limits": limits,
-    "sessions": sessions,
-    "idempotency": idempotency,
-    "queue": queue,
-    "worker": worker,
-    "shards": shards,
-    "demo": demo,
-}
-for _name, _function in COMMANDS.items():
-    register(_name, _function)
+_COMMANDS: tuple[Callable[..., int], ...] = (  # in the order of the help
+    *(get, set_, delete, scan, load, dump, stats, sweep, evict, rewrite, doctor, top, dashboard),
+    *(schema, migrate, locks, lock, cache, limits, sessions, idempotency, queue, worker, shards),
+    demo,
+)
+for _command in _COMMANDS:
+    register(_command)
 
 __all__ = ["app", "main"]

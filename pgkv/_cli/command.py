@@ -237,15 +237,15 @@ def require_database(config: Config) -> None:
             )
 
 
-def register(name: str, fn: Callable[..., int]) -> None:
-    """Register ``fn(call, ...) -> exit code`` under that name, with the common options added."""
+def register(fn: Callable[..., int]) -> None:
+    """Register ``fn(call, ...) -> exit code`` under its name, with the common options added."""
 
     def run(ctx: typer.Context, **given: Any) -> None:
         after = _set({each.name: given.pop(each.name) for each in fields(Invocation)})
         raise typer.Exit(fn(Invocation(**ctx.obj | after), **given))
 
     _sign(run, fn)
-    app.command(name, cls=_Command, help=inspect.getdoc(fn))(run)
+    app.command(fn.__name__.rstrip("_"), cls=_Command, help=inspect.getdoc(fn))(run)
 
 
 def _set(options: dict[str, Any]) -> dict[str, Any]:
