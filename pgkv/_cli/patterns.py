@@ -440,11 +440,8 @@ def _end(store: Store, token: int, *, safely: bool) -> dict[str, Any]:
                 if holder.token != token:
                     continue
                 key = store._sql.prefix_bytes + holder.name.encode()
-                if safely:
-                    done = store._execute(sql.revoke(key, token))
-                else:
-                    done = store._execute(sql.release(key, token, notify=True))
-                if done:
+                end = sql.revoke(key, token) if safely else sql.release(key, token, notify=True)
+                if store._execute(end):
                     shown = _shown(holder)
                     return {name: shown[name] for name in ("name", "slot", "owner", "token")}
     raise NotFoundError(f"no lease has the token {token}; see pgkv locks")
@@ -476,36 +473,29 @@ def worker(
     if not callable(fn):
         raise typer.BadParameter(f"{function} is not a function")
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
-    options = {
-        "lease": lease,
-        "wakeup": "notify" if notify else "poll",
-        "durable": not unlogged,
-    }
+    wakeup = "notify" if notify else "poll"
+    options: dict[str, Any] = {"lease": lease, "wakeup": wakeup, "durable": not unlogged}
+    names = ", ".join(queues)
+
+    async def run() -> None:
+        from ..aio import AsyncStore
+        from ..patterns.queue.api import AsyncQueue
+        from ..patterns.queue.worker import AsyncWorker
+
+        async with AsyncStore(call.config()) as store:
+            where = store if call.namespace is None else store.namespace(call.namespace)
+            console.note(f"working on {names}")
+            of = [AsyncQueue(where, name, **options) for name in queues]
+            await AsyncWorker(of, fn, concurrency=concurrency, grace=grace).run()
+
     if inspect.iscoroutinefunction(fn):
-        asyncio.run(_run_async(call, fn, queues, options, concurrency=concurrency, grace=grace))
+        asyncio.run(run())
         return DONE
     from ..patterns.queue.api import Queue
     from ..patterns.queue.worker import Worker
 
     with call.store(create=True) as store:
+        console.note(f"working on {names}")
         of = [Queue(store, name, **options) for name in queues]
-        console.note(f"working on {', '.join(queues)}")
         Worker(of, fn, concurrency=concurrency, grace=grace).run()
     return DONE
-
-
-async def _run_async(
-    call: Invocation,
-    fn: Callable[..., Any],
-    queues: list[str],
-    options: dict[str, Any],
-    **more: Any,
-) -> None:
-    from ..aio import AsyncStore
-    from ..patterns.queue.api import AsyncQueue
-    from ..patterns.queue.worker import AsyncWorker
-
-    async with AsyncStore(call.config()) as store:
-        where = store if call.namespace is None else store.namespace(call.namespace)
-        console.note(f"working on {', '.join(queues)}")
-        await AsyncWorker([AsyncQueue(where, name, **options) for name in queues], fn, **more).run()
