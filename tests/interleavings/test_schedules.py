@@ -12,7 +12,7 @@ from pgkv.testing import ServerClock
 from tests.interleavings.declarations import SCENARIOS
 from tests.interleavings.schedule import explore
 
-AT_MOST: int | None = 50  # schedules of a scenario that is not small; `make interleavings` runs all
+AT_MOST: int | None = 30  # schedules of a scenario that is not small; `make interleavings` runs all
 
 
 @pytest.fixture
