@@ -128,7 +128,7 @@ class SessionHandler:
         # The token that the browser has, and the one that it will have.
         self._had = self._browser = self._tokens[0] if self._tokens else ""
         self._dropped = False  # a save was refused: later changes of this request are refused too
-        self.closed = False
+        self.closed: bool = False
         self._cookie: list[tuple[str, str]] | None = None  # of the response's head
 
     def open(self) -> Flow[Session]:

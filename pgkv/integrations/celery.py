@@ -49,7 +49,7 @@ class CeleryBackend(KeyValueStoreBackend):
     ) -> None:
         super().__init__(app, **{**kwargs, "expires": expires})
         self.url = url
-        self.expires = self.prepare_expires(expires, type=int)
+        self.expires: int | None = self.prepare_expires(expires, type=int)
 
     @cached_property
     def _store(self) -> Store:
