@@ -138,7 +138,9 @@ class Table:
     shape: TableShape | None = None  # None: the store's own
     auto_create: bool = True
     bounded: bool = False  # has a column for eviction
-    fences: Any = field(default=None, compare=False, repr=False)  # of a slot on Citus
+    fences: Any = field(
+        default=None, repr=False
+    )  # of a slot on Citus; tables of two clusters differ
     quoted: str = field(init=False)
 
     def __post_init__(self) -> None:

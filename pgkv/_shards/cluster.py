@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
@@ -28,6 +29,7 @@ from .sql import (
     CITUS_MOVING_STATUS,
     CITUS_NODES,
     CITUS_PLAIN,
+    CITUS_REPLICATE,
     CITUS_SELF,
     CITUS_SETTINGS,
     CITUS_SETUP,
@@ -93,6 +95,9 @@ class CitusCluster:
             run("SET citus.enable_schema_based_sharding TO off")
             for command in CITUS_SETUP:
                 run(command)
+            # A node that is new may ask another one for the settings until Citus has copied them.
+            with contextlib.suppress(errors.InsufficientPrivilege):
+                run(CITUS_REPLICATE)
             run(CITUS_COUNT, (count,))
             run("SET citus.enable_schema_based_sharding TO on")
             if plain := run(CITUS_PLAIN).fetchone():

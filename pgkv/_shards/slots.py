@@ -7,7 +7,7 @@ schema is put in that one's place.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 from zlib import crc32
 
@@ -124,4 +124,4 @@ class ShardedConfig(Config):
     """
 
     shards: Slots | None = None
-    fences: Any = field(default=None, compare=False)
+    fences: Any = None

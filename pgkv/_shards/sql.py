@@ -382,8 +382,14 @@ READ_SIZES: Statement[dict[str, int]] = Statement(
 # -- Citus ---------------------------------------------------------------------------------------
 
 
+# In a sub-select: a call in the list itself is one that Citus might delegate, and plans again each time.
 FENCE: Statement[None] = Statement(
-    "fence", "SELECT pgkv_map.fence($1)", (BINARY,), read_nothing, retry_safe=True, writes=False
+    "fence",
+    "SELECT (SELECT pgkv_map.fence($1))",
+    (BINARY,),
+    read_nothing,
+    retry_safe=True,
+    writes=False,
 )
 _NOT_PLAIN = re.compile(
     r"\(SELECT|\bctid\b|\bFOR |regclass|\bpg_\w+\(|set_config|TABLESAMPLE|UNION"
@@ -517,12 +523,12 @@ CITUS_SETUP: tuple[str, ...] = (
     "slots INTEGER NOT NULL)",
     "SELECT create_reference_table('pgkv_map.settings') WHERE NOT EXISTS (SELECT FROM "
     "pg_catalog.pg_dist_partition WHERE logicalrelid = 'pgkv_map.settings'::regclass)",
-    "SELECT replicate_reference_tables()",
     CITUS_FENCE,
     # Rights to a sequence do not reach the workers.
     "CREATE OR REPLACE FUNCTION pgkv_map.next_id(text) RETURNS bigint LANGUAGE sql SECURITY DEFINER AS "
     "$pgkv$ SELECT pg_catalog.nextval(pg_catalog.pg_get_serial_sequence($1, 'id')) $pgkv$",
 )
+CITUS_REPLICATE = "SELECT replicate_reference_tables()"
 CITUS_COUNT = "INSERT INTO pgkv_map.settings (slots) VALUES (%s) ON CONFLICT DO NOTHING"
 CITUS_PLAIN = (
     "SELECT nspname FROM pg_catalog.pg_namespace n WHERE nspname ~ '^pgkv_[0-9]{2,}$' AND NOT EXISTS "
@@ -532,7 +538,7 @@ CITUS_UNLOGGED = (
     "SELECT FROM pg_catalog.pg_class WHERE relnamespace = to_regnamespace(%s) AND relkind = 'r' "
     "AND relpersistence = 'u' LIMIT 1"
 )
-CITUS_MOVE = "SELECT citus_schema_move(%s::regnamespace, %s::text, %s::int, %s::text::citus.shard_transfer_mode)"
+CITUS_MOVE = "SELECT citus_schema_move(%s::regnamespace, %s::text, %s::int, %s)"
 CITUS_SELF = "SELECT citus_backend_gpid()"
 CITUS_MOVING = (
     "SELECT DISTINCT n.nspname::text, format('%s:%s to %s:%s', p.sourcename, p.sourceport, "

@@ -17,6 +17,8 @@ from pgkv._ops.op import BINARY, Op, Statement
 from pgkv._shards import fences
 from pgkv._shards.sql import Relation
 from pgkv._sql.table import read_nothing
+from pgkv.patterns.lock.api import statements_of
+from pgkv.patterns.lock.sql import LockStatements
 from tests import again, sharded
 from tests.peers import caller_connection
 from tests.postgres.test_sharded_behaviour import (
@@ -252,3 +254,18 @@ async def test_jobs_have_ids(
         assert (await queue.put(b"2")).id == first.id + 1
         assert (await queue.take()).payload == b"1"
     assert keys
+
+
+async def test_statements_are_of_their_cluster(
+    citus: sharded.CitusStandIn, keys: list[str], variant: Variant
+) -> None:
+    """A store that comes after another one, over tables of the same names, does not get statements with the
+    other's relations: those are told nothing any more."""
+    for _ in range(2):
+        async with await sharded.connect(variant, citus.dsns) as store:
+            inner = store if variant.name == "async" else store._target
+            lock = variant.make("Lock", store, keys[0])
+            async with lock.acquire():
+                pass
+            found = statements_of(inner._in_slot(0), LockStatements, durable=True)
+            assert found.table.fences is inner._channel.router.fences

@@ -367,6 +367,40 @@ async def test_without_the_coordinator(
         assert len(await store.get_many(keys)) == SLOTS
 
 
+async def test_a_node_gets_another_address(
+    nodes: list[str], admin: CitusCluster, variant: Variant
+) -> None:
+    """As when its standby has taken over: programs find it with the placement, or when the old address fails."""
+    params = conninfo_to_dict(nodes[1])
+    if params["host"] != "127.0.0.1":
+        pytest.skip("needs a node with two names")
+
+    def rename(host: str) -> None:
+        ask(nodes[0], f"SELECT citus_update_node(nodeid, '{host}', nodeport) FROM pg_dist_node "
+                      f"WHERE nodeport = {params['port']}")  # fmt: skip
+        synced = "SELECT bool_and(metadatasynced) FROM pg_dist_node"
+        wait_until(lambda: ask(nodes[0], synced) == [(True,)], "the nodes know it")
+
+    async with await sharded.connect(variant, nodes[:1]) as store:
+        inner = (store if variant.name == "async" else store._target)._channel.router
+        slot = next(
+            n for n, row in enumerate(inner.homes) if row.home.endswith(f":{params['port']}")
+        )
+        key = next(k for k in map(str, range(99)) if store.slot_of(k) == slot)
+        assert await store.increment(key) == 1
+        rename("localhost")
+        try:
+            closing = inner.channels[slot]._pool.close()  # as one that cannot connect any more
+            if closing is not None:
+                await closing
+            assert await store.increment(key) == 2
+            assert inner.homes[slot].home == f"localhost:{params['port']}"
+        finally:
+            rename("127.0.0.1")
+        assert (await store.shards())[slot].node == f"127.0.0.1:{params['port']}"
+        assert await store.increment(key) == 3
+
+
 def test_the_command_line(
     nodes: list[str], admin: CitusCluster, capfd: pytest.CaptureFixture[str]
 ) -> None:
