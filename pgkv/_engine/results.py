@@ -126,9 +126,10 @@ def without_fences(results: list[PGresult], fences: int) -> list[PGresult]:
 
 
 def past_deadline(name: str, seconds: float) -> OperationTimeoutError:
-    """The error when the time passes after sending."""
+    """The error when the time passes after sending. Of a call that was late already nothing was left."""
+    within = f"{seconds:.3g} s" if seconds > 0 else "the time that was left"
     return OperationTimeoutError(
-        f"{name}: no answer within {seconds:.3g} s; it was cancelled, but may still have happened"
+        f"{name}: no answer within {within}; it was cancelled, but may still have happened"
     )
 
 

@@ -14,6 +14,7 @@ from psycopg_pool import PoolClosed, PoolTimeout
 import pgkv
 from pgkv import errors
 from pgkv._engine.pooling import unreachable
+from pgkv._engine.results import past_deadline
 from pgkv.errors import translate
 
 SECRET = "SECRET-41"
@@ -294,3 +295,10 @@ def test_a_pooler_that_refuses_session_settings(text: str) -> None:
     error = unreachable(psycopg.OperationalError(f"connection failed: {text}"), "connecting")
     assert isinstance(error, pgkv.StoreUnavailableError)
     assert "set pooler=pgkv.Pooler.TRANSACTION" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "within"), [(0.25, "within 0.25 s;"), (-0.0068, "within the time that was left;")]
+)
+def test_a_deadline_that_had_passed_is_no_negative_time(seconds: float, within: str) -> None:
+    assert within in str(past_deadline("get", seconds))
