@@ -224,7 +224,7 @@ def _sandbox(
         return not leaked
 
     try:
-        servers.wait_until(all_gone, "connections end")
+        servers.wait_until(all_gone, "connections end", seconds=120)
     except TimeoutError:
         for pid in leaked:
             _admin.execute("SELECT pg_terminate_backend(%s)", [pid])

@@ -25,6 +25,7 @@ from pgkv.config import Config
 from pgkv.patterns.session.data import id_of
 from tests.faults.support import newest
 from tests.servers import Server
+from tests.variants import in_a_hurry
 
 MakeServer = Callable[..., Server]
 
@@ -68,7 +69,7 @@ def test_what_waits_for_the_disk(make_server: MakeServer) -> None:
         loaded.data["a"] = 2
         sessions.save(loaded)
     off = f"{server.dsn} options='-c synchronous_commit=off'"
-    with Store.connect(off, auto_create_table=False, operation_timeout=0.4) as store:
+    with Store.connect(off, auto_create_table=False) as store:
         sessions = SessionStore(store)
         other = sessions.create(user_id="u")
         for end in (
@@ -76,7 +77,7 @@ def test_what_waits_for_the_disk(make_server: MakeServer) -> None:
             lambda: sessions.destroy(other.id),
             lambda: sessions.destroy_user("u"),
         ):
-            with pytest.raises(OperationTimeoutError):
+            with in_a_hurry(store, 1.0), pytest.raises(OperationTimeoutError):
                 end()
 
 

@@ -16,7 +16,7 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 import pgkv
 from tests.peers import Peer
-from tests.variants import Threaded
+from tests.variants import Threaded, in_a_hurry
 
 VALUE = "VALUE-1f6c"
 PASSWORD = "PASSWORD-9d2e:@/"
@@ -134,11 +134,12 @@ async def test_lock_time_outs_quote_no_value(loud: Any, peer: Peer, log: io.Stri
 
 async def test_time_outs(loud: Any, peer: Peer, log: io.StringIO) -> None:
     """A timeout shows neither the value nor the password."""
-    store = await loud(operation_timeout=0.5, retry=None)
+    store = await loud(retry=None)
     await store.set(KEY, b"1")
     with peer.conn.transaction():
         peer.run("UPDATE kv_store SET value = 'x'")
-        late = await failure(store.set(KEY, VALUE))
+        with in_a_hurry(store, 1.0):
+            late = await failure(store.set(KEY, VALUE))
     assert_silent(shown(late) + log.getvalue(), KEY)
 
 
