@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+import secrets
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -26,6 +27,15 @@ def databases(dsn: str, names: Sequence[str]) -> list[str]:
         for name in names:
             conn.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
     return [make_conninfo(dsn, dbname=name) for name in names]
+
+
+@contextlib.contextmanager
+def database(dsn: str) -> Iterator[str]:
+    """A database of its own, for a while."""
+    name = f"sharded_{secrets.token_hex(4)}"
+    yield databases(dsn, [name])[0]
+    with psycopg.connect(dsn, autocommit=True) as conn:
+        conn.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))
 
 
 def cluster(dsns: Sequence[str]) -> Servers:

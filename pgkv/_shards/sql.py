@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import chain
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 from .._engine.schema import create_sql
 from .._ops.codec import encode_array, whole
@@ -24,6 +24,7 @@ from ..types import ScanOptions
 from .slots import ANY, Slots, schema_of
 
 T = TypeVar("T")
+Parts: TypeAlias = list[tuple[int, Op[Any]]]
 
 MARK = f'"{ANY}".'
 
@@ -35,27 +36,35 @@ class Spread(Op[T]):
     """An operation whose parts are in several slots.
 
     Args:
-        parts: each with its slot: one or more for each, in the order of the slots.
+        statement: of any part.
+        parts: each with its slot, one or more for each, in the order of the slots; or what makes them.
         join: makes one answer of theirs; without one their statement's.
         by_slot: the keys of each slot, where `unite` makes one statement of several slots' on one server.
         unite: from the keys of each of its slots.
     """
 
-    __slots__ = ("by_slot", "join", "parts", "unite")
+    __slots__ = ("_parts", "by_slot", "join", "unite")
 
     def __init__(
         self,
-        parts: list[tuple[int, Op[Any]]],
+        statement: Statement[Any],
+        parts: Parts | Callable[[], Parts],
         join: Callable[[list[Any]], T] | None = None,
         by_slot: dict[int, list[bytes]] | None = None,
         unite: Callable[[list[tuple[int, list[bytes]]]], Op[T]] | None = None,
     ) -> None:
-        first = parts[0][1].statement
-        super().__init__(first, [each for _, op in parts for each in op.params])
-        self.parts: list[tuple[int, Op[Any]]] = parts
-        self.join: Any = join or first.join
+        super().__init__(statement, ())
+        self._parts = parts
+        self.join: Any = join or statement.join
         self.by_slot: dict[int, list[bytes]] = by_slot or {}
         self.unite = unite
+
+    @property
+    def parts(self) -> Parts:
+        """Each part with its slot."""
+        if callable(self._parts):
+            self._parts = self._parts()
+        return self._parts
 
 
 def located(statement: Statement[T], slot: int) -> Statement[T]:
@@ -145,7 +154,7 @@ class ShardedStatements(Statements):
         by_slot = self._keys_by_slot(keys)
         every = self.every
         parts = [(slot, every[slot].at(op)) for slot, few in by_slot.items() for op in make(few)]
-        return [Spread(parts)] if parts else []
+        return [Spread(parts[0][1].statement, parts)] if parts else []
 
     def _get_many(self, raw: list[bytes]) -> Op[dict[str, bytes]]:
         return self._reading(raw, super()._get_many, lambda: self._make_get_many(0))
@@ -169,7 +178,11 @@ class ShardedStatements(Statements):
 
         every = self.every
         return Spread(
-            [(slot, every[slot].at(make(few))) for slot, few in keys.items()], None, keys, unite
+            self.made(make.__name__, of_array),
+            lambda: [(slot, every[slot].at(make(few))) for slot, few in keys.items()],
+            None,
+            keys,
+            unite,
         )
 
     def _scan(
@@ -186,7 +199,8 @@ class ShardedStatements(Statements):
         def join(answers: list[list[Any]]) -> list[Any]:
             return sorted(chain.from_iterable(answers))[offset:][: options.limit]
 
-        return Spread([(slot, sql.at(op)) for slot, sql in enumerate(self.every)], join)
+        parts = [(slot, sql.at(op)) for slot, sql in enumerate(self.every)]
+        return Spread(parts[0][1].statement, parts, join)
 
 
 def _all_of(statement: Statement[T], slots: Sequence[int]) -> Statement[T]:

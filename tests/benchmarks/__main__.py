@@ -12,7 +12,7 @@ from rich.progress import Progress
 
 from tests.benchmarks import machine, page, plot, readme, record, services, table
 from tests.benchmarks.case import Bench, Case, FactCase
-from tests.benchmarks.cases import TOPICS, Topic
+from tests.benchmarks.cases import SHARDED, TOPICS, Topic
 from tests.benchmarks.placement import LINK, placements
 from tests.benchmarks.record import Record, Section
 from tests.benchmarks.rounds import ROUNDS_MIN, measure
@@ -46,7 +46,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--redraw", action="store_true", help=f"measure nothing: make {PLOT} and {PAGE} anew"
     )
+    parser.add_argument(
+        "--sharded", action="store_true", help="only stores over several servers, into the page"
+    )
     given = parser.parse_args()
+    if given.sharded:
+        given.only, given.output = SHARDED, given.output or DOCS
     given.rounds = max(ROUNDS_MIN, given.rounds or (ROUNDS_MIN if given.quick else ROUNDS))
     if given.output is None and (given.redraw or not (given.quick or given.only)):
         given.output = DOCS

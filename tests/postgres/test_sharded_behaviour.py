@@ -1,7 +1,7 @@
 """What every store and pattern does, a sharded one does too: their tests, run again over slots.
 
 They run over one server with one slot and with 32, and over three with 32; `make test` runs one in twelve, and
-PGKV_TESTS=full all. The servers are databases of one: to pgkv that is the same.
+PGKV_TESTS=full all.
 """
 
 from __future__ import annotations
@@ -95,14 +95,18 @@ LAYOUTS = [(1, 1), *([(1, 32)] if FULL else []), (3, 32)]
 
 
 @pytest.fixture(scope="session", params=LAYOUTS, ids=lambda each: f"{each[0]}x{each[1]}")
-def layout(request: pytest.FixtureRequest, server: Server | UserServer) -> list[str]:
+def layout(request: pytest.FixtureRequest, server: Server | UserServer) -> Iterator[list[str]]:
     """The DSNs of servers with slots and all tables."""
     if isinstance(server, UserServer):
         pytest.skip("makes databases: not on the server of PGKV_TEST_DSN")
     count, slots = request.param
-    dsns = sharded.databases(server.dsn, [f"n_{secrets.token_hex(4)}" for _ in range(count)])
+    more = [Server(server.binaries) for _ in range(count - 1)]
+    name = f"n_{secrets.token_hex(4)}"
+    dsns = [sharded.databases(each.dsn, [name])[0] for each in (server, *more)]
     sharded.init(dsns, slots)
-    return dsns
+    yield dsns
+    for each in more:
+        each.remove()
 
 
 class Clocks:

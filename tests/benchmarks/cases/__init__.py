@@ -24,12 +24,15 @@ from tests.benchmarks.cases import (
     pooler,
     queue,
     session,
+    sharded,
     size,
     tasks,
     threads,
     transforms,
     watch,
 )
+
+SHARDED = "Several servers"
 
 
 class Topic(NamedTuple):
@@ -140,6 +143,13 @@ TOPICS = (
         "Watching",
         "A store with `notify=True` tells of the keys that it wrote, 10 ms later and for many writes at once.",
         (watch,),
+    ),
+    Topic(
+        SHARDED,
+        "A store over 32 slots, on the same server as one that is not sharded, and on that and two more"
+        " servers of the same machine. The batches are of keys from all slots. A connection keeps its"
+        " statements for each slot: twelve of them were used in every one.",
+        (sharded,),
     ),
     Topic(
         "Size",
