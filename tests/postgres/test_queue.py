@@ -57,7 +57,7 @@ async def counts(queue: Any) -> tuple[int, int, int, int]:
 
 
 async def test_a_job_is_taken_once_and_gone_when_acknowledged(queue: Any) -> None:
-    """put, take, ack: nobody else is given it, and then it is gone."""
+    """put, take, ack: no other taker is given it, and then it is gone."""
     put = await queue.put(b"work")
     assert put == (put.id, "new")
     job = await taken(queue)
@@ -253,7 +253,7 @@ async def test_queues_do_not_mix(store: Any, variant: Variant) -> None:
 
 
 async def test_a_waiting_job_is_cancelled_a_running_one_is_not(queue: Any) -> None:
-    """cancel removes what nobody works on."""
+    """cancel removes what no worker has."""
     first, second = await queue.put("a"), await queue.put("b")
     job = await taken(queue)
     assert not await queue.cancel(first.id)
@@ -423,7 +423,7 @@ async def test_a_step_of_the_clock_back(queue: Any, clock: ServerClock) -> None:
 
 
 async def test_a_put_commits_with_the_callers_transaction(queue: Any, connect: Any) -> None:
-    """Nobody is given a job before the commit; after a rollback there is none."""
+    """No taker is given a job before the commit; after a rollback there is none."""
     await queue.create_table()
     conn = await connect()
     await queue.using(conn).put("a")
@@ -467,7 +467,7 @@ async def test_a_put_in_the_stores_transaction(store: Any, queue: Any) -> None:
 async def test_an_ack_commits_with_its_effect(
     store: Any, queue: Any, variant: Variant, connect: Any, clock: ServerClock
 ) -> None:
-    """While the transaction is open nobody is given the job, though its lease has ended; after the
+    """While the transaction is open no taker is given the job, though its lease has ended; after the
     commit it is gone."""
     await queue.put("a")
     job = await taken(queue)
@@ -649,7 +649,7 @@ async def test_a_late_ack_does_not_lose_a_put(queue: Any, clock: ServerClock) ->
 
 
 async def test_a_dead_job_does_not_keep_its_key(queue: Any) -> None:
-    """A key whose job is dead can be put; the dead one is not retried beside it."""
+    """A key whose job is dead can be put; the dead one is not retried meanwhile."""
     first = await queue.put("one", dedupe="k")
     await (await taken(queue)).bury()
     assert (await queue.put("two", dedupe="k")).outcome == "new"

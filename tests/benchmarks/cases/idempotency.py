@@ -83,7 +83,7 @@ def once_by_lease(bench: Bench) -> Entrants:
 
 @case("once, replayed", {"get": 1.5})
 def once_replayed(bench: Bench) -> Entrants:
-    """A retry of what is done, beside the read of a key."""
+    """A retry of what is done, against the read of a key."""
     store = bench.store()
     idem = pgkv.Idempotency(store)
     with idem.once("done") as attempt:

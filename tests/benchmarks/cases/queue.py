@@ -1,5 +1,5 @@
-"""Queues: a job put, taken and acknowledged, alone, by several workers and in batches, and beside a dead
-part that an old snapshot keeps; against pgmq's statements, procrastinate's, a list in Redis, and RQ."""
+"""Queues: a job put, taken and acknowledged, alone, by several workers and in batches, and with a
+million dead rows that an old snapshot keeps; against pgmq's statements, procrastinate's, a list in Redis, and RQ."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def rq(bench: Bench) -> tuple[Callable[[], object], Callable[[], object]] | None
 
 
 def others(bench: Bench) -> Iterator[tuple[str, Callable[[], object], Callable[[], object]]]:
-    """The entrants beside pgkv: their put and their take."""
+    """The other entrants: their put and their take."""
     yield (PGMQ, *pgmq(bench))
     for name, make in ((PROCRASTINATE, procrastinate), (REDIS, redis_list), (RQ, rq)):
         if made := make(bench):
@@ -139,7 +139,7 @@ def others(bench: Bench) -> Iterator[tuple[str, Callable[[], object], Callable[[
 
 
 def repeated(call: Callable[[], object]) -> Run:
-    """Call it so many times."""
+    """Call it that many times."""
 
     def run(calls: int) -> None:
         for _ in range(calls):
@@ -183,7 +183,7 @@ def take(bench: Bench) -> Entrants:
 
 
 def batches(size: int) -> Callable[[Bench], Entrants]:
-    """So many jobs in three statements; the time is of one batch."""
+    """That many jobs in three statements; the time is of one batch."""
 
     def made(bench: Bench) -> Entrants:
         jobs, single = queue(bench), queue(bench)
@@ -203,7 +203,7 @@ def batches(size: int) -> Callable[[Bench], Entrants]:
     return made
 
 
-for size, share in ((10, 1 / 6), (100, 1 / 15)):
+for size, share in ((10, 0.17), (100, 0.07)):
     case(f"queue: put_many, take_many, ack_many of {size}", {"one by one": share})(batches(size))
 
 
@@ -249,7 +249,7 @@ FINISHED = {
 
 @facts("queue: put, take, ack under a snapshot that keeps a million finished jobs")
 def dead_rows(bench: Bench) -> Iterator[Fact]:
-    """The medians beside rows of finished jobs, which no vacuum may remove. Redis keeps none."""
+    """The medians with rows of finished jobs, which no vacuum may remove. Redis keeps none."""
     count = DEAD // 50 if bench.quick else DEAD
     jobs = queue(bench)
     entrants = list(others(bench))
