@@ -22,7 +22,13 @@ from ..._observe import shown
 from ..._ops import codec as _codec
 from ..._ops.op import Flow, call, do
 from ..._ops.serialize import Serializer
-from ...errors import ConflictError, InvalidValueError, LeaseLostError, PgkvError
+from ...errors import (
+    ConflictError,
+    InvalidValueError,
+    LeaseLostError,
+    OperationTimeoutError,
+    PgkvError,
+)
 from .._runtime.lease import Held
 from .._runtime.runtimes import Runtime
 from .._runtime.wakeup import Waiter, Waiters
@@ -49,6 +55,7 @@ T = TypeVar("T")
 POLL, POLL_NOTIFIED = 1.0, 5.0  # seconds between looks at an empty queue; jittered down by half
 NOTIFY_PAUSE = 0.05  # seconds between two notifications of a process about a queue
 LOOK_ALL_PAUSE, LOOK_ALL_SHARE = 1.0, 20  # seconds, and times its own length, between full looks
+FAILED_MAX = 3.0  # seconds that count of a full look that was not answered in time
 LATE_US = 250_000  # within which a put may commit late and is found without a full look
 CHUNK_ROWS, CHUNK_BYTES = 1000, 8 * 1024 * 1024  # of put_many's statements
 ERROR_MAX = 1000  # characters of a failure that are kept
@@ -150,10 +157,14 @@ class Marks:
         self._full_from = clock() + LOOK_ALL_PAUSE  # one at a time
         return [FIRST] * len(self._at), True
 
+    def rest(self, seconds: float) -> None:
+        """Let no full look begin for a while after one that took that long."""
+        self._full_from = clock() + max(LOOK_ALL_PAUSE, LOOK_ALL_SHARE * seconds)
+
     def note(self, look: Look, n: int, full: bool, seconds: float) -> None:
         """Take note of what a look for `n` jobs found."""
         if full:
-            self._full_from = clock() + max(LOOK_ALL_PAUSE, LOOK_ALL_SHARE * seconds)
+            self.rest(seconds)
         self.size = look.size
         # Of a priority that was looked through nothing is left before this moment; of one that
         # was not, the next job is at the last one's time or later, also where that lies behind.
@@ -383,6 +394,7 @@ def look(runtime: Any, options: QueueOptions, n: int) -> Flow[tuple[list[Any], f
     is leased, and nothing works on it.
     """
     jobs: list[Any] = []
+    full, sent_at = False, clock()
 
     def note(found: Look) -> None:
         options.marks.note(found, n, full, clock() - sent_at)
@@ -403,7 +415,9 @@ def look(runtime: Any, options: QueueOptions, n: int) -> Flow[tuple[list[Any], f
                 break
     except GeneratorExit:
         raise
-    except BaseException:
+    except BaseException as error:
+        if full and isinstance(error, OperationTimeoutError):
+            options.marks.rest(min(clock() - sent_at, FAILED_MAX))  # the next ones go by the marks
         yield from give_back(runtime, jobs)
         raise
     poll = POLL_NOTIFIED if options.notify else POLL

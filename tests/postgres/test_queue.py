@@ -22,6 +22,7 @@ from pgkv import (
     SerializationError,
     TransactionError,
 )
+from pgkv._background.renewal import clock as clock_now
 from pgkv.testing import ServerClock
 from tests.peers import Peer, fetch, until
 from tests.variants import Variant
@@ -452,6 +453,23 @@ async def test_a_put_that_commits_late_is_found(
     assert (await taken(queue)).payload == b"next"
     await look_at_all(queue)
     assert (await taken(queue)).payload == b"late"
+
+
+async def test_a_full_look_that_takes_too_long_stops_no_queue(
+    make_store: Any, variant: Variant, peer: Peer
+) -> None:
+    """Where it is not answered in time, the next looks go by the marks: jobs are taken all the same."""
+    queue = queue_of(variant, await make_store(operation_timeout=0.5, retry=None))
+    await queue.put("a")
+    assert (await taken(queue)).payload == b"a"
+    await look_at_all(queue)
+    with peer.conn.transaction():
+        peer.run(f"LOCK TABLE {JOBS}")
+        with pytest.raises(pgkv.OperationTimeoutError):
+            await queue.take()
+    marks = getattr(queue, "_target", queue)._options.marks
+    assert marks._full_from - clock_now() > 2
+    assert not marks.ask()[1]
 
 
 async def test_a_put_in_the_stores_transaction(store: Any, queue: Any) -> None:
