@@ -20,6 +20,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Coroutine
 from contextvars import Context, copy_context
+from functools import partial
 from time import monotonic
 from typing import Any, TypeVar
 
@@ -251,7 +252,8 @@ class Workers:
         survives_fork(self, THREADS)
 
     def _begin(self) -> None:
-        self._queue: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        # Jobs: called with whether to do the work; None wakes a thread.
+        self._queue: queue.SimpleQueue[Callable[[bool], None] | None] = queue.SimpleQueue()
         self._threads: set[threading.Thread] = set()
         self._idle = 0
         self._closed = False
@@ -262,7 +264,7 @@ class Workers:
         with self._lock:
             if self._closed or self._queue.qsize() >= QUEUE_MAX:
                 return False
-            self._queue.put(_Job(work, done))
+            self._queue.put(partial(_do, copy_context(), work, done))
             if self._queue.qsize() > self._idle and len(self._threads) < THREADS_MAX:
                 thread = threading.Thread(target=self._work, name="pgkv-worker", daemon=True)
                 self._threads.add(thread)
@@ -285,7 +287,7 @@ class Workers:
                     self._threads.discard(me)
                     return
             if job is not None:
-                job.run()
+                job(True)
                 job = None  # a waiting thread must not keep finished work alive
 
     def close(self, seconds: float = STOP_TIME) -> None:
@@ -299,7 +301,7 @@ class Workers:
                 except queue.Empty:
                     break
                 if job is not None:
-                    job.end()
+                    job(False)
             for _ in threads:
                 self._queue.put(None)
         deadline = monotonic() + seconds
@@ -310,23 +312,17 @@ class Workers:
         self._begin()
 
 
-class _Job:
-    def __init__(self, work: Callable[[], object], done: Callable[[], object] | None) -> None:
-        self._work = work
-        self._done = done
-        self._context = copy_context()
-
-    def run(self) -> None:
-        try:
-            self._context.run(self._work)
-        except BaseException as error:  # noqa: BLE001  # not even SystemExit may end the thread
-            broken(error)
-        finally:
-            self.end()
-
-    def end(self) -> None:
-        if self._done is not None:
-            self._done()
+def _do(
+    context: Context, work: Callable[[], object], done: Callable[[], object] | None, begin: bool
+) -> None:
+    try:
+        if begin:
+            context.run(work)
+    except BaseException as error:  # noqa: BLE001  # not even SystemExit may end the thread
+        broken(error)
+    finally:
+        if done is not None:
+            done()
 
 
 backgrounds = _Backgrounds()

@@ -17,7 +17,7 @@ import psycopg
 import psycopg_pool
 
 from .. import _observe
-from ..config import Config
+from ..config import Config, Pooler
 from ..errors import (
     OperationTimeoutError,
     PgkvError,
@@ -25,6 +25,7 @@ from ..errors import (
     StoreUnavailableError,
     translate,
 )
+from . import conninfo as _conninfo
 
 KEEP_TIME = 60.0  # seconds
 POOL_NAME = "pgkv-"
@@ -132,14 +133,50 @@ def no_connection(config: Config, action: str, seconds: float) -> StoreUnavailab
     )
 
 
-def counts_of(
-    pool: psycopg_pool.ConnectionPool[Any] | psycopg_pool.AsyncConnectionPool[Any],
-) -> tuple[int, int, int, int]:
-    """What `PoolStats` tells of a caller's pool."""
-    found = pool.get_stats()
-    names = ("pool_size", "pool_available", "requests_waiting", "pool_max")
-    size, idle, waiting, most = (found.get(name, 0) for name in names)
-    return size, idle, waiting, most
+class OverCallerPool:
+    """The caller's own psycopg_pool: one checkout per operation, nothing kept between, never closed
+    or reconfigured. It has the interface of a store's own pool, with a stack that stays empty.
+
+    Args:
+        pool: open, and the caller's.
+        config: whether statements may be prepared.
+    """
+
+    def __init__(self, pool: Any, config: Config) -> None:
+        self._config = config
+        self._caller_pool = pool
+        self._prepares = config.pooler is Pooler.NONE
+        self.idle: deque[Any] = deque()
+        # What is prepared where: it dies with the connection.
+        self._prepared: weakref.WeakKeyDictionary[Any, set[bytes]] = weakref.WeakKeyDictionary()
+
+    def is_exhausted(self) -> bool:
+        stats = self._caller_pool.get_stats()
+        return not stats.get("pool_available") and stats["pool_size"] >= stats["pool_max"]
+
+    def counts(self) -> tuple[int, int, int, int]:
+        found = self._caller_pool.get_stats()
+        names = ("pool_size", "pool_available", "requests_waiting", "pool_max")
+        size, idle, waiting, most = (found.get(name, 0) for name in names)
+        return size, idle, waiting, most
+
+    def conninfo(self) -> str:
+        """What reaches the same database without the caller's pool."""
+        return _conninfo.build(self._config, self._config.dsn)
+
+
+def pool_options(owner: object, config: Config, connection_class: type[Any]) -> dict[str, Any]:
+    """What a store's psycopg_pool is made with, but for the conninfo."""
+    return {
+        "connection_class": connection_class,
+        "kwargs": {"autocommit": True, "prepare_threshold": None},
+        "min_size": config.pool_min_size,
+        "max_size": config.pool_max_size,
+        "timeout": config.pool_timeout,
+        # Each operation that needs a connection tries at once; back-off is the retry policy's.
+        "reconnect_timeout": 0.0,
+        "name": f"{POOL_NAME}{id(owner):x}",
+    }
 
 
 def still_opening(

@@ -76,8 +76,7 @@ class WireConnection:
 
     Args:
         conn: an open psycopg connection; no other caller uses it meanwhile.
-        prepares: keep prepared statements on it. Not behind a transaction pooler, and not on a
-            connection that belongs to the caller.
+        prepares: keep prepared statements on it: not on a connection that belongs to the caller.
         prepared: the names prepared on it already, kept up to date.
         preparing: through a pooler, whether it lets statements be prepared.
 
@@ -101,10 +100,10 @@ class WireConnection:
         self.conn: Any = conn
         self.preparing: Preparing | None = preparing
         self.pgconn: PGconn = conn.pgconn
-        self.prepares: bool = prepares
+        self.prepares: bool = prepares and (preparing is None or preparing.allowed is not False)
         self.retire_at: float = math.inf
         self._prepared = set() if prepared is None else prepared
-        self.ready: AbstractSet[bytes] = self._prepared if prepares else frozenset()
+        self.ready: AbstractSet[bytes] = self._prepared if self.prepares else frozenset()
         pgconn = self.pgconn
         # One poller for the connection's life; bound methods spare a look-up for each of some ten calls.
         self.poll: Callable[[float], Sequence[Any]] = poller(pgconn.socket)

@@ -37,6 +37,8 @@ from ..wire import CANCEL_TIMEOUT, IDLE, Conversation, Preparing, WireConnection
 if TYPE_CHECKING:
     from psycopg.pq.abc import PGresult
 
+    from .pool import TaskInQueue
+
 T = TypeVar("T")
 
 
@@ -49,13 +51,6 @@ class Watched(Protocol):
     def time_out(self) -> None:
         """The deadline has passed."""
         ...
-
-
-class PendingRequest(Protocol):
-    """An operation that the next free connection sends, while its task waits for the answer."""
-
-    turn: asyncio.Future[Any]
-    connection: AsyncPgConnection | None
 
 
 class Watchdog:
@@ -130,7 +125,7 @@ class AsyncPgConnection(WireConnection):
         self._watchdog = watchdog
         self._loop = asyncio.get_running_loop()
         self._waiter: asyncio.Future[Any] | None = None
-        self._pending: PendingRequest | None = None
+        self._pending: TaskInQueue | None = None
         self._statement: Statement[Any] = PIPELINE
         self._seconds = 0.0
         self._result: PGresult | None = None
@@ -217,7 +212,7 @@ class AsyncPgConnection(WireConnection):
             self._send_unprepared(op, script=statement.script)
         return self.expect(statement, seconds, deadline, waiter)
 
-    def send_pending(self, op: Op[Any], pending: PendingRequest, seconds: float) -> bool:
+    def send_pending(self, op: Op[Any], pending: TaskInQueue, seconds: float) -> bool:
         """Send a pending's operation; False if its task has to.
 
         `turn` gets the result, or fails, as the future of `send` does. After a good answer the

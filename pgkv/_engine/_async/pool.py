@@ -20,7 +20,7 @@ import psycopg_pool
 from psycopg_pool import PoolClosed, PoolTimeout
 
 from ... import _observe
-from ...config import Config, Pooler
+from ...config import Config
 from ...errors import ConfigError, PgkvError, translate
 from .. import conninfo as _conninfo
 from ..caller import check_connection
@@ -30,14 +30,14 @@ from ..pooling import (
     GROW_AGAIN,
     KEEP_TIME,
     OPENING_NAP,
-    POOL_NAME,
     Attempts,
+    OverCallerPool,
     OwnConnection,
     busy,
     closed,
-    counts_of,
     finish_returned,
     no_connection,
+    pool_options,
     still_opening,
     unreachable,
 )
@@ -307,9 +307,8 @@ class AsyncStorePool:
             self._connecting -= 1
         prepared = self._prepared.setdefault(conn, set())
         preparing = self._preparing
-        prepares = preparing is None or preparing.allowed is not False
         connection = AsyncPgConnection(
-            conn, self.enter_loop(), prepares=prepares, prepared=prepared, preparing=preparing
+            conn, self.enter_loop(), prepares=True, prepared=prepared, preparing=preparing
         )
         if preparing is not None and preparing.allowed is None:
             try:
@@ -366,17 +365,8 @@ class AsyncStorePool:
                 # In a thread: an embedded server may have to be started first.
                 conninfo = await asyncio.to_thread(self.conninfo)
                 self._connect_time = _conninfo.connect_time(config, conninfo)
-                pool = psycopg_pool.AsyncConnectionPool(
-                    conninfo,
-                    connection_class=_recording(self._attempts),
-                    kwargs={"autocommit": True, "prepare_threshold": None},
-                    min_size=config.pool_min_size,
-                    max_size=config.pool_max_size,
-                    timeout=config.pool_timeout,
-                    reconnect_timeout=0.0,  # each operation tries at once
-                    name=f"{POOL_NAME}{id(self):x}",
-                    open=False,
-                )
+                options = pool_options(self, config, _recording(self._attempts))
+                pool = psycopg_pool.AsyncConnectionPool(conninfo, open=False, **options)
                 await pool.open()
                 self._pool = pool
             return self._pool, opened_now
@@ -457,26 +447,12 @@ class TaskInQueue:
             self.turn.set_result(TOO_LATE)
 
 
-class AsyncCallerPool:
+class AsyncCallerPool(OverCallerPool):
     def __init__(self, pool: psycopg_pool.AsyncConnectionPool[Any], config: Config) -> None:
-        self._config = config
-        self._caller_pool = pool
-        self._prepares = config.pooler is Pooler.NONE
-        self.idle: deque[AsyncPgConnection] = deque()
+        super().__init__(pool, config)
         self.loop: asyncio.AbstractEventLoop | None = None
         self._watchdog: Watchdog | None = None
-        self._prepared: weakref.WeakKeyDictionary[Any, set[bytes]] = weakref.WeakKeyDictionary()
         self._tasks: set[asyncio.Task[None]] = set()
-
-    def is_exhausted(self) -> bool:
-        stats = self._caller_pool.get_stats()
-        return not stats.get("pool_available") and stats["pool_size"] >= stats["pool_max"]
-
-    def counts(self) -> tuple[int, int, int, int]:
-        return counts_of(self._caller_pool)
-
-    def conninfo(self) -> str:
-        return _conninfo.build(self._config, self._config.dsn)
 
     async def check_out(self, deadline: float, action: str) -> AsyncPgConnection:
         if self._watchdog is None:

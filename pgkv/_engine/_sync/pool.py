@@ -33,7 +33,7 @@ import psycopg_pool
 from psycopg_pool import PoolClosed, PoolTimeout
 
 from ... import _observe
-from ...config import Config, Pooler
+from ...config import Config
 from ...errors import PgkvError, translate
 from .. import conninfo as _conninfo
 from ..caller import check_connection
@@ -45,17 +45,17 @@ from ..pooling import (
     LOOK_AGAIN,
     OPENING_NAP,
     PATIENCE,
-    POOL_NAME,
     SEARCH_AFTER,
     SEARCH_AGAIN,
     Attempts,
+    OverCallerPool,
     OwnConnection,
     PoolPlace,
     busy,
     closed,
-    counts_of,
     finish_returned,
     no_connection,
+    pool_options,
     still_opening,
     unreachable,
 )
@@ -344,8 +344,7 @@ class StorePool:
             return None
         prepared = self._prepared.setdefault(inner, set())
         preparing = self._preparing
-        prepares = preparing is None or preparing.allowed is not False
-        conn = PgConnection(inner, prepares=prepares, prepared=prepared, preparing=preparing)
+        conn = PgConnection(inner, prepares=True, prepared=prepared, preparing=preparing)
         if preparing is not None and preparing.allowed is None:
             try:
                 conn.try_preparing(deadline)
@@ -413,19 +412,8 @@ class StorePool:
                 config = self._config
                 conninfo = self.conninfo()
                 self._connect_time = _conninfo.connect_time(config, conninfo)
-                pool = psycopg_pool.ConnectionPool(
-                    conninfo,
-                    connection_class=_recording(self._attempts),
-                    kwargs={"autocommit": True, "prepare_threshold": None},
-                    min_size=config.pool_min_size,
-                    max_size=config.pool_max_size,
-                    timeout=config.pool_timeout,
-                    # Each operation that needs a connection tries at once; back-off is the
-                    # retry policy's, not the pool's.
-                    reconnect_timeout=0.0,
-                    name=f"{POOL_NAME}{id(self):x}",
-                    open=True,
-                )
+                options = pool_options(self, config, _recording(self._attempts))
+                pool = psycopg_pool.ConnectionPool(conninfo, open=True, **options)
                 self._pool = self._first(pool)
             return self._pool, opened_now
 
@@ -458,35 +446,11 @@ class StorePool:
                 conn.pgconn.finish()
 
 
-class CallerPool:
-    """The caller's own psycopg_pool: one checkout per operation, nothing kept between, never
-    closed or reconfigured. It has the interface of `StorePool`, with a stack that stays empty.
-
-    Args:
-        pool: open, and the caller's.
-        config: whether statements may be prepared.
-    """
-
+class CallerPool(OverCallerPool):
     def __init__(self, pool: psycopg_pool.ConnectionPool[Any], config: Config) -> None:
-        self._config = config
-        self._caller_pool = pool
-        self._prepares = config.pooler is Pooler.NONE
-        self.idle: deque[PgConnection] = deque()
+        super().__init__(pool, config)
         self.waiters: deque[_Waiter] = deque()
-        # What is prepared where: it dies with the connection.
-        self._prepared: weakref.WeakKeyDictionary[Any, set[bytes]] = weakref.WeakKeyDictionary()
         self._lost: deque[psycopg.Connection[Any]] = deque()
-
-    def is_exhausted(self) -> bool:
-        stats = self._caller_pool.get_stats()
-        return not stats.get("pool_available") and stats["pool_size"] >= stats["pool_max"]
-
-    def counts(self) -> tuple[int, int, int, int]:
-        return counts_of(self._caller_pool)
-
-    def conninfo(self) -> str:
-        """What reaches the same database without the caller's pool."""
-        return _conninfo.build(self._config, self._config.dsn)
 
     def check_out(self, deadline: float, action: str) -> PgConnection:
         pool = self._caller_pool
