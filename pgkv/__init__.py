@@ -12,228 +12,131 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.2.0"
 
 if TYPE_CHECKING:
-    from ._observe import OperationEvent, StateEvent, on_event, on_operation
-    from ._shards.placement import Shard
-    from ._shards.store import AsyncShardedStore, ShardedStore
-    from ._watch.api import AsyncWatch, Event, Watch, watch_sql
-    from .aio import AsyncStore
-    from .config import Config, Pooler, RetryPolicy, TableType, TtlCleanupStrategy
-    from .errors import (
-        ConfigError,
-        ConflictError,
-        DecodingError,
-        IdempotencyError,
-        InProgressError,
-        InvalidKeyError,
-        InvalidValueError,
-        KeyReusedError,
-        LeaseLostError,
-        LockError,
-        LockTimeoutError,
-        NotFoundError,
-        OperationTimeoutError,
-        PgkvError,
-        PoolTimeoutError,
-        QueryError,
-        RateLimitedError,
-        SerializationError,
-        SessionConflictError,
-        SessionError,
-        SessionGoneError,
-        StoreUnavailableError,
-        TableNotFoundError,
-        TransactionError,
-    )
-    from .patterns.cache.decorator import cached, invalidate_tag
-    from .patterns.cache.envelope import SignedPickle
-    from .patterns.cache.function import (
-        AsyncCachedFunction,
-        CachedFunction,
-        CachedValue,
-        CacheInfo,
-        cached_functions,
-    )
-    from .patterns.cache.l1 import L1
-    from .patterns.defaults import configure
-    from .patterns.idempotency.api import (
-        AsyncAttempt,
-        AsyncIdempotency,
-        Attempt,
-        Idempotency,
-        IdempotencyRecord,
-        idempotent,
-    )
-    from .patterns.lock.api import AsyncLease, AsyncLock, AsyncSemaphore, Lease, Lock, Semaphore
-    from .patterns.lock.leader import AsyncLeader, Leader
-    from .patterns.lock.locked import fence_sql, locked
-    from .patterns.lock.many import AsyncLeases, Leases
-    from .patterns.lock.sql import LockInfo
-    from .patterns.queue.api import AsyncJob, AsyncQueue, Job, Queue
-    from .patterns.queue.flows import Backoff, Bury, Later, Put
-    from .patterns.queue.sql import JobInfo, QueueStats
-    from .patterns.queue.worker import AsyncWorker, Worker
-    from .patterns.rate_limit.api import (
-        AsyncRateLimiter,
-        AsyncReservation,
-        RateLimiter,
-        Reservation,
-    )
-    from .patterns.rate_limit.local import LimiterCounts
-    from .patterns.rate_limit.policy import Decision
-    from .patterns.rate_limit.rate import Quota, Rate
-    from .patterns.schema import schema_sql
-    from .patterns.session.api import AsyncSessionStore, SessionStore
-    from .patterns.session.data import Session, SessionInfo
-    from .patterns.web.asgi import RateLimitMiddleware, SessionMiddleware, load_session
-    from .patterns.web.client_ip import client_ip
-    from .patterns.web.idempotency import (
-        IdempotencyMiddleware,
-        WSGIIdempotencyMiddleware,
-        idempotent_attempt,
-    )
-    from .patterns.web.wsgi import WSGIRateLimitMiddleware, WSGISessionMiddleware
-    from .pipeline import AsyncPipeline, Handle, Pipeline
-    from .store import Store
-    from .transforms import AesGcmSiv, Lz4, Zstd
-    from .typed import AsyncTypedStore, TypedStore
-    from .types import (
-        CasResult,
-        CasStatus,
-        Entry,
-        IncrementResult,
-        KeyValue,
-        PoolStats,
-        ScanOptions,
-        Stats,
-        TypedCasResult,
-    )
+    from ._observe import OperationEvent as OperationEvent
+    from ._observe import StateEvent as StateEvent
+    from ._observe import on_event as on_event
+    from ._observe import on_operation as on_operation
+    from ._shards.placement import Shard as Shard
+    from ._shards.store import AsyncShardedStore as AsyncShardedStore
+    from ._shards.store import ShardedStore as ShardedStore
+    from ._watch.api import AsyncWatch as AsyncWatch
+    from ._watch.api import Event as Event
+    from ._watch.api import Watch as Watch
+    from ._watch.api import watch_sql as watch_sql
+    from .aio import AsyncStore as AsyncStore
+    from .config import Config as Config
+    from .config import Pooler as Pooler
+    from .config import RetryPolicy as RetryPolicy
+    from .config import TableType as TableType
+    from .config import TtlCleanupStrategy as TtlCleanupStrategy
+    from .errors import ConfigError as ConfigError
+    from .errors import ConflictError as ConflictError
+    from .errors import DecodingError as DecodingError
+    from .errors import IdempotencyError as IdempotencyError
+    from .errors import InProgressError as InProgressError
+    from .errors import InvalidKeyError as InvalidKeyError
+    from .errors import InvalidValueError as InvalidValueError
+    from .errors import KeyReusedError as KeyReusedError
+    from .errors import LeaseLostError as LeaseLostError
+    from .errors import LockError as LockError
+    from .errors import LockTimeoutError as LockTimeoutError
+    from .errors import NotFoundError as NotFoundError
+    from .errors import OperationTimeoutError as OperationTimeoutError
+    from .errors import PgkvError as PgkvError
+    from .errors import PoolTimeoutError as PoolTimeoutError
+    from .errors import QueryError as QueryError
+    from .errors import RateLimitedError as RateLimitedError
+    from .errors import SerializationError as SerializationError
+    from .errors import SessionConflictError as SessionConflictError
+    from .errors import SessionError as SessionError
+    from .errors import SessionGoneError as SessionGoneError
+    from .errors import StoreUnavailableError as StoreUnavailableError
+    from .errors import TableNotFoundError as TableNotFoundError
+    from .errors import TransactionError as TransactionError
+    from .patterns.cache.decorator import cached as cached
+    from .patterns.cache.decorator import invalidate_tag as invalidate_tag
+    from .patterns.cache.envelope import SignedPickle as SignedPickle
+    from .patterns.cache.function import AsyncCachedFunction as AsyncCachedFunction
+    from .patterns.cache.function import CachedFunction as CachedFunction
+    from .patterns.cache.function import CachedValue as CachedValue
+    from .patterns.cache.function import CacheInfo as CacheInfo
+    from .patterns.cache.function import cached_functions as cached_functions
+    from .patterns.cache.l1 import L1 as L1
+    from .patterns.defaults import configure as configure
+    from .patterns.idempotency.api import AsyncAttempt as AsyncAttempt
+    from .patterns.idempotency.api import AsyncIdempotency as AsyncIdempotency
+    from .patterns.idempotency.api import Attempt as Attempt
+    from .patterns.idempotency.api import Idempotency as Idempotency
+    from .patterns.idempotency.api import IdempotencyRecord as IdempotencyRecord
+    from .patterns.idempotency.api import idempotent as idempotent
+    from .patterns.lock.api import AsyncLease as AsyncLease
+    from .patterns.lock.api import AsyncLock as AsyncLock
+    from .patterns.lock.api import AsyncSemaphore as AsyncSemaphore
+    from .patterns.lock.api import Lease as Lease
+    from .patterns.lock.api import Lock as Lock
+    from .patterns.lock.api import Semaphore as Semaphore
+    from .patterns.lock.leader import AsyncLeader as AsyncLeader
+    from .patterns.lock.leader import Leader as Leader
+    from .patterns.lock.locked import fence_sql as fence_sql
+    from .patterns.lock.locked import locked as locked
+    from .patterns.lock.many import AsyncLeases as AsyncLeases
+    from .patterns.lock.many import Leases as Leases
+    from .patterns.lock.sql import LockInfo as LockInfo
+    from .patterns.queue.api import AsyncJob as AsyncJob
+    from .patterns.queue.api import AsyncQueue as AsyncQueue
+    from .patterns.queue.api import Job as Job
+    from .patterns.queue.api import Queue as Queue
+    from .patterns.queue.flows import Backoff as Backoff
+    from .patterns.queue.flows import Bury as Bury
+    from .patterns.queue.flows import Later as Later
+    from .patterns.queue.flows import Put as Put
+    from .patterns.queue.sql import JobInfo as JobInfo
+    from .patterns.queue.sql import QueueStats as QueueStats
+    from .patterns.queue.worker import AsyncWorker as AsyncWorker
+    from .patterns.queue.worker import Worker as Worker
+    from .patterns.rate_limit.api import AsyncRateLimiter as AsyncRateLimiter
+    from .patterns.rate_limit.api import AsyncReservation as AsyncReservation
+    from .patterns.rate_limit.api import RateLimiter as RateLimiter
+    from .patterns.rate_limit.api import Reservation as Reservation
+    from .patterns.rate_limit.local import LimiterCounts as LimiterCounts
+    from .patterns.rate_limit.policy import Decision as Decision
+    from .patterns.rate_limit.rate import Quota as Quota
+    from .patterns.rate_limit.rate import Rate as Rate
+    from .patterns.schema import schema_sql as schema_sql
+    from .patterns.session.api import AsyncSessionStore as AsyncSessionStore
+    from .patterns.session.api import SessionStore as SessionStore
+    from .patterns.session.data import Session as Session
+    from .patterns.session.data import SessionInfo as SessionInfo
+    from .patterns.web.asgi import RateLimitMiddleware as RateLimitMiddleware
+    from .patterns.web.asgi import SessionMiddleware as SessionMiddleware
+    from .patterns.web.asgi import load_session as load_session
+    from .patterns.web.client_ip import client_ip as client_ip
+    from .patterns.web.idempotency import IdempotencyMiddleware as IdempotencyMiddleware
+    from .patterns.web.idempotency import WSGIIdempotencyMiddleware as WSGIIdempotencyMiddleware
+    from .patterns.web.idempotency import idempotent_attempt as idempotent_attempt
+    from .patterns.web.wsgi import WSGIRateLimitMiddleware as WSGIRateLimitMiddleware
+    from .patterns.web.wsgi import WSGISessionMiddleware as WSGISessionMiddleware
+    from .pipeline import AsyncPipeline as AsyncPipeline
+    from .pipeline import Handle as Handle
+    from .pipeline import Pipeline as Pipeline
+    from .store import Store as Store
+    from .transforms import AesGcmSiv as AesGcmSiv
+    from .transforms import Lz4 as Lz4
+    from .transforms import Zstd as Zstd
+    from .typed import AsyncTypedStore as AsyncTypedStore
+    from .typed import TypedStore as TypedStore
+    from .types import CasResult as CasResult
+    from .types import CasStatus as CasStatus
+    from .types import Entry as Entry
+    from .types import IncrementResult as IncrementResult
+    from .types import KeyValue as KeyValue
+    from .types import PoolStats as PoolStats
+    from .types import ScanOptions as ScanOptions
+    from .types import Stats as Stats
+    from .types import TypedCasResult as TypedCasResult
 
-__all__ = [  # noqa: RUF022  # plain order: ruff would put L1 before the classes
-    "AesGcmSiv",
-    "AsyncAttempt",
-    "AsyncCachedFunction",
-    "AsyncIdempotency",
-    "AsyncJob",
-    "AsyncLeader",
-    "AsyncLease",
-    "AsyncLeases",
-    "AsyncLock",
-    "AsyncPipeline",
-    "AsyncQueue",
-    "AsyncRateLimiter",
-    "AsyncReservation",
-    "AsyncSemaphore",
-    "AsyncSessionStore",
-    "AsyncShardedStore",
-    "AsyncStore",
-    "AsyncTypedStore",
-    "AsyncWatch",
-    "AsyncWorker",
-    "Attempt",
-    "Backoff",
-    "Bury",
-    "CacheInfo",
-    "CachedFunction",
-    "CachedValue",
-    "CasResult",
-    "CasStatus",
-    "Config",
-    "ConfigError",
-    "ConflictError",
-    "Decision",
-    "DecodingError",
-    "Entry",
-    "Event",
-    "Handle",
-    "Idempotency",
-    "IdempotencyError",
-    "IdempotencyMiddleware",
-    "IdempotencyRecord",
-    "InProgressError",
-    "IncrementResult",
-    "InvalidKeyError",
-    "InvalidValueError",
-    "Job",
-    "JobInfo",
-    "KeyReusedError",
-    "KeyValue",
-    "L1",
-    "Later",
-    "Leader",
-    "Lease",
-    "LeaseLostError",
-    "Leases",
-    "LimiterCounts",
-    "Lock",
-    "LockError",
-    "LockInfo",
-    "LockTimeoutError",
-    "Lz4",
-    "NotFoundError",
-    "OperationEvent",
-    "OperationTimeoutError",
-    "PgkvError",
-    "Pipeline",
-    "PoolStats",
-    "PoolTimeoutError",
-    "Pooler",
-    "Put",
-    "QueryError",
-    "Queue",
-    "QueueStats",
-    "Quota",
-    "Rate",
-    "RateLimitMiddleware",
-    "RateLimitedError",
-    "RateLimiter",
-    "Reservation",
-    "RetryPolicy",
-    "ScanOptions",
-    "Semaphore",
-    "SerializationError",
-    "Session",
-    "SessionConflictError",
-    "SessionError",
-    "SessionGoneError",
-    "SessionInfo",
-    "SessionMiddleware",
-    "SessionStore",
-    "Shard",
-    "ShardedStore",
-    "SignedPickle",
-    "StateEvent",
-    "Stats",
-    "Store",
-    "StoreUnavailableError",
-    "TableNotFoundError",
-    "TableType",
-    "TransactionError",
-    "TtlCleanupStrategy",
-    "TypedCasResult",
-    "TypedStore",
-    "WSGIIdempotencyMiddleware",
-    "WSGIRateLimitMiddleware",
-    "WSGISessionMiddleware",
-    "Watch",
-    "Worker",
-    "Zstd",
-    "cached",
-    "cached_functions",
-    "client_ip",
-    "configure",
-    "fence_sql",
-    "idempotent",
-    "idempotent_attempt",
-    "invalidate_tag",
-    "load_session",
-    "locked",
-    "on_event",
-    "on_operation",
-    "schema_sql",
-    "watch_sql",
-]
 
-# The modules of the names above, as type checkers read them from the imports.
+# The modules of the names above, which type checkers take from the imports.
 _NAMES_OF = {
     "._observe": "OperationEvent StateEvent on_event on_operation",
     "._shards.placement": "Shard",
@@ -276,19 +179,12 @@ _NAMES_OF = {
 }
 _MODULE_OF = {name: module for module, names in _NAMES_OF.items() for name in names.split()}
 _MODULES = (
-    "aio",
-    "config",
-    "embedded",
-    "errors",
-    "patterns",
-    "pipeline",
-    "store",
-    "transforms",
-    "typed",
-    "types",
+    *("aio", "config", "embedded", "errors", "patterns"),
+    *("pipeline", "store", "transforms", "typed", "types"),
 )
 
 if not TYPE_CHECKING:  # or checkers would take any name for one of pgkv's
+    __all__ = list(_MODULE_OF)
 
     def __getattr__(name: str) -> Any:
         if name in _MODULES:

@@ -31,7 +31,7 @@ def test_reference_and_public_names_are_the_same() -> None:
     """Each public name has one entry in docs/reference/, and no name appears or goes unnoticed."""
     pages = (DOCS / "reference").glob("*.md")
     entries = [name for page in pages for name in ENTRY.findall(page.read_text(encoding="utf-8"))]
-    assert sorted(name for name in pgkv.__all__ if not name.startswith("__")) == sorted(entries)
+    assert sorted(name for name in pgkv._MODULE_OF if not name.startswith("__")) == sorted(entries)
 
 
 def test_every_error_is_in_the_troubleshooting() -> None:
@@ -72,7 +72,7 @@ def test_every_setting_is_explained_with_its_default(of: type[Any]) -> None:
             assert shown == "none"
         else:
             assert (
-                eval(shown.strip("`"), {each: getattr(pgkv, each) for each in pgkv.__all__})
+                eval(shown.strip("`"), {each: getattr(pgkv, each) for each in pgkv._MODULE_OF})
                 == default
             ), name
         assert advice, name

@@ -135,19 +135,14 @@ def test_patterns_is_one_package() -> None:
     assert (ROOT / "pgkv" / "patterns").resolve() == ROOT / "patterns"
 
 
-def test_public_names_are_sorted() -> None:
-    """pgkv.__all__ is sorted, so that two branches adding names merge, and has no name twice."""
-    assert sorted(set(pgkv.__all__)) == list(pgkv.__all__)
-
-
 def test_public_names_are_all_there_is() -> None:
-    """A name without underscore in pgkv is public on purpose: it is listed in __all__, and the reverse."""
+    """A name without underscore in pgkv is public on purpose: it is listed there, and the reverse."""
     names = {
         name
         for name in dir(pgkv)
         if not name.startswith("_") and not isinstance(getattr(pgkv, name), ModuleType)
     }
-    assert set(pgkv.__all__) - {"__version__"} == names
+    assert set(pgkv._MODULE_OF) == names
 
 
 def own_doc(thing: object) -> str | None:
@@ -168,7 +163,7 @@ def is_documentable(name: str) -> bool:
     return isinstance(getattr(pgkv, name), type) or callable(getattr(pgkv, name))
 
 
-@pytest.mark.parametrize("name", [name for name in pgkv.__all__ if is_documentable(name)])
+@pytest.mark.parametrize("name", [name for name in pgkv._MODULE_OF if is_documentable(name)])
 def test_public_names_are_documented(name: str) -> None:
     """Each public name has a docstring of its own."""
     assert own_doc(getattr(pgkv, name)), f"pgkv.{name} has no docstring"
@@ -219,7 +214,7 @@ def methods_of(kind: type) -> dict[str, Callable[..., Any]]:
 
 def public_things() -> dict[str, Any]:
     """What pgkv and its adapters export, but for exceptions; of a sync and an async one the sync one."""
-    found = {name: getattr(pgkv, name) for name in pgkv.__all__}
+    found = {name: getattr(pgkv, name) for name in pgkv._MODULE_OF}
     for module in ADAPTERS:
         adapter = importlib.import_module(module)
         found |= {f"{module}.{name}": getattr(adapter, name) for name in adapter.__all__}

@@ -257,7 +257,7 @@ def is_value(kind: type) -> bool:
 
 CLASSES = [
     kind
-    for name in pgkv.__all__
+    for name in pgkv._MODULE_OF
     if isinstance(kind := getattr(pgkv, name), type) and not is_value(kind)
 ]
 
@@ -359,7 +359,7 @@ def test_values_can_be_kept(value: Any, codec: Any) -> None:
     assert serializer.decode("k", serializer.encode("k", value)) == value
 
 
-ERRORS = [name for name in pgkv.__all__ if name.endswith("Error")]
+ERRORS = [name for name in pgkv._MODULE_OF if name.endswith("Error")]
 
 
 @pytest.mark.parametrize("name", ERRORS)
@@ -376,7 +376,7 @@ def test_errors_name_where_they_are_found(name: str) -> None:
 
 def test_public_objects_name_their_module() -> None:
     """Every public class and function can be found where its __module__ says."""
-    for name in pgkv.__all__:
+    for name in pgkv._MODULE_OF:
         thing = getattr(pgkv, name)
         if isinstance(thing, type | types.FunctionType):
             module = __import__(thing.__module__, fromlist=["_"])

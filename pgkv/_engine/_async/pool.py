@@ -12,6 +12,7 @@ import math
 import weakref
 from collections import deque
 from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
@@ -402,6 +403,7 @@ class AsyncStorePool:
 TOO_LATE = object()
 
 
+@dataclass(slots=True, eq=False)
 class TaskInQueue:
     """A task in the queue. It wants an operation performed or, without one, a connection for itself.
 
@@ -417,17 +419,12 @@ class TaskInQueue:
         served_at: when it was given a connection; 0.0 before.
     """
 
-    __slots__ = ("connection", "deadline", "op", "served_at", "turn", "until")
-
-    def __init__(
-        self, turn: asyncio.Future[Any], op: Op[Any] | None, deadline: float, until: float
-    ) -> None:
-        self.turn = turn
-        self.op = op
-        self.deadline = deadline
-        self.until = until
-        self.connection: AsyncPgConnection | None = None
-        self.served_at: float = 0.0
+    turn: asyncio.Future[Any]
+    op: Op[Any] | None
+    deadline: float
+    until: float
+    connection: AsyncPgConnection | None = None
+    served_at: float = 0.0
 
     def takes(self, connection: AsyncPgConnection, now: float) -> bool:
         """Whether it still wants a connection; it has this one then."""
