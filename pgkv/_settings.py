@@ -29,20 +29,12 @@ _CONFIG_OPTIONS = tuple(field.name for field in fields(Config) if field.name != 
 
 
 def options_of(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return keywords that are fields of `Config`.
-
-    Raises:
-        ConfigError: names one that is not, and what there is.
-    """
+    """Return keywords that are fields of `Config`."""
     return _known(given, _CONFIG_OPTIONS)
 
 
 def config_of(dsn: object, given: Mapping[str, Any]) -> Config:
-    """Return the settings of a store for `connect`; without a DSN the environment's.
-
-    Raises:
-        ConfigError: there is no DSN, or something is wrong with it or the settings.
-    """
+    """Return the settings of a store for `connect`; without a DSN the environment's."""
     if isinstance(dsn, Config):
         raise ConfigError(
             "connect() takes a DSN, and settings as keywords; a Config goes to Store(config) or "
@@ -128,11 +120,7 @@ class Target:
 
 
 def check_pool(pool: object, wanted: type[Any]) -> None:
-    """Refuse what is not the pool of a sync (or async) store.
-
-    Raises:
-        ConfigError: says which class is wanted.
-    """
+    """Refuse what is not the pool of a sync (or async) store."""
     if not isinstance(pool, wanted):
         raise ConfigError(
             f"from_pool() takes a psycopg_pool.{wanted.__name__}, not {type(pool).__name__}"
@@ -150,21 +138,13 @@ def config_of_pool(pool: Any, dsn: str | None, given: Mapping[str, Any]) -> Conf
 
 
 def require_bound(config: Config) -> None:
-    """Refuse to evict from a table without a bound.
-
-    Raises:
-        ConfigError: says how to give it one.
-    """
+    """Refuse to evict from a table without a bound."""
     if not config.bounded:
         raise ConfigError("evict: the table has no bound; set max_entries or max_bytes")
 
 
 def check_transaction(fn: object, isolation: object) -> None:
-    """Refuse what `run_transaction` cannot run.
-
-    Raises:
-        InvalidValueError: `fn` is no function, or `isolation` no ``psycopg.IsolationLevel``.
-    """
+    """Refuse what `run_transaction` cannot run."""
     if not callable(fn):
         raise InvalidValueError(
             f"run_transaction: fn must be a function of the store, not {type(fn).__name__}"
@@ -177,11 +157,7 @@ def check_transaction(fn: object, isolation: object) -> None:
 
 
 def text_of(key: str, value: bytes) -> str:
-    """Return a value as text.
-
-    Raises:
-        SerializationError: it is not UTF-8.
-    """
+    """Return a value as text."""
     try:
         return value.decode()
     except UnicodeDecodeError:
@@ -199,11 +175,7 @@ def scan_options(prefix: str | ScanOptions, options: ScanRange) -> ScanOptions:
 
 
 def refuse_pickle(thing: object, /, *_: object) -> NoReturn:
-    """The `__reduce__` of what lives on connections: these stay in their process.
-
-    Raises:
-        TypeError: says what to do instead.
-    """
+    """The `__reduce__` of what lives on connections: these stay in their process."""
     raise TypeError(
         f"this {type(thing).__name__} cannot be pickled or copied: its connections belong to this "
         "process; make one in each process, from the same settings"

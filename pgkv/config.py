@@ -356,11 +356,7 @@ _ENUMS: dict[str, type[enum.Enum]] = {
 
 
 def dsn_from_environment() -> str:
-    """Return ``PGKV_DSN``, else ``DATABASE_URL``.
-
-    Raises:
-        ConfigError: neither is set.
-    """
+    """Return ``PGKV_DSN``, else ``DATABASE_URL``."""
     for name in ("PGKV_DSN", "DATABASE_URL"):
         if dsn := os.environ.get(name):
             return dsn
@@ -477,31 +473,19 @@ def _require_name(name: str, value: object, length_max: int) -> None:
 
 
 def require_bool(name: str, value: object) -> None:
-    """Refuse a setting that is neither True nor False.
-
-    Raises:
-        ConfigError: names the setting.
-    """
+    """Refuse a setting that is neither True nor False."""
     if not isinstance(value, bool):
         raise ConfigError(f"{name} must be True or False")
 
 
 def require_int(name: str, value: object, low: int, high: int) -> None:
-    """Refuse a setting that is no integer within its bounds.
-
-    Raises:
-        ConfigError: names the setting and what it accepts.
-    """
+    """Refuse a setting that is no integer within its bounds."""
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
         raise ConfigError(f"{name} must be an integer from {low:,} to {high:,}, not {value!r}")
 
 
 def require_seconds(name: str, value: object, *, zero: bool = False) -> float:
-    """Return a setting that is a duration, in seconds.
-
-    Raises:
-        ConfigError: names the setting and what it accepts.
-    """
+    """Return a setting that is a duration, in seconds."""
     if isinstance(value, timedelta):
         value = value.total_seconds()
     # Compared, not converted: an int may be too large for a float.
@@ -521,11 +505,7 @@ def require_seconds(name: str, value: object, *, zero: bool = False) -> float:
 
 
 def require_config(given: object, what: str) -> None:
-    """Refuse what is no Config.
-
-    Raises:
-        ConfigError: says what takes it.
-    """
+    """Refuse what is no Config."""
     if not isinstance(given, Config):
         raise ConfigError(
             f"{what} takes a pgkv.Config, not {type(given).__name__}"

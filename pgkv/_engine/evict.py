@@ -31,11 +31,7 @@ KEPT_AGAIN = 60.0  # seconds between two warnings
 
 
 class Evictor:
-    """What one process knows of one bounded table.
-
-    Args:
-        sql: the table's statements.
-    """
+    """What one process knows of one bounded table."""
 
     def __init__(self, sql: EvictStatements) -> None:
         self._sql = sql

@@ -64,11 +64,7 @@ def encode_key(key: str, prefix: bytes, length_max: int, what: str = "key") -> b
 
 
 def encode_keys(keys: Iterable[str], prefix: bytes, length_max: int) -> list[bytes]:
-    """Return the bytes of many keys, checked as by `encode_key` but together: a third of the time.
-
-    Raises:
-        InvalidKeyError: as `encode_key`, for the first key at fault.
-    """
+    """Return the bytes of many keys, checked as by `encode_key` but together: a third of the time."""
     try:
         keys = list(keys)
     except TypeError:
@@ -150,11 +146,7 @@ def _utf8(text: str) -> bytes | None:
 
 
 def encode_values(values: Sequence[Value], size_max: int) -> Sequence[bytes]:
-    """Return many values' bytes, checked as by `encode_value`.
-
-    Raises:
-        InvalidValueError: as `encode_value`, for the first value at fault.
-    """
+    """Return many values' bytes, checked as by `encode_value`."""
     if set(map(type, values)) == {bytes} and max(map(len, values)) <= size_max:
         return values  # type: ignore[return-value]  # all of them are bytes
     return [encode_value(value, size_max) for value in values]
@@ -194,11 +186,7 @@ def seconds(
 
 def waiting(value: Seconds | None, name: str = "timeout") -> float | None:
     """Return how long the caller may wait, in seconds: 0 for not at all, None (also for infinity) for
-    no limit.
-
-    Raises:
-        InvalidValueError: as `seconds`.
-    """
+    no limit."""
     if value is None or (isinstance(value, float) and value == math.inf):
         return None
     return seconds(value, name, zero=True, endless="None waits without end")
@@ -230,22 +218,14 @@ def encode_moment(moment: datetime, name: str = "expires_at") -> bytes:
 
 
 def whole(name: str, value: object, low: int = 1) -> int:
-    """Return an integer of `low` or more; one beyond 64 bits means "all" and becomes the largest.
-
-    Raises:
-        InvalidValueError: it is not one.
-    """
+    """Return an integer of `low` or more; one beyond 64 bits means "all" and becomes the largest."""
     if not isinstance(value, int) or isinstance(value, bool) or value < low:
         raise InvalidValueError(f"{name} must be an integer of {low} or more, not {value!r}")
     return min(value, INT8_MAX)
 
 
 def integer(value: object, name: str) -> int:
-    """Return a signed 64-bit integer.
-
-    Raises:
-        InvalidValueError: another type, or out of range.
-    """
+    """Return a signed 64-bit integer."""
     if not isinstance(value, int) or isinstance(value, bool):
         raise InvalidValueError(f"{name} must be an int, not {type(value).__name__}")
     if not INT8_MIN <= value <= INT8_MAX:

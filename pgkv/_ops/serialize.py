@@ -118,11 +118,7 @@ class Serializer(Generic[T]):
         return self.written(key, value)[0]
 
     def written(self, key: str, value: T) -> tuple[bytes, T]:
-        """Return the value's bytes, and the value that they read back as.
-
-        Raises:
-            SerializationError: as `encode`.
-        """
+        """Return the value's bytes, and the value that they read back as."""
         done, why = self._attempt(value)
         if done is not None:
             return done

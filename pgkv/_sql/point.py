@@ -359,7 +359,7 @@ class PointStatements(TableStatements):
             b"-Infinity" if low is None else b"%d" % low,
             b"Infinity" if high is None else b"%d" % high,
         )
-        decode = SumReader(
+        decode = _sum_reader(
             absent=None if only_if_exists else 0,
             creates=creates,
             bounded=low is not None or high is not None,
@@ -429,12 +429,12 @@ class PointStatements(TableStatements):
     ) -> Op[CasResult]:
         value = self.value(new)
         if expected is None:
-            reader = CasReader(value, Raced())
+            reader = _cas_reader(value, Raced())
             return self._with_ttl(self._make_cas_new, ttl, (self.key(key), value), reader)
         expiry, extra = choose_expiry(ttl, None, False, KEEP)
         statement = self.shaped(self._make_cas, expiry, "value")
         params = (self.key(key), value, *extra, self.value(expected))
-        return Op(statement, params, CasReader(value, NOT_FOUND))
+        return Op(statement, params, _cas_reader(value, NOT_FOUND))
 
     def swap_version(
         self, key: str, version: int, new: bytes, ttl: Seconds | None = None
@@ -443,7 +443,7 @@ class PointStatements(TableStatements):
         expiry, extra = choose_expiry(ttl, None, False, KEEP)
         statement = self.shaped(self._make_cas, expiry, "version")
         params = (self.key(key), new, *extra, _codec.encode_int8(version))
-        return Op(statement, params, CasReader(new, NOT_FOUND))
+        return Op(statement, params, _cas_reader(new, NOT_FOUND))
 
     def _make_cas(self, expiry: Expiry, column: str) -> Statement[CasResult]:
         n = 3 if expiry.format is None else 4
@@ -544,11 +544,7 @@ def decimal(delta: int) -> bytes:
 
 
 def negated(delta: int) -> int:
-    """Return ``-delta`` for `decrement`.
-
-    Raises:
-        InvalidValueError: not an integer, or its negative does not fit 64 bits.
-    """
+    """Return ``-delta`` for `decrement`."""
     if _codec.integer(delta, "delta") == _codec.INT8_MIN:
         raise InvalidValueError("delta is outside the range that can be subtracted")
     return -delta
@@ -587,51 +583,39 @@ def _read_length(result: Result) -> int | Signal:
     return length if result.get_value(0, 1) == b"\0" else Raced(length)
 
 
-class SumReader:
-    """Reads the answer of a conditional increment.
+def _sum_reader(*, absent: int | None, creates: bool, bounded: bool) -> Callable[[Result], Any]:
+    """Read the answer of a conditional increment: with bounds an `IncrementResult`. Where the statement
+    inserts an absent key, an empty answer is a race."""
 
-    Args:
-        absent: the value of a key that is not there.
-        creates: the statement inserts an absent key, so that an empty answer is a race.
-        bounded: answer with an `IncrementResult`.
-    """
+    def answer(value: int | None, applied: bool) -> Any:
+        return IncrementResult(value, applied) if bounded else value
 
-    __slots__ = ("absent", "bounded", "creates")
-
-    def __init__(self, *, absent: int | None, creates: bool, bounded: bool) -> None:
-        self.absent = absent
-        self.creates = creates
-        self.bounded = bounded
-
-    def __call__(self, result: Result) -> Any:
+    def read(result: Result) -> Any:
         if not result.ntuples:
-            return _RACED if self.creates else self._answer(self.absent, applied=False)
+            return _RACED if creates else answer(absent, False)
         status = _codec.decode_int(result.get_value(0, 0))
         if status == 2:
             return _RACED
-        answer = self._answer(int(result.get_value(0, 1) or b""), applied=status == 0)
-        return answer if result.get_value(0, 2) == b"\0" else Raced(answer)
+        told = answer(int(result.get_value(0, 1) or b""), status == 0)
+        return told if result.get_value(0, 2) == b"\0" else Raced(told)
 
-    def _answer(self, value: int | None, *, applied: bool) -> Any:
-        return IncrementResult(value, applied) if self.bounded else value
+    return read
 
 
-class CasReader:
-    """Reads the answer of a compare-and-swap. The server does not send the new value back."""
+def _cas_reader(
+    new: bytes, without_row: CasResult | Signal
+) -> Callable[[Result], CasResult | Signal]:
+    """Read the answer of a compare-and-swap. The server does not send the new value back."""
 
-    __slots__ = ("new", "without_row")
-
-    def __init__(self, new: bytes, without_row: CasResult | Signal) -> None:
-        self.new = new
-        self.without_row = without_row
-
-    def __call__(self, result: Result) -> CasResult | Signal:
+    def read(result: Result) -> CasResult | Signal:
         if not result.ntuples:
-            return self.without_row
+            return without_row
         status = _codec.decode_int(result.get_value(0, 0))
         if status == 2:
             return _RACED
         version = _codec.decode_int(result.get_value(0, 2))
         if status == 0:
-            return CasResult(CasStatus.SUCCESS, self.new, version)
+            return CasResult(CasStatus.SUCCESS, new, version)
         return CasResult(CasStatus.MISMATCH, result.get_value(0, 1), version)
+
+    return read

@@ -237,11 +237,7 @@ class ScanStatements(Sweep):
 
 
 def namespace_prefix(outer: str, prefix: object) -> str:
-    """Return the prefix of a namespace inside another.
-
-    Raises:
-        InvalidKeyError: not a non-empty string that a key can begin with.
-    """
+    """Return the prefix of a namespace inside another."""
     if not isinstance(prefix, str) or not prefix:
         raise InvalidKeyError("a namespace's prefix must be a non-empty str")
     _codec.encode_bound(prefix, "the namespace's prefix")

@@ -66,11 +66,7 @@ def choose_expiry(
     keep_ttl: bool,
     otherwise: Expiry = NEVER,
 ) -> tuple[Expiry, tuple[bytes, ...]]:
-    """Return the expiry that a call's arguments ask for, with its parameter.
-
-    Raises:
-        InvalidValueError: more than one was given, or a bad one.
-    """
+    """Return the expiry that a call's arguments ask for, with its parameter."""
     if ttl is None and expires_at is None and not keep_ttl:
         return otherwise, ()
     if (ttl is not None) + (expires_at is not None) + bool(keep_ttl) > 1:

@@ -288,11 +288,7 @@ class AsyncWatch(Watching):
 
 
 def _selection(sql: Any, keys: Any, *, prefix: bool) -> Selection:
-    """What the arguments select.
-
-    Raises:
-        InvalidKeyError: one is not a key, or there is none, or there are too many.
-    """
+    """What the arguments select."""
     if prefix:
         _codec.encode_bound(keys, "prefix")
         return Selection(prefix=sql.prefix + keys)

@@ -90,11 +90,7 @@ class AsyncStorePool:
         return self._watchdog
 
     def refuse_other(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Refuse a loop that is not the store's.
-
-        Raises:
-            ConfigError: the store belongs to another one.
-        """
+        """Refuse a loop that is not the store's."""
         if self.loop not in (None, loop):
             raise ConfigError(
                 "this AsyncStore belongs to another event loop: its connections cannot be used "

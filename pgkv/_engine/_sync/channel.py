@@ -48,12 +48,7 @@ POLL_MAX = 1e6  # seconds; poll() refuses what does not fit a C int
 
 
 class PoolChannel(PooledOperations):
-    """Operations over pooled connections, each by itself.
-
-    Args:
-        config: timeouts and the retry policy.
-        pool: where connections come from.
-    """
+    """Operations over pooled connections, each by itself."""
 
     _pool: StorePool | CallerPool
 
