@@ -213,9 +213,11 @@ class LimiterFlows:
             if self.prepaid is not None:
                 decision = yield from self._hit_prefetching(row, policy, cost, sent)
             else:
+                comes_again = row in self._lately
                 arrival = yield from self._charge(row, charge, sent)
                 decision = policy.decide(arrival, cost)
-                if charge is self._one_token and self.denied is None and not self.is_bound:
+                plain = charge is self._one_token and self.denied is None and not self.is_bound
+                if comes_again and plain:  # most clients of an open service come once
                     self._remember(key, row, charge)
         except OUTAGES as error:
             return self.outage(key, error, policy, on_error)
