@@ -39,6 +39,8 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("tests")
 BY_SHELLS = ("SIGINT", "SIGQUIT", "SIGHUP")  # what a background job or nohup ignores
+# What takes longest begins first: nothing of it is left when all else is done.
+LONG = ("test_soak.py", "test_documentation.py", "test_wheel.py", "test_suites.py", "test_demo.py", "test_types.py")  # fmt: skip
 WANTED = (
     18,
     15,
@@ -62,6 +64,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     different there shows in either; likewise with two poolers. On a third server only the patterns
     with the most unusual SQL run. PGKV_TESTS=full runs all.
     """
+    items.sort(key=lambda item: item.path.name not in LONG)
     if FULL:
         return
     others = [*servers.installed()][1:]  # than the newest
