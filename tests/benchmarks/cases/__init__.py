@@ -159,7 +159,8 @@ TOPICS = (
     Topic(
         "Growth",
         "The size of what is written again and again, half-way and at the end. Where both are alike, it does"
-        " not grow further.",
+        " not grow further. How much is left depends on how much is written while it lives: names of locks"
+        " a week, buckets until ten seconds after they are full.",
         (growth,),
     ),
     Topic(
