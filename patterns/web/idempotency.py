@@ -282,15 +282,10 @@ def idempotent_attempt(request: Any) -> Any:
     return request.get(ATTEMPT)
 
 
-# -- ASGI ------------------------------------------------------------------------------------
-
-
 class _Middleware(Generic[K]):
     """What both have in common."""
 
-    _names: tuple[
-        type[Any], str, str
-    ]  # the class of idempotency, of the middleware, and its twin's
+    _names: tuple[type[Any], str, str]  # its class of idempotency, its name, and its twin's
 
     def __init__(
         self,
@@ -306,6 +301,9 @@ class _Middleware(Generic[K]):
     @shown
     def __repr__(self) -> str:
         return repr(self._requests.responses)
+
+
+# -- ASGI ------------------------------------------------------------------------------------
 
 
 class IdempotencyMiddleware(_Middleware[AsyncIdempotency[Any]]):
