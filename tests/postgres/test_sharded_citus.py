@@ -9,7 +9,7 @@ import asyncio
 import json
 import os
 import secrets
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from typing import Any
 
 import psycopg
@@ -57,16 +57,22 @@ def nodes_of(dsn: str) -> list[str]:
 _made: list[str] = []  # databases
 
 
-def make_cluster() -> list[str]:
-    """A database of the session's own as a cluster of the same nodes; their DSNs, the coordinator's first."""
-    name = f"pgkv_{secrets.token_hex(4)}"
-    _made.append(name)
-    made = []
-    for dsn in nodes_of(DSN):
+def make_cluster(count: int | None = None, made: Sequence[str] = ()) -> list[str]:
+    """A database of the session's own as a cluster of the same nodes; their DSNs, the coordinator's first.
+
+    Args:
+        count: of how many nodes; None for all.
+        made: the DSNs of one that gets more nodes.
+    """
+    known, made = len(made), [*made]
+    name = str(conninfo_to_dict(made[0])["dbname"]) if made else f"pgkv_{secrets.token_hex(4)}"
+    if not made:
+        _made.append(name)
+    for dsn in nodes_of(DSN)[known:count]:
         ask_none(dsn, f"CREATE DATABASE {name}")
         made.append(make_conninfo(dsn, dbname=name))
         ask_none(made[-1], "CREATE EXTENSION citus")
-    for n, dsn in enumerate(made):
+    for n, dsn in enumerate(made[known:], known):
         params = conninfo_to_dict(dsn)
         add = "citus_add_node" if n else "citus_set_coordinator_host"
         ask(made[0], f"SELECT {add}('{params['host']}', {params['port']})")
@@ -82,7 +88,7 @@ def nodes() -> Iterator[list[str]]:
     yield made
     for dsn in nodes_of(DSN):
         for name in _made:
-            ask_none(dsn, f"DROP DATABASE {name} WITH (FORCE)")
+            ask_none(dsn, f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
 
 
 def cluster(nodes: list[str]) -> CitusCluster:
@@ -399,6 +405,24 @@ async def test_a_node_gets_another_address(
             rename("127.0.0.1")
         assert (await store.shards())[slot].node == f"127.0.0.1:{params['port']}"
         assert await store.increment(key) == 3
+
+
+async def test_a_node_is_added(nodes: list[str], variant: Variant) -> None:
+    """After `init` it has the fence, and takes slots; a store that is open already finds it."""
+    if len(nodes) < 3:
+        pytest.skip("needs two workers")
+    made = make_cluster(2)
+    with cluster(made) as admin:
+        assert admin.init(2, tables(pgkv.Config(made[0], schema=ANY))) == 2
+        async with await sharded.connect(variant, made[:1]) as store:
+            key = next(k for k in map(str, range(99)) if store.slot_of(k) == 0)
+            assert await store.increment(key) == 1
+            new = make_cluster(3, made)[-1]
+            assert admin.init(None, tables(pgkv.Config(made[0], schema=ANY))) == 0
+            params = conninfo_to_dict(new)
+            assert admin.move(0, f"{params['host']}:{params['port']}", quiet)
+            assert await store.increment(key) == 2
+            assert {shard.node for shard in await store.shards()} == {*admin.names[1:]}
 
 
 def test_the_command_line(
