@@ -22,6 +22,7 @@ from pgkv import AsyncStore, ConfigError, OperationTimeoutError, PoolTimeoutErro
 from pgkv._engine._async.connection import AsyncPgConnection
 from pgkv._ops.op import Op
 from pgkv.config import EMBEDDED_SCHEME
+from tests.faults.support import newest
 from tests.peers import Peer, until
 from tests.servers import LATE
 from tests.variants import Variant, in_a_hurry
@@ -31,6 +32,9 @@ MakeStore = Callable[..., Coroutine[Any, Any, AsyncStore]]
 
 LOCK_ROW = "SELECT 1 FROM kv_store WHERE key = 'k' FOR UPDATE"
 WAITING = "SELECT count(*) FROM pg_locks WHERE NOT granted"
+
+
+pytestmark = newest  # what a server has no part in
 
 
 @pytest.fixture(params=["async"])

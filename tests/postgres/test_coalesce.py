@@ -14,6 +14,7 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 import pgkv
 from pgkv import AsyncStore, InvalidValueError
 from pgkv.testing import ServerClock
+from tests.faults.support import newest
 from tests.peers import Peer, gather, until
 from tests.postgres.test_pipeline import Tape
 from tests.variants import Variant
@@ -21,6 +22,9 @@ from tests.variants import Variant
 MakeStore = Callable[..., Coroutine[Any, Any, AsyncStore]]
 
 WAITING = "SELECT count(*) FROM pg_locks WHERE NOT granted"
+
+
+pytestmark = newest  # what a server has no part in
 
 
 @pytest.fixture(params=["async"])
