@@ -156,8 +156,12 @@ class Storm:
     def wait_for_paused(self) -> None:
         """Wait until none is stopped, and what it does then is done."""
         pids = ",".join(str(worker.pid) for worker in self._workers)
-        states = ["ps", "-o", "state=", "-p", pids]
-        wait_until(lambda: b"T" not in subprocess.check_output(states), "all go on")
+        ask = ["ps", "-o", "state=", "-p", pids]
+
+        def none_is_stopped() -> bool:
+            return b"T" not in subprocess.run(ask, stdout=subprocess.PIPE, check=False).stdout
+
+        wait_until(none_is_stopped, "all go on")
         time.sleep(0.3)
 
     def end(self) -> None:

@@ -84,7 +84,7 @@ def test_a_storm_of_changes(dsn: str, world: psycopg.Connection, start: Start) -
         rng, changes = random.Random(4), 0
         change = "UPDATE documents SET version = version + 1 WHERE id = %s"
         while storm.kills < KILLS or changes < ORDERS * 4:
-            for _ in range(24):
+            for _ in range(40):
                 key = changes // CHANGES + rng.randrange(HOT)
                 changes += 1
                 world.execute(
