@@ -336,14 +336,14 @@ class Router:
             or len(op.by_slot) * 2 < sum(len(slots[c]) for c in wanted)
         ):
             return []
-        calls = [
-            partial(
-                channel.execute,
-                unite([(slot, op.by_slot.get(slot, [])) for slot in slots[channel]]),
-                left(deadline),
+        keys = op.by_slot.get
+
+        def read(channel: Any) -> Any:  # made when it is sent: the servers before it work already
+            return channel.execute(
+                unite([(slot, keys(slot, [])) for slot in slots[channel]]), left(deadline)
             )
-            for channel in wanted
-        ]
+
+        calls = [partial(read, channel) for channel in wanted]
         found: list[Any] = yield from call(self.gather, calls)
         failures = [each for each in found if isinstance(each, PgkvError)]
         if any(isinstance(each, TableNotFoundError) for each in failures):

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import chain
 from typing import Any, NamedTuple, TypeAlias, TypeVar
+from zlib import crc32
 
 from .._engine.schema import create_sql
 from .._ops.codec import encode_array, whole
@@ -143,11 +144,11 @@ class ShardedStatements(Statements):
         return found
 
     def _keys_by_slot(self, keys: Sequence[bytes]) -> dict[int, list[bytes]]:
-        found: dict[int, list[bytes]] = {}
-        of = self.slots.of
+        count, of = self.slots.count, self.slots.of
+        found: list[list[bytes]] = [[] for _ in range(count)]
         for key in keys:
-            found.setdefault(of(key), []).append(key)
-        return dict(sorted(found.items()))
+            found[of(key) if b"{" in key else crc32(key) % count].append(key)
+        return {slot: few for slot, few in enumerate(found) if few}
 
     def parted(self, keys: list[bytes], make: Callable[[list[bytes]], list[Op[T]]]) -> list[Op[T]]:
         """The operations on sorted keys: one, of which each slot has a part."""
