@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 import yaml
 
+import pgkv
+
 ROOT = Path(__file__).parents[2]
 WORKFLOWS = {
     path.stem: yaml.safe_load(path.read_text("utf-8"))
@@ -134,3 +136,12 @@ def test_a_release_is_tested_first() -> None:
     release = WORKFLOWS["release"]["jobs"]
     assert release["publish"]["needs"] == "test"
     assert release["test"]["uses"] == "./.github/workflows/test.yml"
+
+
+def test_the_version_has_a_dated_section() -> None:
+    """The changelog begins with the version that a tag would publish."""
+    text = (ROOT / "CHANGELOG.md").read_text("utf-8")
+    first = re.search(r"(?m)^## (\S+) - (\d{4}-\d\d-\d\d)$", text)
+    assert first is not None
+    assert first[1] == pgkv.__version__
+    assert not re.search(r"(?mi)^## .*unreleased", text)
