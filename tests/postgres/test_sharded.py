@@ -496,11 +496,16 @@ def test_the_command(dsns: list[str], server: Server, capfd: pytest.CaptureFixtu
     assert run("move", "0-1", "--to", "n2") == (0, [{"moved": 2}])
     assert run("move", "0", "--to", "n2") == (0, [{"moved": 0}])
     assert run("move", "0,1", "--to", "n1") == (0, [{"moved": 2}])
+    assert run("move", "0", "--to", "n2", "--online") == (0, [{"moved": 1}])
+    assert run("move", "0", "--to", "n1", "--drop")[0] == 2  # it asks, and no person is there
+    assert run("move", "0", "--to", "n1", "--drop", "--yes") == (0, [{"moved": 1}])
     for wrong in (
         ("move", "x", "--to", "n1"),
         ("move", "0"),
         ("move", "0", "--to", "n9"),
         ("check", "0"),
+        ("check", "--online"),
+        ("move", "0", "--to", "n1", "--online", "--drop"),
     ):
         assert run(*wrong)[0] == 2
     assert run("resume") == (0, [{"moved": 0}])
