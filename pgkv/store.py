@@ -874,13 +874,15 @@ class Store(StoreBase):
             InvalidValueError: `fn` is not a function, or `isolation` is not such a level.
             TypeError: `fn` is async, or (for an `AsyncStore`) is not; nothing was committed.
         """
+        from tenacity import Retrying
+
         check_transaction(fn, isolation)
 
         def once() -> T:
             with self._channel.transaction(isolation) as channel:
                 return invoke(fn, self._view(channel=channel))  # type: ignore[no-any-return]  # what fn returns
 
-        return _retry.retrying_transaction(self._config.retry)(once)
+        return Retrying(**_retry.transaction_options(self._config.retry))(once)
 
     def using(self, conn: Any) -> Self:
         """Return this store inside the caller's own connection and transaction.

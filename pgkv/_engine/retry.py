@@ -18,7 +18,7 @@ from ..config import RetryPolicy, Table
 from ..errors import ConflictError, PgkvError, PoolTimeoutError, TableNotFoundError
 
 if TYPE_CHECKING:
-    from tenacity import RetryCallState, Retrying
+    from tenacity import RetryCallState
 
 CREATIONS_MAX = 3  # of one call, whose table keeps being dropped
 
@@ -150,15 +150,8 @@ def _settle(
         outcome = None  # as in `recover`
 
 
-def retrying_transaction(policy: RetryPolicy | None) -> Retrying:
-    """What calls a whole transaction again when it certainly left nothing behind."""
-    from tenacity import Retrying
-
-    return Retrying(**transaction_options(policy))
-
-
 def transaction_options(policy: RetryPolicy | None) -> dict[str, Any]:
-    """The same as tenacity's options, for sync and async."""
+    """The options of tenacity to repeat a transaction that certainly left nothing behind."""
     return _options(policy or RetryPolicy(attempts=1), _left_nothing)
 
 

@@ -118,7 +118,7 @@ def ensure(table: Table) -> Flow[None]:
         try:
             yield from do(_script("create_table", commands))
         except PgkvError as error:
-            if attempt == 2 or not _made_by_another(error):
+            if attempt == 2 or error._sqlstate not in CREATED_BY_ANOTHER:
                 raise _explained(error, table) from error.__cause__
         else:
             _observe.info("pgkv.table.create", table=table.quoted)
@@ -224,11 +224,6 @@ def _missing(table: Table, columns: dict[str, str]) -> str:
 
 def _script(name: str, commands: str) -> Op[None]:
     return Op(Statement(name, LOCK_TIMEOUT + commands, (), read_nothing, script=True, writes=False))
-
-
-def _made_by_another(error: PgkvError) -> bool:
-    """Whether another client was creating the same thing just now."""
-    return error._sqlstate in CREATED_BY_ANOTHER
 
 
 def _explained(error: PgkvError, table: Table) -> PgkvError:
