@@ -88,26 +88,18 @@ class Reserved(NamedTuple):
     receipt: Receipt | None
 
 
-class Lately(NamedTuple):
-    """Whether the last hit of a key was refused, and until when no sweep takes its row."""
-
-    refused: bool
-    until: float
-
-
 class Usual:
     """What mostly decides the next hit of a key, `LimiterStatements.charge` or `refusal`, until its
     row may be gone."""
 
     __slots__ = ("params", "refused", "row", "statement", "until")
 
-    def __init__(self, op: Op[Arrival | None], row: bytes, lately: Lately) -> None:
+    def __init__(self, op: Op[Arrival | None], row: bytes, refused: bool, until: float) -> None:
         self.statement: Statement[Arrival | None] = op.statement
         self.params: Sequence[Param] = op.params
         self.row: bytes = row
-        self.refused: bool
-        self.until: float
-        self.refused, self.until = lately
+        self.refused: bool = refused
+        self.until: float = until
 
 
 class LimiterFlows:
@@ -134,7 +126,8 @@ class LimiterFlows:
         self.prepaid: PrepaidTokens | None = PrepaidTokens() if prefetch > 1 else None
         self.counter: Counter = Counter()
         _observe.limiters[self.counter] = name
-        self._lately: dict[bytes, Lately] = {}  # a mere hint
+        # A mere hint: whether the last hit of a row was refused, and until when no sweep takes the row.
+        self._lately: dict[bytes, tuple[bool, float]] = {}
         self._policies: dict[tuple[Rate, ...], Policy] = {self.rates: self.policy}
         # Escaped, so that no name and key make the row of another name and key.
         safe = "".join(f"%{ord(c):02x}" if c in "%:~#" else c for c in name)
@@ -213,11 +206,15 @@ class LimiterFlows:
             if self.prepaid is not None:
                 decision = yield from self._hit_prefetching(row, policy, cost, sent)
             else:
-                comes_again = row in self._lately
-                arrival = yield from self._charge(row, charge, sent)
+                known_row = self._lately.get(row)
+                refused = known_row[0] if known_row and known_row[1] > sent else None
+                arrival: Arrival | None = yield self._likely(refused)(row, charge)
+                if arrival is None or arrival.stepped_back():
+                    arrival = yield from self._decided(row, arrival, refused, charge, sent)
+                self._note(row, arrival, sent)
                 decision = policy.decide(arrival, cost)
                 plain = charge is self._one_token and self.denied is None and not self.is_bound
-                if comes_again and plain:  # most clients of an open service come once
+                if known_row and plain:  # most clients of an open service come once
                     self._remember(key, row, charge)
         except OUTAGES as error:
             return self.outage(key, error, policy, on_error)
@@ -228,8 +225,8 @@ class LimiterFlows:
     def _remember(self, key: str, row: bytes, charge: Charge) -> None:
         if len(self.usual) >= ENTRIES_MAX:
             self.usual.clear()
-        lately = self._lately[row]
-        self.usual[key] = Usual(self._likely(lately.refused)(row, charge), row, lately)
+        refused, until = self._lately[row]
+        self.usual[key] = Usual(self._likely(refused)(row, charge), row, refused, until)
 
     def usual_of(self, key: str, began: float) -> Usual | None:
         """What the next hit of a key sends first, as far as that is known."""
@@ -258,6 +255,7 @@ class LimiterFlows:
             arrival = yield from self._decided(usual.row, arrival, usual.refused, charge, began)
         except OUTAGES as error:
             return self.outage(key, error)
+        self._note(usual.row, arrival, began)
         self._remember(key, usual.row, charge)
         return self._settled(key, self.policy.decide(arrival, 1))
 
@@ -277,10 +275,22 @@ class LimiterFlows:
         return (yield from call(self._execute, op, max(left, STATEMENT_SECONDS_MIN)))
 
     def _charge(self, row: bytes, charge: Charge, started: float) -> Flow[Arrival]:
-        lately = self._lately.get(row)
-        refused = lately.refused if lately is not None and lately.until > started else None
+        refused = self._expected(row, started)
         arrival: Arrival | None = yield self._likely(refused)(row, charge)
-        return (yield from self._decided(row, arrival, refused, charge, started))
+        arrival = yield from self._decided(row, arrival, refused, charge, started)
+        self._note(row, arrival, started)
+        return arrival
+
+    def _expected(self, row: bytes, now: float) -> bool | None:
+        """Whether a hit of a row is likely to be refused; None where the row may be gone."""
+        refused, until = self._lately.get(row, (None, 0.0))
+        return refused if until > now else None
+
+    def _note(self, row: bytes, arrival: Arrival, started: float) -> None:
+        if len(self._lately) >= ENTRIES_MAX:
+            self._lately.clear()
+        filling = (max(arrival.tats) - arrival.now) / NS
+        self._lately[row] = not arrival.charged, started + filling + KEPT_SECONDS
 
     def _likely(self, refused: bool | None) -> Callable[[bytes, Charge], Op[Any]]:
         """The statement that probably decides a hit, from what became of the last one of its key."""
@@ -295,18 +305,13 @@ class LimiterFlows:
         charge: Charge,
         started: float,
     ) -> Flow[Arrival]:
-        """Decide a hit of which the first statement, sent for `refused`, may have said nothing; and
-        remember what became of it."""
+        """Decide a hit of which the first statement, sent for `refused`, may have said nothing."""
         if arrival is None and refused:
             arrival = yield from self._again(self.sql.charge(row, charge), started)
         if arrival is None:
             arrival = yield from self._again(self.sql.hit(row, charge), started)
         if arrival.stepped_back():
             arrival = yield from self._rebased(row, arrival, charge, started)
-        if len(self._lately) >= ENTRIES_MAX:
-            self._lately.clear()
-        filling = (max(arrival.tats) - arrival.now) / NS
-        self._lately[row] = Lately(not arrival.charged, started + filling + KEPT_SECONDS)
         return arrival
 
     def _rebased(

@@ -216,8 +216,10 @@ class LimiterStatements(TableStatements):
 
     def hit(self, row: bytes, charge: Charge) -> Op[Arrival]:
         """Charge the row, if no arrival time is then more than its cap ahead of now."""
-        shape = charge.shape
-        statement = self.made(shape, lambda: self._make_hit(shape))
+        try:
+            statement = self._made[charge.shape]
+        except KeyError:
+            statement = self.made(charge.shape, lambda: self._make_hit(charge.shape))
         return Op(statement, (row, *charge.params), charge.read)
 
     def _make_hit(self, shape: Shape) -> Statement[Arrival]:

@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 
 import pgkv
 from pgkv.patterns.rate_limit import local
-from pgkv.patterns.rate_limit.flows import Lately
 from pgkv.patterns.rate_limit.policy import Policy
 from pgkv.patterns.rate_limit.rate import rates_of
 from pgkv.patterns.rate_limit.sql import KEPT_SECONDS
@@ -84,7 +83,7 @@ async def test_a_row_that_is_expected_and_gone(make: Make, peer: Peer, operation
     assert [await statements() for _ in range(2)] == [2, 1]
     peer.run("DELETE FROM kv_store")
     flows.usual["u"].until = 0.0
-    flows._lately[flows.row("u", flows.policy)] = Lately(False, 0.0)
+    flows._lately[flows.row("u", flows.policy)] = (False, 0.0)
     assert [await statements() for _ in range(2)] == [1, 1]
 
 

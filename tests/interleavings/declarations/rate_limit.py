@@ -13,7 +13,7 @@ import psycopg
 import pgkv
 from pgkv import Decision, RateLimitedError, RateLimiter
 from pgkv._ops.op import Op
-from pgkv.patterns.rate_limit.flows import Lately, Receipt
+from pgkv.patterns.rate_limit.flows import Receipt
 from pgkv.patterns.rate_limit.sql import KEPT_SECONDS
 from tests.interleavings.pairs import Operation, Subject
 from tests.interleavings.scenarios import Client, evicting, failed_by_itself, truncate, with_marks
@@ -50,7 +50,7 @@ def hinted(limiter: RateLimiter, side: str, refused: bool | None) -> Any:
     flows._lately.clear()
     flows.usual.clear()
     if refused is not None:
-        flows._lately[flows.row("k", flows.policy)] = Lately(refused, math.inf)
+        flows._lately[flows.row("k", flows.policy)] = (refused, math.inf)
     return told(limiter.hit("k", COST[side]))
 
 
