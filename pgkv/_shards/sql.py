@@ -555,16 +555,19 @@ CITUS_UNLOGGED = (
 )
 CITUS_MOVE = "SELECT citus_schema_move(%s::regnamespace, %s::text, %s::int, %s)"
 CITUS_SELF = "SELECT citus_backend_gpid()"
+# Citus shows the moves of all databases, with tables by their numbers.
+_PROGRESS = (
+    "FROM get_rebalance_progress() p JOIN pg_catalog.pg_stat_activity a ON a.pid = p.sessionid "
+    "AND a.datname = current_database() JOIN pg_catalog.pg_class c ON c.oid = p.table_name "
+    "JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace "
+)
 CITUS_MOVING = (
     "SELECT DISTINCT n.nspname::text, format('%s:%s to %s:%s', p.sourcename, p.sourceport, "
-    "p.targetname, p.targetport) FROM get_rebalance_progress() p "
-    "JOIN pg_catalog.pg_class c ON c.oid = p.table_name JOIN pg_catalog.pg_namespace n ON "
-    "n.oid = c.relnamespace WHERE p.progress = 1"
+    f"p.targetname, p.targetport) {_PROGRESS} WHERE p.progress = 1"
 )
 CITUS_MOVING_STATUS = (
-    "SELECT max(p.status), sum(p.target_shard_size)::bigint FROM get_rebalance_progress() p "
-    "JOIN pg_catalog.pg_class c ON c.oid = p.table_name "
-    "WHERE c.relnamespace = to_regnamespace(%s) HAVING count(*) > 0"
+    f"SELECT max(p.status), sum(p.target_shard_size)::bigint {_PROGRESS} "
+    "WHERE n.nspname = %s HAVING count(*) > 0"
 )
 CITUS_WAITS = "SELECT EXISTS (SELECT FROM citus_stat_activity WHERE global_pid = %s AND wait_event_type = 'Lock')"
 
