@@ -86,5 +86,5 @@ def test_every_module_with_statements_is_declared() -> None:
     declared = {module for each in DECLARATIONS.values() for module in each.STATEMENTS}
     assert modules - declared == {
         "pgkv._cli.demo.show", "pgkv._engine.results", "pgkv._engine.schema", "pgkv._sql.control",
-        "pgkv._sql.table", "pgkv._shards.sql", "pgkv.patterns.overview",
+        "pgkv._sql.table", "pgkv._shards.citus", "pgkv._shards.sql", "pgkv.patterns.overview",
     }  # fmt: skip
