@@ -24,7 +24,7 @@ from ..errors import (
     TransactionError,
 )
 from ..types import CasResult, CasStatus, Entry
-from .merging import merge, parted, singly
+from .merging import merge, parted
 
 if TYPE_CHECKING:
     from .._ops.codec import Value
@@ -307,7 +307,7 @@ def _independent(
     if monotonic() >= deadline:
         return [_late(op) for op in ops]
     plan = merge(sql, ops)
-    batch = Pipelined([op for op, _ in plan], sync_each=False, deadline=deadline)
+    batch = Pipelined(plan.ops, sync_each=False, deadline=deadline)
     try:
         answers = parted(plan, ops, (yield from send(batch)))
         if _refused(answers) and not _unknown(answers):
@@ -385,8 +385,8 @@ def _whole(
     ops: list[Op[Any]], sql: Statements | None, deadline: float | None = None
 ) -> Flow[list[Any]]:
     """Send operations as one transaction (or a part of one), merged where `sql` is given."""
-    plan = singly(ops) if sql is None else merge(sql, ops)
-    batch = Pipelined([op for op, _ in plan], sync_each=False, deadline=deadline)
+    plan = merge(sql, ops)
+    batch = Pipelined(plan.ops, sync_each=False, deadline=deadline)
     return parted(plan, ops, (yield from send(batch)))
 
 

@@ -16,16 +16,19 @@ from .._sql import Statements
 from ..errors import PgkvError
 
 
-class Merged(NamedTuple):
-    """An operation, and the places in the pipeline of those that it performs."""
+class Plan(NamedTuple):
+    """What is sent for a pipeline's operations."""
 
-    op: Op[Any]
-    places: list[int]
+    ops: Sequence[Op[Any]]
+    places: list[list[int]] | None = None  # of those that each performs; None: it performs itself
 
 
-def merge(sql: Statements, ops: Sequence[Op[Any]]) -> list[Merged]:
-    """Return what to send for those operations."""
-    plan: list[Merged] = []
+def merge(sql: Statements | None, ops: Sequence[Op[Any]]) -> Plan:
+    """Return what to send for those operations; without `sql` they are sent singly."""
+    if sql is None or len({op.statement.prepared_name for op in ops}) == len(ops):
+        return Plan(ops)
+    merged: list[Op[Any]] = []
+    performed: list[list[int]] = []
     groups: dict[tuple[int, Sequence[Param]], list[int]] = {}
     written: set[bytes | None] = set()
 
@@ -35,7 +38,8 @@ def merge(sql: Statements, ops: Sequence[Op[Any]]) -> list[Merged]:
             op = ops[places[0]]
             if len(places) > 1:
                 op = sql.merged(kind, [ops[place].params for place in places])
-            plan.append(Merged(op, places))
+            merged.append(op)
+            performed.append(places)
         groups.clear()
         written.clear()
 
@@ -44,25 +48,23 @@ def merge(sql: Statements, ops: Sequence[Op[Any]]) -> list[Merged]:
         if kind is None or op.params[0] in written:
             end_group()
         if kind is None:
-            plan.append(Merged(op, [place]))
+            merged.append(op)
+            performed.append([place])
             continue
         # Parameters beyond key and value are a ttl: one for the whole batch.
         groups.setdefault((kind, op.params[2:]), []).append(place)
         if op.statement.writes:
             written.add(op.params[0])
     end_group()
-    return plan
+    return Plan(merged, performed)
 
 
-def singly(ops: Sequence[Op[Any]]) -> list[Merged]:
-    """Return those operations as they are."""
-    return [Merged(op, [place]) for place, op in enumerate(ops)]
-
-
-def parted(plan: Sequence[Merged], ops: Sequence[Op[Any]], answers: Sequence[Any]) -> list[Any]:
+def parted(plan: Plan, ops: Sequence[Op[Any]], answers: list[Any]) -> list[Any]:
     """Return each operation's own answer."""
+    if plan.places is None:
+        return answers
     own: list[Any] = [None] * len(ops)
-    for (_, places), answer in zip(plan, answers, strict=True):
+    for places, answer in zip(plan.places, answers, strict=True):
         for place in places:
             alone = len(places) == 1 or isinstance(answer, PgkvError)
             own[place] = answer if alone else answer.get(ops[place].params[0])
