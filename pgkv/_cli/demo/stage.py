@@ -88,9 +88,7 @@ class Stage:
     def workers(self, work: Callable[..., None], size: int, **terms: Any) -> Iterator[WorkerGroup]:
         """Start processes that run ``work(store, orders, **terms)``, and wait until they are ready; all
         have ended afterwards."""
-        # A user's module in the working directory must not replace one of ours.
-        os.environ["PYTHONSAFEPATH"] = "1"
-        with _uninterrupted():
+        with _uninterrupted(), _safe_path():
             workers = WorkerGroup(size, work, self.settings, terms)
         try:
             workers.answer_of_each()
@@ -209,6 +207,20 @@ class WorkerGroup:
 
     def answer_of_each(self) -> list[Any]:
         return [self.answer()[1] for _ in self.members]
+
+
+@contextlib.contextmanager
+def _safe_path() -> Iterator[None]:
+    """A user's module in the working directory does not replace one of Python's in new processes."""
+    before = os.environ.get("PYTHONSAFEPATH")
+    os.environ["PYTHONSAFEPATH"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["PYTHONSAFEPATH"]
+        else:
+            os.environ["PYTHONSAFEPATH"] = before
 
 
 @contextlib.contextmanager
