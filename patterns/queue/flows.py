@@ -55,6 +55,8 @@ T = TypeVar("T")
 POLL, POLL_NOTIFIED = 1.0, 5.0  # seconds between looks at an empty queue; jittered down by half
 NOTIFY_PAUSE = 0.05  # seconds between two notifications of a process about a queue
 LOOK_ALL_PAUSE, LOOK_ALL_SHARE = 1.0, 20  # seconds, and times its own length, between full looks
+# Another take may have locked the only job that a look saw, and left one that was put a moment later.
+LOOK_AGAIN = 0.01  # seconds from the first look to the second; twice as long to each one after it
 FAILED_MAX = 3.0  # seconds that count of a full look that was not answered in time
 LATE_US = 250_000  # within which a put may commit late and is found without a full look
 CHUNK_ROWS, CHUNK_BYTES = 1000, 8 * 1024 * 1024  # of put_many's statements
@@ -442,9 +444,11 @@ def take(runtime: Any, options: QueueOptions, n: int, timeout: float | None) -> 
     deadline = None if timeout is None else clock() + timeout
     waiter: Waiter | None = None
     jobs: list[Any] = []
+    soon = LOOK_AGAIN
     try:
         while True:
             jobs, pause = yield from look(runtime, options, n)
+            pause, soon = min(pause, soon), soon * 2
             left = pause if deadline is None else deadline - clock()
             if jobs or left <= 0:
                 return jobs

@@ -8,6 +8,7 @@ import math
 from datetime import datetime, timedelta
 from typing import Any
 
+import psycopg
 import pytest
 from psycopg import IsolationLevel
 
@@ -838,6 +839,29 @@ async def test_an_empty_take_takes_no_transaction_id(queue: Any, peer: Peer) -> 
         assert await queue.take() is None
     after = peer.one("SELECT txid_snapshot_xmax(txid_current_snapshot())")
     assert after - before < 25, "others may use some"
+
+
+async def test_a_job_that_another_take_had_locked(
+    queue: Any, peer: Peer, dsn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A look passes over it. The next one is soon, not after the pause of an empty queue."""
+    job = await queue.put("x")
+    pauses: list[float] = []
+    runtime = type(getattr(queue, "_target", queue)._runtime)
+    wait = runtime.wait
+
+    def waiting(self: Any, waiter: Any, seconds: float) -> Any:
+        pauses.append(seconds)
+        if len(pauses) == 2:
+            other.rollback()
+        return wait(self, waiter, seconds)
+
+    monkeypatch.setattr(runtime, "wait", waiting)
+    with psycopg.connect(dsn) as other:
+        other.execute(f"SELECT FROM {JOBS} FOR UPDATE")
+        taken = await queue.take(timeout=60)
+    assert taken.id == job.id
+    assert pauses == [0.01, 0.02]
 
 
 async def test_leases_stay_heap_only(queue: Any, peer: Peer) -> None:
