@@ -206,8 +206,7 @@ class LimiterFlows:
             if self.prepaid is not None:
                 decision = yield from self._hit_prefetching(row, policy, cost, sent)
             else:
-                known_row = self._lately.get(row)
-                refused = known_row[0] if known_row and known_row[1] > sent else None
+                known_row, refused = row in self._lately, self._expected(row, sent)
                 arrival: Arrival | None = yield self._likely(refused)(row, charge)
                 if arrival is None or arrival.stepped_back():
                     arrival = yield from self._decided(row, arrival, refused, charge, sent)
@@ -223,9 +222,12 @@ class LimiterFlows:
         return self._settled(key, decision)
 
     def _remember(self, key: str, row: bytes, charge: Charge) -> None:
+        known = self._lately.get(row)
+        if known is None:
+            return  # another thread has made room meanwhile
         if len(self.usual) >= ENTRIES_MAX:
             self.usual.clear()
-        refused, until = self._lately[row]
+        refused, until = known
         self.usual[key] = Usual(self._likely(refused)(row, charge), row, refused, until)
 
     def usual_of(self, key: str, began: float) -> Usual | None:

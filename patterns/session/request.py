@@ -85,6 +85,10 @@ class RequestSession(dict[str, Any]):
         """Return a plain dict."""
         return dict(self.items())
 
+    def get(self, key: str, default: Any = None) -> Any:
+        self.mark_accessed()
+        return super().get(key, default)
+
     def pop(self, key: str, *default: Any) -> Any:
         self.mark_accessed()
         self.modified |= super().__contains__(key)
@@ -120,6 +124,6 @@ def _marked(mark: str, method: Callable[..., Any]) -> Callable[..., Any]:
 
 _loading(
     "mark_accessed", "__contains__", "__eq__", "__getitem__", "__iter__", "__len__", "__ne__",
-    "__reversed__", "get", "items", "keys", "values",
+    "__reversed__", "items", "keys", "values",
 )  # fmt: skip
 _loading("mark_modified", "__delitem__", "__ior__", "__setitem__", "popitem", "update")

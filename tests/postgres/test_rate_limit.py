@@ -87,6 +87,24 @@ async def test_a_row_that_is_expected_and_gone(make: Make, peer: Peer, operation
     assert [await statements() for _ in range(2)] == [1, 1]
 
 
+async def test_the_memory_of_rows_is_emptied_during_a_hit(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As another thread does that finds it full: the hit is decided all the same."""
+    limiter = make("60/m")
+    flows = (limiter._target if isinstance(limiter, Threaded) else limiter)._flows
+    decide = type(flows.policy).decide
+
+    def deciding(*args: Any) -> Any:
+        flows._lately.clear()
+        return decide(*args)
+
+    await limiter.hit("u")
+    monkeypatch.setattr(type(flows.policy), "decide", deciding)
+    flows._lately[flows.row("u", flows.policy)] = (False, 0.0)
+    assert all([await limiter.hit("u") for _ in range(3)])
+
+
 async def test_a_burst_and_what_flows_back(make: Make, clock: ServerClock) -> None:
     """A full bucket gives its burst at once, then the rate; a long idle key has a burst, not more."""
     limiter = make("10/m burst 4")

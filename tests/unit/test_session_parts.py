@@ -421,3 +421,8 @@ def test_plain_logging_is_quiet(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
     Cookie("__Host-session")
     assert caplog.records == []
+
+
+def test_get_takes_its_default_by_name() -> None:
+    """As in Flask's own session."""
+    assert RequestSession().get("z", default=2) == 2
