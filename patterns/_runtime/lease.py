@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 from ..._background.renewal import clock
 from ..._ops.op import Flow, Op, call, pause
 from ..._settings import refuse_pickle
-from ...errors import LeaseLostError, OperationTimeoutError, PgkvError, TableNotFoundError
+from ...errors import LeaseLostError, OperationTimeoutError, PgkvError
 
 if TYPE_CHECKING:
     from ..._background.background import Background
@@ -315,8 +315,7 @@ class LeaseRenewal:
     def _failed(self, batch: list[Held], error: PgkvError) -> None:
         for lease in batch:
             lease._cause = error.with_traceback(None)
-            if isinstance(error, TableNotFoundError):
-                lease._runtime.follow(lease)
+            lease._runtime.follow(lease, error)
         if not self._failing:
             self._failing = True
             context = {"error": type(error).__name__, "detail": str(error)}

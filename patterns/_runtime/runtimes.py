@@ -20,6 +20,7 @@ from .wakeup import TaskWaiter, ThreadWaiter, Waiter, Waiters
 if TYPE_CHECKING:
     from ..._ops.op import Flow, Op
     from ...aio import AsyncStore
+    from ...errors import PgkvError
     from ...store import Store
     from .lease import Held
 
@@ -78,9 +79,11 @@ class Runtime:
         ((slot, op),) = router.parts(op, 0)
         return op, self._of(self.channel.of_slot(slot))
 
-    def follow(self, held: Held) -> None:
-        """Renew what is no longer where it was watched: its slot was moved to another server."""
-        if hasattr(self.channel, "router"):
+    def follow(self, held: Held, error: PgkvError) -> None:
+        """Renew what may no longer be where it was watched: its slot has moved to another server, or on
+        Citus its server has another address."""
+        router = getattr(self.channel, "router", None)
+        if router is not None and isinstance(error, router.strays):
             self.run_later(lambda: self.channel.run(follow(self, held)))
 
     def leave(self) -> None:

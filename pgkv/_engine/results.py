@@ -15,6 +15,7 @@ from ..errors import (
     DecodingError,
     OperationTimeoutError,
     PgkvError,
+    StoreUnavailableError,
     TransactionError,
     from_result,
     translate,
@@ -106,23 +107,38 @@ def fence_of(op: Op[Any]) -> Any:
     return None if table is None or table.fences is None else table.fences.plan(op.statement)
 
 
-def behind_fences(ops: Sequence[Op[Any]], *, inside: bool) -> tuple[list[Op[Any]], int]:
-    """What is sent as one transaction, or inside one, and how many fences come first in it. Plain reads
-    alone go without."""
+def behind_fences(
+    ops: Sequence[Op[Any]], *, inside: bool
+) -> tuple[list[Op[Any]], list[int | None]]:
+    """What is sent as one transaction, or inside one: fences, and then the operations; and for each of
+    these the place of its fence. Plain reads alone go without."""
     plans = [*map(fence_of, ops)]
     if not inside and all(plan is None or plan.plain for plan in plans):
-        return [*ops], 0
+        return [*ops], [None] * len(ops)
     fences = {plan.fence.params: plan.fence for plan in plans if plan is not None}
     sent = [op if plan is None else plan.of(op) for op, plan in zip(ops, plans, strict=True)]
-    return [*fences.values(), *sent], len(fences)
+    places = {params: place for place, params in enumerate(fences)}
+    behind = [None if plan is None else places[plan.fence.params] for plan in plans]
+    return [*fences.values(), *sent], behind
 
 
-def without_fences(results: list[PGresult], fences: int) -> list[PGresult]:
-    """The results of the operations: that of a fence for each, where it was refused."""
-    for result in results[:fences]:
+def without_fences(results: list[PGresult], behind: list[int | None]) -> list[PGresult]:
+    """The results of the operations: that of its fence for each whose fence was refused."""
+    first = len(results) - len(behind)
+    for place, result in enumerate(results[:first]):
         if result.status not in OK and result.status != PIPELINE_ABORTED:
-            return [result] * (len(results) - fences)
-    return results[fences:]
+            pairs = zip(behind, results[first:], strict=True)
+            return [result if fence == place else own for fence, own in pairs]
+    return results[first:]
+
+
+def in_part(error: PgkvError) -> PgkvError:
+    """The failure of operations that stand for themselves, of which the first ones have happened."""
+    if error.outcome_unknown:
+        return error
+    failure = StoreUnavailableError(f"{error} The operations before it have happened.")
+    failure.outcome_unknown = True
+    return failure
 
 
 def past_deadline(name: str, seconds: float) -> OperationTimeoutError:

@@ -31,6 +31,10 @@ from .sql import (
     MapRow,
 )
 
+DURABLE = (
+    "SELECT set_config('synchronous_commit', 'on', false) "
+    "WHERE current_setting('synchronous_commit') = 'off'"
+)
 ENDS = (
     "_in",
     "_log",
@@ -55,7 +59,14 @@ class Server:
             dsn = self._target.dsn()
             self.conninfo = _conninfo.build(config, dsn)
             self.conn = psycopg.connect(self.conninfo, autocommit=True, prepare_threshold=None)
-        self.read()
+            # A copy is not older than its lock, and each server relies on what the other has committed.
+            self.conn.isolation_level = psycopg.IsolationLevel.READ_COMMITTED
+            try:
+                self.conn.execute(DURABLE)
+                self.read()
+            except BaseException:
+                self.conn.close()
+                raise
 
     def read(self) -> None:
         """Read its map and its schemas."""

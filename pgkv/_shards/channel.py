@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import copy_context
 from functools import partial
 from time import monotonic
@@ -26,9 +26,9 @@ from .._ops.drivers import drive, drive_async
 from .._ops.op import Flow, Op, Param, Pipelined, Statement, Transaction, call
 from .._sql.sweep import Sweep
 from ..config import Config, Table
-from ..errors import ConfigError, PgkvError, TableNotFoundError
+from ..errors import ConfigError, PgkvError, StoreUnavailableError, TableNotFoundError
 from ..types import PoolStats
-from .placement import Router
+from .placement import Router, left
 from .slots import ANY, schema_of, slot_of_schema
 from .sql import InSlot, Spread
 
@@ -151,7 +151,21 @@ class Sharding(PooledOperations):
         return self._drive(self._missing(table))
 
     def _together(self, step: Transaction[Any] | Pipelined, timeout: float | None) -> Any:
-        return self._one("a transaction")._together(step, timeout)
+        self._one("a transaction")
+        return self._drive(self._followed(step, self.until(step, timeout)))
+
+    def _followed(self, step: Transaction[Any] | Pipelined, deadline: float) -> Flow[Any]:
+        """Perform a step of the slot; nothing of it has happened where a table was not met."""
+        assert self.slot is not None
+        missed: Counter[Any] = Counter()
+        while True:
+            channel = yield from self.router._find(self.slot, deadline)
+            try:
+                return (yield from call(channel._together, step, left(deadline)))
+            except TableNotFoundError as error:
+                settling = self.router._settled(self.slot, channel, step.table, deadline, missed)
+                if not (yield from settling):
+                    raise error from None
 
     def transaction(self, isolation: IsolationLevel | None = None) -> Any:
         """Open a transaction in the slot of this view.
@@ -182,6 +196,10 @@ class Sharding(PooledOperations):
         with contextlib.suppress(PgkvError):
             error.retryable = yield from settled
 
+    def _away(self, channel: Any) -> Flow[None]:
+        assert self.slot is not None
+        yield from self.router.look_for_successor(self.slot, channel, self.until())
+
 
 class ShardedChannel(Sharding, PoolChannel):
     """Operations of a sharded `Store`.
@@ -202,6 +220,7 @@ class ShardedChannel(Sharding, PoolChannel):
     def after_fork(self) -> None:
         """Start again in the child: the servers' channels do so themselves."""
         self._begin()
+        self.router._reading.clear()  # who reads the map is in the parent
         for collector in self._collectors.values():
             collector.reset()
 
@@ -247,6 +266,9 @@ class ShardedChannel(Sharding, PoolChannel):
                 yield bound
         except TableNotFoundError as error:
             drive(self._moved(error, channel))
+            raise
+        except StoreUnavailableError:
+            drive(self._away(channel))
             raise
 
     def close(self) -> None:
@@ -311,6 +333,9 @@ class AsyncShardedChannel(Sharding, AsyncPoolChannel):
         except TableNotFoundError as error:
             await drive_async(self._moved(error, channel))
             raise
+        except StoreUnavailableError:
+            await drive_async(self._away(channel))
+            raise
 
     async def close(self) -> None:
         """Close the connections to all servers."""
@@ -337,14 +362,15 @@ class InThreads:
 
     def __call__(self, calls: Sequence[Callable[[], Any]]) -> list[Any]:
         """Call each: the last one here, the others in threads."""
-        try:
-            futures = [
-                self._threads.submit(copy_context().run, _outcome, each) for each in calls[:-1]
-            ]
-        except RuntimeError:  # the store is closed, or the interpreter ends
-            return [*map(_outcome, calls)]
+        given = [(Future[Any](), each) for each in calls[:-1]]
+        for future, each in given:
+            # It may be queued even where no thread could be started: who begins it, performs it.
+            with contextlib.suppress(RuntimeError):
+                self._threads.submit(copy_context().run, _perform, future, each)
         here = [_outcome(each) for each in calls[-1:]]
-        return [future.result() for future in futures] + here
+        return [
+            _outcome(each) if future.cancel() else future.result() for future, each in given
+        ] + here
 
     def close(self) -> None:
         """End the threads."""
@@ -356,6 +382,14 @@ def _outcome(function: Callable[[], Any]) -> Any:
         return function()
     except PgkvError as error:
         return error
+
+
+def _perform(future: Future[Any], function: Callable[[], Any]) -> None:
+    if future.set_running_or_notify_cancel():
+        try:
+            future.set_result(_outcome(function))
+        except BaseException as error:  # noqa: BLE001  # it is for the caller
+            future.set_exception(error)
 
 
 async def at_once(calls: Sequence[Callable[[], Any]]) -> list[Any]:

@@ -194,15 +194,18 @@ class CitusRouter(Router):
         if isinstance(error, TableNotFoundError):
             return (yield from super().follow(op, slot, channel, error, deadline))
         try:
-            if self.channels[slot] is channel and monotonic() > self._looked_at + LOOK_AGAIN:
-                self._looked_at = monotonic()
-                with contextlib.suppress(PgkvError):
-                    yield from self._read_placement(deadline)
+            yield from self.look_for_successor(slot, channel, deadline)
             if self.channels[slot] is channel or error.outcome_unknown:
                 raise error
         finally:
             del error  # its traceback holds this frame
         return (yield from call(self.channel(slot).execute, op, left(deadline)))
+
+    def look_for_successor(self, slot: int, channel: Any, deadline: float) -> Flow[None]:
+        if self.channels[slot] is channel and monotonic() > self._looked_at + LOOK_AGAIN:
+            self._looked_at = monotonic()
+            with contextlib.suppress(PgkvError):
+                yield from self._read_placement(deadline)
 
     def _settled(
         self,

@@ -188,7 +188,7 @@ class CitusCluster:
         return True
 
     def _transfer(self, slot: int, address: Any, mode: str, progress: Progress) -> None:
-        until = monotonic() + PATIENCE
+        until: float | None = None
         params = (schema_of(slot), address.host, int(address.port), mode)
         while True:
             try:
@@ -202,7 +202,8 @@ class CitusCluster:
                     return
                 raise work.failure
             except errors.QueryCanceled as error:
-                if monotonic() > until:
+                until = until or monotonic() + PATIENCE
+                if monotonic() >= until:
                     raise StoreUnavailableError(
                         f"slot {slot} could not be locked for {PATIENCE:g} s: transactions on its "
                         "tables stay open"

@@ -22,9 +22,6 @@ PLANS_MAX = 50_000
 _NAME = r'"pgkv_[0-9]{2,}"\."(?:[^"]|"")+"'
 # In a literal only what names a relation: in a payload the table's name is a word.
 _TABLE = re.compile(rf"(?<!'){_NAME}|(?<='){_NAME}(?='::regclass)")
-_NOT_PLAIN = re.compile(
-    r"\(SELECT|\bctid\b|\bFOR |regclass|\bpg_\w+\(|set_config|TABLESAMPLE|UNION"
-)
 
 
 class Plan(NamedTuple):

@@ -101,8 +101,8 @@ def move(servers: Servers, slot: int, to: str, progress: Progress, how: How = Ho
             # A connection that is gone leaves both to `resume`.
             with contextlib.suppress(psycopg.Error, StoreUnavailableError):
                 if source.execute(CLEAR_TARGET, slot, row.home, row.epoch).rowcount:
-                    _drop(target, begun.into)
                     locking(source, slot, partial(_drop, source, begun.log))
+                    _drop(target, begun.into)
             raise
         _finish(servers, slot, to, row.epoch + 1, progress)
     return True

@@ -437,16 +437,23 @@ class Router:
                 for at, index in enumerate(group):
                     answers[index] = found if alone else found[at]
                 lost = [i for i in group if isinstance(answers[i], TableNotFoundError)]
-                follow: set[int] = set()
+                if isinstance(answers[group[0]], StoreUnavailableError):
+                    yield from self.look_for_successor(parts[group[0]][0], channel, deadline)
+                follow: dict[int, bool] = {}
                 for index in lost:
                     slot, op = parts[index]
                     if slot not in follow:
-                        table = op.statement.table
-                        if not (yield from self._settled(slot, channel, table, deadline, missed)):
-                            break
-                        follow.add(slot)
-                else:
-                    again += (group if whole else lost) if lost else []
+                        settling = self._settled(
+                            slot, channel, op.statement.table, deadline, missed
+                        )
+                        try:
+                            follow[slot] = yield from settling
+                        except PgkvError as error:  # of this slot: what others answered stays
+                            follow[slot], answers[index] = False, error
+                if not whole:
+                    again += [index for index in lost if follow[parts[index][0]]]
+                elif lost and all(follow.values()):
+                    again += group
             waiting = again
 
     def _calling(
@@ -477,6 +484,11 @@ class Router:
         finally:
             failure = None  # its traceback holds this frame
 
+    def look_for_successor(self, slot: int, channel: Any, deadline: float) -> Flow[None]:
+        """Read the map after a node did not answer: only Citus may know another address of it."""
+        del slot, channel, deadline
+        yield from ()
+
     def _settled(
         self,
         slot: int,
@@ -498,6 +510,8 @@ class Router:
             found = yield from self._read(node, deadline)
             row = next((each for each in found.rows if each.slot == slot), None) if found else None
             known = self.homes[slot]
+            if found is None and node.failure is not None:
+                raise node.failure
             if row is None or monotonic() >= deadline:
                 if row is not None and not row.live:
                     raise StoreUnavailableError(

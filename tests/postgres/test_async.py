@@ -1250,3 +1250,17 @@ async def test_answers_that_are_read_while_writing_are_heard(
             async with store.pipeline() as pipe:
                 handles = [(pipe.set("k", value), pipe.get("k"))[1] for _ in range(100)]
             assert handles[-1].result() == value
+
+
+async def test_a_transaction_on_a_connection_known_to_be_lost(store: Any, peer: Peer) -> None:
+    """Its next operation says so at once: no answer is waited for."""
+    with pytest.raises(pgkv.StoreUnavailableError, match="lost"):
+        async with store.transaction() as tx:
+            await tx.set("k", b"1")
+            connection = tx._channel._connection
+            pid = connection.pgconn.backend_pid
+            await asyncio.to_thread(peer.run, "SELECT pg_terminate_backend(%s, 10000)", pid)
+            while not connection.lost:
+                await asyncio.sleep(0.01)
+            await tx.set("k", b"2")
+    assert await store.get("k") is None

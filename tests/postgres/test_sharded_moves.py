@@ -247,6 +247,18 @@ def test_a_client_without_rights_writes_during_the_copy(servers: Servers, dsns: 
     to.execute(f"DROP ROLE {role}")
 
 
+def test_the_session_of_a_mover(dsns: list[str]) -> None:
+    """It waits for the disk, and no statement's snapshot is older than its lock, whatever the DSN sets."""
+    options = r"-c synchronous_commit=off -c default_transaction_isolation=repeatable\ read"
+    slack = [psycopg.conninfo.make_conninfo(dsn, options=options) for dsn in dsns]
+    with sharded.cluster(slack) as servers:
+        for server in servers.servers:
+            assert server.conn.execute("SHOW synchronous_commit").fetchone() == ("on",)
+            with server.conn.transaction():
+                row = server.conn.execute("SHOW transaction_isolation").fetchone()
+            assert row == ("read committed",)
+
+
 def test_a_move_can_give_up_what_a_crash_would(servers: Servers, dsns: list[str]) -> None:
     """UNLOGGED tables arrive empty, logged ones with their rows; what fences stays fenced."""
     with pgkv.Store.sharded(dsns) as store:

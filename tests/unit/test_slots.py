@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 
 import pgkv
 from pgkv._ops.op import TEXT, Statement
+from pgkv._shards.channel import InThreads
 from pgkv._shards.placement import Router
 from pgkv._shards.slots import ANY, ShardedConfig, Slots, hashed_part, schema_of
 from pgkv._shards.sql import InSlot, ShardedStatements, located
@@ -213,3 +216,28 @@ def test_the_table_of_the_page(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_plan_that_cannot_be(args: tuple[str, ...]) -> None:
     """Is wrong usage."""
     assert main(["shards", *args]) == 2
+
+
+def test_without_threads_each_call_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no thread can be started, calls that were queued are made here, and never later."""
+    together = InThreads()
+    made: list[int] = []
+    submit = together._threads.submit
+    queued: list[Any] = []
+
+    def refuse(work: Any, *args: Any) -> None:
+        queued.append(lambda: work(*args))
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(together._threads, "submit", refuse)
+
+    def make(number: int) -> int:
+        made.append(number)
+        return number
+
+    assert together([partial(make, number) for number in range(3)]) == [0, 1, 2]
+    monkeypatch.setattr(together._threads, "submit", submit)
+    for late in queued:
+        late()
+    assert sorted(made) == [0, 1, 2]
+    together.close()

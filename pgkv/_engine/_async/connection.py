@@ -27,6 +27,7 @@ from ..results import (
     PipelineReader,
     behind_fences,
     failed,
+    in_part,
     is_fenced,
     past_deadline,
     refusal,
@@ -191,6 +192,10 @@ class AsyncPgConnection(WireConnection):
 
     # -- one operation
 
+    def _check_alive(self) -> None:
+        if self.lost:  # nothing is read from it any more
+            raise psycopg.OperationalError("the connection was lost")
+
     def send(
         self, op: Op[Any], seconds: float, waiter: asyncio.Future[Any] | None = None
     ) -> asyncio.Future[PGresult] | None:
@@ -202,6 +207,7 @@ class AsyncPgConnection(WireConnection):
         """
         deadline = monotonic() + seconds
         statement = op.statement
+        self._check_alive()
         if waiter is not None and statement.table is not None and statement.table.fences:
             return None  # its task sends the fence as well
         if self.prepares and not statement.script:
@@ -313,13 +319,18 @@ class AsyncPgConnection(WireConnection):
             return await self._send_all(ops, seconds, sync_each=sync_each)
         if sync_each:
             until = monotonic() + seconds
-            return [
-                (await self.execute_all((op,), until - monotonic(), sync_each=False))[0]
-                for op in ops
-            ]
+            done: list[PGresult] = []
+            for op in ops:
+                try:
+                    done += await self.execute_all((op,), until - monotonic(), sync_each=False)
+                except PgkvError as error:
+                    if not done:
+                        raise
+                    raise in_part(error) from error
+            return done
         inside = self.pgconn.transaction_status != IDLE
-        sent, fences = behind_fences(ops, inside=inside)
-        return without_fences(await self._send_all(sent, seconds, sync_each=False), fences)
+        sent, behind = behind_fences(ops, inside=inside)
+        return without_fences(await self._send_all(sent, seconds, sync_each=False), behind)
 
     async def _send_all(
         self,
@@ -333,6 +344,7 @@ class AsyncPgConnection(WireConnection):
         asked = about
         deadline = monotonic() + seconds
         try:
+            self._check_alive()
             for op in ops:
                 if self.prepares and not (self.knows(op.statement) or op.statement.script):
                     asked = op.statement

@@ -31,6 +31,7 @@ from ..results import (
     PipelineReader,
     behind_fences,
     failed,
+    in_part,
     is_fenced,
     past_deadline,
     refusal,
@@ -254,6 +255,8 @@ class PgConnection(WireConnection):
                         break
                     results.append(result)
             pgconn.exit_pipeline_mode()
+            if results[-1].status not in OK:  # its prepared statement may be gone
+                self._converse(self._all_refused((begin, op), results), seconds, deadline)
         except psycopg.Error as error:
             # After a FATAL message the server hangs up: the message is the answer.
             refused = [each for each in results if each.status not in OK]
@@ -291,10 +294,18 @@ class PgConnection(WireConnection):
             return self._send_all(ops, seconds, sync_each=sync_each)
         if sync_each:
             until = monotonic() + seconds
-            return [self.execute_all((op,), until - monotonic(), sync_each=False)[0] for op in ops]
+            done: list[PGresult] = []
+            for op in ops:
+                try:
+                    done += self.execute_all((op,), until - monotonic(), sync_each=False)
+                except PgkvError as error:
+                    if not done:
+                        raise
+                    raise in_part(error) from error
+            return done
         inside = self.pgconn.transaction_status != IDLE
-        sent, fences = behind_fences(ops, inside=inside)
-        return without_fences(self._send_all(sent, seconds, sync_each=False), fences)
+        sent, behind = behind_fences(ops, inside=inside)
+        return without_fences(self._send_all(sent, seconds, sync_each=False), behind)
 
     def _send_all(
         self, ops: Sequence[Op[Any]], seconds: float, *, sync_each: bool
