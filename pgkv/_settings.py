@@ -169,7 +169,7 @@ def scan_options(prefix: str | ScanOptions, options: ScanRange) -> ScanOptions:
     """Return what the arguments of a scan select."""
     if not isinstance(prefix, ScanOptions):
         return ScanOptions(prefix=prefix, **options)
-    if options:
+    if options and ScanOptions(**options) != ScanOptions():
         raise InvalidValueError("give a ScanOptions or keywords, not both")
     return prefix
 

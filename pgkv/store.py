@@ -398,10 +398,6 @@ class Store(StoreBase):
     def __iter__(self) -> Iterator[str]:
         return self.iter_keys()
 
-    def __bool__(self) -> bool:
-        # A store is always true, even when it is empty.
-        return True
-
     # -- batch
 
     def get_many(self, keys: Iterable[str]) -> dict[str, bytes]:

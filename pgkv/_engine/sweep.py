@@ -123,9 +123,9 @@ class Collector:
                     self._swept((yield from do(self._sql.collect(self._take()))))
                 if self._sweeps:
                     # Batches write faster than sweeps are asked for.
-                    pays = (yield from self._chunk(alone=False)) > EXPIRED_SHARE
-                    self._sweeps = int(pays)
-                    if pays:
+                    self._sweeps = 0
+                    if (yield from self._chunk(alone=False)) > EXPIRED_SHARE:
+                        self._sweeps = 1
                         yield from pause(PATROL_HURRY)
                 while self.evictor is not None and self.evictor.is_due:
                     yield from self.evictor.work()

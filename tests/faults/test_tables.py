@@ -182,6 +182,26 @@ async def test_forgotten_statements(
 
 
 @newest
+@pytest.mark.parametrize("command", FORGET)
+async def test_a_transaction_begins_with_a_forgotten_statement(
+    make_store: MakeStore, command: str
+) -> None:
+    """Its first operation is refused with it, and is prepared when the transaction is repeated."""
+    store = await make_store(pool_max_size=1)
+    runs: list[str] = []
+
+    async def fn(tx: Any) -> None:
+        runs.append("")
+        await tx.increment("n")
+
+    await store.run_transaction(fn)  # prepares it
+    inner = store._target if isinstance(store, Threaded) else store
+    inner._channel._pool.idle[0].pgconn.exec_(command.encode())
+    await store.run_transaction(fn)
+    assert (len(runs), await store.get("n")) == (3, b"2")
+
+
+@newest
 async def test_a_server_that_always_forgets(make_store: MakeStore, dsn: str) -> None:
     """Behind a transaction pooler that pgkv was not told of, statements vanish all the time: an
     error that says what to set, not a call without end."""

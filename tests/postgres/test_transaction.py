@@ -12,6 +12,7 @@ from typing import Any
 import psycopg
 import pytest
 from psycopg import IsolationLevel
+from psycopg.pq import TransactionStatus
 
 import pgkv
 from pgkv._engine._async.connection import AsyncPgConnection
@@ -422,6 +423,42 @@ async def test_a_transaction_that_cannot_begin(
             with pytest.raises(pgkv.TransactionError, match="not begun"):
                 await tx.set("b", b"2")
     assert await store.get_many(["a", "b"]) == {"a": b"1"}
+
+
+def test_a_thread_that_comes_as_the_block_ends(dsn: str) -> None:
+    """What it asks for is refused, and the connection goes back outside of a transaction."""
+    waits = threading.Event()
+
+    class Watched:
+        """Tells of a thread that is about to wait for the lock."""
+
+        def __init__(self, lock: Any) -> None:
+            self.lock = lock
+
+        def __enter__(self) -> None:
+            if threading.current_thread() is not threading.main_thread():
+                waits.set()
+            self.lock.__enter__()
+
+        def __exit__(self, *error: object) -> None:
+            self.lock.__exit__(*error)
+
+    with pgkv.Store.connect(dsn) as store, ThreadPoolExecutor(1) as pool:
+        with store.transaction() as tx:
+            channel: Any = tx._channel
+            lock = channel._lock
+            channel._lock = Watched(lock)
+            lock.acquire()
+            late = pool.submit(tx.set, "k", b"1")
+            assert waits.wait(10)
+        lock.release()
+        with pytest.raises(pgkv.TransactionError):
+            late.result(10)
+        kept: Any = store._channel
+        assert [each.pgconn.transaction_status for each in kept._pool.idle] == [
+            TransactionStatus.IDLE
+        ]
+        assert store.get("k") is None
 
 
 async def test_a_connection_lost_before_the_first_operation(

@@ -93,9 +93,9 @@ class AsyncBoundChannel(InTransaction):
     async def _begin_with(self, op: Op[Any], begin: Op[None], seconds: float) -> Any:
         """Open the transaction and perform its first operation, in one round trip if that is prepared."""
         until = monotonic() + seconds
-        self._unbegun = None
         connection = self._connection
         try:
+            self._unbegun = None
             # To prepare it belongs to the transaction; a fence is a statement of its own.
             if is_fenced((op,)) or not connection.knows(op.statement):
                 await connection.execute(begin, seconds)

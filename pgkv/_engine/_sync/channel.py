@@ -228,10 +228,12 @@ class PoolChannel(PooledOperations):
                 yield bound
                 bound._close()
         finally:
-            bound.end()
             if bound.is_inherited():
+                bound.end()
                 disown(connection)
             else:
+                with bound._lock:  # what another thread sends just now ends before
+                    bound.end()
                 self._pool.check_in(connection)
 
     def create_missing_table(self, table: Table, deadline: float | None = None) -> None:

@@ -95,6 +95,7 @@ class BoundChannel(InTransaction):
 
     def _send(self, op: Op[T], timeout: float | None = None) -> T:
         answer: Any = None
+        InTransaction._check(self, op.statement.name)  # it may have ended while this waited
         for _ in range(op.statement.repeats + 1):
             seconds = self._seconds(timeout)
             answer = op.decode(
@@ -118,9 +119,9 @@ class BoundChannel(InTransaction):
     def _begin_with(self, op: Op[Any], begin: Op[None], seconds: float) -> Any:
         """Open the transaction and perform its first operation, in one round trip if that is prepared."""
         until = monotonic() + seconds
-        self._unbegun = None
         connection = self._connection
         try:
+            self._unbegun = None
             # To prepare it belongs to the transaction; a fence is a statement of its own.
             if is_fenced((op,)) or not connection.knows(op.statement):
                 connection.execute(begin, seconds)
@@ -176,6 +177,7 @@ class BoundChannel(InTransaction):
         """Hold the connection for what may be refused without harm to what the caller did."""
         self._check(action)
         with self._using(action), self._shielded():
+            InTransaction._check(self, action)
             yield
 
     @contextlib.contextmanager
