@@ -124,7 +124,7 @@ def limits(
 ) -> int:
     """List rate limiters with their buckets, or those of one key, or fill them again.
 
-    Only buckets that are not full have a row. The rates are in the programs: the table has when a
+    Only buckets that are not full are listed. The rates are in the programs: the table has when a
     bucket was last charged, and when it is full again. Processes that deny locally or have
     prefetched tokens notice a reset within a second. Exit code 1: the key has no bucket to reset.
 

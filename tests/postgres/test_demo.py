@@ -64,6 +64,7 @@ def test_on_another_server(dsn: str, capsys: pytest.CaptureFixture[str]) -> None
     for scene in _demo.SCENES:
         assert f"\n{scene.title}\n  {scene.stake}\n" in said
     assert "\x1b" not in said
+    assert "PYTHONSAFEPATH" not in os.environ
     assert "\r" not in said
     assert max(line.count("\t") for line in said.splitlines()) == 0
     with psycopg.connect(dsn) as conn:
