@@ -16,17 +16,17 @@ from .._sql import Statements
 from ..errors import PgkvError
 
 
-class Plan(NamedTuple):
+class MergePlan(NamedTuple):
     """What is sent for a pipeline's operations."""
 
     ops: Sequence[Op[Any]]
     places: list[list[int]] | None = None  # of those that each performs; None: it performs itself
 
 
-def merge(sql: Statements | None, ops: Sequence[Op[Any]]) -> Plan:
+def merge(sql: Statements | None, ops: Sequence[Op[Any]]) -> MergePlan:
     """Return what to send for those operations; without `sql` they are sent singly."""
     if sql is None or len({op.statement.prepared_name for op in ops}) == len(ops):
-        return Plan(ops)
+        return MergePlan(ops)
     merged: list[Op[Any]] = []
     performed: list[list[int]] = []
     groups: dict[tuple[int, Sequence[Param]], list[int]] = {}
@@ -56,10 +56,10 @@ def merge(sql: Statements | None, ops: Sequence[Op[Any]]) -> Plan:
         if op.statement.writes:
             written.add(op.params[0])
     end_group()
-    return Plan(merged, performed)
+    return MergePlan(merged, performed)
 
 
-def parted(plan: Plan, ops: Sequence[Op[Any]], answers: list[Any]) -> list[Any]:
+def parted(plan: MergePlan, ops: Sequence[Op[Any]], answers: list[Any]) -> list[Any]:
     """Return each operation's own answer."""
     if plan.places is None:
         return answers

@@ -20,6 +20,7 @@ from ..errors import ConfigError, translate
 from .placement import Shard, shard_of
 from .slots import schema_of, settled_count
 from .sql import (
+    DURABLE,
     HAS_MAP,
     INIT_LOCK,
     MAP_DDL,
@@ -31,10 +32,6 @@ from .sql import (
     MapRow,
 )
 
-DURABLE = (
-    "SELECT set_config('synchronous_commit', 'on', false) "
-    "WHERE current_setting('synchronous_commit') = 'off'"
-)
 ENDS = (
     "_in",
     "_log",

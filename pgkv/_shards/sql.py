@@ -228,6 +228,10 @@ CREATE TABLE IF NOT EXISTS pgkv_map.slots (
     epoch  BIGINT NOT NULL,
     target TEXT
 );"""
+DURABLE = (
+    "SELECT set_config('synchronous_commit', 'on', false) "
+    "WHERE current_setting('synchronous_commit') = 'off'"
+)
 INIT_LOCK = "SELECT pg_advisory_xact_lock(hashtext('pgkv shards'))"
 IS_SLOT = "nspname ~ '^pgkv_[0-9]{2,}(_in|_log|_out)?$'"
 SCHEMAS = f"SELECT nspname FROM pg_namespace WHERE {IS_SLOT}"

@@ -23,7 +23,7 @@ from ..._ops.op import Op, Param, Pipelined, Raced, Statement, Undecoded, send
 from ..._sql import GETS, Statements, control
 from ...errors import PgkvError, TableNotFoundError
 from .. import flows as _flows
-from ..merging import Plan, merge, parted
+from ..merging import MergePlan, merge, parted
 
 if TYPE_CHECKING:
     from ..._sql.sweep import Sweep
@@ -216,7 +216,7 @@ class CoalescingChannel:
         plan = merge(sql, ops)
         # Two batches of writes would not lock their rows in the order of the keys.
         if sum(op.statement.writes for op in plan.ops) > 1:
-            plan = Plan(ops)
+            plan = MergePlan(ops)
         batch = Pipelined([*before, *plan.ops], sync_each=False, deadline=deadline)
         try:
             answers = (await self._inner.run(send(batch)))[len(before) :]
