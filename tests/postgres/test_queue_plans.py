@@ -34,9 +34,17 @@ def old_snapshot(dsn: str) -> Iterator[Callable[[], None]]:
 
 def read(store: pgkv.Store, peer: Peer) -> tuple[int, int]:
     """Sequential scans of the table, and blocks read of its ready index, so far."""
-    flush = "SELECT pg_stat_force_next_flush()"
-    if peer.conn.info.server_version < 150000:
-        flush = "SELECT pg_sleep(0.6)"  # a process sends and asks for statistics twice a second
+    if peer.conn.info.server_version >= 150000:
+        return counted(store, peer, "SELECT pg_stat_force_next_flush()")
+    # A process sends and asks for statistics twice a second, and they come by and by.
+    before: tuple[int, int] | None = None
+    now = counted(store, peer, "SELECT pg_sleep(0.6)")
+    while before != now:
+        before, now = now, counted(store, peer, "SELECT pg_sleep(0.6)")
+    return now
+
+
+def counted(store: pgkv.Store, peer: Peer, flush: str) -> tuple[int, int]:
     store._execute(Op(Statement("flush", flush, (), read_nothing, writes=False)))
     store.get("k")
     peer.run(flush)
