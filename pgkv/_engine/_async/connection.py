@@ -353,7 +353,8 @@ class AsyncPgConnection(WireConnection):
             self._pipeline = PipelineReader(self.pgconn, len(ops) if sync_each else 1)
             self._send_pipeline(ops, sync_each=sync_each)
             answers: list[PGresult] = await self.expect(about, seconds, deadline)
-            await self._converse(self._all_refused(ops, answers), seconds, deadline)
+            if any(each.status not in OK for each in answers):
+                await self._converse(self._all_refused(ops, answers), seconds, deadline)
         except psycopg.Error as error:
             failure = failed(error, asked, sent=True)
         else:

@@ -331,7 +331,8 @@ class PgConnection(WireConnection):
                 if self.poll(min(left, self._nap_ms)) or self._nap_ms < LONGEST_NAP_MS:
                     self.consume()
             self.pgconn.exit_pipeline_mode()
-            self._converse(self._all_refused(ops, reader.answers), seconds, deadline)
+            if any(each.status not in OK for each in reader.answers):
+                self._converse(self._all_refused(ops, reader.answers), seconds, deadline)
         except psycopg.Error as error:
             failure = failed(error, about, sent=True)
         except _PastDeadlineError:
