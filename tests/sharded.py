@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import secrets
 from collections.abc import Callable, Iterator, Sequence
@@ -166,3 +167,16 @@ class CitusStandIn:
                 for parts in self.shards.values():
                     for shard, name in parts:
                         conn.execute(f"DELETE FROM {name}_{shard}")
+
+
+async def visit(sessions: Any, stop: asyncio.Event) -> int:
+    """Save a session and rotate it until then; each load finds what was saved last. Return how often."""
+    session, n = await sessions.create({"n": 0}), 0
+    while not stop.is_set():
+        n += 1
+        session.data["n"] = n
+        await sessions.save(session)
+        if n % 5 == 0:
+            await sessions.rotate(session)
+        assert (await sessions.load(session.id)).data["n"] == n
+    return n

@@ -202,22 +202,11 @@ async def storm(
                     held.remove(name)
                 await asyncio.sleep(0.05)
 
-        async def visit() -> None:
-            sessions = variant.make("SessionStore", store)
-            session, n = await sessions.create({"n": 0}), 0
-            while not stop.is_set():
-                n += 1
-                session.data["n"] = n
-                await sessions.save(session)
-                if n % 5 == 0:
-                    await sessions.rotate(session)
-                assert (await sessions.load(session.id)).data["n"] == n
-
         keys = sorted(counted)
         tasks = [
             *(asyncio.ensure_future(count(keys[n::3])) for n in range(3)),
             *(asyncio.ensure_future(hold(f"l{n // 2}")) for n in range(4)),
-            asyncio.ensure_future(visit()),
+            asyncio.ensure_future(sharded.visit(variant.make("SessionStore", store), stop)),
         ]
         try:
             await asyncio.to_thread(moving)

@@ -475,23 +475,16 @@ async def test_a_storm_over_moves(
                     await asyncio.sleep(0.002)
                     del held[name]
 
-        async def visit(store: Any) -> int:
-            sessions = variant.make("SessionStore", store)
-            session, n = await sessions.create({"n": 0}), 0
-            while not stop.is_set():
-                n += 1
-                session.data["n"] = n
-                await sessions.save(session)
-                if n % 5 == 0:
-                    await sessions.rotate(session)
-                assert (await sessions.load(session.id)).data["n"] == n
-            return n
-
         keys = sorted(counted)
         tasks = [
             *(asyncio.ensure_future(count(stores[n % 2], keys[n::4])) for n in range(4)),
             *(asyncio.ensure_future(hold(stores[n % 2], f"l{n // 2}")) for n in range(6)),
-            *(asyncio.ensure_future(visit(stores[n % 2])) for n in range(2)),
+            *(
+                asyncio.ensure_future(
+                    sharded.visit(variant.make("SessionStore", stores[n % 2]), stop)
+                )
+                for n in range(2)
+            ),
         ]
         try:
             await asyncio.to_thread(moving)
