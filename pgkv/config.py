@@ -148,6 +148,9 @@ class Table:
         full = own if self.schema is None else f"{quote_identifier(self.schema)}.{own}"
         object.__setattr__(self, "quoted", full)
 
+    def __hash__(self) -> int:
+        return hash(self.quoted)  # an Enum's hash is Python code, and this one is asked often
+
 
 def short_identifier(name: str) -> str:
     """Return a name that PostgreSQL does not cut: a long one ends in a hash of the whole."""

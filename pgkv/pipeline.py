@@ -79,6 +79,10 @@ class Handle(Generic[T]):
         return f"{self._names} {'pending' if self._state is UNSENT else self._state or 'done'}"
 
 
+def _first(answers: list[Any]) -> Any:
+    return answers[0]
+
+
 class _Queue:
     """What the sync and the async pipeline share: everything but the sending."""
 
@@ -101,11 +105,8 @@ class _Queue:
         kind = "atomic, " if self._atomic else ""
         return f"{kind}{len(self)} operations {'sent' if self._over else 'queued'}"
 
-    def _queue(self, op: Op[T]) -> Handle[T]:
-        return self._queue_all([op], op.statement.name, _first)
-
-    def _queue_then(self, op: Op[Any], then: Callable[[Any], T]) -> Handle[T]:
-        return self._queue_all([op], op.statement.name, lambda answers: then(answers[0]))
+    def _queue(self, op: Op[Any], combine: Callable[[list[Any]], T] = _first) -> Handle[T]:
+        return self._queue_all([op], op.statement.name, combine)
 
     def _queue_all(self, ops: list[Any], name: str, combine: Callable[[list[Any]], T]) -> Handle[T]:
         if self._over:
@@ -147,24 +148,25 @@ class _Queue:
     def get(self, key: str, default: T) -> Handle[bytes | T]: ...
     def get(self, key: str, default: Any = None) -> Handle[Any]:
         """Queue `Store.get`."""
-        return self._queue_then(
-            self._sql.get(key), lambda value: default if value is None else value
+        return self._queue(
+            self._sql.get(key), lambda values: default if values[0] is None else values[0]
         )
 
     def get_or_raise(self, key: str) -> Handle[bytes]:
         """Queue `Store.get_or_raise`."""
 
-        def found(value: bytes | None) -> bytes:
-            if value is None:
+        def found(values: list[bytes | None]) -> bytes:
+            if values[0] is None:
                 raise NotFoundError(f"no such key: {key!r}")
-            return value
+            return values[0]
 
-        return self._queue_then(self._sql.get(key), found)
+        return self._queue(self._sql.get(key), found)
 
     def get_string(self, key: str) -> Handle[str | None]:
         """Queue `Store.get_string`."""
-        return self._queue_then(
-            self._sql.get(key), lambda value: None if value is None else text_of(key, value)
+        return self._queue(
+            self._sql.get(key),
+            lambda values: None if values[0] is None else text_of(key, values[0]),
         )
 
     def get_entry(self, key: str) -> Handle[Entry | None]:
@@ -401,10 +403,6 @@ class AsyncPipeline(_Queue):
             self._discard(f"not sent, because the block raised {kind.__name__}")
             return
         await self._channel.run(self._sending())
-
-
-def _first(answers: list[Any]) -> Any:
-    return answers[0]
 
 
 def _one(answers: list[Any], otherwise: T) -> T:

@@ -45,7 +45,7 @@ from .call import MISSING, REPORT_EVERY, CachedCall, CacheOptions, Counts, Store
 from .envelope import PLACEHOLDER, Codec, Envelope, is_placeholder, mark_of, new_mark
 from .key import Binder
 from .l1 import L1
-from .single_flight import Extended, Flights, TaskFlight, ThreadFlight, computing, is_inside
+from .single_flight import Computation, Extended, Flights, TaskFlight, ThreadFlight, is_inside
 from .sql import (
     DIGEST_LENGTH,
     ENTRY,
@@ -401,11 +401,10 @@ class FunctionCache:
 
     def _compute(self, call: CachedCall, beat: Op[bool] | None) -> Flow[tuple[Any, float]]:
         """Call the function, its lease kept up; return what it returned and its seconds."""
-        name = self.flights.name(call.context.store, call.key)
         stop = _nothing if beat is None else self._keep_extending(call, beat)
         began = monotonic()
         try:
-            with computing(name):
+            with Computation(self.flights.name(call.context.store, call.key)):
                 value = yield from call_step(self._work_of(call))
             return value, monotonic() - began
         finally:

@@ -10,9 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ... import _observe
@@ -24,34 +22,33 @@ from ..._ops.op import Op
 from ...errors import PgkvError
 
 
-@dataclass(eq=False, slots=True)
 class Computation:
-    """A running call of a function, by which a call made inside it knows that it would wait for
-    itself. Tasks and threads that the function starts inherit the mark; it ends with the call."""
+    """A running call of a function, by which a call made inside its ``with`` block knows that it would
+    wait for itself. Tasks and threads that the function starts inherit it; it ends with the call."""
 
-    name: object
-    running: bool = True
+    __slots__ = ("_token", "name", "running")
+
+    def __init__(self, name: object) -> None:
+        self.name = name
+        self.running = True
+
+    def __enter__(self) -> None:
+        around = [each for each in _computations.get() if each.running]
+        self._token = _computations.set((*around, self))
+
+    def __exit__(self, *_: object) -> None:
+        self.running = False
+        with contextlib.suppress(ValueError):  # the end may come in another context, when collected
+            _computations.reset(self._token)
 
 
 _computations: ContextVar[tuple[Computation, ...]] = ContextVar("pgkv_computations", default=())
 
 
-@contextlib.contextmanager
-def computing(name: object) -> Iterator[None]:
-    """Mark this context as inside the computation of that name."""
-    mark = Computation(name)
-    token = _computations.set((*(each for each in _computations.get() if each.running), mark))
-    try:
-        yield
-    finally:
-        mark.running = False
-        with contextlib.suppress(ValueError):  # the end may come in another context, when collected
-            _computations.reset(token)
-
-
 def is_inside(name: object) -> bool:
     """Whether this call is part of the computation of that name."""
-    return any(each.running and each.name == name for each in _computations.get())
+    computations = _computations.get()
+    return bool(computations) and any(each.running and each.name == name for each in computations)
 
 
 class ThreadFlight:

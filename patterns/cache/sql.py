@@ -49,7 +49,7 @@ TAG_DAYS = 30  # a tagged entry lives no longer; its tags' rows an hour more
 LOCK_TIMEOUT_MS = 150
 _LOCK_TIMEOUT = f"set_config('lock_timeout', '{LOCK_TIMEOUT_MS}', true)"
 _MARK = f"substring(value from 1 for {MARK_LENGTH})"
-_AGE = "extract(epoch from statement_timestamp() - updated_at)::float8"
+_AGE = "date_part('epoch', statement_timestamp() - updated_at)"
 
 
 class Row(NamedTuple):

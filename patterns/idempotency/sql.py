@@ -40,7 +40,7 @@ IDEMPOTENCY = TableShape(
 
 SEPARATOR = b"\x1f"  # between scope and key
 REPEATS = 3  # of a claim that met a row in flight, before the key counts as busy
-US = "(extract(epoch from n.ts) * 1000000)::bigint"
+US = "(date_part('epoch', n.ts) * 1000000)::bigint"
 ENDS = "n.ts + $3::float8 * interval '1 second'"
 DURABLE = (
     "set_config('synchronous_commit', CASE current_setting('synchronous_commit') "

@@ -88,7 +88,7 @@ STILL_MINE = "t.value = EXCLUDED.value AND t.expires_at > EXCLUDED.updated_at"
 ENDED = f"t.value = EXCLUDED.value AND t.expires_at = {EPOCH}"
 FREE = f"(expires_at <= {NOW} OR value = $2) AND NOT (value = $2 AND expires_at = {EPOCH})"
 FOUND = "EXISTS (SELECT 1 FROM free)"
-US = "(extract(epoch from n.ts) * 1000000)::bigint"
+US = "(date_part('epoch', n.ts) * 1000000)::bigint"
 COLUMNS = "(key, value, expires_at, created_at, updated_at, version)"
 
 

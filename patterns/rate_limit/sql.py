@@ -179,15 +179,15 @@ class LimiterStatements(TableStatements):
 
     def _make_charge(self, shape: Shape) -> Statement[Arrival | None]:
         windows = _windows_of(shape)
-        terms = _terms(windows, "t", "statement_timestamp()", _US)
-        until = _expiry(terms.moved, windows, "statement_timestamp()", "1e6::float8")
+        terms = _terms(windows, "t", "statement_timestamp()", STATEMENT_US)
+        until = _expiry(terms.moved, windows, "statement_timestamp()")
         # The clock is read from updated_at: Citus takes no function that changes in RETURNING.
         told = _told(shape, "t.updated_at", _in_us("t.updated_at"))
         return self.statement(
             "limit_hit",
             f"UPDATE {self.t} AS t SET value = {_joined(terms.moved)}, "
             f"expires_at = {until}, updated_at = statement_timestamp(), "
-            f"version = greatest(t.version + 1, {_US}) WHERE key = $1 AND {terms.admitted} "
+            f"version = greatest(t.version + 1, {STATEMENT_US}) WHERE key = $1 AND {terms.admitted} "
             f"RETURNING value, updated_at, created_at{told}",
             (TEXT, *(BINARY,) * (2 * len(windows))),
             lambda result: _read_charged(result, shape),
@@ -202,11 +202,11 @@ class LimiterStatements(TableStatements):
 
     def _make_refusal(self, shape: Shape) -> Statement[Arrival | None]:
         windows = _windows_of(shape)
-        admitted = _terms(windows, "t", "statement_timestamp()", _US).admitted
-        told = _told(shape, "statement_timestamp()", _US)
+        admitted = _terms(windows, "t", "statement_timestamp()", STATEMENT_US).admitted
+        told = _told(shape, "statement_timestamp()", STATEMENT_US)
         return self.statement(
             "limit_hit",
-            f"SELECT FALSE, t.value, {_US}, t.updated_at, t.version{told} FROM {self.t} t "
+            f"SELECT FALSE, t.value, {STATEMENT_US}, t.updated_at, t.version{told} FROM {self.t} t "
             f"WHERE key = $1 AND NOT ({admitted})",
             (TEXT, *(BINARY,) * (2 * len(windows))),
             lambda result: _read_arrival(result, 0, shape) if result.ntuples else None,
@@ -491,11 +491,11 @@ class LimiterStatements(TableStatements):
             f"max({until}) AS top FROM s "
             "WHERE (SELECT ok FROM ok) GROUP BY key, absent), "
             f"up AS (UPDATE {self.t} t SET value = x.value, "
-            f"expires_at = to_timestamp((top / 1000 + {LAST_US}) / 1e6), updated_at = ts, "
+            f"expires_at = to_timestamp((top / 1000 + {LAST_US}) / 1e6::float8), updated_at = ts, "
             "version = greatest(t.version + 1, us) FROM x, u WHERE t.key = x.key AND NOT absent "
             f"RETURNING 1), ins AS (INSERT INTO {self.t} "
             "(key, value, expires_at, created_at, updated_at, version) "
-            f"SELECT key, x.value, to_timestamp((top / 1000 + {LAST_US}) / 1e6), ts, ts, us FROM x, u "
+            f"SELECT key, x.value, to_timestamp((top / 1000 + {LAST_US}) / 1e6::float8), ts, ts, us FROM x, u "
             'WHERE absent ORDER BY key COLLATE "C" RETURNING 1) '
             f"SELECT (SELECT ok FROM ok), z.value, us, z.updated_at, z.version, k.key{told} "
             "FROM u CROSS JOIN unnest($1::text[]) k(key) LEFT JOIN ("
@@ -513,8 +513,6 @@ class LimiterStatements(TableStatements):
 # -- clauses -------------------------------------------------------------------------------
 
 LAST_US = KEPT_SECONDS * 1_000_000 + 1  # rounded up
-# In float8, which holds microseconds exactly and costs less than the numeric of extract().
-_US = "(date_part('epoch', statement_timestamp()) * 1000000)::bigint"
 _CLOCK = (
     f"SELECT ts, {CLOCK_US.replace('clock_timestamp()', 'ts')} AS us "
     "FROM (SELECT clock_timestamp() AS ts) c"
@@ -603,14 +601,12 @@ def _joined(tats: Sequence[str]) -> str:
     return "(" + " || ' ' || ".join(f"{tat}::text" for tat in tats) + ")::bytea"
 
 
-def _expiry(
-    tats: Sequence[str], windows: Sequence[str] = (), ts: str = "", million: str = "1e6"
-) -> str:
+def _expiry(tats: Sequence[str], windows: Sequence[str] = (), ts: str = "") -> str:
     """When a row expires: some time after every bucket of it is full and every window over."""
     ends = [f"{tat} / 1000" for n, tat in enumerate(tats) if not any(windows[n : n + 1])]
     ends += [_in_us(_window_bounds(window, ts)[1]) for window in windows if window]
     last = ends[0] if len(ends) == 1 else f"greatest({', '.join(ends)})"
-    return f"to_timestamp(({last} + {LAST_US}) / {million})"
+    return f"to_timestamp(({last} + {LAST_US}) / 1e6::float8)"
 
 
 # -- reading results -----------------------------------------------------------------------

@@ -148,6 +148,8 @@ class SessionFlows:
                 there if isinstance(each, Keep) else each
                 for each, there in zip((idle, absolute), asked, strict=True)
             )
+        if isinstance(idle, Keep) and isinstance(absolute, Keep):
+            return UNCHANGED
         own = NewLifetimes(_own("idle_timeout", idle), _own("absolute_timeout", absolute))
         if own.idle and own.idle <= self.lifetimes.touch:
             raise InvalidValueError(
@@ -286,10 +288,11 @@ class SessionFlows:
             raise _rotated_by_another()
         now = self._texts(session)
         changed, removed = difference(session._before, now)
-        token = self._fitting(id_of(session.id))
+        old = id_of(session.id)
+        token = self._fitting(old)
         outcome = yield from do(
             self.sql.rotate(
-                id_of(session.id),
+                old,
                 id_of(token),
                 document(changed),
                 [key.encode() for key in removed],

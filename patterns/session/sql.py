@@ -16,7 +16,7 @@ null where the store's holds. The ``meta`` of any other session is its metadata 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import chain
@@ -154,7 +154,7 @@ class SessionStatements(Sweep):
             "session_create",
             f"WITH n AS MATERIALIZED (SELECT clock_timestamp() AS ts{self._and_lazily}) "
             f"INSERT INTO {self.t} (id, user_id, data, version, created_at, seen_at, expires_at, "
-            "ends_at, meta) SELECT $1, $2, $3::jsonb, (extract(epoch from n.ts) * 1000000)::bigint,"
+            "ends_at, meta) SELECT $1, $2, $3::jsonb, (date_part('epoch', n.ts) * 1000000)::bigint,"
             " n.ts, n.ts, least(n.ts + $5::interval, n.ts + $6::interval), n.ts + $6::interval, "
             "$4::jsonb FROM n ON CONFLICT (id) DO NOTHING RETURNING version, expires_at, created_at",
             (BINARY, TEXT, TEXT, TEXT, BINARY, BINARY),
@@ -220,7 +220,7 @@ class SessionStatements(Sweep):
             f"AND expires_at > {NOW} AND seen_at <= {NOW} - $3::interval "
             "FOR NO KEY UPDATE SKIP LOCKED), "
             f"u AS (UPDATE {self.t} s SET seen_at = {NOW}, "
-            f"expires_at = {self._expiry('$2')} FROM k, {self._lazily} "
+            f"{_ends('$2')} FROM k, {self._lazily} "
             "WHERE s.id = k.id RETURNING s.expires_at) "
             "SELECT live, state, user_id, CASE WHEN live THEN data::text END, version, created_at, "
             "coalesce((SELECT expires_at FROM u), expires_at) FROM c",
@@ -304,7 +304,7 @@ class SessionStatements(Sweep):
             params += (_codec.encode_int8(version),)
         timed = own != UNCHANGED
         if timed:
-            params += (*own.encoded(), self._absolute)
+            params += (self._absolute, *own.encoded())
         return Op(self.shaped(self._make_save, mode, timed), params)
 
     def _make_save(self, mode: Mode, timed: bool) -> Statement[Outcome]:
@@ -320,8 +320,11 @@ class SessionStatements(Sweep):
             )
         else:
             count = 3
+        given = (f"${count + 2}", f"${count + 3}") if timed else ()
         update = (
-            f"UPDATE {self.t} s SET data = {data}, {self._used(count + 1 if timed else None)} FROM"
+            f"UPDATE {self.t} s SET data = {data}, "
+            f"version = greatest(s.version + 1, {STATEMENT_US}), seen_at = {NOW}, "
+            f"{_ends('$3', f'${count + 1}', given)} FROM"
         )
         # The second half sees the statement's snapshot, the UPDATE the newest row: "live and not
         # changed" means that another transaction was faster. Asked again, the row tells.
@@ -351,40 +354,6 @@ class SessionStatements(Sweep):
         options = {"repeats": REPEATS, "sql_18": sql_18}
         return self.statement("session_save", sql, formats, _read_outcome, **options)
 
-    def _used(self, first: int | None) -> str:
-        """What every save notes in addition to the data; with lifetimes from that parameter on."""
-        noted = f"version = greatest(s.version + 1, {STATEMENT_US}), seen_at = {NOW}, "
-        if first is None:
-            return noted + f"expires_at = {self._expiry('$3')}"
-        return noted + self._given(f"${first}", f"${first + 1}", "$3", f"${first + 2}", "false")
-
-    def _expiry(self, idle: str) -> str:
-        return f"least({NOW} + {_own(OWN_IDLE, idle)}, s.ends_at)"
-
-    def _given(
-        self, idle: str, absolute: str, idle_of_store: str, of_store: str, restarts: str
-    ) -> str:
-        """What sets lifetimes, and the ends that follow.
-
-        Args:
-            idle: the parameter of `NewLifetimes`.
-            absolute: likewise.
-            idle_of_store: the parameter of the store's idle timeout.
-            of_store: of its absolute timeout.
-            restarts: a condition under which the absolute timeout starts again.
-        """
-        new_idle = _changed(idle, OWN_IDLE)
-        new_absolute = _changed(absolute, OWN_ABSOLUTE)
-        ends = (
-            f"CASE WHEN {absolute}::interval IS NOT NULL OR ({restarts}) "
-            f"THEN {NOW} + {_own(new_absolute, of_store)} ELSE s.ends_at END"
-        )
-        return (
-            f"meta = CASE WHEN {idle}::interval IS NULL AND {absolute}::interval IS NULL THEN s.meta "
-            f"ELSE jsonb_build_array({METADATA}, {new_idle}, {new_absolute}) END, "
-            f"ends_at = {ends}, expires_at = least({NOW} + {_own(new_idle, idle_of_store)}, {ends})"
-        )
-
     def rotate(
         self,
         id: bytes,
@@ -407,45 +376,49 @@ class SessionStatements(Sweep):
             user: the new user in a tuple; None keeps the one there is.
             own: lifetimes.
         """
-        user_id = None if user is None or user[0] is None else user[0].encode()
-        return Op(
-            self._rotate,
-            (
-                id,
-                new_id,
-                changed,
-                _codec.encode_array(removed),
-                self._idle,
-                self._absolute,
-                b"\0" if user is None else b"\1",
-                user_id,
-                _codec.encode_interval(grace),
-                *own.encoded(),
-            ),
-        )
+        params: tuple[bytes | None, ...] = (
+            id, new_id, changed, _codec.encode_array(removed), _codec.encode_interval(grace), self._idle
+        )  # fmt: skip
+        timed = own != UNCHANGED
+        if timed:
+            params += (self._absolute, *own.encoded())
+        elif user is not None:
+            params += (self._absolute,)
+        if user is not None:
+            params += (None if user[0] is None else user[0].encode(),)
+        return Op(self.shaped(self._make_rotate, timed, user is not None), params)
 
-    @cached_property
-    def _rotate(self) -> Statement[Outcome]:
+    def _make_rotate(self, timed: bool, of_user: bool) -> Statement[Outcome]:
+        given = ("$8", "$9") if timed else ()
+        to = restarts = ""
+        formats: tuple[int, ...] = (
+            BINARY,
+            BINARY,
+            TEXT,
+            *(BINARY,) * (6 if timed else 3 + of_user),
+        )
+        if of_user:
+            formats += (TEXT,)
+            user = f"${len(formats)}"
+            to, restarts = f"user_id = {user}, ", f"s.user_id IS DISTINCT FROM {user}"
         # The row itself moves: a statement that waits for the row of a user still finds it.
-        user = "CASE WHEN $7::boolean THEN $8 ELSE s.user_id END"
-        restarts = "$7::boolean AND s.user_id IS DISTINCT FROM $8"
         # The stub tells a repeated rotation that it had happened, when its first answer was lost,
         # and leads a destroy to the session, also one that waited for this statement.
         stub = (
             f"INSERT INTO {self.t} (id, user_id, data, version, created_at, seen_at, expires_at, "
             "ends_at, successor) SELECT o.id, o.user_id, "
-            "CASE WHEN $9::interval > interval '0' THEN o.data ELSE '{}' END, o.version, "
-            f"o.created_at, o.seen_at, {NOW} + greatest($9::interval, interval '{STUB_KEPT} s'), "
-            f"least(o.expires_at, {NOW} + $9::interval), $2 FROM o, u"
+            "CASE WHEN $5::interval > interval '0' THEN o.data ELSE '{}' END, o.version, "
+            f"o.created_at, o.seen_at, {NOW} + greatest($5::interval, interval '{STUB_KEPT} s'), "
+            f"least(o.expires_at, {NOW} + $5::interval), $2 FROM o, u"
         )
         return self.statement(
             "session_rotate",
             f"WITH o AS MATERIALIZED (SELECT * FROM {self.t} WHERE id = $1 AND successor IS NULL "
             f"AND expires_at > {NOW} FOR UPDATE), "
-            f"u AS (UPDATE {self.t} s SET id = $2, user_id = {user}, "
+            f"u AS (UPDATE {self.t} s SET id = $2, {to}"
             "data = (s.data - $4::text[]) || $3::jsonb, "
             f"version = greatest(s.version + 1, {STATEMENT_US}), seen_at = {NOW}, "
-            f"{self._given('$10', '$11', '$5', '$6', restarts)} "
+            f"{_ends('$6', '$7', given, restarts)} "
             f"FROM o, {self._strictly} WHERE s.id = o.id "
             f"RETURNING s.version, s.expires_at, o.version AS before), st AS ({stub}) "
             "SELECT 'done', version, expires_at, before FROM u UNION ALL "
@@ -454,7 +427,7 @@ class SessionStatements(Sweep):
             f"SELECT {RACED_OR_ROTATED}, version, "
             f"expires_at, version FROM {self.t} WHERE id = $1 AND successor IS DISTINCT FROM $2 "
             f"AND expires_at > {NOW} AND NOT EXISTS (SELECT 1 FROM u)",
-            (BINARY, BINARY, TEXT, *(BINARY,) * 4, TEXT, *(BINARY,) * 3),
+            formats,
             _read_outcome,
             retry_safe=True,
             repeats=REPEATS,
@@ -553,6 +526,28 @@ class SessionStatements(Sweep):
 def _latest(parts: list[list[SessionInfo]]) -> list[SessionInfo]:
     rows = sorted(chain.from_iterable(parts), key=attrgetter("handle"))
     return sorted(rows, key=attrgetter("seen_at"), reverse=True)[:LIST_MAX]
+
+
+def _ends(idle: str, absolute: str = "", given: Sequence[str] = (), restarts: str = "") -> str:
+    """What sets the ends of a session that is used.
+
+    Args:
+        idle: the parameter of the store's idle timeout.
+        absolute: of its absolute timeout, where that may start again.
+        given: the parameters of `NewLifetimes`, one of which is not null.
+        restarts: a condition under which the absolute timeout starts again.
+    """
+    own_idle, own_absolute, also, ends = OWN_IDLE, OWN_ABSOLUTE, "", "s.ends_at"
+    if given:
+        own_idle, own_absolute = _changed(given[0], OWN_IDLE), _changed(given[1], OWN_ABSOLUTE)
+        also = f"meta = jsonb_build_array({METADATA}, {own_idle}, {own_absolute}), "
+        restarts = f"{given[1]}::interval IS NOT NULL OR {restarts or 'false'}"
+    if restarts:
+        ends = (
+            f"CASE WHEN {restarts} THEN {NOW} + {_own(own_absolute, absolute)} ELSE s.ends_at END"
+        )
+        also += f"ends_at = {ends}, "
+    return f"{also}expires_at = least({NOW} + {_own(own_idle, idle)}, {ends})"
 
 
 def _own(seconds: str, of_store: str) -> str:

@@ -166,6 +166,14 @@ class PooledOperations:
             _observe.notify(op, started, answer, channel=self)
         return answer
 
+    def _answers(self, batch: Pipelined, results: Sequence[PGresult]) -> list[Any]:
+        """The callers' parts of a batch's answers."""
+        answers = outcomes(batch, results)
+        for place, answer in enumerate(answers):
+            if isinstance(answer, Expired):
+                answers[place] = self._collected(batch.ops[place], answer)
+        return answers
+
     def _collected(self, op: Op[Any], answer: Any) -> Any:
         """The caller's part of an answer; the expired keys in it are queued for deletion."""
         if not isinstance(answer, Expired):
@@ -284,7 +292,7 @@ def accepted(batch: Pipelined, results: Sequence[PGresult]) -> list[Any]:
     Raises:
         RefusedError: one of its operations was refused.
     """
-    answers = [answer_of(answer) for _, answer in outcomes(batch, results)]
+    answers = [answer_of(answer) for answer in outcomes(batch, results)]
     if any(isinstance(answer, PgkvError) for answer in answers):
         raise RefusedError(answers)
     return answers

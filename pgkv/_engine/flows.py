@@ -295,8 +295,9 @@ def unsent(outcomes: list[Any]) -> PgkvError | None:
 
 
 def chunks(ops: list[Op[Any]]) -> list[list[Op[Any]]]:
-    sizes = [sum(len(param) for param in op.params if param is not None) for op in ops]
-    return [ops[cut] for cut in _codec.chunks(ops, sizes, PIPELINE_MAX, PIPELINE_BYTES)]
+    sizes = [sum(map(len, filter(None, op.params))) for op in ops]
+    cuts = _codec.chunks(ops, sizes, PIPELINE_MAX, PIPELINE_BYTES)
+    return [*map(ops.__getitem__, cuts)]
 
 
 def _independent(
@@ -306,10 +307,10 @@ def _independent(
     each is sent again with a point of its own."""
     if monotonic() >= deadline:
         return [_late(op) for op in ops]
-    plan = merge(sql, ops)
-    batch = Pipelined(plan.ops, sync_each=False, deadline=deadline)
+    sent, places = merge(sql, ops)
+    batch = Pipelined(sent, sync_each=False, deadline=deadline)
     try:
-        answers = parted(plan, ops, (yield from send(batch)))
+        answers = parted(places, ops, (yield from send(batch)))
         if _refused(answers) and not _unknown(answers):
             yield from _create_tables(answers, ops, engine)
             answers = yield from send(Pipelined(ops, sync_each=True, deadline=deadline))
@@ -385,9 +386,9 @@ def _whole(
     ops: list[Op[Any]], sql: Statements | None, deadline: float | None = None
 ) -> Flow[list[Any]]:
     """Send operations as one transaction (or a part of one), merged where `sql` is given."""
-    plan = merge(sql, ops)
-    batch = Pipelined(plan.ops, sync_each=False, deadline=deadline)
-    return parted(plan, ops, (yield from send(batch)))
+    sent, places = merge(sql, ops)
+    batch = Pipelined(sent, sync_each=False, deadline=deadline)
+    return parted(places, ops, (yield from send(batch)))
 
 
 def _inside(ops: list[Op[Any]], sql: Statements | None) -> Flow[list[Any]]:
@@ -404,7 +405,10 @@ def _inside(ops: list[Op[Any]], sql: Statements | None) -> Flow[list[Any]]:
 
 
 def _refused(answers: list[Any]) -> bool:
-    return any(isinstance(answer, PgkvError) for answer in answers)
+    for answer in answers:  # noqa: SIM110  # a generator costs more than the look itself
+        if isinstance(answer, PgkvError):
+            return True
+    return False
 
 
 def _unknown(answers: list[Any]) -> bool:

@@ -9,24 +9,24 @@ kind of operation. A batch that is refused says nothing of its parts, so they ar
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from operator import attrgetter
+from typing import Any, TypeAlias
 
 from .._ops.op import Op, Param
 from .._sql import Statements
 from ..errors import PgkvError
 
-
-class MergePlan(NamedTuple):
-    """What is sent for a pipeline's operations."""
-
-    ops: Sequence[Op[Any]]
-    places: list[list[int]] | None = None  # of those that each performs; None: it performs itself
+_KIND = attrgetter("statement.prepared_name")
 
 
-def merge(sql: Statements | None, ops: Sequence[Op[Any]]) -> MergePlan:
+# The places of the operations that each one sent performs; None: it performs itself.
+Places: TypeAlias = "list[list[int]] | None"
+
+
+def merge(sql: Statements | None, ops: Sequence[Op[Any]]) -> tuple[Sequence[Op[Any]], Places]:
     """Return what to send for those operations; without `sql` they are sent singly."""
-    if sql is None or len({op.statement.prepared_name for op in ops}) == len(ops):
-        return MergePlan(ops)
+    if sql is None or len(set(map(_KIND, ops))) == len(ops):
+        return ops, None
     merged: list[Op[Any]] = []
     performed: list[list[int]] = []
     groups: dict[tuple[int, Sequence[Param]], list[int]] = {}
@@ -56,15 +56,15 @@ def merge(sql: Statements | None, ops: Sequence[Op[Any]]) -> MergePlan:
         if op.statement.writes:
             written.add(op.params[0])
     end_group()
-    return MergePlan(merged, performed)
+    return merged, performed
 
 
-def parted(plan: MergePlan, ops: Sequence[Op[Any]], answers: list[Any]) -> list[Any]:
+def parted(performed: Places, ops: Sequence[Op[Any]], answers: list[Any]) -> list[Any]:
     """Return each operation's own answer."""
-    if plan.places is None:
+    if performed is None:
         return answers
     own: list[Any] = [None] * len(ops)
-    for places, answer in zip(plan.places, answers, strict=True):
+    for places, answer in zip(performed, answers, strict=True):
         for place in places:
             alone = len(places) == 1 or isinstance(answer, PgkvError)
             own[place] = answer if alone else answer.get(ops[place].params[0])

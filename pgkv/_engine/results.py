@@ -5,6 +5,8 @@ For sync and async connections. It reads results and never waits for one.
 
 from __future__ import annotations
 
+from itertools import starmap
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import psycopg
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from psycopg.pq.abc import PGconn, PGresult
 
 OK = frozenset((int(pq.ExecStatus.COMMAND_OK), int(pq.ExecStatus.TUPLES_OK)))
+STATUS = attrgetter("status")  # of a result
 PIPELINE_SYNC = int(pq.ExecStatus.PIPELINE_SYNC)
 PIPELINE_ABORTED = int(pq.ExecStatus.PIPELINE_ABORTED)
 
@@ -68,9 +71,9 @@ class PipelineReader:
         return False
 
 
-def outcomes(batch: Pipelined, results: Sequence[PGresult]) -> list[tuple[Op[Any], Any]]:
-    """Each operation of a batch with its answer, or the exception by which it was refused."""
-    return [(op, _outcome(op, result)) for op, result in zip(batch.ops, results, strict=True)]
+def outcomes(batch: Pipelined, results: Sequence[PGresult]) -> list[Any]:
+    """The answers to a batch's operations: for a refused one the exception."""
+    return [*starmap(_outcome, zip(batch.ops, results, strict=True))]
 
 
 def _outcome(op: Op[Any], result: PGresult) -> Any:

@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable, Generator, Sequence
 from contextvars import Context
 from dataclasses import dataclass, field
 from hashlib import blake2b
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeAlias, TypeVar
 
 if TYPE_CHECKING:
@@ -228,6 +229,10 @@ class Transaction(Generic[T]):
         self.retries: int = 0
 
 
+_RETRY_SAFE = attrgetter("statement.retry_safe")
+_WRITES = attrgetter("statement.writes")
+
+
 class Pipelined:
     """Step: send many operations in one round trip. Its outcome is a list: for each operation its
     answer, a `Raced`, or the `PgkvError` by which it was refused.
@@ -253,8 +258,8 @@ class Pipelined:
         self.sync_each: bool = sync_each
         self.retries: int = 0
         self.table: Table | None = ops[-1].statement.table
-        self.retry_safe: bool = all(op.statement.retry_safe for op in ops)
-        self.writes: bool = any(op.statement.writes for op in ops)
+        self.retry_safe: bool = all(map(_RETRY_SAFE, ops))
+        self.writes: bool = any(map(_WRITES, ops))
 
 
 Step: TypeAlias = "Op[Any] | Sleep | Call[Any] | Transaction[Any] | Pipelined"

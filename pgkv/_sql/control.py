@@ -28,6 +28,7 @@ def _command(name: str, sql: str) -> Statement[None]:
     return Statement(name, sql, (), read_nothing, script=True, writes=False)
 
 
+@cache
 def begin(isolation: IsolationLevel | None = None) -> Op[None]:
     """Open a transaction; None leaves the isolation to the connection's default."""
     if isolation is None:
@@ -36,26 +37,31 @@ def begin(isolation: IsolationLevel | None = None) -> Op[None]:
     return Op(_command("begin", f"BEGIN ISOLATION LEVEL {level}"))
 
 
+@cache
 def commit() -> Op[None]:
     """Make the transaction's changes last."""
     return Op(_command("commit", "COMMIT"))
 
 
+@cache
 def rollback() -> Op[None]:
     """Undo the transaction's changes."""
     return Op(_command("rollback", "ROLLBACK"))
 
 
+@cache
 def savepoint(depth: int) -> Op[None]:
     """Mark a point to which the transaction can be undone."""
     return Op(_command("savepoint", f"SAVEPOINT pgkv_{depth}"))
 
 
+@cache
 def release(depth: int) -> Op[None]:
     """Remove the mark and keep the changes made since."""
     return Op(_command("release", f"RELEASE SAVEPOINT pgkv_{depth}"))
 
 
+@cache
 def rollback_to(depth: int) -> Op[None]:
     """Undo the changes made since the mark, and remove it."""
     sql = f"ROLLBACK TO SAVEPOINT pgkv_{depth}; RELEASE SAVEPOINT pgkv_{depth}"

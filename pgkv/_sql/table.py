@@ -23,8 +23,9 @@ T = TypeVar("T")
 
 # The version of a row is a hybrid logical clock in microseconds: an insert takes the server's
 # clock, an update the greater of that clock and the old version plus one.
-CLOCK_US = "(extract(epoch from clock_timestamp()) * 1000000)::bigint"
-STATEMENT_US = "(extract(epoch from statement_timestamp()) * 1000000)::bigint"
+# In float8, which holds microseconds exactly and costs less than the numeric of extract().
+CLOCK_US = "(date_part('epoch', clock_timestamp()) * 1000000)::bigint"
+STATEMENT_US = "(date_part('epoch', statement_timestamp()) * 1000000)::bigint"
 LIVE = "(expires_at IS NULL OR expires_at > statement_timestamp())"
 # A value, or NULL where its time has passed: the column is NOT NULL.
 VALUE_OR_EXPIRED = "CASE WHEN expires_at <= statement_timestamp() THEN NULL ELSE value END"

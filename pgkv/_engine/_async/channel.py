@@ -33,7 +33,7 @@ from ...config import Config, Table
 from ...errors import PgkvError
 from .. import schema as _schema
 from ..base import LAST_TIME, PooledOperations
-from ..results import OK, failed, outcomes
+from ..results import OK, failed
 from ..sweep import PATROL_PAUSE, SWEEP_CHANCE, Collector, warn_dropped, weakly
 from .pool import AsyncCallerPool, AsyncStorePool
 from .transaction import AsyncBoundChannel
@@ -139,7 +139,7 @@ class AsyncPoolChannel(PooledOperations):
             results = await connection.execute_all(batch.ops, seconds, sync_each=batch.sync_each)
         finally:
             self._pool.check_in(connection)
-        return [self._collected(*each) for each in outcomes(batch, results)]
+        return self._answers(batch, results)
 
     # -- flows
 

@@ -23,7 +23,7 @@ from ..._ops.op import Op, Param, Pipelined, Raced, Statement, Undecoded, send
 from ..._sql import GETS, Statements, control
 from ...errors import PgkvError, TableNotFoundError
 from .. import flows as _flows
-from ..merging import MergePlan, merge, parted
+from ..merging import merge, parted
 
 if TYPE_CHECKING:
     from ..._sql.sweep import Sweep
@@ -213,14 +213,14 @@ class CoalescingChannel:
         """Send them once, merged where `sql` is given; those that are to be sent again."""
         started = monotonic()
         ops = [op for op, _ in turn]
-        plan = merge(sql, ops)
+        sent, places = merge(sql, ops)
         # Two batches of writes would not lock their rows in the order of the keys.
-        if sum(op.statement.writes for op in plan.ops) > 1:
-            plan = MergePlan(ops)
-        batch = Pipelined([*before, *plan.ops], sync_each=False, deadline=deadline)
+        if sum(op.statement.writes for op in sent) > 1:
+            sent, places = ops, None
+        batch = Pipelined([*before, *sent], sync_each=False, deadline=deadline)
         try:
             answers = (await self._inner.run(send(batch)))[len(before) :]
-            answers = parted(plan, ops, answers)
+            answers = parted(places, ops, answers)
         except BaseException as error:  # noqa: BLE001  # it belongs to the callers who wait
             for op, future in turn:
                 again = isinstance(error, PgkvError) and self._inner.may_repeat(op, error)
@@ -240,7 +240,7 @@ class CoalescingChannel:
             with contextlib.suppress(PgkvError):  # the next round says so
                 await self._inner.create_missing_table(table)
             return turn
-        if len(plan.ops) < len(ops):
+        if len(sent) < len(ops):
             return turn  # singly they tell which one it is
         _settle(turn[refused][1], ALONE)
         return turn[:refused] + turn[refused + 1 :]

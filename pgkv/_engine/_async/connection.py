@@ -24,6 +24,7 @@ from ...errors import ConfigError, PgkvError
 from ..results import (
     OK,
     PIPELINE,
+    STATUS,
     PipelineReader,
     behind_fences,
     failed,
@@ -353,7 +354,7 @@ class AsyncPgConnection(WireConnection):
             self._pipeline = PipelineReader(self.pgconn, len(ops) if sync_each else 1)
             self._send_pipeline(ops, sync_each=sync_each)
             answers: list[PGresult] = await self.expect(about, seconds, deadline)
-            if any(each.status not in OK for each in answers):
+            if not OK.issuperset(map(STATUS, answers)):
                 await self._converse(self._all_refused(ops, answers), seconds, deadline)
         except psycopg.Error as error:
             failure = failed(error, asked, sent=True)

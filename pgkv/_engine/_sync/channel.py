@@ -37,7 +37,7 @@ from ...config import Config, Table
 from ...errors import PgkvError
 from .. import schema as _schema
 from ..base import LAST_TIME, PooledOperations
-from ..results import OK, failed, outcomes
+from ..results import OK, failed
 from ..sweep import SWEEP_CHANCE, Collector, warn_dropped, weakly
 from .pool import CallerPool, StorePool, disown
 from .transaction import BoundChannel
@@ -181,7 +181,7 @@ class PoolChannel(PooledOperations):
             results = connection.execute_all(batch.ops, seconds, sync_each=batch.sync_each)
         finally:
             self._pool.check_in(connection)
-        return [self._collected(*each) for each in outcomes(batch, results)]
+        return self._answers(batch, results)
 
     # -- flows
 

@@ -28,6 +28,7 @@ from ..results import (
     OK,
     PIPELINE,
     PIPELINE_SYNC,
+    STATUS,
     PipelineReader,
     behind_fences,
     failed,
@@ -331,7 +332,7 @@ class PgConnection(WireConnection):
                 if self.poll(min(left, self._nap_ms)) or self._nap_ms < LONGEST_NAP_MS:
                     self.consume()
             self.pgconn.exit_pipeline_mode()
-            if any(each.status not in OK for each in reader.answers):
+            if not OK.issuperset(map(STATUS, reader.answers)):
                 self._converse(self._all_refused(ops, reader.answers), seconds, deadline)
         except psycopg.Error as error:
             failure = failed(error, about, sent=True)

@@ -203,6 +203,9 @@ class BoundChannel(InTransaction):
 
     def _close(self) -> None:
         """Wait for what is nested in it."""
+        with self._lock:
+            if self._nesting.owner is None:
+                return
         with self._using("transaction"):
             pass
 
