@@ -127,7 +127,9 @@ class LimiterFlows:
         self.counter: Counter = Counter()
         _observe.limiters[self.counter] = name
         # A mere hint: whether the last hit of a row was refused, and until when no sweep takes the row.
-        self._lately: dict[bytes, tuple[bool, float]] = {}
+        # Until when a row is expected to be there; below 0 where its last hit was refused. Numbers,
+        # since the garbage collector would look through ten thousand tuples.
+        self._lately: dict[bytes, float] = {}
         self._policies: dict[tuple[Rate, ...], Policy] = {self.rates: self.policy}
         # Escaped, so that no name and key make the row of another name and key.
         safe = "".join(f"%{ord(c):02x}" if c in "%:~#" else c for c in name)
@@ -208,7 +210,7 @@ class LimiterFlows:
             else:
                 known_row, refused = row in self._lately, self._expected(row, sent)
                 arrival: Arrival | None = yield self._likely(refused)(row, charge)
-                if arrival is None or arrival.stepped_back():
+                if arrival is None or (not arrival.charged and arrival.stepped_back()):
                     arrival = yield from self._decided(row, arrival, refused, charge, sent)
                 self._note(row, arrival, sent)
                 decision = policy.decide(arrival, cost)
@@ -227,8 +229,8 @@ class LimiterFlows:
             return  # another thread has made room meanwhile
         if len(self.usual) >= ENTRIES_MAX:
             self.usual.clear()
-        refused, until = known
-        self.usual[key] = Usual(self._likely(refused)(row, charge), row, refused, until)
+        refused = known < 0
+        self.usual[key] = Usual(self._likely(refused)(row, charge), row, refused, abs(known))
 
     def usual_of(self, key: str, began: float) -> Usual | None:
         """What the next hit of a key sends first, as far as that is known."""
@@ -285,14 +287,15 @@ class LimiterFlows:
 
     def _expected(self, row: bytes, now: float) -> bool | None:
         """Whether a hit of a row is likely to be refused; None where the row may be gone."""
-        refused, until = self._lately.get(row, (None, 0.0))
-        return refused if until > now else None
+        until = self._lately.get(row, 0.0)
+        return until < 0 if abs(until) > now else None
 
     def _note(self, row: bytes, arrival: Arrival, started: float) -> None:
         if len(self._lately) >= ENTRIES_MAX:
             self._lately.clear()
         filling = (max(arrival.tats) - arrival.now) / NS
-        self._lately[row] = not arrival.charged, started + filling + KEPT_SECONDS
+        until = started + filling + KEPT_SECONDS
+        self._lately[row] = until if arrival.charged else -until
 
     def _likely(self, refused: bool | None) -> Callable[[bytes, Charge], Op[Any]]:
         """The statement that probably decides a hit, from what became of the last one of its key."""

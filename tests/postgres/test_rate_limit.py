@@ -83,7 +83,7 @@ async def test_a_row_that_is_expected_and_gone(make: Make, peer: Peer, operation
     assert [await statements() for _ in range(2)] == [2, 1]
     peer.run("DELETE FROM kv_store")
     flows.usual["u"].until = 0.0
-    flows._lately[flows.row("u", flows.policy)] = (False, 0.0)
+    flows._lately[flows.row("u", flows.policy)] = 0.0
     assert [await statements() for _ in range(2)] == [1, 1]
 
 
@@ -101,7 +101,7 @@ async def test_the_memory_of_rows_is_emptied_during_a_hit(
 
     await limiter.hit("u")
     monkeypatch.setattr(type(flows.policy), "decide", deciding)
-    flows._lately[flows.row("u", flows.policy)] = (False, 0.0)
+    flows._lately[flows.row("u", flows.policy)] = 0.0
     assert all([await limiter.hit("u") for _ in range(3)])
 
 

@@ -50,7 +50,7 @@ def hinted(limiter: RateLimiter, side: str, refused: bool | None) -> Any:
     flows._lately.clear()
     flows.usual.clear()
     if refused is not None:
-        flows._lately[flows.row("k", flows.policy)] = (refused, math.inf)
+        flows._lately[flows.row("k", flows.policy)] = -math.inf if refused else math.inf
     return told(limiter.hit("k", COST[side]))
 
 
