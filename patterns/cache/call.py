@@ -64,6 +64,7 @@ class StoreContext:
     """What all cached functions share on one store.
 
     Attributes:
+        ref: a weak reference to the store.
         sql: the cache's statements on its table, under its namespace.
         breaker: one per pool of connections, shared by the views of a store.
         names: by function, what its entries' keys begin with, and its generation's key.
@@ -75,7 +76,7 @@ class StoreContext:
     """
 
     def __init__(self, store: Store | AsyncStore) -> None:
-        self._store = weakref.ref(store)
+        self.ref: Callable[[], Store | AsyncStore | None] = weakref.ref(store)
         self.sql: CacheStatements = CacheStatements(store._config, store._sql.prefix)
         self.breaker: Breaker = _breakers.setdefault(store._bare, Breaker())
         self.scope: str = f"{self.sql.t}\x1f{self.sql.prefix}"
@@ -95,7 +96,7 @@ class StoreContext:
 
     @property
     def store(self) -> Any:
-        store = self._store()
+        store = self.ref()
         assert store is not None  # each user of the context holds the store
         return store
 

@@ -13,11 +13,10 @@ import os
 import pickle
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
 from hashlib import sha256
-from struct import Struct
+from struct import Struct, unpack_from
 from struct import error as StructError  # noqa: N812  # as a class is called
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from ..._ops.serialize import CodecName, Serializer
 from ...errors import ConfigError, SerializationError
@@ -42,8 +41,7 @@ def is_placeholder(raw: bytes) -> bool:
     return raw[:1] == PLACEHOLDER and len(raw) == MARK_LENGTH
 
 
-@dataclass(frozen=True, slots=True)
-class Envelope:
+class Envelope(NamedTuple):
     """An entry.
 
     Attributes:
@@ -83,7 +81,7 @@ def read(raw: bytes, codec: bytes) -> Envelope | None:
     end = start + 8 * count
     if len(raw) < end or math.isnan(soft + hard + compute):
         return None
-    generations = tuple(int.from_bytes(raw[at : at + 8], "big") for at in range(start, end, 8))
+    generations = unpack_from(f"!{count}Q", raw, start)
     return Envelope(soft, hard, compute, generations, raw[end:])
 
 

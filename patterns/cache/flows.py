@@ -16,7 +16,6 @@ import math
 import os
 import socket
 from collections.abc import Callable
-from dataclasses import replace
 from datetime import timedelta
 from random import random
 from time import monotonic
@@ -162,7 +161,7 @@ class FunctionCache:
                 payload = transforms.open(call.key, envelope.payload)
             except DecodingError:
                 return None
-            envelope = replace(envelope, payload=payload)
+            envelope = envelope._replace(payload=payload)
         value = self._decode(call, envelope.payload)
         if value is MISSING:
             return None
@@ -189,7 +188,8 @@ class FunctionCache:
         found = self.interpret(call, read)
         if found is None or found.fresh <= 0 or self._is_early(found):
             return MISSING
-        self._remember(call, found.envelope.payload, found.fresh)
+        if self.l1 is not None:
+            self._remember(call, found.envelope.payload, found.fresh)
         self.counts.add("hits")
         return found.value
 

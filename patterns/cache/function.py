@@ -98,6 +98,7 @@ class _Base(Generic[P, R]):
         self._store: Any = store
         self._head: tuple[Any, ...] = ()
         self._binds = binds
+        self._last: Callable[[], StoreContext | None] = _nothing  # the context of the last call
         wrapped: Any = self
         functools.update_wrapper(wrapped, core.fn)
         _functions[next(_numbers)] = self
@@ -135,7 +136,10 @@ class _Base(Generic[P, R]):
         store = self._store
         if store is None:
             store = self._default_store()
-        context = context_of(store)
+        context = self._last()
+        if context is None or context.ref() is not store:
+            context = context_of(store)
+            self._last = weakref.ref(context)
         if self._core.l1 is not None:
             subscribe(context, self._core.l1)
         return context
@@ -205,10 +209,10 @@ class CachedFunction(_Base[P, R]):
         if core.l1 is not None and (value := core.from_l1(call)) is not MISSING:
             return value  # type: ignore[no-any-return]  # as above
         if context.breaker.allows() or core.options.on_error == "raise":
+            store: Any = context.ref()
+            op = context.sql.read(call.keys)
             try:
-                read: Any = context.store._execute(
-                    context.sql.read(call.keys), core.options.store_timeout
-                )
+                read: Any = store._execute(op, core.options.store_timeout)
             except PgkvError as error:
                 read = error
             else:
@@ -275,6 +279,10 @@ class CachedFunction(_Base[P, R]):
         return self._bind(instance, owner)
 
 
+def _nothing() -> None:
+    """No context is known."""
+
+
 async def _awaited() -> None:
     """What `inspect` sees of an `AsyncCachedFunction` before Python 3.12."""
 
@@ -310,9 +318,10 @@ class AsyncCachedFunction(_Base[P, R]):
         if core.l1 is not None and (value := core.from_l1(call)) is not MISSING:
             return value  # type: ignore[no-any-return]  # as above
         if context.breaker.allows() or core.options.on_error == "raise":
+            store: Any = context.ref()
             op = context.sql.read(call.keys)
             try:
-                read: Any = await context.store._execute(op, core.options.store_timeout)
+                read: Any = await store._execute(op, core.options.store_timeout)
             except PgkvError as error:
                 read = error
             else:

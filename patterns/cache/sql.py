@@ -9,6 +9,7 @@ fill replaces only the state it began from. Generation rows hold nothing but the
 from __future__ import annotations
 
 from collections.abc import Sequence
+from struct import Struct
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..._ops import codec as _codec
@@ -48,6 +49,7 @@ TAG_DAYS = 30  # a tagged entry lives no longer; its tags' rows an hour more
 # Waiting for a row lock ends after this: an open transaction holds it.
 LOCK_TIMEOUT_MS = 150
 _LOCK_TIMEOUT = f"set_config('lock_timeout', '{LOCK_TIMEOUT_MS}', true)"
+_FLOAT8 = Struct("!d")
 _MARK = f"substring(value from 1 for {MARK_LENGTH})"
 _AGE = "date_part('epoch', statement_timestamp() - updated_at)"
 
@@ -105,7 +107,10 @@ class CacheStatements(TableStatements):
     def read(self, keys: Sequence[bytes]) -> Op[CacheRead]:
         """Read an entry, and the generations (function, tags) it depends on, in one snapshot."""
         count = len(keys) if len(keys) <= KEYS_NAMED_MAX else 0
-        statement = self.made(("cache_read", count), lambda: self._make_read(count))
+        try:
+            statement = self._made[count]
+        except KeyError:
+            statement = self.made(count, lambda: self._make_read(count))
         return Op(statement, keys if count else (_codec.encode_array(keys),), ReadDecoder(keys))
 
     def _make_read(self, count: int) -> Statement[CacheRead]:
@@ -354,9 +359,10 @@ class ReadDecoder:
 
 def _row(result: Result, n: int) -> Row:
     column = result.get_value
-    age = _codec.decode_float8(column(n, 3))
+    (age,) = _FLOAT8.unpack(column(n, 3) or b"")
+    version = int.from_bytes(column(n, 2) or b"", "big")
     # Negative after the server's clock was stepped back.
-    return Row(column(n, 1) or b"", _codec.decode_int(column(n, 2)), max(0.0, age))
+    return Row(column(n, 1) or b"", version, max(0.0, age))
 
 
 _RACED = Raced(ComputeLease(None))

@@ -14,9 +14,10 @@ import math
 import re
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
+from json.scanner import make_scanner
 from typing import Any, Final
 
 import msgspec
@@ -32,8 +33,16 @@ TOKEN_BYTES = 32
 _TOKEN = re.compile(r"[A-Za-z0-9_-]{43}")
 # ensure_ascii writes NUL and lone surrogates as escapes, which travel; NaN is no JSON.
 _encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False, ensure_ascii=True).encode
+# What the encoder would do with these, without its frames.
+_SCALARS: dict[type, Callable[[Any], str]] = {
+    str: json.encoder.encode_basestring_ascii,
+    int: int.__repr__,
+    bool: {False: "false", True: "true"}.__getitem__,
+    type(None): {None: "null"}.__getitem__,
+}
+_write_texts = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False).encode
 _read_texts = msgspec.json.Decoder(dict[str, str]).decode
-_decode = json.JSONDecoder().raw_decode
+_scan = make_scanner(json.JSONDecoder())  # type: ignore[arg-type]  # the stub wants itself
 
 
 # -- tokens --------------------------------------------------------------------------------
@@ -69,10 +78,11 @@ def texts_of(data: Mapping[str, Any], size_max: int, name: str = "data") -> dict
     size = 2
     for key, value in data.items():
         _check_key(key, name)
-        if not _is_json(value, DEPTH_MAX):
+        encode = _SCALARS.get(type(value), _encode)
+        if encode is _encode and not _is_json(value, DEPTH_MAX):
             raise InvalidValueError(_fault(value, f"{name}[{_short(key)}]", DEPTH_MAX))
         try:
-            text = _encode(value)
+            text = encode(value)
         except ValueError:  # an integer of more than 4,300 digits
             raise InvalidValueError(
                 f"{name}[{_short(key)}] holds a number that is too long for JSON"
@@ -89,14 +99,14 @@ def texts_of(data: Mapping[str, Any], size_max: int, name: str = "data") -> dict
 
 def require_mapping(data: object, name: str) -> None:
     """Refuse what has no keys, with InvalidValueError."""
-    if not isinstance(data, Mapping):
+    if type(data) is not dict and not isinstance(data, Mapping):
         raise InvalidValueError(f"{name} must be a mapping, not {type(data).__name__}")
 
 
 def document(texts: Mapping[str, str]) -> bytes:
     """Return keys and JSON texts as one jsonb object of strings."""
     # Keys as they are (checked, so UTF-8); values are ASCII.
-    return json.dumps(texts, ensure_ascii=False, separators=(",", ":")).encode()
+    return _write_texts(texts).encode()
 
 
 def read_document(raw: bytes) -> dict[str, str]:
@@ -107,11 +117,14 @@ def read_document(raw: bytes) -> dict[str, str]:
 def values_of(texts: Mapping[str, str]) -> dict[str, Any]:
     """Return the values behind the texts; ValueError where one is not JSON."""
     values: dict[str, Any] = {}
-    for key, text in texts.items():
-        # json.loads less its searches for whitespace, which cost as much as a short value.
-        values[key], end = _decode(text)
-        if end != len(text):
-            raise ValueError("not JSON")
+    try:
+        for key, text in texts.items():
+            # json.loads less its searches for whitespace, which cost as much as a short value.
+            values[key], end = _scan(text, 0)
+            if end != len(text):
+                raise ValueError("not JSON")
+    except StopIteration:  # nothing begins there
+        raise ValueError("not JSON") from None
     return values
 
 
@@ -166,12 +179,17 @@ def _is_json(value: Any, depth: int) -> bool:
     if kind is float:
         return math.isfinite(value)
     if kind is dict:
-        return depth > 0 and all(
-            type(key) is str and _is_json(each, depth - 1) for key, each in value.items()
-        )
+        return depth > 0 and {str}.issuperset(map(type, value)) and _are_json(value.values(), depth)
     if kind is list or kind is tuple:
-        return depth > 0 and all(_is_json(each, depth - 1) for each in value)
+        return depth > 0 and _are_json(value, depth)
     return kind in JSON_TYPES
+
+
+def _are_json(values: Iterable[Any], depth: int) -> bool:
+    """Whether all within a container are."""
+    return _SCALARS.keys() >= set(map(type, values)) or all(
+        _is_json(each, depth - 1) for each in values
+    )
 
 
 def _fault(value: Any, path: str, depth: int) -> str:
