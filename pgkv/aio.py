@@ -51,7 +51,6 @@ from ._sql import Statements
 from ._sql.point import decimal, negated
 from .config import EMBEDDED_SCHEME, Config, require_config
 from .errors import NotFoundError
-from .pipeline import AsyncPipeline
 from .types import (
     AtLeast,
     AtMost,
@@ -73,6 +72,7 @@ if TYPE_CHECKING:
     from ._shards.store import AsyncShardedStore
     from ._watch.api import AsyncWatch
     from .config import Options, Seconds
+    from .pipeline import AsyncPipeline
     from .typed import AsyncTypedStore
 
 T = TypeVar("T")
@@ -617,6 +617,8 @@ class AsyncStore(StoreBase):
     def pipeline(self, *, atomic: bool = False) -> AsyncPipeline:
         """Queue operations and send them together at the end of a ``with`` block. See
         `Store.pipeline`."""
+        from .pipeline import AsyncPipeline
+
         return AsyncPipeline(self._sql, self._channel, atomic=atomic)
 
     @overload

@@ -50,7 +50,6 @@ from ._sql import Statements
 from ._sql.point import decimal, negated
 from .config import EMBEDDED_SCHEME, Config, require_config
 from .errors import NotFoundError
-from .pipeline import Pipeline
 from .types import (
     AtLeast,
     AtMost,
@@ -72,6 +71,7 @@ if TYPE_CHECKING:
     from ._shards.store import ShardedStore
     from ._watch.api import Watch
     from .config import Options, Seconds
+    from .pipeline import Pipeline
     from .typed import TypedStore
 
 T = TypeVar("T")
@@ -828,6 +828,8 @@ class Store(StoreBase):
         Returns:
             A `Pipeline`, which has the names of a store's operations.
         """
+        from .pipeline import Pipeline
+
         return Pipeline(self._sql, self._channel, atomic=atomic)
 
     @overload
