@@ -281,6 +281,10 @@ class StoreBase:
         config = table_config(self._config, name, options)
         return self._view(config=config, sql=self._sql.of(config))
 
+    def _each(self) -> list[Self]:
+        """The stores that have one table each: this one, or those of a sharded store's slots."""
+        return [self]
+
     def _whole_table(self, action: str) -> Statements:
         """The statements, for what acts on the whole table; a namespace refuses that."""
         if self._sql.prefix:

@@ -543,12 +543,20 @@ class AsyncStore(StoreBase):
     async def cleanup_expired(self, *, limit: int | None = None) -> int:
         """Delete rows whose time has passed, in short chunks that block no other client. See
         `Store.cleanup_expired`."""
-        return await self._channel.run(_sweep.sweep_all(self._sql, limit))
+        done = 0
+        for each in self._each():
+            found = await each._channel.run(_sweep.sweep_all(each._sql, limit))
+            limit = None if limit is None else limit - found
+            done += found
+        return done
 
     async def evict(self) -> int:
         """Evict keys until the bound of the table holds; return how many. See `Store.evict`."""
         require_bound(self._config)
-        return await self._channel.run(_evict.evict_all(self._sql, self._channel))
+        done = 0
+        for each in self._each():
+            done += await each._channel.run(_evict.evict_all(each._sql, each._channel))
+        return done
 
     async def rewrite(
         self,
@@ -566,7 +574,8 @@ class AsyncStore(StoreBase):
 
     async def truncate(self) -> None:
         """Empty the whole table at once. Waits at most 2 s for transactions that use it."""
-        await self._channel.execute(self._whole_table("truncate").truncate())
+        for each in self._each():
+            await each._channel.execute(each._whole_table("truncate").truncate())
 
     async def stats(self) -> Stats:
         """Return sizes and health of the whole table. Reads all of it: linear."""
@@ -575,11 +584,14 @@ class AsyncStore(StoreBase):
 
     async def vacuum(self) -> None:
         """Reclaim dead rows now. Normally autovacuum does this; see `Store.vacuum`."""
-        await self._channel.run(_flows.maintain(self._sql, self._whole_table("vacuum").vacuum()))
+        for each in self._each():
+            sql = each._whole_table("vacuum")
+            await each._channel.run(_flows.maintain(sql, sql.vacuum()))
 
     async def analyze(self) -> None:
         """Refresh the planner's statistics of the table; see `Store.analyze`."""
-        await self._channel.run(_flows.maintain(self._sql, self._sql.analyze()))
+        for each in self._each():
+            await each._channel.run(_flows.maintain(each._sql, each._sql.analyze()))
 
     async def create_table(self) -> None:
         """Create the table (and its schema) if it is missing; otherwise do nothing. See
@@ -588,7 +600,8 @@ class AsyncStore(StoreBase):
 
     async def recreate_table(self) -> None:
         """Drop the table **with everything in it** and create it again, in one transaction."""
-        await self._channel.run(_schema.recreate(self._whole_table("recreate_table").table))
+        for each in self._each():
+            await each._channel.run(_schema.recreate(each._whole_table("recreate_table").table))
 
     async def ping(self, timeout: Seconds | None = None) -> float:
         """Make a round trip to the server and return the seconds it took. See `Store.ping`."""

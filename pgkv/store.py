@@ -698,7 +698,12 @@ class Store(StoreBase):
         Returns:
             How many were deleted.
         """
-        return self._channel.run(_sweep.sweep_all(self._sql, limit))
+        done = 0
+        for each in self._each():
+            found = each._channel.run(_sweep.sweep_all(each._sql, limit))
+            limit = None if limit is None else limit - found
+            done += found
+        return done
 
     def evict(self) -> int:
         """Evict keys until the bound of the table (`max_entries`, `max_bytes`) holds; return how
@@ -708,7 +713,9 @@ class Store(StoreBase):
             ConfigError: the table has no bound.
         """
         require_bound(self._config)
-        return self._channel.run(_evict.evict_all(self._sql, self._channel))
+        return sum(
+            each._channel.run(_evict.evict_all(each._sql, each._channel)) for each in self._each()
+        )
 
     def rewrite(
         self,
@@ -740,7 +747,8 @@ class Store(StoreBase):
 
     def truncate(self) -> None:
         """Empty the whole table at once. Waits at most 2 s for transactions that use it."""
-        self._channel.execute(self._whole_table("truncate").truncate())
+        for each in self._each():
+            each._channel.execute(each._whole_table("truncate").truncate())
 
     def stats(self) -> Stats:
         """Return sizes and health of the whole table. Reads all of it: linear."""
@@ -753,7 +761,9 @@ class Store(StoreBase):
         Raises:
             ConfigError: the role neither owns the table nor has MAINTAIN (PostgreSQL 17 and newer).
         """
-        self._channel.run(_flows.maintain(self._sql, self._whole_table("vacuum").vacuum()))
+        for each in self._each():
+            sql = each._whole_table("vacuum")
+            each._channel.run(_flows.maintain(sql, sql.vacuum()))
 
     def analyze(self) -> None:
         """Refresh the planner's statistics of the table.
@@ -761,7 +771,8 @@ class Store(StoreBase):
         Raises:
             ConfigError: as for `vacuum`.
         """
-        self._channel.run(_flows.maintain(self._sql, self._sql.analyze()))
+        for each in self._each():
+            each._channel.run(_flows.maintain(each._sql, each._sql.analyze()))
 
     def create_table(self) -> None:
         """Create the table (and its schema) if it is missing; otherwise do nothing.
@@ -774,7 +785,8 @@ class Store(StoreBase):
 
     def recreate_table(self) -> None:
         """Drop the table **with everything in it** and create it again, in one transaction."""
-        self._channel.run(_schema.recreate(self._whole_table("recreate_table").table))
+        for each in self._each():
+            each._channel.run(_schema.recreate(each._whole_table("recreate_table").table))
 
     def ping(self, timeout: Seconds | None = None) -> float:
         """Make a round trip to the server and return the seconds it took.

@@ -269,6 +269,7 @@ class ShardedStore(_Sharded, Store):
 
     An operation on one key is what it is in every store. One on many keys is atomic on each server, not
     across servers, and a scan has no common snapshot. A transaction is in one slot: ``store.on(key)``.
+    What acts on the whole table (`truncate`, `vacuum`, `evict`, ...) goes slot by slot.
     """
 
     _channel: ShardedChannel
@@ -321,41 +322,9 @@ class ShardedStore(_Sharded, Store):
         parts = self._loads(items, progress)
         return sum(Store.load(store, part, progress=told) for store, part, told in parts)
 
-    def cleanup_expired(self, *, limit: int | None = None) -> int:
-        """Delete rows whose time has passed, slot by slot, and return how many."""
-        done = 0
-        for each in self._each():
-            left = None if limit is None else max(0, limit - done)
-            done += Store.cleanup_expired(each, limit=left)
-        return done
-
-    def evict(self) -> int:
-        """Evict keys until every slot keeps its part of the bound; return how many."""
-        return sum(Store.evict(each) for each in self._each())
-
     def stats(self) -> Stats:
         """Return sizes and health of the table in all slots. Reads all of it: linear."""
         return self._of_all(super().stats())
-
-    def truncate(self) -> None:
-        """Empty the table, slot by slot; see `Store.truncate`."""
-        for each in self._each():
-            Store.truncate(each)
-
-    def vacuum(self) -> None:
-        """Reclaim dead rows, slot by slot; see `Store.vacuum`."""
-        for each in self._each():
-            Store.vacuum(each)
-
-    def analyze(self) -> None:
-        """Refresh the planner's statistics, slot by slot; see `Store.analyze`."""
-        for each in self._each():
-            Store.analyze(each)
-
-    def recreate_table(self) -> None:
-        """Drop the table with everything in it and create it again, slot by slot."""
-        for each in self._each():
-            Store.recreate_table(each)
 
     def ping(self, timeout: Seconds | None = None) -> float:
         """Make a round trip to every server and return the seconds that all took."""
@@ -418,41 +387,9 @@ class AsyncShardedStore(_Sharded, AsyncStore):
             done += await AsyncStore.load(store, part, progress=told)
         return done
 
-    async def cleanup_expired(self, *, limit: int | None = None) -> int:
-        """Delete rows whose time has passed, slot by slot, and return how many."""
-        done = 0
-        for each in self._each():
-            left = None if limit is None else max(0, limit - done)
-            done += await AsyncStore.cleanup_expired(each, limit=left)
-        return done
-
-    async def evict(self) -> int:
-        """Evict keys until every slot keeps its part of the bound; return how many."""
-        return sum([await AsyncStore.evict(each) for each in self._each()])
-
     async def stats(self) -> Stats:
         """Return sizes and health of the table in all slots. Reads all of it: linear."""
         return self._of_all(await super().stats())
-
-    async def truncate(self) -> None:
-        """Empty the table, slot by slot; see `Store.truncate`."""
-        for each in self._each():
-            await AsyncStore.truncate(each)
-
-    async def vacuum(self) -> None:
-        """Reclaim dead rows, slot by slot; see `Store.vacuum`."""
-        for each in self._each():
-            await AsyncStore.vacuum(each)
-
-    async def analyze(self) -> None:
-        """Refresh the planner's statistics, slot by slot; see `Store.analyze`."""
-        for each in self._each():
-            await AsyncStore.analyze(each)
-
-    async def recreate_table(self) -> None:
-        """Drop the table with everything in it and create it again, slot by slot."""
-        for each in self._each():
-            await AsyncStore.recreate_table(each)
 
     async def ping(self, timeout: Seconds | None = None) -> float:
         """Make a round trip to every server and return the seconds that all took."""
