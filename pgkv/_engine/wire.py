@@ -1,7 +1,8 @@
 """What a sync and an async connection share: libpq's functions, bound once, and the statements that are
 prepared on the connection.
 
-What has to wait for the server's answer is a flow. It yields the statement, and is sent the result.
+What has to wait for the server's answer is a flow. It yields the statement that was sent, and gets the
+result; or operations to be sent as one transaction, and gets their results.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from .._sql.control import PREPARE_TRIAL
 from .._sql.table import read_int
 from ..config import Pooler
 from ..errors import PgkvError, from_result
-from .results import OK, is_outdated
+from .results import OK, behind_fences, in_part, is_outdated, refusal, without_fences
 
 if TYPE_CHECKING:
     from psycopg.pq.abc import PGconn, PGresult
@@ -34,7 +35,7 @@ SELECT_NAP = 0.1  # seconds; no Ctrl-C ends a select() on Windows before its tim
 HAS_CLOSE_PREPARED = capabilities.has_send_close_prepared()  # as of libpq 17
 TRIALS_MAX = 3  # connections that may be lost by a trial
 
-Conversation: TypeAlias = "Generator[Statement[Any], PGresult, T]"
+Conversation: TypeAlias = "Generator[Statement[Any] | Sequence[Op[Any]], Any, T]"
 
 
 class Preparing:
@@ -213,6 +214,35 @@ class WireConnection:
         for op, answer in zip(ops, answers, strict=False):
             if answer.status not in OK:
                 yield from self._refused(op.statement, answer)
+
+    # -- tables that Citus may move: see `_shards.fences`
+
+    def _fenced(self, op: Op[Any], plan: Any) -> Conversation[PGresult]:
+        """Perform an operation behind its fence, and once more if its prepared statement was gone."""
+        (result,) = yield from self._behind_fences((op,), sync_each=False)
+        if result.status not in OK and (yield from self._refused(plan.statement, result)):
+            (result,) = yield from self._behind_fences((op,), sync_each=False)
+        if result.status not in OK:
+            raise refusal(result, op.statement)
+        return result
+
+    def _behind_fences(
+        self, ops: Sequence[Op[Any]], *, sync_each: bool
+    ) -> Conversation[list[PGresult]]:
+        """Perform operations behind their fences, in one transaction or each in its own."""
+        if not sync_each:
+            inside = self.pgconn.transaction_status != IDLE
+            sent, behind = behind_fences(ops, inside=inside)
+            return without_fences((yield sent), behind)
+        done: list[PGresult] = []
+        for op in ops:
+            try:
+                done += yield from self._behind_fences((op,), sync_each=False)
+            except PgkvError as error:
+                if not done:
+                    raise
+                raise in_part(error) from error
+        return done
 
 
 def poller(fd: int) -> Callable[[float], Sequence[Any]]:

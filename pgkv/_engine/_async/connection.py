@@ -26,13 +26,10 @@ from ..results import (
     PIPELINE,
     STATUS,
     PipelineReader,
-    behind_fences,
     failed,
-    in_part,
     is_fenced,
     past_deadline,
     refusal,
-    without_fences,
 )
 from ..wire import CANCEL_TIMEOUT, IDLE, Conversation, Preparing, WireConnection
 
@@ -274,7 +271,7 @@ class AsyncPgConnection(WireConnection):
         if table is not None and table.fences is not None:
             plan = table.fences.plan(statement)
             if plan is not None and not (plan.plain and self.pgconn.transaction_status == IDLE):
-                return await self._execute_fenced(op, plan, seconds)
+                return await self._converse(self._fenced(op, plan), seconds, monotonic() + seconds)
         deadline = monotonic() + seconds
         sent = False
         failure: PgkvError
@@ -299,17 +296,6 @@ class AsyncPgConnection(WireConnection):
         finally:
             del failure  # its traceback holds this frame, and the callers'
 
-    async def _execute_fenced(self, op: Op[Any], plan: Any, seconds: float) -> PGresult:
-        until = monotonic() + seconds
-        (result,) = await self.execute_all((op,), seconds, sync_each=False)
-        if result.status not in OK and await self._converse(
-            self._refused(plan.statement, result), seconds, until
-        ):
-            (result,) = await self.execute_all((op,), until - monotonic(), sync_each=False)
-        if result.status in OK:
-            return result
-        raise refusal(result, op.statement)
-
     async def begin_with(self, begin: Op[None], op: Op[Any], seconds: float) -> list[PGresult]:
         return await self._send_all((begin, op), seconds, sync_each=False, about=op.statement)
 
@@ -318,20 +304,8 @@ class AsyncPgConnection(WireConnection):
     ) -> list[PGresult]:
         if not is_fenced(ops):
             return await self._send_all(ops, seconds, sync_each=sync_each)
-        if sync_each:
-            until = monotonic() + seconds
-            done: list[PGresult] = []
-            for op in ops:
-                try:
-                    done += await self.execute_all((op,), until - monotonic(), sync_each=False)
-                except PgkvError as error:
-                    if not done:
-                        raise
-                    raise in_part(error) from error
-            return done
-        inside = self.pgconn.transaction_status != IDLE
-        sent, behind = behind_fences(ops, inside=inside)
-        return without_fences(await self._send_all(sent, seconds, sync_each=False), behind)
+        flow = self._behind_fences(ops, sync_each=sync_each)
+        return await self._converse(flow, seconds, monotonic() + seconds)
 
     async def _send_all(
         self,
@@ -443,9 +417,12 @@ class AsyncPgConnection(WireConnection):
     # -- statements on the server
 
     async def _converse(self, flow: Conversation[T], seconds: float, deadline: float) -> T:
-        return await drive_async(
-            flow, together=lambda each, _: self.expect(each, seconds, deadline)
-        )
+        def answer_to(step: Any, _: object) -> Any:
+            if isinstance(step, Statement):
+                return self.expect(step, seconds, deadline)
+            return self._send_all(step, deadline - monotonic(), sync_each=False)
+
+        return await drive_async(flow, together=answer_to)
 
     async def _prepare(self, statement: Statement[Any], seconds: float, deadline: float) -> None:
         try:

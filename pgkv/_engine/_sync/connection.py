@@ -30,13 +30,10 @@ from ..results import (
     PIPELINE_SYNC,
     STATUS,
     PipelineReader,
-    behind_fences,
     failed,
-    in_part,
     is_fenced,
     past_deadline,
     refusal,
-    without_fences,
 )
 from ..wire import CANCEL_TIMEOUT, IDLE, SELECT_NAP, Conversation, Preparing, WireConnection
 
@@ -138,7 +135,7 @@ class PgConnection(WireConnection):
         if table is not None and table.fences is not None:
             plan = table.fences.plan(statement)
             if plan is not None and not (plan.plain and self.pgconn.transaction_status == IDLE):
-                return self._execute_fenced(op, plan, seconds)
+                return self._converse(self._fenced(op, plan), seconds, monotonic() + seconds)
         try:
             if result is not None:
                 pass
@@ -221,17 +218,6 @@ class PgConnection(WireConnection):
         finally:
             del failure  # its traceback holds this frame, and the callers'
 
-    def _execute_fenced(self, op: Op[Any], plan: Any, seconds: float) -> Result:
-        until = monotonic() + seconds
-        (result,) = self.execute_all((op,), seconds, sync_each=False)
-        if result.status not in OK and self._converse(
-            self._refused(plan.statement, result), seconds, until
-        ):
-            (result,) = self.execute_all((op,), until - monotonic(), sync_each=False)
-        if result.status in OK:
-            return result
-        raise refusal(result, op.statement)
-
     def begin_with(self, begin: Op[None], op: Op[Any], seconds: float) -> list[PGresult]:
         """Open a transaction and send its first operation, which is prepared, in one round trip; the
         results of both."""
@@ -293,20 +279,8 @@ class PgConnection(WireConnection):
         """
         if not is_fenced(ops):
             return self._send_all(ops, seconds, sync_each=sync_each)
-        if sync_each:
-            until = monotonic() + seconds
-            done: list[PGresult] = []
-            for op in ops:
-                try:
-                    done += self.execute_all((op,), until - monotonic(), sync_each=False)
-                except PgkvError as error:
-                    if not done:
-                        raise
-                    raise in_part(error) from error
-            return done
-        inside = self.pgconn.transaction_status != IDLE
-        sent, behind = behind_fences(ops, inside=inside)
-        return without_fences(self._send_all(sent, seconds, sync_each=False), behind)
+        flow = self._behind_fences(ops, sync_each=sync_each)
+        return self._converse(flow, seconds, monotonic() + seconds)
 
     def _send_all(
         self, ops: Sequence[Op[Any]], seconds: float, *, sync_each: bool
@@ -381,7 +355,12 @@ class PgConnection(WireConnection):
     # -- statements on the server
 
     def _converse(self, flow: Conversation[T], seconds: float, deadline: float) -> T:
-        return drive(flow, together=lambda each, _: self.receive(each, seconds, deadline))
+        def answer_to(step: Any, _: object) -> Any:
+            if isinstance(step, Statement):
+                return self.receive(step, seconds, deadline)
+            return self._send_all(step, deadline - monotonic(), sync_each=False)
+
+        return drive(flow, together=answer_to)
 
     def try_preparing(self, deadline: float) -> None:
         drive(self._trial(), lambda op, _: self.execute(op, deadline - monotonic()))
