@@ -51,6 +51,7 @@ def pytest_configure() -> None:
     """A shell that starts the tests in the background lets them ignore Ctrl-C, and nohup a hang-up;
     every process of theirs would inherit that: tests of signals need the defaults.
     """
+    gc.disable()  # until all is collected: nothing of that is garbage
     for name in BY_SHELLS:
         number = getattr(signal, name, None)  # Windows has few
         if number is not None and signal.getsignal(number) is signal.SIG_IGN:
@@ -93,6 +94,7 @@ def pytest_collection_finish() -> None:
     """A gc.collect() in a test does not go through the thousands of tests that were collected."""
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 _seconds: defaultdict[str, float] = defaultdict(float)

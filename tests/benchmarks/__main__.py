@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress
 
-from tests.benchmarks import machine, page, plot, readme, record, services, table
+from tests.benchmarks import machine, page, readme, record, services, table
 from tests.benchmarks.case import Bench, Case, FactCase
 from tests.benchmarks.cases import SHARDED, TOPICS, Topic
 from tests.benchmarks.placement import LINK, placements
@@ -118,6 +118,8 @@ def show(console: Console, made: Record) -> None:
 
 def publish(folder: Path, made: Record) -> None:
     """Plot and pages."""
+    from tests.benchmarks import plot  # loads matplotlib
+
     plot.draw(folder / PLOT, made)
     page.update(folder / PAGE, page.figures(made))
     if folder.resolve() == DOCS:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests import servers
+from tests.each import for_each
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -76,7 +77,7 @@ def test_code_of_a_page_runs_as_it_stands(page: Path, request: pytest.FixtureReq
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name)
+@for_each(PAGES, name)
 def test_python_is_fenced_in_the_one_way_that_is_run(page: Path) -> None:
     """No block that a reader takes for Python escapes the test above by its fence."""
     fences = LOOKS_LIKE_PYTHON.findall(page.read_text())

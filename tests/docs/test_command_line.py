@@ -27,6 +27,7 @@ import pgkv
 from pgkv import embedded
 from pgkv.cli import app
 from tests import servers
+from tests.each import for_each
 
 ROOT = Path(__file__).parents[2]
 FILE = ROOT / "docs" / "command-line.md"
@@ -69,7 +70,7 @@ def first_column(text: str) -> set[str]:
     return {option for row in rows for option in OPTION.findall(row)}
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@for_each(COMMANDS)
 def test_each_command_has_a_section_with_its_options(name: str) -> None:
     """A command's own options, in every spelling, are those of the table in its section."""
     assert f"\npgkv {name}" in section(name)

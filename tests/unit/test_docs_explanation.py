@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from docs.diagram import PICTURE, drawing
+from tests.each import for_each
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -44,7 +45,7 @@ def tests() -> set[str]:
     }
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name_of)
+@for_each(PAGES, name_of)
 def test_tests_that_a_page_names_exist(page: Path, tests: set[str]) -> None:
     """Each test that a page calls a witness is there to be run."""
     assert not set(re.findall(r"`(test_\w+)`", page.read_text("utf-8"))) - tests
@@ -58,7 +59,7 @@ def test_pages_of_promises_name_tests(name: str) -> None:
     assert len(re.findall(r"`test_\w+`", (ROOT / "docs" / f"{name}.md").read_text("utf-8"))) > 10
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name_of)
+@for_each(PAGES, name_of)
 def test_files_that_a_page_names_exist(page: Path) -> None:
     """A file or folder of the source tree that a page names is where it says."""
     text = page.read_text("utf-8")
@@ -66,7 +67,7 @@ def test_files_that_a_page_names_exist(page: Path) -> None:
     assert not [name for name in named if not (ROOT / name).exists()]
 
 
-@pytest.mark.parametrize("path", MODULES, ids=name_of)
+@for_each(MODULES, name_of)
 def test_no_module_reads_the_wall_clock(path: Path) -> None:
     """A client's clock decides nothing: nobody looks at it."""
     tree = ast.parse(path.read_text("utf-8"))
@@ -105,9 +106,7 @@ ARCHAIC = re.compile(
 CODE = re.compile(r"^```.*?^```|`[^`]+`", re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize(
-    "page", [page for page in PAGES if page.name != "CHANGELOG.md"], ids=name_of
-)
+@for_each([page for page in PAGES if page.name != "CHANGELOG.md"], name_of)
 def test_pages_use_plain_words(page: Path) -> None:
     """The prose of a page is in plain, present-day English."""
     prose = CODE.sub("", page.read_text("utf-8"))
@@ -120,9 +119,7 @@ def fragments(text: str) -> list[str]:
     return [row for row in rows if ";" in row]
 
 
-@pytest.mark.parametrize(
-    "page", [page for page in PAGES if page.name != "CHANGELOG.md"], ids=name_of
-)
+@for_each([page for page in PAGES if page.name != "CHANGELOG.md"], name_of)
 def test_a_cell_of_a_table_has_sentences(page: Path) -> None:
     """A cell says each thing in a sentence, and strings no fragments together by semicolons."""
     assert fragments(page.read_text("utf-8")) == []

@@ -6,6 +6,7 @@ import importlib
 import inspect
 import re
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 
 import pgkv
+from tests.each import for_each
 
 ROOT = Path(__file__).resolve().parents[2]
 CORE = sorted(
@@ -32,6 +34,12 @@ PACKAGES_WITH_SQL = ("pgkv/_sql/", "pgkv/_cli/doctor/")
 SQL_VERB = re.compile(
     r"(?i:\binsert\s+into\b)|(?i:\bdelete\s+from\b)|(?i:\bupdate\s+\S+\s+set\b)|\bSELECT\s|(?i:^\s*select\s.+\sfrom\s)",
 )
+
+
+@cache
+def parsed(path: Path) -> ast.Module:
+    """The source of a module, read once."""
+    return ast.parse(path.read_text(encoding="utf-8"))
 
 
 def name_of(path: Path) -> str:
@@ -67,14 +75,12 @@ def text_constants(tree: ast.Module) -> Iterator[tuple[int, str]]:
                 yield node.lineno, node.value.decode(errors="replace")
 
 
-@pytest.mark.parametrize(
-    "path", [path for path in CORE + PATTERNS if not may_hold_sql(path)], ids=name_of
-)
+@for_each([path for path in CORE + PATTERNS if not may_hold_sql(path)], name_of)
 def test_sql_stands_in_few_modules(path: Path) -> None:
     """SQL verbs occur in _sql/, in each pattern's sql.py and in the few modules listed here, and nowhere else."""
     found = [
         f"line {line}: {text.strip()[:60]!r}"
-        for line, text in text_constants(ast.parse(path.read_text(encoding="utf-8")))
+        for line, text in text_constants(parsed(path))
         if SQL_VERB.search(text)
     ]
     assert not found, "statements belong into pgkv/_sql/ or the sql.py of a pattern: " + "; ".join(
@@ -99,17 +105,17 @@ def test_sql_is_told_from_english(text: str, is_sql: bool) -> None:
     assert is_sql == bool(SQL_VERB.search(text))
 
 
-@pytest.mark.parametrize("path", CORE + PATTERNS, ids=name_of)
+@for_each(CORE + PATTERNS, name_of)
 def test_a_module_says_what_it_is_for(path: Path) -> None:
     """Each module opens with a docstring."""
-    assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+    assert ast.get_docstring(parsed(path))
 
 
 def test_no_two_classes_share_a_name() -> None:
     """A class is found by its name, a private or nested one too."""
     places: dict[str, list[str]] = {}
     for path in CORE + PATTERNS:
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in ast.walk(parsed(path)):
             if isinstance(node, ast.ClassDef):
                 places.setdefault(node.name, []).append(f"{name_of(path)}:{node.lineno}")
     assert {name: found for name, found in places.items() if len(found) > 1} == {}
@@ -123,7 +129,7 @@ ARCHAIC = re.compile(
 ACCOUNT = "`nobody`"  # of the operating system
 
 
-@pytest.mark.parametrize("path", CORE + PATTERNS, ids=name_of)
+@for_each(CORE + PATTERNS, name_of)
 def test_plain_words(path: Path) -> None:
     """Docstrings, comments and messages are in plain, present-day English."""
     text = path.read_text(encoding="utf-8").replace(ACCOUNT, "").replace('"nobody"', "")
@@ -163,7 +169,7 @@ def is_documentable(name: str) -> bool:
     return isinstance(getattr(pgkv, name), type) or callable(getattr(pgkv, name))
 
 
-@pytest.mark.parametrize("name", [name for name in pgkv._MODULE_OF if is_documentable(name)])
+@for_each([name for name in pgkv._MODULE_OF if is_documentable(name)])
 def test_public_names_are_documented(name: str) -> None:
     """Each public name has a docstring of its own."""
     assert own_doc(getattr(pgkv, name)), f"pgkv.{name} has no docstring"
@@ -242,7 +248,7 @@ FUNCTIONS = functions()
 CLASSES = {name: thing for name, thing in public_things().items() if isinstance(thing, type)}
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
+@for_each(FUNCTIONS)
 def test_parameters_are_documented(name: str) -> None:
     """A docstring explains each parameter in its Args, all of them or none; where it has no Args it
     names each in its text, or its class does, or the method of the same name on a Store."""
@@ -260,7 +266,7 @@ def test_parameters_are_documented(name: str) -> None:
     assert given - named == set()
 
 
-@pytest.mark.parametrize("name", CLASSES)
+@for_each(CLASSES)
 def test_what_a_class_is_made_with(name: str) -> None:
     """A class explains what it is made with, or says what makes it."""
     kind = CLASSES[name]
@@ -279,7 +285,7 @@ SAYS_WHAT = re.compile(r"\b([Rr]eturns?|True|None|[Tt]ells?|[Ii]terate)\b")
 SELF_EVIDENT = ("Self", "Handle", "Callable", "Iterator[None]", "Entering", "Invalidator")
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
+@for_each(FUNCTIONS)
 def test_results_are_documented(name: str) -> None:
     """What returns a value says which."""
     function, _ = FUNCTIONS[name]

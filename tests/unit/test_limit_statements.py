@@ -11,6 +11,7 @@ import pytest
 import pgkv
 from pgkv._ops.op import Op
 from pgkv.patterns.rate_limit.sql import Charge, LimiterStatements
+from tests.each import for_each
 
 Call = Callable[[LimiterStatements, Any], Op[Any]]
 MIXED = ("", "month Europe/Berlin", "quarter UTC")
@@ -52,13 +53,13 @@ def op_of(name: str, rates: Any) -> Op[Any]:
     )
 
 
-@pytest.mark.parametrize("name", STATEMENTS)
+@for_each(STATEMENTS)
 def test_what_may_be_repeated(name: str, rates: Any) -> None:
     """A hit whose answer was lost is never sent again."""
     assert op_of(name, rates).statement.retry_safe == (name in SAFE)
 
 
-@pytest.mark.parametrize("name", STATEMENTS)
+@for_each(STATEMENTS)
 def test_parameters_fit(name: str, rates: Any) -> None:
     """As many parameters as placeholders and formats; one text per shape; the table is quoted."""
     op = op_of(name, rates)
@@ -70,7 +71,7 @@ def test_parameters_fit(name: str, rates: Any) -> None:
     assert STATEMENTS[name](sql, rates).statement is STATEMENTS[name](sql, rates).statement
 
 
-@pytest.mark.parametrize("name", STATEMENTS)
+@for_each(STATEMENTS)
 def test_rules_of_the_texts(name: str, rates: Any) -> None:
     """Clocks as the rules want them, nothing mutable on conflict, keys locked in order."""
     text = op_of(name, rates).statement.sql

@@ -7,12 +7,11 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
-import pytest
-
 from pgkv import Config, ScanOptions, Store, TtlCleanupStrategy
 from pgkv._ops.op import Op, Statement
 from pgkv._sql import INCREMENTS, SETS, Statements
 from pgkv._sql.point import PointStatements
+from tests.each import for_each
 
 LATER = datetime(2999, 1, 1, tzinfo=UTC)
 KEYS = [f"k{n}" for n in range(20)]
@@ -129,18 +128,16 @@ TEXTS = sorted(
         if text is not None
     }
 )
-every_text = pytest.mark.parametrize(
-    "text", [text for _, text in TEXTS], ids=[name for name, _ in TEXTS]
-)
+every_text = for_each([text for _, text in TEXTS])
 
 
-@pytest.mark.parametrize("name", SAFE)
+@for_each(SAFE)
 def test_repeated_when_the_outcome_is_unknown(name: str) -> None:
     """Reads, unconditional writes and collecting may be sent twice."""
     assert statement(SAFE[name]).retry_safe
 
 
-@pytest.mark.parametrize("name", UNSAFE)
+@for_each(UNSAFE)
 def test_never_repeated_once_sent(name: str) -> None:
     """What tests, counts, hands out or destroys in bulk is never sent twice."""
     assert not statement(UNSAFE[name]).retry_safe
@@ -324,7 +321,7 @@ def test_placeholders_are_complete(text: str) -> None:
     assert numbers == set(range(1, len(numbers) + 1))
 
 
-@pytest.mark.parametrize("name", ALL)
+@for_each(ALL)
 def test_parameters_fit_their_formats(name: str) -> None:
     """Each operation has as many parameters as its statement has placeholders and formats."""
     for strategy in TtlCleanupStrategy:
