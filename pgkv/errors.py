@@ -139,6 +139,8 @@ class OperationTimeoutError(PgkvError, TimeoutError):
 class TableNotFoundError(PgkvError):
     """The table does not exist and ``auto_create_table`` is off (or a transaction is open)."""
 
+    _table: str = ""
+
 
 class QueryError(PgkvError):
     """The server refused the statement for a reason that has no exception of its own."""
@@ -331,6 +333,7 @@ def _from_sqlstate(
             f"{action}: {_MISSING[state].format(table)} does not exist; call create_table(), "
             "run the DDL that `pgkv schema` prints, or set auto_create_table=True"
         )
+        found._table = table
     elif state == "PK001" or (state == "55P03" and _FENCE in (error.diag.context or "")):
         found = TableNotFoundError(
             f"{action}: the slot of {table} is being moved, or is on another node by now; repeat it"

@@ -106,8 +106,10 @@ class Fences:
     def _relation(self, quoted: str, statement: Statement[Any]) -> Relation:
         found = self._relations.get(quoted.replace("''", "'"))
         if found is None:
-            raise TableNotFoundError(
+            error = TableNotFoundError(
                 f"{statement.name}: the table {quoted} does not exist; call create_table(), or run "
                 "`pgkv shards init` again"
             )
+            error._table = statement.table.quoted if statement.table else ""
+            raise error
         return found

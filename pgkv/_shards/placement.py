@@ -416,6 +416,7 @@ class Router:
     ) -> Flow[None]:
         waiting = list(range(len(parts)))
         missed: Counter[Any] = Counter()
+        strays: set[int] = set()  # slots that are sent apart: with them everything else fails
         while waiting:
             groups: dict[Any, list[int]] = {}
             for index in waiting:
@@ -425,33 +426,42 @@ class Router:
                 except PgkvError as error:
                     answers[index] = error
                 else:
-                    groups.setdefault(channel, []).append(index)
+                    alone = slot if slot in strays and not whole else None
+                    groups.setdefault((channel, alone), []).append(index)
             calls = [
                 self._calling(channel, [parts[index][1] for index in group], whole, deadline)
-                for channel, group in groups.items()
+                for (channel, _), group in groups.items()
             ]
             sent: list[Any] = yield from call(self.gather, calls)
             again: list[int] = []
-            for (channel, group), found in zip(groups.items(), sent, strict=True):
-                alone = len(group) == 1 or isinstance(found, PgkvError)
+            for ((channel, _), group), found in zip(groups.items(), sent, strict=True):
+                is_one = len(group) == 1 or isinstance(found, PgkvError)
                 for at, index in enumerate(group):
-                    answers[index] = found if alone else found[at]
+                    answers[index] = found if is_one else found[at]
                 lost = [i for i in group if isinstance(answers[i], TableNotFoundError)]
                 if isinstance(answers[group[0]], StoreUnavailableError):
                     yield from self.look_for_successor(parts[group[0]][0], channel, deadline)
-                follow: dict[int, bool] = {}
+                follow: dict[Table | None, bool] = {}
                 for index in lost:
                     slot, op = parts[index]
-                    if slot not in follow:
-                        settling = self._settled(
-                            slot, channel, op.statement.table, deadline, missed
-                        )
-                        try:
-                            follow[slot] = yield from settling
-                        except PgkvError as error:  # of this slot: what others answered stays
-                            follow[slot], answers[index] = False, error
+                    table, failed = op.statement.table, answers[index]
+                    if table in follow or not isinstance(failed, TableNotFoundError):
+                        continue
+                    follow[table] = True
+                    # Preparing a statement fails for all, where the table of one is not there.
+                    if failed._table not in ("", table and table.quoted):
+                        continue
+                    strays.add(slot)
+                    settling = self._settled(slot, channel, table, deadline, missed)
+                    try:
+                        follow[table] = yield from settling
+                    except PgkvError as error:  # of this slot: what others answered stays
+                        follow[table] = False
+                        for each in lost:
+                            if whole or parts[each][1].statement.table == table:
+                                answers[each] = error
                 if not whole:
-                    again += [index for index in lost if follow[parts[index][0]]]
+                    again += [i for i in lost if follow[parts[i][1].statement.table]]
                 elif lost and all(follow.values()):
                     again += group
             waiting = again

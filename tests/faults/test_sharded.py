@@ -51,6 +51,12 @@ async def test_only_its_slots_suffer(
             ]
             for n in range(20):
                 assert await store.increment(f"{{{keys[0]}}}n") == n + 1
+            with pytest.raises((pgkv.OperationTimeoutError, pgkv.StoreUnavailableError)):
+                async with store.pipeline() as p:
+                    answered, lost = p.increment(f"{{{keys[0]}}}n"), p.get(keys[1])
+            assert answered.result() == 21
+            with pytest.raises((pgkv.OperationTimeoutError, pgkv.StoreUnavailableError)):
+                lost.result()
             await asyncio.gather(*stuck)
         finally:
             theirs.thaw()

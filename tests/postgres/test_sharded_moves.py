@@ -9,17 +9,20 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from time import monotonic
 from typing import Any
 
 import psycopg
 import pytest
 
 import pgkv
-from pgkv._shards import moves
+from pgkv._engine.flows import PIPELINE_MAX
+from pgkv._shards import moves, placement
 from pgkv._shards.admin import Servers
 from pgkv._shards.moves import How
 from pgkv._shards.placement import Router
 from pgkv._shards.sql import WAKE_WAITERS
+from pgkv._sql.batch import CHUNK_ROWS
 from pgkv.patterns.lock.sql import CHANNEL as LOCK_CHANNEL
 from pgkv.patterns.queue.sql import CHANNEL as QUEUE_CHANNEL
 from tests import FULL, sharded
@@ -279,7 +282,7 @@ def test_a_move_can_give_up_what_a_crash_would(servers: Servers, dsns: list[str]
 KILLED = """
 import os, signal, sys
 from tests import sharded
-from pgkv._shards import moves
+from pgkv._shards import moves, placement
 def progress(slot, step, copied):
     if step == sys.argv[1]:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -371,6 +374,76 @@ def test_a_slot_that_got_its_name_meanwhile(
         moved.set()
         worker.join(30)
         assert store.get(key) == b"1"
+
+
+def test_a_slot_that_stays_between_two_servers(
+    servers: Servers, dsns: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when a mover dies after it has handed a slot over. A pipeline has the answers of all other slots, of
+    its next server too, and the failure is that slot's; a batch has that failure, too."""
+    read, to, reads = Router._read, elsewhere(servers, 0), 0
+
+    def count(router: Router, node: Any, deadline: float) -> Any:
+        nonlocal reads
+        found = yield from read(router, node, deadline)
+        reads += node.name == to
+        return found
+
+    def late() -> float:
+        return monotonic() + (1000.0 if reads > 6 else 0.0)
+
+    def progress(slot: int, step: str, copied: int) -> None:
+        nonlocal reads
+        if step != "handed over":
+            return
+        with (
+            monkeypatch.context() as patched,
+            # No connection knows a statement: to prepare one of the slot fails for all of them.
+            pgkv.Store.sharded(dsns, operation_timeout=30, retry=None) as store,
+        ):
+            patched.setattr(Router, "_read", count)
+            patched.setattr(placement, "monotonic", late)
+            reads = 0
+            with pytest.raises(pgkv.StoreUnavailableError, match=why), store.pipeline() as p:
+                handles = [p.increment(key) for key in keys for _ in range(2)]
+            for each in handles[:2]:
+                with pytest.raises(pgkv.StoreUnavailableError, match=why):
+                    each.result()
+            assert [each.result() for each in handles[2:]] == [1, 2] * (SLOTS - 1)
+            reads = 0
+            with pytest.raises(pgkv.StoreUnavailableError, match=why):
+                store.set_many(dict.fromkeys(keys, "v"))
+
+    with pgkv.Store.sharded(dsns) as store:
+        keys = [
+            next(k for k in map(str, range(99)) if store.slot_of(k) == slot)
+            for slot in range(SLOTS)
+        ]
+        why = "slot 0 was being moved"
+        moves.move(servers, 1, to, quiet)
+        moves.move(servers, 0, to, progress)
+        assert store.get(keys[0]) is None
+
+
+async def test_many_chunks_follow_their_slot(
+    servers: Servers, dsns: list[str], variant: Variant
+) -> None:
+    """A batch of one slot that takes several statements, or is a pipeline of several, is sent by an old
+    route, finds no table, and happens where the slot is now: once."""
+    store = await sharded.connect(variant, dsns)
+    async with store:
+        one = store.on("{k}")
+        deltas = {f"{{k}}{n}": 1 for n in range(CHUNK_ROWS + 1)}
+        assert await one.increment("{k}0") == 1
+        slot = store.slot_of("{k}")
+        for number, batch in enumerate((one, store)):
+            await asyncio.to_thread(moves.move, servers, slot, elsewhere(servers, slot), quiet)
+            sums = await batch.increment_many(deltas)
+            assert [sums[key] for key in deltas] == [number + 2] + [number + 1] * CHUNK_ROWS
+        await asyncio.to_thread(moves.move, servers, slot, elsewhere(servers, slot), quiet)
+        async with one.pipeline(atomic=True) as p:
+            handles = [p.increment("{k}0") for _ in range(PIPELINE_MAX + 1)]
+        assert handles[-1].result() == PIPELINE_MAX + 4
 
 
 async def test_a_lease_is_renewed_where_its_slot_is(
