@@ -7,6 +7,7 @@ import asyncio
 import secrets
 import threading
 from collections.abc import Callable, Coroutine, Iterator
+from pathlib import Path
 from typing import Any
 
 import psycopg
@@ -16,11 +17,12 @@ import pgkv
 from pgkv._ops.op import BINARY, Op, Statement
 from pgkv._shards import fences
 from pgkv._shards.sql import Relation
+from pgkv._sql.batch import CHUNK_ROWS
 from pgkv._sql.table import read_nothing
 from pgkv.patterns.lock.api import statements_of
 from pgkv.patterns.lock.sql import LockStatements
 from tests import again, sharded
-from tests.peers import caller_connection
+from tests.peers import caller_connection, until
 from tests.postgres.test_sharded_behaviour import (
     MODULES,
     OF_ONE_SERVER,
@@ -269,3 +271,97 @@ async def test_statements_are_of_their_cluster(
                 pass
             found = statements_of(inner._in_slot(0), LockStatements, durable=True)
             assert found.table.fences is inner._channel.router.fences
+
+
+async def test_a_batch_that_fails_in_the_middle(
+    citus: sharded.CitusStandIn, keys: list[str], variant: Variant
+) -> None:
+    """Operations that stand for themselves are committed one by one. When a table is dropped in the middle,
+    those before have happened: the error says so, and none is repeated."""
+    a, b, text = (f"{{{keys[0]}}}{name}" for name in ("a", "b", "text"))
+    (shard, name), (gone, its_name) = citus.shards[0][0], citus.shards[2][0]
+    async with await sharded.connect(variant, citus.dsns, operation_timeout=60) as store:
+        await store.set_many({b: "0", text: "no number", keys[2]: "0"})
+
+        async def send() -> list[Any]:
+            with pytest.raises(
+                pgkv.StoreUnavailableError, match="before it have happened"
+            ) as caught:
+                async with store.pipeline() as p:
+                    handles = [p.increment(key) for key in (a, text, b, keys[2])]
+            assert caught.value.outcome_unknown
+            return handles
+
+        with (
+            psycopg.connect(citus.dsns[0]) as held,
+            psycopg.connect(citus.dsns[0], autocommit=True) as conn,
+        ):
+            held.execute(f"SELECT FROM {name}_{shard} WHERE key = %s FOR UPDATE", [b])
+            sending = asyncio.ensure_future(send())
+            waits = (
+                "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() "
+                "AND wait_event_type = 'Lock'"
+            )
+            await until(lambda: conn.execute(waits).fetchone() == (1,), "the third one waits")
+            conn.execute("DELETE FROM pg_catalog.pg_dist_shard WHERE shardid = %s", [gone])
+            try:
+                await store.shards()  # reads what is there now
+                held.rollback()
+                handles = await sending
+            finally:
+                conn.execute(
+                    "INSERT INTO pg_catalog.pg_dist_shard VALUES (%s, %s)", [its_name, gone]
+                )
+        for each in handles:
+            with pytest.raises(pgkv.StoreUnavailableError, match="before it have happened"):
+                each.result()
+        found = await store.get_many([a, b, keys[2]])
+        assert found == {a: b"1", b: b"1", keys[2]: b"0"}
+
+
+async def test_many_chunks_follow_their_slot(
+    citus: sharded.CitusStandIn, keys: list[str], variant: Variant
+) -> None:
+    """A batch of one slot that takes several statements is sent by an old route, and happens where the slot is."""
+    async with await sharded.connect(variant, citus.dsns) as store:
+        deltas = {f"{{{keys[1]}}}{n}": 1 for n in range(CHUNK_ROWS + 1)}
+        one = store.on(keys[1])
+        assert await one.increment(f"{{{keys[1]}}}0") == 1
+        citus.move(1, 1, 0, lambda: None)
+        sums = await one.increment_many(deltas)
+        assert [sums[key] for key in deltas] == [2] + [1] * CHUNK_ROWS
+        async with await sharded.connect(variant, citus.dsns) as other:
+            assert await other.get_many(deltas) == {key: b"%d" % sums[key] for key in deltas}
+
+
+async def test_a_lease_is_renewed_at_another_address(
+    citus: sharded.CitusStandIn, keys: list[str], variant: Variant, tmp_path: Path
+) -> None:
+    """As when a node's standby has taken over: the renewal fails at the old address, asks for the new one, and
+    goes on there."""
+    params = psycopg.conninfo.conninfo_to_dict(citus.dsns[0])
+    old, here = tmp_path / "old", str(params["host"])
+    old.symlink_to(here)
+    dsns = [psycopg.conninfo.make_conninfo(citus.dsns[0], host=str(old)), citus.dsns[1]]
+    told = "UPDATE pg_catalog.pg_dist_node SET nodename = %s, nodeport = %s WHERE groupid = 0"
+    store = await sharded.connect(variant, dsns)
+    async with store, variant.make("Lock", store, keys[0], ttl=60).acquire() as lease:
+        inner = getattr(lease, "_target", lease)
+        background = inner._runtime.background()
+        try:
+            with psycopg.connect(citus.dsns[1], autocommit=True) as conn:
+                conn.execute(told, [here, params.get("port", "5432")])
+                old.unlink()
+                # The old address has no connection any more, of the store or of its background.
+                conn.execute(
+                    "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity WHERE datname = %s",
+                    [params["dbname"]],
+                )
+            for _ in range(2):
+                end, inner._due = inner._until, 0.0
+                await until(lambda: inner._until > end or lease.is_lost, "it is renewed")  # noqa: B023
+        finally:
+            with psycopg.connect(citus.dsns[1], autocommit=True) as conn:
+                conn.execute(told, ["node", 0])
+        assert not lease.is_lost
+        assert inner._runtime.background() is not background
