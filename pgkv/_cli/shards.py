@@ -111,7 +111,8 @@ def shards(
             raise ConfigError("Citus finishes or undoes a move that was interrupted by itself")
         if isinstance(cluster, CitusCluster) and (online or drop):
             raise ConfigError(
-                "Citus moves slots in its own way: --online and --drop are for servers"
+                "Citus moves slots in its own way: leave out --online and --drop, which are for plain "
+                "servers"
             )
         if action in (Action.MOVE, Action.RESUME):
             moving = numbers(which) if which else [*range(cluster.slots)]

@@ -26,6 +26,7 @@ from pgkv._sql.table import read_nothing
 from pgkv.cli import main
 from pgkv.patterns.schema import tables
 from tests import FULL, again, sharded
+from tests.peers import until
 from tests.postgres.test_sharded_behaviour import (
     MODULES,
     OF_ONE_SERVER,
@@ -268,6 +269,55 @@ async def test_an_increment_by_an_old_route_counts(
     assert (lost == 0) is fenced
 
 
+async def test_a_plain_read_by_an_old_route(
+    nodes: list[str], admin: CitusCluster, variant: Variant
+) -> None:
+    """While the node that a slot has left has not committed the move, as the last one, it answers a plain read
+    with what the slot held. A read in a transaction waits for that commit, and is repeated at the new owner."""
+    async with await sharded.connect(variant, nodes[:1], operation_timeout=60) as store:
+        slot = store.slot_of("k")
+        await store.set("k", "0")
+        home = admin.shards()[slot].node
+        old = next(dsn for dsn in nodes if f":{conninfo_to_dict(dsn)['port']}" in home)
+        shards = [
+            shard
+            for (shard,) in ask(
+                old,
+                "SELECT shardid FROM pg_dist_shard JOIN pg_class c ON c.oid = logicalrelid "
+                f"WHERE relnamespace = 'pgkv_{slot:02d}'::regnamespace",
+            )
+        ]
+        placed = "UPDATE pg_dist_placement SET groupid = %s WHERE shardid = ANY(%s::bigint[])"
+        locked = "SELECT lock_shard_metadata(7, %s::bigint[])"
+        assert admin.move(slot, elsewhere(admin, slot), quiet)
+        with (
+            psycopg.connect(old, autocommit=True) as conn,
+            psycopg.connect(old, autocommit=True) as look,
+        ):
+            query = (
+                "SELECT p.groupid, g.groupid FROM pg_dist_placement p, pg_dist_local_group g "
+                "WHERE shardid = %s"
+            )
+            ((new, own),) = conn.execute(query, [shards[0]]).fetchall()
+            assert new != own
+            with conn.transaction():  # as before its commit: it still counts itself as the owner
+                conn.execute(locked, [shards])
+                conn.execute(placed, [own, shards])
+            with conn.transaction():
+                conn.execute(locked, [shards])
+                async with await sharded.connect(variant, nodes[:1]) as other:
+                    assert await other.increment("k") == 1
+                assert await store.get("k") == b"0"
+                reading = asyncio.ensure_future(
+                    store.on("k").run_transaction(lambda tx: tx.get("k"))
+                )
+                waits = "SELECT count(*) FROM pg_locks WHERE NOT granted AND database IS NOT NULL"
+                await until(lambda: look.execute(waits).fetchone() != (0,), "it waits")
+                conn.execute(placed, [new, shards])
+            assert await reading == b"1"
+        assert await store.get("k") == b"1"
+
+
 async def test_an_open_transaction_holds_the_move(
     nodes: list[str], admin: CitusCluster, variant: Variant, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -446,6 +496,8 @@ def test_the_command_line(
     assert {each["node"] for each in found} == {*names[1:]}
     assert all(each["bytes"] > 0 for each in found)
     to = elsewhere(admin, 0)
+    for how in (["--online"], ["--drop", "--yes"]):
+        assert run("move", "0", "--to", to, *how)[0] == 2
     assert run("move", "0", "--to", to) == (0, [{"moved": 1}])
     assert run("move", "0", "--to", to) == (0, [{"moved": 0}])
     assert run("resume")[0] == 2

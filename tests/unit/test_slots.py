@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 
 import pgkv
 from pgkv._ops.op import TEXT, Statement
+from pgkv._shards import cluster
 from pgkv._shards.channel import InThreads
+from pgkv._shards.cluster import CitusCluster
 from pgkv._shards.placement import Router
 from pgkv._shards.slots import ANY, ShardedConfig, Slots, hashed_part, schema_of
 from pgkv._shards.sql import InSlot, ShardedStatements, located
@@ -241,3 +243,17 @@ def test_without_threads_each_call_is_made_once(monkeypatch: pytest.MonkeyPatch)
         late()
     assert sorted(made) == [0, 1, 2]
     together.close()
+
+
+@pytest.mark.parametrize("how", [["--online"], ["--drop"], ["--drop", "--yes"]], ids=" ".join)
+def test_on_citus_moves_are_of_one_kind(
+    how: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """What a mover of pgkv's own could do is refused there, before anything is asked or moved."""
+    found = CitusCluster.__new__(CitusCluster)
+    found.slots, found._given = 4, []
+    monkeypatch.setattr(cluster, "administered", lambda *_: found)
+    assert main(["shards", "move", "0", "--to", "n2", *how, "--dsn", "postgresql:///"]) == 2
+    assert "Citus moves slots in its own way: leave out --online and --drop" in " ".join(
+        capfd.readouterr().err.split()
+    )
