@@ -32,11 +32,10 @@ def main() -> None:
 
     django.setup()
     call_command("migrate", verbosity=0)
-    from django.contrib.auth import get_user_model
+    from django.contrib.auth.models import User
 
-    users = get_user_model().objects
-    if not users.filter(username="ada").exists():
-        users.create_user("ada", password="lovelace")  # noqa: S106  # yours is not in the source
+    if not User.objects.filter(username="ada").exists():
+        User.objects.create_user("ada", password="lovelace")  # noqa: S106  # yours is not in the source
     call_command("runserver", os.environ.get("ADDRESS", "127.0.0.1:8000"), use_reloader=False)
 
 

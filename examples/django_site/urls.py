@@ -32,7 +32,7 @@ def slow() -> str:
 
 
 # Closed: while the limit cannot be checked, nobody guesses at all.
-@require_POST  # type: ignore[untyped-decorator]  # Django has no types
+@require_POST
 @ratelimit(guesses, key=lambda request: request.POST.get("name", ""), on_error="closed")
 def enter(request: HttpRequest) -> HttpResponse:
     """Log in; a sixth guess within a minute is refused."""
@@ -45,7 +45,7 @@ def enter(request: HttpRequest) -> HttpResponse:
     return redirect("/")
 
 
-@require_POST  # type: ignore[untyped-decorator]  # Django has no types
+@require_POST
 def leave_everywhere(request: HttpRequest) -> HttpResponse:
     """End every session of this user, on all devices."""
     ended = sessions.logout(request.user)

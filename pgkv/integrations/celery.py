@@ -32,11 +32,12 @@ class CeleryBackend(KeyValueStoreBackend):
         kwargs: Celery's.
     """
 
+    app: Any  # missing in Celery's stubs
     implements_incr = True  # so that a chord's end is counted, not polled
     supports_native_join = True
 
     @staticmethod
-    def key_t(key: str | bytes) -> str:
+    def key_t(key: str | bytes) -> str:  # type: ignore[override]  # the stubs know bytes only
         """Return a key as text; Celery's are bytes."""
         return key if isinstance(key, str) else bytes(key).decode()
 
@@ -49,7 +50,7 @@ class CeleryBackend(KeyValueStoreBackend):
     ) -> None:
         super().__init__(app, **{**kwargs, "expires": expires})
         self.url = url
-        self.expires: int | None = self.prepare_expires(expires, type=int)
+        self.expires: float | None = self.prepare_expires(expires, type=int)
 
     @cached_property
     def _store(self) -> Store:

@@ -30,7 +30,7 @@ class PgkvAppConfig(AppConfig):
 
     name = "pgkv.integrations.django"
     label = "pgkv"
-    verbose_name = "pgkv"
+    verbose_name: str = "pgkv"
 
     def ready(self) -> None:
         """Have tables made after each ``migrate``, settings checked, and statements seen."""

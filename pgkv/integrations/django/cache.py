@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import pickle
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -163,7 +163,7 @@ class PgkvCache(BaseCache):
             return lambda store: store.delete_many(items)
         return lambda store: store.set_many(items, ttl=seconds)
 
-    def _names(self, keys: Collection[Any], version: int | None) -> dict[str, Any]:
+    def _names(self, keys: Iterable[Any], version: int | None) -> dict[str, Any]:
         return {self.make_and_validate_key(key, version): key for key in keys}
 
     def _values(self, names: Mapping[str, Any], found: Mapping[str, bytes]) -> dict[Any, Any]:
@@ -196,7 +196,7 @@ class PgkvCache(BaseCache):
         """Remove the key; True if it was there."""
         return self._store.delete(self.make_and_validate_key(key, version))
 
-    def get_many(self, keys: Collection[Any], version: int | None = None) -> dict[Any, Any]:
+    def get_many(self, keys: Iterable[Any], version: int | None = None) -> dict[Any, Any]:
         """Return the values of those keys that exist, read in one statement."""
         names = self._names(keys, version)
         return self._values(names, self._store.get_many(names))
@@ -208,7 +208,7 @@ class PgkvCache(BaseCache):
         self._set_many(data, timeout, version)(self._store)
         return []
 
-    def delete_many(self, keys: Collection[Any], version: int | None = None) -> None:
+    def delete_many(self, keys: Iterable[Any], version: int | None = None) -> None:
         """Remove all the keys in one statement."""
         self._store.delete_many(self._names(keys, version))
 
@@ -260,7 +260,7 @@ class PgkvCache(BaseCache):
         name = self.make_and_validate_key(key, version)
         return await self._acall(lambda store: store.delete(name))
 
-    async def aget_many(self, keys: Collection[Any], version: int | None = None) -> dict[Any, Any]:
+    async def aget_many(self, keys: Iterable[Any], version: int | None = None) -> dict[Any, Any]:
         """See `get_many`."""
         names = self._names(keys, version)
         return self._values(names, await self._acall(lambda store: store.get_many(names)))
@@ -272,7 +272,7 @@ class PgkvCache(BaseCache):
         await self._acall(self._set_many(data, timeout, version))
         return []
 
-    async def adelete_many(self, keys: Collection[Any], version: int | None = None) -> None:
+    async def adelete_many(self, keys: Iterable[Any], version: int | None = None) -> None:
         """See `delete_many`."""
         names = self._names(keys, version)
         await self._acall(lambda store: store.delete_many(names))

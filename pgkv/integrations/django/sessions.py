@@ -12,6 +12,7 @@ escapes a `logout` that comes after its login.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from django.conf import settings
@@ -39,8 +40,8 @@ def make_table() -> None:
         store.create_table()
 
 
-def _name(session_key: str) -> str:
-    return "s:" + hashlib.sha256(session_key.encode()).hexdigest()
+def _name(session_key: str | None) -> str:
+    return "s:" + hashlib.sha256((session_key or "").encode()).hexdigest()
 
 
 def _owner(user: Any) -> str:
@@ -55,6 +56,13 @@ class DjangoSession(SessionBase):
     Args:
         session_key: what the cookie held.
     """
+
+    modified: bool
+    # Django's, and missing in its stubs:
+    _get_new_session_key: Callable[[], str]
+    _aget_new_session_key: Callable[[], Awaitable[str]]
+    _get_session: Callable[..., dict[str, Any]]
+    _aget_session: Callable[..., Awaitable[dict[str, Any]]]
 
     def __init__(self, session_key: str | None = None) -> None:
         super().__init__(session_key)
@@ -71,7 +79,7 @@ class DjangoSession(SessionBase):
         if data is None:
             self._session_key = None
             return {}
-        return self.decode(data.decode())  # type: ignore[no-any-return]  # Django's
+        return self.decode(data.decode())
 
     def _queue(self, pipe: Any, data: dict[str, Any], age: float, must_create: bool) -> Any:
         """Queue the statements of a save; return the handle that tells whether it was written, or

@@ -35,6 +35,8 @@ class Throttle(throttling.SimpleRateThrottle):
     """
 
     location = ""
+    num_requests: int  # both are SimpleRateThrottle's, and missing in its stubs
+    duration: int
 
     def allow_request(self, request: Any, view: Any) -> bool:
         """Charge the client; False if the request is refused."""
