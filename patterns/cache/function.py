@@ -14,8 +14,19 @@ import sys
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from types import CodeType
-from typing import Any, Concatenate, Generic, Literal, ParamSpec, Self, TypeAlias, TypeVar, overload
+from types import CodeType, MethodType
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Concatenate,
+    Generic,
+    Literal,
+    ParamSpec,
+    Self,
+    TypeAlias,
+    TypeVar,
+    overload,
+)
 
 import psycopg
 from psycopg.pq import TransactionStatus
@@ -115,6 +126,16 @@ class _Base(Generic[P, R]):
         if instance is None or self._binds == "nothing":
             return self
         return self._bound_to(instance)
+
+    if not TYPE_CHECKING:  # for type checkers it would mean that every attribute exists
+
+        def __getattr__(self, name: str) -> Any:
+            # `inspect.signature` asks for it; without one it shows the object among the parameters.
+            if name == "__signature__" and self._head:
+                return inspect.signature(MethodType(self._core.fn, self._head[0]))
+            raise AttributeError(
+                f"{type(self).__name__!r} object has no attribute {name!r}", name=name, obj=self
+            )
 
     @shown
     def __repr__(self) -> str:

@@ -416,6 +416,8 @@ def idempotent(
         raise ConfigError("idempotent() needs key=, a function of the arguments")
 
     def decorate(fn: F) -> F:
+        if isinstance(fn, staticmethod | classmethod):
+            return cast("F", type(fn)(decorate(fn.__func__)))
         if inspect.isgeneratorfunction(fn) or inspect.isasyncgenfunction(fn):
             raise TypeError(
                 "idempotent() cannot decorate a generator: its body runs after the call"

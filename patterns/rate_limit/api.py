@@ -10,9 +10,9 @@ import asyncio
 import contextlib
 import functools
 import inspect
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from time import monotonic
-from typing import Any, Generic, ParamSpec, Self, TypeVar
+from typing import Any, Generic, ParamSpec, Self, TypeVar, cast
 
 from ..._observe import shown
 from ..._ops.codec import waiting
@@ -461,12 +461,12 @@ class AsyncRateLimiter(LimiterView[AsyncStore]):
         cost: int | Callable[..., int] = 1,
         *,
         timeout: Seconds | None = 0,
-    ) -> Callable[[Callable[P, Awaitable[R]]], Callable[P, Awaitable[R]]]:
+    ) -> Callable[[Callable[P, Awaitable[R]]], Callable[P, Coroutine[Any, Any, R]]]:
         """Decorate an async function: each call is a hit, or waits for its turn; see
         :meth:`RateLimiter.limit`."""
         longest = waiting(timeout)
 
-        def wrap(fn: Callable[P, Awaitable[R]]) -> Callable[P, Awaitable[R]]:
+        def wrap(fn: Callable[P, Awaitable[R]]) -> Callable[P, Coroutine[Any, Any, R]]:
             if not is_async(fn) or inspect.isasyncgenfunction(fn):
                 raise ConfigError(
                     f"AsyncRateLimiter.limit cannot decorate {_name(fn)}: "
@@ -497,7 +497,7 @@ class AsyncRateLimiter(LimiterView[AsyncStore]):
         return await self._run(self._flows.hit(key, cost, limits, on_error))
 
 
-def _decorating(key: object, cost: object, wrap: Callable[[F], F]) -> Callable[[F], F]:
+def _decorating(key: object, cost: object, wrap: F) -> F:
     """The decorator of both classes; a static or class method stays one."""
     check_limit(key, cost)
 
@@ -506,7 +506,7 @@ def _decorating(key: object, cost: object, wrap: Callable[[F], F]) -> Callable[[
             return type(fn)(decorate(fn.__func__))
         return wrap(fn)
 
-    return decorate
+    return cast("F", decorate)
 
 
 def is_async(fn: Any) -> bool:

@@ -4,10 +4,15 @@ a user writes them. Never run."""
 
 from __future__ import annotations
 
+import asyncio
 from datetime import datetime
 from typing import assert_type
 
+from django.http import HttpRequest, HttpResponse
+
 import pgkv
+from pgkv.integrations.django.idempotency import idempotent as idempotent_view
+from pgkv.integrations.django.ratelimit import ratelimit
 
 config = pgkv.Config(
     "postgresql://",
@@ -55,6 +60,54 @@ def keys_of_requests(store: pgkv.Store) -> None:
     with idem.once("order:1", fingerprint=b"body", wait=1) as attempt:
         assert_type(attempt.is_replay, bool)
         attempt.result = b"done"
+
+
+shared = pgkv.RateLimiter(pgkv.Store(config), "10/s", name="calls")
+async_store = pgkv.AsyncStore(config)
+shared_async = pgkv.AsyncRateLimiter(async_store, "10/s", name="calls")
+
+
+@pgkv.locked("report", on_busy="raise")
+def report(day: int) -> str:
+    return str(day)
+
+
+@pgkv.locked(name=str)
+async def report_later(day: int) -> str:
+    return str(day)
+
+
+@shared.limit(key=str)
+def call(day: int) -> str:
+    return str(day)
+
+
+@shared_async.limit("all")
+async def call_later(day: int) -> str:
+    return str(day)
+
+
+@ratelimit(shared)
+def view(request: HttpRequest, day: int) -> HttpResponse:
+    return HttpResponse(str(day))
+
+
+@idempotent_view(pgkv.AsyncIdempotency(async_store), scope="")
+async def view_later(request: HttpRequest, day: int) -> HttpResponse:
+    return HttpResponse(str(day))
+
+
+async def decorated(request: HttpRequest) -> None:
+    assert_type(report(1), str)
+    assert_type(await asyncio.create_task(report_later(1)), str)
+    assert_type(call(1), str)
+    assert_type(await asyncio.create_task(call_later(1)), str)
+    assert_type(view(request, 1), HttpResponse)
+    assert_type(await asyncio.create_task(view_later(request, 1)), HttpResponse)
+    report("1")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    call("1")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    await report_later("1")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    await call_later("1")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 
 
 @pgkv.idempotent(key=str)

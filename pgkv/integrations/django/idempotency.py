@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, Unpack
+from typing import Any, TypeVar, Unpack, cast
 
-from asgiref.sync import iscoroutinefunction, markcoroutinefunction
+from asgiref.sync import iscoroutinefunction
 from django.http import HttpRequest, HttpResponse
 
 from ...patterns.idempotency.api import AsyncIdempotency, Idempotency
@@ -16,6 +16,7 @@ from ...patterns.web.request import scope_of
 __all__ = ["idempotent"]
 
 _NAME = "pgkv.integrations.django.idempotent"
+View = TypeVar("View", bound=Callable[..., Any])
 
 
 def idempotent(
@@ -23,7 +24,7 @@ def idempotent(
     *,
     scope: Callable[[Any], Any] | str,
     **options: Unpack[IdempotencyOptions],
-) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+) -> Callable[[View], View]:
     """Run the decorated view once for an ``Idempotency-Key``.
 
     A retry gets the stored response; see `WSGIIdempotencyMiddleware`. A view that raises is not recorded. In
@@ -40,7 +41,7 @@ def idempotent(
         ConfigError: a setting is wrong, or the idempotency is of the wrong kind for the view.
     """
 
-    def decorate(view: Callable[..., Any]) -> Callable[..., Any]:
+    def decorate(view: View) -> View:
         is_async = iscoroutinefunction(view)
         kind: Any = AsyncIdempotency if is_async else Idempotency
         names = (f"{_NAME} of this view", f"{_NAME} of the other kind of view")
@@ -56,6 +57,10 @@ def idempotent(
             call = functools.partial(view, request, *args, **kwargs)
             return run(scope_of(request), lambda: request.body, request, call, make)
 
-        return markcoroutinefunction(answer) if is_async else answer
+        @functools.wraps(view)
+        async def answer_async(request: HttpRequest, *args: Any, **kwargs: Any) -> Any:
+            return await answer(request, *args, **kwargs)
+
+        return cast("View", answer_async if is_async else answer)
 
     return decorate

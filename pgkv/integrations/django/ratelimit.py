@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, TypeVar, Unpack, cast
 
-from asgiref.sync import iscoroutinefunction, markcoroutinefunction
+from asgiref.sync import iscoroutinefunction
 from django.http import HttpResponse
 
 from ..._ops.drivers import drive, drive_async
@@ -58,12 +58,15 @@ def ratelimit(limiter: Any, **options: Unpack[LimitOptions]) -> Callable[[View],
                     response[name] = value
             return response
 
-        run: Any = drive_async if is_async else drive
-
         @functools.wraps(view)
         def limited(request: Any, *args: Any, **kwargs: Any) -> Any:
-            return run(flow(request, functools.partial(view, request, *args, **kwargs)))
+            return drive(flow(request, functools.partial(view, request, *args, **kwargs)))
 
-        return cast("View", markcoroutinefunction(limited) if is_async else limited)
+        @functools.wraps(view)
+        async def limited_async(request: Any, *args: Any, **kwargs: Any) -> Any:
+            answer = functools.partial(view, request, *args, **kwargs)
+            return await drive_async(flow(request, answer))
+
+        return cast("View", limited_async if is_async else limited)
 
     return decorate
