@@ -6,7 +6,7 @@ the ``with`` block. `_flows.pipeline` sends the operations.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Generic, Literal, NoReturn, Self, TypeVar, Unpack, overload
 
@@ -43,12 +43,16 @@ UNSENT = "not sent yet: leave the pipeline's `with` block first"
 class Handle(Generic[T]):
     """The promise of one queued operation's outcome; made by the methods of a `Pipeline`."""
 
-    __slots__ = ("_answers", "_combine", "_names", "_state")
+    __slots__ = ("_answers", "_begin", "_combine", "_end", "_names", "_state")
 
-    def __init__(self, names: str, combine: Callable[[list[Any]], T]) -> None:
+    # Few objects for each: a pipeline makes hundreds, and the garbage collector looks at them.
+    _answers: list[Any]
+
+    def __init__(self, names: str, combine: Callable[[list[Any]], T], begin: int, end: int) -> None:
         self._names = names
         self._combine = combine
-        self._answers: list[Any] = []
+        self._begin = begin  # its operations among the pipeline's
+        self._end = end
         self._state = UNSENT
 
     def result(self) -> T:
@@ -73,9 +77,9 @@ class Handle(Generic[T]):
 
     @shown
     def __repr__(self) -> str:
-        refused = next((each for each in self._answers if isinstance(each, PgkvError)), None)
-        if refused is not None:
-            return f"{self._names} failed: {type(refused).__name__}"
+        for answer in () if self._state else self._answers:
+            if isinstance(answer, PgkvError):
+                return f"{self._names} failed: {type(answer).__name__}"
         return f"{self._names} {'pending' if self._state is UNSENT else self._state or 'done'}"
 
 
@@ -91,7 +95,7 @@ class _Queue:
         self._channel = channel
         self._atomic = atomic
         self._ops: list[Op[Any]] = []
-        self._handles: list[tuple[Handle[Any], slice]] = []
+        self._handles: list[Handle[Any]] = []
         self._over = False
 
     def __len__(self) -> int:
@@ -106,15 +110,17 @@ class _Queue:
         return f"{kind}{len(self)} operations {'sent' if self._over else 'queued'}"
 
     def _queue(self, op: Op[Any], combine: Callable[[list[Any]], T] = _first) -> Handle[T]:
-        return self._queue_all([op], op.statement.name, combine)
+        return self._queue_all((op,), op.statement.name, combine)
 
-    def _queue_all(self, ops: list[Any], name: str, combine: Callable[[list[Any]], T]) -> Handle[T]:
+    def _queue_all(
+        self, ops: Sequence[Any], name: str, combine: Callable[[list[Any]], T]
+    ) -> Handle[T]:
         if self._over:
             raise TransactionError(f"{name}: the pipeline has been sent; open another one")
-        handle = Handle(name, combine)
         begin = len(self._ops)
         self._ops += ops
-        self._handles.append((handle, slice(begin, len(self._ops))))
+        handle = Handle(name, combine, begin, len(self._ops))
+        self._handles.append(handle)
         return handle
 
     def _sending(self) -> Flow[None]:
@@ -128,8 +134,8 @@ class _Queue:
             if not isinstance(error, PgkvError) or self._atomic:
                 self._discard(f"sending failed: {type(error).__name__}")
             raise
-        for handle, part in self._handles:
-            handle._answers = answers[part]
+        for handle in self._handles:
+            handle._answers = answers[handle._begin : handle._end]
             handle._state = ""
         failure = _flows.unsent(answers)
         if failure is not None:
@@ -137,7 +143,7 @@ class _Queue:
 
     def _discard(self, why: str) -> None:
         self._over = True
-        for handle, _ in self._handles:
+        for handle in self._handles:
             handle._state = why
 
     # -- the operations; see Store for what they do
@@ -148,9 +154,10 @@ class _Queue:
     def get(self, key: str, default: T) -> Handle[bytes | T]: ...
     def get(self, key: str, default: Any = None) -> Handle[Any]:
         """Queue `Store.get`."""
-        return self._queue(
-            self._sql.get(key), lambda values: default if values[0] is None else values[0]
-        )
+        op = self._sql.get(key)
+        if default is None:
+            return self._queue(op)
+        return self._queue(op, lambda values: default if values[0] is None else values[0])
 
     def get_or_raise(self, key: str) -> Handle[bytes]:
         """Queue `Store.get_or_raise`."""

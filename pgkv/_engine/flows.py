@@ -318,11 +318,11 @@ def _independent(
         answers = [error] * len(ops)
         if engine.may_repeat(batch, error):
             return answers  # it was repeated already
-    for index, op in enumerate(ops):
-        answer = answers[index]
-        if isinstance(answer, Raced) or (
-            isinstance(answer, PgkvError) and engine.may_repeat(op, answer)
-        ):
+    for index, answer in enumerate(answers):
+        if not isinstance(answer, (Raced, PgkvError)):
+            continue
+        op = ops[index]
+        if isinstance(answer, Raced) or engine.may_repeat(op, answer):
             if monotonic() >= deadline:
                 answers[index] = _late(op) if isinstance(answer, Raced) else answer
                 continue

@@ -65,7 +65,7 @@ def parted(performed: Places, ops: Sequence[Op[Any]], answers: list[Any]) -> lis
         return answers
     own: list[Any] = [None] * len(ops)
     for places, answer in zip(performed, answers, strict=True):
+        alone = len(places) == 1 or isinstance(answer, PgkvError)
         for place in places:
-            alone = len(places) == 1 or isinstance(answer, PgkvError)
             own[place] = answer if alone else answer.get(ops[place].params[0])
     return own
