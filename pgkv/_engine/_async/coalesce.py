@@ -86,11 +86,11 @@ class CoalescingChannel:
             await asyncio.sleep(0)
         await self._inner.close()
 
-    async def call(
+    def call(
         self, statement: Statement[T], params: Sequence[Param], timeout: float | None = None
-    ) -> T:
+    ) -> Coroutine[Any, Any, T]:
         """Perform one statement, together with the operations of this turn."""
-        return await self.execute(Op(statement, params), timeout)
+        return self.execute(Op(statement, params), timeout)
 
     async def execute(self, op: Op[T], timeout: float | None = None) -> T:
         """Perform one operation, together with the others of this turn."""
@@ -123,10 +123,10 @@ class CoalescingChannel:
     def _send(self) -> None:
         turn, self._turn, deadline = self._turn, [], self._deadline
         tables: dict[Table | None, list[Waiting]] = {}
-        for op, future in turn:
+        for each in turn:
             # A caller that was cancelled before anything was sent wants nothing sent.
-            if not future.done():
-                tables.setdefault(op.statement.table, []).append((op, future))
+            if not each[1].done():
+                tables.setdefault(each[0].statement.table, []).append(each)
         for table, waiting in tables.items():
             if len(waiting) == 1:
                 waiting[0][1].set_result(ALONE)
@@ -135,11 +135,11 @@ class CoalescingChannel:
             if _overlap(reads, others):
                 self._start(self._one_after_another(table, reads, others, deadline))
                 continue
-            for each, work in ((reads, self._reads), (others, self._writes)):
-                if len(each) == 1:
-                    each[0][1].set_result(ALONE)
-                elif each:
-                    self._start(work(table, each, deadline))
+            for part, work in ((reads, self._reads), (others, self._writes)):
+                if len(part) == 1:
+                    part[0][1].set_result(ALONE)
+                elif part:
+                    self._start(work(table, part, deadline))
 
     def _start(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
@@ -164,8 +164,8 @@ class CoalescingChannel:
             found_in := [op.context for op, _ in gets if hasattr(op, "context")]
         ):
             merged.context, merged.contexts = found_in[0], found_in
-        rest = [each for each in turn if kinds.get(each[0].statement.prepared_name) != GETS]
-        if rest:
+        if len(gets) < len(turn):
+            rest = [each for each in turn if kinds.get(each[0].statement.prepared_name) != GETS]
             await self._together(table, [(merged, found), *rest], deadline)
         else:
             found.set_result(ALONE)
@@ -178,7 +178,8 @@ class CoalescingChannel:
                 _settle(future, error)
         else:
             for op, future in gets:
-                _settle(future, values.get(op.params[0]))
+                if not future.done():
+                    future.set_result(values.get(op.params[0]))
 
     async def _writes(self, table: Table | None, turn: list[Waiting], deadline: float) -> None:
         for piece in _without_deadlocks(turn):
@@ -274,13 +275,12 @@ def _split(turn: list[Waiting]) -> tuple[list[Waiting], list[Waiting]]:
 
 def _overlap(reads: list[Waiting], others: list[Waiting]) -> bool:
     """Whether what the reads return may be changed by what comes after them in the turn."""
+    if not others:
+        return False
     keys = {op.params[0] if op.statement.one_key else None for op, _ in reads}
-    return bool(others) and (
-        None in keys
-        or any(
-            op.statement.writes and (not op.statement.one_key or op.params[0] in keys)
-            for op, _ in others
-        )
+    return None in keys or any(
+        op.statement.writes and (not op.statement.one_key or op.params[0] in keys)
+        for op, _ in others
     )
 
 
