@@ -16,8 +16,9 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
+from importlib import import_module
+from operator import attrgetter
 from pathlib import Path
-from pkgutil import resolve_name
 from typing import Any, get_type_hints
 
 import typer
@@ -216,12 +217,13 @@ class Invocation:
 
 def load_object(text: str, form: str) -> Any:
     """Return what the user's program has under MODULE:NAME, found from the working directory."""
-    if not all(text.partition(":")):
+    module, colon, name = text.partition(":")
+    if not (module and colon and name):
         raise typer.BadParameter(f"{text!r} is not {form}")
     sys.path.insert(0, "")
     try:
-        return resolve_name(text)
-    except (ImportError, AttributeError, ValueError) as error:
+        return attrgetter(name)(import_module(module))  # whose name may have a hyphen
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise typer.BadParameter(f"cannot load {text}: {error}") from None
 
 

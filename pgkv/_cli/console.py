@@ -258,7 +258,12 @@ def cell(value: Any) -> str:
         return f"{value:,}"
     if isinstance(value, float):
         return duration(value)
-    return printable(json.dumps(value, ensure_ascii=False))
+    return as_json(value)
+
+
+def as_json(value: Any) -> str:
+    """Return the text of a cell for JSON of the user's."""
+    return "" if value is None else printable(json.dumps(value, ensure_ascii=False))
 
 
 def progress(*, quiet: bool = False) -> Progress:

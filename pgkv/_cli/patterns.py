@@ -372,7 +372,7 @@ def locks(
         lease["name"] += "" if lease["slot"] is None else f" [{lease['slot']}]"
     columns: list[console.Column] = [
         *("name", ("holder", "owner"), ("token", "token", str)),
-        *("age", "remaining", "waiters", "metadata"),
+        *("age", "remaining", "waiters", ("metadata", "metadata", console.as_json)),
     ]
     console.show_documents(leases, columns, title="Locks")
     columns = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -66,9 +67,15 @@ def test_locks_are_listed_broken_and_revoked(dsn: str) -> None:
         assert by_name["billing"]["token"] == lease.token
         assert 0 < by_name["billing"]["remaining"] <= 30
         assert by_name["gpu"]["slot"] == slot.slot
-        text = run(dsn, "locks").stdout
+        told = ("a text", 1000, 7.5, True, [1.0], None)
+        with contextlib.ExitStack() as stack:
+            for n, metadata in enumerate(told):
+                stack.enter_context(pgkv.Lock(store, f"told {n}", metadata=metadata).acquire())
+            text = run(dsn, "locks").stdout
         assert "billing\t" in text
         assert text.splitlines()[0].endswith('\t{"job": 7}')
+        shown = [row.rpartition("\t")[2] for row in text.splitlines() if row.startswith("told")]
+        assert shown == ['"a text"', "1000", "7.5", "true", "[1.0]", ""]
         assert run(dsn, "locks", "--revoke", str(lease.token)).returncode == 0
         assert lock.try_acquire() is None
         assert run(dsn, "locks", "--break", str(slot.token)).returncode == 0

@@ -55,14 +55,14 @@ def test_jobs_by_hand(dsn: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["queue", "q", "--purge", "--put", "x", "--dsn", dsn]) == 2
 
 
-@pytest.mark.parametrize("fn", ["work", "awork"])
+@pytest.mark.parametrize("fn", ["program:work", "send-mail:awork"])
 def test_a_worker_of_the_shell(dsn: str, tmp_path: Path, fn: str) -> None:
     """pgkv worker loads a function, does the jobs, and ends in order at SIGTERM."""
-    (tmp_path / "program.py").write_text(PROGRAM)
+    (tmp_path / f"{fn.partition(':')[0]}.py").write_text(PROGRAM)
     with pgkv.Store.connect(dsn) as store:
         queue = pgkv.Queue(store, "q")
         queue.put_many(["first", "second", "last", "after"])
-        command = [sys.executable, "-m", "pgkv", "worker", f"program:{fn}", "-q", "q"]
+        command = [sys.executable, "-m", "pgkv", "worker", fn, "-q", "q"]
         done = subprocess.run(
             [*command, "--concurrency", "1", "--dsn", dsn],
             check=False, cwd=tmp_path, env={"PYTHONPATH": ":".join(sys.path)}, timeout=60,
@@ -72,7 +72,10 @@ def test_a_worker_of_the_shell(dsn: str, tmp_path: Path, fn: str) -> None:
         assert queue.stats()[1:5] == (1, 0, 0, 0)
 
 
-@pytest.mark.parametrize("text", ["nothing", "json:nothing", "no_such_module:fn", "json:__doc__"])
+@pytest.mark.parametrize(
+    "text",
+    ["nothing", "json:nothing", "no_such_module:fn", "json:__doc__", ".json:loads", "json:load."],
+)
 def test_what_cannot_be_a_workers_function(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Wrong usage is told in a line."""
     assert main(["worker", text, "--queue", "q", "--dsn", "postgresql://"]) == 2
