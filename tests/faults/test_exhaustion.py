@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import linecache
+import os
 import sys
 import threading
 import time
@@ -50,6 +51,26 @@ async def test_all_connections_in_transactions(make_store: MakeStore) -> None:
             await asyncio.sleep(0.1)
             assert not waiting.done()
         assert await asyncio.wait_for(waiting, 30) == b"1"
+
+
+async def test_without_a_file_descriptor_left(make_store: MakeStore) -> None:
+    """A value that the socket does not take at once is written all the same."""
+    resource = pytest.importorskip("resource")
+    store = await make_store(pool_max_size=1)
+    await store.set("k", b"")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    taken: list[int] = []
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 1024), hard))
+    try:
+        with contextlib.suppress(OSError):
+            while True:
+                taken.append(os.dup(2))
+        await store.set("k", b"x" * 8_000_000)
+    finally:
+        for each in taken:
+            os.close(each)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert len(await store.get("k")) == 8_000_000
 
 
 async def test_operation_timeout_comes_first(make_store: MakeStore) -> None:

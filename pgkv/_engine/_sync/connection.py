@@ -45,6 +45,8 @@ if TYPE_CHECKING:
 
 # Bytes can wait inside OpenSSL while the socket is silent: under TLS no sleep is longer.
 TLS_NAP_MS = 50.0
+# Not epoll: its file descriptor may be one too many.
+BOTH_WAYS = getattr(selectors, "PollSelector", selectors.SelectSelector)
 LONGEST_NAP_MS = 1e9  # poll() refuses what does not fit a C int
 
 T = TypeVar("T")
@@ -342,7 +344,7 @@ class PgConnection(WireConnection):
     def _finish_sending(self, deadline: float) -> None:
         """Push out what the socket did not take at once, reading meanwhile: a server whose
         answers are not read stops reading questions."""
-        with selectors.DefaultSelector() as both:
+        with BOTH_WAYS() as both:
             both.register(self.pgconn.socket, selectors.EVENT_READ | selectors.EVENT_WRITE)
             while self.flush():
                 left = deadline - monotonic()
