@@ -18,6 +18,10 @@ Decode: TypeAlias = Callable[[bytes | None], Any]
 NOW = "statement_timestamp()"
 EPOCH = "'epoch'::timestamptz"
 ASYNC = "set_config('synchronous_commit', 'off', true)"
+DURABLE = (
+    "set_config('synchronous_commit', CASE current_setting('synchronous_commit') "
+    "WHEN 'remote_apply' THEN 'remote_apply' ELSE 'on' END, true)"
+)
 
 
 def milliseconds(seconds: float) -> bytes:

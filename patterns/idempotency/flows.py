@@ -32,7 +32,7 @@ from ...errors import (
     TransactionError,
 )
 from .._runtime.checks import require_plain
-from .._runtime.lease import Held, LeaseRenewals
+from .._runtime.lease import Held
 from .._runtime.sql import sweep_slots
 from .sql import BUSY, IDEMPOTENCY, SEPARATOR, Answer, IdempotencyStatements
 
@@ -254,8 +254,7 @@ class AttemptState(Generic[T]):
                 yield from call(runtime.clean_up, self._release, *CLEAN_UP)
             raise
         if not self.is_replay:
-            self._lease = Claim(runtime, self, self._answer, self._sent_at)
-            runtime.background().part(LeaseRenewals).watch(self._lease)
+            self._lease = runtime.watch(Claim(runtime, self, self._answer, self._sent_at))
 
     def _claim_inside(self, channel: Any) -> Flow[None]:
         """The same in the caller's transaction, within a savepoint."""
@@ -348,7 +347,7 @@ class AttemptState(Generic[T]):
         """Renew it no more."""
         lease, pid = self._lease, self._pid
         if lease is not None and os.getpid() == pid:
-            lease._runtime.background().part(LeaseRenewals).forget(lease)
+            lease._runtime.forget(lease)
             lease._end()
 
 

@@ -23,7 +23,7 @@ from ..._ops.op import BINARY, TEXT, Op, Raced, Result, Signal, Statement
 from ..._sql.sweep import Sweep
 from ..._sql.table import read_changed
 from ...config import Config, Table, TableShape
-from .._runtime.sql import EPOCH, NOW, milliseconds, read_renewed, renewal, renewed
+from .._runtime.sql import DURABLE, EPOCH, NOW, milliseconds, read_renewed, renewal, renewed
 
 IDEMPOTENCY = TableShape(
     "_idempotency",
@@ -42,10 +42,6 @@ SEPARATOR = b"\x1f"  # between scope and key
 REPEATS = 3  # of a claim that met a row in flight, before the key counts as busy
 US = "(date_part('epoch', n.ts) * 1000000)::bigint"
 ENDS = "n.ts + $3::float8 * interval '1 second'"
-DURABLE = (
-    "set_config('synchronous_commit', CASE current_setting('synchronous_commit') "
-    "WHEN 'remote_apply' THEN 'remote_apply' ELSE 'on' END, true)"
-)
 
 
 class Answer(NamedTuple):

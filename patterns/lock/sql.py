@@ -32,6 +32,7 @@ from ...config import Table, TableShape, quote_identifier, short_identifier
 from ...errors import InvalidValueError
 from .._runtime.sql import (
     ASYNC,
+    DURABLE,
     EPOCH,
     NOW,
     as_text,
@@ -79,10 +80,6 @@ MARK_US = 3_600_000_000  # the same for a request that was taken back, in micros
 CLEAN_PAGES = 128
 
 LIVE = f"expires_at > {NOW}"
-DURABLE = (
-    "set_config('synchronous_commit', CASE current_setting('synchronous_commit') "
-    "WHEN 'remote_apply' THEN 'remote_apply' ELSE 'on' END, true)"
-)
 STILL_MINE = "t.value = EXCLUDED.value AND t.expires_at > EXCLUDED.updated_at"
 # An asking whose own grant was ended is granted nothing more: a copy of it may still be under way.
 ENDED = f"t.value = EXCLUDED.value AND t.expires_at = {EPOCH}"
