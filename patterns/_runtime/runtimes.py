@@ -5,20 +5,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
+import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..._background.background import Background, backgrounds, pool_channel
 from ..._engine._async.channel import AsyncPoolChannel
 from ..._engine._sync.channel import PoolChannel
-from ..._ops.drivers import shielded
+from ..._ops.drivers import is_set_within, shielded
+from ..._ops.op import Flow, Op, call, pause
 from ...errors import TransactionError
 from .lease import LeaseRenewals, follow
-from .wakeup import TaskWaiter, ThreadWaiter, Waiter, Waiters
+from .wakeup import Waiter, Waiters
 
 if TYPE_CHECKING:
-    from ..._ops.op import Flow, Op
     from ...aio import AsyncStore
     from ...errors import PgkvError
     from ...store import Store
@@ -35,11 +35,14 @@ class Runtime:
     a transaction."""
 
     channel: Any
+    background: Callable[[], Background]  # of the store's database
+    _of: Callable[[Any], Background]  # of a channel's server; of all servers any one
     clean_up: Callable[..., Any]
     finish: Callable[..., Any]
-    wait: Callable[..., Any]
+    stop: Any = None  # an event that ends a wait without a waiter
+    _event: Callable[[], Any]
+    _wait: Callable[[Any, float], Any]  # for an event, at most that long
     _background: Background | None = None
-    _waiter: type[Waiter]
 
     def __init__(self, store: Store | AsyncStore, refusal: str) -> None:
         channel = pool_channel(store)
@@ -47,14 +50,6 @@ class Runtime:
             raise TransactionError(refusal)
         self.channel = channel
         self.timeout: float = store._config.operation_timeout
-
-    def background(self) -> Background:
-        """Return the background of the store's database."""
-        raise NotImplementedError
-
-    def _of(self, channel: Any) -> Background:
-        """The background of a channel's server; of all servers any one."""
-        raise NotImplementedError
 
     def watch(self, held: H) -> H:
         """Renew it until it is forgotten, and tell its holder of its end. Return it."""
@@ -94,7 +89,7 @@ class Runtime:
     def subscribe(self, kind: type[Waiters], payload: bytes) -> Waiter:
         """Begin to hear of notifications with that payload."""
         waiters = self.background().part(kind)
-        waiter = self._waiter(waiters, payload)
+        waiter = Waiter(waiters, payload, self._event())
         waiter.server = self._server()
         waiters.add(waiter)
         return waiter
@@ -114,6 +109,18 @@ class Runtime:
     def unsubscribe(self, waiter: Any, *, granted: bool) -> None:
         waiter._waiters.remove(waiter, granted=granted)
 
+    def wait(self, waiter: Waiter | None, seconds: float) -> Flow[None]:
+        """Let time pass, less if the waiter is woken."""
+        if waiter is not None:
+            if not waiter.event.is_set():
+                waiter.trying = False
+            yield from call(self._wait, waiter.event, seconds)
+            waiter.event.clear()
+        elif self.stop is not None:
+            yield from call(self._wait, self.stop, seconds)
+        else:
+            yield from pause(seconds)
+
     def run_later(self, work: Callable[[], Any], done: Callable[[], object] | None = None) -> bool:
         """Run work that nothing waits for; see `Background.run_later`."""
         return self.background().run_later(work, done)
@@ -123,7 +130,8 @@ class SyncRuntime(Runtime):
     """For a `Store`."""
 
     channel: PoolChannel
-    _waiter = ThreadWaiter
+    _event = threading.Event
+    _wait = staticmethod(threading.Event.wait)
 
     def background(self) -> Background:
         known = self._background
@@ -145,19 +153,13 @@ class SyncRuntime(Runtime):
         note(answer)
         return answer
 
-    def wait(self, waiter: Any, seconds: float) -> None:
-        """Let time pass, less if the waiter is woken."""
-        if waiter is None:
-            time.sleep(seconds)
-        else:
-            waiter.wait(seconds)
-
 
 class AsyncRuntime(Runtime):
     """For an `AsyncStore`."""
 
     channel: AsyncPoolChannel
-    _waiter = TaskWaiter
+    _event = asyncio.Event
+    _wait = staticmethod(is_set_within)
 
     def background(self) -> Background:
         known = self._background
@@ -196,13 +198,6 @@ class AsyncRuntime(Runtime):
             with contextlib.suppress(TimeoutError):
                 await shielded(end(), self.timeout + PATIENCE)
             raise
-
-    async def wait(self, waiter: Any, seconds: float) -> None:
-        """Let time pass, less if the waiter is woken."""
-        if waiter is None:
-            await asyncio.sleep(seconds)
-        else:
-            await waiter.wait(seconds)
 
 
 def _of_one_server(channel: Any) -> Any:

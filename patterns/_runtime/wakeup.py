@@ -7,28 +7,25 @@ nothing is heard, waiters poll as if no notification had been asked for.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import threading
 from collections import deque
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..._background.listener import say_polling
 from ..._fork import new_lock
-from ..._ops.drivers import is_set_within
 
 if TYPE_CHECKING:
     from ..._background.background import Background
 
 
 class Waiter:
-    """One caller who waits; `payload` is what the notification says that wakes it."""
+    """One caller who waits; `payload` is what the notification says that wakes it, and `event` is that of
+    a thread or of a task."""
 
-    _event_class: ClassVar[type[Any]]
     server: object = None  # of a sharded store, that it hears
 
-    def __init__(self, waiters: Waiters, payload: bytes) -> None:
-        self._event = self._event_class()
+    def __init__(self, waiters: Waiters, payload: bytes, event: Any) -> None:
+        self.event = event
         self.payload = payload
         self.trying: bool = False  # woken, and its try has not ended yet
         self._waiters = waiters
@@ -41,29 +38,7 @@ class Waiter:
     def wake(self) -> None:
         """Let it try. Called in the background's loop."""
         self.trying = True
-        self._event.set()
-
-
-class ThreadWaiter(Waiter):
-    _event_class = threading.Event
-
-    def wait(self, seconds: float) -> None:
-        """Sleep until woken, at most that long."""
-        if not self._event.is_set():
-            self.trying = False
-        self._event.wait(seconds)
-        self._event.clear()
-
-
-class TaskWaiter(Waiter):
-    _event_class = asyncio.Event
-
-    async def wait(self, seconds: float) -> None:
-        """Sleep until woken, at most that long."""
-        if not self._event.is_set():
-            self.trying = False
-        await is_set_within(self._event, seconds)
-        self._event.clear()
+        self.event.set()
 
 
 class Waiters:

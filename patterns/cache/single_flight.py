@@ -60,6 +60,7 @@ class ThreadFlight:
 
     __slots__ = ("_done", "alone")
     _event: ClassVar[type[Any]] = threading.Event
+    _wait: ClassVar[Any] = staticmethod(threading.Event.wait)
 
     def __init__(self) -> None:
         self.alone: bool = False
@@ -67,7 +68,7 @@ class ThreadFlight:
 
     def wait(self, seconds: float) -> Any:
         """Wait for its end; False when that took longer."""
-        return self._done.wait(seconds)
+        return self._wait(self._done, seconds)
 
     def end(self) -> None:
         self._done.set()
@@ -78,10 +79,7 @@ class TaskFlight(ThreadFlight):
 
     __slots__ = ()
     _event = asyncio.Event
-
-    async def wait(self, seconds: float) -> bool:
-        """Wait for its end; False when that took longer."""
-        return await is_set_within(self._done, seconds)
+    _wait = staticmethod(is_set_within)
 
 
 class Extended:

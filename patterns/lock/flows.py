@@ -196,7 +196,7 @@ class Acquisition(Generic[L]):
                     continue  # it may have been freed before we listened
                 if not options.fair:
                     self._note()
-                yield from call(runtime.wait, self.waiter, self.pause(reply))
+                yield from runtime.wait(self.waiter, self.pause(reply))
                 if self.stop is not None and self.stop():
                     break
         finally:

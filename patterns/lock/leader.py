@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from ... import _observe
 from ..._observe import shown
-from ..._ops.drivers import is_set_within
 from ..._ops.op import Flow, call
 from ..._settings import refuse_pickle
 from ...aio import AsyncStore
@@ -98,7 +97,7 @@ class _Candidate(Generic[S]):
                 _observe.warning(
                     "pgkv.leader.waiting", lock=self._options.name, error=type(error).__name__
                 )
-                yield from call(election.wait, None, pause)
+                yield from election.wait(None, pause)
                 pause = min(pause * 2, RETRY_MAX)
                 continue
             if lease is None:
@@ -112,7 +111,7 @@ class _Candidate(Generic[S]):
         try:
             election.begin(self._on_elected, lease)
             while not (lease.is_lost or election.stop.is_set() or election.failure):
-                yield from call(election.wait, None, min(LOOK, lease.remaining()))
+                yield from election.wait(None, min(LOOK, lease.remaining()))
         finally:
             lost = lease.is_lost
             self._lease = None
@@ -155,10 +154,6 @@ class _ThreadElection(SyncRuntime):
         super().__init__(store, REFUSAL)
         self.stop = stop or threading.Event()
 
-    def wait(self, waiter: Any, seconds: float) -> None:
-        del waiter  # a candidate polls
-        self.stop.wait(seconds)
-
     def begin(self, fn: Callable[..., Any] | None, lease: LeaseState) -> None:
         if fn is not None:
             args = fn, lease
@@ -191,11 +186,6 @@ class _TaskElection(AsyncRuntime):
     def __init__(self, store: AsyncStore, stop: asyncio.Event | None) -> None:
         super().__init__(store, REFUSAL)
         self.stop = stop or asyncio.Event()
-
-    async def wait(self, waiter: Any, seconds: float) -> None:
-        """Sleep, unless told to stop."""
-        del waiter  # as above
-        await is_set_within(self.stop, seconds)
 
     def begin(self, fn: Callable[..., Any] | None, lease: LeaseState) -> None:
         if fn is not None:

@@ -460,7 +460,7 @@ def take(runtime: Any, options: QueueOptions, n: int, timeout: float | None) -> 
                 continue  # a job may have been put before we listened
             if waiter is not None and not waiter.is_listening:
                 pause = min(pause, POLL)
-            yield from call(runtime.wait, waiter, min(pause, left))
+            yield from runtime.wait(waiter, min(pause, left))
     finally:
         if waiter is not None:
             runtime.unsubscribe(waiter, granted=bool(jobs))

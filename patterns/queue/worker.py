@@ -46,8 +46,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 class _Bell(Waiter):
     """Rings when jobs of a queue were put."""
 
-    _event_class = object  # nothing waits for it
-    ring: Callable[[], object]
+    ring: Callable[[], object]  # nothing waits for its event
 
     def wake(self) -> None:
         """Called in the background's loop."""
@@ -151,7 +150,7 @@ class _Labour(Generic[Q, J]):
     @staticmethod
     def _bell(crew: _Crew, of: Any) -> _Bell:
         waiters = of._runtime.background().part(JobWaiters)
-        bell = _Bell(waiters, of._options.sql.payload(of._options.key))
+        bell = _Bell(waiters, of._options.sql.payload(of._options.key), None)
         bell.ring = crew.ring
         waiters.add(bell)
         return bell

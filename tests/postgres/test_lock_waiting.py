@@ -67,18 +67,18 @@ async def test_a_release_wakes_a_waiter(store: Any, variant: Variant, peer: Peer
 async def test_a_waiter_that_gives_up_passes_its_chance_on(store: Any, variant: Variant) -> None:
     """A waiter that was woken and did not try leaves the chance to the next one."""
     from pgkv._background.background import Background
-    from pgkv.patterns._runtime.wakeup import TaskWaiter
+    from pgkv.patterns._runtime.wakeup import Waiter
     from pgkv.patterns.lock.flows import LockWaiters
 
     background = Background(asyncio.get_running_loop(), "", pgkv.Pooler.TRANSACTION)
     waiters = LockWaiters(background)  # never listens here
-    first, second = TaskWaiter(waiters, b"n"), TaskWaiter(waiters, b"n")
+    first, second = (Waiter(waiters, b"n", asyncio.Event()) for _ in range(2))
     waiters.add(first)
     waiters.add(second)
     waiters._receive("n")
     assert (first.trying, second.trying) == (True, False)
     waiters.remove(first, granted=False)
-    await asyncio.wait_for(second.wait(30), 20)
+    await asyncio.wait_for(second.event.wait(), 20)
     assert second.trying
 
 
