@@ -9,14 +9,13 @@ import contextlib
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from typing import Any, TypeAlias, Unpack
 
-from ..._observe import shown
 from ..._ops.drivers import drive_async, shielded
 from ...errors import PgkvError, SessionError
 from ..rate_limit.api import AsyncRateLimiter
 from ..session.api import AsyncSessionStore
 from ..session.data import Session
 from ..session.request import RequestSession
-from .limit import STATUS, Guard, LimitOptions, heard_by_servers
+from .limit import STATUS, LimitAdapter, heard_by_servers
 from .request import HttpRequest, path_of
 from .session import (
     FAILED,
@@ -24,9 +23,9 @@ from .session import (
     UNAVAILABLE,
     UNAVAILABLE_BODY,
     UNAVAILABLE_HEADERS,
+    SessionAdapter,
     SessionHandler,
     SessionOptions,
-    SessionSettings,
 )
 
 Scope: TypeAlias = "MutableMapping[str, Any]"
@@ -40,7 +39,7 @@ _HEADS = ("http.response.start", "websocket.accept", "websocket.http.response.st
 POLICY_VIOLATION = 1008  # the refusal of a WebSocket; before accept() servers answer 403
 
 
-class RateLimitMiddleware:
+class RateLimitMiddleware(LimitAdapter[App, AsyncRateLimiter]):
     """Refuse requests beyond a rate: ``app.add_middleware(RateLimitMiddleware, limiter=...)``.
 
     A refused request gets 429 with ``Retry-After`` and a problem+json body, and never reaches the
@@ -60,21 +59,7 @@ class RateLimitMiddleware:
         ConfigError: a setting is wrong, or the limiter is blocking.
     """
 
-    def __init__(
-        self,
-        app: App,
-        *,
-        limiter: AsyncRateLimiter | Callable[[Any], Any],
-        **options: Unpack[LimitOptions],
-    ) -> None:
-        self.app = app
-        self._guard = Guard(
-            AsyncRateLimiter, "RateLimitMiddleware", "WSGIRateLimitMiddleware", limiter, options
-        )
-
-    @shown
-    def __repr__(self) -> str:
-        return f"limiter={self._guard.limiter!r}"
+    _names = AsyncRateLimiter, "RateLimitMiddleware", "WSGIRateLimitMiddleware"
 
     async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
         """Serve one connection, or refuse it."""
@@ -87,7 +72,7 @@ class RateLimitMiddleware:
             headers, body = self._guard.refusal(scope, decision)
             if scope["type"] == "websocket":
                 await receive()  # the handshake
-            await _answer(scope, send, STATUS, _encoded(headers.items()), body)
+            await answer(scope, send, STATUS, encoded(headers.items()), body)
             return
         if decision is None:
             await self.app(scope, receive, send)
@@ -95,7 +80,7 @@ class RateLimitMiddleware:
 
         async def sending(message: Message) -> None:
             if message["type"] in _HEADS:
-                added = _encoded(self._guard.headers(scope).items())
+                added = encoded(self._guard.headers(scope).items())
                 names = {name for name, _ in added}
                 others = [
                     each for each in message.get("headers", ()) if each[0].lower() not in names
@@ -106,7 +91,7 @@ class RateLimitMiddleware:
         await self.app(scope, receive, sending)
 
 
-def _encoded(headers: Iterable[tuple[str, str]]) -> list[tuple[bytes, bytes]]:
+def encoded(headers: Iterable[tuple[str, str]]) -> list[tuple[bytes, bytes]]:
     return [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in headers]
 
 
@@ -118,7 +103,7 @@ def is_websocket_without_denials(scope: Any) -> bool:
     )
 
 
-async def _answer(
+async def answer(
     scope: Any, send: Send, status: int, headers: list[tuple[bytes, bytes]], body: bytes
 ) -> None:
     """Send a whole response; to a WebSocket that is not accepted yet, a refusal."""
@@ -137,7 +122,7 @@ async def _answer(
 _SESSION = "pgkv.session"
 
 
-class SessionMiddleware:
+class SessionMiddleware(SessionAdapter[App, AsyncSessionStore]):
     """Sessions on the server for any ASGI application, in place of Starlette's own middleware.
 
     ``app.add_middleware(pgkv.SessionMiddleware, sessions=sessions)``; then ``request.session`` is a
@@ -169,6 +154,9 @@ class SessionMiddleware:
         ConfigError: the settings make no cookie that browsers take, or `sessions` is not async.
     """
 
+    # A blocking store would stop the event loop.
+    _names = AsyncSessionStore, "SessionMiddleware", "WSGISessionMiddleware"
+
     def __init__(
         self,
         app: App,
@@ -177,16 +165,8 @@ class SessionMiddleware:
         autoload: bool = True,
         **options: Unpack[SessionOptions],
     ) -> None:
-        self.app = app
-        # A blocking store would stop the event loop.
-        self._settings = SessionSettings(
-            AsyncSessionStore, "SessionMiddleware", "WSGISessionMiddleware", sessions, options
-        )
+        super().__init__(app, sessions=sessions, **options)
         self._autoload = autoload
-
-    @shown
-    def __repr__(self) -> str:
-        return self._settings.facts()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection."""
@@ -220,7 +200,7 @@ class SessionMiddleware:
                     for name, value in message.get("headers") or ()
                 ]
                 is_answer = message["type"] != "websocket.accept"
-                message["headers"] = _encoded(handler.head(given, cached=is_answer))
+                message["headers"] = encoded(handler.head(given, cached=is_answer))
             await send(message)
 
         try:
@@ -260,8 +240,8 @@ async def _settle(handler: SessionHandler) -> None:
 
 
 async def _answer_unavailable(scope: Scope, send: Send) -> None:
-    headers = _encoded(UNAVAILABLE_HEADERS.items())
-    await _answer(scope, send, UNAVAILABLE, headers, UNAVAILABLE_BODY)
+    headers = encoded(UNAVAILABLE_HEADERS.items())
+    await answer(scope, send, UNAVAILABLE, headers, UNAVAILABLE_BODY)
 
 
 def _refuse_unloaded() -> None:

@@ -28,6 +28,7 @@ from ...config import Seconds, require_int
 from ...errors import ConfigError, InProgressError, KeyReusedError, SerializationError
 from .._runtime.checks import require
 from ..idempotency.api import AsyncIdempotency, Idempotency
+from .asgi import answer, encoded
 from .limit import PROBLEM_TYPE, heard_by_servers
 from .request import HttpRequest
 from .session import OUTAGES, RETRY_AFTER
@@ -345,9 +346,7 @@ class IdempotencyMiddleware(_Middleware[AsyncIdempotency[Any]]):
                 attempt = await drive_async(flow)
             except RefusedRequest as refused:
                 status, headers, body = refused.response
-                pairs = [(name.encode(), value.encode("latin-1")) for name, value in headers]
-                await send({"type": "http.response.start", "status": status, "headers": pairs})
-                await send({"type": "http.response.body", "body": body})
+                await answer(scope, send, status, encoded(headers), body or b"")
                 return
 
             async def receive_again() -> Any:

@@ -11,11 +11,12 @@ import contextlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from time import monotonic
-from typing import Any, Literal, TypeAlias, TypedDict
+from typing import Any, Generic, Literal, TypeAlias, TypedDict, TypeVar, Unpack
 
 import msgspec
 
 from ... import _observe
+from ..._observe import shown
 from ..._ops.op import Flow, call
 from ...errors import ConfigError, PgkvError
 from .._runtime.checks import require
@@ -24,6 +25,9 @@ from ..rate_limit.policy import Decision, HeaderStyle
 from ..rate_limit.rate import Rates, rates_of
 from .client_ip import client_ip
 from .request import Exempt, exemption, path_of, scope_of
+
+A = TypeVar("A")
+L = TypeVar("L")
 
 Headers: TypeAlias = "HeaderStyle | None"
 Limits: TypeAlias = "Rates | Callable[[Any], Any] | None"
@@ -174,6 +178,22 @@ class Guard:
         body = json.dumps(problem(decision)).encode()
         found["Content-Length"] = str(len(body))
         return found, body
+
+
+class LimitAdapter(Generic[A, L]):
+    """What the middleware of ASGI and that of WSGI have in common."""
+
+    _names: tuple[type[Any], str, str]  # its class of limiters, its name, and its twin's
+
+    def __init__(
+        self, app: A, *, limiter: L | Callable[[Any], Any], **options: Unpack[LimitOptions]
+    ) -> None:
+        self.app = app
+        self._guard = Guard(*self._names, limiter, options)
+
+    @shown
+    def __repr__(self) -> str:
+        return f"limiter={self._guard.limiter!r}"
 
 
 def strictest(decisions: Sequence[Decision]) -> Decision:

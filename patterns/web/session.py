@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
-from typing import Any, Final, Literal, TypeAlias
+from typing import Any, Final, Generic, Literal, TypeAlias, TypeVar, Unpack
 
 from ... import _observe
+from ..._observe import shown
 from ..._ops.op import Flow
 from ...config import Seconds, require_seconds
 from ...errors import (
@@ -29,6 +30,9 @@ from ..session.flows import SessionFlows
 from ..session.request import RequestSession
 from .cookie import Cookie, CookieOptions, made_private
 from .request import Exempt, exemption
+
+A = TypeVar("A")
+S = TypeVar("S")
 
 OnSessionError: TypeAlias = Literal["503", "anonymous", "raise"]
 
@@ -108,6 +112,20 @@ class SessionSettings:
     def answers(self, error: PgkvError) -> bool:
         """Whether a request with this failure is answered with 503."""
         return self.on_error != "raise" and isinstance(error, OUTAGES)
+
+
+class SessionAdapter(Generic[A, S]):
+    """What the middleware of ASGI and that of WSGI have in common."""
+
+    _names: tuple[type[Any], str, str]  # its class of session stores, its name, and its twin's
+
+    def __init__(self, app: A, *, sessions: S, **options: Unpack[SessionOptions]) -> None:
+        self.app = app
+        self._settings = SessionSettings(*self._names, sessions, options)
+
+    @shown
+    def __repr__(self) -> str:
+        return self._settings.facts()
 
 
 class SessionHandler:

@@ -6,14 +6,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, TypeAlias, Unpack
+from typing import Any, TypeAlias
 
-from ..._observe import shown
 from ..._ops.drivers import drive
 from ..rate_limit.api import RateLimiter
 from ..session.api import SessionStore
 from ..session.request import RequestSession
-from .limit import STATUS, Guard, LimitOptions, heard_by_servers
+from .limit import STATUS, LimitAdapter, heard_by_servers
 from .request import HttpRequest, path_of
 from .session import (
     FAILED,
@@ -21,8 +20,8 @@ from .session import (
     UNAVAILABLE,
     UNAVAILABLE_BODY,
     UNAVAILABLE_HEADERS,
+    SessionAdapter,
     SessionHandler,
-    SessionOptions,
     SessionSettings,
 )
 
@@ -32,7 +31,7 @@ StartResponse: TypeAlias = "Callable[..., Any]"
 App: TypeAlias = "Callable[[Environ, StartResponse], Iterable[bytes]]"
 
 
-class WSGIRateLimitMiddleware:
+class WSGIRateLimitMiddleware(LimitAdapter[App, RateLimiter]):
     """:class:`RateLimitMiddleware` for WSGI: ``app.wsgi_app = WSGIRateLimitMiddleware(app.wsgi_app,
     limiter=...)``.
 
@@ -49,21 +48,7 @@ class WSGIRateLimitMiddleware:
         ConfigError: a setting is wrong.
     """
 
-    def __init__(
-        self,
-        app: App,
-        *,
-        limiter: RateLimiter | Callable[[Any], Any],
-        **options: Unpack[LimitOptions],
-    ) -> None:
-        self.app = app
-        self._guard = Guard(
-            RateLimiter, "WSGIRateLimitMiddleware", "RateLimitMiddleware", limiter, options
-        )
-
-    @shown
-    def __repr__(self) -> str:
-        return f"limiter={self._guard.limiter!r}"
+    _names = RateLimiter, "WSGIRateLimitMiddleware", "RateLimitMiddleware"
 
     def __call__(self, environ: dict[str, Any], start_response: StartResponse) -> Iterable[bytes]:
         """Serve one request, or refuse it."""
@@ -90,7 +75,7 @@ class WSGIRateLimitMiddleware:
 _SESSION = "pgkv.session"
 
 
-class WSGISessionMiddleware:
+class WSGISessionMiddleware(SessionAdapter[App, SessionStore]):
     """Sessions on the server for any WSGI application: ``environ["pgkv.session"]`` is a dict.
 
     The session loads when it is first used, so a request that does not use it costs no query, and
@@ -112,17 +97,7 @@ class WSGISessionMiddleware:
         ConfigError: the settings make no cookie that browsers take, or `sessions` is async.
     """
 
-    def __init__(
-        self, app: App, *, sessions: SessionStore, **options: Unpack[SessionOptions]
-    ) -> None:
-        self.app = app
-        self._settings = SessionSettings(
-            SessionStore, "WSGISessionMiddleware", "SessionMiddleware", sessions, options
-        )
-
-    @shown
-    def __repr__(self) -> str:
-        return self._settings.facts()
+    _names = SessionStore, "WSGISessionMiddleware", "SessionMiddleware"
 
     def __call__(self, environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
         """Serve one request."""

@@ -21,6 +21,7 @@ from .._ops.op import Flow, call
 from ..aio import AsyncStore
 from ..errors import ConfigError, PgkvError
 from ..patterns.overview import Overview, Overviews
+from ..patterns.web.asgi import answer, encoded
 from ..patterns.web.request import HttpRequest
 from ..store import Store
 from ._page import HISTORY, RELOAD, Point, page, point_of
@@ -143,10 +144,8 @@ class ASGIDashboard(_Dashboard):
             return
         request = HttpRequest(scope)
         status, headers, body = await self._store._run(self._respond(request), TIMEOUT)
-        pairs = [(name.lower().encode(), text.encode()) for name, text in headers.items()]
-        await send({"type": "http.response.start", "status": status.value, "headers": pairs})
         body = b"" if request.method == "HEAD" else body
-        await send({"type": "http.response.body", "body": body})
+        await answer(scope, send, status.value, encoded(headers.items()), body)
 
 
 @overload
