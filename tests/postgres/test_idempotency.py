@@ -14,6 +14,7 @@ import pytest
 
 import pgkv
 from pgkv.patterns._runtime.lease import RENEWED
+from pgkv.patterns.idempotency.sql import IdempotencyStatements
 from pgkv.testing import ServerClock
 from tests.peers import Peer, fetch, gather, until
 from tests.variants import Threaded, Variant
@@ -295,6 +296,104 @@ async def test_the_wait_is_over(idem: Any, connect: Make, peer: Peer) -> None:
         with pytest.raises(pgkv.InProgressError):
             await run(idem)
     assert effects(peer) == 1
+
+
+# What another one does to a row, and how a claim ends that it comes between.
+MEANWHILE: dict[str, tuple[str, Any]] = {
+    "swept": (f"DELETE FROM {TABLE}", (False, b"paid")),
+    "done": (
+        f"UPDATE {TABLE} SET token = token + 1, result = 'theirs', leased_until = 'epoch', "
+        "expires_at = now() + interval '1 hour'",
+        (True, b"theirs"),
+    ),
+    "reused": (
+        f"UPDATE {TABLE} SET token = token + 1, result = 'theirs', fingerprint = 'other', "
+        "leased_until = 'epoch', expires_at = now() + interval '1 hour'",
+        pgkv.KeyReusedError,
+    ),
+    "left": (
+        f"UPDATE {TABLE} SET token = token + 1, result = NULL, fingerprint = 'other', "
+        "leased_until = 'epoch', expires_at = now() + interval '1 hour'",
+        pgkv.KeyReusedError,
+    ),
+    "taken": (
+        f"UPDATE {TABLE} SET token = token + 1, result = NULL, "
+        "leased_until = now() + interval '60 s', expires_at = now() + interval '1 hour'",
+        pgkv.InProgressError,
+    ),
+}
+LEFT = [
+    "expires_at = 'epoch'",
+    "result = NULL, leased_until = 'epoch'",
+]  # it expired; its attempt died
+
+
+def before(monkeypatch: pytest.MonkeyPatch, statement: str, do: Callable[[], object]) -> None:
+    """Do something once, before a claim in a transaction sends that statement."""
+    make, left = getattr(IdempotencyStatements, statement), [do]
+
+    def made(self: IdempotencyStatements, *args: Any) -> Any:
+        while left:
+            left.pop()()
+        return make(self, *args)
+
+    monkeypatch.setattr(IdempotencyStatements, statement, made)
+
+
+@pytest.mark.parametrize("event", MEANWHILE)
+@pytest.mark.parametrize("statement", ["look", "take_over"])
+async def test_between_the_statements_of_a_claim(
+    idem: Any,
+    connect: Make,
+    peer: Peer,
+    monkeypatch: pytest.MonkeyPatch,
+    statement: str,
+    event: str,
+) -> None:
+    """A claim in a transaction looks at a row, and then takes over one that is free again. What becomes of the
+    row in between decides: the key is new, done, used with another payload, or another one's."""
+    conn = await connect(autocommit=True)
+    change, ending = MEANWHILE[event]
+    for left in LEFT:
+        await run(idem)
+        peer.run(f"UPDATE {TABLE} SET {left}")
+        peer.run("TRUNCATE effects")
+        with monkeypatch.context() as patched:
+            before(patched, statement, lambda: peer.run(change))
+            if isinstance(ending, tuple):
+                assert await pay(idem, conn) == ending
+                found = await idem.get("k")
+                assert (found.status, found.result) == ("done", ending[1])
+            else:
+                with pytest.raises(ending):
+                    await pay(idem, conn)
+        assert effects(peer) == (event == "swept")
+        peer.run(f"DELETE FROM {TABLE}")
+
+
+@pytest.mark.parametrize("commits", [True, False])
+async def test_taken_over_by_a_transaction_in_between(
+    idem: Any, connect: Make, peer: Peer, monkeypatch: pytest.MonkeyPatch, *, commits: bool
+) -> None:
+    """Another transaction takes the row after the look: the take-over waits for its end. Its outcome is
+    replayed, or there is none, and the key is free."""
+    conn, change = await connect(autocommit=True), MEANWHILE["done"][0]
+    with psycopg.connect(peer.conn.info.dsn) as other:
+        for left in LEFT:
+            await run(idem)
+            peer.run(f"UPDATE {TABLE} SET {left}")
+            peer.run("TRUNCATE effects")
+            with monkeypatch.context() as patched:
+                before(patched, "take_over", lambda: other.execute(change.encode()))
+                paying = asyncio.ensure_future(pay(idem, conn, wait=60))
+                await peer.until_waiting()
+                if commits:
+                    other.commit()
+                else:
+                    other.rollback()
+                assert await paying == ((True, b"theirs") if commits else (False, b"paid"))
+            assert effects(peer) == (not commits)
+            peer.run(f"DELETE FROM {TABLE}")
 
 
 async def test_two_at_once_by_leases(idem: Any) -> None:
