@@ -25,7 +25,7 @@ from urllib.parse import unquote
 
 from ..._ops import codec as _codec
 from ..._ops.op import BINARY, TEXT, Op, Raced, Result, Signal, Statement
-from ..._sql.table import CLOCK_US, LIVE, STATEMENT_US, TableStatements, read_changed
+from ..._sql.table import CLOCK_US, STATEMENT_US, TableStatements, read_changed
 from .._runtime.sql import as_bytes, as_text, in_each_call, rows_of
 from .rate import WINDOWS
 
@@ -38,7 +38,13 @@ INT4_OID = 23
 Shape: TypeAlias = int | tuple[str, ...]
 EPOCH_2000_US = 946_684_800_000_000  # a timestamptz on the wire counts from 2000
 KEPT_SECONDS = 10  # for which the row of a full bucket stays
-NOT_FULL = LIVE.replace("()", f"() + interval '{KEPT_SECONDS} seconds'")
+LAST_US = KEPT_SECONDS * 1_000_000 + 1  # rounded up
+# When every bucket of a row is full. A program of version 0.1 lets it expire at that moment.
+FULL_AT = (
+    f"greatest(expires_at - interval '{LAST_US} microseconds', (SELECT to_timestamp(max(tat::float8) / 1e9) "
+    "FROM string_to_table(encode(value, 'escape'), ' ') tat WHERE tat ~ '^[0-9]{1,19}$'))"
+)
+NOT_FULL = f"(expires_at IS NULL OR {FULL_AT} > statement_timestamp())"
 STEP_BACK_US = 1_000_000  # a row this far ahead of the clock was written before a step back
 
 LENGTHS = {unit: "3 months" if unit == "quarter" else f"1 {unit}" for unit in WINDOWS}
@@ -299,9 +305,9 @@ class LimiterStatements(TableStatements):
             "limit_usage",
             "SELECT name, count(*), "
             "extract(epoch from statement_timestamp() - max(updated_at))::float8, "
-            f"extract(epoch from max(expires_at) - statement_timestamp())::float8 - {KEPT_SECONDS}, min(key) "
+            "coalesce(extract(epoch from max(full_at) - statement_timestamp())::float8, 0), min(key) "
             f"FROM (SELECT regexp_replace({rest}, '[:#~].*', '') AS name, "
-            f"regexp_replace({rest}, '^[^:#]*', '') AS part, key, updated_at, expires_at "
+            f"regexp_replace({rest}, '^[^:#]*', '') AS part, key, updated_at, {FULL_AT} AS full_at "
             f'FROM {self.t} WHERE key COLLATE "C" >= $1 AND key COLLATE "C" < $2 AND {NOT_FULL}) b '
             "WHERE $3 IN ('', part) "
             "GROUP BY name, CASE WHEN $3 = '' THEN '' ELSE key END ORDER BY 1, 5",
@@ -512,7 +518,6 @@ class LimiterStatements(TableStatements):
 
 # -- clauses -------------------------------------------------------------------------------
 
-LAST_US = KEPT_SECONDS * 1_000_000 + 1  # rounded up
 _CLOCK = (
     f"SELECT ts, {CLOCK_US.replace('clock_timestamp()', 'ts')} AS us "
     "FROM (SELECT clock_timestamp() AS ts) c"

@@ -61,6 +61,10 @@ def test_limits_are_listed_and_reset(
         assert odd.peek("x:user:1").remaining == 4
         assert main([*common, long, "--reset"]) == 1
         assert "has no bucket that is not full" in capsys.readouterr().err
+        store.set("pgkv:rate:foreign:u", "another program's")
+        (foreign,) = documents(capsys, *common, "--limiter", "foreign")
+        assert (foreign["buckets"], foreign["full_in"]) == (1, 0)
+        assert documents(capsys, *common, "u", "--reset") == [{"reset": 1}]
 
 
 def test_sessions_are_listed_and_ended(dsn: str, capsys: pytest.CaptureFixture[str]) -> None:

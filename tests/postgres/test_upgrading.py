@@ -17,6 +17,7 @@ import psycopg
 import pytest
 
 import pgkv
+from pgkv.cli import main
 from tests.peers import Peer
 
 BEFORE = Path(__file__).parent / "before"
@@ -134,6 +135,48 @@ def test_limits(store: pgkv.Store, old: Callable[[], Old], peer: Peer) -> None:
     assert found is not None
     assert not found[0]
     assert not limiter.hit("u")
+
+
+def test_limits_that_are_soon_full(
+    store: pgkv.Store, old: Callable[[], Old], peer: Peer, dsn: str, capsys: Any
+) -> None:
+    """A bucket that 0.1 charged last is listed, refunded and reset until it is full, as any other."""
+    for name in ("clock_timestamp", "statement_timestamp"):
+        peer.run(
+            f"CREATE FUNCTION {name}() RETURNS timestamptz STABLE LANGUAGE sql AS "
+            "$$ SELECT timestamptz '2027-01-01 00:00Z' $$"
+        )
+
+    def command(*args: str) -> tuple[int, list[Any]]:
+        code = main(["limits", *args, "--dsn", dsn, "--json"])
+        return code, [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+    limiter, one = pgkv.RateLimiter(store, "20/m", name="api"), old()
+    assert limiter.hit("u")
+    (row,) = peer.keys()
+    assert limiter.reset("u")
+
+    def before() -> None:
+        found = one.ask("limit_hit", row, 3_000_000_000, 60_000_000_000)
+        assert found is not None
+        assert found[0]
+        assert limiter.peek("u").remaining == 19
+
+    before()
+    (shown,) = command()[1]
+    assert (shown["limiter"], shown["buckets"], round(shown["full_in"], 3)) == ("api", 1, 3.0)
+    fills: list[Callable[[], bool]] = [
+        lambda: command("u", "--reset") == (0, [{"reset": 1}]),
+        lambda: limiter.reset("u"),
+        lambda: limiter.refund("u"),
+    ]
+    for fill in fills:
+        assert fill()
+        assert limiter.peek("u").remaining == 20
+        assert not limiter.reset("u")
+        assert not limiter.refund("u")
+        assert command() == (0, [])
+        before()
 
 
 def test_sessions(store: pgkv.Store, old: Callable[[], Old]) -> None:
