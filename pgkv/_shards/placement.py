@@ -22,6 +22,7 @@ from ..errors import (
     PgkvError,
     StoreUnavailableError,
     TableNotFoundError,
+    TransactionError,
 )
 from .slots import Slots, apart, schema_of, slot_of_schema
 from .sql import (
@@ -395,16 +396,18 @@ class Router:
             return answers[0]
         join: Any = op.join if isinstance(op, Spread) else op.statement.join
         given: list[Any] = []
+        failure: PgkvError | None = None
         for answer, (slot, part) in zip(answers, parts, strict=True):
             if isinstance(answer, PgkvError):
                 missed = part.statement.missed
                 channel = self.channels[slot]
-                if missed is None or not channel.misses.excuse(part.statement, answer):
-                    return answer
-                given.append(missed())
+                if missed is not None and channel.misses.excuse(part.statement, answer):
+                    given.append(missed())
+                elif failure is None or isinstance(failure, TransactionError):
+                    failure = answer  # rather than one that was undone with it
             else:
                 given.append(answer)
-        return join(given)
+        return failure or join(given)
 
     def _send(
         self,

@@ -210,6 +210,27 @@ async def test_bounds_are_shared_out(make: Callable[..., Coroutine[Any, Any, Any
     assert found.total_keys <= 1800
     assert found.max_entries == 1800
     await other.recreate_table()
+    few = store.table("bounded_few", max_entries=100, max_bytes=1 << 20)
+    found = await few.stats()
+    assert (found.max_entries, found.max_bytes) == (SLOTS * 100, SLOTS << 20)
+    await few.recreate_table()
+
+
+async def test_a_batch_is_whole_on_each_server(store: Any, dsns: list[str]) -> None:
+    """What one server refuses has not happened there, in none of its slots; the others have done their part."""
+    keys = [f"k{n}" for n in range(30)]
+    await store.set_many(dict.fromkeys(keys, "0"))
+    places = rows(dsns)
+    refused = places[keys[0]][0]
+    await store.set(keys[0], "no number")
+    with pytest.raises(pgkv.InvalidValueError):
+        await store.increment_many(dict.fromkeys(keys, 1))
+    slots: set[int] = set()
+    for key, value in (await store.get_many(keys[1:])).items():
+        server, slot = places[key]
+        assert value == (b"0" if server == refused else b"1")
+        slots |= {slot} if server == refused else set()
+    assert len(slots) == 2
 
 
 async def test_sweeps_reach_every_slot(store: Any) -> None:
