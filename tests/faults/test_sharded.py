@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import secrets
 import time
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import pgkv
 from tests import sharded
 from tests.faults.support import Standby, newest
 from tests.servers import LATE, Server
-from tests.variants import Variant
+from tests.variants import Variant, in_thread
 
 pytestmark = newest
 
@@ -35,6 +36,7 @@ async def test_only_its_slots_suffer(
             for name in ("n1", "n2")
         ]
         await store.set_many(dict.fromkeys(keys, "v"))
+        inner = store if variant.name == "async" else store._target
 
         async def fails(work: Any) -> Exception:
             started = time.monotonic()
@@ -65,6 +67,8 @@ async def test_only_its_slots_suffer(
         theirs.kill()
         await fails(store.get(keys[1]))
         await fails(store.scan())
+        cleared = functools.partial(pgkv.invalidate_tag, "t", store=inner)
+        await fails(cleared() if variant.name == "async" else in_thread(cleared))
         assert await store.get(keys[0]) == b"v"
         found = {shard.slot: shard.bytes > 0 for shard in await store.shards()}
         assert found == {store.slot_of(keys[0]): True, store.slot_of(keys[1]): False}

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import datetime as dt
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -298,6 +299,33 @@ async def test_the_wait_is_over(idem: Any, connect: Make, peer: Peer) -> None:
     assert effects(peer) == 1
 
 
+async def test_the_first_outcome_stays(idem: Any, peer: Peer) -> None:
+    """A completion that was recorded and whose answer was lost may be repeated, but not with another result."""
+    recorded = f"UPDATE {TABLE} SET result = 'first'"
+    for key, result in (("same", b"first"), ("other", b"second")):
+        try:
+            async with idem.once(key) as attempt:
+                attempt.result = result
+                peer.run(recorded)
+        except pgkv.LeaseLostError:
+            assert key == "other"
+        else:
+            assert key == "same"
+        assert (await idem.get(key)).result == b"first"
+
+
+async def test_the_callers_commit_stays_as_it_is(idem: Any, connect: Make) -> None:
+    """A claim and a completion in a transaction do not say whether its commit waits for the disk."""
+    conn = await connect(autocommit=True)
+    for setting in ("off", "on"):
+        await conn.execute(f"SET synchronous_commit = {setting}")
+        async with conn.transaction():
+            for key in ("new", "new"):  # and known
+                async with idem.using(conn).once(f"{key}{setting}"):
+                    pass
+            assert await fetch(conn, "SHOW synchronous_commit") == [(setting,)]
+
+
 # What another one does to a row, and how a claim ends that it comes between.
 MEANWHILE: dict[str, tuple[str, Any]] = {
     "swept": (f"DELETE FROM {TABLE}", (False, b"paid")),
@@ -571,7 +599,13 @@ async def test_the_ttl_is_over(idem: Any, connect: Make, clock: ServerClock, ins
             return await pay(idem, conn, fingerprint=fingerprint)
         return await run(idem, fingerprint=fingerprint)
 
-    assert (await ask("a"))[0] is False
+    async with contextlib.AsyncExitStack() as stack:
+        if inside:
+            await stack.enter_async_context(conn.transaction())
+        here = idem.using(conn) if inside else idem
+        attempt = await stack.enter_async_context(here.once("k", fingerprint="a"))
+        assert not attempt.is_replay
+        clock.advance(20)  # at work, for less than its lease
     clock.advance(3599)
     assert (await ask("a"))[0] is True
     clock.advance(2)

@@ -26,6 +26,7 @@ from pgkv._sql.batch import CHUNK_ROWS
 from pgkv.patterns.lock.sql import CHANNEL as LOCK_CHANNEL
 from pgkv.patterns.queue.sql import CHANNEL as QUEUE_CHANNEL
 from tests import FULL, sharded
+from tests.peers import until
 from tests.postgres.test_sharded import SLOTS, rows
 from tests.servers import Server, UserServer, wait_until
 from tests.variants import Variant
@@ -111,6 +112,11 @@ def test_a_slot_moves_with_all_that_it_has(servers: Servers, dsns: list[str], ho
         name = next(n for n in map(str, range(99)) if store.slot_of(n) == 1)
         queue = pgkv.Queue(store, name)
         first = queue.put(b"1").id
+        pgkv.Lock(store, name).acquire().release()
+        token = 1 << 60  # further than the clock, by which tokens begin
+        servers.named(servers.homes()[1].home).execute(
+            "UPDATE pgkv_01.kv_store_locks SET version = %s", token
+        )
         home = servers.named(servers.homes()[1].home)
         home.execute("GRANT SELECT ON pgkv_01.kv_store TO PUBLIC")
         found = home.execute(shown, "pgkv_01").fetchall()
@@ -124,6 +130,8 @@ def test_a_slot_moves_with_all_that_it_has(servers: Servers, dsns: list[str], ho
         assert not moves.move(servers, 1, home.name, quiet)
         assert queue.put(b"2").id == first + 1
         assert [job.payload for job in queue.take_many(9)] == [b"1", b"2"]
+        with pgkv.Lock(store, name).acquire() as lease:
+            assert lease.token == token + 1
 
 
 @pytest.mark.parametrize(
@@ -344,6 +352,34 @@ def test_what_cannot_be_moved(servers: Servers, dsns: list[str], monkeypatch: An
         conn.execute("SELECT FROM pgkv_00.kv_store")
         with pytest.raises(pgkv.StoreUnavailableError, match="stay open"):
             moves.move(servers, 0, elsewhere(servers, 0), quiet)
+
+
+async def test_a_mover_that_waits_steps_back(
+    servers: Servers, dsns: list[str], variant: Variant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A transaction that stays open holds up the move, and not the clients of the slot behind the move."""
+    monkeypatch.setattr(moves, "LOCK_SECONDS", 0.1)
+    waits = (
+        "SELECT count(*) FROM pg_locks JOIN pg_database d ON d.oid = database WHERE NOT granted "
+        "AND datname = current_database() AND mode = 'AccessExclusiveLock'"
+    )
+    store = await sharded.connect(variant, dsns, operation_timeout=60)
+    async with store:
+        await store.set_many({"{k}": "v", "{k}n": "0"})
+        slot = store.slot_of("{k}")
+        to, home = elsewhere(servers, slot), servers.named(servers.homes()[slot].home)
+        with psycopg.connect(home.conninfo, autocommit=True) as look:
+            async with store.on("{k}").transaction() as tx:
+                await tx.set("{k}", "w")
+                moving = asyncio.ensure_future(
+                    asyncio.to_thread(moves.move, servers, slot, to, quiet)
+                )
+                for n in range(3):
+                    await until(lambda: look.execute(waits).fetchone() != (0,), "the mover waits")
+                    assert await store.increment("{k}n") == n + 1
+                assert not moving.done()
+            assert await moving
+        assert await store.get_many(["{k}", "{k}n"]) == {"{k}": b"w", "{k}n": b"3"}
 
 
 def test_a_slot_that_got_its_name_meanwhile(
