@@ -60,34 +60,44 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Sync and async run the same flows and the same SQL. On the newest server each test runs in
-    both; on an older one, and through a pooler, in one of them, half of the tests in each: what is
-    different there shows in either; likewise with two poolers. On a third server only the patterns
-    with the most unusual SQL run; of the rest an older server gets every other test. PGKV_TESTS=full runs all.
+    """Sync and async run the same flows and the same SQL. On the newest server each test runs in both; where it has
+    three or more cells besides, each cell runs in one of them, by turns. On an older server, and through a pooler,
+    each test runs in one of them, half of the tests in each: what is different there shows in either;
+    likewise with two poolers. An older server gets one test in four, and every other one of the patterns with the
+    most unusual SQL, and a third server only these. PGKV_TESTS=full runs all.
     """
     items.sort(key=lambda item: item.path.name not in LONG)
     if FULL:
         return
     others = [*servers.installed()][1:]  # than the newest
     alike: dict[str, list[pytest.Item]] = {}
+    cells: dict[str, dict[str, list[pytest.Item]]] = {}
     left_out: set[pytest.Item] = set()
     for item in items:
         params = getattr(getattr(item, "callspec", None), "params", {})
         server, file = params.get("server"), item.path.name
         name = re.sub(r"\b(a?sync|older|newer)\b", "", item.nodeid)
-        every_other = crc32(name.encode()) >> 16 & 1
-        unusual = file.startswith(("test_idempotency", "test_queue"))
-        if server in others and (
-            file.startswith("test_sharded")
-            or (not unusual and (server != others[0] or every_other))
-        ):
+        dice = crc32(name.encode()) >> 16
+        if server in others and dice % (2 if _is_unusual(file) else 4):
             left_out.add(item)
-        elif "variant" in params and (server in others or file == "test_poolers.py"):
+        elif "variant" not in params:
+            continue
+        elif server in others or file == "test_poolers.py":
             alike.setdefault(name, []).append(item)
+        else:
+            cells.setdefault(item.nodeid.partition("[")[0], {}).setdefault(name, []).append(item)
     for name, each in alike.items():
         left_out |= set(each) - {each[crc32(name.encode()) % len(each)]}
+    for test in cells.values():
+        if len(test) >= 3:
+            for number, each in enumerate(test.values()):
+                left_out |= set(each) - {each[number % len(each)]}
     items[:] = [item for item in items if item not in left_out]
     config.hook.pytest_deselected(items=list(left_out))
+
+
+def _is_unusual(file: str) -> bool:
+    return file.startswith(("test_idempotency", "test_queue"))
 
 
 def pytest_collection_finish() -> None:
@@ -150,7 +160,22 @@ def nothing_by_chance(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(f"pgkv.{module}_CHANCE", 0.0)
 
 
-@pytest.fixture(scope="session", params=_server_params())
+@pytest.hookimpl(tryfirst=True)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Tests run on each server, those of sharded stores on the newest, and on a third one those with the most
+    unusual SQL. What is left out here costs nothing: each process makes all the tests that there are.
+    """
+    marked = [mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")]
+    if "server" not in metafunc.fixturenames or "server" in marked:
+        return
+    file = metafunc.module.__name__.rpartition(".")[2]
+    most = None if FULL or _is_unusual(file) else 1 if file.startswith("test_sharded") else 2
+    left_out = [*servers.installed()][most:] if most else []
+    params = [each for each in _server_params() if each.values[0] not in left_out]
+    metafunc.parametrize("server", params, indirect=True, scope="session")
+
+
+@pytest.fixture(scope="session")
 def server(request: pytest.FixtureRequest) -> Iterator[Server | UserServer]:
     """The server of the test, shared with all others: to be used, not broken. Each version starts
     once.

@@ -18,6 +18,8 @@ from tests.servers import LATE, Server
 from tests.variants import Variant, in_thread
 
 pytestmark = newest
+# What the healthy server does takes an instant. A loaded machine takes longer, and is no fault of a server.
+DEADLINE = 5.0
 
 
 async def test_only_its_slots_suffer(
@@ -28,7 +30,7 @@ async def test_only_its_slots_suffer(
     theirs = make_server()
     dsns = [*sharded.databases(server.dsn, [f"f_{secrets.token_hex(4)}"]), theirs.dsn]
     sharded.init(dsns, 2)
-    store = await sharded.connect(variant, dsns, operation_timeout=1.0, retry=None)
+    store = await sharded.connect(variant, dsns, operation_timeout=DEADLINE, retry=None)
     async with store:
         nodes = [shard.node for shard in await store.shards()]
         keys = [
@@ -42,7 +44,7 @@ async def test_only_its_slots_suffer(
             started = time.monotonic()
             with pytest.raises((pgkv.OperationTimeoutError, pgkv.StoreUnavailableError)) as caught:
                 await work
-            assert time.monotonic() - started < 2.5 + LATE
+            assert time.monotonic() - started < DEADLINE + 1.5 + LATE
             return caught.value
 
         theirs.freeze()
@@ -72,7 +74,7 @@ async def test_only_its_slots_suffer(
         assert await store.get(keys[0]) == b"v"
         found = {shard.slot: shard.bytes > 0 for shard in await store.shards()}
         assert found == {store.slot_of(keys[0]): True, store.slot_of(keys[1]): False}
-        late = await sharded.connect(variant, dsns, operation_timeout=1.0, retry=None)
+        late = await sharded.connect(variant, dsns, operation_timeout=DEADLINE, retry=None)
         async with late:
             assert await late.get(keys[0]) == b"v"
             error = await fails(late.get(keys[1]))

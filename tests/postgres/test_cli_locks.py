@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import re
@@ -26,6 +27,7 @@ import pgkv
 from pgkv._cli.command import Invocation
 from pgkv._cli.lock import _guarded, _Guardian
 from pgkv._embedded.binaries import exists
+from pgkv.cli import main
 from tests.faults.support import newest
 from tests.servers import LATE, Server, wait_until
 
@@ -42,8 +44,16 @@ def run(dsn: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
+def asked(dsn: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a command that starts no other, here: an interpreter of its own would bring nothing."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main([*arguments, "--dsn", dsn])
+    return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
+
+
 def listed(dsn: str) -> dict[str, Any]:
-    done = run(dsn, "locks", "--json")
+    done = asked(dsn, "locks", "--json")
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(done.stdout)
     return found
@@ -71,15 +81,15 @@ def test_locks_are_listed_broken_and_revoked(dsn: str) -> None:
         with contextlib.ExitStack() as stack:
             for n, metadata in enumerate(told):
                 stack.enter_context(pgkv.Lock(store, f"told {n}", metadata=metadata).acquire())
-            text = run(dsn, "locks").stdout
+            text = asked(dsn, "locks").stdout
         assert "billing\t" in text
         assert text.splitlines()[0].endswith('\t{"job": 7}')
         shown = [row.rpartition("\t")[2] for row in text.splitlines() if row.startswith("told")]
         assert shown == ['"a text"', "1000", "7.5", "true", "[1.0]", ""]
-        assert run(dsn, "locks", "--revoke", str(lease.token)).returncode == 0
+        assert asked(dsn, "locks", "--revoke", str(lease.token)).returncode == 0
         assert lock.try_acquire() is None
-        assert run(dsn, "locks", "--break", str(slot.token)).returncode == 0
-        assert run(dsn, "locks", "--break", "1").returncode == 1
+        assert asked(dsn, "locks", "--break", str(slot.token)).returncode == 0
+        assert asked(dsn, "locks", "--break", "1").returncode == 1
         assert [each["name"] for each in listed(dsn)["locks"]] == ["billing"]
 
 
@@ -88,11 +98,11 @@ def test_each_answer_about_locks_is_json(dsn: str) -> None:
     with pgkv.Store.connect(dsn) as store:
         for option, ended in (("--revoke", "revoked"), ("--break", "broken")):
             lease = pgkv.Semaphore(store, "gpu", 2).acquire()
-            done = run(dsn, "locks", option, str(lease.token), "--json")
+            done = asked(dsn, "locks", option, str(lease.token), "--json")
             told = json.loads(done.stdout)
             assert (done.returncode, told.pop("owner")) == (0, lease.owner)
             assert told == {"name": "gpu", "slot": lease.slot, "token": lease.token, "ended": ended}
-            none = run(dsn, "locks", option, "1", "--json")
+            none = asked(dsn, "locks", option, "1", "--json")
             assert (none.returncode, none.stdout) == (1, "")
             assert json.loads(none.stderr)["error"] == "NotFoundError"
         with pgkv.Lock(store, "job").acquire():
