@@ -31,9 +31,9 @@ lint: $(VENV)/.dev ## style and likely mistakes
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/ruff format --check --quiet --output-format concise . || { echo "Run: make fmt"; exit 1; }
 
-# mypy has one thread. Beside it the tests are compiled, once, or each process that runs them would do it.
+# Beside mypy the tests are compiled, once, or each process that runs them would do it.
 types: $(VENV)/.dev ## mypy, strict
-	@$(BIN)/python -m pytest --collect-only -qq >/dev/null & $(BIN)/mypy; status=$$?; wait; exit $$status
+	@$(BIN)/python -m pytest --collect-only -qq >/dev/null & $(BIN)/mypy --num-workers 2; status=$$?; wait; exit $$status
 
 imports: $(VENV)/.dev ## the direction of imports
 	@out=$$($(BIN)/lint-imports --no-cache 2>&1) || { echo "$$out"; exit 1; }

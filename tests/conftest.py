@@ -39,8 +39,11 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("tests")
 BY_SHELLS = ("SIGINT", "SIGQUIT", "SIGHUP")  # what a background job or nohup ignores
-# What takes longest begins first: nothing of it is left when all else is done.
-LONG = ("test_soak.py", "test_documentation.py", "test_wheel.py", "test_suites.py", "test_demo.py", "test_types.py")  # fmt: skip
+# What takes longest begins first, a file in each process: nothing of it is left when all else is done.
+LONG = (
+    *("test_soak.py", "test_documentation.py", "test_suites.py", "test_command_line.py"),
+    *("test_wheel.py", "test_queue_storms.py", "test_demo.py", "test_types.py"),
+)
 WANTED = (
     18,
     15,
@@ -52,6 +55,8 @@ def pytest_configure() -> None:
     every process of theirs would inherit that: tests of signals need the defaults.
     """
     gc.disable()  # until all is collected: nothing of that is garbage
+    if os.name == "posix":
+        servers.share_templates()
     for name in BY_SHELLS:
         number = getattr(signal, name, None)  # Windows has few
         if number is not None and signal.getsignal(number) is signal.SIG_IGN:
@@ -59,23 +64,37 @@ def pytest_configure() -> None:
             signal.signal(number, default)
 
 
+def pytest_unconfigure() -> None:
+    servers.remove_base_directory()
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Sync and async run the same flows and the same SQL. On the newest server each test runs in both; where it has
     three or more cells besides, each cell runs in one of them, by turns. On an older server, and through a pooler,
     each test runs in one of them, half of the tests in each: what is different there shows in either;
     likewise with two poolers. An older server gets one test in four, and every other one of the patterns with the
-    most unusual SQL, and a third server only these. PGKV_TESTS=full runs all.
+    most unusual SQL, and a third server only these; embedded, one cell of each test. PGKV_TESTS=full runs all.
     """
-    items.sort(key=lambda item: item.path.name not in LONG)
-    if FULL:
-        return
+    if not FULL:
+        _choose(config, items)
+    _arrange(items)
+
+
+def _choose(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what tests again what is alike."""
     others = [*servers.installed()][1:]  # than the newest
     alike: dict[str, list[pytest.Item]] = {}
     cells: dict[str, dict[str, list[pytest.Item]]] = {}
     left_out: set[pytest.Item] = set()
+    embedded: set[tuple[int, str]] = set()
     for item in items:
         params = getattr(getattr(item, "callspec", None), "params", {})
         server, file = params.get("server"), item.path.name
+        binaries, test = params.get("binaries"), item.nodeid.partition("[")[0]
+        if binaries is not None and binaries.major in others:
+            if (binaries.major, test) in embedded:
+                left_out.add(item)
+            embedded.add((binaries.major, test))
         name = re.sub(r"\b(a?sync|older|newer)\b", "", item.nodeid)
         dice = crc32(name.encode()) >> 16
         if server in others and dice % (2 if _is_unusual(file) else 4):
@@ -85,7 +104,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         elif server in others or file == "test_poolers.py":
             alike.setdefault(name, []).append(item)
         else:
-            cells.setdefault(item.nodeid.partition("[")[0], {}).setdefault(name, []).append(item)
+            cells.setdefault(test, {}).setdefault(name, []).append(item)
     for name, each in alike.items():
         left_out |= set(each) - {each[crc32(name.encode()) % len(each)]}
     for test in cells.values():
@@ -94,6 +113,26 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 left_out |= set(each) - {each[number % len(each)]}
     items[:] = [item for item in items if item not in left_out]
     config.hook.pytest_deselected(items=list(left_out))
+
+
+def _arrange(items: list[pytest.Item]) -> None:
+    """Each process gets an equal part to begin with: the longest files go to the heads of these parts."""
+    processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    heads: list[list[pytest.Item]] = [[] for _ in range(processes)]
+    rest: list[pytest.Item] = []
+    for item in items:
+        name = item.path.name
+        (heads[LONG.index(name) % processes] if name in LONG else rest).append(item)
+    left = len(items)
+    items.clear()
+    for number, head in enumerate(heads):
+        head.sort(key=lambda item: LONG.index(item.path.name))
+        size = left // (processes - number)
+        left -= size
+        others = max(0, size - len(head))
+        items += [*head, *rest[:others]]
+        del rest[:others]
+    items += rest
 
 
 def _is_unusual(file: str) -> bool:
@@ -186,12 +225,6 @@ def server(request: pytest.FixtureRequest) -> Iterator[Server | UserServer]:
     shared = Server(servers.installed()[request.param])
     yield shared
     shared.remove()
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _remove_servers() -> Iterator[None]:
-    yield
-    servers.remove_base_directory()
 
 
 @pytest.fixture

@@ -35,6 +35,7 @@ from pgkv._embedded.cluster import Cluster
 # What makes a test server fast: a crash of the machine may lose it. A crash of the server alone
 # loses nothing by it.
 THROWAWAY: Mapping[str, str] = {"fsync": "off", "full_page_writes": "off"}
+TEMPLATES = "PGKV_TESTS_TEMPLATES"
 SMALL: Mapping[str, str] = {"shared_buffers": "32MB", "max_connections": "150"}
 
 
@@ -95,20 +96,33 @@ def remove_base_directory() -> None:
         shutil.rmtree(base_directory(), ignore_errors=True)
 
 
-def new_directory(name: str = "server") -> Path:
+def new_directory(name: str = "server", within: Path | None = None) -> Path:
     """An empty directory that a server's account can use."""
-    path = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=base_directory()))
+    path = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=within or base_directory()))
     if account := server_account():
         os.chown(path, account.uid, account.gid)
     return path
 
 
+def share_templates() -> None:
+    """Processes that this one starts use the data directories of this one."""
+    os.environ.setdefault(TEMPLATES, str(new_directory("templates")))
+
+
 @cache
 def _template(binaries: Binaries) -> Path:
-    cluster = Cluster.open(new_directory("template"), binaries)
-    cluster.start({**SMALL, **THROWAWAY})
-    cluster.stop("fast")
-    return cluster.root
+    import fcntl  # no Windows has it, and no server of the tests'
+
+    within = Path(os.environ.get(TEMPLATES) or base_directory())
+    made = within / f"pg{binaries.major}"
+    with (within / f"pg{binaries.major}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one process makes it, the others wait
+        if not made.exists():
+            cluster = Cluster.open(new_directory("template", within), binaries)
+            cluster.start({**SMALL, **THROWAWAY})
+            cluster.stop("fast")
+            cluster.root.rename(made)
+    return made
 
 
 def lay_out(root: Path, binaries: Binaries | None = None) -> None:

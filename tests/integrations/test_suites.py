@@ -89,10 +89,8 @@ def test_other_adapters(suite_dsn: str) -> None:
     assert passed(suite_dsn, SUITES / "adapters_suite.py") >= 31
 
 
-@pytest.fixture(scope="session")
-def django_tests(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def django_tests(where: Path) -> Path:
     """The folder `tests` of the source distribution of the Django that is installed."""
-    where = tmp_path_factory.mktemp("django")
     command = ["download", "--quiet", "--no-deps", "--no-binary=:all:", "--no-build-isolation"]
     subprocess.run(
         [sys.executable, "-m", "pip", *command, "--dest", where, f"django=={version('django')}"],
@@ -107,14 +105,14 @@ def django_tests(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.packaging
-@pytest.mark.parametrize(
-    ("app", "name", "count"),
-    [("cache", "django_cache.py", 55), ("sessions_tests", "django_sessions.py", 65)],
-)
-def test_djangos_own(suite_dsn: str, django_tests: Path, app: str, name: str, count: int) -> None:
-    shutil.copy(SUITES / name, django_tests / app / "test_pgkv.py")
-    output = run(suite_dsn, "runtests.py", "--parallel=1", f"{app}.test_pgkv", cwd=django_tests)
-    assert f"Ran {count} tests" in output
+def test_djangos_own(suite_dsn: str, tmp_path: Path) -> None:
+    """55 tests of its caches and 65 of its sessions."""
+    tests = django_tests(tmp_path)
+    for app, name in (("cache", "django_cache.py"), ("sessions_tests", "django_sessions.py")):
+        shutil.copy(SUITES / name, tests / app / "test_pgkv.py")
+    modules = ("cache.test_pgkv", "sessions_tests.test_pgkv")
+    output = run(suite_dsn, "runtests.py", "--parallel=1", *modules, cwd=tests)
+    assert "Ran 120 tests" in output
 
 
 @needs_checkouts

@@ -96,7 +96,8 @@ class User:
     params=list(servers.installed().values())[: None if FULL else 2], ids=lambda b: f"pg{b.major}"
 )
 def binaries(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Binaries:
-    """The wheel's, the system's: all tests with each. A third one with PGKV_TESTS=full."""
+    """The wheel's, the system's: all tests with each, of the system's one cell. All with PGKV_TESTS=full, and
+    a third one."""
     found: Binaries = request.param
     monkeypatch.setattr(_binaries, "binary_directories", lambda: [found.directory])
     return found
