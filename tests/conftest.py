@@ -107,9 +107,9 @@ def _choose(config: pytest.Config, items: list[pytest.Item]) -> None:
             cells.setdefault(test, {}).setdefault(name, []).append(item)
     for name, each in alike.items():
         left_out |= set(each) - {each[crc32(name.encode()) % len(each)]}
-    for test in cells.values():
-        if len(test) >= 3:
-            for number, each in enumerate(test.values()):
+    for each_test in cells.values():
+        if len(each_test) >= 3:
+            for number, each in enumerate(each_test.values()):
                 left_out |= set(each) - {each[number % len(each)]}
     items[:] = [item for item in items if item not in left_out]
     config.hook.pytest_deselected(items=list(left_out))
