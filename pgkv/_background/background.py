@@ -195,11 +195,19 @@ class _Backgrounds:
             background = table.get(key)
             if background is None or background.ended:
                 background = table[key] = Background(loop, key[0], pooler)
+                # Exit handlers run from the last to the first: this one before the stop of an embedded server.
+                atexit.unregister(_at_exit)
+                atexit.register(_at_exit)
             if id(channel) not in background.users:
                 background.users.add(id(channel))
                 self._watch(channel, background, table, key)
             self._of_channels[channel] = background
         return background
+
+    def close(self) -> None:
+        """End those in threads."""
+        for background in list(self._of_process.values()):
+            background.close(wait=True)
 
     def forget(self, channel: Any) -> None:
         """Look again where the channel's server is, at the next `get`."""
@@ -327,4 +335,11 @@ def _do(
 
 backgrounds = _Backgrounds()
 workers = Workers()
-atexit.register(workers.close)
+
+
+def _at_exit() -> None:
+    workers.close()
+    backgrounds.close()
+
+
+atexit.register(_at_exit)

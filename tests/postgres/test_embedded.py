@@ -323,6 +323,30 @@ def test_last_process_stops(home: Path, user: Callable[[], User]) -> None:
     assert postmaster(home) is None
 
 
+LEFT_OPEN = """
+import sys, pgkv
+from pgkv._embedded import binaries
+binaries.binary_directories = lambda: [sys.argv[2]]
+store = pgkv.Store.embedded(sys.argv[1], notify=True)
+events = store.watch("k").__enter__()
+store.set("k", "v")
+print(events.next(timeout=60).key)
+"""
+
+
+def test_a_program_that_closes_nothing_ends_without_a_word(home: Path, binaries: Binaries) -> None:
+    """At exit the background's connections end before the server that they are to."""
+    done = subprocess.run(
+        [sys.executable, "-c", LEFT_OPEN, str(home), binaries.directory],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "k\n", "")
+    assert postmaster(home) is None
+
+
 def test_close_before_exit(home: Path, user: Callable[[], User]) -> None:
     """close() gives up the claim while the process lives on, and it may start again."""
     one = user()
