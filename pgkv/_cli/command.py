@@ -341,7 +341,7 @@ def _advice(error: PgkvError) -> str:
         text = re.sub(r"^[a-z_]+: ", "", text)  # the operation's name within pgkv
     if isinstance(error, TableNotFoundError):
         missing = text.partition(";")[0]
-        return f"{missing}; `pgkv set` creates it, `pgkv schema` prints its DDL"
+        return f"{missing}; the first write creates it, `pgkv schema` prints its DDL"
     return text
 
 

@@ -213,7 +213,7 @@ def idempotency(
     key: str = argument("", "The idempotency key."),
     scope: str = option("--scope SCOPE", "Whose key it is. Default: none.", ""),
 ) -> int:
-    """Show what is known of an idempotency key, or make it new.
+    """Show what is known of an idempotency key, or forget it.
 
     **show** says whether the work is done, running (an attempt has the lease) or abandoned (its attempt died).
     The result is not shown. **forget** drops the result: the next request with the key runs. An attempt under

@@ -23,7 +23,6 @@ pytest.importorskip("rich")
 
 import typer
 
-import pgkv
 from pgkv import embedded
 from pgkv.cli import app
 from tests import servers
@@ -99,10 +98,36 @@ def steps() -> list[tuple[str, str]]:
     return [(first, rest) for first, _, rest in (line.partition("\n") for line in lines)]
 
 
+# What a program has done before a command of the page.
+SEED = {"pgkv cache": f"'{sys.executable}' -m app.program; "}
+PROGRAM = """
+import os
+import pgkv
+from app.users import load_user
+
+store = pgkv.Store.connect(os.environ["PGKV_DSN"])
+pgkv.configure(store)
+for number in range(5):
+    load_user(number)
+store.set("pgkv:cache:s:web-1:17", '{"app.users.load_user:1": [67, 5]}')
+store.close()
+"""
+USERS = """
+import pgkv
+
+@pgkv.cached(3600, store_timeout=20)
+def load_user(number: int) -> dict[str, int]:
+    return {"id": number}
+"""
+
+
 def script() -> str:
     """One shell session. Before each command, and at the end, a mark with the exit code of the one
     before, which `$?` still has."""
-    marked = (f"s=$?; printf '{MARK}%s\\n' $s; (exit $s)\n{line}" for line, _ in steps())
+    marked = (
+        f"s=$?; {SEED.get(line, '')}printf '{MARK}%s\\n' $s; (exit $s)\n{line}"
+        for line, _ in steps()
+    )
     return "\n".join([*marked, f"printf '{MARK}%s\\n' $?", ""])
 
 
@@ -153,17 +178,11 @@ def comparable(text: str) -> str:
 
 def sessions(where: Path) -> Iterator[tuple[str, str, str, int]]:
     """Each command of the page, what the page says it prints, what it printed, its exit code."""
-    with embedded.start(where / "data") as server:  # kept up between the commands
-        with pgkv.Store.connect(server.dsn) as store:
-
-            def load_user(number: int) -> dict[str, int]:
-                return {"id": number}
-
-            load_user.__module__, load_user.__qualname__ = "app.users", "load_user"
-            cached = pgkv.cached(3600, store=store, store_timeout=20)(load_user)
-            for number in range(5):
-                cached(number)
-            store.set("pgkv:cache:s:web-1:17", '{"app.users.load_user:1": [67, 5]}')
+    package = where / "app"
+    package.mkdir()
+    (package / "program.py").write_text(PROGRAM)
+    (package / "users.py").write_text(USERS)
+    with embedded.start(where / "data"):  # kept up between the commands
         parts = [part.partition("\n") for part in on_a_terminal(script(), where).split(MARK)[1:]]
     for (line, wanted), (here, following) in zip(steps(), pairwise(parts), strict=True):
         yield line, wanted, visible(here[2]), int(following[0])
