@@ -335,7 +335,8 @@ print(events.next(timeout=60).key)
 
 
 def test_a_program_that_closes_nothing_ends_without_a_word(home: Path, binaries: Binaries) -> None:
-    """At exit the background's connections end before the server that they are to."""
+    """At exit the background's connections end before the server that they are to. psycopg_pool's
+    threads are not waited for: it would say so, after 5 s for each."""
     done = subprocess.run(
         [sys.executable, "-c", LEFT_OPEN, str(home), binaries.directory],
         capture_output=True,

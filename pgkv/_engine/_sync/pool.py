@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import sys
 import threading
 import time
 import weakref
@@ -413,7 +414,7 @@ class StorePool:
                 conninfo = self.conninfo()
                 self._connect_time = _conninfo.connect_time(config, conninfo)
                 options = pool_options(self, config, _recording(self._attempts))
-                pool = psycopg_pool.ConnectionPool(conninfo, open=True, **options)
+                pool = PsycopgPool(conninfo, open=True, **options)
                 self._pool = self._first(pool)
             return self._pool, opened_now
 
@@ -444,6 +445,15 @@ class StorePool:
                 conn = self.idle.pop()
                 conn.release()
                 conn.pgconn.finish()
+
+
+class PsycopgPool(psycopg_pool.ConnectionPool[Any]):
+    """One that is still open when the interpreter ends is left alone. psycopg_pool would wait for its
+    threads, five seconds for each: from Python 3.12 on they are stopped for good by then."""
+
+    def __del__(self, is_ending: Callable[[], bool] = sys.is_finalizing) -> None:
+        if not is_ending():
+            super().__del__()
 
 
 class CallerPool(OverCallerPool):
