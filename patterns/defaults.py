@@ -12,7 +12,8 @@ import atexit
 import contextlib
 import sys
 import weakref
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, Unpack
 
 from .._fork import new_lock
@@ -108,8 +109,14 @@ def default_async_store() -> AsyncStore:
     if store is None:
         store = AsyncStore(_config("an async function needs an AsyncStore", _given))
         _made_async[loop] = store
-        _close_with_loop(store, loop)
+        close_with_loop(store, partial(_forget, store, loop))
     return store
+
+
+def _forget(store: AsyncStore, loop: asyncio.AbstractEventLoop) -> None:
+    # A store refers to its loop: as the entry's value it would keep its key alive.
+    if _made_async.get(loop) is store:
+        del _made_async[loop]
 
 
 def _config(need: str, other: object) -> Config:
@@ -128,16 +135,16 @@ def _config(need: str, other: object) -> Config:
     return Config(dsn, **_options)
 
 
-def _close_with_loop(store: AsyncStore, loop: asyncio.AbstractEventLoop) -> None:
+def close_with_loop(store: AsyncStore, forget: Callable[[], object]) -> None:
+    """Close a store when the running loop ends; `forget` is called first."""
+
     # A loop that ends in order (asyncio.run, asyncio.Runner) closes the asynchronous generators
     # that were started on it: the only hook that asyncio offers.
     async def keep() -> AsyncGenerator[None, None]:
         try:
             yield
         finally:
-            # A store refers to its loop: as the entry's value it would keep its key alive.
-            if _made_async.get(loop) is store:
-                del _made_async[loop]
+            forget()
             await store.close()
 
     keeper = keep()

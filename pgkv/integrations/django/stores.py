@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from django.db import DEFAULT_DB_ALIAS, connections
@@ -17,6 +17,7 @@ from ..._fork import new_lock
 from ...aio import AsyncStore
 from ...config import Config
 from ...errors import ConfigError
+from ...patterns.defaults import close_with_loop
 from ...store import Store
 
 
@@ -26,9 +27,7 @@ class Stores:
     def __init__(self) -> None:
         self._lock = new_lock(self)
         self._made: dict[int, Store] = {}
-        self._of_loops: dict[
-            tuple[asyncio.AbstractEventLoop, int], tuple[AsyncStore, AsyncGenerator[None]]
-        ] = {}
+        self._of_loops: dict[tuple[asyncio.AbstractEventLoop, int], AsyncStore] = {}
 
     def get(self, config: Config) -> Store:
         """Return the store of a `Config` of `config_for`, which is looked up by its identity."""
@@ -45,18 +44,9 @@ class Stores:
         the loop ends."""
         key = asyncio.get_running_loop(), id(config)
         if key not in self._of_loops:
-            store = AsyncStore(config)
-            life = self._life(key, store)
-            self._of_loops[key] = store, life
-            await anext(life)  # known to the loop from here on; asyncio.run() ends with aclose()
-        return self._of_loops[key][0]
-
-    async def _life(self, key: Any, store: AsyncStore) -> AsyncGenerator[None]:
-        try:
-            yield
-        finally:
-            del self._of_loops[key]
-            await store.close()
+            store = self._of_loops[key] = AsyncStore(config)
+            close_with_loop(store, functools.partial(self._of_loops.pop, key))
+        return self._of_loops[key]
 
     def close(self) -> None:
         """Close the stores of threads; the next use makes new ones."""
