@@ -14,17 +14,14 @@ import sys
 import weakref
 from collections.abc import AsyncGenerator, Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import Any, Unpack
 
 from .._fork import new_lock
 from .._settings import options_of
 from ..aio import AsyncStore
-from ..config import Config, dsn_from_environment
+from ..config import Config, Options, dsn_from_environment
 from ..errors import ConfigError
 from ..store import Store
-
-if TYPE_CHECKING:
-    from ..config import Options
 
 _lock = new_lock(sys.modules[__name__])
 _given: Store | None = None

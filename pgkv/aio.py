@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, Unpack, cast, ove
 from urllib.parse import quote
 
 import psycopg
+from psycopg import IsolationLevel
 from psycopg_pool import AsyncConnectionPool
 
 from ._engine import evict as _evict
@@ -33,7 +34,7 @@ from ._engine._async.pool import AsyncCallerPool, AsyncStorePool
 from ._engine._async.transaction import AsyncCallerChannel
 from ._engine.caller import unwrap
 from ._engine.unopened import Unawaited
-from ._ops.codec import seconds, whole
+from ._ops.codec import Value, seconds, whole
 from ._settings import (
     StoreBase,
     Target,
@@ -49,7 +50,7 @@ from ._settings import (
 )
 from ._sql import Statements
 from ._sql.point import decimal, negated
-from .config import EMBEDDED_SCHEME, Config, require_config
+from .config import EMBEDDED_SCHEME, Config, Options, Seconds, require_config
 from .errors import NotFoundError
 from .types import (
     AtLeast,
@@ -65,13 +66,9 @@ from .types import (
 )
 
 if TYPE_CHECKING:
-    from psycopg import IsolationLevel
-
-    from ._ops.codec import Value
     from ._ops.serialize import CodecName
     from ._shards.store import AsyncShardedStore
     from ._watch.api import AsyncWatch
-    from .config import Options, Seconds
     from .pipeline import AsyncPipeline
     from .typed import AsyncTypedStore
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, Self, TypeVar, Unpack, 
 from urllib.parse import quote
 
 import psycopg
+from psycopg import IsolationLevel
 from psycopg_pool import ConnectionPool
 
 from ._engine import evict as _evict
@@ -31,7 +32,7 @@ from ._engine._sync.pool import CallerPool, StorePool
 from ._engine._sync.transaction import CallerChannel
 from ._engine.caller import unwrap
 from ._engine.unopened import Unopened
-from ._ops.codec import seconds, whole
+from ._ops.codec import Value, seconds, whole
 from ._ops.drivers import invoke
 from ._settings import (
     StoreBase,
@@ -48,7 +49,7 @@ from ._settings import (
 )
 from ._sql import Statements
 from ._sql.point import decimal, negated
-from .config import EMBEDDED_SCHEME, Config, require_config
+from .config import EMBEDDED_SCHEME, Config, Options, Seconds, require_config
 from .errors import NotFoundError
 from .types import (
     AtLeast,
@@ -64,13 +65,9 @@ from .types import (
 )
 
 if TYPE_CHECKING:
-    from psycopg import IsolationLevel
-
-    from ._ops.codec import Value
     from ._ops.serialize import CodecName
     from ._shards.store import ShardedStore
     from ._watch.api import Watch
-    from .config import Options, Seconds
     from .pipeline import Pipeline
     from .typed import TypedStore
 

@@ -16,13 +16,13 @@ from ._ops.serialize import CodecName, Serializer
 from ._settings import refuse_pickle
 from ._sql import Statements
 from ._sql.point import REPEATS
+from .config import Seconds
 from .errors import ConflictError
 from .types import TypedCasResult
 
 if TYPE_CHECKING:
     from ._engine._async.coalesce import AsyncChannel
     from ._engine._sync.channel import Channel
-    from .config import Seconds
 
 T = TypeVar("T")
 

@@ -14,15 +14,13 @@ from ..._engine._async.channel import AsyncPoolChannel
 from ..._engine._sync.channel import PoolChannel
 from ..._ops.drivers import is_set_within, shielded
 from ..._ops.op import Flow, Op, call, pause
-from ...errors import TransactionError
-from .lease import LeaseRenewals, follow
+from ...errors import PgkvError, TransactionError
+from .lease import Held, LeaseRenewals, follow
 from .wakeup import Waiter, Waiters
 
 if TYPE_CHECKING:
     from ...aio import AsyncStore
-    from ...errors import PgkvError
     from ...store import Store
-    from .lease import Held
 
 H = TypeVar("H", bound="Held")
 T = TypeVar("T")

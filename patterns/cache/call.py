@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from ..._engine.breaker import Breaker
 from ..._fork import new_lock
+from ...config import Seconds
 from .._runtime.runtimes import AsyncRuntime, SyncRuntime, runtime_of
 from .sql import CacheStatements
 
 if TYPE_CHECKING:
     from ...aio import AsyncStore
-    from ...config import Seconds
     from ...store import Store
     from ...transforms import Transforms
 

@@ -12,7 +12,7 @@ import sys
 import typing
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from types import FrameType, SimpleNamespace
-from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar, overload
+from typing import Any, Literal, ParamSpec, TypeVar, overload
 
 import psycopg
 
@@ -20,6 +20,7 @@ from ..._engine.caller import unwrap
 from ..._observe import shown
 from ..._ops import codec as _codec
 from ...aio import AsyncStore
+from ...config import Seconds
 from ...errors import ConfigError, InvalidKeyError
 from ...store import Store
 from .._runtime import switch as _switch
@@ -38,9 +39,6 @@ from .identity import Definition, claim
 from .key import Binder, signature_of
 from .l1 import L1
 from .sql import TAG
-
-if TYPE_CHECKING:
-    from ...config import Seconds
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -9,15 +9,13 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable
 from time import monotonic
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from ..._fork import new_lock, survives_fork
 from ..._observe import shown
 from ..._ops.codec import seconds
+from ...config import Seconds
 from ...errors import ConfigError
-
-if TYPE_CHECKING:
-    from ...config import Seconds
 
 HELD_MIN = 64  # keys of transactions, from which on those that have ended are looked for
 

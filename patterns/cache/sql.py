@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from struct import Struct
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from ..._ops import codec as _codec
 from ..._ops.lazy import cached_property
@@ -28,11 +28,9 @@ from ..._sql.table import (
     read_changed,
     read_int_or_none,
 )
+from ...config import Seconds
 from ...errors import InvalidKeyError
 from .._runtime.sql import as_bytes, as_text, in_each_call, rows_of
-
-if TYPE_CHECKING:
-    from ...config import Seconds
 
 PREFIX = "pgkv:cache:"
 ENTRY, FUNCTION, TAG, REFRESH, REPORT = (f"{PREFIX}{kind}:" for kind in "eftrs")

@@ -25,6 +25,7 @@ from ..._ops.op import do
 from ..._ops.serialize import Serializer
 from ..._settings import refuse_pickle
 from ...aio import AsyncStore
+from ...config import Seconds
 from ...errors import ConfigError, PgkvError
 from ...store import Store
 from .._runtime.checks import require
@@ -32,9 +33,6 @@ from .._runtime.runtimes import AsyncRuntime, SyncRuntime
 from ..defaults import default_async_store, default_store
 from .flows import AttemptState, IdempotencyFlows, Raw
 from .sql import Record
-
-if TYPE_CHECKING:
-    from ...config import Seconds
 
 T = TypeVar("T")
 U = TypeVar("U")

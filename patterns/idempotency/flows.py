@@ -22,6 +22,7 @@ from ..._observe import shown
 from ..._ops.codec import encode_key, encode_value, seconds
 from ..._ops.op import Flow, call, do, pause
 from ..._settings import refuse_pickle
+from ...config import Config, Seconds, Table
 from ...errors import (
     InProgressError,
     InvalidKeyError,
@@ -37,7 +38,6 @@ from .._runtime.sql import sweep_slots
 from .sql import BUSY, IDEMPOTENCY, SEPARATOR, Answer, IdempotencyStatements
 
 if TYPE_CHECKING:
-    from ...config import Config, Seconds, Table
     from .._runtime.runtimes import Runtime
 
 T = TypeVar("T")

@@ -28,9 +28,10 @@ from ..._engine.caller import unwrap
 from ..._engine.unopened import Unawaited
 from ..._observe import shown
 from ..._ops.codec import encode_key, integer, seconds, waiting
+from ..._ops.op import Flow
 from ..._settings import refuse_pickle
 from ...aio import AsyncStore
-from ...config import Config, require_int
+from ...config import Config, Seconds, Table, require_int
 from ...errors import ConfigError, InvalidKeyError, InvalidValueError, LockTimeoutError, PgkvError
 from ...store import Store
 from .._runtime.checks import home_of, require, require_callback
@@ -55,10 +56,6 @@ from .sql import (
     SemaphoreStatements,
     slot_keys,
 )
-
-if TYPE_CHECKING:
-    from ..._ops.op import Flow
-    from ...config import Seconds, Table
 
 A = TypeVar("A", "AsyncLease", AsyncLeases)
 Q = TypeVar("Q", bound=LockStatements)

@@ -11,13 +11,14 @@ import asyncio
 import inspect
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from ... import _observe
 from ..._observe import shown
 from ..._ops.op import Flow, call
 from ..._settings import refuse_pickle
 from ...aio import AsyncStore
+from ...config import Seconds
 from ...errors import ConfigError, PgkvError
 from ...store import Store
 from .._runtime.checks import home_of, require, require_callback
@@ -25,9 +26,6 @@ from .._runtime.runtimes import AsyncRuntime, SyncRuntime
 from . import flows
 from .api import REFUSAL, make_options
 from .lease import LeaseState, report, report_async, tell, tell_async
-
-if TYPE_CHECKING:
-    from ...config import Seconds
 
 S = TypeVar("S", Store, AsyncStore)
 

@@ -12,7 +12,7 @@ import os
 import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 
@@ -21,10 +21,7 @@ from ..._background.renewal import clock
 from ..._observe import shown
 from ...errors import InvalidValueError
 from .._runtime.lease import Held
-from .sql import SEPARATOR, Asking, LockStatements
-
-if TYPE_CHECKING:
-    from .sql import Place
+from .sql import SEPARATOR, Asking, LockStatements, Place
 
 LOST_BECAUSE = {
     "expired": "its time passed before a renewal got through",

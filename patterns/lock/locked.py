@@ -5,19 +5,17 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar, cast
+from typing import Any, Literal, TypeAlias, TypeVar, cast
 
 from ..._ops.codec import seconds, waiting
 from ...aio import AsyncStore
+from ...config import Seconds
 from ...errors import ConfigError
 from ...store import Store
 from .._runtime.checks import named
 from ..defaults import default_async_store, default_store
 from .api import Acquirer, AsyncAcquirer, AsyncLock, Lock
 from .sql import fence
-
-if TYPE_CHECKING:
-    from ...config import Seconds
 
 F = TypeVar("F", bound=Callable[..., Any])
 

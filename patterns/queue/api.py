@@ -22,7 +22,7 @@ from ..._ops.op import Flow, do
 from ..._ops.serialize import CodecName, Serializer
 from ..._settings import refuse_pickle
 from ...aio import AsyncStore
-from ...config import require_int
+from ...config import Seconds, require_int
 from ...errors import ConfigError, InvalidValueError, TransactionError
 from ...store import Store
 from .._runtime.checks import home_of, require, require_plain
@@ -31,9 +31,6 @@ from .._runtime.runtimes import AsyncRuntime, SyncRuntime
 from . import flows
 from .flows import Backoff, HeldJob, Notifier, Put, QueueOptions
 from .sql import JOBS, JOBS_UNLOGGED, JobInfo, JobStatements, QueueStats
-
-if TYPE_CHECKING:
-    from ...config import Seconds
 
 R = TypeVar("R")
 T = TypeVar("T")

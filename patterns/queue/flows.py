@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
 from random import uniform
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, TypeVar
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 from ... import _observe
 from ..._background.renewal import clock
@@ -22,6 +22,7 @@ from ..._observe import shown
 from ..._ops import codec as _codec
 from ..._ops.op import Flow, call, do
 from ..._ops.serialize import Serializer
+from ...config import Seconds
 from ...errors import (
     ConflictError,
     InvalidValueError,
@@ -46,9 +47,6 @@ from .sql import (
     Taken,
     due_params,
 )
-
-if TYPE_CHECKING:
-    from ...config import Seconds
 
 T = TypeVar("T")
 

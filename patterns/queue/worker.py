@@ -14,7 +14,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from time import monotonic
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from ... import _observe
 from ..._observe import shown
@@ -22,16 +22,13 @@ from ..._ops import codec as _codec
 from ..._ops.drivers import drive, drive_async, is_set_within, shielded
 from ..._ops.op import Flow, call
 from ..._settings import refuse_pickle
-from ...config import require_int
+from ...config import Seconds, require_int
 from ...errors import ConfigError, PgkvError
 from .._runtime.checks import named, require, require_callback
 from .._runtime.wakeup import Waiter
 from . import flows
 from .api import AsyncJob, AsyncQueue, Job, Queue
 from .flows import Bury, JobWaiters, Later, give_back
-
-if TYPE_CHECKING:
-    from ...config import Seconds
 
 J = TypeVar("J")
 Q = TypeVar("Q")

@@ -8,22 +8,20 @@ https://cheatsheetseries.owasp.org/cheatsheets/Session_Management_Cheat_Sheet.ht
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Generic, Literal, Self, TypeVar
+from typing import Any, Generic, Literal, Self, TypeVar
 
 from ..._engine._async.transaction import AsyncBoundChannel
 from ..._engine._sync.transaction import BoundChannel
 from ..._observe import shown
+from ..._ops.op import Flow
 from ..._settings import refuse_pickle
 from ...aio import AsyncStore
+from ...config import Seconds
 from ...store import Store
 from .._runtime.checks import require
 from .data import KEEP, Keep, Session, SessionInfo
 from .flows import SessionFlows, session_from
 from .sql import LOOK_AGAIN
-
-if TYPE_CHECKING:
-    from ..._ops.op import Flow
-    from ...config import Seconds
 
 T = TypeVar("T")
 StoreT = TypeVar("StoreT", Store, AsyncStore)

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 
 from ..._engine.schema import companion, ensure
 from ..._ops.codec import seconds
 from ..._ops.op import Flow, Op, do
-from ...config import VALUE_SIZE_MAX, Config, Table, require_int
+from ...config import VALUE_SIZE_MAX, Config, Seconds, Table, require_int
 from ...errors import (
     ConfigError,
     ConflictError,
@@ -55,9 +55,6 @@ from .sql import (
     NewLifetimes,
     SessionStatements,
 )
-
-if TYPE_CHECKING:
-    from ...config import Seconds
 
 _HANDLE = re.compile("[0-9a-f]{64}")
 MODES = ("merge", "error", "last_wins")

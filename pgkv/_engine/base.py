@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from psycopg import pq
+from psycopg.pq.abc import PGresult
 
 from .. import _observe
 from .._ops.drivers import answer_of
@@ -24,10 +25,6 @@ from .nesting import Nesting
 from .results import outcomes
 from .retry import may_repeat, recover
 from .sweep import Collector
-
-if TYPE_CHECKING:
-    from psycopg.pq.abc import PGresult
-
 
 LAST_TIME = 2.0  # seconds for what is still to be sent when a store is closed
 MANY = 1_000_000  # rows, at most, that a batch lets evict; it ends where the bound holds

@@ -12,9 +12,10 @@ import select
 from collections.abc import Callable, Generator, Sequence
 from collections.abc import Set as AbstractSet
 from time import monotonic
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from psycopg import capabilities, pq
+from psycopg.pq.abc import PGconn, PGresult
 
 from .._ops.op import BINARY, Flow, Op, Result, Statement
 from .._sql.control import PREPARE_TRIAL
@@ -22,9 +23,6 @@ from .._sql.table import read_int
 from ..config import Pooler
 from ..errors import PgkvError, from_result
 from .results import OK, behind_fences, in_part, is_outdated, refusal, without_fences
-
-if TYPE_CHECKING:
-    from psycopg.pq.abc import PGconn, PGresult
 
 T = TypeVar("T")
 

@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Callable, Container, Iterable, Iterat
 from dataclasses import fields, replace
 from itertools import islice
 from time import monotonic
-from typing import TYPE_CHECKING, Any, Self, Unpack
+from typing import Any, Self, Unpack
 
 from psycopg.conninfo import conninfo_to_dict
 
@@ -21,22 +21,19 @@ from .._engine._async.pool import AsyncStorePool
 from .._engine._sync.channel import PoolChannel
 from .._engine._sync.pool import StorePool
 from .._ops import codec as _codec
+from .._ops.codec import Value
 from .._ops.drivers import drive, drive_async
 from .._settings import Target, options_of, reach_timeout, table_config
 from ..aio import AsyncStore, Opening
-from ..config import BYTES_MIN, ENTRIES_MIN, Config, dsn_from_environment
+from ..config import BYTES_MIN, ENTRIES_MIN, Config, Seconds, TableOptions, dsn_from_environment
 from ..errors import ConfigError
 from ..store import Store
+from ..types import Stats
 from .channel import AsyncShardedChannel, InThreads, ShardedChannel, at_once
 from .citus import opened
 from .placement import Node, Router, Shard
 from .slots import ANY, ShardedConfig, Slots, apart
 from .sql import ShardedStatements
-
-if TYPE_CHECKING:
-    from .._ops.codec import Value
-    from ..config import Seconds, TableOptions
-    from ..types import Stats
 
 LOAD_ROWS = 50_000  # items sorted by slot at a time
 PLACEMENTS = ("auto", "servers", "citus")

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import add
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from .._ops import codec as _codec
+from .._ops.codec import Value
 from .._ops.lazy import cached_property
 from .._ops.op import BINARY, TEXT, Expired, Op, Param, Raced, Result, Signal, Statement
+from ..config import Seconds
 from ..errors import InvalidKeyError, InvalidValueError
 from .point import ADDED, LATE, REFUSED_INCREMENT, WINDOW
 from .table import (
@@ -26,10 +28,6 @@ from .table import (
     read_count,
     read_nothing,
 )
-
-if TYPE_CHECKING:
-    from .._ops.codec import Value
-    from ..config import Seconds
 
 T = TypeVar("T")
 K = TypeVar("K")

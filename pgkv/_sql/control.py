@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import TYPE_CHECKING
+
+from psycopg import IsolationLevel
 
 from .._ops.op import TEXT, Op, Statement
 from .table import read_int, read_nothing
-
-if TYPE_CHECKING:
-    from psycopg import IsolationLevel
-
 
 _NAMED: Statement[int] = Statement(
     "prepare_trial",

@@ -7,11 +7,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from .._ops import codec as _codec
+from .._ops.codec import Value
 from .._ops.lazy import cached_property
 from .._ops.op import BINARY, TEXT, Expired, Op, Raced, Result, Signal, Statement
+from ..config import Seconds
 from ..errors import InvalidValueError
 from ..types import CasResult, CasStatus, Entry, IncrementResult
 from .table import (
@@ -33,10 +35,6 @@ from .table import (
     read_int_or_none,
     read_value,
 )
-
-if TYPE_CHECKING:
-    from .._ops.codec import Value
-    from ..config import Seconds
 
 T = TypeVar("T")
 

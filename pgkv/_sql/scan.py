@@ -6,8 +6,9 @@ COLLATE "C" (LIKE would not, and would give '%' and '_' in a prefix a meaning).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import datetime
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from .._ops import codec as _codec
 from .._ops.lazy import cached_property
@@ -16,9 +17,6 @@ from ..errors import InvalidKeyError
 from ..types import KeyValue, ScanOptions, Stats
 from .sweep import Sweep
 from .table import LIVE, read_found, read_int, read_nothing
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 T = TypeVar("T")
 

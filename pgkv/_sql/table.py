@@ -4,19 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from datetime import datetime
 from random import random
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from .._ops import codec as _codec
 from .._ops.lazy import cached_property
 from .._ops.op import BINARY, TEXT, Noted, Op, Result, Signal, Statement
-from ..config import Config, Table, TtlCleanupStrategy
+from ..config import Config, Seconds, Table, TtlCleanupStrategy
 from ..errors import InvalidValueError
-
-if TYPE_CHECKING:
-    from datetime import datetime
-
-    from ..config import Seconds
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -9,20 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 from .._ops import codec as _codec
 from .._ops.lazy import cached_property
 from .._ops.op import BINARY, TEXT, Expired, Op, Raced, Result, Signal, Statement
+from ..config import Config, Seconds
 from ..errors import ConfigError
 from ..transforms import HEAD, Transforms, applied, is_own
 from ..types import CasResult, Entry, KeyValue, ScanOptions
 from . import SETS, Statements
 from .point import PointStatements
 from .table import AFTER
-
-if TYPE_CHECKING:
-    from ..config import Config, Seconds
 
 T = TypeVar("T")
 

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from dataclasses import dataclass
 from time import monotonic
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import Any, Literal, Self
 
 from .._background.background import backgrounds, pool_channel
 from .._engine._async.pool import AsyncCallerPool, AsyncStorePool
@@ -22,13 +22,18 @@ from .._ops.drivers import is_set_within
 from .._ops.op import Flow, call
 from .._settings import refuse_pickle
 from .._sql.watch import WatchStatements
-from ..config import ANONYMOUS, Config, Pooler, require_bool, require_config, require_seconds
+from ..config import (
+    ANONYMOUS,
+    Config,
+    Pooler,
+    Seconds,
+    require_bool,
+    require_config,
+    require_seconds,
+)
 from ..errors import ConfigError, InvalidKeyError
 from ..types import shown_value
 from .source import KEYS_MAX, Ears, Selection, Source
-
-if TYPE_CHECKING:
-    from ..config import Seconds
 
 POLL_MIN = 0.1  # seconds
 WAIT_MAX = 3600.0  # seconds of one wait; threads cannot wait for an unlimited number

@@ -10,7 +10,7 @@ import asyncio
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .. import _observe
 from .._background.background import backgrounds, workers
@@ -19,13 +19,10 @@ from .._engine.base import InTransaction
 from .._fork import survives_fork
 from .._ops.codec import decode_array
 from .._ops.drivers import drive, drive_async
-from .._ops.op import Flow, Op, Param, Pipelined, Statement, Step, do, pause
+from .._ops.op import Flow, Op, Param, Pipelined, Statement, Step, Transaction, do, pause
 from .._sql.watch import WatchStatements
+from ..config import Config
 from ..errors import ConfigError, PgkvError
-
-if TYPE_CHECKING:
-    from .._ops.op import Transaction
-    from ..config import Config
 
 DELAY = 0.01  # seconds in which keys are collected
 KEYS_MAX = 1_000  # of one call; more are not named

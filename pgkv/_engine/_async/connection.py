@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import psycopg
 from psycopg import pq
+from psycopg.pq.abc import PGresult
 
 from ..._ops.drivers import drive_async
 from ..._ops.op import BINARY, Op, Statement
@@ -34,8 +35,6 @@ from ..results import (
 from ..wire import CANCEL_TIMEOUT, IDLE, Conversation, Preparing, WireConnection
 
 if TYPE_CHECKING:
-    from psycopg.pq.abc import PGresult
-
     from .pool import TaskInQueue
 
 T = TypeVar("T")

@@ -14,13 +14,15 @@ from collections import deque
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import psycopg
 import psycopg_pool
+from psycopg.pq.abc import PGresult
 from psycopg_pool import PoolClosed, PoolTimeout
 
 from ... import _observe
+from ..._ops.op import Op
 from ...config import Config
 from ...errors import ConfigError, PgkvError, translate
 from .. import conninfo as _conninfo
@@ -44,11 +46,6 @@ from ..pooling import (
 )
 from ..wire import Preparing, poller
 from .connection import AsyncPgConnection, Watchdog
-
-if TYPE_CHECKING:
-    from psycopg.pq.abc import PGresult
-
-    from ..._ops.op import Op
 
 
 class AsyncStorePool:

@@ -6,10 +6,10 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from time import monotonic
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import psycopg
-from psycopg import pq
+from psycopg import IsolationLevel, pq
 
 from ... import _observe
 from ..._ops.drivers import drive_async
@@ -23,9 +23,6 @@ from ..flows import RefusedError
 from ..nesting import NESTED_NAP, never_free
 from ..results import OK, is_fenced, refusal
 from .connection import AsyncPgConnection, Watchdog
-
-if TYPE_CHECKING:
-    from psycopg import IsolationLevel
 
 T = TypeVar("T")
 

@@ -14,11 +14,14 @@ from __future__ import annotations
 
 import selectors
 from collections import deque
+from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 from time import monotonic
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import psycopg
 from psycopg import pq
+from psycopg.pq.abc import PGresult
 
 from ..._ops.drivers import drive
 from ..._ops.op import BINARY, Op, Result, Statement
@@ -36,12 +39,6 @@ from ..results import (
     refusal,
 )
 from ..wire import CANCEL_TIMEOUT, IDLE, SELECT_NAP, Conversation, Preparing, WireConnection
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from collections.abc import Set as AbstractSet
-
-    from psycopg.pq.abc import PGresult
 
 # Bytes can wait inside OpenSSL while the socket is silent: under TLS no sleep is longer.
 TLS_NAP_MS = 50.0

@@ -12,10 +12,10 @@ import threading
 import time
 from collections.abc import Iterator
 from time import monotonic
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import psycopg
-from psycopg import pq
+from psycopg import IsolationLevel, pq
 
 from ... import _observe
 from ..._ops.drivers import drive
@@ -29,9 +29,6 @@ from ..flows import RefusedError
 from ..nesting import NESTED_NAP, never_free
 from ..results import OK, is_fenced, refusal
 from .connection import PgConnection
-
-if TYPE_CHECKING:
-    from psycopg import IsolationLevel
 
 T = TypeVar("T")
 
