@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from ._engine import flows as _flows
+from ._engine._async.coalesce import AsyncChannel
+from ._engine._sync.channel import Channel
 from ._observe import shown
 from ._ops.op import Flow
 from ._ops.serialize import CodecName, Serializer
@@ -19,10 +21,6 @@ from ._sql.point import REPEATS
 from .config import Seconds
 from .errors import ConflictError
 from .types import TypedCasResult
-
-if TYPE_CHECKING:
-    from ._engine._async.coalesce import AsyncChannel
-    from ._engine._sync.channel import Channel
 
 T = TypeVar("T")
 

@@ -7,20 +7,18 @@ import asyncio
 import contextlib
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from ..._background.background import Background, backgrounds, pool_channel
 from ..._engine._async.channel import AsyncPoolChannel
 from ..._engine._sync.channel import PoolChannel
 from ..._ops.drivers import is_set_within, shielded
 from ..._ops.op import Flow, Op, call, pause
+from ...aio import AsyncStore
 from ...errors import PgkvError, TransactionError
+from ...store import Store
 from .lease import Held, LeaseRenewals, follow
 from .wakeup import Waiter, Waiters
-
-if TYPE_CHECKING:
-    from ...aio import AsyncStore
-    from ...store import Store
 
 H = TypeVar("H", bound="Held")
 T = TypeVar("T")

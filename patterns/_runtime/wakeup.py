@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
+from ..._background.background import Background
 from ..._background.listener import say_polling
 from ..._fork import new_lock
-
-if TYPE_CHECKING:
-    from ..._background.background import Background
 
 
 class Waiter:

@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable
 from functools import partial
 from random import uniform
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from ... import _observe
 from ..._background.renewal import clock
@@ -34,11 +34,9 @@ from ...errors import (
 )
 from .._runtime.checks import require_plain
 from .._runtime.lease import Held
+from .._runtime.runtimes import Runtime
 from .._runtime.sql import sweep_slots
 from .sql import BUSY, IDEMPOTENCY, SEPARATOR, Answer, IdempotencyStatements
-
-if TYPE_CHECKING:
-    from .._runtime.runtimes import Runtime
 
 T = TypeVar("T")
 

@@ -15,7 +15,7 @@ import os
 import weakref
 from collections.abc import Callable
 from random import random, randrange, uniform
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, TypeVar
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import psycopg
 from psycopg import pq
@@ -32,6 +32,7 @@ from ...errors import (
     TransactionError,
 )
 from .._runtime.lease import MARGIN_MIN, do_within, margin_of
+from .._runtime.runtimes import Runtime
 from .._runtime.wakeup import Waiter, Waiters
 from .lease import LeaseState, LockOptions, new_asking
 from .sql import (
@@ -46,9 +47,6 @@ from .sql import (
     Undefined,
     read_owner,
 )
-
-if TYPE_CHECKING:
-    from .._runtime.runtimes import Runtime
 
 POLL_FIRST, POLL_GROWTH, POLL_MAX = 0.005, 1.6, 0.5  # seconds; jittered down by half
 NOTIFIED_FIRST, NOTIFIED_MAX = 0.5, 5.0  # the same where a release is notified

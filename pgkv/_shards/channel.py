@@ -12,12 +12,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import copy_context
 from functools import partial
 from time import monotonic
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from psycopg import IsolationLevel
 
 from .._engine._async.channel import AsyncPoolChannel
+from .._engine._async.transaction import AsyncBoundChannel
 from .._engine._sync.channel import PoolChannel
+from .._engine._sync.transaction import BoundChannel
 from .._engine.base import PooledOperations
 from .._engine.schema import complete_columns
 from .._engine.sweep import Collector, weakly
@@ -31,10 +33,6 @@ from ..types import PoolStats
 from .placement import Router, left
 from .slots import ANY, schema_of, slot_of_schema
 from .sql import InSlot, Spread
-
-if TYPE_CHECKING:
-    from .._engine._async.transaction import AsyncBoundChannel
-    from .._engine._sync.transaction import BoundChannel
 
 T = TypeVar("T")
 

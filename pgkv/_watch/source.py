@@ -12,17 +12,15 @@ from collections.abc import Iterable
 from functools import partial
 from random import uniform
 from time import monotonic
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from .. import _observe
+from .._background.background import Background
 from .._background.listener import RETRY_FIRST, RETRY_MAX, Listener, say_polling
 from .._fork import new_lock
 from .._ops.op import Flow, do, pause
 from .._sql.watch import CHANNEL, NEVER_ENDS, PAGE, Seen, WatchStatements
 from ..errors import ConfigError, OperationTimeoutError, StoreUnavailableError
-
-if TYPE_CHECKING:
-    from .._background.background import Background
 
 HINTS_MAX = 1_000  # keys; beyond that everything is compared
 KEYS_MAX = 10_000  # keys under a prefix that is polled

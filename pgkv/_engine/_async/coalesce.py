@@ -16,20 +16,18 @@ import contextlib
 from collections.abc import Coroutine, Sequence
 from contextvars import copy_context
 from time import monotonic
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from ... import _observe
 from ..._ops.op import Op, Param, Pipelined, Raced, Statement, Undecoded, send
 from ..._sql import GETS, Statements, control
+from ..._sql.sweep import Sweep
 from ...config import Table
 from ...errors import PgkvError, TableNotFoundError
 from .. import flows as _flows
 from ..merging import merge, parted
-
-if TYPE_CHECKING:
-    from ..._sql.sweep import Sweep
-    from .channel import AsyncPoolChannel
-    from .transaction import AsyncBoundChannel
+from .channel import AsyncPoolChannel
+from .transaction import AsyncBoundChannel
 
 T = TypeVar("T")
 
