@@ -29,8 +29,8 @@ class Computation:
     __slots__ = ("_token", "name", "running")
 
     def __init__(self, name: object) -> None:
-        self.name = name
-        self.running = True
+        self.name: object = name
+        self.running: bool = True
 
     def __enter__(self) -> None:
         around = [each for each in _computations.get() if each.running]
