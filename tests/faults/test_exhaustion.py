@@ -313,6 +313,8 @@ def _interrupted(call: Callable[[], Any], line: int) -> bool:
         nonlocal left
         if "/_engine/_sync/" not in frame.f_code.co_filename.replace("\\", "/"):
             return None
+        if frame.f_code.co_name == "__del__":
+            return None  # CPython reports what a destructor raises, and goes on
         line = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
         # CPython runs no handler between the last call of a block and the release of its lock.
         if event == "line" and not line.lstrip().startswith("with self._lock"):
