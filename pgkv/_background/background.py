@@ -204,10 +204,14 @@ class _Backgrounds:
             self._of_channels[channel] = background
         return background
 
-    def close(self) -> None:
-        """End those in threads."""
+    def stop_listening(self) -> None:
+        """End the listeners of threads. Leases are left as they are: their ends are not reported."""
         for background in list(self._of_process.values()):
-            background.close(wait=True)
+            stopped = threading.Event()
+            with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
+                background.loop.call_soon_threadsafe(background.listener.stop)
+                background.loop.call_soon_threadsafe(stopped.set)
+                stopped.wait(STOP_TIME)
 
     def forget(self, channel: Any) -> None:
         """Look again where the channel's server is, at the next `get`."""
@@ -339,7 +343,7 @@ workers = Workers()
 
 def _at_exit() -> None:
     workers.close()
-    backgrounds.close()
+    backgrounds.stop_listening()
 
 
 atexit.register(_at_exit)

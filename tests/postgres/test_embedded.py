@@ -329,6 +329,7 @@ from pgkv._embedded import binaries
 binaries.binary_directories = lambda: [sys.argv[2]]
 store = pgkv.Store.embedded(sys.argv[1], notify=True)
 events = store.watch("k").__enter__()
+lease = pgkv.Lock(store, "l").acquire()
 store.set("k", "v")
 print(events.next(timeout=60).key)
 """
