@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import os
 import secrets
 import time
 from collections.abc import Callable
@@ -12,8 +13,10 @@ from typing import Any
 import pytest
 
 import pgkv
+from pgkv._shards.moves import move
 from tests import sharded
-from tests.faults.support import Standby, newest
+from tests.faults.support import Standby, exit_code, newest
+from tests.faults.test_fork import in_child
 from tests.servers import LATE, Server
 from tests.variants import Variant, in_thread
 
@@ -84,6 +87,29 @@ async def test_only_its_slots_suffer(
             assert await late.get_many(keys) == {keys[0]: b"v"}
         await store.set(keys[1], "again")
         assert await store.get_many(keys) == {keys[0]: b"v", keys[1]: b"again"}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork() here")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_forked_child_follows_a_move(server: Server) -> None:
+    """Also where a thread of its parent reads the map at that moment: the child has no such thread."""
+    dsns = sharded.databases(server.dsn, [f"f_{secrets.token_hex(4)}" for _ in range(2)])
+    sharded.init(dsns, 2)
+    with pgkv.Store.sharded(dsns) as store:
+        slot = store.slot_of("k")
+        store.increment("k")
+        store._channel.router._reading.add(slot)
+        with sharded.cluster(dsns) as servers:
+            servers.read()
+            to = next(each for each in ("n1", "n2") if each != servers.homes()[slot].home)
+            move(servers, slot, to, lambda *_: None)
+
+        def work() -> None:
+            assert store.increment("k") == 2
+
+        assert exit_code(in_child(work)) == 0
+        store._channel.router._reading.clear()
+        assert store.increment("k") == 3
 
 
 async def test_a_server_is_replaced_by_its_standby(

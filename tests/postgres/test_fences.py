@@ -4,16 +4,20 @@ go behind a fence, and without one they are lost. The real thing is in test_shar
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import secrets
 import threading
 from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psycopg
 import pytest
+from psycopg import pq
 
 import pgkv
+from pgkv._engine.results import without_fences
 from pgkv._ops.op import BINARY, Op, Statement
 from pgkv._shards import fences
 from pgkv._shards.sql import Relation
@@ -230,6 +234,18 @@ def test_which_statements_are_fenced() -> None:
     assert op.of(Op(named, [b'"pgkv_00"."t"'])).params == [b"pgkv_00.t_7"]
 
 
+def test_whose_result_a_refused_fence_is() -> None:
+    """It answers for the operations of its slot. What was aborted with them has its own result."""
+    refused, aborted = pq.ExecStatus.FATAL_ERROR, pq.ExecStatus.PIPELINE_ABORTED
+    results: Any = [
+        SimpleNamespace(status=int(status))
+        for status in (pq.ExecStatus.TUPLES_OK, refused, aborted, aborted, aborted)
+    ]
+    found = without_fences(results, [0, 1, None])
+    assert [[*map(id, results)].index(id(each)) for each in found] == [2, 1, 4]
+    assert without_fences(results[2:], [None] * 3) == results[2:]
+
+
 async def test_a_fence_that_waits_too_long(
     citus: sharded.CitusStandIn, keys: list[str], variant: Variant
 ) -> None:
@@ -334,34 +350,68 @@ async def test_many_chunks_follow_their_slot(
             assert await other.get_many(deltas) == {key: b"%d" % sums[key] for key in deltas}
 
 
-async def test_a_lease_is_renewed_at_another_address(
-    citus: sharded.CitusStandIn, keys: list[str], variant: Variant, tmp_path: Path
-) -> None:
-    """As when a node's standby has taken over: the renewal fails at the old address, asks for the new one, and
-    goes on there."""
+@contextlib.contextmanager
+def leaving(
+    citus: sharded.CitusStandIn, tmp_path: Path
+) -> Iterator[tuple[list[str], Callable[[], None]]]:
+    """DSNs, the first one by an address that its node leaves for another when the function is called: as when
+    its standby takes over."""
     params = psycopg.conninfo.conninfo_to_dict(citus.dsns[0])
     old, here = tmp_path / "old", str(params["host"])
     old.symlink_to(here)
-    dsns = [psycopg.conninfo.make_conninfo(citus.dsns[0], host=str(old)), citus.dsns[1]]
     told = "UPDATE pg_catalog.pg_dist_node SET nodename = %s, nodeport = %s WHERE groupid = 0"
-    store = await sharded.connect(variant, dsns)
-    async with store, variant.make("Lock", store, keys[0], ttl=60).acquire() as lease:
-        inner = getattr(lease, "_target", lease)
-        background = inner._runtime.background()
-        try:
-            with psycopg.connect(citus.dsns[1], autocommit=True) as conn:
-                conn.execute(told, [here, params.get("port", "5432")])
-                old.unlink()
-                # The old address has no connection any more, of the store or of its background.
-                conn.execute(
-                    "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity WHERE datname = %s",
-                    [params["dbname"]],
-                )
+    ended = "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity WHERE datname = %s"
+    with psycopg.connect(citus.dsns[1], autocommit=True) as conn:
+
+        def leave() -> None:
+            conn.execute(told, [here, params.get("port", "5432")])
+            old.unlink()
+            conn.execute(ended, [params["dbname"]])
+
+        yield [psycopg.conninfo.make_conninfo(citus.dsns[0], host=str(old)), citus.dsns[1]], leave
+        conn.execute(told, ["node", 0])
+
+
+async def test_a_lease_is_renewed_at_another_address(
+    citus: sharded.CitusStandIn, keys: list[str], variant: Variant, tmp_path: Path
+) -> None:
+    """The renewal fails at the old address, asks for the new one, and goes on there."""
+    with leaving(citus, tmp_path) as (dsns, leave):
+        store = await sharded.connect(variant, dsns)
+        async with store, variant.make("Lock", store, keys[0], ttl=60).acquire() as lease:
+            inner = getattr(lease, "_target", lease)
+            background = inner._runtime.background()
+            leave()
             for _ in range(2):
                 end, inner._due = inner._until, 0.0
                 await until(lambda: inner._until > end or lease.is_lost, "it is renewed")  # noqa: B023
-        finally:
-            with psycopg.connect(citus.dsns[1], autocommit=True) as conn:
-                conn.execute(told, ["node", 0])
-        assert not lease.is_lost
-        assert inner._runtime.background() is not background
+            assert not lease.is_lost
+            assert inner._runtime.background() is not background
+
+
+@pytest.mark.parametrize("way", ["pipeline", "transaction", "many"])
+async def test_the_next_try_is_at_another_address(
+    citus: sharded.CitusStandIn, keys: list[str], variant: Variant, tmp_path: Path, way: str
+) -> None:
+    """What may have happened is not repeated; the failure is the reason to ask for the new address."""
+    with leaving(citus, tmp_path) as (dsns, leave):
+        store = await sharded.connect(variant, dsns, retry=None)
+        async with store:
+
+            async def work() -> None:
+                if way == "pipeline":
+                    async with store.pipeline() as p:
+                        p.increment(keys[0])
+                        p.increment(keys[1])
+                elif way == "transaction":
+                    async with store.on(keys[0]).transaction() as tx:
+                        await tx.increment(keys[0])
+                else:
+                    await store.increment_many(dict.fromkeys(keys[:2], 1))
+
+            await work()
+            leave()
+            with pytest.raises(pgkv.StoreUnavailableError):
+                await work()
+            await work()
+            assert await store.get(keys[0]) == b"2"

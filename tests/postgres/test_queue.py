@@ -333,6 +333,21 @@ async def test_after_its_lease_a_job_is_given_to_another(
     assert await counts(queue) == (0, 0, 0, 0)
 
 
+async def test_a_waiting_take_gets_the_job_of_a_dead_worker(queue: Any, clock: ServerClock) -> None:
+    """It has looked past that job, which another one had, and looks at everything from time to time."""
+    await queue.put("dead")
+    dead = await queue.take()
+    clock.advance(10)
+    await queue.put("done")
+    await (await queue.take()).ack()
+    waiting = asyncio.ensure_future(queue.take(timeout=60))
+    clock.advance(61)
+    job = await waiting
+    assert (job.id, job.payload) == (dead.id, b"dead")
+    assert job.token > dead.token
+    await job.ack()
+
+
 async def test_a_late_ack_counts_if_nobody_took_the_job(queue: Any, clock: ServerClock) -> None:
     """The work was done once: there is nothing to do again."""
     await queue.put("a")

@@ -235,6 +235,30 @@ def test_what_an_online_move_cannot_follow(servers: Servers, dsns: list[str]) ->
         assert source.execute(triggers).fetchone() == (0,)
 
 
+def test_an_online_move_whose_target_dies(servers: Servers, dsns: list[str]) -> None:
+    """The slot stays where it is, without the triggers that cost its clients time; `resume` drops
+    the copy that is left."""
+    to, source = servers.named(elsewhere(servers, 4)), servers.named(servers.homes()[4].home)
+
+    def progress(slot: int, step: str, copied: int) -> None:
+        if step == "following":
+            to.conn.close()
+
+    with pgkv.Store.sharded(dsns) as store:
+        key = next(k for k in map(str, range(99)) if store.slot_of(k) == 4)
+        store.increment(key)
+        with pytest.raises(pgkv.StoreUnavailableError):
+            moves.move(servers, 4, to.name, progress, How.ONLINE)
+        triggers = "SELECT count(*) FROM pg_trigger WHERE tgname ~ 'pgkv'"
+        assert source.execute(triggers).fetchone() == (0,)
+        assert store.increment(key) == 2
+        with sharded.cluster(dsns) as again:
+            assert moves.resume(again, 4, quiet)
+            assert again.homes()[4].home == source.name
+            assert moves.move(again, 4, to.name, quiet, How.ONLINE)
+        assert store.increment(key) == 3
+
+
 def test_a_client_without_rights_writes_during_the_copy(servers: Servers, dsns: list[str]) -> None:
     """Its changes are noted with the rights of the mover."""
     source = servers.named(servers.homes()[2].home)
@@ -465,7 +489,7 @@ async def test_many_chunks_follow_their_slot(
     servers: Servers, dsns: list[str], variant: Variant
 ) -> None:
     """A batch of one slot that takes several statements, or is a pipeline of several, is sent by an old
-    route, finds no table, and happens where the slot is now: once."""
+    route, finds no table, and happens where the slot is now: once. So does a transaction that may be repeated."""
     store = await sharded.connect(variant, dsns)
     async with store:
         one = store.on("{k}")
@@ -480,6 +504,12 @@ async def test_many_chunks_follow_their_slot(
         async with one.pipeline(atomic=True) as p:
             handles = [p.increment("{k}0") for _ in range(PIPELINE_MAX + 1)]
         assert handles[-1].result() == PIPELINE_MAX + 4
+        await asyncio.to_thread(moves.move, servers, slot, elsewhere(servers, slot), quiet)
+
+        async def work(tx: Any) -> int:
+            return int(await tx.increment("{k}0"))
+
+        assert await one.run_transaction(work) == PIPELINE_MAX + 5
 
 
 async def test_a_lease_is_renewed_where_its_slot_is(
