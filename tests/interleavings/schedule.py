@@ -27,7 +27,6 @@ import selectors
 import sys
 import threading
 import time
-import types
 import weakref
 from collections.abc import Callable, Coroutine, Generator, Iterable, Iterator
 from typing import Any
@@ -39,7 +38,6 @@ from pgkv._ops.drivers import drive
 from pgkv._ops.op import Op
 from pgkv._sql import Statements
 from pgkv.errors import OperationTimeoutError
-from pgkv.patterns._runtime import runtimes
 from pgkv.patterns.cache.call import context_of
 from pgkv.patterns.lock import flows as lock_flows
 from pgkv.testing import ServerClock
@@ -772,17 +770,12 @@ def _clock_of(world: World) -> Iterator[None]:
                 for clock, value in values
                 if callable(value) and not isinstance(value, type)
             ]
-    sleeping: Any = runtimes  # the one module of the patterns that sleeps by itself
-    its_time = sleeping.time
     its_notes, lock_flows.NOTE_AFTER = lock_flows.NOTE_AFTER, math.inf
     try:
         for module, clock, _ in found:
             setattr(module, clock, lambda: world.now)
-        if world.is_sync:
-            sleeping.time = types.SimpleNamespace(sleep=world.sleep)
         yield
     finally:
-        sleeping.time = its_time
         lock_flows.NOTE_AFTER = its_notes
         for module, clock, value in found:
             setattr(module, clock, value)

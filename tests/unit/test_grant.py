@@ -12,7 +12,7 @@ import pytest
 
 import pgkv
 from pgkv._ops.drivers import drive
-from pgkv._ops.op import Op
+from pgkv._ops.op import Flow, Op
 from pgkv.patterns.lock import flows
 from pgkv.patterns.lock.lease import LockOptions
 from pgkv.patterns.lock.sql import Denied, Granted
@@ -34,8 +34,9 @@ class BusyPort:
     def is_exhausted(self) -> bool:
         return False
 
-    def wait(self, waiter: object, seconds: float) -> None:
+    def wait(self, waiter: object, seconds: float) -> Flow[None]:
         """No time passes here."""
+        yield from ()
 
 
 @pytest.fixture
