@@ -26,6 +26,7 @@ from .._ops import codec as _codec
 from .._ops.op import BINARY, TEXT, Flow, Op, Pipelined, Statement, send
 from .._sql.evict import ROW_SIZE
 from .._sql.sample import SAMPLE_PAGES, sampled
+from .._sql.table import query
 from ..errors import ConfigError, PgkvError
 from .cache.sql import DIGEST_LENGTH, ENTRY
 from .cache.sql import PREFIX as CACHE
@@ -339,14 +340,7 @@ def _held_lock(
 
 def _statement(name: str, sql: str, type_: Any, *formats: int) -> Statement[Any]:
     decode = msgspec.json.Decoder(type_).decode
-    return Statement(
-        name,
-        sql,
-        formats,
-        lambda result: decode(result.get_value(0, 0) or b"null"),
-        retry_safe=True,
-        writes=False,
-    )
+    return query(name, sql, lambda result: decode(result.get_value(0, 0) or b"null"), *formats)
 
 
 def _seconds_since(moment: str) -> str:

@@ -27,7 +27,7 @@ import msgspec
 from ..._ops import codec as _codec
 from ..._ops.lazy import cached_property
 from ..._ops.op import BINARY, TEXT, Op, Raced, Result, Signal, Statement
-from ..._sql.table import STATEMENT_US, read_changed, read_found, read_int
+from ..._sql.table import STATEMENT_US, query, read_changed, read_found, read_int
 from ...config import Table, TableShape, quote_identifier, short_identifier
 from ...errors import InvalidValueError
 from .._runtime.sql import (
@@ -529,21 +529,12 @@ class LockStatements:
             "c.oid, extract(epoch from pg_postmaster_start_time())) FROM pg_class c "
             "JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = to_regclass($1)"
         )
-        made = Statement(
-            "lock_place",
-            sql,
-            (TEXT,),
-            row_of(Place, as_text, as_text),
-            retry_safe=True,
-            writes=False,
-        )
+        made = query("lock_place", sql, row_of(Place, as_text, as_text), TEXT)
         return Op(made, ((quoted or self.t).encode(),))
 
     def isolation(self) -> Op[str]:
         sql = "SELECT current_setting('transaction_isolation')"
-        return Op(
-            Statement("isolation", sql, (), row_of(str, as_text), retry_safe=True, writes=False)
-        )
+        return Op(query("isolation", sql, row_of(str, as_text)))
 
     # -- looking
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from .. import _observe
 from .._ops.op import TEXT, Flow, Op, Result, Statement, do
-from .._sql.table import read_nothing
+from .._sql.table import command, query
 from ..config import Config, Table, TableShape, TableType, quote_identifier, short_identifier
 from ..errors import ConfigError, PgkvError, QueryError, StoreUnavailableError
 
@@ -155,14 +155,12 @@ def recreate(table: Table) -> Flow[None]:
 
 
 # Lock tables of 0.1 had a second index: with it no update is heap-only.
-_SURPLUS: Statement[list[str]] = Statement(
+_SURPLUS: Statement[list[str]] = query(
     "migrate",
     "SELECT quote_ident(conname) FROM pg_constraint WHERE conrelid = to_regclass($1) "
     "AND contype = 'u' AND pg_get_constraintdef(oid) = 'UNIQUE (key, version)'",
-    (TEXT,),
     lambda result: [(result.get_value(n, 0) or b"").decode() for n in range(result.ntuples)],
-    retry_safe=True,
-    writes=False,
+    TEXT,
 )
 
 
@@ -223,7 +221,7 @@ def _missing(table: Table, columns: dict[str, str]) -> str:
 
 
 def _script(name: str, commands: str) -> Op[None]:
-    return Op(Statement(name, LOCK_TIMEOUT + commands, (), read_nothing, script=True, writes=False))
+    return Op(command(name, LOCK_TIMEOUT + commands))
 
 
 def _explained(error: PgkvError, table: Table) -> PgkvError:

@@ -18,8 +18,8 @@ from typing import Any
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from .._engine.schema import CREATED_BY_ANOTHER, create_commands
-from .._ops.op import Flow, Op, Statement, call, pause
-from .._sql.table import read_nothing
+from .._ops.op import Flow, Op, call, pause
+from .._sql.table import command
 from ..config import Config, Table
 from ..errors import (
     ConfigError,
@@ -269,7 +269,7 @@ class CitusRouter(Router):
         if coordinator is None:
             raise StoreUnavailableError("tables are made at the coordinator, which is not known")
         for text in commands:
-            statement = Statement("create_table", text, (), read_nothing, script=True, writes=False)
+            statement = command("create_table", text)
             yield from call(coordinator.channel.execute, Op(statement), left(deadline))
 
 

@@ -19,7 +19,7 @@ from .._ops.codec import encode_array, whole
 from .._ops.lazy import cached_property
 from .._ops.op import BINARY, Op, Result, Statement
 from .._sql import Statements
-from .._sql.table import read_nothing
+from .._sql.table import command, query, read_nothing
 from ..config import Config, Table, quote_identifier
 from ..types import ScanOptions
 from .slots import ANY, Slots, schema_of
@@ -367,15 +367,12 @@ def _read_map(result: Result) -> NodeMap | None:
     return NodeMap(int(text(0, 0)), text(0, 1), rows)
 
 
-READ_MAP: Statement[NodeMap | None] = Statement(
+READ_MAP: Statement[NodeMap | None] = query(
     "shards_map",
     "SELECT m.slots::text, m.node, s.slot::text, s.home, s.epoch::text, coalesce(s.target, ''), "
     f"(to_regnamespace({_SCHEMA}) IS NOT NULL)::text "
     "FROM pgkv_map.settings m LEFT JOIN pgkv_map.slots s ON true ORDER BY s.slot",
-    (),
     _read_map,
-    retry_safe=True,
-    writes=False,
 )
 
 
@@ -386,15 +383,12 @@ def _read_sizes(result: Result) -> dict[str, int]:
     }
 
 
-READ_SIZES: Statement[dict[str, int]] = Statement(
+READ_SIZES: Statement[dict[str, int]] = query(
     "shards_sizes",
     "SELECT n.nspname::text, coalesce(sum(pg_total_relation_size(c.oid)), 0)::text "
     "FROM pg_namespace n LEFT JOIN pg_class c ON c.relnamespace = n.oid AND c.relkind = 'r' "
     f"WHERE {IS_SLOT} GROUP BY 1",
-    (),
     _read_sizes,
-    retry_safe=True,
-    writes=False,
 )
 
 
@@ -402,14 +396,7 @@ READ_SIZES: Statement[dict[str, int]] = Statement(
 
 
 # In a sub-select: a call in the list itself is one that Citus might delegate, and plans again each time.
-FENCE: Statement[None] = Statement(
-    "fence",
-    "SELECT (SELECT pgkv_map.fence($1))",
-    (BINARY,),
-    read_nothing,
-    retry_safe=True,
-    writes=False,
-)
+FENCE: Statement[None] = query("fence", "SELECT (SELECT pgkv_map.fence($1))", read_nothing, BINARY)
 _NOT_PLAIN = re.compile(
     r"\(SELECT|\bctid\b|\bFOR |regclass|\bpg_\w+\(|set_config|TABLESAMPLE|UNION"
 )
@@ -477,16 +464,13 @@ _SHARDS = (
     "JOIN pg_catalog.pg_class c ON c.oid = s.logicalrelid "
     "JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace AND n.nspname ~ '^pgkv_[0-9]{2,}$' "
 )
-READ_PLACEMENT: Statement[Placement] = Statement(
+READ_PLACEMENT: Statement[Placement] = query(
     "shards_placement",
     "SELECT groupid::text, '', nodename::text, nodeport::text, '' FROM pg_catalog.pg_dist_node "
     "WHERE noderole = 'primary' AND isactive UNION ALL "
     "SELECT p.groupid::text, n.nspname::text, c.relname::text, "
     f"pg_catalog.shard_name(c.oid, s.shardid), s.shardid::text {_SHARDS}",
-    (),
     _read_placement,
-    retry_safe=True,
-    writes=False,
 )
 CITUS_SIZES: Statement[dict[str, int]] = replace(  # of the slots that a node has
     READ_SIZES,
@@ -494,22 +478,16 @@ CITUS_SIZES: Statement[dict[str, int]] = replace(  # of the slots that a node ha
     f"pg_catalog.shard_name(c.oid, s.shardid)))), 0)::text {_SHARDS} "
     "JOIN pg_catalog.pg_dist_local_group g USING (groupid) GROUP BY 1",
 )
-HAS_FENCE: Statement[bool] = Statement(
+HAS_FENCE: Statement[bool] = query(
     "shards_fence",
     "SELECT to_regprocedure('pgkv_map.fence(bigint)') IS NOT NULL",
-    (),
     lambda result: result.get_value(0, 0) == b"\x01",
-    retry_safe=True,
-    writes=False,
 )
-READ_GROUP: Statement[tuple[int, int]] = Statement(
+READ_GROUP: Statement[tuple[int, int]] = query(
     "shards_group",
     "SELECT g.groupid::text, s.slots::text FROM pg_catalog.pg_dist_local_group g "
     "LEFT JOIN pgkv_map.settings s ON true",
-    (),
     lambda result: (int(result.get_value(0, 0) or b"0"), int(result.get_value(0, 1) or b"0")),
-    retry_safe=True,
-    writes=False,
 )
 
 
@@ -588,4 +566,4 @@ def create_in_slot(table: Table, slot: int) -> Op[None]:
         "SET LOCAL lock_timeout = '2s'; "
         f"DO $pgkv$ BEGIN {owned}; IF FOUND THEN {commands} END IF; END $pgkv$"
     )
-    return Op(Statement("create_table", text, (), read_nothing, script=True, writes=False))
+    return Op(command("create_table", text))

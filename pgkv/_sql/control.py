@@ -7,7 +7,7 @@ from functools import cache
 from psycopg import IsolationLevel
 
 from .._ops.op import TEXT, Op, Statement
-from .table import read_int, read_nothing
+from .table import command, query, read_int, read_nothing
 
 _NAMED: Statement[int] = Statement(
     "prepare_trial",
@@ -20,9 +20,7 @@ _NAMED: Statement[int] = Statement(
 PREPARE_TRIAL: Op[int] = Op(_NAMED, (_NAMED.prepared_name,))
 
 
-@cache
-def _command(name: str, sql: str) -> Statement[None]:
-    return Statement(name, sql, (), read_nothing, script=True, writes=False)
+_command = cache(command)
 
 
 @cache
@@ -69,4 +67,4 @@ def rollback_to(depth: int) -> Op[None]:
 def lock_timeout(milliseconds: int) -> Op[None]:
     """Limit the wait for each lock until the transaction ends."""
     sql = f"SELECT set_config('lock_timeout', '{milliseconds}', true)"
-    return Op(Statement("lock_timeout", sql, (), read_nothing, retry_safe=True, writes=False))
+    return Op(query("lock_timeout", sql, read_nothing))

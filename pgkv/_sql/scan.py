@@ -16,7 +16,7 @@ from .._ops.op import BINARY, TEXT, Op, Result, Signal, Statement
 from ..errors import InvalidKeyError
 from ..types import KeyValue, ScanOptions, Stats
 from .sweep import Sweep
-from .table import LIVE, read_found, read_int, read_nothing
+from .table import LIVE, query, read_found, read_int, read_nothing
 
 T = TypeVar("T")
 
@@ -195,43 +195,20 @@ class ScanStatements(Sweep):
             name, lambda: self.statement(name, sql, (), read_nothing, script=True, writes=False)
         )
 
-    @cached_property
-    def _ping(self) -> Statement[None]:
-        return Statement("ping", "SELECT 1", (), read_nothing, retry_safe=True, writes=False)
-
     def ping(self) -> Op[None]:
-        return Op(self._ping)
-
-    @cached_property
-    def _now(self) -> Statement[datetime]:
-        return Statement(
-            "now", "SELECT statement_timestamp()", (), _read_now, retry_safe=True, writes=False
-        )
+        return Op(PING)
 
     def now(self) -> Op[datetime]:
-        return Op(self._now)
-
-    @cached_property
-    def _reach(self) -> Statement[list[str]]:
-        text = "SELECT to_regclass('pg_catalog.pg_dist_local_group')::text"
-        return Statement("connect", text, (), read_texts(1), retry_safe=True, writes=False)
+        return Op(NOW)
 
     def reach(self) -> Op[list[str]]:
         """A round trip that errors call "connect": the first statement of a new store. Empty texts where
         the database is not one of Citus."""
-        return Op(self._reach)
-
-    @cached_property
-    def _citus(self) -> Statement[list[str]]:
-        text = (
-            "SELECT (SELECT groupid::text FROM pg_catalog.pg_dist_local_group), (SELECT partmethod::text "
-            "FROM pg_catalog.pg_dist_partition WHERE logicalrelid = to_regclass($1))"
-        )
-        return Statement("connect", text, (TEXT,), read_texts(2), retry_safe=True, writes=False)
+        return Op(REACH)
 
     def citus(self) -> Op[list[str]]:
         """On Citus: which group of servers this is (0: the coordinator), and how the table is distributed."""
-        return Op(self._citus, (self.t.encode(),))
+        return Op(CITUS, (self.t.encode(),))
 
 
 def namespace_prefix(outer: str, prefix: object) -> str:
@@ -247,8 +224,22 @@ def read_texts(count: int) -> Callable[[Result], list[str]]:
     return lambda result: [(result.get_value(0, n) or b"").decode() for n in range(count)]
 
 
-def _read_now(result: Result) -> datetime:
-    return _codec.decode_moment(result.get_value(0, 0))
+PING = query("ping", "SELECT 1", read_nothing)
+NOW: Statement[datetime] = query(
+    "now",
+    "SELECT statement_timestamp()",
+    lambda result: _codec.decode_moment(result.get_value(0, 0)),
+)
+REACH = query(
+    "connect", "SELECT to_regclass('pg_catalog.pg_dist_local_group')::text", read_texts(1)
+)
+CITUS = query(
+    "connect",
+    "SELECT (SELECT groupid::text FROM pg_catalog.pg_dist_local_group), (SELECT partmethod::text "
+    "FROM pg_catalog.pg_dist_partition WHERE logicalrelid = to_regclass($1))",
+    read_texts(2),
+    TEXT,
+)
 
 
 def _stats_of_all(parts: list[Stats]) -> Stats:

@@ -286,6 +286,21 @@ def formats(count: int, expiry: Expiry = NEVER, *more: int) -> tuple[int, ...]:
     return first + (() if expiry.format is None else (expiry.format,)) + more
 
 
+# -- statements of no table ----------------------------------------------------------------
+
+
+def query(
+    name: str, sql: str, decode: Callable[[Result], T | Signal], *formats: int
+) -> Statement[T]:
+    """A statement that changes nothing, and whose table is not created where it is missing."""
+    return Statement(name, sql, formats, decode, retry_safe=True, writes=False)
+
+
+def command(name: str, sql: str) -> Statement[None]:
+    """A command that cannot be prepared, or several."""
+    return Statement(name, sql, (), read_nothing, script=True, writes=False)
+
+
 # -- reading results -----------------------------------------------------------------------
 
 

@@ -21,8 +21,8 @@ from rich.table import Table as Grid
 from rich.text import Text
 
 from ... import embedded
-from ..._ops.op import Op, Statement
-from ..._sql.table import read_nothing
+from ..._ops.op import Op
+from ..._sql.table import command
 from ...config import EMBEDDED_SCHEME
 from ...patterns.schema import tables
 from ...store import Store
@@ -165,7 +165,5 @@ def _open_stage(
 def _drop(store: Store) -> None:
     """Drop the store's table, and those of locks and sessions that scenes created."""
     names = ", ".join(table.quoted for table in tables(store._config))
-    drop = Statement(
-        "drop", f"DROP TABLE IF EXISTS {names}", (), read_nothing, script=True, writes=False
-    )
+    drop = command("drop", f"DROP TABLE IF EXISTS {names}")
     store._execute(Op(drop))
