@@ -5,7 +5,7 @@ of locks and of idempotency keys. That of jobs has a plan of its own.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from ..._engine.sweep import sweep_all
 from ..._ops import codec as _codec
@@ -27,11 +27,6 @@ DURABLE = (
 def milliseconds(seconds: float) -> bytes:
     """A setting's text for a duration; never 0, which would mean "without end"."""
     return str(max(1, round(seconds * 1000))).encode()
-
-
-def in_each_call(result: Result) -> NoReturn:
-    """Stands for a decoder that each call brings, because it depends on what is asked."""
-    raise AssertionError(f"undecoded: {result!r}")
 
 
 def as_bytes(column: bytes | None) -> bytes:

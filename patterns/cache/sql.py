@@ -25,12 +25,13 @@ from ..._sql.table import (
     TableStatements,
     choose_expiry,
     formats,
+    in_each_call,
     read_changed,
     read_int_or_none,
 )
 from ...config import Seconds
 from ...errors import InvalidKeyError
-from .._runtime.sql import as_bytes, as_text, in_each_call, rows_of
+from .._runtime.sql import as_bytes, as_text, rows_of
 
 PREFIX = "pgkv:cache:"
 ENTRY, FUNCTION, TAG, REFRESH, REPORT = (f"{PREFIX}{kind}:" for kind in "eftrs")

@@ -32,7 +32,7 @@ from ..._ops.op import Flow
 from ..._settings import refuse_pickle
 from ...aio import AsyncStore
 from ...config import Config, Seconds, Table, require_int
-from ...errors import ConfigError, InvalidKeyError, InvalidValueError, LockTimeoutError, PgkvError
+from ...errors import ConfigError, InvalidKeyError, LockTimeoutError, PgkvError
 from ...store import Store
 from .._runtime.checks import home_of, require, require_callback
 from .._runtime.lease import extend
@@ -635,7 +635,9 @@ class Lock(_Locking[Store], Acquirer):
         Raises:
             InvalidValueError: `token` is no integer.
         """
-        return self._runtime.channel.run(flows.force_release(self._options, _token(token)))
+        return self._runtime.channel.run(
+            flows.force_release(self._options, integer(token, "token"))
+        )
 
     def revoke(self, token: int) -> bool:
         """End that token but not its lease: the name is free at the lease's old expiry, so there
@@ -648,7 +650,7 @@ class Lock(_Locking[Store], Acquirer):
         Raises:
             InvalidValueError: `token` is no integer.
         """
-        return self._runtime.channel.run(flows.revoke(self._options, _token(token)))
+        return self._runtime.channel.run(flows.revoke(self._options, integer(token, "token")))
 
 
 class AsyncLock(_Locking[AsyncStore], AsyncAcquirer):
@@ -691,17 +693,13 @@ class AsyncLock(_Locking[AsyncStore], AsyncAcquirer):
 
     async def force_release(self, token: int) -> bool:
         """As `Lock.force_release`."""
-        return await self._runtime.channel.run(flows.force_release(self._options, _token(token)))
+        return await self._runtime.channel.run(
+            flows.force_release(self._options, integer(token, "token"))
+        )
 
     async def revoke(self, token: int) -> bool:
         """As `Lock.revoke`."""
-        return await self._runtime.channel.run(flows.revoke(self._options, _token(token)))
-
-
-def _token(token: object) -> int:
-    if not isinstance(token, int) or isinstance(token, bool):
-        raise InvalidValueError(f"token must be an int, not {type(token).__name__}")
-    return integer(token, "token")
+        return await self._runtime.channel.run(flows.revoke(self._options, integer(token, "token")))
 
 
 class _Slotted(_Leasable[S]):

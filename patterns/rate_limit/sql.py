@@ -25,8 +25,8 @@ from urllib.parse import unquote
 
 from ..._ops import codec as _codec
 from ..._ops.op import BINARY, TEXT, Op, Raced, Result, Signal, Statement
-from ..._sql.table import CLOCK_US, STATEMENT_US, TableStatements, read_changed
-from .._runtime.sql import as_bytes, as_text, in_each_call, rows_of
+from ..._sql.table import CLOCK_US, STATEMENT_US, TableStatements, in_each_call, read_changed
+from .._runtime.sql import as_bytes, as_text, rows_of
 from .rate import WINDOWS
 
 ROWS = "pgkv:rate:"

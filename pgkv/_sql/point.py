@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from datetime import datetime
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 from .._ops import codec as _codec
 from .._ops.codec import Value
@@ -29,6 +29,7 @@ from .table import (
     TableStatements,
     choose_expiry,
     formats,
+    in_each_call,
     read_changed,
     read_found,
     read_int,
@@ -110,7 +111,7 @@ class PointStatements(TableStatements):
             "get_entry",
             "value, version, expires_at, created_at, updated_at, statement_timestamp(), "
             "coalesce(expires_at <= statement_timestamp(), false)",
-            _in_each_call,
+            in_each_call,
             "" if self.collects else self._and_readable,
         )
 
@@ -395,7 +396,7 @@ class PointStatements(TableStatements):
             f"SELECT CASE WHEN {within('value')} THEN 2 ELSE 1 END, value, false "
             f"FROM {self.t} WHERE key = $1 AND {LIVE} AND NOT EXISTS (SELECT 1 FROM up)",
             formats(2, expiry, TEXT, TEXT),
-            _in_each_call,
+            in_each_call,
             savepoint=True,
             refused=REFUSED_INCREMENT,
             repeats=REPEATS,
@@ -456,7 +457,7 @@ class PointStatements(TableStatements):
             f"SELECT CASE WHEN {column} = ${n} THEN 2 ELSE 1 END, value, version "
             f"FROM {self.t} WHERE key = $1 AND {LIVE} AND NOT EXISTS (SELECT 1 FROM up)",
             formats(2, expiry, BINARY),
-            _in_each_call,
+            in_each_call,
             savepoint=True,
             repeats=REPEATS,
         )
@@ -469,7 +470,7 @@ class PointStatements(TableStatements):
             f"SELECT 1, value, version FROM {self.t} "
             f"WHERE key = $1 AND {LIVE} AND NOT EXISTS (SELECT 1 FROM up)",
             formats(2, expiry),
-            _in_each_call,
+            in_each_call,
             savepoint=True,
             repeats=REPEATS,
         )
@@ -557,11 +558,6 @@ def _read_value_or_expired(result: Result) -> bytes | Signal | None:
 
 def _read_value_or_raced(result: Result) -> bytes | Signal | None:
     return result.get_value(0, 0) if result.ntuples else _RACED
-
-
-def _in_each_call(result: Result) -> NoReturn:
-    """Placeholder: each call has a decoder of its own, which depends on its arguments."""
-    raise AssertionError(f"undecoded: {result!r}")
 
 
 def _read_seconds(result: Result) -> float | None:

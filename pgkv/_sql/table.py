@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from datetime import datetime
 from random import random
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, NoReturn, ParamSpec, TypeVar
 
 from .._ops import codec as _codec
 from .._ops.lazy import cached_property
@@ -306,6 +306,11 @@ def command(name: str, sql: str) -> Statement[None]:
 
 def read_nothing(result: Result) -> None:
     """The result of a command that returns nothing."""
+
+
+def in_each_call(result: Result) -> NoReturn:
+    """Placeholder: each call has a decoder of its own, which depends on its arguments."""
+    raise AssertionError(f"undecoded: {result!r}")
 
 
 def read_changed(result: Result) -> bool:
