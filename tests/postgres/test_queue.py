@@ -26,7 +26,7 @@ from pgkv import (
 from pgkv._background.renewal import clock as clock_now
 from pgkv.testing import ServerClock
 from tests.peers import Peer, fetch, until
-from tests.variants import Variant
+from tests.variants import Variant, in_a_hurry
 
 LEASE = 60
 JOBS = "kv_store_jobs"
@@ -475,13 +475,14 @@ async def test_a_full_look_that_takes_too_long_stops_no_queue(
     make_store: Any, variant: Variant, peer: Peer
 ) -> None:
     """Where it is not answered in time, the next looks go by the marks: jobs are taken all the same."""
-    queue = queue_of(variant, await make_store(operation_timeout=0.5, retry=None))
+    store = await make_store(retry=None)
+    queue = queue_of(variant, store)
     await queue.put("a")
     assert (await taken(queue)).payload == b"a"
     await look_at_all(queue)
     with peer.conn.transaction():
         peer.run(f"LOCK TABLE {JOBS}")
-        with pytest.raises(pgkv.OperationTimeoutError):
+        with in_a_hurry(store, 0.5), pytest.raises(pgkv.OperationTimeoutError):
             await queue.take()
     marks = getattr(queue, "_target", queue)._options.marks
     assert marks._full_from - clock_now() > 2

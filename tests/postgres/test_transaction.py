@@ -23,6 +23,7 @@ from pgkv._sql import control
 from pgkv._sql.table import read_nothing
 from pgkv.testing import ServerClock
 from tests.peers import Peer
+from tests.variants import in_a_hurry
 
 
 async def test_commit(store: Any, peer: Peer) -> None:
@@ -489,11 +490,14 @@ async def test_a_connection_lost_before_the_first_operation(
 
 async def test_a_first_operation_that_is_late(make_store: Any, peer: Peer) -> None:
     """It ends in time, by its own name, and nothing of it stays."""
-    store = await make_store(operation_timeout=0.5)
+    store = await make_store()
     await store.set("a", b"1")
     with peer.conn.transaction():
         peer.run("SELECT FROM kv_store FOR UPDATE")
-        with pytest.raises(pgkv.OperationTimeoutError, match="set") as caught:
+        with (
+            in_a_hurry(store, 0.5),
+            pytest.raises(pgkv.OperationTimeoutError, match="set") as caught,
+        ):
             async with store.transaction() as tx:
                 await tx.set("a", b"2")
     assert caught.value.outcome_unknown is False
