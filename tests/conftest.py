@@ -54,7 +54,6 @@ def pytest_configure() -> None:
     """A shell that starts the tests in the background lets them ignore Ctrl-C, and nohup a hang-up;
     every process of theirs would inherit that: tests of signals need the defaults.
     """
-    gc.disable()  # until all is collected: nothing of that is garbage
     if os.name == "posix":
         servers.share_templates()
     for name in BY_SHELLS:
@@ -137,6 +136,11 @@ def _arrange(items: list[pytest.Item]) -> None:
 
 def _is_unusual(file: str) -> bool:
     return file.startswith(("test_idempotency", "test_queue"))
+
+
+def pytest_collectstart() -> None:
+    """Until all is collected nothing of it is garbage."""
+    gc.disable()
 
 
 def pytest_collection_finish() -> None:
