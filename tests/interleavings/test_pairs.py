@@ -81,7 +81,9 @@ def test_every_module_with_statements_is_declared() -> None:
         ".".join((name, *path.relative_to(root).with_suffix("").parts))
         for name, root in roots.items()
         for path in Path(root).rglob("*.py")  # which follows no links to folders
-        if re.search(r"(?<!class )\b[Ss]tatement\(", path.read_text("utf-8"))
+        if re.search(
+            r"(?<!class )\b[Ss]tatement\(|(?<![\w.])(query|command)\(", path.read_text("utf-8")
+        )
     }
     declared = {module for each in DECLARATIONS.values() for module in each.STATEMENTS}
     assert modules - declared == {
