@@ -12,6 +12,7 @@ from typing import Any
 
 import psycopg
 import pytest
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 import pgkv
 from pgkv.patterns._runtime.lease import RENEWED
@@ -297,6 +298,24 @@ async def test_the_wait_is_over(idem: Any, connect: Make, peer: Peer) -> None:
         with pytest.raises(pgkv.InProgressError):
             await run(idem)
     assert effects(peer) == 1
+
+
+async def test_what_waits_for_the_disk(
+    make_store: Make, variant: Variant, dsn: str, peer: Peer
+) -> None:
+    """With synchronous_commit off for the role a claim, and what it left, are on disk all the same."""
+    options = conninfo_to_dict(dsn).get("options") or ""
+    relaxed = make_conninfo(dsn, options=f"{options} -c synchronous_commit=off")
+    idem = variant.make("Idempotency", await make_store(dsn=relaxed))
+    await idem.create_table()
+    flushed = "SELECT pg_current_wal_flush_lsn() >= pg_current_wal_insert_lsn()"
+    claims, outcomes = [], []
+    for n in range(10):  # others write at the same time
+        async with idem.once(f"k{n}"):
+            claims.append(peer.one(flushed))
+        outcomes.append(peer.one(flushed))
+    assert any(claims)
+    assert any(outcomes)
 
 
 async def test_the_first_outcome_stays(idem: Any, peer: Peer) -> None:
