@@ -19,6 +19,7 @@ import psycopg
 import pytest
 
 import pgkv
+from pgkv._ops.op import Flow, pause
 from tests.faults.lock_history import read, violations
 from tests.faults.support import newest
 from tests.servers import LATE, Server, wait_until
@@ -361,12 +362,12 @@ def test_a_child_forked_during_acquire_asks_for_itself(
         lock = pgkv.Lock(store, "n")
         children: list[int] = []
 
-        def wait(_: object, seconds: float) -> None:
+        def wait(_: object, seconds: float) -> Flow[None]:
             if not children:
                 children.append(os.fork())
                 if children[0]:
                     holder.release()
-            time.sleep(seconds)
+            yield from pause(seconds)
 
         monkeypatch.setattr(lock._runtime, "wait", wait)
         code = 1
