@@ -81,6 +81,7 @@ def test_a_watcher_is_its_parents(dsn: str) -> None:
             with store.watch("k", poll=None) as own:
                 store.set("k", b"child")
                 assert own.next(60) is not None
+            store.close()  # what it says of its writes is sent a moment later, or now
 
         store.set("other", b"waits to be told")
         assert exit_code(in_child(work), 90) == 0
