@@ -42,6 +42,9 @@ T = TypeVar("T")
 
 KEY_MAX = 512  # bytes of a key, and of a scope, in UTF-8
 LEASE_MIN = 1.0  # seconds
+# Seconds that a claim waits for a lock even with wait=0: the server has short locks of its own, such
+# as for a table's next page, which have nothing to do with the key.
+LOCK_WAIT_MIN = 0.02
 LOCK_WAIT_MAX = 0.2  # seconds that one claim waits for a transaction that is about to take the key
 REPEATS_INSIDE = 20  # of a claim in a transaction: each waited for another one's end
 POLL_FIRST, POLL_GROWTH, POLL_MAX = 0.01, 1.5, 0.5  # seconds between claims; jittered down by half
@@ -238,7 +241,7 @@ class AttemptState(Generic[T]):
         flows = self._flows
 
         def claim(until: float) -> Flow[None]:
-            wait = min(max(0.0, until - clock()), LOCK_WAIT_MAX)
+            wait = min(max(LOCK_WAIT_MIN, until - clock()), LOCK_WAIT_MAX)
             op = flows.sql.claim(self._key, self._fingerprint, flows.ttl, wait, flows.lease)
             # Not to be interrupted: a claim whose answer is lost holds the key to its lease's end.
             yield from call(runtime.finish, op, self._note)
@@ -355,7 +358,7 @@ def claim_inside(
     """Take the key in a caller's transaction, or learn what became of it."""
 
     def wait() -> float:
-        return max(0.0, until - clock())
+        return max(LOCK_WAIT_MIN, until - clock())
 
     for _ in range(REPEATS_INSIDE):
         answer = yield from do(sql.insert(key, fingerprint, ttl, wait()))
