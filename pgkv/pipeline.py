@@ -134,9 +134,10 @@ class _Queue:
             if not isinstance(error, PgkvError) or self._atomic:
                 self._discard(f"sending failed: {type(error).__name__}")
             raise
+        undone = self._atomic and any(isinstance(answer, PgkvError) for answer in answers)
         for handle in self._handles:
             handle._answers = answers[handle._begin : handle._end]
-            handle._state = ""
+            handle._state = _flows.UNDONE if undone and not handle._answers else ""
         failure = _flows.unsent(answers)
         if failure is not None:
             raise failure

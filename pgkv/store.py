@@ -698,8 +698,11 @@ class Store(StoreBase):
         done = 0
         for each in self._each():
             found = each._channel.run(_sweep.sweep_all(each._sql, limit))
-            limit = None if limit is None else limit - found
             done += found
+            if limit is not None:
+                limit -= found
+                if not limit:
+                    break
         return done
 
     def evict(self) -> int:

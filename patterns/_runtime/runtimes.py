@@ -127,7 +127,8 @@ class SyncRuntime(Runtime):
 
     channel: PoolChannel
     _event = threading.Event
-    _wait = staticmethod(threading.Event.wait)
+    # The event's own: a caller's `stop` may be of multiprocessing.
+    _wait = staticmethod(lambda event, seconds: event.wait(seconds))
 
     def background(self) -> Background:
         known = self._background

@@ -110,6 +110,7 @@ class FunctionCache:
         self.is_async = is_async
         self.flights: Flights = Flights(TaskFlight if is_async else ThreadFlight)
         self.counts: Counts = Counts()
+        self.last_context: Callable[[], StoreContext | None] = _nothing
         self._make_codec = make_codec
 
     @cached_property
@@ -594,7 +595,7 @@ class FunctionCache:
 
 
 def _nothing() -> None:
-    """No heartbeat was begun."""
+    """No heartbeat was begun, no context is known."""
 
 
 def quietly(op: Op[Any]) -> Flow[None]:

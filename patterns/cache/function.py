@@ -109,7 +109,6 @@ class _Base(Generic[P, R]):
         self._store: Any = store
         self._head: tuple[Any, ...] = ()
         self._binds = binds
-        self._last: Callable[[], StoreContext | None] = _nothing  # the context of the last call
         wrapped: Any = self
         functools.update_wrapper(wrapped, core.fn)
         _functions[next(_numbers)] = self
@@ -153,17 +152,19 @@ class _Base(Generic[P, R]):
         and version."""
         return self._core.name
 
-    def _context(self) -> StoreContext:
+    def _context(self) -> tuple[Any, StoreContext]:
+        """The store of a call, which the caller holds until the end of it, and its context."""
         store = self._store
         if store is None:
             store = self._default_store()
-        context = self._last()
+        core = self._core
+        context = core.last_context()
         if context is None or context.ref() is not store:
             context = context_of(store)
-            self._last = weakref.ref(context)
-        if self._core.l1 is not None:
-            subscribe(context, self._core.l1)
-        return context
+            core.last_context = weakref.ref(context)
+        if core.l1 is not None:
+            subscribe(context, core.l1)
+        return store, context
 
     def _key_of(self, context: StoreContext, args: Any, kwargs: Any) -> bytes:
         return self._core.bind(context, self._head + args, kwargs, lenient=True).key
@@ -225,12 +226,11 @@ class CachedFunction(_Base[P, R]):
         core = self._core
         if _switch.off:
             return core.fn(*self._head, *args, **kwargs)  # type: ignore[no-any-return]  # what the function returns
-        context = self._context()
+        store, context = self._context()
         call = core.bind(context, self._head + args, kwargs)
         if core.l1 is not None and (value := core.from_l1(call)) is not MISSING:
             return value  # type: ignore[no-any-return]  # as above
         if context.breaker.allows() or core.options.on_error == "raise":
-            store: Any = context.ref()
             op = context.sql.read(call.keys)
             try:
                 read: Any = store._execute(op, core.options.store_timeout)
@@ -243,7 +243,7 @@ class CachedFunction(_Base[P, R]):
         else:
             read = breaker_open()
         flow = core.answer(call, read)
-        return context.store._run(flow, core.options.store_timeout)  # type: ignore[no-any-return]  # as above
+        return store._run(flow, core.options.store_timeout)  # type: ignore[no-any-return]  # as above
 
     def refresh(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Call the function now and store what it returns; the old value is served meanwhile.
@@ -253,31 +253,31 @@ class CachedFunction(_Base[P, R]):
         """
         if _switch.off:
             return self._core.fn(*self._head, *args, **kwargs)  # type: ignore[no-any-return]  # what the function returns
-        context = self._context()
+        store, context = self._context()
         flow = self._refreshing(context, args, kwargs)
-        return context.store._run(flow, self._core.options.store_timeout)  # type: ignore[no-any-return]  # as above
+        return store._run(flow, self._core.options.store_timeout)  # type: ignore[no-any-return]  # as above
 
     def invalidate(self, *args: P.args, **kwargs: P.kwargs) -> None:
         """Remove one call's entry. When it returns, no later call sees an older value, and a
         computation that began before is discarded."""
         if not _switch.off:
-            context = self._context()
-            context.store._run(self._invalidating(context, args, kwargs))
+            store, context = self._context()
+            store._run(self._invalidating(context, args, kwargs))
 
     def peek(self, *args: Any, **kwargs: Any) -> CachedValue[R] | None:
         """Return what is stored for one call, or None. Calls nothing, counts nothing, and asks the
         store even where a first level has the value."""
         if _switch.off:
             return None
-        context = self._context()
-        return context.store._run(self._peeking(context, args, kwargs))  # type: ignore[no-any-return]  # as above
+        store, context = self._context()
+        return store._run(self._peeking(context, args, kwargs))  # type: ignore[no-any-return]  # as above
 
     def cache_clear(self) -> None:
         """Make every entry of the function a miss, at once and in constant time: its generation is
         raised, the rows themselves end by their ttl."""
         if not _switch.off:
-            context = self._context()
-            context.store._run(self._clearing(context))
+            store, context = self._context()
+            store._run(self._clearing(context))
 
     def using(self, conn: Any) -> Invalidator[P]:
         """Return an object whose ``invalidate`` belongs to the caller's transaction.
@@ -298,10 +298,6 @@ class CachedFunction(_Base[P, R]):
     ) -> CachedFunction[Q, S]: ...
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
         return self._bind(instance, owner)
-
-
-def _nothing() -> None:
-    """No context is known."""
 
 
 async def _awaited() -> None:
@@ -334,12 +330,11 @@ class AsyncCachedFunction(_Base[P, R]):
         core = self._core
         if _switch.off:
             return await core.fn(*self._head, *args, **kwargs)  # type: ignore[no-any-return]  # what the function returns
-        context = self._context()
+        store, context = self._context()
         call = core.bind(context, self._head + args, kwargs)
         if core.l1 is not None and (value := core.from_l1(call)) is not MISSING:
             return value  # type: ignore[no-any-return]  # as above
         if context.breaker.allows() or core.options.on_error == "raise":
-            store: Any = context.ref()
             op = context.sql.read(call.keys)
             try:
                 read: Any = await store._execute(op, core.options.store_timeout)
@@ -352,34 +347,34 @@ class AsyncCachedFunction(_Base[P, R]):
         else:
             read = breaker_open()
         flow = core.answer(call, read)
-        return await context.store._run(flow, core.options.store_timeout)  # type: ignore[no-any-return]  # as above
+        return await store._run(flow, core.options.store_timeout)  # type: ignore[no-any-return]  # as above
 
     async def refresh(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Call the function now and store what it returns; see `CachedFunction.refresh`."""
         if _switch.off:
             return await self._core.fn(*self._head, *args, **kwargs)  # type: ignore[no-any-return]  # what the function returns
-        context = self._context()
+        store, context = self._context()
         flow = self._refreshing(context, args, kwargs)
-        return await context.store._run(flow, self._core.options.store_timeout)  # type: ignore[no-any-return]  # as above
+        return await store._run(flow, self._core.options.store_timeout)  # type: ignore[no-any-return]  # as above
 
     async def invalidate(self, *args: P.args, **kwargs: P.kwargs) -> None:
         """Remove one call's entry; see `CachedFunction.invalidate`."""
         if not _switch.off:
-            context = self._context()
-            await context.store._run(self._invalidating(context, args, kwargs))
+            store, context = self._context()
+            await store._run(self._invalidating(context, args, kwargs))
 
     async def peek(self, *args: Any, **kwargs: Any) -> CachedValue[R] | None:
         """Return what is stored for one call, or None; see `CachedFunction.peek`."""
         if _switch.off:
             return None
-        context = self._context()
-        return await context.store._run(self._peeking(context, args, kwargs))  # type: ignore[no-any-return]  # as above
+        store, context = self._context()
+        return await store._run(self._peeking(context, args, kwargs))  # type: ignore[no-any-return]  # as above
 
     async def cache_clear(self) -> None:
         """Make every entry of the function a miss; see `CachedFunction.cache_clear`."""
         if not _switch.off:
-            context = self._context()
-            await context.store._run(self._clearing(context))
+            store, context = self._context()
+            await store._run(self._clearing(context))
 
     def using(self, conn: Any) -> AsyncInvalidator[P]:
         """Return an object whose ``invalidate`` belongs to the caller's transaction: see
@@ -406,9 +401,9 @@ class _Inside:
 
     def __init__(self, function: _Base[..., Any], conn: Any) -> None:
         self._function = function
-        self._context = function._context()
+        store, self._context = function._context()
         self._conn = conn
-        self._context.store.using(conn)  # checks it
+        store.using(conn)  # checks it
 
     @shown
     def __repr__(self) -> str:

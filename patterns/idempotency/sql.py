@@ -21,7 +21,7 @@ from ..._ops import codec as _codec
 from ..._ops.lazy import cached_property
 from ..._ops.op import BINARY, TEXT, Op, Raced, Result, Signal, Statement
 from ..._sql.sweep import Sweep
-from ..._sql.table import read_changed
+from ..._sql.table import micros, read_changed
 from ...config import Config, Table, TableShape
 from .._runtime.sql import DURABLE, EPOCH, NOW, milliseconds, read_renewed, renewal, renewed
 
@@ -40,7 +40,7 @@ IDEMPOTENCY = TableShape(
 
 SEPARATOR = b"\x1f"  # between scope and key
 REPEATS = 3  # of a claim that met a row in flight, before the key counts as busy
-US = "(date_part('epoch', n.ts) * 1000000)::bigint"
+US = micros("n.ts")
 ENDS = "n.ts + $3::float8 * interval '1 second'"
 
 

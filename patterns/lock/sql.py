@@ -27,7 +27,7 @@ import msgspec
 from ..._ops import codec as _codec
 from ..._ops.lazy import cached_property
 from ..._ops.op import BINARY, TEXT, Op, Raced, Result, Signal, Statement
-from ..._sql.table import STATEMENT_US, query, read_changed, read_found, read_int
+from ..._sql.table import STATEMENT_US, micros, query, read_changed, read_found, read_int
 from ...config import Table, TableShape, quote_identifier, short_identifier
 from ...errors import InvalidValueError
 from .._runtime.sql import (
@@ -85,7 +85,7 @@ STILL_MINE = "t.value = EXCLUDED.value AND t.expires_at > EXCLUDED.updated_at"
 ENDED = f"t.value = EXCLUDED.value AND t.expires_at = {EPOCH}"
 FREE = f"(expires_at <= {NOW} OR value = $2) AND NOT (value = $2 AND expires_at = {EPOCH})"
 FOUND = "EXISTS (SELECT 1 FROM free)"
-US = "(date_part('epoch', n.ts) * 1000000)::bigint"
+US = micros("n.ts")
 COLUMNS = "(key, value, expires_at, created_at, updated_at, version)"
 
 

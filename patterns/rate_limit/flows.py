@@ -126,8 +126,7 @@ class LimiterFlows:
         self.prepaid: PrepaidTokens | None = PrepaidTokens() if prefetch > 1 else None
         self.counter: Counter = Counter()
         _observe.limiters[self.counter] = name
-        # A mere hint: whether the last hit of a row was refused, and until when no sweep takes the row.
-        # Until when a row is expected to be there; below 0 where its last hit was refused. Numbers,
+        # Mere hints: until when no sweep takes a row; below 0 where its last hit was refused. Numbers,
         # since the garbage collector would look through ten thousand tuples.
         self._lately: dict[bytes, float] = {}
         self._policies: dict[tuple[Rate, ...], Policy] = {self.rates: self.policy}

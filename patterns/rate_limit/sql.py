@@ -25,7 +25,7 @@ from urllib.parse import unquote
 
 from ..._ops import codec as _codec
 from ..._ops.op import BINARY, TEXT, Op, Raced, Result, Signal, Statement
-from ..._sql.table import CLOCK_US, STATEMENT_US, TableStatements, in_each_call, read_changed
+from ..._sql.table import STATEMENT_US, TableStatements, in_each_call, micros, read_changed
 from .._runtime.sql import as_bytes, as_text, rows_of
 from .rate import WINDOWS
 
@@ -518,10 +518,7 @@ class LimiterStatements(TableStatements):
 
 # -- clauses -------------------------------------------------------------------------------
 
-_CLOCK = (
-    f"SELECT ts, {CLOCK_US.replace('clock_timestamp()', 'ts')} AS us "
-    "FROM (SELECT clock_timestamp() AS ts) c"
-)
+_CLOCK = f"SELECT ts, {micros('ts')} AS us FROM (SELECT clock_timestamp() AS ts) c"
 
 
 def _field(row: str, n: int, rates: int) -> str:

@@ -27,7 +27,7 @@ from ..._ops import codec as _codec
 from ..._ops.lazy import cached_property
 from ..._ops.op import BINARY, TEXT, Expired, Op, Raced, Result, Signal, Statement
 from ..._sql.sweep import Sweep
-from ..._sql.table import STATEMENT_US, read_count, read_found
+from ..._sql.table import STATEMENT_US, micros, read_count, read_found
 from ...config import Config, Table, TableShape
 from .._runtime.sql import ASYNC, NOW, as_bytes, rows_of
 from .data import SessionInfo, read_document, values_of
@@ -154,7 +154,7 @@ class SessionStatements(Sweep):
             "session_create",
             f"WITH n AS MATERIALIZED (SELECT clock_timestamp() AS ts{self._and_lazily}) "
             f"INSERT INTO {self.t} (id, user_id, data, version, created_at, seen_at, expires_at, "
-            "ends_at, meta) SELECT $1, $2, $3::jsonb, (date_part('epoch', n.ts) * 1000000)::bigint,"
+            f"ends_at, meta) SELECT $1, $2, $3::jsonb, {micros('n.ts')},"
             " n.ts, n.ts, least(n.ts + $5::interval, n.ts + $6::interval), n.ts + $6::interval, "
             "$4::jsonb FROM n ON CONFLICT (id) DO NOTHING RETURNING version, expires_at, created_at",
             (BINARY, TEXT, TEXT, TEXT, BINARY, BINARY),

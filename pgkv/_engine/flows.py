@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 PIPELINE_MAX = 1_000  # operations that travel together; more are sent in turns
+UNDONE = "rolled back, because another operation of the pipeline was refused"
 PIPELINE_BYTES = 8 * 1024 * 1024  # of their parameters
 
 
@@ -373,11 +374,10 @@ def _atomic(
         answers = yield from attempt(None)
     if not _refused(answers):
         return answers
-    undone = "rolled back, because another operation of the pipeline was refused"
     return [
         answer
         if isinstance(answer, PgkvError) and not isinstance(answer, TransactionError)
-        else TransactionError(f"{op.statement.name}: {undone}")
+        else TransactionError(f"{op.statement.name}: {UNDONE}")
         for op, answer in zip(ops, answers, strict=True)
     ]
 

@@ -52,7 +52,7 @@ class LoadTexts(NamedTuple):
 class BatchStatements(TableStatements):
     def distinct(self, keys: Iterable[str]) -> list[bytes]:
         """Check the keys and return them distinct, in the order of their bytes: that of locks."""
-        return sorted(dict.fromkeys(self._listed(keys)))
+        return list(dict.fromkeys(self._listed(keys)))
 
     def _listed(self, keys: Iterable[str]) -> list[bytes]:
         if isinstance(keys, str | bytes):

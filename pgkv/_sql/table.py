@@ -19,9 +19,16 @@ T = TypeVar("T")
 
 # The version of a row is a hybrid logical clock in microseconds: an insert takes the server's
 # clock, an update the greater of that clock and the old version plus one.
-# In float8, which holds microseconds exactly and costs less than the numeric of extract().
-CLOCK_US = "(date_part('epoch', clock_timestamp()) * 1000000)::bigint"
-STATEMENT_US = "(date_part('epoch', statement_timestamp()) * 1000000)::bigint"
+
+
+def micros(moment: str) -> str:
+    """The microseconds of a moment since 1970, in SQL: in float8, which holds them exactly until the
+    year 2106 and costs less than the numeric of extract()."""
+    return f"(date_part('epoch', {moment}) * 1000000)::bigint"
+
+
+CLOCK_US = micros("clock_timestamp()")
+STATEMENT_US = micros("statement_timestamp()")
 LIVE = "(expires_at IS NULL OR expires_at > statement_timestamp())"
 # A value, or NULL where its time has passed: the column is NOT NULL.
 VALUE_OR_EXPIRED = "CASE WHEN expires_at <= statement_timestamp() THEN NULL ELSE value END"

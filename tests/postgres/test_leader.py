@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import multiprocessing
 import threading
 from typing import Any
 
@@ -99,6 +100,31 @@ async def test_what_the_work_raises_ends_run(store: Any, variant: Variant) -> No
     with pytest.raises(ZeroDivisionError):
         await asyncio.wait_for(_run(leader, stop_event(variant)), 30)
     assert await variant.make("Lock", store, "cron").holder() is None
+
+
+async def test_an_event_of_another_kind_stops_a_leader(store: Any, variant: Variant) -> None:
+    """An event of multiprocessing, or of the caller's own: it is asked to wait itself."""
+    if variant.name == "async":
+        pytest.skip("tasks wait for an asyncio.Event")
+    waited: list[float] = []
+    leading = threading.Event()
+
+    class Stop:
+        def __init__(self) -> None:
+            self.event = multiprocessing.Event()
+            self.is_set = self.event.is_set
+
+        def wait(self, seconds: float) -> bool:
+            waited.append(seconds)
+            return self.event.wait(seconds)
+
+    stop = Stop()
+    leader = variant.make("Leader", store, "cron", 5, on_elected=lambda _: leading.set())
+    run = asyncio.ensure_future(_run(leader, stop))
+    assert await in_thread(leading.wait, 30)
+    stop.event.set()
+    await asyncio.wait_for(run, 30)
+    assert waited
 
 
 async def test_locked_functions_run_one_at_a_time(store: Any, variant: Variant) -> None:

@@ -380,10 +380,10 @@ async def test_all_or_nothing(store: Any, peer: Peer) -> None:
         async with store.pipeline(atomic=True) as p:
             before = [p.set(f"k{number}", "v") for number in range(many)]
             bad = p.increment("text")
-            after = p.get("text")
+            after, empty = p.get("text"), p.get_many([])
         with pytest.raises(InvalidValueError, match="not a signed 64-bit integer"):
             bad.result()
-        for handle in (before[0], before[-1], after):
+        for handle in (before[0], before[-1], after, empty):
             with pytest.raises(TransactionError, match="rolled back"):
                 handle.result()
         assert peer.keys() == {"text"}

@@ -356,7 +356,7 @@ class PgConnection(WireConnection):
     def _converse(self, flow: Conversation[T], seconds: float, deadline: float) -> T:
         def answer_to(step: Any, _: object) -> Any:
             if isinstance(step, Statement):
-                return self.receive(step, seconds, deadline)
+                return self.receive(step, seconds, deadline, begun=True)
             return self._send_all(step, deadline - monotonic(), sync_each=False)
 
         return drive(flow, together=answer_to)
