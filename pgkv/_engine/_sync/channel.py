@@ -191,8 +191,15 @@ class PoolChannel(PooledOperations):
 
     def _together(self, step: Transaction[Any] | Pipelined, timeout: float | None) -> Any:
         until = self.until(step, timeout)
-        flow = self._settling(step, until)
-        answer = drive(flow, self._attempt, until, self._attempt)
+        self._start_patrols()
+        answer: Any = None
+        settling: Flow[Any] | None = None
+        try:
+            answer = self._attempt(step, until)
+        except PgkvError as error:
+            settling = self._settling(step, until, error)
+        if settling is not None:  # outside of the handler: its error is no other one's context
+            answer = drive(settling, self._attempt, until, self._attempt)
         self._evict_after(step)
         return answer
 
