@@ -122,9 +122,9 @@ async def test_an_event_of_another_kind_stops_a_leader(store: Any, variant: Vari
     leader = variant.make("Leader", store, "cron", 5, on_elected=lambda _: leading.set())
     run = asyncio.ensure_future(_run(leader, stop))
     assert await in_thread(leading.wait, 30)
+    await until(lambda: waited, "it waits for the event")
     stop.event.set()
     await asyncio.wait_for(run, 30)
-    assert waited
 
 
 async def test_locked_functions_run_one_at_a_time(store: Any, variant: Variant) -> None:
