@@ -12,6 +12,7 @@ import inspect
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from datetime import datetime
+from functools import cache
 from operator import attrgetter
 from pathlib import Path
 from threading import Event
@@ -73,6 +74,13 @@ if TYPE_CHECKING:
     from .typed import AsyncTypedStore
 
 T = TypeVar("T")
+
+
+@cache  # an import inside of a call costs each call a microsecond
+def _pipeline() -> type[AsyncPipeline]:
+    from .pipeline import AsyncPipeline
+
+    return AsyncPipeline
 
 
 class Opening(Unawaited[T]):
@@ -630,9 +638,7 @@ class AsyncStore(StoreBase):
     def pipeline(self, *, atomic: bool = False) -> AsyncPipeline:
         """Queue operations and send them together at the end of a ``with`` block. See
         `Store.pipeline`."""
-        from .pipeline import AsyncPipeline
-
-        return AsyncPipeline(self._sql, self._channel, atomic=atomic)
+        return _pipeline()(self._sql, self._channel, atomic=atomic)
 
     @overload
     def typed(self, type_: type[T], codec: CodecName = "json") -> AsyncTypedStore[T]: ...

@@ -11,6 +11,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
+from functools import cache
 from operator import attrgetter
 from pathlib import Path
 from threading import Event
@@ -72,6 +73,13 @@ if TYPE_CHECKING:
     from .typed import TypedStore
 
 T = TypeVar("T")
+
+
+@cache  # an import inside of a call costs each call a microsecond
+def _pipeline() -> type[Pipeline]:
+    from .pipeline import Pipeline
+
+    return Pipeline
 
 
 class Entering(Unopened, Generic[T]):
@@ -840,9 +848,7 @@ class Store(StoreBase):
         Returns:
             A `Pipeline`, which has the names of a store's operations.
         """
-        from .pipeline import Pipeline
-
-        return Pipeline(self._sql, self._channel, atomic=atomic)
+        return _pipeline()(self._sql, self._channel, atomic=atomic)
 
     @overload
     def typed(self, type_: type[T], codec: CodecName = "json") -> TypedStore[T]: ...

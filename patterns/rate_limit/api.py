@@ -162,7 +162,7 @@ class RateLimiter(LimiterView[Store]):
         plain = limits is None and cost == 1 and type(cost) is int
         usual = flows.usual_of(key, began) if plain else None
         if usual is None:
-            return self._run(flows.hit(key, cost, limits))
+            return self._store_run(flows.hit(key, cost, limits), flows.timeout)  # type: ignore[no-any-return]  # as of `_run`
         try:
             arrival = self._call(usual.statement, usual.params, flows.timeout)
         except OUTAGES as error:

@@ -208,7 +208,8 @@ class LimiterFlows:
                 decision = yield from self._hit_prefetching(row, policy, cost, sent)
             else:
                 known_row, refused = row in self._lately, self._expected(row, sent)
-                arrival: Arrival | None = yield self._likely(refused)(row, charge)
+                ask = self.sql.hit if refused is None else self._likely(refused)
+                arrival: Arrival | None = yield ask(row, charge)
                 if arrival is None or (not arrival.charged and arrival.stepped_back()):
                     arrival = yield from self._decided(row, arrival, refused, charge, sent)
                 self._note(row, arrival, sent)
