@@ -85,8 +85,8 @@ def cpu_clock(pids: Iterable[int]) -> Iterator[Callable[[], float] | None]:
 
         def add(pid: int) -> None:
             known.add(pid)
-            for path in Path(f"/proc/{pid}/task").glob("*/schedstat"):
-                with contextlib.suppress(OSError):  # it has ended
+            with contextlib.suppress(OSError):  # it has ended
+                for path in Path(f"/proc/{pid}/task").glob("*/schedstat"):
                     file = os.open(path, os.O_RDONLY)
                     opened.callback(os.close, file)
                     last[file] = 0
