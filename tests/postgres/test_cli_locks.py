@@ -230,7 +230,8 @@ def test_signals_are_passed_on(
     first = guarded(dsn, command=command)
     first.process.send_signal(number)
     code, error = first.ends()
-    assert (code, error) == (9, f"caught {name}\n")
+    # The shell may tell first that its own child has died of the signal.
+    assert (code, error.splitlines()[-1:]) == (9, [f"caught {name}"])
     assert listed(dsn)["locks"] == []
 
 
