@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
-from typing import Any, Literal, TypeAlias, TypeVar, cast
+from collections.abc import Callable, Coroutine
+from typing import Any, Literal, ParamSpec, Protocol, TypeAlias, TypeVar, cast, overload
 
 from ..._ops.codec import seconds, waiting
 from ...aio import AsyncStore
@@ -21,8 +21,40 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 OnBusy: TypeAlias = Literal["wait", "skip", "raise"]
 CHOICES = ("wait", "skip", "raise")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
+class _OrNone(Protocol):
+    """The decorated function also returns None, where it was skipped."""
+
+    @overload
+    def __call__(
+        self, fn: Callable[P, Coroutine[Any, Any, R]], /
+    ) -> Callable[P, Coroutine[Any, Any, R | None]]: ...
+    @overload
+    def __call__(self, fn: Callable[P, R], /) -> Callable[P, R | None]: ...
+
+
+@overload
+def locked(
+    lock_or_name: Lock | AsyncLock | Acquirer | AsyncAcquirer | str | None = None,
+    *,
+    name: Callable[..., str] | None = None,
+    store: Store | AsyncStore | None = None,
+    ttl: Seconds = 30.0,
+    on_busy: Literal["skip"],
+) -> _OrNone: ...
+@overload
+def locked(
+    lock_or_name: Lock | AsyncLock | Acquirer | AsyncAcquirer | str | None = None,
+    *,
+    name: Callable[..., str] | None = None,
+    store: Store | AsyncStore | None = None,
+    ttl: Seconds = 30.0,
+    timeout: Seconds | None = None,
+    on_busy: Literal["wait", "raise"] = "wait",
+) -> Callable[[F], F]: ...
 def locked(
     lock_or_name: Lock | AsyncLock | Acquirer | AsyncAcquirer | str | None = None,
     *,
@@ -31,7 +63,7 @@ def locked(
     ttl: Seconds = 30.0,
     timeout: Seconds | None = None,
     on_busy: OnBusy = "wait",
-) -> Callable[[F], F]:
+) -> Any:
     """Run the decorated function under a lock, plain or ``async``; also a static or class method,
     and an object with such a ``__call__``.
 

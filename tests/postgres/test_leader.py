@@ -133,9 +133,10 @@ async def test_locked_functions_run_one_at_a_time(store: Any, variant: Variant) 
     running = 0
 
     def decorated(**options: Any) -> Any:
+        exclusive: Any = pgkv.locked("job", store=inner, **options)
         if variant.name == "async":
 
-            @pgkv.locked("job", store=inner, **options)
+            @exclusive  # type: ignore[untyped-decorator]  # typed by its options, which are any here
             async def job(seconds: float) -> str:
                 nonlocal running
                 running += 1
@@ -146,7 +147,7 @@ async def test_locked_functions_run_one_at_a_time(store: Any, variant: Variant) 
 
             return job
 
-        @pgkv.locked("job", store=inner, **options)
+        @exclusive  # type: ignore[untyped-decorator]  # as above
         def blocking_job(seconds: float) -> str:
             nonlocal running
             running += 1
@@ -222,7 +223,7 @@ async def test_locked_refuses_what_cannot_work(store: Any, variant: Variant) -> 
     with pytest.raises(TypeError, match="generator"):
         pgkv.locked("x", store=inner)(generator)
     with pytest.raises(pgkv.ConfigError, match="on_busy"):
-        pgkv.locked("x", store=inner, on_busy="cry")  # type: ignore[arg-type]  # that is the test
+        pgkv.locked("x", store=inner, on_busy="cry")  # type: ignore[call-overload]  # that is the test
     lock = (pgkv.AsyncLock if variant.name == "async" else pgkv.Lock)(inner, "x")
     with pytest.raises(pgkv.ConfigError, match="needs a"):
         pgkv.locked(lock)(plain if variant.name == "async" else coroutine)

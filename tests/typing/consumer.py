@@ -213,7 +213,7 @@ def wrong_variants(store: Store, other: AsyncStore) -> None:
     Store.connect("dsn", tabel_name="kv")  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
     store.table("kv", pool_max_size=3)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
     pgkv.Lock(store, "l", wakeup="listen")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
-    pgkv.locked("l", on_busy="fail")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    pgkv.locked("l", on_busy="fail")  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType, reportCallIssue]
     pgkv.Store("dsn")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 
 

@@ -77,6 +77,22 @@ async def report_later(day: int) -> str:
     return str(day)
 
 
+@pgkv.locked("report", on_busy="skip")
+def report_or_none(day: int) -> str:
+    return str(day)
+
+
+@pgkv.locked(name=str, on_busy="skip")
+async def report_or_none_later(day: int) -> str:
+    return str(day)
+
+
+class Reports:
+    @pgkv.locked("reports", on_busy="skip")
+    def make(self, day: int) -> str:
+        return str(day)
+
+
 @shared.limit(key=str)
 def call(day: int) -> str:
     return str(day)
@@ -100,6 +116,10 @@ async def view_later(request: HttpRequest, day: int) -> HttpResponse:
 async def decorated(request: HttpRequest) -> None:
     assert_type(report(1), str)
     assert_type(await asyncio.create_task(report_later(1)), str)
+    assert_type(report_or_none(1), str | None)
+    assert_type(await asyncio.create_task(report_or_none_later(1)), str | None)
+    assert_type(Reports().make(1), str | None)
+    report_or_none("1")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     assert_type(call(1), str)
     assert_type(await asyncio.create_task(call_later(1)), str)
     assert_type(view(request, 1), HttpResponse)

@@ -384,7 +384,7 @@ LOCKS: Mistakes = {
         ("run()", "asyncio.Event", "threading.Event"),
     ),
     "a bare @locked": (
-        lambda: pgkv.locked(plain),  # type: ignore[arg-type]
+        lambda: pgkv.locked(plain),  # type: ignore[call-overload]
         TypeError,
         ("plain", "@pgkv.locked('name')", "parentheses"),
     ),
