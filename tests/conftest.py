@@ -190,17 +190,20 @@ def _every_warning() -> None:
     _observe._windows.clear()
 
 
-@pytest.fixture
-def nothing_by_chance(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What comes by chance after one operation in 256, the removal of old rows, does not come: it would
-    use a connection of its own.
+@pytest.fixture(autouse=True)
+def _nothing_by_chance(request: pytest.FixtureRequest) -> Iterator[None]:
+    """On a server nothing comes by chance after one operation in 256, the removal of old rows: it uses a
+    connection of its own, and may come before the test has looked at them.
     """
-    for module in (
-        "_engine._sync.channel.SWEEP",
-        "_engine._async.channel.SWEEP",
-        "patterns.lock.flows.CLEAN",
-    ):
-        monkeypatch.setattr(f"pgkv.{module}_CHANCE", 0.0)
+    with pytest.MonkeyPatch.context() as patched:
+        if "server" in request.fixturenames:
+            for module in (
+                "_engine._sync.channel.SWEEP",
+                "_engine._async.channel.SWEEP",
+                "patterns.lock.flows.CLEAN",
+            ):
+                patched.setattr(f"pgkv.{module}_CHANCE", 0.0)
+        yield
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -46,7 +46,6 @@ def inserted_expired(witness: Witness, count: int) -> None:
     )
 
 
-@pytest.mark.usefixtures("nothing_by_chance")
 async def test_a_read_collects(make_store: MakeStore, witness: Witness) -> None:
     """ON_READ: an expired row that a read met is deleted soon; those that nobody read are not."""
     store = await make_store()
@@ -61,7 +60,6 @@ async def test_a_read_collects(make_store: MakeStore, witness: Witness) -> None:
     assert 18 <= witness.rows() <= 19 + 1
 
 
-@pytest.mark.usefixtures("nothing_by_chance")
 async def test_a_fresh_value_is_never_collected(make_store: MakeStore, witness: Witness) -> None:
     """A value written between the read and the deletion, or by others at that moment, stays."""
     store = await make_store(pool_max_size=4)
@@ -81,7 +79,6 @@ async def test_a_fresh_value_is_never_collected(make_store: MakeStore, witness: 
         await store.truncate()
 
 
-@pytest.mark.usefixtures("nothing_by_chance")
 async def test_a_locked_row_is_skipped(make_store: MakeStore, witness: Witness) -> None:
     """Somebody holds an expired row's lock: the reader does not wait, nor does the collector, and
     other rows are collected."""
@@ -149,7 +146,6 @@ async def test_a_sweep_blocks_no_writer(make_store: MakeStore, witness: Witness)
     assert await store.count() == 200
 
 
-@pytest.mark.usefixtures("nothing_by_chance")
 async def test_sweeps_leave_transactions_alone(make_store: MakeStore, witness: Witness) -> None:
     """Inside transaction() nothing is collected: rows that are met stay."""
     store = await make_store(ttl_cleanup_strategy=TtlCleanupStrategy.ON_READ)

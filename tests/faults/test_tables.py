@@ -152,9 +152,7 @@ FORGET = ["DISCARD ALL", "DEALLOCATE ALL"]
 
 @newest
 @pytest.mark.parametrize("command", FORGET)
-async def test_forgotten_statements(
-    make_store: MakeStore, nothing_by_chance: None, command: str
-) -> None:
+async def test_forgotten_statements(make_store: MakeStore, command: str) -> None:
     """Prepared statements that vanish behind our back are prepared again, in every kind of call."""
     store = await make_store(pool_max_size=1)
 

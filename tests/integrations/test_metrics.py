@@ -118,7 +118,6 @@ def test_changes_of_state_are_counted(registry: CollectorRegistry) -> None:
 
 
 @newest
-@pytest.mark.usefixtures("nothing_by_chance")
 def test_locks_limiters_sweeps_and_pools_are_counted(
     dsn: str, registry: CollectorRegistry, monkeypatch: pytest.MonkeyPatch
 ) -> None:

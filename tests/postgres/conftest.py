@@ -44,7 +44,7 @@ def connect(
 
 
 @pytest.fixture
-def operations(nothing_by_chance: None) -> Iterator[list[tuple[str, str, int]]]:
+def operations() -> Iterator[list[tuple[str, str, int]]]:
     """Every operation of every store during the test: name, outcome, retries."""
     seen: list[tuple[str, str, int]] = []
     remove = pgkv.on_operation(

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import importlib
+import itertools
 from typing import Any
 
 import pytest
 
 import pgkv
-from pgkv._engine.sweep import Collector
+from pgkv._engine._async import channel as async_channel
+from pgkv._engine._sync import channel as sync_channel
+from pgkv._engine.sweep import SWEEP_CHANCE, Collector
 from pgkv._sql import sweep
 from pgkv.testing import ServerClock
 from tests.peers import Peer, until
@@ -20,13 +22,8 @@ MANUAL = pgkv.TtlCleanupStrategy.MANUAL
 @pytest.fixture
 def always_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
     """The dice of every write ask for a sweep."""
-    for name in ("_engine._sync.channel", "_engine._async.channel"):
-        try:
-            module = importlib.import_module(f"pgkv.{name}")
-        except ImportError:
-            continue
-        if hasattr(module, "random"):
-            monkeypatch.setattr(module, "random", lambda: 0.0)
+    for channel in (async_channel, sync_channel):
+        monkeypatch.setattr(channel, "SWEEP_CHANCE", 1.0)
 
 
 async def fill(store: Any, clock: ServerClock, *, expired: int, live: int = 0) -> None:
@@ -148,16 +145,18 @@ async def test_writes_sweep_now_and_then(
 
 
 async def test_one_write_in_256_sweeps(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of many writes a few ask for a sweep; reads never do."""
+    """Of the numbers that writes draw one in 256 asks for a sweep; reads draw none."""
     asked: list[int] = []
     monkeypatch.setattr(Collector, "sweep", lambda self: asked.append(1))
-    for n in range(2000):
+    drawn = itertools.count()
+    for channel in (async_channel, sync_channel):
+        monkeypatch.setattr(channel, "SWEEP_CHANCE", SWEEP_CHANCE)
+        monkeypatch.setattr(channel, "random", lambda: next(drawn) % 256 / 256)
+    for n in range(512):
         await store.set("k", b"%d" % n)
-    writes = len(asked)
-    assert 0 < writes < 40
-    for _ in range(1000):
         await store.get("k")
-    assert len(asked) == writes
+    assert len(asked) == 2
+    assert next(drawn) == 512
 
 
 @pytest.mark.parametrize("strategy", [MANUAL, pgkv.TtlCleanupStrategy.DISABLED])
