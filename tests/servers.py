@@ -42,6 +42,8 @@ SMALL: Mapping[str, str] = {"shared_buffers": "32MB", "max_connections": "150"}
 # Seconds by which a loaded machine may be late with what takes an instant. An upper bound of a test
 # includes them; what it rules out takes longer: the default timeouts, or what the test arranges.
 LATE = 5.0
+# Seconds for what comes by itself, a request, a thread, a program that starts: only a defect takes that long.
+PATIENCE = 90.0
 
 
 def wait_until(condition: Callable[[], bool], what: str, seconds: float = 30.0) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 from time import monotonic
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import psycopg
 
@@ -14,17 +14,6 @@ from .._ops.op import Op
 from ..errors import OperationTimeoutError, PgkvError, translate
 
 T = TypeVar("T")
-
-
-async def opened(conninfo: str) -> psycopg.AsyncConnection[Any]:
-    """Open a connection. An attempt that is cancelled leaves none: its traceback, which may live as
-    long as its task, would keep what the server has opened already."""
-    try:
-        return await psycopg.AsyncConnection.connect(
-            conninfo, autocommit=True, prepare_threshold=None
-        )
-    except asyncio.CancelledError as error:
-        raise error.with_traceback(None) from None
 
 
 class DedicatedConnection:
@@ -83,7 +72,9 @@ class DedicatedConnection:
         if self._connection is not None and self._connection.is_stale():
             self.close()
         if self._connection is None:
-            conn = await opened(self._conninfo)
+            conn = await psycopg.AsyncConnection.connect(
+                self._conninfo, autocommit=True, prepare_threshold=None
+            )
             watchdog = Watchdog(asyncio.get_running_loop())
             self._connection = AsyncPgConnection(conn, watchdog, prepares=self._prepares)
         return self._connection

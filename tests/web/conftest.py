@@ -22,7 +22,9 @@ def client_of(port: int) -> httpx.Client:
     """A client that opens a connection for each request: servers close one after an error, and
     the next request on it would race that."""
     limits = httpx.Limits(max_keepalive_connections=0)
-    return httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30, limits=limits)
+    return httpx.Client(
+        base_url=f"http://127.0.0.1:{port}", timeout=servers.PATIENCE, limits=limits
+    )
 
 
 @pytest.fixture
@@ -41,7 +43,7 @@ def serve_asgi() -> Iterator[Serve]:
 
             def stop() -> None:
                 server.should_exit = True
-                thread.join(20)
+                thread.join(servers.PATIENCE)
 
             stack.callback(stop)
             servers.wait_until(lambda: server.started, "uvicorn starts")
@@ -65,7 +67,7 @@ def serve_wsgi() -> Iterator[Serve]:
 
             def stop() -> None:
                 server.shutdown()
-                thread.join(20)
+                thread.join(servers.PATIENCE)
                 server.server_close()
 
             stack.callback(stop)

@@ -36,7 +36,7 @@ def asgi(app: Any, certificate: Path | None = None) -> Iterator[str]:
         yield f"127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     finally:
         server.should_exit = True
-        thread.join(20)
+        thread.join(servers.PATIENCE)
 
 
 @contextlib.contextmanager
@@ -54,7 +54,7 @@ def wsgi(app: Any, certificate: Path | None = None) -> Iterator[str]:
         yield f"127.0.0.1:{server.server_port}"
     finally:
         server.shutdown()
-        thread.join(20)
+        thread.join(servers.PATIENCE)
         server.server_close()
 
 
@@ -63,7 +63,7 @@ def client(address: str, *, tls: bool = False) -> httpx.Client:
     after an error, and the next request on it would race that."""
     return httpx.Client(
         base_url=f"http{'s' if tls else ''}://{address}",
-        timeout=30,
+        timeout=servers.PATIENCE,
         limits=httpx.Limits(max_keepalive_connections=0),
         verify=False,
     )

@@ -28,12 +28,19 @@ from pgkv.integrations.dashboard import dashboard
 from pgkv.patterns.overview import BlockedBackend, Overview, Overviews, QueueDepth
 from tests.browser import chromium
 from tests.faults.support import newest
+from tests.servers import LATE, PATIENCE, wait_until
 from tests.variants import Variant, in_thread
 from tests.web.running import wsgi
 
 pytestmark = newest
 
 EVIL = "<img/src=x onerror=document.title='1'>"
+
+
+@pytest.fixture(autouse=True)
+def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy machine is no outage."""
+    monkeypatch.setattr("pgkv.integrations.dashboard.TIMEOUT", PATIENCE)
 
 
 def everyone(_: Any) -> bool:
@@ -68,7 +75,8 @@ def fill(dsn: str) -> None:
     """Something of everything, with names that are markup and values that nobody may see."""
     with pgkv.Store.connect(dsn) as store:
         store.set_many({f"{EVIL}:1": "secret-value", "user:1": "secret-value", "secret-key": "x"})
-        pgkv.RateLimiter(store, pgkv.Rate(1, 3600), name=EVIL[:60]).hit("secret-visitor")
+        limiter = pgkv.RateLimiter(store, pgkv.Rate(1, 3600), name=EVIL[:60], timeout=PATIENCE)
+        limiter.hit("secret-visitor")
         queue: pgkv.Queue[Any] = pgkv.Queue(store, EVIL, max_attempts=1)
         queue.put("secret-payload")
         queue.put("secret-payload")
@@ -76,7 +84,8 @@ def fill(dsn: str) -> None:
         assert job is not None
         job.nack()
         pgkv.SessionStore(store).create({"name": "secret-data"}, user_id="secret-user")
-        pgkv.Lock(store, EVIL, metadata={"why": "secret-metadata"}).acquire().__enter__()
+        lock = pgkv.Lock(store, EVIL, ttl=3600, metadata={"why": "secret-metadata"})
+        lock.acquire().__enter__()
 
 
 def test_it_is_never_public_by_mistake(dsn: str) -> None:
@@ -225,7 +234,7 @@ async def test_visitors_share_a_frame(
     dsn: str, variant: Variant, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Within a second the server is asked once, but for those who come before the first frame."""
-    monkeypatch.setattr("pgkv.integrations.dashboard.FRESH", 60.0)
+    monkeypatch.setattr("pgkv.integrations.dashboard.FRESH", 3600.0)
     async with visiting(variant, dsn) as (ask, app):
         looks: list[int] = []
         look = app._overviews.look
@@ -242,7 +251,9 @@ async def test_visitors_share_a_frame(
         assert 1 <= asked == len(looks) <= 5
 
 
-async def test_a_stopped_server(make_server: Callable[..., Any], variant: Variant) -> None:
+async def test_a_stopped_server(
+    make_server: Callable[..., Any], variant: Variant, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The page says so with 503 and shows the last figures; a new process shows none. It comes back."""
     server = make_server()
     fill(server.dsn)
@@ -253,15 +264,17 @@ async def test_a_stopped_server(make_server: Callable[..., Any], variant: Varian
         assert (await ask("GET", "/")).status_code == 200
         server.stop()
         app._asked -= 10
+        monkeypatch.setattr("pgkv.integrations.dashboard.TIMEOUT", 1.0)
         started = time.monotonic()
         response = await ask("GET", "/")
-        assert time.monotonic() - started < 10  # the limit is 1 s; a loaded machine takes longer
+        assert time.monotonic() - started < 1 + LATE
         assert (response.status_code, response.headers["retry-after"]) == (503, "5")
         assert "does not answer" in response.text
         assert "kv_store_jobs" in response.text
         response = await ask_new("GET", "/")
         assert response.status_code == 503
         assert "kv_store_jobs" not in response.text
+        monkeypatch.setattr("pgkv.integrations.dashboard.TIMEOUT", PATIENCE)
         server.start()
         app._asked -= 10
         response = await ask("GET", "/")
@@ -365,7 +378,7 @@ def address(dsn: str) -> Any:
         yield process.stdout.readline().strip()
     finally:
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=20)
+        _, errors = process.communicate(timeout=PATIENCE)
         assert (process.returncode, errors) == (0, "")
 
 
@@ -373,7 +386,7 @@ def test_the_command(address: str) -> None:
     """A token that works once, then a cookie, on loopback, under its own name."""
     url, _, token = address.partition("?token=")
     assert re.fullmatch(r"http://127\.0\.0\.1:\d+/", url)
-    with httpx.Client() as thief, httpx.Client() as visitor:
+    with httpx.Client(timeout=PATIENCE) as thief, httpx.Client(timeout=PATIENCE) as visitor:
         assert visitor.get(url).status_code == 403
         assert visitor.get(f"{url}?token=wrong").status_code == 403
         rebound = {"host": "evil.example"}
@@ -384,8 +397,13 @@ def test_the_command(address: str) -> None:
         cookie = response.headers["set-cookie"]
         assert cookie.endswith("; Path=/; HttpOnly; SameSite=Strict")
         assert token not in cookie
-        page = visitor.get(url)
-        assert page.status_code == 200
-        assert token not in page.text
+        pages: list[httpx.Response] = []
+
+        def shown() -> bool:  # within a second, where the machine is not busy
+            pages.append(visitor.get(url))
+            return pages[-1].status_code == 200
+
+        wait_until(shown, "the page is shown", PATIENCE)
+        assert token not in pages[-1].text
         assert visitor.get(url, headers=rebound).status_code == 403
         assert thief.get(address).status_code == 403

@@ -53,7 +53,7 @@ def test_requests_beyond_the_rate_get_429(store: pgkv.AsyncStore, serve_asgi: Se
         assert answer.headers["RateLimit"].startswith(f'"api";r={left};t=')
     refused = client.get("/")
     assert refused.status_code == 429
-    assert 1190 < int(refused.headers["Retry-After"]) <= 1200
+    assert 900 < int(refused.headers["Retry-After"]) <= 1200  # 1200 but for the time since
     assert refused.headers["RateLimit"] == f'"api";r=0;t={refused.headers["Retry-After"]}'
     assert refused.headers["Content-Type"] == "application/problem+json"
     assert refused.json()["violated-policies"] == ["api"]

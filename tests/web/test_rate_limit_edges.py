@@ -310,6 +310,7 @@ async def test_shadow_refusals_are_counted_not_repeated(
         middleware=[limited(limiter_of(store, "1/d"), shadow=True)],
     )
     caplog.set_level(logging.INFO, logger="pgkv")
+    monkeypatch.setattr(local, "WARN_SECONDS", 3600.0)
     async with store, client_of(app) as client:
         for _ in range(20):
             assert (await client.get("/")).status_code == 200

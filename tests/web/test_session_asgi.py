@@ -25,6 +25,7 @@ from tests import servers
 from tests.faults.proxy import certificate
 from tests.faults.support import newest
 from tests.peers import Peer
+from tests.servers import PATIENCE
 from tests.web.running import asgi, client
 from tests.web.site import Site
 
@@ -84,6 +85,11 @@ def browser(request: pytest.FixtureRequest, serve: Any) -> httpx.Client:
 
 def token_of(browser: httpx.Client) -> str:
     return browser.cookies["session"]
+
+
+def get(browser: httpx.Client, path: str, headers: Any) -> httpx.Response:
+    """A request of another browser."""
+    return httpx.get(browser.base_url.join(path), headers=headers, timeout=PATIENCE)
 
 
 def test_queries_per_request(browser: httpx.Client, operations: Operations) -> None:
@@ -183,10 +189,10 @@ def test_bad_cookies(browser: httpx.Client) -> None:
         "session=": {},
         ";;=;session": {},
     }.items():
-        response = httpx.get(browser.base_url.join("/read"), headers={"cookie": cookie})
+        response = get(browser, "/read", {"cookie": cookie})
         assert (response.status_code, response.json()) == (200, expected), cookie[:60]
     raw = [(b"cookie", b"session=\xe9\xff" + token.encode())]
-    assert httpx.get(browser.base_url.join("/read"), headers=raw).json() == {}
+    assert get(browser, "/read", raw).json() == {}
 
 
 def test_parallel_requests(serve: Any) -> None:
@@ -201,17 +207,17 @@ def test_parallel_requests(serve: Any) -> None:
         threading.Thread(
             target=httpx.get,
             args=(browser.base_url.join(f"/held?me={name}"),),
-            kwargs={"headers": cookie, "timeout": 30},
+            kwargs={"headers": cookie, "timeout": PATIENCE},
         )
         for name in names
     ]
     for thread in threads:
         thread.start()
-    assert all(site.arrived[name].wait(20) for name in names)
+    assert all(site.arrived[name].wait(PATIENCE) for name in names)
     for name in names:
         site.gates[name].set()
     for thread in threads:
-        thread.join(20)
+        thread.join(PATIENCE)
     assert browser.get("/read").json() == {"start": "1"} | dict.fromkeys(names, "held")
 
 
@@ -227,15 +233,13 @@ def test_a_request_in_flight(
     browser.get("/put?a=1")
     site.gates["me"], site.arrived["me"] = threading.Event(), threading.Event()
     answers: list[httpx.Response] = []
-    url, cookie = browser.base_url.join("/held?me=me"), f"session={token_of(browser)}"
-    thread = threading.Thread(
-        target=lambda: answers.append(httpx.get(url, headers={"cookie": cookie}, timeout=30))
-    )
+    cookie = {"cookie": f"session={token_of(browser)}"}
+    thread = threading.Thread(target=lambda: answers.append(get(browser, "/held?me=me", cookie)))
     thread.start()
-    assert site.arrived["me"].wait(20)
+    assert site.arrived["me"].wait(PATIENCE)
     browser.get(meanwhile)
     site.gates["me"].set()
-    thread.join(20)
+    thread.join(PATIENCE)
     assert answers[0].status_code == 200
     assert "set-cookie" not in answers[0].headers
     assert caplog.text.count("pgkv.session.dropped") == 1
@@ -250,16 +254,14 @@ async def test_a_logout_that_waited_for_a_rotation(serve: Any, peer: Peer, witne
     browser.get("/login?user=ada")
     cookie = {"cookie": f"session={token_of(browser)}"}
 
-    def get(path: str) -> asyncio.Future[httpx.Response]:
-        url = browser.base_url.join(path)
-        ask = asyncio.to_thread(httpx.get, url, headers=cookie, timeout=30)
-        return asyncio.ensure_future(ask)
+    def ask(path: str) -> asyncio.Future[httpx.Response]:
+        return asyncio.ensure_future(asyncio.to_thread(get, browser, path, cookie))
 
     with peer.conn.transaction():
         peer.run("SELECT 1 FROM kv_store_sessions FOR UPDATE")
-        renewing = get("/renew")
+        renewing = ask("/renew")
         await witness.until_waiting(1)
-        leaving = get("/logout")
+        leaving = ask("/logout")
         await witness.until_waiting(2)
     renewed, left = await renewing, await leaving
     assert (renewed.status_code, left.status_code) == (200, 200)
@@ -298,9 +300,11 @@ async def test_rotations_against_logouts(dsn: str) -> None:
         return [each.partition(";")[0].removeprefix("session=") for each in set_cookies]
 
     unused: Any = None
-    async with pgkv.AsyncStore.connect(dsn) as store:
+    # 80 requests share ten connections: on a busy machine the last of them waits for long.
+    patient: Any = {"pool_timeout": PATIENCE, "operation_timeout": PATIENCE}
+    async with pgkv.AsyncStore.connect(dsn, **patient) as store:
         sessions = pgkv.AsyncSessionStore(store)
-        middleware = pgkv.SessionMiddleware(app, sessions=sessions, secure=False)
+        middleware = pgkv.SessionMiddleware(app, sessions=sessions, secure=False, timeout=None)
         for _ in range(5):
             made = [await sessions.create({"role": "member"}, user_id="u") for _ in range(40)]
             asked = [(path, each.id) for each in made for path in ("/renew", "/logout")]
@@ -313,7 +317,7 @@ async def test_rotations_against_logouts(dsn: str) -> None:
 def read_with(browser: httpx.Client, *tokens: str) -> Any:
     """What the session of these cookies holds."""
     cookie = "; ".join(f"session={token}" for token in tokens)
-    return httpx.get(browser.base_url.join("/read"), headers={"cookie": cookie}).json()
+    return get(browser, "/read", {"cookie": cookie}).json()
 
 
 def test_several_cookies_of_one_name(browser: httpx.Client) -> None:
@@ -330,7 +334,7 @@ def test_several_cookies_of_one_name(browser: httpx.Client) -> None:
     browser.get("/login?user=ada")
     assert read_with(browser, b, token_of(browser)) == {"b": "1", "role": "member"}
     cookie = f"session={b}; session={token_of(browser)}; session={a}"
-    left = httpx.get(browser.base_url.join("/logout"), headers={"cookie": cookie})
+    left = get(browser, "/logout", {"cookie": cookie})
     assert "Max-Age=0" in left.headers["set-cookie"]
     for token in (a, b, token_of(browser)):
         assert read_with(browser, token) == {}
@@ -353,7 +357,7 @@ def test_a_logout_with_a_token_that_reads_no_more(browser: httpx.Client, dsn: st
 def test_the_cookie_of_an_active_user_is_sent_again(serve: Any, clock: ServerClock) -> None:
     """With max_age a browser gets its cookie again once a third of that time has passed, not with
     each response."""
-    _, browser = serve(max_age=3000)
+    _, browser = serve(max_age=3000, touch_interval=3)
     assert "Max-Age=3000" in browser.get("/put?a=1").headers["set-cookie"]
     token = token_of(browser)
     for _ in range(6):
@@ -418,7 +422,7 @@ async def test_cancelled_by_a_scope(dsn: str, when: str) -> None:
         async def ignore(*_message: Any) -> Any:
             pass
 
-        middleware = pgkv.SessionMiddleware(app, sessions=sessions, secure=False)
+        middleware = pgkv.SessionMiddleware(app, sessions=sessions, secure=False, timeout=None)
         scope = {
             "type": "http",
             "path": "/",
@@ -510,6 +514,7 @@ def test_websockets(browser: httpx.Client, operations: Operations) -> None:
 
     said = {"accepted": True, "said": "hello"}
     assert poll(read, lambda data: "said" in data) == said
+    servers.wait_until(lambda: "save" in operations, "the first socket's save is told")
     operations.clear()
     with connect(address, additional_headers={"cookie": cookie}) as socket:
         assert json.loads(socket.recv()) == said
@@ -567,7 +572,7 @@ def test_a_fastapi_application(dsn: str) -> None:
         await store.close()
 
     app = FastAPI(lifespan=lifespan)
-    app.add_middleware(pgkv.SessionMiddleware, sessions=sessions, secure=False)
+    app.add_middleware(pgkv.SessionMiddleware, sessions=sessions, secure=False, timeout=None)
 
     async def visits(request: Request) -> int:
         request.session["visits"] = request.session.get("visits", 0) + 1

@@ -13,6 +13,7 @@ import pytest
 from tests.browser import chromium
 from tests.faults.proxy import certificate
 from tests.faults.support import newest
+from tests.servers import PATIENCE
 from tests.web.running import asgi, client
 from tests.web.site import Site
 
@@ -66,7 +67,7 @@ def test_a_day_in_a_browser(dsn: str, tmp_path: Path, laptop: webdriver.Chrome) 
                 laptop.switch_to.new_window("tab")
                 laptop.get(f"https://{address}/plain")
             laptop.execute_script(f"window.answer = fetch('/held?me={tab}'); return 1")
-            assert site.arrived[tab].wait(20)
+            assert site.arrived[tab].wait(PATIENCE)
         for gate in site.gates.values():
             gate.set()
         for handle in laptop.window_handles:

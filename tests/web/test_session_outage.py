@@ -21,7 +21,7 @@ import pgkv
 from pgkv.integrations.flask import PgkvSessionInterface
 from tests import FULL, servers
 from tests.faults.support import newest
-from tests.servers import Server
+from tests.servers import PATIENCE, Server
 from tests.web.conftest import Serve, lifespan_of
 
 pytestmark = newest
@@ -53,7 +53,7 @@ class Pages:
         elif path == "/held":
             session["held"] = True
             self.arrived.set()
-            self.gate.wait(20)
+            self.gate.wait(PATIENCE)
         return dict(session) if path != "/plain" else {}
 
 
@@ -130,15 +130,17 @@ def timed(client: httpx.Client, path: str) -> httpx.Response:
     return answer
 
 
-def answered(client: httpx.Client, path: str) -> Any:
-    """The page's own answer: the first request also connects, which a loaded machine may not do in time."""
+def answered(client: httpx.Client, path: str, mode: str = "503") -> Any:
+    """The page's own answer: a request that also connects may not do so in time on a loaded machine, and is
+    answered as in an outage."""
     answers: list[httpx.Response] = []
 
     def good() -> bool:
         answers.append(client.get(path))
-        return answers[-1].status_code == 200
+        is_anonymous = mode == "anonymous" and answers[-1].json() == {}
+        return answers[-1].status_code == 200 and not is_anonymous
 
-    servers.wait_until(good, "it is answered")
+    servers.wait_until(good, "it is answered", PATIENCE)
     return answers[-1].json()
 
 
@@ -154,7 +156,7 @@ def test_outage(
     loses its session: it is there when the database is back. A logout is not answered as done."""
     server = make_server()
     client, _ = make_client(kind, server.dsn, on_error=mode)
-    assert answered(client, "/put") == {"n": 1}
+    before = answered(client, "/put")  # counts more than once where a save's answer came late
     cookies = dict(client.cookies)
     server.stop()
     caplog.clear()
@@ -178,8 +180,8 @@ def test_outage(
         assert caplog.text.count(event) <= 10
     server.start()
     assert dict(client.cookies) == cookies
-    assert answered(client, "/read") == {"n": 1}
-    assert client.get("/clear").status_code == 200
+    assert answered(client, "/read", mode) == before
+    assert answered(client, "/clear") == {}
     assert not client.cookies
 
 
@@ -192,13 +194,13 @@ def test_silence(
     """A server that no longer answers costs a request the timeout, and is answered with 503."""
     server = make_server()
     client, _ = make_client(kind, server.dsn)
-    assert answered(client, "/put") == {"n": 1}
+    before = answered(client, "/put")
     server.freeze()
     try:
         assert {timed(client, "/read").status_code for _ in range(3)} == {503}
     finally:
         server.thaw()
-    assert answered(client, "/read") == {"n": 1}
+    assert answered(client, "/read") == before
 
 
 @pytest.mark.parametrize(("kind", "mode"), EACH)
@@ -210,14 +212,14 @@ def test_a_change_that_cannot_be_saved(
 ) -> None:
     """The database goes after the session was read: no response says that the change was made."""
     server = make_server()
-    client, pages = make_client(kind, server.dsn, on_error=mode)
+    client, pages = make_client(kind, server.dsn, on_error=mode, timeout=None)
     answered(client, "/put")
     answers: list[httpx.Response] = []
-    thread = threading.Thread(target=lambda: answers.append(timed(client, "/held")))
+    thread = threading.Thread(target=lambda: answers.append(client.get("/held")))
     thread.start()
-    assert pages.arrived.wait(20)
+    assert pages.arrived.wait(PATIENCE)
     server.stop()
     pages.gate.set()
-    thread.join(20)
+    thread.join(PATIENCE)
     assert answers[0].status_code == (500 if mode == "raise" else 503)
     assert "held" not in answers[0].text

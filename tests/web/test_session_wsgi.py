@@ -26,6 +26,7 @@ from pgkv.testing import ServerClock
 from tests import servers
 from tests.faults.proxy import certificate
 from tests.faults.support import newest
+from tests.servers import PATIENCE
 from tests.web.running import client, wsgi
 
 pytestmark = newest
@@ -67,7 +68,9 @@ def sessions(dsn: str) -> Iterator[pgkv.SessionStore]:
 def flask_app(sessions: pgkv.SessionStore, **options: Any) -> flask.Flask:
     """The same site as in the ASGI tests, as Flask programs are written."""
     app = flask.Flask(__name__)
-    app.session_interface = PgkvSessionInterface(sessions, **{"secure": False, **options})
+    # timeout: the store's, since a busy machine is no outage.
+    options = {"secure": False, "timeout": None, **options}
+    app.session_interface = PgkvSessionInterface(sessions, **options)
     gate, arrived = threading.Event(), threading.Event()
     app.extensions["gate"], app.extensions["arrived"] = gate, arrived
 
@@ -93,7 +96,7 @@ def flask_app(sessions: pgkv.SessionStore, **options: Any) -> flask.Flask:
     def held() -> str:
         flask.session["held"] = True
         arrived.set()
-        gate.wait(20)
+        gate.wait(PATIENCE)
         return "ok"
 
     @app.get("/login")
@@ -364,13 +367,13 @@ def test_a_request_in_flight_at_logout(
         answers: list[httpx.Response] = []
         url = browser.base_url.join("/held")
         thread = threading.Thread(
-            target=lambda: answers.append(httpx.get(url, headers=cookie, timeout=30))
+            target=lambda: answers.append(httpx.get(url, headers=cookie, timeout=PATIENCE))
         )
         thread.start()
-        assert app.extensions["arrived"].wait(20)
+        assert app.extensions["arrived"].wait(PATIENCE)
         browser.get("/logout")
         app.extensions["gate"].set()
-        thread.join(20)
+        thread.join(PATIENCE)
         assert answers[0].status_code == 200
         assert "set-cookie" not in answers[0].headers
         assert caplog.text.count("pgkv.session.dropped") == 1
@@ -440,7 +443,7 @@ def plain_app(environ: dict[str, Any], start_response: Callable[..., Any]) -> It
 def test_plain_wsgi(sessions: pgkv.SessionStore, operations: Operations) -> None:
     """environ["pgkv.session"] loads at first touch, is saved at the head and again at the end."""
     app: Any = pgkv.WSGISessionMiddleware(
-        plain_app, sessions=sessions, secure=False, exempt=["/none"]
+        plain_app, sessions=sessions, secure=False, timeout=None, exempt=["/none"]
     )
     with contextlib.ExitStack() as stack:
         browser = stack.enter_context(client(stack.enter_context(wsgi(app))))
@@ -462,7 +465,7 @@ def test_plain_wsgi(sessions: pgkv.SessionStore, operations: Operations) -> None
 
 def test_the_head_is_replaced_with_its_cookie(sessions: pgkv.SessionStore) -> None:
     """start_response called a second time, for an error, still hands out the token."""
-    app: Any = pgkv.WSGISessionMiddleware(plain_app, sessions=sessions, secure=False)
+    app: Any = pgkv.WSGISessionMiddleware(plain_app, sessions=sessions, secure=False, timeout=None)
     heads: list[Any] = []
     environ = {"PATH_INFO": "/error", "REQUEST_METHOD": "GET", "wsgi.version": (1, 0)}
     body = app(environ, lambda *head: heads.append(head))
