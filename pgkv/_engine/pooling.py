@@ -126,10 +126,11 @@ def no_connection(config: Config, action: str, seconds: float) -> StoreUnavailab
     """The error when connecting neither succeeds nor fails: for connect_timeout, or until the call's
     own deadline."""
     limit = "the time for the call"
-    if seconds > 0.95 * config.connect_timeout:  # some of it may have passed before
+    seconds = max(0.0, round(seconds, 3))  # some of it may have passed before, or all
+    if seconds > 0.95 * config.connect_timeout:
         seconds, limit = config.connect_timeout, "connect_timeout"
     return StoreUnavailableError(
-        f"{action}: no connection to PostgreSQL within {seconds:.3g} s ({limit})"
+        f"{action}: no connection to PostgreSQL within {seconds:g} s ({limit})"
     )
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from time import perf_counter
 
 DELAY = 100e-6  # seconds each way
-LISTEN_TIMEOUT = 10.0
+LISTEN_TIMEOUT = 60.0
 
 
 @contextlib.contextmanager

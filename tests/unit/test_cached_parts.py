@@ -23,7 +23,7 @@ from pgkv.patterns.cache.envelope import (
     read,
 )
 from pgkv.patterns.cache.single_flight import Flights, ThreadFlight
-from tests.servers import wait_until
+from tests.servers import PATIENCE, wait_until
 
 durations = st.floats(min_value=0, allow_nan=False)
 envelopes = st.builds(
@@ -134,19 +134,19 @@ def test_workers_are_bounded_and_end() -> None:
 
     def work() -> None:
         running.release()
-        gate.wait(30)
+        gate.wait(PATIENCE)
         ran.append(1)
 
     accepted = sum(pool.submit(work, lambda: done.append(1)) for _ in range(1000))
     for _ in range(_background.THREADS_MAX):
-        assert running.acquire(timeout=10)
+        assert running.acquire(timeout=PATIENCE)
     assert accepted <= _background.THREADS_MAX + _background.QUEUE_MAX
     assert len(pool._threads) == _background.THREADS_MAX
-    closing = threading.Thread(target=pool.close, args=(10,))
+    closing = threading.Thread(target=pool.close, args=(PATIENCE,))
     closing.start()
     wait_until(lambda: pool._closed, "it closes")
     gate.set()
-    closing.join(30)
+    closing.join(PATIENCE)
     assert len(ran) == _background.THREADS_MAX
     assert len(done) == accepted
     assert not pool.submit(work)
@@ -170,7 +170,7 @@ def test_workers_survive_what_they_run(caplog: pytest.LogCaptureFixture) -> None
         variable.set(n)
         assert pool.submit(lambda n=n: work(n < _background.THREADS_MAX), done.release)  # type: ignore[misc]  # a default of the loop's variable
     for _ in range(_background.THREADS_MAX + 1):
-        assert done.acquire(timeout=10)
+        assert done.acquire(timeout=PATIENCE)
     assert sorted(seen) == list(range(_background.THREADS_MAX + 1))
     assert "pgkv.background.broken error=SystemExit" in caplog.text
     pool.close()

@@ -139,7 +139,10 @@ def test_the_order(monkeypatch: pytest.MonkeyPatch) -> None:
     # Python gives this hook what a function of register_at_fork raises.
     monkeypatch.setattr(sys, "unraisablehook", lambda seen: raised.append(repr(seen.exc_value)))
     assert in_child(
-        lambda: log == ["connections True", "threads True"] and "of the test" in raised[0]
+        lambda: (
+            log == ["connections True", "threads True"]
+            and any("of the test" in each for each in raised)
+        )
     )
     assert log == []
     assert len(kept) == 3
@@ -147,15 +150,14 @@ def test_the_order(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_owners_are_collected() -> None:
     """The registry keeps nothing alive, and forgets who is gone."""
-    gc.collect()
-    before = len(_fork._entries)
+    before = {*_fork._entries}  # of others, some of which may end meanwhile
     owner = _fork.survives_fork(Owner())
     gone = weakref.ref(owner)
-    assert len(_fork._entries) == before + 2
+    assert len(own := _fork._entries.keys() - before) == 2
     del owner
     gc.collect()
     assert gone() is None
-    assert len(_fork._entries) == before
+    assert not own & _fork._entries.keys()
 
 
 # A lock that is made otherwise is neither renewed in a child nor free for a signal handler.

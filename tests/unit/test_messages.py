@@ -21,6 +21,7 @@ import psycopg
 import pytest
 
 import pgkv
+from pgkv._engine.pooling import no_connection
 from pgkv._ops.serialize import Serializer
 from pgkv.patterns.cache.decorator import _codec_for
 from tests.servers import LATE
@@ -702,11 +703,14 @@ async def test_connecting_ends_in_time_async(silent: str) -> None:
 
 
 def test_a_call_that_ends_before_connecting_does(silent: str) -> None:
-    """A call whose own time is shorter does not blame connect_timeout."""
+    """A call whose own time is shorter does not blame connect_timeout, nor tell of less than no time where
+    it was over before."""
     late = pgkv.Store(pgkv.Config(silent, operation_timeout=0.2))
-    with pytest.raises(pgkv.StoreUnavailableError, match=r"0\.\d+ s \(the time for the call\)"):
+    with pytest.raises(pgkv.StoreUnavailableError, match=r"0(\.\d+)? s \(the time for the call\)"):
         late.get("k")
     late.close()
+    assert " within 0 s " in str(no_connection(CONFIG, "get", -0.3))
+    assert " within 0.2 s " in str(no_connection(CONFIG, "get", 0.19999))
 
 
 # -- a closed store ------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from pgkv.errors import (
 )
 
 TABLE = Table("t")
-POLICY = RetryPolicy(attempts=4, wait_initial=0.01, wait_max=0.1, deadline=5)
+POLICY = RetryPolicy(attempts=4, wait_initial=0.01, wait_max=0.1, deadline=3600)
 
 
 def op(**options: Any) -> Op[Any]:
@@ -55,7 +55,7 @@ class Run:
         first: Any,
         *answers: Any,
         policy: RetryPolicy | None = POLICY,
-        seconds: float = 60.0,
+        seconds: float = 3600.0,
         create_missing_table: Callable[[Table], Any] = lambda _: None,
     ) -> None:
         self.sleeps: list[float] = []
@@ -194,7 +194,7 @@ def test_an_unknown_outcome_of_a_repeat_ends_it() -> None:
 
 def test_repeat_writes_off() -> None:
     """repeat_writes=False leaves lost writes alone, and still repeats reads and known outcomes."""
-    policy = RetryPolicy(wait_initial=0, repeat_writes=False)
+    policy = RetryPolicy(wait_initial=0, repeat_writes=False, deadline=3600)
     write, read = op(retry_safe=True), op(retry_safe=True, writes=False)
     assert Run(write, lost(unknown=True), policy=policy).attempts == 0
     assert Run(read, lost(unknown=True), "answer", policy=policy).result == "answer"
@@ -244,7 +244,7 @@ def test_attempts_are_counted_with_the_first() -> None:
 
 def test_pauses_grow_up_to_a_bound() -> None:
     """Pauses are random below a bound that doubles up to wait_max."""
-    policy = RetryPolicy(attempts=10, wait_initial=0.01, wait_max=0.05, deadline=60)
+    policy = RetryPolicy(attempts=10, wait_initial=0.01, wait_max=0.05, deadline=3600)
     for _ in range(50):
         run = Run(op(), *[lost(unknown=False) for _ in range(10)], policy=policy)
         bounds = [0.01, 0.02, 0.04] + [0.05] * 6
