@@ -48,8 +48,9 @@ def work_until_killed(dsn: str, seed: str, work: Work) -> NoReturn:
 
 def pause(seconds: float) -> None:
     """Stop the whole process for that long, as no thread of it could."""
-    subprocess.Popen(["sh", "-c", f"sleep {seconds}; kill -CONT {os.getpid()}"])
-    os.kill(os.getpid(), signal.SIGSTOP)
+    # The shell stops it too: were it stopped only after that time, nothing would let it go on.
+    me = os.getpid()
+    subprocess.run(["sh", "-c", f"kill -STOP {me}; sleep {seconds}; kill -CONT {me}"], check=False)
 
 
 def wait_to_be_killed() -> None:

@@ -11,10 +11,11 @@ from typing import Any
 
 import psycopg
 
+from tests.servers import PATIENCE
 from tests.variants import Threaded, Variant, in_thread
 
 
-async def until(condition: Callable[[], Any], what: str, seconds: float = 20.0) -> None:
+async def until(condition: Callable[[], Any], what: str, seconds: float = PATIENCE) -> None:
     """`servers.wait_until` for `async def` tests: the loop runs on meanwhile."""
     deadline = time.monotonic() + seconds
     while not condition():

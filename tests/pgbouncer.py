@@ -87,9 +87,7 @@ def started(
         through = make_conninfo(
             host=str(directory), port=6432, dbname="db", user="postgres", **conninfo
         )
-        servers.wait_until(
-            lambda: servers.takes_connections(through), "PgBouncer listens", seconds=10
-        )
+        servers.wait_until(lambda: servers.takes_connections(through), "PgBouncer listens")
         yield through
     finally:
         process.kill()

@@ -40,13 +40,13 @@ SMALL: Mapping[str, str] = {"shared_buffers": "32MB", "max_connections": "150"}
 
 
 # Seconds by which a loaded machine may be late with what takes an instant. An upper bound of a test
-# includes them; what it rules out takes longer: the default timeouts, or what the test arranges.
-LATE = 5.0
+# includes them; what it rules out takes longer: operation_timeout, or what the test arranges.
+LATE = 20.0
 # Seconds for what comes by itself, a request, a thread, a program that starts: only a defect takes that long.
 PATIENCE = 90.0
 
 
-def wait_until(condition: Callable[[], bool], what: str, seconds: float = 30.0) -> None:
+def wait_until(condition: Callable[[], bool], what: str, seconds: float = PATIENCE) -> None:
     """Poll a condition; a deadline, not a sleep, decides."""
     deadline = time.monotonic() + seconds
     while not condition():
@@ -220,7 +220,13 @@ class Server:
         """SIGSTOP to every process of the server: connections stay open and silent, as when a
         network swallows packets.
         """
+        postmaster = self.pid
+        assert postmaster is not None
+        os.kill(postmaster, signal.SIGSTOP)
+        # From then on it starts no process that would not be frozen.
+        wait_until(lambda: self._states(postmaster)[postmaster] == "T", "the postmaster stops")
         self._signal_all(signal.SIGSTOP)
+        wait_until(lambda: {*self._states(postmaster).values()} <= {"T", "Z"}, "all stop")
 
     def thaw(self) -> None:
         """End freeze()."""
@@ -250,10 +256,15 @@ class Server:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(process, number)
 
+    @classmethod
+    def _children(cls, pid: int) -> list[int]:
+        return [child for child in cls._states(pid) if child != pid]
+
     @staticmethod
-    def _children(pid: int) -> list[int]:
+    def _states(pid: int) -> dict[int, str]:
+        """The state of a process and of its children, as ps tells it: T is stopped."""
         table = subprocess.run(
-            ["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=True
+            ["ps", "-A", "-o", "pid=,ppid=,state="], capture_output=True, text=True, check=True
         ).stdout
-        pairs = [line.split() for line in table.splitlines()]
-        return [int(child) for child, parent in pairs if int(parent) == pid]
+        rows = [line.split() for line in table.splitlines()]
+        return {int(each): state[0] for each, parent, state in rows if str(pid) in (each, parent)}

@@ -13,7 +13,7 @@ import socket
 import ssl
 import struct
 import threading
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -113,11 +113,11 @@ class Proxy:
 
     def hold(self) -> None:
         """A black hole: from now on nothing is passed on, in either direction."""
-        self._loop.call_soon_threadsafe(self._gate.clear)
+        self._on_loop(_done(self._gate.clear))
 
     def release(self) -> None:
         """End hold(): what was held arrives."""
-        self._loop.call_soon_threadsafe(self._gate.set)
+        self._on_loop(_done(self._gate.set))
 
     def shape(self, *, chunk: int = 0, pause: float = 0.0, delay: float = 0.0) -> None:
         """Write answers so many bytes at a time, with a pause before each piece, after a delay."""
@@ -130,6 +130,9 @@ class Proxy:
             wires = tuple(self._wires)
             for wire in wires:
                 wire.abort()
+            # The loop closes the sockets in its next turn.
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
             return len(wires)
 
         return self._on_loop(reset_wires())
@@ -190,7 +193,7 @@ class Proxy:
 
         self._on_loop(end())
         self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(30)
+        self._thread.join(60)
         self._loop.close()
 
     def __enter__(self) -> Self:
@@ -207,7 +210,7 @@ class Proxy:
     # -- work
 
     def _on_loop(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(10)
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(60)
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
@@ -316,6 +319,10 @@ class Proxy:
             wire.client[1].write_eof()
         elif fault.end == "reset":
             wire.abort()
+
+
+async def _done(step: Callable[[], object]) -> None:
+    step()
 
 
 async def _event() -> asyncio.Event:

@@ -122,7 +122,7 @@ class Crew:
         thread.start()
         return thread
 
-    def join(self, seconds: float = 60.0) -> None:
+    def join(self, seconds: float = 300.0) -> None:
         deadline = time.monotonic() + seconds
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
@@ -139,12 +139,14 @@ class Crew:
             self.join()
 
 
-async def until(condition: Callable[[], bool], what: str, seconds: float = 10.0) -> None:
+async def until(
+    condition: Callable[[], bool], what: str, seconds: float = servers.PATIENCE
+) -> None:
     """wait_until, while the event loop goes on."""
     await asyncio.to_thread(servers.wait_until, condition, what, seconds)
 
 
-def exit_code(pid: int, seconds: float = 20.0) -> int:
+def exit_code(pid: int, seconds: float = 120.0) -> int:
     """Wait for a forked child; kill it when it does not end."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
