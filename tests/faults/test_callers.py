@@ -25,7 +25,7 @@ from pgkv import (
 )
 from tests.faults.support import Crew, Witness, newest, until
 from tests.servers import LATE
-from tests.variants import in_a_hurry
+from tests.variants import hurries, in_a_hurry
 
 pytestmark = newest
 
@@ -79,7 +79,7 @@ def test_a_callers_pool(dsn: str, witness: Witness, autocommit: bool, close_retu
 
 def test_others_are_not_starved(dsn: str) -> None:
     """A pool of one, used by the store without pause: its other users get their turns."""
-    with pool_of(dsn, max_size=1, timeout=5) as pool:
+    with pool_of(dsn, max_size=1, timeout=60) as pool:
         store = Store.from_pool(pool)
         store.create_table()
         running = True
@@ -96,7 +96,7 @@ def test_others_are_not_starved(dsn: str) -> None:
                 for _ in range(20):
                     with pool.connection() as conn:
                         conn.execute("SELECT 1")
-                assert time.monotonic() - started < 5 + LATE
+                assert time.monotonic() - started < 10 + LATE
             finally:
                 running = False
 
@@ -123,12 +123,13 @@ def test_a_timed_out_connection_is_not_given_back_alive(
         store = Store.from_pool(pool)
         store.create_table()
         store.set("k", b"old")
-        with (
-            witness.lock("k"),
-            in_a_hurry(store, 1.0),
-            pytest.raises(PgkvError, match="may still have happened"),
-        ):
-            store.set("k", b"new")
+        with witness.lock("k"):
+            for _ in hurries(store):
+                with pytest.raises(PgkvError) as caught:
+                    store.set("k", b"new")
+                if caught.value.outcome_unknown:
+                    break
+        assert "may still have happened" in str(caught.value)
         with pool.connection() as conn:
             assert conn.execute("SELECT 1").fetchone() == (1,)
         assert store.get("k") == b"old"
@@ -137,9 +138,10 @@ def test_a_timed_out_connection_is_not_given_back_alive(
 def test_a_busy_and_a_closed_pool(dsn: str) -> None:
     """A pool whose connections are all out: PoolTimeoutError after the pool's own timeout; a closed
     one: StoreUnavailableError."""
-    with pool_of(dsn, max_size=1, timeout=0.2) as pool:
+    with pool_of(dsn, max_size=1) as pool:
         store = Store.from_pool(pool)
         store.create_table()
+        pool.timeout = 0.2
         with pool.connection():
             started = time.monotonic()
             with pytest.raises(PoolTimeoutError):
@@ -299,11 +301,16 @@ def test_deadline_on_a_callers_connection(dsn: str, own_store: Store, witness: W
     """operation_timeout cancels the statement and closes the connection: a late cancel request must
     hit nothing of the caller's."""
     own_store.set("k", b"old")
-    hasty = Store(pgkv.Config(dsn, operation_timeout=1.0))  # opens nothing by itself
-    with witness.lock("k"), psycopg.connect(dsn) as conn:
-        with pytest.raises(PgkvError, match="may still have happened"):
-            hasty.using(conn).set("k", b"new")
-        assert conn.closed
+    for seconds in (1.0, 5.0, 20.0):  # in which the statement is sent
+        hasty = Store(pgkv.Config(dsn, operation_timeout=seconds))  # opens nothing by itself
+        with witness.lock("k"), psycopg.connect(dsn) as conn:
+            with pytest.raises(PgkvError) as caught:
+                hasty.using(conn).set("k", b"new")
+            closed = conn.closed
+        if caught.value.outcome_unknown:
+            break
+    assert "may still have happened" in str(caught.value)
+    assert closed
     assert own_store.get("k") == b"old"
 
 

@@ -17,7 +17,7 @@ import pytest
 from pgkv import OperationTimeoutError, RetryPolicy, Store, StoreUnavailableError
 from tests.faults.support import Witness, newest, until
 from tests.servers import LATE, Server, wait_until
-from tests.variants import in_a_hurry
+from tests.variants import hurries, in_a_hurry
 
 MakeStore = Callable[..., Awaitable[Any]]
 pytestmark = newest
@@ -30,13 +30,14 @@ async def test_blocked_call_is_cancelled(make_store: MakeStore, witness: Witness
     store = await make_store()
     await store.set("k", b"old")
     with witness.lock("k"):
-        started = time.monotonic()
-        with (
-            in_a_hurry(store, 1.0),
-            pytest.raises(OperationTimeoutError, match="may still have happened") as caught,
-        ):
-            await store.set("k", b"new")
-        assert 0.9 < time.monotonic() - started < 1.0 + ABANDON + LATE
+        for seconds in hurries(store):
+            started = time.monotonic()
+            with pytest.raises(OperationTimeoutError) as caught:
+                await store.set("k", b"new")
+            assert 0.9 * seconds < time.monotonic() - started < seconds + ABANDON + LATE
+            if caught.value.outcome_unknown:
+                break
+        assert "may still have happened" in str(caught.value)
         assert caught.value.outcome_unknown
         await until(lambda: not witness.active(), "the statement is cancelled")
         assert await store.get("k") == b"old"
@@ -83,7 +84,7 @@ async def test_ping_with_a_timeout_of_its_own(
         assert time.monotonic() - started < 0.2 + ABANDON + LATE
     finally:
         server.thaw()
-    assert await store.ping() < 5
+    assert await store.ping() < 30
 
 
 async def test_frozen_server(make_server: Callable[..., Server], make_store: MakeStore) -> None:
@@ -105,18 +106,23 @@ async def test_frozen_server(make_server: Callable[..., Server], make_store: Mak
             return time.monotonic() - started, error
         return time.monotonic() - started, None
 
-    server.freeze()
-    try:
-        with in_a_hurry(store, 0.5):
-            outcomes = await asyncio.gather(*(ask(i) for i in range(12)))
-    finally:
-        server.thaw()
-    seconds = [passed for passed, _ in outcomes]
-    errors = [error for _, error in outcomes]
-    print(sorted(seconds), {type(error).__name__ for error in errors})
-    assert all(error is not None for error in errors)
-    assert max(seconds) < 0.5 + ABANDON + LATE
-    assert any("may still have happened" in str(error) for error in errors)
+    for limit in (0.5, 5.0):  # seconds in which some of them are sent
+        await store.ping()
+        server.freeze()
+        try:
+            with in_a_hurry(store, limit):
+                outcomes = await asyncio.gather(*(ask(i) for i in range(12)))
+        finally:
+            server.thaw()
+        seconds = [passed for passed, _ in outcomes]
+        errors = [error for _, error in outcomes]
+        print(sorted(seconds), {type(error).__name__ for error in errors})
+        assert all(error is not None for error in errors)
+        assert max(seconds) < limit + ABANDON + LATE
+        were_sent = any("may still have happened" in str(error) for error in errors)
+        if were_sent:
+            break
+    assert were_sent
     for _ in range(4):
         outcomes = await asyncio.gather(*(ask(i) for i in range(50)))
     assert [error for _, error in outcomes if error] == []
@@ -174,8 +180,8 @@ store.close()
     ids=["set", "delete_many", "chunks", "update", "transaction"],
 )
 def test_interrupt(witness: Witness, dsn: str, blocked: str) -> None:
-    """Ctrl-C during a blocked call raises KeyboardInterrupt within a second, the statement does not
-    go on, and the store gives right answers afterwards."""
+    """Ctrl-C during a blocked call raises KeyboardInterrupt soon, the statement does not go on, and
+    the store gives right answers afterwards."""
     from psycopg.conninfo import make_conninfo
 
     dsn = make_conninfo(dsn, application_name="child")
@@ -195,14 +201,16 @@ def test_interrupt(witness: Witness, dsn: str, blocked: str) -> None:
             child.send_signal(signal.SIGINT)
             word, moment = child.stdout.readline().split()
             assert word == "interrupted"
-            assert float(moment) - sent < 1
+            assert float(moment) - sent < 1 + LATE
             assert child.stdout.readline() == "right\n"
-            assert witness.waiting("child") == 0
-            assert child.wait(30) == 0
+            # The lock is held: what it waited for cannot have come.
+            wait_until(lambda: witness.waiting("child") == 0, "the statement is cancelled")
+            assert child.wait(60) == 0
         finally:
             child.kill()
 
 
+# Each round has keys of its own: the statement that a signal cut off may still run in the next one.
 # Between two rounds a signal only counts for the next one: there nothing could catch its exception.
 STORM = """
 import signal, sys
@@ -218,15 +226,16 @@ signal.signal(signal.SIGINT, interrupt)
 store = pgkv.Store.connect(sys.argv[1], application_name="child", pool_max_size=2, pool_timeout=30)
 i = 0
 print("ready", flush=True)
-for _ in range(60):
+for round in range(60):
     try:
         armed = True
         if late:
             signal.raise_signal(signal.SIGINT)
         while True:
             i += 1
-            store.set("k%d" % (i % 7), b"%d" % i)
-            assert store.get("k%d" % (i % 7)) == b"%d" % i, i
+            key = "k%d:%d" % (round, i % 7)
+            store.set(key, b"%d" % i)
+            assert store.get(key) == b"%d" % i, i
     except KeyboardInterrupt:
         print("x", flush=True)
 signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -257,7 +266,7 @@ def test_interrupts_at_any_moment(dsn: str) -> None:
                 child.send_signal(signal.SIGINT)
                 line = child.stdout.readline()
             assert line == "right\n", child.stderr.read()
-            assert child.wait(30) == 0
+            assert child.wait(60) == 0
         finally:
             child.kill()
 
