@@ -74,10 +74,11 @@ def in_a_hurry(store: Any, seconds: float) -> Iterator[None]:
 
 def hurries(store: Any) -> Iterator[float]:
     """Ever more seconds for a call that is to wait at the server until its time has passed: a loaded
-    machine may not even send it within the first."""
+    machine may not even send it within the first. Whoever saw it sent leaves the loop."""
     for seconds in (1.0, 5.0, 20.0):
         with in_a_hurry(store, seconds):
             yield seconds
+    raise AssertionError("it was never sent")
 
 
 class Threaded:
