@@ -439,7 +439,7 @@ async def test_writes_sweep(
         await sessions.create()
     clock.advance(1801)
     for variant in ("_sync", "_async"):
-        monkeypatch.setattr(f"pgkv._engine.{variant}.channel.random", lambda: 0.0)
+        monkeypatch.setattr(f"pgkv._engine.{variant}.channel.SWEEP_CHANCE", 1.0)
     await sessions.create()
     await until(lambda: peer.one(f"SELECT count(*) FROM {TABLE}") == 1, "the chunk is swept")
 
