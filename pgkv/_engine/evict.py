@@ -101,7 +101,7 @@ class Evictor:
         pages, width = self._pages, self._width
         rows, size = self._density or (None, None)
         sample = yield from do(sql.evict(pages, width, quota, rows, size))
-        sampled = max(1, min(pages, PLACES * width))
+        sampled = PLACES * width if pages > PLACES * width else max(1, sample.pages)
         seen = sample.rows / sampled, sample.bytes / sampled
         if self._density is not None and pages > PLACES * width and sample.pages >= pages // 2:
             old = self._density

@@ -83,15 +83,15 @@ class EvictStatements(Sweep):
             if n == PLACES - 1 and whole:
                 end += 1000  # what was added since
             places += (b"(%d,0)" % first, b"(%d,0)" % end)
-        sampled = pages if whole else PLACES * width
-        known = (rows, size) if not whole else (None, None)
+        # A table that is read as a whole is counted, and may have grown since it had those pages.
+        sampled, rows, size = (None,) * 3 if whole else (PLACES * width, rows, size)
         return Op(
             self._evict,
             (
                 *places,
-                _codec.encode_float8(max(1, sampled)),
+                None if sampled is None else _codec.encode_float8(sampled),
                 _codec.encode_int8(quota),
-                *(None if each is None else _codec.encode_float8(each) for each in known),
+                *(None if each is None else _codec.encode_float8(each) for each in (rows, size)),
                 _codec.encode_float8(1 if whole else SAMPLE_SHARE),
             ),
         )
@@ -106,8 +106,9 @@ class EvictStatements(Sweep):
         )
         pages = f"(pg_relation_size({self._regclass}) / current_setting('block_size')::float8)"
         rows, size = (
-            f"(CASE WHEN ${n + of}::float8 IS NULL THEN {seen} / ${n + 1}::float8 "
-            f"ELSE (3 * ${n + of}::float8 + {seen} / ${n + 1}::float8) / 4 END * pages)"
+            f"(CASE WHEN ${n + 1}::float8 IS NULL THEN {seen} ELSE pages * CASE "
+            f"WHEN ${n + of}::float8 IS NULL THEN {seen} / ${n + 1}::float8 "
+            f"ELSE (3 * ${n + of}::float8 + {seen} / ${n + 1}::float8) / 4 END END)"
             for of, seen in ((3, "rows"), (4, "size"))
         )
         config = self.config
