@@ -352,6 +352,7 @@ def make_store(
     with closing_all(event_loop_runner) as made:
 
         async def make(**config: Any) -> Any:
+            config.setdefault("pool_timeout", 60)  # a busy machine is no full pool
             made.append(await variant.connect(config.pop("dsn", dsn), **config))
             return made[-1]
 

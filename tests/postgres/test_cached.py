@@ -5,18 +5,20 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import enum
-import time
 from dataclasses import dataclass
-from datetime import date
+from datetime import date, timedelta
 from typing import Any
 
 import pydantic
 import pytest
 
 import pgkv
+from pgkv._background.renewal import clock as local_clock
+from pgkv.patterns.cache.single_flight import Extended
 from pgkv.testing import ServerClock
 from tests.cached import cached_in, invalidate_tag, plain_store
-from tests.peers import Peer
+from tests.peers import Peer, until
+from tests.servers import wait_until
 from tests.variants import Variant, in_thread
 
 
@@ -186,19 +188,19 @@ async def test_ttl_is_judged_by_the_server(
     Without beta no hit refreshes early."""
     calls: list[int] = []
 
-    @cached_in(variant, store, beta=0)
+    @cached_in(variant, store, ttl=600, beta=0)
     async def f() -> int:
         calls.append(1)
         return len(calls)
 
     await f()
-    clock.advance(58)
+    clock.advance(570)
     found = await f.peek()
     assert found is not None
-    assert 58 <= found.age < 60
+    assert 570 <= found.age < 600
     assert (found.value, found.stale) == (1, False)
     assert await f() == 1
-    clock.advance(3)
+    clock.advance(31)
     assert await f.peek() is None
     assert await f() == 2
 
@@ -209,12 +211,12 @@ async def test_ttl_of_the_result_and_condition(
     """ttl may be a function of result and arguments, None keeps for ever, 0 stores nothing, and
     neither does a condition that is false."""
     calls: list[int] = []
-    seconds = {1: 10, 2: None, 3: 0}
+    seconds = {1: 100, 2: None, 3: 0}
 
     @cached_in(
         variant,
         store,
-        ttl=lambda result, n: seconds.get(n, 5),
+        ttl=lambda result, n: seconds.get(n, 50),
         condition=lambda result: result != [4],
         beta=0,
     )
@@ -225,7 +227,7 @@ async def test_ttl_of_the_result_and_condition(
     for n in (1, 2, 3, 4):
         assert [await f(n), await f(n)] == [[n], [n]]
     assert calls == [1, 2, 3, 3, 4, 4]
-    clock.advance(11)
+    clock.advance(101)
     await f(1)
     await f(2)
     assert calls == [1, 2, 3, 3, 4, 4, 1]
@@ -417,20 +419,21 @@ async def test_two_stores_compute_once(make_store: Any, variant: Variant) -> Non
 
 async def test_max_wait(make_store: Any, variant: Variant) -> None:
     """A waiter waits no longer than max_wait, then computes itself and does not store."""
-    gate = asyncio.Event()
+    gate, end = asyncio.Event(), asyncio.Event()
 
     async def f() -> int:
         if not gate.is_set():
             gate.set()
-            await asyncio.sleep(0.6)
+            await end.wait()
         return 7
 
     first, second = [cached_in(variant, await make_store(), max_wait=0.1)(f) for _ in range(2)]
     slow = asyncio.ensure_future(first())
     await gate.wait()
     for other in (first, second):
-        assert await other() == 7
-        assert not slow.done()
+        assert await asyncio.wait_for(other(), 60) == 7
+    assert not slow.done()
+    end.set()
     assert await slow == 7
     assert first.cache_info().fills == 1
     assert second.cache_info().fills == 0
@@ -452,7 +455,7 @@ async def test_reentrant_calls_do_not_wait_for_themselves(store: Any, variant: V
         async def g() -> int:
             return await f()
 
-        answer = await asyncio.wait_for(f(), 20)
+        answer = await asyncio.wait_for(f(), 50)
     else:
 
         @pgkv.cached(60, name="h", **options)
@@ -464,24 +467,42 @@ async def test_reentrant_calls_do_not_wait_for_themselves(store: Any, variant: V
         def k() -> int:
             return h()
 
-        answer = await asyncio.wait_for(in_thread(h), 20)
+        answer = await asyncio.wait_for(in_thread(h), 50)
     assert answer == 1
 
 
 async def test_the_lease_is_renewed_while_the_function_runs(
-    make_store: Any, variant: Variant
+    make_store: Any,
+    variant: Variant,
+    clock: ServerClock,
+    peer: Peer,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A function that runs longer than its lease is not replaced as long as its process lives."""
     calls: list[int] = []
+    pauses: list[float] = []
+
+    # The local clock does not move as the server's does: sooner than asked for.
+    soon = property(
+        lambda extended: extended._until - 19.9, lambda _, due: pauses.append(due - local_clock())
+    )
+    monkeypatch.setattr(Extended, "_due", soon, raising=False)
+
+    def end() -> Any:
+        return peer.one("SELECT max(expires_at) FROM kv_store")
 
     async def f() -> int:
         calls.append(1)
-        await asyncio.sleep(1.5)
+        for _ in range(3):
+            before = end()
+            clock.advance(10)
+            await until(lambda: end() >= before + timedelta(seconds=10), "it is renewed")  # noqa: B023
         return 7
 
-    both = [cached_in(variant, await make_store(), compute_timeout=0.45)(f) for _ in range(2)]
+    both = [cached_in(variant, await make_store(), compute_timeout=20)(f) for _ in range(2)]
     assert await asyncio.gather(*(each() for each in both)) == [7, 7]
     assert len(calls) == 1
+    assert max(pauses) <= 20 / 2, "a lease has time for two tries"
 
 
 async def test_the_mark_against_recursion_ends_with_the_computation(
@@ -530,8 +551,9 @@ async def test_the_mark_against_recursion_ends_with_the_computation(
         @pgkv.cached(60, **options, name="left behind, in a thread")
         def load() -> int:
             context = contextvars.copy_context()  # as run_in_executor() and to_thread() do
+            before = len(calls)
             loop.call_soon_threadsafe(leave_a_task, context=context)
-            time.sleep(0.02)
+            wait_until(lambda: len(calls) > before, "the loop has taken it")
             return len(calls)
 
         assert await asyncio.to_thread(load) == 1

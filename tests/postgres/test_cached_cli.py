@@ -24,7 +24,7 @@ def test_cache_lists_and_clears(dsn: str, capsys: pytest.CaptureFixture[str]) ->
     1 where there is no such function, 0 where there is nothing to list."""
     with pgkv.Store.connect(dsn) as store:
 
-        @pgkv.cached(60, store=store, store_timeout=20, tags=("t:{n}",))
+        @pgkv.cached(600, store=store, store_timeout=20, tags=("t:{n}",))
         def load(n: int) -> int:
             return n
 
