@@ -184,8 +184,10 @@ def still_opening(
     pool: psycopg_pool.ConnectionPool[Any] | psycopg_pool.AsyncConnectionPool[Any],
     attempts: Attempts,
 ) -> bool:
-    """Whether a pool just opened has neither made its first connection nor failed to."""
-    return bool(pool.min_size) and not attempts.failures and not pool.get_stats()["pool_available"]
+    """Whether a pool just opened has neither made its first connection, nor failed to, nor been closed."""
+    if not pool.min_size or pool.closed or attempts.failures:
+        return False
+    return not pool.get_stats()["pool_available"]
 
 
 def unreachable(error: psycopg.Error, action: str) -> PgkvError:

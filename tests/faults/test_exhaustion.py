@@ -44,13 +44,14 @@ async def test_all_connections_in_transactions(make_store: MakeStore) -> None:
         assert 0.29 < time.monotonic() - started < 1 + LATE
         assert not caught.value.outcome_unknown
     assert await store.get("a") == b"1"
-    async with store.transaction() as one:
-        async with store.transaction() as two:
+    patient = await make_store(pool_max_size=2, pool_timeout=60, operation_timeout=60)
+    async with patient.transaction() as one:
+        async with patient.transaction() as two:
             await two.set("b", b"3")
-            waiting = asyncio.ensure_future(store.get("a"))
-            await asyncio.sleep(0.1)
+            waiting = asyncio.ensure_future(patient.get("a"))
+            await until(lambda: patient.pool_stats().waiting == 1, "it waits")
             assert not waiting.done()
-        assert await asyncio.wait_for(waiting, 30) == b"1"
+        assert await waiting == b"1"
 
 
 async def test_without_a_file_descriptor_left(make_store: MakeStore) -> None:
@@ -89,12 +90,12 @@ async def test_operation_timeout_comes_first(make_store: MakeStore) -> None:
 
 async def test_waiters_are_served_in_order(make_store: MakeStore) -> None:
     """First come, first served."""
-    store = await make_store(pool_max_size=1)
+    store = await make_store(pool_max_size=1, pool_timeout=60, operation_timeout=60)
     served: list[int] = []
 
     async def wait(i: int) -> None:
-        await store.ping()
-        served.append(i)
+        async with store.transaction():  # until it is noted, nobody else is served
+            served.append(i)
 
     async with store.transaction() as tx:
         await tx.ping()
@@ -102,11 +103,10 @@ async def test_waiters_are_served_in_order(make_store: MakeStore) -> None:
         for i in range(8):
             tasks.append(asyncio.ensure_future(wait(i)))
             # In the queue before the next one comes.
-            await asyncio.sleep(0.03)
+            await until(lambda: store.pool_stats().waiting == len(tasks), "it waits")
         assert not served
     await asyncio.gather(*tasks)
-    # A thread notes its number after its call: neighbours may swap.
-    assert all(abs(place - i) <= 2 for place, i in enumerate(served)), served
+    assert served == list(range(8))
 
 
 @pytest.fixture
@@ -124,7 +124,7 @@ def test_storm_on_three_connections(dsn: str, witness: Witness) -> None:
     what it wrote."""
     most = 0
     running = threading.Event()
-    with Store.connect(dsn, pool_max_size=3, pool_timeout=20) as store:
+    with Store.connect(dsn, pool_max_size=3, pool_timeout=200, operation_timeout=200) as store:
 
         def work(number: int) -> None:
             key = f"k{number}"
@@ -144,7 +144,7 @@ def test_storm_on_three_connections(dsn: str, witness: Witness) -> None:
             crew = Crew()
             for number in range(64):
                 crew.start(work, number)
-            crew.join(60)
+            crew.join()
         finally:
             running.set()
             watcher.join()
@@ -158,7 +158,7 @@ def test_storm_with_expiring_leases_and_kills(
     """The same while leases end all the time and connections die: all threads come to their end, and
     the number of connections is what it was."""
     monkeypatch.setattr("pgkv._engine._sync.pool.KEEP_TIME", 0.01)
-    with Store.connect(dsn, pool_max_size=3, pool_timeout=20) as store:
+    with Store.connect(dsn, pool_max_size=3, pool_timeout=200, operation_timeout=200) as store:
         failed = 0
 
         def work(number: int) -> None:
@@ -177,11 +177,12 @@ def test_storm_with_expiring_leases_and_kills(
         for _ in range(10):
             time.sleep(0.03)
             witness.terminate()
-        crew.join(60)
+        crew.join()
         assert failed < 32
         # Nothing was lost on the way: three transactions find room at once.
         with store.transaction() as a, store.transaction() as b, store.transaction() as c:
-            assert all(tx.ping() < 5 for tx in (a, b, c))
+            for tx in (a, b, c):
+                tx.ping()
 
 
 @pytest.mark.usefixtures("_restless")
@@ -235,9 +236,9 @@ def test_no_wake_up_is_lost(dsn: str, moment: str, monkeypatch: pytest.MonkeyPat
     """A connection that comes back between a caller's look at the stack and its place in the queue,
     or at once after, or that another caller snatches and returns meanwhile, reaches the caller."""
     monkeypatch.setattr("pgkv._engine._sync.pool.LOOK_AGAIN", 60.0)  # nothing finds it later
-    with Store.connect(dsn, pool_max_size=1, pool_timeout=30) as store:
+    with Store.connect(dsn, pool_max_size=1, pool_timeout=60) as store:
         pool = store._channel._pool  # type: ignore[union-attr]  # a PoolChannel's
-        held = pool.check_out(time.monotonic() + 5, "test")
+        held = pool.check_out(time.monotonic() + 30, "test")
         queue, pool.idle = Moments(), Moments()
         pool.waiters = queue
         pool.idle.snatched = moment != "snatched"
@@ -250,8 +251,8 @@ def test_no_wake_up_is_lost(dsn: str, moment: str, monkeypatch: pytest.MonkeyPat
         else:
             queue.after_append = give
         started = time.monotonic()
-        assert pool.check_out(started + 30, "test") is held
-        assert time.monotonic() - started < 15
+        assert pool.check_out(started + 60, "test") is held
+        assert time.monotonic() - started < 5 + LATE
         pool.put_idle(held)
         assert store.get("k") is None
 
@@ -259,9 +260,9 @@ def test_no_wake_up_is_lost(dsn: str, moment: str, monkeypatch: pytest.MonkeyPat
 def test_a_stale_connection_wakes_who_waits(dsn: str, witness: Witness) -> None:
     """A connection found dead, while another thread finds the stack empty for a waiter, leaves
     room; the waiter opens a new one."""
-    with Store.connect(dsn, pool_max_size=1, pool_timeout=30) as store:
+    with Store.connect(dsn, pool_max_size=1, pool_timeout=60) as store:
         pool = store._channel._pool  # type: ignore[union-attr]  # a PoolChannel's
-        held = pool.check_out(time.monotonic() + 5, "test")
+        held = pool.check_out(time.monotonic() + 30, "test")
         pool.waiters = queue = Moments()
 
         def snatch() -> None:
@@ -275,8 +276,8 @@ def test_a_stale_connection_wakes_who_waits(dsn: str, witness: Witness) -> None:
 
         queue.after_append = snatch
         started = time.monotonic()
-        conn = pool.check_out(started + 30, "test")
-        assert time.monotonic() - started < 15
+        conn = pool.check_out(started + 60, "test")
+        assert time.monotonic() - started < 5 + LATE
         pool.check_in(conn)
         assert store.get("k") is None
 
@@ -336,16 +337,16 @@ def _interrupted(call: Callable[[], Any], line: int) -> bool:
 
 def test_a_waiter_finds_a_place_that_was_lost(dsn: str) -> None:
     """A connection dropped without a word is found by who waits already."""
-    with Store.connect(dsn, pool_max_size=1, pool_timeout=30) as store:
+    with Store.connect(dsn, pool_max_size=1, pool_timeout=60) as store:
         pool = store._channel._pool  # type: ignore[union-attr]  # a PoolChannel's
-        held = [pool.check_out(time.monotonic() + 5, "test")]
+        held = [pool.check_out(time.monotonic() + 30, "test")]
         started = time.monotonic()
         with ThreadPoolExecutor(1) as threads:
-            answer = threads.submit(store.ping)
+            answer = threads.submit(store.ping, timeout=60)
             wait_until(lambda: len(pool.waiters) == 1, "it waits")
             held.clear()
-            answer.result(timeout=30)
-        assert time.monotonic() - started < 15
+            answer.result()
+        assert time.monotonic() - started < 5 + LATE
 
 
 async def test_a_full_server_makes_callers_wait_for_their_own(
@@ -377,7 +378,7 @@ async def test_a_full_server_makes_callers_wait_for_their_own(
 async def test_self_healing_with_one_connection(make_store: MakeStore, witness: Witness) -> None:
     """A missing table is created over the very connection that missed it; so is one that a
     transaction needs."""
-    store = await make_store(pool_max_size=1, pool_timeout=1)
+    store = await make_store(pool_max_size=1)
     calls: list[Callable[[], Awaitable[Any]]] = [
         lambda: store.set("k", b"v"),
         lambda: store.get("k"),
@@ -396,11 +397,11 @@ async def test_self_healing_with_one_connection(make_store: MakeStore, witness: 
 
 async def test_cancelled_waiters_lose_no_connection(make_store: MakeStore) -> None:
     """Waiting callers that are cancelled leave the queue (async), or end by themselves (sync)."""
-    store = await make_store(pool_max_size=1, pool_timeout=5)
+    store = await make_store(pool_max_size=1, pool_timeout=30)
     async with store.transaction() as tx:
         await tx.ping()
         tasks = [asyncio.ensure_future(store.ping()) for _ in range(5)]
-        await asyncio.sleep(0.05)
+        await until(lambda: store.pool_stats().waiting == 5, "they wait")
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -418,9 +419,11 @@ async def test_close_with_callers_waiting(make_store: MakeStore, witness: Witnes
         busy = asyncio.ensure_future(store.set("k", b"w"))
         await until(lambda: witness.waiting() == 1, "the call is blocked")
         waiting = [asyncio.ensure_future(store.get("k")) for _ in range(3)]
-        await asyncio.sleep(0.05)
+        await until(lambda: store.pool_stats().waiting == 3, "they wait")
+        started = time.monotonic()
         closing = asyncio.ensure_future(store.close())
-        outcomes = await asyncio.wait_for(asyncio.gather(*waiting, return_exceptions=True), 30)
+        outcomes = await asyncio.gather(*waiting, return_exceptions=True)
+        assert time.monotonic() - started < LATE
         assert all("closed" in str(outcome) for outcome in outcomes), outcomes
     outcome = (await asyncio.gather(busy, return_exceptions=True))[0]
     assert isinstance(outcome, int | PgkvError)
@@ -458,8 +461,11 @@ async def test_close_while_a_connection_is_handed_over(
 
 
 async def test_close_while_the_pool_is_opened(dsn: str, variant: Variant, witness: Witness) -> None:
-    """A store that is closed while its first operation opens the pool opens none."""
-    store = variant.make("Store", pgkv.Config(dsn, retry=None))
+    """A store that is closed while its first operation opens the pool opens none; the operation ends
+    at once."""
+    store = variant.make(
+        "Store", pgkv.Config(dsn, retry=None, connect_timeout=60, operation_timeout=60)
+    )
     owner: Any = store._target if isinstance(store, Threaded) else store
     pool = owner._channel._pool
     asked, closing, conninfo = threading.Event(), threading.Event(), pool.conninfo
@@ -474,10 +480,12 @@ async def test_close_while_the_pool_is_opened(dsn: str, variant: Variant, witnes
     await asyncio.to_thread(asked.wait, 30)
     closed = asyncio.ensure_future(store.close())
     await asyncio.sleep(0)
+    started = time.monotonic()
     closing.set()
     await closed
     with contextlib.suppress(PgkvError):  # a thread may have been served before
         assert await first is None
+    assert time.monotonic() - started < LATE
     await until(lambda: not witness.backends(), "connections end")
 
 
@@ -485,7 +493,7 @@ async def test_close_under_load(make_store: MakeStore, witness: Witness) -> None
     """Calls that run when the store is closed succeed or say that it is closed; no connection is
     left, and every later call says so too."""
     for _ in range(5):
-        store = await make_store(pool_max_size=3)
+        store = await make_store(pool_max_size=3, pool_timeout=60, operation_timeout=60)
 
         async def work(store: Any = store) -> str:
             while True:
@@ -498,7 +506,7 @@ async def test_close_under_load(make_store: MakeStore, witness: Witness) -> None
         tasks = [asyncio.ensure_future(work()) for _ in range(10)]
         await asyncio.sleep(0.05)
         await store.close()
-        messages = await asyncio.wait_for(asyncio.gather(*tasks), 30)
+        messages = await asyncio.gather(*tasks)
         assert all("closed" in message for message in messages), messages
         await until(lambda: not witness.backends(), "connections end")
         with pytest.raises(PgkvError, match="the store is closed"):
@@ -536,4 +544,4 @@ def test_nothing_is_left_after_close(dsn: str, witness: Witness) -> None:
     wait_until(lambda: not set(threading.enumerate()) - threads, "threads end")
     wait_until(lambda: not witness.backends(), "connections end")
     if before is not None:
-        assert sockets() == before
+        assert sockets() <= before  # some that an earlier test left may be gone
