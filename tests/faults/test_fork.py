@@ -17,7 +17,7 @@ import pytest
 
 from pgkv import Store, TransactionError, TtlCleanupStrategy
 from tests.faults.support import Crew, Witness, exit_code, newest
-from tests.servers import wait_until
+from tests.servers import PATIENCE, wait_until
 
 pytestmark = [
     newest,
@@ -150,7 +150,7 @@ def test_a_child_that_ends_as_a_program_does(dsn: str) -> None:
 
     # As of Python 3.12 forking a program with threads draws a warning, which is none of ours.
     command = [sys.executable, "-W", "ignore:This process:DeprecationWarning", "-c", SCRIPT, dsn]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "0", "")
 
 
@@ -166,10 +166,10 @@ def test_multiprocessing_with_fork(dsn: str, witness: Witness) -> None:
         for _ in range(100):
             store.increment("n")
         for worker in workers:
-            worker.join(30)
+            worker.join(PATIENCE)
             assert worker.exitcode == 0
         assert store.get("n") == b"500"
-        assert len(witness.backends()) <= 2
+        wait_until(lambda: len(witness.backends()) <= 2, "the workers' connections end")
 
 
 def _count(store: Store) -> None:
@@ -204,7 +204,7 @@ def test_an_inherited_transaction(dsn: str, witness: Witness) -> None:
 
         assert exit_code(in_child(work)) == 0
         assert exit_code(in_child(fail)) == 0
-        assert witness.backends() == backends
+        wait_until(partial(_are, witness, backends), "the children's connections end")
         tx.set("more", b"v")
         manager.__exit__(None, None, None)
         assert store.get_many(["k", "more", "child"]) == dict.fromkeys(["k", "more", "child"], b"v")

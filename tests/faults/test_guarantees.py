@@ -16,6 +16,7 @@ from psycopg.conninfo import make_conninfo
 
 import pgkv
 from pgkv import TableType
+from pgkv.patterns._runtime import lease as _lease
 from pgkv.patterns.session.data import id_of
 from pgkv.testing import ServerClock
 from tests.cached import cached_in
@@ -38,12 +39,12 @@ def test_a_failover_to_an_asynchronous_replica(pair: tuple[Server, Standby, str]
         pgkv.Store.connect(dsn) as store,
         pgkv.Store.connect(dsn, table_name="regular", table_type=TableType.REGULAR) as regular,
     ):
-        limiter = pgkv.RateLimiter(store, "3/h", name="n", timeout=5)
-        lock = pgkv.Lock(store, "n", ttl=30)
+        limiter = pgkv.RateLimiter(store, "3/h", name="n", timeout=20)
+        lock = pgkv.Lock(store, "n", ttl=600)  # its next renewal comes after the test
         sessions = pgkv.SessionStore(store)
         calls: list[int] = []
 
-        @pgkv.cached(600, store=regular, store_timeout=5, beta=0)
+        @pgkv.cached(600, store=regular, store_timeout=20, beta=0)
         def count() -> int:
             calls.append(1)
             return len(calls)
@@ -95,10 +96,13 @@ def test_a_failover_to_an_asynchronous_replica(pair: tuple[Server, Standby, str]
             assert again.id == job.id
 
 
-def test_a_dropped_lock_table_frees_every_name(dsn: str, witness: Witness) -> None:
+def test_a_dropped_lock_table_frees_every_name(
+    dsn: str, witness: Witness, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The next grant has a larger token; the holder of before learns at its next renewal."""
+    monkeypatch.setattr(_lease, "RENEW_SHARE", 0.02)  # soon, long before the lease ends
     with pgkv.Store.connect(dsn) as store:
-        lock = pgkv.Lock(store, "n", ttl=3)
+        lock = pgkv.Lock(store, "n", ttl=30)
         first = lock.acquire()
         witness.conn.execute("DROP TABLE kv_store_locks")
         second = lock.acquire(timeout=0)
@@ -132,7 +136,7 @@ def test_sessions_move_with_the_servers_clock(dsn: str, clock: ServerClock) -> N
         token = sessions.create({"a": 1}).id
         clock.advance(-3600)
         assert sessions.load(token) is not None
-        clock.advance(3600 + 599)
+        clock.advance(3600 + 540)
         assert sessions.load(token) is not None
         clock.advance(601)
         assert sessions.load(token) is None
@@ -146,7 +150,7 @@ async def test_answers_of_patterns_that_are_lost(
     creation is not."""
     with Proxy(dsn) as proxy:
         store = await make_store(dsn=proxy.dsn)
-        limiter = variant.make("RateLimiter", store, "3/h", name="n", timeout=10)
+        limiter = variant.make("RateLimiter", store, "3/h", name="n", timeout=20)
         assert await limiter.hit("u")
         proxy.arm(b"pgkv:rate:n:u")
         with pytest.raises(pgkv.StoreUnavailableError) as caught:
@@ -180,7 +184,10 @@ async def test_an_exhausted_pool(make_store: Any, variant: Variant) -> None:
     """While a transaction has the only connection a limiter goes by on_error, a cached function runs,
     and sessions raise, each in its time."""
     store = await make_store(pool_max_size=1, pool_timeout=0.3)
-    limiter = variant.make("RateLimiter", store, "3/h", name="n", on_error="open", timeout=0.1)
+    hasty, limiter = (
+        variant.make("RateLimiter", store, "3/h", name="n", on_error="open", timeout=seconds)
+        for seconds in (0.1, 20)
+    )
     sessions = variant.make("SessionStore", store)
     token = (await sessions.create({"a": 1})).id
 
@@ -189,7 +196,7 @@ async def test_an_exhausted_pool(make_store: Any, variant: Variant) -> None:
         return 1
 
     async with store.transaction():
-        assert (await limiter.hit("u")).degraded
+        assert (await hasty.hit("u")).degraded
         assert await one() == 1
         with pytest.raises(pgkv.PoolTimeoutError):
             await sessions.load(token)
