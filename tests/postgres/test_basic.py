@@ -304,7 +304,7 @@ async def test_now(store: Any, clock: ServerClock) -> None:
     assert abs((await store.now() - clock.now()).total_seconds()) < 60
 
 
-async def test_pool_stats(make_store: Any, nothing_by_chance: None) -> None:
+async def test_pool_stats(make_store: Any) -> None:
     """pool_stats counts connections, and sends nothing."""
     store = await make_store(pool_max_size=3)
     await store.set("k", b"v")
