@@ -195,6 +195,7 @@ class Server:
         """kill -9 of the postmaster; its backends notice and end."""
         pid = self.pid
         assert pid is not None
+        os.kill(pid, signal.SIGSTOP)  # it starts no further one
         children = self._children(pid)
         os.kill(pid, signal.SIGKILL)
         wait_until(lambda: self.pid is None, "the killed postmaster ends")

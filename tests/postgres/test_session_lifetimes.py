@@ -140,10 +140,10 @@ async def test_exists_notes_no_use(sessions: Any, peer: Peer, clock: ServerClock
     assert await sessions.exists(made.id)
     assert peer.run(f"SELECT xmin, * FROM {TABLE}") == before
     old = made.id
-    await sessions.rotate(made)
+    await sessions.rotate(made, grace=100)
     assert await sessions.exists(old)
     assert await sessions.exists(made.id)
-    clock.advance(11)
+    clock.advance(101)
     assert not await sessions.exists(old)
     clock.advance(1800)
     assert not await sessions.exists(made.id)

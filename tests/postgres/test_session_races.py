@@ -61,7 +61,7 @@ def test_parallel_requests_of_eight_processes(dsn: str) -> None:
         for n in range(PROCESSES)
     ]
     for worker in workers:
-        _, errors = worker.communicate(timeout=60)
+        _, errors = worker.communicate(timeout=300)
         assert worker.returncode == 0, errors
     with Store.connect(dsn) as store:
         loaded = SessionStore(store).load(made.id)

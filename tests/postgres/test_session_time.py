@@ -35,15 +35,15 @@ async def test_idle_timeout(make_sessions: Make, clock: ServerClock) -> None:
 
 async def test_absolute_timeout(make_sessions: Make, clock: ServerClock) -> None:
     """However much it is used or saved, a session ends after absolute_timeout."""
-    sessions = await make_sessions(idle_timeout=100, absolute_timeout=250, touch_interval=10)
+    sessions = await make_sessions(idle_timeout=1000, absolute_timeout=2500, touch_interval=100)
     made = loaded = await sessions.create({"n": 0})
     for n in range(3):
-        clock.advance(80)
+        clock.advance(800)
         loaded = await sessions.load(made.id)
         loaded.data["n"] = n + 1
         await sessions.save(loaded)
-    assert loaded.expires_at == made.created_at + timedelta(seconds=250)
-    clock.advance(11)
+    assert loaded.expires_at == made.created_at + timedelta(seconds=2500)
+    clock.advance(101)
     assert await sessions.load(made.id) is None
 
 
@@ -52,30 +52,30 @@ async def test_use_is_noted_once_per_touch_interval(
 ) -> None:
     """Loads within touch_interval are one statement that writes nothing; the first after it is two, and
     notes the use."""
-    sessions = await make_sessions(idle_timeout=1800, touch_interval=60)
+    sessions = await make_sessions(idle_timeout=18_000, touch_interval=600)
     made = await sessions.create()
     seen = f"SELECT extract(epoch from seen_at)::float8 FROM {TABLE}"
     first = peer.one(seen)
-    clock.advance(59)
+    clock.advance(500)
     loaded = await sessions.load(made.id)
     assert peer.one(seen) == first
     assert loaded.expires_at == made.expires_at
     operations.clear()
     await sessions.load(made.id)
     assert len(operations) == 1
-    clock.advance(2)
+    clock.advance(200)
     loaded = await sessions.load(made.id)
     assert len(operations) == 3
-    assert 61 <= peer.one(seen) - first < 70
-    assert loaded.expires_at > made.expires_at + timedelta(seconds=60)
+    assert 700 <= peer.one(seen) - first < 800
+    assert loaded.expires_at > made.expires_at + timedelta(seconds=600)
 
 
 async def test_touching_every_time(make_sessions: Make, clock: ServerClock) -> None:
     """touch_interval=0 notes every load."""
-    sessions = await make_sessions(idle_timeout=10, touch_interval=0)
+    sessions = await make_sessions(idle_timeout=1000, touch_interval=0)
     made = await sessions.create()
     for _ in range(3):
-        clock.advance(9)
+        clock.advance(900)
         assert await sessions.load(made.id) is not None
 
 
@@ -83,13 +83,13 @@ async def test_a_client_clock_changes_nothing(
     make_sessions: Make, clock: ServerClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Liveness, and the ages of a listing, are the server's: a wall clock a day off is not read."""
-    sessions = await make_sessions(idle_timeout=100, touch_interval=1)
+    sessions = await make_sessions(idle_timeout=1000, touch_interval=1)
     made = await sessions.create(user_id="u")
     monkeypatch.setattr("time.time", lambda: 0.0)
-    clock.advance(50)
+    clock.advance(500)
     (info,) = await sessions.list_user("u")
-    assert 50 <= info.idle() < 60
-    assert 40 < info.remaining() <= 50
+    assert 500 <= info.idle() < 600
+    assert 400 < info.remaining() <= 500
     assert await sessions.load(made.id) is not None
 
 
