@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import threading
@@ -14,6 +15,7 @@ import anyio
 import pytest
 
 import pgkv
+from pgkv.patterns.rate_limit import local as _local
 from tests.faults.support import exit_code
 from tests.peers import Peer
 from tests.variants import Variant
@@ -146,18 +148,24 @@ async def test_every_call_makes_a_task(awaiting: pgkv.AsyncRateLimiter) -> None:
 
 def test_an_interrupted_wait_gives_its_place_back(blocking: pgkv.RateLimiter) -> None:
     """A signal handler that raises ends the sleep, and the place goes to the next."""
-    with pytest.raises(KeyboardInterrupt):
-        interrupted_after(0.2, lambda: blocking.acquire("u"))
+    with pytest.raises(KeyboardInterrupt), alarm_in_a_sleep(signal.default_int_handler):
+        blocking.acquire("u")
     assert blocking.reserve("u").delay <= 60
 
 
-def interrupted_after(seconds: float, work: Callable[[], object]) -> None:
-    """Raise KeyboardInterrupt in this thread while it works."""
-    previous = signal.signal(signal.SIGALRM, signal.default_int_handler)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+@contextlib.contextmanager
+def alarm_in_a_sleep(handler: Callable[..., object]) -> Iterator[None]:
+    """Have a signal handled in this thread soon after the next hit was answered."""
+
+    def wind(name: str, *_: object) -> None:
+        if name == "limit_hit":
+            signal.setitimer(signal.ITIMER_REAL, 0.2)
+
+    previous, remove = signal.signal(signal.SIGALRM, handler), pgkv.on_operation(wind)
     try:
-        work()
+        yield
     finally:
+        remove()
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)
 
@@ -192,19 +200,15 @@ def test_a_child_forked_by_a_signal_handler_gives_no_place_back(
         children.append(pid)
         raise InterruptedError  # ends the parent's wait as well, so that the test goes on
 
-    previous = signal.signal(signal.SIGALRM, fork)
     parent = os.getpid()
     place = blocking.reserve("u")
-    signal.setitimer(signal.ITIMER_REAL, 1.0)  # acquire() sleeps by then
     try:
-        blocking.acquire("u")
+        with alarm_in_a_sleep(fork):
+            blocking.acquire("u")
     except SystemExit:
         os._exit(0 if os.getpid() != parent else 1)
     except InterruptedError:
         pass
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, previous)
     assert exit_code(children[0]) == 0
     # Only the parent gave its own place back; a second time would have taken the first one's.
     assert blocking.reserve("u").delay > 60
@@ -230,34 +234,37 @@ async def test_a_late_answer_does_not_prolong_the_wait(
 ) -> None:
     """The statement waited for another transaction until the turn was out of reach: refused, and
     the place is given back."""
-    limiter = make("1/s burst 1")
+    limiter = make("1/100s burst 1")
+    begun = time.monotonic()
     await limiter.hit("u")
     with peer.conn.transaction():
         peer.run("UPDATE kv_store SET updated_at = updated_at")
-        started = time.monotonic()
-        waiting = asyncio.ensure_future(limiter.acquire("u", timeout=1.5))
+        waiting = asyncio.ensure_future(limiter.acquire("u", timeout=105))
         await witness.until_waiting()
+        asked = time.monotonic()
         peer.run(
-            "UPDATE kv_store SET value = ((encode(value, 'escape')::bigint + 200000000)"
+            "UPDATE kv_store SET value = ((encode(value, 'escape')::bigint + 4000000000)"
             "::text)::bytea"
         )
-        await asyncio.sleep(max(0.0, started + 1.0 - time.monotonic()))
+        # Its turn is 104 s after the hit: with the wait for this transaction more than 105 s after it asked.
+        await asyncio.sleep(1.1 + asked - begun)
     with pytest.raises(pgkv.RateLimitedError) as caught:
         await waiting
-    assert 0 < caught.value.decision.retry_after <= 1.5
+    assert 0 < caught.value.decision.retry_after <= 105
     assert not caught.value.decision.allowed
-    assert (await limiter.reserve("u")).delay < 1.5
+    assert (await limiter.reserve("u")).delay < 105
 
 
 # -- stores -------------------------------------------------------------------------------------
 
 
-async def test_a_limiter_on_a_coalescing_store(dsn: str) -> None:
+async def test_a_limiter_on_a_coalescing_store(dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With coalesce=True a limiter is what it is on any store: on_error, local_deny and prefetch
     hold, and it is not taken for one inside a transaction."""
+    monkeypatch.setattr(_local, "DENY_SECONDS_MAX", 600.0)
     async with pgkv.AsyncStore.connect(dsn, coalesce=True) as store:
         limiter = pgkv.AsyncRateLimiter(
-            store, "4/h", name="api", on_error="closed", timeout=0.5, local_deny=True
+            store, "4/h", name="api", on_error="closed", timeout=20, local_deny=True
         )
         decisions = await asyncio.gather(*(limiter.hit("u") for _ in range(8)))
         assert sum(map(bool, decisions)) == 4
