@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,39 +13,33 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import httpx
-
 from tests.browser import chromium
 from tests.faults.support import newest
-from tests.servers import wait_until
+from tests.servers import PATIENCE, wait_until
 
 MANAGE = Path(__file__).parents[2] / "examples" / "django_site" / "manage.py"
 
 
-def answers(address: str) -> bool:
-    try:
-        return httpx.get(f"http://{address}/login").status_code == 405
-    except httpx.HTTPError:
-        return False
-
-
 @contextmanager
 def serving(dsn: str) -> Iterator[str]:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        address = f"127.0.0.1:{free.getsockname()[1]}"
     process = subprocess.Popen(
         [sys.executable, MANAGE],
-        env={**os.environ, "PGKV_DSN": dsn, "ADDRESS": address},
+        env={**os.environ, "PGKV_DSN": dsn, "ADDRESS": "127.0.0.1:0", "PYTHONUNBUFFERED": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
+    assert process.stdout is not None
+    found, said = None, ""
     try:
-        wait_until(lambda: answers(address), "the site answers")
-        yield address
+        while found is None and (line := process.stdout.readline()):
+            said += line
+            found = re.search(r"server at http://(127\.0\.0\.1:\d+)/", line)
+        assert found is not None, said
+        yield found[1]
     finally:
         process.send_signal(signal.SIGINT)
-        output, _ = process.communicate(timeout=20)
+        output, _ = process.communicate(timeout=PATIENCE)
         assert "Traceback" not in output, output
 
 
@@ -58,7 +52,7 @@ def log_in(browser: Any, address: str, password: str = "lovelace") -> None:
 
 def shows(browser: Any, text: str) -> None:
     """A click returns before the next page is there."""
-    wait_until(lambda: text in browser.page_source, f"the page shows {text!r}")
+    wait_until(lambda: text in browser.page_source, f"the page shows {text!r}", PATIENCE)
 
 
 def refuses(browser: Any) -> bool:
@@ -97,6 +91,6 @@ def test_a_day_on_the_django_site(dsn: str, tmp_path: Path) -> None:
         while "quota" not in phone.page_source:  # a fourth guess, or later on a slow machine
             assert refused < 20
             log_in(phone, address, "guess")
-            wait_until(lambda: refuses(phone), "the page refuses the guess")
+            wait_until(lambda: refuses(phone), "the page refuses the guess", PATIENCE)
             refused += 1
         assert refused > 3  # two of the five went to the logins

@@ -24,7 +24,7 @@ from pgkv.integrations import prometheus
 from pgkv.patterns.overview import Overviews
 from tests.faults.proxy import Proxy
 from tests.faults.support import newest
-from tests.servers import wait_until
+from tests.servers import PATIENCE, wait_until
 
 pytest.importorskip("prometheus_client", reason="prometheus_client is not installed")
 pytest.importorskip("opentelemetry.sdk", reason="opentelemetry-sdk is not installed")
@@ -70,7 +70,7 @@ def test_operations_keys_and_cached_functions_are_counted(
         store.get("none")
         store.get_many(["secret-key", "a", "b"])
 
-        @pgkv.cached(ttl=60, store=store, name="slow", store_timeout=10)
+        @pgkv.cached(ttl=60, store=store, name="slow", store_timeout=PATIENCE)
         def slow(n: int) -> int:
             return n
 
@@ -164,7 +164,8 @@ def test_a_wait_for_a_connection_is_told_to_threads_and_tasks(
     def counted(name: str) -> int:
         return sum(each == name for each, _ in told)
 
-    with pgkv.Store.connect(dsn, pool_max_size=1, pool_timeout=10) as store:
+    patient: Any = {"pool_timeout": PATIENCE, "operation_timeout": PATIENCE}
+    with pgkv.Store.connect(dsn, pool_max_size=1, **patient) as store:
         with store.transaction() as view:
             view.get("k")
             getter = threading.Thread(target=store.get, args=("k",))
@@ -186,7 +187,7 @@ def test_a_wait_for_a_connection_is_told_to_threads_and_tasks(
     assert registry.get_sample_value("pgkv_pool_timeouts_total") == 1
 
     async def tasks() -> None:
-        async with pgkv.AsyncStore.connect(dsn, pool_max_size=1) as store:
+        async with pgkv.AsyncStore.connect(dsn, pool_max_size=1, **patient) as store:
             async with store.transaction() as view:
                 await view.get("k")
                 getter = asyncio.create_task(store.set("k", b"v"))
@@ -209,10 +210,11 @@ def test_the_server_is_asked_about_tables_locks_and_queues(
     made = CollectorRegistry()
     one = made.get_sample_value
     monkeypatch.setattr(prometheus, "LOOK_TIME", 30.0)
+    monkeypatch.setattr(prometheus, "REFRESH", 3600.0)
     with Proxy(dsn) as proxy, pgkv.Store.connect(proxy.dsn, pool_max_size=1) as store:
         queue = pgkv.Queue(store, "emails")
         queue.put(b"a")
-        queue.put(b"b", delay=60)
+        queue.put(b"b", delay=3600)
         remove = prometheus.install(made, store=store)
         with pgkv.Lock(store, "billing").acquire():
             generate_latest(made)
@@ -277,7 +279,7 @@ from prometheus_client import CollectorRegistry
 from pgkv.integrations import prometheus
 prometheus.install()
 with pgkv.Store.connect(os.environ["PGKV_DSN"]) as store:
-    f = pgkv.cached(ttl=60, store=store, name="shared", store_timeout=10)(lambda n: n)
+    f = pgkv.cached(ttl=60, store=store, name="shared", store_timeout=60)(lambda n: n)
     for n in range(50):
         store.get("k")
         f(7)
@@ -289,7 +291,7 @@ def test_several_workers_are_added_up(dsn: str, tmp_path: Path) -> None:
     """As under gunicorn: four processes count into one folder, and the sums are exact."""
     environment = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path), "PGKV_DSN": dsn}
     workers = [subprocess.Popen([sys.executable, "-c", WORKER], env=environment) for _ in range(4)]
-    assert [each.wait(60) for each in workers] == [0] * 4
+    assert [each.wait(PATIENCE) for each in workers] == [0] * 4
     script = (
         "from prometheus_client import CollectorRegistry, generate_latest, multiprocess\n"
         "registry = CollectorRegistry(); multiprocess.MultiProcessCollector(registry)\n"
@@ -345,12 +347,12 @@ def test_gauges_of_several_workers(dsn: str, tmp_path: Path) -> None:
             # More than one of each, where its thread asked while a call ran.
             lambda: (one("pgkv_pool_connections", state="idle") or 0) >= 2 and one("pgkv_up") == 1,
             "both workers have told",
-            60,
+            PATIENCE,
         )
         assert (one("pgkv_table_bytes", table="kv_store") or 0) > 8000
     finally:
         for each in workers:
-            each.communicate(timeout=60)
+            each.communicate(timeout=PATIENCE)
     assert [each.returncode for each in workers] == [0, 0]
     assert one("pgkv_limiter_decisions_total", limiter="api", decision="allowed") == 6
 
@@ -543,7 +545,7 @@ def test_the_agent_finds_pgkv_without_a_line_of_code(dsn: str, tmp_path: Path) -
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=2 * PATIENCE,
         check=False,
     )
     assert done.returncode == 0, done.stderr

@@ -208,7 +208,12 @@ class World:
     @property
     def now(self) -> float:
         """The clients' clock. It goes as fast as the server's, which is moved with it."""
-        return EPOCH + self.passed + (time.monotonic() - self._began)
+        return EPOCH + self.passed + self.took
+
+    @property
+    def took(self) -> float:
+        """The seconds that the schedule itself has taken until now."""
+        return time.monotonic() - self._began
 
     @property
     def sync(self) -> pgkv.Store:

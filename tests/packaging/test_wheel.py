@@ -9,7 +9,7 @@ import pytest
 from tests.packaging.conftest import ROOT, Built, Installed
 
 # The first test pays for the build and the installation.
-pytestmark = pytest.mark.packaging
+pytestmark = [pytest.mark.packaging, pytest.mark.timeout(1000)]
 
 IMPORT_EVERY_NAME = """
 import pgkv, pgkv.patterns

@@ -1,6 +1,7 @@
 """pgkv in a Django project: cache, sessions, rate limits, tables, checks and command."""
 
 import asyncio
+import functools
 import io
 import json
 import os
@@ -82,8 +83,10 @@ from pgkv.integrations.django.ratelimit import ratelimit  # noqa: E402
 from pgkv.integrations.django.stores import STORES, config_for  # noqa: E402
 from pgkv.integrations.django.throttling import AnonThrottle, ScopedThrottle  # noqa: E402
 
-limiter = RateLimiter(Store(config_for("", {})), "2/day", name="views")
-async_limiter = AsyncRateLimiter(AsyncStore(config_for("", {})), "2/day", name="async-views")
+limiter = RateLimiter(Store(config_for("", {})), "2/day", name="views", timeout=30)
+async_limiter = AsyncRateLimiter(
+    AsyncStore(config_for("", {})), "2/day", name="async-views", timeout=30
+)
 
 
 @ratelimit(limiter, key="all")
@@ -258,10 +261,10 @@ def test_the_debug_toolbars_cache_panel_counts_calls():
 
 
 def test_incr_keeps_the_timeout():
-    cache.set("n", 1, timeout=100)
+    cache.set("n", 1, timeout=1000)
     before = cache._store.ttl(cache.make_key("n"))
     assert cache.incr("n", 5) == 6
-    assert before - 5 < cache._store.ttl(cache.make_key("n")) <= before
+    assert before - 100 < cache._store.ttl(cache.make_key("n")) <= before
     with pytest.raises(ValueError, match="not found"):
         cache.incr("none")
     assert cache.get("none") is None
@@ -377,7 +380,7 @@ def test_async_methods_run_on_the_event_loop_and_end_with_it():
     STORES.close()  # of threads
     first, second = asyncio.run(use()), asyncio.run(use())
     assert first is not second  # each loop has its own
-    left, end = 1, time.monotonic() + 30
+    left, end = 1, time.monotonic() + 90
     while left and time.monotonic() < end:  # a backend ends some time after its connection
         with connection.cursor() as cursor:
             cursor.execute(
@@ -430,7 +433,10 @@ def test_an_async_view_refuses_a_blocking_limiter():
         ratelimit(limiter)(view)
 
 
-def test_the_throttles_of_rest_framework():
+def test_the_throttles_of_rest_framework(monkeypatch):
+    # A busy machine is no outage, in which all are let in.
+    patient = functools.partial(RateLimiter, timeout=30)
+    monkeypatch.setattr("pgkv.integrations.django.throttling.RateLimiter", patient)
     client = Client()
     assert [client.get("/api").status_code for _ in range(3)] == [200, 200, 429]
     assert int(client.get("/api")["Retry-After"]) > 1000

