@@ -11,10 +11,13 @@ import pytest
 
 import pgkv
 from pgkv import LeaseLostError, LockTimeoutError
+from pgkv._background import renewal
+from pgkv._background.renewal import clock as clock_now
+from pgkv.patterns._runtime import lease as lease_module
 from pgkv.testing import ServerClock
 from tests.peers import Peer, gather, until
 from tests.servers import LATE, wait_until
-from tests.variants import Threaded, Variant
+from tests.variants import Threaded, Variant, inside
 
 TABLE = "kv_store_locks"
 
@@ -74,15 +77,15 @@ async def _acquired(lock: Any, **options: Any) -> Any:
 
 async def test_the_holder_is_shown(store: Any, variant: Variant, peer: Peer) -> None:
     """holder() tells who, since when, until when by the server's clock, and the metadata."""
-    lock = lock_of(variant, store, ttl=30, metadata={"job": 7})
+    lock = lock_of(variant, store, ttl=600, metadata={"job": 7})
     assert await lock.holder() is None
     async with lock.acquire() as lease:
         info = await lock.holder()
         assert (info.name, info.token, info.owner) == ("billing", lease.token, lease.owner)
         assert info.metadata == {"job": 7}
-        assert 29 < info.remaining() <= 30
-        assert 29 < (info.expires_at - info.read_at).total_seconds() <= 30
-        assert 0 <= info.age() < 1
+        assert 540 < info.remaining() <= 600
+        assert 540 < (info.expires_at - info.read_at).total_seconds() <= 600
+        assert 0 <= info.age() < 60
     assert await lock.holder() is None
     assert peer.one(f"SELECT count(*) FROM {TABLE}") == 1, "the row stays, with its token"
 
@@ -221,37 +224,60 @@ async def test_a_step_back_prolongs_a_dead_holders_lease_by_the_step(
     store: Any, variant: Variant, clock: ServerClock
 ) -> None:
     """The stated limit: a holder that died before a step back keeps the name for the step."""
-    lease = await lock_of(variant, store, ttl=5, renew=False).acquire()
+    lease = await lock_of(variant, store, ttl=60, renew=False).acquire()
     clock.advance(-100)
     info = await lock_of(variant, store).holder()
-    assert 100 < info.remaining() <= 105
+    assert 100 < info.remaining() <= 160
     assert await lock_of(variant, store).try_acquire() is None
     await lease.release()
 
 
-async def test_leases_are_renewed(store: Any, variant: Variant, operations: Any) -> None:
-    """A lease lives beyond its ttl while its holder does; the token stays."""
-    lock = lock_of(variant, store, ttl=3)
+def due(lease: Any) -> None:
+    """Let its renewal be due now, and not at a third of its ttl."""
+    inside(lease)._due = 0.0
+
+
+async def renewed(peer: Peer, key: str, first: Any) -> Any:
+    """Wait until a lease ends later than it did first; when."""
+    ends = f"SELECT expires_at FROM {TABLE} WHERE key = %s"
+    await until(lambda: peer.one(ends, key) > first, "it is renewed")
+    return peer.one(ends, key)
+
+
+async def test_leases_are_renewed(
+    store: Any, variant: Variant, peer: Peer, clock: ServerClock
+) -> None:
+    """A lease lives beyond its ttl while its holder does, renewed at a third of it; the token stays."""
+    lock = lock_of(variant, store, ttl=60)
     async with lock.acquire() as lease:
-        first = (await lock.holder()).expires_at
-        await asyncio.sleep(3.2)
+        assert inside(lease)._due - inside(lease)._began == pytest.approx(20)
+        ends = (await lock.holder()).expires_at
+        for _ in range(2):
+            clock.advance(40)
+            due(lease)
+            ends = await renewed(peer, "billing", ends)
         info = await lock.holder()
-        assert info.expires_at > first
+        assert info.age() > 60
         assert info.token == lease.token
         assert not lease.is_lost
         lease.check()
 
 
-async def test_without_renewal_a_lease_ends(store: Any, variant: Variant) -> None:
+async def test_without_renewal_a_lease_ends(
+    store: Any, variant: Variant, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """renew=False: trust ends a margin before the ttl, and on_lost is told."""
     lost: list[Any] = []
 
     def on_lost(lease: Any) -> None:
         lost.append(lease.token)
 
-    lock = lock_of(variant, store, ttl=3, renew=False, on_lost=on_lost)
+    lock = lock_of(variant, store, ttl=300, renew=False, on_lost=on_lost)
     lease = await lock.acquire()
-    assert lease.remaining() <= 2
+    assert 200 < lease.remaining() <= 270
+    real = renewal.clock
+    for module in (renewal, lease_module):
+        monkeypatch.setattr(module, "clock", lambda: real() + 271)
     await until(lambda: bool(lost), "on_lost is called")
     assert lost == [lease.token]
     assert await lock.holder() is not None, "the holder hears of it before the server's expiry"
@@ -262,28 +288,33 @@ async def test_without_renewal_a_lease_ends(store: Any, variant: Variant) -> Non
 
 
 async def test_extend_sets_the_remaining_time(store: Any, variant: Variant) -> None:
-    """extend(60) makes 60 s remain, not 60 more; it may also shorten."""
-    lock = lock_of(variant, store, ttl=30)
+    """extend(6000) makes 6000 s remain, not 6000 more; it may also shorten."""
+    lock = lock_of(variant, store, ttl=3000)
     async with lock.acquire() as lease:
-        await lease.extend(60)
-        assert 59 < (await lock.holder()).remaining() <= 60
-        assert 53 < lease.remaining() <= 54, "60 less the margin of a tenth"
-        assert lease.ttl == 60
-        await lease.extend(6)
-        assert 5 < (await lock.holder()).remaining() <= 6
-        assert 4 < lease.remaining() <= 5
+        await lease.extend(6000)
+        assert 5900 < (await lock.holder()).remaining() <= 6000
+        assert 5300 < lease.remaining() <= 5400, "6000 less the margin of a tenth"
+        assert lease.ttl == 6000
+        await lease.extend(600)
+        assert 500 < (await lock.holder()).remaining() <= 600
+        assert 440 < lease.remaining() <= 540
 
 
 async def test_one_locked_row_costs_no_other_lease(
-    store: Any, variant: Variant, peer: Peer
+    store: Any, variant: Variant, peer: Peer, witness: Peer
 ) -> None:
-    """A stranger's transaction holds one lease's row for longer than any lease may be trusted
-    without renewal: the other leases of the process are renewed."""
-    locks = [lock_of(variant, store, name, ttl=3) for name in ("a", "b", "c")]
-    leases = [await lock.acquire() for lock in locks]
+    """A stranger's transaction holds one lease's row: the other leases of the process, renewed with it, are
+    renewed meanwhile."""
+    locks = {name: lock_of(variant, store, name) for name in "abc"}
+    leases = [await lock.acquire() for lock in locks.values()]
+    ends = {name: (await lock.holder()).expires_at for name, lock in locks.items()}
     with peer.conn.transaction():
         peer.run(f"SELECT 1 FROM {TABLE} WHERE key = 'b' FOR UPDATE")
-        await asyncio.sleep(2.5)
+        for lease in leases:
+            due(lease)
+        for name in "ac":
+            await renewed(witness, name, ends[name])
+        assert witness.one(f"SELECT expires_at FROM {TABLE} WHERE key = 'b'") == ends["b"]
         leases[0].check()
         leases[2].check()
     assert await leases[0].release()
@@ -291,12 +322,16 @@ async def test_one_locked_row_costs_no_other_lease(
 
 
 async def test_a_locked_row_is_renewed_later(store: Any, variant: Variant, peer: Peer) -> None:
-    """A lease whose row a stranger held at the first renewal is renewed when that has gone."""
-    lease = await lock_of(variant, store, "b", ttl=6).acquire()
+    """A lease whose row a stranger held at the first renewal is renewed soon after that has gone."""
+    lock = lock_of(variant, store, "b")
+    lease = await lock.acquire()
+    ends = (await lock.holder()).expires_at
     with peer.conn.transaction():
         peer.run(f"SELECT 1 FROM {TABLE} WHERE key = 'b' FOR UPDATE")
-        await asyncio.sleep(2.4)
-    await asyncio.sleep(2.8)  # trust would have ended
+        due(lease)
+        await until(lambda: inside(lease)._due > 0, "it was tried")
+    assert inside(lease)._due - clock_now() < 2
+    await renewed(peer, "b", ends)
     lease.check()
     assert await lease.release()
 
@@ -307,15 +342,14 @@ async def test_a_locked_row_is_renewed_later(store: Any, variant: Variant, peer:
 async def test_a_lost_lease_ends_its_block(store: Any, variant: Variant) -> None:
     """After force_release the holder hears at its next renewal: check() raises, an async body is
     cancelled, the block raises LeaseLostError."""
-    lock = lock_of(variant, store, ttl=3)
+    lock = lock_of(variant, store)
     lost: list[str] = []
     ended = False
     with pytest.raises(LeaseLostError) as error:  # noqa: PT012  # the block itself is tested
-        async with lock_of(
-            variant, store, ttl=3, on_lost=lambda: lost.append("told")
-        ).acquire() as lease:
+        async with lock_of(variant, store, on_lost=lambda: lost.append("told")).acquire() as lease:
             assert await lock.force_release(lease.token) is True
             other = await lock.acquire(timeout=0)
+            due(lease)
             if variant.name == "async":
                 await asyncio.sleep(30)
                 ended = True
@@ -332,7 +366,7 @@ def test_two_leases_of_one_name_are_due_at_once(dsn: str) -> None:
     """After force_release a process may have the lost lease and the next one, renewed together:
     each hears what became of itself."""
     with pgkv.Store.connect(dsn) as store:
-        lock = pgkv.Lock(store, "n", ttl=3)
+        lock = pgkv.Lock(store, "n")
         old = lock.acquire()
         assert lock.force_release(old.token)
         new = lock.acquire(timeout=0)
@@ -397,7 +431,7 @@ async def test_a_closed_store_loses_its_leases(make_store: Any, variant: Variant
     store = await make_store()
     lease = await lock_of(variant, store).acquire()
     await store.close()
-    assert lease.is_lost
+    await until(lambda: lease.is_lost, "it is told")
     with pytest.raises(LeaseLostError) as error:
         lease.check()
     assert error.value.reason == "closed"

@@ -97,13 +97,14 @@ async def test_a_waiter_behind_a_guard_gets_a_whole_lease(
     conn = await connect()
     await lease.guard(conn)
     clock.advance(31)
-    short = lock_of(variant, store, ttl=1, renew=False)
-    waiting = asyncio.ensure_future(_acquired(short))
+    waiting = asyncio.ensure_future(_acquired(lock_of(variant, store, renew=False)))
     await asyncio.sleep(1.2)
     assert not waiting.done()
+    clock.advance(31)
     await conn.commit()
     second = await asyncio.wait_for(waiting, 30)
-    assert second.remaining() > 0.3
+    assert second.remaining() > 10
+    assert (await lock_of(variant, store).holder()).remaining() > 10
     await second.release()
 
 
@@ -193,7 +194,7 @@ async def test_another_database_is_refused(
     async with lock.acquire() as lease:
         for text in ("CREATE DATABASE other_for_guard", None):
             if text:
-                peer.run("DROP DATABASE IF EXISTS other_for_guard")
+                peer.run("DROP DATABASE IF EXISTS other_for_guard WITH (FORCE)")
                 peer.run(text)
             conn = await connect(dsn=_in_database(peer, "other_for_guard"))
             with pytest.raises(TransactionError, match="another database"):
@@ -208,7 +209,7 @@ async def test_another_database_is_refused(
                     "(key text primary key, version bigint, expires_at timestamptz)".encode()
                 )
         assert not lease.is_lost
-    peer.run("DROP DATABASE other_for_guard")
+    peer.run("DROP DATABASE other_for_guard WITH (FORCE)")
 
 
 def _in_database(peer: Peer, name: str) -> str:
@@ -228,14 +229,20 @@ async def test_another_search_path_finds_the_same_table(
         await conn.rollback()
 
 
-async def test_max_hold_ends_an_idle_guard(store: Any, variant: Variant, connect: Any) -> None:
+async def test_max_hold_ends_an_idle_guard(
+    store: Any, variant: Variant, connect: Any, clock: ServerClock
+) -> None:
     """max_hold: the server ends a guarded transaction that lies idle, and the lock moves on."""
-    lock = lock_of(variant, store, ttl=1, renew=False)
+    lock = lock_of(variant, store, renew=False)
     lease = await lock.acquire()
     conn = await connect()
-    await lease.guard(conn, max_hold=2)  # a loaded machine needs a while before it asks
+    await lease.guard(conn, max_hold=60)
     rows = await fetch(conn, "SHOW idle_in_transaction_session_timeout")
-    assert rows == [("2s",)]
+    assert rows == [("1min",)]
+    await conn.execute(
+        "SET LOCAL idle_in_transaction_session_timeout = 100"
+    )  # or it takes a minute
+    clock.advance(31)
     second = await lock.acquire(timeout=20)
     with pytest.raises(psycopg.Error):
         await conn.execute("SELECT 1")

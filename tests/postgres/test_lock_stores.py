@@ -55,7 +55,7 @@ async def test_everything_about_locks_works(kind: str, variant: Variant, dsn: st
                 await lease.extend(20)
                 waiting = asyncio.ensure_future(_acquired(lock))
                 await asyncio.sleep(0.05)
-            assert await (await asyncio.wait_for(waiting, 30)).release()
+            assert await (await asyncio.wait_for(waiting, 90)).release()
             lease = await lock.acquire(timeout=0)
             assert await lock.revoke(lease.token)
             assert await lock.force_release((await lock.holder()).token)
@@ -74,7 +74,7 @@ async def test_everything_about_locks_works(kind: str, variant: Variant, dsn: st
 
 
 async def _acquired(lock: Any) -> Any:
-    return await lock.acquire(timeout=10)
+    return await lock.acquire(timeout=60)
 
 
 async def _run(leader: Any, stop: Any) -> None:
@@ -98,6 +98,6 @@ async def test_an_exhausted_pool_does_not_prolong_a_wait(
                 await (lock.try_acquire() if timeout is None else lock.acquire(timeout=timeout))
             assert isinstance(error.value, TimeoutError)
             assert not error.value.outcome_unknown
-            assert seconds <= time.monotonic() - started < seconds + 5
+            assert seconds <= time.monotonic() - started < seconds + 20
     async with lock.acquire(timeout=0):
         pass

@@ -93,7 +93,7 @@ async def test_behind_a_transaction_pooler_waiters_poll(
     locks = [lock_of(variant, store, wakeup="notify") for _ in range(3)]
     lease = await locks[0].acquire()
     waiting = [asyncio.ensure_future(_acquired(lock)) for lock in locks[1:]]
-    await asyncio.sleep(0.1)
+    await until(lambda: "pgkv.listener.polling" in caplog.text, "it is said")
     assert listeners(peer) == 0
     for _ in range(2):
         await lease.release()
@@ -119,8 +119,13 @@ async def test_where_nothing_is_heard_waiters_poll(
     await (await asyncio.wait_for(waiting, 30)).release()
 
 
-async def test_waiters_are_served_in_order(store: Any, variant: Variant, peer: Peer) -> None:
+async def test_waiters_are_served_in_order(
+    store: Any, variant: Variant, peer: Peer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """fair=True: first come, first served; and no ticket is left behind."""
+    monkeypatch.setattr(
+        flows, "TICKET_TTL", 60.0
+    )  # a waiter that stands still for longer loses its place
     lock = lock_of(variant, store, fair=True)
     order: list[int] = []
     lease = await lock.acquire()
@@ -148,13 +153,13 @@ async def test_a_dead_waiter_stalls_the_queue_for_its_ticket_only(
         async with lock.acquire():
             await lock_of(variant, store, fair=True).acquire(timeout=0.05)
     assert tickets(peer) == 0, "one that gives up leaves the queue"
+    started = time.monotonic()
     peer.run(
         "INSERT INTO kv_store_tickets VALUES ('queue' || E'\\x1f' || 'dead', 1,"
         " clock_timestamp() + interval '1 second')"
     )
-    started = time.monotonic()
     async with lock.acquire(timeout=20):
-        assert 0.5 < time.monotonic() - started < 2.5 + LATE
+        assert 0.9 < time.monotonic() - started < 2.5 + LATE
 
 
 async def test_a_fair_try_does_not_overtake(store: Any, variant: Variant, peer: Peer) -> None:
@@ -183,17 +188,23 @@ async def test_waiting_costs_few_statements(
 ) -> None:
     """Waiters settle at two to four looks a second each."""
     lock = lock_of(variant, store)
+
+    def looks() -> int:
+        return sum(name in ("lock_look", "lock_take", "lock_grant") for name, *_ in operations)
+
+    async def visit() -> None:
+        async with lock.acquire(timeout=60):
+            pass
+
     async with lock.acquire():
-        waiting = [asyncio.ensure_future(_acquired(lock, timeout=3.0)) for _ in range(5)]
-        await asyncio.sleep(1.5)
+        waiting = [asyncio.ensure_future(visit()) for _ in range(5)]
+        await until(lambda: looks() >= 5 * 10, "all have begun, and look more seldom")
         operations.clear()
+        started = time.monotonic()
         await asyncio.sleep(1.0)
-        looks = len(
-            [name for name, _, _ in operations if name in ("lock_look", "lock_take", "lock_grant")]
-        )
-        results = await asyncio.gather(*waiting, return_exceptions=True)
-    assert all(isinstance(each, pgkv.LockTimeoutError) for each in results)
-    assert 5 <= looks <= 5 * 5
+        assert looks() <= 5 * 5 * (time.monotonic() - started)
+        await until(lambda: looks() >= 5, "they go on")
+    await asyncio.gather(*waiting)
 
 
 async def test_waiters_without_a_ticket_are_counted(
