@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ pytest.importorskip("rich")
 
 from pgkv import Store
 from pgkv.cli import main
+from tests.servers import PATIENCE, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 BINARY = bytes(range(256)) + b"\n\n"
@@ -74,7 +74,7 @@ def as_process(*arguments: str, dsn: str, stdin: bytes = b"") -> subprocess.Comp
         input=stdin,
         capture_output=True,
         check=False,
-        timeout=60,
+        timeout=PATIENCE,
         env={**os.environ, "PYTHONPATH": str(ROOT), "PGKV_DSN": dsn},
     )
 
@@ -196,7 +196,7 @@ def test_scan_of_many_pages(pgkv: Terminal, dsn: str) -> None:
     command = f"'{sys.executable}' -m pgkv scan | head -1"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PGKV_DSN": dsn}
     done = subprocess.run(
-        ["sh", "-c", command], capture_output=True, check=True, timeout=60, env=environment
+        ["sh", "-c", command], capture_output=True, check=True, timeout=PATIENCE, env=environment
     )
     assert done.stdout.startswith(b"k00000\t")
     assert done.stderr == b""
@@ -230,9 +230,7 @@ def test_stats_and_sweep(pgkv: Terminal, dsn: str) -> None:
     with Store.connect(dsn) as store:
         store.set_many({f"k{number}": "value" for number in range(100)}, ttl=0.05)
         store.set("stays", "value")
-        deadline = time.monotonic() + 10
-        while store.count() > 1 and time.monotonic() < deadline:
-            time.sleep(0.01)
+        wait_until(lambda: store.count() == 1, "their time passes")
     found = pgkv.json("stats")
     assert (found["total_keys"], found["expired_keys"]) == (101, 100)
     assert b"expired, not yet collected\t100 (99%)\n" in pgkv("stats")[1]

@@ -20,6 +20,7 @@ from pgkv import Store
 from pgkv.cli import main
 from tests import FULL
 from tests.faults.support import newest
+from tests.servers import PATIENCE
 
 pytestmark = newest
 
@@ -33,7 +34,7 @@ def shell(script: str, dsn: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         ["bash", "-c", define + script],
         env={**os.environ, "PYTHONPATH": str(ROOT), "PGKV_DSN": dsn},
-        capture_output=True, text=True, timeout=60, check=False,
+        capture_output=True, text=True, timeout=2 * PATIENCE, check=False,
     )  # fmt: skip
 
 

@@ -29,7 +29,7 @@ from pgkv._cli.lock import _guarded, _Guardian
 from pgkv._embedded.binaries import exists
 from pgkv.cli import main
 from tests.faults.support import newest
-from tests.servers import LATE, Server, wait_until
+from tests.servers import LATE, PATIENCE, Server, wait_until
 
 pytestmark = newest
 
@@ -40,7 +40,7 @@ def run(dsn: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "pgkv", *arguments],
         env={**os.environ, "PGKV_DSN": dsn},
-        cwd=ROOT, capture_output=True, text=True, timeout=60, check=False,
+        cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, check=False,
     )  # fmt: skip
 
 
@@ -131,15 +131,15 @@ def test_a_command_whose_lease_is_lost_is_killed(dsn: str) -> None:
     with pgkv.Store.connect(dsn) as store:
         lock = pgkv.Lock(store, "job")
         process = subprocess.Popen(
-            [sys.executable, "-m", "pgkv", "lock", "job", "--ttl", "1", "--", "sh", "-c", "sleep 60; true"],
+            [sys.executable, "-m", "pgkv", "lock", "job", "--ttl", "6", "--", "sh", "-c", "sleep 300; true"],
             env={**os.environ, "PGKV_DSN": dsn}, cwd=ROOT, stderr=subprocess.PIPE,
         )  # fmt: skip
-        wait_until(lambda: lock.holder() is not None, "it holds the lock", 20)
+        wait_until(lambda: lock.holder() is not None, "it holds the lock")
         info = lock.holder()
         assert info is not None
         assert lock.force_release(info.token)
         started = time.monotonic()
-        _, error = process.communicate(timeout=20)
+        _, error = process.communicate(timeout=PATIENCE)
         assert process.returncode == 76, error
         assert time.monotonic() - started < 5 + LATE
 
@@ -166,12 +166,12 @@ class Guarded:
             env={**os.environ, "PGKV_DSN": dsn}, cwd=ROOT, stderr=subprocess.PIPE, text=True,
             start_new_session=True, preexec_fn=hear_signals,  # noqa: PLW1509  # no threads here
         )  # fmt: skip
-        wait_until(file.exists, "the command runs", 30)
+        wait_until(file.exists, "the command runs")
         self.pids = [int(word) for word in file.read_text().split()]
 
     def ends(self) -> tuple[int, str]:
         """The exit code, and standard error."""
-        _, error = self.process.communicate(timeout=40)
+        _, error = self.process.communicate(timeout=PATIENCE)
         return self.process.returncode, error
 
     def is_dead(self) -> bool:
@@ -202,9 +202,9 @@ def test_a_command_dies_with_its_guardian(
 ) -> None:
     """SIGKILL of pgkv, or another death without warning: the command and its children are dead long
     before another holder gets the lock."""
-    first = guarded(dsn, "--ttl", "5")
+    first = guarded(dsn)
     first.process.send_signal(number)
-    first.process.wait(30)
+    first.process.wait(PATIENCE)
     wait_until(first.is_dead, "the command and its child are dead")
     with pgkv.Store.connect(dsn) as store:
         assert pgkv.Lock(store, "job").holder() is not None
@@ -254,9 +254,9 @@ def test_a_signal_ends_the_wait_for_the_lock(dsn: str, number: signal.Signals) -
         )  # fmt: skip
         waits = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'the waiter'"
         with psycopg.connect(dsn, autocommit=True) as conn:
-            wait_until(lambda: conn.execute(waits).fetchone() != (0,), "it waits", 20)
+            wait_until(lambda: conn.execute(waits).fetchone() != (0,), "it waits")
         process.send_signal(number)
-        _, error = process.communicate(timeout=20)
+        _, error = process.communicate(timeout=PATIENCE)
         assert process.returncode == 128 + number, error
         assert b"Traceback" not in error
         lease.check()
@@ -274,7 +274,7 @@ def test_a_server_that_goes_away(
     """A server that is gone, or answers no more: the command is killed before the lease ends, exit
     code 76, and one line says what happened and when."""
     server = make_server()
-    first = guarded(server.dsn, "--ttl", "3", "--timeout", "60")
+    first = guarded(server.dsn, "--ttl", "5", "--timeout", "60")
     if how == "frozen":
         server.freeze()
     else:
@@ -338,10 +338,15 @@ def test_a_suspended_guardian_is_overtaken(
     command does not run again: it is killed, exit code 76."""
     log = tmp_path / "log"
     command = f"(while :; do echo >>{log}; sleep 0.01; done) & echo $$ $! >{{file}}.new; mv {{file}}.new {{file}}; wait"
-    first = guarded(dsn, "--ttl", "1", command=command)
+    first = guarded(dsn, "--ttl", "3", command=command)
     wait_until(log.exists, "it works")
     first.process.send_signal(signal.SIGTSTP)
-    with pgkv.Store.connect(dsn) as store, pgkv.Lock(store, "job").acquire(timeout=20) as lease:
+    if sys.platform == "linux":
+        wait_until(lambda: states(first) == {"T"}, "all are stopped")
+    with (
+        pgkv.Store.connect(dsn) as store,
+        pgkv.Lock(store, "job").acquire(timeout=PATIENCE) as lease,
+    ):
         written = log.stat().st_size
         first.process.send_signal(signal.SIGCONT)
         code, error = first.ends()
@@ -365,7 +370,7 @@ def test_a_job_in_a_process_group_of_its_own(
     dsn: str, guarded: Callable[..., Guarded], how: str
 ) -> None:
     """Such a child is killed and stopped with the command."""
-    first = guarded(dsn, "--ttl", "2", command=JOB)
+    first = guarded(dsn, "--ttl", "6", command=JOB)
     if how == "killed":
         first.process.kill()
     elif how == "lost":

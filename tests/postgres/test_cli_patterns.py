@@ -32,7 +32,7 @@ def test_limits_are_listed_and_reset(
         store.set("user:1", b"x")
         assert documents(capsys, *common) == []
         odd = pgkv.RateLimiter(store, "5/h", name="a:b~c#d%e", timeout=20)
-        both = pgkv.RateLimiter(store, "5/m; 50/h", name="login", timeout=20)
+        both = pgkv.RateLimiter(store, "5/h; 50/d", name="login", timeout=20)
         long = "k" * 300
         for key in ("user:1", "x:user:1", "#:user:1", long):
             odd.hit(key)

@@ -398,7 +398,7 @@ async def test_scripts_and_long_ways(coalescing: MakeStore, dsn: str) -> None:
             store.update("k1", lambda value: (value or b"") + b"!"),
             pipeline(),
             store.using(conn).get("k3"),
-            store.ping(5),
+            store.ping(30),
             store.ping(),
             store.vacuum(),
             store.stats(),
@@ -497,7 +497,9 @@ async def test_two_processes_do_not_deadlock(dsn: str) -> None:
 
     async def work(order: list[str], seed: int) -> None:
         rng = random.Random(seed)
-        async with AsyncStore.connect(patient, coalesce=True, operation_timeout=20) as store:
+        async with AsyncStore.connect(
+            patient, coalesce=True, pool_timeout=60, operation_timeout=60
+        ) as store:
             for _ in range(25):
                 calls: list[Any] = [store.increment(key) for key in order]
                 calls.insert(rng.randrange(300), store.set_many({"k7": "0", "k150": "0"}))

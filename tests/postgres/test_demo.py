@@ -27,15 +27,17 @@ from pgkv._embedded.binaries import exists
 from pgkv.cli import main
 from tests import servers
 from tests.faults.support import newest
+from tests.servers import PATIENCE
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ("--keys", "6000", "--seconds", "0.3")
 FLEET = "A fleet with one lock"
-# `pgkv demo`, of which only the scene of the first argument is run.
+# `pgkv demo`, of which only the scene of the first argument is run; a lease may be long.
 ONE_SCENE = """
-import functools, sys
+import functools, os, sys
 from pgkv import cli
-from pgkv._cli.demo import show as _demo
+from pgkv._cli.demo import fleet, show as _demo
+fleet.TTL = float(os.environ.get("TTL", fleet.TTL))
 scenes = [scene for scene in _demo.SCENES if scene.title == sys.argv[1]]
 _demo.run = functools.partial(_demo.run, scenes=scenes)
 sys.exit(cli.main(["demo", *sys.argv[2:]]))
@@ -53,8 +55,8 @@ def test_on_another_server(dsn: str, capsys: pytest.CaptureFixture[str]) -> None
     assert code == 0, said + complaints
     assert "WRONG" not in said
     held = [line for line in said.splitlines() if line.startswith("  ok: ")]
-    # Two checks need what a slow machine is too late for, and are left out then.
-    assert 21 <= len(held) <= 23
+    # Three checks need what a slow machine is too late for, and are left out then.
+    assert 20 <= len(held) <= 23
     for line in held:
         assert not re.search(
             r"missing|wrong|noth|none|worthless|never|lost|\b0 (?:were|are|is)\b|(?<![.\d])1 \w+s\b",
@@ -225,14 +227,15 @@ def test_interrupted(number: signal.Signals, start: Start) -> None:
     """Ctrl-C, or SIGTERM, while processes contend for the lock: they end, and the temporary server
     and its directory are gone."""
     directory = servers.new_directory("demo")
-    demo = start(FLEET, "--seconds", "3", TMPDIR=str(directory))
-    servers.wait_until(lambda: len(workers_of(demo)) == 4, "all processes of the scene run")
+    # One is killed soon; its lease keeps the scene from going on before the signal comes.
+    demo = start(FLEET, "--seconds", "600", TMPDIR=str(directory), TTL="300")
+    servers.wait_until(lambda: len(workers_of(demo)) >= 3, "the processes of the scene run")
     running = workers_of(demo)
     if number == signal.SIGINT:
         os.killpg(demo.pid, number)  # a terminal's Ctrl-C is for the whole group
     else:
         demo.send_signal(number)
-    said, _ = demo.communicate(timeout=30)
+    said, _ = demo.communicate(timeout=PATIENCE)
     assert demo.returncode == 130, said
     assert b"Interrupted: cleaning up" in said
     assert b"Traceback" not in said
@@ -245,7 +248,7 @@ def test_interrupted(number: signal.Signals, start: Start) -> None:
 def test_killed(dsn: str, start: Start) -> None:
     """kill -9 of the demo: the processes that it has started end by themselves."""
     demo = start(FLEET, "--seconds", "3", "--dsn", dsn)
-    servers.wait_until(lambda: len(workers_of(demo)) == 4, "all processes of the scene run")
+    servers.wait_until(lambda: len(workers_of(demo)) >= 3, "the processes of the scene run")
     running = workers_of(demo)
     demo.kill()
     servers.wait_until(lambda: not any(map(exists, running)), "they end")
@@ -256,7 +259,7 @@ def test_a_module_in_the_working_directory(dsn: str, start: Start, tmp_path: Pat
     """A user's module that is called as one of Python's own does not get into those processes."""
     (tmp_path / "json.py").write_text("raise RuntimeError('a module of the user')")
     demo = start("Rate limit", "--seconds", "0.3", "--dsn", dsn, PYTHONSAFEPATH="1")
-    said, _ = demo.communicate(timeout=60)
+    said, _ = demo.communicate(timeout=PATIENCE)
     assert demo.returncode == 0, said
 
 

@@ -19,7 +19,7 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 import pgkv
 from tests import pgbouncer
 from tests.faults.support import newest
-from tests.servers import Server, wait_until
+from tests.servers import PATIENCE, Server, wait_until
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
@@ -159,7 +159,7 @@ def test_connections_are_as_many_as_the_page_counts(dsn: str) -> None:
             lease = lock.acquire()
             with pgkv.Lock(other, "b").acquire():
                 there_are(2 + 1 + 1)
-            waiter = threading.Thread(target=lambda: lock.acquire(timeout=20).release())
+            waiter = threading.Thread(target=lambda: lock.acquire(timeout=PATIENCE).release())
             waiter.start()
             there_are(2 + 1 + 1 + 1)
             lease.release()
@@ -230,7 +230,7 @@ def test_statement_timeout(dsn: str) -> None:
     """It is a timeout of which the outcome is known."""
     with (
         a_locked_row(dsn),
-        pgkv.Store.connect(with_setting(dsn, "statement_timeout=200")) as store,
+        pgkv.Store.connect(with_setting(dsn, "statement_timeout=1000")) as store,
         pytest.raises(pgkv.OperationTimeoutError, match="the server cancelled") as caught,
     ):
         store.set("k", "w")
@@ -239,20 +239,23 @@ def test_statement_timeout(dsn: str) -> None:
 
 def test_lock_timeout(dsn: str, caplog: pytest.LogCaptureFixture) -> None:
     """It is repeated by the policy, and then a QueryError that may be repeated."""
+    patient = pgkv.RetryPolicy(deadline=60)
     with (
         a_locked_row(dsn),
-        pgkv.Store.connect(with_setting(dsn, "lock_timeout=50")) as store,
+        pgkv.Store.connect(with_setting(dsn, "lock_timeout=50"), retry=patient) as store,
         pytest.raises(pgkv.QueryError) as caught,
     ):
         store.set("k", "w")
     assert (caught.value.sqlstate, caught.value.retryable) == ("55P03", True)
-    assert caplog.text.count("pgkv.retry") == pgkv.RetryPolicy().attempts - 1
+    assert caplog.text.count("pgkv.retry") == patient.attempts - 1
 
 
 def test_idle_in_transaction_session_timeout(dsn: str) -> None:
     """It ends a forgotten transaction, of which nothing was committed; the store goes on."""
     idle = with_setting(dsn, "idle_in_transaction_session_timeout=100")
     options: dict[str, Any] = {"application_name": "forgotten", "pool_max_size": 1}
+    with pgkv.Store.connect(dsn):  # makes the table, which takes its time
+        pass
     with pgkv.Store.connect(make_conninfo(idle, application_name="forgotten"), **options) as store:
 
         def forget() -> None:
@@ -269,7 +272,7 @@ def test_idle_in_transaction_session_timeout(dsn: str) -> None:
 
 def test_idle_session_timeout(dsn: str) -> None:
     """The store reconnects, and nobody notices."""
-    idle = make_conninfo(with_setting(dsn, "idle_session_timeout=100"), application_name="idle")
+    idle = make_conninfo(with_setting(dsn, "idle_session_timeout=1000"), application_name="idle")
     with pgkv.Store.connect(idle, retry=None) as store:
         store.set("n", "1")
         gone(dsn, "idle")

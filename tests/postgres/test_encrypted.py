@@ -174,10 +174,10 @@ async def test_patterns_that_would_keep_plaintext_refuse(make_store: Any, varian
         with pytest.raises(ConfigError, match=r"does not encrypt .* transforms=\[\]"):
             variant.make(kind, store, *args)
         variant.make(kind, store.table("kv_store", transforms=[]), *args)
-    lock = variant.make("Lock", store, "l", ttl=5)
+    lock = variant.make("Lock", store, "l")
     async with lock.acquire():
         pass
-    limiter = variant.make("RateLimiter", store, "2/minute", name="l")
+    limiter = variant.make("RateLimiter", store, "2/minute", name="l", timeout=20)
     assert (await limiter.hit("k")).allowed
     await store.set("mine", TEXT)
     rows = {row.key: row.value for row in await store.scan()}
@@ -421,8 +421,8 @@ async def test_rotation_under_a_storm(make_store: Any) -> None:
 async def test_expired_rows_are_left(make_store: Any, clock: ServerClock) -> None:
     """rewrite does not touch a key that is over."""
     old = await make_store(transforms=BEFORE, ttl_cleanup_strategy=pgkv.TtlCleanupStrategy.MANUAL)
-    await old.set("k", b"v", ttl=5)
-    clock.advance(10)
+    await old.set("k", b"v", ttl=60)
+    clock.advance(61)
     new = await make_store(transforms=BOTH, ttl_cleanup_strategy=pgkv.TtlCleanupStrategy.MANUAL)
     assert await new.rewrite() == 0
     assert await new.compare_and_swap("k", b"v", b"w") == pgkv.CasResult(
