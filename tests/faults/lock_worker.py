@@ -84,10 +84,8 @@ def writer(dsn: str, resource: str, path: str) -> None:
     with pgkv.Store.connect(dsn) as store, psycopg.connect(dsn) as conn:
         lock = pgkv.Lock(store, "writer", ttl=0.8)
         for _ in sys.stdin:
+            lease = _hold(lock, conn, resource == "table")
             try:
-                lease = lock.acquire()
-                if resource == "table":
-                    lease.guard(conn)
                 n = _read(conn, resource, path)
                 say("holding")
                 sys.stdin.readline()
@@ -97,6 +95,19 @@ def writer(dsn: str, resource: str, path: str) -> None:
                 conn.rollback()
                 done = False
             say("written" if done else "refused")
+
+
+def _hold(lock: pgkv.Lock, conn: psycopg.Connection, guarded: bool) -> pgkv.Lease:
+    """Acquire; again where the machine was so slow that the lease had ended before its guard."""
+    while True:
+        lease = lock.acquire()
+        try:
+            if guarded:
+                lease.guard(conn)
+        except pgkv.LeaseLostError:
+            conn.rollback()
+        else:
+            return lease
 
 
 def _read(conn: psycopg.Connection, resource: str, path: str) -> int:

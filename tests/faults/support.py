@@ -146,6 +146,12 @@ async def until(
     await asyncio.to_thread(servers.wait_until, condition, what, seconds)
 
 
+def renewed(lease: Any) -> Callable[[], bool]:
+    """Whether the server has given it more time since."""
+    until = lease._until
+    return lambda: bool(lease._until > until)
+
+
 def exit_code(pid: int, seconds: float = 120.0) -> int:
     """Wait for a forked child; kill it when it does not end."""
     deadline = time.monotonic() + seconds

@@ -13,6 +13,7 @@ import pytest
 
 import pgkv
 from pgkv import TableType
+from pgkv.testing import ServerClock
 from tests import FULL
 from tests.faults.idempotency_worker import LEASE
 from tests.faults.proxy import Proxy
@@ -75,19 +76,21 @@ def test_killed_between_effect_and_record(
     """The control: a record apart from its effect, as any middleware alone writes it, lets the retry of a
     killed process repeat the effect. Completed in the effect's transaction it does not."""
     kill_when_done(start("control", mode, dsn))
-    with pgkv.Store.connect(dsn) as store, pgkv.Idempotency(store).once("k", wait=30) as attempt:
+    with pgkv.Store.connect(dsn) as store, pgkv.Idempotency(store).once("k", wait=90) as attempt:
         assert attempt.is_replay == (mode == "together")
         if not attempt.is_replay:
             effects.execute("INSERT INTO effects VALUES ('k')")
     assert count(effects, "SELECT count(*) FROM effects") == effects_done
 
 
-async def test_the_answer_to_a_claim_is_lost(dsn: str, make_store: Any, variant: Variant) -> None:
+async def test_the_answer_to_a_claim_is_lost(
+    dsn: str, make_store: Any, variant: Variant, clock: ServerClock
+) -> None:
     """A claim whose answer never came is not sent again: the key is held to the lease's end, and then
     free."""
     with Proxy(dsn) as proxy:
         store = await make_store(dsn=proxy.dsn)
-        idem = variant.make("Idempotency", store, lease=LEASE)
+        idem = variant.make("Idempotency", store, lease=60)
         async with idem.once("warm"):
             pass
         proxy.arm(b"unheard")
@@ -96,6 +99,7 @@ async def test_the_answer_to_a_claim_is_lost(dsn: str, make_store: Any, variant:
         assert lost.value.outcome_unknown
         with pytest.raises(pgkv.InProgressError):
             await claimed(idem, "unheard")
+        clock.advance(61)
         assert not await claimed(idem, "unheard", wait=30)
 
 
@@ -111,19 +115,22 @@ async def test_a_crash_of_the_server(
     """A claim, and what was completed, are on disk: after a crash the key is held, and the record there.
     Of a transaction that was open nothing is left."""
     server = make_server(durable=True)
-    retry = pgkv.RetryPolicy(attempts=100, deadline=20)
+    retry = pgkv.RetryPolicy(attempts=100, deadline=60)
     store = await make_store(dsn=server.dsn, retry=retry, table_type=TableType.REGULAR)
-    idem = variant.make("Idempotency", store, lease=60)
+    idem = variant.make("Idempotency", store, lease=600)
     async with idem.once("done") as attempt:
         attempt.result = b"r"
     await store.set("effect", "none")
+    killed = False
     async with idem.once("claimed"):
         with pytest.raises(pgkv.PgkvError):
             async with store.transaction() as inside:
+                await inside.set("effect", "half")
                 async with variant.make("Idempotency", inside).once("inside") as attempt:
-                    await inside.set("effect", "half")
                     attempt.result = b"half"
                 server.kill()
+                killed = True
+        assert killed
         server.start()
         with pytest.raises(pgkv.InProgressError):
             await claimed(idem, "claimed")

@@ -14,7 +14,7 @@ import pytest
 import pgkv
 from pgkv import RetryPolicy, StoreUnavailableError, TableType
 from tests.faults.support import Tally, Witness, newest
-from tests.servers import LATE, Server, UserServer, wait_until
+from tests.servers import LATE, PATIENCE, Server, UserServer, wait_until
 
 MakeStore = Callable[..., Awaitable[Any]]
 
@@ -77,7 +77,7 @@ async def test_closing_dead_connections_is_no_attempt(
         async def enter(store: Any = store, barrier: asyncio.Barrier = barrier) -> None:
             async with store.transaction() as tx:
                 await tx.ping()
-                await asyncio.wait_for(barrier.wait(), 30)
+                await barrier.wait()
 
         await asyncio.gather(*(enter() for _ in range(6)))
         assert witness.terminate() >= 6
@@ -97,7 +97,12 @@ async def test_increments_under_kills_count_exactly(
     seed = random.randrange(2**32)
     print(f"seed {seed}")
     rng = random.Random(seed)
-    store = await make_store(pool_max_size=5, retry=RetryPolicy(attempts=20))
+    store = await make_store(
+        pool_max_size=5,
+        pool_timeout=100,
+        operation_timeout=100,
+        retry=RetryPolicy(attempts=100, deadline=90),
+    )
     await store.increment("n", 0)
     tally = Tally()
     running = True
@@ -171,7 +176,7 @@ async def test_restart_under_load(
             await asyncio.to_thread(server.stop, "fast" if mode == "fast" else "immediate")
         await asyncio.to_thread(server.start)
         back = time.monotonic()
-        deadline = back + 30
+        deadline = back + PATIENCE
         while any(load.last_success < back for load in loads):
             assert time.monotonic() < deadline, "no success after the server was back"
             await asyncio.sleep(0.005)
@@ -218,7 +223,8 @@ async def test_while_the_server_is_down(
     """A call fails soon, far from pool_timeout, and says why; without retries at once. A store that
     cannot connect says so from connect()."""
     server = make_server()
-    store = await make_store(dsn=server.dsn, retry=retry)
+    patient = {"pool_timeout": 60, "operation_timeout": 60, "connect_timeout": 60}
+    store = await make_store(dsn=server.dsn, retry=retry, **patient)
     await store.set("k", b"v")
     server.stop()
     for _ in range(5):
@@ -229,7 +235,7 @@ async def test_while_the_server_is_down(
         assert not caught.value.outcome_unknown
     started = time.monotonic()
     with pytest.raises(StoreUnavailableError, match=r"(?i)refused|no such file"):
-        await make_store(dsn=server.dsn, retry=retry)
+        await make_store(dsn=server.dsn, retry=retry, **patient)
     assert time.monotonic() - started < 2 + LATE
     server.start()
     started = time.monotonic()
@@ -243,8 +249,8 @@ async def test_a_server_that_starts_slowly(
 ) -> None:
     """A call made while the server is down succeeds if it comes back within the retries."""
     server = make_server()
-    patient = RetryPolicy(attempts=100, wait_max=0.1, deadline=20)
-    store = await make_store(dsn=server.dsn, retry=patient)
+    patient = RetryPolicy(attempts=1000, wait_max=0.1, deadline=100)
+    store = await make_store(dsn=server.dsn, retry=patient, operation_timeout=100)
     server.stop()
 
     async def start() -> None:

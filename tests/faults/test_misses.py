@@ -13,7 +13,7 @@ import pytest
 
 import pgkv
 from pgkv._engine import breaker as _breaker
-from tests.servers import Server
+from tests.servers import PATIENCE, Server
 from tests.variants import Variant
 
 MakeStore = Callable[..., Coroutine[Any, Any, Any]]
@@ -70,7 +70,11 @@ PATTERNS: dict[str, tuple[str, dict[str, Any], Callable[[Any], Any]]] = {
     "load": ("SessionStore", {}, lambda sessions: sessions.load("x" * 43)),
     "session exists": ("SessionStore", {}, lambda sessions: sessions.exists("x" * 43)),
     "destroy_user": ("SessionStore", {}, lambda sessions: sessions.destroy_user("u")),
-    "hit": ("RateLimiter", {"rates": "1/s", "name": "l"}, lambda limiter: limiter.hit("u")),
+    "hit": (
+        "RateLimiter",
+        {"rates": "1/s", "name": "l", "timeout": 20},
+        lambda limiter: limiter.hit("u"),
+    ),
     "put": ("Queue", {"name": "q"}, lambda queue: queue.put(b"1")),
 }
 
@@ -121,7 +125,7 @@ async def test_misses(
         async with store.pipeline() as pipeline:
             pipeline.get("k")
     server.start()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + PATIENCE
     while await store.get("k") is None and time.monotonic() < deadline:
         await asyncio.sleep(0.01)
     assert await store.get("k") == b"1"
