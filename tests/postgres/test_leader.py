@@ -6,6 +6,7 @@ import asyncio
 import functools
 import multiprocessing
 import threading
+import time
 from typing import Any
 
 import psycopg
@@ -14,6 +15,7 @@ import pytest
 import pgkv
 from pgkv.patterns.lock.api import statements_of
 from pgkv.patterns.lock.sql import Asking, LockStatements
+from pgkv.testing import ServerClock
 from tests.peers import Peer, until
 from tests.variants import Threaded, Variant, in_thread
 
@@ -30,7 +32,7 @@ async def test_one_leads_and_another_follows(store: Any, variant: Variant) -> No
     lost: list[int] = []
     leaders = [
         variant.make(
-            "Leader", store, "cron", 5,
+            "Leader", store, "cron",
             on_elected=lambda lease: terms.append(lease.token),
             on_lost=lambda lease: lost.append(lease.token),
         )
@@ -55,13 +57,17 @@ async def _run(leader: Any, stop: Any) -> None:
     await leader.run(stop)
 
 
-async def test_a_leader_steps_down_when_its_lease_is_lost(store: Any, variant: Variant) -> None:
+async def test_a_leader_steps_down_when_its_lease_is_lost(
+    store: Any, variant: Variant, clock: ServerClock
+) -> None:
     """After a revocation on_lost is called before another one can be elected, then it campaigns
     again; async work is cancelled."""
     stop, events = stop_event(variant), []
+    leases: list[Any] = []
     cancelled: list[bool] = []
 
     async def work(lease: Any) -> None:
+        leases.append(lease)
         events.append(("elected", lease.token))
         try:
             await asyncio.sleep(60)
@@ -70,10 +76,11 @@ async def test_a_leader_steps_down_when_its_lease_is_lost(store: Any, variant: V
             raise
 
     def note(lease: Any) -> None:
+        leases.append(lease)
         events.append(("elected", lease.token))
 
     leader = variant.make(
-        "Leader", store, "cron", 3,
+        "Leader", store, "cron",
         on_elected=work if variant.name == "async" else note,
         on_lost=lambda lease: events.append(("lost", lease.token)),
     )  # fmt: skip
@@ -81,7 +88,10 @@ async def test_a_leader_steps_down_when_its_lease_is_lost(store: Any, variant: V
     await until(lambda: len(events) == 1, "it is elected")
     first = events[0][1]
     assert await variant.make("Lock", store, "cron").revoke(first)
-    await until(lambda: len(events) >= 3, "it is elected again")
+    leases[0]._due = 0.0
+    await until(lambda: len(events) == 2, "it steps down")
+    clock.advance(31)
+    await until(lambda: len(events) == 3, "it is elected again")
     stop.set()
     await asyncio.wait_for(run, 30)
     assert [kind for kind, _ in events] == ["elected", "lost", "elected", "lost"]
@@ -96,7 +106,7 @@ async def test_what_the_work_raises_ends_run(store: Any, variant: Variant) -> No
     def fail() -> None:
         raise ZeroDivisionError
 
-    leader = variant.make("Leader", store, "cron", 5, on_elected=fail)
+    leader = variant.make("Leader", store, "cron", on_elected=fail)
     with pytest.raises(ZeroDivisionError):
         await asyncio.wait_for(_run(leader, stop_event(variant)), 30)
     assert await variant.make("Lock", store, "cron").holder() is None
@@ -119,7 +129,7 @@ async def test_an_event_of_another_kind_stops_a_leader(store: Any, variant: Vari
             return self.event.wait(seconds)
 
     stop = Stop()
-    leader = variant.make("Leader", store, "cron", 5, on_elected=lambda _: leading.set())
+    leader = variant.make("Leader", store, "cron", on_elected=lambda _: leading.set())
     run = asyncio.ensure_future(_run(leader, stop))
     assert await in_thread(leading.wait, 30)
     await until(lambda: waited, "it waits for the event")
@@ -131,42 +141,44 @@ async def test_locked_functions_run_one_at_a_time(store: Any, variant: Variant) 
     """@locked waits, skips or raises while another call runs."""
     inner = store._target if isinstance(store, Threaded) else store
     running = 0
+    go_on = threading.Event()
 
     def decorated(**options: Any) -> Any:
         exclusive: Any = pgkv.locked("job", store=inner, **options)
         if variant.name == "async":
 
             @exclusive  # type: ignore[untyped-decorator]  # typed by its options, which are any here
-            async def job(seconds: float) -> str:
+            async def job(*, waits: bool = False) -> str:
                 nonlocal running
                 running += 1
                 assert running == 1
-                await asyncio.sleep(seconds)
+                await (in_thread(go_on.wait, 60) if waits else asyncio.sleep(0.01))
                 running -= 1
                 return "done"
 
             return job
 
         @exclusive  # type: ignore[untyped-decorator]  # as above
-        def blocking_job(seconds: float) -> str:
+        def blocking_job(*, waits: bool = False) -> str:
             nonlocal running
             running += 1
             assert running == 1
-            threading.Event().wait(seconds)
+            go_on.wait(60) if waits else time.sleep(0.01)
             running -= 1
             return "done"
 
-        return lambda seconds: in_thread(blocking_job, seconds)
+        return functools.partial(in_thread, blocking_job)
 
     wait, skip, fail = decorated(), decorated(on_busy="skip"), decorated(on_busy="raise")
-    assert await asyncio.gather(*(wait(0.01) for _ in range(3))) == ["done"] * 3
-    slow = asyncio.ensure_future(wait(0.5))
+    assert await asyncio.gather(*(wait() for _ in range(3))) == ["done"] * 3
+    slow = asyncio.ensure_future(wait(waits=True))
     await until(lambda: running == 1, "it runs")
-    assert await skip(0) is None
+    assert await skip() is None
     with pytest.raises(pgkv.LockTimeoutError):
-        await fail(0)
+        await fail()
     with pytest.raises(pgkv.LockTimeoutError):
-        await decorated(timeout=0.05)(0)
+        await decorated(timeout=0.05)()
+    go_on.set()
     assert await slow == "done"
 
 
