@@ -75,7 +75,7 @@ def test_an_encoding_without_the_character(
         assert "0xe2" not in str(caught.value)
         assert "\N{SNOWMAN}" not in str(caught.value)
     finally:
-        admin.execute(sql.SQL("DROP DATABASE {}").format(database))
+        admin.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(database))
 
 
 @pytest.mark.parametrize("wrong", ["user", "dbname"])

@@ -451,10 +451,10 @@ def test_a_thread_that_comes_as_the_block_ends(dsn: str) -> None:
             channel._lock = Watched(lock)
             lock.acquire()
             late = pool.submit(tx.set, "k", b"1")
-            assert waits.wait(10)
+            assert waits.wait(60)
         lock.release()
         with pytest.raises(pgkv.TransactionError):
-            late.result(10)
+            late.result(60)
         kept: Any = store._channel
         assert [each.pgconn.transaction_status for each in kept._pool.idle] == [
             TransactionStatus.IDLE
@@ -495,7 +495,7 @@ async def test_a_first_operation_that_is_late(make_store: Any, peer: Peer) -> No
     with peer.conn.transaction():
         peer.run("SELECT FROM kv_store FOR UPDATE")
         with (
-            in_a_hurry(store, 0.5),
+            in_a_hurry(store, 1.0),
             pytest.raises(pgkv.OperationTimeoutError, match="set") as caught,
         ):
             async with store.transaction() as tx:
@@ -605,8 +605,11 @@ async def test_a_nested_one_that_does_not_end(dsn: str) -> None:
             inside.set()
             await go.wait()
 
-    async with pgkv.AsyncStore.connect(dsn, operation_timeout=1) as store:
-        with pytest.raises(pgkv.TransactionError, match="another thread or task"):
+    async with pgkv.AsyncStore.connect(dsn) as store:
+        with (
+            in_a_hurry(store, 1.0),
+            pytest.raises(pgkv.TransactionError, match="another thread or task"),
+        ):
             async with store.transaction() as tx:
                 staying = asyncio.create_task(stays(tx))
                 await inside.wait()

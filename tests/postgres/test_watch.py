@@ -359,10 +359,11 @@ async def test_an_undeclared_pooler_is_noticed(
     async with store.watch("k", poll=None) as events:
         for _ in range(3):
             touch(peer, "k")
-            assert ("set", "k") in await told(events, 1)
+            assert await told(events) == [("set", "k")]
         await until(lambda: plain(events)._source._listener.unavailable, "the trial fails")
         touch(peer, "k")
-        assert ("set", "k") in await told(events, 2, timeout=1)
+        found = await told(events)
+        assert ("set", "k") in (found if found != [("resync", "")] else await told(events))
 
 
 async def test_watchers_of_one_key_share_a_read(
