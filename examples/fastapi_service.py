@@ -36,7 +36,7 @@ PASSWORDS = {"ada": "lovelace"}  # yours are hashed
 
 # Nothing connects yet: it can all be made at import.
 store = pgkv.AsyncStore(pgkv.Config(os.environ.get("PGKV_DSN", "embedded:///"), schema=SCHEMA))
-limiter = pgkv.AsyncRateLimiter(store, "5/minute", name="quotes", timeout=5)
+limiter = pgkv.AsyncRateLimiter(store, "5/hour", name="quotes", timeout=20)
 sessions = pgkv.AsyncSessionStore(store, idle_timeout=1800)
 
 
@@ -49,7 +49,8 @@ async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
 
 app = FastAPI(lifespan=lifespan)
 app.add_exception_handler(RateLimited, problem_response)
-app.add_middleware(pgkv.SessionMiddleware, sessions=sessions, secure=False)  # this is plain http
+# This is plain http, and a service that waits for a slow database.
+app.add_middleware(pgkv.SessionMiddleware, sessions=sessions, secure=False, timeout=20)
 
 
 def customer(request: Request) -> str:
@@ -59,7 +60,7 @@ def customer(request: Request) -> str:
     raise HTTPException(401, "unknown API key")
 
 
-@pgkv.cached(ttl=60, store=store, store_timeout=5)
+@pgkv.cached(ttl=60, store=store, store_timeout=20)
 async def quote(product: str) -> dict[str, Any]:
     """Return a price that takes long to find."""
     await asyncio.sleep(0.2)
@@ -131,7 +132,7 @@ def see(what: str, found: object, expected: object) -> None:
 
 async def visit(one: str, two: str) -> None:
     """Visit both instances, as an API client and as a browser."""
-    async with httpx.AsyncClient(timeout=30) as client:
+    async with httpx.AsyncClient(timeout=60) as client:
         key = {"x-api-key": "key-of-acme"}
         asked = (client.get(f"{at}/quotes/tea", headers=key) for at in [one, two] * 4)
         answers = await asyncio.gather(*asked)

@@ -80,7 +80,7 @@ def invite(user: str) -> Callable[[Flag], Flag]:
 async def rollout(here: Flags, there: Flags, name: str, percent: int) -> set[str]:
     """Set the percentage elsewhere; the users for whom the flag is on here, once that is known."""
     flag = await there.edit(name, lambda flag: replace(flag, percent=percent))
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         while here.known.get(name) != flag:
             here.changed.clear()
             await here.changed.wait()

@@ -7,7 +7,7 @@ That makes the application twice and visits both with Flask's own client. To ser
 `flask --app examples.flask_service run`, with PGKV_DSN set, or else with an embedded PostgreSQL that
 keeps its data.
 
-Look at: passwords, which nobody guesses more than five times a minute, whichever instance is asked;
+Look at: passwords, which nobody guesses more than five times an hour, whichever instance is asked;
 the phone, logged out from the laptop; a report that one instance made for both; a nightly job that
 both start and one runs.
 """
@@ -38,9 +38,10 @@ def create_app() -> Flask:
     store = pgkv.Store.connect(dsn, schema=SCHEMA)
     atexit.register(store.close)
     sessions = pgkv.SessionStore(store, idle_timeout=1800)
-    guesses = pgkv.RateLimiter(store, "5/minute", name="guesses", timeout=5)
+    guesses = pgkv.RateLimiter(store, "5/hour", name="guesses", timeout=20)
     app = Flask(__name__)
-    app.session_interface = PgkvSessionInterface(sessions, secure=False)  # this is plain http
+    # This is plain http, and a service that waits for a slow database.
+    app.session_interface = PgkvSessionInterface(sessions, secure=False, timeout=20)
 
     # Closed: while the limit cannot be checked, nobody guesses at all.
     @app.post("/login")
@@ -76,7 +77,7 @@ def create_app() -> Flask:
     def logout() -> dict[str, bool]:
         return {"ended": sessions.destroy(session)}
 
-    @pgkv.cached(ttl=60, tags=("reports",), store=store, store_timeout=5)
+    @pgkv.cached(ttl=60, tags=("reports",), store=store, store_timeout=20)
     def report(day: dt.date) -> dict[str, str]:
         """Return figures that take long to find."""
         time.sleep(0.2)

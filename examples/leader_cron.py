@@ -62,14 +62,15 @@ def run() -> None:
 
 def next_leader(conn: psycopg.Connection, after: int = 0) -> tuple[int, int]:
     """Wait until a leader of a later term has ticked ten times; its process and term."""
-    since, ticks = time.monotonic(), 0
-    for note in conn.notifies(timeout=30):
+    since, first, leader, ticks = time.monotonic(), 0.0, (0, after), 0
+    for note in conn.notifies(timeout=60):
         pid, term = map(int, note.payload.split())
+        if term > leader[1]:
+            first, leader, ticks = time.monotonic() - since, (pid, term), 0
         ticks += term > after
-        if ticks == 1:
-            print(f"process {pid} leads, term {term}, after {time.monotonic() - since:.1f} s")
         if ticks == 10:
-            return pid, term
+            print(f"process {pid} leads, term {term}, after {first:.1f} s")
+            return leader
     raise SystemExit("nobody leads")
 
 

@@ -27,7 +27,7 @@ PROCESSES = 4
 pgkv.configure(schema=SCHEMA)  # where decorators keep their entries; the DSN is that of PGKV_DSN
 
 
-@pgkv.cached(ttl=3600, store_timeout=5)
+@pgkv.cached(ttl=3600, store_timeout=20)
 def queens(n: int) -> int:
     """Count the solutions of the puzzle."""
 
@@ -70,7 +70,7 @@ def main() -> None:
         print(
             f"10 queens, asked by {PROCESSES} processes at once: {answers}, counted {counted} times"
         )
-        if set(answers) != {724} or sum(counted) != 1 or after > before:
+        if set(answers) != {724} or sum(counted) != 1 or queens.cache_info().hits != 1:
             raise SystemExit("an answer was counted more than once")
     finally:
         with psycopg.connect(os.environ["PGKV_DSN"], autocommit=True) as conn:

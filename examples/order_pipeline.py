@@ -63,6 +63,12 @@ def work() -> None:
         pgkv.Worker(steps.values(), do, concurrency=1).run()
 
 
+def work_of(steps: dict[str, pgkv.Queue[int]]) -> list[pgkv.QueueStats]:
+    """How much is left of each step that is not done."""
+    found = [steps[name].stats() for name in ("pay", "ship")]
+    return [each for each in found if each.waiting or each.delayed or each.running]
+
+
 def report(store: pgkv.Store, stop: threading.Event) -> None:
     """Put a report each second, from one process of the fleet."""
 
@@ -94,7 +100,8 @@ def main() -> None:
                 steps["pay"].using(conn).put(number)
                 conn.commit()  # the order and its job, or neither
             for _ in range(KILLS):
-                while not any(steps[name].stats().running for name in ("pay", "ship")):
+                # One at work, while there is work.
+                while (found := work_of(steps)) and not any(each.running for each in found):
                     time.sleep(0.02)
                 time.sleep(0.03)
                 victim = fleet.pop(0)
@@ -103,7 +110,7 @@ def main() -> None:
                 print(f"worker {victim.pid} was killed", flush=True)
                 fleet.append(spawn.Process(target=work))
                 fleet[-1].start()
-            while any(sum(steps[name].stats()[1:4]) for name in ("pay", "ship")):
+            while work_of(steps):
                 time.sleep(0.05)
             for step, done in (("pay", "paid"), ("ship", "shipped")):
                 [[effects, orders]] = conn.execute(COUNT, [step])

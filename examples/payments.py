@@ -36,7 +36,7 @@ def connect() -> psycopg.Connection:
     return psycopg.connect(os.environ["PGKV_DSN"], options=f"-c search_path={SCHEMA}")
 
 
-def serve(port: int, together: bool) -> None:
+def serve(listener: socket.socket, together: bool) -> None:
     """Serve payments, until killed."""
     store = pgkv.Store.connect(os.environ["PGKV_DSN"], schema=SCHEMA)
     app = flask.Flask("payments")
@@ -57,12 +57,13 @@ def serve(port: int, together: bool) -> None:
         return response
 
     logging.getLogger("werkzeug").disabled = True  # one line per request
-    make_server("127.0.0.1", port, app).serve_forever()
+    host, port = listener.getsockname()
+    make_server(host, port, app, fd=listener.fileno()).serve_forever()
 
 
 def send(port: int, order: int, key: str) -> int:
     """Send an order once; the status, or 0 without an answer."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     try:
         connection.request("POST", "/payments", str(order), {"Idempotency-Key": key})
         return connection.getresponse().status
@@ -76,22 +77,21 @@ def pay_all(together: bool) -> None:
     """Have all orders paid by a server that is started again when it was killed, and count."""
     with connect() as conn:
         conn.execute("TRUNCATE payments")
-    with socket.create_server(("127.0.0.1", 0)) as found:
-        port = found.getsockname()[1]
     spawn = multiprocessing.get_context("spawn")
-    server, kills = spawn.Process(target=serve, args=(port, together)), 0
-    server.start()
-    for order in range(ORDERS):
-        status = 0
-        while status != 201:
-            if not server.is_alive():
-                kills += 1
-                server = spawn.Process(target=serve, args=(port, together))
-                server.start()
-            status = send(port, order, f"{together}-{order}")
-            time.sleep(0 if status == 201 else 0.1)
-    server.kill()
-    server.join()
+    with socket.create_server(("127.0.0.1", 0)) as listener:  # stays open when the server is killed
+        port = listener.getsockname()[1]
+        server, kills = spawn.Process(target=serve, args=(listener, together)), 0
+        server.start()
+        for order in range(ORDERS):
+            while (status := send(port, order, f"{together}-{order}")) != 201:
+                if not status:  # it was killed
+                    server.join()
+                    kills += 1
+                    server = spawn.Process(target=serve, args=(listener, together))
+                    server.start()
+                time.sleep(0.1)
+        server.kill()
+        server.join()
     with connect() as conn:
         [[paid]] = conn.execute("SELECT count(*) FROM payments").fetchall()
     name = "in the payment's transaction" if together else "apart from the payments"

@@ -75,7 +75,7 @@ def work() -> None:
 def scheduler(conn: psycopg.Connection, but: int = 0) -> int:
     """Wait until another scheduler has put ten jobs that were run; its process."""
     query = "SELECT scheduler FROM runs WHERE scheduler <> %s GROUP BY 1 HAVING count(*) >= 10"
-    until = time.monotonic() + 30
+    until = time.monotonic() + 60
     while time.monotonic() < until:
         for (pid,) in conn.execute(query, [but]):
             return int(pid)

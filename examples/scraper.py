@@ -48,7 +48,7 @@ class Site(BaseHTTPRequestHandler):
 def scrape(site: str, worker: int) -> None:
     """One process: its own share of the pages, everybody's share of the rate."""
     with pgkv.Store.connect(schema=SCHEMA) as store:
-        limiter = pgkv.RateLimiter(store, RATE, name="scraper", timeout=5)
+        limiter = pgkv.RateLimiter(store, RATE, name="scraper", timeout=20)
         for page in range(PAGES):
             limiter.acquire(site, timeout=60)
             with urlopen(f"{site}/{worker}/{page}") as answer:  # noqa: S310  # the site above

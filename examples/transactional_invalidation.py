@@ -40,7 +40,7 @@ def read(item: str, conn: psycopg.Connection) -> int:
     return int(cents)
 
 
-@pgkv.cached(ttl=3600, ignore=("conn",), store_timeout=5)
+@pgkv.cached(ttl=3600, ignore=("conn",), store_timeout=20)
 def price(item: str, conn: psycopg.Connection) -> int:
     """Return the price, by a computation that takes a while after it has read the table."""
     cents = read(item, conn)
@@ -112,7 +112,8 @@ def main() -> None:
             print(
                 f"cached: {first}; after a rollback: {kept and kept.value}; after a commit: {then}"
             )
-            with ProcessPoolExecutor(3, mp_context=spawn) as pool:
+            ready = spawn.Barrier(3, timeout=60).wait  # so that they begin together
+            with ProcessPoolExecutor(3, mp_context=spawn, initializer=ready) as pool:
                 together(pool, conn, by_hand=True)
                 behind = together(pool, conn, by_hand=False)
             if behind or kept is None or (kept.value, then) != (first, first + 1):

@@ -23,21 +23,21 @@ import pgkv
 from pgkv import embedded
 
 SCHEMA = "pgkv_example_fleet"
-WORKERS, GOAL, SECONDS = 4, 8, 0.2
+WORKERS, GOAL, SECONDS = 4, 8, 0.5
 
 TABLES = """
 CREATE TABLE ledger (total int, fence bigint);
 INSERT INTO ledger VALUES (0, 0);
-CREATE TABLE turns (token bigint PRIMARY KEY, accepted bool);
+CREATE TABLE turns (token bigint PRIMARY KEY, refused text);
 """
 # Reading leaves the token in the row: from then on it takes no write of an earlier holder.
 READ = "UPDATE ledger SET fence = %s RETURNING total"
 WRITE = """
 WITH written AS (UPDATE ledger SET total = %(total)s, fence = %(token)s)
-INSERT INTO turns VALUES (%(token)s, true)
+INSERT INTO turns VALUES (%(token)s)
 """
-REFUSED = "INSERT INTO turns VALUES (%s, false)"
-COUNT = "SELECT total, (SELECT count(*) FROM turns WHERE accepted) FROM ledger"
+REFUSED = "INSERT INTO turns VALUES (%s, %s)"
+COUNT = "SELECT total, (SELECT count(*) FROM turns WHERE refused IS NULL) FROM ledger"
 
 
 def connect() -> psycopg.Connection:
@@ -46,10 +46,10 @@ def connect() -> psycopg.Connection:
     return psycopg.connect(os.environ["PGKV_DSN"], autocommit=True, options=options)
 
 
-def lock_of(store: pgkv.Store) -> pgkv.Lock:
+def lock_of(store: pgkv.Store, ttl: float = 1) -> pgkv.Lock:
     """The lock as all use it; whoever looks at it sees the holder's process."""
     return pgkv.Lock(
-        store, "ledger", ttl=1, fair=True, wakeup="notify", metadata={"pid": os.getpid()}
+        store, "ledger", ttl=ttl, fair=True, wakeup="notify", metadata={"pid": os.getpid()}
     )
 
 
@@ -66,15 +66,14 @@ def work() -> None:
                         time.sleep(SECONDS)  # the work
                         conn.execute(WRITE, {"total": total + 1, "token": token})
             except psycopg.errors.ObjectNotInPrerequisiteState as error:
-                print(f"token {token} writes: {error.diag.message_primary}", flush=True)
-                conn.execute(REFUSED, [token])
+                conn.execute(REFUSED, [token, error.diag.message_primary])
             except pgkv.LeaseLostError:
                 pass  # nobody had come after it yet: the table would have refused it
 
 
 def stop_at_work(lock: pgkv.Lock, conn: psycopg.Connection) -> tuple[int, int]:
     """Stop a worker between reading and writing; its process and its token."""
-    until = time.monotonic() + 30
+    until = time.monotonic() + 60
     while time.monotonic() < until:
         time.sleep(0.01)
         if found := lock.holder():
@@ -82,7 +81,7 @@ def stop_at_work(lock: pgkv.Lock, conn: psycopg.Connection) -> tuple[int, int]:
             os.kill(pid, signal.SIGSTOP)
             os.waitpid(pid, os.WUNTRACED)  # until it stands still
             [[last]] = conn.execute("SELECT fence FROM ledger")
-            if last == found.token and (now := lock.holder()) and now.age() < SECONDS / 2:
+            if last == found.token and (now := lock.holder()) and now.age() < SECONDS:
                 return pid, last
             os.kill(pid, signal.SIGCONT)  # it had not read yet, or may have written
     raise SystemExit("nobody was caught at work")
@@ -95,7 +94,7 @@ def main() -> None:
     with pgkv.Store.connect(schema=SCHEMA) as store, connect() as conn:
         conn.execute(TABLES)
         conn.execute(pgkv.fence_sql("ledger", "fence").encode())
-        lock = lock_of(store)
+        lock = lock_of(store, ttl=60)  # of those who do not work here none is killed or paused
         for worker in fleet:
             worker.start()
         try:
@@ -114,6 +113,8 @@ def main() -> None:
 
             for worker in fleet:
                 worker.join()
+            [[said]] = conn.execute("SELECT refused FROM turns WHERE token = %s", [token])
+            print(f"token {token} writes: {said}")
             [[total, accepted]] = conn.execute(COUNT)
             print(f"{accepted} turns were accepted, the total is {total}")
             if not total == accepted == GOAL:

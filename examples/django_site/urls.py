@@ -16,7 +16,7 @@ from pgkv.integrations.django.stores import STORES, config_for
 
 # The store of the default database; its pool is the one of the cache.
 store = STORES.get(config_for("", {"table_name": "django_cache"}))
-guesses = pgkv.RateLimiter(store, "5/minute", name="guesses", timeout=5)
+guesses = pgkv.RateLimiter(store, "5/minute", name="guesses", timeout=20)
 
 
 def index(request: HttpRequest) -> HttpResponse:

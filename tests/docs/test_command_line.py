@@ -156,7 +156,7 @@ def on_a_terminal(shell_script: str, where: Path) -> str:
         while part := os.read(ours, 65536):
             sent += part
     os.close(ours)
-    process.wait(30)
+    process.wait(servers.PATIENCE)
     return sent.decode().replace("\r\n", "\n")
 
 

@@ -12,9 +12,10 @@ from typing import Any
 from starlette.testclient import TestClient
 
 import pgkv
+from tests import servers
 from tests.faults.support import newest
 from tests.peers import until
-from tests.servers import Server
+from tests.servers import PATIENCE, Server
 
 PAGE = Path(__file__).parents[2] / "docs" / "degradation.md"
 pytestmark = newest
@@ -32,7 +33,8 @@ def program(section: str, server: Server) -> dict[str, Any]:
 
 def check(server: Server, status: Callable[[str], Any], away: set[str], on: set[str]) -> None:
     """Kill the server: `away` are 503 with Retry-After then, and `on` go on. Then all do again."""
-    assert {status(path).status_code for path in away | on} == {200}
+    for path in away | on:
+        answer_to(status, path)
     server.kill()
     for path in away:
         answer = status(path)
@@ -40,7 +42,20 @@ def check(server: Server, status: Callable[[str], Any], away: set[str], on: set[
         assert answer.headers["Retry-After"] == "5"
     assert {path: status(path).status_code for path in on} == dict.fromkeys(on, 200)
     server.start()
-    assert {status(path).status_code for path in away | on} == {200}
+    for path in away | on:
+        answer_to(status, path)
+
+
+def answer_to(ask: Callable[[str], Any], path: str) -> Any:
+    """The first good one: the programs have the timeouts of production, which a busy machine may exceed."""
+    answers: list[Any] = []
+
+    def is_good() -> bool:
+        answers.append(ask(path))
+        return bool(answers[-1].status_code == 200)
+
+    servers.wait_until(is_good, path, PATIENCE)
+    return answers[-1]
 
 
 def test_fastapi_program(make_server: MakeServer) -> None:
@@ -48,13 +63,14 @@ def test_fastapi_program(make_server: MakeServer) -> None:
     server = make_server()
     names = program("FastAPI", server)
     with TestClient(names["api"], base_url="https://shop") as browser:
-        [cookie] = (f"{key}={value}" for key, value in browser.post("/login").cookies.items())
+        login = answer_to(browser.post, "/login")
+        [cookie] = (f"{key}={value}" for key, value in login.cookies.items())
         browser.cookies.clear()
 
         def status(path: str) -> Any:
             return browser.get(path, headers={"Cookie": cookie} if path == "/me" else {})
 
-        assert status("/me").json() == "ada"
+        assert answer_to(status, "/me").json() == "ada"
         check(
             server, status, {"/orders", "/ready", "/me"}, {"/price/cup", "/price/plate", "/alive"}
         )
@@ -142,12 +158,12 @@ async def test_worker(make_server: MakeServer) -> None:
     running.start()
     try:
         jobs.put(b"1")
-        await until(lambda: done == [b"1"], "the first job is done")
+        await until(lambda: done == [b"1"], "the first job is done", PATIENCE)
         server.kill()
         server.start()
         jobs.put(b"2")
         # The first one comes again where the server died before its acknowledgement.
-        await until(lambda: b"2" in done, "the second job is done")
+        await until(lambda: b"2" in done, "the second job is done", PATIENCE)
     finally:
         stop.set()
         running.join()
