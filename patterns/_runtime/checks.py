@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Concatenate, TypeAlias, TypeVar
 
 from ...config import Config
 from ...errors import ConfigError
+
+T = TypeVar("T")
+
+# What is computed from a decorated function's arguments. By the first two, strict type checkers know
+# the parameters of a lambda.
+OfArguments: TypeAlias = (
+    Callable[Concatenate[Any, ...], T] | Callable[Concatenate[Any, Any, ...], T] | Callable[..., T]
+)
 
 
 def home_of(store: Any, name: str) -> Any:

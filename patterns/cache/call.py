@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from time import monotonic
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Concatenate, Literal, TypeAlias
 
 from ..._engine.breaker import Breaker
 from ..._fork import new_lock
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 MISSING: Any = object()
 REPORT_EVERY = 60.0  # seconds between two reports of a process's counts, and before the first
 
-Ttl: TypeAlias = "Seconds | Callable[..., Seconds | None] | None"
+# Strict type checkers know the parameters of a lambda by the first kind of function.
+Ttl: TypeAlias = "Seconds | Callable[Concatenate[Any, ...], Seconds | None] | Callable[..., Seconds | None] | None"
 
 
 @dataclass(frozen=True, slots=True)

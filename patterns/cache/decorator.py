@@ -24,9 +24,9 @@ from ...config import Seconds
 from ...errors import ConfigError, InvalidKeyError
 from ...store import Store
 from .._runtime import switch as _switch
-from .._runtime.checks import require
+from .._runtime.checks import OfArguments, require
 from ..defaults import default_async_store, default_store
-from .call import CacheOptions, context_of
+from .call import CacheOptions, Ttl, context_of
 from .envelope import Codec, SignedPickle, TypedCodec
 from .flows import FunctionCache
 from .function import (
@@ -72,9 +72,9 @@ class Decorator:
 
 
 def cached(
-    ttl: Seconds | Callable[..., Seconds | None] | None,
+    ttl: Ttl,
     *,
-    key: Callable[..., Any] | None = None,
+    key: OfArguments[Any] | None = None,
     ignore: Iterable[str] = (),
     name: str | None = None,
     version: int | str = 1,

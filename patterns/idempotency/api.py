@@ -28,7 +28,7 @@ from ...aio import AsyncStore
 from ...config import Seconds
 from ...errors import ConfigError, PgkvError
 from ...store import Store
-from .._runtime.checks import require
+from .._runtime.checks import OfArguments, require
 from .._runtime.runtimes import AsyncRuntime, SyncRuntime
 from ..defaults import default_async_store, default_store
 from .flows import AttemptState, IdempotencyFlows, Raw
@@ -375,11 +375,11 @@ class AsyncIdempotency(_Idempotency[T]):
 
 
 def idempotent(
-    key: Callable[..., Any],
+    key: OfArguments[Any],
     *,
     store: Store | AsyncStore | None = None,
-    conn: Callable[..., Any] | None = None,
-    fingerprint: Callable[..., bytes | str] | None = None,
+    conn: OfArguments[Any] | None = None,
+    fingerprint: OfArguments[bytes | str] | None = None,
     scope: str | None = None,
     wait: Seconds = 0,
     ttl: Seconds = DAY,

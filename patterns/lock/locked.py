@@ -12,7 +12,7 @@ from ...aio import AsyncStore
 from ...config import Seconds
 from ...errors import ConfigError
 from ...store import Store
-from .._runtime.checks import named
+from .._runtime.checks import OfArguments, named
 from ..defaults import default_async_store, default_store
 from .api import Acquirer, AsyncAcquirer, AsyncLock, Lock
 from .sql import fence
@@ -40,7 +40,7 @@ class _OrNone(Protocol):
 def locked(
     lock_or_name: Lock | AsyncLock | Acquirer | AsyncAcquirer | str | None = None,
     *,
-    name: Callable[..., str] | None = None,
+    name: OfArguments[str] | None = None,
     store: Store | AsyncStore | None = None,
     ttl: Seconds = 30.0,
     on_busy: Literal["skip"],
@@ -49,7 +49,7 @@ def locked(
 def locked(
     lock_or_name: Lock | AsyncLock | Acquirer | AsyncAcquirer | str | None = None,
     *,
-    name: Callable[..., str] | None = None,
+    name: OfArguments[str] | None = None,
     store: Store | AsyncStore | None = None,
     ttl: Seconds = 30.0,
     timeout: Seconds | None = None,
@@ -58,7 +58,7 @@ def locked(
 def locked(
     lock_or_name: Lock | AsyncLock | Acquirer | AsyncAcquirer | str | None = None,
     *,
-    name: Callable[..., str] | None = None,
+    name: OfArguments[str] | None = None,
     store: Store | AsyncStore | None = None,
     ttl: Seconds = 30.0,
     timeout: Seconds | None = None,

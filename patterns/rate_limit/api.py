@@ -23,7 +23,7 @@ from ...aio import AsyncStore
 from ...config import Seconds
 from ...errors import ConfigError, PgkvError
 from ...store import Store
-from .._runtime.checks import require
+from .._runtime.checks import OfArguments, require
 from .flows import (
     OUTAGES,
     LimiterFlows,
@@ -300,8 +300,8 @@ class RateLimiter(LimiterView[Store]):
 
     def limit(
         self,
-        key: str | Callable[..., str],
-        cost: int | Callable[..., int] = 1,
+        key: str | OfArguments[str],
+        cost: int | OfArguments[int] = 1,
         *,
         timeout: Seconds | None = 0,
     ) -> Callable[[Callable[P, R]], Callable[P, R]]:
@@ -457,8 +457,8 @@ class AsyncRateLimiter(LimiterView[AsyncStore]):
 
     def limit(
         self,
-        key: str | Callable[..., str],
-        cost: int | Callable[..., int] = 1,
+        key: str | OfArguments[str],
+        cost: int | OfArguments[int] = 1,
         *,
         timeout: Seconds | None = 0,
     ) -> Callable[[Callable[P, Awaitable[R]]], Callable[P, Coroutine[Any, Any, R]]]:

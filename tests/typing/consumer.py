@@ -188,8 +188,8 @@ def wrong(store: Store, users: TypedStore[User]) -> None:
 async def wrong_awaited(store: AsyncStore, users: AsyncTypedStore[User]) -> None:
     await store.set("k", 5)  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType]
     await users.set("u", {"id": 1})  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
-    for item in store.iter_items():  # type: ignore[attr-defined]  # pyright: ignore[reportGeneralTypeIssues]
-        print(item)
+    for _ in store.iter_items():  # type: ignore[attr-defined]  # pyright: ignore[reportGeneralTypeIssues, reportUnknownVariableType]
+        pass
     with store.transaction():  # type: ignore[attr-defined]  # pyright: ignore[reportGeneralTypeIssues]
         pass
     async with store.pipeline() as p:
@@ -197,9 +197,9 @@ async def wrong_awaited(store: AsyncStore, users: AsyncTypedStore[User]) -> None
 
 
 async def wrong_unawaited(store: AsyncStore) -> None:
-    AsyncStore.connect("dsn").get("k")  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
-    store.transaction().set("k", "v")  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
-    print(pgkv.AsyncLock(store, "l").acquire().token)  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
+    AsyncStore.connect("dsn").get("k")  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType]
+    store.transaction().set("k", "v")  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType]
+    print(pgkv.AsyncLock(store, "l").acquire().token)  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue, reportUnknownArgumentType, reportUnknownMemberType]
     print((await store.get("k")).decode())  # type: ignore[union-attr]  # pyright: ignore[reportOptionalMemberAccess]
 
 
@@ -209,7 +209,7 @@ def wrong_variants(store: Store, other: AsyncStore) -> None:
     pgkv.RateLimiter(other, "1/s", name="l")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     pgkv.AsyncRateLimiter(store, "1/s", name="l")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     pgkv.SessionStore(other)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
-    store.transaction().set("k", "v")  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
+    store.transaction().set("k", "v")  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType]
     Store.connect("dsn", tabel_name="kv")  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
     store.table("kv", pool_max_size=3)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
     pgkv.Lock(store, "l", wakeup="listen")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]

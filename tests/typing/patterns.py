@@ -1,16 +1,19 @@
-# pyright: strict
-"""What mypy and pyright, both strict, make of queues, idempotency keys, watchers, shards and transforms, as
-a user writes them. Never run."""
+"""What mypy and pyright, both strict, make of the patterns and adapters as a user writes them. Never run."""
 
 from __future__ import annotations
 
 import asyncio
-from datetime import datetime
-from typing import assert_type
+from datetime import datetime, timedelta
+from typing import Annotated, assert_type
 
+import flask
 from django.http import HttpRequest, HttpResponse
+from fastapi import Depends, FastAPI
 
 import pgkv
+from pgkv.integrations import fastapi as limits_of_fastapi
+from pgkv.integrations import flask as limits_of_flask
+from pgkv.integrations.dashboard import ASGIDashboard, WSGIDashboard, dashboard
 from pgkv.integrations.django.idempotency import idempotent as idempotent_view
 from pgkv.integrations.django.ratelimit import ratelimit
 
@@ -52,6 +55,8 @@ def queues(store: pgkv.Store) -> None:
     if job is not None:
         job.ack()
     pgkv.Worker(queue, work, concurrency=2, limit=pgkv.RateLimiter(store, "10/s", name="mail"))
+    pgkv.Worker(queue, lambda job: print(job.payload)).run()
+    pgkv.Worker([queue, queue], lambda job: job.ack())
     queue.put(b"payload", dedupe=7)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 
 
@@ -157,8 +162,112 @@ async def tasks(store: pgkv.AsyncStore) -> None:
     async with store.watch("k") as events:
         async for event in events:
             assert_type(event, pgkv.Event)
+    await pgkv.AsyncWorker(queue, lambda job: print(job.payload)).run()
     async with pgkv.AsyncIdempotency(store).once("k") as attempt:
         assert_type(attempt.is_replay, bool)
+    async with pgkv.AsyncStore.sharded(["postgresql://one", "postgresql://two"]) as shards:
+        assert_type(shards, pgkv.AsyncShardedStore)
+        assert_type(await shards.get("k"), bytes | None)
+
+
+def lambdas(store: pgkv.Store) -> None:
+    """Where a function of the arguments or of the result is asked for, a lambda will do."""
+    pgkv.cached(ttl=lambda result, *args: result.ttl)
+    pgkv.cached(ttl=lambda result: 60)
+    pgkv.cached(
+        ttl=60, key=lambda month: ("tenant", month), condition=lambda user: user is not None
+    )
+    pgkv.locked(name=lambda account, amount: f"account:{account}", store=store)
+    pgkv.idempotent(key=lambda order: order, fingerprint=lambda order: b"%d" % order)
+    shared.limit(key=lambda user: user, cost=lambda user: 2)
+    shared_async.limit(key=lambda user: user, timeout=5)
+    store.update("log", lambda old: (old or b"") + b"line")
+    store.rewrite(progress=lambda count: print(f"{count:,} values"))
+    pgkv.locked(name=7)  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType]
+    shared.limit(key=lambda user: 7)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    pgkv.cached(ttl=lambda result: "1h")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+
+
+def locks(store: pgkv.Store) -> None:
+    accounts = [pgkv.Lock(store, f"account:{n}") for n in (7, 3)]
+    with pgkv.Lock.acquire_many(accounts, timeout=5) as (source, target):
+        assert_type(source, pgkv.Lease)
+        assert_type(target.token, int)
+    with pgkv.Lock.acquire_many([accounts[0], pgkv.Semaphore(store, "few", 2)]) as leases:
+        assert_type(leases[0], pgkv.Lease)
+
+
+async def locks_later(store: pgkv.AsyncStore) -> None:
+    accounts = [pgkv.AsyncLock(store, f"account:{n}") for n in (7, 3)]
+    async with pgkv.AsyncLock.acquire_many(accounts, timeout=5) as (source, target):
+        assert_type(source, pgkv.AsyncLease)
+        assert_type(target.token, int)
+    await pgkv.AsyncLock.acquire_many([pgkv.Lock(pgkv.Store(config), "l")])  # type: ignore[list-item]  # pyright: ignore[reportArgumentType]
+
+
+def lives_of_sessions(store: pgkv.Store) -> None:
+    sessions = pgkv.SessionStore(store)
+    session = sessions.create({"n": 1}, idle_timeout=60, absolute_timeout=timedelta(days=1))
+    assert_type(sessions.exists(session.id), bool)
+    sessions.save(session, idle_timeout=None)
+    sessions.rotate(session, user_id="u", absolute_timeout=3600)
+    sessions.create(idle_timeout="1h")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+
+
+async def lives_of_sessions_later(store: pgkv.AsyncStore) -> None:
+    sessions = pgkv.AsyncSessionStore(store)
+    session = await sessions.create(idle_timeout=60)
+    assert_type(await sessions.exists(session.id), bool)
+    await sessions.save(session, absolute_timeout=3600)
+
+
+api = FastAPI()
+api.add_exception_handler(limits_of_fastapi.RateLimited, limits_of_fastapi.problem_response)
+api.mount("/pgkv", dashboard(async_store, authorize=lambda request: request.path == "/"))
+once = limits_of_fastapi.Idempotent(
+    pgkv.AsyncIdempotency(async_store), scope=lambda request: request.headers["x-user"]
+)
+search_limit = limits_of_fastapi.rate_limit(
+    shared_async, key=lambda request: request.headers.get("x-user"), limits=lambda request: "2/s"
+)
+
+
+@api.get("/search", dependencies=[Depends(search_limit)])
+async def search() -> str:
+    return "found"
+
+
+@api.post("/pay")
+async def pay_by_request(
+    attempt: Annotated[pgkv.AsyncAttempt[bytes] | None, Depends(once)],
+) -> bool:
+    return attempt is not None and attempt.is_replay
+
+
+site = flask.Flask("site")
+site.session_interface = limits_of_flask.PgkvSessionInterface(
+    pgkv.SessionStore(pgkv.Store(config)), timeout=1.0, on_error="anonymous"
+)
+
+
+@site.get("/report")
+@limits_of_flask.rate_limit(shared, key=lambda request: request.headers.get("X-User"))
+def site_report() -> str:
+    return "done"
+
+
+@site.post("/pay")
+@limits_of_flask.idempotent(pgkv.Idempotency(pgkv.Store(config)), scope=lambda request: "user")
+def site_pay() -> str:
+    return "done"
+
+
+def pages(store: pgkv.Store) -> None:
+    assert_type(dashboard(store), WSGIDashboard)
+    assert_type(dashboard(async_store, authorize=lambda request: True), ASGIDashboard)
+    dashboard(store, authorize=7)  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType, reportCallIssue]
+    limits_of_flask.rate_limit(shared_async)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    limits_of_fastapi.rate_limit(shared, on_error="maybe")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 
 
 def observe() -> None:
