@@ -5,15 +5,21 @@ from __future__ import annotations
 
 import asyncio
 from time import monotonic
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import psycopg
 
-from .._engine._async.connection import AsyncPgConnection, Watchdog
+from .._engine._async.connection import AsyncPgConnection, Watchdog, whole_or_none
 from .._ops.op import Op
 from ..errors import OperationTimeoutError, PgkvError, translate
 
 T = TypeVar("T")
+
+
+async def opened(conninfo: str) -> psycopg.AsyncConnection[Any]:
+    """Open a connection outside of pools."""
+    connecting = psycopg.AsyncConnection.connect(conninfo, autocommit=True, prepare_threshold=None)
+    return await whole_or_none(connecting)
 
 
 class DedicatedConnection:
@@ -72,9 +78,7 @@ class DedicatedConnection:
         if self._connection is not None and self._connection.is_stale():
             self.close()
         if self._connection is None:
-            conn = await psycopg.AsyncConnection.connect(
-                self._conninfo, autocommit=True, prepare_threshold=None
-            )
+            conn = await opened(self._conninfo)
             watchdog = Watchdog(asyncio.get_running_loop())
             self._connection = AsyncPgConnection(conn, watchdog, prepares=self._prepares)
         return self._connection

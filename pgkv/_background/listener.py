@@ -23,6 +23,7 @@ from psycopg import sql
 from .. import _observe
 from .._fork import new_lock
 from ..errors import PgkvError
+from .connection import opened
 from .renewal import broken
 
 TRIAL_CHANNEL = "pgkv_trial"
@@ -120,14 +121,12 @@ class Listener:
 
     async def _connect(self) -> None:
         async with asyncio.timeout(CONNECT_TIME):
-            self._conn = conn = await psycopg.AsyncConnection.connect(
-                self._conninfo, autocommit=True, prepare_threshold=None
-            )
+            self._conn = conn = await opened(self._conninfo)
         conn.add_notify_handler(lambda note: self._receive(note.channel, note.payload))
         await self._listen(conn)
         self._proof = secrets.token_hex(8)
         async with asyncio.timeout(CONNECT_TIME):
-            other = await psycopg.AsyncConnection.connect(self._conninfo, autocommit=True)
+            other = await opened(self._conninfo)
             try:
                 notify = sql.SQL("NOTIFY {}, {}")
                 await other.execute(

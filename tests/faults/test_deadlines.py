@@ -14,6 +14,7 @@ import pytest
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from pgkv import OperationTimeoutError, RetryPolicy, Store, StoreUnavailableError
+from pgkv._engine.wire import poller
 from tests.faults.proxy import Proxy
 from tests.faults.support import newest, until
 from tests.servers import LATE
@@ -83,6 +84,40 @@ async def test_preparing_and_answering_share_a_deadline(dsn: str, make_store: Ma
             await store.exists("k")
         await store.close()
         await until(lambda: not proxy.connections, "what was held has arrived")
+
+
+def test_preparing_again_does_not_wait_for_longer(
+    dsn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that falls silent while an outdated statement is dropped has what is left of the call's time."""
+    asked: list[float] = []
+
+    def recording(fd: int) -> Callable[[float], Any]:
+        poll = poller(fd)
+
+        def wait(milliseconds: float) -> Any:
+            asked.append(milliseconds)
+            return poll(milliseconds)
+
+        return wait
+
+    monkeypatch.setattr("pgkv._engine.wire.poller", recording)
+    with Proxy(dsn) as proxy, Store.connect(proxy.dsn, operation_timeout=4, retry=None) as store:
+
+        def look() -> None:
+            with store.pipeline() as pipe:
+                pipe.get_entry("k")
+
+        look()
+        with psycopg.connect(dsn, autocommit=True) as conn:
+            conn.execute("ALTER TABLE kv_store ALTER COLUMN created_at TYPE timestamptz(3)")
+        proxy.arm(b"DEALLOCATE", end="silence")
+        asked.clear()
+        with pytest.raises(OperationTimeoutError):
+            look()
+    waits = [each for each in asked if each > 0]
+    assert len(waits) >= 2  # for the pipeline and for the DEALLOCATE
+    assert waits == sorted(waits, reverse=True)
 
 
 def test_environment_and_service_file_hold(

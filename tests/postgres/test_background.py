@@ -13,12 +13,18 @@ import time
 import warnings
 from typing import Any
 
+import psycopg
 import pytest
-from psycopg import sql
+from psycopg import generators, sql
+from psycopg.conninfo import make_conninfo
+from psycopg.waiting import WAIT_R
 
 import pgkv
 from pgkv._background import listener as _listener
 from pgkv._background.background import backgrounds
+from pgkv._background.connection import opened
+from pgkv._engine._async.pool import _recording
+from pgkv._engine.pooling import Attempts
 from tests.cached import cached_in, plain_store
 from tests.faults.support import newest
 from tests.peers import Peer, until
@@ -69,6 +75,29 @@ async def test_one_connection_listens_for_all(store: Any, variant: Variant, peer
     assert len(listening(peer)) == 1
     await store.close()
     await until(lambda: not listening(peer), "the connection ends with its store")
+
+
+@pytest.mark.parametrize("connect", [opened, _recording(Attempts()).connect], ids=["alone", "pool"])
+async def test_a_cancelled_attempt_leaves_no_connection(
+    dsn: str, peer: Peer, monkeypatch: pytest.MonkeyPatch, connect: Any
+) -> None:
+    """What the server has opened already ends with the attempt, and not with the last one who keeps its task."""
+    is_open = asyncio.Event()
+
+    def late(_: type, conninfo: str) -> Any:
+        pgconn = yield from generators.connect(conninfo)
+        is_open.set()
+        while True:
+            yield pgconn.socket, WAIT_R
+
+    monkeypatch.setattr(psycopg.AsyncConnection, "_connect_gen", classmethod(late))
+    attempt = asyncio.ensure_future(connect(make_conninfo(dsn, application_name="late")))
+    await is_open.wait()
+    attempt.cancel()
+    await asyncio.wait([attempt])
+    query = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'late'"
+    await until(lambda: peer.one(query) == 0, "the connection ends")
+    assert attempt.cancelled()
 
 
 async def test_a_refused_listen_does_not_delay_an_acquire(

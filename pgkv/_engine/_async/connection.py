@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -38,6 +38,15 @@ if TYPE_CHECKING:
     from .pool import TaskInQueue
 
 T = TypeVar("T")
+
+
+async def whole_or_none(connecting: Coroutine[Any, Any, T]) -> T:
+    """Await an attempt to connect that leaves nothing open when it is cancelled: its traceback, which may
+    live as long as its task, would keep what the server has opened already."""
+    try:
+        return await connecting
+    except asyncio.CancelledError as error:
+        raise error.with_traceback(None) from None
 
 
 class Watched(Protocol):

@@ -45,7 +45,7 @@ from ..pooling import (
     unreachable,
 )
 from ..wire import Preparing, poller
-from .connection import AsyncPgConnection, Watchdog
+from .connection import AsyncPgConnection, Watchdog, whole_or_none
 
 
 class AsyncStorePool:
@@ -516,6 +516,6 @@ def _recording(attempts: Attempts) -> type[psycopg.AsyncConnection[Any]]:
             cls, conninfo: str = "", **kwargs: Any
         ) -> psycopg.AsyncConnection[Any]:
             with attempts.attempt():
-                return await super().connect(conninfo, **kwargs)
+                return await whole_or_none(super().connect(conninfo, **kwargs))
 
     return AsyncRecordingConnection
