@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from pgkv import ConfigError, PgkvError, Store, TableNotFoundError, TableType
+from pgkv import ConfigError, PgkvError, RetryPolicy, Store, TableNotFoundError, TableType
 from tests.faults.proxy import Proxy, error_answer
-from tests.faults.support import Crew, Witness, newest
+from tests.faults.support import Crew, Witness, newest, until
+from tests.servers import PATIENCE
 from tests.variants import Threaded
 
 MakeStore = Callable[..., Awaitable[Any]]
@@ -22,20 +23,24 @@ MakeStore = Callable[..., Awaitable[Any]]
 @newest
 async def test_drop_under_load(make_store: MakeStore, witness: Witness) -> None:
     """Somebody drops the table again and again while callers work: no call fails."""
-    store = await make_store(pool_max_size=4)
+    store = await make_store(pool_max_size=4, pool_timeout=30, retry=RetryPolicy(deadline=60))
     running = True
+    rounds = [0] * 8
 
     async def work(number: int) -> None:
         while running:
             await store.set(f"k{number}", b"v")
             assert await store.get(f"k{number}") in {b"v", None}
             await store.increment(f"n{number}")
+            rounds[number] += 1
 
     async def drop() -> None:
         nonlocal running
         try:
             for _ in range(8):
-                await asyncio.sleep(0.1)
+                # A call makes the table three times at most: none meets as many of the drops.
+                before = [done + 1 for done in rounds]
+                await until(lambda: all(map(int.__gt__, rounds, before)), "all go on")  # noqa: B023  # awaited here
                 await asyncio.to_thread(witness.conn.execute, "DROP TABLE IF EXISTS kv_store")
         finally:
             running = False
@@ -89,7 +94,7 @@ def test_many_processes_create_at_once(dsn: str, witness: Witness) -> None:
     for worker in workers:
         worker.start()
     for worker in workers:
-        worker.join(30)
+        worker.join(PATIENCE)
         assert worker.exitcode == 0
     assert witness.rows(table="fresh.kv_store") == 4
     witness.conn.execute("DROP SCHEMA fresh CASCADE")
@@ -271,7 +276,7 @@ async def test_huge_value(make_store: MakeStore) -> None:
 async def test_huge_batches(make_store: MakeStore) -> None:
     """20,000 keys in one call, each way, and a pipeline whose questions and answers both fill the
     socket's buffers: nobody waits for the other."""
-    store = await make_store()
+    store = await make_store(operation_timeout=300)
     items = {f"k{i:05}": b"%d" % i * 50 for i in range(20_000)}
     assert await store.set_many(items) == 20_000
     assert await store.get_many(items) == items
