@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-START_TIMEOUT = 10.0  # seconds
+START_TIMEOUT = 60.0  # seconds
 # As pgkv's default table: nothing is written to disk.
 SETTINGS = {"port": "0", "save": "", "appendonly": "no"}
 

@@ -23,7 +23,7 @@ from pgkv import embedded
 from tests.benchmarks.placement import server_pids
 from tests.benchmarks.relay import relayed
 
-START_TIMEOUT = 10.0
+START_TIMEOUT = 60.0
 # As pgkv's default table: nothing is written to disk.
 REDIS_SETTINGS = {"port": "0", "save": "", "appendonly": "no"}
 
