@@ -14,10 +14,10 @@ from tests.hammer import pause, wait_to_be_killed, work_until_killed
 LEASE = 1.0
 
 
-def orders(store: pgkv.Store) -> pgkv.Queue[bytes]:
+def orders(store: pgkv.Store, lease: float = LEASE) -> pgkv.Queue[bytes]:
     """The queue of the storms: failures are tried again at once, and never too often."""
     return pgkv.Queue(
-        store, "orders", lease=LEASE, max_attempts=10_000, backoff=pgkv.Backoff(0), wakeup="notify"
+        store, "orders", lease=lease, max_attempts=10_000, backoff=pgkv.Backoff(0), wakeup="notify"
     )
 
 
@@ -42,7 +42,8 @@ def ship(conn: psycopg.Connection, store: pgkv.Store, rng: random.Random) -> Non
 
 def index(conn: psycopg.Connection, store: pgkv.Store, rng: random.Random) -> None:
     """Copy a document's version; note where two do that at once."""
-    job = orders(store).take(timeout=1)
+    # A machine that stalls a worker, or the end of a killed one's connection, for less is no second worker.
+    job = orders(store, LEASE * 5).take(timeout=1)
     if job is None:
         return
     with job:
@@ -67,8 +68,8 @@ def storm(mode: str, dsn: str, seed: str) -> None:
 def control(mode: str, dsn: str) -> None:
     """Do a job, and wait where the process will be killed: between effect and ack, or after both."""
     with pgkv.Store.connect(dsn) as store, psycopg.connect(dsn) as conn:
-        queue = orders(store)
-        job = queue.take(timeout=10)
+        queue = orders(store, 60 if mode == "together" else LEASE)  # only the other one has to end
+        job = queue.take(timeout=60)
         assert job is not None
         conn.execute("INSERT INTO effects VALUES (%s)", [job.payload.decode()])
         if mode == "together":
