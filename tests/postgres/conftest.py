@@ -21,6 +21,7 @@ def _patience() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("pgkv.patterns.lock.flows.ANSWER_TIME", 20.0)
         patched.setattr("pgkv._background.listener.TRIAL_TIME", 30.0)
+        patched.setattr("pgkv._watch.source.LISTEN_TIME", 30.0)
         for pattern in ("lock", "queue", "idempotency"):
             patched.setattr(f"pgkv.patterns.{pattern}.flows.CLEAN_UP", (30.0, 60.0))
         yield

@@ -120,7 +120,7 @@ async def test_the_first_is_renewed_while_the_second_is_waited_for(
     store: Any, variant: Variant, peer: Peer
 ) -> None:
     """A wait that is longer than the ttl loses nothing."""
-    a, b = locks_of(variant, store, "ab", ttl=9)
+    (a,), (b,) = locks_of(variant, store, "a", ttl=12), locks_of(variant, store, "b", ttl=60)
     expires = "SELECT expires_at FROM kv_store_locks WHERE key = 'a'"
     other = await b.acquire()
     waiting = asyncio.ensure_future(_acquired(a, [a, b]))
@@ -141,12 +141,12 @@ async def test_one_that_is_lost_meanwhile_is_an_error(
     store: Any, variant: Variant, peer: Peer, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A lease that ended while the others were waited for is not handed out, nor are these."""
-    a, b = locks_of(variant, store, "ab", ttl=6)
+    (a,), (b,) = locks_of(variant, store, "a", ttl=6), locks_of(variant, store, "b", ttl=60)
     other = await b.acquire()
     waiting = asyncio.ensure_future(_acquired(a, [b, a]))
     await until(lambda: held(peer) == ["b", "a"], "a is held, b waited for")
     peer.run("UPDATE kv_store_locks SET version = version + 1 WHERE key = 'a'")
-    await until(lambda: "pgkv.lock.lost" in caplog.text, "its holder knows")
+    await until(lambda: "pgkv.lock.lost lock=a" in caplog.text, "its holder knows")
     await other.release()
     with pytest.raises(LeaseLostError, match="'a'"):
         await waiting
