@@ -2,8 +2,9 @@
 variants.
 
 Tests that ask for `server`, `dsn`, `clock`, `store` or `make_store` run once per PostgreSQL found
-here (ids pg18, pg15, ...) or, with PGKV_TEST_DSN set, on the server it names (its role needs CREATE
-on the database). Fault tests ask for `make_server` and get a server that they may break.
+here (ids pg18, pg15, ...), on that of PGKV_TEST_POSTGRES only, or, with PGKV_TEST_DSN set, on the
+server it names (its role needs CREATE on the database). Fault tests ask for `make_server` and get a
+server that they may break.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import os
 import re
 import secrets
 import signal
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass
@@ -178,7 +180,7 @@ def _server_params() -> list[Any]:
         ]
     params = [pytest.param(major, id=f"pg{major}") for major in servers.installed() if major >= 14]
     for major in WANTED:
-        if major not in servers.installed():
+        if major not in servers.installed() and not servers.ONLY:
             reason = f"no PostgreSQL {major} here (18: the extra `embedded`; others: the system's)"
             params.append(pytest.param(major, id=f"pg{major}", marks=pytest.mark.skip(reason)))
     return params
@@ -370,10 +372,19 @@ def store(
 # --- `async def` tests ----------------------------------------------------------------------------
 
 
+# Windows' usual loop cannot wait for the sockets of libpq.
+LOOP = asyncio.SelectorEventLoop if sys.platform == "win32" else None
+
+
+def _run(test: Coroutine[Any, Any, Any]) -> Any:
+    with asyncio.Runner(loop_factory=LOOP) as runner:
+        return runner.run(test)
+
+
 @pytest.fixture
 def event_loop_runner() -> Iterator[asyncio.Runner]:
     """The loop that the test and its fixtures share."""
-    with asyncio.Runner() as runner:
+    with asyncio.Runner(loop_factory=LOOP) as runner:
         yield runner
 
 
@@ -383,7 +394,7 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     fixtures.
     """
     runner = pyfuncitem.funcargs.get("event_loop_runner")
-    run = runner.run if isinstance(runner, asyncio.Runner) else asyncio.run
+    run = runner.run if isinstance(runner, asyncio.Runner) else _run
     test = pyfuncitem.obj
     if hypothesis := getattr(test, "hypothesis", None):
         # Kept aside: with other parameters the same function comes again.

@@ -36,6 +36,7 @@ from pgkv._embedded.cluster import Cluster
 # loses nothing by it.
 THROWAWAY: Mapping[str, str] = {"fsync": "off", "full_page_writes": "off"}
 TEMPLATES = "PGKV_TESTS_TEMPLATES"
+ONLY = os.environ.get("PGKV_TEST_POSTGRES", "")  # a major version: tests run on it, and on no other
 SMALL: Mapping[str, str] = {"shared_buffers": "32MB", "max_connections": "150"}
 
 
@@ -72,13 +73,19 @@ def server_account() -> Account | None:
 
 @cache
 def installed() -> dict[int, Binaries]:
-    """The newest-first binaries of each major version found here."""
+    """The newest-first binaries of each major version found here, or those of PGKV_TEST_POSTGRES."""
     found: dict[int, Binaries] = {}
     fetched = (Path(__file__).parents[1] / ".servers").glob("npm/node_modules/*/*/native/bin")
     for directory in (*binary_directories(), *map(str, fetched)):
         with contextlib.suppress(OSError):
             major = version_of(directory, server_account())
             found.setdefault(major, Binaries(directory, major))
+    if ONLY:
+        if int(ONLY) not in found:
+            raise LookupError(
+                f"PGKV_TEST_POSTGRES: no PostgreSQL {ONLY} here, only {sorted(found)}"
+            )
+        return {int(ONLY): found[int(ONLY)]}
     return dict(sorted(found.items(), reverse=True))
 
 

@@ -20,6 +20,8 @@ import psycopg
 import pytest
 from psycopg.conninfo import make_conninfo
 
+if sys.platform == "win32":
+    pytest.skip("Windows has other signals", allow_module_level=True)
 pytest.importorskip("typer")
 pytest.importorskip("rich")
 

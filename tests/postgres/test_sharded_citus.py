@@ -278,7 +278,7 @@ async def test_a_plain_read_by_an_old_route(
         slot = store.slot_of("k")
         await store.set("k", "0")
         home = admin.shards()[slot].node
-        old = next(dsn for dsn in nodes if f":{conninfo_to_dict(dsn)['port']}" in home)
+        old = next(dsn for dsn in nodes if "{host}:{port}".format(**conninfo_to_dict(dsn)) == home)
         shards = [
             shard
             for (shard,) in ask(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pty
 import re
 import select
 import subprocess
@@ -15,6 +14,7 @@ from contextlib import contextmanager
 
 import pytest
 
+pytest.importorskip("pty", reason="Windows has no terminals of this kind")
 pytest.importorskip("typer")
 pytest.importorskip("rich")
 
@@ -51,6 +51,8 @@ class Terminal:
 
 @contextmanager
 def on_terminal(*arguments: str) -> Iterator[tuple[Terminal, Callable[[], int]]]:
+    import pty
+
     ours, theirs = pty.openpty()
     program = subprocess.Popen(
         [sys.executable, "-m", "pgkv", *arguments],
