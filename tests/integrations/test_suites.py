@@ -2,8 +2,8 @@
 
 Each suite of `suites/` runs in a process of its own, with pytest settings of its own. Those of Django
 come with its source distribution, those of dogpile.cache and LangChain with what is installed. Of
-cachelib, py-key-value, limits, Flask and Starlette they stand in the repository only: they run where
-PGKV_UPSTREAM names a folder with checkouts of these.
+cachelib, py-key-value, limits, Flask and Starlette they stand in the repository only: they run after
+`make upstream`, or where PGKV_UPSTREAM names a folder with checkouts of these.
 """
 
 from __future__ import annotations
@@ -28,16 +28,18 @@ from tests.servers import Server, UserServer, installed
 
 SUITES = Path(__file__).with_name("suites")
 ROOT = SUITES.parents[2]
-UPSTREAM = os.environ.get("PGKV_UPSTREAM", "")
+UPSTREAM = Path(os.environ.get("PGKV_UPSTREAM") or ROOT / ".servers" / "upstream")
 NEWEST = "dsn" if os.environ.get("PGKV_TEST_DSN") else max(installed(), default=None)
 pytestmark = [
     pytest.mark.parametrize("server", [pytest.param(NEWEST, id=f"{NEWEST}")], indirect=True),
     pytest.mark.skipif(NEWEST is None, reason="no PostgreSQL here; set PGKV_TEST_DSN"),
 ]
-needs_checkouts = pytest.mark.skipif(
-    not UPSTREAM,
-    reason="PGKV_UPSTREAM names no folder with checkouts of the projects' repositories",
-)
+
+
+def needs(project: str) -> pytest.MarkDecorator:
+    return pytest.mark.skipif(
+        not (UPSTREAM / project).exists(), reason=f"no checkout of {project} here: make upstream"
+    )
 
 
 @pytest.fixture
@@ -55,7 +57,12 @@ def run(dsn: str, *command: str | Path, cwd: Path = ROOT, path: str = "") -> str
     done = subprocess.run(
         [sys.executable, *command],
         cwd=cwd,
-        env={**os.environ, "PGKV_SUITE_DSN": dsn, "PYTHONPATH": path},
+        env={
+            **os.environ,
+            "PGKV_SUITE_DSN": dsn,
+            "PGKV_UPSTREAM": str(UPSTREAM),
+            "PYTHONPATH": path,
+        },
         capture_output=True,
         text=True,
         timeout=500,
@@ -116,26 +123,24 @@ def test_djangos_own(suite_dsn: str, tmp_path: Path) -> None:
     assert "Ran 120 tests" in output
 
 
-@needs_checkouts
+@needs("cachelib")
 def test_cachelibs_own(suite_dsn: str) -> None:
     assert passed(suite_dsn, SUITES / "cachelib_suite.py") >= 13
 
 
-@needs_checkouts
+@needs("py-key-value")
 def test_py_key_values_own(suite_dsn: str) -> None:
     assert passed(suite_dsn, SUITES / "keyvalue_suite.py") >= 132
 
 
-@needs_checkouts
+@needs("limits")
 def test_limits_own(suite_dsn: str) -> None:
     """Its strategies, one by one and with many threads or tasks at once, and its storages; blocking and
     async."""
     names = ("test_strategy", "aio/test_strategy", "test_storage", "aio/test_storage")
     modules = [f"tests/{name}.py" for name in (*names, "integration/test_concurrency")]
     options = ("-p", "limits_plugin", "-o", "python_files=test_*.py", "--rootdir=.")
-    assert (
-        passed(suite_dsn, *options, *modules, cwd=Path(UPSTREAM, "limits"), path=str(SUITES)) >= 113
-    )
+    assert passed(suite_dsn, *options, *modules, cwd=UPSTREAM / "limits", path=str(SUITES)) >= 113
 
 
 # What Flask's tests ask of its own session that this one does otherwise, or that is not about sessions.
@@ -154,12 +159,12 @@ FLASK_LEFT_OUT = {
 }
 
 
-@needs_checkouts
+@needs("flask")
 def test_flasks_own(suite_dsn: str) -> None:
     """All of Flask's tests but those of its command."""
     left_out = f"not ({' or '.join(FLASK_LEFT_OUT)})"
     options = ("-p", "flask_plugin", "-o", "python_files=test_*.py", "--rootdir=.", "-k", left_out)
-    where = Path(UPSTREAM, "flask")
+    where = UPSTREAM / "flask"
     done = passed(
         suite_dsn, *options, "tests", "--ignore=tests/test_cli.py", cwd=where, path=str(SUITES)
     )
@@ -174,12 +179,12 @@ STARLETTE_LEFT_OUT = {
 }
 
 
-@needs_checkouts
+@needs("starlette")
 def test_starlettes_own(suite_dsn: str) -> None:
     """Its tests of the session middleware."""
     left_out = f"not ({' or '.join(STARLETTE_LEFT_OUT)})"
     plugins = ("-p", "starlette_plugin", "-p", "anyio")
     options = (*plugins, "-o", "python_files=test_*.py", "--rootdir=.", "-k", left_out)
-    where = Path(UPSTREAM, "starlette")
+    where = UPSTREAM / "starlette"
     file = "tests/middleware/test_session.py"
     assert passed(suite_dsn, *options, file, cwd=where, path=str(SUITES)) == 4

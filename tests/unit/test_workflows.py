@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import shlex
 import subprocess
@@ -16,6 +17,7 @@ import pytest
 import yaml
 
 import pgkv
+from tests import servers
 
 ROOT = Path(__file__).parents[2]
 WORKFLOWS = {
@@ -23,7 +25,18 @@ WORKFLOWS = {
     for path in sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 }
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
-TARGETS = set(re.findall(r"(?m)^([a-z-]+):.*## ", (ROOT / "Makefile").read_text("utf-8")))
+MAKEFILE = (ROOT / "Makefile").read_text("utf-8")
+TARGETS = set(re.findall(r"(?m)^([a-z-]+):.*## ", MAKEFILE))
+# What a runner needs before `make`, and what a release compares. All else is the Makefile's.
+PREPARATIONS = (
+    "apt-get ",
+    "systemctl stop ",
+    "psql ",
+    "choco install ",
+    "Set-Service ",
+    "test -f ",
+)
+PGDG = "/usr/share/postgresql-common/pgdg/apt.postgresql.org.sh -y"
 
 
 def jobs() -> Iterator[tuple[str, dict[str, Any]]]:
@@ -32,14 +45,22 @@ def jobs() -> Iterator[tuple[str, dict[str, Any]]]:
             yield f"{workflow}/{name}", job
 
 
-def commands() -> list[tuple[str, str]]:
+def lines() -> list[tuple[str, str]]:
     return [
         (name, line.strip())
         for name, job in jobs()
         for step in job.get("steps", ())
         for line in step.get("run", "").splitlines()
-        if line.strip().startswith("make ")
     ]
+
+
+def commands() -> list[tuple[str, str]]:
+    return [(job, line) for job, line in lines() if line.startswith("make ")]
+
+
+@pytest.mark.parametrize(("job", "line"), lines())
+def test_a_line_makes_a_target_or_prepares_the_runner(job: str, line: str) -> None:
+    assert line.removeprefix("sudo ").startswith(("make ", *PREPARATIONS, PGDG))
 
 
 @pytest.mark.parametrize(("job", "command"), commands())
@@ -67,7 +88,9 @@ def test_a_variable_is_one_that_is_read() -> None:
         if path != Path(__file__)
     )  # fmt: skip
     assert {name for name in named if name not in read} == set()
-    assert named >= {"PGKV_TEST_DSN", "PGKV_TEST_CITUS_DSN", "PGKV_TEST_POOLER_DSN"}
+    assert named >= {
+        *("PGKV_TEST_DSN", "PGKV_TEST_CITUS_DSN", "PGKV_TEST_POOLER_DSN", "PGKV_TEST_POSTGRES")
+    }
 
 
 def test_a_dsn_leads_to_a_service_of_its_job() -> None:
@@ -126,6 +149,58 @@ def test_the_matrix_is_what_the_project_says_it_supports() -> None:
     assert [(each["python"], each["may-fail"]) for each in matrix["include"]] == [("3.14t", True)]
 
 
+def test_a_cell_of_the_matrix_tests_its_own_postgresql() -> None:
+    """Other versions that a runner has are left out."""
+    env = WORKFLOWS["test"]["jobs"]["linux"]["env"]
+    assert env["PGKV_TEST_POSTGRES"] == "${{ matrix.postgres }}"
+
+
+@pytest.mark.skipif(os.name != "posix" or not servers.installed(), reason="no PostgreSQL here")
+def test_only_the_postgresql_that_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its tests are all there, as of the newest; a version that is missing is an error, not a run of none."""
+    found = servers.installed()
+    for major in found:
+        monkeypatch.setattr(servers, "ONLY", f"{major}")
+        assert servers.installed.__wrapped__() == {major: found[major]}
+    monkeypatch.setattr(servers, "ONLY", "9")
+    with pytest.raises(LookupError, match="PGKV_TEST_POSTGRES: no PostgreSQL 9 here"):
+        servers.installed.__wrapped__()
+
+
+def test_a_cell_without_wheels_installs_what_there_is() -> None:
+    """The default of EXTRAS is the Makefile's; the cell leaves out `binary`."""
+    linux = WORKFLOWS["test"]["jobs"]["linux"]
+    [extras] = re.findall(r"(?m)^EXTRAS \?= (\S+)$", MAKEFILE)
+    assert linux["env"]["EXTRAS"] == f"${{{{ matrix.extras || '{extras}' }}}}"
+    [cell] = linux["strategy"]["matrix"]["include"]
+    assert set(cell["extras"].split(",")) == set(extras.split(",")) - {"binary"}
+
+
+def test_a_package_is_built_and_checked() -> None:
+    """As it is uploaded: what is inside, and how it looks to its users."""
+    recipe = MAKEFILE.partition("\npackage:")[2].partition("\n\n")[0]
+    run = re.findall(r"(?m)^\t@\$\(BIN\)/(?:python -m )?([\w-]+)", recipe)
+    assert run == ["build", "twine", "check-wheel-contents", "pyroma"]
+
+
+def test_checkouts_are_pinned() -> None:
+    """Each suite of another project has a commit of it."""
+    script = (ROOT / "tests" / "upstream.sh").read_text("utf-8")
+    suites = (ROOT / "tests" / "integrations" / "test_suites.py").read_text("utf-8")
+    pinned = re.findall(r"(?m)^[\w-]+/([\w-]+) [0-9a-f]{40}$", script)
+    assert sorted(pinned) == sorted(re.findall(r'(?m)^@needs\("([\w-]+)"\)$', suites))
+
+
+def test_checkouts_in_the_workspace_are_not_linted() -> None:
+    """`make test-all` finds other people's code there."""
+    for file in ("upstream/flask/app.py", ".servers/upstream/flask/app.py"):
+        command = ["ruff", "check", "--no-cache", "--force-exclude", "--stdin-filename", file, "-"]
+        done = subprocess.run(
+            [sys.executable, "-m", *command], cwd=ROOT, input=b"import os", check=False
+        )
+        assert done.returncode == 0
+
+
 def test_no_job_may_write_but_those_that_publish() -> None:
     assert all(each["permissions"] == {"contents": "read"} for each in WORKFLOWS.values())
     writing = {name for name, job in jobs() if "write" in (job.get("permissions") or {}).values()}
@@ -136,6 +211,33 @@ def test_a_release_is_tested_first() -> None:
     release = WORKFLOWS["release"]["jobs"]
     assert release["publish"]["needs"] == "test"
     assert release["test"]["uses"] == "./.github/workflows/test.yml"
+    may_fail = {
+        name for name, job in WORKFLOWS["test"]["jobs"].items() if "continue-on-error" in job
+    }
+    assert may_fail == {"linux", "macos", "windows"}  # of Linux, one cell
+
+
+def test_windows_runs_what_needs_no_posix() -> None:
+    """A module that forks, or has signals of POSIX, cannot even be collected there."""
+    [command] = [command for job, command in commands() if job == "test/windows"]
+    [paths] = [each for each in shlex.split(command) if each.startswith("ARGS=")]
+    files = paths.removeprefix("ARGS=").split()
+    assert len(files) >= 6
+    for file in files:
+        text = (ROOT / file).read_text("utf-8")
+        assert not re.search(
+            r"import (fcntl|pty|pwd|resource|termios)|os\.(fork|kill|getuid)|signal\.SIG", text
+        )
+
+
+def test_nodes_of_citus_can_move_logged_tables() -> None:
+    nodes = [
+        service
+        for service in WORKFLOWS["test"]["jobs"]["citus"]["services"].values()
+        if "citus" in service["image"]
+    ]
+    assert len(nodes) == 3
+    assert all("wal_level=logical" in each["env"]["POSTGRES_INITDB_ARGS"] for each in nodes)
 
 
 def test_the_version_has_a_dated_section() -> None:
