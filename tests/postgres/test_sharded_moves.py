@@ -165,7 +165,7 @@ def test_the_lock_is_the_fence(
                     )
 
         moves.move(servers, 2, elsewhere(servers, 2), progress, how)
-        worker.join(30)
+        worker.join(90)
         assert answers == [2]
         assert store.get(key) == (b"2" if fenced else b"1")
 
@@ -327,7 +327,7 @@ with sharded.cluster(sys.argv[5:]) as servers:
 def test_a_mover_is_killed(servers: Servers, dsns: list[str], how: How, step: str) -> None:
     """At any step: clients go on or wait, `check` shows it, `resume` finishes it, and no count is lost."""
     to = elsewhere(servers, 3)
-    with pgkv.Store.sharded(dsns, operation_timeout=30) as store:
+    with pgkv.Store.sharded(dsns, operation_timeout=120) as store:
         keys = [k for k in map(str, range(300)) if store.slot_of(k) == 3]
         store.set_many(dict.fromkeys(keys, "1"))
         command = [sys.executable, "-c", KILLED, step, how.value, "3", to, *dsns]
@@ -345,7 +345,7 @@ def test_a_mover_is_killed(servers: Servers, dsns: list[str], how: How, step: st
         servers.read()
         assert any(each.slot == 3 for each in servers.check())
         wait_until(resumed, "the mover's sessions end")
-        worker.join(30)
+        worker.join(150)
         kept = how is not How.DROP or step in STEPS[How.DROP][:2]  # else the resumed move copies
         assert answers == [2 if kept else 1]
         assert [s.node for s in store.shards()][3] == to
@@ -593,7 +593,7 @@ async def test_a_storm_over_moves(
     async with contextlib.AsyncExitStack() as stack:
         stores = [
             await stack.enter_async_context(
-                await sharded.connect(variant, dsns, operation_timeout=30)
+                await sharded.connect(variant, dsns, operation_timeout=120)
             )
             for _ in range(2)
         ]
@@ -607,7 +607,7 @@ async def test_a_storm_over_moves(
         async def hold(store: Any, name: str) -> None:
             lock = variant.make("Lock", store, name, ttl=30)
             while not stop.is_set():
-                async with lock.acquire(timeout=30) as lease:
+                async with lock.acquire(timeout=120) as lease:
                     if name in held:
                         overlaps.append(name)
                     held[name] = lease.token
