@@ -47,13 +47,13 @@ def use_everything(dsn: str) -> Iterator[tuple[str, Callable[[], object]]]:
         store.clear()
 
     def use_limiter() -> None:
-        limiter = pgkv.RateLimiter(store, "5/h", name="n", timeout=10)
+        limiter = pgkv.RateLimiter(store, "5/h", name="n", timeout=30)
         assert limiter.hit("u")
         assert pgkv.RateLimiter.hit_many([(limiter, "u", 1), (limiter, "v", 1)])
         assert limiter.reset("u")
 
     def use_cached() -> None:
-        @pgkv.cached(60, store=store, store_timeout=10, on_error="raise", tags=("t",))
+        @pgkv.cached(60, store=store, store_timeout=30, on_error="raise", tags=("t",))
         def double(n: int) -> int:
             if n < 0:
                 raise ValueError
@@ -67,9 +67,9 @@ def use_everything(dsn: str) -> Iterator[tuple[str, Callable[[], object]]]:
 
     def use_locks() -> None:
         for options in ({}, {"durable": False}, {"fair": True}, {"wakeup": "notify"}):
-            lock = pgkv.Lock(store, "n", ttl=5, **options)
+            lock = pgkv.Lock(store, "n", ttl=60, **options)
             with lock.acquire(timeout=20) as lease:
-                lease.extend(5)
+                lease.extend(60)
                 with psycopg.connect(dsn) as conn:
                     lease.guard(conn)
         with pgkv.Semaphore(store, "s", slots=2).acquire(timeout=20):

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from pgkv import _fork
+from tests.servers import PATIENCE
 
 ROOT = Path(__file__).resolve().parents[2]
 MODULES = sorted([*(ROOT / "pgkv").rglob("*.py"), *(ROOT / "patterns").rglob("*.py")])
@@ -35,7 +36,7 @@ def in_child(check: Callable[[], bool]) -> bool:
 
 def said_yes(pid: int) -> bool:
     """Whether a child ended well; one that does not end is killed."""
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + PATIENCE
     while True:
         ended, status = os.waitpid(pid, os.WNOHANG)
         if ended:
@@ -90,11 +91,11 @@ def test_a_lock_that_another_thread_holds() -> None:
     def hold() -> None:
         with owner._lock:
             inside.set()
-            leave.wait(30)
+            leave.wait(PATIENCE)
 
     thread = threading.Thread(target=hold)
     thread.start()
-    inside.wait(30)
+    assert inside.wait(PATIENCE)
     try:
         assert in_child(lambda: owner._lock.acquire(blocking=False) and owner.seen == ["renewed"])
         assert not owner._lock.acquire(blocking=False)

@@ -196,8 +196,14 @@ SHOWN: dict[str, tuple[Callable[[], object], str]] = {
 
 
 @pytest.mark.parametrize(("make", "text"), SHOWN.values(), ids=SHOWN)
-def test_what_is_shown(make: Callable[[], object], text: str) -> None:
+def test_what_is_shown(
+    make: Callable[[], object], text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A repr names the thing and the facts that one looks for, and neither a password nor a token."""
+    now = clock()
+    monkeypatch.setitem(globals(), "clock", lambda: now)
+    for module in ("_runtime", "lock"):
+        monkeypatch.setattr(f"pgkv.patterns.{module}.lease.clock", lambda: now)
     shown = repr(make())
     assert shown == text
     assert str(make()) == text
