@@ -19,6 +19,7 @@ from pgkv._shards.admin import Servers
 from pgkv._shards.slots import ANY, schema_of
 from pgkv._shards.sql import CITUS_FENCE
 from pgkv.patterns.schema import tables
+from tests.servers import wait_until
 from tests.variants import Threaded, Variant, in_thread
 
 
@@ -36,7 +37,16 @@ def database(dsn: str) -> Iterator[str]:
     name = f"sharded_{secrets.token_hex(4)}"
     yield databases(dsn, [name])[0]
     with psycopg.connect(dsn, autocommit=True) as conn:
-        conn.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))
+        drop = sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name))
+
+        def dropped() -> bool:
+            try:
+                conn.execute(drop)
+            except psycopg.errors.ObjectInUse:  # the server waits five seconds for their end
+                return False
+            return True
+
+        wait_until(dropped, "the connections to the database end")
 
 
 def cluster(dsns: Sequence[str]) -> Servers:

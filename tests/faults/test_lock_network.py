@@ -103,7 +103,7 @@ async def test_loss_is_signalled_before_the_servers_expiry(
             proxy.reset_all()  # also what was being connected when it began to refuse
         return bool(lost)
 
-    await until(told, "on_lost is called")
+    await until(told, "on_lost is called", seconds=30)  # half of its ttl
     assert lease.is_lost
     assert await outside.try_acquire() is None, "the margin is not over"
     assert await outside.holder() is not None
