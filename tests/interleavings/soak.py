@@ -29,6 +29,7 @@ from tests.interleavings.soak_worker import ACCOUNTS, BURST, COUNTERS, ENTRIES, 
 from tests.servers import Server
 
 SCHEMA = "soak"
+PROC = Path("/proc")  # no macOS has it
 PROCESSES = 4
 CLOCK_STEPS = (-2.0, -0.5, 0.5, 2.0)  # seconds
 TOTALS = (
@@ -63,7 +64,7 @@ SELECT (SELECT n FROM guarded), (SELECT count(*) FROM effects), (SELECT count(DI
 @dataclasses.dataclass(frozen=True)
 class Sample:
     """What is in use at one moment; memory, files and threads are those of the two processes that are
-    never killed, one of each kind."""
+    never killed, one of each kind, and 0 where there is no /proc."""
 
     memory: float
     files: int
@@ -99,6 +100,7 @@ class Report:
             "done:   " + ", ".join(f"{n} {name}" for name, n in sorted(self.done.items())),
             Sample.HEAD,
             *(sample.row(when) for when, sample in self.samples.items()),
+            *([] if PROC.exists() else ["no /proc here: memory, files and threads are left out"]),
             *(f"{n} x {what}" for what, n in collections.Counter(self.problems).items()),
             *([] if self.problems else ["all totals are exact, nothing grows"]),
         ]
@@ -252,11 +254,9 @@ class Soak:
     # -- what is in use
 
     def sample(self) -> Sample:
-        pids = [worker.pid for worker in self.workers[:2]]
+        pids = [worker.pid for worker in self.workers[:2] if PROC.exists()]
         fields = [
-            dict(
-                line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines()
-            )
+            dict(line.split(":", 1) for line in (PROC / f"{pid}/status").read_text().splitlines())
             for pid in pids
         ]
         with self.connect() as conn:
@@ -270,7 +270,7 @@ class Soak:
         assert row is not None
         return Sample(
             memory=sum(int(each["VmRSS"].split()[0]) for each in fields) / 1024,
-            files=sum(1 for pid in pids for _ in Path(f"/proc/{pid}/fd").iterdir()),
+            files=sum(1 for pid in pids for _ in (PROC / f"{pid}/fd").iterdir()),
             threads=sum(int(each["Threads"]) for each in fields),
             connections=row[0],
             tables=float(row[1]) / 2**20,

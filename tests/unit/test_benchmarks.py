@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import select
 import socket
 import subprocess
 import sys
@@ -123,6 +124,7 @@ def test_what_is_started_later_is_told() -> None:
         parent.stdin.close()
 
 
+@pytest.mark.skipif(not hasattr(select, "epoll"), reason="no epoll here")
 def test_a_message_through_the_relay_is_held_back(tmp_path: Path) -> None:
     """By a tenth of a millisecond each way, whole and in order; an end is passed on."""
     with socket.socket(socket.AF_UNIX) as server:
