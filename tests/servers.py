@@ -260,9 +260,10 @@ class Server:
 
     def _signal_all(self, number: signal.Signals) -> None:
         if pid := self.pid:
-            for process in (pid, *self._children(pid)):
+            os.kill(pid, number)  # the first: a stopped postmaster starts no other process
+            for child in self._children(pid):
                 with contextlib.suppress(ProcessLookupError):
-                    os.kill(process, number)
+                    os.kill(child, number)
 
     @classmethod
     def _children(cls, pid: int) -> list[int]:
