@@ -88,7 +88,7 @@ def call(store: Store, orders: Orders, *, share: float) -> None:
 # ``floor(burst + flow)``. The clock is read right before and after both hits, so `flow` is known but
 # for a fraction of a token.
 
-COUNT, BURST = 100, 200  # per second, and at once: two seconds without any hit fill the bucket
+COUNT, BURST = 100, 3000  # per second, and at once: half a minute without any hit fills the bucket
 KEY = "one for all"
 
 
