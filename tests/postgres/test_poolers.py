@@ -80,7 +80,13 @@ LEFT_OUT = dict.fromkeys(
     "test_pipeline__statements_that_were_forgotten": "PgBouncer closes the connection of a client"
     " that deallocates all and then uses one",
     "test_idempotency__the_wait_is_over": "sets a session's parameter, which a pooler does not keep",
-    "test_idempotency__the_first_rolls_back_or_dies": "a pooler invents the id of its process",
+    **dict.fromkeys(
+        (
+            "test_idempotency__the_first_rolls_back_or_dies",
+            "test_transaction__a_connection_lost_before_the_first_operation",
+        ),
+        "a pooler invents the id of its process",
+    ),
     "test_queue__notified_takers_wake": "no notification comes through a pooler",
     "test_using__nothing_is_prepared": "the server's connection has what others prepared",
 }

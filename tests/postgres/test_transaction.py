@@ -363,7 +363,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             return _do(self, begin, op, *rest)
 
         def alone(self: Any, op: Any, *rest: Any, _do: Any = execute, **options: Any) -> Any:
-            sent.append(op.statement.name)
+            sent.append(op.statement.name if self.prepares else f"{op.statement.name}, unprepared")
             return _do(self, op, *rest, **options)
 
         monkeypatch.setattr(kind, "begin_with", together)
@@ -371,17 +371,19 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return sent
 
 
-async def test_it_opens_with_its_first_operation(store: Any, peer: Peer, opened: list[str]) -> None:
+async def test_it_opens_with_its_first_operation(store: Any, opened: list[str]) -> None:
     """One round trip for both, where the connection has prepared the statement; none where nothing is
     done."""
     await store.set("a", b"1")
-    await store.get("a")
+    async with store.transaction() as tx:  # after this the store knows the table
+        await tx.get("a")
     opened.clear()
     async with store.transaction() as tx:
         await tx.set("a", b"2")
         await tx.get("a")
-    assert opened in (["begin and set", "get", "commit"], ["begin", "set", "get", "commit"])
-    assert peer.one("SELECT value FROM kv_store") == b"2"
+    unprepared = [f"{name}, unprepared" for name in ("begin", "set", "get", "commit")]
+    assert opened in (["begin and set", "get", "commit"], unprepared)
+    assert await store.get("a") == b"2"
     opened.clear()
     async with store.transaction():
         pass
