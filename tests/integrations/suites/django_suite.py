@@ -13,6 +13,8 @@ import pytest
 from django.conf import settings
 from psycopg.conninfo import conninfo_to_dict
 
+from pgkv import Pooler
+
 told = conninfo_to_dict(os.environ["PGKV_SUITE_DSN"])
 DATABASE = {
     "ENGINE": "django.db.backends.postgresql",
@@ -35,6 +37,11 @@ settings.configure(
             "BACKEND": BACKEND,
             "OPTIONS": {"MAX_ENTRIES": 5000, "table_name": "large_cache"},
         },
+        "elsewhere": {
+            "BACKEND": BACKEND,
+            "OPTIONS": {"schema": "app", "table_name": "c2", "pooler": Pooler.TRANSACTION},
+        },
+        "same": {"BACKEND": BACKEND, "KEY_PREFIX": "same"},
     },
     SESSION_ENGINE="pgkv.integrations.django.sessions",
     INSTALLED_APPS=[
@@ -59,7 +66,7 @@ from django.apps import apps  # noqa: E402
 from django.contrib.auth import authenticate, get_user_model, login  # noqa: E402
 from django.core import checks  # noqa: E402
 from django.core.cache import cache, caches  # noqa: E402
-from django.core.management import call_command  # noqa: E402
+from django.core.management import CommandError, call_command  # noqa: E402
 from django.db import connection, reset_queries, transaction  # noqa: E402
 from django.http import HttpResponse  # noqa: E402
 from django.test import AsyncClient, Client  # noqa: E402
@@ -200,6 +207,46 @@ def test_the_command_sees_the_caches_table(capfd):
     assert json.loads(capfd.readouterr().out)["total_keys"] == 1
     call_command("pgkv", "doctor")  # a failed check would be a SystemExit
     assert "django_cache" in capfd.readouterr().out
+
+
+def test_the_command_migrates_every_table(capfd, monkeypatch):
+    """Of all caches, in their schemas, and of the sessions; each table once."""
+
+    def run(*arguments):
+        code = 0
+        try:
+            call_command("pgkv", *arguments)
+        except SystemExit as ended:
+            code = ended.code
+        return code, capfd.readouterr().out
+
+    few = {alias: settings.CACHES[alias] for alias in ("default", "elsewhere", "same")}
+    monkeypatch.setattr(settings, "CACHES", few)
+    STORES.close()
+    with connection.cursor() as cursor:
+        for table in ("app.c2", "pgkv_sessions"):
+            cursor.execute(f"ALTER TABLE {table} DROP COLUMN version")
+    code, said = run("migrate", "--dry-run")
+    assert code == 1
+    heads = [line for line in said.splitlines() if line.startswith("--") or line == "nothing to do"]
+    assert heads == [
+        '-- "django_cache"',
+        "nothing to do",
+        '-- "app"."c2"',
+        '-- "pgkv_sessions"',
+    ]
+    for table in ('"app"."c2"', '"pgkv_sessions"'):
+        assert f"ALTER TABLE {table} ADD COLUMN IF NOT EXISTS version" in said
+    assert run("--cache", "default", "migrate", "--dry-run") == (0, "nothing to do\n")
+    assert run("migrate") == (0, said)
+    for reach, table in ((["--cache", "elsewhere"], "app.c2"), (["--sessions"], "pgkv_sessions")):
+        assert run(*reach, "set", "seen", "1")[0] == 0
+        with connection.cursor() as cursor:
+            cursor.execute(f"DELETE FROM {table} WHERE key = 'seen' AND version > 0")
+            assert cursor.rowcount == 1
+    monkeypatch.setattr(settings, "SESSION_ENGINE", "another")
+    with pytest.raises(CommandError, match="--sessions needs SESSION_ENGINE"):
+        call_command("pgkv", "--sessions", "stats")
 
 
 # -- Django's debug tools
