@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any
@@ -308,16 +307,20 @@ async def test_storm_no_reader_sees_an_older_value(
     peer.run("INSERT INTO data SELECT n, 0 FROM generate_series(0, 2) n")
     rng = random.Random(seed := random.randrange(2**32))
     print(f"seed {seed}")
-    source = threading.local()
 
     def read(n: int) -> int:
-        if not hasattr(source, "conn"):
-            source.conn = psycopg.connect(dsn, autocommit=True)
-            conns.append(source.conn)
-        row = source.conn.execute("SELECT v FROM data WHERE n = %s", [n]).fetchone()
+        try:
+            conn = idle.pop()
+        except IndexError:
+            conn = psycopg.connect(dsn, autocommit=True)
+            conns.append(conn)
+        row = conn.execute("SELECT v FROM data WHERE n = %s", [n]).fetchone()
+        idle.append(conn)
+        assert row is not None
         return int(row[0])
 
     conns: list[psycopg.Connection[Any]] = []
+    idle: list[psycopg.Connection[Any]] = []  # not one of each thread: there may be hundreds
 
     async def load(n: int) -> int:
         value: int = await in_thread(read, n)
