@@ -13,7 +13,7 @@ import psycopg
 import pytest
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
-from pgkv import OperationTimeoutError, RetryPolicy, Store, StoreUnavailableError
+from pgkv import OperationTimeoutError, Store, StoreUnavailableError
 from pgkv._engine.wire import poller
 from tests.faults.proxy import Proxy
 from tests.faults.support import newest, until
@@ -42,15 +42,16 @@ async def test_the_second_host_is_reached_behind_a_silent_first(
         hosts = make_conninfo(
             dsn, host=f"127.0.0.1,{theirs['host']}", port=f"{port},{theirs['port']}"
         )
-        store = await make_store(
-            dsn=hosts,
-            connect_timeout=2,
-            operation_timeout=120,
-            retry=RetryPolicy(attempts=20, deadline=100),  # the second may need more than its time
-        )
-        await store.set("k", b"v")
-        assert await store.get("k") == b"v"
-        await store.close()
+        for seconds in (2, 20):  # a loaded machine may need more for the second one
+            try:
+                store = await make_store(dsn=hosts, connect_timeout=seconds, operation_timeout=60)
+            except (OperationTimeoutError, StoreUnavailableError):
+                assert seconds == 2, "the second host had no time"
+                continue
+            await store.set("k", b"v")
+            assert await store.get("k") == b"v"
+            await store.close()
+            break
 
 
 async def test_every_host_has_its_turn_within_the_operation_timeout(
