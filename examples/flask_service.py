@@ -40,7 +40,7 @@ def create_app() -> Flask:
     sessions = pgkv.SessionStore(store, idle_timeout=1800)
     guesses = pgkv.RateLimiter(store, "5/hour", name="guesses", timeout=20)
     app = Flask(__name__)
-    # This is plain http, and a service that waits for a slow database.
+    # This is plain http; and a visit waits for a slow database rather than get a 503 after five seconds.
     app.session_interface = PgkvSessionInterface(sessions, secure=False, timeout=20)
 
     # Closed: while the limit cannot be checked, nobody guesses at all.

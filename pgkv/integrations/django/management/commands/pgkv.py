@@ -69,7 +69,9 @@ class Command(BaseCommand):
 def _of(alias: str) -> Config:
     cache = caches[alias]
     if not isinstance(cache, PgkvCache):
-        raise CommandError(f"the cache {alias!r} is not of pgkv; choose another with --cache")
+        raise CommandError(
+            f"the cache {alias!r} is not of pgkv; choose another with --cache, or --sessions"
+        )
     return cache.config
 
 
