@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pgkv
-from tests.variants import Threaded, Variant, in_thread
+from tests.variants import Threaded, Variant, in_thread, inside
 
 PATIENT = {"store_timeout": 20.0}  # a busy machine is no outage
 
@@ -28,7 +28,7 @@ class Awaited:
         if name in {"invalidate", "refresh", "peek", "cache_clear"}:
             return lambda *args, **kwargs: in_thread(value, *args, **kwargs)
         if name == "using":
-            return lambda conn: Awaited(value(conn._target if isinstance(conn, Threaded) else conn))
+            return lambda conn: Awaited(value(inside(conn)))
         return value
 
 
@@ -63,10 +63,5 @@ async def invalidate_tag(variant: Variant, tag: str, store: Any, conn: Any = Non
     if variant.name == "async":
         await pgkv.invalidate_tag(tag, store=store, conn=conn)
         return
-    conn = conn._target if isinstance(conn, Threaded) else conn
+    conn = inside(conn)
     await in_thread(pgkv.invalidate_tag, tag, store=store._target, conn=conn)
-
-
-def plain_store(store: Any) -> Any:
-    """The store itself, out of its variant's wrapper."""
-    return store._target if isinstance(store, Threaded) else store

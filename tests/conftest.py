@@ -46,10 +46,8 @@ LONG = (
     *("test_soak.py", "test_documentation.py", "test_suites.py", "test_command_line.py"),
     *("test_wheel.py", "test_queue_storms.py", "test_demo.py", "test_types.py"),
 )
-WANTED = (
-    18,
-    15,
-)  # the newest, which the test extra brings in a wheel, and an old one from the system, where found
+# The newest, which the test extra brings in a wheel, and an old one from the system, where found.
+WANTED = (18, 15)
 
 
 def pytest_configure() -> None:
@@ -365,7 +363,7 @@ def make_store(
 def store(
     make_store: Callable[..., Coroutine[Any, Any, Any]], event_loop_runner: asyncio.Runner
 ) -> Any:
-    """A store with the default settings; used as an AsyncStore."""
+    """A store with the default settings, but for a patient pool; used as an AsyncStore."""
     return event_loop_runner.run(make_store())
 
 

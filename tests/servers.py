@@ -41,7 +41,8 @@ SMALL: Mapping[str, str] = {"shared_buffers": "32MB", "max_connections": "150"}
 
 
 # Seconds by which a loaded machine may be late with what takes an instant. An upper bound of a test
-# includes them; what it rules out takes longer: operation_timeout, or what the test arranges.
+# includes them. What it rules out must take longer: operation_timeout does, and what the test arranges.
+# The 10 s that are the default of connect_timeout and of pool_timeout are shorter: a test sets these to 60.
 LATE = 20.0
 # Seconds for what comes by itself, a request, a thread, a program that starts: only a defect takes that long.
 PATIENCE = 90.0

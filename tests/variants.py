@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
+from pgkv import PgkvError
+
 # Names that differ from "a call to await": in both variants these return at once ...
 VIEWS = {"namespace", "table", "typed", "using", "on"}
 PLAIN = {"check", "pool_stats", "remaining", "headers", "cache_key", "limit", "slot_of"}
@@ -64,7 +66,7 @@ async def in_thread(function: Callable[..., Any], *args: Any, **kwargs: Any) -> 
 def in_a_hurry(store: Any, seconds: float) -> Iterator[None]:
     """Meanwhile a call of the store may take that long. What is arranged before, and asked afterwards,
     has the default: a loaded machine takes its time for it."""
-    channel = (store._target if isinstance(store, Threaded) else store)._channel
+    channel = inside(store)._channel
     usual, channel._timeout = channel._timeout, seconds
     try:
         yield
@@ -79,6 +81,13 @@ def hurries(store: Any) -> Iterator[float]:
         with in_a_hurry(store, seconds):
             yield seconds
     raise AssertionError("it was never sent")
+
+
+def was_sent(error: PgkvError) -> bool:
+    """Whether a call of `hurries` that ran out of time was at the server; then its message says so."""
+    if error.outcome_unknown:
+        assert "may still have happened" in str(error)
+    return error.outcome_unknown
 
 
 def inside(thing: Any) -> Any:
@@ -196,7 +205,7 @@ def _outward(value: Any, loop: asyncio.AbstractEventLoop) -> Any:
 
     def blocking(*args: Any) -> Any:
         result = asyncio.run_coroutine_threadsafe(value(*map(_inward, args)), loop).result()
-        return result._target if isinstance(result, Threaded) else result
+        return inside(result)
 
     return blocking
 
@@ -218,10 +227,8 @@ class Variant:
         pgkv = _pgkv()
         if self.name == "async":
             return getattr(pgkv, f"Async{what}")(*args, **kwargs)
-        plain = [arg._target if isinstance(arg, Threaded) else arg for arg in args]
-        plain_kwargs = {
-            key: arg._target if isinstance(arg, Threaded) else arg for key, arg in kwargs.items()
-        }
+        plain = [inside(arg) for arg in args]
+        plain_kwargs = {key: inside(arg) for key, arg in kwargs.items()}
         return Threaded(getattr(pgkv, what)(*plain, **plain_kwargs))
 
     async def connect(self, dsn: str, **config: Any) -> Any:

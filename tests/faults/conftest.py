@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 import pytest
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
+from pgkv.patterns._runtime import lease
 from tests.faults.support import Standby, Witness
 from tests.servers import Server, UserServer
 
@@ -17,6 +18,13 @@ def witness(dsn: str) -> Iterator[Witness]:
     seen = Witness(dsn)
     yield seen
     seen.conn.close()
+
+
+@pytest.fixture
+def renewed_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leases are renewed after a moment, and again after a failure, long before they end."""
+    monkeypatch.setattr(lease, "RENEW_SHARE", 0.01)
+    monkeypatch.setattr(lease, "RETRY_MAX", 0.2)
 
 
 @pytest.fixture

@@ -42,7 +42,8 @@ def ship(conn: psycopg.Connection, store: pgkv.Store, rng: random.Random) -> Non
 
 def index(conn: psycopg.Connection, store: pgkv.Store, rng: random.Random) -> None:
     """Copy a document's version; note where two do that at once."""
-    # A machine that stalls a worker, or the end of a killed one's connection, for less is no second worker.
+    # The lease is long: a stalled worker, or a killed one's connection that ends late, must not look like a
+    # second one.
     job = orders(store, LEASE * 5).take(timeout=1)
     if job is None:
         return

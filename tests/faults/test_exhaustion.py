@@ -25,7 +25,7 @@ import pgkv
 from pgkv import OperationTimeoutError, PgkvError, PoolTimeoutError, Store
 from tests.faults.support import Crew, Witness, newest, until
 from tests.servers import LATE, wait_until
-from tests.variants import Threaded, Variant, in_a_hurry
+from tests.variants import Variant, in_a_hurry, inside
 
 MakeStore = Callable[..., Awaitable[Any]]
 pytestmark = newest
@@ -437,7 +437,7 @@ async def test_close_while_a_connection_is_handed_over(
     """psycopg_pool hands a connection to a caller whose wait times out in that moment; the store is
     closed before the pool's workers have taken it back: it is closed all the same."""
     store = await make_store(pool_max_size=2, retry=None)
-    owner: Any = store._target if isinstance(store, Threaded) else store
+    owner: Any = inside(store)
     wait_sync = psycopg_pool.pool.WaitingClient.wait
     wait_async = psycopg_pool.pool_async.WaitingClient.wait
 
@@ -466,7 +466,7 @@ async def test_close_while_the_pool_is_opened(dsn: str, variant: Variant, witnes
     store = variant.make(
         "Store", pgkv.Config(dsn, retry=None, connect_timeout=60, operation_timeout=60)
     )
-    owner: Any = store._target if isinstance(store, Threaded) else store
+    owner: Any = inside(store)
     pool = owner._channel._pool
     asked, closing, conninfo = threading.Event(), threading.Event(), pool.conninfo
 

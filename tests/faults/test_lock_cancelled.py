@@ -31,7 +31,7 @@ from tests import FULL
 from tests.faults.support import Crew, Witness, newest
 from tests.peers import until
 from tests.servers import wait_until
-from tests.variants import Variant
+from tests.variants import Variant, inside
 
 pytestmark = newest
 
@@ -154,7 +154,7 @@ async def test_an_asking_that_was_ended_by_force_asks_afresh(
     """A lease was granted and ended by force before its holder heard of it: the acquire that repeats
     its question is granted a new one."""
     lock = variant.make("Lock", store, "n")
-    sql = getattr(lock, "_target", lock)._options.sql
+    sql = inside(lock)._options.sql
     grant = sql.grant
     tokens: list[int] = []
     with pgkv.Store.connect(dsn) as aside:

@@ -133,14 +133,7 @@ async def test_an_async_body_is_cancelled_though_the_network_is_silent(
     proxy.reset_all()
 
 
-@pytest.fixture
-def _often(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leases are renewed after a moment, and again after a failure, long before they end."""
-    monkeypatch.setattr(_lease, "RENEW_SHARE", 0.01)
-    monkeypatch.setattr(_lease, "RETRY_MAX", 0.2)
-
-
-@pytest.mark.usefixtures("_often")
+@pytest.mark.usefixtures("renewed_often")
 async def test_renewals_survive_resets(make_store: Any, variant: Variant, proxy: Proxy) -> None:
     """Connections are reset again and again: no lease is lost while the trust lasts."""
     through = await make_store(dsn=proxy.dsn)
@@ -152,7 +145,7 @@ async def test_renewals_survive_resets(make_store: Any, variant: Variant, proxy:
     assert await lease.release()
 
 
-@pytest.mark.usefixtures("_often")
+@pytest.mark.usefixtures("renewed_often")
 async def test_late_renewals_are_in_time(make_store: Any, variant: Variant, proxy: Proxy) -> None:
     """Every answer takes 100 ms: trust is counted from the sending, and the lease lives."""
     through = await make_store(dsn=proxy.dsn)

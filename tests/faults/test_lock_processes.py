@@ -20,7 +20,6 @@ import pytest
 
 import pgkv
 from pgkv._ops.op import Flow, pause
-from pgkv.patterns._runtime import lease as _lease
 from tests.faults.lock_history import read, violations
 from tests.faults.support import newest, renewed
 from tests.servers import LATE, Server, wait_until
@@ -251,13 +250,7 @@ def test_an_unlogged_grant_does_not_survive(make_server: Callable[..., Server]) 
 # -- forks, clocks, pools
 
 
-@pytest.fixture
-def _often(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leases are renewed after a moment, long before they end."""
-    monkeypatch.setattr(_lease, "RENEW_SHARE", 0.01)
-
-
-@pytest.mark.usefixtures("_often")
+@pytest.mark.usefixtures("renewed_often")
 def test_a_forked_child_holds_nothing(dsn: str) -> None:
     """A lease is lost in a forked child, whose own locks work; the parent's goes on."""
     with pgkv.Store.connect(dsn) as store:
@@ -396,7 +389,7 @@ def test_a_child_forked_during_acquire_asks_for_itself(
         assert os.waitpid(children[0], 0)[1] == 0
 
 
-@pytest.mark.usefixtures("_often")
+@pytest.mark.usefixtures("renewed_often")
 def test_the_clients_wall_clock_does_not_matter(dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A client whose clock is an hour off, either way, holds and waits as any other."""
     real = time.time
@@ -411,7 +404,7 @@ def test_the_clients_wall_clock_does_not_matter(dsn: str, monkeypatch: pytest.Mo
             assert pgkv.Lock(store, "n").try_acquire() is None
 
 
-@pytest.mark.usefixtures("_often")
+@pytest.mark.usefixtures("renewed_often")
 def test_an_exhausted_pool_loses_no_lease(dsn: str) -> None:
     """While the application holds every pooled connection renewals go on."""
     with pgkv.Store.connect(dsn, pool_max_size=1) as store:

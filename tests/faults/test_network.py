@@ -23,7 +23,7 @@ from pgkv import (
 from tests.faults.proxy import Proxy, certificate, error_answer
 from tests.faults.support import newest
 from tests.servers import LATE, PATIENCE
-from tests.variants import Threaded, hurries, in_a_hurry
+from tests.variants import hurries, in_a_hurry, inside
 
 MakeStore = Callable[..., Awaitable[Any]]
 pytestmark = newest
@@ -50,7 +50,7 @@ def make_far_store(proxy: Proxy, make_store: MakeStore) -> MakeStore:
 def heard(store: Any) -> None:
     """Wait until what the proxy has done to the store's idle connection has arrived there: the next call
     may be faster."""
-    inner = store._target if isinstance(store, Threaded) else store
+    inner = inside(store)
     arrived = select.poll()
     arrived.register(inner._channel._pool.idle[0].pgconn.socket, select.POLLIN)
     assert arrived.poll(PATIENCE * 1000)

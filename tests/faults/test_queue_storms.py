@@ -24,11 +24,8 @@ from tests.variants import Variant
 pytestmark = newest
 # A storm goes on until that much was done, however slow the machine is.
 ORDERS = int(os.environ.get("PGKV_QUEUE_ORDERS", "60"))
-KILLS, CHANGES, HOT = (
-    max(6, ORDERS // 20),
-    6,
-    8,
-)  # changes of a document; documents changed at a time
+KILLS = max(6, ORDERS // 20)
+CHANGES, HOT = 6, 8  # changes of a document; documents changed at a time
 
 
 start = starting("tests.faults.queue_worker")

@@ -18,7 +18,7 @@ from tests import sharded
 from tests.faults.support import Standby, exit_code, newest
 from tests.faults.test_fork import in_child
 from tests.servers import LATE, Server
-from tests.variants import Variant, in_thread
+from tests.variants import Variant, in_thread, inside
 
 pytestmark = newest
 # What the healthy server does takes an instant. A loaded machine takes longer, and is no fault of a server.
@@ -43,7 +43,7 @@ async def test_only_its_slots_suffer(
         ]
         await store.set_many(dict.fromkeys(keys, "v"))
         assert await hasty.get_many(keys) == dict.fromkeys(keys, b"v")  # it has its connections
-        inner = store if variant.name == "async" else store._target
+        inner = inside(store)
 
         async def fails(work: Any) -> Exception:
             started = time.monotonic()

@@ -15,7 +15,7 @@ from pgkv import ConfigError, PgkvError, RetryPolicy, Store, TableNotFoundError,
 from tests.faults.proxy import Proxy, error_answer
 from tests.faults.support import Crew, Witness, newest, until
 from tests.servers import PATIENCE
-from tests.variants import Threaded
+from tests.variants import inside
 
 MakeStore = Callable[..., Awaitable[Any]]
 
@@ -163,7 +163,7 @@ async def test_forgotten_statements(make_store: MakeStore, command: str) -> None
 
     async def forget() -> None:
         """Over the store's own connection, as a pooler or a hook would."""
-        inner = store._target if isinstance(store, Threaded) else store
+        inner = inside(store)
         link = inner._channel._pool.idle[0]
         # Not in a thread: the loop's reader would take the answer away from it.
         link.pgconn.exec_(command.encode())
@@ -198,7 +198,7 @@ async def test_a_transaction_begins_with_a_forgotten_statement(
         await tx.increment("n")
 
     await store.run_transaction(fn)  # prepares it
-    inner = store._target if isinstance(store, Threaded) else store
+    inner = inside(store)
     inner._channel._pool.idle[0].pgconn.exec_(command.encode())
     await store.run_transaction(fn)
     assert (len(runs), await store.get("n")) == (3, b"2")

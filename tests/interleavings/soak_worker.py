@@ -20,7 +20,7 @@ from typing import Any
 import psycopg
 
 import pgkv
-from tests.variants import Threaded, Variant, in_thread
+from tests.variants import Variant, in_thread, inside
 
 COUNTERS = ("a", "b", "c")
 ENTRIES = 200  # of the bounded table
@@ -53,11 +53,6 @@ class Ledger:
             self.write("unknown", number, what, name)
             raise
         self.write("done", number, what, name)
-
-
-def plain(value: Any) -> Any:
-    """What is awaited, or blocks."""
-    return value._target if isinstance(value, Threaded) else value
 
 
 class Soaked:
@@ -287,7 +282,7 @@ class Soaked:
         with contextlib.suppress(pgkv.InProgressError):
             async with keys.once(key) as attempt:
                 if not attempt.is_replay:
-                    complete = plain(attempt).complete
+                    complete = inside(attempt).complete
                     with self.ledger.attempt("effects", "soak"):
                         await self.together(
                             conn,
@@ -303,7 +298,7 @@ class Soaked:
     async def order(self, conn: Any) -> None:
         """An order and its job, in one transaction."""
         number = str(self.random.getrandbits(60))
-        queue = plain(self.queue)
+        queue = inside(self.queue)
         with self.ledger.attempt("orders", "soak"):
             await self.together(
                 conn,
@@ -318,7 +313,7 @@ class Soaked:
         job = await self.queue.take(timeout=1)
         if job is None:
             return
-        queue, taken = plain(self.queue), plain(job)
+        queue, taken = inside(self.queue), inside(job)
         async with job:
             with self.ledger.attempt("shipped", "soak"):
                 await self.together(

@@ -621,9 +621,8 @@ async def test_too_late_to_be_sent(make_store: MakeStore) -> None:
     assert await store.increment("n") == 1
     link = await held(store)
     late, other = await queued(store, store.increment("n"), store.get("n"))
-    leases_of(store).waiters[
-        0
-    ].deadline = time.monotonic()  # the loop stood still since it was made
+    # The loop has stood still since it was made.
+    leases_of(store).waiters[0].deadline = time.monotonic()
     leases_of(store).put_idle(link)
     with pytest.raises(OperationTimeoutError, match="nothing was sent") as caught:
         await late

@@ -25,11 +25,11 @@ from pgkv._background.background import backgrounds
 from pgkv._background.connection import opened
 from pgkv._engine._async.pool import _recording
 from pgkv._engine.pooling import Attempts
-from tests.cached import cached_in, plain_store
+from tests.cached import cached_in
 from tests.faults.support import newest
 from tests.peers import Peer, until
 from tests.servers import LATE, wait_until
-from tests.variants import Variant
+from tests.variants import Variant, inside
 
 pytestmark = newest
 
@@ -133,7 +133,7 @@ async def test_a_trial_that_failed_is_repeated(
         waiting = asyncio.ensure_future(
             acquired(variant.make("Lock", store, "name", wakeup="notify"))
         )
-        listener = backgrounds._of_channels[plain_store(store)._channel].listener
+        listener = backgrounds._of_channels[inside(store)._channel].listener
         await until(lambda: listener.unavailable, "the trial fails")
         monkeypatch.setattr(_listener, "TRIAL_TIME", 30.0)
         monkeypatch.setattr(_listener, "listen_sql", listen_sql)
@@ -155,7 +155,7 @@ async def test_an_invalidation_in_a_transaction_reaches_this_process_at_its_comm
         return len(calls)
 
     assert await f() == 1
-    background = backgrounds._of_channels[plain_store(store)._channel]
+    background = backgrounds._of_channels[inside(store)._channel]
     await until(lambda: background.listener.is_listening("pgkv_cache"), "the process listens")
     assert await f() == 1
     conn = await connect()

@@ -16,10 +16,10 @@ import pgkv
 from pgkv._background.renewal import clock as local_clock
 from pgkv.patterns.cache.single_flight import Extended
 from pgkv.testing import ServerClock
-from tests.cached import cached_in, invalidate_tag, plain_store
+from tests.cached import cached_in, invalidate_tag
 from tests.peers import Peer, until
 from tests.servers import wait_until
-from tests.variants import Variant, in_thread
+from tests.variants import Variant, in_thread, inside
 
 
 @dataclass
@@ -442,7 +442,7 @@ async def test_max_wait(make_store: Any, variant: Variant) -> None:
 async def test_reentrant_calls_do_not_wait_for_themselves(store: Any, variant: Variant) -> None:
     """A function that calls itself for the same key, also by way of another, computes."""
     depth: list[int] = []
-    plain = plain_store(store)
+    plain = inside(store)
     options: dict[str, Any] = {"store": plain, "store_timeout": 20, "max_wait": 60}
     if variant.name == "async":
 
@@ -513,7 +513,7 @@ async def test_the_mark_against_recursion_ends_with_the_computation(
     calls: list[int] = []
     left: list[asyncio.Future[list[int]]] = []
     ended = asyncio.Event()
-    plain = plain_store(store)
+    plain = inside(store)
     options: dict[str, Any] = {"store": plain, "store_timeout": 20}
 
     async def later() -> list[int]:
@@ -737,7 +737,7 @@ async def test_a_namespaced_store_keeps_apart(store: Any, variant: Variant) -> N
 async def test_methods(store: Any, variant: Variant) -> None:
     """A method counts its object by __cache_key__, a classmethod its class, a staticmethod nothing;
     helpers come bound."""
-    plain = plain_store(store)
+    plain = inside(store)
     calls: list[Any] = []
     if variant.name == "async":
         pytest.skip("the binding is the same")

@@ -14,9 +14,9 @@ import pgkv
 from pgkv.cli import main
 from pgkv.patterns.cache.call import context_of
 from pgkv.patterns.cache.sql import CacheStatements
-from tests.cached import cached_in, plain_store
+from tests.cached import cached_in
 from tests.peers import until
-from tests.variants import Variant
+from tests.variants import Variant, inside
 
 
 def test_cache_lists_and_clears(dsn: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -86,7 +86,7 @@ async def test_cache_shows_the_hit_ratio_of_processes(
 
     for _ in range(3):
         await load(1)
-    context_of(plain_store(store)).report_at = 0.0  # a minute has passed
+    context_of(inside(store)).report_at = 0.0  # a minute has passed
     await load(2)
     with pgkv.Store.connect(dsn) as other:
 

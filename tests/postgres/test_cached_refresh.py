@@ -12,9 +12,9 @@ import pytest
 import pgkv
 from pgkv.patterns.cache import flows as _cached_core
 from pgkv.testing import ServerClock
-from tests.cached import cached_in, invalidate_tag, plain_store
+from tests.cached import cached_in, invalidate_tag
 from tests.peers import Peer, until
-from tests.variants import Variant, in_thread
+from tests.variants import Variant, in_thread, inside
 
 MakeStore = Callable[..., Coroutine[Any, Any, Any]]
 
@@ -95,7 +95,7 @@ async def test_a_refresh_runs_in_the_context_of_its_call(
     tenant: contextvars.ContextVar[str] = contextvars.ContextVar("tenant", default="acme")
     seen: list[str] = []
     options: dict[str, Any] = {
-        "store": plain_store(store),
+        "store": inside(store),
         "store_timeout": 20,
         "stale": 1000,
         "beta": 0,
@@ -411,7 +411,7 @@ async def _awaited(fn: Any, *args: Any) -> Any:
 async def test_the_wrong_variant_of_store_is_refused(store: Any, variant: Variant) -> None:
     """A sync function needs a Store, an async one an AsyncStore: said when decorating, or by
     configure()'s first call."""
-    plain = plain_store(store)
+    plain = inside(store)
     try:
         pgkv.configure(plain)
         if variant.name == "async":

@@ -63,9 +63,8 @@ async def test_deletions_on_read_are_batched(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Deletions that reads ask for are sent together, not one round trip each."""
-    monkeypatch.setattr(
-        "pgkv._engine.sweep.BATCH_DELAY", 0.5
-    )  # the reads may take longer than usual
+    # The reads may take longer than usual.
+    monkeypatch.setattr("pgkv._engine.sweep.BATCH_DELAY", 0.5)
     await fill(store.table("kv_store", ttl_cleanup_strategy=MANUAL), clock, expired=50)
     operations.clear()
     await asyncio.gather(*(store.get(f"x{n}") for n in range(50)))

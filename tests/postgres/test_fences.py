@@ -34,7 +34,7 @@ from tests.postgres.test_sharded_behaviour import (
     leave_out,
 )
 from tests.servers import Server, UserServer, wait_until
-from tests.variants import Variant, closing_all
+from tests.variants import Variant, closing_all, inside
 
 SLOTS = 4
 
@@ -286,7 +286,7 @@ async def test_statements_are_of_their_cluster(
     other's relations: those are told nothing any more."""
     for _ in range(2):
         async with await sharded.connect(variant, citus.dsns) as store:
-            inner = store if variant.name == "async" else store._target
+            inner = inside(store)
             lock = variant.make("Lock", store, keys[0])
             async with lock.acquire():
                 pass
@@ -384,7 +384,7 @@ async def test_a_lease_is_renewed_at_another_address(
     with leaving(citus, tmp_path) as (dsns, leave):
         store = await sharded.connect(variant, dsns)
         async with store, variant.make("Lock", store, keys[0], ttl=60).acquire() as lease:
-            inner = getattr(lease, "_target", lease)
+            inner = inside(lease)
             background = inner._runtime.background()
             leave()
             for _ in range(2):

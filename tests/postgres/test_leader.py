@@ -17,7 +17,7 @@ from pgkv.patterns.lock.api import statements_of
 from pgkv.patterns.lock.sql import Asking, LockStatements
 from pgkv.testing import ServerClock
 from tests.peers import Peer, until
-from tests.variants import Threaded, Variant, in_thread
+from tests.variants import Variant, in_thread, inside
 
 
 def stop_event(variant: Variant) -> Any:
@@ -139,7 +139,7 @@ async def test_an_event_of_another_kind_stops_a_leader(store: Any, variant: Vari
 
 async def test_locked_functions_run_one_at_a_time(store: Any, variant: Variant) -> None:
     """@locked waits, skips or raises while another call runs."""
-    inner = store._target if isinstance(store, Threaded) else store
+    inner = inside(store)
     running = 0
     go_on = threading.Event()
 
@@ -184,7 +184,7 @@ async def test_locked_functions_run_one_at_a_time(store: Any, variant: Variant) 
 
 async def test_locked_by_a_name_of_the_arguments(store: Any, variant: Variant) -> None:
     """With name= the lock is that of the call's arguments: a busy one does not keep another out."""
-    inner = store._target if isinstance(store, Threaded) else store
+    inner = inside(store)
 
     def name(account: str, *, amount: int) -> str:
         return f"account:{account}"
@@ -223,7 +223,7 @@ def test_locked_takes_one_name() -> None:
 
 async def test_locked_refuses_what_cannot_work(store: Any, variant: Variant) -> None:
     """A generator, an unknown on_busy, a lock of the other variant, a name without a store."""
-    inner = store._target if isinstance(store, Threaded) else store
+    inner = inside(store)
 
     async def coroutine() -> None: ...
 
@@ -355,7 +355,7 @@ async def test_a_second_acquire_of_the_process_says_so(store: Any, variant: Vari
 
 
 def _grant_by(store: Any, row: bytes) -> Any:
-    inner = store._target if isinstance(store, Threaded) else store
+    inner = inside(store)
     sql = statements_of(inner, LockStatements, durable=True)
     return sql.grant(b"n", Asking("elsewhere:1", row, b"\x1fx"), 30.0, 1.0)
 

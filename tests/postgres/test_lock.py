@@ -17,7 +17,7 @@ from pgkv.patterns._runtime import lease as lease_module
 from pgkv.testing import ServerClock
 from tests.peers import Peer, gather, until
 from tests.servers import LATE, wait_until
-from tests.variants import Threaded, Variant, inside
+from tests.variants import Variant, inside
 
 TABLE = "kv_store_locks"
 
@@ -131,7 +131,7 @@ async def test_a_repeated_grant_is_the_same_grant(store: Any, variant: Variant) 
     from pgkv.patterns.lock.lease import new_asking
     from pgkv.patterns.lock.sql import Denied, Granted, LockStatements
 
-    inner = store._target if isinstance(store, Threaded) else store
+    inner = inside(store)
     sql = statements_of(inner, LockStatements, durable=True)
     row, stranger = new_asking(b"null"), new_asking(b"null")
     first = await store._execute(sql.grant(b"n", row, 30.0, 1.0))
@@ -563,7 +563,7 @@ async def test_only_names_unused_for_a_week_are_forgotten(
     from pgkv.patterns.lock.api import statements_of
     from pgkv.patterns.lock.sql import LockStatements
 
-    inner = store._target if isinstance(store, Threaded) else store
+    inner = inside(store)
     sql = statements_of(inner, LockStatements, durable=True)
     async with lock_of(variant, store, "old").acquire() as lease:
         last = lease.token

@@ -239,9 +239,8 @@ async def test_max_hold_ends_an_idle_guard(
     await lease.guard(conn, max_hold=60)
     rows = await fetch(conn, "SHOW idle_in_transaction_session_timeout")
     assert rows == [("1min",)]
-    await conn.execute(
-        "SET LOCAL idle_in_transaction_session_timeout = 100"
-    )  # or it takes a minute
+    # Without this it takes a minute.
+    await conn.execute("SET LOCAL idle_in_transaction_session_timeout = 100")
     clock.advance(31)
     second = await lock.acquire(timeout=20)
     with pytest.raises(psycopg.Error):

@@ -123,9 +123,8 @@ async def test_waiters_are_served_in_order(
     store: Any, variant: Variant, peer: Peer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """fair=True: first come, first served; and no ticket is left behind."""
-    monkeypatch.setattr(
-        flows, "TICKET_TTL", 60.0
-    )  # a waiter that stands still for longer loses its place
+    # A waiter that stands still for longer loses its place.
+    monkeypatch.setattr(flows, "TICKET_TTL", 60.0)
     lock = lock_of(variant, store, fair=True)
     order: list[int] = []
     lease = await lock.acquire()

@@ -54,7 +54,7 @@ from tests.postgres import (
 )
 from tests.postgres.test_pipeline import Tape
 from tests.servers import Server, UserServer
-from tests.variants import Threaded, Variant, closing_all
+from tests.variants import Variant, closing_all, inside
 
 MODULES = (
     *(test_basic, test_batch, test_atomic, test_scan, test_expiry, test_collection),
@@ -184,7 +184,7 @@ adopt(
 
 def allowed(store: Any) -> bool | None:
     """Whether the store prepares its statements."""
-    inner = store._target if isinstance(store, Threaded) else store
+    inner = inside(store)
     found: bool | None = inner._channel._pool._preparing.allowed
     return found
 

@@ -844,7 +844,7 @@ async def test_puts_are_notified_of_together(
     for _ in range(50):
         await queue.put("a")
     sent = [name for name, *_ in operations]
-    inner = getattr(queue, "_target", queue)
+    inner = inside(queue)
     await until(lambda: not inner._notifier._resting, "the last one is sent")
     sent = [name for name, *_ in operations]
     assert sent.count("queue_put") == 50
@@ -868,7 +868,7 @@ async def test_a_job_that_another_take_had_locked(
     """A look passes over it. The next one is soon, not after the pause of an empty queue."""
     job = await queue.put("x")
     pauses: list[float] = []
-    runtime = type(getattr(queue, "_target", queue)._runtime)
+    runtime = type(inside(queue)._runtime)
     wait = runtime.wait
 
     def waiting(self: Any, waiter: Any, seconds: float) -> Any:

@@ -18,7 +18,7 @@ from pgkv import Backoff, Bury, ConfigError, Later
 from pgkv.testing import ServerClock
 from tests.peers import until
 from tests.postgres.test_queue import counts, queue_of
-from tests.variants import Variant, _outward
+from tests.variants import Variant, _outward, inside
 
 
 class Station:
@@ -232,7 +232,7 @@ async def test_a_notified_worker_wakes(store: Any, variant: Variant) -> None:
     async def work(_job: Any) -> None:
         done.set()
 
-    inner = getattr(queue, "_target", queue)
+    inner = inside(queue)
     async with working(variant, queue, work):
         listener = inner._runtime.background().listener
         await until(lambda: listener.is_listening("pgkv_jobs"), "it listens")

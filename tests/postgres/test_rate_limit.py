@@ -22,7 +22,7 @@ from pgkv.patterns.rate_limit.sql import KEPT_SECONDS
 from pgkv.testing import ServerClock, disabled
 from tests.faults.support import newest
 from tests.peers import Peer, fetch
-from tests.variants import Threaded, Variant
+from tests.variants import Variant, inside
 
 Make = Callable[..., Any]
 
@@ -70,7 +70,7 @@ async def test_a_row_that_is_expected_and_gone(make: Make, peer: Peer, operation
     """It costs a second statement. Where a sweep may have taken it none is expected, and each hit is the
     one statement that needs none."""
     limiter = make("60/h")
-    flows = (limiter._target if isinstance(limiter, Threaded) else limiter)._flows
+    flows = inside(limiter)._flows
 
     async def statements() -> int:
         operations.clear()
@@ -92,7 +92,7 @@ async def test_the_memory_of_rows_is_emptied_during_a_hit(
 ) -> None:
     """As another thread does that finds it full: the hit is decided all the same."""
     limiter = make("60/m")
-    flows = (limiter._target if isinstance(limiter, Threaded) else limiter)._flows
+    flows = inside(limiter)._flows
     decide = type(flows.policy).decide
 
     def deciding(*args: Any) -> Any:
@@ -255,8 +255,7 @@ async def test_a_key_that_changes_as_its_step_back_is_undone(
     """A token given back between the answer that shows a step of the clock and what undoes the step: the
     key is not locked out."""
     limiter = make("1/100s burst 2")
-    sql: Any = getattr(limiter, "_target", limiter)
-    sql = sql._flows.sql
+    sql: Any = inside(limiter)._flows.sql
     rebase = sql.rebase
     with pgkv.Store.connect(clock.dsn) as store:
         other = pgkv.RateLimiter(store, "1/100s burst 2", name="api")
@@ -319,8 +318,7 @@ async def test_against_an_exact_bucket(
     limiter = make(rates)
     await limiter.reset("u")
     policy = Policy("api", rates_of(rates))
-    target: Any = getattr(limiter, "_target", limiter)
-    core = target._flows
+    core: Any = inside(limiter)._flows
     row = core.row("u", policy)
     speeds = [Fraction(gauge.count, gauge.period) for gauge in policy.gauges]
     levels = [Fraction(rate.burst) for rate in policy.rates]
@@ -413,8 +411,7 @@ async def test_a_hit_without_a_flow_decides_as_one_with_it(
 
     async def story(name: str, usual: dict[str, Any]) -> Any:
         limiter = make("2/200s burst 2", name=name, on_error="closed")
-        target: Any = getattr(limiter, "_target", limiter)
-        flows = target._flows
+        flows: Any = inside(limiter)._flows
         flows.usual = usual
         clock.set_offset(0)
         operations.clear()

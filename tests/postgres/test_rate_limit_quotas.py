@@ -14,7 +14,7 @@ from pgkv.patterns.rate_limit import flows
 from pgkv.patterns.rate_limit.sql import KEPT_SECONDS
 from pgkv.testing import ServerClock
 from tests.peers import Peer
-from tests.variants import Variant
+from tests.variants import Variant, inside
 
 Make = Callable[..., Any]
 
@@ -136,7 +136,7 @@ async def test_several_keys_in_one_statement(
     user, org = make("2/h", name="user"), make("3/month Europe/Berlin", name="org")
     day = make("9/day fixed", name="day")
     many = user.hit_many
-    targets = [getattr(each, "_target", each) for each in (user, org, day)]
+    targets = [inside(each) for each in (user, org, day)]
     charges = list(zip(targets, "uod", (1, 2, 1), strict=True))
     operations.clear()
     assert await many(charges)
@@ -333,7 +333,7 @@ async def test_the_decorator_waits(
         calls.append(n)
 
     fn = note if variant.name == "sync" else note_async
-    target: Any = getattr(limiter, "_target", limiter)
+    target: Any = inside(limiter)
     patient = target.limit(key="u", timeout=90)(fn)
     hasty = target.limit(key="u")(fn)
 

@@ -16,7 +16,7 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 import pgkv
 from tests.peers import Peer
-from tests.variants import Threaded, in_a_hurry
+from tests.variants import in_a_hurry, inside
 
 VALUE = "VALUE-1f6c"
 PASSWORD = "PASSWORD-9d2e:@/"
@@ -176,7 +176,7 @@ async def test_connecting_shows_no_password(
 async def test_stores_show_no_password(loud: Any) -> None:
     """A store's repr, its views' and its configuration's show no password."""
     store = await loud()
-    plain = store._target if isinstance(store, Threaded) else store
+    plain = inside(store)
     for thing in (plain, plain.namespace("n:"), plain._config, plain._config.safe_dsn):
         assert_silent(f"{thing!r} {thing}")
 

@@ -15,7 +15,7 @@ from pgkv.patterns.lock.lease import new_asking
 from pgkv.patterns.lock.sql import Denied, Granted, SemaphoreStatements, slot_keys
 from pgkv.testing import ServerClock
 from tests.peers import Peer, gather, until
-from tests.variants import Threaded, Variant
+from tests.variants import Variant, inside
 
 
 def semaphore(variant: Variant, store: Any, slots: int = 3, **options: Any) -> Any:
@@ -124,7 +124,7 @@ async def test_a_grant_under_way_sees_the_number_lowered(
 ) -> None:
     """A grant counted the old number and has not committed: lowering the number waits for it, and
     the grants that follow count its lease."""
-    inner = store._target if isinstance(store, Threaded) else store
+    inner = inside(store)
     sql = statements_of(inner, SemaphoreStatements, durable=True)
     two = [await semaphore(variant, store, 3).acquire() for _ in range(2)]
     large, small = slot_keys(b"gpu", 3), slot_keys(b"gpu", 1)

@@ -85,9 +85,8 @@ async def test_lifetimes_are_kept_given_again_and_taken_back(
     await sessions.rotate(made, idle_timeout=None)
     assert (await sessions.load(made.id)).idle_timeout is None
     await sessions.rotate(made, absolute_timeout=7000)
-    await sessions.rotate(
-        made, user_id="bob"
-    )  # another user: its own absolute timeout starts again
+    # Another user: its own absolute timeout starts again.
+    await sessions.rotate(made, user_id="bob")
     assert_lives(peer, None, "7000", 1800, 7000)
 
 

@@ -26,7 +26,7 @@ from tests import FULL, sharded
 from tests.faults.support import until
 from tests.peers import caller_connection
 from tests.servers import Server, UserServer
-from tests.variants import Variant, closing_all
+from tests.variants import Variant, closing_all, inside
 
 SLOTS = 6
 
@@ -140,7 +140,7 @@ async def test_what_is_refused(store: Any, dsns: list[str], variant: Variant) ->
     with pytest.raises(pgkv.ConfigError, match=r"connection is of one: use store.on\(key\)"):
         store.using(None)
     with pytest.raises(pgkv.ConfigError, match="watch: a sharded store has several servers"):
-        (store if variant.name == "async" else store._target).watch("k")
+        inside(store).watch("k")
     with pytest.raises(pgkv.ConfigError, match="no notify="):
         store.namespace("n:", notify=True)
     with pytest.raises(pgkv.ConfigError, match="several DSNs"):

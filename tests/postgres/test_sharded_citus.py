@@ -34,7 +34,7 @@ from tests.postgres.test_sharded_behaviour import (
     leave_out,
 )
 from tests.servers import wait_until
-from tests.variants import Variant, closing_all
+from tests.variants import Variant, closing_all, inside
 
 DSN = os.environ.get("PGKV_TEST_CITUS_DSN", "")
 SLOTS = 4
@@ -440,7 +440,7 @@ async def test_a_node_gets_another_address(
         wait_until(lambda: ask(nodes[0], synced) == [(True,)], "the nodes know it")
 
     async with await sharded.connect(variant, nodes[:1]) as store:
-        inner = (store if variant.name == "async" else store._target)._channel.router
+        inner = inside(store)._channel.router
         slot = next(
             n for n, row in enumerate(inner.homes) if row.home.endswith(f":{params['port']}")
         )

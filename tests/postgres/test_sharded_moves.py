@@ -29,7 +29,7 @@ from tests import FULL, sharded
 from tests.peers import until
 from tests.postgres.test_sharded import SLOTS, rows
 from tests.servers import Server, UserServer, wait_until
-from tests.variants import Variant
+from tests.variants import Variant, inside
 
 STEPS = {
     How.COPY: ("marked", "locked", "copying", "copied", "handed over", "live", "told"),
@@ -518,7 +518,7 @@ async def test_a_lease_is_renewed_where_its_slot_is(
     """After a move its renewal finds no table, asks where the slot went, and goes on there."""
     store = await sharded.connect(variant, dsns)
     async with store, variant.make("Lock", store, "job", ttl=60).acquire() as lease:
-        inner = getattr(lease, "_target", lease)
+        inner = inside(lease)
         slot, old = store.slot_of("job"), inner._runtime.background()
         await asyncio.to_thread(moves.move, servers, slot, elsewhere(servers, slot), quiet)
         for _ in range(2):

@@ -14,12 +14,7 @@ import pgkv
 from pgkv._engine.sweep import Collector
 from pgkv.testing import ServerClock
 from tests.peers import Peer, fetch
-from tests.variants import Threaded, Variant
-
-
-def bare(conn: Any) -> Any:
-    """The psycopg connection, without the test's wrapper."""
-    return conn._target if isinstance(conn, Threaded) else conn
+from tests.variants import Threaded, Variant, inside
 
 
 async def test_commits_with_the_caller(store: Any, connect: Any, peer: Peer) -> None:
@@ -41,7 +36,7 @@ async def test_rolls_back_with_the_caller(store: Any, connect: Any) -> None:
     conn = await connect()
     mine = store.using(conn)
     await mine.set("k", b"v")  # the first statement: it opens the caller's transaction
-    assert bare(conn).info.transaction_status == psycopg.pq.TransactionStatus.INTRANS
+    assert inside(conn).info.transaction_status == psycopg.pq.TransactionStatus.INTRANS
     await conn.rollback()
     assert await store.get("k") is None
     await mine.set("k", b"w")  # usable in the next transaction, too
@@ -57,7 +52,7 @@ async def test_autocommit(store: Any, connect: Any) -> None:
     assert await store.get("k") == b"1"
     assert await mine.increment("k") == 2
     assert await store.get("k") == b"2"
-    assert bare(conn).info.transaction_status == psycopg.pq.TransactionStatus.IDLE
+    assert inside(conn).info.transaction_status == psycopg.pq.TransactionStatus.IDLE
 
 
 async def test_a_transaction_of_its_own_in_autocommit(store: Any, connect: Any) -> None:
@@ -89,7 +84,7 @@ async def test_a_savepoint_in_the_callers_transaction(store: Any, connect: Any) 
 
 async def test_inside_the_callers_transaction_block(store: Any, connect: Any) -> None:
     """using() inside psycopg's own transaction() blocks goes with these."""
-    conn = bare(await connect())
+    conn = inside(await connect())
     if isinstance(conn, psycopg.Connection):
         inner = Threaded(store._target.using(conn))
         with conn.transaction():
@@ -160,7 +155,7 @@ async def test_a_failed_transaction(store: Any, connect: Any) -> None:
 
 async def test_pipeline_mode(store: Any, connect: Any) -> None:
     """A connection in pipeline mode is refused."""
-    conn = bare(await connect())
+    conn = inside(await connect())
     mine = store.using(conn)
     if isinstance(conn, psycopg.Connection):
         with conn.pipeline(), pytest.raises(pgkv.TransactionError, match="pipeline mode"):
@@ -204,7 +199,7 @@ async def test_what_is_no_connection(store: Any, conn: Any) -> None:
 
 async def test_the_connections_lock_is_taken(store: Any, connect: Any) -> None:
     """While another of the caller's threads or tasks is in a statement, an operation waits."""
-    conn = bare(await connect(autocommit=True))
+    conn = inside(await connect(autocommit=True))
     mine = store.using(conn)
     lock = conn.lock
     if isinstance(conn, psycopg.Connection):
@@ -290,7 +285,7 @@ def wrapped_like_a_session(conn: Any) -> Any:
 async def test_wrappers(store: Any, connect: Any, wrap: Any) -> None:
     """The connection is found inside Django's and SQLAlchemy's wrappers."""
     conn = await connect(autocommit=True)
-    await store.using(wrap(bare(conn))).set("k", b"v")
+    await store.using(wrap(inside(conn))).set("k", b"v")
     assert await store.get("k") == b"v"
 
 

@@ -12,7 +12,7 @@ import pytest
 import pgkv
 from pgkv.testing import ServerClock
 from tests.peers import Peer, fetch
-from tests.variants import Threaded, Variant, in_thread
+from tests.variants import Threaded, Variant, in_thread, inside
 
 
 async def test_namespace(store: Any) -> None:
@@ -190,7 +190,7 @@ async def test_from_pool(variant: Variant, dsn: str) -> None:
             query = "SELECT value FROM pooled WHERE key = %s"
             assert await fetch(conn, query, "k") == [(b"2",)]
         finally:
-            plain = conn._target if isinstance(conn, Threaded) else conn
+            plain = inside(conn)
             given = pool.putconn(plain)
             if given is not None:
                 await given

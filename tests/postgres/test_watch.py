@@ -24,16 +24,10 @@ from pgkv._sql.watch import CHANNEL, KEYS_MAX, PAYLOADS_MAX, _payloads
 from pgkv._watch import source as _source
 from pgkv._watch.hints import NotingChannel
 from tests import FULL
-from tests.cached import plain_store
 from tests.peers import Peer, until
-from tests.variants import Variant
+from tests.variants import Variant, inside
 
 LONG = 60.0  # seconds in which an event comes, on the slowest machine
-
-
-def plain(events: Any) -> Any:
-    """The watcher itself."""
-    return getattr(events, "_target", events)
 
 
 async def told(events: Any, count: int = 1, timeout: float = LONG) -> list[tuple[str, str]]:
@@ -44,7 +38,7 @@ async def told(events: Any, count: int = 1, timeout: float = LONG) -> list[tuple
 
 async def quiet(events: Any) -> None:
     """Let the comparison that follows the first notification of a connection pass."""
-    source = plain(events)._source
+    source = inside(events)._source
     await until(lambda: source._listener.is_listening(CHANNEL), "it listens")
     turned = threading.Event()
     source._listener._loop.call_soon_threadsafe(turned.set)
@@ -107,7 +101,7 @@ async def test_a_key_ends_without_a_sweep(make_store: Any, variant: Variant) -> 
     store = await make_store(notify=True, ttl_cleanup_strategy=pgkv.TtlCleanupStrategy.MANUAL)
     await store.set("k", b"v", ttl=3600)
     async with store.watch("k", poll=None) as events:
-        source = plain(events)._source
+        source = inside(events)._source
         for ttl in (1800, 7200):
             await store.expire("k", ttl)
             while abs(source.known["k"].ends - time.monotonic() - ttl) > 900:
@@ -125,7 +119,7 @@ async def test_initial(store: Any, variant: Variant) -> None:
         assert await told(events) == [("set", "k:0")]
         await store.delete("k:1")
         await store.set("k:2", b"new")
-        source = plain(events)._source
+        source = inside(events)._source
         source.hint([])  # everything may have changed
         assert await told(events, 2) == [("set", "k:1"), ("set", "k:2")]
         assert await told(events) == [("resync", "")]
@@ -183,7 +177,7 @@ async def test_a_transaction_tells_at_its_commit(
     heard: list[str] = []
     async with store.watch("", prefix=True, poll=None) as events:
         await quiet(events)
-        ears = plain(events)._source._listener
+        ears = inside(events)._source._listener
         ears.subscribe(CHANNEL, heard.append)
         async with store.transaction() as tx:
             await tx.set("kept", b"1")
@@ -205,7 +199,7 @@ async def test_who_tells(make_store: Any, variant: Variant, peer: Peer) -> None:
     """`notify` of a store, a namespace and a table; what is written without it is not told, and goes
     through no more than before."""
     store = await make_store()
-    assert plain_store(store)._channel is plain_store(store)._bare
+    assert inside(store)._channel is inside(store)._bare
     async with store.watch("", prefix=True, poll=None) as events:
         await quiet(events)
         await store.set("silent", b"1")
@@ -214,7 +208,7 @@ async def test_who_tells(make_store: Any, variant: Variant, peer: Peer) -> None:
         assert await told(events) == [("set", "loud:k")]
         await store.table("kv_store", notify=True).set("k", b"1")
         assert await told(events) == [("set", "k")]
-        assert not plain_store(store.table("other"))._config.notify
+        assert not inside(store.table("other"))._config.notify
 
 
 async def test_closing_a_store_sends_what_it_has_to_tell(make_store: Any, variant: Variant) -> None:
@@ -293,7 +287,7 @@ async def test_a_change_before_listen_is_in_the_first_read(
     monkeypatch.setattr(_listener, "listen_sql", slow)
     async with store.watch("k", poll=None) as events:
         version = peer.one("SELECT version FROM kv_store WHERE key = 'k'")
-        assert plain(events)._source.known["k"].version == version
+        assert inside(events)._source.known["k"].version == version
 
 
 async def test_a_lost_hint_is_found_by_poll(store: Any, variant: Variant, peer: Peer) -> None:
@@ -360,7 +354,7 @@ async def test_an_undeclared_pooler_is_noticed(
         for _ in range(3):
             touch(peer, "k")
             assert await told(events) == [("set", "k")]
-        await until(lambda: plain(events)._source._listener.unavailable, "the trial fails")
+        await until(lambda: inside(events)._source._listener.unavailable, "the trial fails")
         touch(peer, "k")
         found = await told(events)
         assert ("set", "k") in (found if found != [("resync", "")] else await told(events))
@@ -376,7 +370,7 @@ async def test_watchers_of_one_key_share_a_read(
         watchers = [first, *[await each.__aenter__() for each in others]]
         await quiet(first)
         waiting = [asyncio.ensure_future(told(each)) for each in watchers]
-        source = plain(first)._source
+        source = inside(first)._source
         await until(lambda: len(source.waiting) == 20, "all wait")
         operations.clear()
         await store.set("k", b"1")
@@ -432,7 +426,7 @@ async def test_many_hints_become_a_resync(
     await store.set_many({f"k{n:02}": b"v" for n in range(20)})
     async with store.watch("k", prefix=True, poll=None) as events:
         await quiet(events)
-        source = plain(events)._source
+        source = inside(events)._source
         for n in range(20):
             touch(peer, f"k{n:02}")
             hint(peer, f"k{n:02}")
@@ -452,7 +446,7 @@ async def test_memory_of_a_slow_consumer(make_store: Any, variant: Variant) -> N
             assert await told(quick) == [("set", f"k{n}")]
             await store.delete(f"k{n}")
             assert await told(quick) == [("gone", f"k{n}")]
-        assert plain(slow)._pending == {}
+        assert inside(slow)._pending == {}
         assert await slow.next(timeout=0) is None
 
 
@@ -484,7 +478,7 @@ def test_payloads_fit() -> None:
 async def test_triggers_tell_of_every_writer(make_store: Any, variant: Variant, peer: Peer) -> None:
     """With the triggers of `watch_sql` any program's writes are heard; the text may be run again."""
     store = await make_store(max_key_length=2600)
-    config = plain_store(store)._config
+    config = inside(store)._config
     schema = peer.one("SELECT current_schema()")
     for _ in range(2):
         peer.run(pgkv.watch_sql(pgkv.Config(config.dsn, schema=schema)))
@@ -522,8 +516,8 @@ async def test_close_ends_the_iteration(make_store: Any, store: Any, variant: Va
         store.watch("k", poll=None) as left,
     ):
         waiting = [asyncio.ensure_future(everything(each)) for each in (events, left)]
-        await until(lambda: len(plain(events)._source.waiting) == 2, "both wait")
-        await asyncio.to_thread(plain(events).close)
+        await until(lambda: len(inside(events)._source.waiting) == 2, "both wait")
+        await asyncio.to_thread(inside(events).close)
         assert await asyncio.wait_for(waiting[0], LONG) == []
         assert not waiting[1].done()
         await store.close()
@@ -554,7 +548,7 @@ async def test_bad_input_is_refused_before_anything_is_sent(
     await refused(pgkv.InvalidKeyError, "give a key or several, not int", store, 1)
     await refused(pgkv.InvalidKeyError, "key", store, b"k")
     await refused(pgkv.InvalidKeyError, "prefix must be a str", store, ["a"], prefix=True)
-    events = plain(plain_store(store).watch("k"))
+    events = inside(store).watch("k")
     with pytest.raises(pgkv.ConfigError, match="enter it first"):
         await asyncio.to_thread(lambda: drive(events._following(None)))
     assert operations == []
@@ -644,12 +638,12 @@ async def test_storms_converge(make_store: Any, variant: Variant, peer: Peer, ds
 
         def converged() -> bool:
             return all(
-                {key: row.version for key, row in plain(each)._source.known.items()} == rows
-                and not plain(each)._pending
+                {key: row.version for key, row in inside(each)._source.known.items()} == rows
+                and not inside(each)._pending
                 for each in (first, second)
             )
 
         await until(converged, "both know what the table has", LONG)
         for each in (first, second):
-            plain(each).close()
+            inside(each).close()
         assert await asyncio.gather(*following) == [rows, rows]
