@@ -85,6 +85,7 @@ def pay_all(together: bool) -> None:
         for order in range(ORDERS):
             while (status := send(port, order, f"{together}-{order}")) != 201:
                 if not status:  # it was killed
+                    server.kill()  # or it has not answered for a minute
                     server.join()
                     kills += 1
                     server = spawn.Process(target=serve, args=(listener, together))

@@ -203,7 +203,7 @@ class Server:
         """kill -9 of the postmaster; its backends notice and end."""
         pid = self.pid
         assert pid is not None
-        os.kill(pid, signal.SIGSTOP)  # it starts no further one
+        self._stop_postmaster(pid)
         children = self._children(pid)
         os.kill(pid, signal.SIGKILL)
         wait_until(lambda: self.pid is None, "the killed postmaster ends")
@@ -231,9 +231,7 @@ class Server:
         """
         postmaster = self.pid
         assert postmaster is not None
-        os.kill(postmaster, signal.SIGSTOP)
-        # From then on it starts no process that would not be frozen.
-        wait_until(lambda: self._states(postmaster)[postmaster] == "T", "the postmaster stops")
+        self._stop_postmaster(postmaster)
         self._signal_all(signal.SIGSTOP)
         wait_until(lambda: {*self._states(postmaster).values()} <= {"T", "Z"}, "all stop")
 
@@ -258,6 +256,11 @@ class Server:
             self.thaw()
         self.stop("immediate")
         shutil.rmtree(self._cluster.root)
+
+    def _stop_postmaster(self, pid: int) -> None:
+        """From then on it starts no process that would be missed."""
+        os.kill(pid, signal.SIGSTOP)
+        wait_until(lambda: self._states(pid)[pid] == "T", "the postmaster stops")
 
     def _signal_all(self, number: signal.Signals) -> None:
         if pid := self.pid:

@@ -162,6 +162,7 @@ def test_in_a_forked_child(dsn: str) -> None:
         assert found.result == b"parent"
 
 
+@pytest.mark.usefixtures("patience")
 def test_interrupted(dsn: str) -> None:
     """Ctrl-C in a block releases the key."""
     with pgkv.Store.connect(dsn) as store:

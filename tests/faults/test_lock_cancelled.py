@@ -33,7 +33,7 @@ from tests.peers import until
 from tests.servers import wait_until
 from tests.variants import Variant, inside
 
-pytestmark = newest
+pytestmark = [newest, pytest.mark.usefixtures("patience")]
 
 
 def held(witness: Witness) -> int:

@@ -236,6 +236,7 @@ async def _await(awaitable: Any) -> Any:
     return await awaitable
 
 
+@pytest.mark.usefixtures("patience")
 def test_failing_at_every_step(dsn: str) -> None:
     """The flow of acquire() fails at its k-th step, before or after the step took place: the name
     is free at once, and no ticket is left."""

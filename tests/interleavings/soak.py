@@ -151,13 +151,17 @@ class Soak:
             else:
                 time.sleep(QUIET_SECONDS)
                 self.wait(self.is_enough, "each actor does something")
-            lost = ["a worker ended by itself"] * self.has_lost_one()
+            problems = ["a worker ended by itself"] * self.has_lost_one()
+        except TimeoutError as error:
+            problems = [str(error)]  # the report says which actor did nothing
         finally:
             for worker in self.workers:
                 worker.kill()
                 worker.wait()
         elapsed = time.monotonic() - started
-        problems = [*lost, *([] if lost else self.growth(samples)), *self.reckon(elapsed)]
+        if "end" in samples:
+            problems += self.growth(samples)
+        problems += self.reckon(elapsed)
         return Report(self.seed, self.faults, samples, self.done, problems)
 
     def start(self, number: int) -> subprocess.Popen[bytes]:
@@ -354,6 +358,7 @@ class Soak:
 
 def soak(seconds: float, seed: int, pause: float = 0.02) -> Report:
     """Run one soak on a server of the newest version found here."""
+    print(f"seed {seed}, {seconds / 60:g} minutes ...", flush=True)
     servers_found = servers.installed()
     # Dead rows are to go within the run, as they go in hours elsewhere.
     server = Server(servers_found[max(servers_found)], settings={"autovacuum_naptime": "1s"})
@@ -370,7 +375,6 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--seed", type=int, default=random.randrange(1 << 30))
     arguments = parser.parse_args()
-    print(f"seed {arguments.seed}, {arguments.minutes:g} minutes ...", flush=True)
     try:
         report = soak(arguments.minutes * 60, arguments.seed)
     finally:

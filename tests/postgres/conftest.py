@@ -14,17 +14,8 @@ from tests.variants import Variant, closing_all
 
 
 @pytest.fixture(autouse=True)
-def _patience() -> Iterator[None]:
-    """What ends early in a program has time enough on a loaded machine: the statement of a wait that is nearly
-    over, what takes back a call that was interrupted, and the trial of a connection that listens.
-    """
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("pgkv.patterns.lock.flows.ANSWER_TIME", 20.0)
-        patched.setattr("pgkv._background.listener.TRIAL_TIME", 30.0)
-        patched.setattr("pgkv._watch.source.LISTEN_TIME", 30.0)
-        for pattern in ("lock", "queue", "idempotency"):
-            patched.setattr(f"pgkv.patterns.{pattern}.flows.CLEAN_UP", (30.0, 60.0))
-        yield
+def _patience(patience: None) -> None:
+    """Of every test here."""
 
 
 @pytest.fixture

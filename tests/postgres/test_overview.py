@@ -75,12 +75,12 @@ def test_what_a_frame_says(dsn: str) -> None:
         store._run(overviews.look())
         store.set_many({"user:1": "a", "user:2": "b", "alone": "c", "a:b": "d"})
 
-        @pgkv.cached(60, store=store)
+        @pgkv.cached(60, store=store, store_timeout=20)
         def square(n: int) -> int:
             return n * n
 
         assert [square(n) for n in range(3)] == [0, 1, 4]
-        pgkv.RateLimiter(store, pgkv.Rate(1, 60), name="a:b#c").hit("me:1")
+        pgkv.RateLimiter(store, pgkv.Rate(1, 60), name="a:b#c", timeout=20).hit("me:1")
         sessions = pgkv.SessionStore(store)
         for user in ("ada", None):
             sessions.create({"n": 1}, user_id=user)

@@ -258,7 +258,7 @@ async def test_a_key_that_changes_as_its_step_back_is_undone(
     sql: Any = inside(limiter)._flows.sql
     rebase = sql.rebase
     with pgkv.Store.connect(clock.dsn) as store:
-        other = pgkv.RateLimiter(store, "1/100s burst 2", name="api")
+        other = pgkv.RateLimiter(store, "1/100s burst 2", name="api", timeout=20)
 
         def raced(*args: Any) -> Any:
             monkeypatch.setattr(sql, "rebase", rebase)

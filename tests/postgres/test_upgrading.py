@@ -126,7 +126,7 @@ VALUES = SAME_KEYS | OTHER_KEYS
 
 
 class Old:
-    """A program of 0.1: its statements on one connection."""
+    """A program of 0.1: its statements on one connection. A grant waits for a row for up to a minute."""
 
     def __init__(self, dsn: str) -> None:
         self.conn = psycopg.connect(dsn, autocommit=True)
@@ -138,21 +138,21 @@ class Old:
 
     def grant(self, name: str, holder: bytes = b"") -> int | None:
         """A lock's token, or None while another holds it."""
-        found = self.ask("lock_grant", name, holder or secrets.token_bytes(8), 30.0, "1000")
+        found = self.ask("lock_grant", name, holder or secrets.token_bytes(8), 30.0, "60000")
         return None if found is None else found[0]
 
     def grant_fair(self, name: str, holder: bytes) -> int | None:
         """As `grant`, after those who came before."""
         ticket = f"{name}\x1f{holder.hex()}"
         found = self.ask(
-            "lock_grant_fair", name, holder, 30.0, "1000", ticket, f"{name}\x1f", f"{name} ", 2.0
+            "lock_grant_fair", name, holder, 30.0, "60000", ticket, f"{name}\x1f", f"{name} ", 2.0
         )
         return None if found is None else found[0]
 
     def grant_place(self, name: str, holder: bytes) -> tuple[int, str] | None:
         """The token and the key of one of a semaphore's two places, or None while they are taken."""
         keys = [f"{name}\x1f0", f"{name}\x1f1"]
-        found = self.ask("semaphore_grant", keys, holder, 30.0, "1000", f"{name}\x1f", b"2", 2)
+        found = self.ask("semaphore_grant", keys, holder, 30.0, "60000", f"{name}\x1f", b"2", 2)
         return None if found is None or found[0] is None else (found[0], found[1])
 
     def wait(self, grant: Callable[[str, bytes], T | None], name: str) -> T:
@@ -303,7 +303,7 @@ def test_at_once(
     work += [partial(enter_before, old()), enter_now, enter_now]
 
     # Two of three hits of a key are allowed.
-    limiter = pgkv.RateLimiter(store, "2/d", name="api")
+    limiter = pgkv.RateLimiter(store, "2/d", name="api", timeout=PATIENCE)
     assert limiter.hit("u")
     (row,) = [each for each in peer.keys() if each.endswith("u")]  # noqa: SIM118  # no dict
     hits: Counter[int] = Counter()
@@ -372,7 +372,7 @@ def test_at_once(
 
 def test_limits(store: pgkv.Store, old: Callable[[], Old], peer: Peer) -> None:
     """Hits of both spend one bucket."""
-    limiter = pgkv.RateLimiter(store, "20/h", name="api")
+    limiter = pgkv.RateLimiter(store, "20/h", name="api", timeout=PATIENCE)
     assert limiter.hit("u")
     (row,) = peer.keys()
     one = old()
@@ -402,7 +402,7 @@ def test_limits_that_are_soon_full(
         code = main(["limits", *args, "--dsn", dsn, "--json"])
         return code, [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
-    limiter, one = pgkv.RateLimiter(store, "20/m", name="api"), old()
+    limiter, one = pgkv.RateLimiter(store, "20/m", name="api", timeout=PATIENCE), old()
     assert limiter.hit("u")
     (row,) = peer.keys()
     assert limiter.reset("u")
