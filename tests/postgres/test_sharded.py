@@ -23,6 +23,7 @@ from pgkv.cli import main
 from pgkv.integrations.dashboard import dashboard
 from pgkv.patterns.overview import Overviews
 from tests import FULL, sharded
+from tests.cached import PATIENT
 from tests.faults.support import until
 from tests.peers import caller_connection
 from tests.servers import Server, UserServer
@@ -397,7 +398,7 @@ async def test_tags_and_functions_begin_anew_in_every_slot(store: Any, variant: 
         return square(n)
 
     level = pgkv.L1(max_entries=100, ttl=600)
-    options: dict[str, Any] = {"ttl": 600, "tags": ["t"], "l1": level, "beta": 0}
+    options: dict[str, Any] = {"ttl": 600, "tags": ["t"], "l1": level, "beta": 0, **PATIENT}
     if variant.name == "async":
         here = pgkv.cached(store=store, **options)(square_later)
         ask: Any = here
