@@ -138,7 +138,7 @@ def test_a_busy_and_a_closed_pool(dsn: str) -> None:
     """A pool whose connections are all out: PoolTimeoutError after the pool's own timeout; a closed
     one: StoreUnavailableError."""
     with pool_of(dsn, max_size=1) as pool:
-        store = Store.from_pool(pool)
+        store = Store.from_pool(pool, pool_timeout=60, operation_timeout=60)
         store.create_table()
         pool.timeout = 0.2
         with pool.connection():

@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
+from psycopg.conninfo import make_conninfo
 
 from pgkv import OperationTimeoutError, RetryPolicy, Store, StoreUnavailableError
 from tests.faults.support import Witness, newest, until
@@ -73,7 +74,7 @@ async def test_ping_with_a_timeout_of_its_own(
 ) -> None:
     """ping(timeout) fails in that time on a frozen server."""
     server = make_server()
-    store = await make_store(dsn=server.dsn)
+    store = await make_store(dsn=server.dsn, operation_timeout=60, connect_timeout=60)
     server.freeze()
     try:
         started = time.monotonic()
@@ -92,6 +93,7 @@ async def test_frozen_server(make_server: Callable[..., Server], make_store: Mak
     store = await make_store(
         dsn=server.dsn,
         pool_max_size=2,
+        connect_timeout=60,
         retry=RetryPolicy(attempts=10),
     )
     await store.set_many({f"k{i}": b"%d" % i for i in range(50)})
@@ -128,12 +130,14 @@ async def test_frozen_while_connecting(
     """The first connection to a silent server fails within the shorter of connect_timeout and
     operation_timeout, and nothing is said to have happened."""
     server = make_server()
+    dsn = make_conninfo(server.dsn, connect_timeout=60)  # libpq's: the store's own is what ends it
     server.freeze()
     try:
-        for options in ({"connect_timeout": 0.4}, {"operation_timeout": 0.4}):
+        for shorter in ("connect_timeout", "operation_timeout"):
+            options = {"connect_timeout": 60, "operation_timeout": 60, shorter: 0.4}
             started = time.monotonic()
             with pytest.raises((StoreUnavailableError, OperationTimeoutError)) as caught:
-                await make_store(dsn=server.dsn, retry=None, **options)
+                await make_store(dsn=dsn, retry=None, **options)
             assert time.monotonic() - started < 0.4 + ABANDON + LATE
             assert not caught.value.outcome_unknown
     finally:
@@ -176,8 +180,6 @@ store.close()
 def test_interrupt(witness: Witness, dsn: str, blocked: str) -> None:
     """Ctrl-C during a blocked call raises KeyboardInterrupt soon, the statement does not go on, and
     the store gives right answers afterwards."""
-    from psycopg.conninfo import make_conninfo
-
     dsn = make_conninfo(dsn, application_name="child")
     with Store.connect(dsn) as store:
         store.set("k", b"old")

@@ -42,6 +42,8 @@ def make_far_store(proxy: Proxy, make_store: MakeStore) -> MakeStore:
     async def make(**config: Any) -> Any:
         # A machine that stalls for the usual five seconds would have no repeat begin.
         config.setdefault("retry", RetryPolicy(deadline=60))
+        # A call that waits for a new connection beyond its own time takes longer than a test allows.
+        config.setdefault("connect_timeout", 60)
         return await make_store(dsn=proxy.dsn, **config)
 
     return make
@@ -398,7 +400,7 @@ def test_tls_answers_of_every_size(dsn: str, tmp_path: Path) -> None:
 async def test_tls(dsn: str, make_store: MakeStore, tmp_path: Path) -> None:
     """Over TLS: single operations, a large batch, a deadline, a break."""
     with Proxy(dsn, tls=certificate(tmp_path)) as proxy:
-        store = await make_store(dsn=proxy.dsn)
+        store = await make_store(dsn=proxy.dsn, connect_timeout=60)
         for size in range(79_000, 82_000, 101):
             await store.set("k", b"x" * size)
             assert len(await store.get("k")) == size
