@@ -20,8 +20,9 @@ import pytest
 
 import pgkv
 from pgkv._ops.op import Flow, pause
+from pgkv.patterns.lock import flows
 from tests.faults.lock_history import read, violations
-from tests.faults.support import newest, renewed
+from tests.faults.support import Witness, newest, renewed
 from tests.servers import LATE, Server, wait_until
 
 pytestmark = newest
@@ -156,13 +157,21 @@ def test_a_paused_holder(
 # -- 3: deaths
 
 
-def test_a_killed_holder_is_followed(dsn: str, worker: Callable[..., Worker]) -> None:
+def test_a_killed_holder_is_followed(
+    dsn: str,
+    worker: Callable[..., Worker],
+    witness: Witness,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """kill -9 of the holder: the next one is granted within ttl + 1 s, with a larger token."""
+    for name in ("POLL_FIRST", "POLL_MAX"):  # it sleeps no longer than the lease lasts
+        monkeypatch.setattr(flows, name, 60.0)
     dead = worker("holder", dsn, "n", 1)
     token = int(dead.hear())
     dead.signal(signal.SIGKILL)
     killed = time.monotonic()
-    with pgkv.Store.connect(dsn) as store, pgkv.Lock(store, "n").acquire(timeout=60) as lease:
+    wait_until(lambda: not witness.backends(), "no renewal of it has the row")
+    with pgkv.Store.connect(dsn) as store, pgkv.Lock(store, "n").acquire(timeout=90) as lease:
         assert time.monotonic() - killed < 2 + LATE
         assert lease.token > token
 

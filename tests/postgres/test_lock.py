@@ -11,9 +11,10 @@ import pytest
 
 import pgkv
 from pgkv import LeaseLostError, LockTimeoutError
-from pgkv._background import renewal
+from pgkv._background import background, renewal
 from pgkv._background.renewal import clock as clock_now
 from pgkv.patterns._runtime import lease as lease_module
+from pgkv.patterns.lock import flows
 from pgkv.testing import ServerClock
 from tests.peers import Peer, gather, until
 from tests.servers import LATE, wait_until
@@ -196,11 +197,15 @@ async def test_an_expired_lease_is_taken_over(
     await second.release()
 
 
-async def test_a_waiter_takes_over_within_a_second_of_expiry(store: Any, variant: Variant) -> None:
+async def test_a_waiter_takes_over_within_a_second_of_expiry(
+    store: Any, variant: Variant, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A waiter sleeps no longer than the lease that keeps it out."""
+    for name in ("POLL_FIRST", "POLL_MAX"):
+        monkeypatch.setattr(flows, name, 60.0)
     lease = await lock_of(variant, store, ttl=1, renew=False).acquire()
     started = time.monotonic()
-    second = await lock_of(variant, store).acquire(timeout=20)
+    second = await lock_of(variant, store).acquire(timeout=90)
     assert time.monotonic() - started < 2 + LATE
     assert lease.is_lost
     await second.release()
@@ -427,12 +432,21 @@ async def test_force_release_needs_the_token(store: Any, variant: Variant) -> No
         lease.check()
 
 
-async def test_a_closed_store_loses_its_leases(make_store: Any, variant: Variant) -> None:
-    """With the store its renewal ends; the lease says so."""
+async def test_a_closed_store_loses_its_leases(
+    make_store: Any, variant: Variant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the store its renewal ends; the lease says so, of a blocking store when close() returns."""
+    monkeypatch.setattr(background, "STOP_TIME", 60.0)
     store = await make_store()
     lease = await lock_of(variant, store).acquire()
-    await store.close()
-    await until(lambda: lease.is_lost, "it is told")
+    if variant.name == "sync":  # its background has something else to do first
+        loop = inside(lease)._runtime.background().loop
+        loop.call_soon_threadsafe(time.sleep, 0.2)
+        await store.close()
+        assert lease.is_lost
+    else:
+        await store.close()
+        await until(lambda: lease.is_lost, "it is told")
     with pytest.raises(LeaseLostError) as error:
         lease.check()
     assert error.value.reason == "closed"
@@ -577,6 +591,29 @@ async def test_only_names_unused_for_a_week_are_forgotten(
     async with lock_of(variant, store, "old").acquire() as lease:
         assert lease.token > last
     await held.release()
+
+
+@pytest.mark.parametrize("fair", [False, True], ids=["lock", "fair lock"])
+async def test_a_grant_removes_old_names(
+    store: Any,
+    variant: Variant,
+    peer: Peer,
+    clock: ServerClock,
+    monkeypatch: pytest.MonkeyPatch,
+    fair: bool,
+) -> None:
+    """One grant in many is followed by the cleaning, of tickets too where the lock is fair."""
+    async with lock_of(variant, store, "old", fair=fair).acquire():
+        pass
+    if fair:
+        peer.run("INSERT INTO kv_store_tickets VALUES ('dead', 1, to_timestamp(0))")
+    clock.advance(8 * 86_400)
+    monkeypatch.setattr(flows, "CLEAN_CHANCE", 1.0)
+    async with lock_of(variant, store, "new", fair=fair).acquire():
+        await until(lambda: peer.run(f"SELECT key FROM {TABLE}") == [("new",)], "it is cleaned")
+        if fair:
+            count = "SELECT count(*) FROM kv_store_tickets"
+            await until(lambda: peer.one(count) == 0, "the tickets are cleaned")
 
 
 async def test_grants_are_durable_for_a_role_that_is_not(
