@@ -29,6 +29,7 @@ import pytest
 from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
+import pgkv
 from pgkv import _observe
 from pgkv.testing import ServerClock
 from tests import FULL, servers
@@ -380,6 +381,17 @@ def patience() -> Iterator[None]:
         for pattern in ("lock", "queue", "idempotency"):
             patched.setattr(f"pgkv.patterns.{pattern}.flows.CLEAN_UP", (30.0, 60.0))
         yield
+
+
+@pytest.fixture
+def operations() -> Iterator[list[tuple[str, str, int]]]:
+    """Every operation of every store during the test: name, outcome, retries."""
+    seen: list[tuple[str, str, int]] = []
+    remove = pgkv.on_operation(
+        lambda name, _seconds, outcome, retries: seen.append((name, outcome, retries))
+    )
+    yield seen
+    remove()
 
 
 # --- `async def` tests ----------------------------------------------------------------------------

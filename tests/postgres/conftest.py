@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-import pgkv
 from tests.peers import Peer, caller_connection
 from tests.variants import Variant, closing_all
 
@@ -46,17 +45,6 @@ def connect(
             return made[-1]
 
         yield make
-
-
-@pytest.fixture
-def operations() -> Iterator[list[tuple[str, str, int]]]:
-    """Every operation of every store during the test: name, outcome, retries."""
-    seen: list[tuple[str, str, int]] = []
-    remove = pgkv.on_operation(
-        lambda name, _seconds, outcome, retries: seen.append((name, outcome, retries))
-    )
-    yield seen
-    remove()
 
 
 @pytest.fixture
