@@ -184,7 +184,7 @@ async def test_a_mute_network_and_a_cancelled_task(dsn: str, make_store: MakeSto
     """While the network swallows everything, cancelling is immediate and close() bounded: neither
     waits for the server."""
     with Proxy(dsn) as proxy:
-        store = await AsyncStore.connect(proxy.dsn)
+        store = await AsyncStore.connect(proxy.dsn, operation_timeout=60, connect_timeout=60)
         await store.set("k", "v")
         proxy.hold()
         tasks = [asyncio.create_task(store.get("k")) for _ in range(3)]

@@ -33,8 +33,9 @@ async def test_only_its_slots_suffer(
     theirs = make_server()
     dsns = [*sharded.databases(server.dsn, [f"f_{secrets.token_hex(4)}"]), theirs.dsn]
     sharded.init(dsns, 2)
-    store = await sharded.connect(variant, dsns, retry=None)
-    hasty = await sharded.connect(variant, dsns, operation_timeout=DEADLINE, retry=None)
+    patient = {"retry": None, "operation_timeout": 60, "connect_timeout": 60}
+    store = await sharded.connect(variant, dsns, **patient)
+    hasty = await sharded.connect(variant, dsns, **patient | {"operation_timeout": DEADLINE})
     async with store, hasty:
         nodes = [shard.node for shard in await store.shards()]
         keys = [
