@@ -261,6 +261,7 @@ async def test_leases_are_renewed(
             clock.advance(40)
             due(lease)
             ends = await renewed(peer, "billing", ends)
+            await until(lambda: inside(lease)._due > 0, "its holder heard of that")
         info = await lock.holder()
         assert info.age() > 60
         assert info.token == lease.token

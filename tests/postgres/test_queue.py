@@ -366,8 +366,8 @@ async def test_renewal_keeps_a_job(queue: Any, peer: Peer) -> None:
     await queue.put("a")
     job = await taken(queue)
     assert inside(job)._due - inside(job)._began == pytest.approx(LEASE / 3)
-    inside(job)._due = 0.0
     first = peer.one(f"SELECT leased_until FROM {JOBS}")
+    inside(job)._due = 0.0
     await until(lambda: peer.one(f"SELECT leased_until FROM {JOBS}") > first, "it is renewed")
     assert not job.is_lost
     job.check()
