@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from functools import partial
 from typing import Any
 
 import pytest
@@ -17,6 +16,7 @@ from pgkv._background.renewal import clock as clock_now
 from pgkv.patterns._runtime import lease as lease_module
 from pgkv.patterns.lock import flows
 from pgkv.testing import ServerClock
+from tests.faults import support
 from tests.peers import Peer, gather, until
 from tests.servers import LATE, wait_until
 from tests.variants import Variant, inside
@@ -250,11 +250,6 @@ async def renewed(peer: Peer, key: str, first: Any) -> Any:
     return peer.one(ends, key)
 
 
-def trusted_after(lease: Any, moment: float) -> bool:
-    """Whether the holder trusts it beyond that."""
-    return bool(inside(lease)._until > moment)
-
-
 async def test_leases_are_renewed(
     store: Any, variant: Variant, peer: Peer, clock: ServerClock
 ) -> None:
@@ -265,10 +260,10 @@ async def test_leases_are_renewed(
         ends = (await lock.holder()).expires_at
         for _ in range(2):
             clock.advance(40)
-            trusted = inside(lease)._until
+            heard = support.renewed(inside(lease))
             due(lease)
             ends = await renewed(peer, "billing", ends)
-            await until(partial(trusted_after, lease, trusted), "its holder hears of it")
+            await until(heard, "its holder hears of it")
         info = await lock.holder()
         assert info.age() > 60
         assert info.token == lease.token
